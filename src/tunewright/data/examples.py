@@ -1,0 +1,66 @@
+"""An example: a conversation whose last assistant turn is the ideal output."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from tunewright.disk import digest
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The turn as chat templates and JSON files hold it."""
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation of at least one user turn and, last, the assistant turn that is the ideal output."""
+
+    messages: tuple[Message, ...]
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """All that comes before the ideal output."""
+        return self.messages[:-1]
+
+    @property
+    def output(self) -> str:
+        """The ideal output."""
+        return self.messages[-1].content
+
+    @property
+    def input_text(self) -> str:
+        """The turns that tell this example from others: the prompt without its system turns."""
+        return "\n".join(m.content for m in self.prompt if m.role != "system")
+
+    @cached_property
+    def pair_key(self) -> str:
+        """SHA-256 of the whole conversation (NFC, canonical JSON): the example's identity."""
+        return digest([_canonical(m) for m in self.messages])
+
+    @cached_property
+    def input_key(self) -> str:
+        """SHA-256 of the prompt alone: equal keys with different outputs are a conflict."""
+        return digest([_canonical(m) for m in self.prompt])
+
+    @classmethod
+    def from_dicts(cls, messages: list[dict[str, Any]]) -> Example:
+        """Rebuild an example from the JSON that this package wrote itself."""
+        return cls(tuple(Message(m["role"], m["content"]) for m in messages))
+
+
+def _canonical(message: Message) -> list[str]:
+    return [message.role, unicodedata.normalize("NFC", message.content)]

@@ -1,0 +1,123 @@
+"""Digests, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tunewright.errors import UserError
+
+_REFUSALS = {
+    errno.ENOSPC: ("the disk is full", "Free some space and run the same command again."),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
+    errno.EROFS: ("the file system is read-only", "Choose a folder that can be written to."),
+    errno.EACCES: ("permission denied", "Choose a folder that you may write to."),
+    errno.EPERM: ("permission denied", "Choose a folder that you may write to."),
+}
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling per value: sorted keys, no spaces, UTF-8 kept, no NaN (after RFC 8785)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (64 hex digits) of a JSON value's canonical spelling."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (64 hex digits) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write below ``path`` into a UserError; the rest passes."""
+    try:
+        yield
+    except Exception as error:
+        number = _refusal(error, path)
+        if number is None or isinstance(error, UserError):
+            raise
+        what, fix = _REFUSALS[number]
+        raise UserError(f"{what}; nothing that was there before has changed", where=str(path), fix=fix) from error
+
+
+def _refusal(error: Exception, path: Path) -> int | None:
+    """The error number behind a failed write, also where a library's native writer hides it in a message."""
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        return error.errno
+    if "No space left on device" in str(error):
+        return errno.ENOSPC
+    if "writ" in str(error):  # torch.save says only that its writer failed
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        if shutil.disk_usage(existing).free < 1 << 20:
+            return errno.ENOSPC
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, or leave what was there: temporary file, fsync, rename."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document for people and programs: sorted, indented, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder that becomes ``path`` at the end, and only if nothing was raised.
+
+    ``path`` must not exist yet: folders made this way are named by content, so a second writer made the same.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync_file(file)
+            temporary.chmod(0o755)
+            if not path.exists():
+                temporary.rename(path)
+                _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_sync_folder = _sync_file

@@ -1,0 +1,1 @@
+"""Arms, generation, metrics, statistics, evidence, verdict."""

@@ -1,0 +1,50 @@
+"""How long work is followed and warnings are heard, without the library touching a terminal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+log = logging.getLogger("tunewright")
+
+
+class Task(Protocol):
+    """One piece of work under way."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count ``steps`` more as done; ``note`` is a short line shown beside the bar."""
+
+
+class Reporter(Protocol):
+    """Whoever listens: a terminal, a log, a web page."""
+
+    def say(self, message: str) -> None:
+        """Something the user wants to know."""
+
+    def warn(self, message: str) -> None:
+        """Something the user must know: nothing is dropped, cut or replaced without one of these."""
+
+    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Task]:
+        """Open a progress display for ``total`` steps, each one ``unit``."""
+
+
+class _LogTask:
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        log.debug("+%d %s", steps, note)
+
+
+class LogReporter:
+    """The default for callers from Python: everything goes to the logger ``tunewright``."""
+
+    def say(self, message: str) -> None:
+        log.info(message)
+
+    def warn(self, message: str) -> None:
+        log.warning(message)
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        log.info("%s: %d %s", title, total, unit)
+        yield _LogTask()

@@ -1,0 +1,65 @@
+"""The folder that a user works in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tunewright.disk import write_text
+from tunewright.errors import UserError
+from tunewright.recipe import Recipe
+from tunewright.recipe_file import load_recipe
+
+RECIPE_FILE = "tunewright.yaml"
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with a ``tunewright.yaml``, and where everything in it lives."""
+
+    root: Path
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The validated recipe."""
+        return load_recipe(self.root / RECIPE_FILE)
+
+    @property
+    def dataset(self) -> Path:
+        """Dataset versions: plain text, made to be committed to git."""
+        return self.root / "dataset"
+
+    @property
+    def adapters(self) -> Path:
+        """Trained adapters, one immutable folder each: NAME-DIGEST12."""
+        return self.root / "adapters"
+
+    @property
+    def evaluations(self) -> Path:
+        """Evidence, one folder for each evaluation: ID."""
+        return self.root / "evaluations"
+
+    @property
+    def work(self) -> Path:
+        """Checkpoints and cached generations: all of it can be made again, none of it need be committed."""
+        return self.root / ".tunewright"
+
+
+def create_project(root: Path, files: dict[str, str]) -> Project:
+    """Write a new project's files, the recipe among them.
+
+    Raises:
+        UserError: one of the files is already there (nothing is written then).
+    """
+    there = [name for name in files if (root / name).exists()]
+    if there:
+        raise UserError(
+            f"already there: {', '.join(there)}",
+            where=str(root),
+            fix="Choose another folder, or remove them first.",
+        )
+    # The recipe comes last: a folder without it is no project yet, so a crash before it can be repeated.
+    for name in sorted(files, key=lambda name: name == RECIPE_FILE):
+        write_text(root / name, files[name])
+    return Project(root)

@@ -1,0 +1,219 @@
+"""The recipe: everything that decides a result, as frozen, validated types.
+
+Each field's description names the source of its default; the commented file that ``tunewright init`` writes and
+the JSON Schema that ``tunewright recipe schema`` prints are both made from these descriptions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "classic": {"targets": ("q_proj", "v_proj"), "learning_rate": 2e-4, "epochs": 3},
+    "all-linear": {
+        "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "learning_rate": 2e-4,
+        "epochs": 3,
+    },
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataRecipe(_Section):
+    """Where the pairs come from and how they are divided."""
+
+    sources: Annotated[
+        tuple[str, ...],
+        Field(description="Files of pairs (JSONL or CSV, relative to this file) that `tunewright run` adds."),
+    ] = ()
+    input: Annotated[str | None, Field(description="CSV: the column that holds the input.")] = None
+    output: Annotated[str | None, Field(description="CSV: the column that holds the ideal output.")] = None
+    system: Annotated[
+        str | None,
+        Field(description="An instruction put before each pair that has no system turn of its own."),
+    ] = None
+    max_characters: Annotated[
+        int,
+        Field(
+            gt=0,
+            description="A longer conversation is refused as faulty: it is nearly always a file pasted into a cell.",
+        ),
+    ] = 32_000
+    similarity: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="Inputs at or above this Jaccard similarity of character 4-grams share a cluster, which "
+            "never straddles the split (0.8: Lee et al. 2021, arXiv 2107.06499).",
+        ),
+    ] = 0.8
+    dev: Annotated[float, Field(gt=0, lt=0.5, description="Share of examples for choosing (prompts, checkpoints).")] = (
+        0.1
+    )
+    test: Annotated[
+        float, Field(gt=0, lt=0.5, description="Share of examples held out and never trained or chosen on.")
+    ] = 0.1
+
+
+class TrainRecipe(_Section):
+    """How the adapter is trained."""
+
+    preset: Annotated[
+        Literal["classic", "all-linear"],
+        Field(
+            description="Sets targets, learning_rate and epochs where you don't: `classic` adapts q_proj and v_proj "
+            "(Hu et al. 2021, arXiv 2106.09685); `all-linear` adapts every linear layer (Dettmers et al. 2023, "
+            "arXiv 2305.14314)."
+        ),
+    ] = "classic"
+    targets: Annotated[
+        tuple[Target, ...],
+        Field(min_length=1, description="The linear layers that get LoRA weights (Hu et al. 2021, section 7.1)."),
+    ] = ("q_proj", "v_proj")
+    rank: Annotated[int, Field(ge=1, le=512, description="LoRA rank (16: Alpaca-LoRA's published adapters).")] = 16
+    alpha: Annotated[
+        int,
+        Field(ge=1, description="LoRA scale is alpha / rank (32: Schulman et al. 2025, LoRA Without Regret)."),
+    ] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the LoRA weights (0: peft's default).")] = (
+        0.0
+    )
+    learning_rate: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="Peak learning rate (2e-4: QLoRA, Dettmers et al. 2023, table 9, for 7B-13B).",
+        ),
+    ] = 2e-4
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"],
+        Field(description="Learning rate after the warm-up (cosine: Stanford Alpaca's recipe)."),
+    ] = "cosine"
+    warmup: Annotated[
+        float,
+        Field(ge=0, lt=1, description="Share of the steps that warm up (0.1: BERT's fine-tuning code)."),
+    ] = 0.1
+    epochs: Annotated[
+        int, Field(ge=1, le=100, description="Passes over the training split (3: Stanford Alpaca's recipe).")
+    ] = 3
+    batch_size: Annotated[
+        int,
+        Field(ge=1, description="Examples per optimizer step (16: QLoRA, Dettmers et al. 2023, table 9)."),
+    ] = 16
+    micro_batch: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Examples per forward pass; gradients accumulate to batch_size (null: the same).",
+        ),
+    ] = None
+    max_length: Annotated[
+        int,
+        Field(
+            ge=16,
+            description="Longest conversation in tokens; a longer one is an error, never cut (2048: the "
+            "context that Llama was first trained with).",
+        ),
+    ] = 2048
+    dtype: Annotated[
+        Literal["bfloat16", "float32"],
+        Field(
+            description="Precision of the base's weights and of the forward pass; LoRA weights stay float32 "
+            "(bfloat16: the type that Llama and Mistral are published in)."
+        ),
+    ] = "bfloat16"
+    checkpoint_every: Annotated[
+        int, Field(ge=1, description="Steps between the checkpoints that a stopped run goes on from.")
+    ] = 50
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset", "classic")
+        return {**PRESETS[preset], **values} if preset in PRESETS else values
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> TrainRecipe:
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class EvaluateRecipe(_Section):
+    """How the arms are measured and what counts as better."""
+
+    metric: Annotated[
+        Literal["exact_match", "bleu"],
+        Field(description="What decides: exact_match (outer white space apart) or corpus BLEU (sacrebleu)."),
+    ] = "exact_match"
+    shots: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=64)], ...],
+        Field(
+            min_length=1,
+            description="Numbers of retrieved demonstrations to try; the best on dev goes to the test.",
+        ),
+    ] = (1, 2, 4, 8)
+    max_new_tokens: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Longest answer in tokens (null: a quarter more than the longest training answer).",
+        ),
+    ] = None
+    batch_size: Annotated[int, Field(ge=1, description="Conversations generated at once.")] = 32
+    margin: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="The gain over the best prompting arm that is worth shipping: 0.02 is 2 points.",
+        ),
+    ] = 0.02
+
+
+class ServeRecipe(_Section):
+    """How the server answers."""
+
+    host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on (0: any free one).")] = 8000
+    max_batch: Annotated[int, Field(ge=1, description="Conversations generated at once, over all adapters.")] = 16
+    max_new_tokens: Annotated[int, Field(ge=1, description="Longest answer in tokens where a request names none.")] = (
+        512
+    )
+
+
+class Recipe(_Section):
+    """The whole configuration of a project."""
+
+    name: Annotated[
+        str,
+        Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="The project's name; its adapters carry it."),
+    ] = "my-model"
+    base: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="The open-weight base: a folder, a hub id such as meta-llama/Llama-3.1-8B-Instruct, or "
+            "bundled:smollm2-135m-instruct. Llama and Mistral architectures.",
+        ),
+    ] = "bundled:smollm2-135m-instruct"
+    revision: Annotated[
+        str | None,
+        Field(description="Hub bases: branch, tag or commit (null: main). It is pinned to its commit at first use."),
+    ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="Decides every random choice: split, order, weights.")] = 0
+    data: DataRecipe = DataRecipe()
+    train: TrainRecipe = TrainRecipe()
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+    serve: ServeRecipe = ServeRecipe()

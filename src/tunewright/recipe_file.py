@@ -1,0 +1,158 @@
+"""``tunewright.yaml``: read with line numbers, written with comments."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tunewright.errors import UserError
+from tunewright.recipe import Recipe
+
+_Location = tuple[str | int, ...]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        UserError: naming file, line and key: not YAML, an unknown key (with the nearest valid one), a bad value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(
+            "no such file", where=str(path), fix="`tunewright init` writes one; or name the project's folder."
+        ) from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"not a text file in UTF-8 ({error})", where=str(path)) from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = {} if root is None else _lines(root, path)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
+    if not isinstance(values, dict | None):
+        raise UserError("a recipe is a mapping of keys to values", where=f"{path}:1")
+    try:
+        return Recipe.model_validate(_without_empty_sections(values or {}))
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False), lines, path) from None
+
+
+def _without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """A section whose keys are all commented out reads as null: it means the defaults."""
+    return {k: v for k, v in values.items() if not (v is None and _section(k) is not None)}
+
+
+def _section(key: str) -> type[BaseModel] | None:
+    field = Recipe.model_fields.get(key)
+    kind = field.annotation if field else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Location, int]:
+    """The line (from 1) of every key and list item."""
+    lines: dict[_Location, int] = {}
+    children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(key.value, key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(index, item, item) for index, item in enumerate(node.value)]
+    for name, marked, child in children:
+        location = (*prefix, name)
+        line = marked.start_mark.line + 1
+        if location in lines:
+            dotted = ".".join(map(str, location))
+            raise UserError(
+                f"the key {dotted} stands twice",
+                where=f"{path}:{line}",
+                fix=f"First: line {lines[location]}.",
+            )
+        lines[location] = line
+        lines |= _lines(child, path, location)
+    return lines
+
+
+def _explain(errors: list[ErrorDetails], lines: dict[_Location, int], path: Path) -> UserError:
+    """One UserError for all faults, the first one's place in front."""
+    faults = [(_line(e["loc"], lines), _fault(e)) for e in errors]
+    where = f"{path}:{faults[0][0]}"
+    if len(faults) == 1:
+        return UserError(faults[0][1], where=where)
+    told = "\n".join(f"  {path}:{line}: {what}" for line, what in faults)
+    return UserError(f"{len(faults)} faults\n{told}", where=str(path))
+
+
+def _line(location: _Location, lines: dict[_Location, int]) -> int:
+    while location:
+        if location in lines:
+            return lines[location]
+        location = location[:-1]
+    return 1
+
+
+def _fault(error: ErrorDetails) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        *parents, unknown = map(str, error["loc"])
+        section: type[BaseModel] | None = _section(parents[0]) if parents else Recipe
+        known = list(section.model_fields) if section else []
+        nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*parents, nearest[0]])}?" if nearest else f"valid keys: {', '.join(known)}"
+        return f"unknown key {key}: {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}" if key else message
+
+
+def write_recipe(values: dict[str, Any]) -> str:
+    """A commented ``tunewright.yaml``: keys in ``values`` (nested by section) are set, all others shown as defaults.
+
+    Comments are the schema's own descriptions, so that file and schema cannot drift apart.
+    """
+    out = ["# tunewright.yaml: everything that decides a result. A key behind '#' shows its default.", ""]
+    out += _section_lines(Recipe, values, "")
+    text = "\n".join(out) + "\n"
+    Recipe.model_validate(_without_empty_sections(yaml.safe_load(text)))
+    return text
+
+
+def _section_lines(model: type[BaseModel], values: dict[str, Any], indent: str) -> list[str]:
+    out = []
+    for name, field in model.model_fields.items():
+        nested = _section(name) if model is Recipe else None
+        if nested is not None:
+            doc = (nested.__doc__ or "").strip()
+            out += ["", f"# {doc}", f"{name}:", *_section_lines(nested, values.get(name, {}), "  ")]
+            continue
+        out += [f"{indent}# {line}" for line in _wrap(field.description or "", 100 - len(indent))]
+        default = field.get_default()
+        mark = "" if name in values else "#"
+        out.append(f"{indent}{mark}{name}: {_yaml(values.get(name, default))}{_choices(field.annotation)}")
+    return out
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, float) and 0 < value < 0.001:
+        return f"{value:.10f}".rstrip("0")
+    plain = list(value) if isinstance(value, tuple) else value
+    return (
+        yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
+    )
+
+
+def _choices(annotation: Any) -> str:
+    options = [a for a in get_args(annotation) if isinstance(a, str)]
+    return f"  # {' | '.join(options)}" if options else ""
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width)

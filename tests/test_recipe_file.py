@@ -1,0 +1,107 @@
+"""The recipe file: what it refuses, where it points, and that what `init` writes is what it says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.errors import UserError
+from tunewright.recipe import Recipe, TrainRecipe
+from tunewright.recipe_file import load_recipe, write_recipe
+
+
+def _load(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "tunewright.yaml"
+    path.write_text(text)
+    return load_recipe(path)
+
+
+def test_defaults_are_the_fields_recipe() -> None:
+    train = Recipe().train
+    assert (train.rank, train.alpha, train.targets) == (16, 32, ("q_proj", "v_proj"))
+    assert (train.learning_rate, train.schedule, train.warmup, train.epochs) == (2e-4, "cosine", 0.1, 3)
+    assert train.dtype == "bfloat16"
+
+
+def test_a_preset_fills_only_what_the_user_left_open() -> None:
+    train = TrainRecipe.model_validate({"preset": "all-linear", "epochs": 2})
+    assert len(train.targets) == 7
+    assert train.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("name: a\ntrian:\n  rank: 4\n", 2, "did you mean train?"),
+        ("train:\n  epochs: 2\n  lerning_rate: 1\n", 3, "did you mean train.learning_rate?"),
+        ("train:\n  epochs: 2\n  rank: sixteen\n", 3, "train.rank: input should be a valid integer"),
+        ("evaluate:\n  shots: [1, 0]\n", 2, "evaluate.shots.1"),
+        ("train:\n  preset: best\n", 2, "'classic' or 'all-linear'"),
+        ("seed: 1\nname: a\nseed: 2\n", 3, "the key seed stands twice"),
+        ("a: [", 1, "not valid YAML"),
+        ("- a\n", 1, "a mapping"),
+        ("train:\n  batch_size: 5\n  micro_batch: 2\n", 1, "not a multiple"),
+        ("data:\n  dev: .nan\n", 2, "data.dev"),
+    ],
+)
+def test_a_fault_is_told_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _load(tmp_path, text)
+    assert caught.value.where == f"{tmp_path / 'tunewright.yaml'}:{line}"
+    assert words in caught.value.what
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 faults") as caught:
+        _load(tmp_path, "train:\n  rank: 0\n  epochs: 0\n")
+    assert ":2: train.rank" in caught.value.what
+    assert ":3: train.epochs" in caught.value.what
+
+
+def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tunewright init"):
+        load_recipe(tmp_path / "tunewright.yaml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"name: \xe9"])
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "tunewright.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="UTF-8"):
+        load_recipe(path)
+
+
+def test_a_section_with_every_key_commented_out_means_the_defaults(tmp_path: Path) -> None:
+    assert _load(tmp_path, "train:\n  # rank: 8\n") == Recipe()
+
+
+def test_the_written_file_reads_back_as_the_defaults(tmp_path: Path) -> None:
+    assert _load(tmp_path, write_recipe({})) == Recipe()
+
+
+def test_every_default_in_the_written_file_is_true(tmp_path: Path) -> None:
+    """Taking the comment sign off every key changes nothing."""
+    text = write_recipe({})
+    bare = re.sub(r"^( *)#(?=[a-z])", r"\1", text, flags=re.MULTILINE)
+    assert len(yaml.safe_load(bare)["train"]) == len(TrainRecipe.model_fields)
+    assert _load(tmp_path, bare) == Recipe()
+
+
+def test_every_key_has_a_description() -> None:
+    schema = Recipe.model_json_schema()
+    for section in ("DataRecipe", "TrainRecipe", "EvaluateRecipe", "ServeRecipe"):
+        for name, field in schema["$defs"][section]["properties"].items():
+            assert field.get("description"), f"{section}.{name}"
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_recipe_or_a_user_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.mktemp("recipe") / "tunewright.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        load_recipe(path)
+    except UserError as error:
+        assert error.where
