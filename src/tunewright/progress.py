@@ -27,7 +27,7 @@ class Reporter(Protocol):
         """Something the user must know: nothing is dropped, cut or replaced without one of these."""
 
     def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Task]:
-        """Open a progress display for ``total`` steps, each one ``unit``."""
+        """Open a progress display for ``total`` of ``unit`` (a plural: "examples")."""
 
 
 class _LogTask:

@@ -19,11 +19,13 @@ class Project:
     """A folder with a ``tunewright.yaml``, and where everything in it lives."""
 
     root: Path
+    changed_recipe: Recipe | None = None
+    """Used in place of the file's, where a command's options change values of it."""
 
     @cached_property
     def recipe(self) -> Recipe:
         """The validated recipe."""
-        return load_recipe(self.root / RECIPE_FILE)
+        return self.changed_recipe or load_recipe(self.root / RECIPE_FILE)
 
     @property
     def dataset(self) -> Path:

@@ -188,9 +188,6 @@ class ServeRecipe(_Section):
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on (0: any free one).")] = 8000
     max_batch: Annotated[int, Field(ge=1, description="Conversations generated at once, over all adapters.")] = 16
-    max_new_tokens: Annotated[int, Field(ge=1, description="Longest answer in tokens where a request names none.")] = (
-        512
-    )
 
 
 class Recipe(_Section):

@@ -53,6 +53,17 @@ class Arm(_Part):
         return self.exact_match if metric == "exact_match" else self.bleu
 
 
+class Advice(_Part):
+    """Prompting arms measured on the dev split with the untuned base; ``advice-ID.json``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    metric: Metric
+    items: int
+    arms: list[Arm]
+    best: Annotated[str, Field(description="The arm with the best score; of equal ones the one with fewest shots.")]
+    max_new_tokens: int
+
+
 class Contrast(_Part):
     """Two arms on the same items: ``treatment`` minus ``control``."""
 
@@ -66,6 +77,10 @@ class Contrast(_Part):
     test: Annotated[str, Field(description="The test that gave p_value, e.g. 'exact McNemar'.")]
     fixed: Annotated[int, Field(description="Items right under treatment and wrong under control (exact match).")]
     broken: Annotated[int, Field(description="Items wrong under treatment and right under control (exact match).")]
+    effective_items: Annotated[
+        float | None,
+        Field(description="Independent items that the clustered ones are worth (exact match; null for BLEU)."),
+    ] = None
     minimum_detectable_effect: Annotated[
         float, Field(description="Smallest true difference that this many items would show with 80% power.")
     ]
@@ -127,6 +142,22 @@ def load_evidence(path: Path) -> Evidence:
 
 
 def load_items(folder: Path) -> list[Item]:
-    """Read ``items.jsonl`` beside the evidence in ``folder``."""
-    text = (folder / ITEMS_FILE).read_text(encoding="utf-8")
-    return [Item.model_validate_json(line) for line in text.splitlines()]
+    """Read ``items.jsonl`` beside the evidence in ``folder``.
+
+    Raises:
+        UserError: no such file, or a line that is not an item.
+    """
+    file = folder / ITEMS_FILE
+    try:
+        # Not splitlines: it also cuts at the line and page separators that texts may hold.
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError("no items here", where=str(file), fix="`tunewright evaluate` makes them.") from None
+    return [_item(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def _item(line: str, where: str) -> Item:
+    try:
+        return Item.model_validate_json(line)
+    except ValidationError as error:
+        raise UserError(f"not a test item: {' '.join(str(error).splitlines()[1:3])}", where=where) from None

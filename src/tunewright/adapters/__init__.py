@@ -1,0 +1,1 @@
+"""Trained adapters: immutable folders with their lineage."""

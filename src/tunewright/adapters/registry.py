@@ -1,0 +1,133 @@
+"""Adapters on disk: one immutable folder each, ``adapters/NAME-DIGEST12``, holding weights, lineage and history.
+
+NAME-DIGEST12/
+  adapter_config.json, adapter_model.safetensors   what peft and vLLM load
+  lineage.json                                     what it was made of, by digest
+  history.jsonl                                    loss and learning rate by step
+  checkpoints/step-N/                              the adapter at the end of each other epoch
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tunewright.disk import digest, file_digest, new_folder, write_json, write_text
+from tunewright.errors import UserError
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+LINEAGE = "lineage.json"
+HISTORY = "history.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A stored adapter."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """NAME-DIGEST12, as the server and the command line call it."""
+        return self.folder.name
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """What the adapter was made of."""
+        lineage: dict[str, Any] = json.loads((self.folder / LINEAGE).read_text(encoding="utf-8"))
+        return lineage
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the weights and the LoRA configuration."""
+        return str(self.lineage["digest"])
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Loss by step, oldest first: ``step``, ``epoch`` and ``loss`` or ``eval_loss``."""
+        text = (self.folder / HISTORY).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    @property
+    def checkpoints(self) -> dict[str, Path]:
+        """The adapter at the ends of other epochs: ``step-N`` to its folder, earliest first."""
+        folders = (self.folder / CHECKPOINTS).glob("step-*")
+        return {f.name: f for f in sorted(folders, key=lambda f: int(f.name.removeprefix("step-")))}
+
+    def verify(self) -> None:
+        """Check that weights and configuration are what they were when stored.
+
+        Raises:
+            UserError: a file is missing or has changed.
+        """
+        missing = [name for name in (CONFIG, WEIGHTS) if not (self.folder / name).exists()]
+        if missing:
+            raise UserError(f"missing: {', '.join(missing)}", where=str(self.folder))
+        if adapter_digest(self.folder) != self.digest:
+            raise UserError(
+                "the adapter's files are not the ones that were stored",
+                where=str(self.folder),
+                fix="Remove the folder and train again; the training data and recipe are still there.",
+            )
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 over an adapter's weights and LoRA configuration."""
+    return digest({name: file_digest(folder / name) for name in (CONFIG, WEIGHTS)})
+
+
+def store_adapter(
+    adapters: Path,
+    name: str,
+    weights: Path,
+    checkpoints: Mapping[str, Path],
+    lineage: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+) -> Adapter:
+    """Copy a trained adapter (and its earlier checkpoints) into a folder named by its digest."""
+    identity = adapter_digest(weights)
+    folder = adapters / f"{name}-{identity[:12]}"
+    with new_folder(folder) as temporary:
+        _copy(weights, temporary)
+        for step, source in checkpoints.items():
+            _copy(source, temporary / CHECKPOINTS / step)
+        write_json(temporary / LINEAGE, {**lineage, "digest": identity})
+        write_text(temporary / HISTORY, "".join(json.dumps(row) + "\n" for row in history))
+    return Adapter(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(source / name, target / name)
+
+
+def list_adapters(adapters: Path) -> list[Adapter]:
+    """All stored adapters, the newest last."""
+    found = [Adapter(lineage.parent) for lineage in adapters.glob(f"[!.]*/{LINEAGE}")]
+    return sorted(found, key=lambda a: (a.lineage["created"], a.name))
+
+
+def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
+    """The adapter called ``name`` (a beginning that only one has will do); the newest where no name is given.
+
+    Raises:
+        UserError: there is none, or more than one begins so.
+    """
+    known = list_adapters(adapters)
+    if not known:
+        raise UserError("no adapter has been trained yet", where=str(adapters), fix="`tunewright train` makes one.")
+    if name is None:
+        return known[-1]
+    matches = [a for a in known if a.name == name] or [a for a in known if a.name.startswith(name)]
+    if len(matches) != 1:
+        what = f"{len(matches)} adapters begin with {name!r}" if matches else f"no adapter is called {name!r}"
+        raise UserError(what, where=str(adapters), fix=f"There are: {', '.join(a.name for a in known)}.")
+    return matches[0]

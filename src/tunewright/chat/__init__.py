@@ -1,0 +1,1 @@
+"""Conversations to tokens, in the base's own chat template."""

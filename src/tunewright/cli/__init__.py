@@ -1,0 +1,15 @@
+"""The command line: one file per command group, no logic of its own."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+
+def main() -> None:
+    """The console script ``tunewright``."""
+    from tunewright.cli.app import app
+
+    # Each registers its commands, in the order in which the help lists them.
+    for group in ("project", "data", "measure", "serve"):
+        import_module(f"tunewright.cli.{group}")
+    app()

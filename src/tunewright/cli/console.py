@@ -1,0 +1,141 @@
+"""The terminal: progress and people's text on stderr, one JSON document on stdout where ``--json`` asks for it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tunewright.errors import UserError
+from tunewright.progress import Task
+
+USER_ERROR = 2
+_LOG_WIDTH = 120
+
+
+class _BarTask:
+    def __init__(self, progress: Progress, task_id: Any) -> None:
+        self.progress = progress
+        self.task_id = task_id
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.progress.update(self.task_id, advance=steps, note=note)
+
+
+class _LineTask:
+    """Progress where there is no terminal to draw on (a log, CI): a line every quarter of a minute."""
+
+    every_s = 15.0
+    short_s = 2.0  # work done sooner than this is not worth a line
+
+    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
+        self.console = console
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.done = self.resumed = 0
+        self.began = self.told = time.monotonic()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.done += steps
+        now = time.monotonic()
+        if steps > 1 and self.done == steps:
+            self.resumed = steps
+        finished = self.done == self.total and now - self.began > self.short_s
+        if now - self.told < self.every_s and not finished:
+            return
+        self.told = now
+        fresh = self.done - self.resumed
+        left = (now - self.began) / fresh * (self.total - self.done) if fresh else 0
+        tail = f", {note}" if note else ""
+        self.console.print(f"{self.title}: {self.done}/{self.total} {self.unit}{tail}, {_duration(left)} left")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+class ConsoleReporter:
+    """Reports to the terminal, on stderr."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False, highlight=False)
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        if not self.console.is_terminal:
+            yield _LineTask(self.console, title, total, unit)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            yield _BarTask(progress, progress.add_task(title, total=total, note=""))
+
+
+class Session:
+    """One command under way."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        # A log has no width of its own: rows are not to be broken there.
+        on_terminal = sys.stderr.isatty()
+        self.console = Console(stderr=True, soft_wrap=not on_terminal, width=None if on_terminal else _LOG_WIDTH)
+        self.reporter = ConsoleReporter(self.console)
+
+    def show(self, document: dict[str, Any], *people: RenderableType) -> None:
+        """The command's result: ``document`` where JSON was asked for, else text and tables for people."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+            return
+        for part in people:
+            self.console.print(part, markup=False, highlight=False)
+
+
+@contextmanager
+def session(as_json: bool) -> Iterator[Session]:
+    """Run a command: a UserError becomes one clear message and exit code 2, as does a stop by Ctrl-C or SIGTERM."""
+    current = Session(as_json=as_json)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield current
+    except UserError as error:
+        _fail(current, error.as_dict(), f"Error: {error}")
+    except KeyboardInterrupt:
+        what = "stopped; what was finished is kept, and the same command goes on from there"
+        _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what[0].upper()}{what[1:]}.")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(current: Session, document: dict[str, Any], text: str) -> NoReturn:
+    if current.as_json:
+        sys.stdout.write(json.dumps({"error": document}, indent=2, ensure_ascii=False) + "\n")
+    else:
+        current.console.print(text, style="red", markup=False, highlight=False)
+    raise typer.Exit(USER_ERROR)

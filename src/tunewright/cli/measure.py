@@ -1,0 +1,121 @@
+"""``advise``, ``train``, ``evaluate``, ``verdict``, ``report`` and ``adapters``: from a version to a decision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunewright.cli.app import HERE, Folder, Json, app
+from tunewright.cli.console import session
+
+Evaluation = Annotated[
+    Path | None, typer.Argument(help="An evaluation's ID, folder or evidence.json.", show_default="the newest")
+]
+
+adapters_app = typer.Typer(help="Trained adapters.", no_args_is_help=True)
+app.add_typer(adapters_app, name="adapters")
+
+
+@app.command()
+def advise(project: Folder = HERE, json: Json = False) -> None:
+    """Measure prompting on the dev split: zero-shot and retrieved demonstrations, with the untuned base."""
+    import tunewright
+    from tunewright.cli.tables import arms_table
+
+    with session(json) as current:
+        result = tunewright.open(project, current.reporter).advise()
+        advice = result.advice
+        current.show(
+            {"file": str(result.file), "measured": result.measured, **advice.model_dump(mode="json")},
+            arms_table(f"Prompting on {advice.items} dev items, untuned base", advice.arms),
+            f"Best prompting arm: {advice.best}. A fine-tune has to beat it.",
+        )
+
+
+@app.command()
+def train(project: Folder = HERE, json: Json = False) -> None:
+    """Train the recipe's adapter on the current dataset version. Goes on where it was stopped."""
+    import tunewright
+
+    with session(json) as current:
+        result = tunewright.open(project, current.reporter).train()
+        adapter = result.adapter
+        told = adapter.lineage["training"]
+        epochs = ", ".join(f"{e['dev_loss']:.3f}" for e in told["epochs"])
+        current.show(
+            {"adapter": adapter.name, "folder": str(adapter.folder), "trained": result.trained, **told},
+            f"{'Trained' if result.trained else 'Already trained'}: {adapter.folder}\n"
+            f"{told['examples']} examples, dev loss by epoch {epochs}, kept step {told['kept_step']}",
+        )
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[
+        str | None, typer.Argument(help="The adapter's name, or its beginning.", show_default="the newest")
+    ] = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Compare the adapter with zero-shot and the best prompting arm on the held-out test split."""
+    import tunewright
+    from tunewright.cli.tables import evidence_tables
+
+    with session(json) as current:
+        result = tunewright.open(project, current.reporter).evaluate(adapter)
+        current.show(
+            {
+                "folder": str(result.folder),
+                "evaluated": result.evaluated,
+                "evidence": result.evidence.model_dump(mode="json"),
+            },
+            *evidence_tables(result.evidence),
+            f"Evidence: {result.folder}",
+        )
+
+
+@app.command()
+def verdict(evaluation: Evaluation = None, project: Folder = HERE, json: Json = False) -> None:
+    """Ship (exit 0), don't ship (3) or can't tell (4), from the evidence alone."""
+    import tunewright
+    from tunewright.cli.tables import verdict_text
+
+    with session(json) as current:
+        decision = tunewright.open(project, current.reporter).verdict(evaluation)
+        current.show({"decision": decision.decision, "reasons": list(decision.reasons)}, verdict_text(decision))
+        raise typer.Exit(decision.exit_code)
+
+
+@app.command()
+def report(evaluation: Evaluation = None, project: Folder = HERE, json: Json = False) -> None:
+    """Write the evaluation's report: one HTML file that needs nothing else."""
+    import tunewright
+
+    with session(json) as current:
+        path = tunewright.open(project, current.reporter).report(evaluation)
+        current.show({"report": str(path)}, f"Report: {path}")
+
+
+@adapters_app.command("list")
+def adapters_list(project: Folder = HERE, json: Json = False) -> None:
+    """List the trained adapters, the newest last."""
+    import tunewright
+    from tunewright.adapters.registry import list_adapters
+    from tunewright.cli.tables import adapters_table
+
+    with session(json) as current:
+        known = list_adapters(tunewright.open(project).project.adapters)
+        rows = [
+            {
+                "name": a.name,
+                "digest": a.digest,
+                "created": a.lineage["created"],
+                "dataset": a.lineage["dataset"]["digest"],
+                "base": a.lineage["base"]["spec"],
+                "checkpoints": list(a.checkpoints),
+            }
+            for a in known
+        ]
+        current.show({"adapters": rows}, adapters_table(rows) if rows else "No adapter has been trained yet.")

@@ -1,0 +1,87 @@
+"""``init``, ``recipe``, ``run`` and ``demo``: the project as a whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunewright.cli.app import HERE, Folder, Json, app
+from tunewright.cli.console import session
+
+recipe_app = typer.Typer(help="The recipe's schema and resolved values.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(help="The new project's folder.")] = HERE,
+    example: Annotated[str | None, typer.Option(help="Write a complete, runnable example: legal-citations.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a commented tunewright.yaml, or a whole example project."""
+    from tunewright.demo import example_files
+    from tunewright.project import RECIPE_FILE, create_project
+    from tunewright.recipe_file import write_recipe
+
+    with session(json) as current:
+        files = example_files(example) if example else {RECIPE_FILE: write_recipe({})}
+        create_project(directory, files)
+        next_step = "tunewright run" if example else "edit it, then: tunewright data add FILE"
+        current.show(
+            {"project": str(directory), "files": sorted(files)},
+            f"Wrote {', '.join(sorted(files))} in {directory.resolve()}\nNext: {next_step}",
+        )
+
+
+@recipe_app.command("schema")
+def recipe_schema() -> None:
+    """Print the recipe's JSON Schema, for editors."""
+    from tunewright.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@recipe_app.command("show")
+def recipe_show(project: Folder = HERE, json: Json = False) -> None:
+    """Print every resolved value of the recipe, presets and defaults filled in."""
+    import yaml
+
+    import tunewright
+
+    with session(json) as current:
+        values = tunewright.open(project).project.recipe.model_dump(mode="json")
+        current.show(values, yaml.safe_dump(values, sort_keys=False).rstrip())
+
+
+@app.command()
+def run(project: Folder = HERE, json: Json = False) -> None:
+    """Go the whole road: data, advise, train, evaluate, verdict, report. Goes on where it was stopped."""
+    import tunewright
+    from tunewright.cli.tables import run_document, run_tables
+
+    with session(json) as current:
+        result = tunewright.open(project, current.reporter).run()
+        current.show(run_document(result), *run_tables(result))
+        raise typer.Exit(result.verdict.exit_code)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(help="Where the demo project goes.")] = Path("tunewright-demo"),
+    json: Json = False,
+) -> None:
+    """The example project, the whole road, and a server that answers one held-out question three ways."""
+    from tunewright.cli.tables import answers_table, run_document, run_tables
+    from tunewright.demo import ask_three_ways, open_demo
+
+    with session(json) as current:
+        road = open_demo(directory, current.reporter)
+        result = road.run()
+        answered = ask_three_ways(road, result)
+        current.show(
+            {**run_document(result), "served": answered.as_dict()}, *run_tables(result), answers_table(answered)
+        )
+        raise typer.Exit(result.verdict.exit_code)

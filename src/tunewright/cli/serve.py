@@ -1,0 +1,39 @@
+"""``serve``: the base and its adapters behind an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tunewright.cli.app import HERE, Folder, Json, app
+from tunewright.cli.console import session
+
+
+@app.command()
+def serve(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Adapters by name (or its beginning); NAME@step-N is an earlier checkpoint.",
+            show_default="all that fit the base",
+        ),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="the recipe's")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any.", show_default="the recipe's")] = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Serve the base and adapters from one copy of the base, until Ctrl-C."""
+    import tunewright
+
+    with session(json) as current:
+        service = tunewright.open(project, current.reporter).serve(adapters or (), host=host, port=port)
+
+        def started(url: str) -> None:
+            models = "\n".join(f"  {name}" for name in service.models)
+            current.show(
+                {"url": url, "models": service.models}, f"Serving at {url}/v1\n{models}\nCtrl-C stops the server."
+            )
+
+        service.run(started)

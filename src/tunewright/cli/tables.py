@@ -1,0 +1,122 @@
+"""Results as people read them, and as ``--json`` prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tunewright.data.versions import Manifest
+from tunewright.demo import ThreeAnswers
+from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Score
+from tunewright.evaluation.verdict import Verdict
+from tunewright.road import RunResult
+
+_COLOURS = {"ship": "bold green", "don't ship": "bold red", "can't tell": "bold yellow"}
+
+
+def arms_table(title: str, arms: Sequence[Arm]) -> Table:
+    """Arms with count, score and 95% interval."""
+    table = Table(title=title, title_justify="left")
+    for name in ("arm", "exact", "exact match", "95% interval", "BLEU", "prompt tokens"):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    for arm in arms:
+        table.add_row(
+            arm.name,
+            f"{arm.exact} of {arm.items}",
+            f"{arm.exact_match.value:.1%}",
+            _interval(arm.exact_match),
+            f"{100 * arm.bleu.value:.1f}",
+            f"{arm.prompt_tokens:.0f}",
+        )
+    return table
+
+
+def _interval(score: Score) -> str:
+    return f"{100 * score.interval.low:.1f} to {100 * score.interval.high:.1f}"
+
+
+def contrasts_table(contrasts: Sequence[Contrast]) -> Table:
+    """Contrasts with difference, interval, p, fixed and broken."""
+    table = Table(title="Contrasts on the test split, in points", title_justify="left")
+    for name in ("contrast", "difference", "95% interval", "p", "fixed", "broken", "detectable"):
+        table.add_column(name, justify="left" if name == "contrast" else "right", no_wrap=True)
+    for c in contrasts:
+        table.add_row(
+            f"{c.treatment} - {c.control}",
+            f"{100 * c.difference:+.1f}",
+            f"{100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f}",
+            f"{c.p_value:.2g}",
+            str(c.fixed),
+            str(c.broken),
+            f"{100 * c.minimum_detectable_effect:.1f}",
+        )
+    return table
+
+
+def evidence_tables(evidence: Evidence) -> list[RenderableType]:
+    """The arms on test and their contrasts."""
+    title = f"{evidence.items} held-out test items in {evidence.clusters} clusters"
+    return [arms_table(title, evidence.arms), contrasts_table(evidence.contrasts)]
+
+
+def verdict_text(decision: Verdict) -> Text:
+    """The decision and its reasons."""
+    text = Text(f"Verdict: {decision.decision}\n", style=_COLOURS[decision.decision])
+    text.append("\n".join(f"  {reason}" for reason in decision.reasons), style="default")
+    return text
+
+
+def run_tables(result: RunResult) -> list[RenderableType]:
+    """The whole road's result."""
+    return [*evidence_tables(result.evaluated.evidence), verdict_text(result.verdict), f"Report: {result.report}"]
+
+
+def run_document(result: RunResult) -> dict[str, Any]:
+    """The whole road's result as JSON."""
+    return {
+        "data": result.added.as_dict(),
+        "advice": result.advised.advice.model_dump(mode="json"),
+        "adapter": result.trained.adapter.name,
+        "evidence": result.evaluated.evidence.model_dump(mode="json"),
+        "verdict": {"decision": result.verdict.decision, "reasons": list(result.verdict.reasons)},
+        "report": str(result.report),
+    }
+
+
+def answers_table(answered: ThreeAnswers) -> Table:
+    """One question and who answered what."""
+    table = Table(
+        title=f"Served: {answered.question}\nReference: {answered.reference}", title_justify="left", show_lines=True
+    )
+    table.add_column("model", no_wrap=True)
+    table.add_column("answer", overflow="fold")
+    for model, answer in answered.answers.items():
+        table.add_row(model, Text(answer))
+    return table
+
+
+def version_table(versions: Sequence[Manifest]) -> Table:
+    """Dataset versions with what is in them."""
+    table = Table()
+    for name in ("version", "created", "rows", "train", "dev", "test", "clusters", "families", "conflicts", "message"):
+        text = name in {"version", "created", "message"}
+        table.add_column(name, justify="left" if text else "right", no_wrap=name != "message")
+    for version in versions:
+        c = version.counts
+        numbers = (c.rows, c.train, c.dev, c.test, c.clusters, c.families, c.conflicts)
+        table.add_row(version.digest[:12], version.created[:16], *(f"{n:,}" for n in numbers), version.message)
+    return table
+
+
+def adapters_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Stored adapters."""
+    table = Table()
+    for name in ("adapter", "created", "dataset", "base", "checkpoints"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(row["name"], row["created"], row["dataset"][:12], row["base"], ", ".join(row["checkpoints"]))
+    return table

@@ -1,0 +1,123 @@
+"""Examples too alike to be independent: which to drop as duplicates, and which to keep on one side of the split."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from tunewright.data.examples import Example
+from tunewright.data.similarity import Indices, Mask, near_pairs
+from tunewright.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The kept row that a dropped one repeats, and how similar their inputs are (Jaccard)."""
+
+    of: int
+    similarity: float
+
+
+def comparison_texts(examples: Sequence[Example]) -> list[str]:
+    """What is compared of each example: its input, normalised, without the words that all inputs begin or end with.
+
+    Normalised is NFC, casefolded, white space collapsed. An instruction written into every input says nothing about
+    which inputs are alike; left in, it would make all of them alike.
+    """
+    texts = [_normalise(e.input_text) for e in examples]
+    different = set(texts)
+    if len(different) < 2:
+        return texts
+    # Cut at the edge of a word: half a word belongs to what differs.
+    head = len(re.sub(r"\w+$", "", _common_head(different)))
+    backwards = [text[head:][::-1] for text in different]
+    tail = len(re.sub(r"\w+$", "", _common_head(backwards)))
+    return [text[head : len(text) - tail].strip() for text in texts]
+
+
+def _common_head(texts: Collection[str]) -> str:
+    """The longest beginning that all texts share: that of the first and the last in sorted order."""
+    low, high = min(texts), max(texts)
+    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return low[:same]
+
+
+def _normalise(text: str) -> str:
+    # Casefolding can leave a letter decomposed, hence NFC on both sides of it.
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return " ".join(folded.split())
+
+
+def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, reporter: Reporter) -> dict[int, Repeat]:
+    """Rows that repeat an earlier one: near-equal input, the same output and the same system turn.
+
+    Rows are taken in their order and compared with those kept so far, so that a chain of small differences is not
+    eaten up from end to end. Near-equal input with another output is no duplicate: that difference may be the task.
+
+    Args:
+        examples: all rows, the most deserving first.
+        kept: the first ``kept`` rows stay, whatever they resemble.
+        threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
+
+    Returns:
+        For each dropped row its most similar kept row.
+    """
+    numbers: dict[tuple[tuple[str, ...], str], int] = {}
+    answers = np.array([numbers.setdefault(_answer(e), len(numbers)) for e in examples], dtype=np.int64)
+    gone = np.zeros(len(examples), dtype=bool)
+    dropped: dict[int, Repeat] = {}
+
+    def wanted(first: Indices, second: Indices) -> Mask:
+        mask: Mask = (answers[first] == answers[second]) & (first >= kept) & ~gone[second]
+        return mask
+
+    for pairs in near_pairs(comparison_texts(examples), threshold, wanted, reporter, "looking for duplicates"):
+        rows, starts = np.unique(pairs.first, return_index=True)
+        ends = np.append(starts, len(pairs.first))[1:]
+        for row, start, end in zip(rows.tolist(), starts, ends, strict=True):
+            # A row of the same block may have gone since the pairs were asked for: its similarity no longer counts.
+            similarity = np.where(gone[pairs.second[start:end]], 0, pairs.similarity[start:end])
+            best = int(np.argmax(similarity))
+            if similarity[best]:
+                dropped[row] = Repeat(int(pairs.second[start + best]), float(similarity[best]))
+                gone[row] = True
+    return dropped
+
+
+def _answer(example: Example) -> tuple[tuple[str, ...], str]:
+    """What has to be equal in duplicates besides the input: "yes" to another instruction is another answer."""
+    return tuple(m.content for m in example.prompt if m.role == "system"), example.output.strip()
+
+
+def find_clusters(examples: Sequence[Example], threshold: float, reporter: Reporter) -> list[str]:
+    """For each row the name of its cluster: rows linked by any chain of near-equal inputs share one.
+
+    A cluster's name is the smallest pair key in it, so names depend on the set of rows and not on their order.
+
+    Args:
+        examples: all rows, each pair key once.
+        threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
+    """
+    count = len(examples)
+    labels: Indices = np.arange(count, dtype=np.int64)
+
+    def wanted(first: Indices, second: Indices) -> Mask:
+        mask: Mask = labels[first] != labels[second]  # already linked: one link more changes nothing
+        return mask
+
+    for pairs in near_pairs(comparison_texts(examples), threshold, wanted, reporter, "clustering"):
+        # A label is the number of a row in the cluster; a link to it stands for all links of earlier blocks.
+        ends = (np.concatenate([np.arange(count), pairs.first]), np.concatenate([labels, pairs.second]))
+        links = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(count, count))
+        components = connected_components(links, directed=False)[1]
+        labels = np.unique(components, return_index=True)[1][components].astype(np.int64)
+    names: dict[int, str] = {}
+    for label, example in zip(labels.tolist(), examples, strict=True):
+        names[label] = min(names.get(label, example.pair_key), example.pair_key)
+    return [names[label] for label in labels.tolist()]

@@ -1,0 +1,126 @@
+"""What the user is told while files are added: everything that is left out, moved or doubtful, by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from tunewright.data.formats import Fault
+from tunewright.data.splits import Split
+from tunewright.data.versions import Member
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+
+FEW_TRAINING_PAIRS = 500
+LARGE_CLUSTER = 0.05
+_MOST_FAULTS = 50
+_MOST_EXAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """A row that was dropped, and the kept one that it repeats: its pair key and where it is found."""
+
+    source: str
+    line: int
+    key: str
+    of: str
+    of_place: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """One input with several outputs; outputs, pair keys and places go together."""
+
+    input: str
+    outputs: tuple[str, ...]
+    keys: tuple[str, ...]
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """A row that changed its split, because new rows made its cluster part of another."""
+
+    key: str
+    before: Split
+    now: Split
+
+
+def faulty(faults: Sequence[Fault]) -> UserError:
+    """The refusal of files with faulty rows."""
+    told = _listed((str(fault) for fault in faults), len(faults), _MOST_FAULTS, "--skip-bad names each of them")
+    return UserError(
+        f"{_count(len(faults), 'faulty row')}, nothing was added\n{told}",
+        fix="Mend them, or add the others with --skip-bad.",
+    )
+
+
+def skipped(faults: Sequence[Fault]) -> str:
+    """The warning of faulty rows left out: all of them, because nothing else names them before they are gone."""
+    told = _listed((str(fault) for fault in faults), len(faults), len(faults), "")
+    return f"{_count(len(faults), 'faulty row')} left out:\n{told}"
+
+
+def duplicates(dropped: Sequence[Duplicate]) -> str:
+    """The warning of dropped duplicates."""
+    told = (f"{d.source}:{d.line} repeats {d.of_place} (similarity {d.similarity:.2f})" for d in dropped)
+    listed = _listed(told, len(dropped), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
+    return f"{_count(len(dropped), 'row')} left out, with the input (nearly) and the output of another:\n{listed}"
+
+
+def warn_of_contents(
+    members: Sequence[Member],
+    conflicts: Sequence[Conflict],
+    moved: Sequence[Move],
+    new: Collection[str],
+    reporter: Reporter,
+) -> None:
+    """Warn of what a new version holds: conflicts with new rows, moved rows, a large cluster, little to train on."""
+    fresh = [conflict for conflict in conflicts if any(key in new for key in conflict.keys)]
+    if fresh:
+        told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in fresh)
+        listed = _listed(told, len(fresh), _MOST_EXAMPLES, "the result lists all")
+        reporter.warn(f"{_count(len(fresh), 'input')} with different outputs, all kept; which is right?\n{listed}")
+    for (before, now), count in Counter((move.before, move.now) for move in moved).items():
+        reporter.warn(
+            f"{_count(count, 'row')} moved from {before} to {now}: new rows are nearly equal to rows of both. Adapters "
+            f"trained on an earlier version may have seen them; train anew before you compare."
+        )
+    name, largest = Counter(m.cluster for m in members).most_common(1)[0]
+    if largest > LARGE_CLUSTER * len(members):
+        text = next(m.example.input_text for m in members if m.key == name)
+        reporter.warn(
+            f"one cluster of nearly equal inputs holds {largest} of {len(members)} rows and stays on one side of the "
+            f"split: {_excerpt(text)}. If that is an instruction written into each of them, move it to data.system."
+        )
+    training = sum(m.split == "train" for m in members)
+    if training < FEW_TRAINING_PAIRS:
+        reporter.warn(
+            f"{_count(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: expect the adapter to learn them "
+            "by heart (training loss falls, dev loss rises), and a test too small to show anything but large gains."
+        )
+
+
+def _outputs(conflict: Conflict) -> str:
+    return "; ".join(
+        f"{_excerpt(output)} ({place})" for output, place in zip(conflict.outputs, conflict.places, strict=True)
+    )
+
+
+def _listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
+    shown = [f"  {line}" for _, line in zip(range(most), lines, strict=False)]
+    if count > most:
+        shown.append(f"  and {count - most} more: {where_all}")
+    return "\n".join(shown)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _excerpt(text: str) -> str:
+    line = " ".join(text.split())
+    return f'"{line if len(line) <= 60 else line[:59] + "…"}"'

@@ -1,0 +1,69 @@
+"""The demo: an example project, the whole road, and one held-out question answered three ways by a real server."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tunewright.errors import UserError
+from tunewright.examples import legal_citations
+from tunewright.progress import Reporter
+from tunewright.project import RECIPE_FILE, create_project
+from tunewright.road import Road, RunResult
+
+
+@dataclass(frozen=True)
+class ThreeAnswers:
+    """One test item's question and the answers of the base, the adapter and the adapter's earlier checkpoint."""
+
+    question: str
+    reference: str
+    answers: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answers as ``--json`` prints them."""
+        return asdict(self)
+
+
+def example_files(name: str) -> dict[str, str]:
+    """The files of the example project called ``name``.
+
+    Raises:
+        UserError: there is no such example.
+    """
+    if name != legal_citations.NAME:
+        raise UserError(f"there is no example {name!r}", where="--example", fix=f"There is: {legal_citations.NAME}.")
+    return legal_citations.project_files()
+
+
+def open_demo(directory: Path, reporter: Reporter) -> Road:
+    """The demo project in ``directory``: a new one, or the one that is there already."""
+    if not (directory / RECIPE_FILE).exists():
+        create_project(directory, example_files(legal_citations.NAME))
+        reporter.say(f"Wrote the example project {legal_citations.NAME} in {directory}")
+    return Road(directory, reporter)
+
+
+def ask_three_ways(road: Road, result: RunResult) -> ThreeAnswers:
+    """Serve base, adapter and earliest checkpoint, and ask each the first question of the test split."""
+    adapter = result.trained.adapter
+    earlier = [f"{adapter.name}@{step}" for step in adapter.checkpoints][:1]
+    member = road.version().examples("test")[0]
+    service = road.serve([adapter.name, *earlier], port=0)
+    answers = {}
+    with service.running() as url, httpx.Client(base_url=url, timeout=120) as client:
+        for model in [road.base.spec, *earlier, adapter.name]:
+            reply = client.post(
+                "/v1/chat/completions",
+                json={
+                    "model": model,
+                    "messages": [m.as_dict() for m in member.example.prompt],
+                    "max_tokens": result.advised.advice.max_new_tokens,
+                },
+            )
+            reply.raise_for_status()
+            answers[model] = reply.json()["choices"][0]["message"]["content"]
+    return ThreeAnswers(member.example.input_text, member.example.output, answers)

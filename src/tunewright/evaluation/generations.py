@@ -1,0 +1,128 @@
+"""Generated answers, each journalled as soon as it is there, so that no answer is ever computed twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tunewright.adapters.registry import Adapter
+from tunewright.chat.templates import stop_ids, template_digest
+from tunewright.disk import digest, writing
+from tunewright.models.bases import Base
+from tunewright.models.loading import generation_config, load_model, load_tokenizer, with_adapters
+from tunewright.progress import Reporter
+
+_ENGINE = "decoding-1"
+"""Part of every key: to be counted up when a change of the decoding loop changes answers."""
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer."""
+
+    text: str
+    truncated: bool
+    """It ran into the token limit."""
+
+
+class Generator:
+    """Answers prompts greedily with the base, adapter off or on; the base is loaded once, and only if needed."""
+
+    def __init__(self, base: Base, dtype: str, batch_size: int, work: Path, reporter: Reporter) -> None:
+        self.base = base
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.folder = work / "generations"
+        self.reporter = reporter
+        self.tokenizer = load_tokenizer(base)
+        self.stop_ids = stop_ids(self.tokenizer, generation_config(base))
+        self._model: Any = None
+        self._loaded: Adapter | None = None
+
+    def answer(
+        self, title: str, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None = None
+    ) -> list[Generation]:
+        """Answers in the prompts' order."""
+        journal = self.folder / f"{self._key(max_new_tokens, adapter)[:16]}.jsonl"
+        known = dict(_read(journal))
+        missing = sorted({p for p in prompts if digest(p) not in known})
+        if missing:
+            with (
+                writing(journal),
+                _appending(journal) as file,
+                self.reporter.task(title, len(missing), "answers") as task,
+            ):
+                model = self._with(adapter)
+
+                def keep(index: int, completion: Any) -> None:
+                    text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+                    key = digest(missing[index])
+                    known[key] = Generation(text, completion.finish == "length")
+                    file.write(json.dumps({"prompt": key, **asdict(known[key])}, ensure_ascii=False) + "\n")
+                    file.flush()
+                    task.advance()
+
+                self._generate(model, missing, max_new_tokens, adapter, keep)
+        return [known[digest(p)] for p in prompts]
+
+    def _generate(
+        self, model: Any, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None, keep: Any
+    ) -> None:
+        from tunewright.models.decoding import Request, generate
+
+        generate(
+            model,
+            [Request(p, adapter.name if adapter else None, max_new_tokens) for p in prompts],
+            stop_ids=self.stop_ids,
+            pad_id=self.tokenizer.pad_token_id,
+            batch_size=self.batch_size,
+            on_finished=keep,
+        )
+
+    def _with(self, adapter: Adapter | None) -> Any:
+        if self._model is None:
+            self.reporter.say(f"Loading {self.base.spec}")
+            self._model = load_model(self.base, self.dtype)
+        if adapter is not None and self._loaded is None:
+            self._model, self._loaded = with_adapters(self._model, {adapter.name: adapter.folder}), adapter
+        assert adapter is None or adapter == self._loaded, "one adapter for each generator"
+        return self._model
+
+    def _key(self, max_new_tokens: int, adapter: Adapter | None) -> str:
+        return digest(
+            {
+                "engine": _ENGINE,
+                "base": self.base.digest,
+                "template": template_digest(self.tokenizer),
+                "adapter": adapter.digest if adapter else None,
+                "dtype": self.dtype,
+                "max_new_tokens": max_new_tokens,
+            }
+        )
+
+
+def _read(journal: Path) -> Iterator[tuple[str, Generation]]:
+    if not journal.exists():
+        return
+    for line in journal.read_text(encoding="utf-8").split("\n"):
+        try:
+            row: Mapping[str, Any] = json.loads(line)
+            yield row["prompt"], Generation(row["text"], row["truncated"])
+        except json.JSONDecodeError:
+            # The last line of a run that was killed while writing it: that answer is made again.
+            continue
+
+
+@contextmanager
+def _appending(journal: Path) -> Iterator[TextIO]:
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("a", encoding="utf-8") as file:
+        # Ends a half-written line, if there is one.
+        file.write("\n")
+        yield file

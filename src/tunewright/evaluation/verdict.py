@@ -1,0 +1,133 @@
+"""Ship, don't ship or can't tell: a pure function of the evidence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from tunewright.evaluation.evidence import Arm, Contrast, Evidence
+from tunewright.evaluation.metrics import p_text, points_text, score_text
+
+Decision = Literal["ship", "don't ship", "can't tell"]
+
+SIGNIFICANT = 0.05
+FEWEST_CLUSTERS = 6
+"""With c clusters the smallest two-sided p of a test that swaps them is 2 / 2**c: below 0.05 from six on."""
+
+_EXIT_CODES: dict[Decision, int] = {"ship": 0, "don't ship": 3, "can't tell": 4}
+_TRUNCATED_SHARE = 0.05  # above this, a low score may be the token limit's doing
+
+# Widening the sample until the interval's end just touches the margin would succeed every other time; this succeeds
+# in 80% of the cases: ((z_0.975 + z_0.8) / z_0.975) squared.
+_POWER_FACTOR = ((1.95996 + 0.84162) / 1.95996) ** 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do, and why in plain sentences; the first reason is the measurement itself."""
+
+    decision: Decision
+    reasons: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 to ship, 3 not to (a measured no), 4 where it can't be told."""
+        return _EXIT_CODES[self.decision]
+
+
+def verdict(evidence: Evidence) -> Verdict:
+    """Decide by the first contrast: the tuned arm against the best prompting arm.
+
+    Ship when the whole 95% interval lies above the margin and the test is significant too (resampling a handful of
+    items proves nothing). Don't ship when the whole interval lies at or below the margin, or when tuned is
+    significantly worse. Otherwise, and always with fewer than `FEWEST_CLUSTERS` clusters, it can't be told.
+    """
+    contrast = evidence.contrasts[0]
+    decision, why = _decide(evidence, contrast)
+    return Verdict(decision, (_measurement(evidence, contrast), *why, *_cautions(evidence, contrast)))
+
+
+def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]]:
+    margin = _points(evidence.margin)
+    if evidence.clusters < FEWEST_CLUSTERS:
+        return "can't tell", [
+            f"The test items form {_count(evidence.clusters, 'independent cluster')}; below {FEWEST_CLUSTERS} no "
+            f"difference can be significant. Put more unlike items into the test split."
+        ]
+    if contrast.difference < 0 and contrast.p_value < SIGNIFICANT:
+        return "don't ship", [f"Tuned is significantly worse than {contrast.control}."]
+    if contrast.interval.high <= evidence.margin:
+        return "don't ship", [f"The whole interval lies at or below the margin of {margin}: no gain worth shipping."]
+    if contrast.interval.low <= evidence.margin:
+        return "can't tell", [
+            f"The interval holds values on both sides of the margin of {margin}.",
+            _power(evidence, contrast),
+            _what_would_settle_it(evidence, contrast),
+        ]
+    if contrast.p_value >= SIGNIFICANT:
+        return "can't tell", [
+            f"The interval lies above the margin of {margin}, but the test, which guards small samples, does not "
+            f"confirm it. Measure on more test items.",
+        ]
+    return "ship", [f"The whole interval lies above the margin of {margin}, and the test agrees."]
+
+
+def _measurement(evidence: Evidence, contrast: Contrast) -> str:
+    treatment, control = evidence.arm(contrast.treatment), evidence.arm(contrast.control)
+    interval = contrast.interval
+    return (
+        f"{_scored(evidence, treatment)} against {_scored(evidence, control)} on {_count(evidence.items, 'test item')} "
+        f"({_count(evidence.clusters, 'cluster')}): {points_text(contrast.difference)} points, 95% interval "
+        f"{points_text(interval.low)} to {points_text(interval.high)}, {p_text(contrast.p_value)} ({contrast.test}); "
+        f"{contrast.fixed} fixed, {contrast.broken} broken."
+    )
+
+
+def _power(evidence: Evidence, contrast: Contrast) -> str:
+    return (
+        f"This many items would show a true difference of {100 * contrast.minimum_detectable_effect:.1f} points or "
+        f"more (80% power); the margin is {_points(evidence.margin)}."
+    )
+
+
+def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:
+    """How many test items would bring the interval off the margin, if the difference stays what it is."""
+    gap = contrast.difference - evidence.margin
+    half = contrast.difference - contrast.interval.low if gap > 0 else contrast.interval.high - contrast.difference
+    if half * math.sqrt(_POWER_FACTOR / 20) >= abs(gap):
+        return "The difference is so close to the margin that even 20 times as many test items would hardly settle it."
+    needed = _two_digits(evidence.items * max(_POWER_FACTOR * (half / gap) ** 2, 1.1))
+    side = "above" if gap > 0 else "below"
+    return (
+        f"About {needed:,} test items in all ({needed - evidence.items:,} more) would settle it, "
+        f"if the true difference is {points_text(contrast.difference)} points ({side} the margin)."
+    )
+
+
+def _cautions(evidence: Evidence, contrast: Contrast) -> list[str]:
+    arms = [evidence.arm(contrast.treatment), evidence.arm(contrast.control)]
+    return [
+        f"Caution: {arm.truncated} of {arm.items} answers of {arm.name} ran into the token limit; "
+        f"raise evaluate.max_new_tokens to see whether that is why they score low."
+        for arm in arms
+        if arm.truncated > _TRUNCATED_SHARE * arm.items
+    ]
+
+
+def _scored(evidence: Evidence, arm: Arm) -> str:
+    return f"{arm.name} {score_text(evidence.metric, arm.score(evidence.metric).value)}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:g} points"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _two_digits(number: float) -> int:
+    """Round up to two significant digits: more would pretend to know."""
+    step = int(10 ** max(math.floor(math.log10(number)) - 1, 0))
+    return math.ceil(number / step) * step

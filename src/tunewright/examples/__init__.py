@@ -1,0 +1,1 @@
+"""Domain projects that run: what ``tunewright init --example`` writes."""

@@ -1,0 +1,165 @@
+"""Finding a base: a folder, a hub id pinned to a commit, or the bundled model; checked before anything loads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from tunewright.disk import digest, file_digest, write_json
+from tunewright.errors import UserError
+from tunewright.models.bundled import BUNDLED, bundled_folder
+from tunewright.models.hub import hub_folder
+from tunewright.progress import Reporter
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Base:
+    """An open-weight base on this machine's disk."""
+
+    spec: str
+    """As the recipe names it."""
+    folder: Path
+    commit: str | None
+    """The hub commit that the revision was pinned to; None for a folder and for the bundled model."""
+    architecture: str
+    files: dict[str, str]
+    """SHA-256 of each file that decides what the model computes, by name."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the files' digests: the identity of the base, wherever it lies."""
+        return digest(self.files)
+
+
+def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Base:
+    """Find, fetch and check the base that ``spec`` names; relative folders count from ``root``.
+
+    Raises:
+        UserError: nothing there, not a Llama or Mistral, no safetensors weights, remote code, quantized weights,
+            or a hub that is gated or cannot be reached.
+    """
+    commit = None
+    kind, _, name = spec.rpartition(":")
+    if kind == "bundled":
+        folder = bundled_folder(name, reporter)
+    elif kind:
+        raise UserError(f"there is no base {spec!r}", where="base", fix=f"The bundled base is bundled:{BUNDLED}.")
+    elif (root / Path(spec).expanduser()).is_dir():
+        folder = (root / Path(spec).expanduser()).resolve()
+    elif _HUB_ID.fullmatch(spec):
+        folder, commit = hub_folder(spec, revision, root / "base.lock.json", reporter)
+    else:
+        raise UserError(
+            f"{spec!r} is neither a folder nor a hub id",
+            where="base",
+            fix=f"Give a folder that holds config.json, an id such as meta-llama/Llama-3.1-8B, or bundled:{BUNDLED}.",
+        )
+    if revision is not None and commit is None:
+        raise UserError("only a hub id has a revision", where="revision", fix="Remove the key revision.")
+    architecture = check_base_folder(folder)
+    return Base(spec, folder, commit, architecture, _file_digests(folder))
+
+
+def check_base_folder(folder: Path) -> str:
+    """The architecture of the base in ``folder``.
+
+    Raises:
+        UserError: the folder is not a base that can be trained and served.
+    """
+    config = _read_config(folder)
+    where = str(folder / "config.json")
+    architectures = config.get("architectures") or []
+    if config.get("auto_map"):
+        raise UserError(
+            "this base wants to run code of its own (auto_map)", where=where, fix="Code from a base is never run."
+        )
+    if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+        raise UserError(
+            f"architecture {', '.join(map(str, architectures)) or 'unknown'}; "
+            f"supported are {' and '.join(ARCHITECTURES)}",
+            where=where,
+        )
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"the weights are already quantized ({method})",
+            where=where,
+            fix="Give the original base in bfloat16, float16 or float32.",
+        )
+    _check_weights(folder)
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+        raise UserError("no tokenizer.json and no tokenizer.model", where=str(folder))
+    return str(architectures[0])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no config.json: this folder holds no base", where=str(folder)) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"not JSON: {error}", where=str(path)) from None
+    if not isinstance(config, dict):
+        raise UserError("not a model configuration", where=str(path))
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        wanted = ["model.safetensors"]
+    missing = [name for name in wanted if not (folder / name).exists()]
+    if missing:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
+        fix = "Only safetensors are read; .bin and .pth files can run code." if pickled else None
+        raise UserError(f"no weights: {', '.join(missing)} missing", where=str(folder), fix=fix)
+    from safetensors import SafetensorError, safe_open
+
+    for name in wanted:
+        try:
+            with safe_open(folder / name, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"damaged weights: {error}", where=str(folder / name)) from None
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 by name; remembered by size and time of change, since a 70B base takes minutes to read."""
+    cache_file = platformdirs.user_cache_path("tunewright") / "digests.json"
+    try:
+        cache = json.loads(cache_file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        cache = {}
+    digests, fresh = {}, {}
+    for path in sorted(folder.iterdir()):
+        if not _decides(path):
+            continue
+        stat = path.stat()
+        key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
+        digests[path.name] = fresh[key] = cache.get(key) or file_digest(path)
+    if not fresh.keys() <= cache.keys():
+        write_json(cache_file, {**cache, **fresh})
+    return digests
+
+
+def _decides(path: Path) -> bool:
+    return path.suffix in {".safetensors", ".jinja", ".model"} or path.name in {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }

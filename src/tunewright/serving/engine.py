@@ -1,0 +1,228 @@
+"""The engine ``peft``: one thread that owns the model and the running batch, and hands out tokens as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunewright.models.decoding import Batch, Finish, Request, Row, prefill_groups
+
+log = logging.getLogger("tunewright")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A name that clients ask for, and the PEFT adapter that answers to it (None: the base)."""
+
+    name: str
+    adapter: str | None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The newest tokens of one answer; ``finish`` is set on the last delta (which may be without tokens)."""
+
+    ids: tuple[int, ...]
+    finish: Finish | None
+
+
+class RequestFailedError(Exception):
+    """The model could not compute this one request; the engine goes on."""
+
+
+class EngineStoppedError(Exception):
+    """The engine has stopped, on demand or because the model failed: it answers nothing any more."""
+
+
+_Outcome = Delta | RequestFailedError | EngineStoppedError
+
+
+class _Ticket:
+    """One request's way through the engine; all of it but ``cancelled`` belongs to the engine's thread."""
+
+    def __init__(self, request: Request, deliver: Callable[[_Outcome], None]) -> None:
+        self.request = request
+        self.cancelled = False
+        self.row: Row | None = None
+        self._deliver = deliver
+        self._delivered = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.row is not None and self.row.finish is not None
+
+    def send_new_tokens(self) -> None:
+        assert self.row is not None
+        new = tuple(self.row.ids[self._delivered :])
+        self._delivered += len(new)
+        self.send(Delta(new, self.row.finish))
+
+    def send(self, outcome: _Outcome) -> None:
+        try:
+            self._deliver(outcome)
+        except RuntimeError:
+            # The listener's event loop is closed: nobody waits for this answer any more.
+            self.cancelled = True
+
+
+class Engine:
+    """Answers requests for the base and its adapters together, in one batch.
+
+    Args:
+        model: see :class:`tunewright.models.decoding.Batch`; from here on only this engine may use it.
+        models: the names that clients may ask for.
+        stop_ids, pad_id: see :class:`tunewright.models.decoding.Batch`.
+        max_batch: the most rows that decode at once; further requests wait in the order of their arrival.
+        context_length: the most tokens that prompt and answer may have together.
+
+    Raises:
+        UserError: an adapter is of a kind that cannot share a batch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        models: Sequence[ServedModel],
+        *,
+        stop_ids: Collection[int],
+        pad_id: int,
+        max_batch: int,
+        context_length: int,
+    ) -> None:
+        assert max_batch >= 1
+        self.models = {served.name: served for served in models}
+        assert len(self.models) == len(models), "names of models are unique"
+        self.context_length = context_length
+        self._batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id)
+        self._max_batch = max_batch
+        self._changed = threading.Condition()
+        self._waiting: deque[_Ticket] = deque()
+        self._running: list[_Ticket] = []
+        self._stopped: str | None = None
+        self._thread = threading.Thread(target=self._run, name="tunewright-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the engine answers nothing any more, or None while it does."""
+        return self._stopped
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that decode now, and requests that wait."""
+        with self._changed:
+            return len(self._running), len(self._waiting)
+
+    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Tokens as they come; closing the iterator early (or cancelling its task) takes the request out.
+
+        Raises:
+            RequestFailedError: this request could not be computed.
+            EngineStoppedError: the engine has stopped, before or meanwhile.
+        """
+        loop = asyncio.get_running_loop()
+        outcomes: asyncio.Queue[_Outcome] = asyncio.Queue()
+
+        def deliver(outcome: _Outcome) -> None:
+            loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
+
+        ticket = _Ticket(request, deliver)
+        self._submit(ticket)
+        try:
+            while True:
+                outcome = await outcomes.get()
+                if not isinstance(outcome, Delta):
+                    raise outcome
+                yield outcome
+                if outcome.finish:
+                    return
+        finally:
+            self._cancel(ticket)
+
+    def stop(self) -> None:
+        """Stop at once: what waits or runs gets :class:`EngineStoppedError`. Returns when the thread has ended."""
+        with self._changed:
+            self._stopped = self._stopped or "The server is shutting down."
+            self._changed.notify()
+        self._thread.join()
+
+    def _submit(self, ticket: _Ticket) -> None:
+        with self._changed:
+            if self._stopped:
+                raise EngineStoppedError(self._stopped)
+            self._waiting.append(ticket)
+            self._changed.notify()
+
+    def _cancel(self, ticket: _Ticket) -> None:
+        with self._changed:
+            ticket.cancelled = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._turn()
+        except Exception as error:
+            log.exception("the engine has failed; the server answers 503 from now on")
+            with self._changed:
+                self._stopped = f"The model failed and the server must be restarted: {error}"
+        with self._changed:
+            assert self._stopped is not None
+            for ticket in (*self._running, *self._waiting):
+                ticket.send(EngineStoppedError(self._stopped))
+            self._running, self._waiting = [], deque()
+
+    def _wait_for_work(self) -> bool:
+        """Sleep while there is nothing to do; False once the engine is to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._running or self._waiting)
+            return self._stopped is None
+
+    def _turn(self) -> None:
+        """Drop who has hung up, let newcomers in, move every row on by one token."""
+        with self._changed:
+            gone = [ticket for ticket in self._running if ticket.cancelled]
+            self._running = [ticket for ticket in self._running if not ticket.cancelled]
+            self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+            room = min(self._max_batch - len(self._running), len(self._waiting))
+            newcomers = [self._waiting.popleft() for _ in range(room)]
+            # They count as running from here on: whatever happens now, they hear of it.
+            self._running += newcomers
+        for ticket in gone:
+            if ticket.row is not None:
+                self._batch.cancel(ticket.row)
+        for group in prefill_groups([len(ticket.request.prompt_ids) for ticket in newcomers]):
+            self._admit([newcomers[place] for place in group])
+        self._let_go_finished()
+        if self._batch.rows:
+            self._batch.step()
+            for ticket in self._running:
+                ticket.send_new_tokens()
+            self._let_go_finished()
+
+    def _admit(self, tickets: list[_Ticket]) -> None:
+        """Prefill together; where that fails, one by one, so that only the request at fault fails."""
+        try:
+            rows = self._batch.admit([ticket.request for ticket in tickets])
+        except Exception as error:
+            if len(tickets) > 1:
+                for ticket in tickets:
+                    self._admit([ticket])
+                return
+            log.exception("a request could not be computed")
+            with self._changed:
+                self._running.remove(tickets[0])
+            tickets[0].send(RequestFailedError(f"The model could not compute this request: {error}"))
+            return
+        for ticket, row in zip(tickets, rows, strict=True):
+            ticket.row = row
+            ticket.send_new_tokens()
+
+    def _let_go_finished(self) -> None:
+        with self._changed:
+            self._running = [ticket for ticket in self._running if not ticket.finished]

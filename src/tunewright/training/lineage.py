@@ -1,0 +1,37 @@
+"""What an adapter was made of, by digest and version."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version as package_version
+from typing import Any
+
+from tunewright.data.splits import SPLITS
+from tunewright.data.versions import DatasetVersion
+from tunewright.models.bases import Base
+from tunewright.recipe import Recipe
+
+_PACKAGES = ("tunewright", "torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
+
+
+def packages() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers."""
+    return {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}}
+
+
+def training_lineage(recipe: Recipe, version: DatasetVersion, base: Base, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Everything but the training's own numbers; ``created`` is UTC, ISO 8601."""
+    return {
+        "schema_version": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dataset": {
+            "digest": version.digest,
+            "splits": {s: {"digest": version.split_digest(s), "examples": len(version.examples(s))} for s in SPLITS},
+        },
+        "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
+        "template_digest": inputs["template"],
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "packages": packages(),
+    }

@@ -1,0 +1,212 @@
+"""LoRA training with trl and peft: loss on the answer only, resumable, the best epoch kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.adapters.registry import CONFIG, Adapter, list_adapters, store_adapter
+from tunewright.chat.templates import Tokens, stop_ids, template_digest
+from tunewright.data.versions import DatasetVersion
+from tunewright.disk import digest, write_json, writing
+from tunewright.models.bases import Base
+from tunewright.models.loading import device, generation_config, load_model, load_tokenizer, quiet_transformers
+from tunewright.progress import Reporter
+from tunewright.project import Project
+from tunewright.recipe import Recipe
+from tunewright.training.callbacks import Follow, KeepCheckpoints, complete_checkpoint
+from tunewright.training.lineage import training_lineage
+from tunewright.training.rows import as_columns, encode_members
+from tunewright.training.stopping import stop_on_signal
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` did."""
+
+    adapter: Adapter
+    trained: bool
+    """False when an adapter with the same inputs was there already."""
+
+
+def train(project: Project, version: DatasetVersion, base: Base, reporter: Reporter) -> TrainResult:
+    """Train the recipe's adapter on a dataset version, or find the one already trained on the same inputs.
+
+    A run that was stopped goes on from its last whole checkpoint.
+
+    Raises:
+        UserError: an example that cannot be trained on whole, a full disk, or a loss that is no longer a number.
+        KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
+    """
+    recipe = project.recipe
+    tokenizer = load_tokenizer(base)
+    inputs = {
+        "dataset": version.digest,
+        "base": base.digest,
+        "template": template_digest(tokenizer),
+        "train": recipe.train.model_dump(mode="json", exclude={"checkpoint_every"}),
+        "seed": recipe.seed,
+    }
+    identity = digest(inputs)
+    for adapter in list_adapters(project.adapters):
+        if adapter.lineage["inputs_digest"] == identity and adapter.name.startswith(f"{recipe.name}-"):
+            adapter.verify()
+            return TrainResult(adapter, trained=False)
+
+    members = {split: version.examples(split) for split in ("train", "dev")}
+    work = project.work / "training" / identity[:12]
+    model = load_model(base, recipe.train.dtype)
+    stops = stop_ids(tokenizer, generation_config(base))
+    encoded = {s: encode_members(tokenizer, m, recipe.train.max_length, stops) for s, m in members.items()}
+    with quiet_transformers(), writing(work):
+        run = _Run(recipe, work, reporter)
+        epochs, history, seconds = run.fit(model, tokenizer, encoded["train"], encoded["dev"])
+        best = min(epochs, key=lambda e: e.dev_loss)
+        for epoch in epochs:
+            _name_base(epoch.folder, base)
+        lineage = {
+            **training_lineage(recipe, version, base, inputs),
+            "inputs_digest": identity,
+            "training": {
+                "examples": len(encoded["train"]),
+                "trained_tokens": sum(sum(t.loss_mask) for t in encoded["train"]),
+                "epochs": [{"step": e.step, "epoch": e.epoch, "dev_loss": e.dev_loss} for e in epochs],
+                "kept_step": best.step,
+                "seconds": round(seconds, 1),
+                "device": device(),
+            },
+        }
+        earlier = {f"step-{e.step}": e.folder for e in epochs if e is not best}
+        adapter = store_adapter(project.adapters, recipe.name, best.folder, earlier, lineage, history)
+    shutil.rmtree(work)
+    if best is not epochs[-1]:
+        reporter.warn(f"The dev loss was lowest after epoch {best.epoch:g}: that adapter is kept, not the last one.")
+    return TrainResult(adapter, trained=True)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The adapter at the end of one epoch."""
+
+    step: int
+    epoch: float
+    dev_loss: float
+    folder: Path
+
+
+class _Run:
+    """One training run in its working folder."""
+
+    def __init__(self, recipe: Recipe, work: Path, reporter: Reporter) -> None:
+        self.recipe = recipe
+        self.work = work
+        self.reporter = reporter
+
+    def fit(
+        self, model: Any, tokenizer: Any, train: Sequence[Tokens], dev: Sequence[Tokens]
+    ) -> tuple[list[Epoch], list[dict[str, Any]], float]:
+        """Train to the end: the epochs' adapters, the loss history, and seconds of this process."""
+        from datasets import Dataset
+        from peft import LoraConfig, TaskType
+        from transformers import PrinterCallback, set_seed
+        from trl import SFTTrainer
+
+        settings = self.recipe.train
+        steps_an_epoch = math.ceil(len(train) / settings.batch_size)
+        steps = steps_an_epoch * settings.epochs
+        # Before the adapter is made: its A matrices are drawn at random.
+        set_seed(self.recipe.seed)
+        lora = LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=list(settings.targets),
+        )
+        checkpoint = complete_checkpoint(self.work)
+        with (
+            stop_on_signal() as stop,
+            self.reporter.task(f"Training {self.recipe.name}", steps, "steps") as task,
+        ):
+            trainer = SFTTrainer(
+                model=model,
+                args=self._arguments(steps),
+                train_dataset=Dataset.from_dict(as_columns(train)),
+                eval_dataset=Dataset.from_dict(as_columns(dev)),
+                processing_class=tokenizer,
+                peft_config=lora,
+                callbacks=[Follow(task), KeepCheckpoints(self.work, stop)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            if checkpoint is not None:
+                done = int(checkpoint.name.removeprefix("checkpoint-"))
+                self.reporter.say(f"Going on from step {done} of {steps}")
+                task.advance(done)
+            began = time.monotonic()
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            seconds = time.monotonic() - began
+        if stop.asked:
+            self.reporter.say(f"Stopped at step {trainer.state.global_step} of {steps}, which is saved.")
+            raise KeyboardInterrupt
+        history = [_history_row(entry) for entry in trainer.state.log_history if "train_runtime" not in entry]
+        return self._epochs(history), history, seconds
+
+    def _arguments(self, steps: int) -> Any:
+        import torch
+        from trl import SFTConfig
+
+        settings = self.recipe.train
+        micro_batch = settings.micro_batch or settings.batch_size
+        return SFTConfig(
+            output_dir=str(self.work),
+            per_device_train_batch_size=micro_batch,
+            per_device_eval_batch_size=micro_batch,
+            gradient_accumulation_steps=settings.batch_size // micro_batch,
+            num_train_epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+            warmup_steps=math.ceil(settings.warmup * steps),
+            weight_decay=0.0,
+            seed=self.recipe.seed,
+            bf16=settings.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            # Recomputing activations trades a third of the speed for memory that LoRA on the CPU has to spare.
+            gradient_checkpointing=torch.cuda.is_available(),
+            # Rows of like length together: less padding.
+            train_sampling_strategy="group_by_length",
+            # Rows come ready-made, and none is longer than the recipe's limit: nothing is left to cut.
+            max_length=None,
+            eval_strategy="epoch",
+            save_strategy="steps",
+            save_steps=settings.checkpoint_every,
+            save_total_limit=2,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    def _epochs(self, history: Sequence[dict[str, Any]]) -> list[Epoch]:
+        ends = [row for row in history if "eval_loss" in row]
+        return [
+            Epoch(row["step"], row["epoch"], row["eval_loss"], KeepCheckpoints.folder(self.work, row["step"]))
+            for row in ends
+        ]
+
+
+def _history_row(entry: dict[str, Any]) -> dict[str, Any]:
+    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate")
+    return {key: entry[key] for key in kept if key in entry}
+
+
+def _name_base(folder: Path, base: Base) -> None:
+    """Name the base as the recipe does, in place of a path that only this machine has."""
+    path = folder / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**config, "base_model_name_or_path": base.spec, "revision": base.commit})

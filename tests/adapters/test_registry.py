@@ -1,0 +1,69 @@
+"""Adapters on disk: named by content, found by name, refused once changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, find_adapter, list_adapters, store_adapter
+from tunewright.errors import UserError
+
+
+def _weights(folder: Path, content: bytes) -> Path:
+    folder.mkdir(parents=True)
+    (folder / WEIGHTS).write_bytes(content)
+    (folder / CONFIG).write_text("{}")
+    return folder
+
+
+def _store(tmp_path: Path, name: str, content: bytes, created: str = "2026-01-01") -> Adapter:
+    weights = _weights(tmp_path / "run" / name / content.decode(), content)
+    return store_adapter(
+        tmp_path / "adapters", name, weights, {"step-5": weights}, {"created": created}, [{"step": 1, "loss": 2.5}]
+    )
+
+
+def test_a_stored_adapter_is_named_by_its_content_and_reads_back(tmp_path: Path) -> None:
+    adapter = _store(tmp_path, "courts", b"one")
+    assert adapter.name == f"courts-{adapter.digest[:12]}"
+    assert adapter.history == [{"step": 1, "loss": 2.5}]
+    assert list(adapter.checkpoints) == ["step-5"]
+    adapter.verify()
+    assert _store(tmp_path / "again", "courts", b"one").digest == adapter.digest
+    assert _store(tmp_path, "courts", b"two").digest != adapter.digest
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    adapter = _store(tmp_path, "courts", b"one")
+    for step in (40, 100):
+        (adapter.folder / "checkpoints" / f"step-{step}").mkdir()
+    assert list(adapter.checkpoints) == ["step-5", "step-40", "step-100"]
+
+
+def test_a_changed_adapter_is_refused(tmp_path: Path) -> None:
+    adapter = _store(tmp_path, "courts", b"one")
+    (adapter.folder / WEIGHTS).write_bytes(b"One")
+    with pytest.raises(UserError, match="not the ones that were stored"):
+        adapter.verify()
+    (adapter.folder / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"missing: {WEIGHTS}"):
+        adapter.verify()
+
+
+def test_an_adapter_is_found_by_a_beginning_that_only_one_has(tmp_path: Path) -> None:
+    old = _store(tmp_path, "courts", b"one", created="2026-01-01")
+    new = _store(tmp_path, "courts", b"two", created="2026-02-01")
+    folder = tmp_path / "adapters"
+    assert [a.name for a in list_adapters(folder)] == [old.name, new.name]
+    assert find_adapter(folder) == new
+    assert find_adapter(folder, old.name[:-4]) == old
+    with pytest.raises(UserError, match="2 adapters begin with 'courts'"):
+        find_adapter(folder, "courts")
+    with pytest.raises(UserError, match="no adapter is called 'x'"):
+        find_adapter(folder, "x")
+
+
+def test_no_adapter_yet_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tunewright train"):
+        find_adapter(tmp_path)

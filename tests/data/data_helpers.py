@@ -1,0 +1,75 @@
+"""What the data tests share: a listening reporter, pairs, projects."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunewright.data.examples import Example, Message
+from tunewright.progress import LogReporter, Task
+from tunewright.project import RECIPE_FILE, Project, create_project
+
+Pair = tuple[str, str]
+
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "jetty", "kelp", "larch"]
+
+
+class _Counting:
+    def __init__(self, steps: dict[str, tuple[int, int]], title: str) -> None:
+        self.all, self.title = steps, title
+
+    def advance(self, steps: int = 1, note: str = "") -> None:  # noqa: ARG002
+        done, total = self.all[self.title]
+        self.all[self.title] = (done + steps, total)
+
+
+class Listener(LogReporter):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.warned: list[str] = []
+        self.steps: dict[str, tuple[int, int]] = {}  # title: (done, total)
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:  # noqa: ARG002
+        self.steps[title] = (0, total)
+        yield _Counting(self.steps, title)
+
+
+def example(prompt: str, completion: str, system: str | None = None) -> Example:
+    """A one-turn example."""
+    turns = [] if system is None else [Message("system", system)]
+    return Example((*turns, Message("user", prompt), Message("assistant", completion)))
+
+
+def unlike_pairs(count: int, seed: int = 0) -> list[Pair]:
+    """Pairs whose inputs have little in common."""
+    draw = random.Random(seed)
+    return [(" ".join(draw.choices(WORDS, k=8)) + f" {draw.getrandbits(40):x}", f"answer {i}") for i in range(count)]
+
+
+def write_jsonl(path: Path, pairs: Sequence[Pair]) -> Path:
+    """A prompt/completion file."""
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs), encoding="utf-8")
+    return path
+
+
+def new_project(root: Path, recipe: str = "") -> Project:
+    """A project with this recipe."""
+    return create_project(root, {RECIPE_FILE: recipe})
+
+
+def jaccard(a: str, b: str) -> float:
+    """The reference: Jaccard similarity of character 4-grams, spelled out."""
+    grams = [{t[i : i + 4] for i in range(len(t) - 3)} or {t} for t in (a, b)]
+    return len(grams[0] & grams[1]) / len(grams[0] | grams[1])

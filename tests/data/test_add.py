@@ -1,0 +1,280 @@
+"""Adding files: nothing leaks, nothing is lost silently, row order decides nothing, adding again changes nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from data_helpers import Listener, Pair, jaccard, new_project, unlike_pairs, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunewright.data.add import AddResult, add
+from tunewright.data.neighbours import comparison_texts
+from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+few_examples = settings(max_examples=20, deadline=None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Hundreds of small files are written here, and no machine loses power meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+def _add(project: Project, *pairs: Pair, listener: Listener | None = None, name: str = "pairs.jsonl") -> AddResult:
+    return add(project, [write_jsonl(project.root / name, pairs)], listener or Listener())
+
+
+def _snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _families(count: int, seed: int) -> list[Pair]:
+    """Unlike inputs, each with some near-equal ones: same output (duplicates) or another one (a family)."""
+    draw = random.Random(seed)
+    pairs: list[Pair] = []
+    for text, answer in unlike_pairs(count, seed):
+        pairs.append((text, answer))
+        for _ in range(draw.choice([0, 0, 1, 4])):
+            at = draw.randrange(len(text))
+            pairs.append((text[:at] + draw.choice("xyz") + text[at + 1 :], draw.choice([answer, "another"])))
+    return pairs
+
+
+def _assert_no_leak(version: DatasetVersion, threshold: float = 0.8) -> None:
+    members = version.members
+    texts = comparison_texts([m.example for m in members])
+    for i, a in enumerate(members):
+        for j, b in enumerate(members[:i]):
+            if a.split != b.split or a.cluster != b.cluster:
+                assert jaccard(texts[i], texts[j]) < threshold, (a, b)
+
+
+def test_pairs_become_a_version_with_three_splits(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    result = _add(project, *unlike_pairs(200))
+    version = load_version(project.dataset)
+    assert result.created
+    assert result.added == 200
+    assert result.version == version.manifest
+    assert [len(version.examples(split)) for split in ("train", "dev", "test")] == [160, 20, 20]
+    assert json.loads(json.dumps(result.as_dict()))["version"]["digest"] == version.digest
+
+
+@few_examples
+@given(seed=st.integers(0, 10_000), similarity=st.sampled_from([0.5, 0.8]))
+def test_no_two_inputs_at_the_threshold_ever_straddle_the_split(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, similarity: float
+) -> None:
+    """In the first version and in those made of it, where new rows bridge old clusters."""
+    project = new_project(tmp_path_factory.mktemp("leak") / "p", f"data: {{similarity: {similarity}}}\n")
+    pairs = _families(40, seed)
+    random.Random(seed).shuffle(pairs)
+    held_out: set[str] = set()
+    for start in range(0, len(pairs), 40):
+        _add(project, *pairs[: start + 40])
+        version = load_version(project.dataset)
+        _assert_no_leak(version, similarity)
+        test = {m.key for m in version.examples("test")}
+        assert held_out <= test
+        held_out = test
+
+
+@few_examples
+@given(seed=st.integers(0, 10_000))
+def test_neither_the_order_of_rows_nor_their_division_into_files_decides_anything(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    pairs = _families(25, seed)
+    pairs += random.Random(seed).choices(pairs, k=5)
+    one = _add(new_project(folder / "one"), *pairs)
+    random.Random(seed).shuffle(pairs)
+    many = new_project(folder / "many")
+    cuts = [0, 3, len(pairs) // 2, len(pairs)]
+    files = [write_jsonl(folder / f"{a}.jsonl", pairs[a:b]) for a, b in itertools.pairwise(cuts)]
+    other = add(many, files, Listener())
+    assert other.version.digest == one.version.digest
+    assert other.version.splits == one.version.splits
+    rows = [_snapshot(p / "dataset" / "rows") for p in (folder / "one", folder / "many")]
+    assert rows[0] == rows[1]
+
+
+@few_examples
+@given(seed=st.integers(0, 10_000))
+def test_adding_the_same_file_again_changes_nothing(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    project = new_project(tmp_path_factory.mktemp("again") / "p")
+    pairs = _families(25, seed)
+    first = _add(project, *pairs)
+    before = _snapshot(project.dataset)
+    second = _add(project, *pairs)
+    assert not second.created
+    assert second.version == first.version
+    assert second.added == 0
+    assert second.known + len(second.duplicates) == len(pairs)
+    assert _snapshot(project.dataset) == before
+
+
+def test_every_row_of_the_files_is_accounted_for(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    pairs = _families(60, 1)
+    path = write_jsonl(project.root / "pairs.jsonl", [*pairs, pairs[0], ("no answer", "")])
+    listener = Listener()
+    result = add(project, [path], listener, skip_bad=True)
+    assert result.added + len(result.duplicates) + len(result.skipped) == len(pairs) + 2
+    assert result.version.counts.rows == result.added
+
+    folder = project.dataset / "versions" / result.version.digest[:12]
+    lines = [json.loads(line) for line in (folder / "imports.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in lines] == list(range(1, len(pairs) + 3))
+    kept = {m.key for m in load_version(project.dataset).members}
+    for line in lines:
+        assert line["source"] == "pairs.jsonl"
+        if line["fate"] == "duplicate":
+            assert line["of"] in kept
+            assert line["similarity"] >= 0.8
+        elif line["fate"] == "added":
+            assert line["key"] in kept
+        else:
+            assert line["reason"] == "an empty answer"
+    assert any(f"{path}:{len(pairs) + 2}: an empty answer" in warning for warning in listener.warned)
+    [told] = [w for w in listener.warned if "left out, with the input" in w]
+    assert told.startswith(f"{len(result.duplicates)} rows")
+    assert str(tmp_path) not in (folder / "manifest.json").read_text()
+
+
+def test_a_dropped_row_is_told_with_the_row_it_repeats(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    text = "what is the monthly fee for a late card payment"
+    pairs = unlike_pairs(20)
+    _add(project, *pairs, (text, "fees"))
+    listener = Listener()
+    result = _add(project, *unlike_pairs(5, seed=9), (text + "?", "fees"), listener=listener, name="more.jsonl")
+    [dropped] = result.duplicates
+    assert (dropped.line, dropped.similarity) == (6, round(jaccard(text, text + "?"), 4))
+    assert dropped.of_place.startswith("version ")
+    assert any("more.jsonl:6 repeats version" in warning for warning in listener.warned)
+
+
+def test_a_conflict_is_kept_grouped_and_shown(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    listener = Listener()
+    pairs = [*unlike_pairs(20), ("capital of Australia", "Sydney"), ("capital of Australia", "Canberra")]
+    result = _add(project, *pairs, listener=listener)
+    [conflict] = result.conflicts
+    assert conflict.input == "capital of Australia"
+    assert set(conflict.outputs) == {"Sydney", "Canberra"}
+    assert result.version.counts.conflicts == 1
+    assert any('"Canberra"' in w and "pairs.jsonl:22" in w for w in listener.warned)
+    members = [m for m in load_version(project.dataset).members if m.key in conflict.keys]
+    assert len({m.cluster for m in members}) == 1
+
+
+def test_all_faulty_rows_are_listed_and_nothing_is_added(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    good = write_jsonl(tmp_path / "good.jsonl", unlike_pairs(20))
+    bad = write_jsonl(tmp_path / "bad.jsonl", [("a", ""), *unlike_pairs(3, seed=2), ("b", "")])
+    with pytest.raises(UserError, match="2 faulty rows, nothing was added") as caught:
+        add(project, [good, bad], Listener())
+    assert f"{bad}:1: an empty answer" in str(caught.value)
+    assert f"{bad}:5: an empty answer" in str(caught.value)
+    assert "--skip-bad" in str(caught.value)
+    assert not project.dataset.exists()
+
+
+def test_of_very_many_faulty_rows_the_first_fifty_are_listed(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    with pytest.raises(UserError) as caught:
+        _add(project, *[("a", "")] * 70)
+    assert ":50: an empty answer" in caught.value.what
+    assert ":51: an empty answer" not in caught.value.what
+    assert "and 20 more: --skip-bad" in caught.value.what
+
+
+def test_skipped_rows_are_all_named(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*unlike_pairs(20), *[("a", "")] * 70])
+    listener = Listener()
+    result = add(project, [path], listener, skip_bad=True)
+    assert len(result.skipped) == 70
+    assert all(any(f"{path}:{line}: an empty answer" in w for w in listener.warned) for line in range(21, 91))
+
+
+def test_three_rows_are_too_few_and_leave_no_version(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    with pytest.raises(UserError, match="3 independent clusters"):
+        _add(project, *unlike_pairs(3))
+    with pytest.raises(UserError, match="no dataset version yet"):
+        load_version(project.dataset)
+
+
+def test_no_file_at_all_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file to add"):
+        add(new_project(tmp_path / "p"), [], Listener())
+
+
+def test_a_bridge_moves_training_rows_to_the_test_and_says_so(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    pairs = unlike_pairs(60)
+    _add(project, *pairs)
+    version = load_version(project.dataset)
+    train, test = version.examples("train")[0], version.examples("test")[0]
+    a, b = train.example.input_text, test.example.input_text
+    # Morph one text into the other, a few letters at a time: neighbours on the way are near-equal.
+    a, b = a.ljust(len(b), "."), b.ljust(len(a), ".")
+    bridge = [(b[:i] + a[i:], f"step {i}") for i in range(len(b) + 1)]
+    listener = Listener()
+    result = _add(project, *bridge, listener=listener, name="bridge.jsonl")
+    assert [(m.key, m.before, m.now) for m in result.moved] == [(train.key, "train", "test")]
+    assert any("1 row moved from train to test" in w for w in listener.warned)
+    after = {m.key: m for m in load_version(project.dataset).members}
+    assert after[train.key].cluster == after[test.key].cluster
+    _assert_no_leak(load_version(project.dataset))
+
+
+def test_a_cluster_that_holds_much_of_the_data_is_told(tmp_path: Path) -> None:
+    listener = Listener()
+    family = [(f"the circuit court of the county of number {i:02}", f"{i}") for i in range(30)]
+    _add(new_project(tmp_path / "p"), *unlike_pairs(60), *family, listener=listener)
+    assert any("one cluster of nearly equal inputs holds 30 of 90 rows" in w for w in listener.warned)
+
+
+def test_few_training_pairs_are_told(tmp_path: Path) -> None:
+    few, enough = Listener(), Listener()
+    _add(new_project(tmp_path / "few"), *unlike_pairs(600), listener=few)
+    _add(new_project(tmp_path / "enough"), *unlike_pairs(640), listener=enough)
+    assert any("480 training pairs, fewer than 500" in w for w in few.warned)
+    assert enough.warned == []
+
+
+def test_a_changed_similarity_makes_a_new_version_of_the_same_rows(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    text = "abcdefghijklmnopqrstuvwxyz"
+    pairs = [*unlike_pairs(40), (text, "x"), (text[:-5], "y")]
+    first = _add(project, *pairs)
+    (project.root / "tunewright.yaml").write_text("data: {similarity: 0.5}\n")
+    second = _add(Project(project.root), *pairs)
+    assert second.created
+    assert second.added == 0
+    assert second.version.parent == first.version.digest
+    assert second.version.counts.clusters == first.version.counts.clusters - 1
+
+
+def test_two_files_of_one_name_stay_apart_in_the_records(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    files = [write_jsonl(tmp_path / f / "x.jsonl", unlike_pairs(15, seed)) for seed, f in enumerate("ab")]
+    names = [source.name for source in add(project, files, Listener()).version.sources]
+    assert names[0] == "x.jsonl"
+    assert names[1].startswith("x.jsonl@")

@@ -1,0 +1,190 @@
+"""Near-equal inputs: the search against brute force, what counts as a duplicate, what shares a cluster."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import Listener, example, jaccard, unlike_pairs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.data.examples import Example, Message
+from tunewright.data.neighbours import Repeat, comparison_texts, find_clusters, find_duplicates
+from tunewright.data.similarity import near_pairs, shingles
+
+BANKING77 = Path(__file__).parents[2] / ".." / "shared" / "data" / "banking77" / "train.csv"
+
+# Few letters and short words: many texts at every similarity, and many exactly at a threshold.
+texts_like_each_other = st.lists(
+    st.one_of(st.text("ab ", max_size=9), st.text("abcdef", min_size=10, max_size=14), st.just("abcdefgh")), max_size=14
+)
+
+
+def _found(texts: Sequence[str], threshold: float) -> dict[tuple[int, int], float]:
+    found = {}
+    for pairs in near_pairs(texts, threshold, lambda a, _: np.ones(len(a), dtype=bool), Listener(), "searching"):
+        for first, second, similarity in zip(pairs.first, pairs.second, pairs.similarity, strict=True):
+            assert (first, second) not in found
+            found[int(first), int(second)] = float(similarity)
+    return found
+
+
+def _brute(texts: Sequence[str], threshold: float) -> dict[tuple[int, int], float]:
+    grams = [shingles(text) for text in texts]
+    out = {}
+    for i, a in enumerate(grams):
+        for j, b in enumerate(grams[:i]):
+            shared = len(a & b)
+            if shared / (len(a) + len(b) - shared) >= threshold:
+                out[i, j] = shared / (len(a) + len(b) - shared)
+    return out
+
+
+@given(texts_like_each_other, st.sampled_from([0.05, 0.2, 1 / 3, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 1.0]))
+def test_the_search_finds_exactly_the_pairs_that_brute_force_finds(texts: list[str], threshold: float) -> None:
+    assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_the_similarity_is_jaccard_of_character_4_grams(a: str, b: str) -> None:
+    assert _found([a, b], 0.01).get((1, 0), 0.0) == pytest.approx(jaccard(a, b))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_the_search_misses_nothing_in_long_texts_and_over_many_blocks(threshold: float) -> None:
+    """Templates with slots and edited copies of long texts, as in real families."""
+    draw = random.Random(0)
+    texts = []
+    for number in range(350):
+        base = " ".join(text for text, _ in unlike_pairs(draw.choice([1, 1, 1, 12]), seed=number))
+        texts.append(base)
+        for _ in range(draw.randrange(3)):
+            at = draw.randrange(len(base))
+            texts.append(base[:at] + "edited" * draw.randrange(1, 4) + base[at + draw.randrange(9) :])
+    draw.shuffle(texts)
+    expected = _brute(texts, threshold)
+    assert len(texts) > 600
+    assert len(expected) > 100
+    assert _found(texts, threshold) == expected
+
+
+@pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not beside this checkout")
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8])
+def test_the_search_misses_nothing_in_real_questions(threshold: float) -> None:
+    with BANKING77.open(newline="", encoding="utf-8") as file:
+        rows = [example(row["text"], row["category"]) for row in csv.DictReader(file)]
+    texts = comparison_texts(rows[:2500])
+    assert _found(texts, threshold) == _brute(texts, threshold)
+
+
+def test_an_instruction_in_every_input_is_not_compared() -> None:
+    words = ["the fee for late payment", "how to close an account", "what a wire costs", "lost my card abroad"]
+    texts = comparison_texts([example(f"Classify  this QUESTION:\n{w}\nAnswer with one label.", "x") for w in words])
+    assert texts == [f"{w}" for w in words]
+
+
+def test_only_whole_words_that_all_inputs_share_are_left_out() -> None:
+    assert comparison_texts([example("court of appeal 12", "x"), example("court of appeal 13", "y")]) == ["12", "13"]
+    assert comparison_texts([example("same text", "x"), example("Same  text", "y")]) == ["same text", "same text"]
+    assert comparison_texts([example("pay", "x"), example("pay now", "y")]) == ["pay", "pay now"]
+    assert comparison_texts([]) == []
+
+
+@given(st.lists(st.text(max_size=30), max_size=8))
+def test_comparison_texts_are_equal_only_where_inputs_are(inputs: list[str]) -> None:
+    """Leaving out what all share loses no difference (case, white space and Unicode form apart)."""
+    rows = [example(text, "x") for text in inputs]
+    texts = comparison_texts(rows)
+    whole = [comparison_texts([row])[0] for row in rows]
+    assert [a == b for a in texts for b in texts] == [a == b for a in whole for b in whole]
+
+
+def test_near_equal_input_with_equal_output_is_a_duplicate_and_with_another_output_it_is_not() -> None:
+    near = "what is the monthly fee for a late card payment"
+    rows = [
+        example(near, "fees"),
+        example(near + "?", "fees "),
+        example(near + "!", "cards"),
+        *(example(text, "fees") for text, _ in unlike_pairs(20)),
+    ]
+    assert find_duplicates(rows, 0, 0.8, Listener()) == {1: Repeat(0, jaccard(near, near + "?"))}
+
+
+def test_the_same_input_under_another_instruction_is_no_duplicate() -> None:
+    rows = [example("Buy now, buy cheap", "yes", "Is this spam?"), example("Buy now, buy cheap", "yes", "English?")]
+    assert find_duplicates(rows, 0, 0.8, Listener()) == {}
+    assert len(set(find_clusters(rows, 0.8, Listener()))) == 1
+
+
+def test_earlier_turns_are_part_of_the_input() -> None:
+    def talk(first: str) -> Example:
+        turns = [("user", first), ("assistant", "Yes?"), ("user", "How long?"), ("assistant", "Two days.")]
+        return Example(tuple(Message(role, text) for role, text in turns))  # type: ignore[arg-type]
+
+    rows = [talk("I lost my card in Lisbon"), talk("A wire to Denmark has not arrived")]
+    assert find_duplicates(rows, 0, 0.8, Listener()) == {}
+
+
+def test_a_chain_of_small_differences_is_not_eaten_up() -> None:
+    """Each row is near the next but not the one after: only rows near a kept one go."""
+    text = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    chain = [text[i * 3 : i * 3 + 40].swapcase() + "." for i in range(6)]
+    rows = [example(t, "same") for t in chain]
+    dropped = find_duplicates(rows, 0, 0.8, Listener())
+    texts = comparison_texts(rows)
+    for row in range(len(rows)):
+        kept = [other for other in range(row) if other not in dropped]
+        near = {other: jaccard(texts[row], texts[other]) for other in kept if jaccard(texts[row], texts[other]) >= 0.8}
+        assert (row in dropped) == bool(near)
+        if row in dropped:
+            assert dropped[row].similarity == pytest.approx(max(near.values()))
+
+
+def test_rows_of_an_earlier_version_are_never_dropped() -> None:
+    rows = [example("the very same question", "a"), example("the very same question ", "a")]
+    assert list(find_duplicates(rows, 0, 0.8, Listener())) == [1]
+    assert find_duplicates(rows, 2, 0.8, Listener()) == {}
+
+
+@given(texts_like_each_other, st.sampled_from([0.3, 0.5, 0.8]), st.randoms())
+def test_clusters_are_the_connected_components_of_near_pairs(
+    inputs: list[str], threshold: float, draw: random.Random
+) -> None:
+    rows = list({e.pair_key: e for e in (example(t, f"{i}") for i, t in enumerate(inputs))}.values())
+    texts = comparison_texts(rows)
+    names = [{i} for i in range(len(rows))]
+    for i, j in _brute(texts, threshold):
+        union = names[i] | names[j]
+        for member in union:
+            names[member] = union
+    expected = [min(rows[i].pair_key for i in group) for group in names]
+    assert find_clusters(rows, threshold, Listener()) == expected
+
+    shuffled = list(zip(rows, expected, strict=True))
+    draw.shuffle(shuffled)
+    assert find_clusters([row for row, _ in shuffled], threshold, Listener()) == [name for _, name in shuffled]
+
+
+def test_clusters_grow_together_over_many_blocks_and_stay_apart() -> None:
+    """Long chains in random order among rows of their own: no block sees more than a piece of a chain."""
+    draw = random.Random(1)
+    chains = []
+    for _ in range(3):
+        letters = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=2 * 300 + 60))
+        chains.append([example(letters[i * 2 : i * 2 + 60], "x") for i in range(300)])
+    chains += [[example(*pair)] for pair in unlike_pairs(300)]
+    name = {row.pair_key: min(r.pair_key for r in chain) for chain in chains for row in chain}
+    rows = [row for chain in chains for row in chain]
+    draw.shuffle(rows)
+    assert find_clusters(rows, 0.8, Listener()) == [name[row.pair_key] for row in rows]
+
+
+def test_progress_ends_at_the_number_of_examples() -> None:
+    listener = Listener()
+    find_clusters([example(*pair) for pair in unlike_pairs(300)], 0.8, listener)
+    assert listener.steps == {"clustering": (300, 300)}

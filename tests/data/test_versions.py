@@ -1,0 +1,241 @@
+"""Dataset versions on disk: verified when loaded, listed in order, whole after a crash or on a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+
+from tunewright.data.add import add
+from tunewright.data.versions import list_versions, load_version, locked, short
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+FIRST = unlike_pairs(60, seed=1)
+SECOND = unlike_pairs(60, seed=2)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project with one version of 60 rows."""
+    project = new_project(tmp_path / "p")
+    add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener(), message="first")
+    return project
+
+
+def _add_second(project: Project) -> str:
+    path = write_jsonl(project.root.parent / "second.jsonl", SECOND)
+    return add(project, [path], Listener(), message="second").version.digest
+
+
+def test_versions_are_listed_from_the_first_to_the_last(project: Project) -> None:
+    first = load_version(project.dataset).digest
+    second = _add_second(project)
+    manifests = list_versions(project.dataset)
+    assert [(m.digest, m.parent, m.message) for m in manifests] == [(first, None, "first"), (second, first, "second")]
+
+
+def test_a_project_without_data_has_no_versions(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    assert list_versions(project.dataset) == []
+    for digest in (None, "abc"):
+        with pytest.raises(UserError, match="data add"):
+            load_version(project.dataset, digest)
+
+
+def test_a_version_is_found_by_the_beginning_of_its_digest(project: Project) -> None:
+    first = load_version(project.dataset).digest
+    second = _add_second(project)
+    assert load_version(project.dataset).digest == second
+    for begin in (first, short(first), first[:8]):
+        assert load_version(project.dataset, begin).digest == first
+    with pytest.raises(UserError, match="no dataset version begins with 'xyz'") as caught:
+        load_version(project.dataset, "xyz")
+    assert short(first) in str(caught.value)
+    with pytest.raises(UserError, match="no dataset version"):
+        load_version(project.dataset, "")
+
+
+def test_digests_can_be_checked_by_hand(project: Project) -> None:
+    version = load_version(project.dataset)
+    folder = project.dataset / "versions" / short(version.digest)
+    assert hashlib.sha256((folder / "members.tsv").read_bytes()).hexdigest() == version.digest
+    keys = [m.key for m in version.examples("test")]
+    assert keys == sorted(keys)
+    assert version.split_digest("test") == hashlib.sha256("".join(f"{k}\n" for k in keys).encode()).hexdigest()
+    assert version.manifest.splits["test"] == version.split_digest("test")
+
+
+def test_a_new_version_leaves_the_old_one_s_rows_and_folder_alone(project: Project) -> None:
+    before = load_version(project.dataset)
+    folder = project.dataset / "versions" / short(before.digest)
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    _add_second(project)
+    assert load_version(project.dataset, before.digest) == before
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
+
+
+def test_versions_of_two_branches_keep_each_other_s_rows(project: Project, tmp_path: Path) -> None:
+    first = load_version(project.dataset).digest
+    second = _add_second(project)
+    (project.dataset / "HEAD").write_text(first + "\n")
+    third = add(project, [write_jsonl(tmp_path / "third.jsonl", unlike_pairs(60, seed=3))], Listener()).version
+    assert third.parent == first
+    assert len(load_version(project.dataset, second).members) == 120
+    assert list_versions(project.dataset)[0].digest == first
+
+
+def test_a_changed_row_is_found_by_file_and_key(project: Project) -> None:
+    member = load_version(project.dataset).members[0]
+    path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
+    path.write_text(path.read_text().replace(member.example.output, "something else"))
+    with pytest.raises(UserError) as caught:
+        load_version(project.dataset)
+    assert member.key in caught.value.what
+    assert caught.value.where is not None
+    assert caught.value.where.startswith(str(path))
+
+
+def test_a_lost_row_and_a_lost_file_are_found(project: Project) -> None:
+    member = load_version(project.dataset).members[0]
+    path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if member.key not in line))
+    with pytest.raises(UserError, match=f"the row {member.key} is missing"):
+        load_version(project.dataset)
+    path.unlink()
+    with pytest.raises(UserError, match="rows of the dataset are missing"):
+        load_version(project.dataset)
+
+
+@pytest.mark.parametrize(
+    "line", ["garbage", "[]", "{}", '{"key": 1, "messages": null}', '{"key": "a", "messages": [{"role": "user"}]}']
+)
+def test_a_line_that_is_no_row_is_told(project: Project, line: str) -> None:
+    member = load_version(project.dataset).members[0]
+    path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match="not a row of a dataset") as caught:
+        load_version(project.dataset)
+    assert caught.value.where == f"{path}:1"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text.replace("\ttest\t", "\ttrain\t", 1), "the members were changed"),
+        (lambda text: text.split("\n", 1)[1], "the members were changed"),
+        (lambda text: text.replace("\ttest\t", "\texam\t", 1), "not a member"),
+        (lambda text: text.replace("\t", " "), "not a member"),
+    ],
+)
+def test_changed_members_are_found(project: Project, change: Callable[[str], str], words: str) -> None:
+    path = project.dataset / "versions" / short(load_version(project.dataset).digest) / "members.tsv"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=words) as caught:
+        load_version(project.dataset)
+    assert caught.value.where is not None
+    assert caught.value.where.startswith(str(path))
+
+
+def test_a_changed_manifest_is_told(project: Project) -> None:
+    path = project.dataset / "versions" / short(load_version(project.dataset).digest) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    changes: list[object] = [{**manifest, "counts": {}}, {**manifest, "digest": "0" * 64}, []]
+    for changed in changes:
+        path.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match="manifest"):
+            load_version(project.dataset)
+
+
+@pytest.mark.parametrize("head", ["", "0" * 64, "..", "\x00"])
+def test_a_head_that_names_no_version_is_told(project: Project, head: str) -> None:
+    (project.dataset / "HEAD").write_text(head)
+    with pytest.raises(UserError, match="the current version") as caught:
+        load_version(project.dataset)
+    assert caught.value.where == str(project.dataset / "HEAD")
+
+
+def test_a_dataset_has_one_writer_at_a_time(project: Project) -> None:
+    with locked(project.dataset), pytest.raises(UserError, match="another command is adding"):
+        _add_second(project)
+    assert _add_second(project) == load_version(project.dataset).digest
+
+
+class _CrashAt:
+    """Stands in for os.fsync and stops the process, so to speak, at one of its calls."""
+
+    def __init__(self, call: int) -> None:
+        self.call, self.calls = call, 0
+
+    def __call__(self, _: int) -> None:
+        self.calls += 1
+        if self.calls == self.call:
+            raise KeyboardInterrupt
+
+
+def test_a_crash_at_any_write_leaves_the_old_version_or_the_new(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = load_version(project.dataset)
+    pristine = tmp_path / "pristine"
+    shutil.copytree(project.root, pristine)
+    never = _CrashAt(0)
+    monkeypatch.setattr(os, "fsync", never)
+    new = _add_second(project)
+    # Rows are written alike, so that a few of those writes stand for all; then come the version's folder and HEAD.
+    for call in [1, 2, *range(3, never.calls, 19), *range(never.calls - 8, never.calls + 1)]:
+        shutil.rmtree(project.root)
+        shutil.copytree(pristine, project.root)
+        monkeypatch.setattr(os, "fsync", _CrashAt(call))
+        with pytest.raises(KeyboardInterrupt):
+            _add_second(project)
+        assert load_version(project.dataset, old.digest) == old
+        assert load_version(project.dataset).digest in (old.digest, new)
+        monkeypatch.setattr(os, "fsync", never)
+        assert _add_second(project) == load_version(project.dataset).digest == new
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of four megabytes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_on_a_full_disk_the_old_version_stays_and_is_whole(small_disk: Path, tmp_path: Path) -> None:
+    project = new_project(small_disk / "p")
+    add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener())
+    old = load_version(project.dataset)
+    many = write_jsonl(tmp_path / "many.jsonl", [(q, a * 40) for q, a in unlike_pairs(400, seed=3)])
+    filler = small_disk / "filler"
+    refusals = 0
+    for pages in (0, 1, 4, 16, 64, 128, 256):  # free pages of 4 KB: the disk fills up at a later write each time
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            while True:
+                os.write(file.fileno(), bytes(4096))
+        os.truncate(filler, filler.stat().st_size - pages * 4096)
+        try:
+            add(project, [many], Listener())
+        except UserError as error:
+            assert "disk is full" in error.what
+            refusals += 1
+            assert load_version(project.dataset) == old
+        filler.unlink()
+    assert refusals >= 4
+    assert len(load_version(project.dataset).members) in (60, 460)
+    add(project, [many], Listener())
+    assert len(load_version(project.dataset).members) == 460
+    assert load_version(project.dataset, old.digest) == old

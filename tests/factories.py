@@ -1,0 +1,130 @@
+"""Small, realistic evidence for tests: a legal citation task measured by the real statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunewright.disk import digest
+from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Interval, Item, Metric
+from tunewright.evaluation.metrics import bleu_signature, normalised
+from tunewright.evaluation.statistics import contrast, score_arm
+
+COUNTIES = ("Baldwin", "Mobile", "Shelby", "Fulton", "Cobb", "Clay", "Duval", "Orange", "Polk", "Lee", "Knox", "Wayne")
+STATES = {"Alabama": "Ala.", "Georgia": "Ga.", "Florida": "Fla.", "Tennessee": "Tenn.", "Michigan": "Mich."}
+RESAMPLES = 500
+
+
+def make_items(count: int = 60, *, tuned: float = 0.85, retrieved: float = 0.5) -> list[Item]:
+    """Items whose answers are right in about the given shares, decided by a digest and so always the same."""
+    items = []
+    for index in range(count):
+        county = COUNTIES[index % len(COUNTIES)]
+        state, short = list(STATES.items())[(index // 3) % len(STATES)]
+        court = f"{state} Circuit Court No. {index}, {county} County"
+        reference = f"{short} Cir. Ct. {index}, {county} Cty."
+        answers = {
+            "zero-shot": f"The citation is {state} Circuit Court, {county} County.",
+            "retrieved-4": reference if _luck(f"r{index}") < retrieved else f"{short} Cir. Ct., {county} County",
+            "tuned": reference if _luck(f"t{index}") < tuned else f"{short} Cir. Ct. {county}",
+        }
+        items.append(
+            Item(
+                key=digest(court),
+                cluster=f"c{index // 2}",
+                input=f"{court}\nLocation: {county} County, {state}, United States",
+                reference=reference,
+                answers=answers,
+            )
+        )
+    return items
+
+
+def _luck(name: str) -> float:
+    return int(digest(name)[:8], 16) / 16**8
+
+
+def make_evidence(items: list[Item], *, metric: Metric = "exact_match", margin: float = 0.02) -> Evidence:
+    """Evidence measured on ``items``; the dev arms are the first half of them."""
+    dev = items[: max(len(items) // 2, 1)]
+    return Evidence(
+        id="0123456789ab",
+        project="court-citations",
+        metric=metric,
+        margin=margin,
+        items=len(items),
+        clusters=len({i.cluster for i in items}),
+        train_items=1782,
+        dev_arms=[_arm("zero-shot", dev), _arm("retrieved-4", dev)],
+        best_prompting="retrieved-4",
+        arms=[_arm(name, items) for name in ("zero-shot", "retrieved-4", "tuned")],
+        contrasts=[_contrast(items, control, metric) for control in ("retrieved-4", "zero-shot")],
+        bleu_signature=bleu_signature(),
+        lineage={
+            "dataset": {"version": digest("version"), "split": digest("split")},
+            "base": {"name": "smollm2-135m-instruct", "digest": digest("base")},
+            "adapter": digest("adapter"),
+            "recipe": {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj"], "learning_rate": 0.0002},
+            "packages": {"torch": "2.13.0", "transformers": "5.24.0", "peft": "0.21.2"},
+        },
+    )
+
+
+def _arm(name: str, items: list[Item]) -> Arm:
+    return score_arm(
+        name=name,
+        kind="tuned" if name == "tuned" else "zero-shot" if name == "zero-shot" else "retrieved",
+        shots=4 if name == "retrieved-4" else 0,
+        answers=[i.answers[name] for i in items],
+        references=[i.reference for i in items],
+        clusters=[i.cluster for i in items],
+        truncated=0,
+        prompt_tokens=412.5 if name == "retrieved-4" else 71.2,
+        seed=0,
+        resamples=RESAMPLES,
+    )
+
+
+def _contrast(items: list[Item], control: str, metric: Metric) -> Contrast:
+    return contrast(
+        treatment="tuned",
+        control=control,
+        treatment_answers=[i.answers["tuned"] for i in items],
+        control_answers=[i.answers[control] for i in items],
+        references=[i.reference for i in items],
+        clusters=[i.cluster for i in items],
+        metric=metric,
+        seed=0,
+        resamples=RESAMPLES,
+    )
+
+
+def make_history(steps: int = 40) -> list[dict[str, Any]]:
+    """A training history whose loss falls, with a dev loss every tenth step."""
+    rows: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        loss = 0.25 + 2.2 / (1 + step / 5) + 0.1 * _luck(f"loss{step}")
+        rows.append({"step": step, "epoch": step / 20, "loss": loss, "learning_rate": 2e-4 * (1 - step / steps)})
+        if step % 10 == 0:
+            rows.append({"step": step, "epoch": step / 20, "eval_loss": loss + 0.08})
+    return rows
+
+
+def with_contrast(evidence: Evidence, **changes: Any) -> Evidence:
+    """The evidence with fields of its deciding contrast replaced (``low`` and ``high`` for the interval)."""
+    first = evidence.contrasts[0]
+    low, high = changes.pop("low", first.interval.low), changes.pop("high", first.interval.high)
+    changed = first.model_copy(update={**changes, "interval": Interval(low=low, high=high)})
+    return evidence.model_copy(update={"contrasts": [changed, *evidence.contrasts[1:]]})
+
+
+def fixed_and_broken(items: list[Item], treatment: str, control: str) -> Mapping[str, int]:
+    """Count, the plain way, what `contrast` has to count."""
+    right = [
+        (
+            normalised(i.answers[treatment]) == normalised(i.reference),
+            normalised(i.answers[control]) == normalised(i.reference),
+        )
+        for i in items
+    ]
+    return {"fixed": right.count((True, False)), "broken": right.count((False, True))}

@@ -1,0 +1,214 @@
+"""Finding a base: what is taken, and what is refused with which words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import build_base
+from tunewright.errors import UserError
+from tunewright.models.bases import Base, resolve_base
+from tunewright.progress import LogReporter
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def _resolve(spec: str, root: Path, revision: str | None = None) -> Base:
+    return resolve_base(spec, revision, root, LogReporter())
+
+
+@pytest.fixture
+def base(tmp_path: Path, tiny_base_folder: Path) -> Path:
+    return Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+
+
+def _edit_config(base: Path, **values: Any) -> None:
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_folder_is_found_from_the_project_and_its_digest_is_of_its_content(base: Path, tmp_path: Path) -> None:
+    here = _resolve("base", tmp_path)
+    copied = shutil.copytree(base, tmp_path / "elsewhere" / "copy")
+    assert here.architecture == "LlamaForCausalLM"
+    assert _resolve(str(copied), tmp_path).digest == here.digest
+    _edit_config(base, rope_theta=1.0)
+    assert _resolve("base", tmp_path).digest != here.digest
+
+
+def test_a_mistral_is_taken(tmp_path: Path) -> None:
+    build_base(tmp_path / "mistral", "mistral")
+    assert _resolve("mistral", tmp_path).architecture == "MistralForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM; supported are"),
+        ({"architectures": []}, "architecture unknown"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "run code of its own"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized .gptq."),
+    ],
+)
+def test_a_base_of_the_wrong_kind_is_refused(base: Path, tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    _edit_config(base, **values)
+    with pytest.raises(UserError, match=words) as caught:
+        _resolve("base", tmp_path)
+    assert caught.value.where == str(base / "config.json")
+
+
+def test_a_folder_without_weights_is_refused(base: Path, tmp_path: Path) -> None:
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no weights: model\.safetensors missing"):
+        _resolve("base", tmp_path)
+
+
+def test_pickled_weights_are_refused_and_the_reason_told(base: Path, tmp_path: Path) -> None:
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    with pytest.raises(UserError, match="can run code"):
+        _resolve("base", tmp_path)
+
+
+def test_a_missing_shard_is_named(base: Path, tmp_path: Path) -> None:
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+    with pytest.raises(UserError, match=r"model-2\.safetensors missing"):
+        _resolve("base", tmp_path)
+
+
+def test_damaged_weights_are_refused(base: Path, tmp_path: Path) -> None:
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged weights"):
+        _resolve("base", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
+def test_a_config_that_is_no_config_is_refused(base: Path, tmp_path: Path, content: bytes) -> None:
+    (base / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"not JSON|not a model configuration"):
+        _resolve("base", tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        _resolve("base", tmp_path)
+
+
+@pytest.mark.parametrize("spec", ["./nowhere", "just-a-word", "bundled:other", "s3:a/b"])
+def test_a_name_that_is_nothing_is_refused(tmp_path: Path, spec: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _resolve(spec, tmp_path)
+    assert caught.value.where == "base"
+    assert caught.value.fix
+
+
+@pytest.mark.usefixtures("base")
+def test_only_hub_ids_have_a_revision(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only a hub id has a revision"):
+        _resolve("base", tmp_path, revision="main")
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the hub's API as its client needs: model information, the tree, and files with their digests."""
+
+    folder: Path
+    gated = False
+
+    def do_GET(self) -> None:
+        self._reply(body=True)
+
+    def do_HEAD(self) -> None:
+        self._reply(body=False)
+
+    def _reply(self, *, body: bool) -> None:
+        path = self.path.split("?")[0]
+        names = sorted(f.name for f in self.folder.iterdir())
+        if "/gated/" in path:
+            return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"}, body)
+        if path.startswith("/api/models/org/tiny"):
+            if "nowhere" in path:
+                return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+            if "/tree/" in path:
+                tree = [{"type": "file", "path": n, "size": (self.folder / n).stat().st_size, "oid": n} for n in names]
+                return self._send(200, json.dumps(tree).encode(), {}, body)
+            info = {"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+            return self._send(200, json.dumps(info).encode(), {}, body)
+        if path.startswith("/org/tiny/resolve/"):
+            content = (self.folder / path.rsplit("/", 1)[1]).read_bytes()
+            etag = hashlib.sha256(content).hexdigest()
+            return self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, body)
+        return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """A hub on the loopback address that holds one model, org/tiny."""
+    from huggingface_hub import constants
+
+    handler = type("Handler", (_Hub,), {"folder": tiny_base_folder})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_hub_base_is_pinned_to_its_commit_and_then_needs_no_hub(
+    hub: ThreadingHTTPServer, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    first = _resolve("org/tiny", tmp_path)
+    assert first.commit == COMMIT
+    assert json.loads((tmp_path / "base.lock.json").read_text()) == {"org/tiny@main": COMMIT}
+    assert first.files == _resolve(str(tiny_base_folder), tmp_path).files
+    hub.shutdown()
+    hub.server_close()
+    assert _resolve("org/tiny", tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("spec", "revision", "words"),
+    [
+        ("gated/model", None, "gated/model is gated"),
+        ("org/other", None, "has no model org/other"),
+        ("org/tiny", "nowhere", "has no revision 'nowhere'"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_what_the_hub_refuses_is_told(tmp_path: Path, spec: str, revision: str | None, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _resolve(spec, tmp_path, revision)
+    assert not (tmp_path / "base.lock.json").exists()
+
+
+def test_an_unreachable_hub_is_told(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        _resolve("org/tiny", tmp_path)

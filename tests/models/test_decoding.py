@@ -1,0 +1,271 @@
+"""The decoding loop against Hugging Face's own, one prompt at a time, whatever shares the batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from tunewright.errors import UserError
+from tunewright.models.decoding import Batch, Completion, Request, Row, generate, prefill_groups
+
+VOCABULARY, STOPS, PAD = 128, frozenset({5, 6, 7}), 0
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # large enough for answers that wander, and end at different places
+}
+ADAPTERS = ("one", "two", "three")
+
+
+def _llama() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+
+
+def _mistral(window: int | None) -> Any:
+    torch.manual_seed(1)
+    return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window)).eval()
+
+
+def _with_adapters(model: Any) -> Any:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    wrapped = get_peft_model(model, config, ADAPTERS[0])
+    for name in ADAPTERS[1:]:
+        wrapped.add_adapter(name, config)
+    torch.manual_seed(2)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    return wrapped.eval()
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "mistral-window"])
+def plain(request: pytest.FixtureRequest) -> Any:
+    return {"llama": _llama, "mistral": lambda: _mistral(None), "mistral-window": lambda: _mistral(8)}[request.param]()
+
+
+@pytest.fixture(scope="module")
+def tenants() -> Any:
+    return _with_adapters(_llama())
+
+
+def _requests(count: int, *adapters: str | None, longest: int = 40, **how: Any) -> list[Request]:
+    draw = random.Random(count)
+    return [
+        Request(
+            tuple(draw.randrange(8, VOCABULARY) for _ in range(draw.randint(1, longest))),
+            adapters[index % len(adapters)] if adapters else None,
+            max_new_tokens=draw.randint(1, 24),
+            **how,
+        )
+        for index in range(count)
+    ]
+
+
+@contextmanager
+def _answering_alone(model: Any, adapter: str | None) -> Iterator[None]:
+    """PEFT's way to answer with one adapter only, or with none."""
+    if not isinstance(model, PeftModel):
+        yield
+    elif adapter is None:
+        with model.disable_adapter():
+            yield
+    else:
+        model.set_adapter(adapter, inference_mode=True)
+        yield
+
+
+def _reference(model: Any, request: Request) -> Completion:
+    prompt = torch.tensor([request.prompt_ids])
+    with _answering_alone(model, request.adapter):
+        whole = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(STOPS),
+            pad_token_id=PAD,
+        )
+    ids = tuple(whole[0, prompt.shape[1] :].tolist())
+    return Completion(ids[:-1], "stop") if ids[-1] in STOPS else Completion(ids, "length")
+
+
+def _generate(model: Any, requests: list[Request], batch_size: int) -> list[Completion]:
+    return generate(model, requests, stop_ids=STOPS, pad_id=PAD, batch_size=batch_size)
+
+
+def test_a_full_batch_of_ragged_prompts_answers_as_each_alone(plain: Any) -> None:
+    requests = _requests(14)
+    expected = [_reference(plain, request) for request in requests]
+    assert {completion.finish for completion in expected} == {"stop", "length"}
+    for batch_size in (1, 5, 14):
+        assert _generate(plain, requests, batch_size) == expected
+
+
+def test_the_sliding_window_matters_for_these_prompts() -> None:
+    narrow, wide = _mistral(8), _mistral(None)
+    requests = _requests(14)
+    assert _generate(narrow, requests, 8) != _generate(wide, requests, 8)
+
+
+@pytest.mark.parametrize("adapters", [(None,), ("two",), (None, "one", "two", "three"), ("three", "one")])
+def test_rows_with_different_adapters_answer_as_each_adapter_alone(tenants: Any, adapters: tuple[str | None]) -> None:
+    requests = _requests(12, *adapters)
+    assert _generate(tenants, requests, 8) == [_reference(tenants, request) for request in requests]
+
+
+def test_a_row_of_the_base_is_the_model_without_adapters(tenants: Any) -> None:
+    requests = _requests(20, None, "one")
+    answers = _generate(tenants, requests, 8)
+    plain = _generate(_llama(), [r for r in requests if r.adapter is None], 8)
+    assert [a for a, r in zip(answers, requests, strict=True) if r.adapter is None] == plain
+
+
+def test_each_adapter_and_the_base_answer_differently(tenants: Any) -> None:
+    (prompt,) = _requests(1)
+    requests = [Request(prompt.prompt_ids, name, 20) for name in (None, *ADAPTERS)]
+    assert len(set(_generate(tenants, requests, 4))) == 4
+
+
+POOL = _requests(12, None, *ADAPTERS, longest=20)
+
+
+@pytest.fixture(scope="module")
+def expected(tenants: Any) -> list[Completion]:
+    return [_reference(tenants, request) for request in POOL]
+
+
+# What to do next: admit so many requests, take a row out, or decode a token.
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("admit"), st.integers(1, 4)),
+        st.tuples(st.just("cancel"), st.integers(0, 5)),
+        st.tuples(st.just("step"), st.integers(1, 6)),
+    ),
+    max_size=20,
+)
+
+
+@given(actions=ACTIONS, order=st.permutations(range(len(POOL))))
+@settings(max_examples=25, deadline=None)
+def test_whoever_comes_and_goes_the_others_answers_stay_the_same(
+    tenants: Any, expected: list[Completion], actions: list[tuple[str, int]], order: list[int]
+) -> None:
+    batch = Batch(tenants, stop_ids=STOPS, pad_id=PAD)
+    waiting, rows, cancelled = list(order), dict[int, Row](), set[int]()
+    for action, number in [*actions, ("admit", len(POOL)), ("step", 30)]:
+        if action == "admit" and waiting:
+            coming, waiting = waiting[:number], waiting[number:]
+            rows |= zip(coming, batch.admit([POOL[index] for index in coming]), strict=True)
+        elif action == "cancel" and number < len(batch.rows):
+            leaving = batch.rows[number]
+            cancelled |= {index for index, row in rows.items() if row is leaving}
+            batch.cancel(leaving)
+            batch.cancel(leaving)  # once more does no harm
+        elif action == "step":
+            for _ in range(number):
+                if batch.rows:
+                    batch.step()
+    assert not batch.rows
+    for index, row in rows.items():
+        if index in cancelled:
+            assert row.finish is None
+            assert row.ids == list(expected[index].ids[: len(row.ids)])
+        else:
+            assert row.completion == expected[index]
+
+
+def test_a_seed_samples_the_same_answer_in_any_company(tenants: Any) -> None:
+    sampled = [
+        Request(r.prompt_ids, r.adapter, 20, temperature=0.9, top_p=0.95, seed=seed)
+        for seed, r in enumerate(_requests(6, None, "two"))
+    ]
+    alone = [_generate(tenants, [request], 1)[0] for request in sampled]
+    greedy = _requests(10, None, *ADAPTERS)
+    together = _generate(tenants, [*greedy, *sampled], 16)
+    assert together[len(greedy) :] == alone
+    assert together[: len(greedy)] == _generate(tenants, greedy, 16)
+    other_seed = Request(sampled[0].prompt_ids, None, 20, temperature=0.9, top_p=0.95, seed=99)
+    assert _generate(tenants, [other_seed], 1)[0] != alone[0]
+
+
+def test_without_a_seed_each_answer_is_drawn_afresh(tenants: Any) -> None:
+    requests = [Request((8, 9, 10), None, 20, temperature=1.5)] * 4
+    assert len(set(_generate(tenants, requests, 4))) > 1
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_nucleus() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    row = Row(Request((1,), None, 1, temperature=1.0, top_p=0.75, seed=0))
+    draws = torch.tensor([row.sample(logits) for _ in range(4000)])
+    shares = draws.bincount(minlength=4) / len(draws)
+    # 0.5 and 0.3 are the fewest that hold 0.75 together; between them they share the rest.
+    torch.testing.assert_close(shares, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("how", [{"temperature": 1e-300}, {"temperature": 5e-324}, {"temperature": 1.0, "top_p": 1e-9}])
+def test_hardly_any_temperature_or_nucleus_is_greedy(tenants: Any, how: dict[str, float]) -> None:
+    (request,) = _requests(1)
+    sampled = Request(request.prompt_ids, None, 20, seed=3, **how)
+    greedy = Request(request.prompt_ids, None, 20)
+    assert _generate(tenants, [sampled], 1) == _generate(tenants, [greedy], 1)
+
+
+def test_each_finished_request_is_told_once_with_its_index(tenants: Any) -> None:
+    requests = _requests(9, None, "one")
+    told: dict[int, Completion] = {}
+
+    def on_finished(index: int, completion: Completion) -> None:
+        assert index not in told
+        told[index] = completion
+
+    answers = generate(tenants, requests, stop_ids=STOPS, pad_id=PAD, batch_size=4, on_finished=on_finished)
+    assert [told[index] for index in range(9)] == answers
+
+
+def test_no_requests_no_answers(tenants: Any) -> None:
+    assert _generate(tenants, [], 4) == []
+
+
+def test_an_unknown_adapter_is_refused_and_leaves_the_batch_as_it_was(tenants: Any) -> None:
+    first, second = _requests(2)
+    batch = Batch(tenants, stop_ids=STOPS, pad_id=PAD)
+    (row,) = batch.admit([first])
+    with pytest.raises(ValueError, match="no adapter four"):
+        batch.admit([second, Request((8,), "four", 3)])
+    with pytest.raises(IndexError):
+        batch.admit([Request((VOCABULARY,), None, 3)])
+    while batch.rows:
+        batch.step()
+    assert row.completion == _reference(tenants, first)
+    assert not any(part._forward_pre_hooks for part in tenants.modules())
+
+
+def test_an_adapter_that_cannot_share_a_batch_is_refused_by_name() -> None:
+    model = get_peft_model(_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "tuned").eval()
+    with pytest.raises(UserError, match="adapter tuned is not plain LoRA"):
+        Batch(model, stop_ids=STOPS, pad_id=PAD)
+
+
+@given(st.lists(st.integers(1, 9000), max_size=40))
+def test_prefill_groups_hold_everyone_once_and_little_padding(lengths: list[int]) -> None:
+    groups = prefill_groups(lengths)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    for group in groups:
+        longest, shortest = lengths[group[0]], lengths[group[-1]]
+        assert longest - shortest <= max(64, longest / 2)
+        assert len(group) == 1 or len(group) * longest <= 8192

@@ -1,0 +1,212 @@
+"""The report as a reader gets it: complete, self-contained, safe with any text, the same every time."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from factories import make_evidence, make_history, make_items, with_contrast
+from tunewright.evaluation.evidence import Item
+from tunewright.evaluation.verdict import verdict
+from tunewright.report.html import SHOWN_FIXED, SHOWN_STILL_WRONG, render_report, write_report
+
+ITEMS = make_items(60)
+EVIDENCE = make_evidence(ITEMS)
+PAGE = render_report(EVIDENCE, ITEMS, make_history())
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class _Reader(HTMLParser):
+    """Collects tags, attributes and visible text, and checks that every element is closed where it should be."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+READ = _Reader(PAGE)
+
+
+def test_the_verdict_stands_first_with_all_its_reasons() -> None:
+    result = verdict(EVIDENCE)
+    places = [READ.text.index(text) for text in ("Ship tuned", *result.reasons, "Arms on the test split", "Lineage")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "headline"), [(0.1, 0.3, "Ship"), (-0.3, -0.1, "Don’t ship"), (-0.1, 0.3, "Can’t tell")]
+)
+def test_every_decision_has_its_headline(low: float, high: float, headline: str) -> None:
+    changed = with_contrast(EVIDENCE, low=low, high=high, difference=(low + high) / 2, p_value=0.01)
+    assert f"<h2>{headline}</h2>" in render_report(changed, ITEMS, [])
+
+
+def test_the_numbers_of_the_evidence_are_on_the_page() -> None:
+    for arm in EVIDENCE.arms:
+        assert f"{arm.exact} of {arm.items}" in READ.text
+        assert f"{100 * arm.bleu.interval.low:.1f} to {100 * arm.bleu.interval.high:.1f}" in READ.text
+    for value in ("1,782 training examples", EVIDENCE.bleu_signature, EVIDENCE.lineage["adapter"], "packages.peft"):
+        assert value in READ.text
+
+
+def test_nothing_is_fetched_and_nothing_runs() -> None:
+    assert not {"script", "link", "img", "iframe", "object", "image"} & set(READ.tags)
+    for name, value in READ.attributes:
+        assert not name.startswith("on")
+        if name in ("href", "xlink:href", "src"):
+            assert value.startswith("#")
+    assert "default-src 'none'" in PAGE
+    assert not re.search(r"@import|url\((?!#)", PAGE)
+
+
+def test_ids_are_unique_and_references_point_somewhere() -> None:
+    ids = [value for name, value in READ.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r"url\(#([^)]+)\)", PAGE)) | {v[1:] for n, v in READ.attributes if n == "xlink:href"}
+    assert used
+    assert used <= set(ids)
+
+
+def test_figures_speak_and_take_the_pages_colours() -> None:
+    assert READ.tags["svg"] == 4
+    assert READ.attributes.count(("role", "img")) == 4
+    assert PAGE.count("<title") == 5
+    assert not re.search(r"#0[1-6]020?3", PAGE)
+    assert not re.search(r"(fill|stroke): #000", PAGE)
+    assert "currentColor" in PAGE
+
+
+@pytest.mark.parametrize("field", ["input", "reference", "treatment", "control", "name", "lineage"])
+def test_text_of_users_stays_text(field: str) -> None:
+    attack = '<script>alert(1)</script><img src=x onerror=alert(1)> & {{ 7*7 }} "quoted" </title></style>'
+    item, evidence = ITEMS[0].model_copy(update={"answers": dict.fromkeys(ITEMS[0].answers, "wrong")}), EVIDENCE
+    if field in ("input", "reference"):
+        item = item.model_copy(update={field: attack})
+    elif field in ("treatment", "control"):
+        name = getattr(EVIDENCE.contrasts[0], field)
+        item = item.model_copy(update={"answers": item.answers | {name: attack}})
+    elif field == "name":
+        evidence = evidence.model_copy(update={"project": attack})
+    else:
+        evidence = evidence.model_copy(update={"lineage": {"base": {attack: attack}}})
+    read = _Reader(render_report(evidence, [item], []))
+    assert not {"script", "img"} & set(read.tags)
+    assert "<script>alert(1)</script><img src=x onerror=alert(1)> & {{ 7*7 }}" in read.text
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), min_size=4, max_size=4))
+def test_any_text_makes_a_page_whose_elements_close(texts: list[str]) -> None:
+    answers = {"zero-shot": texts[0], "retrieved-4": texts[1], "tuned": texts[2]}
+    item = Item(key="k", cluster="c", input=texts[3], reference=texts[0], answers=answers)
+    _Reader(render_report(EVIDENCE, [item], []))
+
+
+def _section(page: str, heading: str) -> str:
+    return page[page.index(f"<h2>{heading}") :].split("<h2>")[1]
+
+
+def test_every_broken_item_is_shown_and_fixed_ones_are_counted() -> None:
+    items = make_items(200)
+    evidence = make_evidence(items)
+    page = render_report(evidence, items, [])
+    first = evidence.contrasts[0]
+    broken, fixed, wrong = (_section(page, name) for name in ("Broken", "Fixed", "Still wrong"))
+    assert broken.count("<li>") == first.broken > 0
+    assert f"Broken: {first.broken} items" in page
+    assert fixed.count("<li>") == first.fixed > SHOWN_FIXED
+    assert fixed.split("<details>")[0].count("<li>") == SHOWN_FIXED
+    assert f"The other {first.fixed - SHOWN_FIXED} fixed items" in fixed
+    right = evidence.arm("tuned").exact - first.fixed
+    assert f"The remaining {right} of 200 items are right with both." in wrong
+    assert wrong.count("<li>") == 200 - right - first.fixed - first.broken
+
+
+def test_a_list_that_is_cut_says_so() -> None:
+    items = make_items(130, tuned=0, retrieved=0)
+    page = render_report(make_evidence(items), items, [])
+    assert _section(page, "Still wrong").count("<li>") == SHOWN_STILL_WRONG
+    assert f"The first {SHOWN_STILL_WRONG} of 130 (all are in items.jsonl)" in page
+
+
+def test_what_differs_is_marked() -> None:
+    answers = {"zero-shot": "", "retrieved-4": "Ala. Civ. App. Ct.", "tuned": "Ala Civ. App."}
+    item = Item(key="k", cluster="c", input="x", reference="Ala. Civ. App.", answers=answers)
+    page = render_report(EVIDENCE, [item], [])
+    assert "Ala. Civ. App.<mark> Ct.</mark>" in page
+    assert 'Ala<mark class="missing" title="missing: ."></mark> Civ. App.' in page
+
+
+def test_an_empty_answer_is_visible() -> None:
+    item = ITEMS[0].model_copy(update={"answers": ITEMS[0].answers | {"tuned": ""}})
+    assert "<em>(empty)</em>" in render_report(EVIDENCE, [item], [])
+
+
+def test_a_run_without_history_says_so() -> None:
+    page = render_report(EVIDENCE, ITEMS, [])
+    assert "No loss history came with this adapter." in page
+    assert _Reader(page).tags["svg"] == 3
+
+
+def test_the_loss_caption_names_the_lowest_dev_loss() -> None:
+    history = [{"step": s, "eval_loss": loss} for s, loss in ((10, 0.9), (20, 0.412), (30, 0.5))]
+    assert "Dev loss was lowest at step 20 (0.412) and 0.500 at the end." in render_report(EVIDENCE, ITEMS, history)
+    assert "No dev loss was measured" in render_report(EVIDENCE, ITEMS, [{"step": 1, "loss": 1.0}])
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_bleu_projects_and_tiny_ones_have_a_report(count: int) -> None:
+    items = make_items(count)
+    text = _Reader(render_report(make_evidence(items, metric="bleu"), items, make_history())).text
+    assert "corpus BLEU; fixed and broken items are counted by exact match" in text
+
+
+def test_the_same_evidence_gives_the_same_bytes(tmp_path: Path) -> None:
+    """In another process too, where Python's hashes of strings are others."""
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from factories import *; from tunewright.report.html import write_report\n"
+        "items = make_items(60); write_report(make_evidence(items), items, make_history(), Path(sys.argv[2]))"
+    )
+    out = tmp_path / "deep" / "report.html"
+    helpers = str(Path(__file__).parents[1])
+    subprocess.run(
+        [sys.executable, "-c", program, helpers, str(out)], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+    )
+    assert out.read_text(encoding="utf-8") == PAGE
+    write_report(EVIDENCE, ITEMS, make_history(), out)
+    assert out.read_text(encoding="utf-8") == PAGE

@@ -1,0 +1,89 @@
+"""A tiny base with three adapters behind an engine, for the tests of serving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tiny import byte_tokenizer
+from tunewright.chat.templates import prompt_ids
+from tunewright.data.examples import Message
+from tunewright.serving.app import create_app
+from tunewright.serving.engine import Engine, ServedModel
+from tunewright.serving.server import serving
+
+TOKENIZER = byte_tokenizer()
+STOPS = frozenset({TOKENIZER.eos_token_id})
+MODELS = (
+    ServedModel("base", None),
+    ServedModel("courts", "one"),
+    ServedModel("recipes", "two"),
+    ServedModel("tickets", "three"),
+)
+# Far more than a test waits for: what has this much room and still ends was taken out.
+CONTEXT = 100_000
+NOT_A_TOKEN = 1_000_000
+
+
+def render(messages: Sequence[Message]) -> tuple[int, ...]:
+    """The chat template's ids; a message "POISON" adds one that the model has no embedding for."""
+    ids = prompt_ids(TOKENIZER, messages)
+    return (*ids, NOT_A_TOKEN) if messages[-1].content == "POISON" else ids
+
+
+def decode(ids: Sequence[int]) -> str:
+    """Text without special tokens."""
+    return str(TOKENIZER.decode(ids, skip_special_tokens=True))
+
+
+def build_model() -> Any:
+    """Random weights that prefer printable ASCII and now and then stop; adapters that change the answers."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **shape))
+    printable = {TOKENIZER.convert_tokens_to_ids(chr(code)) for code in range(33, 127)}
+    unlikely = sorted(set(range(len(TOKENIZER))) - printable - STOPS)
+    with torch.no_grad():
+        model.lm_head.weight[unlikely] = 0
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    wrapped: Any = get_peft_model(model, config, "one")
+    for name in ("two", "three"):
+        wrapped.add_adapter(name, config)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    return wrapped.eval()
+
+
+@contextmanager
+def running_engine(model: Any, max_batch: int = 8) -> Iterator[Engine]:
+    """An engine that is stopped at the end."""
+    engine = Engine(
+        model, MODELS, stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, max_batch=max_batch, context_length=CONTEXT
+    )
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@contextmanager
+def running_server(model: Any, max_batch: int = 8) -> Iterator[str]:
+    """The address of a server over the model."""
+    with (
+        running_engine(model, max_batch) as engine,
+        serving(create_app(engine, render=render, decode=decode)) as url,
+    ):
+        yield url

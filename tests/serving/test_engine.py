@@ -1,0 +1,89 @@
+"""The engine when things go wrong: nobody waits for an answer that will not come."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from served_model import CONTEXT, build_model, running_engine, running_server
+
+from tunewright.models.decoding import Request
+from tunewright.serving.engine import Delta, Engine, EngineStoppedError
+
+ENDLESS = Request((1, 2, 3), None, CONTEXT)
+
+
+async def _collect(engine: Engine, request: Request) -> list[Delta]:
+    return [delta async for delta in engine.stream(request)]
+
+
+def test_stopping_tells_who_runs_and_who_waits() -> None:
+    async def run(engine: Engine) -> None:
+        asking = [asyncio.create_task(_collect(engine, ENDLESS)) for _ in range(3)]
+        while engine.load != (1, 2):
+            await asyncio.sleep(0)
+        await asyncio.to_thread(engine.stop)
+        for outcome in await asyncio.gather(*asking, return_exceptions=True):
+            assert isinstance(outcome, EngineStoppedError)
+        with pytest.raises(EngineStoppedError, match="shutting down"):
+            await _collect(engine, ENDLESS)
+
+    with running_engine(build_model(), max_batch=1) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 60))
+
+
+def test_who_waits_and_gives_up_is_forgotten() -> None:
+    async def run(engine: Engine) -> None:
+        first, second, third = (
+            asyncio.create_task(_collect(engine, request)) for request in (ENDLESS, ENDLESS, Request((4, 5), "one", 5))
+        )
+        while engine.load != (1, 2):
+            await asyncio.sleep(0)
+        second.cancel()
+        first.cancel()
+        assert (await third)[-1].finish
+        while engine.load != (0, 0):
+            await asyncio.sleep(0)
+
+    with running_engine(build_model(), max_batch=1) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 60))
+
+
+def test_a_listener_whose_event_loop_is_gone_is_dropped() -> None:
+    with running_engine(build_model()) as engine:
+        loop = asyncio.new_event_loop()
+        stream = engine.stream(ENDLESS)
+        loop.run_until_complete(anext(stream))
+        loop.close()
+        answer = asyncio.run(asyncio.wait_for(_collect(engine, Request((4, 5), None, 5)), 60))
+        assert answer[-1].finish
+        while engine.load != (0, 0):
+            pass
+        asyncio.run(stream.aclose())
+
+
+def test_when_the_model_fails_answers_under_way_and_later_ones_say_so() -> None:
+    model = build_model()
+    broken = False
+
+    def fail(*_: Any) -> None:
+        if broken:
+            raise RuntimeError("out of memory")
+
+    model.register_forward_pre_hook(fail)
+    body: dict[str, Any] = {"model": "courts", "messages": [{"role": "user", "content": "x"}]}
+    with running_server(model) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            broken = True
+            last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
+        health = client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "stopped")
+        assert "out of memory" in health.json()["reason"]
+        later = client.post("/v1/chat/completions", json=body)
+        assert (later.status_code, later.json()["error"]["type"]) == (503, "server_error")
