@@ -44,8 +44,11 @@ class Project:
 
     @property
     def work(self) -> Path:
-        """Checkpoints and cached generations: all of it can be made again, none of it need be committed."""
-        return self.root / ".tunewright"
+        """Checkpoints and cached generations, made at first use: git ignores it, all of it can be made again."""
+        folder = self.root / ".tunewright"
+        if not folder.exists():
+            write_text(folder / ".gitignore", "*\n")
+        return folder
 
 
 def create_project(root: Path, files: dict[str, str]) -> Project:

@@ -21,7 +21,7 @@ class _Counting:
     def __init__(self, steps: dict[str, tuple[int, int]], title: str) -> None:
         self.all, self.title = steps, title
 
-    def advance(self, steps: int = 1, note: str = "") -> None:  # noqa: ARG002
+    def advance(self, steps: int = 1, note: str = "") -> None:
         done, total = self.all[self.title]
         self.all[self.title] = (done + steps, total)
 
@@ -41,7 +41,7 @@ class Listener(LogReporter):
         self.warned.append(message)
 
     @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:  # noqa: ARG002
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
         self.steps[title] = (0, total)
         yield _Counting(self.steps, title)
 

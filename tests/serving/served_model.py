@@ -68,10 +68,10 @@ def build_model() -> Any:
 
 
 @contextmanager
-def running_engine(model: Any, max_batch: int = 8) -> Iterator[Engine]:
-    """An engine that is stopped at the end."""
+def running_engine(model: Any, max_batch: int = 8, stop_ids: frozenset[int] = STOPS) -> Iterator[Engine]:
+    """An engine that is stopped at the end; without ``stop_ids`` an answer ends at its limit only."""
     engine = Engine(
-        model, MODELS, stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, max_batch=max_batch, context_length=CONTEXT
+        model, MODELS, stop_ids=stop_ids, pad_id=TOKENIZER.pad_token_id, max_batch=max_batch, context_length=CONTEXT
     )
     try:
         yield engine
@@ -80,10 +80,10 @@ def running_engine(model: Any, max_batch: int = 8) -> Iterator[Engine]:
 
 
 @contextmanager
-def running_server(model: Any, max_batch: int = 8) -> Iterator[str]:
+def running_server(model: Any, max_batch: int = 8, stop_ids: frozenset[int] = STOPS) -> Iterator[str]:
     """The address of a server over the model."""
     with (
-        running_engine(model, max_batch) as engine,
+        running_engine(model, max_batch, stop_ids) as engine,
         serving(create_app(engine, render=render, decode=decode)) as url,
     ):
         yield url

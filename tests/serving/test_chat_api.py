@@ -200,25 +200,26 @@ def test_a_request_that_the_model_cannot_compute_fails_alone(url: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_hangs_up_frees_its_row(url: str, stream: bool) -> None:
-    async def run() -> None:
+def test_a_client_that_hangs_up_frees_its_row(stream: bool) -> None:
+    async def run(url: str) -> None:
         body = {"model": "base", "messages": QUESTION, "max_tokens": CONTEXT - 1000, "stream": stream}
         async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
-            asking = asyncio.create_task(_read(client, body))
-            while await _running(client) == 0:
+            asking = asyncio.create_task(_read(client, url, body))
+            while await _running(client, url) == 0:
                 assert not asking.done(), "the answer must be under way when the client hangs up"
             asking.cancel()
-            while await _running(client) != 0:
+            while await _running(client, url) != 0:
                 pass
 
-    async def _read(client: httpx.AsyncClient, body: Any) -> None:
+    async def _read(client: httpx.AsyncClient, url: str, body: Any) -> None:
         async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as reply:
             await reply.aread()
 
-    async def _running(client: httpx.AsyncClient) -> int:
+    async def _running(client: httpx.AsyncClient, url: str) -> int:
         return int((await client.get(f"{url}/health")).json()["running"])
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    with running_server(build_model(), stop_ids=frozenset()) as address:
+        asyncio.run(asyncio.wait_for(run(address), 60))
 
 
 @pytest.mark.parametrize(

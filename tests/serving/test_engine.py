@@ -31,7 +31,7 @@ def test_stopping_tells_who_runs_and_who_waits() -> None:
         with pytest.raises(EngineStoppedError, match="shutting down"):
             await _collect(engine, ENDLESS)
 
-    with running_engine(build_model(), max_batch=1) as engine:
+    with running_engine(build_model(), max_batch=1, stop_ids=frozenset()) as engine:
         asyncio.run(asyncio.wait_for(run(engine), 60))
 
 
@@ -48,12 +48,12 @@ def test_who_waits_and_gives_up_is_forgotten() -> None:
         while engine.load != (0, 0):
             await asyncio.sleep(0)
 
-    with running_engine(build_model(), max_batch=1) as engine:
+    with running_engine(build_model(), max_batch=1, stop_ids=frozenset()) as engine:
         asyncio.run(asyncio.wait_for(run(engine), 60))
 
 
 def test_a_listener_whose_event_loop_is_gone_is_dropped() -> None:
-    with running_engine(build_model()) as engine:
+    with running_engine(build_model(), stop_ids=frozenset()) as engine:
         loop = asyncio.new_event_loop()
         stream = engine.stream(ENDLESS)
         loop.run_until_complete(anext(stream))
@@ -75,7 +75,10 @@ def test_when_the_model_fails_answers_under_way_and_later_ones_say_so() -> None:
 
     model.register_forward_pre_hook(fail)
     body: dict[str, Any] = {"model": "courts", "messages": [{"role": "user", "content": "x"}]}
-    with running_server(model) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+    with (
+        running_server(model, stop_ids=frozenset()) as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as client,
+    ):
         with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
             lines = reply.iter_lines()
             next(lines)

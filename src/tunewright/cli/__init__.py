@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 
-def main() -> None:
-    """The console script ``tunewright``."""
+if TYPE_CHECKING:
+    import typer
+
+
+def commands() -> typer.Typer:
+    """The whole command line."""
     from tunewright.cli.app import app
 
     # Each registers its commands, in the order in which the help lists them.
     for group in ("project", "data", "measure", "serve"):
         import_module(f"tunewright.cli.{group}")
-    app()
+    return app
+
+
+def main() -> None:
+    """The console script ``tunewright``."""
+    commands()()

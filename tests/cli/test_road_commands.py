@@ -1,0 +1,165 @@
+"""The whole road through the command line, on a tiny base: each stage's output, files and exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import tiny_project, tunewright
+from tunewright.adapters.registry import find_adapter
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project that has gone the whole road once."""
+    folder = tiny_project(tmp_path_factory.mktemp("road") / "project", tiny_base_folder)
+    ran = tunewright("run", "--project", folder, "--json")
+    assert ran.code in {0, 3, 4}, ran.stderr
+    return folder
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys\nsys.argv = ['tunewright', '--help']\nfrom tunewright.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "run" in done.stdout
+
+
+def test_the_verdict_imports_no_torch(project: Path) -> None:
+    code = (
+        f"import sys, tunewright\nprint(tunewright.open({str(project)!r}).verdict().decision)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version_is_printed() -> None:
+    assert tunewright("--version").stdout.startswith("tunewright 0.")
+
+
+def test_init_writes_a_recipe_and_never_over_one(tmp_path: Path) -> None:
+    assert tunewright("init", tmp_path / "new").code == 0
+    recipe = (tmp_path / "new" / "tunewright.yaml").read_text()
+    assert "# LoRA rank" in recipe
+    again = tunewright("init", tmp_path / "new")
+    assert (again.code, "already there: tunewright.yaml" in again.stderr) == (2, True)
+    assert (tmp_path / "new" / "tunewright.yaml").read_text() == recipe
+
+
+def test_the_example_is_a_whole_project(tmp_path: Path) -> None:
+    assert tunewright("init", "--example", "legal-citations", tmp_path).code == 0
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len(rows) > 1_500
+    assert {"prompt": "Ravenna Municipal Court, Ohio", "completion": "Oh. Muni. Ct., Ravenna"} in rows
+    assert tunewright("recipe", "show", "--project", tmp_path, "--json").document["train"]["learning_rate"] == 1e-3
+    unknown = tunewright("init", "--example", "recipes", tmp_path / "other")
+    assert (unknown.code, "legal-citations" in unknown.stderr) == (2, True)
+
+
+def test_the_schema_names_each_defaults_source() -> None:
+    schema = json.loads(tunewright("recipe", "schema").stdout)
+    train = schema["$defs"]["TrainRecipe"]["properties"]
+    assert "arXiv" in train["preset"]["description"]
+    assert train["rank"]["default"] == 16
+
+
+def test_every_stage_is_found_done_the_second_time(project: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in project.rglob("*") if p.is_file() and p.name != "report.html"}
+    ran = tunewright("run", "--project", project)
+    assert [line.split(":")[0] for line in ran.stderr.splitlines() if "unchanged" in line] == [
+        "data",
+        "advise",
+        "train",
+        "evaluate",
+    ]
+    after = {p: p.stat().st_mtime_ns for p in project.rglob("*") if p.is_file() and p.name != "report.html"}
+    assert after == before
+
+
+def test_json_is_one_document_and_people_read_stderr(project: Path) -> None:
+    for command in ("advise", "train", "evaluate", "verdict", "report"):
+        ran = tunewright(command, "--project", project, "--json")
+        assert ran.document
+        assert tunewright(command, "--project", project).stdout == ""
+
+
+def test_the_verdicts_exit_code_is_its_decision(project: Path) -> None:
+    ran = tunewright("verdict", "--project", project, "--json")
+    assert ran.code == {"ship": 0, "don't ship": 3, "can't tell": 4}[ran.document["decision"]]
+    evaluation = next(p for p in (project / "evaluations").iterdir() if p.is_dir())
+    assert tunewright("verdict", evaluation, "--project", project, "--json") == ran
+    assert tunewright("verdict", evaluation.name, "--project", project, "--json") == ran
+
+
+def test_evidence_holds_what_the_items_say(project: Path) -> None:
+    evidence = tunewright("evaluate", "--project", project, "--json").document["evidence"]
+    folder = project / "evaluations" / evidence["id"]
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().split("\n") if line]
+    assert len(items) == evidence["items"]
+    for arm in evidence["arms"]:
+        right = sum(item["answers"][arm["name"]].strip() == item["reference"] for item in items)
+        assert arm["exact"] == right
+    decisive = evidence["contrasts"][0]
+    assert decisive["control"] == evidence["best_prompting"]
+
+
+def test_lineage_leads_back_to_data_base_template_and_recipe(project: Path) -> None:
+    adapter = find_adapter(project / "adapters")
+    lineage = adapter.lineage
+    version = tunewright("data", "log", "--project", project, "--json").document["versions"][-1]
+    assert lineage["dataset"]["digest"] == version["digest"]
+    assert lineage["dataset"]["splits"]["test"]["digest"] == version["splits"]["test"]
+    assert set(lineage["base"]["files"]) >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert lineage["recipe"]["train"]["rank"] == 16
+    assert {"torch", "peft", "trl", "transformers"} <= set(lineage["packages"])
+    assert len(lineage["template_digest"]) == 64
+
+
+def test_nothing_written_names_this_machine(project: Path) -> None:
+    """But for the base, which the recipe itself gives as a path here."""
+    written = [*(project / "dataset").rglob("*"), *(project / "adapters").rglob("*.json")]
+    for path in (p for p in written if p.is_file()):
+        assert str(project) not in path.read_text(), path
+
+
+def test_adapters_are_listed(project: Path) -> None:
+    (row,) = tunewright("adapters", "list", "--project", project, "--json").document["adapters"]
+    assert row["name"] == f"tiny-{row['digest'][:12]}"
+    assert row["checkpoints"] == ["step-12"]
+
+
+def test_an_adapter_of_another_dataset_version_is_not_evaluated(project: Path, tmp_path: Path) -> None:
+    """Its training rows may be test rows now."""
+    import shutil
+
+    from command_line import pairs, write_jsonl
+
+    other = Path(shutil.copytree(project, tmp_path / "other"))
+    assert tunewright("data", "add", write_jsonl(tmp_path / "more.jsonl", pairs(20, seed=9)), "-p", other).code == 0
+    ran = tunewright("evaluate", "--project", other)
+    assert (ran.code, "was trained on dataset version" in ran.stderr) == (2, True)
+
+
+def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from tiny import build_base
+
+    other = Path(shutil.copytree(project, tmp_path / "other"))
+    build_base(tmp_path / "base", seed=1)
+    text = (other / "tunewright.yaml").read_text()
+    base_line = next(line for line in text.splitlines() if line.startswith("base:"))
+    (other / "tunewright.yaml").write_text(text.replace(base_line, f"base: {tmp_path / 'base'}"))
+    adapter = find_adapter(other / "adapters").name
+    for command in (["evaluate"], ["serve", adapter]):
+        ran = tunewright(*command, "--project", other)
+        assert (ran.code, "it was trained on" in ran.stderr) == (2, True)

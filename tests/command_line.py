@@ -1,0 +1,64 @@
+"""Running the command line in this process, and projects to run it on."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from tunewright.cli import commands
+
+COLOURS = ["red", "green", "blue", "amber", "violet", "ochre", "teal", "navy", "olive", "coral"]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command printed and how it ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The one JSON document on stdout."""
+        value: dict[str, Any] = json.loads(self.stdout)
+        return value
+
+
+def tunewright(*arguments: str | Path) -> Ran:
+    """Run a command; an exception that reaches here is a traceback that the user would see."""
+    result = CliRunner().invoke(commands(), [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ran(result.exit_code, result.stdout, result.stderr)
+
+
+def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Pairs of unlike inputs; the output is the input's first word, which a model of any size can learn to copy."""
+    generator = random.Random(seed)
+    words = [" ".join(generator.sample(COLOURS, 3)) + f" {n * 7919 % 10007}" for n in range(count)]
+    return [{"prompt": text, "completion": text.split()[0]} for text in words]
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    """Write rows as JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tiny_project(folder: Path, base: Path, count: int = 120) -> Path:
+    """A project on a tiny base that goes the whole road in seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "pairs.jsonl", pairs(count))
+    (folder / "tunewright.yaml").write_text(
+        f"name: tiny\nbase: {base}\ndata:\n  sources: [pairs.jsonl]\n"
+        "train:\n  preset: all-linear\n  learning_rate: 0.003\n  batch_size: 8\n  epochs: 2\n  dtype: float32\n"
+        "  checkpoint_every: 5\nevaluate:\n  shots: [1, 2]\n"
+    )
+    return folder

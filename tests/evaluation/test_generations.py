@@ -1,0 +1,60 @@
+"""Answers are computed once: journalled, found again, and kept apart by all that decides them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunewright.chat.templates import prompt_ids
+from tunewright.data.examples import Message
+from tunewright.evaluation import generations
+from tunewright.evaluation.generations import Generator
+from tunewright.models.bases import resolve_base
+from tunewright.progress import LogReporter
+
+
+@pytest.fixture
+def generator(tiny_base_folder: Path, tmp_path: Path) -> Generator:
+    base = resolve_base(str(tiny_base_folder), None, tmp_path, LogReporter())
+    return Generator(base, "float32", 4, tmp_path, LogReporter())
+
+
+def _prompts(generator: Generator, count: int) -> list[tuple[int, ...]]:
+    return [prompt_ids(generator.tokenizer, [Message("user", "word " * n)]) for n in range(1, count + 1)]
+
+
+def test_answers_come_in_the_order_of_the_prompts_and_repeated_prompts_share_one(generator: Generator) -> None:
+    prompts = _prompts(generator, 6)
+    forward = generator.answer("x", prompts, 8)
+    backward = generator.answer("x", prompts[::-1] + prompts, 8)
+    assert backward == forward[::-1] + forward
+    (journal,) = generator.folder.iterdir()
+    assert len([line for line in journal.read_text().split("\n") if line]) == 6
+
+
+def test_known_answers_need_no_model(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = _prompts(generator, 3)
+    before = generator.answer("x", prompts, 8)
+    monkeypatch.setattr(generations, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    again = Generator(generator.base, "float32", 4, generator.folder.parent, LogReporter())
+    assert again.answer("x", prompts, 8) == before
+
+
+def test_a_half_written_line_costs_one_answer_and_no_more(generator: Generator) -> None:
+    prompts = _prompts(generator, 4)
+    before = generator.answer("x", prompts, 8)
+    (journal,) = generator.folder.iterdir()
+    journal.write_text(journal.read_text()[:-20])
+    again = Generator(generator.base, "float32", 4, generator.folder.parent, LogReporter())
+    assert again.answer("x", prompts, 8) == before
+    assert again.answer("x", prompts, 8) == before
+
+
+def test_another_token_limit_is_another_answer(generator: Generator) -> None:
+    (prompt,) = _prompts(generator, 1)
+    (short,) = generator.answer("x", [prompt], 2)
+    (long,) = generator.answer("x", [prompt], 8)
+    assert short.truncated
+    assert long.text.startswith(short.text[:1])
+    assert len(list(generator.folder.iterdir())) == 2

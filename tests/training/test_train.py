@@ -1,0 +1,160 @@
+"""Training: what is learnt, what is kept, and that a stopped run ends where an unstopped one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import tunewright
+from command_line import tiny_project
+from tunewright.errors import UserError
+from tunewright.progress import LogReporter, Task
+from tunewright.road import Road
+from tunewright.training.callbacks import Follow, complete_checkpoint
+from tunewright.training.rows import IGNORED, as_columns
+from tunewright.training.train import TrainResult
+
+
+class Interrupting(LogReporter):
+    """Presses Ctrl-C when training has made so many steps."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        with super().task(title, total, unit) as task:
+            yield _Counting(self.after) if title.startswith("Training") else task
+
+
+class _Counting:
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.left -= steps
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _road(folder: Path, base: Path, reporter: LogReporter | None = None) -> Road:
+    if not folder.exists():
+        tiny_project(folder, base)
+    road = tunewright.open(folder, reporter)
+    road.add([folder / "pairs.jsonl"])
+    return road
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> TrainResult:
+    return _road(tmp_path_factory.mktemp("train") / "project", tiny_base_folder).train()
+
+
+def test_the_loss_falls_and_both_curves_are_kept(unstopped: TrainResult) -> None:
+    history = unstopped.adapter.history
+    losses = [row["loss"] for row in history if "loss" in row]
+    dev = [row["eval_loss"] for row in history if "eval_loss" in row]
+    assert (len(losses), len(dev)) == (24, 2)
+    assert sum(losses[-4:]) < sum(losses[:4]) - 0.5
+    assert dev[1] < dev[0]
+
+
+def test_the_rate_warms_up_over_a_tenth_and_then_falls(unstopped: TrainResult) -> None:
+    rates = [row["learning_rate"] for row in unstopped.adapter.history if "loss" in row]
+    peak = max(rates)
+    assert peak == pytest.approx(0.003)
+    assert rates.index(peak) in {2, 3}
+    assert rates[-1] < 0.1 * peak
+
+
+def test_the_adapter_loads_in_peft_and_changes_the_base(unstopped: TrainResult, tiny_base_folder: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_base_folder, dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        before = base(ids).logits.clone()
+        tuned = PeftModel.from_pretrained(base, unstopped.adapter.folder)
+        after = tuned(ids).logits
+    assert tuned.peft_config["default"].r == 16
+    assert (after - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("after", [1, 4, 11, 17, 24])
+def test_a_stopped_run_goes_on_to_the_same_adapter(
+    after: int, unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    """In the first steps, on a checkpoint's step, at an epoch's end, in the middle of one, and after the last step."""
+    folder = tmp_path / "project"
+    with pytest.raises(KeyboardInterrupt):
+        _road(folder, tiny_base_folder, Interrupting(after)).train()
+    assert not list((folder / "adapters").glob("*"))
+    (work,) = (folder / ".tunewright" / "training").iterdir()
+    checkpoint = complete_checkpoint(work)
+    assert checkpoint is not None
+    # The signal comes while a step is being reported: the next one is the last.
+    assert checkpoint.name == f"checkpoint-{min(after + 1, 24)}"
+    resumed = _road(folder, tiny_base_folder).train()
+    assert resumed.adapter.digest == unstopped.adapter.digest
+    assert not work.exists()
+
+
+def test_a_checkpoint_cut_off_while_being_written_is_not_used(tmp_path: Path) -> None:
+    for step, whole in ((5, True), (10, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if whole:
+            (folder / "whole").touch()
+    found = complete_checkpoint(tmp_path)
+    assert found is not None
+    assert found.name == "checkpoint-5"
+
+
+def test_the_same_inputs_are_not_trained_twice_and_another_seed_is(
+    unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    folder = tmp_path / "project"
+    road = _road(folder, tiny_base_folder)
+    first = road.train()
+    assert first.adapter.digest == unstopped.adapter.digest
+    assert not road.train().trained
+    recipe = folder / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("checkpoint_every: 5", "checkpoint_every: 7"))
+    assert not _road(folder, tiny_base_folder).train().trained
+    recipe.write_text(recipe.read_text() + "seed: 1\n")
+    other = tunewright.open(folder).train()
+    assert other.trained
+    assert other.adapter.digest != first.adapter.digest
+
+
+def test_an_example_over_the_limit_is_named_and_nothing_is_cut(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tmp_path / "project"
+    road = _road(folder, tiny_base_folder)
+    recipe = folder / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  max_length: 60\n"))
+    with pytest.raises(UserError, match=r"examples cannot be trained on whole .the limit is 60 tokens") as caught:
+        tunewright.open(folder).train()
+    assert caught.value.where == "train.max_length"
+    assert "tokens" in caught.value.what
+    assert road.version().examples("train")
+
+
+def test_labels_are_the_answers_ids_and_nothing_else() -> None:
+    from tunewright.chat.templates import Tokens
+
+    columns = as_columns([Tokens((5, 6, 7, 8), (False, False, True, True))])
+    assert columns == {"input_ids": [[5, 6, 7, 8]], "labels": [[IGNORED, IGNORED, 7, 8]]}
+
+
+def test_a_loss_that_is_no_number_stops_the_run() -> None:
+    follow = Follow(_Counting(-1))
+    with pytest.raises(UserError, match="the loss is nan at step 7"):
+        follow.on_log(None, SimpleNamespace(global_step=7), None, logs={"loss": float("nan"), "num_tokens": 1})
