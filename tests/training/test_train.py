@@ -84,7 +84,6 @@ def test_the_adapter_loads_in_peft_and_changes_the_base(unstopped: TrainResult, 
         before = base(ids).logits.clone()
         tuned = PeftModel.from_pretrained(base, unstopped.adapter.folder)
         after = tuned(ids).logits
-    assert tuned.peft_config["default"].r == 16
     assert (after - before).abs().max() > 0.1
 
 
@@ -139,8 +138,8 @@ def test_an_example_over_the_limit_is_named_and_nothing_is_cut(tmp_path: Path, t
     folder = tmp_path / "project"
     road = _road(folder, tiny_base_folder)
     recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  max_length: 60\n"))
-    with pytest.raises(UserError, match=r"examples cannot be trained on whole .the limit is 60 tokens") as caught:
+    recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  max_length: 42\n"))
+    with pytest.raises(UserError, match=r"examples cannot be trained on whole .the limit is 42 tokens") as caught:
         tunewright.open(folder).train()
     assert caught.value.where == "train.max_length"
     assert "tokens" in caught.value.what

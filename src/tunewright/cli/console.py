@@ -107,7 +107,8 @@ class Session:
     def show(self, document: dict[str, Any], *people: RenderableType) -> None:
         """The command's result: ``document`` where JSON was asked for, else text and tables for people."""
         if self.as_json:
-            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+            # Flushed, since `serve` goes on for long after it has said where.
+            print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
             return
         for part in people:
             self.console.print(part, markup=False, highlight=False)
@@ -135,7 +136,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 def _fail(current: Session, document: dict[str, Any], text: str) -> NoReturn:
     if current.as_json:
-        sys.stdout.write(json.dumps({"error": document}, indent=2, ensure_ascii=False) + "\n")
+        print(json.dumps({"error": document}, indent=2, ensure_ascii=False))
     else:
         current.console.print(text, style="red", markup=False, highlight=False)
     raise typer.Exit(USER_ERROR)

@@ -115,7 +115,8 @@ class _Run:
         from datasets import Dataset
         from peft import LoraConfig, TaskType
         from transformers import PrinterCallback, set_seed
-        from trl import SFTTrainer
+
+        from tunewright.training.order import OrderedTrainer
 
         settings = self.recipe.train
         steps_an_epoch = math.ceil(len(train) / settings.batch_size)
@@ -134,7 +135,7 @@ class _Run:
             stop_on_signal() as stop,
             self.reporter.task(f"Training {self.recipe.name}", steps, "steps") as task,
         ):
-            trainer = SFTTrainer(
+            trainer = OrderedTrainer(
                 model=model,
                 args=self._arguments(steps),
                 train_dataset=Dataset.from_dict(as_columns(train)),
@@ -178,8 +179,6 @@ class _Run:
             use_cpu=not torch.cuda.is_available(),
             # Recomputing activations trades a third of the speed for memory that LoRA on the CPU has to spare.
             gradient_checkpointing=torch.cuda.is_available(),
-            # Rows of like length together: less padding.
-            train_sampling_strategy="group_by_length",
             # Rows come ready-made, and none is longer than the recipe's limit: nothing is left to cut.
             max_length=None,
             eval_strategy="epoch",

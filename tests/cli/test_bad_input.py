@@ -1,0 +1,225 @@
+"""Bad input through the command line: one clear message, exit code 2, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
+from tunewright.cli.console import ConsoleReporter
+from tunewright.progress import Task
+
+GOOD = pairs(60)
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_base_folder: Path) -> Path:
+    """A project with one dataset version."""
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    return folder
+
+
+def _snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _refused(ran: Ran, *words: str) -> None:
+    assert ran.code == 2, (ran.code, ran.stdout, ran.stderr)
+    assert "Traceback" not in ran.stderr
+    for word in words:
+        assert word in ran.stderr, ran.stderr
+
+
+def _file(folder: Path, content: bytes | str | list[Any], name: str = "new.jsonl") -> Path:
+    path = folder / name
+    if isinstance(content, list):
+        return write_jsonl(path, content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["new.jsonl", "empty"]),
+        ("\n \n", ["new.jsonl", "empty"]),
+        ("not json\n", ["new.jsonl:1", "JSON"]),
+        ([*GOOD, {"question": "a", "answer": "b"}], ["new.jsonl:61", "question"]),
+        ([*GOOD, {"prompt": "a", "completion": ""}], ["new.jsonl:61", "empty"]),
+        (b'{"prompt": "caf\xe9", "completion": "x"}\n', ["new.jsonl:1", "UTF-8"]),
+        ([*GOOD, {"prompt": "a" * 100_000, "completion": "x"}], ["new.jsonl:61", "100,00", "data.max_characters"]),
+        ([*GOOD, {"messages": [{"role": "user", "content": "a"}]}], ["new.jsonl:61", "assistant"]),
+    ],
+    ids=["empty", "blank", "not-json", "wrong-keys", "empty-answer", "not-utf8", "100000-characters", "no-answer"],
+)
+def test_a_faulty_file_is_refused_and_the_dataset_is_as_it_was(project: Path, content: Any, words: list[str]) -> None:
+    path = _file(project, content)
+    before = _snapshot(project)
+    _refused(tunewright("data", "add", path, "-p", project), *words)
+    assert _snapshot(project) == before
+
+
+def test_all_faults_are_listed_at_once_and_skipping_names_each(project: Path) -> None:
+    path = _file(project, [*pairs(30, seed=5), {"prompt": "a"}, 7, {"prompt": "b", "completion": " "}])
+    refused = tunewright("data", "add", path, "-p", project)
+    _refused(refused, "new.jsonl:31", "new.jsonl:32", "new.jsonl:33", "--skip-bad")
+    skipped = tunewright("data", "add", path, "-p", project, "--skip-bad")
+    assert skipped.code == 0
+    for line in (31, 32, 33):
+        assert f"new.jsonl:{line}" in skipped.stderr
+
+
+def test_a_byte_order_mark_is_read_right(project: Path) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in pairs(20, seed=3))
+    path = _file(project, b"\xef\xbb\xbf" + text.encode())
+    ran = tunewright("data", "add", path, "-p", project, "--json")
+    assert (ran.code, ran.document["added"]) == (0, 20)
+
+
+def test_three_rows_in_all_are_too_few(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder, count=3)
+    _refused(tunewright("data", "add", folder / "pairs.jsonl", "-p", folder), "3", "10")
+    assert not (folder / "dataset" / "HEAD").exists()
+    _refused(tunewright("run", "-p", folder), "3", "10")
+
+
+def test_a_csv_column_that_is_not_there_is_named_with_those_that_are(project: Path) -> None:
+    path = _file(project, "question,answer\na,b\n", "new.csv")
+    _refused(tunewright("data", "add", path, "--input", "query", "--output", "answer", "-p", project), "question")
+    _refused(tunewright("data", "add", path, "-p", project), "--input")
+
+
+def test_csv_columns_are_read_as_named(project: Path) -> None:
+    rows = "".join(f'"{row["prompt"]}, x",{row["completion"]}\n' for row in pairs(20, seed=3))
+    path = _file(project, "question,answer\n" + rows, "new.csv")
+    ran = tunewright("data", "add", path, "--input", "question", "--output", "answer", "-p", project, "--json")
+    assert (ran.code, ran.document["added"]) == (0, 20)
+
+
+@pytest.mark.parametrize("command", [["data", "add", "nowhere.jsonl"], ["data", "log"], ["train"], ["run"], ["serve"]])
+def test_outside_a_project_the_way_in_is_told(tmp_path: Path, command: list[str]) -> None:
+    _refused(tunewright(*command, "-p", tmp_path), "tunewright.yaml", "tunewright init")
+
+
+@pytest.mark.parametrize("command", ["advise", "train", "evaluate", "verdict", "report"])
+def test_a_stage_without_the_one_before_it_says_which(tmp_path: Path, tiny_base_folder: Path, command: str) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    _refused(tunewright(command, "-p", folder), "tunewright ")
+
+
+def test_an_unknown_recipe_key_is_refused_with_the_nearest(project: Path) -> None:
+    recipe = project / "tunewright.yaml"
+    recipe.write_text(recipe.read_text() + "trian:\n  rank: 8\n")
+    _refused(tunewright("train", "-p", project), "tunewright.yaml:14", "did you mean train?")
+
+
+def test_a_base_without_weights_is_refused(project: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    recipe = project / "tunewright.yaml"
+    line = next(line for line in recipe.read_text().splitlines() if line.startswith("base:"))
+    recipe.write_text(recipe.read_text().replace(line, f"base: {base}"))
+    for command in ("advise", "train", "serve"):
+        _refused(tunewright(command, "-p", project), "no weights: model.safetensors missing")
+
+
+def test_errors_are_json_where_json_was_asked_for(project: Path) -> None:
+    ran = tunewright("data", "add", project / "nowhere.jsonl", "-p", project, "--json")
+    assert ran.code == 2
+    assert "nowhere.jsonl" in ran.document["error"]["where"]
+
+
+def test_a_port_that_is_taken_is_told(project: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        _refused(tunewright("serve", "--port", str(port), "-p", project), str(port))
+
+
+class _CtrlC:
+    """Presses Ctrl-C at the n-th step of the task whose title begins so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, title: str, after: int) -> None:
+        original = ConsoleReporter.task
+        self.left = after
+
+        @contextmanager
+        def task(reporter: ConsoleReporter, name: str, total: int, unit: str) -> Iterator[Task]:
+            with original(reporter, name, total, unit) as inner:
+                yield self if name.startswith(title) else inner
+
+        monkeypatch.setattr(ConsoleReporter, "task", task)
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("title", "after"),
+    [
+        ("reading", 1),
+        ("looking", 1),
+        ("saving", 3),
+        ("zero-shot on dev", 1),
+        ("retrieved-2 on dev", 5),
+        ("Training", 7),
+        ("tuned on test", 2),
+    ],
+)
+def test_ctrl_c_in_every_stage_loses_nothing_and_the_same_command_goes_on(
+    title: str, after: int, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _CtrlC(monkeypatch, title, after)
+        _refused(tunewright("run", "-p", folder), "Stopped", "goes on from there")
+    ran = tunewright("run", "-p", folder, "--json")
+    assert ran.code in {0, 3, 4}
+    assert ran.document["data"]["version"]["counts"]["rows"] == 120
+
+
+@contextmanager
+def _small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("command", ["advise", "train", "evaluate"])
+def test_a_full_disk_is_told_and_what_was_there_still_works(
+    command: str, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    with _small_disk(tmp_path / "disk", "8m") as disk:
+        folder = tiny_project(disk / "project", tiny_base_folder)
+        assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+        if command == "evaluate":
+            assert tunewright("train", "-p", folder).code == 0
+        filler = disk / "filler"
+        with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        before = _snapshot(folder / "dataset")
+        _refused(tunewright(command, "-p", folder), "the disk is full", "Free some space")
+        assert _snapshot(folder / "dataset") == before
+        filler.unlink()
+        assert tunewright("run", "-p", folder).code in {0, 3, 4}
