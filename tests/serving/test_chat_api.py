@@ -58,7 +58,7 @@ def test_an_answer_is_the_decoding_loops_answer_and_says_who_gave_it(client: ope
     assert (choice.message.content, choice.finish_reason) == (decode(expected.ids), expected.finish)
     assert choice.message.role == "assistant"
     assert answer.model == served.name
-    assert raw.headers["x-tunewright-adapter"] == (served.adapter or "none")
+    assert raw.headers["x-tunewright-adapter"] == ("none" if served.adapter is None else served.name)
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(prompt)
     assert answer.usage.completion_tokens == len(expected.ids)

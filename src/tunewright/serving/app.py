@@ -74,7 +74,7 @@ class _Order:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {ADAPTER_HEADER: self.served.adapter or "none"}
+        return {ADAPTER_HEADER: self.served.name if self.served.adapter else "none"}
 
     def usage(self, last: _Piece) -> Usage:
         return Usage(len(self.request.prompt_ids), last.tokens)

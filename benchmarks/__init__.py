@@ -1,1 +1,0 @@
-"""Benchmarks: one script per claim."""
