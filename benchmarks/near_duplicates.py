@@ -31,20 +31,15 @@ def main(files: list[str]) -> None:
     """Measure at 0.8, 0.7 and 0.5."""
     texts = comparison_texts([Example((Message("user", t), Message("assistant", "x"))) for t in _inputs(files)])
     sets = [shingles(text) for text in texts]
-    print(
-        f"{len(texts):,} inputs\n{'J >=':>5} {'pairs':>8} {'exact s':>8} {'MinHash s':>10} {'found':>8}  random split leaks"
-    )
+    print(f"{len(texts):,} inputs")
+    print(f"{'J >=':>5} {'pairs':>8} {'exact s':>8} {'MinHash s':>10} {'found':>8}  random split leaks")
     results = []
     for threshold in (0.8, 0.7, 0.5):
         began = time.perf_counter()
         found = _exact(texts, threshold)
         seconds = time.perf_counter() - began
-        row = {
-            "threshold": threshold,
-            "pairs": len(found),
-            "exact_s": round(seconds, 2),
-            "leak": _leak(found, len(texts)),
-        }
+        row = {"threshold": threshold, "pairs": len(found), "exact_s": round(seconds, 2)}
+        row["leak"] = _leak(found, len(texts))
         if importlib.util.find_spec("rensa"):
             began = time.perf_counter()
             hits = sum(_jaccard(sets[a], sets[b]) >= threshold for a, b in _minhash_candidates(sets))
@@ -71,7 +66,7 @@ def _exact(texts: list[str], threshold: float) -> set[tuple[int, int]]:
 
 
 def _minhash_candidates(sets: list[set[str]]) -> set[tuple[int, int]]:
-    from rensa import RMinHash  # type: ignore[import-not-found]
+    from rensa import RMinHash
 
     buckets: dict[tuple[int, ...], list[int]] = {}
     for number, members in enumerate(sets):
