@@ -50,7 +50,7 @@ def _convert(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tunewright.models.loading import quiet_transformers
+    from tunewright.models.quiet import quiet_transformers
 
     # The conversion draws a bar of its own on stderr; its errors are raised all the same.
     with quiet_transformers(), redirect_stderr(io.StringIO()):

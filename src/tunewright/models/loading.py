@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
+from tunewright.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and hints off the terminal: errors are raised, and ours is the only voice."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    accelerate_log = logging.getLogger("accelerate")
-    accelerate_level = accelerate_log.level
-    accelerate_log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="peft|torch|transformers|trl")
-            yield
-    finally:
-        hf_logging.set_verbosity(level)
-        accelerate_log.setLevel(accelerate_level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def device() -> str:

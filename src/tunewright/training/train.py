@@ -16,7 +16,8 @@ from tunewright.chat.templates import Tokens, stop_ids, template_digest
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, write_json, writing
 from tunewright.models.bases import Base
-from tunewright.models.loading import device, generation_config, load_model, load_tokenizer, quiet_transformers
+from tunewright.models.loading import device, generation_config, load_model, load_tokenizer
+from tunewright.models.quiet import quiet_transformers
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
