@@ -63,14 +63,17 @@ class Road:
     ) -> AddResult:
         """Add files of pairs to the dataset: a new version, unless nothing in them is new.
 
-        ``input_column`` and ``output_column`` name a CSV's columns where the recipe doesn't.
+        ``input_column`` and ``output_column`` name a CSV's columns in place of the recipe's.
         """
         recipe = self.project.recipe
+        paths = [Path(f) for f in files]
         columns = {"input": input_column, "output": output_column}
         given = {key: column for key, column in columns.items() if column is not None}
+        if given and not any(path.suffix.lower() == ".csv" for path in paths):
+            raise UserError("columns are named, but no file is a CSV", where="--" + "/--".join(given))
         changed = recipe.model_copy(update={"data": recipe.data.model_copy(update=given)})
         project = Project(self.project.root, changed)
-        return add(project, [Path(f) for f in files], self.reporter, skip_bad=skip_bad, message=message)
+        return add(project, paths, self.reporter, skip_bad=skip_bad, message=message)
 
     def version(self, digest: str | None = None) -> DatasetVersion:
         """A dataset version; the current one where no digest is given."""

@@ -98,6 +98,12 @@ def test_a_csv_column_that_is_not_there_is_named_with_those_that_are(project: Pa
     _refused(tunewright("data", "add", path, "-p", project), "--input")
 
 
+def test_columns_named_for_a_file_that_has_none_are_not_ignored(project: Path) -> None:
+    _refused(
+        tunewright("data", "add", project / "pairs.jsonl", "--input", "a", "-p", project), "--input", "no file is a CSV"
+    )
+
+
 def test_csv_columns_are_read_as_named(project: Path) -> None:
     rows = "".join(f'"{row["prompt"]}, x",{row["completion"]}\n' for row in pairs(20, seed=3))
     path = _file(project, "question,answer\n" + rows, "new.csv")

@@ -92,12 +92,15 @@ def test_json_is_one_document_and_people_read_stderr(project: Path) -> None:
         assert tunewright(command, "--project", project).stdout == ""
 
 
-def test_the_verdicts_exit_code_is_its_decision(project: Path) -> None:
+def test_the_verdict_needs_the_evidence_and_nothing_else(project: Path, tmp_path: Path) -> None:
     ran = tunewright("verdict", "--project", project, "--json")
     assert ran.code == {"ship": 0, "don't ship": 3, "can't tell": 4}[ran.document["decision"]]
     evaluation = next(p for p in (project / "evaluations").iterdir() if p.is_dir())
     assert tunewright("verdict", evaluation, "--project", project, "--json") == ran
     assert tunewright("verdict", evaluation.name, "--project", project, "--json") == ran
+    elsewhere = tmp_path / "evidence.json"
+    elsewhere.write_bytes((evaluation / "evidence.json").read_bytes())
+    assert tunewright("verdict", elsewhere, "--project", tmp_path, "--json") == ran
 
 
 def test_evidence_holds_what_the_items_say(project: Path) -> None:

@@ -79,11 +79,12 @@ def evaluate(
 @app.command()
 def verdict(evaluation: Evaluation = None, project: Folder = HERE, json: Json = False) -> None:
     """Ship (exit 0), don't ship (3) or can't tell (4), from the evidence alone."""
-    import tunewright
     from tunewright.cli.tables import verdict_text
+    from tunewright.road import Road
 
     with session(json) as current:
-        decision = tunewright.open(project, current.reporter).verdict(evaluation)
+        # Not opened as a project: evidence is enough, wherever it lies.
+        decision = Road(project, current.reporter).verdict(evaluation)
         current.show({"decision": decision.decision, "reasons": list(decision.reasons)}, verdict_text(decision))
         raise typer.Exit(decision.exit_code)
 
