@@ -8,11 +8,15 @@ import os
 # wherever the machine has other work too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from tiny import build_base
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

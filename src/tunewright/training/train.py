@@ -60,14 +60,17 @@ def train(project: Project, version: DatasetVersion, base: Base, reporter: Repor
             adapter.verify()
             return TrainResult(adapter, trained=False)
 
-    members = {split: version.examples(split) for split in ("train", "dev")}
-    work = project.work / "training" / identity[:12]
-    model = load_model(base, recipe.train.dtype)
     stops = stop_ids(tokenizer, generation_config(base))
-    encoded = {s: encode_members(tokenizer, m, recipe.train.max_length, stops) for s, m in members.items()}
+    encoded_train, encoded_dev = (
+        encode_members(tokenizer, members, recipe.train.max_length, stops)
+        for members in (version.examples("train"), version.examples("dev"))
+    )
+    work = project.work / "training" / identity[:12]
+    reporter.say(f"Loading {base.spec}")
+    model = load_model(base, recipe.train.dtype)
     with quiet_transformers(), writing(work):
         run = _Run(recipe, work, reporter)
-        epochs, history, seconds = run.fit(model, tokenizer, encoded["train"], encoded["dev"])
+        epochs, history, seconds = run.fit(model, tokenizer, encoded_train, encoded_dev)
         best = min(epochs, key=lambda e: e.dev_loss)
         for epoch in epochs:
             _name_base(epoch.folder, base)
@@ -75,8 +78,8 @@ def train(project: Project, version: DatasetVersion, base: Base, reporter: Repor
             **training_lineage(recipe, version, base, inputs),
             "inputs_digest": identity,
             "training": {
-                "examples": len(encoded["train"]),
-                "trained_tokens": sum(sum(t.loss_mask) for t in encoded["train"]),
+                "examples": len(encoded_train),
+                "trained_tokens": sum(sum(t.loss_mask) for t in encoded_train),
                 "epochs": [{"step": e.step, "epoch": e.epoch, "dev_loss": e.dev_loss} for e in epochs],
                 "kept_step": best.step,
                 "seconds": round(seconds, 1),
