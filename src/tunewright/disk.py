@@ -18,6 +18,8 @@ from tunewright.errors import UserError
 _REFUSALS = {
     errno.ENOSPC: ("the disk is full", "Free some space and run the same command again."),
     errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
+    errno.EEXIST: ("a file is where a folder has to be", "Choose another folder."),
+    errno.ENOTDIR: ("a file is where a folder has to be", "Choose another folder."),
     errno.EROFS: ("the file system is read-only", "Choose a folder that can be written to."),
     errno.EACCES: ("permission denied", "Choose a folder that you may write to."),
     errno.EPERM: ("permission denied", "Choose a folder that you may write to."),

@@ -37,7 +37,7 @@ class DataRecipe(_Section):
     output: Annotated[str | None, Field(description="CSV: the column that holds the ideal output.")] = None
     system: Annotated[
         str | None,
-        Field(description="An instruction put before each pair that has no system turn of its own."),
+        Field(description="An instruction put, when pairs are added, before each that has no system turn of its own."),
     ] = None
     max_characters: Annotated[
         int,

@@ -107,7 +107,7 @@ def _fault(error: ErrorDetails) -> str:
         nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*parents, nearest[0]])}?" if nearest else f"valid keys: {', '.join(known)}"
         return f"unknown key {key}: {hint}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [1, 2]")
     return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}" if key else message
 
 

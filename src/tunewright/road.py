@@ -93,6 +93,11 @@ class Road:
         """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split."""
         tuned = find_adapter(self.project.adapters, adapter)
         self._require_fit(tuned)
+        if tuned.lineage["recipe"]["train"] != self.project.recipe.train.model_dump(mode="json"):
+            self.reporter.warn(
+                f"The recipe's train section has changed since {tuned.name} was trained, and that adapter is evaluated "
+                "as it is; `tunewright train` makes one by the recipe."
+            )
         measurement = self._measurement()
         trained_on = tuned.lineage["dataset"]["digest"]
         if trained_on != measurement.version.digest:
@@ -171,12 +176,16 @@ class Road:
         """
         folder = self.project.evaluations
         if evaluation is not None:
-            given = Path(evaluation)
-            return given if given.exists() else folder / given
-        known = [load_evidence(file) for file in folder.glob(f"[!.]*/{EVIDENCE_FILE}")]
-        if not known:
+            place = next((p for p in (Path(evaluation), folder / evaluation) if p.exists()), None)
+            if place is None:
+                known = sorted(file.parent.name for file in folder.glob(f"[!.]*/{EVIDENCE_FILE}"))
+                there = f"There are: {', '.join(known)}." if known else None
+                raise UserError(f"no evaluation {str(evaluation)!r}", where=str(folder), fix=there)
+            return place
+        evidence = [load_evidence(file) for file in folder.glob(f"[!.]*/{EVIDENCE_FILE}")]
+        if not evidence:
             raise UserError("nothing has been evaluated yet", where=str(folder), fix="`tunewright evaluate` does it.")
-        return folder / max(known, key=lambda e: str(e.lineage["created"])).id
+        return folder / max(evidence, key=lambda e: str(e.lineage["created"])).id
 
     def _measurement(self) -> Measurement:
         from tunewright.evaluation.generations import Generator

@@ -92,6 +92,23 @@ def test_three_rows_in_all_are_too_few(tmp_path: Path, tiny_base_folder: Path) -
     _refused(tunewright("run", "-p", folder), "3", "10")
 
 
+def test_the_same_pairs_under_another_system_turn_are_told(project: Path) -> None:
+    recipe = project / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("data:\n", "data:\n  system: Name the first colour.\n"))
+    ran = tunewright("data", "add", project / "pairs.jsonl", "-p", project)
+    assert (ran.code, "120 new rows: the version before has the same pair" in ran.stderr) == (0, True)
+
+
+def test_a_file_in_the_way_of_a_project_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    _refused(tunewright("init", tmp_path / "file"), "a file is where a folder has to be")
+
+
+def test_an_evaluation_that_is_not_there_is_told(project: Path) -> None:
+    for command in ("verdict", "report"):
+        _refused(tunewright(command, "nowhere", "-p", project), "no evaluation 'nowhere'")
+
+
 def test_a_csv_column_that_is_not_there_is_named_with_those_that_are(project: Path) -> None:
     path = _file(project, "question,answer\na,b\n", "new.csv")
     _refused(tunewright("data", "add", path, "--input", "query", "--output", "answer", "-p", project), "question")

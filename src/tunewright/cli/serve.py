@@ -20,7 +20,9 @@ def serve(
         ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="the recipe's")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any.", show_default="the recipe's")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0: any.", show_default="the recipe's")
+    ] = None,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:

@@ -116,11 +116,18 @@ def add(
             sources = _sources(files, readings, project.root)
             counts = _counts(members, len(conflicts), len(duplicates), len(skipped), len(moved))
             version = _manifest(merge, members, project.recipe, message, counts, list(sources.values()))
+            notices.warn_of_another_system_turn(
+                [m.example for m in merge.parent.members] if merge.parent else [],
+                [merge.kept[key] for key in merge.first if key in merge.kept],
+                reporter,
+            )
             notices.warn_of_contents(members, conflicts, moved, merge.first.keys(), reporter)
             save_version(project.dataset, version, members, _imports(rows, fates, skipped, sources), reporter)
         else:
             assert merge.parent is not None
             version = merge.parent.manifest
+            if message:
+                reporter.warn("Nothing is new, so there is no version to keep the message with.")
     return AddResult(
         version=version,
         created=created,

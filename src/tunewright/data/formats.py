@@ -67,6 +67,8 @@ def read_pairs(path: Path, data: DataRecipe, task: Task | None = None) -> Readin
         UserError: the file as a whole cannot be read: missing, a folder, empty, of another kind or encoding, a JSON
             array, a CSV column that is not there or quotes that don't match.
     """
+    if path.is_dir():
+        raise UserError("a folder, not a file", where=str(path), fix="Name the files in it.")
     kind = path.suffix.lower()
     if kind not in (".jsonl", ".ndjson", ".json", ".csv"):
         raise UserError("not a kind of file that can be read", where=str(path), fix=_KINDS)
@@ -91,8 +93,6 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         file = path.open("rb")
     except FileNotFoundError:
         raise UserError("no such file", where=str(path)) from None
-    except IsADirectoryError:
-        raise UserError("a folder, not a file", where=str(path), fix="Name the files in it.") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot be opened: {reason}", where=str(path)) from None

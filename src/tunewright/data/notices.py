@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from tunewright.data.examples import Example, Message
 from tunewright.data.formats import Fault
 from tunewright.data.splits import Split
 from tunewright.data.versions import Member
@@ -69,6 +70,21 @@ def duplicates(dropped: Sequence[Duplicate]) -> str:
     told = (f"{d.source}:{d.line} repeats {d.of_place} (similarity {d.similarity:.2f})" for d in dropped)
     listed = _listed(told, len(dropped), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
     return f"{_count(len(dropped), 'row')} left out, with the input (nearly) and the output of another:\n{listed}"
+
+
+def warn_of_another_system_turn(known: Iterable[Example], new: Iterable[Example], reporter: Reporter) -> None:
+    """Warn of pairs that were there before with another system turn, as when data.system has changed since."""
+    before = {_turns(example) for example in known}
+    again = sum(_turns(example) in before for example in new)
+    if again:
+        reporter.warn(
+            f"{_count(again, 'new row')}: the version before has the same pair with another system turn, and both are "
+            "kept. data.system is put before pairs when they are added; if you have changed it, start a new dataset."
+        )
+
+
+def _turns(example: Example) -> tuple[Message, ...]:
+    return tuple(message for message in example.messages if message.role != "system")
 
 
 def warn_of_contents(

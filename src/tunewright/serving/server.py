@@ -75,7 +75,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(
             f"cannot listen on {host} port {port}: {error.strerror}",
-            fix="Choose another port (0 takes a free one), or stop what uses it.",
+            fix="Choose another address or port (0 takes a free one), or stop what uses it.",
         ) from error
 
 

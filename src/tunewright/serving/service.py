@@ -37,7 +37,7 @@ class Service:
         host: str | None = None,
         port: int | None = None,
     ) -> None:
-        reporter.say(f"Loading {base.spec}" + (f" and {len(adapters)} adapters" if adapters else ""))
+        reporter.say(f"Loading {base.spec}" + (f" with {len(adapters)} of its adapters" if adapters else ""))
         tokenizer = load_tokenizer(base)
         model: Any = load_model(base, recipe.train.dtype)
         # peft makes module names of adapter names, which may hold no dot: inside, adapters are numbered.

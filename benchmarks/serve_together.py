@@ -1,0 +1,58 @@
+"""Sixty requests for the base, an adapter and its checkpoint: sent at once, then one by one.
+
+    python benchmarks/serve_together.py build/demo      (a project that has gone the road)
+
+Prints how long each took, and how many answers are the same. Prints a line for people and one JSON line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+
+import openai
+
+import tunewright
+from tunewright.adapters.registry import find_adapter
+
+ITEMS = 20
+
+
+def main(project: str) -> None:
+    """Serve the newest adapter and ask."""
+    road = tunewright.open(project)
+    adapter = find_adapter(road.project.adapters)
+    earlier = [f"{adapter.name}@{step}" for step in list(adapter.checkpoints)[:1]]
+    service = road.serve([adapter.name, *earlier], port=0)
+    prompts = [m.example.prompt for m in road.version().examples("test")[:ITEMS]]
+    jobs = [(model, [m.as_dict() for m in prompt]) for prompt in prompts for model in service.models]
+    with service.running() as url:
+        together, together_s, alone, alone_s = asyncio.run(_ask_twice(url, jobs))
+    same = sum(a == b for a, b in zip(together, alone, strict=True))
+    print(
+        f"{len(jobs)} requests: {together_s:.1f} s at once, {alone_s:.1f} s one by one ({alone_s / together_s:.1f}x), "
+        f"{same} answers the same in {road.project.recipe.train.dtype}"
+    )
+    print(json.dumps({"requests": len(jobs), "together_s": together_s, "alone_s": alone_s, "same": same}))
+
+
+async def _ask_twice(
+    url: str, jobs: list[tuple[str, list[dict[str, str]]]]
+) -> tuple[list[str], float, list[str], float]:
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+
+    async def ask(model: str, messages: list[dict[str, str]]) -> str:
+        reply = await client.chat.completions.create(model=model, messages=messages, max_tokens=23)  # type: ignore[arg-type]
+        return reply.choices[0].message.content or ""
+
+    began = time.perf_counter()
+    together = list(await asyncio.gather(*(ask(model, messages) for model, messages in jobs)))
+    middle = time.perf_counter()
+    alone = [await ask(model, messages) for model, messages in jobs]
+    return together, middle - began, alone, time.perf_counter() - middle
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
