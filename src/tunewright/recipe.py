@@ -143,6 +143,10 @@ class TrainRecipe(_Section):
         preset = values.get("preset", "classic")
         return {**PRESETS[preset], **values} if preset in PRESETS else values
 
+    def deciding(self) -> dict[str, Any]:
+        """The values that decide which adapter comes out; how often a run is checkpointed is none of them."""
+        return self.model_dump(mode="json", exclude={"checkpoint_every"})
+
     @model_validator(mode="after")
     def _check_batches(self) -> TrainRecipe:
         if self.micro_batch is not None and self.batch_size % self.micro_batch:

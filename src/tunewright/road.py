@@ -93,7 +93,8 @@ class Road:
         """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split."""
         tuned = find_adapter(self.project.adapters, adapter)
         self._require_fit(tuned)
-        if tuned.lineage["recipe"]["train"] != self.project.recipe.train.model_dump(mode="json"):
+        trained_by = tuned.lineage["recipe"]["train"]
+        if any(trained_by.get(key) != value for key, value in self.project.recipe.train.deciding().items()):
             self.reporter.warn(
                 f"The recipe's train section has changed since {tuned.name} was trained, and that adapter is evaluated "
                 "as it is; `tunewright train` makes one by the recipe."

@@ -152,6 +152,20 @@ def test_an_adapter_of_another_dataset_version_is_not_evaluated(project: Path, t
     assert (ran.code, "was trained on dataset version" in ran.stderr) == (2, True)
 
 
+def test_an_adapter_that_the_recipe_would_no_longer_make_is_told(project: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = Path(shutil.copytree(project, tmp_path / "other"))
+    recipe = other / "tunewright.yaml"
+    for before, after, told in (
+        ("checkpoint_every: 5", "checkpoint_every: 9", False),
+        ("epochs: 2", "epochs: 3", True),
+    ):
+        recipe.write_text(recipe.read_text().replace(before, after))
+        ran = tunewright("evaluate", "--project", other)
+        assert (ran.code, "train section has changed" in ran.stderr) == (0, told)
+
+
 def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -51,7 +51,7 @@ def train(project: Project, version: DatasetVersion, base: Base, reporter: Repor
         "dataset": version.digest,
         "base": base.digest,
         "template": template_digest(tokenizer),
-        "train": recipe.train.model_dump(mode="json", exclude={"checkpoint_every"}),
+        "train": recipe.train.deciding(),
         "seed": recipe.seed,
     }
     identity = digest(inputs)
