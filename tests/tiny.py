@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
+
+from tunewright.chat import ChatFormat, chat_format
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -26,6 +29,11 @@ def byte_tokenizer() -> Any:
     )
     fast.chat_template = CHATML
     return fast
+
+
+def chat_of(tokenizer: Any, kind: Literal["own", "plain"] = "own", today: date = date(2024, 7, 26)) -> ChatFormat:
+    """The format of a tokenizer's conversations, which end with its end of text alone."""
+    return chat_format(tokenizer, stop_ids=frozenset([tokenizer.eos_token_id]), kind=kind, today=today)
 
 
 def build_base(folder: Path, architecture: Literal["llama", "mistral"] = "llama", seed: int = 0) -> Path:

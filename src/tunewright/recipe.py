@@ -6,6 +6,7 @@ the JSON Schema that ``tunewright recipe schema`` prints are both made from thes
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -61,6 +62,25 @@ class DataRecipe(_Section):
     test: Annotated[
         float, Field(gt=0, lt=0.5, description="Share of examples held out and never trained or chosen on.")
     ] = 0.1
+
+
+class ChatRecipe(_Section):
+    """How conversations become tokens, for training, evaluation and serving alike."""
+
+    template: Annotated[
+        Literal["auto", "own", "plain"],
+        Field(
+            description="`own` is the base's chat template; `plain` writes ### Instruction and ### Response (the "
+            "headings of Stanford Alpaca); `auto` is plain only for a base without a template."
+        ),
+    ] = "auto"
+    date: Annotated[
+        datetime.date,
+        Field(
+            description="Today, for templates that write it: pinned, so that training and serving write the same "
+            "(2024-07-26: the date in Llama 3.1's own template)."
+        ),
+    ] = datetime.date(2024, 7, 26)
 
 
 class TrainRecipe(_Section):
@@ -120,10 +140,14 @@ class TrainRecipe(_Section):
         int,
         Field(
             ge=16,
-            description="Longest conversation in tokens; a longer one is an error, never cut (2048: the "
-            "context that Llama was first trained with).",
+            description="Longest conversation in tokens; a longer one is never cut (2048: the context that Llama "
+            "was first trained with).",
         ),
     ] = 2048
+    too_long: Annotated[
+        Literal["error", "drop"],
+        Field(description="A conversation longer than max_length stops the training, or is left out; named, always."),
+    ] = "error"
     dtype: Annotated[
         Literal["bfloat16", "float32"],
         Field(
@@ -215,6 +239,7 @@ class Recipe(_Section):
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**31, description="Decides every random choice: split, order, weights.")] = 0
     data: DataRecipe = DataRecipe()
+    chat: ChatRecipe = ChatRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     serve: ServeRecipe = ServeRecipe()

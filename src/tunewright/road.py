@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.data.add import AddResult, add
-from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.data.find import find_row
+from tunewright.data.versions import DatasetVersion, Member, load_version
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import EVIDENCE_FILE, load_evidence, load_items
 from tunewright.evaluation.verdict import Verdict, verdict
@@ -20,8 +21,10 @@ from tunewright.project import Project
 from tunewright.report.html import write_report
 
 if TYPE_CHECKING:
+    from tunewright.chat import ChatFormat
     from tunewright.evaluation.measure import AdviseResult, EvaluateResult, Measurement
     from tunewright.serving.service import Service
+    from tunewright.training.lengths import LengthReport
     from tunewright.training.train import TrainResult
 
 REPORT_FILE = "report.html"
@@ -52,6 +55,13 @@ class Road:
         recipe = self.project.recipe
         return resolve_base(recipe.base, recipe.revision, self.project.root, self.reporter)
 
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How conversations become tokens here."""
+        from tunewright.chat import open_chat
+
+        return open_chat(self.base, self.project.recipe.chat, self.reporter)
+
     def add(
         self,
         files: Iterable[str | Path],
@@ -79,6 +89,17 @@ class Road:
         """A dataset version; the current one where no digest is given."""
         return load_version(self.project.dataset, digest)
 
+    def row(self, row: str) -> Member:
+        """One row of the current version, by the beginning of its key or by ``FILE:LINE``."""
+        return find_row(self.project.dataset, self.version(), row)
+
+    def check(self) -> LengthReport:
+        """Encode every row of the current version as training would, and measure."""
+        from tunewright.training.lengths import measure_lengths
+
+        limit = self.project.recipe.train.max_length
+        return measure_lengths(self.chat, self.base.spec, self.version(), limit, self.reporter)
+
     def advise(self) -> AdviseResult:
         """Measure the prompting arms on the dev split with the untuned base."""
         return self._measurement().advise()
@@ -87,7 +108,7 @@ class Road:
         """Train the recipe's adapter on the current version, or find the one already trained."""
         from tunewright.training.train import train
 
-        return train(self.project, self.version(), self.base, self.reporter)
+        return train(self.project, self.version(), self.base, self.chat, self.reporter)
 
     def evaluate(self, adapter: str | None = None) -> EvaluateResult:
         """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split."""
@@ -167,7 +188,7 @@ class Road:
                     self.reporter.warn(f"{adapter.name} is not served: {error.what}")
                     continue
                 folders[adapter.name] = adapter.folder
-        return Service(self.project.recipe, self.base, folders, self.reporter, host=host, port=port)
+        return Service(self.project.recipe, self.base, self.chat, folders, self.reporter, host=host, port=port)
 
     def evaluation(self, evaluation: str | Path | None = None) -> Path:
         """An evaluation's folder: as given (ID, folder or evidence file), else the newest.
@@ -195,19 +216,31 @@ class Road:
         recipe = self.project.recipe
         version = self.version()
         generator = Generator(
-            self.base, recipe.train.dtype, recipe.evaluate.batch_size, self.project.work, self.reporter
+            self.base, self.chat, recipe.train.dtype, recipe.evaluate.batch_size, self.project.work, self.reporter
         )
         return Measurement(self.project, version, generator, self.reporter)
 
     def _require_fit(self, adapter: Adapter) -> None:
+        from tunewright.chat.format import differences
+
         adapter.verify()
         trained_on = adapter.lineage["base"]
+        rendering = differences(adapter.lineage["chat"], self.chat.description)
         if trained_on["digest"] != self.base.digest:
+            before, here = trained_on["files"], self.base.files
+            files = sorted(name for name in before | here if before.get(name) != here.get(name))
+            told = [f"other {', '.join(files)}", *rendering]
             raise UserError(
                 f"it was trained on {trained_on['spec']} ({trained_on['digest'][:12]}), and the base here is "
-                f"{self.base.spec} ({self.base.digest[:12]})",
+                f"{self.base.spec} ({self.base.digest[:12]}): {'; '.join(told)}",
                 where=adapter.name,
                 fix="Set the recipe's base to the one it was trained on, or train again.",
+            )
+        if rendering:
+            raise UserError(
+                f"it was trained on conversations that are written differently here: {'; '.join(rendering)}",
+                where=adapter.name,
+                fix="Set chat.template and chat.date to what it was trained with, or train again.",
             )
 
     def _stage(self, name: str, done_now: bool, what: str) -> None:

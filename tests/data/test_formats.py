@@ -70,7 +70,7 @@ def test_the_recipe_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> No
         (b'{"prompt": "a", "completion": null}', "completion is null, not text"),
         (b'{"prompt": "a", "completion": 4}', "completion is int, not text"),
         (b'{"prompt": "a", "completion": NaN}', "NaN is not JSON"),
-        (b'{"prompt": [{"role": "user"}], "completion": "b"}', "prompt is list, not text"),
+        (b'{"prompt": [{"role": "user"}], "completion": "b"}', "prompt is a list of parts, not text"),
         (b'{"prompt": "a\xff", "completion": "b"}', "not UTF-8: invalid start byte at byte 14"),
         (b'{"prompt": "a", "completion": "\\ud800"}', "half of a surrogate pair"),
         (b'{"messages": []}', "messages must be a list of turns"),

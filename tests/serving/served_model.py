@@ -10,14 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tiny import byte_tokenizer
-from tunewright.chat.templates import prompt_ids
+from tiny import byte_tokenizer, chat_of
 from tunewright.data.examples import Message
 from tunewright.serving.app import create_app
 from tunewright.serving.engine import Engine, ServedModel
 from tunewright.serving.server import serving
 
 TOKENIZER = byte_tokenizer()
+CHAT = chat_of(TOKENIZER)
 STOPS = frozenset({TOKENIZER.eos_token_id})
 MODELS = (
     ServedModel("base", None),
@@ -32,7 +32,7 @@ NOT_A_TOKEN = 1_000_000
 
 def render(messages: Sequence[Message]) -> tuple[int, ...]:
     """The chat template's ids; a message "POISON" adds one that the model has no embedding for."""
-    ids = prompt_ids(TOKENIZER, messages)
+    ids = CHAT.prompt(messages)
     return (*ids, NOT_A_TOKEN) if messages[-1].content == "POISON" else ids
 
 

@@ -147,7 +147,7 @@ def test_an_example_over_the_limit_is_named_and_nothing_is_cut(tmp_path: Path, t
 
 
 def test_labels_are_the_answers_ids_and_nothing_else() -> None:
-    from tunewright.chat.templates import Tokens
+    from tunewright.chat import Tokens
 
     columns = as_columns([Tokens((5, 6, 7, 8), (False, False, True, True))])
     assert columns == {"input_ids": [[5, 6, 7, 8]], "labels": [[IGNORED, IGNORED, 7, 8]]}

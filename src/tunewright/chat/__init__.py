@@ -1,1 +1,40 @@
 """Conversations to tokens, in the base's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunewright.chat.format import ChatFormat, Tokens, chat_format
+from tunewright.chat.opening import open_chat
+from tunewright.data.checks import RowError, example_from_object
+from tunewright.data.examples import Message
+from tunewright.errors import UserError
+from tunewright.models.bases import Base
+from tunewright.recipe import ChatRecipe, DataRecipe
+
+__all__ = ["ChatFormat", "Tokens", "chat_format", "encode", "open_chat"]
+
+
+def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any]]) -> Tokens:
+    """Ids of a whole conversation, and for each whether it is trained: the answers, with their end tokens.
+
+    For many conversations, make the format once: ``open_chat(base)`` has ``encode`` too, and ``prompt`` and ``rows``.
+
+    Args:
+        tokenizer_or_base: a :class:`Base`, or a transformers tokenizer with a chat template.
+        messages: turns as :class:`Message` or as chat files hold them; the last is the assistant's.
+
+    Raises:
+        UserError: turns that are no example, or a template that cannot be used.
+    """
+    try:
+        turns = [m.as_dict() if isinstance(m, Message) else dict(m) for m in messages]
+        example = example_from_object({"messages": turns}, DataRecipe(max_characters=2**31))
+    except RowError as error:
+        raise UserError(str(error), where="messages") from error
+    if isinstance(tokenizer_or_base, Base):
+        return open_chat(tokenizer_or_base).encode(example.messages)
+    stop_ids = frozenset([tokenizer_or_base.eos_token_id])
+    chat = chat_format(tokenizer_or_base, stop_ids=stop_ids, kind="own", today=ChatRecipe().date)
+    return chat.encode(example.messages)

@@ -1,101 +1,114 @@
-"""One way from a conversation to token ids, for training, evaluation and serving alike.
-
-The base's own chat template decides, read from its tokenizer's files.
-"""
+"""A chat template at work: messages in, text out, with the date pinned."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import date, datetime, time
+from typing import Any, Literal
 
 import jinja2
 
 from tunewright.data.examples import Message
-from tunewright.disk import digest
 from tunewright.errors import UserError
+
+TemplateKind = Literal["own", "plain"]
+
+PLAIN_FORM = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'system' %}
+        {{- message['content'] + '\\n\\n' }}
+    {%- elif message['role'] == 'user' %}
+        {{- '### Instruction:\\n' + message['content'] + '\\n\\n' }}
+    {%- else %}
+        {{- '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '### Response:\\n' }}
+{%- endif %}
+"""
+"""For bases without a chat template: the headings of Stanford Alpaca (Taori et al. 2023), which are ordinary text, and
+of special tokens only those that pre-training puts around every document."""
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A whole conversation as token ids, and for each whether it is trained."""
+class Template:
+    """A Jinja chat template and all that it sees besides the messages."""
 
-    ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...]
+    kind: TemplateKind
+    source: str
+    special_tokens: Mapping[str, str]
+    """The tokenizer's special tokens, by their names in templates (``bos_token``, …)."""
+    today: date
+    """Today, for templates that ask for it."""
+    name: str
+    """The tokenizer's, for messages."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, kind: TemplateKind, today: date) -> Template:
+        """The tokenizer's own template, or the plain form.
+
+        Raises:
+            UserError: no template of its own, several without a default, or a syntax error in it.
+        """
+        name = str(tokenizer.name_or_path) or type(tokenizer).__name__
+        source = PLAIN_FORM if kind == "plain" else _own(tokenizer, name)
+        special = {key: str(text) for key, text in sorted(tokenizer.special_tokens_map.items())}
+        template = cls(kind, source, special, today, name)
+        template._compiled()
+        return template
 
     @property
-    def prompt_length(self) -> int:
-        """Tokens before the first trained one."""
-        return self.loss_mask.index(True)
+    def uses_date(self) -> bool:
+        """Whether what it writes depends on the day."""
+        return "strftime_now" in self.source
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        """The conversation as text; with ``generation_prompt``, up to where the assistant's next answer begins.
+
+        Raises:
+            UserError: the template refuses this conversation.
+        """
+        try:
+            text = self._compiled().render(
+                messages=[{"role": m.role, "content": m.content} for m in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=generation_prompt,
+                strftime_now=datetime.combine(self.today, time()).strftime,
+                **self.special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise UserError(f"the chat template refuses this conversation: {error}", where=self.name) from error
+        return str(text)
+
+    def _compiled(self) -> Any:
+        # transformers' own sandbox (cached there): templates behave as in apply_chat_template, which itself leaves no
+        # way to set the date of templates that call strftime_now.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            return _compile_jinja_template(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template has a syntax error: {error.message}",
+                where=f"{self.name}, chat template line {error.lineno}",
+                fix="Mend the template in the base's tokenizer files, or set chat.template to plain.",
+            ) from error
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
-    """Ids of the conversation so far, up to where the assistant's answer begins.
-
-    Raises:
-        UserError: no chat template, or the template refuses this conversation.
-    """
-    return _render(tokenizer, messages, add_generation_prompt=True)
-
-
-def encode(tokenizer: Any, messages: Sequence[Message], stop_ids: frozenset[int]) -> Tokens:
-    """Ids of the whole conversation, the last assistant turn and its end token being trained.
-
-    Raises:
-        UserError: the template does not simply continue the prompt, or leaves the answer without an end token, or
-            the answer spells an end token out.
-    """
-    prompt = prompt_ids(tokenizer, messages[:-1])
-    whole = _render(tokenizer, messages, add_generation_prompt=False)
-    if whole[: len(prompt)] != prompt:
-        raise UserError("the chat template changes the prompt once the answer is known, so that no mask fits")
-    answer = whole[len(prompt) :]
-    ends = [i for i, token in enumerate(answer) if token in stop_ids]
-    if not ends:
-        raise UserError("the chat template ends the answer with no end token: the model would never learn to stop")
-    if len(ends) > 1:
-        raise UserError("the answer contains the end-of-turn token as text; the model would learn to stop there")
-    # What a template writes after the end of the turn (ChatML: a newline) is never generated, so not trained.
-    answer = answer[: ends[0] + 1]
-    return Tokens(prompt + answer, (False,) * len(prompt) + (True,) * len(answer))
-
-
-def stop_ids(tokenizer: Any, generation_config: Any) -> frozenset[int]:
-    """Ids that end an answer: the tokenizer's end of text and what the base's generation config adds to it."""
-    more = generation_config.eos_token_id
-    listed = more if isinstance(more, list) else [] if more is None else [more]
-    return frozenset([tokenizer.eos_token_id, *listed])
-
-
-def template_digest(tokenizer: Any) -> str:
-    """SHA-256 of what decides the rendering: the chat template and the special tokens' texts.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
-    """
-    special = {name: str(text) for name, text in sorted(tokenizer.special_tokens_map.items())}
-    return digest([_template(tokenizer), special])
-
-
-def _template(tokenizer: Any) -> str:
-    if not tokenizer.chat_template:
+def _own(tokenizer: Any, name: str) -> str:
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        if "default" not in source:
+            raise UserError(f"it has the chat templates {', '.join(sorted(source))}, and no default one", where=name)
+        source = source["default"]
+    if not source:
         raise UserError(
             "the tokenizer has no chat template",
-            where=str(tokenizer.name_or_path),
-            fix="Use the instruction-tuned variant of this base.",
+            where=name,
+            fix="Use the instruction-tuned variant of this base, or set chat.template to plain.",
         )
-    return str(tokenizer.chat_template)
-
-
-def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
-    _template(tokenizer)
-    try:
-        ids = tokenizer.apply_chat_template(
-            [m.as_dict() for m in messages],
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=False,
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template refuses this conversation: {error}") from error
-    return tuple(ids)
+    return str(source)

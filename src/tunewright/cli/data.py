@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
+from tunewright.cli.console import USER_ERROR, session
 
 data_app = typer.Typer(help="Pairs, versions and splits.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -42,6 +42,57 @@ def data_add(
         current.show(
             result.as_dict(), f"{status} {result.version.digest[:12]}: {what}", version_table([result.version])
         )
+
+
+@data_app.command("show")
+def data_show(
+    row: Annotated[str, typer.Argument(help="The first digits of the row's key, or FILE:LINE of an added file.")],
+    tokens: Annotated[bool, typer.Option("--tokens", help="Token by token, as training sees it.")] = False,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Show one row: its conversation and where it belongs, or with --tokens what the model sees of it."""
+    import tunewright
+    from tunewright.cli.token_tables import conversation_text, row_document, row_heading, tokens_text
+
+    with session(json) as current:
+        road = tunewright.open(project, current.reporter)
+        member = road.row(row)
+        if not tokens:
+            current.show(row_document(member), row_heading(member), conversation_text(member))
+            return
+        from tunewright.chat.view import view
+
+        rows = [view(road.chat, each) for each in road.chat.rows(member.example.messages)]
+        document = {
+            **row_document(member),
+            "template_digest": road.chat.digest,
+            "rows": [
+                {
+                    "ids": [t.id for t in each],
+                    "texts": [t.text for t in each],
+                    "loss_mask": [t.trained for t in each],
+                    "control": [t.control for t in each],
+                }
+                for each in rows
+            ],
+        }
+        current.show(document, row_heading(member), *(tokens_text(each) for each in rows))
+
+
+@data_app.command("check")
+def data_check(project: Folder = HERE, json: Json = False) -> None:
+    """Encode every row as training would: lengths, trained share, rows too long, rows that cannot be trained on."""
+    import tunewright
+    from tunewright.cli.token_tables import check_tables
+
+    with session(json) as current:
+        road = tunewright.open(project, current.reporter)
+        report = road.check()
+        dropping = road.project.recipe.train.too_long == "drop"
+        current.show(report.as_dict(), *check_tables(report, dropping=dropping))
+        if report.faults or (report.too_long and not dropping):
+            raise typer.Exit(USER_ERROR)
 
 
 @data_app.command("log")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from tunewright.data.examples import ROLES, Example, Message
 from tunewright.recipe import DataRecipe
@@ -82,16 +83,29 @@ def _message(turn: Any, index: int) -> Message:
         if key not in turn:
             raise RowError(f'{name} has no "{key}"')
     for key in turn:
-        if key not in ("role", "content"):
-            raise RowError(f'{name} has the unknown key "{key}": a turn is a role and its content')
+        if key in ("tool_calls", "function_call"):
+            raise RowError(f'{name} has "{key}": tool calls cannot be trained; write the call as the text of a turn')
+        if key not in ("role", "content", "weight"):
+            raise RowError(f'{name} has the unknown key "{key}": a turn is a role, its content and perhaps a weight')
     if turn["role"] not in ROLES:
         raise RowError(f"{name}.role is {json.dumps(turn['role'])}; roles are {', '.join(ROLES)}")
-    return Message(turn["role"], _text(turn["content"], f"{name}.content"))
+    return Message(turn["role"], _text(turn["content"], f"{name}.content"), _weight(turn, name))
+
+
+def _weight(turn: dict[str, Any], name: str) -> Literal[0, 1]:
+    weight = turn.get("weight", 1)
+    if weight not in (0, 1) or isinstance(weight, bool):
+        raise RowError(f"{name}.weight is {json.dumps(weight)}; it is 1 (trained) or 0 (shown, but not trained)")
+    if "weight" in turn and turn["role"] != "assistant":
+        raise RowError(f"{name} has a weight; only assistant turns are trained, so only they have one")
+    return 1 if weight == 1 else 0
 
 
 def _text(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, list):
+        raise RowError(f"{name} is a list of parts, not text: join the texts of its parts")
     raise RowError(f"{name} is {'null' if value is None else type(value).__name__}, not text")
 
 
@@ -124,7 +138,7 @@ def example_from_messages(turns: Sequence[Message], data: DataRecipe) -> Example
     characters = sum(len(turn.content) for turn in turns)
     if characters > data.max_characters:
         raise RowError(f"{characters:,} characters; the limit is {data.max_characters:,} (data.max_characters)")
-    return Example(tuple(Message(t.role, unicodedata.normalize("NFC", t.content)) for t in turns))
+    return Example(tuple(replace(turn, content=unicodedata.normalize("NFC", turn.content)) for turn in turns))
 
 
 def _check_order(turns: Sequence[Message]) -> None:
@@ -142,3 +156,5 @@ def _check_order(turns: Sequence[Message]) -> None:
             )
     if len(spoken) < 2 or spoken[-1] != "assistant":
         raise RowError("the last turn must be the assistant's: it is the ideal output")
+    if turns[-1].weight == 0:
+        raise RowError("the last turn has the weight 0, but it is the ideal output: end the conversation earlier")

@@ -19,10 +19,13 @@ class Message:
 
     role: Role
     content: str
+    weight: Literal[0, 1] = 1
+    """0 for an assistant turn that is shown to the model but not trained (as in OpenAI's chat format)."""
 
-    def as_dict(self) -> dict[str, str]:
-        """The turn as chat templates and JSON files hold it."""
-        return {"role": self.role, "content": self.content}
+    def as_dict(self) -> dict[str, str | int]:
+        """The turn as JSON files hold it."""
+        turn: dict[str, str | int] = {"role": self.role, "content": self.content}
+        return turn if self.weight == 1 else {**turn, "weight": self.weight}
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,10 @@ class Example:
     @classmethod
     def from_dicts(cls, messages: list[dict[str, Any]]) -> Example:
         """Rebuild an example from the JSON that this package wrote itself."""
-        return cls(tuple(Message(m["role"], m["content"]) for m in messages))
+        return cls(tuple(Message(m["role"], m["content"], m.get("weight", 1)) for m in messages))
 
 
-def _canonical(message: Message) -> list[str]:
-    return [message.role, unicodedata.normalize("NFC", message.content)]
+def _canonical(message: Message) -> list[str | int]:
+    # A weight of 1 is left out, so that it makes no other example of a pair than no weight does.
+    turn: list[str | int] = [message.role, unicodedata.normalize("NFC", message.content)]
+    return turn if message.weight == 1 else [*turn, message.weight]

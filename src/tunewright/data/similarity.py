@@ -117,4 +117,5 @@ def _shared(rows: Any, sizes: Indices, first: Indices, second: Indices) -> Indic
         rows[a].multiply(rows[b]).sum(axis=1)
         for a, b in zip(np.array_split(first, parts), np.array_split(second, parts), strict=True)
     ]
-    return np.concatenate(counts).astype(np.int64)
+    shared: Indices = np.concatenate(counts).astype(np.int64)
+    return shared

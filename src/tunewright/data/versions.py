@@ -222,6 +222,17 @@ def list_versions(dataset: Path) -> list[Manifest]:
         raise UserError(f"versions name each other as parents: {loop}", where=str(folder), fix=_RESTORE) from None
 
 
+def import_files(dataset: Path, manifest: Manifest) -> list[Path]:
+    """The imports.jsonl of a version and of all that it was made from, the newest first."""
+    by_digest = {m.digest: m for m in list_versions(dataset)}
+    files: list[Path] = []
+    step: Manifest | None = manifest
+    while step is not None:
+        files.append(_folder(dataset, step.digest) / "imports.jsonl")
+        step = by_digest.get(step.parent or "")
+    return files
+
+
 def _folder(dataset: Path, digest: str) -> Path:
     return dataset / "versions" / short(digest)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tunewright.adapters.registry import Adapter
-from tunewright.chat.templates import stop_ids, template_digest
+from tunewright.chat import ChatFormat
 from tunewright.disk import digest, writing
 from tunewright.models.bases import Base
-from tunewright.models.loading import generation_config, load_model, load_tokenizer, with_adapters
+from tunewright.models.loading import load_model, with_adapters
 from tunewright.progress import Reporter
 
 _ENGINE = "decoding-1"
@@ -34,14 +34,15 @@ class Generation:
 class Generator:
     """Answers prompts greedily with the base, adapter off or on; the base is loaded once, and only if needed."""
 
-    def __init__(self, base: Base, dtype: str, batch_size: int, work: Path, reporter: Reporter) -> None:
+    def __init__(
+        self, base: Base, chat: ChatFormat, dtype: str, batch_size: int, work: Path, reporter: Reporter
+    ) -> None:
         self.base = base
+        self.chat = chat
         self.dtype = dtype
         self.batch_size = batch_size
         self.folder = work / "generations"
         self.reporter = reporter
-        self.tokenizer = load_tokenizer(base)
-        self.stop_ids = stop_ids(self.tokenizer, generation_config(base))
         self._model: Any = None
         self._loaded: Adapter | None = None
 
@@ -61,7 +62,7 @@ class Generator:
                 model = self._with(adapter)
 
                 def keep(index: int, completion: Any) -> None:
-                    text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+                    text = self.chat.text(completion.ids)
                     key = digest(missing[index])
                     known[key] = Generation(text, completion.finish == "length")
                     file.write(json.dumps({"prompt": key, **asdict(known[key])}, ensure_ascii=False) + "\n")
@@ -79,8 +80,8 @@ class Generator:
         generate(
             model,
             [Request(p, adapter.name if adapter else None, max_new_tokens) for p in prompts],
-            stop_ids=self.stop_ids,
-            pad_id=self.tokenizer.pad_token_id,
+            stop_ids=self.chat.stop_ids,
+            pad_id=self.chat.tokenizer.pad_token_id,
             batch_size=self.batch_size,
             on_finished=keep,
         )
@@ -99,7 +100,7 @@ class Generator:
             {
                 "engine": _ENGINE,
                 "base": self.base.digest,
-                "template": template_digest(self.tokenizer),
+                "template": self.chat.digest,
                 "adapter": adapter.digest if adapter else None,
                 "dtype": self.dtype,
                 "max_new_tokens": max_new_tokens,

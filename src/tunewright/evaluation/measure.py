@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.registry import Adapter
-from tunewright.chat.templates import encode, prompt_ids, template_digest
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import digest, new_folder, write_json, write_text
 from tunewright.errors import UserError
@@ -132,7 +131,7 @@ class Measurement:
         return {
             "dataset": self.version.digest,
             "base": self.generator.base.digest,
-            "template": template_digest(self.generator.tokenizer),
+            "template": self.generator.chat.digest,
             "dtype": self.generator.dtype,
             "max_new_tokens": limit,
             "metric": self.settings.metric,
@@ -177,7 +176,7 @@ class Measurement:
                 "test_split": self.version.split_digest("test"),
                 "dev_split": self.version.split_digest("dev"),
                 "base": {"spec": self.generator.base.spec, "digest": self.generator.base.digest},
-                "template_digest": template_digest(self.generator.tokenizer),
+                "template_digest": self.generator.chat.digest,
                 "decoding": {
                     "greedy": True,
                     "max_new_tokens": advice.max_new_tokens,
@@ -191,16 +190,15 @@ class Measurement:
     def _max_new_tokens(self) -> int:
         if self.settings.max_new_tokens is not None:
             return self.settings.max_new_tokens
-        tokenizer, stops = self.generator.tokenizer, self.generator.stop_ids
-        train = self.version.examples("train")
-        longest = max(sum(encode(tokenizer, m.example.messages, stops).loss_mask) for m in train)
+        chat = self.generator.chat
+        last_turns = (chat.layouts(m.example.messages)[-1] for m in self.version.examples("train"))
+        longest = max(_answer_length(row.loss_mask) for row in chat.tokens(list(last_turns)))
         return math.ceil(1.25 * longest)
 
     def _prompts(self, plan: ArmPlan, members: Sequence[Member]) -> list[Prompt]:
         return [
-            prompt_ids(
-                self.generator.tokenizer,
-                with_demonstrations(m, self.retriever.nearest(m, plan.shots)) if plan.shots else m.example.prompt,
+            self.generator.chat.prompt(
+                with_demonstrations(m, self.retriever.nearest(m, plan.shots)) if plan.shots else m.example.prompt
             )
             for m in members
         ]
@@ -224,3 +222,8 @@ class Measurement:
             prompt_tokens=sum(map(len, prompts)) / len(prompts),
             seed=self.project.recipe.seed,
         )
+
+
+def _answer_length(loss_mask: Sequence[bool]) -> int:
+    """Tokens of the last trained turn, which ends the row."""
+    return next((n for n, trained in enumerate(reversed(loss_mask)) if not trained), len(loss_mask))

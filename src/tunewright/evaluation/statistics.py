@@ -135,7 +135,7 @@ def exact_mcnemar(changes: Floats, clusters: Sequence[str]) -> float:
     """
     nets = cluster_sums(np.rint(changes).astype(np.int64)[:, None], clusters)[:, 0]
     sizes, counts = np.unique(np.abs(nets[nets != 0]), return_counts=True)
-    chances = np.ones(1)  # of each total from -reach to +reach
+    chances: NDArray[np.floating[Any]] = np.ones(1)  # of each total from -reach to +reach
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         spread = np.zeros(2 * size * count + 1)
         spread[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)

@@ -6,6 +6,7 @@ https://platform.openai.com/docs/api-reference/chat. A field that would be ignor
 from __future__ import annotations
 
 import time
+import unicodedata
 import uuid
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -62,8 +63,8 @@ class ChatMessage(_Part):
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_one_part)]
 
     def as_message(self) -> Message:
-        """The turn as chat templates take it."""
-        return Message(self.role, "".join(part.text for part in self.content))
+        """The turn as training would have it: Unicode's composed form, as in datasets."""
+        return Message(self.role, unicodedata.normalize("NFC", "".join(part.text for part in self.content)))
 
 
 class StreamOptions(_Part):

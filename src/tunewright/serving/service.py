@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunewright.chat.templates import prompt_ids, stop_ids
+from tunewright.chat import ChatFormat
 from tunewright.models.bases import Base
-from tunewright.models.loading import context_length, generation_config, load_model, load_tokenizer, with_adapters
+from tunewright.models.loading import context_length, load_model, with_adapters
 from tunewright.progress import Reporter
 from tunewright.recipe import Recipe
 from tunewright.serving.app import create_app
@@ -31,6 +30,7 @@ class Service:
         self,
         recipe: Recipe,
         base: Base,
+        chat: ChatFormat,
         adapters: Mapping[str, Path],
         reporter: Reporter,
         *,
@@ -38,7 +38,6 @@ class Service:
         port: int | None = None,
     ) -> None:
         reporter.say(f"Loading {base.spec}" + (f" with {len(adapters)} of its adapters" if adapters else ""))
-        tokenizer = load_tokenizer(base)
         model: Any = load_model(base, recipe.train.dtype)
         # peft makes module names of adapter names, which may hold no dot: inside, adapters are numbered.
         inside = {f"adapter_{number}": name for number, name in enumerate(adapters)}
@@ -51,12 +50,12 @@ class Service:
         self._engine = Engine(
             model,
             served,
-            stop_ids=stop_ids(tokenizer, generation_config(base)),
-            pad_id=tokenizer.pad_token_id,
+            stop_ids=chat.stop_ids,
+            pad_id=chat.tokenizer.pad_token_id,
             max_batch=recipe.serve.max_batch,
             context_length=context_length(base),
         )
-        self._app = create_app(self._engine, render=partial(prompt_ids, tokenizer), decode=partial(_text, tokenizer))
+        self._app = create_app(self._engine, render=chat.prompt, decode=chat.text)
 
     def run(self, on_ready: Callable[[str], None]) -> None:
         """Serve until Ctrl-C or SIGTERM; ``on_ready`` is told the address.
@@ -81,7 +80,3 @@ class Service:
                 yield url
         finally:
             self._engine.stop()
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True))

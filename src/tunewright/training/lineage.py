@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from typing import Any
 
+from tunewright.chat import ChatFormat
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion
 from tunewright.models.bases import Base
@@ -20,7 +21,9 @@ def packages() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}}
 
 
-def training_lineage(recipe: Recipe, version: DatasetVersion, base: Base, inputs: dict[str, Any]) -> dict[str, Any]:
+def training_lineage(
+    recipe: Recipe, version: DatasetVersion, base: Base, chat: ChatFormat, inputs: dict[str, Any]
+) -> dict[str, Any]:
     """Everything but the training's own numbers; ``created`` is UTC, ISO 8601."""
     return {
         "schema_version": 1,
@@ -31,6 +34,7 @@ def training_lineage(recipe: Recipe, version: DatasetVersion, base: Base, inputs
         },
         "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
         "template_digest": inputs["template"],
+        "chat": chat.description,
         "recipe": recipe.model_dump(mode="json"),
         "seed": recipe.seed,
         "packages": packages(),

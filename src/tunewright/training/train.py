@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.registry import CONFIG, Adapter, list_adapters, store_adapter
-from tunewright.chat.templates import Tokens, stop_ids, template_digest
+from tunewright.chat import ChatFormat, Tokens
+from tunewright.chat.opening import refuse_untrained
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, write_json, writing
 from tunewright.models.bases import Base
-from tunewright.models.loading import device, generation_config, load_model, load_tokenizer
+from tunewright.models.loading import device, load_model
 from tunewright.models.quiet import quiet_transformers
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
 from tunewright.training.callbacks import Follow, KeepCheckpoints, complete_checkpoint
 from tunewright.training.lineage import training_lineage
-from tunewright.training.rows import as_columns, encode_members
+from tunewright.training.rows import EncodedRows, as_columns, render_digest, training_rows
 from tunewright.training.stopping import stop_on_signal
 
 
@@ -36,7 +37,7 @@ class TrainResult:
     """False when an adapter with the same inputs was there already."""
 
 
-def train(project: Project, version: DatasetVersion, base: Base, reporter: Reporter) -> TrainResult:
+def train(project: Project, version: DatasetVersion, base: Base, chat: ChatFormat, reporter: Reporter) -> TrainResult:
     """Train the recipe's adapter on a dataset version, or find the one already trained on the same inputs.
 
     A run that was stopped goes on from its last whole checkpoint.
@@ -46,11 +47,10 @@ def train(project: Project, version: DatasetVersion, base: Base, reporter: Repor
         KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
     """
     recipe = project.recipe
-    tokenizer = load_tokenizer(base)
     inputs = {
         "dataset": version.digest,
         "base": base.digest,
-        "template": template_digest(tokenizer),
+        "template": chat.digest,
         "train": recipe.train.deciding(),
         "seed": recipe.seed,
     }
@@ -60,25 +60,25 @@ def train(project: Project, version: DatasetVersion, base: Base, reporter: Repor
             adapter.verify()
             return TrainResult(adapter, trained=False)
 
-    stops = stop_ids(tokenizer, generation_config(base))
-    encoded_train, encoded_dev = (
-        encode_members(tokenizer, members, recipe.train.max_length, stops)
-        for members in (version.examples("train"), version.examples("dev"))
-    )
+    splits = {name: training_rows(chat, version.examples(name), recipe.train, reporter) for name in ("train", "dev")}
+    encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows
+    refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
     work = project.work / "training" / identity[:12]
     reporter.say(f"Loading {base.spec}")
     model = load_model(base, recipe.train.dtype)
     with quiet_transformers(), writing(work):
         run = _Run(recipe, work, reporter)
-        epochs, history, seconds = run.fit(model, tokenizer, encoded_train, encoded_dev)
+        epochs, history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev)
         best = min(epochs, key=lambda e: e.dev_loss)
         for epoch in epochs:
             _name_base(epoch.folder, base)
         lineage = {
-            **training_lineage(recipe, version, base, inputs),
+            **training_lineage(recipe, version, base, chat, inputs),
             "inputs_digest": identity,
+            "rendering": {name: _rendering(encoded) for name, encoded in splits.items()},
             "training": {
-                "examples": len(encoded_train),
+                "examples": len({m.key for m in splits["train"].members}),
+                "rows": len(encoded_train),
                 "trained_tokens": sum(sum(t.loss_mask) for t in encoded_train),
                 "epochs": [{"step": e.step, "epoch": e.epoch, "dev_loss": e.dev_loss} for e in epochs],
                 "kept_step": best.step,
@@ -201,6 +201,15 @@ class _Run:
             Epoch(row["step"], row["epoch"], row["eval_loss"], KeepCheckpoints.folder(self.work, row["step"]))
             for row in ends
         ]
+
+
+def _rendering(encoded: EncodedRows) -> dict[str, Any]:
+    """What training saw of a split, by digest, and what the recipe had it leave out."""
+    return {
+        "digest": render_digest(encoded.rows),
+        "rows": len(encoded.rows),
+        "left_out": [{"key": row.member.key, "tokens": row.tokens} for row in encoded.too_long],
+    }
 
 
 def _history_row(entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,329 @@
+"""One way from a conversation to token ids and the tokens to train, for training, evaluation and serving alike.
+
+The base's own chat template decides. The trained part needs no markers in the template: an assistant turn is what a
+rendering with the turn adds to the rendering that asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from itertools import pairwise, zip_longest
+from typing import Any
+
+from tunewright.chat.templates import Template, TemplateKind
+from tunewright.chat.text import Piece, TextEncoder
+from tunewright.data.examples import Message, Role
+from tunewright.disk import digest
+from tunewright.errors import UserError
+
+_ALTERNATING: tuple[Role, ...] = ("user", "assistant", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A conversation as token ids, and for each whether it is trained."""
+
+    ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.loss_mask)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row to be: pieces of a rendered conversation in order, each with whether it is trained."""
+
+    segments: tuple[tuple[tuple[Piece, ...], bool], ...]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An assistant turn: the text that asks for it, and the text that ends with its end token."""
+
+    prompt: str
+    shown: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A tokenizer, its chat template and the tokens that end an answer.
+
+    Use :func:`chat_format` or :func:`tunewright.chat.open_chat` to make one.
+    """
+
+    tokenizer: Any
+    template: Template
+    stop_ids: frozenset[int]
+    encoder: TextEncoder
+    _control_by_shape: dict[tuple[tuple[Role, ...], bool], list[int]] = field(default_factory=dict, repr=False)
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids of the conversation so far, up to where the assistant's next answer begins.
+
+        Raises:
+            UserError: the template refuses this conversation.
+        """
+        hidden, stands_for = self.encoder.hide(messages)
+        text = self.template.render(hidden, generation_prompt=True)
+        cuts = [len(earlier) for earlier in self._prompts(hidden) if text.startswith(earlier)]
+        self._check_control(text, messages, generation_prompt=True)
+        return self.tokens([self._layout(text, cuts, [], stands_for)])[0].ids
+
+    def encode(self, messages: Sequence[Message]) -> Tokens:
+        """Ids of the whole conversation, and which are trained: assistant turns of weight 1 with their end tokens.
+
+        Of a template that shows earlier turns differently as the conversation grows, only the turns are trained that
+        are shown here as they were asked for; :meth:`rows` has them all.
+
+        Raises:
+            UserError: the template refuses this conversation, or leaves an answer without an end token.
+        """
+        assert messages[-1].role == "assistant", "a conversation to train on ends with its answer"
+        hidden, stands_for = self.encoder.hide(messages)
+        turns = self._assistant_turns(hidden)
+        return self.tokens([self._row(turns[-1].shown, turns, stands_for)])[0]
+
+    def rows(self, messages: Sequence[Message]) -> list[Tokens]:
+        """What to train on: the whole conversation as one row where it grows by appending, else a row for each turn.
+
+        Raises:
+            UserError: as :meth:`encode`.
+        """
+        return self.tokens(self.layouts(messages))
+
+    def layouts(self, messages: Sequence[Message]) -> list[Layout]:
+        """The rows before their ids are known; :meth:`tokens` turns many of them into ids faster than one by one."""
+        hidden, stands_for = self.encoder.hide(messages)
+        turns = self._assistant_turns(hidden)
+        whole = turns[-1].shown
+        if all(whole.startswith(turn.shown) for turn in turns if turn.trained):
+            return [self._row(whole, turns, stands_for)]
+        return [
+            self._row(turn.shown, [*_untrained(turns[:place]), turn], stands_for)
+            for place, turn in enumerate(turns)
+            if turn.trained
+        ]
+
+    def tokens(self, layouts: Sequence[Layout]) -> list[Tokens]:
+        """Rows as ids and masks; each distinct text is encoded once.
+
+        Raises:
+            UserError: the tokenizer makes a control token out of plain text.
+        """
+        runs = (p for row in layouts for pieces, _ in row.segments for p in pieces if isinstance(p, str))
+        known = self.encoder.ids(runs)
+        rows = []
+        for row in layouts:
+            ids: list[int] = []
+            mask: list[bool] = []
+            for pieces, trained in row.segments:
+                for piece in pieces:
+                    if isinstance(piece, str):
+                        ids += known[piece]
+                    else:
+                        ids.append(piece)
+                mask += [trained] * (len(ids) - len(mask))
+            if self.adds_bos and ids[:1] != [self.bos_id]:
+                ids.insert(0, self.bos_id)
+                mask.insert(0, False)
+            rows.append(Tokens(tuple(ids), tuple(mask)))
+        return rows
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What an answer's ids say, without its special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    @property
+    def bos_id(self) -> int:
+        """The token that begins a text; -1 where the tokenizer has none."""
+        return -1 if self.tokenizer.bos_token_id is None else int(self.tokenizer.bos_token_id)
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts BOS before every text; where the template doesn't write it, we do."""
+        ids: list[int] = self.tokenizer("a")["input_ids"]
+        return ids[0] == self.bos_id
+
+    @cached_property
+    def writes_bos(self) -> bool:
+        """Whether conversations begin with BOS."""
+        return self._probe(_ALTERNATING[:1], generation_prompt=True)[0] == self.bos_id
+
+    @cached_property
+    def bos_opens_turns(self) -> bool:
+        """Whether the template writes BOS more than once, as a mark of turns (Llama 2; SmolLM2's ``<|im_start|>``)."""
+        return self._probe(_ALTERNATING[:3], generation_prompt=True).count(self.bos_id) > 1
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """All that decides the rendering, as JSON; lineages keep it so that a difference can be named."""
+        probes = [
+            list(self._probe(roles, generation_prompt=roles[-1] == "user"))
+            for roles in [_ALTERNATING[:1], _ALTERNATING, ("system", *_ALTERNATING)]
+            if self._accepts(roles)
+        ]
+        return {
+            "kind": self.template.kind,
+            "template": self.template.source,
+            "special_tokens": dict(self.template.special_tokens),
+            "date": self.template.today.isoformat() if self.template.uses_date else None,
+            "end_tokens": self._end_tokens,
+            "probe": digest(probes),
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the description: equal digests render every conversation to the same ids."""
+        return digest(self.description)
+
+    @property
+    def _end_tokens(self) -> list[str]:
+        return sorted(self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)))
+
+    @cached_property
+    def used_control_ids(self) -> frozenset[int]:
+        """The control tokens that conversations are written with."""
+        shapes: list[tuple[Role, ...]] = [_ALTERNATING, ("system", *_ALTERNATING)]
+        texts = [self._neutral(roles, generation_prompt=False) for roles in shapes if self._accepts(roles)]
+        return frozenset(token for text in texts for token in self._control_ids(text))
+
+    def _assistant_turns(self, messages: Sequence[Message]) -> list[_Turn]:
+        turns = []
+        for place, prompt in zip(_assistant_places(messages), self._prompts(messages), strict=True):
+            shown = self.template.render(messages[: place + 1], generation_prompt=False)
+            if not shown.startswith(prompt):
+                raise UserError(
+                    "the chat template shows the prompt differently once it is answered: what of it is the answer "
+                    "cannot be told",
+                    where=self.template.name,
+                )
+            self._check_control(shown, messages[: place + 1], generation_prompt=False)
+            turns.append(_Turn(prompt, shown[: self._answer_end(prompt, shown)], messages[place].weight == 1))
+        return turns
+
+    def _prompts(self, messages: Sequence[Message]) -> list[str]:
+        return [self.template.render(messages[:place], generation_prompt=True) for place in _assistant_places(messages)]
+
+    def _answer_end(self, prompt: str, shown: str) -> int:
+        """Where the answer's end token ends. What a template writes after it is never generated, so not trained."""
+        control = self.encoder.control_places(shown, len(prompt))
+        ends = [end for token, end in control if token in self.stop_ids]
+        if ends:
+            return ends[0]
+        names = ", ".join(self._end_tokens)
+        raise UserError(
+            f"the chat template ends the answer with none of the base's end tokens ({names}): the model would never "
+            "learn to stop",
+            where=self.template.name,
+        )
+
+    def _row(self, text: str, turns: Sequence[_Turn], stands_for: dict[int, str]) -> Layout:
+        cuts = [len(turn.prompt) for turn in turns if text.startswith(turn.prompt)]
+        trained = [
+            (len(turn.prompt), len(turn.shown)) for turn in turns if turn.trained and text.startswith(turn.shown)
+        ]
+        return self._layout(text, cuts, trained, stands_for)
+
+    def _layout(
+        self, text: str, cuts: Sequence[int], trained: Sequence[tuple[int, int]], stands_for: dict[int, str]
+    ) -> Layout:
+        """Pieces of ``text``; no token straddles a cut, since a prompt's ids don't depend on the answer to come."""
+        bounds = sorted({0, len(text), *cuts, *(place for span in trained for place in span)})
+        spans = set(trained)
+        return Layout(
+            tuple(
+                (tuple(self.encoder.pieces(text[start:end], stands_for, start=start == 0)), (start, end) in spans)
+                for start, end in pairwise(bounds)
+            )
+        )
+
+    def _check_control(self, text: str, messages: Sequence[Message], *, generation_prompt: bool) -> None:
+        """Which control tokens a conversation has is a matter of its roles, never of what its messages say."""
+        shape = (tuple(m.role for m in messages), generation_prompt)
+        if shape not in self._control_by_shape:
+            self._control_by_shape[shape] = self._control_ids(
+                self._neutral(shape[0], generation_prompt=generation_prompt)
+            )
+        if self._control_ids(text) != self._control_by_shape[shape]:
+            raise UserError(
+                "the chat template makes other control tokens of these texts than of ordinary ones",
+                where=self.template.name,
+            )
+
+    def _control_ids(self, text: str) -> list[int]:
+        return [token for token, _ in self.encoder.control_places(text, 0)]
+
+    def _neutral(self, roles: Sequence[Role], *, generation_prompt: bool) -> str:
+        return self.template.render([Message(role, "x") for role in roles], generation_prompt=generation_prompt)
+
+    def _probe(self, roles: Sequence[Role], *, generation_prompt: bool) -> tuple[int, ...]:
+        """Ids of a conversation whose texts try a tokenizer's rules."""
+        messages = [Message(role, f" {role}\n\n1234 d'été  <s>[INST]<|eot_id|> 🙂 ") for role in roles]
+        return self.prompt(messages) if generation_prompt else self.encode(messages).ids
+
+    def _accepts(self, roles: Sequence[Role]) -> bool:
+        try:
+            self._neutral(roles, generation_prompt=False)
+        except UserError:
+            return False
+        return True
+
+
+def chat_format(tokenizer: Any, *, stop_ids: frozenset[int], kind: TemplateKind, today: date) -> ChatFormat:
+    """The format that this tokenizer's conversations have.
+
+    Raises:
+        UserError: no template (where its own is asked for), a template that cannot be used, or a tokenizer whose
+            rules are not understood.
+    """
+    template = Template.of(tokenizer, kind, today)
+    neutral = template.render([Message("user", "x")], generation_prompt=True)
+    chat = ChatFormat(tokenizer, template, stop_ids, TextEncoder(tokenizer, neutral))
+    _check_rules(chat)
+    return chat
+
+
+def _check_rules(chat: ChatFormat) -> None:
+    """Hold the encoder to the tokenizer's own call, on a text where the two may not differ, and try an answer."""
+    text = chat.template.render([Message("user", "What's  new,\n\nZoë?")], generation_prompt=True)
+    (tokens,) = chat.tokens([chat._layout(text, [], [], {})])
+    own: list[int] = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ours = list(tokens.ids)
+    if ours not in (own, [chat.bos_id, *own]):
+        raise UserError("the tokenizer follows rules that are not understood", where=chat.template.name)
+    if ours[:2] == [chat.bos_id] * 2:
+        raise UserError("the chat template writes the beginning-of-text token twice", where=chat.template.name)
+    chat.encode([Message("user", "x"), Message("assistant", "x")])
+
+
+def _assistant_places(messages: Sequence[Message]) -> list[int]:
+    return [place for place, message in enumerate(messages) if message.role == "assistant"]
+
+
+def _untrained(turns: Sequence[_Turn]) -> list[_Turn]:
+    return [_Turn(turn.prompt, turn.shown, trained=False) for turn in turns]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two formats' descriptions don't have in common, each told in a few words; empty if they render alike."""
+    told = []
+    if before["kind"] != now["kind"]:
+        names = {"own": "the base's own template", "plain": "the plain form"}
+        told.append(f"they had {names[before['kind']]} and now have {names[now['kind']]}")
+    elif before["template"] != now["template"]:
+        old, new = (str(side["template"]).splitlines() for side in (before, now))
+        line = next(i for i, pair in enumerate(zip_longest(old, new), start=1) if pair[0] != pair[1])
+        told.append(f"the chat template differs from its line {line} on")
+    if before["date"] != now["date"]:
+        told.append(f"the date in the chat template was {before['date']} and is {now['date']}")
+    for name in ("special_tokens", "end_tokens"):
+        if before[name] != now[name]:
+            told.append(f"the {name.replace('_', ' ')} were {before[name]} and are {now[name]}")
+    if before["probe"] != now["probe"] and not told:
+        told.append("the tokenizer makes other tokens of the same text (another version of it, or of tokenizers?)")
+    return told

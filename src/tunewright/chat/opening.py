@@ -1,0 +1,62 @@
+"""The chat format of a base: its template, or the plain form, made only of tokens that the base knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunewright.chat.format import ChatFormat, chat_format
+from tunewright.chat.templates import TemplateKind
+from tunewright.errors import UserError
+from tunewright.models.bases import Base
+from tunewright.models.embeddings import untrained_tokens
+from tunewright.models.loading import generation_config, load_tokenizer
+from tunewright.progress import LogReporter, Reporter
+from tunewright.recipe import ChatRecipe
+
+
+def open_chat(base: Base, settings: ChatRecipe | None = None, reporter: Reporter | None = None) -> ChatFormat:
+    """The format that conversations with this base have.
+
+    Raises:
+        UserError: no usable template, or one that writes tokens whose embeddings were never trained.
+    """
+    settings = settings or ChatRecipe()
+    tokenizer = load_tokenizer(base)
+    kind: TemplateKind = "own" if settings.template == "own" else "plain"
+    if settings.template == "auto":
+        kind = "own" if tokenizer.chat_template else "plain"
+        if kind == "plain":
+            (reporter or LogReporter()).say(
+                f"{base.spec} has no chat template: conversations are written in the plain form (### Instruction, "
+                "### Response). An instruction-tuned variant would know its own."
+            )
+    chat = chat_format(tokenizer, stop_ids=_stop_ids(tokenizer, base), kind=kind, today=settings.date)
+    refuse_untrained(chat, base, chat.used_control_ids)
+    return chat
+
+
+def refuse_untrained(chat: ChatFormat, base: Base, ids: frozenset[int]) -> None:
+    """Refuse tokens that mean nothing to the base.
+
+    Raises:
+        UserError: naming each token whose embedding was never trained.
+    """
+    untrained = untrained_tokens(base, ids)
+    if untrained:
+        names = ", ".join(map(str, chat.tokenizer.convert_ids_to_tokens(untrained)))
+        own = chat.template.kind == "own"
+        raise UserError(
+            f"the base never learnt the token{'s' if len(untrained) > 1 else ''} {names}: the embedding is empty, and "
+            "LoRA does not train it",
+            where=base.spec,
+            fix="Use the instruction-tuned variant of this base, or set chat.template to plain."
+            if own
+            else "Take these texts out of the pairs, or use another base.",
+        )
+
+
+def _stop_ids(tokenizer: Any, base: Base) -> frozenset[int]:
+    """Ids that end an answer: the tokenizer's end of text and what the base's generation settings add to it."""
+    more = generation_config(base).eos_token_id
+    listed = more if isinstance(more, list) else [] if more is None else [more]
+    return frozenset([tokenizer.eos_token_id, *listed])

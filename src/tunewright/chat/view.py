@@ -1,0 +1,55 @@
+"""Token ids as people can read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tunewright.chat.format import ChatFormat, Tokens
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One token of a row: its text (bytes that are no whole character as ``<0xF0>``), and what becomes of it."""
+
+    id: int
+    text: str
+    control: bool
+    trained: bool
+
+
+def view(chat: ChatFormat, tokens: Tokens) -> list[TokenView]:
+    """The tokens of a row, one by one."""
+    pieces = chat.tokenizer.convert_ids_to_tokens(list(tokens.ids))
+    control = set(chat.encoder.control.values())
+    byte_level = "ByteLevel" in repr(chat.tokenizer.backend_tokenizer.decoder)
+    return [
+        TokenView(token, piece if token in control or not byte_level else _of_bytes(piece), token in control, trained)
+        for token, piece, trained in zip(tokens.ids, _spaced(pieces), tokens.loss_mask, strict=True)
+    ]
+
+
+def _spaced(pieces: Sequence[Any]) -> list[str]:
+    """SentencePiece writes a space as U+2581."""
+    return [str(piece).replace("\u2581", " ") for piece in pieces]
+
+
+def _of_bytes(piece: str) -> str:
+    """The text of a byte-level piece, in which each character stands for a byte (Radford et al. 2019, GPT-2)."""
+    alphabet = _alphabet()
+    if not all(character in alphabet for character in piece):
+        return piece
+    raw = bytes(alphabet[character] for character in piece)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in raw)
+
+
+@cache
+def _alphabet() -> dict[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}

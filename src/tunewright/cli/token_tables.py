@@ -1,0 +1,113 @@
+"""Rows and their tokens as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tunewright.chat.view import TokenView
+from tunewright.data.versions import Member
+from tunewright.training.lengths import PERCENTILES, LengthReport
+
+_BAR = 40
+_MOST_NAMED = 20
+
+
+def row_document(member: Member) -> dict[str, Any]:
+    """A row as JSON."""
+    return {
+        "key": member.key,
+        "split": member.split,
+        "cluster": member.cluster,
+        "messages": [m.as_dict() for m in member.example.messages],
+    }
+
+
+def row_heading(member: Member) -> str:
+    """Which row it is, and where it belongs."""
+    return f"row {member.key[:12]}, split {member.split}, cluster {member.cluster[:12]}"
+
+
+def conversation_text(member: Member) -> Text:
+    """The turns, one after the other."""
+    text = Text()
+    for message in member.example.messages:
+        weight = "" if message.weight else " (weight 0: not trained)"
+        text.append(f"{message.role}{weight}\n", style="bold")
+        text.append(f"{message.content}\n")
+    text.rstrip()
+    return text
+
+
+def tokens_text(tokens: Sequence[TokenView]) -> Text:
+    """Tokens with a space between them, their own spaces as ▁ and line ends as ⏎; what is trained, in ⟦ ⟧ and green."""
+    text = Text()
+    for trained, run in groupby(tokens, key=lambda token: token.trained):
+        text.append("⟦ " if trained else "", style="green")
+        for token in run:
+            style = "bold magenta" if token.control else "green" if trained else "default"
+            text.append(_visible(token.text), style=f"{style} underline" if trained else style)
+            text.append("\n" if "\n" in token.text else " ")
+        text.append("⟧ " if trained else "", style="green")
+    trained_count = sum(token.trained for token in tokens)
+    text.append(f"\n{len(tokens):,} tokens, {trained_count:,} trained", style="dim")
+    return text
+
+
+def _visible(text: str) -> str:
+    shown = text.replace(" ", "▁").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
+    # Control and format characters (zero-width joiners, direction marks) by their code, or they could not be seen.
+    return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in shown)
+
+
+def check_tables(report: LengthReport, *, dropping: bool) -> list[RenderableType]:
+    """Percentiles by split, a histogram, and what is wrong."""
+    table = Table(title=f"Rows in tokens, version {report.version[:12]}, {report.base}", title_justify="left")
+    for name in ("split", "rows", *map(_percentile, PERCENTILES), "tokens", "trained"):
+        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
+    for split in report.splits:
+        lengths = (f"{split.percentiles[p]:,}" for p in PERCENTILES)
+        share = f"{split.trained / split.tokens:.1%}" if split.tokens else "-"
+        table.add_row(split.split, f"{split.rows:,}", *lengths, f"{split.tokens:,}", share)
+    parts: list[RenderableType] = [table, _histogram(report)]
+    if report.look_alikes:
+        parts.append(f"{report.look_alikes:,} rows have text that looks like a control token; it stays text.")
+    if report.too_long:
+        what = "left out of the training" if dropping else "training would refuse them (train.too_long: error)"
+        parts.append(f"{len(report.too_long):,} rows over {report.max_length:,} tokens, {what}:")
+        parts += _named([f"{row['split']}: {row['name']}: {row['tokens']:,} tokens" for row in report.too_long])
+    if report.faults:
+        parts.append(f"{len(report.faults):,} rows that cannot be trained on:")
+        parts += _named(report.faults)
+    if not report.too_long and not report.faults:
+        parts.append(
+            f"Every row is whole and within {report.max_length:,} tokens, and ends with its end token, trained."
+        )
+    return parts
+
+
+def _percentile(percent: int) -> str:
+    return {0: "shortest", 50: "median", 100: "longest"}.get(percent, f"{percent}%")
+
+
+def _histogram(report: LengthReport) -> Text:
+    most = max(one.rows for one in report.histogram)
+    width = len(f"{report.histogram[-1].last:,}")
+    text = Text()
+    for one in report.histogram:
+        bar = "█" * round(_BAR * one.rows / most) or "▏" * (one.rows > 0)
+        text.append(f"{one.first:>{width},} to {one.last:>{width},}  ")
+        text.append(bar, style="red" if one.first > report.max_length else "cyan")
+        text.append(f" {one.rows:,}\n")
+    text.rstrip()
+    return text
+
+
+def _named(lines: Sequence[str]) -> list[str]:
+    more = [f"  and {len(lines) - _MOST_NAMED} more: --json lists all"] if len(lines) > _MOST_NAMED else []
+    return [*(f"  {line}" for line in lines[:_MOST_NAMED]), *more]

@@ -1,0 +1,113 @@
+"""What training will see of a version: how long its rows are, how much of them is trained, and what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tunewright.chat import ChatFormat
+from tunewright.data.splits import SPLITS, Split
+from tunewright.data.versions import DatasetVersion
+from tunewright.progress import Reporter
+from tunewright.training.rows import EncodedRows, encode_members, name_of
+
+PERCENTILES = (0, 25, 50, 75, 90, 99, 100)
+_BINS = 12
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The rows of one split in tokens."""
+
+    split: Split
+    rows: int
+    percentiles: dict[int, int]
+    """Length at each of PERCENTILES: 0 is the shortest row, 100 the longest."""
+    tokens: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bar of the histogram: rows of ``first`` to ``last`` tokens."""
+
+    first: int
+    last: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """All splits of a version, as the recipe's base and template render them."""
+
+    version: str
+    base: str
+    template_digest: str
+    max_length: int
+    splits: tuple[Lengths, ...]
+    histogram: tuple[Bin, ...]
+    too_long: tuple[dict[str, Any], ...]
+    """Rows over max_length: key, name, split, tokens."""
+    faults: tuple[str, ...]
+    look_alikes: int
+    """Rows with text that looks like a control token of this base; it stays text."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as ``--json`` prints it."""
+        return asdict(self)
+
+
+def measure_lengths(
+    chat: ChatFormat, base: str, version: DatasetVersion, max_length: int, reporter: Reporter
+) -> LengthReport:
+    """Encode every row of every split as training would."""
+    encoded: dict[Split, EncodedRows] = {}
+    with reporter.task("encoding", len(version.members), "examples") as task:
+        for split in SPLITS:
+            members = version.examples(split)
+            encoded[split] = encode_members(chat, members, max_length)
+            task.advance(len(members))
+    lengths = {split: _all_lengths(rows) for split, rows in encoded.items()}
+    return LengthReport(
+        version=version.digest,
+        base=base,
+        template_digest=chat.digest,
+        max_length=max_length,
+        splits=tuple(_summary(split, encoded[split], lengths[split]) for split in SPLITS if lengths[split]),
+        histogram=_histogram([length for all_of_split in lengths.values() for length in all_of_split]),
+        too_long=tuple(
+            {"key": row.member.key, "name": name_of(row.member), "split": split, "tokens": row.tokens}
+            for split in SPLITS
+            for row in encoded[split].too_long
+        ),
+        faults=tuple(fault for split in SPLITS for fault in encoded[split].faults),
+        look_alikes=sum(bool(chat.encoder.hide(m.example.messages)[1]) for m in version.members),
+    )
+
+
+def _all_lengths(encoded: EncodedRows) -> list[int]:
+    return [len(row.ids) for row in encoded.rows] + [row.tokens for row in encoded.too_long]
+
+
+def _summary(split: Split, encoded: EncodedRows, lengths: Sequence[int]) -> Lengths:
+    values = np.percentile(lengths, PERCENTILES, method="nearest")
+    return Lengths(
+        split=split,
+        rows=len(lengths),
+        percentiles={p: int(value) for p, value in zip(PERCENTILES, values, strict=True)},
+        tokens=sum(len(row.ids) for row in encoded.rows),
+        trained=sum(sum(row.loss_mask) for row in encoded.rows),
+    )
+
+
+def _histogram(lengths: Sequence[int]) -> tuple[Bin, ...]:
+    if not lengths:
+        return ()
+    width = max(1, -(-max(lengths) // _BINS))
+    counts = np.bincount((np.asarray(lengths) - 1) // width)
+    bins = [Bin(place * width + 1, (place + 1) * width, int(count)) for place, count in enumerate(counts)]
+    first = next(place for place, one in enumerate(bins) if one.rows)
+    return tuple(bins[first:])

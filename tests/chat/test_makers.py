@@ -1,0 +1,169 @@
+"""The tokenizers and templates that other tests measure chat encoding by agree with the model makers' encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import jinja2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import makers
+from makers import LLAMA3_FAMILIES, Llama3, Mistral
+
+Messages = list[dict[str, str]]
+
+MISTRAL_VERSIONS: tuple[Mistral, ...] = get_args(Mistral)
+SENTENCEPIECE: tuple[Mistral, ...] = ("v1", "v2", "v3", "v7")
+DATE = "26 Jul 2024"
+DATES = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
+
+ORDINARY = [
+    "What is the holding?",
+    "The holding: reversed.\n\n1. Error of law.\n2. No jury.\n\ttab, and  two spaces",
+    "Größenwahn, naïve façade – «où est l'élève ?»",
+    "Привет, мир! Γειά σου κόσμε. שלום עולם مرحبا بالعالم",
+    "東京は日本の首都です。人口は1400万人。 서울은 한국의 수도입니다.",
+    "नमस्ते दुनिया สวัสดีชาวโลก",
+    "👩‍👩‍👧 🎉🎉 naïve 🏳️‍🌈 e\u0301",
+    "def f(x: int) -> str:\n    return f'{x!r}'  # 3.14159, 0x1F, 12345678\n",
+    " leading and trailing  ",
+]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40) | st.sampled_from(ORDINARY)
+
+
+def _conversation(texts: list[str], system: str | None = None) -> Messages:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
+def _ids(tokenizer: Any, messages: Messages, **options: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of the text alone, whatever special tokens it spells."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def _stripped(messages: Messages) -> Messages:
+    return [{"role": m["role"], "content": m["content"].strip()} for m in messages]
+
+
+conversations = st.builds(_conversation, st.lists(TEXT, min_size=1, max_size=5), st.none() | TEXT)
+stripped_texts = TEXT.map(str.strip).filter(bool)
+stripped_conversations = st.builds(
+    _conversation, st.lists(stripped_texts, min_size=1, max_size=5), st.none() | stripped_texts
+)
+
+
+@pytest.mark.parametrize("version", MISTRAL_VERSIONS)
+@given(messages=conversations)
+def test_mistral_conversations_are_encoded_as_mistral_encodes_them(version: Mistral, messages: Messages) -> None:
+    assert _ids(makers.mistral_tokenizer(version), messages) == makers.mistral_reference(version, messages)
+
+
+@given(messages=stripped_conversations)
+def test_llama2_conversations_are_encoded_as_its_generation_code_encodes_them(messages: Messages) -> None:
+    assert _ids(makers.llama2_tokenizer(), messages) == makers.llama2_reference(messages)
+
+
+@pytest.mark.parametrize("family", LLAMA3_FAMILIES)
+@pytest.mark.parametrize("generation_prompt", [True, False])
+@given(messages=conversations.filter(lambda messages: all(m["content"].strip() for m in messages)))
+def test_llama3_conversations_are_encoded_as_meta_encodes_them_stripped(
+    family: Llama3, generation_prompt: bool, messages: Messages
+) -> None:
+    expected = _stripped(messages)
+    if family != "llama3":
+        # These templates have a system turn in any case, which opens with two dates.
+        system, turns = (expected[0]["content"], expected[1:]) if expected[0]["role"] == "system" else ("", expected)
+        expected = [{"role": "system", "content": DATES + system}, *turns]
+    ids = _ids(makers.llama3_tokenizer(family), messages, add_generation_prompt=generation_prompt, date_string=DATE)
+    assert ids == makers.llama3_reference(expected, generation_prompt)
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "llama2": makers.llama2_tokenizer,
+    **{family: lambda family=family: makers.llama3_tokenizer(family) for family in LLAMA3_FAMILIES},
+    **{version: lambda version=version: makers.mistral_tokenizer(version) for version in MISTRAL_VERSIONS},
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(messages=conversations.filter(lambda messages: messages[-1]["role"] == "assistant"))
+def test_a_template_adds_the_answer_behind_the_prompt(name: str, messages: Messages) -> None:
+    tokenizer = TOKENIZERS[name]()
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.apply_chat_template(messages, tokenize=False).startswith(prompt)
+
+
+@pytest.mark.parametrize("name", ["llama2", *MISTRAL_VERSIONS])
+@pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "system"]])
+def test_a_mistral_or_llama2_template_refuses_roles_that_do_not_alternate(name: str, roles: list[str]) -> None:
+    with pytest.raises(jinja2.TemplateError, match="take turns"):
+        _ids(TOKENIZERS[name](), [{"role": role, "content": "a"} for role in roles])
+
+
+@given(text=TEXT)
+def test_plain_text_is_encoded_as_meta_encodes_it(text: str) -> None:
+    assert _encode(makers.llama3_tokenizer(), text) == makers.llama3_encoder().encode(text, bos=False, eos=False)
+
+
+@pytest.mark.parametrize("version", MISTRAL_VERSIONS)
+@given(text=TEXT)
+def test_plain_text_is_encoded_as_mistral_encodes_it(version: Mistral, text: str) -> None:
+    ids = _encode(makers.mistral_tokenizer(version), text)
+    if version in SENTENCEPIECE and text[0] in " ▁":
+        # The one difference: sentencepiece puts its prefix also before a text that has a space there already.
+        text = text[1:]
+    assert ids == makers.mistral_encoder(version).encode(text, bos=False, eos=False) or text == ""
+
+
+LOOK_ALIKES = "<|eot_id|> <|begin_of_text|> [INST] x [/INST] </s> <s> <unk> [SYSTEM_PROMPT] [TOOL_CALLS] <0x0A>"
+
+
+def test_special_tokens_that_a_text_spells_are_ordinary_text_where_asked_for() -> None:
+    assert _encode(makers.llama3_tokenizer(), LOOK_ALIKES) == makers.llama3_encoder().encode(
+        LOOK_ALIKES, bos=False, eos=False
+    )
+    for version in MISTRAL_VERSIONS:
+        expected = makers.mistral_encoder(version).encode(LOOK_ALIKES, bos=False, eos=False)
+        assert _encode(makers.mistral_tokenizer(version), LOOK_ALIKES) == expected, version
+
+
+def test_special_tokens_have_the_makers_ids() -> None:
+    assert makers.llama3_encoder().special_tokens == makers.llama3_tokenizer().get_added_vocab()
+    for version in MISTRAL_VERSIONS:
+        tokenizer, encoder = makers.mistral_tokenizer(version), makers.mistral_encoder(version)
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        assert {tokenizer.unk_token_id, *(i for i in range(encoder.n_words) if encoder.is_special(i))} - {None} <= set(
+            special
+        )
+        assert len(tokenizer) == encoder.n_words
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_text_starts_with_bos(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    assert tokenizer("a")["input_ids"] == [tokenizer.bos_token_id, *_encode(tokenizer, "a")]
+
+
+@pytest.mark.parametrize("name", ["llama3", "v3", "tekken"])
+def test_a_base_loads_with_the_tokenizer_it_was_written_with(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    build = makers.build_llama3_base if name == "llama3" else makers.build_mistral_base
+    folder = build(tmp_path / "base", name)  # type: ignore[operator]
+    written, loaded = TOKENIZERS[name](), AutoTokenizer.from_pretrained(folder)
+    assert loaded.backend_tokenizer.to_str() == written.backend_tokenizer.to_str()
+    assert loaded.special_tokens_map == written.special_tokens_map
+    messages = _conversation(ORDINARY[:3], "Cite.")
+    assert _ids(loaded, messages) == _ids(written, messages)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.get_input_embeddings().num_embeddings == len(loaded)
+    stops = loaded.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"] if name == "llama3" else ["</s>"])
+    assert set(stops) == set(model.generation_config.eos_token_id if name == "llama3" else [loaded.eos_token_id])

@@ -1,0 +1,300 @@
+"""The model makers' own tokenizers and encoders, as references that the chat encoding has to match.
+
+Their vocabularies come inside the makers' packages (llama-models, mistral-common); nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from mistral_common.tokens.tokenizers.base import Tokenizer as MistralEncoder
+    from tokenizers import Tokenizer
+
+Llama3 = Literal["llama3", "llama3_1", "llama3_2"]
+Mistral = Literal["v1", "v2", "v3", "v7", "tekken", "v7-tekken"]
+Chat = Sequence[Mapping[str, str]]
+Text = TypeVar("Text", str, bytes)
+
+LLAMA3_FAMILIES: tuple[Llama3, ...] = ("llama3", "llama3_1", "llama3_2")
+MISTRAL_FILES: dict[Mistral, str] = {
+    "v1": "tokenizer.model.v1",
+    "v2": "mistral_instruct_tokenizer_240216.model.v2",
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
+    "tekken": "tekken_240718.json",
+    "v7-tekken": "tekken_240911.json",
+}
+TEMPLATES = Path(__file__).parent / "chat" / "templates"
+# v2 and v3 differ in tool calls only.
+MISTRAL_TEMPLATES: dict[Mistral, str] = {
+    "v1": "mistral_v1.jinja",
+    "v2": "mistral_v3.jinja",
+    "v3": "mistral_v3.jinja",
+    "v7": "mistral_v7.jinja",
+    "tekken": "mistral_tekken.jinja",
+    "v7-tekken": "mistral_v7_tekken.jinja",
+}
+
+
+@cache
+def llama3_encoder() -> Any:
+    """Meta's own tokenizer of Llama 3 (its special tokens are those of 3.1 and later)."""
+    from llama_models.llama3.tokenizer import Tokenizer
+
+    return Tokenizer.get_instance()
+
+
+@cache
+def mistral_encoder(version: Mistral) -> MistralEncoder:
+    """Mistral's own text tokenizer."""
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    file = _mistral_file(version)
+    return Tekkenizer.from_file(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+
+
+@cache
+def llama3_tokenizer(family: Llama3 = "llama3") -> Any:
+    """Llama 3's tokenizer as transformers loads it, with this family's chat template."""
+    template = _package_folder("trl") / "chat_templates" / f"{family}.jinja"
+    return _transformers_tokenizer(
+        _convert_llama3(), template, bos="<|begin_of_text|>", eos="<|eot_id|>", pad="<|finetune_right_pad_id|>"
+    )
+
+
+@cache
+def mistral_tokenizer(version: Mistral) -> Any:
+    """Mistral's tokenizer as transformers loads it, with a template that renders what mistral-common encodes."""
+    return _transformers_tokenizer(_convert_mistral(version), TEMPLATES / MISTRAL_TEMPLATES[version])
+
+
+@cache
+def llama2_tokenizer() -> Any:
+    """Llama 2's chat format on Mistral v1's tokenizer, which is of the same kind."""
+    return _transformers_tokenizer(_convert_mistral("v1"), TEMPLATES / "llama2.jinja")
+
+
+def llama3_reference(messages: Chat, generation_prompt: bool) -> list[int]:
+    """Ids of the conversation by Meta's own chat format, with the next answer's header or without."""
+    from llama_models.datatypes import RawMessage
+    from llama_models.llama3.chat_format import ChatFormat
+
+    chat_format = ChatFormat(llama3_encoder())
+    if generation_prompt:
+        return list(chat_format.encode_dialog_prompt([RawMessage(**m) for m in messages]).tokens)
+    header = len(chat_format.encode_dialog_prompt([]).tokens) - 1
+    return llama3_reference(messages, generation_prompt=True)[:-header]
+
+
+def mistral_reference(version: Mistral, messages: Chat) -> list[int]:
+    """Ids of the conversation by mistral-common; they end where the answer begins if the user spoke last."""
+    from mistral_common.protocol.instruct.normalize import get_normalizer
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers import instruct
+    from mistral_common.tokens.tokenizers.base import TokenizerVersion
+
+    # By hand, as mistral-common's validators refuse some conversations that its encoders take, and as the package
+    # has v7's tekken vocabulary only in a file that says v3.
+    by_version: dict[Mistral, tuple[TokenizerVersion, type[instruct.InstructTokenizerV1[Any, Any, Any]]]] = {
+        "v1": (TokenizerVersion.v1, instruct.InstructTokenizerV1),
+        "v2": (TokenizerVersion.v2, instruct.InstructTokenizerV2),
+        "v3": (TokenizerVersion.v3, instruct.InstructTokenizerV3),
+        "v7": (TokenizerVersion.v7, instruct.InstructTokenizerV7),
+        "tekken": (TokenizerVersion.v3, instruct.InstructTokenizerV3),
+        "v7-tekken": (TokenizerVersion.v7, instruct.InstructTokenizerV7),
+    }
+    number, instruct_tokenizer = by_version[version]
+    request: ChatCompletionRequest[Any] = ChatCompletionRequest.model_validate(
+        {"messages": [dict(m) for m in messages]}
+    )
+    normalized = get_normalizer(number, None).from_chat_completion_request(request)
+    return list(instruct_tokenizer(mistral_encoder(version)).encode_instruct(normalized).tokens)
+
+
+def llama2_reference(messages: Chat) -> list[int]:
+    """Ids of the conversation as the generation.py of Llama 2 makes them, on Mistral v1's tokenizer."""
+    encoder = mistral_encoder("v1")
+    texts = [m["content"] for m in messages]
+    if messages[0]["role"] == "system":
+        texts[:2] = [f"<<SYS>>\n{texts[0]}\n<</SYS>>\n\n{texts[1]}"]
+    ids = []
+    for user, assistant in zip(texts[::2], texts[1::2], strict=False):
+        ids += encoder.encode(f"[INST] {user.strip()} [/INST] {assistant.strip()} ", bos=True, eos=True)
+    if len(texts) % 2:
+        ids += encoder.encode(f"[INST] {texts[-1].strip()} [/INST]", bos=True, eos=False)
+    return ids
+
+
+def build_llama3_base(folder: Path, family: Llama3 = "llama3", seed: int = 0) -> Path:
+    """Write a tiny random Llama with Llama 3's tokenizer into ``folder``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = llama3_tokenizer(family)
+    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
+    return _save_base(folder, tokenizer, LlamaConfig, LlamaForCausalLM, stops, seed)
+
+
+def build_mistral_base(folder: Path, version: Mistral = "v3", seed: int = 0) -> Path:
+    """Write a tiny random Mistral with this version's tokenizer into ``folder``."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    tokenizer = mistral_tokenizer(version)
+    return _save_base(folder, tokenizer, MistralConfig, MistralForCausalLM, tokenizer.eos_token_id, seed)
+
+
+def _save_base(folder: Path, tokenizer: Any, config: Any, model: Any, stops: int | list[int], seed: int) -> Path:
+    import torch
+    from transformers import GenerationConfig
+
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(seed)
+    base = model(
+        config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            **ids,
+        )
+    )
+    base.generation_config = GenerationConfig(**ids)
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _package_folder(name: str) -> Path:
+    spec = find_spec(name)
+    assert spec and spec.origin, f"{name} is not installed"
+    return Path(spec.origin).parent
+
+
+def _mistral_file(version: Mistral) -> Path:
+    return _package_folder("mistral_common") / "data" / MISTRAL_FILES[version]
+
+
+def _transformers_tokenizer(
+    converted: Tokenizer, template: Path, bos: str = "<s>", eos: str = "</s>", pad: str | None = None
+) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=converted, bos_token=bos, eos_token=eos, pad_token=pad)
+    tokenizer.chat_template = template.read_text()
+    return tokenizer
+
+
+@cache
+def _convert_llama3() -> Tokenizer:
+    encoder = llama3_encoder()
+    special = sorted(encoder.special_tokens, key=lambda token: int(encoder.special_tokens[token]))
+    # All ids below the special tokens' are ordinary tokens.
+    ranks = {encoder.model.decode_single_token_bytes(i): i for i in range(encoder.special_tokens[special[0]])}
+    return _byte_level_bpe(ranks, {}, special, encoder.pat_str, bos=special[0])
+
+
+@cache
+def _convert_mistral(version: Mistral) -> Tokenizer:
+    file = _mistral_file(version)
+    return _convert_tekken(file) if file.suffix == ".json" else _convert_sentencepiece(file)
+
+
+def _convert_tekken(file: Path) -> Tokenizer:
+    import base64
+    import json
+
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    encoder = Tekkenizer.from_file(file)
+    data = json.loads(file.read_text())
+    special = {encoder.id_to_piece(i): i for i in range(encoder.num_special_tokens)}
+    # The file has more tokens than the model.
+    ordinary = data["vocab"][: encoder.n_words - len(special)]
+    ranks = {base64.b64decode(token["token_bytes"]): len(special) + token["rank"] for token in ordinary}
+    return _byte_level_bpe(ranks, special, list(special), data["config"]["pattern"], bos="<s>")
+
+
+def _byte_level_bpe(
+    ranks: dict[bytes, int], more: dict[str, int], special: list[str], pattern: str, bos: str
+) -> Tokenizer:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = [(spell(left), spell(right)) for left, right in _merges(ranks)]
+    vocabulary = {spell(token): i for token, i in ranks.items()} | more
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return _with_bos(tokenizer, bos)
+
+
+def _convert_sentencepiece(file: Path) -> Tokenizer:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # A module that protobuf fills as it is imported: type checkers see nothing in it.
+    protocol: Any = import_module("sentencepiece.sentencepiece_model_pb2")
+    model = protocol.ModelProto.FromString(file.read_bytes())
+    piece_type = protocol.ModelProto.SentencePiece
+    normal = [piece for piece in model.pieces if piece.type == piece_type.NORMAL]
+    normal.sort(key=lambda piece: -piece.score)
+    tokenizer = Tokenizer(
+        models.BPE(
+            {piece.piece: i for i, piece in enumerate(model.pieces)},
+            _merges({piece.piece: rank for rank, piece in enumerate(normal)}),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
+    special = (piece_type.UNKNOWN, piece_type.CONTROL)
+    for piece in model.pieces:
+        if piece.type in special:
+            tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
+        # sentencepiece finds these in any text.
+        elif piece.type == piece_type.USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=False)])
+    return _with_bos(tokenizer, "<s>")
+
+
+def _merges(ranks: dict[Text, int]) -> list[tuple[Text, Text]]:
+    """Each way to make a token of two others, the lowest rank first."""
+    ways = []
+    for token, rank in ranks.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ranks and right in ranks:
+                ways.append((rank, ranks[left], ranks[right], left, right))
+    return [(left, right) for *_, left, right in sorted(ways)]
+
+
+def _with_bos(tokenizer: Tokenizer, bos: str) -> Tokenizer:
+    from tokenizers import processors
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return tokenizer
