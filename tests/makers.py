@@ -60,25 +60,34 @@ def mistral_encoder(version: Mistral) -> MistralEncoder:
     return Tekkenizer.from_file(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
 
 
+def trl_template(name: str) -> str:
+    """A public chat template that trl ships."""
+    return (_package_folder("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
 @cache
 def llama3_tokenizer(family: Llama3 = "llama3") -> Any:
     """Llama 3's tokenizer as transformers loads it, with this family's chat template."""
-    template = _package_folder("trl") / "chat_templates" / f"{family}.jinja"
     return _transformers_tokenizer(
-        _convert_llama3(), template, bos="<|begin_of_text|>", eos="<|eot_id|>", pad="<|finetune_right_pad_id|>"
+        _convert_llama3(),
+        trl_template(family),
+        bos="<|begin_of_text|>",
+        eos="<|eot_id|>",
+        pad="<|finetune_right_pad_id|>",
     )
 
 
 @cache
 def mistral_tokenizer(version: Mistral) -> Any:
     """Mistral's tokenizer as transformers loads it, with a template that renders what mistral-common encodes."""
-    return _transformers_tokenizer(_convert_mistral(version), TEMPLATES / MISTRAL_TEMPLATES[version])
+    template = (TEMPLATES / MISTRAL_TEMPLATES[version]).read_text(encoding="utf-8")
+    return _transformers_tokenizer(_convert_mistral(version), template)
 
 
 @cache
 def llama2_tokenizer() -> Any:
     """Llama 2's chat format on Mistral v1's tokenizer, which is of the same kind."""
-    return _transformers_tokenizer(_convert_mistral("v1"), TEMPLATES / "llama2.jinja")
+    return _transformers_tokenizer(_convert_mistral("v1"), (TEMPLATES / "llama2.jinja").read_text(encoding="utf-8"))
 
 
 def llama3_reference(messages: Chat, generation_prompt: bool) -> list[int]:
@@ -184,12 +193,12 @@ def _mistral_file(version: Mistral) -> Path:
 
 
 def _transformers_tokenizer(
-    converted: Tokenizer, template: Path, bos: str = "<s>", eos: str = "</s>", pad: str | None = None
+    converted: Tokenizer, template: str, bos: str = "<s>", eos: str = "</s>", pad: str | None = None
 ) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=converted, bos_token=bos, eos_token=eos, pad_token=pad)
-    tokenizer.chat_template = template.read_text()
+    tokenizer.chat_template = template
     return tokenizer
 
 
@@ -215,7 +224,7 @@ def _convert_tekken(file: Path) -> Tokenizer:
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     encoder = Tekkenizer.from_file(file)
-    data = json.loads(file.read_text())
+    data = json.loads(file.read_text(encoding="utf-8"))
     special = {encoder.id_to_piece(i): i for i in range(encoder.num_special_tokens)}
     # The file has more tokens than the model.
     ordinary = data["vocab"][: encoder.n_words - len(special)]

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunewright.adapters.fit import require_fit
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.data.add import AddResult, add
 from tunewright.data.find import find_row
@@ -113,7 +114,7 @@ class Road:
     def evaluate(self, adapter: str | None = None) -> EvaluateResult:
         """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split."""
         tuned = find_adapter(self.project.adapters, adapter)
-        self._require_fit(tuned)
+        require_fit(tuned, self.base, self.chat)
         trained_by = tuned.lineage["recipe"]["train"]
         if any(trained_by.get(key) != value for key, value in self.project.recipe.train.deciding().items()):
             self.reporter.warn(
@@ -178,12 +179,12 @@ class Road:
         for name in adapters:
             adapter_name, _, step = name.partition("@")
             adapter = find_adapter(self.project.adapters, adapter_name)
-            self._require_fit(adapter)
+            require_fit(adapter, self.base, self.chat)
             folders |= {adapter.name: adapter.folder} if not step else _checkpoint(adapter, step)
         if not adapters:
             for adapter in list_adapters(self.project.adapters):
                 try:
-                    self._require_fit(adapter)
+                    require_fit(adapter, self.base, self.chat)
                 except UserError as error:
                     self.reporter.warn(f"{adapter.name} is not served: {error.what}")
                     continue
@@ -219,29 +220,6 @@ class Road:
             self.base, self.chat, recipe.train.dtype, recipe.evaluate.batch_size, self.project.work, self.reporter
         )
         return Measurement(self.project, version, generator, self.reporter)
-
-    def _require_fit(self, adapter: Adapter) -> None:
-        from tunewright.chat.format import differences
-
-        adapter.verify()
-        trained_on = adapter.lineage["base"]
-        rendering = differences(adapter.lineage["chat"], self.chat.description)
-        if trained_on["digest"] != self.base.digest:
-            before, here = trained_on["files"], self.base.files
-            files = sorted(name for name in before | here if before.get(name) != here.get(name))
-            told = [f"other {', '.join(files)}", *rendering]
-            raise UserError(
-                f"it was trained on {trained_on['spec']} ({trained_on['digest'][:12]}), and the base here is "
-                f"{self.base.spec} ({self.base.digest[:12]}): {'; '.join(told)}",
-                where=adapter.name,
-                fix="Set the recipe's base to the one it was trained on, or train again.",
-            )
-        if rendering:
-            raise UserError(
-                f"it was trained on conversations that are written differently here: {'; '.join(rendering)}",
-                where=adapter.name,
-                fix="Set chat.template and chat.date to what it was trained with, or train again.",
-            )
 
     def _stage(self, name: str, done_now: bool, what: str) -> None:
         self.reporter.say(f"{name}: {'done' if done_now else 'unchanged'}, {what}")

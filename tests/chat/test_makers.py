@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import jinja2
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import makers
@@ -18,6 +19,8 @@ Messages = list[dict[str, str]]
 
 MISTRAL_VERSIONS: tuple[Mistral, ...] = get_args(Mistral)
 SENTENCEPIECE: tuple[Mistral, ...] = ("v1", "v2", "v3", "v7")
+# The first example loads the tokenizer.
+unhurried = settings(max_examples=40, deadline=None)
 DATE = "26 Jul 2024"
 DATES = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
 
@@ -61,11 +64,13 @@ stripped_conversations = st.builds(
 
 
 @pytest.mark.parametrize("version", MISTRAL_VERSIONS)
+@unhurried
 @given(messages=conversations)
 def test_mistral_conversations_are_encoded_as_mistral_encodes_them(version: Mistral, messages: Messages) -> None:
     assert _ids(makers.mistral_tokenizer(version), messages) == makers.mistral_reference(version, messages)
 
 
+@unhurried
 @given(messages=stripped_conversations)
 def test_llama2_conversations_are_encoded_as_its_generation_code_encodes_them(messages: Messages) -> None:
     assert _ids(makers.llama2_tokenizer(), messages) == makers.llama2_reference(messages)
@@ -73,6 +78,7 @@ def test_llama2_conversations_are_encoded_as_its_generation_code_encodes_them(me
 
 @pytest.mark.parametrize("family", LLAMA3_FAMILIES)
 @pytest.mark.parametrize("generation_prompt", [True, False])
+@unhurried
 @given(messages=conversations.filter(lambda messages: all(m["content"].strip() for m in messages)))
 def test_llama3_conversations_are_encoded_as_meta_encodes_them_stripped(
     family: Llama3, generation_prompt: bool, messages: Messages
@@ -88,12 +94,13 @@ def test_llama3_conversations_are_encoded_as_meta_encodes_them_stripped(
 
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     "llama2": makers.llama2_tokenizer,
-    **{family: lambda family=family: makers.llama3_tokenizer(family) for family in LLAMA3_FAMILIES},
-    **{version: lambda version=version: makers.mistral_tokenizer(version) for version in MISTRAL_VERSIONS},
+    **{family: partial(makers.llama3_tokenizer, family) for family in LLAMA3_FAMILIES},
+    **{version: partial(makers.mistral_tokenizer, version) for version in MISTRAL_VERSIONS},
 }
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@unhurried
 @given(messages=conversations.filter(lambda messages: messages[-1]["role"] == "assistant"))
 def test_a_template_adds_the_answer_behind_the_prompt(name: str, messages: Messages) -> None:
     tokenizer = TOKENIZERS[name]()
@@ -108,19 +115,26 @@ def test_a_mistral_or_llama2_template_refuses_roles_that_do_not_alternate(name: 
         _ids(TOKENIZERS[name](), [{"role": role, "content": "a"} for role in roles])
 
 
+@unhurried
 @given(text=TEXT)
 def test_plain_text_is_encoded_as_meta_encodes_it(text: str) -> None:
     assert _encode(makers.llama3_tokenizer(), text) == makers.llama3_encoder().encode(text, bos=False, eos=False)
 
 
 @pytest.mark.parametrize("version", MISTRAL_VERSIONS)
+@unhurried
 @given(text=TEXT)
 def test_plain_text_is_encoded_as_mistral_encodes_it(version: Mistral, text: str) -> None:
-    ids = _encode(makers.mistral_tokenizer(version), text)
-    if version in SENTENCEPIECE and text[0] in " ▁":
-        # The one difference: sentencepiece puts its prefix also before a text that has a space there already.
-        text = text[1:]
-    assert ids == makers.mistral_encoder(version).encode(text, bos=False, eos=False) or text == ""
+    assume(version not in SENTENCEPIECE or text[0] not in " ▁")
+    expected = makers.mistral_encoder(version).encode(text, bos=False, eos=False)
+    assert _encode(makers.mistral_tokenizer(version), text) == expected
+
+
+@pytest.mark.parametrize("version", SENTENCEPIECE)
+@pytest.mark.parametrize("text", [" x", "▁x"])
+def test_only_sentencepiece_puts_its_prefix_before_a_text_that_starts_with_a_space(version: Mistral, text: str) -> None:
+    encoder, ids = makers.mistral_encoder(version), _encode(makers.mistral_tokenizer(version), text)
+    assert ids == encoder.encode("x", bos=False, eos=False) != encoder.encode(text, bos=False, eos=False)
 
 
 LOOK_ALIKES = "<|eot_id|> <|begin_of_text|> [INST] x [/INST] </s> <s> <unk> [SYSTEM_PROMPT] [TOOL_CALLS] <0x0A>"
@@ -136,13 +150,12 @@ def test_special_tokens_that_a_text_spells_are_ordinary_text_where_asked_for() -
 
 
 def test_special_tokens_have_the_makers_ids() -> None:
-    assert makers.llama3_encoder().special_tokens == makers.llama3_tokenizer().get_added_vocab()
+    assert makers.llama3_tokenizer().get_added_vocab() == makers.llama3_encoder().special_tokens
     for version in MISTRAL_VERSIONS:
         tokenizer, encoder = makers.mistral_tokenizer(version), makers.mistral_encoder(version)
-        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        assert {tokenizer.unk_token_id, *(i for i in range(encoder.n_words) if encoder.is_special(i))} - {None} <= set(
-            special
-        )
+        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = [i for i in range(encoder.n_words) if encoder.is_special(i)]
+        assert added == {"<unk>": 0, **{encoder.id_to_piece(i): i for i in special}}
         assert len(tokenizer) == encoder.n_words
 
 
@@ -152,12 +165,19 @@ def test_a_text_starts_with_bos(name: str) -> None:
     assert tokenizer("a")["input_ids"] == [tokenizer.bos_token_id, *_encode(tokenizer, "a")]
 
 
-@pytest.mark.parametrize("name", ["llama3", "v3", "tekken"])
+BASES: dict[str, tuple[Callable[[Path], Path], str | list[str]]] = {
+    "llama3": (makers.build_llama3_base, ["<|end_of_text|>", "<|eot_id|>"]),
+    "v3": (makers.build_mistral_base, "</s>"),
+    "tekken": (partial(makers.build_mistral_base, version="tekken"), "</s>"),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
 def test_a_base_loads_with_the_tokenizer_it_was_written_with(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    build = makers.build_llama3_base if name == "llama3" else makers.build_mistral_base
-    folder = build(tmp_path / "base", name)  # type: ignore[operator]
+    build, stops = BASES[name]
+    folder = build(tmp_path / "base")
     written, loaded = TOKENIZERS[name](), AutoTokenizer.from_pretrained(folder)
     assert loaded.backend_tokenizer.to_str() == written.backend_tokenizer.to_str()
     assert loaded.special_tokens_map == written.special_tokens_map
@@ -165,5 +185,4 @@ def test_a_base_loads_with_the_tokenizer_it_was_written_with(name: str, tmp_path
     assert _ids(loaded, messages) == _ids(written, messages)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.get_input_embeddings().num_embeddings == len(loaded)
-    stops = loaded.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"] if name == "llama3" else ["</s>"])
-    assert set(stops) == set(model.generation_config.eos_token_id if name == "llama3" else [loaded.eos_token_id])
+    assert model.generation_config.eos_token_id == loaded.convert_tokens_to_ids(stops)

@@ -36,6 +36,11 @@ def _turns(*turns: tuple[str, Any]) -> bytes:
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}).encode()
 
 
+def _weighted(weight: Any) -> bytes:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": weight}]
+    return json.dumps({"messages": turns}).encode()
+
+
 def test_a_chat_row_keeps_every_turn(tmp_path: Path) -> None:
     turns = [("system", "Be brief."), ("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", " ciao ")]
     reading = _read(tmp_path, _turns(*turns))
@@ -46,6 +51,22 @@ def test_a_chat_row_keeps_every_turn(tmp_path: Path) -> None:
 def test_a_prompt_and_its_completion_are_one_user_and_one_assistant_turn(tmp_path: Path) -> None:
     reading = _read(tmp_path, PAIR)
     assert reading.rows[0].example.messages == (Message("user", "two and two?"), Message("assistant", "four"))
+
+
+def test_a_turn_s_weight_is_kept_and_makes_another_example_only_where_it_is_0(tmp_path: Path) -> None:
+    def turns(**first: int) -> bytes:
+        rows: list[dict[str, Any]] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", **first},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d"},
+        ]
+        return json.dumps({"messages": rows}).encode() + b"\n"
+
+    none, one, zero = (row.example for row in _read(tmp_path, turns() + turns(weight=1) + turns(weight=0)).rows)
+    assert [m.weight for m in zero.messages] == [1, 0, 1, 1]
+    assert none.pair_key == one.pair_key != zero.pair_key
+    assert type(zero).from_dicts([m.as_dict() for m in zero.messages]) == zero
 
 
 def test_the_recipe_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> None:
@@ -77,7 +98,12 @@ def test_the_recipe_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> No
         (b'{"messages": "hi"}', "messages must be a list of turns"),
         (b'{"messages": ["hi"]}', "messages[0] must be an object"),
         (b'{"messages": [{"role": "user"}]}', 'messages[0] has no "content"'),
-        (b'{"messages": [{"role": "user", "content": "a", "weight": 0}]}', 'unknown key "weight"'),
+        (b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}', 'unknown key "name"'),
+        (b'{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "messages[0] has a weight"),
+        (_weighted(2), "messages[1].weight is 2; it is 1 (trained) or 0"),
+        (_weighted(True), "messages[1].weight is true"),
+        (_weighted(0), "the last turn has the weight 0"),
+        (b'{"messages": [{"role": "assistant", "content": "a", "tool_calls": []}]}', "tool calls cannot be trained"),
         (b'{"messages": [{"role": "tool", "content": "a"}]}', 'messages[0].role is "tool"'),
         (b'{"messages": [{"role": ["user"], "content": "a"}]}', "messages[0].role is"),
         (_turns(("user", None), ("assistant", "b")), "messages[0].content is null"),

@@ -19,7 +19,12 @@ from tunewright.data.examples import Message, Role
 from tunewright.disk import digest
 from tunewright.errors import UserError
 
-_ALTERNATING: tuple[Role, ...] = ("user", "assistant", "user", "assistant")
+_SHAPES: tuple[tuple[Role, ...], ...] = (
+    ("user",),
+    ("user", "assistant"),
+    ("user", "assistant", "user", "assistant"),
+    ("system", "user", "assistant", "user", "assistant"),
+)
 
 
 @dataclass(frozen=True)
@@ -152,21 +157,17 @@ class ChatFormat:
     @cached_property
     def writes_bos(self) -> bool:
         """Whether conversations begin with BOS."""
-        return self._probe(_ALTERNATING[:1], generation_prompt=True)[0] == self.bos_id
+        return self._probe(("user",))[0] == self.bos_id
 
     @cached_property
     def bos_opens_turns(self) -> bool:
         """Whether the template writes BOS more than once, as a mark of turns (Llama 2; SmolLM2's ``<|im_start|>``)."""
-        return self._probe(_ALTERNATING[:3], generation_prompt=True).count(self.bos_id) > 1
+        return any(self._control_ids(text).count(self.bos_id) > 1 for text in self._neutrals())
 
     @cached_property
     def description(self) -> dict[str, Any]:
         """All that decides the rendering, as JSON; lineages keep it so that a difference can be named."""
-        probes = [
-            list(self._probe(roles, generation_prompt=roles[-1] == "user"))
-            for roles in [_ALTERNATING[:1], _ALTERNATING, ("system", *_ALTERNATING)]
-            if self._accepts(roles)
-        ]
+        probes = [list(self._probe(roles)) for roles in self._accepted]
         return {
             "kind": self.template.kind,
             "template": self.template.source,
@@ -188,9 +189,7 @@ class ChatFormat:
     @cached_property
     def used_control_ids(self) -> frozenset[int]:
         """The control tokens that conversations are written with."""
-        shapes: list[tuple[Role, ...]] = [_ALTERNATING, ("system", *_ALTERNATING)]
-        texts = [self._neutral(roles, generation_prompt=False) for roles in shapes if self._accepts(roles)]
-        return frozenset(token for text in texts for token in self._control_ids(text))
+        return frozenset(token for text in self._neutrals() for token in self._control_ids(text))
 
     def _assistant_turns(self, messages: Sequence[Message]) -> list[_Turn]:
         turns = []
@@ -246,9 +245,7 @@ class ChatFormat:
         """Which control tokens a conversation has is a matter of its roles, never of what its messages say."""
         shape = (tuple(m.role for m in messages), generation_prompt)
         if shape not in self._control_by_shape:
-            self._control_by_shape[shape] = self._control_ids(
-                self._neutral(shape[0], generation_prompt=generation_prompt)
-            )
+            self._control_by_shape[shape] = self._control_ids(self._neutral(*shape))
         if self._control_ids(text) != self._control_by_shape[shape]:
             raise UserError(
                 "the chat template makes other control tokens of these texts than of ordinary ones",
@@ -258,20 +255,28 @@ class ChatFormat:
     def _control_ids(self, text: str) -> list[int]:
         return [token for token, _ in self.encoder.control_places(text, 0)]
 
-    def _neutral(self, roles: Sequence[Role], *, generation_prompt: bool) -> str:
+    def _neutral(self, roles: Sequence[Role], generation_prompt: bool = False) -> str:
         return self.template.render([Message(role, "x") for role in roles], generation_prompt=generation_prompt)
 
-    def _probe(self, roles: Sequence[Role], *, generation_prompt: bool) -> tuple[int, ...]:
+    def _probe(self, roles: Sequence[Role]) -> tuple[int, ...]:
         """Ids of a conversation whose texts try a tokenizer's rules."""
         messages = [Message(role, f" {role}\n\n1234 d'été  <s>[INST]<|eot_id|> 🙂 ") for role in roles]
-        return self.prompt(messages) if generation_prompt else self.encode(messages).ids
+        return self.prompt(messages) if roles[-1] == "user" else self.encode(messages).ids
 
-    def _accepts(self, roles: Sequence[Role]) -> bool:
-        try:
-            self._neutral(roles, generation_prompt=False)
-        except UserError:
-            return False
-        return True
+    @cached_property
+    def _accepted(self) -> list[tuple[Role, ...]]:
+        """The shapes of conversation, of a few that tell templates apart, that the template renders."""
+        accepted: list[tuple[Role, ...]] = []
+        for roles in _SHAPES:
+            try:
+                self._neutral(roles)
+            except UserError:
+                continue
+            accepted.append(roles)
+        return accepted
+
+    def _neutrals(self) -> list[str]:
+        return [self._neutral(roles) for roles in self._accepted]
 
 
 def chat_format(tokenizer: Any, *, stop_ids: frozenset[int], kind: TemplateKind, today: date) -> ChatFormat:

@@ -54,6 +54,7 @@ class TextEncoder:
         # SentencePiece's space before a text's first word: here, every run but the first follows a control token.
         self._space_first = _without_space_first(backend)
         self._backend = backend
+        self._unknown = tokenizer.unk_token_id  # what a tokenizer makes of characters that it has no token for
 
     def hide(self, messages: Sequence[Message]) -> tuple[list[Message], dict[int, str]]:
         """Messages in which one character stands for each text that looks like a control token, and what it stands for.
@@ -106,7 +107,7 @@ class TextEncoder:
         distinct = list(dict.fromkeys(runs))
         encoded = self._backend.encode_batch_fast(distinct, add_special_tokens=False)
         ids = {run: encoding.ids for run, encoding in zip(distinct, encoded, strict=True)}
-        forbidden = set(self.control.values())
+        forbidden = set(self.control.values()) - {self._unknown}
         for run, found in ids.items():
             if not forbidden.isdisjoint(found):
                 token = self._backend.id_to_token(next(i for i in found if i in forbidden))

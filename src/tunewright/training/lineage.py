@@ -26,7 +26,7 @@ def training_lineage(
 ) -> dict[str, Any]:
     """Everything but the training's own numbers; ``created`` is UTC, ISO 8601."""
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "dataset": {
             "digest": version.digest,

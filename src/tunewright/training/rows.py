@@ -55,7 +55,7 @@ def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int)
         owners += [member] * len(laid_out)
     encoded = EncodedRows([], [], [], faults)
     for member, row in zip(owners, chat.tokens(layouts), strict=True):
-        fault = _fault(chat, row, member)
+        fault = row_fault(chat, row, member)
         if fault:
             faults.append(f"{name_of(member)}: {fault}")
         elif len(row.ids) > max_length:
@@ -120,7 +120,7 @@ def name_of(member: Member) -> str:
     return f"example {member.key[:12]} ({text[:40]!r}{'…' if len(text) > 40 else ''})"
 
 
-def _fault(chat: ChatFormat, row: Tokens, member: Member) -> str | None:
+def row_fault(chat: ChatFormat, row: Tokens, member: Member) -> str | None:
     """What is wrong with a row, if anything: the proof that nothing is trained on but what was meant."""
     begins = row.ids.count(chat.bos_id)
     if chat.writes_bos and (row.ids[0] != chat.bos_id or (begins != 1 and not chat.bos_opens_turns)):

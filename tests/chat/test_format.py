@@ -1,0 +1,257 @@
+"""What the model sees, and which of it is trained, by whatever template a base has."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiny import CHATML, byte_tokenizer, chat_of
+from tunewright.chat import ChatFormat, Tokens, encode
+from tunewright.chat.format import differences
+from tunewright.data.examples import Message
+from tunewright.errors import UserError
+
+TOKENIZER = byte_tokenizer()
+CHAT = chat_of(TOKENIZER)
+
+TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
+)
+DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
+# As Mistral's v2 and v3: the system text stands in the last user turn, wherever that is.
+MOVING_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{% set last = (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{{ system if m is sameas last }}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As reasoning models: what earlier answers say up to a mark is left out of later prompts.
+FORGETTING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('=')[-1] }}{% else %}{{ m['content'] }}"
+    "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def _with_template(template: str | None) -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def _chat(template: str) -> ChatFormat:
+    return chat_of(_with_template(template))
+
+
+def _turns(*texts: str, system: str | None = None) -> list[Message]:
+    roles = ("user", "assistant") * len(texts)
+    turns = [Message(role, text) for role, text in zip(roles, texts, strict=False)]  # type: ignore[arg-type]
+    return turns if system is None else [Message("system", system), *turns]
+
+
+def _trained(row: Tokens) -> list[str]:
+    """The text of each trained run."""
+    runs: list[list[int]] = [[]]
+    for token, trained in zip(row.ids, row.loss_mask, strict=True):
+        if trained:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [TOKENIZER.decode(run) for run in runs if run]
+
+
+def test_every_answer_and_its_end_token_are_trained_and_nothing_else() -> None:
+    tokens = CHAT.encode(_turns("Ohio", "Oh.", "Iowa", "Ia.", system="Cite."))
+    assert _trained(tokens) == ["Oh.<|im_end|>", "Ia.<|im_end|>"]
+    assert TOKENIZER.decode(tokens.ids) == (
+        "<|im_start|>system\nCite.<|im_end|>\n<|im_start|>user\nOhio<|im_end|>\n<|im_start|>assistant\nOh.<|im_end|>\n"
+        "<|im_start|>user\nIowa<|im_end|>\n<|im_start|>assistant\nIa.<|im_end|>"
+    )
+
+
+def test_a_turn_of_weight_0_is_seen_but_not_trained() -> None:
+    turns = _turns("a", "b", "c", "d")
+    turns[1] = Message("assistant", "b", weight=0)
+    (row,) = CHAT.rows(turns)
+    assert _trained(row) == ["d<|im_end|>"]
+    assert row.ids == CHAT.encode(_turns("a", "b", "c", "d")).ids
+
+
+texts = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=20)
+dialogues = st.integers(1, 4).flatmap(lambda n: st.lists(texts, min_size=2 * n, max_size=2 * n))
+templates = st.sampled_from([CHATML, TRIMMING, DEFAULT_SYSTEM, DATED, MOVING_SYSTEM, FORGETTING])
+
+
+@given(templates, dialogues, st.none() | texts)
+def test_each_answer_is_trained_once_after_exactly_the_prompt_that_serving_sends(
+    template: str, turns: list[str], system: str | None
+) -> None:
+    chat = _CHATS.setdefault(template, _chat(template))
+    messages = _turns(*turns, system=system)
+    rows = chat.rows(messages)
+    seen = []
+    for row in rows:
+        for start in _starts(row):
+            place = next(
+                i
+                for i, m in enumerate(messages)
+                if m.role == "assistant" and i not in seen and chat.prompt(messages[:i]) == row.ids[:start]
+            )
+            seen.append(place)
+            answer = messages[place].content
+            run = row.ids[start : row.ids.index(TOKENIZER.eos_token_id, start)]
+            assert TOKENIZER.decode(run) == (answer.strip() if template is TRIMMING else answer)
+    assert seen == [i for i, m in enumerate(messages) if m.role == "assistant"]
+
+
+_CHATS: dict[str, ChatFormat] = {}
+
+
+def _starts(row: Tokens) -> list[int]:
+    return [i for i, trained in enumerate(row.loss_mask) if trained and not row.loss_mask[i - 1]]
+
+
+def test_where_a_template_rewrites_earlier_turns_each_answer_is_a_row_of_its_own() -> None:
+    chat = _chat(MOVING_SYSTEM)
+    rows = chat.rows(_turns("a", "b", "c", "d", system="S"))
+    assert [_trained(row) for row in rows] == [["b<|im_end|>"], ["d<|im_end|>"]]
+    assert [TOKENIZER.decode(row.ids).count("S") for row in rows] == [1, 1]
+    assert TOKENIZER.decode(rows[1].ids).index("S") > TOKENIZER.decode(rows[1].ids).index("b")
+    assert len(chat.rows(_turns("a", "b", "c", "d"))) == 1
+    assert _trained(chat.encode(_turns("a", "b", "c", "d", system="S"))) == ["d<|im_end|>"]
+
+
+def test_an_answer_that_later_turns_show_shortened_is_trained_as_it_was_given() -> None:
+    rows = _chat(FORGETTING).rows(_turns("1+1?", "one and one=2", "2+2?", "4"))
+    assert [_trained(row) for row in rows] == [["one and one=2<|im_end|>"], ["4<|im_end|>"]]
+    assert "one and one" not in TOKENIZER.decode(rows[1].ids)
+
+
+def test_the_date_is_the_one_given_and_only_templates_that_write_it_depend_on_it() -> None:
+    tokenizer = _with_template(DATED)
+    christmas, easter = (chat_of(tokenizer, today=day) for day in (date(2025, 12, 25), date(2026, 4, 5)))
+    assert "Today is 25 Dec 2025" in TOKENIZER.decode(christmas.prompt(_turns("a")))
+    assert christmas.digest != easter.digest
+    assert differences(christmas.description, easter.description) == [
+        "the date in the chat template was 2025-12-25 and is 2026-04-05"
+    ]
+    assert chat_of(TOKENIZER, today=date(2025, 12, 25)).digest == CHAT.digest
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>user\nb", "<|pad|><|im_end|>\n", "<|im_<|im_end|>end|>"])
+def test_text_that_looks_like_a_control_token_stays_text(role: str, text: str) -> None:
+    messages = _turns(*(text if role == r else "x" for r in ("user", "assistant")), system="x")
+    if role == "system":
+        messages[0] = Message("system", text)
+    control = {TOKENIZER.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", "<|pad|>")}
+    plain = CHAT.encode(_turns("x", "x", system="x"))
+    tokens = CHAT.encode(messages)
+    assert [i for i in tokens.ids if i in control] == [i for i in plain.ids if i in control]
+    assert text in TOKENIZER.decode(tokens.ids)
+
+
+def test_private_use_characters_survive_beside_look_alikes() -> None:
+    text = "\U000f0000<|im_end|>\U000f0001<|pad|>\U000ffffd"
+    assert text in TOKENIZER.decode(CHAT.prompt(_turns(text)))
+
+
+def test_a_control_token_that_two_texts_make_together_is_refused() -> None:
+    chat = _chat(
+        "{% for m in messages %}{{ '|' if m.role == 'assistant' }}{{ m.content }}"
+        "{{ '<|im_end|>' if m.role == 'assistant' }}{% endfor %}{{ '|' if add_generation_prompt }}"
+    )
+    with pytest.raises(UserError, match="other control tokens of these texts"):
+        chat.encode([Message("system", "<|im_"), Message("user", "start|>"), Message("assistant", "x")])
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for", "syntax error"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "none of the base's end tokens .<.im_end.>."),
+        ("{{ messages | length }}{{ messages[-1].content }}<|im_end|>", "cannot be told"),
+        ("{{ 1 + messages[0].content }}", "refuses this conversation"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_with_is_refused(template: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _chat(template)
+
+
+def test_a_template_that_writes_the_beginning_of_text_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="beginning-of-text token twice"):
+        _chat("{{ bos_token }}{{ bos_token }}" + CHATML.replace("<|im_start|>", "|"))
+
+
+def test_a_syntax_error_is_told_by_its_line() -> None:
+    with pytest.raises(UserError) as caught:
+        _chat("{{ bos_token }}\n{% for m in messages %}\n{{ m. }}\n{% endfor %}")
+    assert caught.value.where is not None
+    assert caught.value.where.endswith("chat template line 3")
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([("assistant", "a")], "the first turn must be the user's"),
+        ([("user", "a"), ("user", "b"), ("assistant", "c")], "two user turns in a row"),
+        ([("system", "a"), ("system", "b"), ("user", "c"), ("assistant", "d")], "a system turn may only be the first"),
+        ([("user", "a"), ("assistant", " ")], "an empty answer"),
+        ([("user", "a")], "the last turn must be the assistant's"),
+        ([("user", [{"type": "text", "text": "a"}]), ("assistant", "b")], "a list of parts"),
+        ([("tool", "a"), ("assistant", "b")], 'role is "tool"'),
+    ],
+)
+def test_turns_that_are_no_example_are_refused(messages: list[tuple[str, Any]], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        encode(TOKENIZER, [{"role": role, "content": content} for role, content in messages])
+
+
+def test_encode_takes_turns_as_chat_files_hold_them() -> None:
+    turns = [m.as_dict() for m in _turns("a", "b")]
+    assert encode(TOKENIZER, turns) == encode(TOKENIZER, _turns("a", "b")) == CHAT.encode(_turns("a", "b"))
+    with pytest.raises(UserError, match="no chat template"):
+        encode(_with_template(None), turns)
+
+
+def test_without_a_template_the_plain_form_is_ordinary_text_between_bos_and_eos() -> None:
+    chat = chat_of(_with_template(None), kind="plain")
+    tokens = chat.encode(_turns("Ohio", "Oh.", "Iowa", "Ia.", system="Cite."))
+    assert TOKENIZER.decode(tokens.ids) == (
+        "<|im_start|>Cite.\n\n### Instruction:\nOhio\n\n### Response:\nOh.<|im_end|>\n\n"
+        "### Instruction:\nIowa\n\n### Response:\nIa.<|im_end|>"
+    )
+    assert _trained(tokens) == ["Oh.<|im_end|>", "Ia.<|im_end|>"]
+    assert tokens.ids[: len(chat.prompt(_turns("Ohio", system="Cite.")))] == chat.prompt(_turns("Ohio", system="Cite."))
+
+
+def test_a_changed_format_is_told_by_what_changed() -> None:
+    other = _chat(CHATML.replace("{% endfor %}", "\n{% endfor %}"))
+    assert differences(CHAT.description, other.description) == ["the chat template differs from its line 3 on"]
+    plain = chat_of(TOKENIZER, kind="plain")
+    assert differences(CHAT.description, plain.description) == [
+        "they had the base's own template and now have the plain form"
+    ]
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = _lower()
+    changed = chat_of(tokenizer).description
+    assert differences(CHAT.description, changed) == [
+        "the tokenizer makes other tokens of the same text (another version of it, or of tokenizers?)"
+    ]
+    assert differences(CHAT.description, chat_of(byte_tokenizer()).description) == []
+
+
+def _lower() -> Any:
+    from tokenizers import normalizers
+
+    return normalizers.Lowercase()

@@ -1,0 +1,127 @@
+"""Rows for the trainer: each is checked, none is cut, and the digest tells whether training saw the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tiny import CHATML, byte_tokenizer, chat_of
+from tunewright.chat import Tokens
+from tunewright.data.examples import Example, Message
+from tunewright.data.versions import Member
+from tunewright.errors import UserError
+from tunewright.progress import LogReporter
+from tunewright.recipe import TrainRecipe
+from tunewright.training.rows import encode_members, render_digest, row_fault, training_rows
+
+CHAT = chat_of(byte_tokenizer())
+
+
+def _member(*turns: str) -> Member:
+    roles = ("user", "assistant") * len(turns)
+    example = Example(tuple(Message(r, t) for r, t in zip(roles, turns, strict=False)))  # type: ignore[arg-type]
+    return Member(example, example.pair_key, "train", example.pair_key)
+
+
+class _Warned(LogReporter):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+SHORT, LONG = _member("a", "b"), _member("a" * 100, "b")
+
+
+def test_a_long_example_is_refused_with_its_length_and_never_cut() -> None:
+    length = len(CHAT.encode(LONG.example.messages).ids)
+    with pytest.raises(UserError, match=f"{LONG.key[:12]}.*{length} tokens"):
+        training_rows(CHAT, [SHORT, LONG], TrainRecipe(max_length=length - 1), LogReporter())
+    rows = training_rows(CHAT, [SHORT, LONG], TrainRecipe(max_length=length), LogReporter()).rows
+    assert [len(row.ids) for row in rows] == [len(CHAT.encode(SHORT.example.messages).ids), length]
+
+
+def test_a_long_example_is_left_out_whole_and_named_where_the_recipe_says_drop() -> None:
+    reporter = _Warned()
+    encoded = training_rows(CHAT, [LONG, SHORT], TrainRecipe(max_length=60, too_long="drop"), reporter)
+    assert encoded.rows == [CHAT.encode(SHORT.example.messages)]
+    assert [row.member for row in encoded.too_long] == [LONG]
+    (warning,) = reporter.warnings
+    assert LONG.key[:12] in warning
+    with pytest.raises(UserError, match="no example is left"):
+        training_rows(CHAT, [LONG], TrainRecipe(max_length=60, too_long="drop"), reporter)
+
+
+def _change(tokens: Tokens, ids: dict[int, int], mask: dict[int, bool]) -> Tokens:
+    return Tokens(
+        tuple(ids.get(i, token) for i, token in enumerate(tokens.ids)),
+        tuple(mask.get(i, trained) for i, trained in enumerate(tokens.loss_mask)),
+    )
+
+
+def test_every_kind_of_broken_row_is_told() -> None:
+    tokens = CHAT.encode(SHORT.example.messages)
+    last = len(tokens.ids) - 1
+    bos, letter = CHAT.bos_id, tokens.ids[-2]
+    assert row_fault(CHAT, tokens, SHORT) is None
+    for broken, words in [
+        (_change(tokens, {0: letter}, {}), "beginning-of-text tokens"),
+        (_change(tokens, {}, {last: False, last - 1: False}), "no token of it would be trained"),
+        (_change(tokens, {}, {last: False}), "without a trained end token"),
+        (_change(tokens, {last: letter}, {}), "without a trained end token"),
+        (_change(tokens, {last - 1: letter + 1}, {}), "the answer's tokens read"),
+        (_change(tokens, {}, {last - 1: False}), "the answer's tokens read ''"),
+    ]:
+        fault = row_fault(CHAT, broken, SHORT)
+        assert fault is not None
+        assert words in fault
+    once = chat_of(byte_tokenizer())
+    once.tokenizer.chat_template = "{{ bos_token }}" + CHATML.replace("<|im_start|>", "|")
+    once = chat_of(once.tokenizer)
+    tokens = once.encode(SHORT.example.messages)
+    assert row_fault(once, tokens, SHORT) is None
+    doubled = replace(tokens, ids=(bos, *tokens.ids), loss_mask=(False, *tokens.loss_mask))
+    assert "2 beginning-of-text tokens" in str(row_fault(once, doubled, SHORT))
+
+
+def test_a_tokenizer_that_has_no_token_for_a_character_is_told() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {text: i for i, text in enumerate(["<unk>", "<s>", "</s>", "a", "b", "x"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    chat = chat_of(tokenizer)
+    assert not encode_members(chat, [_member("a", "b")], 100).faults
+    (fault,) = encode_members(chat, [_member("é", "b")], 100).faults
+    assert "no token for a character" in fault
+
+
+def test_an_example_that_the_template_refuses_is_named_and_the_others_are_still_checked() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% if messages | length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + CHATML
+    many = _member("a", "b", "c", "d")
+    encoded = encode_members(chat_of(tokenizer), [many, SHORT], 100)
+    assert encoded.members == [SHORT]
+    (fault,) = encoded.faults
+    assert many.key[:12] in fault
+    assert "one turn only" in fault
+
+
+def test_the_render_digest_changes_with_any_id_and_any_mask() -> None:
+    rows = [CHAT.encode(m.example.messages) for m in (SHORT, LONG)]
+    digests = {
+        render_digest(rows),
+        render_digest(rows[::-1]),
+        render_digest([rows[0], _change(rows[1], {5: 7}, {})]),
+        render_digest([rows[0], _change(rows[1], {}, {5: True})]),
+        render_digest(rows[:1]),
+    }
+    assert len(digests) == 5
+    assert render_digest(rows) == render_digest([CHAT.encode(m.example.messages) for m in (SHORT, LONG)])
