@@ -27,7 +27,11 @@ def main(project: str) -> None:
     earlier = [f"{adapter.name}@{step}" for step in list(adapter.checkpoints)[:1]]
     service = road.serve([adapter.name, *earlier], port=0)
     prompts = [m.example.prompt for m in road.version().examples("test")[:ITEMS]]
-    jobs = [(model, [{"role": m.role, "content": m.content} for m in prompt]) for prompt in prompts for model in service.models]
+    jobs = [
+        (model, [{"role": m.role, "content": m.content} for m in prompt])
+        for prompt in prompts
+        for model in service.models
+    ]
     with service.running() as url:
         together, together_s, alone, alone_s = asyncio.run(_ask_twice(url, jobs))
     same = sum(a == b for a, b in zip(together, alone, strict=True))

@@ -22,6 +22,7 @@ TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
 DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
 )
+DATED_BY_NAME = "{{ '<|im_start|>system\nToday is ' + date_string + '<|im_end|>\n' }}" + CHATML
 DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
 # As Mistral's v2 and v3: the system text stands in the last user turn, wherever that is.
 MOVING_SYSTEM = (
@@ -135,8 +136,9 @@ def test_an_answer_that_later_turns_show_shortened_is_trained_as_it_was_given() 
     assert "one and one" not in TOKENIZER.decode(rows[1].ids)
 
 
-def test_the_date_is_the_one_given_and_only_templates_that_write_it_depend_on_it() -> None:
-    tokenizer = _with_template(DATED)
+@pytest.mark.parametrize("template", [DATED, DATED_BY_NAME])
+def test_the_date_is_the_one_given_and_only_templates_that_write_it_depend_on_it(template: str) -> None:
+    tokenizer = _with_template(template)
     christmas, easter = (chat_of(tokenizer, today=day) for day in (date(2025, 12, 25), date(2026, 4, 5)))
     assert "Today is 25 Dec 2025" in TOKENIZER.decode(christmas.prompt(_turns("a")))
     assert christmas.digest != easter.digest

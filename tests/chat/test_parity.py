@@ -46,9 +46,8 @@ def _meta(family: makers.Llama3, messages: Chat) -> list[int]:
     """Meta's ChatFormat, given what the public templates make of the messages: texts trimmed, from 3.1 on the dates."""
     turns = [{"role": m["role"], "content": m["content"].strip()} for m in messages]
     if family != "llama3":
-        day = {"llama3_1": "26 Jul 2024", "llama3_2": "28 Feb 2026"}[family]
         system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
-        dates = f"Cutting Knowledge Date: December 2023\nToday Date: {day}\n\n"
+        dates = "Cutting Knowledge Date: December 2023\nToday Date: 28 Feb 2026\n\n"
         turns.insert(0, {"role": "system", "content": dates + system})
     return makers.llama3_reference(turns, generation_prompt=messages[-1]["role"] == "user")
 

@@ -19,6 +19,7 @@ from tunewright.data.examples import Message, Role
 from tunewright.disk import digest
 from tunewright.errors import UserError
 
+_MOST_SHAPES = 1000
 _SHAPES: tuple[tuple[Role, ...], ...] = (
     ("user",),
     ("user", "assistant"),
@@ -245,6 +246,8 @@ class ChatFormat:
         """Which control tokens a conversation has is a matter of its roles, never of what its messages say."""
         shape = (tuple(m.role for m in messages), generation_prompt)
         if shape not in self._control_by_shape:
+            if len(self._control_by_shape) >= _MOST_SHAPES:
+                self._control_by_shape.clear()  # a server meets shapes without end
             self._control_by_shape[shape] = self._control_ids(self._neutral(*shape))
         if self._control_ids(text) != self._control_by_shape[shape]:
             raise UserError(

@@ -63,7 +63,7 @@ class Template:
     @property
     def uses_date(self) -> bool:
         """Whether what it writes depends on the day."""
-        return "strftime_now" in self.source
+        return "strftime_now" in self.source or "date_string" in self.source
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
         """The conversation as text; with ``generation_prompt``, up to where the assistant's next answer begins.
@@ -78,6 +78,7 @@ class Template:
                 documents=None,
                 add_generation_prompt=generation_prompt,
                 strftime_now=datetime.combine(self.today, time()).strftime,
+                date_string=self.today.strftime("%d %b %Y"),  # what Llama's templates call it
                 **self.special_tokens,
             )
         except (jinja2.TemplateError, TypeError) as error:

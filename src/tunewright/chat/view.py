@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from tunewright.chat.format import ChatFormat, Tokens
 
@@ -22,18 +20,17 @@ class TokenView:
 
 def view(chat: ChatFormat, tokens: Tokens) -> list[TokenView]:
     """The tokens of a row, one by one."""
-    pieces = chat.tokenizer.convert_ids_to_tokens(list(tokens.ids))
+    pieces: list[str] = chat.tokenizer.convert_ids_to_tokens(list(tokens.ids))
     control = set(chat.encoder.control.values())
-    byte_level = "ByteLevel" in repr(chat.tokenizer.backend_tokenizer.decoder)
+    as_text = _of_bytes if "ByteLevel" in repr(chat.tokenizer.backend_tokenizer.decoder) else _of_sentencepiece
     return [
-        TokenView(token, piece if token in control or not byte_level else _of_bytes(piece), token in control, trained)
-        for token, piece, trained in zip(tokens.ids, _spaced(pieces), tokens.loss_mask, strict=True)
+        TokenView(token, piece if token in control else as_text(piece), token in control, trained)
+        for token, piece, trained in zip(tokens.ids, pieces, tokens.loss_mask, strict=True)
     ]
 
 
-def _spaced(pieces: Sequence[Any]) -> list[str]:
-    """SentencePiece writes a space as U+2581."""
-    return [str(piece).replace("\u2581", " ") for piece in pieces]
+def _of_sentencepiece(piece: str) -> str:
+    return piece.replace("\u2581", " ")
 
 
 def _of_bytes(piece: str) -> str:

@@ -16,6 +16,7 @@ from tunewright.training.rows import EncodedRows, encode_members, name_of
 
 PERCENTILES = (0, 25, 50, 75, 90, 99, 100)
 _BINS = 12
+_WIDTHS = [step * 10**power for power in range(8) for step in (1, 2, 5)]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _summary(split: Split, encoded: EncodedRows, lengths: Sequence[int]) -> Leng
 def _histogram(lengths: Sequence[int]) -> tuple[Bin, ...]:
     if not lengths:
         return ()
-    width = max(1, -(-max(lengths) // _BINS))
+    width = next(w for w in _WIDTHS if w * _BINS >= max(lengths))
     counts = np.bincount((np.asarray(lengths) - 1) // width)
     bins = [Bin(place * width + 1, (place + 1) * width, int(count)) for place, count in enumerate(counts)]
     first = next(place for place, one in enumerate(bins) if one.rows)

@@ -1,0 +1,113 @@
+"""Rows per second from conversations to tokens and labels: ours beside trl's own tokenisation of the same rows.
+
+    python benchmarks/encode_speed.py [BASE] [banking77/train.csv ...]
+
+BASE is a base as a recipe names it (the bundled one by default). Without files the rows are the example project's
+pairs. All are numbered, so that no two are the same. Prints a table and one JSON line; the best of three runs counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, disable_caching, disable_progress_bars
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from tunewright.chat import ChatFormat, open_chat
+from tunewright.data.examples import Example, Message
+from tunewright.data.versions import Member
+from tunewright.examples.legal_citations import PAIRS_FILE, project_files
+from tunewright.models.bases import resolve_base
+from tunewright.models.quiet import quiet_transformers
+from tunewright.progress import LogReporter
+from tunewright.training.rows import as_columns, encode_members
+
+ROWS = 10_000
+RUNS = 3
+
+
+def main(base_spec: str, files: Sequence[str]) -> None:
+    """Measure all ways in one go."""
+    disable_caching()
+    disable_progress_bars()
+    chat = open_chat(resolve_base(base_spec, None, Path(), LogReporter()))
+    pairs = list(islice(cycle(_pairs(files)), ROWS))
+    system = "Give the citation abbreviation of this court."
+    examples = [
+        Example((Message("system", system), Message("user", f"{prompt} ({n})"), Message("assistant", completion)))
+        for n, (prompt, completion) in enumerate(pairs)
+    ]
+    members = [Member(example, str(n), "train", str(n)) for n, example in enumerate(examples)]
+    ways: dict[str, Callable[[], float]] = {
+        "trl, SFTTrainer's own": lambda: _trl(chat, examples),
+        "ours, checked, as a Dataset": lambda: _timed(
+            lambda: Dataset.from_dict(as_columns(encode_members(chat, members, 2**20).rows))
+        ),
+        "ours, encode() row by row": lambda: _timed(lambda: [chat.encode(e.messages) for e in examples]),
+    }
+    rates = {name: ROWS / min(run() for _ in range(RUNS)) for name, run in ways.items()}
+    trl = rates["trl, SFTTrainer's own"]
+    tokens = sum(len(chat.encode(example.messages).ids) for example in examples)
+    print(f"{ROWS:,} rows of {tokens / ROWS:.0f} tokens on average, {base_spec}")
+    print(f"{'':<30} {'rows/s':>8} {'ratio':>6}")
+    for name, rate in rates.items():
+        print(f"{name:<30} {rate:>8,.0f} {rate / trl:>6.2f}")
+    print(json.dumps({"rows": ROWS, "tokens": tokens, "base": base_spec, "rows_per_second": rates}))
+
+
+def _pairs(files: Sequence[str]) -> list[tuple[str, str]]:
+    if not files:
+        rows = [json.loads(line) for line in project_files()[PAIRS_FILE].splitlines()]
+        return [(row["prompt"], row["completion"]) for row in rows]
+    return [
+        (row["text"], row["category"])
+        for file in files
+        for row in csv.DictReader(Path(file).read_text(encoding="utf-8").splitlines(keepends=True))
+    ]
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+class _TimedTrainer(SFTTrainer):
+    """Measures the preparation of the dataset alone."""
+
+    seconds = 0.0
+
+    def _prepare_dataset(self, *args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        prepared = super()._prepare_dataset(*args, **options)
+        self.seconds += time.perf_counter() - began
+        return prepared
+
+
+def _trl(chat: ChatFormat, examples: Sequence[Example]) -> float:
+    turns = [[{"role": m.role, "content": m.content} for m in e.messages] for e in examples]
+    dataset = Dataset.from_dict({"prompt": [t[:-1] for t in turns], "completion": [t[-1:] for t in turns]})
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(chat.tokenizer), hidden_size=64, intermediate_size=8, num_hidden_layers=1)
+    )
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        trainer = _TimedTrainer(
+            model=model,
+            args=SFTConfig(output_dir=folder, max_length=None, report_to="none", use_cpu=True, bf16=False),
+            train_dataset=dataset,
+            processing_class=chat.tokenizer,
+        )
+    return trainer.seconds
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "bundled:smollm2-135m-instruct", sys.argv[2:])

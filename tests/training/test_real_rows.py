@@ -1,0 +1,35 @@
+"""Every row of real data becomes a whole row to train on, in the makers' own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+import makers
+from real_data import DATA_SETS, SHARED
+from tiny import byte_tokenizer, chat_of
+from tunewright.data.versions import Member
+from tunewright.training.rows import encode_members
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "llama3_2": partial(makers.llama3_tokenizer, "llama3_2"),
+    "mistral-v3": partial(makers.mistral_tokenizer, "v3"),
+    "bytes": byte_tokenizer,
+}
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("data_set", DATA_SETS)
+def test_every_real_row_has_one_bos_its_whole_answer_and_a_trained_end(data_set: str, tokenizer: str) -> None:
+    if not (SHARED / data_set).is_dir():
+        pytest.skip(f"the data set {data_set} is not beside the project")
+    examples = [e for e in DATA_SETS[data_set]() if all(m.content.strip() for m in e.messages)]
+    assert len(examples) >= 1000
+    members = [Member(e, e.pair_key, "train", e.pair_key) for e in examples]
+    encoded = encode_members(chat_of(TOKENIZERS[tokenizer]()), members, 2**20)
+    assert encoded.faults == []
+    assert encoded.too_long == []
+    assert encoded.members == members
