@@ -45,7 +45,7 @@ def conversation_text(member: Member) -> Text:
 
 
 def tokens_text(tokens: Sequence[TokenView]) -> Text:
-    """Tokens with a space between them, their own spaces as ▁ and line ends as ⏎; what is trained, in ⟦ ⟧ and green."""
+    """Tokens with a space between them, their own spaces as · and line ends as ⏎; what is trained, in ⟦ ⟧ and green."""
     text = Text()
     for trained, run in groupby(tokens, key=lambda token: token.trained):
         text.append("⟦ " if trained else "", style="green")
@@ -60,7 +60,7 @@ def tokens_text(tokens: Sequence[TokenView]) -> Text:
 
 
 def _visible(text: str) -> str:
-    shown = text.replace(" ", "▁").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
+    shown = text.replace(" ", "·").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
     # Control and format characters (zero-width joiners, direction marks) by their code, or they could not be seen.
     return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in shown)
 
