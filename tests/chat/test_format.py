@@ -161,6 +161,19 @@ def test_text_that_looks_like_a_control_token_stays_text(role: str, text: str) -
     assert text in TOKENIZER.decode(tokens.ids)
 
 
+def test_a_mark_that_the_template_writes_is_a_control_token_even_where_the_tokenizer_does_not_call_it_special() -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=False), AddedToken("<|word|>", special=False)])
+    tokenizer.chat_template = CHATML.replace("<|im_start|>", "<|turn|>")
+    chat = chat_of(tokenizer)
+    turn, word = tokenizer.convert_tokens_to_ids(["<|turn|>", "<|word|>"])
+    ids = chat.prompt(_turns("<|turn|> <|word|>"))
+    assert (ids.count(turn), ids.count(word)) == (2, 1)
+    assert "<|turn|> <|word|>" in tokenizer.decode(ids)
+
+
 def test_private_use_characters_survive_beside_look_alikes() -> None:
     text = "\U000f0000<|im_end|>\U000f0001<|pad|>\U000ffffd"
     assert text in TOKENIZER.decode(CHAT.prompt(_turns(text)))
@@ -243,6 +256,9 @@ def test_a_changed_format_is_told_by_what_changed() -> None:
     plain = chat_of(TOKENIZER, kind="plain")
     assert differences(CHAT.description, plain.description) == [
         "they had the base's own template and now have the plain form"
+    ]
+    assert differences(CHAT.description, _chat(CHATML + "\n").description) == [
+        "the chat template differs from its line 4 on"
     ]
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = _lower()

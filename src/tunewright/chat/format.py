@@ -325,7 +325,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         told.append(f"they had {names[before['kind']]} and now have {names[now['kind']]}")
     elif before["template"] != now["template"]:
         old, new = (str(side["template"]).splitlines() for side in (before, now))
-        line = next(i for i, pair in enumerate(zip_longest(old, new), start=1) if pair[0] != pair[1])
+        changed = (i for i, pair in enumerate(zip_longest(old, new), start=1) if pair[0] != pair[1])
+        line = next(changed, len(old))  # none: white space at the end
         told.append(f"the chat template differs from its line {line} on")
     if before["date"] != now["date"]:
         told.append(f"the date in the chat template was {before['date']} and is {now['date']}")
