@@ -105,3 +105,16 @@ def test_any_text_is_a_recipe_or_a_user_error(tmp_path_factory: pytest.TempPathF
         load_recipe(path)
     except UserError as error:
         assert error.where
+
+
+@pytest.mark.parametrize(
+    "value", ["2024-13-45", "2024-02-30", "0", "1721952000", "yesterday", "2024-07-26T10:00:00", "true"]
+)
+def test_what_is_no_date_is_told_with_its_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "tunewright.yaml"
+    path.write_text(f"name: x\nchat:\n  date: {value}\n")
+    with pytest.raises(UserError) as caught:
+        load_recipe(path)
+    assert caught.value.where == f"{path}:3"
+    path.write_text('name: x\nchat:\n  date: "2024-02-29"\n')
+    assert load_recipe(path).chat.date.isoformat() == "2024-02-29"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -64,6 +64,13 @@ class DataRecipe(_Section):
     ] = 0.1
 
 
+def _plain_date(value: Any) -> Any:
+    """YAML reads 2024-07-26 as a date; seconds since 1970, which pydantic would take for one too, are a mistake."""
+    if isinstance(value, str) or (isinstance(value, datetime.date) and not isinstance(value, datetime.datetime)):
+        return value
+    raise ValueError("a date is written like 2024-07-26")
+
+
 class ChatRecipe(_Section):
     """How conversations become tokens, for training, evaluation and serving alike."""
 
@@ -76,6 +83,7 @@ class ChatRecipe(_Section):
     ] = "auto"
     date: Annotated[
         datetime.date,
+        BeforeValidator(_plain_date),
         Field(
             description="Today, for templates that write it: pinned, so that training and serving write the same "
             "(2024-07-26: the date in Llama 3.1's own template)."

@@ -38,6 +38,11 @@ def load_recipe(path: Path) -> Recipe:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
+    except UserError:
+        raise
+    except ValueError as error:  # what looks like a date or a number and is none
+        assert root is not None
+        raise UserError(f"a value that is none: {error}", where=f"{path}:{_bad_scalar(root)}") from None
     if not isinstance(values, dict | None):
         raise UserError("a recipe is a mapping of keys to values", where=f"{path}:1")
     try:
@@ -78,6 +83,19 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
         lines[location] = line
         lines |= _lines(child, path, location)
     return lines
+
+
+def _bad_scalar(node: yaml.Node) -> int:
+    """The line (from 1) of the first value that YAML's own types refuse."""
+    loader = yaml.SafeLoader("")
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            loader.construct_object(node)
+        except ValueError:
+            return node.start_mark.line + 1
+        return 0
+    children = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+    return next(filter(None, map(_bad_scalar, children)), 0)
 
 
 def _explain(errors: list[ErrorDetails], lines: dict[_Location, int], path: Path) -> UserError:

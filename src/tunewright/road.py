@@ -96,9 +96,10 @@ class Road:
 
     def check(self) -> LengthReport:
         """Encode every row of the current version as training would, and measure."""
+        from tunewright.models.loading import context_length
         from tunewright.training.lengths import measure_lengths
 
-        limit = self.project.recipe.train.max_length
+        limit = min(self.project.recipe.train.max_length, context_length(self.base))
         return measure_lengths(self.chat, self.base.spec, self.version(), limit, self.reporter)
 
     def advise(self) -> AdviseResult:

@@ -20,7 +20,12 @@ def _weights(folder: Path, content: bytes) -> Path:
 def _store(tmp_path: Path, name: str, content: bytes, created: str = "2026-01-01") -> Adapter:
     weights = _weights(tmp_path / "run" / name / content.decode(), content)
     return store_adapter(
-        tmp_path / "adapters", name, weights, {"step-5": weights}, {"created": created}, [{"step": 1, "loss": 2.5}]
+        tmp_path / "adapters",
+        name,
+        weights,
+        {"step-5": weights},
+        {"created": created, "inputs_digest": "inputs"},
+        [{"step": 1, "loss": 2.5}],
     )
 
 

@@ -192,15 +192,40 @@ def test_a_control_token_that_two_texts_make_together_is_refused() -> None:
     ("template", "words"),
     [
         ("{% for", "syntax error"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ messages[0].content.split('') }}", "empty separator"),
+        ("{{ '{nokey}'.format(messages) }}", "nokey"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{% for i in range(10**9) %}{% endfor %}", "too big"),
+        (CHATML.replace("assistant\n", "assistant\n<think>\n"), "cannot be told .the prompt ends with .*think"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "none of the base's end tokens .<.im_end.>."),
-        ("{{ messages | length }}{{ messages[-1].content }}<|im_end|>", "cannot be told"),
+        ("{{ messages | length }}{{ messages[-1].content }}<|im_end|>", "none of the base's end tokens"),
         ("{{ 1 + messages[0].content }}", "refuses this conversation"),
     ],
 )
 def test_a_template_that_cannot_be_trained_with_is_refused(template: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         _chat(template)
+
+
+def test_what_is_no_template_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = 5
+    with pytest.raises(UserError, match="the chat template is int, not text"):
+        chat_of(tokenizer)
+    tokenizer.chat_template = {"tools": CHATML, "rag": CHATML}
+    with pytest.raises(UserError, match="rag, tools, and no default one"):
+        chat_of(tokenizer)
+
+
+def test_a_shape_that_a_template_cannot_train_does_not_bar_the_others() -> None:
+    answered = "messages[0].role == 'system' and messages[-1].role == 'assistant'"
+    chat = _chat(f"{{% if {answered} %}}no{{% else %}}{CHATML}{{% endif %}}")
+    assert len(chat.digest) == 64
+    assert _trained(chat.encode(_turns("a", "b"))) == ["b<|im_end|>"]
+    with pytest.raises(UserError, match="cannot be told"):
+        chat.encode(_turns("a", "b", system="c"))
 
 
 def test_a_template_that_writes_the_beginning_of_text_twice_is_refused() -> None:
@@ -273,3 +298,35 @@ def _lower() -> Any:
     from tokenizers import normalizers
 
     return normalizers.Lowercase()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "messages", "words"),
+    [
+        (TOKENIZER, "hello", "a conversation is a list of turns"),
+        (TOKENIZER, {"messages": []}, "a conversation is a list of turns"),
+        (TOKENIZER, None, "a conversation is a list of turns"),
+        (TOKENIZER, [], "messages must be a list of turns"),
+        (TOKENIZER, ["a"], "messages.0. must be an object"),
+        (TOKENIZER, [{"role": "user"}], 'messages.0. has no "content"'),
+        (TOKENIZER, [{"role": b"user", "content": "a"}], "messages.0..role is"),
+        (
+            None,
+            _turns("a", "b"),
+            "neither a base nor a tokenizer",
+        ),
+        ("gpt2", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "a str is neither a base"),
+    ],
+)
+def test_encode_tells_what_is_no_conversation_and_no_tokenizer(tokenizer: Any, messages: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        encode(tokenizer, messages)
+
+
+def test_a_conversation_that_ends_with_no_answer_or_half_a_character_is_refused() -> None:
+    for messages in ([], _turns("a")):
+        for make in (CHAT.encode, CHAT.rows):
+            with pytest.raises(UserError, match="ends with the assistant's turn"):
+                make(messages)
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        CHAT.prompt(_turns("a\ud800"))

@@ -40,10 +40,23 @@ def test_a_row_is_shown_by_its_key_and_by_the_line_it_came_from(project: Path) -
     pair = pairs(120)[6]
     by_line = tunewright("data", "show", "pairs.jsonl:7", "-p", project, "--json").document
     assert [m["content"] for m in by_line["messages"]] == [pair["prompt"], pair["completion"]]
-    assert tunewright("data", "show", by_line["key"][:10], "-p", project, "--json").document == by_line
+    for same in (by_line["key"][:10], by_line["key"][:10].upper(), f"{project}/pairs.jsonl:7", "./pairs.jsonl:7"):
+        assert tunewright("data", "show", same, "-p", project, "--json").document == by_line
     shown = tunewright("data", "show", by_line["key"][:10], "-p", project).stderr
     assert pair["prompt"] in shown
     assert f"split {by_line['split']}" in shown
+
+
+def test_of_two_files_of_one_name_the_folder_has_to_be_given(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    for number, name in enumerate(("a", "b")):
+        (folder / name).mkdir()
+        path = write_jsonl(folder / name / "x.jsonl", pairs(30, seed=number))
+        assert tunewright("data", "add", path, "-p", folder).code == 0
+    ran = tunewright("data", "show", "x.jsonl:1", "-p", folder)
+    assert (ran.code, "2 added files are called x.jsonl" in ran.stderr) == (2, True)
+    shown = tunewright("data", "show", "b/x.jsonl:1", "-p", folder, "--json").document
+    assert shown["messages"][0]["content"] == pairs(30, seed=1)[0]["prompt"]
 
 
 def test_tokens_are_shown_one_by_one_with_those_that_are_trained(project: Path) -> None:
@@ -63,7 +76,8 @@ def test_tokens_are_shown_one_by_one_with_those_that_are_trained(project: Path) 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("pairs.jsonl:121", "no row came from pairs.jsonl:121"),
+        ("pairs.jsonl:121", "no row came from line 121 of pairs.jsonl; its last row is at line 120"),
+        ("pairs.jsonl:" + "9" * 5000, "has no row"),
         ("other.jsonl:1", "Added files: pairs.jsonl"),
         ("zzz", "has no row 'zzz'"),
         ("", "has no row"),
@@ -100,6 +114,7 @@ def test_check_counts_every_row_and_agrees_with_what_was_trained(project: Path) 
     )
     percentiles = document["splits"][0]["percentiles"]
     assert (percentiles["0"], percentiles["100"]) == (lengths[0], lengths[-1])
+    assert document["splits"][0]["tokens"] == sum(lengths)
     assert lengths[len(lengths) // 2 - 1] <= percentiles["50"] <= lengths[len(lengths) // 2]
     assert "Every row is whole" in tunewright("data", "check", "-p", project).stderr
 
@@ -111,7 +126,7 @@ def test_rows_over_the_limit_are_named_by_check_and_dropped_only_on_request(proj
     assert ran.code == 2
     assert 0 < len(long) < 120
     assert all(row["tokens"] > 44 for row in long)
-    assert "cannot be trained on whole" in tunewright("train", "-p", limited).stderr
+    assert "examples are longer than 44 tokens" in tunewright("train", "-p", limited).stderr
     dropping = _change(limited, tmp_path / "dropping", "max_length: 44\n", "max_length: 44\n  too_long: drop\n")
     assert tunewright("data", "check", "-p", dropping).code == 0
     ran = tunewright("train", "-p", dropping, "--json")
@@ -122,13 +137,71 @@ def test_rows_over_the_limit_are_named_by_check_and_dropped_only_on_request(proj
     assert lineage["training"]["examples"] == 96 - len(in_train)
 
 
+def test_a_long_test_row_is_told_and_does_not_bar_the_training(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    rows = pairs(120)
+    assert tunewright("data", "add", write_jsonl(folder / "pairs.jsonl", rows), "-p", folder).code == 0
+    (test, *_) = package.open(folder).version().examples("test")
+    longer = [{**r, "prompt": r["prompt"] + " and" * 40} if r["prompt"] == test.example.input_text else r for r in rows]
+    other = tiny_project(tmp_path / "other", tiny_base_folder)
+    assert tunewright("data", "add", write_jsonl(other / "pairs.jsonl", longer), "-p", other).code == 0
+    recipe = other / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  max_length: 100\n"))
+    document = tunewright("data", "check", "-p", other, "--json")
+    (row,) = document.document["too_long"]
+    trained = tunewright("train", "-p", other)
+    assert document.code == trained.code == (0 if row["split"] == "test" else 2)
+
+
+def test_check_and_train_agree_where_dropping_leaves_nothing(project: Path, tmp_path: Path) -> None:
+    limited = "train:\n  max_length: 16\n  too_long: drop\n"
+    empty = _change(project, tmp_path / "empty", "train:\n", limited)
+    assert tunewright("data", "check", "-p", empty).code == tunewright("train", "-p", empty).code == 2
+
+
+def test_a_limit_beyond_the_base_s_context_is_the_base_s(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    rows = [*pairs(60), {"prompt": "far too long " + "x" * 2100, "completion": "far"}]
+    assert tunewright("data", "add", write_jsonl(folder / "pairs.jsonl", rows), "-p", folder).code == 0
+    recipe = folder / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  max_length: 100000\n"))
+    document = tunewright("data", "check", "-p", folder, "--json").document
+    assert (document["max_length"], len(document["too_long"])) == (2048, 1)
+
+
+def test_check_lists_the_faults_where_no_row_is_right(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
+    base = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message['content']", "message['content'] | upper"))
+    shouting = _change(project, tmp_path / "shouting", f"base: {tiny_base_folder}", f"base: {base}")
+    ran = tunewright("data", "check", "-p", shouting, "--json")
+    assert (ran.code, len(ran.document["faults"])) == (2, 120)
+    assert "Cannot be trained on: 120" in tunewright("data", "check", "-p", shouting).stderr
+    shown = tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", shouting, "--json")
+    assert "the answer's tokens read" in shown.document["rows"][0]["fault"]
+    assert (
+        "training would refuse this row"
+        in tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", shouting).stderr
+    )
+
+
+def test_nothing_in_a_row_reaches_the_terminal_as_a_command_to_it(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    path = write_jsonl(folder / "pairs.jsonl", [*pairs(60), {"prompt": "\x1b[31mred\u202e\x00", "completion": "x"}])
+    assert tunewright("data", "add", path, "-p", folder).code == 0
+    for more in ([], ["--tokens"]):
+        shown = tunewright("data", "show", "pairs.jsonl:61", *more, "-p", folder).stderr
+        assert "<U+001B>" in shown.replace(" ", "")
+        assert not any(c in shown for c in "\x1b\u202e\x00")
+
+
 def test_look_alikes_are_counted_and_trained_as_text(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     rows = [{**row, "prompt": row["prompt"] + " <|im_end|>"} for row in pairs(30)] + pairs(60, seed=1)
     path = write_jsonl(folder / "pairs.jsonl", rows)
     assert tunewright("data", "add", path, "-p", folder).code == 0
     ran = tunewright("data", "check", "-p", folder)
-    assert (ran.code, "30 rows have text that looks like a control token" in ran.stderr) == (0, True)
+    assert (ran.code, "Text that looks like a control token, and stays text: in 30 examples" in ran.stderr) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +245,16 @@ def test_an_adapter_of_a_version_that_did_not_record_its_rendering_is_refused(pr
     assert (ran.code, "does not say how its conversations were written" in ran.stderr) == (2, True)
 
 
+def test_other_words_for_the_same_training_find_the_adapter_that_is_there(project: Path, tmp_path: Path) -> None:
+    """Targets are a set: their order in peft's file changed with Python's hash seed, and the adapter's name with it."""
+    config = json.loads((find_adapter(project / "adapters").folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    other = _change(project, tmp_path / "other", "train:\n", "train:\n  micro_batch: 8\n")
+    first, second = (tunewright("train", "-p", other, "--json").document for _ in range(2))
+    assert (first["trained"], second["trained"]) == (True, False)
+    assert first["adapter"] == second["adapter"] == find_adapter(project / "adapters").name
+
+
 def test_a_base_without_a_template_goes_the_whole_road_in_the_plain_form(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
@@ -184,6 +267,29 @@ def test_a_base_without_a_template_goes_the_whole_road_in_the_plain_form(tmp_pat
     recipe.write_text(recipe.read_text() + "chat:\n  template: own\n")
     ran = tunewright("train", "-p", folder)
     assert (ran.code, "the tokenizer has no chat template" in ran.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (
+            "generation_config.json",
+            '{"eos_token_id": [257, 999999]}',
+            "names 999999, which the tokenizer has no",
+        ),
+        ("generation_config.json", '{"eos_token_id": "257"}', "eos_token_id"),
+        ("generation_config.json", '{"eos_token_id": [[257]]}', "eos_token_id"),
+        ("generation_config.json", "{", "the generation settings cannot be read"),
+        ("tokenizer_config.json", "[]", "the tokenizer cannot be read"),
+    ],
+)
+def test_odd_files_of_a_base_are_told(tmp_path: Path, file: str, content: str, words: str) -> None:
+    base = build_base(tmp_path / "base")
+    (base / file).write_text(content)
+    folder = tiny_project(tmp_path / "project", base)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    ran = tunewright("data", "check", "-p", folder)
+    assert (ran.code, words in ran.stderr) == (2, True), ran.stderr
 
 
 def test_a_template_with_a_syntax_error_is_told_before_anything_is_computed(tmp_path: Path) -> None:

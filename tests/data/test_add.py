@@ -278,3 +278,47 @@ def test_two_files_of_one_name_stay_apart_in_the_records(tmp_path: Path) -> None
     names = [source.name for source in add(project, files, Listener()).version.sources]
     assert names[0] == "x.jsonl"
     assert names[1].startswith("x.jsonl@")
+
+
+def _write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _dialogue(number: int, **first: int) -> dict[str, object]:
+    turns = [
+        {"role": "user", "content": unlike_pairs(80)[number][0]},
+        {"role": "assistant", "content": "first", **first},
+        {"role": "user", "content": "and then?"},
+        {"role": "assistant", "content": "second"},
+    ]
+    return {"messages": turns}
+
+
+def test_a_row_with_other_weights_takes_the_place_of_the_one_that_was_there(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "project")
+    plain = _write_rows(tmp_path / "plain.jsonl", [_dialogue(n) for n in range(60)])
+    masked = _write_rows(tmp_path / "masked.jsonl", [_dialogue(n, weight=0) for n in range(20)])
+    add(project, [plain], Listener())
+    before = load_version(project.dataset)
+    listener = Listener()
+    result = add(project, [masked], listener)
+    after = load_version(project.dataset)
+    assert (result.added, len(after.members)) == (20, 60)
+    assert any("20 rows replaced" in warning for warning in listener.warned)
+    weights = [m.example.messages[1].weight for m in after.members]
+    assert sorted(weights) == [0] * 20 + [1] * 40
+    places = {m.example.input_text: m.split for m in before.members}
+    assert {m.example.input_text: m.split for m in after.members} == places
+    assert not add(project, [plain, masked], Listener()).created
+
+
+def test_of_equal_turns_in_one_import_the_masked_ones_count(tmp_path: Path) -> None:
+    rows = [_dialogue(n) for n in range(60)] + [_dialogue(n, weight=0) for n in range(20)]
+    versions = []
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        project = new_project(tmp_path / name)
+        versions.append(add(project, [_write_rows(tmp_path / f"{name}.jsonl", order)], Listener()).version.digest)
+        members = load_version(project.dataset).members
+        assert sorted(m.example.messages[1].weight for m in members) == [0] * 20 + [1] * 40
+    assert versions[0] == versions[1]

@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 
 from tiny import CHATML, byte_tokenizer, chat_of
-from tunewright.chat import Tokens
+from tunewright.chat import ChatFormat, Tokens
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.errors import UserError
 from tunewright.progress import LogReporter
-from tunewright.recipe import TrainRecipe
-from tunewright.training.rows import encode_members, render_digest, row_fault, training_rows
+from tunewright.training.rows import encode_members, render_digest, row_faults, told_by, training_rows
 
 CHAT = chat_of(byte_tokenizer())
 
@@ -38,20 +37,20 @@ SHORT, LONG = _member("a", "b"), _member("a" * 100, "b")
 def test_a_long_example_is_refused_with_its_length_and_never_cut() -> None:
     length = len(CHAT.encode(LONG.example.messages).ids)
     with pytest.raises(UserError, match=f"{LONG.key[:12]}.*{length} tokens"):
-        training_rows(CHAT, [SHORT, LONG], TrainRecipe(max_length=length - 1), LogReporter())
-    rows = training_rows(CHAT, [SHORT, LONG], TrainRecipe(max_length=length), LogReporter()).rows
+        training_rows(CHAT, [SHORT, LONG], length - 1, "error", LogReporter())
+    rows = training_rows(CHAT, [SHORT, LONG], length, "error", LogReporter()).rows
     assert [len(row.ids) for row in rows] == [len(CHAT.encode(SHORT.example.messages).ids), length]
 
 
 def test_a_long_example_is_left_out_whole_and_named_where_the_recipe_says_drop() -> None:
     reporter = _Warned()
-    encoded = training_rows(CHAT, [LONG, SHORT], TrainRecipe(max_length=60, too_long="drop"), reporter)
+    encoded = training_rows(CHAT, [LONG, SHORT], 60, "drop", reporter)
     assert encoded.rows == [CHAT.encode(SHORT.example.messages)]
     assert [row.member for row in encoded.too_long] == [LONG]
     (warning,) = reporter.warnings
     assert LONG.key[:12] in warning
     with pytest.raises(UserError, match="no example is left"):
-        training_rows(CHAT, [LONG], TrainRecipe(max_length=60, too_long="drop"), reporter)
+        training_rows(CHAT, [LONG], 60, "drop", reporter)
 
 
 def _change(tokens: Tokens, ids: dict[int, int], mask: dict[int, bool]) -> Tokens:
@@ -61,37 +60,75 @@ def _change(tokens: Tokens, ids: dict[int, int], mask: dict[int, bool]) -> Token
     )
 
 
+def _fault(chat: ChatFormat, row: Tokens, member: Member) -> str | None:
+    (fault,) = row_faults(chat, [row], told_by(member, 1))
+    return fault
+
+
 def test_every_kind_of_broken_row_is_told() -> None:
     tokens = CHAT.encode(SHORT.example.messages)
     last = len(tokens.ids) - 1
-    bos, letter = CHAT.bos_id, tokens.ids[-2]
-    assert row_fault(CHAT, tokens, SHORT) is None
+    letter = tokens.ids[-2]
+    assert _fault(CHAT, tokens, SHORT) is None
     for broken, words in [
         (_change(tokens, {0: letter}, {}), "beginning-of-text tokens"),
         (_change(tokens, {}, {last: False, last - 1: False}), "no token of it would be trained"),
         (_change(tokens, {}, {last: False}), "without a trained end token"),
         (_change(tokens, {last: letter}, {}), "without a trained end token"),
-        (_change(tokens, {last - 1: letter + 1}, {}), "the answer's tokens read"),
+        (_change(tokens, {last - 1: letter + 1}, {}), "the answer's tokens read 'c', not 'b'"),
         (_change(tokens, {}, {last - 1: False}), "the answer's tokens read ''"),
+        (_change(tokens, {}, {last - 3: True}), "without a trained end token"),
     ]:
-        fault = row_fault(CHAT, broken, SHORT)
+        fault = _fault(CHAT, broken, SHORT)
         assert fault is not None
         assert words in fault
-    once = chat_of(byte_tokenizer())
-    once.tokenizer.chat_template = "{{ bos_token }}" + CHATML.replace("<|im_start|>", "|")
-    once = chat_of(once.tokenizer)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML.replace("<|im_start|>", "|")
+    once = chat_of(tokenizer)
     tokens = once.encode(SHORT.example.messages)
-    assert row_fault(once, tokens, SHORT) is None
-    doubled = replace(tokens, ids=(bos, *tokens.ids), loss_mask=(False, *tokens.loss_mask))
-    assert "2 beginning-of-text tokens" in str(row_fault(once, doubled, SHORT))
+    assert _fault(once, tokens, SHORT) is None
+    doubled = replace(tokens, ids=(once.bos_id, *tokens.ids), loss_mask=(False, *tokens.loss_mask))
+    assert "2 beginning-of-text tokens" in str(_fault(once, doubled, SHORT))
 
 
-def test_a_tokenizer_that_has_no_token_for_a_character_is_told() -> None:
+SYSTEM = [Message("system", "Cite."), Message("user", "Ohio now"), Message("assistant", "Oh. Ct.")]
+LONGER = [*SYSTEM, Message("user", "Iowa"), Message("assistant", "Ia.")]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}", "system turn"),
+        ("message['content']", "(message['content'] if message.role != 'user' else message.content[:3])", "user turn"),
+        (
+            "message['content']",
+            "(message['content'] if message.role != 'assistant' else message.content[:3])",
+            "tokens read 'Oh.', not",
+        ),
+        ("message['content']", "message['content'].split() | join('')", "'Oh.Ct.', not 'Oh. Ct.'"),
+        ("message['content']", "message['content'] | upper", "'OH. CT.', not"),
+    ],
+)
+def test_a_template_that_leaves_out_or_changes_what_a_message_says_is_told(before: str, after: str, words: str) -> None:
+    tokenizer = byte_tokenizer()
+    assert before in CHATML
+    tokenizer.chat_template = CHATML.replace(before, after)
+    messages = tuple(LONGER)
+    example = Example(messages)
+    member = Member(example, example.pair_key, "train", example.pair_key)
+    (fault,) = encode_members(chat_of(tokenizer), [member], 1000).faults
+    assert words in fault
+    assert not encode_members(CHAT, [member], 1000).faults
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_a_character_that_the_tokenizer_has_no_token_for_is_told(unknown: str | None) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {text: i for i, text in enumerate(["<unk>", "<s>", "</s>", "a", "b", "x"])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    letters = "abcdefghijklmnoprstuvwxyz WZ',?\në1234"
+    vocabulary = {text: i for i, text in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
@@ -99,8 +136,16 @@ def test_a_tokenizer_that_has_no_token_for_a_character_is_told() -> None:
     tokenizer.chat_template = "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     chat = chat_of(tokenizer)
     assert not encode_members(chat, [_member("a", "b")], 100).faults
-    (fault,) = encode_members(chat, [_member("é", "b")], 100).faults
-    assert "no token for a character" in fault
+    (fault,) = encode_members(chat, [_member("aqa", "b")], 100).faults
+    assert "the tokens don't spell the user turn 'aqa'" in fault
+
+
+def test_rows_of_one_answer_each_need_not_show_earlier_answers_whole() -> None:
+    tokenizer = byte_tokenizer()
+    shorter = "(message['content'] if loop.last else message.content.split('=')[-1])"
+    tokenizer.chat_template = CHATML.replace("message['content']", shorter)
+    encoded = encode_members(chat_of(tokenizer), [_member("1+1?", "so=2", "2+2?", "so=4")], 1000)
+    assert (len(encoded.rows), encoded.faults) == (2, [])
 
 
 def test_an_example_that_the_template_refuses_is_named_and_the_others_are_still_checked() -> None:

@@ -49,6 +49,10 @@ class Adapter:
         """SHA-256 over the weights and the LoRA configuration."""
         return str(self.lineage["digest"])
 
+    def was_trained_by(self, inputs_digest: str) -> bool:
+        """Whether these inputs (dataset, base, template, recipe, seed) made this adapter."""
+        return inputs_digest in (self.lineage["inputs_digest"], *self.lineage.get("also_inputs", []))
+
     @property
     def history(self) -> list[dict[str, Any]]:
         """Loss by step, oldest first: ``step``, ``epoch`` and ``loss`` or ``eval_loss``."""
@@ -91,7 +95,10 @@ def store_adapter(
     lineage: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
 ) -> Adapter:
-    """Copy a trained adapter (and its earlier checkpoints) into a folder named by its digest."""
+    """Copy a trained adapter (and its earlier checkpoints) into a folder named by its digest.
+
+    Other inputs may come to the very same adapter: the one that is there keeps its lineage, which then names both.
+    """
     identity = adapter_digest(weights)
     folder = adapters / f"{name}-{identity[:12]}"
     with new_folder(folder) as temporary:
@@ -100,6 +107,10 @@ def store_adapter(
             _copy(source, temporary / CHECKPOINTS / step)
         write_json(temporary / LINEAGE, {**lineage, "digest": identity})
         write_text(temporary / HISTORY, "".join(json.dumps(row) + "\n" for row in history))
+    stored = Adapter(folder)
+    if not stored.was_trained_by(lineage["inputs_digest"]):
+        also = [*stored.lineage.get("also_inputs", []), lineage["inputs_digest"]]
+        write_json(folder / LINEAGE, {**stored.lineage, "also_inputs": also})
     return Adapter(folder)
 
 

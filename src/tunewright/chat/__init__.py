@@ -28,13 +28,20 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
     Raises:
         UserError: turns that are no example, or a template that cannot be used.
     """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise UserError("a conversation is a list of turns", where="messages")
+    turns = [m.as_dict() if isinstance(m, Message) else m for m in messages]
     try:
-        turns = [m.as_dict() if isinstance(m, Message) else dict(m) for m in messages]
         example = example_from_object({"messages": turns}, DataRecipe(max_characters=2**31))
     except RowError as error:
         raise UserError(str(error), where="messages") from error
     if isinstance(tokenizer_or_base, Base):
         return open_chat(tokenizer_or_base).encode(example.messages)
-    stop_ids = frozenset([tokenizer_or_base.eos_token_id])
-    chat = chat_format(tokenizer_or_base, stop_ids=stop_ids, kind="own", today=ChatRecipe().date)
+    eos = getattr(tokenizer_or_base, "eos_token_id", None)
+    if eos is None:
+        raise UserError(
+            f"a {type(tokenizer_or_base).__name__} is neither a base nor a tokenizer with an end-of-text token",
+            where="tokenizer_or_base",
+        )
+    chat = chat_format(tokenizer_or_base, stop_ids=frozenset([eos]), kind="own", today=ChatRecipe().date)
     return chat.encode(example.messages)

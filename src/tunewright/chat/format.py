@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise, zip_longest
 from typing import Any
 
-from tunewright.chat.templates import Template, TemplateKind
+from tunewright.chat.templates import PLAIN_INSTEAD, Template, TemplateKind
 from tunewright.chat.text import Piece, TextEncoder
 from tunewright.data.examples import Message, Role
 from tunewright.disk import digest
@@ -89,8 +89,7 @@ class ChatFormat:
         Raises:
             UserError: the template refuses this conversation, or leaves an answer without an end token.
         """
-        assert messages[-1].role == "assistant", "a conversation to train on ends with its answer"
-        hidden, stands_for = self.encoder.hide(messages)
+        hidden, stands_for = self.encoder.hide(_answered(messages))
         turns = self._assistant_turns(hidden)
         return self.tokens([self._row(turns[-1].shown, turns, stands_for)])[0]
 
@@ -104,7 +103,7 @@ class ChatFormat:
 
     def layouts(self, messages: Sequence[Message]) -> list[Layout]:
         """The rows before their ids are known; :meth:`tokens` turns many of them into ids faster than one by one."""
-        hidden, stands_for = self.encoder.hide(messages)
+        hidden, stands_for = self.encoder.hide(_answered(messages))
         turns = self._assistant_turns(hidden)
         whole = turns[-1].shown
         if all(whole.startswith(turn.shown) for turn in turns if turn.trained):
@@ -144,6 +143,13 @@ class ChatFormat:
         """What an answer's ids say, without its special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def texts(self, many: Sequence[Sequence[int]]) -> list[str]:
+        """What each list of ids says, special tokens included."""
+        texts: list[str] = self.tokenizer.backend_tokenizer.decode_batch(
+            [list(ids) for ids in many], skip_special_tokens=False
+        )
+        return texts
+
     @property
     def bos_id(self) -> int:
         """The token that begins a text; -1 where the tokenizer has none."""
@@ -158,7 +164,7 @@ class ChatFormat:
     @cached_property
     def writes_bos(self) -> bool:
         """Whether conversations begin with BOS."""
-        return self._probe(("user",))[0] == self.bos_id
+        return self._neutral_ids(("user",))[:1] == [self.bos_id] or self.adds_bos
 
     @cached_property
     def bos_opens_turns(self) -> bool:
@@ -168,7 +174,7 @@ class ChatFormat:
     @cached_property
     def description(self) -> dict[str, Any]:
         """All that decides the rendering, as JSON; lineages keep it so that a difference can be named."""
-        probes = [list(self._probe(roles)) for roles in self._accepted]
+        probes = [self._probe(roles) for roles in self._accepted]
         return {
             "kind": self.template.kind,
             "template": self.template.source,
@@ -185,7 +191,7 @@ class ChatFormat:
 
     @property
     def _end_tokens(self) -> list[str]:
-        return sorted(self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)))
+        return sorted(str(self.tokenizer.convert_ids_to_tokens(token)) for token in self.stop_ids)
 
     @cached_property
     def used_control_ids(self) -> frozenset[int]:
@@ -196,23 +202,38 @@ class ChatFormat:
         turns = []
         for place, prompt in zip(_assistant_places(messages), self._prompts(messages), strict=True):
             shown = self.template.render(messages[: place + 1], generation_prompt=False)
-            if not shown.startswith(prompt):
-                raise UserError(
-                    "the chat template shows the prompt differently once it is answered: what of it is the answer "
-                    "cannot be told",
-                    where=self.template.name,
-                )
             self._check_control(shown, messages[: place + 1], generation_prompt=False)
-            turns.append(_Turn(prompt, shown[: self._answer_end(prompt, shown)], messages[place].weight == 1))
+            answer = shown[self._answer_start(prompt, shown) :]
+            answer = answer[: self._answer_end(answer)]
+            turns.append(_Turn(prompt, prompt + answer, messages[place].weight == 1))
         return turns
+
+    def _answer_start(self, prompt: str, shown: str) -> int:
+        """Where in ``shown`` the answer begins.
+
+        Mistral's public templates show the system text in the last user turn only while that is unanswered: then the
+        answer begins where what ends the prompt (its last control token, and what follows that) stands last.
+        """
+        if shown.startswith(prompt):
+            return len(prompt)
+        control = self.encoder.control_places(prompt)
+        mark = prompt[control[-1][1] :] if control else ""
+        place = shown.rfind(mark) if mark else -1
+        if place < 0 or self._control_ids(prompt) != self._control_ids(shown[: place + len(mark)]):
+            raise UserError(
+                "the chat template shows the prompt differently once it is answered: what of it is the answer "
+                f"cannot be told (the prompt ends with {prompt[-20:]!r})",
+                where=self.template.name,
+                fix=PLAIN_INSTEAD,
+            )
+        return place + len(mark)
 
     def _prompts(self, messages: Sequence[Message]) -> list[str]:
         return [self.template.render(messages[:place], generation_prompt=True) for place in _assistant_places(messages)]
 
-    def _answer_end(self, prompt: str, shown: str) -> int:
+    def _answer_end(self, answer: str) -> int:
         """Where the answer's end token ends. What a template writes after it is never generated, so not trained."""
-        control = self.encoder.control_places(shown, len(prompt))
-        ends = [end for token, end in control if token in self.stop_ids]
+        ends = [end for token, _, end in self.encoder.control_places(answer) if token in self.stop_ids]
         if ends:
             return ends[0]
         names = ", ".join(self._end_tokens)
@@ -220,6 +241,7 @@ class ChatFormat:
             f"the chat template ends the answer with none of the base's end tokens ({names}): the model would never "
             "learn to stop",
             where=self.template.name,
+            fix=PLAIN_INSTEAD,
         )
 
     def _row(self, text: str, turns: Sequence[_Turn], stands_for: dict[int, str]) -> Layout:
@@ -253,18 +275,25 @@ class ChatFormat:
             raise UserError(
                 "the chat template makes other control tokens of these texts than of ordinary ones",
                 where=self.template.name,
+                fix=PLAIN_INSTEAD,
             )
 
     def _control_ids(self, text: str) -> list[int]:
-        return [token for token, _ in self.encoder.control_places(text, 0)]
+        return [token for token, _, _ in self.encoder.control_places(text)]
 
     def _neutral(self, roles: Sequence[Role], generation_prompt: bool = False) -> str:
         return self.template.render([Message(role, "x") for role in roles], generation_prompt=generation_prompt)
 
-    def _probe(self, roles: Sequence[Role]) -> tuple[int, ...]:
-        """Ids of a conversation whose texts try a tokenizer's rules."""
+    def _neutral_ids(self, roles: Sequence[Role]) -> list[int]:
+        return self._control_ids(self._neutral(roles, generation_prompt=roles[-1] == "user"))
+
+    def _probe(self, roles: Sequence[Role]) -> list[int] | None:
+        """Ids of a conversation whose texts try a tokenizer's rules; None where the template refuses it."""
         messages = [Message(role, f" {role}\n\n1234 d'été  <s>[INST]<|eot_id|> 🙂 ") for role in roles]
-        return self.prompt(messages) if roles[-1] == "user" else self.encode(messages).ids
+        try:
+            return list(self.prompt(messages) if roles[-1] == "user" else self.encode(messages).ids)
+        except UserError:
+            return None
 
     @cached_property
     def _accepted(self) -> list[tuple[Role, ...]]:
@@ -303,10 +332,20 @@ def _check_rules(chat: ChatFormat) -> None:
     own: list[int] = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     ours = list(tokens.ids)
     if ours not in (own, [chat.bos_id, *own]):
-        raise UserError("the tokenizer follows rules that are not understood", where=chat.template.name)
+        raise UserError(
+            "the tokenizer follows rules that are not understood", where=chat.template.name, fix="Use another base."
+        )
     if ours[:2] == [chat.bos_id] * 2:
-        raise UserError("the chat template writes the beginning-of-text token twice", where=chat.template.name)
+        raise UserError(
+            "the chat template writes the beginning-of-text token twice", where=chat.template.name, fix=PLAIN_INSTEAD
+        )
     chat.encode([Message("user", "x"), Message("assistant", "x")])
+
+
+def _answered(messages: Sequence[Message]) -> Sequence[Message]:
+    if not messages or messages[-1].role != "assistant":
+        raise UserError("a conversation to train on ends with the assistant's turn", where="messages")
+    return messages
 
 
 def _assistant_places(messages: Sequence[Message]) -> list[int]:

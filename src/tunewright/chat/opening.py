@@ -9,7 +9,7 @@ from tunewright.chat.templates import TemplateKind
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.embeddings import untrained_tokens
-from tunewright.models.loading import generation_config, load_tokenizer
+from tunewright.models.loading import end_token_ids, load_tokenizer
 from tunewright.progress import LogReporter, Reporter
 from tunewright.recipe import ChatRecipe
 
@@ -30,7 +30,9 @@ def open_chat(base: Base, settings: ChatRecipe | None = None, reporter: Reporter
                 f"{base.spec} has no chat template: conversations are written in the plain form (### Instruction, "
                 "### Response). An instruction-tuned variant would know its own."
             )
-    chat = chat_format(tokenizer, stop_ids=_stop_ids(tokenizer, base), kind=kind, today=settings.date)
+    chat = chat_format(
+        tokenizer, stop_ids=_stop_ids(tokenizer, base, end_token_ids(base)), kind=kind, today=settings.date
+    )
     refuse_untrained(chat, base, chat.used_control_ids)
     return chat
 
@@ -55,8 +57,12 @@ def refuse_untrained(chat: ChatFormat, base: Base, ids: frozenset[int]) -> None:
         )
 
 
-def _stop_ids(tokenizer: Any, base: Base) -> frozenset[int]:
+def _stop_ids(tokenizer: Any, base: Base, ends: frozenset[int]) -> frozenset[int]:
     """Ids that end an answer: the tokenizer's end of text and what the base's generation settings add to it."""
-    more = generation_config(base).eos_token_id
-    listed = more if isinstance(more, list) else [] if more is None else [more]
-    return frozenset([tokenizer.eos_token_id, *listed])
+    unknown = sorted(token for token in ends if tokenizer.convert_ids_to_tokens(token) is None)
+    if unknown:
+        raise UserError(
+            f"eos_token_id names {', '.join(map(str, unknown))}, which the tokenizer has no token for",
+            where=str(base.folder / "generation_config.json"),
+        )
+    return ends | {tokenizer.eos_token_id}

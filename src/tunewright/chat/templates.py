@@ -14,6 +14,8 @@ from tunewright.errors import UserError
 
 TemplateKind = Literal["own", "plain"]
 
+PLAIN_INSTEAD = "Mend the template in the base's tokenizer files, or set chat.template to plain."
+
 PLAIN_FORM = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -73,16 +75,20 @@ class Template:
         """
         try:
             text = self._compiled().render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=generation_prompt,
-                strftime_now=datetime.combine(self.today, time()).strftime,
-                date_string=self.today.strftime("%d %b %Y"),  # what Llama's templates call it
-                **self.special_tokens,
+                {
+                    **self.special_tokens,
+                    "messages": [{"role": m.role, "content": m.content} for m in messages],
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": generation_prompt,
+                    "strftime_now": datetime.combine(self.today, time()).strftime,
+                    "date_string": self.today.strftime("%d %b %Y"),  # what Llama's templates call it
+                }
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(f"the chat template refuses this conversation: {error}", where=self.name) from error
+        except Exception as error:
+            raise UserError(
+                f"the chat template refuses this conversation: {error}", where=self.name, fix=PLAIN_INSTEAD
+            ) from error
         return str(text)
 
     def _compiled(self) -> Any:
@@ -96,7 +102,7 @@ class Template:
             raise UserError(
                 f"the chat template has a syntax error: {error.message}",
                 where=f"{self.name}, chat template line {error.lineno}",
-                fix="Mend the template in the base's tokenizer files, or set chat.template to plain.",
+                fix=PLAIN_INSTEAD,
             ) from error
 
 
@@ -104,7 +110,8 @@ def _own(tokenizer: Any, name: str) -> str:
     source = tokenizer.chat_template
     if isinstance(source, dict):
         if "default" not in source:
-            raise UserError(f"it has the chat templates {', '.join(sorted(source))}, and no default one", where=name)
+            named = ", ".join(sorted(source))
+            raise UserError(f"it has the chat templates {named}, and no default one", where=name, fix=PLAIN_INSTEAD)
         source = source["default"]
     if not source:
         raise UserError(
@@ -112,4 +119,6 @@ def _own(tokenizer: Any, name: str) -> str:
             where=name,
             fix="Use the instruction-tuned variant of this base, or set chat.template to plain.",
         )
-    return str(source)
+    if not isinstance(source, str):
+        raise UserError(f"the chat template is {type(source).__name__}, not text", where=name, fix=PLAIN_INSTEAD)
+    return source

@@ -60,7 +60,13 @@ class TextEncoder:
         """Messages in which one character stands for each text that looks like a control token, and what it stands for.
 
         Stand-ins survive whatever a template does to a text (trim, split, join), and cannot become control tokens.
+
+        Raises:
+            UserError: half of a surrogate pair, which no tokenizer takes.
         """
+        for message in messages:
+            if not message.content.isascii() and any("\ud800" <= c <= "\udfff" for c in message.content):
+                raise UserError(f"half of a surrogate pair in the {message.role} turn: it stands for no character")
         found = {text for m in messages for text in self._look_alike.findall(m.content)}
         if not found:
             return list(messages), {}
@@ -73,9 +79,9 @@ class TextEncoder:
         ]
         return hidden, {code: text for text, code in stand_ins.items()}
 
-    def control_places(self, text: str, start: int) -> list[tuple[int, int]]:
-        """The control tokens that the template wrote from ``start`` on: each one's id, and where it ends."""
-        return [(self.control[m.group().strip()], m.end()) for m in self._written.finditer(text, start)]
+    def control_places(self, text: str) -> list[tuple[int, int, int]]:
+        """The control tokens that the template wrote: each one's id, where it begins and where it ends."""
+        return [(self.control[m.group().strip()], m.start(), m.end()) for m in self._written.finditer(text)]
 
     def pieces(self, text: str, hidden: Mapping[int, str], *, start: bool) -> list[Piece]:
         """Control ids and the runs of text between them, with hidden texts put back.

@@ -62,8 +62,11 @@ def data_show(
             current.show(row_document(member), row_heading(member), conversation_text(member))
             return
         from tunewright.chat.view import view
+        from tunewright.training.rows import row_faults, told_by
 
-        rows = [view(road.chat, each) for each in road.chat.rows(member.example.messages)]
+        encoded = road.chat.rows(member.example.messages)
+        rows = [view(road.chat, each) for each in encoded]
+        faults = row_faults(road.chat, encoded, told_by(member, len(encoded)))
         document = {
             **row_document(member),
             "template_digest": road.chat.digest,
@@ -73,11 +76,14 @@ def data_show(
                     "texts": [t.text for t in each],
                     "loss_mask": [t.trained for t in each],
                     "control": [t.control for t in each],
+                    "fault": fault,
                 }
-                for each in rows
+                for each, fault in zip(rows, faults, strict=True)
             ],
         }
         current.show(document, row_heading(member), *(tokens_text(each) for each in rows))
+        for fault in filter(None, faults):
+            current.reporter.warn(f"training would refuse this row: {fault}")
 
 
 @data_app.command("check")
@@ -91,7 +97,7 @@ def data_check(project: Folder = HERE, json: Json = False) -> None:
         report = road.check()
         dropping = road.project.recipe.train.too_long == "drop"
         current.show(report.as_dict(), *check_tables(report, dropping=dropping))
-        if report.faults or (report.too_long and not dropping):
+        if report.refused(dropping=dropping):
             raise typer.Exit(USER_ERROR)
 
 

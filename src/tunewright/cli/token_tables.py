@@ -39,8 +39,7 @@ def conversation_text(member: Member) -> Text:
     for message in member.example.messages:
         weight = "" if message.weight else " (weight 0: not trained)"
         text.append(f"{message.role}{weight}\n", style="bold")
-        text.append(f"{message.content}\n")
-    text.rstrip()
+        text.append(f"{''.join(map(_harmless, message.content))}\n")
     return text
 
 
@@ -61,8 +60,12 @@ def tokens_text(tokens: Sequence[TokenView]) -> Text:
 
 def _visible(text: str) -> str:
     shown = text.replace(" ", "·").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
-    # Control and format characters (zero-width joiners, direction marks) by their code, or they could not be seen.
-    return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in shown)
+    return "".join(map(_harmless, shown))
+
+
+def _harmless(character: str) -> str:
+    """Control and format characters by their code: they could not be seen, or would play tricks on the terminal."""
+    return character if character.isprintable() or character in "\n\t" else f"<U+{ord(character):04X}>"
 
 
 def check_tables(report: LengthReport, *, dropping: bool) -> list[RenderableType]:
@@ -74,15 +77,15 @@ def check_tables(report: LengthReport, *, dropping: bool) -> list[RenderableType
         lengths = (f"{split.percentiles[p]:,}" for p in PERCENTILES)
         share = f"{split.trained / split.tokens:.1%}" if split.tokens else "-"
         table.add_row(split.split, f"{split.rows:,}", *lengths, f"{split.tokens:,}", share)
-    parts: list[RenderableType] = [table, _histogram(report)]
+    parts: list[RenderableType] = [table, *([_histogram(report)] if report.histogram else [])]
     if report.look_alikes:
-        parts.append(f"{report.look_alikes:,} rows have text that looks like a control token; it stays text.")
+        parts.append(f"Text that looks like a control token, and stays text: in {report.look_alikes:,} examples.")
     if report.too_long:
         what = "left out of the training" if dropping else "training would refuse them (train.too_long: error)"
-        parts.append(f"{len(report.too_long):,} rows over {report.max_length:,} tokens, {what}:")
+        parts.append(f"Over {report.max_length:,} tokens: {len(report.too_long):,}; {what}, test rows apart:")
         parts += _named([f"{row['split']}: {row['name']}: {row['tokens']:,} tokens" for row in report.too_long])
     if report.faults:
-        parts.append(f"{len(report.faults):,} rows that cannot be trained on:")
+        parts.append(f"Cannot be trained on: {len(report.faults):,}:")
         parts += _named(report.faults)
     if not report.too_long and not report.faults:
         parts.append(

@@ -66,10 +66,12 @@ class _Merge:
     kept: dict[str, Example]
     first: dict[str, SourceRow]  # where each new pair key was read first, dropped ones included
     dropped: dict[str, tuple[str, float]]  # new pair key: the kept one that it repeats, and their similarity
+    reweighted: dict[str, str]  # new pair key: the parent's one of the same turns, other weights, that it replaces
 
     @property
     def former(self) -> dict[str, Split]:
-        return {m.key: m.split for m in self.parent.members} if self.parent else {}
+        splits = {m.key: m.split for m in self.parent.members} if self.parent else {}
+        return splits | {new: splits[old] for new, old in self.reweighted.items()}
 
     def place(self, key: str) -> str:
         """Where people find a row: file:line, or the version that has it."""
@@ -112,6 +114,8 @@ def add(
         conflicts = _conflicts(merge)
         moved = _moved(merge, members)
         created = merge.parent is None or merge.parent.digest != members_digest(members)
+        if merge.reweighted:
+            reporter.warn(notices.reweighted([merge.kept[key] for key in merge.reweighted]))
         if created:
             sources = _sources(files, readings, project.root)
             counts = _counts(members, len(conflicts), len(duplicates), len(skipped), len(moved))
@@ -159,13 +163,26 @@ def _merge(dataset: Path, rows: Sequence[SourceRow], similarity: float, reporter
     for row in rows:
         if row.example.pair_key not in known:
             first.setdefault(row.example.pair_key, row)
-    # By key, so that the order of rows in the files decides nothing.
-    keys = [*known, *sorted(first)]
+    again = {_turns(row.example) for row in rows if row.example.pair_key in known}
+    there = {_turns(example): key for key, example in known.items() if _turns(example) not in again}
+    # By weights (what is masked anywhere is masked) and key, so that the order of rows in the files decides nothing.
+    new = sorted(first, key=lambda key: (sum(m.weight for m in first[key].example.messages), key))
+    reweighted: dict[str, str] = {}
+    for key in new:
+        old = there.pop(_turns(first[key].example), None)
+        if old is not None:
+            reweighted[key] = old
+            del known[old]
+    keys = [*known, *reweighted, *(key for key in new if key not in reweighted)]
     examples = [known[key] if key in known else first[key].example for key in keys]
-    repeats = find_duplicates(examples, len(known), similarity, reporter)
+    repeats = find_duplicates(examples, len(known) + len(reweighted), similarity, reporter)
     dropped = {keys[row]: (keys[repeat.of], repeat.similarity) for row, repeat in repeats.items()}
     kept = {key: example for key, example in zip(keys, examples, strict=True) if key not in dropped}
-    return _Merge(parent, kept, first, dropped)
+    return _Merge(parent, kept, first, dropped, reweighted)
+
+
+def _turns(example: Example) -> tuple[tuple[str, str], ...]:
+    return tuple((m.role, m.content) for m in example.messages)
 
 
 def _members(merge: _Merge, recipe: Recipe, reporter: Reporter) -> list[Member]:

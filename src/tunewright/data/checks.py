@@ -88,14 +88,22 @@ def _message(turn: Any, index: int) -> Message:
         if key not in ("role", "content", "weight"):
             raise RowError(f'{name} has the unknown key "{key}": a turn is a role, its content and perhaps a weight')
     if turn["role"] not in ROLES:
-        raise RowError(f"{name}.role is {json.dumps(turn['role'])}; roles are {', '.join(ROLES)}")
+        raise RowError(f"{name}.role is {_shown(turn['role'])}; roles are {', '.join(ROLES)}")
     return Message(turn["role"], _text(turn["content"], f"{name}.content"), _weight(turn, name))
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON has it, or, from Python, as Python does."""
+    try:
+        return json.dumps(value)
+    except TypeError:
+        return repr(value)
 
 
 def _weight(turn: dict[str, Any], name: str) -> Literal[0, 1]:
     weight = turn.get("weight", 1)
     if weight not in (0, 1) or isinstance(weight, bool):
-        raise RowError(f"{name}.weight is {json.dumps(weight)}; it is 1 (trained) or 0 (shown, but not trained)")
+        raise RowError(f"{name}.weight is {_shown(weight)}; it is 1 (trained) or 0 (shown, but not trained)")
     if "weight" in turn and turn["role"] != "assistant":
         raise RowError(f"{name} has a weight; only assistant turns are trained, so only they have one")
     return 1 if weight == 1 else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
     Raises:
         UserError: no such row, several that begin so, or a row that was left out (with the reason).
     """
-    place = re.fullmatch(r"(.+):(\d+)", row)
-    key = _key_at(dataset, version, place[1], int(place[2])) if place else row
+    place = re.fullmatch(r"(.+):(\d{1,12})", row)
+    key = _key_at(dataset, version, place[1], int(place[2])) if place else row.lower()
     found = [m for m in version.members if key and m.key.startswith(key)]
     if len(found) == 1:
         return found[0]
@@ -33,15 +33,29 @@ def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
 
 
 def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str:
-    files = set()
-    for imported in _imported(dataset, version):
-        files.add(imported["source"])
-        if imported["line"] != line or file not in (imported["source"], Path(imported["source"]).name):
-            continue
-        if imported["fate"] == "skipped":
-            raise UserError(f"the row was left out: {imported['reason']}", where=f"{file}:{line}")
-        return str(imported.get("of", imported["key"]))
-    raise UserError(f"no row came from {file}:{line}", where="ROW", fix=f"Added files: {', '.join(sorted(files))}.")
+    imports = list(_imported(dataset, version))
+    source = _source(file, sorted({row["source"] for row in imports}), dataset.parent)
+    found = next((row for row in imports if row["source"] == source and row["line"] == line), None)
+    if found is None:
+        last = max(row["line"] for row in imports if row["source"] == source)
+        raise UserError(f"no row came from line {line} of {source}; its last row is at line {last}", where="ROW")
+    if found["fate"] == "skipped":
+        raise UserError(f"the row was left out: {found['reason']}", where=f"{file}:{line}")
+    return str(found.get("of", found["key"]))
+
+
+def _source(file: str, sources: Sequence[str], root: Path) -> str:
+    """The added file that ``file`` means: its name in the project, a path to it, or its bare name."""
+    path = Path(file).resolve()
+    within = path.relative_to(root.resolve()).as_posix() if path.is_relative_to(root.resolve()) else None
+    for name in filter(None, (file, within)):
+        if name in sources:
+            return name
+    same = [source for source in sources if Path(source).name == path.name]
+    if len(same) == 1:
+        return same[0]
+    what = f"{len(same)} added files are called {path.name}" if same else f"no row came from a file {file}"
+    raise UserError(what, where="ROW", fix=f"Added files: {', '.join(sources)}.")
 
 
 def _imported(dataset: Path, version: DatasetVersion) -> Iterator[dict[str, Any]]:

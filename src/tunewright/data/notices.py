@@ -72,6 +72,13 @@ def duplicates(dropped: Sequence[Duplicate]) -> str:
     return f"{_count(len(dropped), 'row')} left out, with the input (nearly) and the output of another:\n{listed}"
 
 
+def reweighted(examples: Sequence[Example]) -> str:
+    """The warning of rows that take the place of the same turns with other weights."""
+    told = (_excerpt(example.input_text) for example in examples)
+    listed = _listed(told, len(examples), _MOST_EXAMPLES, "`tunewright data log` shows the version before")
+    return f"{_count(len(examples), 'row')} replaced: the same turns were there with other weights\n{listed}"
+
+
 def warn_of_another_system_turn(known: Iterable[Example], new: Iterable[Example], reporter: Reporter) -> None:
     """Warn of pairs that were there before with another system turn, as when data.system has changed since."""
     before = {_turns(example) for example in known}

@@ -144,7 +144,7 @@ def _file_digests(folder: Path) -> dict[str, str]:
         cache = {}
     digests, fresh = {}, {}
     for path in sorted(folder.iterdir()):
-        if not _decides(path):
+        if not _decides(path) or not path.is_file():
             continue
         stat = path.stat()
         key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"

@@ -47,7 +47,7 @@ def load_tokenizer(base: Base) -> Any:
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the tokenizer cannot be read: {error}", where=str(base.folder)) from error
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer names no end-of-text token (eos_token)", where=str(base.folder))
@@ -75,10 +75,24 @@ def context_length(base: Base) -> int:
     return int(AutoConfig.from_pretrained(base.folder, local_files_only=True).max_position_embeddings)
 
 
-def generation_config(base: Base) -> Any:
-    """The base's generation settings, read without its weights."""
+def end_token_ids(base: Base) -> frozenset[int]:
+    """The tokens that end an answer by the base's generation settings, read without its weights.
+
+    Raises:
+        UserError: settings that cannot be read, or that name what is no token.
+    """
     from transformers import AutoConfig, GenerationConfig
 
-    if (base.folder / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(base.folder, local_files_only=True)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(base.folder, local_files_only=True))
+    path = base.folder / "generation_config.json"
+    try:
+        if path.exists():
+            ends = GenerationConfig.from_pretrained(base.folder, local_files_only=True).eos_token_id
+        else:
+            config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+            ends = GenerationConfig.from_model_config(config).eos_token_id
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the generation settings cannot be read: {error}", where=str(path)) from error
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(token, int) and token >= 0 for token in listed):
+        raise UserError(f"eos_token_id is {ends!r}; it is a token's id, or a list of them", where=str(path))
+    return frozenset(listed)

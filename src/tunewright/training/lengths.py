@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tunewright.chat import ChatFormat
+from tunewright.chat import ChatFormat, Tokens
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion
 from tunewright.progress import Reporter
@@ -56,6 +56,12 @@ class LengthReport:
     look_alikes: int
     """Rows with text that looks like a control token of this base; it stays text."""
 
+    def refused(self, *, dropping: bool) -> bool:
+        """Whether training, or the evaluation after it, would refuse this version."""
+        left = {s.split: s.rows - sum(row["split"] == s.split for row in self.too_long) for s in self.splits}
+        too_long = any(row["split"] != "test" for row in self.too_long)
+        return bool(self.faults) or (too_long and not dropping) or not all(left.get(s) for s in ("train", "dev"))
+
     def as_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
         return asdict(self)
@@ -71,16 +77,16 @@ def measure_lengths(
             members = version.examples(split)
             encoded[split] = encode_members(chat, members, max_length)
             task.advance(len(members))
-    lengths = {split: _all_lengths(rows) for split, rows in encoded.items()}
+    rows = {split: [*each.rows, *(long.row for long in each.too_long)] for split, each in encoded.items()}
     return LengthReport(
         version=version.digest,
         base=base,
         template_digest=chat.digest,
         max_length=max_length,
-        splits=tuple(_summary(split, encoded[split], lengths[split]) for split in SPLITS if lengths[split]),
-        histogram=_histogram([length for all_of_split in lengths.values() for length in all_of_split]),
+        splits=tuple(_summary(split, rows[split]) for split in SPLITS if rows[split]),
+        histogram=_histogram([len(row.ids) for each in rows.values() for row in each]),
         too_long=tuple(
-            {"key": row.member.key, "name": name_of(row.member), "split": split, "tokens": row.tokens}
+            {"key": row.member.key, "name": name_of(row.member), "split": split, "tokens": len(row.row.ids)}
             for split in SPLITS
             for row in encoded[split].too_long
         ),
@@ -89,18 +95,15 @@ def measure_lengths(
     )
 
 
-def _all_lengths(encoded: EncodedRows) -> list[int]:
-    return [len(row.ids) for row in encoded.rows] + [row.tokens for row in encoded.too_long]
-
-
-def _summary(split: Split, encoded: EncodedRows, lengths: Sequence[int]) -> Lengths:
+def _summary(split: Split, rows: Sequence[Tokens]) -> Lengths:
+    lengths = [len(row.ids) for row in rows]
     values = np.percentile(lengths, PERCENTILES, method="nearest")
     return Lengths(
         split=split,
         rows=len(lengths),
         percentiles={p: int(value) for p, value in zip(PERCENTILES, values, strict=True)},
-        tokens=sum(len(row.ids) for row in encoded.rows),
-        trained=sum(sum(row.loss_mask) for row in encoded.rows),
+        tokens=sum(lengths),
+        trained=sum(sum(row.loss_mask) for row in rows),
     )
 
 

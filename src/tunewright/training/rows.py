@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tunewright.chat.format import ChatFormat, Layout, Tokens
+from tunewright.data.examples import Message
 from tunewright.data.versions import Member
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
-from tunewright.recipe import TrainRecipe
 
 IGNORED = -100
 """The label of a token that is not trained (PyTorch's ignore_index)."""
@@ -25,7 +25,10 @@ class LongRow:
     """A row of more tokens than the recipe allows."""
 
     member: Member
-    tokens: int
+    row: Tokens
+
+    def __str__(self) -> str:
+        return f"{name_of(self.member)}: {len(self.row.ids):,} tokens"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int)
     """Encode examples and check every row; those over ``max_length`` tokens are set apart whole, never cut."""
     layouts: list[Layout] = []
     owners: list[Member] = []
+    told: list[list[Message]] = []
     faults: list[str] = []
     for member in members:
         try:
@@ -53,13 +57,14 @@ def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int)
             continue
         layouts += laid_out
         owners += [member] * len(laid_out)
+        told += told_by(member, len(laid_out))
     encoded = EncodedRows([], [], [], faults)
-    for member, row in zip(owners, chat.tokens(layouts), strict=True):
-        fault = row_fault(chat, row, member)
+    rows = chat.tokens(layouts)
+    for member, row, fault in zip(owners, rows, row_faults(chat, rows, told), strict=True):
         if fault:
             faults.append(f"{name_of(member)}: {fault}")
         elif len(row.ids) > max_length:
-            encoded.too_long.append(LongRow(member, len(row.ids)))
+            encoded.too_long.append(LongRow(member, row))
         else:
             encoded.rows.append(row)
             encoded.members.append(member)
@@ -67,28 +72,31 @@ def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int)
 
 
 def training_rows(
-    chat: ChatFormat, members: Sequence[Member], settings: TrainRecipe, reporter: Reporter
+    chat: ChatFormat, members: Sequence[Member], max_length: int, too_long: str, reporter: Reporter
 ) -> EncodedRows:
-    """The rows of one split, with rows over ``max_length`` left out and named where the recipe says so.
+    """The rows of one split, with rows over ``max_length`` left out and named where ``too_long`` is "drop".
 
     Raises:
         UserError: naming each example that is too long (unless they are to be left out) or that no row can be made of.
     """
-    encoded = encode_members(chat, members, settings.max_length)
-    long = [f"{name_of(row.member)}: {row.tokens:,} tokens" for row in encoded.too_long]
-    drop = settings.too_long == "drop"
-    faults = encoded.faults if drop else [*encoded.faults, *long]
-    if faults:
+    encoded = encode_members(chat, members, max_length)
+    if encoded.faults:
         raise UserError(
-            f"{len(faults)} of {len(members)} examples cannot be trained on whole "
-            f"(the limit is {settings.max_length:,} tokens)\n{_listed(faults)}",
+            f"{len(encoded.faults)} of {len(members)} examples cannot be trained on\n{_listed(encoded.faults)}",
+            where=chat.template.name,
+            fix="Mend or remove them; or, where the template is at fault, set chat.template to plain.",
+        )
+    if encoded.too_long and too_long == "error":
+        raise UserError(
+            f"{len(encoded.too_long)} of {len(members)} examples are longer than {max_length:,} tokens\n"
+            + _listed(list(map(str, encoded.too_long))),
             where="train.max_length",
             fix="Shorten or remove them, raise train.max_length, or leave long ones out with train.too_long: drop.",
         )
-    if long:
+    if encoded.too_long:
         reporter.warn(
-            f"{len(long)} of {len(members)} examples are longer than {settings.max_length:,} tokens and left out "
-            f"(train.too_long: drop)\n{_listed(long)}"
+            f"{len(encoded.too_long)} of {len(members)} examples are longer than {max_length:,} tokens and left out "
+            f"(train.too_long: drop)\n{_listed(list(map(str, encoded.too_long)))}"
         )
     if not encoded.rows:
         raise UserError("no example is left to train on", where="train.max_length", fix="Raise it.")
@@ -120,35 +128,76 @@ def name_of(member: Member) -> str:
     return f"example {member.key[:12]} ({text[:40]!r}{'…' if len(text) > 40 else ''})"
 
 
-def row_fault(chat: ChatFormat, row: Tokens, member: Member) -> str | None:
-    """What is wrong with a row, if anything: the proof that nothing is trained on but what was meant."""
+def told_by(member: Member, rows: int) -> list[list[Message]]:
+    """What each of an example's rows has to say: all of its turns, or, where each answer is a row, those up to it.
+
+    Of earlier answers in such a row templates may show less, so they are left out.
+    """
+    messages = member.example.messages
+    trained = [place for place, m in enumerate(messages) if m.role == "assistant" and m.weight]
+    if rows == 1:
+        return [list(messages)]
+    assert rows == len(trained), "one row, or one for each trained answer"
+    return [[*(m for m in messages[:place] if m.role != "assistant"), messages[place]] for place in trained]
+
+
+def row_faults(chat: ChatFormat, rows: Sequence[Tokens], told: Sequence[Sequence[Message]]) -> list[str | None]:
+    """What is wrong with each row, if anything: the proof that nothing else is seen or trained than what was meant.
+
+    Args:
+        chat: what made the rows.
+        rows: ids and masks.
+        told: the messages that each row has to spell.
+    """
+    wholes = chat.texts([row.ids for row in rows])
+    spans = [trained_spans(row) for row in rows]
+    answers = iter(
+        chat.texts([row.ids[start : end - 1] for row, each in zip(rows, spans, strict=True) for start, end in each])
+    )
+    faults = []
+    for row, messages, whole, each in zip(rows, told, wholes, spans, strict=True):
+        said = [next(answers) for _ in each]
+        faults.append(_form_fault(chat, row, each) or _text_fault(messages, whole, said))
+    return faults
+
+
+def trained_spans(row: Tokens) -> list[tuple[int, int]]:
+    """Where each run of trained tokens begins and ends."""
+    places = [i for i, (before, now) in enumerate(pairwise((False, *row.loss_mask, False))) if before != now]
+    return list(zip(places[::2], places[1::2], strict=True))
+
+
+def _form_fault(chat: ChatFormat, row: Tokens, spans: Sequence[tuple[int, int]]) -> str | None:
     begins = row.ids.count(chat.bos_id)
     if chat.writes_bos and (row.ids[0] != chat.bos_id or (begins != 1 and not chat.bos_opens_turns)):
         return f"{begins} beginning-of-text tokens; there must be one, at the start"
-    ends = [i for i, trained in enumerate(row.loss_mask) if trained and row.loss_mask[i + 1 : i + 2] != (True,)]
-    if not ends:
+    if not spans:
         return "no token of it would be trained"
-    if any(row.ids[end] not in chat.stop_ids for end in ends):
+    if any(row.ids[end - 1] not in chat.stop_ids for _, end in spans):
         return "an answer without a trained end token"
-    if chat.tokenizer.unk_token_id in row.ids and chat.tokenizer.unk_token_id not in chat.used_control_ids:
-        return "the tokenizer has no token for a character in it"
-    return _other_answer(chat, row, member)
+    return None
 
 
-def _other_answer(chat: ChatFormat, row: Tokens, member: Member) -> str | None:
-    """Whether the last trained turn is an answer of the example, whole; white space apart, which templates trim."""
-    last = len(row.ids) - 1
-    start = last
-    while start > 0 and row.loss_mask[start - 1]:
-        start -= 1
-    spelled = _bare(chat.tokenizer.decode(row.ids[start:last], skip_special_tokens=False))
-    if any(spelled == _bare(m.content) for m in member.example.messages if m.role == "assistant"):
-        return None
-    return f"the answer's tokens read {spelled[:60]!r}"
+def _text_fault(messages: Sequence[Message], whole: str, said: Sequence[str]) -> str | None:
+    """Whether the tokens spell every turn and, trained, every answer; white space at their ends templates may trim."""
+    answers = [m.content for m in messages if m.role == "assistant" and m.weight]
+    if len(said) != len(answers):
+        return f"{len(said)} answers would be trained, of {len(answers)}"
+    for answer, spelled in zip(answers, said, strict=True):
+        if _plain(spelled) != _plain(answer):
+            return f"the answer's tokens read {spelled[:60]!r}, not {answer[:60]!r}"
+    for message in messages:
+        if _plain(message.content) not in _plain(whole):
+            return (
+                f"the tokens don't spell the {message.role} turn {message.content[:60]!r}: the template or the "
+                "tokenizer leaves something out"
+            )
+    return None
 
 
-def _bare(text: str) -> str:
-    return "".join(unicodedata.normalize("NFKC", text).split())
+def _plain(text: str) -> str:
+    """Without white space at the ends; sentencepiece writes a space as U+2581, and reads that as a space."""
+    return text.replace("\u2581", " ").strip()
 
 
 def _listed(lines: Sequence[str]) -> str:

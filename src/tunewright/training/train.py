@@ -17,7 +17,7 @@ from tunewright.chat.opening import refuse_untrained
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, write_json, writing
 from tunewright.models.bases import Base
-from tunewright.models.loading import device, load_model
+from tunewright.models.loading import context_length, device, load_model
 from tunewright.models.quiet import quiet_transformers
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -56,11 +56,15 @@ def train(project: Project, version: DatasetVersion, base: Base, chat: ChatForma
     }
     identity = digest(inputs)
     for adapter in list_adapters(project.adapters):
-        if adapter.lineage["inputs_digest"] == identity and adapter.name.startswith(f"{recipe.name}-"):
+        if adapter.was_trained_by(identity) and adapter.name.startswith(f"{recipe.name}-"):
             adapter.verify()
             return TrainResult(adapter, trained=False)
 
-    splits = {name: training_rows(chat, version.examples(name), recipe.train, reporter) for name in ("train", "dev")}
+    limit = min(recipe.train.max_length, context_length(base))
+    splits = {
+        name: training_rows(chat, version.examples(name), limit, recipe.train.too_long, reporter)
+        for name in ("train", "dev")
+    }
     encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows
     refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
     work = project.work / "training" / identity[:12]
@@ -71,7 +75,7 @@ def train(project: Project, version: DatasetVersion, base: Base, chat: ChatForma
         epochs, history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev)
         best = min(epochs, key=lambda e: e.dev_loss)
         for epoch in epochs:
-            _name_base(epoch.folder, base)
+            _settle_config(epoch.folder, base)
         lineage = {
             **training_lineage(recipe, version, base, chat, inputs),
             "inputs_digest": identity,
@@ -208,7 +212,7 @@ def _rendering(encoded: EncodedRows) -> dict[str, Any]:
     return {
         "digest": render_digest(encoded.rows),
         "rows": len(encoded.rows),
-        "left_out": [{"key": row.member.key, "tokens": row.tokens} for row in encoded.too_long],
+        "left_out": [{"key": row.member.key, "tokens": len(row.row.ids)} for row in encoded.too_long],
     }
 
 
@@ -217,8 +221,12 @@ def _history_row(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: entry[key] for key in kept if key in entry}
 
 
-def _name_base(folder: Path, base: Base) -> None:
-    """Name the base as the recipe does, in place of a path that only this machine has."""
+def _settle_config(folder: Path, base: Base) -> None:
+    """Name the base as the recipe does, in place of a path that only this machine has, and put sets in order."""
     path = folder / CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**config, "base_model_name_or_path": base.spec, "revision": base.commit})
+    # peft keeps targets as a set and writes them in an order that changes from run to run: sorted, equal adapters have
+    # equal digests.
+    targets = sorted(config["target_modules"])
+    named = {"base_model_name_or_path": base.spec, "revision": base.commit, "target_modules": targets}
+    write_json(path, {**config, **named})
