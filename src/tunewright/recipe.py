@@ -32,10 +32,26 @@ class DataRecipe(_Section):
 
     sources: Annotated[
         tuple[str, ...],
-        Field(description="Files of pairs (JSONL or CSV, relative to this file) that `tunewright run` adds."),
+        Field(
+            description="Files of pairs (JSON, CSV, Parquet or a saved `datasets` folder, relative to this file) that "
+            "`tunewright run` adds."
+        ),
     ] = ()
-    input: Annotated[str | None, Field(description="CSV: the column that holds the input.")] = None
-    output: Annotated[str | None, Field(description="CSV: the column that holds the ideal output.")] = None
+    input: Annotated[str | None, Field(description="The column or key that holds the input, in tables and rows.")] = (
+        None
+    )
+    output: Annotated[str | None, Field(description="The column or key that holds the ideal output.")] = None
+    groups: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(
+            description="Columns or keys, such as customer or document, whose values travel with a row: rows that "
+            "share one are not independent."
+        ),
+    ] = ()
+    ignore: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(description="Columns or keys that are left out, such as id or source; any other is a fault."),
+    ] = ()
     system: Annotated[
         str | None,
         Field(description="An instruction put, when pairs are added, before each that has no system turn of its own."),
@@ -62,6 +78,14 @@ class DataRecipe(_Section):
     test: Annotated[
         float, Field(gt=0, lt=0.5, description="Share of examples held out and never trained or chosen on.")
     ] = 0.1
+
+    @model_validator(mode="after")
+    def _check_names(self) -> DataRecipe:
+        used = {*self.groups, self.input, self.output}
+        both = [name for name in self.ignore if name in used]
+        if both:
+            raise ValueError(f"ignore names {both[0]}, which input, output or groups use")
+        return self
 
 
 def _plain_date(value: Any) -> Any:

@@ -12,6 +12,7 @@ from tunewright.adapters.fit import require_fit
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.data.add import AddResult, add
 from tunewright.data.find import find_row
+from tunewright.data.formats import uses_columns
 from tunewright.data.versions import DatasetVersion, Member, load_version
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import EVIDENCE_FILE, load_evidence, load_items
@@ -23,6 +24,10 @@ from tunewright.report.html import write_report
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
+    from tunewright.data.export import Exported, Format
+    from tunewright.data.file_check import Change, FileCheck
+    from tunewright.data.leak import LeakReport
+    from tunewright.data.splits import Split
     from tunewright.evaluation.measure import AdviseResult, EvaluateResult, Measurement
     from tunewright.serving.service import Service
     from tunewright.training.lengths import LengthReport
@@ -70,6 +75,7 @@ class Road:
         input_column: str | None = None,
         output_column: str | None = None,
         skip_bad: bool = False,
+        redact: bool = False,
         message: str = "",
     ) -> AddResult:
         """Add files of pairs to the dataset: a new version, unless nothing in them is new.
@@ -80,11 +86,14 @@ class Road:
         paths = [Path(f) for f in files]
         columns = {"input": input_column, "output": output_column}
         given = {key: column for key, column in columns.items() if column is not None}
-        if given and not any(path.suffix.lower() == ".csv" for path in paths):
-            raise UserError("columns are named, but no file is a CSV", where="--" + "/--".join(given))
         changed = recipe.model_copy(update={"data": recipe.data.model_copy(update=given)})
+        if given and not any(uses_columns(path, changed.data) for path in paths):
+            raise UserError(
+                "columns are named, but no file is a CSV or another table, or has those keys",
+                where="--" + "/--".join(given),
+            )
         project = Project(self.project.root, changed)
-        return add(project, paths, self.reporter, skip_bad=skip_bad, message=message)
+        return add(project, paths, self.reporter, skip_bad=skip_bad, redact=redact, message=message)
 
     def version(self, digest: str | None = None) -> DatasetVersion:
         """A dataset version; the current one where no digest is given."""
@@ -93,6 +102,34 @@ class Road:
     def row(self, row: str) -> Member:
         """One row of the current version, by the beginning of its key or by ``FILE:LINE``."""
         return find_row(self.project.dataset, self.version(), row)
+
+    def export(
+        self, out: str | Path, form: Format = "chat", *, split: Split | None = None, version: str | None = None
+    ) -> Exported:
+        """Write a version (the current one by default), or one split of it, as a file for other tools."""
+        from tunewright.data.export import export
+
+        return export(self.version(version), Path(out), form, self.reporter, split=split)
+
+    def leak(self) -> LeakReport:
+        """How near held-out rows are to training rows, and how near a random split would have brought them."""
+        from tunewright.data.leak import leak
+
+        return leak(self.version(), self.project.recipe.seed, self.reporter)
+
+    def check_files(self, files: Iterable[str | Path]) -> FileCheck:
+        """All faults of all rows of files of pairs, before they are added."""
+        from tunewright.data.file_check import check_files
+
+        return check_files([Path(f) for f in files], self.project.recipe.data, self.reporter)
+
+    def fix_file(self, file: str | Path, out: str | Path) -> list[Change]:
+        """Write a corrected copy of a file of pairs, and list each change."""
+        from tunewright.data.file_check import fix_file
+        from tunewright.data.formats import source_size
+
+        with self.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
+            return fix_file(Path(file), Path(out), self.project.recipe.data, task)
 
     def check(self) -> LengthReport:
         """Encode every row of the current version as training would, and measure."""

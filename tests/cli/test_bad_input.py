@@ -55,7 +55,7 @@ def _file(folder: Path, content: bytes | str | list[Any], name: str = "new.jsonl
         ("not json\n", ["new.jsonl:1", "JSON"]),
         ([*GOOD, {"question": "a", "answer": "b"}], ["new.jsonl:61", "question"]),
         ([*GOOD, {"prompt": "a", "completion": ""}], ["new.jsonl:61", "empty"]),
-        (b'{"prompt": "caf\xe9", "completion": "x"}\n', ["new.jsonl:1", "UTF-8"]),
+        (b'{"prompt": "caf\xc3\xa9 and caf\xe9", "completion": "x"}\n', ["new.jsonl:1", "UTF-8"]),
         ([*GOOD, {"prompt": "a" * 100_000, "completion": "x"}], ["new.jsonl:61", "100,00", "data.max_characters"]),
         ([*GOOD, {"messages": [{"role": "user", "content": "a"}]}], ["new.jsonl:61", "assistant"]),
     ],

@@ -82,7 +82,7 @@ def test_the_recipe_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> No
         (b'{"prompt": "a"', "not JSON"),
         (b'["a", "b"]', "a row is an object"),
         (b"{}", 'missing key "completion", "prompt"'),
-        (b'{"instruction": "a", "output": "b"}', 'unknown key "instruction", "output"'),
+        (b'{"question": "a", "answer": "b"}', 'unknown key "question", "answer"'),
         (b'{"prompt": "a", "completion": "b", "weight": 1}', 'unknown key "weight"'),
         (b'{"prompt": "a", "completion": "b", "completion": "c"}', '"completion" stands twice'),
         (b'{"prompt": "a", "completion": ""}', "an empty answer"),
@@ -92,7 +92,7 @@ def test_the_recipe_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> No
         (b'{"prompt": "a", "completion": 4}', "completion is int, not text"),
         (b'{"prompt": "a", "completion": NaN}', "NaN is not JSON"),
         (b'{"prompt": [{"role": "user"}], "completion": "b"}', "prompt is a list of parts, not text"),
-        (b'{"prompt": "a\xff", "completion": "b"}', "not UTF-8: invalid start byte at byte 14"),
+        (b'{"prompt": "a\xff\xc3\xa9", "completion": "b"}', "not UTF-8: invalid start byte at byte 14"),
         (b'{"prompt": "a", "completion": "\\ud800"}', "half of a surrogate pair"),
         (b'{"messages": []}', "messages must be a list of turns"),
         (b'{"messages": "hi"}', "messages must be a list of turns"),
@@ -155,13 +155,15 @@ def test_text_is_kept_in_composed_form_so_that_equal_keys_mean_equal_text(tmp_pa
         ("pairs.csv", b"", "the file is empty"),
         ("pairs.csv", b"q,a\n", "the file is empty"),
         ("pairs.xlsx", b"PK", "not a kind of file"),
-        ("pairs.jsonl", '{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
-        ("pairs.json", b'[\n  {"prompt": "a", "completion": "b"}\n]', "one JSON array"),
+        ("pairs.jsonl", '{"prompt": "a"}'.encode("utf-16") + b"x", "not UTF-16"),
+        ("pairs.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "UTF-16 without a byte-order mark"),
+        ("pairs.json", b'[\n  {"prompt": "a", "completion": "b"}\n', "the array does not end"),
         ("pairs.csv", b'q,a\n"hi,ho\n', "not CSV"),
         ("pairs.csv", b'q,a\n"hi"x,ho\n', "not CSV"),
         ("pairs.csv", b"x,y\nhi,ho\n", 'no column named "q"'),
         ("pairs.csv", b"q,q,a\nhi,ho,he\n", 'more than one column named "q"'),
-        ("pairs.csv", b"q,\xff\nhi,ho\n", "not UTF-8"),
+        ("pairs.csv", b"q,\xff\xc3\xa9\nhi,ho\n", "not UTF-8"),
+        ("pairs.csv", b"q,a\nhi,h\x81\n", "neither UTF-8 nor cp1252"),
     ],
 )
 def test_a_file_that_cannot_be_read_as_a_whole_gets_one_message(
@@ -200,7 +202,7 @@ def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
 
 
 def test_csv_fields_with_commas_quotes_and_line_breaks_and_the_line_that_each_row_starts_at(tmp_path: Path) -> None:
-    content = b'q,a\r\n"one, ""two""\nthree",x\r\n\r\nfour,y\r\nfive\r\nsix,\r\nsev\xffen,z\r\n"a\nb\nc",w\r\n'
+    content = b'q,a\r\n"one, ""two""\nthree",x\r\n\r\nfour,y\r\nfive\r\nsix,\r\nsev\xffen\xc3\xa9,z\r\n"a\nb\nc",w\r\n'
     reading = _read(tmp_path, content, "pairs.csv")
     rows = [(r.line, r.example.input_text, r.example.output) for r in reading.rows]
     assert rows == [(2, 'one, "two"\nthree', "x"), (5, "four", "y"), (9, "a\nb\nc", "w")]
@@ -209,7 +211,7 @@ def test_csv_fields_with_commas_quotes_and_line_breaks_and_the_line_that_each_ro
 
 def test_csv_columns_that_are_not_used_are_told(tmp_path: Path) -> None:
     reading = _read(tmp_path, b"id,q,a,when\n1,hi,ho,now\n", "pairs.csv")
-    assert reading.notes == [f"{tmp_path / 'pairs.csv'}: columns that are not used: id, when"]
+    assert f"{tmp_path / 'pairs.csv'}: columns that are not used: id, when" in reading.notes
 
 
 def test_a_csv_field_longer_than_python_s_own_limit_is_one_faulty_row(tmp_path: Path) -> None:

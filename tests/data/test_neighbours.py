@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from data_helpers import Listener, example, jaccard, unlike_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunewright.data import similarity
 from tunewright.data.examples import Example, Message
-from tunewright.data.neighbours import Repeat, comparison_texts, find_clusters, find_duplicates
+from tunewright.data.neighbours import Repeat, comparison_texts, find_clusters, find_duplicates, largest_clusters
 from tunewright.data.similarity import near_pairs, shingles
 
 BANKING77 = Path(__file__).parents[2] / ".." / "shared" / "data" / "banking77" / "train.csv"
@@ -28,9 +31,9 @@ texts_like_each_other = st.lists(
 def _found(texts: Sequence[str], threshold: float) -> dict[tuple[int, int], float]:
     found = {}
     for pairs in near_pairs(texts, threshold, lambda a, _: np.ones(len(a), dtype=bool), Listener(), "searching"):
-        for first, second, similarity in zip(pairs.first, pairs.second, pairs.similarity, strict=True):
+        for first, second, value in zip(pairs.first, pairs.second, pairs.similarity, strict=True):
             assert (first, second) not in found
-            found[int(first), int(second)] = float(similarity)
+            found[int(first), int(second)] = float(value)
     return found
 
 
@@ -48,6 +51,30 @@ def _brute(texts: Sequence[str], threshold: float) -> dict[tuple[int, int], floa
 @given(texts_like_each_other, st.sampled_from([0.05, 0.2, 1 / 3, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 1.0]))
 def test_the_search_finds_exactly_the_pairs_that_brute_force_finds(texts: list[str], threshold: float) -> None:
     assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
+
+
+@contextmanager
+def _many_texts() -> Iterator[None]:
+    """Few texts are joined as many are."""
+    with patch.multiple(similarity, _MANY=0, _HIGH=0):
+        yield
+
+
+@given(
+    st.one_of(texts_like_each_other, st.lists(st.text(max_size=8), max_size=8)),
+    st.sampled_from([0.2, 0.5, 2 / 3, 0.75, 0.8, 0.9, 1.0]),
+)
+def test_the_join_of_many_texts_finds_exactly_the_same(texts: list[str], threshold: float) -> None:
+    with _many_texts():
+        assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
+
+
+def test_characters_of_all_scripts_are_told_apart() -> None:
+    """So many different ones that their pairs are numbered by sorting and not by a table."""
+    letters = [chr(c) for c in range(0x21, 0x1FFFF) if chr(c).isalpha()]
+    texts = ["".join(letters[i : i + 4]) for i in range(0, len(letters), 4)]
+    assert len(texts) > 10_000
+    assert _found([*texts, texts[3]], 0.8) == {(len(texts), 3): 1.0}
 
 
 @given(st.text(max_size=12), st.text(max_size=12))
@@ -71,6 +98,9 @@ def test_the_search_misses_nothing_in_long_texts_and_over_many_blocks(threshold:
     assert len(texts) > 600
     assert len(expected) > 100
     assert _found(texts, threshold) == expected
+    if threshold >= 0.7:
+        with _many_texts():
+            assert _found(texts, threshold) == expected
 
 
 @pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not beside this checkout")
@@ -79,7 +109,23 @@ def test_the_search_misses_nothing_in_real_questions(threshold: float) -> None:
     with BANKING77.open(newline="", encoding="utf-8") as file:
         rows = [example(row["text"], row["category"]) for row in csv.DictReader(file)]
     texts = comparison_texts(rows[:2500])
-    assert _found(texts, threshold) == _brute(texts, threshold)
+    expected = _brute(texts, threshold)
+    assert _found(texts, threshold) == expected
+    if threshold >= 0.7:
+        with _many_texts():
+            assert _found(texts, threshold) == expected
+
+
+@pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not beside this checkout")
+def test_duplicates_and_clusters_are_the_same_however_many_rows_there_are() -> None:
+    with BANKING77.open(newline="", encoding="utf-8") as file:
+        rows = [example(row["text"], row["category"]) for row in csv.DictReader(file)]
+    rows = list({row.pair_key: row for row in rows}.values())[:3000]
+    dropped, clusters = find_duplicates(rows, 0, 0.75, Listener()), find_clusters(rows, 0.75, Listener())
+    assert len(dropped) > 20
+    with _many_texts():
+        assert find_duplicates(rows, 0, 0.75, Listener()) == dropped
+        assert find_clusters(rows, 0.75, Listener()) == clusters
 
 
 def test_an_instruction_in_every_input_is_not_compared() -> None:
@@ -184,7 +230,25 @@ def test_clusters_grow_together_over_many_blocks_and_stay_apart() -> None:
     assert find_clusters(rows, 0.8, Listener()) == [name[row.pair_key] for row in rows]
 
 
+def test_the_largest_clusters_come_first_with_two_rows_far_apart() -> None:
+    letters = "".join(random.Random(2).choices("abcdefghijklmnopqrstuvwxyz", k=200))
+    chain = [example(letters[i * 4 : i * 4 + 60], "x") for i in range(30)]
+    pair = [example("a card lost abroad on a Sunday", "x"), example("a card lost abroad on a Sunday!", "y")]
+    rows = [*pair, *chain, *(example(*p) for p in unlike_pairs(20))]
+    names = find_clusters(rows, 0.8, Listener())
+    first, second = largest_clusters(rows, names, 5)
+    assert (first.name, first.rows, first.similarity) == (names[2], 30, 0)
+    assert {names[row] for row in first.ends} == {first.name}
+    assert (second.rows, second.ends) == (2, (0, 1))
+    assert second.similarity == pytest.approx(jaccard(*(row.input_text.casefold() for row in pair)))
+    assert largest_clusters(rows, names, 1) == [first]
+    assert largest_clusters([], [], 3) == []
+
+
 def test_progress_ends_at_the_number_of_examples() -> None:
     listener = Listener()
     find_clusters([example(*pair) for pair in unlike_pairs(300)], 0.8, listener)
+    assert listener.steps == {"clustering": (300, 300)}
+    with _many_texts():
+        find_clusters([example(*pair) for pair in unlike_pairs(300)], 0.8, listener)
     assert listener.steps == {"clustering": (300, 300)}

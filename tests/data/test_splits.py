@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
+from data_helpers import Listener, example, jaccard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.splits import SPLITS, Split, assign_splits
+from tunewright.data.neighbours import find_clusters
+from tunewright.data.splits import SPLITS, Split, assign_splits, join_groups
 from tunewright.errors import UserError
 from tunewright.recipe import DataRecipe
 
@@ -96,3 +98,123 @@ def test_a_split_that_would_be_left_empty_is_refused() -> None:
     former: dict[str, Split] = {f"c{i}-0": "test" for i in range(12)}
     with pytest.raises(UserError, match="no cluster is left for train"):
         assign_splits(_clusters([1] * 12), former, RECIPE, 0)
+
+
+def test_clusters_with_rows_of_one_group_are_joined_by_any_chain() -> None:
+    clusters = {"a": ["a", "a2"], "b": ["b"], "c": ["c"], "d": ["d"], "e": ["e"]}
+    groups = {"d": ["customer=ACME"], "a2": ["customer=ACME", "file=1"], "c": ["file=1"], "b": ["file=2"]}
+    assert join_groups(clusters, groups) == {"a": ["a", "a2", "c", "d"], "b": ["b"], "e": ["e"]}
+    assert join_groups(clusters, {"not a row": ["file=1"], "a": ["file=1"]}) == clusters
+
+
+groupings = st.dictionaries(
+    st.sampled_from([f"c{i}-0" for i in range(12)]), st.lists(st.sampled_from("xyz"), max_size=2), max_size=12
+)
+
+
+@given(groupings, st.randoms())
+def test_joined_clusters_are_the_smallest_that_split_no_cluster_and_no_group(
+    groups: dict[str, list[str]], draw: random.Random
+) -> None:
+    clusters = _clusters([2] * 12)
+    names = list(clusters)
+    draw.shuffle(names)
+    joined = join_groups({name: clusters[name] for name in names}, groups)
+    parts = [set(keys) for keys in clusters.values()]
+    for value in "xyz":
+        parts.append({key for key, values in groups.items() if value in values})
+    merged: list[set[str]] = []
+    for part in parts:
+        touching = [other for other in merged if other & part]
+        merged = [other for other in merged if not other & part] + [part.union(*touching)]
+    assert sorted(map(sorted, joined.values())) == sorted(sorted(part) for part in merged if part)
+    assert all(name == min(key.split("-")[0] for key in keys) for name, keys in joined.items())
+
+
+WORDS = ["card", "cash", "loan", "wire", "fees", "bank", "lost", "late"]
+rows_of_a_version = st.lists(
+    st.tuples(
+        st.lists(st.sampled_from(WORDS), min_size=4, max_size=6).map(" ".join),
+        st.sampled_from(["", "", "", "customer=A", "customer=B", "customer=C"]),
+        st.sampled_from(["yes", "no"]),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(st.lists(rows_of_a_version, min_size=1, max_size=4), st.integers(0, 3), st.booleans())
+def test_no_near_pair_and_no_group_ever_straddles_in_any_sequence_of_versions(
+    batches: list[list[tuple[str, str, str]]], seed: int, by_class: bool
+) -> None:
+    """Every version's rows are clustered, joined and split as a whole; a test row stays a test row for ever."""
+    alone = [(f"{i * 7919:x} {i * 104729:x} {i * 1299709:x}", "", "no") for i in range(1, 40)]
+    texts: dict[str, tuple[str, str, str]] = {}
+    former: dict[str, Split] = {}
+    for batch in [alone, *batches]:
+        for row in batch:
+            texts.setdefault(example(row[0], row[2]).pair_key, row)
+        keys = sorted(texts)
+        names = find_clusters([example(texts[key][0], texts[key][2]) for key in keys], 0.6, Listener())
+        clusters: dict[str, list[str]] = defaultdict(list)
+        for key, name in zip(keys, names, strict=True):
+            clusters[name].append(key)
+        joined = join_groups(clusters, {key: [group] for key, (_, group, _) in texts.items() if group})
+        classes = {key: answer for key, (_, _, answer) in texts.items()}
+        splits = assign_splits(joined, former, RECIPE, seed, classes if by_class else None)
+        now = {key: splits[name] for name, keys in joined.items() for key in keys}
+        for i, a in enumerate(keys):
+            for b in keys[:i]:
+                group = texts[a][1] and texts[a][1] == texts[b][1]
+                if group or jaccard(texts[a][0], texts[b][0]) >= 0.6:
+                    assert now[a] == now[b]
+        assert all(now[key] == "test" for key, split in former.items() if split == "test")
+        assert all(now[key] != "train" for key, split in former.items() if split == "dev")
+        former = now
+
+
+@given(st.lists(st.integers(5, 60), min_size=2, max_size=20), st.integers(0, 3))
+def test_each_class_has_its_share_to_the_row_where_rows_are_single(sizes: list[int], seed: int) -> None:
+    classes = {f"{label}-{i}": str(label) for label, size in enumerate(sizes) for i in range(size)}
+    clusters = {key: [key] for key in classes}
+    splits = assign_splits(clusters, {}, RECIPE, seed, classes)
+    for held_out in ("test", "dev"):
+        counts = Counter(classes[key] for key, split in splits.items() if split == held_out)
+        assert sum(counts.values()) == max(round(0.1 * sum(sizes)), 1)
+        for label, size in enumerate(sizes):
+            assert abs(counts[str(label)] - 0.1 * size) < 1 + 1e-9
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3)), min_size=60, max_size=200), st.integers(0, 3))
+def test_classes_have_their_shares_within_what_whole_clusters_allow(kinds: list[tuple[int, int]], seed: int) -> None:
+    """No further off than the largest cluster is large, and the split as a whole is as full as without classes."""
+    clusters = _clusters([size for size, _ in kinds])
+    classes = {key: str(kind) for (_, kind), keys in zip(kinds, clusters.values(), strict=True) for key in keys}
+    splits = assign_splits(clusters, {}, RECIPE, seed, classes)
+    totals, rows = Counter(classes.values()), _rows(clusters, splits)
+    for held_out in ("test", "dev"):
+        assert 0 <= round(0.1 * sum(totals.values())) - rows[held_out] <= 6
+        counts = Counter(classes[k] for name, keys in clusters.items() for k in keys if splits[name] == held_out)
+        for kind, total in totals.items():
+            assert abs(counts[kind] - 0.1 * total) <= 6
+
+
+def test_a_rare_class_is_not_left_out_of_the_test_by_chance() -> None:
+    classes = {f"r{i}": "rare" for i in range(10)} | {f"o{i}": "often" for i in range(990)}
+    clusters = {key: [key] for key in classes}
+    for seed in range(20):
+        splits = assign_splits(clusters, {}, RECIPE, seed, classes)
+        assert [sum(splits[key] == s for key in classes if classes[key] == "rare") for s in SPLITS] == [8, 1, 1]
+
+
+def test_later_rows_of_a_class_fill_up_what_the_test_lacks_of_it() -> None:
+    clusters = {f"a{i}": [f"a{i}"] for i in range(100)}
+    classes = dict.fromkeys(clusters, "a")
+    first = assign_splits(clusters, {}, RECIPE, 0, classes)
+    more = {f"b{i}": [f"b{i}"] for i in range(100)}
+    both = classes | dict.fromkeys(more, "b")
+    second = assign_splits(clusters | more, first, RECIPE, 0, both)
+    assert {name: second[name] for name in clusters} == first
+    assert Counter((both[name], split) for name, split in second.items()) == {
+        (kind, split): count for kind in "ab" for split, count in (("train", 80), ("dev", 10), ("test", 10))
+    }

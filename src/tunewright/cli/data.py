@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import USER_ERROR, session
+from tunewright.errors import UserError
 
 data_app = typer.Typer(help="Pairs, versions and splits.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -16,14 +18,17 @@ app.add_typer(data_app, name="data")
 
 @data_app.command("add")
 def data_add(
-    files: Annotated[list[Path], typer.Argument(help="JSONL or CSV files of pairs.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Files of pairs: JSON, CSV, Parquet; or saved `datasets` folders.")
+    ],
     input_column: Annotated[
-        str | None, typer.Option("--input", help="CSV: the input's column.", show_default="the recipe's")
+        str | None, typer.Option("--input", help="The input's column or key.", show_default="the recipe's")
     ] = None,
     output_column: Annotated[
-        str | None, typer.Option("--output", help="CSV: the ideal output's column.", show_default="the recipe's")
+        str | None, typer.Option("--output", help="The ideal output's column or key.", show_default="the recipe's")
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out, each named.")] = False,
+    redact: Annotated[bool, typer.Option("--redact", help="Put placeholders for secrets and personal data.")] = False,
     message: Annotated[str, typer.Option("--message", "-m", help="Kept with the version.")] = "",
     project: Folder = HERE,
     json: Json = False,
@@ -35,7 +40,12 @@ def data_add(
     with session(json) as current:
         road = tunewright.open(project, current.reporter)
         result = road.add(
-            files, input_column=input_column, output_column=output_column, skip_bad=skip_bad, message=message
+            files,
+            input_column=input_column,
+            output_column=output_column,
+            skip_bad=skip_bad,
+            redact=redact,
+            message=message,
         )
         what = f"{result.added:,} examples added, {result.known:,} known before, {len(result.duplicates):,} duplicates"
         status = "New version" if result.created else "Nothing new: still version"
@@ -87,18 +97,67 @@ def data_show(
 
 
 @data_app.command("check")
-def data_check(project: Folder = HERE, json: Json = False) -> None:
-    """Encode every row as training would: lengths, trained share, rows too long, rows that cannot be trained on."""
+def data_check(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Files of pairs.", show_default="the current version")
+    ] = None,
+    fix: Annotated[Path | None, typer.Option(help="Write a corrected copy of the one file here.")] = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """All faults of all rows of files; or, without files, what training will see of the current version.
+
+    That is every row encoded: lengths, trained share, rows too long, rows that cannot be trained on.
+    """
     import tunewright
+    from tunewright.cli.data_texts import file_check_text
     from tunewright.cli.token_tables import check_tables
 
     with session(json) as current:
         road = tunewright.open(project, current.reporter)
+        if fix is not None:
+            if files is None or len(files) != 1:
+                raise UserError("--fix corrects one file", where="--fix", fix="Name the file, and one only.")
+            changes = road.fix_file(files[0], fix)
+            left_out = sum(change.left_out for change in changes)
+            told = f"Wrote {fix}: {len(changes) - left_out:,} changes, {left_out:,} rows left out"
+            document = {"out": str(fix), "changes": [asdict(change) for change in changes]}
+            current.show(document, "\n".join([*map(str, changes), told]))
+            return
+        if files is not None:
+            checked = road.check_files(files)
+            current.show(checked.as_dict(), file_check_text(checked))
+            if not checked.ok:
+                raise typer.Exit(USER_ERROR)
+            return
         report = road.check()
         dropping = road.project.recipe.train.too_long == "drop"
         current.show(report.as_dict(), *check_tables(report, dropping=dropping))
         if report.refused(dropping=dropping):
             raise typer.Exit(USER_ERROR)
+
+
+@data_app.command("leak")
+def data_leak(
+    evaluation: Annotated[
+        Path | None, typer.Argument(help="An evaluation: its scores by distance are shown too.", show_default="none")
+    ] = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """How near each held-out row is to its nearest training row, and what a random split would have leaked."""
+    import tunewright
+    from tunewright.cli.data_texts import leak_text
+    from tunewright.data.leak import score_by_distance
+    from tunewright.evaluation.evidence import load_items
+
+    with session(json) as current:
+        road = tunewright.open(project, current.reporter)
+        report = road.leak()
+        items = load_items(road.evaluation(evaluation)) if evaluation is not None else []
+        bands = score_by_distance(items, report) if items else []
+        document = {**report.as_dict(), "bands": [band.as_dict() for band in bands]}
+        current.show(document, leak_text(report, bands))
 
 
 @data_app.command("log")

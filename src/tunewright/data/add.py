@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tunewright.data import notices
+from tunewright.data import notices, secrets
+from tunewright.data.edits import replaced
 from tunewright.data.examples import Example
-from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs
+from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
+from tunewright.data.labels import class_like
 from tunewright.data.neighbours import find_clusters, find_duplicates
 from tunewright.data.notices import Conflict, Duplicate, Move
 from tunewright.data.splits import SPLITS, Split, assign_splits
@@ -30,7 +32,6 @@ from tunewright.data.versions import (
     save_version,
     short,
 )
-from tunewright.disk import file_digest
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -52,6 +53,10 @@ class AddResult:
     conflicts: tuple[Conflict, ...]
     moved: tuple[Move, ...]
     skipped: tuple[Fault, ...]
+    redacted: dict[str, int]
+    """How many secrets and personal data, by kind, placeholders took the place of."""
+    personal: dict[str, int]
+    """How much personal data, by kind, was left in."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
@@ -67,6 +72,7 @@ class _Merge:
     first: dict[str, SourceRow]  # where each new pair key was read first, dropped ones included
     dropped: dict[str, tuple[str, float]]  # new pair key: the kept one that it repeats, and their similarity
     reweighted: dict[str, str]  # new pair key: the parent's one of the same turns, other weights, that it replaces
+    edited: dict[str, str]  # pair key that an edit has replaced since: what came of it
 
     @property
     def former(self) -> dict[str, Split]:
@@ -82,7 +88,13 @@ class _Merge:
 
 
 def add(
-    project: Project, files: Sequence[Path], reporter: Reporter, *, skip_bad: bool = False, message: str = ""
+    project: Project,
+    files: Sequence[Path],
+    reporter: Reporter,
+    *,
+    skip_bad: bool = False,
+    redact: bool = False,
+    message: str = "",
 ) -> AddResult:
     """Add files of pairs to the project's dataset; rows that it has already change nothing.
 
@@ -91,11 +103,12 @@ def add(
         files: files that ``read_pairs`` reads.
         reporter: is warned of all that is left out, moved or doubtful.
         skip_bad: leave faulty rows out, each named, instead of refusing.
+        redact: put placeholders for secrets and personal data, instead of refusing secrets.
         message: kept with the version.
 
     Raises:
-        UserError: faulty rows (all are listed), a file that cannot be read, too few rows to split, a dataset that was
-            changed by hand, a full disk. The dataset is then as it was.
+        UserError: faulty rows (all are listed), secrets (named by place, never by value), a file that cannot be read,
+            too few rows to split, a dataset that was changed by hand, a full disk. The dataset is then as it was.
     """
     readings = _read(files, project.recipe, reporter)
     skipped = [fault for reading in readings for fault in reading.faults]
@@ -104,6 +117,14 @@ def add(
     if skipped:
         reporter.warn(notices.skipped(skipped))
     rows = [row for reading in readings for row in reading.rows]
+    redacted: Counter[str] = Counter()
+    if redact:
+        rows, redacted = _redacted(rows, reporter)
+    found = secrets.scan([(f"{row.source}:{row.line}", row.example) for row in rows], reporter)
+    if found.of("secret"):
+        raise secrets.blocked(found)
+    if found.of("personal"):
+        reporter.warn(secrets.warned(found))
     with locked(project.dataset):
         merge = _merge(project.dataset, rows, project.recipe.data.similarity, reporter)
         members = _members(merge, project.recipe, reporter)
@@ -126,7 +147,7 @@ def add(
                 reporter,
             )
             notices.warn_of_contents(members, conflicts, moved, merge.first.keys(), reporter)
-            save_version(project.dataset, version, members, _imports(rows, fates, skipped, sources), reporter)
+            version = save_version(project.dataset, version, members, _imports(rows, fates, skipped, sources), reporter)
         else:
             assert merge.parent is not None
             version = merge.parent.manifest
@@ -141,13 +162,36 @@ def add(
         conflicts=conflicts,
         moved=moved,
         skipped=tuple(skipped),
+        redacted=dict(redacted),
+        personal=dict(found.counts),
     )
 
 
+def _redacted(rows: Sequence[SourceRow], reporter: Reporter) -> tuple[list[SourceRow], Counter[str]]:
+    done: list[SourceRow] = []
+    counts: Counter[str] = Counter()
+    with reporter.task("redacting", len(rows), "rows") as task:
+        for row in rows:
+            example, of_row = secrets.redact(row.example)
+            counts.update(of_row)
+            done.append(replace(row, example=example))
+            task.advance()
+    if counts:
+        told = ", ".join(f"{count:,} {secrets.LABELS[kind]}" for kind, count in sorted(counts.items()))
+        reporter.say(f"Placeholders put for {told}")
+    return done, counts
+
+
 def _read(files: Sequence[Path], recipe: Recipe, reporter: Reporter) -> list[Reading]:
+    if recipe.data.groups:
+        raise UserError(
+            "versions do not keep groups yet, so the split could not keep them together",
+            where="data.groups",
+            fix="Name these keys in data.ignore, and put the rows of one group into one split by other means.",
+        )
     if not files:
         raise UserError("no file to add", fix="Name one or more files of pairs, or list them in data.sources.")
-    size = sum(path.stat().st_size for path in files if path.is_file())
+    size = sum(source_size(path) for path in files)
     with reporter.task("reading", size, "bytes") as task:
         readings = [read_pairs(path, recipe.data, task) for path in files]
     for reading in readings:
@@ -159,9 +203,11 @@ def _read(files: Sequence[Path], recipe: Recipe, reporter: Reporter) -> list[Rea
 def _merge(dataset: Path, rows: Sequence[SourceRow], similarity: float, reporter: Reporter) -> _Merge:
     parent = load_version(dataset) if has_version(dataset) else None
     known = {m.key: m.example for m in parent.members} if parent else {}
+    replacing = replaced(dataset, parent.manifest) if parent else {}
+    edited = {old: now for old, now in replacing.items() if old not in known and now in known}
     first: dict[str, SourceRow] = {}
     for row in rows:
-        if row.example.pair_key not in known:
+        if row.example.pair_key not in known and row.example.pair_key not in edited:
             first.setdefault(row.example.pair_key, row)
     again = {_turns(row.example) for row in rows if row.example.pair_key in known}
     there = {_turns(example): key for key, example in known.items() if _turns(example) not in again}
@@ -178,7 +224,7 @@ def _merge(dataset: Path, rows: Sequence[SourceRow], similarity: float, reporter
     repeats = find_duplicates(examples, len(known) + len(reweighted), similarity, reporter)
     dropped = {keys[row]: (keys[repeat.of], repeat.similarity) for row, repeat in repeats.items()}
     kept = {key: example for key, example in zip(keys, examples, strict=True) if key not in dropped}
-    return _Merge(parent, kept, first, dropped, reweighted)
+    return _Merge(parent, kept, first, dropped, reweighted, edited)
 
 
 def _turns(example: Example) -> tuple[tuple[str, str], ...]:
@@ -191,7 +237,9 @@ def _members(merge: _Merge, recipe: Recipe, reporter: Reporter) -> list[Member]:
     clusters: dict[str, list[str]] = defaultdict(list)
     for key, name in zip(keys, names, strict=True):
         clusters[name].append(key)
-    splits = assign_splits(clusters, merge.former, recipe.data, recipe.seed)
+    outputs = {key: merge.kept[key].output.strip() for key in keys}
+    class_of = outputs if class_like(list(outputs.values())) else None
+    splits = assign_splits(clusters, merge.former, recipe.data, recipe.seed, class_of)
     return [Member(merge.kept[key], key, splits[name], name) for key, name in zip(keys, names, strict=True)]
 
 
@@ -199,7 +247,7 @@ def _fate(row: SourceRow, merge: _Merge) -> dict[str, Any]:
     """What became of a row, as imports.jsonl tells it: known, duplicate (of which, how similar) or added."""
     key = row.example.pair_key
     if key not in merge.first:
-        return {"fate": "known", "key": key}
+        return {"fate": "known", "key": merge.edited.get(key, key)}
     if key in merge.dropped:
         of, similarity = merge.dropped[key]
         return {"fate": "duplicate", "key": key, "of": of, "similarity": round(similarity, 4)}
@@ -273,7 +321,7 @@ def _sources(files: Sequence[Path], readings: Sequence[Reading], root: Path) -> 
     for path, reading in zip(files, readings, strict=True):
         full, home = path.resolve(), root.resolve()
         name = full.relative_to(home).as_posix() if full.is_relative_to(home) else path.name
-        sha256 = file_digest(path)
+        sha256 = source_digest(path)
         if any(other != str(path) and source.name == name for other, source in sources.items()):
             name = f"{name}@{sha256[:8]}"  # two files of one name, from different folders
         sources[str(path)] = Source(name=name, sha256=sha256, rows=len(reading.rows))
@@ -291,6 +339,7 @@ def _imports(
         {"source": sources[row.source].name, "line": row.line, **fate} for row, fate in zip(rows, fates, strict=True)
     ]
     lines += [
-        {"source": sources[f.source].name, "line": f.line, "fate": "skipped", "reason": f.reason} for f in skipped
+        {"source": sources[f.source].name, "line": f.line, "fate": "skipped", "code": f.code, "reason": f.reason}
+        for f in skipped
     ]
     return sorted(lines, key=lambda line: (line["source"], line["line"]))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunewright.data.edits import replaced
 from tunewright.data.versions import DatasetVersion, Member, import_files
 from tunewright.errors import UserError
 
@@ -41,7 +42,8 @@ def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str
         raise UserError(f"no row came from line {line} of {source}; its last row is at line {last}", where="ROW")
     if found["fate"] == "skipped":
         raise UserError(f"the row was left out: {found['reason']}", where=f"{file}:{line}")
-    return str(found.get("of", found["key"]))
+    key = str(found.get("of", found["key"]))
+    return replaced(dataset, version.manifest).get(key, key)
 
 
 def _source(file: str, sources: Sequence[str], root: Path) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from tunewright.data.examples import Example
-from tunewright.data.similarity import Indices, Mask, near_pairs
+from tunewright.data.partition import Indices, Mask
+from tunewright.data.similarity import near_pairs, shingle_matrix, similarities
 from tunewright.progress import Reporter
 
 
@@ -111,7 +114,8 @@ def find_clusters(examples: Sequence[Example], threshold: float, reporter: Repor
         mask: Mask = labels[first] != labels[second]  # already linked: one link more changes nothing
         return mask
 
-    for pairs in near_pairs(comparison_texts(examples), threshold, wanted, reporter, "clustering"):
+    texts = comparison_texts(examples)
+    for pairs in near_pairs(texts, threshold, wanted, reporter, "clustering", links_first=True):
         # A label is the number of a row in the cluster; a link to it stands for all links of earlier blocks.
         ends = (np.concatenate([np.arange(count), pairs.first]), np.concatenate([labels, pairs.second]))
         links = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(count, count))
@@ -121,3 +125,53 @@ def find_clusters(examples: Sequence[Example], threshold: float, reporter: Repor
     for label, example in zip(labels.tolist(), examples, strict=True):
         names[label] = min(names.get(label, example.pair_key), example.pair_key)
     return [names[label] for label in labels.tolist()]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A cluster of several rows, and two of them that have little in common: how far its chains reach.
+
+    Attributes:
+        name: the cluster's name.
+        rows: how many it has.
+        ends: numbers of two rows far apart.
+        similarity: Jaccard similarity of the two; below the threshold only where a chain links them.
+    """
+
+    name: str
+    rows: int
+    ends: tuple[int, int]
+    similarity: float
+
+
+def largest_clusters(examples: Sequence[Example], clusters: Sequence[str], count: int) -> list[Family]:
+    """The largest clusters of more than one row, the largest first, each with two of its least similar rows.
+
+    The two are found in two sweeps, as the ends of a tree's longest path are: the row least like the first, then the
+    row least like that one. There may be two that are still less alike.
+
+    Args:
+        examples: all rows.
+        clusters: each row's cluster, as from ``find_clusters`` or joined further.
+        count: how many at most.
+    """
+    sizes = Counter(clusters)
+    names = [name for name in sorted(sizes, key=lambda n: (-sizes[n], n))[:count] if sizes[name] > 1]
+    texts = comparison_texts(examples) if names else []
+    families = []
+    for name in names:
+        rows = [row for row, cluster in enumerate(clusters) if cluster == name]
+        matrix = shingle_matrix([texts[row] for row in rows])
+        one, _ = _least_like(matrix, 0)
+        other, similarity = _least_like(matrix, one)
+        ends = sorted((rows[one], rows[other]))
+        families.append(Family(name, len(rows), (ends[0], ends[1]), similarity))
+    return families
+
+
+def _least_like(matrix: Any, row: int) -> tuple[int, float]:
+    """The other row of a shingle matrix that is least similar to this one, and how similar it is."""
+    similarity = similarities(matrix[[row]], matrix).toarray()[0]
+    similarity[row] = np.inf
+    least = int(np.argmin(similarity))
+    return least, float(similarity[least])

@@ -7,8 +7,10 @@ a file only ever gains rows, so every version can be read at any time, after a c
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunewright.data.checks import RowError, parse_json_row
@@ -18,6 +20,73 @@ from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
 _RESTORE = "Restore the file, from git for example."
+_KEY = re.compile(rb'"key":"([0-9a-f]{64})"')
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a file of rows, as it was written; ``line`` counts from 1."""
+
+    line: int
+    key: str
+    example: Example
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """One line that is not what was written: why, and the keys that it claims or that its text has."""
+
+    line: int
+    keys: tuple[str, ...]
+    reason: str
+    fix: str = _RESTORE
+
+
+def row_line(key: str, example: Example) -> str:
+    """The one spelling of a row, without the line break."""
+    return canonical_json({"key": key, "messages": [m.as_dict() for m in example.messages]})
+
+
+def rows_text(examples: Mapping[str, Example]) -> str:
+    """A file of rows, sorted by pair key; empty where there are none."""
+    return "".join(row_line(key, example) + "\n" for key, example in sorted(examples.items()))
+
+
+def scan_rows(data: bytes) -> Iterator[Row | BadRow]:
+    """Every line of a file of rows, each checked against its key and its spelling."""
+    for number, line in enumerate(data.splitlines(), start=1):
+        claimed = tuple(key.decode() for key in _KEY.findall(line))
+        try:
+            row = parse_json_row(line)
+            key, example = row["key"], Example.from_dicts(row["messages"])
+            actual = example.pair_key
+            spelled = row_line(key, example).encode()
+        # ValueError: half a surrogate pair, which no encoding can hold
+        except (RowError, KeyError, TypeError, AttributeError, ValueError) as error:
+            yield BadRow(number, claimed, f"not a row of a dataset ({error})")
+            continue
+        if actual != key:
+            keys = tuple(sorted({*claimed, actual}))
+            reason = f"the row {json.dumps(key)} was changed: its text has the key {actual}"
+            yield BadRow(number, keys, reason, f"{_RESTORE} To change an example, add the new pair as a row of a file.")
+        elif spelled != line:
+            yield BadRow(number, (key,), f"the row {json.dumps(key)} was changed: it was written in another spelling")
+        else:
+            yield Row(number, key, example)
+
+
+def parse_rows(data: bytes, where: str) -> dict[str, Example]:
+    """The examples in a file of rows, by pair key; ``where`` names the file in errors.
+
+    Raises:
+        UserError: naming line and key: a row is not what its key says.
+    """
+    rows: dict[str, Example] = {}
+    for row in scan_rows(data):
+        if isinstance(row, BadRow):
+            raise UserError(row.reason, where=f"{where}:{row.line}", fix=row.fix)
+        rows[row.key] = row.example
+    return rows
 
 
 def write_rows(folder: Path, examples: Mapping[str, Example], reporter: Reporter) -> None:
@@ -28,13 +97,9 @@ def write_rows(folder: Path, examples: Mapping[str, Example], reporter: Reporter
     with reporter.task("saving rows", len(shards), "files") as task:
         for prefix, rows in sorted(shards.items()):
             path = folder / f"{prefix}.jsonl"
-            there = _read_shard(path) if path.exists() else {}
+            there = parse_rows(path.read_bytes(), str(path)) if path.exists() else {}
             if rows.keys() - there.keys():
-                lines = [
-                    canonical_json({"key": key, "messages": [m.as_dict() for m in example.messages]})
-                    for key, example in sorted((rows | there).items())
-                ]
-                write_text(path, "\n".join(lines) + "\n")
+                write_text(path, rows_text(rows | there))
             task.advance()
 
 
@@ -52,29 +117,9 @@ def read_rows(folder: Path, keys: Iterable[str]) -> dict[str, Example]:
         path = folder / f"{prefix}.jsonl"
         if not path.is_file():
             raise UserError("rows of the dataset are missing: no such file", where=str(path), fix=_RESTORE)
-        shard = _read_shard(path)
+        shard = parse_rows(path.read_bytes(), str(path))
         lost = sorted(mine - shard.keys())
         if lost:
             raise UserError(f"the row {lost[0]} is missing", where=str(path), fix=_RESTORE)
         found |= {key: shard[key] for key in mine}
     return found
-
-
-def _read_shard(path: Path) -> dict[str, Example]:
-    rows: dict[str, Example] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        where = f"{path}:{number}"
-        try:
-            row = parse_json_row(line)
-            key, example = row["key"], Example.from_dicts(row["messages"])
-            actual = example.pair_key
-        except (RowError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"not a row of a dataset ({error})", where=where, fix=_RESTORE) from None
-        if actual != key:
-            raise UserError(
-                f"the row {json.dumps(key)} was changed: its text has the key {actual}",
-                where=where,
-                fix=f"{_RESTORE} To change an example, add the new pair as a row of a file.",
-            )
-        rows[key] = example
-    return rows

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import heapq
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 from tunewright.errors import UserError
@@ -15,8 +17,43 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 MINIMUM_CLUSTERS = 10  # with fewer, a tenth of them is less than one
 
 
+def join_groups(clusters: Mapping[str, Sequence[str]], group_of: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
+    """Clusters joined wherever rows share a group value, by any chain of rows and values.
+
+    Args:
+        clusters: cluster name to the pair keys in it.
+        group_of: pair key to its group values, such as "customer=ACME". Keys in no cluster (dropped duplicates) count
+            for nothing; pass those of earlier versions' rows too, or their groups are forgotten.
+
+    Returns:
+        The joined clusters, each named by the first of its parts' names: as those are their smallest pair keys, so is
+        this.
+    """
+    parent = {name: name for name in clusters}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    holder: dict[str, str] = {}
+    for name, keys in clusters.items():
+        for value in (value for key in keys for value in group_of.get(key, ())):
+            one, other = sorted((root(name), root(holder.setdefault(value, name))))
+            parent[other] = one
+    joined: dict[str, list[str]] = {}
+    for name, keys in clusters.items():
+        joined.setdefault(root(name), []).extend(keys)
+    return joined
+
+
 def assign_splits(
-    clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split], data: DataRecipe, seed: int
+    clusters: Mapping[str, Sequence[str]],
+    former: Mapping[str, Split],
+    data: DataRecipe,
+    seed: int,
+    class_of: Mapping[str, str] | None = None,
 ) -> dict[str, Split]:
     """The split of every cluster.
 
@@ -29,29 +66,31 @@ def assign_splits(
         former: the split of each pair key in the version before.
         data: the shares of dev and test.
         seed: decides the order of new clusters.
+        class_of: the class of each pair key, to give each class its share too, as far as whole clusters and the
+            splits that are settled allow; None: not stratified.
 
     Raises:
         UserError: too few clusters for three splits.
     """
     if len(clusters) < MINIMUM_CLUSTERS:
         raise _too_few(clusters)
-    splits: dict[str, Split] = {}
-    for name, keys in clusters.items():
-        before = {former[key] for key in keys if key in former}
-        for split in ("test", "dev", "train"):
-            if split in before:
-                splits[name] = split
-                break
+    splits = _settled(clusters, former)
     free = sorted(clusters.keys() - splits.keys(), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     total = sum(len(keys) for keys in clusters.values())
     goals: tuple[tuple[Split, float], ...] = (("test", data.test), ("dev", data.dev))
     for split, share in goals:
-        held = sum(len(clusters[name]) for name, s in splits.items() if s == split)
+        held = [name for name, s in splits.items() if s == split]
+        room = round(share * total) - sum(len(clusters[name]) for name in held)
         # Each split that still has nothing keeps a claim on one of the free clusters.
-        claims = len({"train", "dev", "test"} - {split} - set(splits.values()))
-        for name in _fill(free, clusters, round(share * total) - held, len(free) - claims, must=held == 0):
-            splits[name] = split
-            free.remove(name)
+        most = len(free) - len({"train", "dev", "test"} - {split} - set(splits.values()))
+        if class_of is None:
+            taken = _fill(free, clusters, room, most, lambda _: True)
+        else:
+            taken = _fill_by_class(free, clusters, room, most, _Classes(clusters, class_of, share, held))
+        if not held and not taken and most > 0:
+            taken = [min(free, key=lambda name: len(clusters[name]))]
+        splits |= dict.fromkeys(taken, split)
+        free = [name for name in free if name not in splits]
     splits |= dict.fromkeys(free, "train")
     for split in SPLITS:
         if split not in splits.values():
@@ -62,15 +101,88 @@ def assign_splits(
     return splits
 
 
-def _fill(free: Sequence[str], clusters: Mapping[str, Sequence[str]], room: int, most: int, *, must: bool) -> list[str]:
-    """Which free clusters go into a split with room for so many rows; at least one if it ``must`` not stay empty."""
+def _settled(clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split]) -> dict[str, Split]:
+    """The split of each cluster that has rows of the version before."""
+    splits: dict[str, Split] = {}
+    for name, keys in clusters.items():
+        before = {former[key] for key in keys if key in former}
+        for split in ("test", "dev", "train"):
+            if split in before:
+                splits[name] = split
+                break
+    return splits
+
+
+def _fill(
+    free: Sequence[str], clusters: Mapping[str, Sequence[str]], room: int, most: int, allowed: Callable[[str], bool]
+) -> list[str]:
+    """Which free clusters go into a split with room for so many rows: in their order, each that fits."""
     taken: list[str] = []
     for name in free:
-        if len(clusters[name]) <= room and len(taken) < most:
+        if len(clusters[name]) <= room and len(taken) < most and allowed(name):
             taken.append(name)
             room -= len(clusters[name])
-    if must and not taken and most > 0:
-        taken = [min(free, key=lambda name: len(clusters[name]))]
+    return taken
+
+
+class _Classes:
+    """How many rows of each class one split still lacks."""
+
+    def __init__(
+        self,
+        clusters: Mapping[str, Sequence[str]],
+        class_of: Mapping[str, str],
+        share: float,
+        held: Sequence[str],
+    ) -> None:
+        self.counts = {name: Counter(class_of[key] for key in keys) for name, keys in clusters.items()}
+        totals: Counter[str] = Counter()
+        for counts in self.counts.values():
+            totals.update(counts)
+        self.lacking = {label: share * count for label, count in totals.items()}
+        for name in held:
+            self.take(name)
+
+    def take(self, name: str) -> None:
+        for label, count in self.counts[name].items():
+            self.lacking[label] -= count
+
+    def take_if_lacking(self, name: str) -> bool:
+        """Take a cluster if no class of it gets more than its share."""
+        fits = all(count <= self.lacking[label] + 1e-9 for label, count in self.counts[name].items())
+        if fits:
+            self.take(name)
+        return fits
+
+    def cost(self, name: str) -> float:
+        """How much further from their shares the cluster would bring its classes, in squared rows."""
+        return sum(count * (count - 2 * self.lacking[label]) for label, count in self.counts[name].items())
+
+
+def _fill_by_class(
+    free: Sequence[str], clusters: Mapping[str, Sequence[str]], room: int, most: int, classes: _Classes
+) -> list[str]:
+    """As ``_fill``, but first only what no class has too much of, then what brings the classes nearest to their shares.
+
+    The second round is the largest remainder method where clusters are single rows: it deals out the rows that are left
+    when every class has its share rounded down.
+    """
+    taken = _fill(free, clusters, room, most, classes.take_if_lacking)
+    room -= sum(len(clusters[name]) for name in taken)
+    gone = set(taken)
+    rest = [(classes.cost(name), place, name) for place, name in enumerate(free) if name not in gone]
+    heapq.heapify(rest)
+    while rest and room > 0 and len(taken) < most:
+        cost, place, name = heapq.heappop(rest)
+        if len(clusters[name]) > room:
+            continue
+        now = classes.cost(name)
+        if now > cost:  # others of its classes were taken since: its turn comes later
+            heapq.heappush(rest, (now, place, name))
+            continue
+        classes.take(name)
+        taken.append(name)
+        room -= len(clusters[name])
     return taken
 
 

@@ -1,0 +1,178 @@
+"""Versions as code: ``data diff``, ``blame``, ``where``, ``checkout``, ``export``, ``push``, ``pull``, ``verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tunewright.cli.app import HERE, Folder, Json
+from tunewright.cli.console import session
+from tunewright.cli.data import data_app
+
+if TYPE_CHECKING:
+    from tunewright.data.changes import Blame
+    from tunewright.data.remote import Transfer
+
+FAILED = 1
+
+# As in data.export and data.splits, which are too heavy to import for --help.
+Format = Literal["chat", "alpaca", "csv", "parquet"]
+Split = Literal["train", "dev", "test"]
+
+Row = Annotated[str, typer.Argument(help="The first digits of the row's key, or FILE:LINE of an added file.")]
+Version = Annotated[
+    str | None, typer.Option("--version", help="A version's digest, or its beginning.", show_default="the current one")
+]
+Url = Annotated[str, typer.Argument(help="A folder, or any URL that fsspec knows: s3://bucket/prefix, …")]
+
+
+@data_app.command("diff")
+def data_diff(
+    a: Annotated[str, typer.Argument(help="The version before: its digest, or the beginning of it.")],
+    b: Annotated[str | None, typer.Argument(help="The version after.", show_default="the current one")] = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """What differs between two versions, and whether scores on the one can be compared with scores on the other."""
+    import tunewright
+    from tunewright.data.change_text import diff_text
+    from tunewright.data.changes import diff
+
+    with session(json) as current:
+        road = tunewright.open(project, current.reporter)
+        found = diff(road.version(a), road.version(b))
+        current.show(found.as_dict(), diff_text(found))
+
+
+@data_app.command("blame")
+def data_blame(row: Row, project: Folder = HERE, json: Json = False) -> None:
+    """How a row came into the dataset: which version brought it, from where, when and by whom."""
+    import tunewright
+    from tunewright.data.changes import blame
+
+    with session(json) as current:
+        road = tunewright.open(project, current.reporter)
+        found = blame(road.project.dataset, road.version(), road.row(row).key)
+        current.show(found.as_dict(), _blame_text(found))
+
+
+def _blame_text(found: Blame) -> str:
+    version = found.version
+    lines = [
+        f"row {found.key[:12]}, version {version.digest[:12]} of {version.created}"
+        + (f", by {version.author}" if version.author else "")
+        + (f": {version.message}" if version.message else "")
+    ]
+    if found.source is not None:
+        lines.append(f"from {found.source}:{found.line}")
+    lines += [f"reviewed by {', '.join(found.reviewers)}"] if found.reviewers else []
+    lines += [f"in place of {key[:12]}, the same input with another output" for key in found.edit_of]
+    lines += [f"beside {key[:12]}, the same input with another output" for key in found.beside]
+    if found.older_missing:
+        lines.append(f"or from an older version: {found.older_missing[:12]}, its parent, is not here")
+    return "\n".join(lines)
+
+
+@data_app.command("where")
+def data_where(row: Row, project: Folder = HERE, json: Json = False) -> None:
+    """Which adapters were trained on a row."""
+    import tunewright
+    from tunewright.data.changes import trained_on, where
+
+    with session(json) as current:
+        road = tunewright.open(project, current.reporter)
+        key = road.row(row).key
+        found = where(road.project.dataset, road.project.adapters, key)
+        lines = [f"{s.adapter}: {s.use}{f' ({s.reason})' if s.reason else ''}" for s in found]
+        current.show(
+            {"key": key, "trained_on": trained_on(found), "adapters": [s.as_dict() for s in found]},
+            "\n".join(lines) if lines else "No adapter has been trained yet.",
+        )
+
+
+@data_app.command("checkout")
+def data_checkout(
+    version: Annotated[str, typer.Argument(help="The version's digest, or its beginning.")],
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Make a version that is there the current one."""
+    import tunewright
+    from tunewright.cli.tables import version_table
+    from tunewright.data.versions import checkout
+
+    with session(json) as current:
+        manifest = checkout(tunewright.open(project, current.reporter).project.dataset, version)
+        current.show(manifest.model_dump(mode="json"), version_table([manifest]))
+
+
+@data_app.command("export")
+def data_export(
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    form: Annotated[Format, typer.Option("--format", help="What the other tool reads.")] = "chat",
+    split: Annotated[Split | None, typer.Option(help="One split.", show_default="all")] = None,
+    version: Version = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Write a version, or one split of it, as a file for other tools."""
+    import tunewright
+
+    with session(json) as current:
+        written = tunewright.open(project, current.reporter).export(out, form, split=split, version=version)
+        current.show(written.as_dict(), f"Wrote {written.rows:,} rows of version {written.version[:12]} to {out}")
+
+
+@data_app.command("push")
+def data_push(url: Url, project: Folder = HERE, json: Json = False) -> None:
+    """Copy the current version, and those that it was made from, to a folder or bucket that a team shares."""
+    import tunewright
+    from tunewright.data.remote import push
+
+    with session(json) as current:
+        road = tunewright.open(project, current.reporter)
+        done = push(road.project.dataset, url, current.reporter)
+        current.show(done.as_dict(), _transfer_text(done, f"{url} is"))
+
+
+@data_app.command("pull")
+def data_pull(url: Url, project: Folder = HERE, json: Json = False) -> None:
+    """Copy the current version from a folder or bucket that a team shares, verified, and make it current here."""
+    import tunewright
+    from tunewright.data.remote import pull
+
+    with session(json) as current:
+        road = tunewright.open(project, current.reporter)
+        done = pull(road.project.dataset, url, current.reporter)
+        current.show(done.as_dict(), _transfer_text(done, "This side is"))
+
+
+def _transfer_text(done: Transfer, other: str) -> str:
+    if done.ahead:
+        return f"{other} {done.ahead} versions ahead: nothing to do."
+    if not done.versions:
+        return f"Nothing to do: both sides are at version {done.head[:12]}."
+    names = ", ".join(digest[:12] for digest in done.versions)
+    return f"Copied {names}: {done.rows:,} new rows, {done.bytes:,} bytes. Both sides are at version {done.head[:12]}."
+
+
+@data_app.command("verify")
+def data_verify(project: Folder = HERE, json: Json = False) -> None:
+    """Check every row and every version against its digest. Exit code 1 where something is not as it was written."""
+    import tunewright
+    from tunewright.data.verify import verify
+
+    with session(json) as current:
+        road = tunewright.open(project, current.reporter)
+        found = verify(road.project.dataset, current.reporter)
+        if found.unsealed:
+            names = ", ".join(digest[:12] for digest in found.unsealed)
+            current.reporter.warn(f"Of an earlier tunewright, so that no digest covers manifest and imports: {names}")
+        told = f"{found.rows:,} rows, {found.versions:,} versions"
+        current.show(
+            found.as_dict(), f"{told}: all as written." if found.ok else "\n".join([told, *map(str, found.damage)])
+        )
+        if not found.ok:
+            raise typer.Exit(FAILED)

@@ -1,0 +1,210 @@
+"""Answers that reviewers wrote become a new dataset version."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tunewright.data.examples import Example
+from tunewright.data.reviews import REVIEWS_FILE, Judged, Reviews, read_reviews
+from tunewright.data.splits import SPLITS
+from tunewright.data.versions import (
+    DatasetVersion,
+    Manifest,
+    Member,
+    Source,
+    import_files,
+    keys_digest,
+    load_version,
+    locked,
+    members_digest,
+    save_version,
+    short,
+)
+from tunewright.disk import file_digest
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+from tunewright.project import Project
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A row that got a better answer: its former and its present pair key, who wrote it and on which line of the log.
+
+    ``collapsed``: the version had the pair with that answer already, so two rows became one.
+    """
+
+    before: str
+    now: str
+    reviewers: tuple[str, ...]
+    line: int
+    collapsed: bool
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """The new version, which is current, and the rows in it that were edited."""
+
+    version: Manifest
+    edited: tuple[Edited, ...]
+    disputed: tuple[str, ...]
+    """Pair keys that reviewers gave different answers, or that another called right: left as they are."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as ``--json`` prints it."""
+        return {
+            "version": self.version.model_dump(mode="json"),
+            "edited": [asdict(edit) for edit in self.edited],
+            "disputed": list(self.disputed),
+        }
+
+
+def apply_edits(project: Project, reporter: Reporter, *, message: str = "") -> EditResult:
+    """Make a version of the current one in which edited rows have their new answer; splits stay as they are.
+
+    A row's cluster depends on its input alone, so an edit moves nothing. Where the pair with the new answer is there
+    already, the two rows become one, and this is told.
+
+    Raises:
+        UserError: there is no edit of a row of the current version, or the dataset cannot be read or written.
+    """
+    dataset = project.dataset
+    with locked(dataset):
+        parent = load_version(dataset)
+        reviews = read_reviews(dataset)
+        chosen, disputed = _chosen(reviews, parent)
+        if disputed:
+            named = ", ".join(short(key) for key in disputed[:10])
+            reporter.warn(f"{len(disputed):,} edited rows are left as they are, because reviewers disagree: {named}")
+        if not chosen:
+            raise UserError(
+                "no row of the current version has an edit that reviewers agree on",
+                where=str(dataset / REVIEWS_FILE),
+                fix="`tunewright data review` records them, with the key e.",
+            )
+        members, edited = _apply(parent, chosen, reviews)
+        collapsed = [e for e in edited if e.collapsed]
+        if collapsed:
+            named = ", ".join(f"{short(e.before)} became {short(e.now)}" for e in collapsed[:10])
+            reporter.warn(f"{len(collapsed):,} edited rows repeat a row that is there, so they became one: {named}")
+        names = sorted({name for e in edited for name in e.reviewers})
+        own = f"{len(edited):,} answers edited in review ({', '.join(names)})"
+        source = Source(
+            name=f"{dataset.name}/{REVIEWS_FILE}", sha256=file_digest(dataset / REVIEWS_FILE), rows=len(edited)
+        )
+        version = _manifest(parent, members, source, f"{own}: {message}" if message else own, len(collapsed))
+        version = save_version(dataset, version, members, _imports(edited, source), reporter)
+    return EditResult(version, tuple(edited), tuple(disputed))
+
+
+def _chosen(reviews: Reviews, version: DatasetVersion) -> tuple[dict[str, list[Judged]], list[str]]:
+    """The edits that all who judged a row agree on, by pair key; and the keys of those that they don't."""
+    chosen: dict[str, list[Judged]] = {}
+    disputed: list[str] = []
+    for member in version.members:
+        said = [judged for judged in reviews.standing(member.key).values() if judged.verdict != "skip"]
+        edits = [judged for judged in said if judged.verdict == "edit"]
+        if not edits:
+            continue
+        if any(judged.verdict == "right" for judged in said) or len({judged.output for judged in edits}) > 1:
+            disputed.append(member.key)
+        else:
+            chosen[member.key] = edits
+    return chosen, disputed
+
+
+def _apply(
+    parent: DatasetVersion, chosen: dict[str, list[Judged]], reviews: Reviews
+) -> tuple[list[Member], list[Edited]]:
+    members = {m.key: m for m in parent.members if m.key not in chosen}
+    edited: list[Edited] = []
+    for member in parent.members:
+        if member.key not in chosen:
+            continue
+        output = chosen[member.key][0].output
+        assert output is not None
+        last = replace(member.example.messages[-1], content=output)
+        example = Example((*member.example.messages[:-1], last))
+        key = example.pair_key
+        names = tuple(sorted(judged.reviewer for judged in chosen[member.key]))
+        line = reviews.line(chosen[member.key][0])
+        edited.append(Edited(member.key, key, names, line, collapsed=key in members))
+        members.setdefault(key, replace(member, example=example, key=key))
+    return _renamed(list(members.values())), edited
+
+
+def _renamed(members: Sequence[Member]) -> list[Member]:
+    """A cluster is called after the smallest key in it, and that may be an edited row's."""
+    names: dict[str, str] = {}
+    for member in members:
+        names[member.cluster] = min(names.get(member.cluster, member.key), member.key)
+    return sorted((replace(m, cluster=names[m.cluster]) for m in members), key=lambda m: m.key)
+
+
+def _manifest(
+    parent: DatasetVersion, members: Sequence[Member], source: Source, message: str, collapsed: int
+) -> Manifest:
+    sizes = Counter(m.cluster for m in members)
+    inputs = Counter(m.example.input_key for m in members)
+    counts: dict[str, int] = {
+        "rows": len(members),
+        **{str(split): sum(m.split == split for m in members) for split in SPLITS},
+        "clusters": len(sizes),
+        "families": sum(size > 1 for size in sizes.values()),
+        "conflicts": sum(count > 1 for count in inputs.values()),
+        "duplicates": collapsed,
+        "skipped": 0,
+        "moved": 0,
+    }
+    return parent.manifest.model_copy(
+        update={
+            "digest": members_digest(members),
+            "parent": parent.digest,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "message": message,
+            "sources": (source,),
+            "counts": parent.manifest.counts.model_copy(update=counts),
+            "splits": {split: keys_digest(m.key for m in members if m.split == split) for split in SPLITS},
+        }
+    )
+
+
+def _imports(edited: Sequence[Edited], source: Source) -> list[dict[str, Any]]:
+    return [
+        {
+            "source": source.name,
+            "line": e.line,
+            "fate": "edited",
+            "key": e.now,
+            "before": e.before,
+            "reviewers": list(e.reviewers),
+        }
+        for e in sorted(edited, key=lambda e: e.line)
+    ]
+
+
+def replaced(dataset: Path, manifest: Manifest) -> dict[str, str]:
+    """The rows that edits took out of a version or those before it: former pair key to the one that came of it.
+
+    A file with the former row may be added again; the row is then known, and its edit stands.
+    """
+    steps: dict[str, str] = {}
+    for path in reversed(import_files(dataset, manifest)):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if '"fate":"edited"' in line:  # canonical JSON; most lines need no parsing
+                entry = json.loads(line)
+                steps = {before: entry["key"] if now == entry["before"] else now for before, now in steps.items()}
+                steps[entry["before"]] = entry["key"]
+                steps.pop(entry["key"], None)
+    return steps
+
+
+def waiting_edits(reviews: Reviews, version: DatasetVersion) -> int:
+    """How many rows of a version have an edit that is not in it yet."""
+    chosen, disputed = _chosen(reviews, version)
+    return len(chosen) + len(disputed)

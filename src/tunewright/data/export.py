@@ -1,0 +1,181 @@
+"""A dataset version as a file that other tools read; what a format cannot hold is refused by name."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tunewright.data.examples import Example
+from tunewright.data.splits import SPLITS, Split
+from tunewright.data.versions import DatasetVersion, Member, short
+from tunewright.disk import canonical_json, write_json, write_text, writing
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+
+Format = Literal["chat", "alpaca", "csv", "parquet"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+_NAMED = 5  # rows named in a refusal
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written; ``system`` is the turn that all rows share and that CSV has no place for."""
+
+    path: Path
+    format: Format
+    version: str
+    split: Split | None
+    rows: int
+    system: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as ``--json`` prints it."""
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "version": self.version,
+            "split": self.split,
+            "rows": self.rows,
+            "system": self.system,
+        }
+
+
+def export(
+    version: DatasetVersion, path: Path, form: Format, reporter: Reporter, *, split: Split | None = None
+) -> Exported:
+    """Write a version, or one split of it, as a file; it is written whole or not at all.
+
+    chat: JSON lines of ``{"messages": [...]}`` (OpenAI's format). alpaca: one JSON array of instruction, input (always
+    empty), output and, where a row has a system turn, system. csv: the columns prompt and completion. parquet: the
+    column messages, zstd, with the version's digest in the schema's metadata.
+
+    Raises:
+        UserError: rows that the format cannot hold (named, nothing is written), a file that is there already, an empty
+            split, an unknown format or split, a full disk.
+    """
+    _check(path, form, split)
+    members = [m for m in version.members if split in (None, m.split)]
+    if not members:
+        raise UserError(f"version {short(version.digest)} has no {split} rows", where="--split")
+    system = _fit(members, form)
+    examples = [m.example for m in members]
+    with reporter.task("exporting", 1, "files") as task:
+        write = {"chat": _write_chat, "alpaca": _write_alpaca, "csv": _write_csv}.get(form)
+        if write is None:
+            _write_parquet(path, examples, {"tunewright.version": version.digest, "tunewright.split": split or "all"})
+        else:
+            write(path, examples)
+        task.advance()
+    if system is not None:
+        reporter.warn(
+            f"CSV has no place for the system turn that all {len(members):,} rows share: it is not in {path}. To read "
+            f"the file back as the same examples, set data.system to: {system}"
+        )
+    return Exported(path, form, version.digest, split, len(members), system)
+
+
+def _check(path: Path, form: Format, split: Split | None) -> None:
+    if form not in FORMATS:
+        raise UserError(f"unknown format {form!r}", where="--format", fix=f"Formats: {', '.join(FORMATS)}.")
+    if split is not None and split not in SPLITS:
+        raise UserError(f"unknown split {split!r}", where="--split", fix=f"Splits: {', '.join(SPLITS)}.")
+    if path.exists():
+        raise UserError("already there", where=str(path), fix="Choose another name, or remove it first.")
+
+
+def _fit(members: Sequence[Member], form: Format) -> str | None:
+    """The system turn that every row has, where the format has no place for it.
+
+    Raises:
+        UserError: rows that the format cannot hold.
+    """
+    if form in ("chat", "parquet"):
+        return None
+    _refuse(members, form, "weights on turns", lambda e: any(m.weight != 1 for m in e.messages))
+    _refuse(members, form, "conversations of several turns", lambda e: sum(m.role == "user" for m in e.messages) > 1)
+    systems = {m.example.messages[0].content if m.example.messages[0].role == "system" else None for m in members}
+    if form == "alpaca" or systems == {None}:
+        return None
+    if len(systems) > 1:
+        common = max(systems, key=lambda s: sum(_system(m.example) == s for m in members))
+        _refuse(members, form, "system turns that differ between rows", lambda e: _system(e) != common)
+    return systems.pop()
+
+
+def _system(example: Example) -> str | None:
+    first = example.messages[0]
+    return first.content if first.role == "system" else None
+
+
+def _refuse(members: Sequence[Member], form: Format, what: str, wrong: Callable[[Example], bool]) -> None:
+    found = [short(m.key) for m in members if wrong(m.example)]
+    if found:
+        more = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
+        raise UserError(
+            f"{form} cannot hold {what}, and {len(found):,} of {len(members):,} rows have them: "
+            f"{', '.join(found[:_NAMED])}{more}",
+            where="--format",
+            fix="Export as chat or parquet.",
+        )
+
+
+def _write_chat(path: Path, examples: Sequence[Example]) -> None:
+    lines = (canonical_json({"messages": [m.as_dict() for m in e.messages]}) for e in examples)
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def _write_alpaca(path: Path, examples: Sequence[Example]) -> None:
+    rows = []
+    for example in examples:
+        row = {"instruction": example.prompt[-1].content, "input": "", "output": example.output}
+        system = _system(example)
+        rows.append(row if system is None else {**row, "system": system})
+    write_json(path, rows)
+
+
+def _write_csv(path: Path, examples: Sequence[Example]) -> None:
+    text = io.StringIO(newline="")
+    # Everything in quotes: some readers take a lone carriage return outside of quotes for a line break.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer.writerow(["prompt", "completion"])
+    writer.writerows([e.prompt[-1].content, e.output] for e in examples)
+    write_text(path, text.getvalue())
+
+
+def _write_parquet(path: Path, examples: Sequence[Example], facts: dict[str, str]) -> None:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    fields = [pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)]
+    # Only where a row needs it: some readers refuse turns with a key they do not know.
+    if any(m.weight != 1 for e in examples for m in e.messages):
+        fields.append(pa.field("weight", pa.int8()))
+    schema = pa.schema([pa.field("messages", pa.list_(pa.struct(fields)), nullable=False)], metadata=facts)
+    table = pa.Table.from_pylist([{"messages": [m.as_dict() for m in e.messages]} for e in examples], schema=schema)
+    with _new_file(path) as temporary:
+        parquet.write_table(table, temporary, compression="zstd")
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes ``path`` at the end, and only if nothing was raised."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.fsync(handle)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            os.close(handle)
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,282 @@
+"""Rows whose answer is likely wrong, the most suspicious first, each with its reason.
+
+Where answers are classes, a row is suspicious when a model of *other* rows gives it another class (Northcutt et al.
+2021, "Confident Learning", arXiv 1911.00068; by cleanlab's normalised margin). Free text has no classes to compare:
+there a trained adapter's loss ranks the rows, if the caller has it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunewright.data.neighbours import comparison_texts
+from tunewright.data.partition import Mask
+from tunewright.data.similarity import near_pairs
+from tunewright.data.versions import DatasetVersion, Member, short
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+
+Reason = Literal["conflict", "near-duplicate", "label", "loss"]
+
+SHARE = 0.1
+"""Of the rows, the share worth looking at: benchmarks/label_errors.py says what is in it."""
+
+MOST_CLASSES = 200
+ROWS_PER_CLASS = 5
+FOLDS = 5
+
+# Of 1e-4 to 1e-5, the weakest regularisation ranks best: with 77 classes the stronger ones leave all margins alike.
+_REGULARISATION = 1e-5
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A doubtful row. ``score`` is from 0 to 1 within its reason, and for a loss that loss; higher is worse."""
+
+    key: str
+    score: float
+    reason: Reason
+    detail: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The suspect as ``--json`` prints it."""
+        return asdict(self)
+
+
+def class_like(outputs: Sequence[str]) -> bool:
+    """Whether answers are classes: at most 200 different ones, and on average at least 5 rows for each."""
+    different = len(set(outputs))
+    return 1 < different <= MOST_CLASSES and len(outputs) >= ROWS_PER_CLASS * different
+
+
+def suspects(
+    version: DatasetVersion,
+    reporter: Reporter,
+    *,
+    losses: Mapping[str, float] | None = None,
+    share: float = SHARE,
+    seed: int = 0,
+) -> list[Suspect]:
+    """The most suspicious rows of a version, each once, the worst first.
+
+    Conflicts come first (the same input, another answer), then near-duplicates of another class, then classes that a
+    model of other rows doubts; free text is ranked by loss instead of the last two.
+
+    Args:
+        version: the rows.
+        reporter: shows progress, and is told what could not be looked at.
+        losses: for free text: pair key to the mean negative log-likelihood per token of the answer, in nats.
+        share: how many to return, as a share of all rows; conflicts are never cut off.
+        seed: decides folds and training order.
+
+    Raises:
+        UserError: a loss that is no finite number, or a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"the share of rows to list is {share}", fix="Give a number above 0 and at most 1.")
+    members = version.members
+    found = _conflicts(members)
+    most = max(round(share * len(members)), len(found))
+    answers = [_answer(m) for m in members]
+    if class_like(answers):
+        if losses is not None:
+            reporter.warn("Losses are not used: the answers are classes, and a model of other rows judges them better.")
+        margins, doubts = _doubts(members, answers, seed, reporter)
+        found += _near_duplicates(version, margins, reporter) + doubts
+    elif losses is not None:
+        found += _by_loss(members, losses, reporter)
+    else:
+        reporter.say(
+            f"The answers are free text ({len(set(answers)):,} different ones in {len(answers):,} rows), so that only "
+            "conflicts can be told; the loss of a trained adapter would rank the rest."
+        )
+    first: dict[str, Suspect] = {}
+    for suspect in found:
+        first.setdefault(suspect.key, suspect)
+    return list(first.values())[:most]
+
+
+def _answer(member: Member) -> str:
+    return member.example.output.strip()
+
+
+def excerpt(text: str, most: int = 60) -> str:
+    """A text in quotes, on one line, cut to so many characters with a mark where it is cut."""
+    line = " ".join(text.split())
+    return f'"{line if len(line) <= most else line[: most - 1] + "…"}"'
+
+
+def _conflicts(members: Sequence[Member]) -> list[Suspect]:
+    """Rows with the same input as another; among them, the rarer an answer the worse."""
+    by_input: dict[str, list[Member]] = defaultdict(list)
+    for member in members:
+        by_input[member.example.input_key].append(member)
+    found = []
+    for rows in by_input.values():
+        counts = Counter(map(_answer, rows))
+        for row in rows:
+            others = [r for r in rows if _answer(r) != _answer(row)]
+            if others:
+                detail = (
+                    f"the same input has the answer {excerpt(others[0].example.output)} in row {short(others[0].key)}"
+                )
+                found.append(Suspect(row.key, 1 - counts[_answer(row)] / len(rows), "conflict", detail))
+    return sorted(found, key=lambda s: (-s.score, s.key))
+
+
+def _near_duplicates(version: DatasetVersion, margins: Mapping[str, float], reporter: Reporter) -> list[Suspect]:
+    """Rows that have, of the rows nearly equal to them, more with another class than with their own (or as many)."""
+    answers: dict[str, set[str]] = defaultdict(set)
+    for member in version.members:
+        answers[member.cluster].add(_answer(member))
+    rows = [i for i, m in enumerate(version.members) if len(answers[m.cluster]) > 1]
+    members = [version.members[i] for i in rows]
+    # Of all rows: what all inputs share is set aside, and a few rows may share more.
+    texts = comparison_texts([m.example for m in version.members])
+    clusters = np.unique([m.cluster for m in members], return_inverse=True)[1]
+
+    def wanted(first: NDArray[np.int64], second: NDArray[np.int64]) -> Mask:
+        mask: Mask = clusters[first] == clusters[second]
+        return mask
+
+    same: Counter[int] = Counter(range(len(members)))  # each row is on its own side
+    other: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    near = near_pairs(
+        [texts[i] for i in rows], version.manifest.settings.similarity, wanted, reporter, "comparing near-duplicates"
+    )
+    for block in near:
+        for a, b, j in zip(block.first.tolist(), block.second.tolist(), block.similarity.tolist(), strict=True):
+            if _answer(members[a]) == _answer(members[b]):
+                same.update((a, b))
+            else:
+                other[a].append((j, b))
+                other[b].append((j, a))
+    found = []
+    for row, against in other.items():
+        if len(against) >= same[row]:
+            j, nearest = max(against)
+            text = f"{excerpt(members[nearest].example.output)} in row {short(members[nearest].key)}"
+            score = len(against) / (len(against) + same[row])
+            found.append(
+                Suspect(members[row].key, score, "near-duplicate", f"a nearly equal input ({j:.2f}) has {text}")
+            )
+    # Of two that contradict each other, the one that other rows doubt comes first.
+    return sorted(found, key=lambda s: (margins.get(s.key, 1.0), s.key))
+
+
+def _doubts(
+    members: Sequence[Member], answers: Sequence[str], seed: int, reporter: Reporter
+) -> tuple[dict[str, float], list[Suspect]]:
+    """cleanlab's normalised margin (0 to 1, low is bad) of each row that can be judged, and those rows as suspects."""
+    from cleanlab.rank import get_label_quality_scores
+
+    names, labels = np.unique(answers, return_inverse=True)
+    clusters = np.unique([m.cluster for m in members], return_inverse=True)[1]
+    spread = np.array([len(np.unique(clusters[labels == label])) for label in range(len(names))])
+    lone = spread[labels] < 2
+    if lone.any():
+        reporter.warn(
+            f"{int(lone.sum()):,} rows are not judged by their answer, because no independent row has the same: "
+            + ", ".join(excerpt(str(names[label])) for label in np.flatnonzero(spread < 2)[:5])
+            + (", …" if int((spread < 2).sum()) > 5 else "")
+        )
+    if len(np.unique(clusters)) < FOLDS:
+        reporter.warn(f"The answers are not judged by a model of other rows: fewer than {FOLDS} independent clusters.")
+        return {}, []
+    probabilities = _out_of_fold(_texts(members), labels, clusters, seed, reporter)
+    scores = get_label_quality_scores(labels, probabilities, method="normalized_margin")
+    margins: dict[str, float] = {}
+    found = []
+    for row in np.lexsort((np.arange(len(members)), scores)).tolist():
+        if lone[row]:
+            continue
+        margins[members[row].key] = float(scores[row])
+        guess = int(np.argmax(probabilities[row]))
+        own = float(probabilities[row, labels[row]])
+        detail = (
+            f"other rows suggest {excerpt(str(names[guess]))} ({probabilities[row, guess]:.0%}) "
+            f"rather than {excerpt(str(names[labels[row]]))} ({own:.0%})"
+            if guess != labels[row]
+            else f"other rows suggest {excerpt(str(names[guess]))} with {own:.0%} only"
+        )
+        found.append(Suspect(members[row].key, 1 - float(scores[row]), "label", detail))
+    return margins, found
+
+
+def _texts(members: Sequence[Member]) -> list[str]:
+    """What the answer depends on: the input, and the system turn where there are several."""
+    systems = {tuple(m.content for m in one.example.prompt if m.role == "system") for one in members}
+    if len(systems) < 2:
+        return [one.example.input_text for one in members]
+    return ["\n".join(m.content for m in one.example.prompt) for one in members]
+
+
+def _out_of_fold(
+    texts: Sequence[str], labels: NDArray[Any], clusters: NDArray[Any], seed: int, reporter: Reporter
+) -> NDArray[np.float64]:
+    """Each row's class probabilities [rows, classes] by a model that saw no row of its cluster."""
+    from sklearn.linear_model import SGDClassifier
+    from sklearn.model_selection import GroupKFold
+
+    features = text_features(texts)
+    probabilities = np.zeros((len(texts), int(labels.max()) + 1))
+    folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
+    with reporter.task("judging answers by other rows", FOLDS, "folds") as task:
+        for seen, unseen in folds.split(texts, labels, clusters):
+            model = SGDClassifier(loss="log_loss", alpha=_REGULARISATION, random_state=seed)
+            if len(np.unique(labels[seen])) == 1:
+                probabilities[unseen, labels[seen][0]] = 1
+            else:
+                model.fit(features[seen], labels[seen])
+                # A class that no other cluster has is not among the model's: its probability stays 0.
+                probabilities[np.ix_(unseen, model.classes_)] = model.predict_proba(features[unseen])
+            task.advance()
+    return probabilities
+
+
+def text_features(texts: Sequence[str]) -> Any:
+    """TF-IDF of the characters of words (pieces of 3 to 5), as a sparse matrix [texts, pieces] of unit rows."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    few = 2 if len(texts) > 1000 else 1
+    pieces = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, min_df=few, dtype=np.float32)
+    return pieces.fit_transform([text or " " for text in texts])
+
+
+def _by_loss(members: Sequence[Member], losses: Mapping[str, float], reporter: Reporter) -> list[Suspect]:
+    known = [m for m in members if m.key in losses]
+    bad = [m.key for m in known if not np.isfinite(losses[m.key])]
+    if bad:
+        raise UserError(f"the loss of row {short(bad[0])} is {losses[bad[0]]}", fix="Losses are finite numbers.")
+    if len(known) < len(members):
+        reporter.warn(f"{len(members) - len(known):,} rows of {len(members):,} have no loss, so they are not ranked.")
+    if not known:
+        return []
+    median = float(np.median([losses[m.key] for m in known]))
+    return [
+        Suspect(m.key, losses[m.key], "loss", f"loss {losses[m.key]:.2f} per token of the answer; median {median:.2f}")
+        for m in sorted(known, key=lambda m: (-losses[m.key], m.key))
+    ]
+
+
+class Nearest:
+    """The rows of a version most like a given one, with their answers: what a reviewer holds it against."""
+
+    def __init__(self, version: DatasetVersion) -> None:
+        self.members = version.members
+        self._places = {m.key: i for i, m in enumerate(version.members)}
+        self._features = text_features(_texts(version.members))
+
+    def of(self, key: str, count: int = 4) -> list[tuple[float, Member]]:
+        """Up to so many other rows with anything in common, the nearest first, with their cosine similarity."""
+        row = self._places[key]
+        similarity = (self._features @ self._features[[row]].T).toarray()[:, 0]
+        similarity[row] = -1
+        best = np.argsort(-similarity, kind="stable")[:count]
+        return [(float(similarity[i]), self.members[i]) for i in best.tolist() if similarity[i] > 0]

@@ -1,0 +1,217 @@
+"""How near the held-out rows are to the training rows, what a random split would have leaked, scores by distance."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tunewright.data.neighbours import comparison_texts
+from tunewright.data.partition import Indices, Mask
+from tunewright.data.similarity import near_pairs, shingle_matrix, similarities
+from tunewright.data.splits import Split
+from tunewright.data.versions import DatasetVersion, Member
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+
+THRESHOLDS = (0.7, 0.8, 0.9)
+BANDS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
+MOST_HELD_OUT = 5_000
+RANDOM_SPLITS = 20
+_BLOCK = 128  # held-out rows compared at once with all training rows
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """A held-out row, its most similar training row (Jaccard of character 4-grams), and that similarity.
+
+    ``of`` is None where no training row has a 4-gram in common.
+    """
+
+    key: str
+    split: Split
+    of: str | None
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Leak:
+    """The share of test rows with a training row at or above a similarity: in this split, and in a random one."""
+
+    threshold: float
+    here: float
+    random: float
+
+
+@dataclass(frozen=True)
+class LeakReport:
+    """How near a version's held-out rows are to its training rows.
+
+    Attributes:
+        version: the version's digest.
+        held_out: how many rows dev and test have; ``nearest`` has as many, or a random sample of them.
+        nearest: the measured rows, sorted by key.
+        leaks: at 0.7, 0.8 and 0.9; the random splits have the sizes of this one, and their shares are a mean.
+    """
+
+    version: str
+    held_out: int
+    nearest: tuple[Nearest, ...]
+    leaks: tuple[Leak, ...]
+
+    def histogram(self, split: Split) -> list[int]:
+        """Counts of a split's measured rows with nearest similarity in [0, 0.1), [0.1, 0.2) … [0.9, 1]."""
+        counts = [0] * 10
+        for row in self.nearest:
+            if row.split == split:
+                counts[min(int(row.similarity * 10 + _ROUNDING), 9)] += 1
+        return counts
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as ``--json`` prints it."""
+        return {**asdict(self), "histogram": {split: self.histogram(split) for split in ("dev", "test")}}
+
+
+class Answered(Protocol):
+    """An evaluated test item: ``evaluation.evidence.Item`` is one."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def reference(self) -> str: ...
+    @property
+    def answers(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True)
+class BandScore:
+    """An arm's exact match on the items whose nearest training row has a similarity in [low, high).
+
+    The last band has 1 in it. ``interval`` is Wilson's, at 95%, and takes items for independent.
+    """
+
+    arm: str
+    low: float
+    high: float
+    items: int
+    exact: int
+    interval: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The score as ``--json`` prints it."""
+        return {**asdict(self), "exact_match": self.exact / self.items}
+
+
+def leak(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOST_HELD_OUT) -> LeakReport:
+    """Measure every held-out row of a version against its training rows.
+
+    Args:
+        version: with rows in train and test.
+        seed: decides the random splits, and the sample where there is one.
+        reporter: is warned if only a sample is measured.
+        most: held-out rows measured at most: each is compared with all training rows.
+    """
+    members = version.members
+    texts = comparison_texts([m.example for m in members])
+    train = np.array([i for i, m in enumerate(members) if m.split == "train"], dtype=np.int64)
+    held_out = np.array([i for i, m in enumerate(members) if m.split != "train"], dtype=np.int64)
+    measured = held_out
+    if len(held_out) > most:
+        measured = np.sort(np.random.default_rng(seed).choice(held_out, most, replace=False))
+        reporter.warn(f"{most:,} of {len(held_out):,} held-out rows are compared with the training rows: a sample.")
+    nearest = _nearest(members, texts, measured, train, reporter)
+    of_test = [row.similarity for row in nearest if row.split == "test"]
+    tests = sum(m.split == "test" for m in members)
+    chances = _random_leaks(texts, tests, len(train), seed, reporter)
+    leaks = tuple(
+        Leak(threshold, float(np.mean([s >= threshold for s in of_test])) if of_test else 0.0, chance)
+        for threshold, chance in zip(THRESHOLDS, chances, strict=True)
+    )
+    return LeakReport(version.digest, len(held_out), tuple(nearest), leaks)
+
+
+def _nearest(
+    members: Sequence[Member], texts: Sequence[str], held_out: Indices, train: Indices, reporter: Reporter
+) -> list[Nearest]:
+    matrix = shingle_matrix(texts)
+    training = matrix[train]
+    found = []
+    with reporter.task("comparing held-out rows", len(held_out), "examples") as task:
+        for start in range(0, len(held_out), _BLOCK):
+            rows = held_out[start : start + _BLOCK]
+            block = similarities(matrix[rows], training)
+            best, nearest = block.max(axis=1).toarray(), block.argmax(axis=1)
+            for row, similarity, place in zip(rows.tolist(), best.tolist(), nearest.tolist(), strict=True):
+                of = members[int(train[place])].key if similarity else None
+                found.append(Nearest(members[row].key, members[row].split, of, similarity))
+            task.advance(len(rows))
+    return found
+
+
+def _random_leaks(texts: Sequence[str], tests: int, training: int, seed: int, reporter: Reporter) -> list[float]:
+    """For each threshold the mean share of a random test that has a near-equal input in the random training rows."""
+
+    def wanted(first: Indices, _: Indices) -> Mask:
+        return np.ones(len(first), dtype=bool)
+
+    blocks = list(near_pairs(texts, min(THRESHOLDS), wanted, reporter, "looking for what a random split leaks"))
+    similarity = np.concatenate([b.similarity for b in blocks])
+    pairs = np.stack([np.concatenate([b.first for b in blocks]), np.concatenate([b.second for b in blocks])])
+    shares = []
+    rng = np.random.default_rng(seed)
+    for _ in range(RANDOM_SPLITS):
+        order = rng.permutation(len(texts))
+        place = np.empty(len(texts), dtype=np.int64)
+        place[order] = np.arange(len(texts))
+        in_test, in_train = place < tests, place >= len(texts) - training
+        shares.append([_leaked(pairs[:, similarity >= t], in_test, in_train) / max(tests, 1) for t in THRESHOLDS])
+    return [float(share) for share in np.mean(shares, axis=0)]
+
+
+def _leaked(pairs: npt.NDArray[np.int64], in_test: Mask, in_train: Mask) -> int:
+    both = np.concatenate([pairs, pairs[::-1]], axis=1)
+    return len(np.unique(both[0][in_test[both[0]] & in_train[both[1]]]))
+
+
+def score_by_distance(items: Iterable[Answered], report: LeakReport) -> list[BandScore]:
+    """Each arm's exact match (outer white space and Unicode form apart) by how near the items are to the training rows.
+
+    A score that falls with the distance was earned by likeness; the bands without items are left out.
+
+    Raises:
+        UserError: an item is not among the report's rows.
+    """
+    nearest = {row.key: row.similarity for row in report.nearest}
+    counts: dict[tuple[str, int], list[int]] = {}
+    for item in items:
+        if item.key not in nearest:
+            raise UserError(
+                f"the evaluated item {item.key[:12]} is not among the measured rows of version {report.version[:12]}",
+                fix="Measure the leak of the version that was evaluated, all of its held-out rows.",
+            )
+        band = min(int(nearest[item.key] / 0.2 + _ROUNDING), len(BANDS) - 1)
+        for arm, answer in item.answers.items():
+            count = counts.setdefault((arm, band), [0, 0])
+            count[0] += 1
+            count[1] += _spelling(answer) == _spelling(item.reference)
+    return [
+        BandScore(arm, *BANDS[band], items=total, exact=exact, interval=_wilson(exact, total))
+        for (arm, band), (total, exact) in sorted(counts.items())
+    ]
+
+
+def _spelling(text: str) -> str:
+    """What exact match compares, as in ``evaluation.metrics``."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _wilson(exact: int, items: int) -> tuple[float, float]:
+    from scipy.stats import binomtest
+
+    interval = binomtest(exact, items).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)

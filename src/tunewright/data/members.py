@@ -1,0 +1,153 @@
+"""Which rows are in a version: dataset/versions/DIGEST12/members.tsv, sorted lines of pair key, split and cluster.
+
+The SHA-256 of these lines is the version's digest. A version that differs little from the one it was made from has only
+the difference in its file, so that a row more costs a line and not a copy of all lines, in git as on disk:
+
+    from	DIGEST12
+    -	KEY	SPLIT	CLUSTER
+    +	KEY	SPLIT	CLUSTER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.data.splits import SPLITS, Split
+from tunewright.errors import UserError
+
+MEMBERS = "members.tsv"
+Places = dict[str, tuple[Split, str]]
+
+_RESTORE = "Restore the dataset folder, from git for example."
+_FROM = "from\t"
+
+
+@dataclass(frozen=True)
+class _Link:
+    """One version's file: all lines, or those that differ from its parent's; ``folder`` is the version's."""
+
+    where: str
+    folder: str
+    lines: tuple[str, ...]
+    parent: str | None
+    size: int
+
+
+def members_sha256(text: str) -> str:
+    """The digest of a version with these members."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_members(dataset: Path, digest: str, data: bytes | None = None, where: str = "") -> str:
+    """All members of a version, one a line, verified against its digest.
+
+    Args:
+        digest: the version's whole digest.
+        data, where: its file and the name of that in errors, if it is not in the dataset (yet).
+
+    Raises:
+        UserError: naming the file, and the line where one can be told: something was changed, or is missing.
+    """
+    chain = _chain(dataset, digest, data, where)
+    text = _text(chain)
+    if members_sha256(text) != digest:
+        for count, link in enumerate(chain, start=1):
+            actual = members_sha256(_text(chain[:count]))
+            if actual[:12] != link.folder:
+                raise _wrong(f"the members were changed: their digest is {actual[:12]}", link.where)
+    return text
+
+
+def read_places(dataset: Path, digest: str) -> Places:
+    """Split and cluster of each pair key in a version, verified, without its rows; ``digest`` is whole."""
+    return places_of(read_members(dataset, digest))
+
+
+def places_of(text: str) -> Places:
+    """Split and cluster by pair key, from verified lines of members."""
+    places: Places = {}
+    for line in text.splitlines():
+        key, split, cluster = line.split("\t")
+        places[key] = (_split(split), cluster)
+    return places
+
+
+def members_file(dataset: Path, text: str, parent: str | None) -> str:
+    """What a version's file holds: its lines, or their difference from its parent's.
+
+    All differences that a reader goes through come to at most half of the lines themselves.
+    """
+    if parent is None or not (dataset / "versions" / parent[:12]).is_dir():
+        return text
+    chain = _chain(dataset, parent)
+    before, after = (set(lines.splitlines()) for lines in (read_members(dataset, parent), text))
+    changes = [f"-\t{line}\n" for line in sorted(before - after)] + [f"+\t{line}\n" for line in sorted(after - before)]
+    difference = f"{_FROM}{parent[:12]}\n" + "".join(changes)
+    gone_through = sum(link.size for link in chain[1:])
+    return difference if 2 * (len(difference) + gone_through) <= len(text) else text
+
+
+def _chain(dataset: Path, digest: str, data: bytes | None = None, where: str = "") -> list[_Link]:
+    """The files that make up a version's members: the one that has all lines first, the version's own last."""
+    links: list[_Link] = []
+    step: str | None = digest[:12]
+    while step is not None:
+        path = dataset / "versions" / step / MEMBERS
+        if links or data is None:
+            try:
+                data, where = path.read_bytes(), str(path)
+            except OSError as error:
+                if links:
+                    what = f"differs from version {step}, whose members cannot be read: {error.strerror}"
+                    raise _wrong(what, f"{where}:1") from None
+                raise _wrong(f"cannot be read: {error.strerror}", str(path)) from None
+        links.append(_link(data, where, step))
+        step = links[-1].parent
+        if any(link.folder == step for link in links):
+            raise _wrong("the version differs from itself", where)
+    return links[::-1]
+
+
+def _link(data: bytes, where: str, folder: str) -> _Link:
+    lines = data.decode(errors="replace").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    parent = lines[0].removeprefix(_FROM) if lines[0].startswith(_FROM) else None
+    if parent is not None and not re.fullmatch("[0-9a-f]{12}", parent):
+        raise _wrong("not the name of a version", f"{where}:1")
+    for number, line in enumerate(lines, start=1):
+        fields = line.split("\t")
+        if parent is not None and number > 1:
+            if fields.pop(0) not in ("-", "+"):
+                raise _wrong("not a change of the members: + or -, pair key, split and cluster", f"{where}:{number}")
+        elif parent is not None or lines == [""]:
+            continue
+        if len(fields) != 3 or fields[1] not in SPLITS:
+            raise _wrong("not a member: pair key, split and cluster", f"{where}:{number}")
+    kept = tuple(lines[1:]) if parent is not None else tuple(line for line in lines if line)
+    return _Link(where, folder, kept, parent, len(data))
+
+
+def _text(chain: Sequence[_Link]) -> str:
+    members = set(chain[0].lines)
+    for link in chain[1:]:
+        for number, line in enumerate(link.lines, start=2):
+            sign, _, member = line.partition("\t")
+            if (sign == "-") != (member in members):
+                does = "takes away a member that was not there" if sign == "-" else "adds a member that was there"
+                raise _wrong(does, f"{link.where}:{number}")
+            if sign == "-":
+                members.remove(member)
+            else:
+                members.add(member)
+    return "".join(f"{line}\n" for line in sorted(members))
+
+
+def _split(name: str) -> Split:
+    return next(split for split in SPLITS if split == name)
+
+
+def _wrong(what: str, where: str) -> UserError:
+    return UserError(what, where=where, fix=_RESTORE)

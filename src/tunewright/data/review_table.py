@@ -1,0 +1,170 @@
+"""Reviews in a spreadsheet: rows out as CSV, verdicts back in."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.data.review import Card, Review
+from tunewright.data.reviews import VERDICTS, Judged, Verdict, append_reviews, now, read_reviews
+from tunewright.data.versions import DatasetVersion, Member
+from tunewright.disk import write_text
+from tunewright.errors import UserError
+
+COLUMNS = ("row", "draw", "why", "input", "answer", "verdict", "new_output")
+_NEEDED = ("row", "draw", "answer", "verdict", "new_output")
+_MOST_FAULTS = 50
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did: verdicts recorded, those that stood already, and rows without one."""
+
+    recorded: int
+    known: int
+    blank: int
+
+
+def export_csv(path: Path, review: Review, most: int) -> int:
+    """Write the review's next rows, up to so many, for a spreadsheet; the number of rows written.
+
+    Raises:
+        UserError: no row is left to judge, the file is there already, or the disk refuses.
+    """
+    if path.exists():
+        raise UserError("there is a file of this name", where=str(path), fix="Choose another name.")
+    cards = review.coming(most)
+    if not cards:
+        raise UserError(
+            "no row is left to judge", fix="`tunewright data review --status` says where the review stands."
+        )
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    draw = "" if review.drawn is None else str(review.drawn.draw)
+    for card in cards:
+        example = card.member.example
+        table.writerow([card.member.key, draw, card.why or "", _prompt(card), example.output, "", ""])
+    # The byte-order mark is how spreadsheets know UTF-8.
+    write_text(path, "\ufeff" + text.getvalue())
+    return len(cards)
+
+
+def _prompt(card: Card) -> str:
+    turns = card.member.example.prompt
+    return turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role}: {m.content}" for m in turns)
+
+
+def import_csv(path: Path, dataset: Path, version: DatasetVersion, reviewer: str) -> Imported:
+    """Record the verdicts of a filled-in export: all of them, or none if a row is faulty.
+
+    Raises:
+        UserError: the file cannot be read, or rows in it are faulty (each is named by its line).
+    """
+    members = {m.key: m for m in version.members}
+    reviews = read_reviews(dataset)
+    events: list[Judged] = []
+    faults: list[str] = []
+    known = blank = 0
+    seen: dict[str, int] = {}
+    for line, fields in _read(path):
+        fault = _fault(fields, members)
+        if fields["row"] in seen and not fault:
+            fault = f"the row of line {seen[fields['row']]} again"
+        seen.setdefault(fields["row"], line)
+        verdict = fields["verdict"].strip().lower()
+        if fault:
+            faults.append(f"{path}:{line}: {fault}")
+        elif not verdict:
+            blank += 1
+        else:
+            event = _event(fields, verdict, version, reviewer)
+            stands = reviews.standing(event.key).get(reviewer)
+            if stands is not None and (stands.verdict, stands.output) == (event.verdict, event.output):
+                known += 1
+            else:
+                events.append(event)
+    if faults:
+        listed = "\n".join(f"  {fault}" for fault in faults[:_MOST_FAULTS])
+        more = f"\n  and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
+        raise UserError(f"faulty rows, no verdict was recorded:\n{listed}{more}", fix="Mend them and import again.")
+    if events:
+        append_reviews(dataset, events)
+    return Imported(len(events), known, blank)
+
+
+def _fault(fields: Mapping[str, str], members: Mapping[str, Member]) -> str | None:
+    verdict, output = fields["verdict"].strip().lower(), fields["new_output"]
+    member = members.get(fields["row"])
+    if member is None:
+        return f"the version has no row {fields['row'][:12]!r}: its text has changed, or the file is of another version"
+    if verdict not in ("", *VERDICTS):
+        return f"the verdict is {fields['verdict']!r}; it can be {', '.join(VERDICTS)} or nothing"
+    if (verdict == "edit") != bool(output.strip()):
+        return "an edit needs a new_output" if verdict == "edit" else "a new_output needs the verdict edit"
+    if _lines(fields["answer"]) != _lines(member.example.output):
+        return "the answer was changed: leave it, and write the better one in new_output"
+    if output and _lines(output) == _lines(member.example.output):
+        return "the new_output is the answer that is there"
+    if fields["draw"].strip() and not fields["draw"].strip().isdecimal():
+        return f"the draw is {fields['draw']!r}: leave the column as it was exported"
+    return None
+
+
+def _event(fields: Mapping[str, str], verdict: str, version: DatasetVersion, reviewer: str) -> Judged:
+    draw = fields["draw"].strip()
+    given: Verdict = next(v for v in VERDICTS if v == verdict)
+    return Judged(
+        key=fields["row"],
+        verdict=given,
+        output=_lines(fields["new_output"]) if given == "edit" else None,
+        draw=int(draw) if draw else None,
+        version=version.digest,
+        reviewer=reviewer,
+        when=now(),
+    )
+
+
+def _lines(text: str) -> str:
+    """Spreadsheets rewrite line ends."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """The rows with the lines they start at; spreadsheets separate by comma, semicolon or tab, as the locale has it."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8", where=str(path), fix="Save it as CSV UTF-8.") from None
+    head = text.split("\n", 1)[0]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    rows: list[tuple[int, dict[str, str]]] = []
+    header: Sequence[str] = ()
+    start = 1
+    try:
+        for fields in reader:
+            if not header:
+                header = fields
+                _check_header(header, path)
+            elif any(fields):
+                if len(fields) != len(header):
+                    raise UserError(f"{len(fields)} fields where the header has {len(header)}", where=f"{path}:{start}")
+                rows.append((start, dict(zip(header, fields, strict=True))))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"not CSV that can be read from here on: {error}", where=f"{path}:{start}") from None
+    if not header:
+        _check_header(header, path)
+    return rows
+
+
+def _check_header(header: Sequence[str], path: Path) -> None:
+    missing = [name for name in _NEEDED if header.count(name) != 1]
+    if missing:
+        fix = "Start from a file that `tunewright data review --export` wrote."
+        raise UserError(f"no column {', '.join(missing)}", where=f"{path}:1", fix=fix)

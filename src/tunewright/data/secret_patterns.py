@@ -1,0 +1,213 @@
+"""What secrets look like: keys and tokens by their makers' prefixes, checked by whatever else a true one satisfies."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Category = Literal["secret", "personal"]
+Check = Callable[[re.Match[str]], bool]
+
+_BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_MADE_UP = re.compile(
+    r"example|your|dummy|fake|sample|placeholder|redacted|change.?me|insert|x{4}|\*{3}|\.{3}|"
+    r"1234567890|0123456789|abcdefgh",
+    re.IGNORECASE,
+)
+_FEWEST_DIFFERENT = 8  # of at least 16 random characters so few differ less than once in 10,000
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One shape of a kind; a kind may have several.
+
+    Args:
+        kind: its name, as placeholders spell it: ``email`` is replaced by ``<EMAIL_1>``.
+        label: its name in messages.
+        category: a secret lets its holder in or pay; personal data says who somebody is.
+        regex: matches it; the group ``value`` is the finding, if there is one.
+        cues: every match, or what is near it, has one of these: texts without any are not searched.
+        check: what a match has to satisfy besides.
+        rank: where two findings overlap, the lower rank wins, then the longer.
+    """
+
+    kind: str
+    label: str
+    category: Category
+    regex: re.Pattern[str]
+    cues: tuple[str, ...] = ()
+    check: Check = field(default=lambda match: not made_up(value(match)))
+    rank: int = 0
+
+
+def words(text: str) -> frozenset[str]:
+    """A set written as one line of words."""
+    return frozenset(text.split())
+
+
+def value(match: re.Match[str]) -> str:
+    """The text that is found: the group ``value``, or all that matches."""
+    return match["value"] if "value" in match.re.groupindex else match[0]
+
+
+def made_up(token: str) -> bool:
+    """Whether a token says itself that it is none: "your-api-key", "xxxx", AKIAIOSFODNN7EXAMPLE, aaaaaaaa."""
+    return _MADE_UP.search(token) is not None or len(set(token)) < _FEWEST_DIFFERENT
+
+
+def checksummed(token: str) -> bool:
+    """Whether the last six characters are the CRC32 of those between the prefix and them, in base 62.
+
+    GitHub's format ("Behind GitHub's new authentication token formats", github.blog, 2021-04-05), which npm took over.
+    """
+    body = token.partition("_")[2]
+    crc, digits = zlib.crc32(body[:-6].encode()), ""
+    while crc:
+        crc, digit = divmod(crc, 62)
+        digits = _BASE62[digit] + digits
+    return digits.rjust(6, "0") == body[-6:]
+
+
+def _checksummed(match: re.Match[str]) -> bool:
+    return checksummed(match[0]) and not made_up(match[0])
+
+
+def _json_web_token(match: re.Match[str]) -> bool:
+    """The header decodes to a JSON object that names an algorithm (RFC 7515); jwt.io's John Doe is nobody."""
+    header = match[0].partition(".")[0]
+    try:
+        decoded = json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))
+    except (binascii.Error, ValueError, RecursionError):
+        return False
+    named = isinstance(decoded, dict) and isinstance(decoded.get("alg"), str)
+    return named and ".eyJzdWIiOiIxMjM0NTY3ODkwIiwibmFtZSI6IkpvaG4gRG9lIi" not in match[0]
+
+
+def _private_key(match: re.Match[str]) -> bool:
+    """At least 64 characters of base64: the shortest keys (Ed25519) have as many, "..." has none."""
+    return sum(map(len, re.findall(r"[A-Za-z0-9+/=]{16,}", match["body"]))) >= 64 and not made_up(match["body"])
+
+
+_AWS_CONTEXT = re.compile(r"(?<![A-Z0-9])A(?:KI|SI)A[A-Z2-7]{16}|(?<!<)aws.?secret|secret.?access.?key", re.IGNORECASE)
+_AWS_NEAR = 160  # characters between a secret key and what says that it is one
+
+
+def _beside_aws_key(match: re.Match[str]) -> bool:
+    """Forty characters of base64 are a secret key only beside a key id or a name that says so."""
+    near = match.string[max(0, match.start() - _AWS_NEAR) : match.end() + _AWS_NEAR]
+    token = match[0]
+    mixed = all(re.search(kind, token) for kind in ("[a-z]", "[A-Z]", "[0-9]"))
+    return mixed and not made_up(token) and _AWS_CONTEXT.search(near) is not None
+
+
+_PASSWORDS_OF_NOBODY = words(
+    "pass password passwd pwd secret token test guest postgres mysql root admin user username key api_key apikey xxx"
+)
+_VARIABLE = re.compile(r"\$(?:[A-Z_][A-Z0-9_]*|[a-z_]+|\{.*|\(.*)|%[A-Z_]+%|%s|\{.*|\[.*|\(.*|\*+|…")
+_HOSTS_OF_NOBODY = re.compile(
+    r"(?:[\w.-]+\.)?(?:example(?:\.(?:com|org|net))?|test|invalid|localhost)(?![\w.-])|127\.0\.0\.1", re.IGNORECASE
+)
+
+
+def _real_password(match: re.Match[str]) -> bool:
+    """Not a variable, not the word "password", and not for a host that is nobody's (RFC 2606)."""
+    password = match["password"]
+    stands_for_one = (
+        password.lower() in _PASSWORDS_OF_NOBODY or _VARIABLE.fullmatch(password) or _MADE_UP.search(password)
+    )
+    return not stands_for_one and _HOSTS_OF_NOBODY.match(match.string, match.end()) is None
+
+
+def _key_after_name(match: re.Match[str]) -> bool:
+    """Azure's storage keys are 64 random bytes."""
+    return len(base64.b64decode(match["value"])) == 64 and not made_up(match["value"])
+
+
+def _token(body: str, flags: int = 0) -> re.Pattern[str]:
+    """A token that stands alone: no letter, digit or hyphen goes on before or behind it."""
+    return re.compile(rf"(?<![A-Za-z0-9])(?:{body})(?![\w-])", flags | re.ASCII)
+
+
+_PEM = re.compile(
+    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?P<body>"
+    r"(?:[^-]|-(?!----))*+(?=-----END)|(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{32,})+)"  # the second: cut off before its end
+    r"(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----)?"
+)
+_SLACK = (
+    r"xox[abeoprs]-(?:\d{8,14}-){1,3}[A-Za-z0-9]{16,64}|xapp-\d-[A-Z0-9]{8,14}-\d{8,14}-[a-f0-9]{64}|"
+    r"hooks\.slack\.com/(?:services|workflows)/T[A-Z0-9]{8,12}/[AB][A-Z0-9]{8,12}/[A-Za-z0-9]{20,26}"
+)
+_OPENAI = (
+    r"sk-[\w-]{20,80}T3BlbkFJ[\w-]{20,80}|sk-(?:proj|svcacct|admin)-[\w-]{100,180}|"
+    r"sk-or-v1-[0-9a-f]{64}|sk-[0-9a-f]{32}"
+)
+_GITLAB = r"gl(?:pat|dt|rt)-(?:[\w-]{27,300}\.[0-9a-z]{2}(?:\.[0-9a-z]{2})?[0-9a-z]{7}|[\w-]{20})"
+_PYPI = r"pypi-(?:AgEIcHlwaS5vcmc|AgENdGVzdC5weXBpLm9yZw)[\w-]{50,400}"  # a macaroon for pypi.org or test.pypi.org
+_AZURE = r"(?:account|storage|access)[ _-]?key[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?P<value>[A-Za-z0-9+/]{86}==)(?![=\w])"
+
+SECRETS: tuple[Pattern, ...] = (
+    Pattern("private_key", "private key", "secret", _PEM, ("-----BEGIN ",), _private_key),
+    Pattern(
+        "github_token",
+        "GitHub token",
+        "secret",
+        _token(r"gh[oprsu]_[A-Za-z0-9]{36}"),
+        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
+        _checksummed,
+    ),
+    Pattern(
+        "github_token",
+        "GitHub token",
+        "secret",
+        _token(r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}|ghr_[A-Za-z0-9]{76}"),
+        ("github_pat_", "ghr_"),
+    ),
+    Pattern("gitlab_token", "GitLab token", "secret", _token(_GITLAB), ("glpat-", "gldt-", "glrt-")),
+    Pattern("npm_token", "npm token", "secret", _token(r"npm_[A-Za-z0-9]{36}"), ("npm_",), _checksummed),
+    Pattern("pypi_token", "PyPI token", "secret", _token(_PYPI), ("pypi-AgE",)),
+    Pattern("aws_key_id", "AWS access key id", "secret", _token(r"A(?:KI|SI)A[A-Z2-7]{16}"), ("AKIA", "ASIA")),
+    Pattern(
+        "aws_secret",
+        "AWS secret key",
+        "secret",
+        re.compile(r"(?<![A-Za-z0-9/+=])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])|(?<==)[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"),
+        ("AKIA", "ASIA", "ecret", "ECRET"),
+        _beside_aws_key,
+    ),
+    Pattern("google_key", "Google API key", "secret", _token(r"AIza[\w-]{35}"), ("AIza",)),
+    Pattern("azure_key", "Azure storage key", "secret", re.compile(_AZURE, re.I | re.A), ("==",), _key_after_name),
+    Pattern("slack_token", "Slack token", "secret", _token(_SLACK), ("xox", "xapp-", "hooks.slack.com")),
+    Pattern("stripe_key", "Stripe live key", "secret", _token(r"[rs]k_live_[A-Za-z0-9]{24,247}"), ("k_live_",)),
+    Pattern("anthropic_key", "Anthropic API key", "secret", _token(r"sk-ant-[a-z]+\d\d-[\w-]{80,120}"), ("sk-ant-",)),
+    Pattern("openai_key", "OpenAI-style API key", "secret", _token(_OPENAI), ("sk-",)),
+    Pattern(
+        "huggingface_token", "Hugging Face token", "secret", _token(r"(?:hf|api_org)_[A-Za-z]{34}"), ("hf_", "api_org_")
+    ),
+    Pattern("sendgrid_key", "SendGrid API key", "secret", _token(r"SG\.[\w-]{22}\.[\w-]{43}"), ("SG.",)),
+    Pattern("twilio_key", "Twilio API key", "secret", _token(r"SK[0-9a-f]{32}"), ("SK",)),
+    Pattern("databricks_token", "Databricks token", "secret", _token(r"dapi[0-9a-f]{32}(?:-\d)?"), ("dapi",)),
+    Pattern("digitalocean_token", "DigitalOcean token", "secret", _token(r"do[opr]_v1_[0-9a-f]{64}"), ("_v1_",)),
+    Pattern(
+        "jwt",
+        "JSON Web Token",
+        "secret",
+        re.compile(r"(?<![A-Za-z0-9])eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{20,}", re.ASCII),
+        ("eyJ",),
+        _json_web_token,
+    ),
+    Pattern(
+        "url_credentials",
+        "password in a URL",
+        "secret",
+        re.compile(r"(?<=://)(?P<value>[^\s:/'\"]{0,100}:(?P<password>[^\s/'\"<>`]{1,200}))@(?=[A-Za-z0-9\[])"),
+        ("://",),
+        _real_password,
+        rank=1,
+    ),
+)

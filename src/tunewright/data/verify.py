@@ -1,0 +1,236 @@
+"""Checking a whole dataset folder: every row against its key, every version against its digests; all that is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tunewright.data.members import MEMBERS, places_of, read_members
+from tunewright.data.rows import BadRow, scan_rows
+from tunewright.data.splits import SPLITS
+from tunewright.data.versions import (
+    IMPORTS,
+    MANIFEST,
+    Manifest,
+    current_manifest,
+    keys_digest,
+    manifest_seal,
+    read_manifest,
+    short,
+)
+from tunewright.disk import canonical_json
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is not as it was written: a file, with the line where one can be told; and whom it concerns.
+
+    ``rows`` are pair keys (where a key was damaged, the one that is there and the one that it should be), ``versions``
+    the digests of the versions that need them.
+    """
+
+    where: str
+    what: str
+    rows: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rows = f"; rows: {', '.join(map(short, self.rows))}" if self.rows else ""
+        versions = f"; versions: {', '.join(map(short, self.versions))}" if self.versions else ""
+        return f"{self.where}: {self.what}{rows}{versions}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All damage to a dataset; ``unsealed`` versions are of earlier releases: no digest covers manifest and imports."""
+
+    rows: int
+    versions: int
+    damage: tuple[Damage, ...]
+    unsealed: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as it was written."""
+        return not self.damage
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as ``--json`` prints it."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(dataset: Path, reporter: Reporter) -> Verification:
+    """Check every file of every version, and collect all that is wrong.
+
+    Raises:
+        UserError: there is no dataset at all, or a file cannot be read.
+    """
+    shards = sorted(dataset.glob("rows/[!.]*.jsonl"))
+    folders = sorted(p for p in dataset.glob("versions/[!.]*") if p.is_dir())
+    if not shards and not folders:
+        raise UserError("there is no dataset version yet", where=str(dataset), fix="`tunewright data add` makes one.")
+    store = _Store()
+    with reporter.task("verifying", len(shards) + len(folders), "files and versions") as task:
+        for path in shards:
+            store.read(path)
+            task.advance()
+        checks = []
+        for folder in folders:
+            checks.append(_VersionCheck(folder, store, {f.name for f in folders}))
+            task.advance(note=folder.name)
+    damage = [
+        Damage(where, bad.reason, bad.keys, tuple(sorted({d for key in bad.keys for d in store.needed[key]})))
+        for where, bad in store.bad
+    ]
+    damage += _merged([each for check in checks for each in check.damage])
+    try:
+        current_manifest(dataset)
+    except UserError as error:
+        # A manifest that cannot be read was told of above; a HEAD that names no version was not.
+        if error.where == str(dataset / "HEAD"):
+            damage.append(Damage(error.where, error.what))
+    unsealed = tuple(c.manifest.digest for c in checks if c.manifest is not None and c.manifest.seal is None)
+    return Verification(len(store.good), len(folders), tuple(damage), unsealed)
+
+
+def _merged(damage: list[Damage]) -> list[Damage]:
+    """Damage to a file that several versions build on is one damage that concerns them all."""
+    whom: dict[Damage, set[str]] = defaultdict(set)
+    for each in damage:
+        whom[replace(each, versions=())].update(each.versions)
+    return [replace(each, versions=tuple(sorted(versions))) for each, versions in whom.items()]
+
+
+@dataclass
+class _Store:
+    """The rows that are there, those that are damaged, and which versions need which."""
+
+    good: set[str] = field(default_factory=set)
+    bad: list[tuple[str, BadRow]] = field(default_factory=list)
+    bad_keys: set[str] = field(default_factory=set)
+    needed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def read(self, path: Path) -> None:
+        for row in scan_rows(_read(path)):
+            if isinstance(row, BadRow):
+                self.bad.append((f"{path}:{row.line}", row))
+                self.bad_keys |= set(row.keys)
+            elif row.key[:2] != path.stem:
+                bad = BadRow(row.line, (row.key,), f"the row {row.key} does not belong in this file")
+                self.bad.append((f"{path}:{row.line}", bad))
+            else:
+                self.good.add(row.key)
+
+
+class _VersionCheck:
+    """One version's folder: what is wrong in it."""
+
+    def __init__(self, folder: Path, store: _Store, folders: set[str]) -> None:
+        self.folder = folder
+        self.damage: list[Damage] = []
+        self.manifest: Manifest | None = None
+        try:
+            self.manifest = read_manifest(folder)
+        except UserError as error:
+            self._add(error.where or str(folder / MANIFEST), error.what)
+        else:
+            self._check_manifest(self.manifest, folders)
+        self._check_members(store)
+        self._check_imports()
+
+    def _add(self, where: str | Path, what: str, *rows: str) -> None:
+        versions = (self.manifest.digest,) if self.manifest else ()
+        self.damage.append(Damage(str(where), what, rows, versions))
+
+    def _check_manifest(self, manifest: Manifest, folders: set[str]) -> None:
+        path = self.folder / MANIFEST
+        if manifest.seal is not None and manifest.seal != manifest_seal(json.loads(_read(path))):
+            self._add(path, "the manifest was changed: it does not have its seal")
+        if manifest.parent is not None and short(manifest.parent) not in folders:
+            self._add(path, f"the version that it was made from, {short(manifest.parent)}, is missing")
+
+    def _check_members(self, store: _Store) -> None:
+        if self.manifest is None:
+            return  # which digest the members should have is not known
+        dataset = self.folder.parent.parent
+        path = self.folder / MEMBERS
+        try:
+            places = places_of(read_members(dataset, self.manifest.digest))
+        except UserError as error:
+            # It may be the file of a version that this one builds on.
+            self._add_members(error, store)
+            return
+        there = store.good | store.bad_keys
+        for key in places:
+            store.needed[key].append(self.manifest.digest)
+            if key not in there:
+                self._add(path, f"a row is missing in rows/{key[:2]}.jsonl", key)
+        for split in SPLITS:
+            if self.manifest.splits.get(split) != keys_digest(k for k, (s, _) in places.items() if s == split):
+                self._add(self.folder / MANIFEST, f"the digest of the {split} split is not that of its rows")
+
+    def _add_members(self, error: UserError, store: _Store) -> None:
+        file, _, line = (error.where or "").rpartition(":")
+        if file.endswith(MEMBERS) and line.isdecimal():
+            text = _read(Path(file)).decode(errors="replace").split("\n")[int(line) - 1]
+            self._add(error.where or "", error.what, *re.findall("[0-9a-f]{64}", text)[:1])
+            return
+        path = Path(error.where or "")
+        odd = list(_odd_lines(_read(path), store)) if path.is_file() else []
+        for number, what, key in odd:
+            self._add(f"{path}:{number}", what, key)
+        if not odd:
+            self._add(path, error.what)
+
+    def _check_imports(self) -> None:
+        path = self.folder / IMPORTS
+        if not path.is_file():
+            self._add(path, "the file is missing")
+            return
+        data = _read(path)
+        expected = self.manifest.imports if self.manifest else None
+        if expected is not None and hashlib.sha256(data).hexdigest() == expected:
+            return
+        found = False
+        for number, line in enumerate(data.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                fine = isinstance(record, dict) and canonical_json(record).encode() == line
+            except ValueError:
+                fine = False
+            if not fine:
+                found = True
+                self._add(f"{path}:{number}", "not a record of an import")
+        if expected is not None and not found:
+            self._add(path, "the records of imports were changed: they do not have their digest")
+
+
+def _odd_lines(data: bytes, store: _Store) -> Iterator[tuple[int, str, str]]:
+    """The lines of a changed members.tsv that cannot be right by themselves, and the key in each."""
+    rows = [line.split("\t") for line in data.decode(errors="replace").splitlines()]
+    splits = {row[2]: row[1] for row in rows if len(row) == 3 and row[0] == row[2]}  # by the row that names a cluster
+    for number, row in enumerate(rows, start=1):
+        if row[0] == "from":
+            continue
+        key, split, cluster = row[-3:]
+        if key not in store.good and key not in store.bad_keys:
+            yield number, "no row has this key", key
+        elif len(row) == 3 and cluster not in splits:
+            yield number, "no member names this cluster", key
+        elif len(row) == 3 and split != splits[cluster]:
+            yield number, "not in the split of its cluster", key
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None

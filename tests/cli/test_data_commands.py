@@ -1,0 +1,169 @@
+"""Data as code, through the command line: what is told of files, rows, versions and splits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
+
+
+def _run(project: Path, *arguments: str | Path, code: int = 0) -> Any:
+    ran = tunewright("data", *arguments, "-p", project, "--json")
+    assert ran.code == code, ran.stderr
+    return ran.document
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_base_folder: Path) -> Path:
+    """A project with one version of 120 rows."""
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    _run(folder, "add", folder / "pairs.jsonl", "-m", "first")
+    return folder
+
+
+def _more(project: Path) -> tuple[str, str]:
+    before = _run(project, "log")["versions"][-1]["digest"]
+    _run(project, "add", write_jsonl(project / "more.jsonl", pairs(20, seed=3)), "-m", "more")
+    return before, _run(project, "log")["versions"][-1]["digest"]
+
+
+def test_diff_tells_added_rows_and_whether_scores_stay_comparable(project: Path) -> None:
+    before, after = _more(project)
+    document = _run(project, "diff", before[:12])
+    assert (document["a"], document["b"], len(document["added"]), document["removed"]) == (before, after, 20, [])
+    in_test = sum(row["split"] == "test" for row in document["added"])
+    assert len(document["test_changes"]["added"]) == in_test
+    assert document["comparable"] == (in_test == 0)
+    back = _run(project, "diff", after[:12], before[:12])
+    assert (len(back["added"]), len(back["removed"])) == (0, 20)
+
+
+def test_blame_tells_the_version_file_and_line_that_brought_a_row(project: Path) -> None:
+    _more(project)
+    old, new = (_run(project, "blame", row) for row in ("pairs.jsonl:7", "more.jsonl:3"))
+    assert (old["version"]["message"], old["source"], old["line"]) == ("first", "pairs.jsonl", 7)
+    assert (new["version"]["message"], new["source"], new["line"]) == ("more", "more.jsonl", 3)
+    shown = tunewright("data", "blame", "more.jsonl:3", "-p", project).stderr
+    assert "from more.jsonl:3" in shown
+
+
+def test_where_names_the_adapters_that_saw_a_row(project: Path) -> None:
+    assert tunewright("train", "-p", project).code == 0
+    uses = {}
+    for line in range(1, 121):
+        row = _run(project, "show", f"pairs.jsonl:{line}")
+        if row["split"] not in uses:
+            uses[row["split"]] = _run(project, "where", row["key"])
+    assert [a["use"] for a in uses["train"]["adapters"]] == ["trained"]
+    assert uses["train"]["trained_on"] == [uses["train"]["adapters"][0]["adapter"]]
+    assert (uses["test"]["trained_on"], uses["test"]["adapters"][0]["use"]) == ([], "test")
+
+
+def test_checkout_goes_back_and_forth(project: Path) -> None:
+    before, after = _more(project)
+    for digest, rows in ((before, 120), (after, 140)):
+        assert _run(project, "checkout", digest[:10])["digest"] == digest
+        assert sum(split["rows"] for split in _run(project, "check")["splits"]) == rows
+    assert tunewright("data", "checkout", "0000", "-p", project).code == 2
+
+
+@pytest.mark.parametrize("form", ["chat", "csv", "alpaca", "parquet"])
+def test_an_export_added_elsewhere_makes_the_same_version(
+    form: str, project: Path, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    out = tmp_path / f"out.{form}"
+    assert _run(project, "export", out, "--format", form)["rows"] == 120
+    assert tunewright("data", "export", out, "--format", form, "-p", project).code == 2, "it is there already"
+    other = tiny_project(tmp_path / "other", tiny_base_folder)
+    columns = ["--input", "prompt", "--output", "completion"] if form == "csv" else []
+    _run(other, "add", out, *columns)
+    assert _run(other, "log")["versions"][0]["digest"] == _run(project, "log")["versions"][0]["digest"]
+
+
+def test_an_unknown_export_format_is_told_with_those_there_are(project: Path, tmp_path: Path) -> None:
+    ran = tunewright("data", "export", tmp_path / "out", "--format", "xlsx", "-p", project)
+    assert (ran.code, "parquet" in ran.stderr) == (2, True)
+
+
+def test_a_pushed_dataset_is_pulled_whole_elsewhere(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
+    _, head = _more(project)
+    shared = tmp_path / "shared"
+    pushed = _run(project, "push", str(shared))
+    assert (len(pushed["versions"]), pushed["head"]) == (2, head)
+    assert _run(project, "push", str(shared))["versions"] == []
+    other = tiny_project(tmp_path / "other", tiny_base_folder)
+    assert _run(other, "pull", str(shared))["head"] == head
+    here, there = ([v["digest"] for v in _run(p, "log")["versions"]] for p in (project, other))
+    assert here == there
+    assert _run(other, "verify")["ok"]
+
+
+def test_a_flipped_byte_is_found_and_its_row_named(project: Path) -> None:
+    assert _run(project, "verify")["ok"]
+    shard = next((project / "dataset" / "rows").glob("*.jsonl"))
+    data = bytearray(shard.read_bytes())
+    row = json.loads(data.split(b"\n")[0])
+    place = data.index(b'"content":"') + len(b'"content":"')
+    data[place] ^= 1
+    shard.write_bytes(bytes(data))
+    found = _run(project, "verify", code=1)
+    assert not found["ok"]
+    assert any(row["key"] in damage["rows"] for damage in found["damage"])
+    assert shard.name in tunewright("data", "verify", "-p", project).stderr
+
+
+def test_leak_measures_every_held_out_row(project: Path) -> None:
+    document = _run(project, "leak")
+    held_out = sum(sum(document["histogram"][split]) for split in ("dev", "test"))
+    assert held_out == document["held_out"] == 24
+    assert all(row["similarity"] < 0.8 for row in document["nearest"])
+    assert "in a random split" in tunewright("data", "leak", "-p", project).stderr
+
+
+def test_check_of_files_lists_every_fault_with_its_code_and_mends_a_copy(project: Path, tmp_path: Path) -> None:
+    rows: list[Any] = [*pairs(30), {"prompt": "a"}, {"messages": [{"role": "user", "content": "x"}]}, 7]
+    path = write_jsonl(tmp_path / "new.jsonl", rows)
+    document = _run(project, "check", path, code=2)
+    assert [fault["line"] for fault in document["faults"]] == [31, 32, 33]
+    assert all(fault["code"].startswith("E") for fault in document["faults"])
+    fixed = tmp_path / "fixed.jsonl"
+    changes = _run(project, "check", path, "--fix", fixed)["changes"]
+    assert [c["line"] for c in changes if c["left_out"]] == [31, 32, 33]
+    assert path.read_text().count("\n") == 33
+    assert _run(project, "check", fixed)["ok"]
+    wrong: list[list[str | Path]] = [
+        [path, path, "--fix", tmp_path / "b"],
+        ["--fix", tmp_path / "b"],
+        [path, "--fix", path],
+    ]
+    for arguments in wrong:
+        assert tunewright("data", "check", *arguments, "-p", project).code == 2
+
+
+def _refused(ran: Ran, value: str) -> None:
+    assert ran.code == 2
+    assert "secret.jsonl:31" in ran.stderr
+    assert value not in ran.stderr + ran.stdout
+
+
+def test_a_secret_blocks_until_it_is_redacted_and_is_never_printed(project: Path) -> None:
+    card = "4556737586899855"
+    assert sum(int(d) for i, c in enumerate(reversed(card)) for d in str(int(c) * (1 + i % 2))) % 10 == 0
+    rows = [*pairs(30, seed=8), {"prompt": f"charge card {card} now", "completion": f"charged {card}"}]
+    path = write_jsonl(project / "secret.jsonl", rows)
+    before = _run(project, "log")
+    for more in ([], ["--json"]):
+        ran = tunewright("data", "add", path, "-p", project, *more)
+        assert (ran.code, card in ran.stdout + ran.stderr) == (2, False)
+    _refused(tunewright("data", "add", path, "-p", project), card)
+    assert _run(project, "log") == before
+    added = _run(project, "add", path, "--redact")
+    assert list(added["redacted"].values()) == [2]
+    row = _run(project, "show", "secret.jsonl:31")
+    texts = [m["content"] for m in row["messages"]]
+    assert card not in "".join(texts)
+    assert texts[0].split()[2] == texts[1].split()[1]

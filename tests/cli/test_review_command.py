@@ -1,0 +1,246 @@
+"""``data review`` and ``data suspects``: a pass by keys, on a terminal and without one, and by way of a spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from command_line import pairs, tunewright, write_jsonl
+from tunewright.cli import commands
+from tunewright.data.reviews import status
+from tunewright.data.versions import load_version
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("review") / "project"
+    folder.mkdir()
+    (folder / "tunewright.yaml").write_text("name: review\n")
+    write_jsonl(folder / "pairs.jsonl", pairs(150))
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def project(added: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(added, tmp_path / "project"))
+
+
+@pytest.fixture
+def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The keys that the reviewer will press; all of them have to be asked for."""
+    import tunewright.cli.review as cli
+
+    commands()
+    keys: list[str] = []
+    monkeypatch.setattr(cli, "interactive", lambda: True)
+    monkeypatch.setattr(cli, "read_key", lambda: keys.pop(0))
+    yield keys
+    assert keys == []
+
+
+def _status(project: Path) -> str:
+    return status(project / "dataset", load_version(project / "dataset"))
+
+
+def _editor(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    """An editor that does what ``script`` says with the file ``$1``."""
+    path = folder / "editor.sh"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.delenv("VISUAL", raising=False)
+    monkeypatch.setenv("EDITOR", str(path))
+
+
+def test_a_pass_shows_rows_with_their_neighbours_and_counts_verdicts(project: Path, press: list[str]) -> None:
+    press += "rrwx" + "q"
+    ran = tunewright("data", "review", "--reviewer", "ada", "-p", project)
+    assert ran.code == 0
+    assert "Nearest rows" in ran.stderr
+    assert "'x' is no key here" in ran.stderr
+    assert "under review: 1 of 3 wrong" in ran.stderr
+    assert _status(project).startswith("under review: 1 of 3 wrong")
+
+
+def test_a_pass_ends_by_itself_when_the_version_is_accepted(project: Path, press: list[str]) -> None:
+    press += "r" * 72
+    ran = tunewright("data", "review", "-p", project, "--json")
+    assert ran.document["status"] == "accepted: 0 of 72 wrong, under 5% at 95%"
+    assert ran.document["outcome"]["decision"] == "accepted"
+    assert tunewright("data", "review", "--status", "-p", project).code == 0
+
+
+def test_undo_and_skip_by_key(project: Path, press: list[str]) -> None:
+    press += "uwusrq"
+    ran = tunewright("data", "review", "-p", project)
+    assert "There is nothing to take back." in ran.stderr
+    assert "Taken back." in ran.stderr
+    assert "0 of 2 wrong" in _status(project)
+    assert _status(project).endswith("1 unsettled")
+
+
+def test_an_edit_opens_the_editor_and_becomes_a_version(
+    project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _editor(monkeypatch, project, "echo 'a better answer' > $1")
+    press += "eq"
+    assert tunewright("data", "review", "--reviewer", "ada", "-p", project).code == 0
+    ran = tunewright("data", "review", "--apply", "-m", "first look", "-p", project)
+    assert "1 answers edited in review (ada): first look" in ran.stderr
+    outputs = [m.example.output for m in load_version(project / "dataset").members]
+    assert outputs.count("a better answer") == 1
+    assert _status(project) == "not reviewed"
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [("exit 1", "The editor failed"), ("true", "as it was"), ("printf '\\377' > $1", "The editor failed")],
+)
+def test_an_editor_that_fails_or_changes_nothing_gives_no_verdict(
+    project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch, script: str, told: str
+) -> None:
+    _editor(monkeypatch, project, script)
+    press += "eq"
+    assert told in tunewright("data", "review", "-p", project).stderr
+    assert "0 of 0 wrong" in _status(project)
+
+
+def test_the_exit_code_of_status_is_the_verdict(project: Path, press: list[str]) -> None:
+    assert tunewright("data", "review", "--status", "-p", project).code == 4
+    press += "ww"
+    tunewright("data", "review", "-p", project)
+    ran = tunewright("data", "review", "--status", "-p", project, "--json")
+    assert (ran.code, ran.document["status"]) == (3, "rejected: 2 of 2 wrong, not under 5%")
+
+
+def test_a_spreadsheet_goes_out_and_comes_back(project: Path) -> None:
+    file = project / "review.csv"
+    ran = tunewright("data", "review", "--fixed", "0", "--export", file, "-p", project, "--json")
+    assert ran.document == {"file": str(file), "rows": 60}
+    with file.open(encoding="utf-8-sig", newline="") as written:
+        rows = list(csv.DictReader(written))
+    with file.open("w", encoding="utf-8", newline="") as out:
+        table = csv.DictWriter(out, list(rows[0]))
+        table.writeheader()
+        table.writerows({**row, "verdict": "right"} for row in rows)
+    ran = tunewright("data", "review", "--import", file, "--reviewer", "ada", "-p", project)
+    assert "60 verdicts recorded, 0 known, 0 rows without one" in ran.stderr
+    assert "accepted: 0 of 59 wrong, under 5% at 95%" in ran.stderr
+
+
+def test_two_reviewers_agreement_is_told(project: Path, press: list[str]) -> None:
+    press += "rrrrwq" + "rrrww"
+    tunewright("data", "review", "--reviewer", "ada", "-p", project)
+    ran = tunewright("data", "review", "--reviewer", "ben", "--second", "-p", project, "--json")
+    (found,) = ran.document["agreements"]
+    assert (found["rows"], found["agreed"]) == (5, 4)
+    assert found["low"] < found["kappa"] < found["high"]
+
+
+def test_suspects_are_listed_and_reviewed_apart(project: Path, press: list[str]) -> None:
+    # Each colour is the answer of about 15 rows: classes, of which one is wrong.
+    version = load_version(project / "dataset")
+    wrong = next(m for m in version.members if m.example.output == "red")
+    text = wrong.example.input_text
+    write_jsonl(project / "more.jsonl", [{"prompt": text, "completion": "green"}])
+    assert tunewright("data", "add", project / "more.jsonl", "-p", project).code == 0
+    document = tunewright("data", "suspects", "-p", project, "--json").document
+    assert [s["reason"] for s in document["suspects"][:2]] == ["conflict", "conflict"]
+    shown = tunewright("data", "suspects", "--top", "2", "-p", project).stderr
+    assert "the same input has the answer" in shown
+    press += "rwq"
+    ran = tunewright("data", "review", "--suspects", "-p", project)
+    assert "conflict: the same input has" in ran.stderr
+    assert _status(project) == "not reviewed"
+
+
+def test_without_a_terminal_the_other_ways_are_named(project: Path) -> None:
+    ran = tunewright("data", "review", "-p", project, "--json")
+    assert ran.code == 2
+    assert "--export and --import" in ran.document["error"]["fix"]
+    assert not (project / "dataset" / "reviews.jsonl").exists()
+    assert tunewright("data", "review", "--status", "--redraw", "-p", project).code == 2
+
+
+def test_help_stays_fast() -> None:
+    code = (
+        "import sys\nfrom tunewright.cli import commands\ncommands()\n"
+        "heavy = {'torch', 'sklearn', 'cleanlab', 'numpy', 'pydantic'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+class _Terminal:
+    """The command on a real (pseudo) terminal."""
+
+    def __init__(self, project: Path, *options: str) -> None:
+        self.screen = ""
+        pid, self.handle = pty.fork()
+        if pid == 0:
+            os.environ |= {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+            arguments = ["data", "review", "-p", str(project), *options]
+            os.execv(sys.executable, [sys.executable, "-m", "tunewright", *arguments])
+        self.pid = pid
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Until ``text`` has come on the screen since the last wait."""
+        end = time.monotonic() + seconds
+        seen = ""
+        while text not in seen:
+            assert time.monotonic() < end, f"no {text!r} on the screen:\n{seen}"
+            if select.select([self.handle], [], [], 0.2)[0]:
+                try:
+                    seen += os.read(self.handle, 65536).decode(errors="replace")
+                except OSError:  # Linux: the other side has ended
+                    break
+        assert text in seen, seen
+        self.screen += seen
+
+    def press(self, key: str, seconds: float = 60) -> None:
+        """Once the command waits for a key: what is typed before, on a row not yet shown, it forgets."""
+        end = time.monotonic() + seconds
+        while termios.tcgetattr(self.handle)[3] & termios.ICANON:
+            assert time.monotonic() < end, "no key was asked for"
+            time.sleep(0.01)
+        os.write(self.handle, key.encode())
+
+    def code(self) -> int:
+        """The exit code."""
+        _, wait_status = os.waitpid(self.pid, 0)
+        os.close(self.handle)
+        return os.waitstatus_to_exitcode(wait_status)
+
+
+def test_one_whole_pass_on_a_terminal(project: Path) -> None:
+    terminal = _Terminal(project, "--reviewer", "ada")
+    terminal.wait_for("q quit")
+    for key, shown in zip("rwus", ("0 of 1 wrong", "1 of 2 wrong", "Taken back", "unsettled"), strict=True):
+        terminal.press(key)
+        terminal.wait_for(shown)
+    terminal.press("\x03")  # Ctrl-C: what was judged is kept
+    terminal.wait_for("Stopped")
+    assert terminal.code() == 2
+    again = _Terminal(project, "--reviewer", "ada")
+    again.wait_for("0 of 2 wrong, at least 70 more to check, 1 unsettled")
+    for number in range(2, 72):
+        again.press("r")
+        again.wait_for(f"0 of {number} wrong, at least {72 - number} more to check\x1b")
+    again.press("r")
+    again.wait_for("accepted: 0 of 72 wrong, under 5% at 95%")
+    assert again.code() == 0
+    events = [json.loads(line)["event"] for line in (project / "dataset" / "reviews.jsonl").read_text().splitlines()]
+    assert events.count("verdict") == 74  # right, wrong and skip before, then 71
+    assert events.count("undo") == 1

@@ -1,0 +1,48 @@
+"""What the review tests share: a small dataset, and verdicts without a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
+
+from tunewright.data.add import add
+from tunewright.data.review import Review
+from tunewright.data.reviews import Verdict
+from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.project import Project
+
+
+def reviewed_project(root: Path, count: int = 200, pairs: list[Pair] | None = None) -> Project:
+    """A project with a version of pairs that have little in common."""
+    project = new_project(root)
+    add_pairs(project, pairs or unlike_pairs(count))
+    return project
+
+
+def add_pairs(project: Project, pairs: list[Pair]) -> DatasetVersion:
+    """Add pairs; the version there is then."""
+    add(project, [write_jsonl(project.root / "pairs.jsonl", pairs)], Listener())
+    return load_version(project.dataset)
+
+
+def review(project: Project, reviewer: str = "ada", *, second: bool = False, redraw: bool = False) -> Review:
+    """A pass over the current version's sample."""
+    version = load_version(project.dataset)
+    return Review(project.dataset, version, reviewer, Listener(), second=second, redraw=redraw)
+
+
+def judge_next(under_way: Review, *verdicts: Verdict, output: str = "a better answer") -> list[str]:
+    """Give these verdicts on the next rows; the rows' keys."""
+    keys = []
+    for verdict in verdicts:
+        card = under_way.next()
+        assert card is not None
+        under_way.judge(card, verdict, output if verdict == "edit" else None)
+        keys.append(card.member.key)
+    return keys
+
+
+def right(count: int) -> list[Verdict]:
+    """So many right verdicts."""
+    return ["right"] * count

@@ -1,0 +1,368 @@
+"""A labelled set for secrets and personal data: made from a seed, so that no key that looks real stands in a file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import string
+import uuid
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+Make = Callable[[Random], str]
+LETTERS, ALNUM = string.ascii_letters, string.ascii_letters + string.digits
+URLSAFE, HEX, UPPER = ALNUM + "-_", "0123456789abcdef", string.ascii_uppercase
+BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
+
+# Some countries' account numbers, as ISO 13616 writes them: n for a digit, a for a letter, c for either.
+BANKS = (
+    "DE 18n,GB 4a 14n,FR 10n 11c 2n,NL 4a 10n,ES 20n,IT 1a 22n,NO 11n,CH 17n,PL 24n,BE 12n,MT 4a 5n 18c,SA 20n,AT 16n,"
+    "IE 4a 14n,BR 23n 1a 1c"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text and all that is in it, as (kind, value); ``name`` says how it was made."""
+
+    name: str
+    text: str
+    expected: tuple[tuple[str, str], ...] = ()
+
+
+def pick(rng: Random, alphabet: str, length: int) -> str:
+    """Random characters."""
+    return "".join(rng.choices(alphabet, k=length))
+
+
+def digits(rng: Random, length: int) -> str:
+    """Random digits, the first not 0."""
+    return rng.choice("123456789") + pick(rng, string.digits, length - 1)
+
+
+def with_crc(prefix: str, body: str) -> str:
+    """A token in GitHub's format."""
+    crc = zlib.crc32(body.encode())
+    return prefix + body + "".join(BASE62[crc // 62**place % 62] for place in range(5, -1, -1))
+
+
+def with_luhn(body: str) -> str:
+    """The digits and the one check digit that makes the Luhn sum a multiple of ten, found by trying all."""
+
+    def total(number: str) -> int:
+        odd, even = number[::-1][::2], number[::-1][1::2]
+        return sum(map(int, odd)) + sum(sum(map(int, str(2 * int(digit)))) for digit in even)
+
+    return next(body + check for check in string.digits if total(body + check) % 10 == 0)
+
+
+def with_iban_check(country: str, bban: str) -> str:
+    """The IBAN: 98 minus the remainder by 97 of the number with check digits 00."""
+    number = "".join(str(ord(c) - 55) if c.isalpha() else c for c in f"{bban}{country}00")
+    return f"{country}{98 - int(number) % 97:02d}{bban}"
+
+
+def grouped(text: str, *sizes: int, separator: str = " ") -> str:
+    """The text in groups of these sizes, the last again and again."""
+    parts, place, sizes_left = [], 0, list(sizes)
+    while place < len(text):
+        size = sizes_left.pop(0) if len(sizes_left) > 1 else sizes_left[0]
+        parts.append(text[place : place + size])
+        place += size
+    return separator.join(parts)
+
+
+def card(rng: Random) -> str:
+    prefix, length = rng.choice(
+        [
+            ("4", 16),
+            ("51", 16),
+            ("55", 16),
+            ("2221", 16),
+            ("2720", 16),
+            ("34", 15),
+            ("37", 15),
+            ("6011", 16),
+            ("65", 16),
+        ]
+        if rng.random() < 0.6
+        else [("305", 14), ("36", 14), ("3528", 16), ("62", 16), ("62", 19), ("2200", 16), ("6759", 16)]
+    )
+    number = with_luhn(prefix + pick(rng, string.digits, length - len(prefix) - 1))
+    sizes = (4,) if length in (16, 19) else (4, 6, 5)
+    return rng.choice([number, grouped(number, *sizes), grouped(number, *sizes, separator="-")])
+
+
+def iban(rng: Random) -> str:
+    country, shape = rng.choice(BANKS.split(",")).split(maxsplit=1)
+    alphabets = {"n": string.digits, "a": UPPER, "c": string.digits + UPPER}
+    bban = "".join(pick(rng, alphabets[part[-1]], int(part[:-1])) for part in shape.split())
+    number = with_iban_check(country, bban)
+    return rng.choice([number, grouped(number, 4)])
+
+
+def base64url(value: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+
+def jwt(rng: Random) -> str:
+    header = {"alg": rng.choice(["HS256", "RS256", "ES256"]), "typ": "JWT"}
+    claims = {
+        "sub": digits(rng, 8),
+        "iat": 1_700_000_000 + rng.randrange(10**7),
+        "scope": rng.choice(["read", "admin"]),
+    }
+    return f"{base64url(header)}.{base64url(claims)}.{pick(rng, URLSAFE, 43)}"
+
+
+def private_key(rng: Random) -> str:
+    kind = rng.choice(["RSA ", "EC ", "OPENSSH ", "", "ENCRYPTED "])
+    body = base64.b64encode(rng.randbytes(rng.choice([48, 120, 600]))).decode()
+    lines = [body[i : i + 64] for i in range(0, len(body), 64)]
+    return "\n".join([f"-----BEGIN {kind}PRIVATE KEY-----", *lines, f"-----END {kind}PRIVATE KEY-----"])
+
+
+def email(rng: Random) -> str:
+    local = rng.choice(["maria.lopez", "j.oneil", "k+news", "info", "anna_b", "dev-team", "x" + digits(rng, 3)])
+    domain = rng.choice(
+        ["gmail.com", "uni-bonn.de", "mail.gov.uk", "kanzlei-meier.de", "startup.io", "hospital.nhs.uk"]
+    )
+    return f"{local}{rng.randrange(100)}@{domain}"
+
+
+def american(rng: Random) -> tuple[str, str, str]:
+    return (
+        rng.choice(["212", "415", "650", "305", "773", "503"]),
+        rng.choice("23456789") + rng.choice("023456789") + rng.choice(string.digits),
+        digits(rng, 4),
+    )
+
+
+def phone(rng: Random) -> str:
+    area, exchange, line = american(rng)
+    rest = pick(rng, "2345678", 4)
+    return rng.choice(
+        [
+            f"({area}) {exchange}-{line}",
+            f"{area}-{exchange}-{line}",
+            f"{area}.{exchange}.{line}",
+            f"+1 {area} {exchange} {line}",
+            f"+1{area}{exchange}{line}",
+            f"1-{area}-{exchange}-{line}",
+            f"+44 20 7{pick(rng, '2345', 3)} {rest}",
+            f"+44 (0)20 7{pick(rng, '2345', 3)} {rest}",
+            f"020 7{pick(rng, '2345', 3)} {rest}",
+            f"+49 30 {pick(rng, '2345', 4)}{rest}",
+            f"0221 {pick(rng, '2345', 3)}{rest}",
+            f"+4915{pick(rng, '1267', 1)}{pick(rng, '2468', 4)}{rest}",
+            f"+33 6 12 {rest[:2]} {rest[2:]} {pick(rng, '24680', 2)}",
+            f"06 12 {rest[:2]} {rest[2:]} {pick(rng, '24680', 2)}",
+            f"+91 98{pick(rng, '2468', 3)} {pick(rng, '13579', 5)}",
+            f"+81 90-{rest}-{pick(rng, '1357', 4)}",
+            f"0049 30 {pick(rng, '2345', 4)}{rest}",
+        ]
+    )
+
+
+def social_security(rng: Random) -> str:
+    area = rng.choice([n for n in range(1, 900) if n != 666])
+    return f"{area:03d}-{rng.randrange(1, 100):02d}-{rng.randrange(1, 10000):04d}"
+
+
+def ip_address(rng: Random) -> str:
+    if rng.random() < 0.2:
+        return f"2a0{rng.randrange(10)}:{pick(rng, HEX[1:], 4)}:{pick(rng, HEX[1:], 3)}::{rng.randrange(1, 99)}"
+    network = rng.choice([5, 31, 52, 81, 91, 104, 151, 185, 213])
+    return ".".join(str(part) for part in (network, *(rng.randrange(256) for _ in range(3))))
+
+
+def slack(rng: Random) -> str:
+    return rng.choice(
+        [
+            f"xoxb-{digits(rng, 12)}-{digits(rng, 13)}-{pick(rng, ALNUM, 24)}",
+            f"xoxp-{digits(rng, 11)}-{digits(rng, 11)}-{digits(rng, 12)}-{pick(rng, HEX, 32)}",
+            f"xapp-1-A0{pick(rng, UPPER, 9)}-{digits(rng, 13)}-{pick(rng, HEX, 64)}",
+        ]
+    )
+
+
+def openai(rng: Random) -> str:
+    marker = "T3Blbk" + "FJ"
+    return rng.choice(
+        [
+            f"sk-{pick(rng, ALNUM, 20)}{marker}{pick(rng, ALNUM, 20)}",
+            f"sk-proj-{pick(rng, URLSAFE, 74)}{marker}{pick(rng, URLSAFE, 73)}a",
+            f"sk-or-v1-{pick(rng, HEX, 64)}",
+        ]
+    )
+
+
+# The kinds whose value is all that has to be there.
+VALUES: dict[str, Make] = {
+    "private_key": private_key,
+    "github_token": lambda rng: rng.choice(
+        [
+            with_crc(f"gh{rng.choice('pousr')}_", pick(rng, ALNUM, 30)),
+            f"github_pat_{pick(rng, ALNUM, 22)}_{pick(rng, ALNUM, 59)}",
+        ]
+    ),
+    "gitlab_token": lambda rng: rng.choice(
+        [f"glpat-{pick(rng, URLSAFE, 19)}a", f"glpat-{pick(rng, URLSAFE, 43)}.01.1a{pick(rng, ALNUM.lower(), 7)}"]
+    ),
+    "npm_token": lambda rng: with_crc("npm_", pick(rng, ALNUM, 30)),
+    "pypi_token": lambda rng: f"pypi-AgEIcHlwaS5vcmc{pick(rng, URLSAFE, 150)}",
+    "aws_key_id": lambda rng: rng.choice(["AKIA", "ASIA"]) + pick(rng, UPPER + "234567", 16),
+    "google_key": lambda rng: f"AIza{pick(rng, URLSAFE, 35)}",
+    "slack_token": slack,
+    "stripe_key": lambda rng: f"{rng.choice('sr')}k_live_{pick(rng, ALNUM, rng.choice([24, 99]))}",
+    "anthropic_key": lambda rng: f"sk-ant-api03-{pick(rng, URLSAFE, 93)}AA",
+    "openai_key": openai,
+    "huggingface_token": lambda rng: f"hf_{pick(rng, LETTERS, 34)}",
+    "sendgrid_key": lambda rng: f"SG.{pick(rng, URLSAFE, 22)}.{pick(rng, URLSAFE, 43)}",
+    "twilio_key": lambda rng: f"SK{pick(rng, HEX, 32)}",
+    "databricks_token": lambda rng: f"dapi{pick(rng, HEX, 32)}",
+    "digitalocean_token": lambda rng: f"dop_v1_{pick(rng, HEX, 64)}",
+    "jwt": jwt,
+    "card": card,
+    "iban": iban,
+    "email": email,
+    "phone": phone,
+    "us_ssn": social_security,
+    "ip_address": ip_address,
+}
+CONTEXTS = [
+    "{}",
+    "It is {}.",
+    "I wrote ({}) there, twice!",
+    "KEY={}",
+    '{{"value": "{}", "n": 3}}',
+    "a\n{}\nb",
+    "Try {}, please",
+]
+
+
+def _named(kind: str, rng: Random) -> Sample:
+    """The kinds that need something beside them."""
+    if kind == "aws_secret":
+        secret = pick(rng, LETTERS, 20) + "7aB" + pick(rng, ALNUM + "/+", 17)
+        key = VALUES["aws_key_id"](rng)
+        texts = {
+            f"aws_secret_access_key = {secret}\n": ((kind, secret),),
+            f"{key}\n{secret}\n": (("aws_key_id", key), (kind, secret)),
+            f'AWS_SECRET_ACCESS_KEY={secret} AWS_ACCESS_KEY_ID="{key}"': ((kind, secret), ("aws_key_id", key)),
+        }
+        text = rng.choice(list(texts))
+        return Sample(kind, text, texts[text])
+    if kind == "azure_key":
+        key = base64.b64encode(rng.randbytes(64)).decode()
+        return Sample(kind, f"AccountName=shop;AccountKey={key};EndpointSuffix=core.windows.net", ((kind, key),))
+    if kind == "phone_named":
+        area, exchange, line = american(rng)
+        number = rng.choice([f"{area}{exchange}{line}", f"{area} {exchange} {line}", f"0{area} {exchange}{line}"])
+        lead = rng.choice(["Call me at ", "phone: ", "Tel. ", "My phone number is ", "Text us on ", "Fax "])
+        return Sample(kind, f"{lead}{number}.", (("phone", number),))
+    user = rng.choice(["bob", "svc", "", "app%40corp"])
+    pair = f"{user}:{pick(rng, ALNUM + '!$._-@', 11)}Z"
+    scheme = rng.choice(["https", "postgres", "mongodb+srv", "redis", "amqp", "ftp"])
+    return Sample(
+        kind, f"Connect to {scheme}://{pair}@db.{rng.choice('abc')}9.io:5432/x now", (("url_credentials", pair),)
+    )
+
+
+def positives(seed: int, each: int) -> list[Sample]:
+    """``each`` samples of every kind, in changing surroundings."""
+    rng = Random(seed)
+    samples = []
+    for kind, make in VALUES.items():
+        for number in range(each):
+            found = make(rng)
+            samples.append(Sample(kind, CONTEXTS[number % len(CONTEXTS)].format(found), ((kind, found),)))
+    for kind in ("aws_secret", "azure_key", "url_credentials", "phone_named"):
+        samples += [_named(kind, rng) for _ in range(each)]
+    return samples
+
+
+def _wrong_digit(text: str) -> str:
+    place = max(i for i, c in enumerate(text) if c.isdigit())
+    return text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+
+
+def _wrong_letter(token: str) -> str:
+    return token[:20] + ("a" if token[20] != "a" else "b") + token[21:]
+
+
+def shaped(*shapes: str) -> Make:
+    """One of the shapes, with a random digit for each # (no leading 0) and a random hexadecimal digit for each ~."""
+
+    def make(rng: Random) -> str:
+        hexadecimal = re.sub("~", lambda _: rng.choice(HEX), rng.choice(shapes))
+        return re.sub("#+", lambda run: digits(rng, len(run[0])), hexadecimal)
+
+    return make
+
+
+# What looks like one and is none.
+NEGATIVES: dict[str, Make] = {
+    "git commit": shaped("commit " + "~" * 40, "fixed in " + "~" * 7, "fixed in " + "~" * 12),
+    "git commit beside AWS": shaped(f"AWS deploy of {'~' * 40}, secret rotated"),
+    "SHA-256": shaped("sha256:" + "~" * 64),
+    "npm integrity": lambda rng: f'"integrity": "sha512-{base64.b64encode(rng.randbytes(64)).decode()}"',
+    "UUID": lambda rng: f"request {uuid.UUID(int=rng.getrandbits(128), version=4)}",
+    "timestamp": lambda rng: f"at {rng.choice([1, 1000, 10**6, 10**9]) * (1_600_000_000 + rng.randrange(10**8))}",
+    "ISO time": shaped("2024-03-1#T10:15:30.######+02:00", "20240#1#T1#1530Z"),
+    "date": shaped("1#.02.20##", "0#-12-2021", "2021-1#-1# 1#:45", "0#/2#/1999"),
+    "price": shaped("$#,###,###.00", "EUR # ### ###,90", "cost 1.###.###,00 €", "USD ######.##"),
+    "decimal": shaped("p = 0.################", "x = ##.########, y = -0.0########"),
+    "ISBN": shaped("ISBN 978-#-##-######-#", "ISBN 0-###-#####-X", "978-3-##-######-#", "ISBN 978##########"),
+    "docket": shaped(
+        "No. ##-cv-#####", "2:##-cv-#####-ABC", "Docket ###-###-####", "### F.3d ####", "Case ###-##-####", "##-####"
+    ),
+    "order": shaped("Order ################", "order number: ###-###-####", "order 112-#######-#######"),
+    "bare 16 digits": shaped("it says ################ there"),
+    "status id": shaped("https://x.com/i/status/###################"),
+    "EAN": shaped("barcode #############"),
+    "IMEI": lambda rng: f"IMEI {with_luhn('35' + pick(rng, string.digits, 12))}",
+    "tracking": shaped("1Z~~~~##########", "9400##################", "tracking no. ############"),
+    "base64": lambda rng: f"image/png;base64,{base64.b64encode(rng.randbytes(rng.choice([30, 66, 300]))).decode()}",
+    "colour": lambda rng: f"color: #{pick(rng, HEX, 6)}; background: #{pick(rng, HEX, 8)}",
+    "version": shaped("v#.##.#", "Chrome/###.0.####.##", "version #.#.##.###", "lib-#.#.#-rc#", "driver 1##.2##.1##.1"),
+    "section": shaped("see #.#.##.# of the manual", "§ #.##.#.#"),
+    "MAC address": shaped("~~:~~:~~:~~:~~:~~", "~~-~~-~~-~~-~~-~~"),
+    "coordinates": shaped("+##.#######, -##.######", "##.#####, +#.######"),
+    "DOI": shaped("doi:10.1016/j.cell.2020.##.###", "PMID: ########", "Cell 2019;1##:##-##"),
+    "package": shaped("npm i @types/node@##.1.0 lodash@4.17.21", "actions/checkout@v#"),
+    "handle": shaped("thanks @~~~~~~~~, see icon@2x.png"),
+    "git remote": shaped("git@github.com:~~~~~~/repo.git", "ssh://git@gitlab.com/~~~~/repo.git"),
+    "private address": shaped("10.0.1##.7", "192.168.#.4", "192.0.2.1##", "127.0.0.1:####", "fe80::1", "2001:db8::#"),
+    "ZIP+4": shaped("Springfield, IL #####-####"),
+    "bad card": lambda rng: _wrong_digit(card(rng)),
+    "bad IBAN": lambda rng: _wrong_digit(iban(rng)),
+    "bad GitHub token": lambda rng: _wrong_letter(with_crc("ghp_", pick(rng, ALNUM, 30))),
+    "bad npm token": lambda rng: _wrong_letter(with_crc("npm_", pick(rng, ALNUM, 30))),
+    "no SSN": shaped("000-##-####", "666-##-####", "9##-##-####", "###-00-####", "###-##-0000"),
+    "fictional phone": shaped("(212) 555-01##", "+1-415-555-01##", "020 7946 0###", "07700 900###", "123-456-7890"),
+    "example address": shaped("~~~~@example.com", "~~~~@mail.example.org", "~~~~@corp.test", "noreply@shop.com"),
+    "placeholder": shaped(
+        "AKIAIOSFODNN7EXAMPLE",
+        "sk-ant-api03-your-api-key-here",
+        "ghp_" + "x" * 36,
+        "sk_live_" + "X" * 24,
+        "hf_" + "x" * 34,
+        "AIza" + "x" * 35,
+        "glpat-xxxxxxxxxxxxxxxxxxxx",
+        "4242 4242 4242 4242",
+        "https://user:password@host.io",
+        "postgres://me:${DB_PASSWORD}@db.io/x",
+        "-----BEGIN PRIVATE KEY-----\n...\n-----END PRIVATE KEY-----",
+    ),
+    "redacted": shaped(f"<EMAIL_#> https://<URL_CREDENTIALS_1>@db.io <AWS_SECRET_1> {'aB' * 8}{'~' * 24}"),
+}
+
+
+def negatives(seed: int, each: int) -> list[Sample]:
+    """``each`` samples of everything that looks like one and is none."""
+    rng = Random(seed)
+    return [Sample(name, make(rng)) for name, make in NEGATIVES.items() for _ in range(each)]

@@ -1,0 +1,180 @@
+"""Acceptance sampling against scipy's exact distributions, a walk through all outcomes, and simulation."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from itertools import repeat
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
+
+from tunewright.data.acceptance import (
+    Finding,
+    FixedPlan,
+    SequentialPlan,
+    fixed_size,
+    judge,
+    sample_order,
+    upper_bound,
+)
+
+RIGHT: Finding = "right"
+WRONG: Finding = "wrong"
+UNSETTLED: Finding = "unsettled"
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("allowed", [0, 1, 2, 5, 12])
+def test_a_fixed_size_is_the_smallest_that_keeps_the_promise(allowed: int, limit: float) -> None:
+    size = fixed_size(allowed, limit)
+    assert binom.cdf(allowed, size, limit) <= 0.05 < binom.cdf(allowed, size - 1, limit)
+
+
+def test_fixed_sizes_are_those_of_the_published_tables() -> None:
+    assert [fixed_size(allowed) for allowed in range(6)] == [59, 93, 124, 153, 181, 208]
+
+
+@given(st.integers(1, 500), st.data(), st.sampled_from([0.9, 0.95, 0.99]))
+def test_the_upper_bound_is_clopper_and_pearsons(checked: int, data: st.DataObject, level: float) -> None:
+    wrong = data.draw(st.integers(0, checked))
+    exact = binomtest(wrong, checked, alternative="less").proportion_ci(level, method="exact").high
+    assert upper_bound(wrong, checked, level) == pytest.approx(exact, abs=1e-9)
+
+
+def test_nothing_checked_bounds_nothing() -> None:
+    assert upper_bound(0, 0) == 1.0
+
+
+def _all_ways(plan: SequentialPlan, share: float, most: int = 3000) -> tuple[float, float, float]:
+    """Exactly: the chance to accept, the chance to reject, the mean number of rows (undecided ones end at ``most``)."""
+    chances: dict[int, float] = {0: 1.0}  # of each number of wrong rows, while nothing is decided
+    accept = reject = mean = 0.0
+    for checked in range(1, most):
+        mean += sum(chances.values())
+        step: dict[int, float] = defaultdict(float)
+        for wrong, chance in chances.items():
+            step[wrong] += chance * (1 - share)
+            step[wrong + 1] += chance * share
+        chances = {}
+        for wrong, chance in step.items():
+            decision = plan.decide(checked, wrong)
+            accept += chance * (decision == "accepted")
+            reject += chance * (decision == "rejected")
+            if decision == "go on":
+                chances[wrong] = chance
+    return accept, reject, mean
+
+
+def test_the_sequential_plan_errs_no_more_often_than_it_promises() -> None:
+    plan = SequentialPlan()
+    accept_good, reject_good, mean_good = _all_ways(plan, 0.01)
+    accept_bad, reject_bad, mean_bad = _all_ways(plan, 0.05)
+    assert reject_good <= plan.alpha
+    assert accept_bad <= plan.beta
+    assert accept_good + reject_good == pytest.approx(1, abs=1e-6)
+    assert accept_bad + reject_bad == pytest.approx(1, abs=1e-6)
+    # It stops earlier than the fixed plan that errs as rarely on both sides (181 rows, 4 allowed).
+    assert max(mean_good, mean_bad) < fixed_size(4)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03, 0.05, 0.1])
+def test_judging_simulated_samples_decides_as_often_as_the_exact_walk_says(share: float) -> None:
+    plan, draw, runs = SequentialPlan(), random.Random(0), 1500
+    accept, _, mean = _all_ways(plan, share)
+    outcomes = [judge(plan, _drawn(draw, share), rows=10**9) for _ in range(runs)]
+    error = (accept * (1 - accept) / runs) ** 0.5
+    assert abs(sum(o.decision == "accepted" for o in outcomes) / runs - accept) < 4 * error + 1e-3
+    assert sum(o.checked for o in outcomes) / runs == pytest.approx(mean, rel=0.12)
+
+
+def _drawn(draw: random.Random, share: float) -> map[Finding]:
+    def one(_: None) -> Finding:
+        return "wrong" if draw.random() < share else "right"
+
+    return map(one, repeat(None))
+
+
+@given(st.integers(0, 400), st.integers(0, 8), st.sampled_from([SequentialPlan(), FixedPlan(allowed=2)]))
+def test_so_many_right_rows_as_needed_are_accepted_and_not_one_fewer(
+    checked: int, wrong: int, plan: SequentialPlan | FixedPlan
+) -> None:
+    wrong = min(wrong, checked)
+    if plan.decide(checked, wrong) != "go on":
+        return
+    needed = plan.needed(checked, wrong)
+    assert plan.decide(checked + needed, wrong) == "accepted"
+    assert plan.decide(checked + needed - 1, wrong) != "accepted"
+
+
+@given(st.lists(st.sampled_from(["right"] * 30 + ["wrong", "unsettled"]), max_size=300), st.integers(0, 2))
+def test_settling_a_row_never_turns_a_decision_round(found: list[Finding], allowed: int) -> None:
+    """Whatever the unsettled rows turn out to be, an accepted version is not rejected, nor the other way round."""
+    for plan in (SequentialPlan(), FixedPlan(allowed=allowed)):
+        now = judge(plan, found, rows=10**6)
+        for settled in (RIGHT, WRONG):
+            later = judge(plan, [settled if f == "unsettled" else f for f in found[: now.checked]], rows=10**6)
+            assert {now.decision, later.decision} != {"accepted", "rejected"}
+
+
+def test_what_is_found_after_the_decision_changes_nothing() -> None:
+    right = [RIGHT] * 80
+    decided = judge(SequentialPlan(), right, rows=10_000)
+    assert (decided.decision, decided.wrong) == ("accepted", 0)
+    assert judge(SequentialPlan(), [*right, *([WRONG] * 50)], rows=10_000) == decided
+
+
+def test_the_fixed_plan_accepts_at_its_size_and_rejects_as_soon_as_it_must() -> None:
+    plan = FixedPlan(allowed=1)
+    assert judge(plan, [RIGHT] * 92, rows=10_000).decision == "go on"
+    assert judge(plan, [RIGHT] * 92, rows=10_000).needed == 1
+    accepted = judge(plan, [RIGHT] * 92 + [WRONG], rows=10_000)
+    assert (accepted.decision, accepted.checked) == ("accepted", 93)
+    assert accepted.upper < 0.05
+    assert judge(plan, [WRONG, WRONG], rows=10_000).decision == "rejected"
+
+
+def test_skipped_rows_do_not_help_to_accept() -> None:
+    plan = SequentialPlan()
+    clean = judge(plan, [RIGHT] * 80, rows=10_000)
+    skipping: list[Finding] = ["unsettled" if i % 10 == 0 else "right" for i in range(80)]
+    assert clean.decision == "accepted"
+    assert judge(plan, skipping, rows=10_000).decision == "go on"
+    assert judge(plan, skipping, rows=10_000).upper > 0.05
+
+
+def test_of_a_version_checked_whole_the_share_itself_decides() -> None:
+    few = [RIGHT] * 39 + [WRONG]
+    found = judge(SequentialPlan(), few, rows=40)
+    assert (found.decision, found.whole, found.upper) == ("accepted", True, 1 / 40)
+    assert judge(SequentialPlan(), [RIGHT] * 38 + [WRONG] * 2, rows=40).decision == "rejected"
+    assert judge(SequentialPlan(), [RIGHT] * 38 + [UNSETTLED] * 2, rows=40).decision == "go on"
+    assert judge(SequentialPlan(), few, rows=41).decision == "go on"
+    assert judge(SequentialPlan(), [RIGHT] * 12, rows=20).needed == 8
+
+
+def test_the_sample_depends_on_version_and_draw_and_on_no_order_of_rows() -> None:
+    keys = [f"{n:064x}" for n in range(200)]
+    order = sample_order(keys, "a" * 64, 0)
+    assert sorted(order) == keys
+    assert sample_order(keys[::-1], "a" * 64, 0) == order
+    assert sample_order(keys, "b" * 64, 0) != order
+    assert sample_order(keys, "a" * 64, 1) != order
+
+
+def test_each_row_is_as_likely_in_the_sample_as_any_other() -> None:
+    from scipy.stats import chisquare
+
+    keys = [f"{n:064x}" for n in range(20)]
+    counts = dict.fromkeys(keys, 0)
+    for draw in range(2000):
+        for key in sample_order(keys, "version", draw)[:5]:
+            counts[key] += 1
+    assert chisquare(list(counts.values())).pvalue > 0.001
+
+
+def test_a_plan_whose_good_share_is_not_below_its_limit_is_refused() -> None:
+    with pytest.raises(ValueError, match="good must be below limit"):
+        SequentialPlan(good=0.05, limit=0.05)

@@ -1,0 +1,281 @@
+"""What differs between versions, who brought a row in, which adapters saw it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+from version_helpers import next_version, with_output
+
+from tunewright.data.add import add
+from tunewright.data.change_text import diff_text, marked, word_changes
+from tunewright.data.changes import blame, diff, trained_on, where
+from tunewright.data.versions import DatasetVersion, Member, list_versions, load_version, short, version_folder
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+FIRST = unlike_pairs(60, seed=1)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project with one version of 60 rows."""
+    project = new_project(tmp_path / "p")
+    add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener(), message="first")
+    return project
+
+
+def _of(version: DatasetVersion, split: str, count: int = 1) -> list[Member]:
+    return [m for m in version.members if m.split == split][:count]
+
+
+def _add(project: Project, *pairs: tuple[str, str]) -> DatasetVersion:
+    add(project, [write_jsonl(project.root.parent / "more.jsonl", pairs)], Listener(), message="more")
+    return load_version(project.dataset)
+
+
+def test_a_version_does_not_differ_from_itself(project: Project) -> None:
+    version = load_version(project.dataset)
+    same = diff(version, version)
+    assert same.same
+    assert same.comparable
+    assert (same.added, same.removed, same.edited, same.moved, same.regrouped) == ((), (), (), (), 0)
+    assert same.metadata == {}
+    assert "the same rows in the same splits" in diff_text(same)
+
+
+def test_added_removed_edited_and_moved_rows_are_told_apart(project: Project) -> None:
+    a = load_version(project.dataset)
+    gone, edited, moved = _of(a, "train", 3)
+    other = with_output(edited, "another answer")
+
+    def change(member: Member) -> Member | None:
+        if member.key == moved.key:
+            return Member(member.example, member.key, "dev", member.cluster)
+        return {gone.key: None, edited.key: other}.get(member.key, member)
+
+    b = next_version(project, change)
+    there, back = diff(a, b), diff(b, a)
+    assert [m.key for m in there.removed] == [gone.key]
+    assert [(e.before.key, e.after.key) for e in there.edited] == [(edited.key, other.key)]
+    assert [(m.member.key, m.before, m.member.split) for m in there.moved] == [(moved.key, "train", "dev")]
+    assert there.added == ()
+    assert [m.key for m in back.added] == [gone.key]
+    assert [(e.before.key, e.after.key) for e in back.edited] == [(other.key, edited.key)]
+    assert there.comparable
+
+
+def test_every_row_is_in_exactly_one_group_of_a_diff(project: Project) -> None:
+    a = load_version(project.dataset)
+    b = next_version(project, lambda m: None if m.key[0] in "01" else with_output(m, "x") if m.key[0] in "23" else m)
+    found = diff(a, b)
+    before = {m.key for m in found.removed} | {e.before.key for e in found.edited}
+    after = {m.key for m in found.added} | {e.after.key for e in found.edited}
+    keys_a, keys_b = ({m.key for m in v.members} for v in (a, b))
+    assert before == keys_a - keys_b
+    assert after == keys_b - keys_a
+    assert len(before) == len(found.removed) + len(found.edited)
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_scores_stay_comparable_unless_a_test_row_changes(project: Project, split: str) -> None:
+    a = load_version(project.dataset)
+    row = _of(a, split)[0]
+    b = next_version(project, lambda m: with_output(m, "edited") if m.key == row.key else m)
+    found = diff(a, b)
+    assert found.comparable == (split != "test")
+    assert found.test_rows_changed == (split == "test")
+    assert found.as_dict()["comparable"] == found.comparable
+    words = "1 test row changed" if split == "test" else "0 test rows changed: scores stay comparable"
+    assert words in diff_text(found)
+
+
+def test_a_row_that_leaves_the_test_or_joins_it_makes_scores_incomparable(project: Project) -> None:
+    a = load_version(project.dataset)
+    out, into = _of(a, "test")[0], _of(a, "train")[0]
+    swap = {out.key: "train", into.key: "test"}
+    b = next_version(project, lambda m: Member(m.example, m.key, swap.get(m.key, m.split), m.cluster))  # type: ignore[arg-type]
+    assert diff(a, b).test_rows_changed == 2
+
+
+def test_of_several_outputs_of_one_input_only_the_changed_one_is_an_edit(project: Project) -> None:
+    a = _add(project, ("one question", "yes"), ("one question", "no"))
+    yes = next(m for m in a.members if m.example.output == "yes")
+    b = next_version(project, lambda m: with_output(m, "maybe") if m.key == yes.key else m)
+    found = diff(a, b)
+    assert [(e.before.example.output, e.after.example.output) for e in found.edited] == [("yes", "maybe")]
+    assert (found.added, found.removed) == ((), ())
+
+
+def test_settings_and_sources_that_differ_are_told(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {similarity: 0.8}\n")
+    add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener())
+    a = load_version(project.dataset)
+    project = Project(project.root, project.recipe.model_copy(update={"seed": 7}))
+    b = _add(project, *unlike_pairs(20, seed=2))
+    found = diff(a, b)
+    assert found.metadata["settings.seed"] == (0, 7)
+    assert "settings.similarity" not in found.metadata
+    assert [s["name"] for s in found.metadata["sources"][1]] == ["more.jsonl"]
+    text = diff_text(found)
+    assert "settings.seed: 0 → 7" in text
+    assert "more.jsonl" in text
+
+
+@given(before=st.text(max_size=60), after=st.text(max_size=60))
+def test_word_changes_hold_both_texts_whole(before: str, after: str) -> None:
+    pieces = word_changes(before, after)
+    assert "".join(text for mark, text in pieces if mark != "new") == before
+    assert "".join(text for mark, text in pieces if mark != "gone") == after
+    assert all(text for _, text in pieces)
+
+
+def test_changed_words_are_marked_and_far_text_is_cut() -> None:
+    assert marked("the court of Polk County", "the court of Lee County") == "the court of [-Polk-]{+Lee+} County"
+    assert marked("same", "same") == "same"
+    long = "word " * 200
+    text = marked(f"{long}old {long}", f"{long}new {long}")
+    assert "[-old-]{+new+}" in text
+    assert text.startswith("…")
+    assert text.endswith("…")
+    assert len(text) < 200
+    assert f"({len('x' * 900):,} characters)" in marked("a", "x" * 900)
+
+
+def test_the_text_of_a_diff_counts_what_it_does_not_show(project: Project) -> None:
+    a = load_version(project.dataset)
+    b = next_version(project, lambda m: with_output(m, f"{m.example.output} indeed"))
+    text = diff_text(diff(a, b), most=7)
+    assert "60 edited" in text
+    assert text.count("{+") == 7
+    assert "and 53 more" in text
+    assert "{+ indeed+}" in text
+
+
+def test_blame_finds_the_import_a_row_came_from(project: Project) -> None:
+    first = load_version(project.dataset)
+    second = _add(project, *unlike_pairs(20, seed=2))
+    old, new = first.members[0], next(m for m in second.members if m.key not in {n.key for n in first.members})
+    found = blame(project.dataset, second, old.key)
+    assert found.version.digest == first.digest
+    assert (found.version.message, found.source) == ("first", "first.jsonl")
+    asked, _ = FIRST[(found.line or 0) - 1]
+    assert asked == old.example.input_text
+    found = blame(project.dataset, second, new.key)
+    assert (found.version.digest, found.source) == (second.digest, "more.jsonl")
+    assert found.version.author
+    assert (found.edit_of, found.beside, found.older_missing) == ((), (), None)
+    assert json.loads(json.dumps(found.as_dict()))["version"]["message"] == "more"
+
+
+def test_blame_names_the_row_that_an_edit_came_from(project: Project) -> None:
+    first = load_version(project.dataset)
+    row = first.members[5]
+    other = with_output(row, "better")
+    record: dict[str, Any] = {"fate": "edited", "key": other.key, "before": row.key, "reviewers": ["Ada"]}
+    record |= {"source": "dataset/reviews.jsonl", "line": 3}
+    second = next_version(project, lambda m: other if m.key == row.key else m, [record], message="review")
+    third = _add(project, *unlike_pairs(20, seed=2))
+    found = blame(project.dataset, third, other.key)
+    assert found.version.digest == second.digest
+    assert found.edit_of == (row.key,)
+    assert (found.source, found.line, found.reviewers) == ("dataset/reviews.jsonl", 3, ("Ada",))
+
+
+def test_blame_tells_a_conflict_from_an_edit(project: Project) -> None:
+    row = load_version(project.dataset).members[5]
+    version = _add(project, (row.example.input_text, "quite another answer"))
+    other = next(m for m in version.members if m.example.output == "quite another answer")
+    found = blame(project.dataset, version, other.key)
+    assert (found.edit_of, found.beside) == ((), (row.key,))
+
+
+def test_a_row_that_was_away_is_blamed_on_the_version_that_brought_it_back(project: Project) -> None:
+    row = load_version(project.dataset).members[5]
+    next_version(project, lambda m: None if m.key == row.key else m)
+    version = _add(project, (row.example.input_text, row.example.output), *unlike_pairs(5, seed=3))
+    assert blame(project.dataset, version, row.key).version.digest == version.digest
+
+
+def test_blame_says_where_the_history_ends(project: Project) -> None:
+    first = load_version(project.dataset)
+    second = _add(project, *unlike_pairs(20, seed=2))
+    shutil.rmtree(version_folder(project.dataset, first.digest))
+    assert blame(project.dataset, second, first.members[0].key).older_missing == first.digest
+
+
+def test_blame_of_an_unknown_row_is_refused(project: Project) -> None:
+    with pytest.raises(UserError, match="has no row 'abc'"):
+        blame(project.dataset, load_version(project.dataset), "abc")
+
+
+def test_the_author_is_git_s_user_name(project: Project) -> None:
+    subprocess.run(["git", "init", "-q"], cwd=project.root, check=True)
+    subprocess.run(["git", "config", "user.name", "Ada Lovelace"], cwd=project.root, check=True)
+    assert _add(project, *unlike_pairs(20, seed=2)).manifest.author == "Ada Lovelace"
+
+
+def _adapter(project: Project, name: str, lineage: Any) -> None:
+    folder = project.adapters / name
+    folder.mkdir(parents=True)
+    (folder / "lineage.json").write_text(lineage if isinstance(lineage, str) else json.dumps(lineage))
+
+
+def _lineage(version: DatasetVersion, *left_out: str) -> dict[str, Any]:
+    rendering = {"train": {"left_out": [{"key": key, "tokens": 3000} for key in left_out]}}
+    return {"dataset": {"digest": version.digest}, "rendering": rendering}
+
+
+def test_where_tells_which_adapters_saw_a_row(project: Project) -> None:
+    first = load_version(project.dataset)
+    second = _add(project, *unlike_pairs(20, seed=2))
+    new = next(m for m in second.examples("train") if m.key not in {n.key for n in first.members})
+    _adapter(project, "a-one", _lineage(first))
+    _adapter(project, "b-two", _lineage(second))
+    _adapter(project, "c-cut", _lineage(second, new.key))
+    _adapter(project, "d-gone", {"dataset": {"digest": "0" * 64}})
+    _adapter(project, "e-foreign", {})
+    _adapter(project, "f-old", {"dataset": {"digest": second.digest}})
+    _adapter(project, ".half", "not json")
+    found = where(project.dataset, project.adapters, new.key)
+    uses = {s.adapter: s.use for s in found}
+    assert uses == {
+        "a-one": "absent",
+        "b-two": "trained",
+        "c-cut": "left out",
+        "d-gone": "unknown",
+        "e-foreign": "unknown",
+        "f-old": "unknown",
+    }
+    assert all(s.reason for s in found if s.use == "unknown")
+    assert trained_on(found) == ["b-two"]
+    for split in ("dev", "test"):
+        row = _of(second, split)[0]
+        assert {s.use for s in where(project.dataset, project.adapters, row.key) if s.adapter == "b-two"} == {split}
+
+
+def test_where_refuses_a_lineage_that_cannot_be_read(project: Project) -> None:
+    assert where(project.dataset, project.adapters, "abc") == ()
+    for broken in ("{", "[]"):
+        _adapter(project, "broken", broken)
+        with pytest.raises(UserError, match="not a lineage"):
+            where(project.dataset, project.adapters, "abc")
+        shutil.rmtree(project.adapters)
+
+
+def test_versions_of_earlier_releases_are_read(project: Project) -> None:
+    path = version_folder(project.dataset, load_version(project.dataset).digest) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("author", "imports", "seal")}))
+    old = load_version(project.dataset)
+    assert (old.manifest.author, old.manifest.seal) == (None, None)
+    second = _add(project, *unlike_pairs(20, seed=2))
+    assert [short(m.digest) for m in list_versions(project.dataset)] == [short(old.digest), short(second.digest)]
+    assert blame(project.dataset, second, old.members[0].key).version.digest == old.digest

@@ -1,0 +1,328 @@
+"""JSON arrays and objects, CSV with any delimiter, Parquet, saved datasets: told by content, read row by row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import Listener
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.data.formats import Fault, Reading, read_pairs, scan_pairs, source_digest, source_size, uses_columns
+from tunewright.data.formats.json_rows import _CHUNK
+from tunewright.errors import UserError
+from tunewright.recipe import DataRecipe
+
+DATA = DataRecipe(input="q", output="a")
+PAIRS = [{"prompt": f"question {i}, é", "completion": f"answer {i}"} for i in range(3)]
+TABLE = [("q", "a"), ("one, two; three|four", "x"), ("five\nsix", 'seven "eight"'), ("nine", "ten")]
+
+
+def _read(tmp_path: Path, content: bytes | str, name: str, data: DataRecipe = DATA) -> Reading:
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_pairs(path, data)
+
+
+def _inputs(reading: Reading) -> list[str]:
+    assert not reading.faults
+    return [row.example.input_text for row in reading.rows]
+
+
+def _places(reading: Reading) -> list[int]:
+    return [row.line for row in reading.rows]
+
+
+def _csv(delimiter: str, rows: list[tuple[str, str]] = TABLE) -> str:
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows(rows)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.csv", "pairs.txt", "pairs.data", "pairs"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_told_by_content_under_any_name(tmp_path: Path, name: str, indent: int | None) -> None:
+    reading = _read(tmp_path, json.dumps(PAIRS, indent=indent), name)
+    assert _inputs(reading) == [pair["prompt"] for pair in PAIRS]
+    assert _places(reading) == ([2, 6, 10] if indent else [1, 1, 1])
+    assert f"{tmp_path / name}: a JSON array: prompt/completion pairs" in reading.notes[0]
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.csv", "pairs"])
+def test_json_lines_are_told_by_content_under_any_name(tmp_path: Path, name: str) -> None:
+    reading = _read(tmp_path, "".join(json.dumps(pair) + "\n" for pair in PAIRS), name)
+    assert (_inputs(reading), _places(reading)) == ([pair["prompt"] for pair in PAIRS], [1, 2, 3])
+
+
+def test_objects_over_several_lines_are_read_one_after_another(tmp_path: Path) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": "b"}]}
+        for pair in PAIRS
+    ]
+    reading = _read(tmp_path, "\n".join(json.dumps(chat, indent=1) for chat in chats), "pairs.json")
+    assert _inputs(reading) == [pair["prompt"] for pair in PAIRS]
+    assert _places(reading) == [1, 13, 25]
+
+
+def test_a_fault_in_one_item_of_an_array_does_not_cost_the_others(tmp_path: Path) -> None:
+    items = ['{"prompt": "a", "prompt": "b", "completion": "c"}', "7", '{"prompt": NaN, "completion": "c"}', '"x"']
+    text = "[\n" + ",\n".join([json.dumps(PAIRS[0]), *items, json.dumps(PAIRS[1])]) + "\n]\n"
+    reading = _read(tmp_path, text, "pairs.json")
+    assert _places(reading) == [2, 7]
+    assert [(f.line, f.code) for f in reading.faults] == [(3, "E104"), (4, "E103"), (5, "E105"), (6, "E103")]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ('[\n{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}]', 3, "a comma or ] is missing"),
+        ('[{"prompt": "a", "completion": "b"},\n\n{"prompt": }]', 3, "Expecting value"),
+        ('[{"prompt": "a", "completion": "b"}', 1, "the array does not end"),
+        ('[{"prompt": "a", "completion": "b"}]\n[]', 2, "text after the end"),
+        ('[{"prompt": "a", "completion": "b"},]', 1, "Expecting value"),
+        ('[\n{"prompt": "a tab:\t"}]', 2, "Invalid control character"),
+        ("[" + "[" * 100_000, 1, "nested too deep"),
+        ("[" + "9" * 10_000 + "]", 1, "digits"),
+    ],
+    ids=["comma", "value", "end", "after", "trailing", "tab", "deep", "digits"],
+)
+def test_an_array_that_is_no_json_is_refused_by_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _read(tmp_path, text, "pairs.json")
+    assert caught.value.where == f"{tmp_path / 'pairs.json'}:{line}"
+    assert words in caught.value.what
+
+
+@given(
+    lengths=st.lists(st.integers(0, 3 * _CHUNK), min_size=1, max_size=4),
+    pad=st.integers(0, 40),
+    character=st.sampled_from(["x", "é", "\\", '"', "\n", "🎉"]),
+)
+def test_an_array_is_read_the_same_wherever_its_pieces_are_cut(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], pad: int, character: str
+) -> None:
+    rows = [{"prompt": f"{i}{character * n}.", "completion": "b"} for i, n in enumerate(lengths)]
+    text = " " * (_CHUNK - pad) + json.dumps(rows)
+    data = DataRecipe(max_characters=10**7)
+    assert _inputs(_read(tmp_path_factory.mktemp("cut"), text, "a.json", data)) == [row["prompt"] for row in rows]
+
+
+@pytest.mark.parametrize(("delimiter", "word"), [(",", "comma"), ("\t", "tab"), (";", "semicolon"), ("|", "bar")])
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv", "pairs.txt", "pairs.dat"])
+def test_a_table_s_delimiter_is_told_from_its_rows(tmp_path: Path, delimiter: str, word: str, name: str) -> None:
+    reading = _read(tmp_path, _csv(delimiter), name)
+    assert [(r.example.input_text, r.example.output) for r in reading.rows] == TABLE[1:]
+    assert f"CSV, {word}-separated" in reading.notes[0]
+
+
+def test_commas_in_the_text_of_a_tab_separated_table_do_not_mislead(tmp_path: Path) -> None:
+    text = "q, or question\ta\nhi, you, there\tho\nand, so, on\tx\n"
+    reading = _read(tmp_path, text, "pairs.tsv", DataRecipe(input="q, or question", output="a"))
+    assert _inputs(reading) == ["hi, you, there", "and, so, on"]
+
+
+def test_a_table_of_known_columns_needs_no_names(tmp_path: Path) -> None:
+    known = _read(tmp_path, "id,prompt,completion\n1,hi,ho\n", "a.csv", DataRecipe(ignore=("id",)))
+    assert _inputs(known) == ["hi"]
+    alpaca = _read(tmp_path, "instruction,input,output\nSay,,ho\nSay,it,ho\n", "b.csv", DataRecipe())
+    assert _inputs(alpaca) == ["Say", "Say\nit"]
+
+
+def test_a_table_s_groups_travel_and_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    text = "q,a,customer\nhi,ho,7\nhe,ha,\n"
+    data = DataRecipe(input="q", output="a", groups=("customer",))
+    reading = _read(tmp_path, text, "a.csv", data)
+    assert [row.groups for row in reading.rows] == [{"customer": "7"}, {}]
+    assert not any("not used" in note for note in reading.notes)
+    with pytest.raises(UserError, match='no column named "custmer", which data'):
+        _read(tmp_path, text, "a.csv", data.model_copy(update={"groups": ("custmer",)}))
+
+
+def _parquet(path: Path, columns: dict[str, Any]) -> Path:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def _saved(folder: Path, columns: dict[str, Any], **features: Any) -> Path:
+    import datasets
+
+    datasets.disable_progress_bars()
+    kinds = datasets.Features(features) if features else None
+    datasets.Dataset.from_dict(columns, features=kinds).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("write", [_parquet, _saved])
+def test_arrow_s_rows_are_counted_and_null_and_nan_are_faults(tmp_path: Path, write: Any) -> None:
+    path = write(
+        tmp_path / "rows", {"q": ["one", None, "three", "four"], "a": ["x", "y", None, "z"], "n": [1, 2, 3, 4]}
+    )
+    reading = read_pairs(path, DATA)
+    assert [(r.line, r.example.input_text) for r in reading.rows] == [(1, "one"), (4, "four")]
+    assert [(f.line, f.code, f.path) for f in reading.faults] == [(2, "E305", "$.q"), (3, "E305", "$.a")]
+    assert f"{path}: columns that are not used: n" in reading.notes
+    floats = write(tmp_path / "floats", {"q": ["one"], "a": [float("nan")]})
+    assert [f.reason for f in read_pairs(floats, DATA).faults] == ["a is float, not text"]
+
+
+@pytest.mark.parametrize("write", [_parquet, _saved])
+def test_conversations_in_arrow_are_read_without_the_nulls_that_it_adds(tmp_path: Path, write: Any) -> None:
+    chats = [
+        [{"role": "user", "content": "a", "weight": None}, {"role": "assistant", "content": "b", "weight": w}]
+        for w in (1, None)
+    ]
+    path = write(tmp_path / "rows", {"messages": chats, "customer": [12, None]})
+    reading = read_pairs(path, DataRecipe(groups=("customer",)))
+    assert (_inputs(reading), [row.groups for row in reading.rows]) == (["a", "a"], [{"customer": "12"}, {}])
+
+
+def test_a_class_label_is_read_by_its_name(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Value, load_from_disk
+
+    columns = {"q": ["one", "two"], "a": [1, 0]}
+    folder = _saved(tmp_path / "rows", columns, q=Value("string"), a=ClassLabel(names=["no", "yes"]))
+    load_from_disk(str(folder)).to_parquet(str(tmp_path / "rows.parquet"))
+    for path in (folder, tmp_path / "rows.parquet"):
+        assert [row.example.output for row in read_pairs(path, DATA).rows] == ["yes", "no"]
+
+
+def test_a_dataset_of_several_splits_asks_which(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    one = Dataset.from_dict({"q": ["a"], "a": ["b"]})
+    DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(UserError, match="several splits") as caught:
+        read_pairs(tmp_path / "both", DATA)
+    assert str(tmp_path / "both" / "train") in str(caught.value)
+    assert len(read_pairs(tmp_path / "both" / "train", DATA).rows) == 1
+
+
+@pytest.mark.parametrize("cut", [5, 100, -3])
+def test_damaged_parquet_is_a_user_error(tmp_path: Path, cut: int) -> None:
+    path = _parquet(tmp_path / "a.parquet", {"q": ["a"], "a": ["b"]})
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match="not Parquet that can be read"):
+        read_pairs(path, DATA)
+
+
+def test_a_damaged_saved_dataset_is_a_user_error(tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "rows", {"q": ["a"], "a": ["b"]})
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="not a saved dataset that can be read"):
+        read_pairs(folder, DATA)
+
+
+@pytest.mark.parametrize("magic", [b"PK\x03\x04", b"\x1f\x8b\x08", b"(\xb5/\xfd"])
+def test_archives_are_no_kind_of_file_that_is_read_whatever_their_name(tmp_path: Path, magic: bytes) -> None:
+    with pytest.raises(UserError, match="not a kind of file that can be read"):
+        _read(tmp_path, magic + bytes(range(256)), "pairs.jsonl")
+
+
+def test_progress_counts_every_byte_of_any_kind(tmp_path: Path) -> None:
+    array = tmp_path / "a.json"
+    array.write_text(json.dumps(PAIRS * 9, indent=1))
+    wide = tmp_path / "b.csv"
+    wide.write_bytes(_csv(",").encode("utf-16"))
+    columns = {"q": ["x"] * 3000, "a": ["y"] * 3000}
+    for path in (array, wide, _parquet(tmp_path / "c", columns), _saved(tmp_path / "d", columns)):
+        listener = Listener()
+        with listener.task("reading", source_size(path), "bytes") as task:
+            read_pairs(path, DATA, task)
+        assert listener.steps["reading"] == (source_size(path), source_size(path)), path
+
+
+def test_rows_are_read_as_they_are_asked_for_and_not_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS * 100_000))
+    listener = Listener()
+    with listener.task("reading", source_size(path), "bytes") as task:
+        rows = scan_pairs(path, DataRecipe(), [], task)
+        assert not isinstance(next(rows), Fault)
+        done, total = listener.steps["reading"]
+    assert done < total / 10
+
+
+@pytest.mark.parametrize("kind", ["lines", "array", "csv"])
+def test_rows_that_were_read_are_not_held(tmp_path: Path, kind: str) -> None:
+    path, count = tmp_path / kind, 20_000
+    rows = [{"prompt": f"question {i}", "completion": "é"} for i in range(count)]
+    if kind == "csv":
+        path.write_text(_csv(";", [("prompt", "completion"), *((r["prompt"], r["completion"]) for r in rows)]))
+    else:
+        path.write_text(json.dumps(rows) if kind == "array" else "\n".join(json.dumps(row) for row in rows))
+    tracemalloc.start()
+    held = read_pairs(path, DataRecipe())
+    holding = tracemalloc.get_traced_memory()[1]
+    assert len(held.rows) == count
+    del held
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    assert sum(not isinstance(row, Fault) for row in scan_pairs(path, DataRecipe(), [])) == count
+    scanning = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert scanning < holding / 3
+
+
+def test_a_folder_s_digest_is_that_of_its_contents(tmp_path: Path) -> None:
+    first, second, other = (
+        _saved(tmp_path / name, {"q": [q], "a": ["b"]}) for name, q in (("one", "a"), ("two", "a"), ("three", "c"))
+    )
+    (second / "state.json").write_bytes((first / "state.json").read_bytes())
+    assert source_digest(first) == source_digest(second) != source_digest(other)
+
+
+def test_whether_a_file_is_read_by_named_columns(tmp_path: Path) -> None:
+    for name, text, expected in (
+        ("a.tsv", _csv("\t"), True),
+        ("b.jsonl", '{"q": "x", "a": "y"}\n', True),
+        ("c.jsonl", '{"prompt": "x", "completion": "y"}\n', False),
+    ):
+        (tmp_path / name).write_text(text)
+        assert uses_columns(tmp_path / name, DATA) is expected
+
+
+_PIECES = [b"[", b"]", b"{", b"}", b",", b'"', b"\n", b"\r\n", b" ", b"\t", b";", b"|", b"\xef\xbb\xbf", b"\xff\xfe"]
+_PIECES += [b"\xe9", b"\x81", b"\xc3\xa9", b"\\u", b"NaN", b"q,a", b"q\ta\n", b"prompt,completion\n", b"PAR1", b"\x00"]
+_PIECES += [json.dumps(PAIRS[0]).encode(), b'{"q": "x", "a": "y"}', b'{"messages":']
+
+
+@given(
+    content=st.one_of(st.binary(max_size=200), st.lists(st.sampled_from(_PIECES), max_size=25).map(b"".join)),
+    name=st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.tsv", "a.txt", "a.parquet", "a"]),
+    mapped=st.booleans(),
+)
+def test_any_bytes_under_any_name_are_rows_faults_or_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str, mapped: bool
+) -> None:
+    try:
+        reading = _read(tmp_path_factory.mktemp("fuzz"), content, name, DATA if mapped else DataRecipe())
+    except UserError as error:
+        assert error.where
+    else:
+        assert reading.rows or reading.faults
+
+
+@given(st.data())
+def test_parquet_with_any_bytes_changed_is_rows_faults_or_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = _parquet(tmp_path_factory.mktemp("fuzz") / "a", {"q": ["one", "two"], "a": ["x", "y"]})
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(4, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        reading = read_pairs(path, DATA)
+    except UserError as error:
+        assert error.where
+    else:
+        assert reading.rows or reading.faults

@@ -1,0 +1,151 @@
+"""`data add` killed with SIGKILL at a hundred moments: the dataset always opens at the old version or the new one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+
+from tunewright.data.add import add
+from tunewright.data.verify import verify
+from tunewright.data.versions import load_version, locked
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+# A child that begins as a copy of this process is at work at once, where a new interpreter would first import for a
+# second; and it can be killed as dead as any other.
+FORK = multiprocessing.get_context("fork")
+
+FILE_CALLS = ("open", "os.rename", "os.mkdir", "os.chmod", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a project of 30 rows, and a file of 30 more; and, for the times, numpy and scipy warmed up."""
+    root = tmp_path_factory.mktemp("crash")
+    project = new_project(root / "p")
+    add(project, [write_jsonl(root / "first.jsonl", unlike_pairs(30, seed=1))], Listener(), message="first")
+    write_jsonl(root / "second.jsonl", unlike_pairs(30, seed=2))
+    return root
+
+
+def _fresh(template: Path, folder: Path) -> Project:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(template, folder)
+    return Project(folder / "p")
+
+
+def _add_second(project: Project) -> str:
+    return add(project, [project.root.parent / "second.jsonl"], Listener(), message="second").version.digest
+
+
+def _add_and_die_at(project: Project, call: int) -> None:
+    """In a child: kill this process at the n-th call that touches a file."""
+    calls = 0
+
+    def count(event: str, _: tuple[Any, ...]) -> None:
+        nonlocal calls
+        if event in FILE_CALLS:
+            calls += 1
+            if calls == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    _add_second(project)
+
+
+def _count_calls(project: Project, out: Any) -> None:
+    calls = 0
+
+    def count(event: str, _: tuple[Any, ...]) -> None:
+        nonlocal calls
+        calls += event in FILE_CALLS
+
+    sys.addaudithook(count)
+    _add_second(project)
+    out.put(calls)
+
+
+def _assert_old_or_new(project: Project, old: str, new: str) -> str:
+    """The dataset opens, nothing in it is damaged, and adding again gives the new version and no litter."""
+    version = load_version(project.dataset)
+    assert version.digest in (old, new)
+    assert load_version(project.dataset, old).digest == old
+    assert verify(project.dataset, Listener()).damage == ()
+    assert _add_second(project) == new
+    assert list(project.dataset.rglob(".*")) == []
+    return version.digest
+
+
+def test_killed_at_any_of_eighty_file_calls_the_dataset_is_the_old_or_the_new(template: Path, tmp_path: Path) -> None:
+    project = _fresh(template, tmp_path / "w")
+    old, new = load_version(project.dataset).digest, _add_second(project)
+    out = FORK.SimpleQueue()
+    child = FORK.Process(target=_count_calls, args=(_fresh(template, tmp_path / "w"), out))
+    child.start()
+    total = out.get()
+    child.join()
+    seen = set()
+    # Rows are written alike; the version's folder and HEAD come last, so each of the last calls is tried.
+    moments = sorted({*range(total - 29, total + 1), *(1 + i * (total - 30) // 50 for i in range(50))})
+    assert len(moments) == 80
+    for call in moments:
+        project = _fresh(template, tmp_path / "w")
+        child = FORK.Process(target=_add_and_die_at, args=(project, call))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        seen.add(_assert_old_or_new(project, old, new))
+    assert seen == {old, new}
+
+
+def test_killed_at_twenty_random_times_the_dataset_is_the_old_or_the_new(template: Path, tmp_path: Path) -> None:
+    project = _fresh(template, tmp_path / "w")
+    old = load_version(project.dataset).digest
+    began = time.perf_counter()
+    new = _add_second(project)
+    lasts = time.perf_counter() - began
+    draw = random.Random(0)
+    killed = 0
+    for _ in range(20):
+        project = _fresh(template, tmp_path / "w")
+        child = FORK.Process(target=_add_second, args=(project,))
+        child.start()
+        time.sleep(draw.uniform(0, lasts))
+        child.kill()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
+        _assert_old_or_new(project, old, new)
+    assert killed > 0
+
+
+def _hold(dataset: Path, ready: Any, done: Any) -> None:
+    with locked(dataset):
+        ready.put(True)
+        done.get()
+
+
+def test_of_two_writers_at_once_the_second_is_told_and_a_killed_writer_holds_nothing(
+    template: Path, tmp_path: Path
+) -> None:
+    project = _fresh(template, tmp_path / "w")
+    old = load_version(project.dataset).digest
+    ready, done = FORK.SimpleQueue(), FORK.SimpleQueue()
+    child = FORK.Process(target=_hold, args=(project.dataset, ready, done))
+    child.start()
+    ready.get()
+    with pytest.raises(UserError, match="another command is adding to this dataset"):
+        _add_second(project)
+    assert load_version(project.dataset).digest == old
+    child.kill()
+    child.join()
+    assert _add_second(project) == load_version(project.dataset).digest != old

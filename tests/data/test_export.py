@@ -1,0 +1,190 @@
+"""A version as a file for other tools: what comes back is what went out, and what a format cannot hold is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from data_helpers import Listener, example, new_project, unlike_pairs, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tunewright.data.add import add
+from tunewright.data.examples import Example, Message
+from tunewright.data.export import Format, export
+from tunewright.data.formats import read_pairs
+from tunewright.data.versions import DatasetVersion, Member, load_version
+from tunewright.errors import UserError
+from tunewright.recipe import DataRecipe
+
+few_examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> DatasetVersion:
+    """A version of 60 one-turn rows."""
+    project = new_project(tmp_path_factory.mktemp("export") / "p")
+    add(project, [write_jsonl(project.root / "first.jsonl", unlike_pairs(60))], Listener())
+    return load_version(project.dataset)
+
+
+def _with(version: DatasetVersion, examples: Sequence[Example]) -> DatasetVersion:
+    """The version with these rows in place of its own; `export` looks at nothing else."""
+    keyed = {e.pair_key: e for e in examples}
+    return replace(version, members=tuple(Member(keyed[k], k, "train", k) for k in sorted(keyed)))
+
+
+def _keys_read(path: Path, recipe: DataRecipe | None = None) -> list[str]:
+    reading = read_pairs(path, recipe or DataRecipe())
+    assert reading.faults == []
+    return sorted(row.example.pair_key for row in reading.rows)
+
+
+# Import composes text (NFC) and refuses blank turns, so no version has others.
+_TEXT = (
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
+    .map(lambda text: unicodedata.normalize("NFC", text))
+    .filter(str.strip)
+)
+_WEIGHT: st.SearchStrategy[Literal[0, 1]] = st.sampled_from([0, 1])
+
+
+@st.composite
+def _conversations(draw: st.DrawFn) -> Example:
+    turns = [Message("system", draw(_TEXT))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(0, 2))):
+        turns += [Message("user", draw(_TEXT)), Message("assistant", draw(_TEXT), draw(_WEIGHT))]
+    return Example((*turns, Message("user", draw(_TEXT)), Message("assistant", draw(_TEXT))))
+
+
+@few_examples
+@given(examples=st.lists(_conversations(), min_size=1, max_size=5))
+@pytest.mark.parametrize("form", ["chat", "parquet"])
+def test_chat_and_parquet_come_back_as_the_same_examples(
+    version: DatasetVersion, tmp_path_factory: pytest.TempPathFactory, form: Format, examples: list[Example]
+) -> None:
+    path = tmp_path_factory.mktemp("out") / ("rows.jsonl" if form == "chat" else "rows.parquet")
+    changed = _with(version, examples)
+    export(changed, path, form, Listener())
+    assert _keys_read(path) == [m.key for m in changed.members]
+
+
+@few_examples
+@given(
+    pairs=st.lists(st.tuples(_TEXT, _TEXT), min_size=1, max_size=5),
+    system=st.none() | _TEXT,
+    form=st.sampled_from(["csv", "alpaca"]),
+)
+def test_one_turn_rows_come_back_from_csv_and_alpaca_as_the_same_examples(
+    version: DatasetVersion,
+    tmp_path_factory: pytest.TempPathFactory,
+    pairs: list[tuple[str, str]],
+    system: str | None,
+    form: Format,
+) -> None:
+    path = tmp_path_factory.mktemp("out") / ("rows.csv" if form == "csv" else "rows.json")
+    changed = _with(version, [example(p, c, system) for p, c in pairs])
+    listener = Listener()
+    result = export(changed, path, form, listener)
+    recipe = DataRecipe(input="prompt", output="completion", system=result.system) if form == "csv" else DataRecipe()
+    assert _keys_read(path, recipe) == [m.key for m in changed.members]
+    assert len(listener.warned) == (form == "csv" and system is not None)
+    assert result.system == (system if form == "csv" else None)
+
+
+def test_only_the_split_that_was_asked_for_is_written(version: DatasetVersion, tmp_path: Path) -> None:
+    for split in (None, "train", "dev", "test"):
+        path = tmp_path / f"{split}.jsonl"
+        result = export(version, path, "chat", Listener(), split=split)
+        expected = [m.key for m in version.members if split in (None, m.split)]
+        assert _keys_read(path) == expected
+        assert result.as_dict()["rows"] == len(expected)
+
+
+def test_files_look_as_other_tools_expect_them(version: DatasetVersion, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    changed = _with(version, [example('say "hi",\nplease', "hi", "Be brief.")])
+    export(changed, tmp_path / "a.jsonl", "chat", Listener())
+    export(changed, tmp_path / "a.json", "alpaca", Listener())
+    export(changed, tmp_path / "a.csv", "csv", Listener())
+    export(changed, tmp_path / "a.parquet", "parquet", Listener())
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": 'say "hi",\nplease'},
+        {"role": "assistant", "content": "hi"},
+    ]
+    assert json.loads((tmp_path / "a.jsonl").read_text()) == {"messages": turns}
+    row = {"instruction": 'say "hi",\nplease', "input": "", "output": "hi", "system": "Be brief."}
+    assert json.loads((tmp_path / "a.json").read_text()) == [row]
+    with (tmp_path / "a.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{"prompt": 'say "hi",\nplease', "completion": "hi"}]
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert table.to_pylist() == [{"messages": turns}]
+    assert table.schema.metadata[b"tunewright.version"].decode() == version.digest
+
+
+_WEIGHTED = Example(
+    (Message("user", "a"), Message("assistant", "b", 0), Message("user", "c"), Message("assistant", "d"))
+)
+_TWO_TURNS = Example((Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")))
+
+
+@pytest.mark.parametrize(
+    ("form", "rows", "words"),
+    [
+        ("csv", [_TWO_TURNS], "conversations of several turns"),
+        ("alpaca", [_TWO_TURNS], "conversations of several turns"),
+        ("csv", [_WEIGHTED], "weights"),
+        ("alpaca", [_WEIGHTED], "weights"),
+        ("csv", [example("a", "b", "one"), example("c", "d", "two"), example("e", "f", "one")], "system turns"),
+        ("csv", [example("a", "b"), example("c", "d", "two"), example("e", "f")], "system turns"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_by_name(
+    version: DatasetVersion, tmp_path: Path, form: Format, rows: list[Example], words: str
+) -> None:
+    changed = _with(version, rows if words == "system turns" else [*rows, example("fine", "fine")])
+    odd = rows[1] if words == "system turns" else rows[0]
+    with pytest.raises(UserError, match=f"{form} cannot hold {words}.* 1 of .* rows .*{odd.pair_key[:12]}"):
+        export(changed, tmp_path / "out.file", form, Listener())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_there_is_not_overwritten(version: DatasetVersion, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="already there"):
+        export(version, path, "chat", Listener())
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("form", "split"), [("xml", None), ("chat", "exam")])
+def test_unknown_formats_and_splits_are_told(version: DatasetVersion, tmp_path: Path, form: str, split: str) -> None:
+    with pytest.raises(UserError, match="unknown"):
+        export(version, tmp_path / "x", form, Listener(), split=split)  # type: ignore[arg-type]
+
+
+def test_a_split_without_rows_is_told(version: DatasetVersion, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dev rows"):
+        export(_with(version, [example("a", "b")]), tmp_path / "x", "chat", Listener(), split="dev")
+
+
+@pytest.mark.parametrize("form", ["chat", "alpaca", "csv", "parquet"])
+def test_an_interrupted_export_leaves_nothing(
+    version: DatasetVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Format
+) -> None:
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(version, tmp_path / "out", form, Listener())
+    assert list(tmp_path.iterdir()) == []

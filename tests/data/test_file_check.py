@@ -1,0 +1,230 @@
+"""Checking files and correcting copies: every fault is told, and nothing is changed that could be meant otherwise."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import Listener
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.data.file_check import Change, check_files, fix_file
+from tunewright.data.formats import read_pairs, source_size
+from tunewright.errors import UserError
+from tunewright.recipe import DataRecipe
+
+DATA = DataRecipe()
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+GOOD = {"messages": [USER, ANSWER]}
+
+
+def _file(folder: Path, rows: list[Any], name: str = "pairs.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _fixed(tmp_path: Path, rows: list[Any], data: DataRecipe = DATA) -> tuple[list[Any], list[Change]]:
+    path = _file(tmp_path, rows)
+    before = path.read_bytes()
+    changes = fix_file(path, tmp_path / "out.jsonl", data)
+    assert path.read_bytes() == before
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    return written, [change for change in changes if change.code is not None]
+
+
+def test_all_faults_of_all_files_are_told_and_counted_by_code(tmp_path: Path) -> None:
+    first = _file(tmp_path, [GOOD, {"prompt": "a"}, {"messages": [USER]}, 7])
+    second = _file(tmp_path, [{"prompt": "a", "completion": " "}, GOOD, GOOD, {"prompt": "b"}], "more.jsonl")
+    listener = Listener()
+    check = check_files([first, second], DATA, listener)
+    told = [(Path(f.source).name, f.line, f.code) for f in check.faults]
+    assert told == [
+        ("pairs.jsonl", 2, "E202"),
+        ("pairs.jsonl", 3, "E407"),
+        ("pairs.jsonl", 4, "E103"),
+        ("more.jsonl", 1, "E401"),
+        ("more.jsonl", 4, "E202"),
+    ]
+    assert check.counts == {"E103": 1, "E202": 2, "E401": 1, "E407": 1}
+    assert [(f.examples, f.faulty) for f in check.files] == [(1, 3), (2, 2)]
+    assert not check.ok
+    assert check.summary.startswith("3 examples and 5 faulty rows in 2 files\nE103")
+    size = source_size(first) + source_size(second)
+    assert listener.steps["checking"] == (size, size)
+
+
+def test_the_check_finds_what_adding_would_refuse(tmp_path: Path) -> None:
+    path = _file(tmp_path, [GOOD, {"prompt": "a"}, {"messages": [USER]}, 7, GOOD])
+    assert list(check_files([path], DATA, Listener()).faults) == read_pairs(path, DATA).faults
+
+
+def test_an_unreadable_file_is_told_and_the_others_are_checked(tmp_path: Path) -> None:
+    array = tmp_path / "cut.json"
+    array.write_text(f"[\n{json.dumps(GOOD)},\n{json.dumps({'prompt': 'a'})},\n")
+    check = check_files([tmp_path / "none.jsonl", array, _file(tmp_path, [GOOD])], DATA, Listener())
+    assert [f.unreadable is None for f in check.files] == [False, False, True]
+    assert [f.examples for f in check.files] == [0, 1, 1]
+    assert check.files[1].unreadable is not None
+    assert check.files[1].unreadable["where"] == f"{array}:4"
+    assert [fault.line for fault in check.faults] == [3]
+    assert not check.ok
+    assert "2 files not readable to the end" in check.summary
+
+
+def test_the_check_s_document_is_json(tmp_path: Path) -> None:
+    path = _file(tmp_path, [GOOD, {"messages": [USER, {**ANSWER, "name": "Ann"}]}])
+    document = json.loads(json.dumps(check_files([path], DATA, Listener()).as_dict()))
+    assert (document["ok"], document["counts"]) == (False, {"E309": 1})
+    [fault] = document["faults"]
+    assert (fault["line"], fault["path"]) == (2, "$.messages[1].name")
+    assert fault["fix"]
+
+
+def test_good_files_are_ok(tmp_path: Path) -> None:
+    check = check_files([_file(tmp_path, [GOOD, GOOD])], DATA, Listener())
+    assert (check.ok, check.counts, check.files[0].notes != ()) == (True, {}, True)
+
+
+@pytest.mark.parametrize(
+    ("turns", "mended", "codes"),
+    [
+        ([{**USER, "name": "Ann"}, ANSWER], [USER, ANSWER], ["E309"]),
+        ([USER, {**ANSWER, "refusal": None, "tool_calls": []}], [USER, ANSWER], ["E303", "E204"]),
+        ([{"role": "human", "content": "a"}, {"role": "Assistant", "content": "b"}], [USER, ANSWER], ["E304", "E304"]),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "x "}, {"type": "text", "text": "y"}]}, ANSWER],
+            [{"role": "user", "content": "x y"}, ANSWER],
+            ["E306"],
+        ),
+        ([{**USER, "weight": 0}, {**ANSWER, "weight": None}], [USER, ANSWER], ["E307", "E307"]),
+        ([USER, ANSWER, USER], [USER, ANSWER], ["E407"]),
+        ([USER, ANSWER, USER, {**ANSWER, "weight": 0}], [USER, ANSWER], ["E308"]),
+        ([USER, ANSWER, USER, {"role": "assistant", "content": " "}], [USER, ANSWER], ["E401", "E407"]),
+        ([{"role": "system", "content": ""}, USER, ANSWER], [USER, ANSWER], ["E401"]),
+        ([USER, USER, ANSWER], [USER, ANSWER], ["E406"]),
+        ([USER, {"role": "user", "content": "\n"}, ANSWER], [USER, ANSWER], ["E406"]),
+    ],
+)
+def test_what_leaves_no_choice_is_mended_and_listed(
+    tmp_path: Path, turns: list[Any], mended: list[Any], codes: list[str]
+) -> None:
+    written, changes = _fixed(tmp_path, [GOOD, {"messages": turns}])
+    assert written == [GOOD, {"messages": mended}]
+    assert [(c.line, c.code, c.left_out) for c in changes] == [(2, code, False) for code in codes]
+    assert all(str(change).startswith(f"{tmp_path / 'pairs.jsonl'}:2: ") for change in changes)
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"messages": [USER, {"role": "user", "content": "another"}, ANSWER]}, "E406"),
+        ({"messages": [ANSWER, USER, ANSWER]}, "E405"),
+        ({"messages": [USER]}, "E407"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "E308"),
+        ({"messages": [{"role": "user", "content": " "}, ANSWER]}, "E401"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "E305"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"id": "x"}]}]}, "E204"),
+        ({"messages": [USER, {**ANSWER, "weight": 2}]}, "E307"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "E306"),
+        ({"messages": [{**USER, "topic": "law"}, ANSWER]}, "E303"),
+        ({**GOOD, "id": 4}, "E201"),
+        ({"prompt": "a", "completion": ""}, "E401"),
+        (7, "E103"),
+    ],
+)
+def test_a_row_without_a_safe_mend_is_left_out_by_name(tmp_path: Path, row: Any, code: str) -> None:
+    written, changes = _fixed(tmp_path, [GOOD, row, GOOD])
+    assert written == [GOOD, GOOD]
+    assert [(c.line, c.code, c.left_out) for c in changes] == [(2, code, True)]
+
+
+def test_a_row_that_is_mended_in_part_is_left_out_and_no_mend_of_it_is_claimed(tmp_path: Path) -> None:
+    turns = [{**USER, "name": "Ann"}, {"role": "assistant", "content": None}]
+    _, changes = _fixed(tmp_path, [GOOD, {"messages": turns}])
+    assert [(c.code, c.left_out) for c in changes] == [("E305", True)]
+
+
+def test_the_copy_has_no_byte_order_mark_and_is_utf8_and_both_are_listed(tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "café", "completion": "b"}, ensure_ascii=False) + "\n"
+    for name, content, words in (
+        ("mark", codecs.BOM_UTF8 + row.encode(), "byte-order mark"),
+        ("wide", row.encode("utf-16"), "UTF-16 with a byte-order mark"),
+        ("windows", row.encode("cp1252"), "read as cp1252"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        changes = fix_file(tmp_path / name, tmp_path / f"{name}.out", DATA)
+        assert words in changes[0].what
+        assert changes[0].line == 1
+        assert json.loads((tmp_path / f"{name}.out").read_bytes().decode())["messages"][0]["content"] == "café"
+        assert check_files([tmp_path / f"{name}.out"], DATA, Listener()).ok
+
+
+def test_other_kinds_become_chat_rows_with_their_groups_and_without_the_recipe_s_system_turn(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("q,a,customer,id\nhi,ho,7,1\nhe,ha,,2\n")
+    data = DataRecipe(input="q", output="a", groups=("customer",), ignore=("id",), system="Be brief.")
+    changes = fix_file(path, tmp_path / "out.jsonl", data)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows[0] == {
+        "customer": "7",
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}],
+    }
+    assert any("written as chat rows" in change.what for change in changes)
+    again = read_pairs(tmp_path / "out.jsonl", data.model_copy(update={"input": None, "output": None}))
+    assert [row.groups for row in again.rows] == [row.groups for row in read_pairs(path, data).rows]
+
+
+def test_a_weight_of_0_is_kept(tmp_path: Path) -> None:
+    row = {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]}
+    written, changes = _fixed(tmp_path, [row])
+    assert ([m.get("weight") for m in written[0]["messages"]], changes) == ([None, 0, None, None], [])
+
+
+def test_no_file_is_replaced_least_of_all_the_one_that_is_read(tmp_path: Path) -> None:
+    path, other = _file(tmp_path, [GOOD]), _file(tmp_path, [GOOD], "other.jsonl")
+    (tmp_path / "link").symlink_to(path)
+    for out, words in ((path, "replace the file"), (tmp_path / "link", "replace the file"), (other, "already")):
+        before = out.read_bytes()
+        with pytest.raises(UserError, match=words):
+            fix_file(path, out, DATA)
+        assert out.read_bytes() == before
+
+
+def test_where_no_row_is_left_nothing_is_written(tmp_path: Path) -> None:
+    path = _file(tmp_path, [7, {"prompt": "a"}])
+    with pytest.raises(UserError, match="no row is left"):
+        fix_file(path, tmp_path / "out.jsonl", DATA)
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+_turns = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool"]),
+            "content": st.one_of(
+                st.sampled_from(["a", "b", " ", ""]), st.none(), st.just([{"type": "text", "text": "c"}])
+            ),
+        },
+        optional={"weight": st.sampled_from([0, 1, 2, None]), "name": st.just("Ann"), "refusal": st.none()},
+    ),
+    max_size=6,
+)
+
+
+@given(st.lists(st.fixed_dictionaries({"messages": _turns}), max_size=5))
+def test_a_copy_has_no_faults_and_every_row_of_the_file_is_in_it_or_named(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("fix")
+    path, out = _file(folder, [GOOD, *rows]), folder / "out.jsonl"
+    changes = fix_file(path, out, DATA)
+    assert check_files([out], DATA, Listener()).ok
+    left_out = [change.line for change in changes if change.left_out]
+    assert len(out.read_text().splitlines()) + len(left_out) == len(rows) + 1
+    faulty = {fault.line for fault in read_pairs(path, DATA).faults}
+    assert faulty == {change.line for change in changes if change.code is not None}

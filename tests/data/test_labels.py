@@ -1,0 +1,173 @@
+"""Suspects: planted errors are found, each with its reason, and no row vouches for its own twin."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from data_helpers import Listener, Pair, unlike_pairs
+from hypothesis import given
+from hypothesis import strategies as st
+from review_helpers import reviewed_project
+
+from tunewright.data.labels import Nearest, Suspect, class_like, suspects
+from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.errors import UserError
+
+TOPICS = {
+    "card lost": ["lost", "card", "stolen", "block", "wallet", "missing"],
+    "exchange rate": ["rate", "exchange", "euro", "dollar", "currency", "convert"],
+    "top up": ["top", "account", "add", "money", "deposit", "balance"],
+    "close account": ["close", "delete", "leave", "goodbye", "terminate", "end"],
+}
+
+
+def _question(draw: random.Random, topic: str) -> str:
+    words = draw.choices(TOPICS[topic], k=5) + draw.choices(["please", "how", "today", "my", "the", "quickly"], k=3)
+    draw.shuffle(words)
+    return " ".join(words)
+
+
+def _topical(count: int, wrong: int, seed: int = 0) -> tuple[list[Pair], set[str]]:
+    """Questions with their topic, and the inputs of those whose topic is another's."""
+    draw = random.Random(seed)
+    questions: dict[str, str] = {}
+    while len(questions) < count:
+        topic = draw.choice(sorted(TOPICS))
+        questions[_question(draw, topic)] = topic
+    bad = set(draw.sample(sorted(questions), wrong))
+    others = {topic: [t for t in TOPICS if t != topic] for topic in TOPICS}
+    return [(q, draw.choice(others[t]) if q in bad else t) for q, t in questions.items()], bad
+
+
+def _version(root: Path, pairs: list[Pair]) -> DatasetVersion:
+    return load_version(reviewed_project(root, pairs=pairs).dataset)
+
+
+def _inputs(version: DatasetVersion, found: list[Suspect]) -> list[str]:
+    by_key = {m.key: m.example.input_text for m in version.members}
+    return [by_key[s.key] for s in found]
+
+
+def test_wrong_classes_come_first_each_with_what_other_rows_suggest(tmp_path: Path) -> None:
+    pairs, bad = _topical(400, 20)
+    version = _version(tmp_path / "p", pairs)
+    listener = Listener()
+    found = suspects(version, listener)
+    bad &= {m.example.input_text for m in version.members}
+    assert len(found) == round(0.1 * len(version.members))
+    assert len(bad & set(_inputs(version, found))) >= 0.9 * len(bad)
+    labels = [s for s in found if s.reason == "label"]
+    assert [s.score for s in labels] == sorted((s.score for s in labels), reverse=True)
+    right = dict(pairs)
+    first = next(s for s in labels if _inputs(version, [s])[0] in bad)
+    assert "other rows suggest" in first.detail
+    assert f'rather than "{right[_inputs(version, [first])[0]]}"' in first.detail
+    done, total = listener.steps["judging answers by other rows"]
+    assert done == total > 0
+
+
+def test_the_same_version_gives_the_same_suspects(tmp_path: Path) -> None:
+    version = _version(tmp_path / "p", _topical(200, 10)[0])
+    assert suspects(version, Listener()) == suspects(version, Listener())
+
+
+def test_wrong_rows_of_one_cluster_do_not_vouch_for_each_other(tmp_path: Path) -> None:
+    """A model that had seen one of them would believe the others: folds go by cluster."""
+    odd = ("qqqq xxxx", "xxxx zzzz", "zzzz qqqq", "xxxx wwww", "wwww qqqq")
+    twins = [f"lost card number {words}" for words in odd]
+    version = _version(tmp_path / "p", [*_topical(300, 0)[0], *((t, "top up") for t in twins)])
+    assert len({m.cluster for m in version.members if m.example.input_text in twins}) == len(twins)
+    joined = [replace(m, cluster="one" if m.example.input_text in twins else m.cluster) for m in version.members]
+
+    def scores(of: DatasetVersion) -> list[float]:
+        keys = {m.key for m in of.members if m.example.input_text in twins}
+        return [s.score for s in suspects(of, Listener(), share=1) if s.key in keys]
+
+    apart, together = scores(version), scores(replace(version, members=tuple(joined)))
+    assert min(together) > 0.8
+    assert max(apart) < min(together)
+
+
+def test_conflicts_come_first_and_name_the_other_row(tmp_path: Path) -> None:
+    pairs, _ = _topical(200, 0)
+    other = next(t for t in TOPICS if t != pairs[0][1])
+    version = _version(tmp_path / "p", [*pairs, (pairs[0][0], other)])
+    found = suspects(version, Listener())
+    assert [s.reason for s in found[:2]] == ["conflict", "conflict"]
+    assert set(_inputs(version, found[:2])) == {pairs[0][0]}
+    assert found[1].key[:12] in found[0].detail
+    assert all(s.reason != "conflict" for s in found[2:])
+    assert len({s.key for s in found}) == len(found)
+
+
+def test_near_equal_rows_of_another_class_come_next_the_doubtful_one_of_them_first(tmp_path: Path) -> None:
+    pairs, _ = _topical(300, 0)
+    question = "the lost card was stolen with my wallet so block the missing card"
+    near = [(question, "card lost"), (question + "s", "exchange rate")]
+    version = _version(tmp_path / "p", [*pairs, *near])
+    found = [s for s in suspects(version, Listener()) if s.reason == "near-duplicate"]
+    assert _inputs(version, found)[:1] == [question + "s"]
+    assert '"card lost"' in found[0].detail
+    assert set(_inputs(version, found)) >= {question}
+
+
+def test_families_of_free_text_are_no_suspects(tmp_path: Path) -> None:
+    stem = "which court sits in the county of "
+    pairs = [*unlike_pairs(60), *((f"{stem}{name}", f"court {name}") for name in ("Adams", "Adama", "Adamb"))]
+    listener = Listener()
+    assert suspects(_version(tmp_path / "p", pairs), listener) == []
+    assert any("free text" in said for said in listener.said)
+
+
+def test_free_text_is_ranked_by_loss_where_it_is_known(tmp_path: Path) -> None:
+    version = _version(tmp_path / "p", unlike_pairs(60))
+    losses = {m.key: number / 10 for number, m in enumerate(version.members[:50])}
+    listener = Listener()
+    found = suspects(version, listener, losses=losses)
+    assert [s.key for s in found] == [m.key for m in version.members[49:43:-1]]
+    assert "loss 4.90" in found[0].detail
+    assert any("10 rows of 60 have no loss" in warned for warned in listener.warned)
+    with pytest.raises(UserError, match="the loss of row"):
+        suspects(version, Listener(), losses={version.members[0].key: float("nan")})
+
+
+def test_losses_that_are_not_used_are_told(tmp_path: Path) -> None:
+    version = _version(tmp_path / "p", _topical(200, 0)[0])
+    listener = Listener()
+    suspects(version, listener, losses={version.members[0].key: 1.0})
+    assert any("Losses are not used" in warned for warned in listener.warned)
+
+
+def test_a_class_that_no_independent_row_shares_is_told_and_not_judged(tmp_path: Path) -> None:
+    version = _version(tmp_path / "p", [*_topical(200, 0)[0], ("quite another thing entirely", "singular")])
+    listener = Listener()
+    found = suspects(version, listener, share=1)
+    assert any('"singular"' in warned for warned in listener.warned)
+    assert "quite another thing entirely" not in _inputs(version, found)
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(tmp_path: Path, share: float) -> None:
+    with pytest.raises(UserError, match="share"):
+        suspects(_version(tmp_path / "p", unlike_pairs(30)), Listener(), share=share)
+
+
+@given(st.integers(1, 400), st.integers(1, 2000))
+def test_answers_are_classes_up_to_200_with_5_rows_each(classes: int, rows: int) -> None:
+    outputs = [str(number % classes) for number in range(rows)]
+    different = min(classes, rows)
+    assert class_like(outputs) == (2 <= different <= 200 and rows >= 5 * different)
+
+
+def test_the_nearest_rows_are_the_most_similar_and_never_the_row_itself(tmp_path: Path) -> None:
+    base = "please block the lost card that was stolen with the wallet"
+    pairs = [*unlike_pairs(60), (base, "a"), (base + " today", "b"), (base.replace("lost", "gone"), "c")]
+    version = _version(tmp_path / "p", pairs)
+    row = next(m for m in version.members if m.example.input_text == base)
+    near = Nearest(version).of(row.key, 2)
+    assert {m.example.output for _, m in near} == {"b", "c"}
+    assert near[0][0] >= near[1][0]
+    assert all(0 < similarity <= 1.0001 for similarity, _ in near)

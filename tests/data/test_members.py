@@ -1,0 +1,109 @@
+"""A version's members are kept as what differs from the version before, and read back whole and verified."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tunewright.data.members import members_file, members_sha256, read_members
+from tunewright.errors import UserError
+
+
+def _text(members: dict[str, str]) -> str:
+    return "".join(sorted(f"{key}\t{split}\t{key}\n" for key, split in members.items()))
+
+
+def _save(dataset: Path, text: str, parent: str | None) -> str:
+    digest = members_sha256(text)
+    folder = dataset / "versions" / digest[:12]
+    if not folder.exists():
+        content = members_file(dataset, text, parent)
+        folder.mkdir(parents=True)
+        (folder / "members.tsv").write_text(content)
+    return digest
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10_000), steps=st.integers(1, 12), most=st.integers(1, 30))
+def test_every_version_of_any_history_reads_back_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, steps: int, most: int
+) -> None:
+    dataset = tmp_path_factory.mktemp("members")
+    draw = random.Random(seed)
+    members = {f"{i:064x}": draw.choice(["train", "dev", "test"]) for i in range(40)}
+    saved: dict[str, str] = {}
+    parent = None
+    for _ in range(steps):
+        text = _text(members)
+        parent = _save(dataset, text, parent)
+        saved[parent] = text
+        for key in draw.sample(sorted(members), k=min(len(members) - 1, draw.randrange(most))):
+            if draw.random() < 0.5:
+                del members[key]
+            else:
+                members[key] = draw.choice(["train", "dev", "test"])
+        members |= {f"{draw.getrandbits(256):064x}": "train" for _ in range(draw.randrange(most))}
+    for digest, text in saved.items():
+        assert read_members(dataset, digest) == text
+
+
+def _history(dataset: Path, versions: int) -> list[str]:
+    members = {f"{i:064x}": "train" for i in range(100)}
+    digests: list[str] = []
+    for version in range(versions):
+        members[f"{1000 + version:064x}"] = "test"
+        digests.append(_save(dataset, _text(members), digests[-1] if digests else None))
+    return digests
+
+
+def test_one_row_more_costs_a_line_and_readers_never_go_through_more_than_the_rows_themselves(tmp_path: Path) -> None:
+    digests = _history(tmp_path, 120)
+    sizes = [(tmp_path / "versions" / d[:12] / "members.tsv").stat().st_size for d in digests]
+    whole = [len(read_members(tmp_path, d)) for d in digests]
+    small = [size for size, full in zip(sizes, whole, strict=True) if size != full]
+    assert len(small) > 110
+    assert max(small) < 300
+    through = 0
+    for size, full in zip(sizes, whole, strict=True):
+        through = 0 if size == full else through + size
+        assert 2 * through <= full
+
+
+@pytest.mark.parametrize(
+    ("line", "old", "new", "words", "at"),
+    [
+        (0, "from\t", "fram\t", "not a member", ":1"),
+        (0, "from\t0", "from\t!", "not the name of a version", ":1"),
+        (1, "+", "*", "not a change of the members", ":2"),
+        (1, "+", "-", "takes away a member that was not there", ":2"),
+        (1, "test", "exam", "not a member", ":2"),
+        (1, "test", "train", "the members were changed", ""),
+    ],
+)
+def test_a_changed_difference_is_told_by_file_and_line(
+    tmp_path: Path, line: int, old: str, new: str, words: str, at: str
+) -> None:
+    digests = _history(tmp_path, 3)
+    path = tmp_path / "versions" / digests[1][:12] / "members.tsv"
+    lines = path.read_text().splitlines()
+    if old == "from\t0":
+        lines[0] = lines[0].replace("from\t", "from\t!")
+    else:
+        lines[line] = lines[line].replace(old, new, 1)
+    path.write_text("\n".join(lines) + "\n")
+    for digest in digests[1:]:
+        with pytest.raises(UserError, match=words) as caught:
+            read_members(tmp_path, digest)
+        assert caught.value.where == f"{path}{at}"
+
+
+def test_versions_that_build_on_each_other_are_told(tmp_path: Path) -> None:
+    digests = _history(tmp_path, 2)
+    path = tmp_path / "versions" / digests[0][:12] / "members.tsv"
+    path.write_text(f"from\t{digests[1][:12]}\n")
+    with pytest.raises(UserError, match="differs from itself"):
+        read_members(tmp_path, digests[1])

@@ -1,0 +1,158 @@
+"""Reviews by way of a spreadsheet: what is filled in counts as if it were typed, what is mangled is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from review_helpers import judge_next, review, reviewed_project, right
+
+from tunewright.data.review_table import Imported, export_csv, import_csv
+from tunewright.data.reviews import read_reviews, status
+from tunewright.data.versions import load_version
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+Row = dict[str, str]
+
+AWKWARD = [
+    ('she said "no", twice', "an answer;\nof two lines\twith a tab"),
+    ("Müller fragt: größer?", "ünïcödé, and a comma"),
+    ("=1+1", " leading space"),
+]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    from data_helpers import unlike_pairs
+
+    return reviewed_project(tmp_path / "p", pairs=[*unlike_pairs(60), *AWKWARD])
+
+
+def _export(project: Project, most: int = 100) -> tuple[Path, list[Row]]:
+    path = project.root / "review.csv"
+    count = export_csv(path, review(project), most)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == count
+    return path, rows
+
+
+def _save(path: Path, rows: list[Row], delimiter: str = ",", line_end: str = "\r\n") -> None:
+    """As a spreadsheet saves."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), delimiter=delimiter, lineterminator=line_end)
+    table.writeheader()
+    table.writerows(rows)
+    path.write_text("\ufeff" + text.getvalue().replace("\r\n", "\n").replace("\n", line_end), "utf-8", newline="")
+
+
+def _import(project: Project, path: Path, reviewer: str = "ada") -> Imported:
+    return import_csv(path, project.dataset, load_version(project.dataset), reviewer)
+
+
+def test_the_export_holds_the_texts_exactly_in_the_order_of_the_sample(project: Project) -> None:
+    _, rows = _export(project)
+    members = {m.key: m for m in load_version(project.dataset).members}
+    assert [row["row"] for row in rows] == review(project).order
+    for row in rows:
+        example = members[row["row"]].example
+        assert (row["input"], row["answer"], row["verdict"]) == (example.input_text, example.output, "")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_filled_in_verdicts_count_as_those_of_a_pass(project: Project, delimiter: str, line_end: str) -> None:
+    path, rows = _export(project)
+    for row in rows:
+        row["verdict"] = " Right "
+    rows[5] |= {"verdict": "edit", "new_output": "better,\nover two lines"}
+    rows[6] |= {"verdict": "skip"}
+    rows[7] |= {"verdict": ""}
+    _save(path, rows, delimiter, line_end)
+    assert _import(project, path) == Imported(recorded=len(rows) - 1, known=0, blank=1)
+    reviews = read_reviews(project.dataset)
+    assert reviews.standing(rows[5]["row"])["ada"].output == "better,\nover two lines"
+    assert reviews.finding(rows[6]["row"]) == "unsettled"
+    assert reviews.finding(rows[7]["row"]) is None
+    line = status(project.dataset, load_version(project.dataset))
+    assert line.startswith("under review: 1 of 7 wrong")
+    assert line.endswith(", 1 unsettled")
+
+
+def test_importing_twice_records_nothing_twice(project: Project) -> None:
+    path, rows = _export(project, 3)
+    rows[0]["verdict"] = "right"
+    _save(path, rows)
+    assert _import(project, path).recorded == 1
+    assert _import(project, path) == Imported(recorded=0, known=1, blank=2)
+    assert _import(project, path, "ben").recorded == 1
+
+
+def _changed(field: str, value: str) -> Callable[[list[Row]], None]:
+    def change(rows: list[Row]) -> None:
+        rows[1][field] = value
+
+    return change
+
+
+def _twice(rows: list[Row]) -> None:
+    rows[1] = dict(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_changed("verdict", "maybe"), "the verdict is 'maybe'"),
+        (_changed("row", "0" * 64), "has no row"),
+        (_changed("answer", "2026-01-02"), "the answer was changed"),
+        (_changed("new_output", "better"), "needs the verdict edit"),
+        (_changed("verdict", "edit"), "an edit needs a new_output"),
+        (_changed("draw", "first"), "the draw is 'first'"),
+        (_twice, "again"),
+    ],
+)
+def test_a_faulty_row_is_named_by_its_line_and_nothing_is_recorded(
+    project: Project, change: Callable[[list[Row]], None], told: str
+) -> None:
+    path, rows = _export(project, 4)
+    for row in rows:
+        row["verdict"] = "right"
+    change(rows)
+    _save(path, rows)
+    before = (project.dataset / "reviews.jsonl").read_bytes()
+    with pytest.raises(UserError, match=told) as refused:
+        _import(project, path)
+    assert f"{path}:" in str(refused.value)
+    assert (project.dataset / "reviews.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "no column row"),
+        (b"row,verdict\nabc,right\n", "no column draw, answer, new_output"),
+        ("row,draw,answer,verdict,new_output\nä".encode("utf-16"), "not UTF-8"),
+        (b"row,draw,answer,verdict,new_output\na,b\n", "2 fields where the header has 5"),
+        (b'row,draw,answer,verdict,new_output\n"a\n', "not CSV"),
+    ],
+)
+def test_a_file_that_is_no_export_is_refused(project: Project, content: bytes, told: str) -> None:
+    path = project.root / "bad.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        _import(project, path)
+    with pytest.raises(UserError, match="cannot be read"):
+        _import(project, project.root / "missing.csv")
+
+
+def test_an_export_never_replaces_a_file_and_says_when_nothing_is_left(project: Project) -> None:
+    path, _ = _export(project)
+    with pytest.raises(UserError, match="a file of this name"):
+        export_csv(path, review(project), 5)
+    judge_next(review(project), *right(len(load_version(project.dataset).members)))
+    with pytest.raises(UserError, match="no row is left"):
+        export_csv(project.root / "more.csv", review(project), 5)

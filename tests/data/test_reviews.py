@@ -1,0 +1,276 @@
+"""Verdicts: never lost, never counted for a text they were not given on, and taken back only by their reviewer."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from data_helpers import Listener, unlike_pairs
+from hypothesis import given
+from hypothesis import strategies as st
+from review_helpers import add_pairs, judge_next, review, reviewed_project, right
+
+from tunewright.data.acceptance import FixedPlan, SequentialPlan, sample_order
+from tunewright.data.labels import Suspect
+from tunewright.data.review import Review, check_options
+from tunewright.data.reviews import Judged, append_reviews, now, read_reviews, status
+from tunewright.data.versions import load_version
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return reviewed_project(tmp_path / "p")
+
+
+def _status(project: Project) -> str:
+    return status(project.dataset, load_version(project.dataset))
+
+
+def _judged(key: str, **changes: object) -> Judged:
+    fields = {"key": key, "verdict": "right", "version": "v", "reviewer": "ada", "when": now()}
+    return Judged.model_validate({**fields, **changes})
+
+
+def test_a_version_that_nobody_looked_at_is_not_reviewed(project: Project) -> None:
+    assert _status(project) == "not reviewed"
+
+
+def test_right_rows_lead_to_acceptance_and_the_status_says_on_what_grounds(project: Project) -> None:
+    under_way = review(project)
+    assert _status(project) == "under review: 0 of 0 wrong, at least 72 more to check"
+    judge_next(under_way, *right(71))
+    assert _status(project) == "under review: 0 of 71 wrong, at least 1 more to check"
+    judge_next(under_way, "right")
+    assert _status(project) == "accepted: 0 of 72 wrong, under 5% at 95%"
+    assert under_way.next() is None
+
+
+def test_the_fixed_plan_asks_for_59_rows(project: Project) -> None:
+    version = load_version(project.dataset)
+    under_way = Review(project.dataset, version, "ada", Listener(), plan=FixedPlan())
+    judge_next(under_way, *right(59))
+    assert _status(project) == "accepted: 0 of 59 wrong, under 5% at 95%"
+
+
+def test_wrong_rows_lead_to_rejection(project: Project) -> None:
+    judge_next(review(project), "wrong", "edit")
+    assert _status(project) == "rejected: 2 of 2 wrong, not under 5%"
+
+
+def test_rows_come_in_the_order_that_the_digest_decides(project: Project) -> None:
+    version = load_version(project.dataset)
+    order = sample_order([m.key for m in version.members], version.digest, 0)
+    assert judge_next(review(project), *right(5)) == order[:5]
+
+
+def test_a_pass_goes_on_where_the_last_one_was_left(project: Project) -> None:
+    first = judge_next(review(project), "right", "right", "wrong")
+    later = judge_next(review(project), "right")
+    assert later[0] not in first
+    assert _status(project).startswith("under review: 1 of 4 wrong")
+
+
+def test_a_skipped_row_counts_as_unsettled_and_comes_again_in_the_next_pass(project: Project) -> None:
+    under_way = review(project)
+    (skipped,) = judge_next(under_way, "skip")
+    judge_next(under_way, "right")
+    assert _status(project).endswith(", 1 unsettled")
+    assert judge_next(review(project), "right") == [skipped]
+    assert "unsettled" not in _status(project)
+
+
+def test_undo_takes_back_the_latest_verdict_also_in_a_later_pass_and_is_itself_on_record(project: Project) -> None:
+    keys = judge_next(review(project), "right", "wrong")
+    later = review(project)
+    undone = later.undo()
+    assert undone is not None
+    assert (undone.member.key, undone.number) == (keys[1], 2)
+    card = later.next()
+    assert card is not None
+    assert card.member.key == keys[1]
+    assert _status(project).startswith("under review: 0 of 1 wrong")
+    log = (project.dataset / "reviews.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in log] == ["draw", "verdict", "verdict", "undo"]
+
+
+def test_undo_takes_back_no_verdict_of_another_reviewer(project: Project) -> None:
+    judge_next(review(project, "ada"), "right")
+    assert review(project, "ben").undo() is None
+    assert _status(project).startswith("under review: 0 of 1 wrong")
+
+
+def test_verdicts_survive_a_new_version_and_other_order_of_rows(project: Project) -> None:
+    version = load_version(project.dataset)
+    # All rows of the version, so that whichever the next sample begins with was looked at.
+    append_reviews(project.dataset, [_judged(m.key, version=version.digest) for m in version.members])
+    add_pairs(project, [*reversed(unlike_pairs(200)), ("one row more, unlike any other 123", "answer")])
+    under_way = review(project)
+    found = under_way.outcome
+    assert found is not None
+    new = ({m.key for m in load_version(project.dataset).members} - {m.key for m in version.members}).pop()
+    assert found.checked == min(under_way.order.index(new), 72)
+
+
+def test_a_verdict_dies_when_the_text_of_its_row_changes(tmp_path: Path) -> None:
+    pairs = unlike_pairs(60)
+    before = reviewed_project(tmp_path / "before", pairs=pairs)
+    after = reviewed_project(tmp_path / "after", pairs=[(pairs[0][0], "another answer"), *pairs[1:]])
+    old, new = load_version(before.dataset), load_version(after.dataset)
+    append_reviews(after.dataset, [_judged(m.key) for m in old.members])
+    reviews = read_reviews(after.dataset)
+    assert [m.example.output for m in new.members if reviews.finding(m.key) is None] == ["another answer"]
+
+
+def test_reviewers_who_disagree_leave_a_row_unsettled(project: Project) -> None:
+    (key,) = judge_next(review(project, "ada"), "right")
+    judge_next(review(project, "ben", second=True), "wrong")
+    assert read_reviews(project.dataset).finding(key) == "unsettled"
+    assert _status(project).endswith(", 1 unsettled")
+    assert review(project, "ben", second=True).undo() is not None
+    judge_next(review(project, "ben", second=True), "right")
+    assert read_reviews(project.dataset).finding(key) == "right"
+
+
+def test_a_disputed_row_is_shown_to_a_third_reviewer_and_not_again_to_the_two(project: Project) -> None:
+    (key,) = judge_next(review(project, "ada"), "right")
+    judge_next(review(project, "ben", second=True), "wrong")
+    offered = {name: card.member.key for name in ("ada", "ben", "cyd") if (card := review(project, name).next())}
+    assert offered["cyd"] == key
+    assert key not in (offered["ada"], offered["ben"])
+
+
+def test_a_second_reviewer_judges_what_the_first_judged_and_no_more(project: Project) -> None:
+    keys = judge_next(review(project, "ada"), "right", "skip", "wrong")
+    second = review(project, "ben", second=True)
+    assert judge_next(second, "right", "wrong") == [keys[0], keys[2]]
+    assert second.next() is None
+
+
+def test_a_redraw_is_another_sample_and_stays_on_record(project: Project) -> None:
+    judge_next(review(project), "wrong", "wrong")
+    again = review(project, redraw=True)
+    judge_next(again, *right(3))
+    assert _status(project).endswith(", draw 2")
+    drawn = [json.loads(line) for line in (project.dataset / "reviews.jsonl").read_text().splitlines()]
+    assert [event["draw"] for event in drawn if event["event"] == "draw"] == [0, 1]
+
+
+def test_another_plan_for_the_same_sample_is_refused(project: Project) -> None:
+    review(project)
+    version = load_version(project.dataset)
+    with pytest.raises(UserError, match="another plan"):
+        Review(project.dataset, version, "ada", Listener(), plan=FixedPlan(allowed=5))
+    Review(project.dataset, version, "ada", Listener(), plan=SequentialPlan())
+    Review(project.dataset, version, "ada", Listener(), plan=FixedPlan(allowed=5), redraw=True)
+    # 208 by the plan, but 200 rows are all there are.
+    assert _status(project) == "under review: 0 of 0 wrong, at least 200 more to check, draw 2"
+
+
+def test_suspects_are_reviewed_apart_and_count_only_where_the_sample_reaches_them(project: Project) -> None:
+    version = load_version(project.dataset)
+    order = review(project).order
+    suspect = Suspect(order[-1], 1.0, "label", "other rows suggest otherwise")
+    apart = Review(project.dataset, version, "ada", Listener(), suspects=[suspect])
+    card = apart.next()
+    assert card is not None
+    assert card.why == "label: other rows suggest otherwise"
+    apart.judge(card, "wrong")
+    assert apart.next() is None
+    assert apart.status == "suspects: 1 of 1 looked at"
+    assert _status(project).startswith("under review: 0 of 0 wrong")
+    assert json.loads((project.dataset / "reviews.jsonl").read_text().splitlines()[-1]).get("draw") is None
+
+
+def test_an_edit_without_a_change_or_a_text_is_no_verdict(project: Project) -> None:
+    under_way = review(project)
+    card = under_way.next()
+    assert card is not None
+    assert "as it was" in under_way.edit(card, card.member.example.output)
+    assert "empty" in under_way.edit(card, " \n")
+    assert "editor failed" in under_way.edit(card, None)
+    assert under_way.next() == card
+    assert under_way.edit(card, "better") == ""
+    assert under_way.next() != card
+
+
+@pytest.mark.parametrize("cut", [2, 20, 60])
+def test_half_a_line_left_by_a_crash_costs_that_verdict_alone(project: Project, cut: int) -> None:
+    keys = judge_next(review(project), "right", "right", "right")
+    path = project.dataset / "reviews.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    listener = Listener()
+    again = Review(project.dataset, load_version(project.dataset), "ada", listener)
+    assert ["cut off by a crash" in warned for warned in listener.warned] == [True]
+    assert judge_next(again, "wrong") == [keys[2]]
+    assert [e.event for e in read_reviews(project.dataset).events] == ["draw", *["verdict"] * 3]
+
+
+def test_a_last_line_whose_end_an_editor_left_out_counts(project: Project) -> None:
+    judge_next(review(project), "right")
+    path = project.dataset / "reviews.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    judge_next(review(project), "right")
+    assert _status(project).startswith("under review: 0 of 2 wrong")
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "nonsense", '{"event": "verdict"}', '{"event": "undo", "key": 1}', "[1, 2]", "\x00"]
+)
+def test_a_line_that_is_no_review_is_named(project: Project, line: str) -> None:
+    judge_next(review(project), "right")
+    path = project.dataset / "reviews.jsonl"
+    path.write_text(line + "\n" + path.read_text())
+    with pytest.raises(UserError) as refused:
+        _status(project)
+    assert refused.value.where == f"{path}:1"
+
+
+@given(st.binary(max_size=80), st.integers(0, 300))
+def test_no_damage_to_the_log_ends_in_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, damage: bytes, at: int
+) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    append_reviews(folder, [_judged("a"), _judged("b", verdict="edit", output="c")])
+    path = folder / "reviews.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + damage + whole[at + len(damage) :])
+    try:
+        read_reviews(folder)
+    except UserError as error:
+        assert error.where is not None
+        assert error.where.startswith(str(path))
+
+
+def _append_many(folder: Path, name: str) -> None:
+    for number in range(50):
+        append_reviews(folder, [_judged(f"{name}{number}", reviewer=name, verdict="edit", output="x" * 9000)])
+
+
+def test_two_who_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append_many, args=(tmp_path, name)) for name in ("ada", "ben")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(read_reviews(tmp_path).events) == 100
+
+
+def test_options_that_would_be_ignored_are_refused() -> None:
+    def check(*given: str, message: bool = False) -> None:
+        actions = {name: name in given for name in ("--status", "--export", "--import", "--apply")}
+        choices = {name: name in given for name in ("--suspects", "--second", "--fixed", "--redraw")}
+        check_options(actions, choices, message)
+
+    check()
+    check("--suspects", "--export")
+    check("--apply", message=True)
+    for bad in (("--status", "--apply"), ("--status", "--redraw"), ("--import", "--suspects")):
+        with pytest.raises(UserError):
+            check(*bad)
+    with pytest.raises(UserError, match="message"):
+        check("--export", message=True)

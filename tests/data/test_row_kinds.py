@@ -1,0 +1,223 @@
+"""The kinds of rows that people have: each is told by its keys and read as the same conversation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.data.checks import RowError, example_from_object
+from tunewright.data.formats import Fault, Reading, read_pairs
+from tunewright.data.row_errors import CODES
+from tunewright.recipe import DataRecipe
+
+ASKED, ANSWERED = "Which court?", "D. Mass."
+CHAT = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
+SHARED = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWERED}]
+
+
+def _read(tmp_path: Path, rows: list[Any], data: DataRecipe | None = None) -> Reading:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return read_pairs(path, data or DataRecipe())
+
+
+def _fault(tmp_path: Path, row: Any, data: DataRecipe | None = None) -> Fault:
+    [fault] = _read(tmp_path, [row], data).faults
+    return fault
+
+
+def _turns(row: Any, data: DataRecipe | None = None) -> list[tuple[str, str, int]]:
+    return [(m.role, m.content, m.weight) for m in example_from_object(row, data or DataRecipe()).messages]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": CHAT}, "OpenAI chats, since rows have messages[].role/content"),
+        ({"messages": CHAT, "tools": []}, "OpenAI chats"),
+        ({"prompt": ASKED, "completion": ANSWERED}, "prompt/completion pairs, since rows have prompt and completion"),
+        ({"instruction": ASKED, "output": ANSWERED}, "Alpaca instructions, since rows have instruction and output"),
+        ({"instruction": ASKED, "input": "", "output": ANSWERED, "history": [], "system": ""}, "Alpaca"),
+        ({"conversations": SHARED}, "ShareGPT conversations, since rows have conversations[].from/value"),
+        ({"conversations": CHAT}, "ShareGPT conversations, since rows have conversations[].role/content"),
+        ({"interactions": CHAT}, "Mistral conversations, since rows have interactions[].role/content"),
+        ({"messages": [{"role": m["role"], "text": m["content"]} for m in CHAT]}, "messages[].role/text"),
+        ({"messages": CHAT, "system_prompt": None}, "Mistral conversations"),
+        ({"conversation": CHAT}, "Together conversations, since rows have conversation[].role/content"),
+    ],
+)
+def test_each_kind_of_row_is_the_same_example_and_the_note_says_what_told_it(
+    tmp_path: Path, row: Any, words: str
+) -> None:
+    reading = _read(tmp_path, [row])
+    assert [r.example for r in reading.rows] == [example_from_object({"messages": CHAT}, DataRecipe())]
+    [note] = reading.notes
+    assert note.startswith(f"{tmp_path / 'rows.jsonl'}: JSON Lines: ")
+    assert words in note
+
+
+def test_kinds_that_are_mixed_in_one_file_are_all_told_with_their_numbers(tmp_path: Path) -> None:
+    notes = _read(tmp_path, [{"messages": CHAT}, {"conversations": SHARED}, {"messages": CHAT}]).notes
+    assert ["2 rows of OpenAI chats" in notes[0], "1 rows of ShareGPT" in notes[1]] == [True, True]
+
+
+def test_alpaca_s_input_stands_below_the_instruction_and_its_history_before(tmp_path: Path) -> None:
+    row = {
+        "instruction": "Translate.",
+        "input": "chat",
+        "output": "cat",
+        "system": "From French.",
+        "history": [["Hello?", "Yes."]],
+    }
+    assert _turns(row) == [
+        ("system", "From French.", 1),
+        ("user", "Hello?", 1),
+        ("assistant", "Yes.", 1),
+        ("user", "Translate.\nchat", 1),
+        ("assistant", "cat", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": SHARED, "system": "Be brief."},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *SHARED]},
+        {"messages": CHAT, "system_prompt": "Be brief."},
+        {"interactions": CHAT, "system": "Be brief."},
+    ],
+)
+def test_a_system_turn_beside_the_turns_comes_first(row: Any) -> None:
+    assert _turns(row)[0] == ("system", "Be brief.", 1)
+    assert len(_turns(row)) == 3
+
+
+def test_mistral_s_only_last_trains_the_last_answer_alone() -> None:
+    assert [weight for *_, weight in _turns({"messages": CHAT * 2, "only_last": True})] == [1, 0, 1, 1]
+    assert [weight for *_, weight in _turns({"messages": CHAT * 2, "only_last": False})] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "path", "words"),
+    [
+        ({"text": "a whole document"}, "E203", "$.text", "Together's general format"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "E203", "$.chosen", "preferences"),
+        (
+            {"input": {}, "preferred_output": [], "non_preferred_output": []},
+            "E203",
+            "$.preferred_output",
+            "preferences",
+        ),
+        ({"input_ids": [1], "attention_mask": [1], "labels": [1]}, "E203", "$.input_ids", "tokenizer"),
+        ({"messages": CHAT, "tools": [{"type": "function"}]}, "E204", "$.tools", "tools cannot be trained"),
+        ({"conversations": [{"from": "observation", "value": "a"}]}, "E204", "$.conversations[0]", "observation"),
+        ({"messages": CHAT, "id": 7}, "E201", "$.id", 'unknown key "id"'),
+        ({"instruction": "a"}, "E202", "$", 'missing key "output"'),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "E206", "$.history[0]", "[input, output]"),
+        ({"instruction": "a", "output": "b", "input": 4}, "E305", "$.input", "int, not text"),
+        ({"conversations": []}, "E206", "$.conversations", "a list of turns"),
+        ({"conversations": [{"from": "human"}]}, "E302", "$.conversations[0]", 'no "value"'),
+        ({"messages": [{"role": "user", "content": "a", "text": "b"}]}, "E303", "$.messages[0]", "both"),
+        ({"messages": [*CHAT, {**CHAT[0], "name": "Ann"}, CHAT[1]]}, "E309", "$.messages[2].name", "name"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "E305", "$.messages[1].content", "null"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": " "}]}, "E401", "$.messages[1].content", "empty"),
+        ({"messages": [*CHAT, CHAT[1]]}, "E406", "$.messages[2]", "two assistant turns"),
+        ({"messages": [*CHAT, CHAT[0]]}, "E407", "$.messages[2]", "the last turn"),
+        ({"messages": CHAT, "system_prompt": "a", "system": "b"}, "E404", "$.system_prompt", "only be the first"),
+        ({"messages": CHAT, "only_last": "yes"}, "E305", "$.only_last", "neither true nor false"),
+    ],
+)
+def test_a_fault_has_a_code_a_place_in_the_row_and_what_to_do(
+    tmp_path: Path, row: Any, code: str, path: str, words: str
+) -> None:
+    fault = _fault(tmp_path, row)
+    assert (fault.code, fault.path, fault.fix) == (code, path, CODES[code][1])
+    assert words in fault.reason
+    assert str(fault) == f"{tmp_path / 'rows.jsonl'}:1: {fault.reason}"
+
+
+def test_a_thousand_unknown_keys_do_not_make_a_thousand_words(tmp_path: Path) -> None:
+    fault = _fault(tmp_path, {f"key{i}": "x" for i in range(1000)})
+    assert "and 992 more" in fault.reason
+    assert len(fault.reason) < 300
+
+
+def test_keys_that_the_recipe_names_are_input_and_output(tmp_path: Path) -> None:
+    data = DataRecipe(input="question", output="answer")
+    reading = _read(tmp_path, [{"question": ASKED, "answer": ANSWERED}], data)
+    assert reading.rows[0].example.output == ANSWERED
+    assert "the recipe names question as input" in reading.notes[0]
+    assert _fault(tmp_path, {"question": ASKED, "answer": ANSWERED, "topic": "law"}, data).code == "E201"
+
+
+def test_groups_travel_with_their_rows_and_null_is_no_group(tmp_path: Path) -> None:
+    data = DataRecipe(groups=("customer", "document"))
+    pair = {"prompt": ASKED, "completion": ANSWERED}
+    rows = [{**pair, "customer": "Acme", "document": 12}, {**pair, "customer": None, "document": 12.0}]
+    reading = _read(tmp_path, rows, data)
+    assert [row.groups for row in reading.rows] == [{"customer": "Acme", "document": "12"}, {"document": "12"}]
+    assert _fault(tmp_path, {**pair, "customer": "Acme"}, data).code == "E205"
+    assert _fault(tmp_path, {**pair, "customer": ["Acme"], "document": 1}, data).path == "$.customer"
+    assert _read(tmp_path, [pair]).rows[0].groups == {}
+
+
+def test_a_key_of_the_row_itself_can_be_a_group(tmp_path: Path) -> None:
+    row = {"instruction": "Translate.", "input": "chat", "output": "cat"}
+    [read] = _read(tmp_path, [row], DataRecipe(groups=("instruction",))).rows
+    assert (read.groups, read.example.input_text) == ({"instruction": "Translate."}, "Translate.\nchat")
+
+
+def test_ignored_keys_are_left_out_and_told_once(tmp_path: Path) -> None:
+    row = {"prompt": ASKED, "completion": ANSWERED, "id": 4, "source": {"url": "x"}}
+    reading = _read(tmp_path, [row, row], DataRecipe(ignore=("id", "source", "date")))
+    assert len(reading.rows) == 2
+    assert [note for note in reading.notes if "data.ignore" in note] == [
+        f"{tmp_path / 'rows.jsonl'}: left out, as data.ignore says: id, source"
+    ]
+
+
+def test_a_name_cannot_be_ignored_and_used() -> None:
+    with pytest.raises(ValueError, match="ignore names customer, which input, output or groups use"):
+        DataRecipe(groups=("customer",), ignore=("customer",))
+
+
+def test_every_code_is_in_the_documentation_with_its_meaning_and_remedy() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| E")]
+    assert {code: (meaning, fix) for code, meaning, fix, _ in rows} == CODES
+
+
+_values = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.sampled_from(["user", "gpt"])
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "text", "weight", "name", "type", "tool_calls"]),
+            inner,
+            max_size=3,
+        ),
+    ),
+    max_leaves=10,
+)
+_keys = st.one_of(
+    st.sampled_from(["messages", "interactions", "conversation", "conversations", "system", "system_prompt", "tools"]),
+    st.sampled_from(["instruction", "input", "output", "history", "only_last", "prompt", "completion", "text"]),
+    st.sampled_from(["q", "a", "g", "id"]),
+)
+
+
+@given(st.dictionaries(_keys, _values, max_size=5))
+def test_any_object_is_an_example_or_a_fault_with_a_known_code(row: dict[str, Any]) -> None:
+    try:
+        example = example_from_object(row, DataRecipe(input="q", output="a", groups=("g",), ignore=("id",)))
+    except RowError as error:
+        assert error.code in CODES
+    else:
+        assert example.output.strip()

@@ -1,0 +1,211 @@
+"""`data verify` finds every damage there is, and says where and whose."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tunewright.data.add import add
+from tunewright.data.changes import blame
+from tunewright.data.verify import verify
+from tunewright.data.versions import checkout, list_versions, load_version, short, version_folder
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with two versions, 60 and 75 rows; tests work on copies."""
+    root = tmp_path_factory.mktemp("verify")
+    project = new_project(root / "p")
+    for name, count, seed in (("first", 60, 1), ("second", 15, 2)):
+        add(project, [write_jsonl(root / f"{name}.jsonl", unlike_pairs(count, seed))], Listener(), message=name)
+    return project
+
+
+@pytest.fixture
+def project(pristine: Project, tmp_path: Path) -> Project:
+    """A copy to be damaged."""
+    shutil.copytree(pristine.root, tmp_path / "p")
+    return Project(tmp_path / "p")
+
+
+def _flip(path: Path, at: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(bytes(data))
+
+
+def _files(dataset: Path) -> list[Path]:
+    return sorted(p for p in dataset.rglob("*") if p.is_file())
+
+
+def test_a_whole_dataset_has_no_damage(project: Project) -> None:
+    listener = Listener()
+    found = verify(project.dataset, listener)
+    assert (found.ok, found.rows, found.versions, found.unsealed) == (True, 75, 2, ())
+    done, total = listener.steps["verifying"]
+    assert done == total > 2
+    assert json.loads(json.dumps(found.as_dict()))["ok"] is True
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_flipped_bit_anywhere_is_found_in_its_file(pristine: Project, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(_files(pristine.dataset)))
+    whole = path.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    _flip(path, at, data.draw(st.integers(0, 7)))
+    try:
+        damage = verify(pristine.dataset, Listener()).damage
+    finally:
+        path.write_bytes(whole)
+    assert any(d.where.startswith(str(path)) for d in damage)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_flipped_bit_in_a_row_names_line_and_row(pristine: Project, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(sorted(pristine.dataset.glob("rows/*.jsonl"))))
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    number = data.draw(st.integers(0, len(lines) - 1))
+    inside = data.draw(st.integers(0, len(lines[number]) - 2))
+    key = json.loads(lines[number])["key"]
+    needed = {m.digest for m in list_versions(pristine.dataset)} - (
+        set()
+        if key in {m.key for m in load_version(pristine.dataset, _first(pristine)).members}
+        else {_first(pristine)}
+    )
+    _flip(path, sum(map(len, lines[:number])) + inside, data.draw(st.integers(0, 7)))
+    try:
+        damage = verify(pristine.dataset, Listener()).damage
+    finally:
+        path.write_bytes(whole)
+    mine = [d for d in damage if d.where == f"{path}:{number + 1}"]
+    assert len(mine) == 1
+    # A key that no longer parses is told by the versions that miss it, in a second damage.
+    if key in mine[0].rows:
+        assert set(mine[0].versions) == needed
+    else:
+        assert any(key in d.rows for d in damage)
+
+
+def _first(project: Project) -> str:
+    return list_versions(project.dataset)[0].digest
+
+
+def test_all_damage_is_told_and_not_only_the_first(project: Project) -> None:
+    rows = load_version(project.dataset).members
+    changed = [m for m in rows if m.key[:2] != rows[0].key[:2]][:3]
+    for member in changed:
+        path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
+        path.write_text(path.read_text().replace(member.example.output, "something else"))
+    (project.dataset / "rows" / f"{rows[0].key[:2]}.jsonl").unlink()
+    (version_folder(project.dataset, _first(project)) / "imports.jsonl").unlink()
+    (project.dataset / "HEAD").write_text("0" * 64)
+    found = verify(project.dataset, Listener())
+    told = [key for d in found.damage for key in d.rows]
+    assert {m.key for m in changed} | {rows[0].key} <= set(told)
+    assert {Path(d.where).name for d in found.damage} >= {"imports.jsonl", "HEAD"}
+    assert not found.ok
+    assert short(rows[0].key) in "\n".join(map(str, found.damage))
+
+
+def _change_members(project: Project, number: int, old: str, new: str) -> Path:
+    """Change one line, counted from 0, of the first version's members; the second version builds on it."""
+    path = version_folder(project.dataset, _first(project)) / "members.tsv"
+    lines = path.read_text().splitlines()
+    assert old in lines[number]
+    lines[number] = lines[number].replace(old, new, 1)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_changed_members_name_the_line_and_the_versions_that_build_on_them(project: Project) -> None:
+    versions = tuple(sorted(m.digest for m in list_versions(project.dataset)))
+    member = load_version(project.dataset, _first(project)).members[7]
+    path = _change_members(project, 7, f"\t{member.split}\t", "\texam\t")
+    (damage,) = verify(project.dataset, Listener()).damage
+    assert (damage.where, damage.rows, damage.versions) == (f"{path}:8", (member.key,), versions)
+
+
+def test_a_flipped_digit_of_a_key_in_the_members_names_the_line(project: Project) -> None:
+    key = load_version(project.dataset, _first(project)).members[7].key
+    wrong = key[:20] + ("0" if key[20] != "0" else "1") + key[21:]
+    path = _change_members(project, 7, key, wrong)
+    damage = verify(project.dataset, Listener()).damage
+    assert (f"{path}:8", (wrong,)) in [(d.where, d.rows) for d in damage]
+
+
+def test_a_change_of_the_split_alone_is_found_by_the_digest(project: Project) -> None:
+    version = load_version(project.dataset, _first(project))
+    number = next(i for i, m in enumerate(version.members) if m.split == "train")
+    path = _change_members(project, number, "\ttrain\t", "\ttest\t")
+    (damage,) = verify(project.dataset, Listener()).damage
+    assert "the members were changed" in damage.what
+    assert damage.where == str(path)
+
+
+def test_a_changed_message_or_author_breaks_the_seal(project: Project) -> None:
+    path = version_folder(project.dataset, _first(project)) / "manifest.json"
+    path.write_text(path.read_text().replace('"first"', '"frist"'))
+    (damage,) = verify(project.dataset, Listener()).damage
+    assert damage.where == str(path)
+    assert "seal" in damage.what
+
+
+def test_a_changed_record_of_an_import_is_told(project: Project) -> None:
+    path = version_folder(project.dataset, _first(project)) / "imports.jsonl"
+    path.write_text(path.read_text().replace('"line":3', '"line":4'))
+    (damage,) = verify(project.dataset, Listener()).damage
+    assert damage.where.startswith(str(path))
+
+
+def test_a_missing_parent_is_told_and_that_the_version_builds_on_it(project: Project) -> None:
+    first, second = _first(project), load_version(project.dataset).digest
+    shutil.rmtree(version_folder(project.dataset, first))
+    damage = verify(project.dataset, Listener()).damage
+    assert [(short(first) in str(d), d.versions) for d in damage] == [(True, (second,))] * 2
+
+
+def test_versions_of_earlier_releases_are_whole_and_named_as_unsealed(project: Project) -> None:
+    path = version_folder(project.dataset, _first(project)) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("author", "imports", "seal")}))
+    found = verify(project.dataset, Listener())
+    assert found.ok
+    assert found.unsealed == (_first(project),)
+
+
+def test_without_a_dataset_there_is_nothing_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dataset version"):
+        verify(tmp_path / "dataset", Listener())
+
+
+def test_checkout_makes_an_earlier_version_current(project: Project) -> None:
+    second = load_version(project.dataset)
+    manifest = checkout(project.dataset, _first(project)[:8])
+    assert manifest.digest == load_version(project.dataset).digest == _first(project)
+    checkout(project.dataset, second.digest)
+    assert load_version(project.dataset) == second
+    assert blame(project.dataset, second, second.members[0].key).key == second.members[0].key
+
+
+def test_checkout_refuses_a_version_that_is_unknown_or_damaged(project: Project, tmp_path: Path) -> None:
+    head = (project.dataset / "HEAD").read_text()
+    with pytest.raises(UserError, match="no dataset version begins with 'fffffff0'"):
+        checkout(project.dataset, "fffffff0")
+    (version_folder(project.dataset, _first(project)) / "members.tsv").write_text("")
+    with pytest.raises(UserError, match="the members were changed"):
+        checkout(project.dataset, _first(project))
+    assert (project.dataset / "HEAD").read_text() == head
+    with pytest.raises(UserError, match="there is no dataset version yet"):
+        checkout(tmp_path / "none", "abc")
+    assert not (tmp_path / "none").exists()
