@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from tunewright.cli import commands
@@ -62,3 +63,19 @@ def tiny_project(folder: Path, base: Path, count: int = 120) -> Path:
         "  checkpoint_every: 5\nevaluate:\n  shots: [1, 2]\n"
     )
     return folder
+
+
+def recorded_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """A list that gets the prompt's ids of every request that an engine is asked from now on."""
+    from tunewright.models.decoding import Request
+    from tunewright.serving.engine import Delta, Engine
+
+    seen: list[tuple[int, ...]] = []
+    stream = Engine.stream
+
+    def recording(self: Engine, request: Request) -> AsyncGenerator[Delta, None]:
+        seen.append(tuple(request.prompt_ids))
+        return stream(self, request)
+
+    monkeypatch.setattr(Engine, "stream", recording)
+    return seen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import makers
 import tunewright
-from command_line import COLOURS, write_jsonl
+from command_line import COLOURS, recorded_prompts, write_jsonl
 from command_line import tunewright as run
 from tunewright.chat import encode
 from tunewright.models.bases import resolve_base
-from tunewright.models.decoding import Request
 from tunewright.progress import LogReporter
-from tunewright.serving.engine import Delta, Engine
 
 BASES = {
     "llama3_2": partial(makers.build_llama3_base, family="llama3_2"),
@@ -56,14 +53,7 @@ def test_a_served_dialogue_has_the_ids_that_training_saw(
     base = BASES[maker](tmp_path / "base")
     folder = _project(tmp_path / "project", base)
     assert run("train", "-p", folder).code == 0
-    seen: list[tuple[int, ...]] = []
-    stream = Engine.stream
-
-    def recording(self: Engine, request: Request) -> AsyncGenerator[Delta, None]:
-        seen.append(tuple(request.prompt_ids))
-        return stream(self, request)
-
-    monkeypatch.setattr(Engine, "stream", recording)
+    seen = recorded_prompts(monkeypatch)
     road = tunewright.open(folder)
     member = road.version().examples("train")[0]
     messages = [m.as_dict() for m in member.example.messages]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import httpx
 import pytest
 
 import tunewright as package
-from command_line import pairs, tiny_project, tunewright, write_jsonl
+from command_line import pairs, recorded_prompts, tiny_project, tunewright, write_jsonl
 from tiny import build_base
 from tunewright.adapters.registry import find_adapter
-from tunewright.models.decoding import Request
-from tunewright.serving.engine import Delta, Engine
 
 
 @pytest.fixture(scope="module")
@@ -305,14 +302,7 @@ def test_a_template_with_a_syntax_error_is_told_before_anything_is_computed(tmp_
 def test_the_server_prompts_with_exactly_the_ids_that_training_saw(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[int, ...]] = []
-    stream = Engine.stream
-
-    def recording(self: Engine, request: Request) -> AsyncGenerator[Delta, None]:
-        seen.append(tuple(request.prompt_ids))
-        return stream(self, request)
-
-    monkeypatch.setattr(Engine, "stream", recording)
+    seen = recorded_prompts(monkeypatch)
     road = package.open(project)
     members = road.version().examples("train")[:20]
     trained = [road.chat.rows(m.example.messages)[0] for m in members]

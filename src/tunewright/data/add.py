@@ -120,11 +120,7 @@ def add(
     redacted: Counter[str] = Counter()
     if redact:
         rows, redacted = _redacted(rows, reporter)
-    found = secrets.scan([(f"{row.source}:{row.line}", row.example) for row in rows], reporter)
-    if found.of("secret"):
-        raise secrets.blocked(found)
-    if found.of("personal"):
-        reporter.warn(secrets.warned(found))
+    personal = _screened(rows, reporter)
     with locked(project.dataset):
         merge = _merge(project.dataset, rows, project.recipe.data.similarity, reporter)
         members = _members(merge, project.recipe, reporter)
@@ -163,8 +159,18 @@ def add(
         moved=moved,
         skipped=tuple(skipped),
         redacted=dict(redacted),
-        personal=dict(found.counts),
+        personal=personal,
     )
+
+
+def _screened(rows: Sequence[SourceRow], reporter: Reporter) -> dict[str, int]:
+    """Refuse secrets and warn of personal data, which is counted by kind."""
+    found = secrets.scan([(f"{row.source}:{row.line}", row.example) for row in rows], reporter)
+    if found.of("secret"):
+        raise secrets.blocked(found)
+    if found.of("personal"):
+        reporter.warn(secrets.warned(found))
+    return dict(found.counts)
 
 
 def _redacted(rows: Sequence[SourceRow], reporter: Reporter) -> tuple[list[SourceRow], Counter[str]]:
