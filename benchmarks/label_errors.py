@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tunewright.data.add import add
 from tunewright.data.examples import Example, Message
-from tunewright.data.labels import suspects, text_features
+from tunewright.data.review.suspects import suspects, text_features
 from tunewright.data.versions import DatasetVersion, Member, load_version
 from tunewright.progress import LogReporter
 from tunewright.project import RECIPE_FILE, create_project

@@ -28,7 +28,7 @@ import numpy as np
 
 from tunewright.data.examples import Example, Message
 from tunewright.data.neighbours import comparison_texts, find_clusters, find_duplicates
-from tunewright.data.similarity import near_pairs, shingle_matrix, shingles, similarities
+from tunewright.data.neighbours.similarity import near_pairs, shingle_matrix, shingles, similarities
 from tunewright.examples.legal_citations import PAIRS_FILE, project_files
 from tunewright.progress import LogReporter
 

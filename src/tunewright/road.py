@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from tunewright.adapters.fit import require_fit
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.data.add import AddResult, add
-from tunewright.data.find import find_row
 from tunewright.data.formats import uses_columns
 from tunewright.data.versions import DatasetVersion, Member, load_version
+from tunewright.data.versions.find import find_row
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import EVIDENCE_FILE, load_evidence, load_items
 from tunewright.evaluation.verdict import Verdict, verdict
@@ -24,10 +24,10 @@ from tunewright.report.html import write_report
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
-    from tunewright.data.export import Exported, Format
-    from tunewright.data.file_check import Change, FileCheck
-    from tunewright.data.leak import LeakReport
+    from tunewright.data.formats.file_check import Change, FileCheck
+    from tunewright.data.neighbours.leak import LeakReport
     from tunewright.data.splits import Split
+    from tunewright.data.versions.export import Exported, Format
     from tunewright.evaluation.measure import AdviseResult, EvaluateResult, Measurement
     from tunewright.serving.service import Service
     from tunewright.training.lengths import LengthReport
@@ -107,26 +107,26 @@ class Road:
         self, out: str | Path, form: Format = "chat", *, split: Split | None = None, version: str | None = None
     ) -> Exported:
         """Write a version (the current one by default), or one split of it, as a file for other tools."""
-        from tunewright.data.export import export
+        from tunewright.data.versions.export import export
 
         return export(self.version(version), Path(out), form, self.reporter, split=split)
 
     def leak(self) -> LeakReport:
         """How near held-out rows are to training rows, and how near a random split would have brought them."""
-        from tunewright.data.leak import leak
+        from tunewright.data.neighbours.leak import leak
 
         return leak(self.version(), self.project.recipe.seed, self.reporter)
 
     def check_files(self, files: Iterable[str | Path]) -> FileCheck:
         """All faults of all rows of files of pairs, before they are added."""
-        from tunewright.data.file_check import check_files
+        from tunewright.data.formats.file_check import check_files
 
         return check_files([Path(f) for f in files], self.project.recipe.data, self.reporter)
 
     def fix_file(self, file: str | Path, out: str | Path) -> list[Change]:
         """Write a corrected copy of a file of pairs, and list each change."""
-        from tunewright.data.file_check import fix_file
         from tunewright.data.formats import source_size
+        from tunewright.data.formats.file_check import fix_file
 
         with self.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
             return fix_file(Path(file), Path(out), self.project.recipe.data, task)

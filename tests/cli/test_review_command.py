@@ -19,7 +19,7 @@ import pytest
 
 from command_line import pairs, tunewright, write_jsonl
 from tunewright.cli import commands
-from tunewright.data.reviews import status
+from tunewright.data.review.reviews import status
 from tunewright.data.versions import load_version
 
 

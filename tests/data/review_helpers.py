@@ -7,8 +7,8 @@ from pathlib import Path
 from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
 
 from tunewright.data.add import add
-from tunewright.data.review import Review
-from tunewright.data.reviews import Verdict
+from tunewright.data.review.passes import Review
+from tunewright.data.review.reviews import Verdict
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.project import Project
 

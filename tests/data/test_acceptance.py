@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
-from tunewright.data.acceptance import (
+from tunewright.data.review.acceptance import (
     Finding,
     FixedPlan,
     SequentialPlan,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from tunewright.data.agreement import agreement
+from tunewright.data.review.agreement import agreement
 
 PAIR = ("ada", "ben")
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from version_helpers import next_version, with_output
 
 from tunewright.data.add import add
-from tunewright.data.change_text import diff_text, marked, word_changes
-from tunewright.data.changes import blame, diff, trained_on, where
 from tunewright.data.versions import DatasetVersion, Member, list_versions, load_version, short, version_folder
+from tunewright.data.versions.change_text import diff_text, marked, word_changes
+from tunewright.data.versions.changes import blame, diff, trained_on, where
 from tunewright.errors import UserError
 from tunewright.project import Project
 

@@ -16,8 +16,8 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
 from tunewright.data.add import add
-from tunewright.data.verify import verify
 from tunewright.data.versions import load_version, locked
+from tunewright.data.versions.verify import verify
 from tunewright.errors import UserError
 from tunewright.project import Project
 

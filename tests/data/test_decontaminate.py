@@ -11,8 +11,8 @@ from data_helpers import Listener, example
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.decontaminate import Hit, contaminated, read_items
 from tunewright.data.examples import Example, Message
+from tunewright.data.neighbours.decontaminate import Hit, contaminated, read_items
 from tunewright.errors import UserError
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"

@@ -9,11 +9,11 @@ import pytest
 from data_helpers import Listener, Pair, unlike_pairs
 from review_helpers import judge_next, review, reviewed_project
 
-from tunewright.data.edits import apply_edits, replaced
-from tunewright.data.find import find_row
-from tunewright.data.review import Card
-from tunewright.data.reviews import status
+from tunewright.data.review.edits import apply_edits, replaced
+from tunewright.data.review.passes import Card
+from tunewright.data.review.reviews import status
 from tunewright.data.versions import load_version
+from tunewright.data.versions.find import find_row
 from tunewright.errors import UserError
 from tunewright.project import Project
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from tunewright.data.add import add
 from tunewright.data.examples import Example, Message
-from tunewright.data.export import Format, export
 from tunewright.data.formats import read_pairs
 from tunewright.data.versions import DatasetVersion, Member, load_version
+from tunewright.data.versions.export import Format, export
 from tunewright.errors import UserError
 from tunewright.recipe import DataRecipe
 

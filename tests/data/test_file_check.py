@@ -12,8 +12,8 @@ from data_helpers import Listener
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.file_check import Change, check_files, fix_file
 from tunewright.data.formats import read_pairs, source_size
+from tunewright.data.formats.file_check import Change, check_files, fix_file
 from tunewright.errors import UserError
 from tunewright.recipe import DataRecipe
 

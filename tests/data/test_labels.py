@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from review_helpers import reviewed_project
 
-from tunewright.data.labels import Nearest, Suspect, class_like, suspects
+from tunewright.data.review.suspects import Nearest, Suspect, class_like, suspects
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.errors import UserError
 

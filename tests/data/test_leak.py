@@ -11,8 +11,8 @@ from data_helpers import Listener, example, jaccard, unlike_pairs
 
 import real_data
 from tunewright.data.examples import Example
-from tunewright.data.leak import LeakReport, Nearest, leak, score_by_distance
 from tunewright.data.neighbours import comparison_texts
+from tunewright.data.neighbours.leak import LeakReport, Nearest, leak, score_by_distance
 from tunewright.data.splits import Split
 from tunewright.data.versions import Counts, DatasetVersion, Manifest, Member, Settings
 from tunewright.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tunewright.data.members import members_file, members_sha256, read_members
+from tunewright.data.versions.members import members_file, members_sha256, read_members
 from tunewright.errors import UserError
 
 

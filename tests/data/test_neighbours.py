@@ -15,10 +15,16 @@ from data_helpers import Listener, example, jaccard, unlike_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data import similarity
 from tunewright.data.examples import Example, Message
-from tunewright.data.neighbours import Repeat, comparison_texts, find_clusters, find_duplicates, largest_clusters
-from tunewright.data.similarity import near_pairs, shingles
+from tunewright.data.neighbours import (
+    Repeat,
+    comparison_texts,
+    find_clusters,
+    find_duplicates,
+    largest_clusters,
+    similarity,
+)
+from tunewright.data.neighbours.similarity import near_pairs, shingles
 
 BANKING77 = Path(__file__).parents[2] / ".." / "shared" / "data" / "banking77" / "train.csv"
 

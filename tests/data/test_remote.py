@@ -14,11 +14,10 @@ import fsspec  # type: ignore[import-untyped]
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
-from tunewright.data import remote
 from tunewright.data.add import add
-from tunewright.data.remote import Transfer, pull, push
-from tunewright.data.verify import verify
-from tunewright.data.versions import checkout, list_versions, load_version, short
+from tunewright.data.versions import checkout, list_versions, load_version, remote, short
+from tunewright.data.versions.remote import Transfer, pull, push
+from tunewright.data.versions.verify import verify
 from tunewright.errors import UserError
 from tunewright.project import Project
 

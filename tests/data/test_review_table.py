@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from review_helpers import judge_next, review, reviewed_project, right
 
-from tunewright.data.review_table import Imported, export_csv, import_csv
-from tunewright.data.reviews import read_reviews, status
+from tunewright.data.review.reviews import read_reviews, status
+from tunewright.data.review.table import Imported, export_csv, import_csv
 from tunewright.data.versions import load_version
 from tunewright.errors import UserError
 from tunewright.project import Project

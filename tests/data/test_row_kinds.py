@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.checks import RowError, example_from_object
 from tunewright.data.formats import Fault, Reading, read_pairs
-from tunewright.data.row_errors import CODES
+from tunewright.data.formats.checks import RowError, example_from_object
+from tunewright.data.formats.row_errors import CODES
 from tunewright.recipe import DataRecipe
 
 ASKED, ANSWERED = "Which court?", "D. Mass."

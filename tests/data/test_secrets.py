@@ -14,9 +14,9 @@ from secret_samples import NEGATIVES, Sample, negatives, positives, with_iban_ch
 
 from real_data import DATA_SETS, SHARED
 from tunewright.data.examples import Example, Message
-from tunewright.data.personal_patterns import iban_valid, luhn
-from tunewright.data.secret_patterns import checksummed
 from tunewright.data.secrets import LABELS, blocked, find, redact, scan, warned
+from tunewright.data.secrets.personal_patterns import iban_valid, luhn
+from tunewright.data.secrets.secret_patterns import checksummed
 
 POSITIVES = positives(seed=7, each=30)
 BY_KIND = sorted({sample.name for sample in POSITIVES})

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunewright.data.add import add
-from tunewright.data.changes import blame
-from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version, short, version_folder
+from tunewright.data.versions.changes import blame
+from tunewright.data.versions.verify import verify
 from tunewright.errors import UserError
 from tunewright.project import Project
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from tunewright.chat.format import ChatFormat, Tokens, chat_format
 from tunewright.chat.opening import open_chat
-from tunewright.data.checks import RowError, example_from_object
 from tunewright.data.examples import Message
+from tunewright.data.formats.checks import RowError, example_from_object
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.recipe import ChatRecipe, DataRecipe

@@ -148,7 +148,7 @@ def data_leak(
     """How near each held-out row is to its nearest training row, and what a random split would have leaked."""
     import tunewright
     from tunewright.cli.data_texts import leak_text
-    from tunewright.data.leak import score_by_distance
+    from tunewright.data.neighbours.leak import score_by_distance
     from tunewright.evaluation.evidence import load_items
 
     with session(json) as current:

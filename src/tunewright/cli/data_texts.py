@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tunewright.data.file_check import FileCheck
-from tunewright.data.leak import BandScore, LeakReport
+from tunewright.data.formats.file_check import FileCheck
+from tunewright.data.neighbours.leak import BandScore, LeakReport
 
 _BAR = 40
 

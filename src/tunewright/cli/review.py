@@ -20,9 +20,9 @@ from tunewright.cli.data import data_app
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tunewright.data.labels import Nearest, Suspect
-    from tunewright.data.review import Card, Review
-    from tunewright.data.reviews import Verdict
+    from tunewright.data.review.passes import Card, Review
+    from tunewright.data.review.reviews import Verdict
+    from tunewright.data.review.suspects import Nearest, Suspect
     from tunewright.data.versions import DatasetVersion
 
 VERDICT_KEYS: dict[str, Verdict] = {"r": "right", "w": "wrong", "s": "skip"}
@@ -38,7 +38,7 @@ def data_suspects(
 ) -> None:
     """List the rows whose answer is most likely wrong, each with the reason."""
     import tunewright
-    from tunewright.data.labels import suspects
+    from tunewright.data.review.suspects import suspects
 
     with session(json) as current:
         version = tunewright.open(project).version()
@@ -71,11 +71,11 @@ def data_review(
     exit code is 0 for accepted, 3 for rejected, 4 for not decided.
     """
     import tunewright
-    from tunewright.data.acceptance import FixedPlan
-    from tunewright.data.edits import apply_edits
-    from tunewright.data.labels import suspects as find_suspects
-    from tunewright.data.review import Review, check_options, default_reviewer
-    from tunewright.data.review_table import export_csv, import_csv
+    from tunewright.data.review.acceptance import FixedPlan
+    from tunewright.data.review.edits import apply_edits
+    from tunewright.data.review.passes import Review, check_options, default_reviewer
+    from tunewright.data.review.suspects import suspects as find_suspects
+    from tunewright.data.review.table import export_csv, import_csv
 
     with session(json) as current:
         check_options(
@@ -121,7 +121,7 @@ def data_review(
 
 
 def _show_status(current: Session, dataset: Path, version: DatasetVersion) -> int:
-    from tunewright.data.review_report import review_report
+    from tunewright.data.review.report import review_report
 
     report = review_report(dataset, version)
     current.show(report.as_dict(), f"Version {version.digest[:12]} {report.status}", *report.lines)
@@ -129,7 +129,7 @@ def _show_status(current: Session, dataset: Path, version: DatasetVersion) -> in
 
 
 def _pass(current: Session, review: Review) -> None:
-    from tunewright.data.labels import Nearest
+    from tunewright.data.review.suspects import Nearest
 
     nearest = Nearest(review.version)
     note = ""
@@ -180,7 +180,7 @@ def _suspects_table(found: Sequence[Suspect], version: DatasetVersion) -> Render
     from rich.table import Table
     from rich.text import Text
 
-    from tunewright.data.labels import excerpt
+    from tunewright.data.review.suspects import excerpt
 
     by_key = {m.key: m for m in version.members}
     table = Table()

@@ -12,8 +12,8 @@ from tunewright.cli.console import session
 from tunewright.cli.data import data_app
 
 if TYPE_CHECKING:
-    from tunewright.data.changes import Blame
-    from tunewright.data.remote import Transfer
+    from tunewright.data.versions.changes import Blame
+    from tunewright.data.versions.remote import Transfer
 
 FAILED = 1
 
@@ -37,8 +37,8 @@ def data_diff(
 ) -> None:
     """What differs between two versions, and whether scores on the one can be compared with scores on the other."""
     import tunewright
-    from tunewright.data.change_text import diff_text
-    from tunewright.data.changes import diff
+    from tunewright.data.versions.change_text import diff_text
+    from tunewright.data.versions.changes import diff
 
     with session(json) as current:
         road = tunewright.open(project, current.reporter)
@@ -50,7 +50,7 @@ def data_diff(
 def data_blame(row: Row, project: Folder = HERE, json: Json = False) -> None:
     """How a row came into the dataset: which version brought it, from where, when and by whom."""
     import tunewright
-    from tunewright.data.changes import blame
+    from tunewright.data.versions.changes import blame
 
     with session(json) as current:
         road = tunewright.open(project, current.reporter)
@@ -79,7 +79,7 @@ def _blame_text(found: Blame) -> str:
 def data_where(row: Row, project: Folder = HERE, json: Json = False) -> None:
     """Which adapters were trained on a row."""
     import tunewright
-    from tunewright.data.changes import trained_on, where
+    from tunewright.data.versions.changes import trained_on, where
 
     with session(json) as current:
         road = tunewright.open(project, current.reporter)
@@ -129,7 +129,7 @@ def data_export(
 def data_push(url: Url, project: Folder = HERE, json: Json = False) -> None:
     """Copy the current version, and those that it was made from, to a folder or bucket that a team shares."""
     import tunewright
-    from tunewright.data.remote import push
+    from tunewright.data.versions.remote import push
 
     with session(json) as current:
         road = tunewright.open(project, current.reporter)
@@ -141,7 +141,7 @@ def data_push(url: Url, project: Folder = HERE, json: Json = False) -> None:
 def data_pull(url: Url, project: Folder = HERE, json: Json = False) -> None:
     """Copy the current version from a folder or bucket that a team shares, verified, and make it current here."""
     import tunewright
-    from tunewright.data.remote import pull
+    from tunewright.data.versions.remote import pull
 
     with session(json) as current:
         road = tunewright.open(project, current.reporter)
@@ -162,7 +162,7 @@ def _transfer_text(done: Transfer, other: str) -> str:
 def data_verify(project: Folder = HERE, json: Json = False) -> None:
     """Check every row and every version against its digest. Exit code 1 where something is not as it was written."""
     import tunewright
-    from tunewright.data.verify import verify
+    from tunewright.data.versions.verify import verify
 
     with session(json) as current:
         road = tunewright.open(project, current.reporter)

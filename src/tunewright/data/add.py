@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data import notices, secrets
-from tunewright.data.edits import replaced
 from tunewright.data.examples import Example
 from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
-from tunewright.data.labels import class_like
 from tunewright.data.neighbours import find_clusters, find_duplicates
 from tunewright.data.notices import Conflict, Duplicate, Move
+from tunewright.data.review.edits import replaced
+from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import SPLITS, Split, assign_splits
 from tunewright.data.versions import (
     Counts,

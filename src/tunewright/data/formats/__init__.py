@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunewright.data.checks import RowError, example_from_turns, groups_of
 from tunewright.data.examples import Example
+from tunewright.data.formats.checks import RowError, example_from_turns, groups_of
+from tunewright.data.formats.row_errors import json_path
+from tunewright.data.formats.shapes import conversation_of
 from tunewright.data.formats.sources import open_source, uses_columns
 from tunewright.data.formats.tables import source_size
-from tunewright.data.row_errors import json_path
-from tunewright.data.shapes import conversation_of
 from tunewright.disk import file_digest
 from tunewright.errors import UserError
 from tunewright.progress import Task

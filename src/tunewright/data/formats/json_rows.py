@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunewright.data.checks import RowError, json_decoder, parse_json_row, row_object
+from tunewright.data.formats.checks import RowError, json_decoder, parse_json_row, row_object
 from tunewright.data.formats.encodings import escaped
 from tunewright.errors import UserError
 

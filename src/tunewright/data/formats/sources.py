@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from tunewright.data.checks import RowError, parse_json_row
+from tunewright.data.formats.checks import RowError, parse_json_row
 from tunewright.data.formats.encodings import Encoding, find_encoding, note_on, open_text
 from tunewright.data.formats.json_rows import RawRow, json_array, json_lines, json_objects
 from tunewright.data.formats.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows

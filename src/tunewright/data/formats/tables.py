@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tunewright.data.checks import RowError
+from tunewright.data.formats.checks import RowError
 from tunewright.data.formats.encodings import escaped
 from tunewright.data.formats.json_rows import RawRow
 from tunewright.errors import UserError

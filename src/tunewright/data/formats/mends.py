@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tunewright.data.row_errors import RowError, place
-from tunewright.data.shapes import Turn
+from tunewright.data.formats.row_errors import RowError, place
+from tunewright.data.formats.shapes import Turn
 
 Mended = tuple[list[Turn], str]
 """The turns afterwards, and what was done."""

@@ -24,11 +24,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunewright.data.author import current_author
 from tunewright.data.examples import Example
-from tunewright.data.members import MEMBERS, members_file, members_sha256, read_places
-from tunewright.data.rows import read_rows, write_rows
 from tunewright.data.splits import Split
+from tunewright.data.versions.author import current_author
+from tunewright.data.versions.members import MEMBERS, members_file, members_sha256, read_places
+from tunewright.data.versions.rows import read_rows, write_rows
 from tunewright.disk import canonical_json, new_folder, write_json, write_text, writing
 from tunewright.disk import digest as json_digest
 from tunewright.errors import UserError

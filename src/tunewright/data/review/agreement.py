@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from tunewright.data.reviews import Reviews
+from tunewright.data.review.reviews import Reviews
 
 _Z = 1.959964  # the normal distribution's 97.5% point
 

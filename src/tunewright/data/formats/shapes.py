@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tunewright.data.row_errors import JsonPath, RowError, place
+from tunewright.data.formats.row_errors import JsonPath, RowError, place
 from tunewright.recipe import DataRecipe
 
 ROW_SHAPES = '{"messages": [...]} or {"prompt": "...", "completion": "..."}'

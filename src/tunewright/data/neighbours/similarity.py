@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import coo_array, csr_array
 
-from tunewright.data.partition import Indices, PartitionJoin, Wanted
+from tunewright.data.neighbours.partition import Indices, PartitionJoin, Wanted
 from tunewright.progress import Reporter, Task
 
 Similarities = npt.NDArray[np.float64]

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tunewright.data.examples import Example, Role
-from tunewright.data.personal_patterns import PERSONAL
-from tunewright.data.secret_patterns import SECRETS, Category, Pattern
+from tunewright.data.secrets.personal_patterns import PERSONAL
+from tunewright.data.secrets.secret_patterns import SECRETS, Category, Pattern
 from tunewright.errors import UserError
 from tunewright.progress import LogReporter, Reporter
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunewright.data.edits import replaced
+from tunewright.data.review.edits import replaced
 from tunewright.data.versions import DatasetVersion, Member, import_files
 from tunewright.errors import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 
-from tunewright.data.secret_patterns import Check, Pattern, value, words
+from tunewright.data.secrets.secret_patterns import Check, Pattern, value, words
 
 # ISO 13616, the registry's lengths of the whole number by country.
 _IBAN_LENGTHS = {

@@ -14,8 +14,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from tunewright.data.examples import Example
-from tunewright.data.partition import Indices, Mask
-from tunewright.data.similarity import near_pairs, shingle_matrix, similarities
+from tunewright.data.neighbours.partition import Indices, Mask
+from tunewright.data.neighbours.similarity import near_pairs, shingle_matrix, similarities
 from tunewright.progress import Reporter
 
 

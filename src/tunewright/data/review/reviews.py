@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from tunewright.data.acceptance import Finding, FixedPlan, Outcome, Plan, SequentialPlan, judge, sample_order
+from tunewright.data.review.acceptance import Finding, FixedPlan, Outcome, Plan, SequentialPlan, judge, sample_order
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import canonical_json, writing
 from tunewright.errors import UserError

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from tunewright.data.examples import ROLES, Example, Message
-from tunewright.data.row_errors import RowError, place
-from tunewright.data.shapes import ROW_SHAPES, Turn, conversation_of
+from tunewright.data.formats.row_errors import RowError, place
+from tunewright.data.formats.shapes import ROW_SHAPES, Turn, conversation_of
 from tunewright.recipe import DataRecipe
 
 __all__ = ["RowError", "example_from_object", "example_from_turns", "groups_of", "json_decoder", "parse_json_row"]

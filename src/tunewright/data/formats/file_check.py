@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunewright.data.checks import RowError, example_from_turns, groups_of
 from tunewright.data.formats import Fault, scan_pairs, source_size
+from tunewright.data.formats.checks import RowError, example_from_turns, groups_of
+from tunewright.data.formats.mends import mend
+from tunewright.data.formats.row_errors import CODES
+from tunewright.data.formats.shapes import Conversation, Turn, conversation_of
 from tunewright.data.formats.sources import Source, open_source
-from tunewright.data.mends import mend
-from tunewright.data.row_errors import CODES
-from tunewright.data.shapes import Conversation, Turn, conversation_of
 from tunewright.disk import writing
 from tunewright.errors import UserError
 from tunewright.progress import Reporter, Task

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright.data.review import Card, Review
-from tunewright.data.reviews import VERDICTS, Judged, Verdict, append_reviews, now, read_reviews
+from tunewright.data.review.passes import Card, Review
+from tunewright.data.review.reviews import VERDICTS, Judged, Verdict, append_reviews, now, read_reviews
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import write_text
 from tunewright.errors import UserError

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.data.acceptance import Outcome
-from tunewright.data.agreement import Agreement, agreements
-from tunewright.data.edits import waiting_edits
-from tunewright.data.reviews import Drawn, outcome, read_reviews, status_line
+from tunewright.data.review.acceptance import Outcome
+from tunewright.data.review.agreement import Agreement, agreements
+from tunewright.data.review.edits import waiting_edits
+from tunewright.data.review.reviews import Drawn, outcome, read_reviews, status_line
 from tunewright.data.versions import DatasetVersion
 
 _EXIT_CODES = {"accepted": 0, "rejected": 3, "go on": 4}

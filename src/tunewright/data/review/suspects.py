@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunewright.data.neighbours import comparison_texts
-from tunewright.data.partition import Mask
-from tunewright.data.similarity import near_pairs
+from tunewright.data.neighbours.partition import Mask
+from tunewright.data.neighbours.similarity import near_pairs
 from tunewright.data.versions import DatasetVersion, Member, short
 from tunewright.errors import UserError
 from tunewright.progress import Reporter

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
-from tunewright.data.changes import Diff, Edited
 from tunewright.data.versions import Member, short
+from tunewright.data.versions.changes import Diff, Edited
 
 Mark = Literal["same", "gone", "new"]
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright.data.checks import RowError, parse_json_row
 from tunewright.data.examples import Example
+from tunewright.data.formats.checks import RowError, parse_json_row
 from tunewright.disk import canonical_json, write_text
 from tunewright.errors import UserError
 from tunewright.progress import Reporter

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from tunewright.data.members import Places, read_places
 from tunewright.data.splits import Split
 from tunewright.data.versions import (
     IMPORTS,
@@ -23,6 +22,7 @@ from tunewright.data.versions import (
     short,
     version_folder,
 )
+from tunewright.data.versions.members import Places, read_places
 from tunewright.errors import UserError
 
 

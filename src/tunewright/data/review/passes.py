@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright.data.acceptance import FixedPlan, Outcome, SequentialPlan, judge, sample_order
-from tunewright.data.labels import Suspect
-from tunewright.data.reviews import (
+from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan, judge, sample_order
+from tunewright.data.review.reviews import (
     Drawn,
     Judged,
     Undone,
@@ -20,6 +19,7 @@ from tunewright.data.reviews import (
     read_reviews,
     status_line,
 )
+from tunewright.data.review.suspects import Suspect
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
 from tunewright.progress import Reporter

@@ -23,8 +23,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunewright.data.examples import Example
-from tunewright.data.members import MEMBERS, places_of, read_members, read_places
-from tunewright.data.rows import parse_rows, rows_text, write_rows
 from tunewright.data.versions import (
     IMPORTS,
     MANIFEST,
@@ -39,6 +37,8 @@ from tunewright.data.versions import (
     version_folder,
     write_head,
 )
+from tunewright.data.versions.members import MEMBERS, places_of, read_members, read_places
+from tunewright.data.versions.rows import parse_rows, rows_text, write_rows
 from tunewright.disk import new_folder
 from tunewright.errors import UserError
 from tunewright.progress import Reporter

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data.examples import Example
-from tunewright.data.reviews import REVIEWS_FILE, Judged, Reviews, read_reviews
+from tunewright.data.review.reviews import REVIEWS_FILE, Judged, Reviews, read_reviews
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import (
     DatasetVersion,

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tunewright.data.members import MEMBERS, places_of, read_members
-from tunewright.data.rows import BadRow, scan_rows
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import (
     IMPORTS,
@@ -24,6 +22,8 @@ from tunewright.data.versions import (
     read_manifest,
     short,
 )
+from tunewright.data.versions.members import MEMBERS, places_of, read_members
+from tunewright.data.versions.rows import BadRow, scan_rows
 from tunewright.disk import canonical_json
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
