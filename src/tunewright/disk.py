@@ -31,6 +31,11 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def text_lines(text: str) -> list[str]:
+    """The lines of a text; ``str.splitlines`` also cuts at the line and page separators that values may hold."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def digest(value: Any) -> str:
     """SHA-256 (64 hex digits) of a JSON value's canonical spelling."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()

@@ -27,6 +27,28 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class MixRecipe(_Section):
+    """Generic instruction data among the training rows, against forgetting what the base could do."""
+
+    source: Annotated[
+        str, Field(min_length=1, description="A file of pairs that are not of the domain, relative to this file.")
+    ]
+    fraction: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=0.5,
+            description="Share of all training rows that is drawn from it, by the seed (0.05: Scialom et al. 2022, "
+            "arXiv 2205.12393, find 1% enough for whole tasks).",
+        ),
+    ] = 0.05
+    input: Annotated[str | None, Field(description="As data.input, for this file.")] = None
+    output: Annotated[str | None, Field(description="As data.output, for this file.")] = None
+    ignore: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], Field(description="As data.ignore, for this file.")
+    ] = ()
+
+
 class DataRecipe(_Section):
     """Where the pairs come from and how they are divided."""
 
@@ -44,8 +66,8 @@ class DataRecipe(_Section):
     groups: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         Field(
-            description="Columns or keys, such as customer or document, whose values travel with a row: rows that "
-            "share one are not independent."
+            description="Columns or keys, such as customer or document: rows that share a value of one are not "
+            "independent, and stay on one side of the split."
         ),
     ] = ()
     ignore: Annotated[
@@ -78,6 +100,29 @@ class DataRecipe(_Section):
     test: Annotated[
         float, Field(gt=0, lt=0.5, description="Share of examples held out and never trained or chosen on.")
     ] = 0.1
+
+    conflicts: Annotated[
+        Literal["error", "accept"],
+        Field(description="New rows with the input of another and a different output are refused, or kept; shown."),
+    ] = "error"
+    benchmarks: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Files (JSONL) of items that measure general capability, relative to this file: training rows "
+            "are searched for them, as for the test rows."
+        ),
+    ] = ()
+    contaminated: Annotated[
+        Literal["warn", "drop"],
+        Field(description="A training row that holds a test or benchmark item is kept, or left out; named, always."),
+    ] = "warn"
+    mix: Annotated[
+        MixRecipe | None,
+        Field(
+            description="Generic instruction data to train on besides, against forgetting: "
+            "{source: FILE, fraction: 0.05}."
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _check_names(self) -> DataRecipe:

@@ -62,6 +62,16 @@ def _section(key: str) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def _model_at(parents: list[str]) -> type[BaseModel] | None:
+    """The section that these keys lead to, one that may be null included."""
+    section: type[BaseModel] | None = Recipe
+    for key in parents:
+        field = section.model_fields.get(key) if section else None
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return section
+
+
 def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Location, int]:
     """The line (from 1) of every key and list item."""
     lines: dict[_Location, int] = {}
@@ -120,7 +130,7 @@ def _fault(error: ErrorDetails) -> str:
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         *parents, unknown = map(str, error["loc"])
-        section: type[BaseModel] | None = _section(parents[0]) if parents else Recipe
+        section = _model_at(parents)
         known = list(section.model_fields) if section else []
         nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*parents, nearest[0]])}?" if nearest else f"valid keys: {', '.join(known)}"

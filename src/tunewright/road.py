@@ -76,17 +76,20 @@ class Road:
         output_column: str | None = None,
         skip_bad: bool = False,
         redact: bool = False,
+        accept_conflicts: bool = False,
         message: str = "",
     ) -> AddResult:
         """Add files of pairs to the dataset: a new version, unless nothing in them is new.
 
-        ``input_column`` and ``output_column`` name a CSV's columns in place of the recipe's.
+        ``input_column`` and ``output_column`` name a CSV's columns in place of the recipe's; ``accept_conflicts``
+        keeps inputs with different outputs, as data.conflicts: accept does.
         """
         recipe = self.project.recipe
         paths = [Path(f) for f in files]
         columns = {"input": input_column, "output": output_column}
         given = {key: column for key, column in columns.items() if column is not None}
-        changed = recipe.model_copy(update={"data": recipe.data.model_copy(update=given)})
+        accepting = {"conflicts": "accept"} if accept_conflicts else {}
+        changed = recipe.model_copy(update={"data": recipe.data.model_copy(update=given | accepting)})
         if given and not any(uses_columns(path, changed.data) for path in paths):
             raise UserError(
                 "columns are named, but no file is a CSV or another table, or has those keys",

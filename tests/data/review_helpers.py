@@ -15,7 +15,7 @@ from tunewright.project import Project
 
 def reviewed_project(root: Path, count: int = 200, pairs: list[Pair] | None = None) -> Project:
     """A project with a version of pairs that have little in common."""
-    project = new_project(root)
+    project = new_project(root, "data: {conflicts: accept}\n")
     add_pairs(project, pairs or unlike_pairs(count))
     return project
 

@@ -19,6 +19,9 @@ from tunewright.data.neighbours import comparison_texts
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.errors import UserError
 from tunewright.project import Project
+from tunewright.recipe import DataRecipe
+
+ACCEPT = "data: {conflicts: accept}\n"
 
 few_examples = settings(max_examples=20, deadline=None)
 
@@ -77,7 +80,9 @@ def test_no_two_inputs_at_the_threshold_ever_straddle_the_split(
     tmp_path_factory: pytest.TempPathFactory, seed: int, similarity: float
 ) -> None:
     """In the first version and in those made of it, where new rows bridge old clusters."""
-    project = new_project(tmp_path_factory.mktemp("leak") / "p", f"data: {{similarity: {similarity}}}\n")
+    project = new_project(
+        tmp_path_factory.mktemp("leak") / "p", f"data: {{similarity: {similarity}, conflicts: accept}}\n"
+    )
     pairs = _families(40, seed)
     random.Random(seed).shuffle(pairs)
     held_out: set[str] = set()
@@ -98,9 +103,9 @@ def test_neither_the_order_of_rows_nor_their_division_into_files_decides_anythin
     folder = tmp_path_factory.mktemp("order")
     pairs = _families(25, seed)
     pairs += random.Random(seed).choices(pairs, k=5)
-    one = _add(new_project(folder / "one"), *pairs)
+    one = _add(new_project(folder / "one", ACCEPT), *pairs)
     random.Random(seed).shuffle(pairs)
-    many = new_project(folder / "many")
+    many = new_project(folder / "many", ACCEPT)
     cuts = [0, 3, len(pairs) // 2, len(pairs)]
     files = [write_jsonl(folder / f"{a}.jsonl", pairs[a:b]) for a, b in itertools.pairwise(cuts)]
     other = add(many, files, Listener())
@@ -113,7 +118,7 @@ def test_neither_the_order_of_rows_nor_their_division_into_files_decides_anythin
 @few_examples
 @given(seed=st.integers(0, 10_000))
 def test_adding_the_same_file_again_changes_nothing(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
-    project = new_project(tmp_path_factory.mktemp("again") / "p")
+    project = new_project(tmp_path_factory.mktemp("again") / "p", ACCEPT)
     pairs = _families(25, seed)
     first = _add(project, *pairs)
     before = _snapshot(project.dataset)
@@ -166,8 +171,24 @@ def test_a_dropped_row_is_told_with_the_row_it_repeats(tmp_path: Path) -> None:
     assert any("more.jsonl:6 repeats version" in warning for warning in listener.warned)
 
 
-def test_a_conflict_is_kept_grouped_and_shown(tmp_path: Path) -> None:
+def test_a_new_conflict_is_refused_by_file_and_line_and_a_known_one_is_not(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
+    _add(project, *unlike_pairs(20), ("capital of Australia", "Sydney"))
+    before = _snapshot(project.dataset)
+    with pytest.raises(UserError, match="1 input with different outputs, nothing was added") as caught:
+        _add(project, ("capital of Australia", "Canberra"))
+    assert '"Canberra" (' in caught.value.what
+    assert "pairs.jsonl:1)" in caught.value.what
+    assert '"Sydney" (version ' in caught.value.what
+    assert "--accept-conflicts" in str(caught.value.fix)
+    assert _snapshot(project.dataset) == before
+    accepting = Project(project.root, project.recipe.model_copy(update={"data": DataRecipe(conflicts="accept")}))
+    _add(accepting, ("capital of Australia", "Canberra"))
+    assert _add(project, ("capital of Australia", "Canberra"), *unlike_pairs(3, seed=5)).added == 3
+
+
+def test_an_accepted_conflict_is_kept_grouped_and_shown(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", ACCEPT)
     listener = Listener()
     pairs = [*unlike_pairs(20), ("capital of Australia", "Sydney"), ("capital of Australia", "Canberra")]
     result = _add(project, *pairs, listener=listener)
@@ -224,7 +245,7 @@ def test_no_file_at_all_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_a_bridge_moves_training_rows_to_the_test_and_says_so(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
+    project = new_project(tmp_path / "p", ACCEPT)
     pairs = unlike_pairs(60)
     _add(project, *pairs)
     version = load_version(project.dataset)
@@ -246,7 +267,7 @@ def test_a_cluster_that_holds_much_of_the_data_is_told(tmp_path: Path) -> None:
     listener = Listener()
     family = [(f"the circuit court of the county of number {i:02}", f"{i}") for i in range(30)]
     _add(new_project(tmp_path / "p"), *unlike_pairs(60), *family, listener=listener)
-    assert any("one cluster of nearly equal inputs holds 30 of 90 rows" in w for w in listener.warned)
+    assert any("one cluster holds 30 of 90 rows" in w for w in listener.warned)
 
 
 def test_few_training_pairs_are_told(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tunewright.errors import UserError
 from tunewright.project import Project
 
 FIRST = unlike_pairs(60, seed=1)
+ACCEPTING = {"conflicts": "accept"}
 
 
 @pytest.fixture
@@ -37,6 +38,9 @@ def _of(version: DatasetVersion, split: str, count: int = 1) -> list[Member]:
 
 
 def _add(project: Project, *pairs: tuple[str, str]) -> DatasetVersion:
+    """Conflicts included."""
+    recipe = project.recipe
+    project = Project(project.root, recipe.model_copy(update={"data": recipe.data.model_copy(update=ACCEPTING)}))
     add(project, [write_jsonl(project.root.parent / "more.jsonl", pairs)], Listener(), message="more")
     return load_version(project.dataset)
 

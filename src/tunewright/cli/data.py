@@ -29,6 +29,9 @@ def data_add(
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out, each named.")] = False,
     redact: Annotated[bool, typer.Option("--redact", help="Put placeholders for secrets and personal data.")] = False,
+    accept_conflicts: Annotated[
+        bool, typer.Option("--accept-conflicts", help="Keep inputs with different outputs, instead of refusing.")
+    ] = False,
     message: Annotated[str, typer.Option("--message", "-m", help="Kept with the version.")] = "",
     project: Folder = HERE,
     json: Json = False,
@@ -45,6 +48,7 @@ def data_add(
             output_column=output_column,
             skip_bad=skip_bad,
             redact=redact,
+            accept_conflicts=accept_conflicts,
             message=message,
         )
         what = f"{result.added:,} examples added, {result.known:,} known before, {len(result.duplicates):,} duplicates"

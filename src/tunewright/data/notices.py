@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tunewright.data.examples import Example, Message
 from tunewright.data.formats import Fault
+from tunewright.data.neighbours.decontaminate import Hit
 from tunewright.data.splits import Split
-from tunewright.data.versions import Member
+from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
@@ -50,6 +51,19 @@ class Move:
     now: Split
 
 
+@dataclass(frozen=True)
+class Largest:
+    """A large cluster: how many rows it has, the inputs of two that have little in common, and their similarity.
+
+    Below data.similarity, only a chain of rows (or a shared group) links the two.
+    """
+
+    rows: int
+    one: str
+    other: str
+    similarity: float
+
+
 def faulty(faults: Sequence[Fault]) -> UserError:
     """The refusal of files with faulty rows."""
     told = _listed((str(fault) for fault in faults), len(faults), _MOST_FAULTS, "--skip-bad names each of them")
@@ -70,6 +84,63 @@ def duplicates(dropped: Sequence[Duplicate]) -> str:
     told = (f"{d.source}:{d.line} repeats {d.of_place} (similarity {d.similarity:.2f})" for d in dropped)
     listed = _listed(told, len(dropped), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
     return f"{_count(len(dropped), 'row')} left out, with the input (nearly) and the output of another:\n{listed}"
+
+
+def conflicting(conflicts: Sequence[Conflict]) -> UserError:
+    """The refusal of new rows with the input of another and a different output."""
+    told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in conflicts)
+    listed = _listed(told, len(conflicts), _MOST_FAULTS, "--accept-conflicts lists all")
+    return UserError(
+        f"{_count(len(conflicts), 'input')} with different outputs, nothing was added; which is right?\n{listed}",
+        fix="Keep the right one of each. If several are right, add them with --accept-conflicts or data.conflicts: "
+        "accept.",
+    )
+
+
+def contaminated(hits: Sequence[tuple[str, Hit]], *, dropping: bool) -> str:
+    """The warning of training rows that hold what is measured on."""
+    told = (f"{place} {_HOLDS[hit.how]} item {hit.item + 1} of {hit.source}" for place, hit in hits)
+    listed = _listed(told, len(hits), _MOST_EXAMPLES, "`tunewright data leak --json` lists all")
+    rows = _count(len({hit.row for _, hit in hits}), "training row")
+    what = "left out" if dropping else "kept (data.contaminated: drop leaves them out)"
+    return f"{rows} that hold a test input or a benchmark item, {what}:\n{listed}"
+
+
+_HOLDS = {"equal": "is", "contained": "holds", "overlap": "shares a run of words with"}
+
+
+def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:
+    """The warning of rows that came up in the draw of the mix-in and were passed over."""
+    listed = _listed(
+        (f"{place}: {reason}" for place, reason in left_out),
+        len(left_out),
+        _MOST_EXAMPLES,
+        "the version's imports.jsonl lists all",
+    )
+    return f"{_count(len(left_out), 'row')} of the mix-in passed over:\n{listed}"
+
+
+def largest(clusters: Sequence[Largest]) -> str:
+    """The largest clusters, in a line."""
+    told = ", ".join(f"{cluster.rows:,} rows like {_excerpt(cluster.one)}" for cluster in clusters[:3])
+    return f"Largest clusters: {told}"
+
+
+def warn_of_missing_groups(
+    names: Sequence[str],
+    parent: DatasetVersion | None,
+    groups: Mapping[str, Sequence[str]],
+    reporter: Reporter,
+) -> None:
+    """Warn of rows of the version before that have no value of a group that is named now."""
+    for name in names:
+        before = parent.domain if parent is not None and name not in parent.manifest.settings.groups else ()
+        lacking = sum(not any(v.startswith(f"{name}=") for v in groups.get(m.key, ())) for m in before)
+        if lacking:
+            reporter.warn(
+                f"{_count(lacking, 'row')} of the version before without a {name}: they were added before data.groups "
+                "named it, so nothing keeps them with the others of theirs. Add their files again to tell it."
+            )
 
 
 def reweighted(examples: Sequence[Example]) -> str:
@@ -98,33 +169,40 @@ def warn_of_contents(
     members: Sequence[Member],
     conflicts: Sequence[Conflict],
     moved: Sequence[Move],
+    largest: Sequence[Largest],
     new: Collection[str],
     reporter: Reporter,
 ) -> None:
-    """Warn of what a new version holds: conflicts with new rows, moved rows, a large cluster, little to train on."""
+    """Warn of what a new version holds: accepted conflicts, moved rows, a large cluster, little to train on."""
     fresh = [conflict for conflict in conflicts if any(key in new for key in conflict.keys)]
     if fresh:
         told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in fresh)
         listed = _listed(told, len(fresh), _MOST_EXAMPLES, "the result lists all")
-        reporter.warn(f"{_count(len(fresh), 'input')} with different outputs, all kept; which is right?\n{listed}")
+        reporter.warn(f"{_count(len(fresh), 'input')} with different outputs, all kept:\n{listed}")
     for (before, now), count in Counter((move.before, move.now) for move in moved).items():
         reporter.warn(
-            f"{_count(count, 'row')} moved from {before} to {now}: new rows are nearly equal to rows of both. Adapters "
-            f"trained on an earlier version may have seen them; train anew before you compare."
+            f"{_count(count, 'row')} moved from {before} to {now}: new rows are nearly equal to rows of both, or of "
+            "one group with them. Adapters trained on an earlier version may have seen them; train anew before you "
+            "compare."
         )
-    name, largest = Counter(m.cluster for m in members).most_common(1)[0]
-    if largest > LARGE_CLUSTER * len(members):
-        text = next(m.example.input_text for m in members if m.key == name)
-        reporter.warn(
-            f"one cluster of nearly equal inputs holds {largest} of {len(members)} rows and stays on one side of the "
-            f"split: {_excerpt(text)}. If that is an instruction written into each of them, move it to data.system."
-        )
+    if largest and largest[0].rows > LARGE_CLUSTER * len(members):
+        reporter.warn(_large(largest[0], len(members)))
     training = sum(m.split == "train" for m in members)
     if training < FEW_TRAINING_PAIRS:
         reporter.warn(
             f"{_count(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: expect the adapter to learn them "
-            "by heart (training loss falls, dev loss rises), and a test too small to show anything but large gains."
+            "by heart (training loss falls, dev loss rises), and a test too small to show anything but large gains. "
+            "`tunewright crossfit` measures on all rows instead of a tenth."
         )
+
+
+def _large(cluster: Largest, rows: int) -> str:
+    return (
+        f"one cluster holds {cluster.rows:,} of {rows:,} rows and stays on one side of the split. Two of its rows, "
+        f"{cluster.similarity:.2f} similar, are {_excerpt(cluster.one)} and {_excerpt(cluster.other)}. If an "
+        "instruction is written into each of them, move it to data.system; if chains or groups link what is "
+        "independent, raise data.similarity or group by something smaller."
+    )
 
 
 def _outputs(conflict: Conflict) -> str:

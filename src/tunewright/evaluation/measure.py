@@ -61,7 +61,9 @@ class Measurement:
         self.generator = generator
         self.reporter = reporter
         self.settings = project.recipe.evaluate
-        self.retriever = Retriever(version.examples("train"))
+        # Generic rows are trained on, but are no demonstrations of the task and say nothing of its answers' length.
+        self.training = [m for m in version.examples("train") if not m.mixed]
+        self.retriever = Retriever(self.training)
         self.context = context_length(generator.base)
 
     def advise(self) -> AdviseResult:
@@ -191,7 +193,7 @@ class Measurement:
         if self.settings.max_new_tokens is not None:
             return self.settings.max_new_tokens
         chat = self.generator.chat
-        last_turns = (chat.layouts(m.example.messages)[-1] for m in self.version.examples("train"))
+        last_turns = (chat.layouts(m.example.messages)[-1] for m in self.training)
         longest = max(_answer_length(row.loss_mask) for row in chat.tokens(list(last_turns)))
         return math.ceil(1.25 * longest)
 

@@ -31,6 +31,7 @@ def training_lineage(
         "dataset": {
             "digest": version.digest,
             "splits": {s: {"digest": version.split_digest(s), "examples": len(version.examples(s))} for s in SPLITS},
+            "mix": version.manifest.mix.model_dump(mode="json") if version.manifest.mix else None,
         },
         "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
         "template_digest": inputs["template"],

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tunewright.data.examples import Example
 from tunewright.data.review.reviews import REVIEWS_FILE, Judged, Reviews, read_reviews
-from tunewright.data.splits import SPLITS
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
     Member,
     Source,
     import_files,
-    keys_digest,
     load_version,
     locked,
-    members_digest,
     save_version,
     short,
 )
-from tunewright.disk import file_digest
+from tunewright.data.versions.making import LeftOut, new_manifest, renamed
+from tunewright.disk import file_digest, text_lines
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -97,7 +93,15 @@ def apply_edits(project: Project, reporter: Reporter, *, message: str = "") -> E
         source = Source(
             name=f"{dataset.name}/{REVIEWS_FILE}", sha256=file_digest(dataset / REVIEWS_FILE), rows=len(edited)
         )
-        version = _manifest(parent, members, source, f"{own}: {message}" if message else own, len(collapsed))
+        version = new_manifest(
+            members,
+            parent,
+            parent.manifest.settings,
+            message=f"{own}: {message}" if message else own,
+            sources=[source],
+            left_out=LeftOut(duplicates=len(collapsed)),
+            mix=parent.manifest.mix,
+        )
         version = save_version(dataset, version, members, _imports(edited, source), reporter)
     return EditResult(version, tuple(edited), tuple(disputed))
 
@@ -106,7 +110,7 @@ def _chosen(reviews: Reviews, version: DatasetVersion) -> tuple[dict[str, list[J
     """The edits that all who judged a row agree on, by pair key; and the keys of those that they don't."""
     chosen: dict[str, list[Judged]] = {}
     disputed: list[str] = []
-    for member in version.members:
+    for member in version.domain:
         said = [judged for judged in reviews.standing(member.key).values() if judged.verdict != "skip"]
         edits = [judged for judged in said if judged.verdict == "edit"]
         if not edits:
@@ -135,43 +139,7 @@ def _apply(
         line = reviews.line(chosen[member.key][0])
         edited.append(Edited(member.key, key, names, line, collapsed=key in members))
         members.setdefault(key, replace(member, example=example, key=key))
-    return _renamed(list(members.values())), edited
-
-
-def _renamed(members: Sequence[Member]) -> list[Member]:
-    """A cluster is called after the smallest key in it, and that may be an edited row's."""
-    names: dict[str, str] = {}
-    for member in members:
-        names[member.cluster] = min(names.get(member.cluster, member.key), member.key)
-    return sorted((replace(m, cluster=names[m.cluster]) for m in members), key=lambda m: m.key)
-
-
-def _manifest(
-    parent: DatasetVersion, members: Sequence[Member], source: Source, message: str, collapsed: int
-) -> Manifest:
-    sizes = Counter(m.cluster for m in members)
-    inputs = Counter(m.example.input_key for m in members)
-    counts: dict[str, int] = {
-        "rows": len(members),
-        **{str(split): sum(m.split == split for m in members) for split in SPLITS},
-        "clusters": len(sizes),
-        "families": sum(size > 1 for size in sizes.values()),
-        "conflicts": sum(count > 1 for count in inputs.values()),
-        "duplicates": collapsed,
-        "skipped": 0,
-        "moved": 0,
-    }
-    return parent.manifest.model_copy(
-        update={
-            "digest": members_digest(members),
-            "parent": parent.digest,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "message": message,
-            "sources": (source,),
-            "counts": parent.manifest.counts.model_copy(update=counts),
-            "splits": {split: keys_digest(m.key for m in members if m.split == split) for split in SPLITS},
-        }
-    )
+    return renamed(list(members.values())), edited
 
 
 def _imports(edited: Sequence[Edited], source: Source) -> list[dict[str, Any]]:
@@ -195,7 +163,7 @@ def replaced(dataset: Path, manifest: Manifest) -> dict[str, str]:
     """
     steps: dict[str, str] = {}
     for path in reversed(import_files(dataset, manifest)):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in text_lines(path.read_text(encoding="utf-8")):
             if '"fate":"edited"' in line:  # canonical JSON; most lines need no parsing
                 entry = json.loads(line)
                 steps = {before: entry["key"] if now == entry["before"] else now for before, now in steps.items()}

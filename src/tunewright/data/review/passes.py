@@ -71,7 +71,7 @@ class Review:
         self.version = version
         self.reviewer = reviewer
         self.second = second
-        self.members = {m.key: m for m in version.members}
+        self.members = {m.key: m for m in version.domain}
         self._passed: set[str] = set()  # skipped in this pass: not offered again before the next one
         self.reviews = read_reviews(dataset)
         if self.reviews.torn:

@@ -191,7 +191,7 @@ def outcome(reviews: Reviews, version: DatasetVersion) -> Outcome | None:
     drawn = reviews.drawn(version.digest)
     if drawn is None:
         return None
-    order = sample_order([m.key for m in version.members], version.digest, drawn.draw)
+    order = sample_order([m.key for m in version.domain], version.digest, drawn.draw)
     return judge(drawn.plan, findings(reviews, order), len(order))
 
 

@@ -80,7 +80,7 @@ def suspects(
     """
     if not 0 < share <= 1:
         raise UserError(f"the share of rows to list is {share}", fix="Give a number above 0 and at most 1.")
-    members = version.members
+    members = version.domain
     found = _conflicts(members)
     most = max(round(share * len(members)), len(found))
     answers = [_answer(m) for m in members]
@@ -133,12 +133,12 @@ def _conflicts(members: Sequence[Member]) -> list[Suspect]:
 def _near_duplicates(version: DatasetVersion, margins: Mapping[str, float], reporter: Reporter) -> list[Suspect]:
     """Rows that have, of the rows nearly equal to them, more with another class than with their own (or as many)."""
     answers: dict[str, set[str]] = defaultdict(set)
-    for member in version.members:
+    for member in version.domain:
         answers[member.cluster].add(_answer(member))
-    rows = [i for i, m in enumerate(version.members) if len(answers[m.cluster]) > 1]
-    members = [version.members[i] for i in rows]
+    rows = [i for i, m in enumerate(version.domain) if len(answers[m.cluster]) > 1]
+    members = [version.domain[i] for i in rows]
     # Of all rows: what all inputs share is set aside, and a few rows may share more.
-    texts = comparison_texts([m.example for m in version.members])
+    texts = comparison_texts([m.example for m in version.domain])
     clusters = np.unique([m.cluster for m in members], return_inverse=True)[1]
 
     def wanted(first: NDArray[np.int64], second: NDArray[np.int64]) -> Mask:
@@ -269,9 +269,9 @@ class Nearest:
     """The rows of a version most like a given one, with their answers: what a reviewer holds it against."""
 
     def __init__(self, version: DatasetVersion) -> None:
-        self.members = version.members
-        self._places = {m.key: i for i, m in enumerate(version.members)}
-        self._features = text_features(_texts(version.members))
+        self.members = version.domain
+        self._places = {m.key: i for i, m in enumerate(version.domain)}
+        self._features = text_features(_texts(version.domain))
 
     def of(self, key: str, count: int = 4) -> list[tuple[float, Member]]:
         """Up to so many other rows with anything in common, the nearest first, with their cosine similarity."""

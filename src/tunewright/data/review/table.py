@@ -64,7 +64,7 @@ def import_csv(path: Path, dataset: Path, version: DatasetVersion, reviewer: str
     Raises:
         UserError: the file cannot be read, or rows in it are faulty (each is named by its line).
     """
-    members = {m.key: m for m in version.members}
+    members = {m.key: m for m in version.domain}
     reviews = read_reviews(dataset)
     events: list[Judged] = []
     faults: list[str] = []

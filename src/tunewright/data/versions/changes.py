@@ -22,7 +22,8 @@ from tunewright.data.versions import (
     short,
     version_folder,
 )
-from tunewright.data.versions.members import Places, read_places
+from tunewright.data.versions.members import Place, Places, read_places
+from tunewright.disk import text_lines
 from tunewright.errors import UserError
 
 
@@ -236,14 +237,14 @@ def _same_input(
 
 def _import_of(dataset: Path, manifest: Manifest, key: str) -> dict[str, Any] | None:
     path = version_folder(dataset, manifest.digest) / IMPORTS
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(text_lines(path.read_text(encoding="utf-8")), start=1):
         if key not in text:
             continue
         try:
             record: dict[str, Any] = json.loads(text)
         except json.JSONDecodeError:
             raise UserError("not an import's record", where=f"{path}:{number}", fix="Restore the file.") from None
-        if record.get("fate") in ("added", "edited") and record.get("key") == key:
+        if record.get("fate") in ("added", "edited", "mixed") and record.get("key") == key:
             return record
     return None
 
@@ -296,12 +297,11 @@ def where(dataset: Path, adapters: Path, key: str) -> tuple[Sighting, ...]:
     return tuple(found)
 
 
-def _sighting(name: str, version: str, place: tuple[Split, str] | None, lineage: dict[str, Any], key: str) -> Sighting:
+def _sighting(name: str, version: str, place: Place | None, lineage: dict[str, Any], key: str) -> Sighting:
     if place is None:
         return Sighting(name, version, "absent")
-    split = place[0]
-    if split != "train":
-        return Sighting(name, version, split)
+    if place.split != "train":
+        return Sighting(name, version, place.split)
     rendering = lineage.get("rendering")
     if rendering is None:
         return Sighting(name, version, "unknown", "its lineage does not say which training rows were left out")

@@ -10,6 +10,7 @@ from typing import Any
 
 from tunewright.data.review.edits import replaced
 from tunewright.data.versions import DatasetVersion, Member, import_files
+from tunewright.disk import text_lines
 from tunewright.errors import UserError
 
 
@@ -63,5 +64,5 @@ def _source(file: str, sources: Sequence[str], root: Path) -> str:
 def _imported(dataset: Path, version: DatasetVersion) -> Iterator[dict[str, Any]]:
     """What became of each row of each file, the version's own import first, then those of the versions before it."""
     for path in import_files(dataset, version.manifest):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in text_lines(path.read_text(encoding="utf-8")):
             yield json.loads(line)

@@ -1,5 +1,10 @@
 """Which rows are in a version: dataset/versions/DIGEST12/members.tsv, sorted lines of pair key, split and cluster.
 
+A row of a group, or of the generic mix-in, has a fourth field that says so, as JSON:
+
+    KEY	SPLIT	CLUSTER	{"groups":["customer=ACME"]}
+    KEY	train	CLUSTER	{"mix":true}
+
 The SHA-256 of these lines is the version's digest. A version that differs little from the one it was made from has only
 the difference in its file, so that a row more costs a line and not a copy of all lines, in git as on disk:
 
@@ -11,16 +16,30 @@ the difference in its file, so that a row more costs a line and not a copy of al
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tunewright.data.splits import SPLITS, Split
+from tunewright.disk import canonical_json, text_lines
 from tunewright.errors import UserError
 
 MEMBERS = "members.tsv"
-Places = dict[str, tuple[Split, str]]
+
+
+class Place(NamedTuple):
+    """Where a row is in a version: split and cluster, its groups ("customer=ACME", sorted), whether it is mix-in."""
+
+    split: Split
+    cluster: str
+    groups: tuple[str, ...] = ()
+    mixed: bool = False
+
+
+Places = dict[str, Place]
 
 _RESTORE = "Restore the dataset folder, from git for example."
 _FROM = "from\t"
@@ -63,17 +82,50 @@ def read_members(dataset: Path, digest: str, data: bytes | None = None, where: s
 
 
 def read_places(dataset: Path, digest: str) -> Places:
-    """Split and cluster of each pair key in a version, verified, without its rows; ``digest`` is whole."""
+    """The place of each pair key in a version, verified, without its rows; ``digest`` is whole."""
     return places_of(read_members(dataset, digest))
 
 
 def places_of(text: str) -> Places:
-    """Split and cluster by pair key, from verified lines of members."""
+    """Places by pair key, from verified lines of members."""
     places: Places = {}
-    for line in text.splitlines():
-        key, split, cluster = line.split("\t")
-        places[key] = (_split(split), cluster)
+    for line in text_lines(text):
+        key, split, cluster, *rest = line.split("\t")
+        groups, mixed = _read_more(rest[0]) if rest else ((), False)
+        places[key] = Place(_split(split), cluster, groups, mixed)
     return places
+
+
+def member_line(key: str, place: Place) -> str:
+    """The one spelling of a member, with the line break."""
+    more: dict[str, Any] = {"groups": list(place.groups)} if place.groups else {}
+    if place.mixed:
+        more["mix"] = True
+    return "\t".join([key, place.split, place.cluster, *([canonical_json(more)] if more else [])]) + "\n"
+
+
+def _read_more(field: str) -> tuple[tuple[str, ...], bool]:
+    """Groups and mix-in of the fourth field.
+
+    Raises:
+        ValueError: it is not what ``member_line`` writes.
+    """
+    more = json.loads(field)
+    if not isinstance(more, dict) or not more or more.keys() - {"groups", "mix"} or canonical_json(more) != field:
+        raise ValueError(field)
+    groups = more.get("groups", ["-"])
+    named = isinstance(groups, list) and groups and all(isinstance(value, str) for value in groups)
+    if not named or groups != sorted(set(groups)) or more.get("mix", True) is not True:
+        raise ValueError(field)
+    return tuple(more.get("groups", ())), "mix" in more
+
+
+def _is_more(field: str) -> bool:
+    try:
+        _read_more(field)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def members_file(dataset: Path, text: str, parent: str | None) -> str:
@@ -84,7 +136,7 @@ def members_file(dataset: Path, text: str, parent: str | None) -> str:
     if parent is None or not (dataset / "versions" / parent[:12]).is_dir():
         return text
     chain = _chain(dataset, parent)
-    before, after = (set(lines.splitlines()) for lines in (read_members(dataset, parent), text))
+    before, after = (set(text_lines(lines)) for lines in (read_members(dataset, parent), text))
     changes = [f"-\t{line}\n" for line in sorted(before - after)] + [f"+\t{line}\n" for line in sorted(after - before)]
     difference = f"{_FROM}{parent[:12]}\n" + "".join(changes)
     gone_through = sum(link.size for link in chain[1:])
@@ -124,7 +176,8 @@ def _link(data: bytes, where: str, folder: str) -> _Link:
                 raise _wrong("not a change of the members: + or -, pair key, split and cluster", f"{where}:{number}")
         elif parent is not None or lines == [""]:
             continue
-        if len(fields) != 3 or fields[1] not in SPLITS:
+        known = len(fields) == 3 or (len(fields) == 4 and _is_more(fields[3]))
+        if not known or fields[1] not in SPLITS:
             raise _wrong("not a member: pair key, split and cluster", f"{where}:{number}")
     kept = tuple(lines[1:]) if parent is not None else tuple(line for line in lines if line)
     return _Link(where, folder, kept, parent, len(data))

@@ -24,7 +24,7 @@ from tunewright.data.versions import (
 )
 from tunewright.data.versions.members import MEMBERS, places_of, read_members
 from tunewright.data.versions.rows import BadRow, scan_rows
-from tunewright.disk import canonical_json
+from tunewright.disk import canonical_json, text_lines
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
@@ -174,7 +174,7 @@ class _VersionCheck:
             if key not in there:
                 self._add(path, f"a row is missing in rows/{key[:2]}.jsonl", key)
         for split in SPLITS:
-            if self.manifest.splits.get(split) != keys_digest(k for k, (s, _) in places.items() if s == split):
+            if self.manifest.splits.get(split) != keys_digest(k for k, place in places.items() if place.split == split):
                 self._add(self.folder / MANIFEST, f"the digest of the {split} split is not that of its rows")
 
     def _add_members(self, error: UserError, store: _Store) -> None:
@@ -215,17 +215,18 @@ class _VersionCheck:
 
 def _odd_lines(data: bytes, store: _Store) -> Iterator[tuple[int, str, str]]:
     """The lines of a changed members.tsv that cannot be right by themselves, and the key in each."""
-    rows = [line.split("\t") for line in data.decode(errors="replace").splitlines()]
-    splits = {row[2]: row[1] for row in rows if len(row) == 3 and row[0] == row[2]}  # by the row that names a cluster
+    rows = [line.split("\t") for line in text_lines(data.decode(errors="replace"))]
+    whole = not rows or rows[0][0] != "from"  # else what differs from another version
+    splits = {row[2]: row[1] for row in rows if whole and row[0] == row[2]}  # by the row that names a cluster
     for number, row in enumerate(rows, start=1):
         if row[0] == "from":
             continue
-        key, split, cluster = row[-3:]
+        key, split, cluster = row[:3] if whole else row[1:4]
         if key not in store.good and key not in store.bad_keys:
             yield number, "no row has this key", key
-        elif len(row) == 3 and cluster not in splits:
+        elif whole and cluster not in splits:
             yield number, "no member names this cluster", key
-        elif len(row) == 3 and split != splits[cluster]:
+        elif whole and split != splits[cluster]:
             yield number, "not in the split of its cluster", key
 
 

@@ -1,0 +1,133 @@
+"""The rows of the version before and the new ones, without what repeats."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.data.examples import Example
+from tunewright.data.formats import SourceRow
+from tunewright.data.neighbours import find_duplicates
+from tunewright.data.notices import Conflict, Duplicate
+from tunewright.data.review.edits import replaced
+from tunewright.data.splits import Split
+from tunewright.data.versions import DatasetVersion, has_version, load_version, short
+from tunewright.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The domain's rows of the parent version and the new ones, without what repeats; all by pair key."""
+
+    parent: DatasetVersion | None
+    kept: dict[str, Example]
+    first: dict[str, SourceRow]
+    """Where each new pair key was read first, dropped ones included."""
+    dropped: dict[str, tuple[str, float]]
+    """New pair key: the kept one that it repeats, and their similarity."""
+    reweighted: dict[str, str]
+    """New pair key: the parent's one of the same turns, other weights, that it replaces."""
+    edited: dict[str, str]
+    """Pair key that an edit has replaced since: what came of it."""
+
+    @property
+    def former(self) -> dict[str, Split]:
+        """The split that each row had in the parent, mix-in apart."""
+        splits = {m.key: m.split for m in self.parent.domain} if self.parent else {}
+        return splits | {new: splits[old] for new, old in self.reweighted.items() if old in splits}
+
+    def place(self, key: str) -> str:
+        """Where people find a row: file:line, or the version that has it."""
+        row = self.first.get(key)
+        if row is not None:
+            return f"{row.source}:{row.line}"
+        return f"version {short(self.parent.digest if self.parent else '')}, row {short(key)}"
+
+    def stands_for(self, key: str) -> str:
+        """The kept row in which a read one is: itself, the one that it repeats, or what an edit made of it."""
+        return self.dropped[key][0] if key in self.dropped else self.edited.get(key, key)
+
+    def fate(self, row: SourceRow) -> dict[str, Any]:
+        """What became of a row, as imports.jsonl tells it: known, duplicate (of which, how similar) or added."""
+        key = row.example.pair_key
+        if key not in self.first:
+            return {"fate": "known", "key": self.edited.get(key, key)}
+        if key in self.dropped:
+            of, similarity = self.dropped[key]
+            return {"fate": "duplicate", "key": key, "of": of, "similarity": round(similarity, 4)}
+        if self.first[key] is row:
+            return {"fate": "added", "key": key}
+        return {"fate": "duplicate", "key": key, "of": key, "similarity": 1.0}
+
+    def duplicates(self, rows: Sequence[SourceRow]) -> tuple[Duplicate, ...]:
+        """The rows that were dropped, with those that they repeat."""
+        fates = [(row, fate) for row in rows if "of" in (fate := self.fate(row))]
+        return tuple(
+            Duplicate(row.source, row.line, fate["key"], fate["of"], self.place(fate["of"]), fate["similarity"])
+            for row, fate in fates
+        )
+
+    def conflicts(self) -> tuple[Conflict, ...]:
+        """The inputs that have several outputs."""
+        by_input: dict[str, list[str]] = defaultdict(list)
+        for key, example in sorted(self.kept.items()):
+            by_input[example.input_key].append(key)
+        return tuple(
+            Conflict(
+                input=self.kept[keys[0]].input_text,
+                outputs=tuple(self.kept[key].output for key in keys),
+                keys=tuple(keys),
+                places=tuple(map(self.place, keys)),
+            )
+            for keys in by_input.values()
+            if len(keys) > 1
+        )
+
+    def groups(self, rows: Sequence[SourceRow]) -> dict[str, tuple[str, ...]]:
+        """The group values of each kept row, sorted: those that it had, and those of the rows that it stands for."""
+        values: dict[str, set[str]] = defaultdict(set)
+        replacing = {old: new for new, old in self.reweighted.items()}
+        for member in self.parent.domain if self.parent else ():
+            values[replacing.get(member.key, member.key)].update(member.groups)
+        for row in rows:
+            values[self.stands_for(row.example.pair_key)].update(f"{name}={v}" for name, v in row.groups.items())
+        return {key: tuple(sorted(found)) for key, found in values.items() if found and key in self.kept}
+
+
+def merge(dataset: Path, rows: Sequence[SourceRow], similarity: float, reporter: Reporter) -> Merge:
+    """Merge the rows that were read into the current version, if there is one.
+
+    Args:
+        similarity: inputs at or above it, with the same output, are duplicates: the first, or the known one, is kept.
+    """
+    parent = load_version(dataset) if has_version(dataset) else None
+    known = {m.key: m.example for m in parent.domain} if parent else {}
+    replacing = replaced(dataset, parent.manifest) if parent else {}
+    edited = {old: now for old, now in replacing.items() if old not in known and now in known}
+    first: dict[str, SourceRow] = {}
+    for row in rows:
+        if row.example.pair_key not in known and row.example.pair_key not in edited:
+            first.setdefault(row.example.pair_key, row)
+    again = {_turns(row.example) for row in rows if row.example.pair_key in known}
+    there = {_turns(example): key for key, example in known.items() if _turns(example) not in again}
+    # By weights (what is masked anywhere is masked) and key, so that the order of rows in the files decides nothing.
+    new = sorted(first, key=lambda key: (sum(m.weight for m in first[key].example.messages), key))
+    reweighted: dict[str, str] = {}
+    for key in new:
+        old = there.pop(_turns(first[key].example), None)
+        if old is not None:
+            reweighted[key] = old
+            del known[old]
+    keys = [*known, *reweighted, *(key for key in new if key not in reweighted)]
+    examples = [known[key] if key in known else first[key].example for key in keys]
+    repeats = find_duplicates(examples, len(known) + len(reweighted), similarity, reporter)
+    dropped = {keys[row]: (keys[repeat.of], repeat.similarity) for row, repeat in repeats.items()}
+    kept = {key: example for key, example in zip(keys, examples, strict=True) if key not in dropped}
+    return Merge(parent, kept, first, dropped, reweighted, edited)
+
+
+def _turns(example: Example) -> tuple[tuple[str, str], ...]:
+    return tuple((m.role, m.content) for m in example.messages)

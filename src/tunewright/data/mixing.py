@@ -1,0 +1,152 @@
+"""The generic mix-in: instruction data that is not of the domain, among the training rows, against forgetting."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tunewright.data import notices, secrets
+from tunewright.data.examples import Example
+from tunewright.data.formats import SourceRow, read_pairs, source_digest, source_size
+from tunewright.data.neighbours import comparison_texts
+from tunewright.data.neighbours.decontaminate import contaminated
+from tunewright.data.neighbours.partition import Indices, Mask
+from tunewright.data.neighbours.similarity import near_pairs
+from tunewright.data.versions import Member, Mix, Source, short
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+from tunewright.recipe import DataRecipe, MixRecipe, Recipe
+
+_SPARE = 50  # rows looked at beyond those that are needed, so that a few that are left out cost no second look
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The rows that were drawn, as members of the training split; and those that came up and were left out, and why."""
+
+    members: list[Member]
+    rows: list[SourceRow]
+    left_out: list[tuple[SourceRow, str]]
+    about: Mix
+
+
+def mix_in(
+    root: Path,
+    recipe: Recipe,
+    mix: MixRecipe,
+    domain: Sequence[Member],
+    benchmarks: dict[str, list[str]],
+    reporter: Reporter,
+) -> Mixed:
+    """Draw the mix-in for a version of these domain rows.
+
+    Rows come in an order drawn from the seed and their keys, so that a version with more training rows has those of the
+    version before and more. Passed over, with the reason: rows with an input of the domain, rows that are nearly equal
+    to held-out rows or hold one, rows that hold a benchmark item, and rows with secrets.
+
+    Args:
+        root: the project's folder, from which the source is named.
+        domain: all rows of the domain with their splits.
+        benchmarks: file name to the texts of its items.
+
+    Raises:
+        UserError: the source cannot be read, has faulty rows, or nothing in it may be used.
+    """
+    path = root / mix.source
+    rows = _read(path, recipe.data, mix, recipe.seed, reporter)
+    training = sum(m.split == "train" for m in domain)
+    wanted = max(1, round(training * mix.fraction / (1 - mix.fraction)))
+    inputs = {m.example.input_text for m in domain}
+    fresh = [row for row in rows if row.example.input_text not in inputs]
+    left_out = [(row, "an input of the domain") for row in rows if row.example.input_text in inputs]
+    drawn: list[SourceRow] = []
+    looked = 0
+    while len(drawn) < wanted and looked < len(fresh):
+        batch = fresh[looked : looked + wanted - len(drawn) + _SPARE]
+        reasons = _reasons(batch, domain, recipe.data.similarity, benchmarks, reporter)
+        for row in batch:
+            if len(drawn) == wanted:
+                break
+            looked += 1
+            reason = reasons.get(row.example.pair_key)
+            if reason is None:
+                drawn.append(row)
+            else:
+                left_out.append((row, reason))
+    if not drawn:
+        raise UserError("no row of it may be mixed in", where=f"data.mix.source: {path}", fix=_first(left_out))
+    if len(drawn) < wanted:
+        reporter.warn(f"{mix.source} gives {len(drawn):,} rows to mix in, not the {wanted:,} that data.mix asks for.")
+    if left_out:
+        reporter.warn(notices.not_mixed([(f"{row.source}:{row.line}", reason) for row, reason in left_out]))
+    source = Source(name=Path(mix.source).as_posix(), sha256=source_digest(path), rows=len(rows))
+    members = [
+        Member(row.example, row.example.pair_key, "train", row.example.pair_key, mixed=True)
+        for row in sorted(drawn, key=lambda row: row.example.pair_key)
+    ]
+    return Mixed(
+        members, drawn, left_out, Mix(source=source, fraction=mix.fraction, drawn=len(drawn), left_out=len(left_out))
+    )
+
+
+def _read(path: Path, data: DataRecipe, mix: MixRecipe, seed: int, reporter: Reporter) -> list[SourceRow]:
+    """The source's different rows, in the order of the draw."""
+    own = DataRecipe(input=mix.input, output=mix.output, ignore=mix.ignore, max_characters=data.max_characters)
+    with reporter.task("reading the mix-in", source_size(path), "bytes") as task:
+        reading = read_pairs(path, own, task)
+    if reading.faults:
+        raise notices.faulty(reading.faults)
+    first: dict[str, SourceRow] = {}
+    for row in reading.rows:
+        first.setdefault(row.example.pair_key, row)
+    return sorted(first.values(), key=lambda row: _lot(seed, row.example.pair_key))
+
+
+def _lot(seed: int, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{key}".encode()).digest()
+
+
+def _reasons(
+    batch: Sequence[SourceRow],
+    domain: Sequence[Member],
+    similarity: float,
+    benchmarks: dict[str, list[str]],
+    reporter: Reporter,
+) -> dict[str, str]:
+    """Why rows may not be mixed in, by pair key."""
+    held_out = [m for m in domain if m.split != "train"]
+    examples = {row.example.pair_key: row.example for row in batch}
+    reasons = _near(examples, held_out, similarity, reporter)
+    against = {"held-out rows": [m.example.input_text for m in held_out], **benchmarks}
+    for hit in contaminated(examples, against, reporter):
+        reasons.setdefault(hit.row, f"{hit.how} with item {hit.item + 1} of {hit.source}")
+    for place in secrets.scan(list(examples.items()), reporter).of("secret"):
+        reasons.setdefault(place.row, f"it holds a secret ({secrets.LABELS[place.finding.kind]})")
+    return reasons
+
+
+def _near(
+    examples: dict[str, Example], held_out: Sequence[Member], similarity: float, reporter: Reporter
+) -> dict[str, str]:
+    keys = list(examples)
+    texts = comparison_texts([*examples.values(), *(m.example for m in held_out)])
+
+    def wanted(first: Indices, second: Indices) -> Mask:
+        mask: Mask = (np.minimum(first, second) < len(keys)) & (np.maximum(first, second) >= len(keys))
+        return mask
+
+    reasons: dict[str, str] = {}
+    for pairs in near_pairs(texts, similarity, wanted, reporter, "comparing the mix-in with held-out rows"):
+        for one, other in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
+            row, held = sorted((one, other))
+            reasons.setdefault(keys[row], f"nearly equal to the held-out row {short(held_out[held - len(keys)].key)}")
+    return reasons
+
+
+def _first(left_out: Sequence[tuple[SourceRow, str]]) -> str:
+    row, reason = left_out[0]
+    return f"Name another file. Its first row, {row.source}:{row.line}: {reason}."

@@ -1,0 +1,70 @@
+"""From members to a new version's manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from tunewright.data.splits import SPLITS
+from tunewright.data.versions.manifest import Counts, Manifest, Mix, Settings, Source
+from tunewright.data.versions.store import DatasetVersion, Member, keys_digest, members_digest
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How many rows an import left out as duplicates or as faulty, and how many changed their split."""
+
+    duplicates: int = 0
+    skipped: int = 0
+    moved: int = 0
+
+
+def new_manifest(
+    members: Sequence[Member],
+    parent: DatasetVersion | None,
+    settings: Settings,
+    *,
+    message: str,
+    sources: Sequence[Source],
+    left_out: LeftOut,
+    mix: Mix | None,
+) -> Manifest:
+    """The manifest of a version of these members, made now; author, imports and seal come when it is saved."""
+    return Manifest(
+        digest=members_digest(members),
+        parent=parent.digest if parent else None,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        message=message,
+        sources=tuple(sources),
+        counts=_counts(members, left_out),
+        splits={split: keys_digest(m.key for m in members if m.split == split) for split in SPLITS},
+        settings=settings,
+        mix=mix,
+    )
+
+
+def _counts(members: Sequence[Member], left_out: LeftOut) -> Counts:
+    sizes = Counter(m.cluster for m in members)
+    inputs = Counter(m.example.input_key for m in members)
+    splits = Counter(m.split for m in members)
+    return Counts(
+        rows=len(members),
+        **{split: splits[split] for split in SPLITS},
+        clusters=len(sizes),
+        families=sum(size > 1 for size in sizes.values()),
+        conflicts=sum(count > 1 for count in inputs.values()),
+        duplicates=left_out.duplicates,
+        skipped=left_out.skipped,
+        moved=left_out.moved,
+        mixed=sum(m.mixed for m in members),
+    )
+
+
+def renamed(members: Sequence[Member]) -> list[Member]:
+    """The members, sorted, with each cluster called after the smallest key in it, after rows came or went."""
+    names: dict[str, str] = {}
+    for member in members:
+        names[member.cluster] = min(names.get(member.cluster, member.key), member.key)
+    return sorted((replace(m, cluster=names[m.cluster]) for m in members), key=lambda m: m.key)

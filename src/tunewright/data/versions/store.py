@@ -1,0 +1,294 @@
+"""Loading, saving and switching versions: rows first, HEAD last, one writer at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import graphlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tunewright.data.examples import Example
+from tunewright.data.splits import Split
+from tunewright.data.versions.author import current_author
+from tunewright.data.versions.manifest import MANIFEST, Manifest, manifest_seal, read_manifest, short
+from tunewright.data.versions.members import MEMBERS, Place, member_line, members_file, members_sha256, read_places
+from tunewright.data.versions.rows import read_rows, write_rows
+from tunewright.disk import canonical_json, new_folder, text_lines, write_json, write_text, writing
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+
+IMPORTS = "imports.jsonl"
+VERSION_FILES = (MEMBERS, IMPORTS, MANIFEST)
+
+_RESTORE = "Restore the dataset folder, from git for example."
+
+
+@dataclass(frozen=True)
+class Member:
+    """An example's place in a version."""
+
+    example: Example
+    key: str
+    split: Split
+    cluster: str
+    groups: tuple[str, ...] = ()
+    """Values of data.groups that the row shares with others, such as "customer=ACME"; sorted."""
+    mixed: bool = False
+    """Whether it is of the generic mix-in: trained on, but no pair of the domain."""
+
+
+@dataclass(frozen=True)
+class DatasetVersion:
+    """A loaded and verified version; members are sorted by pair key."""
+
+    manifest: Manifest
+    members: tuple[Member, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the sorted members, 64 hex digits."""
+        return self.manifest.digest
+
+    @cached_property
+    def domain(self) -> tuple[Member, ...]:
+        """The members without the generic mix-in: what is reviewed, retrieved and measured."""
+        return tuple(member for member in self.members if not member.mixed)
+
+    def examples(self, split: Split) -> list[Member]:
+        """The members of one split, sorted by pair key; the training split has the generic mix-in."""
+        return [member for member in self.members if member.split == split]
+
+    def split_digest(self, split: Split) -> str:
+        """SHA-256 of the split's sorted pair keys: equal digests mean the same examples."""
+        return keys_digest(member.key for member in self.members if member.split == split)
+
+
+def keys_digest(keys: Iterable[str]) -> str:
+    """SHA-256 of a set of pair keys."""
+    return hashlib.sha256("".join(f"{key}\n" for key in sorted(keys)).encode()).hexdigest()
+
+
+def members_text(members: Iterable[Member]) -> str:
+    """The members, one a line, sorted: the SHA-256 of this text is the version's digest."""
+    return "".join(sorted(member_line(m.key, Place(m.split, m.cluster, m.groups, m.mixed)) for m in members))
+
+
+def members_digest(members: Iterable[Member]) -> str:
+    """The version digest of these members, in any order."""
+    return members_sha256(members_text(members))
+
+
+@contextmanager
+def locked(dataset: Path) -> Iterator[None]:
+    """Hold the dataset for one writer; the lock dies with its process. What a killed writer left is cleared away.
+
+    Raises:
+        UserError: somebody else is writing, or the folder cannot be made.
+    """
+    with writing(dataset):
+        dataset.mkdir(parents=True, exist_ok=True)
+    handle = os.open(dataset, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "another command is adding to this dataset", where=str(dataset), fix="Wait for it, then run this again."
+            ) from None
+        _clear_leftovers(dataset)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _clear_leftovers(dataset: Path) -> None:
+    """Remove the temporary files of writers that were killed: whoever holds the lock has none of its own yet."""
+    folders = f"versions/.{'[0-9a-f]' * 12}.*"
+    with writing(dataset):
+        for path in (*dataset.glob(".HEAD.*"), *dataset.glob("rows/.??.jsonl.*"), *dataset.glob(folders)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def save_version(
+    dataset: Path,
+    manifest: Manifest,
+    members: Sequence[Member],
+    imports: Sequence[Mapping[str, Any]],
+    reporter: Reporter,
+) -> Manifest:
+    """Write a version and make it the current one: rows first, HEAD last, so a crash leaves the old one or the new.
+
+    Returns:
+        The manifest on disk: with author and seal; where the version was there already, the one that it has.
+
+    Raises:
+        UserError: the disk is full or refuses; the former version stays current and whole.
+    """
+    write_rows(dataset / "rows", {m.key: m.example for m in members}, reporter)
+    lines = "".join(canonical_json(line) + "\n" for line in _news(dataset, manifest.parent, imports))
+    sealed = _sealed(manifest, lines, current_author(dataset))
+    if version_folder(dataset, manifest.digest).exists():
+        there = read_manifest(version_folder(dataset, manifest.digest))
+        reporter.warn(
+            f"Version {short(there.digest)} was there already, made {there.created}: it is current again, with the "
+            "message, parent and imports that it has."
+        )
+        sealed = there
+    else:
+        with new_folder(version_folder(dataset, sealed.digest)) as folder:
+            text = members_file(dataset, members_text(members), sealed.parent)
+            (folder / MEMBERS).write_text(text, encoding="utf-8", newline="\n")
+            (folder / IMPORTS).write_text(lines, encoding="utf-8", newline="\n")
+            write_json(folder / MANIFEST, sealed.model_dump(mode="json"))
+    write_head(dataset, sealed.digest)
+    return sealed
+
+
+def _news(dataset: Path, parent: str | None, imports: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The records of an import without the rows that were known and stand where an earlier import has them already.
+
+    A file that grows is added again and again: each time it is the new rows that there is something to say of.
+    """
+    told: dict[tuple[str, int], str] = {}
+    if parent is not None and any(record["fate"] == "known" for record in imports):
+        manifest = next((m for m in list_versions(dataset) if m.digest == parent), None)
+        for path in reversed(import_files(dataset, manifest)) if manifest else ():
+            for line in text_lines(path.read_text(encoding="utf-8")):
+                record = json.loads(line)
+                told[record["source"], record["line"]] = record.get("of", record.get("key", ""))
+    for record in imports:
+        if record["fate"] != "known" or told.get((record["source"], record["line"])) != record["key"]:
+            yield record
+
+
+def _sealed(manifest: Manifest, imports: str, author: str | None) -> Manifest:
+    facts = {"author": author, "imports": hashlib.sha256(imports.encode()).hexdigest()}
+    manifest = manifest.model_copy(update=facts)
+    return manifest.model_copy(update={"seal": manifest_seal(manifest.model_dump(mode="json"))})
+
+
+def write_head(dataset: Path, digest: str) -> None:
+    """Make a version the current one."""
+    write_text(dataset / "HEAD", digest + "\n")
+
+
+def checkout(dataset: Path, digest: str) -> Manifest:
+    """Make an existing version the current one; the next `data add` builds on it.
+
+    Args:
+        digest: a version's digest or the beginning of it.
+
+    Raises:
+        UserError: no such version, several begin so, it was changed, or another command is writing.
+    """
+    if not (dataset / "versions").is_dir():
+        raise _none_yet(dataset)
+    with locked(dataset):
+        version = load_version(dataset, digest)
+        write_head(dataset, version.digest)
+    return version.manifest
+
+
+def load_version(dataset: Path, digest: str | None = None) -> DatasetVersion:
+    """Load a version and verify it: every row against its key, all members against the digest.
+
+    Args:
+        dataset: the project's dataset folder.
+        digest: a version's digest or the beginning of it; None: the current version.
+
+    Raises:
+        UserError: there is none, several begin so, or something in it was changed (naming file and key).
+    """
+    manifest = current_manifest(dataset) if digest is None else _find(dataset, digest)
+    if manifest is None:
+        raise _none_yet(dataset)
+    places = read_places(dataset, manifest.digest)
+    rows = read_rows(dataset / "rows", places)
+    members = tuple(Member(rows[key], key, *place) for key, place in sorted(places.items()))
+    return DatasetVersion(manifest, members)
+
+
+def _none_yet(dataset: Path) -> UserError:
+    return UserError("there is no dataset version yet", where=str(dataset), fix="`tunewright data add FILE` makes one.")
+
+
+def has_version(dataset: Path) -> bool:
+    """Whether there is a current version."""
+    return current_manifest(dataset) is not None
+
+
+def list_versions(dataset: Path) -> list[Manifest]:
+    """The manifests of all versions, each after the one it was made from, else by age."""
+    folder = dataset / "versions"
+    paths = [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+    manifests = sorted((read_manifest(path) for path in paths), key=lambda m: (m.created, m.digest))
+    by_digest = {m.digest: m for m in manifests}
+    order = graphlib.TopologicalSorter({m.digest: [m.parent] if m.parent in by_digest else [] for m in manifests})
+    try:
+        return [by_digest[digest] for digest in order.static_order()]
+    except graphlib.CycleError as error:
+        loop = ", ".join(short(d) for d in error.args[1])
+        raise UserError(f"versions name each other as parents: {loop}", where=str(folder), fix=_RESTORE) from None
+
+
+def ancestry(dataset: Path, manifest: Manifest) -> list[Manifest]:
+    """A version and all that it was made from, the newest first; it ends where a parent is not in the dataset."""
+    by_digest = {m.digest: m for m in list_versions(dataset)}
+    line: list[Manifest] = []
+    step: Manifest | None = manifest
+    while step is not None:
+        line.append(step)
+        step = by_digest.get(step.parent or "")
+    return line
+
+
+def import_files(dataset: Path, manifest: Manifest) -> list[Path]:
+    """The imports.jsonl of a version and of all that it was made from, the newest first."""
+    return [version_folder(dataset, m.digest) / IMPORTS for m in ancestry(dataset, manifest)]
+
+
+def version_folder(dataset: Path, digest: str) -> Path:
+    """Where a version is kept."""
+    return dataset / "versions" / short(digest)
+
+
+def current_manifest(dataset: Path) -> Manifest | None:
+    """The current version's manifest, if there is one.
+
+    Raises:
+        UserError: HEAD names a version that is not there.
+    """
+    head = dataset / "HEAD"
+    if not head.is_file():
+        return None
+    digest = head.read_text(encoding="utf-8", errors="replace").strip()
+    folder = version_folder(dataset, digest)
+    manifest = read_manifest(folder) if re.fullmatch("[0-9a-f]{64}", digest) and folder.is_dir() else None
+    if manifest is None or manifest.digest != digest:
+        raise UserError(f"the current version, {digest!r}, is not in {folder.parent}", where=str(head), fix=_RESTORE)
+    return manifest
+
+
+def _find(dataset: Path, digest: str) -> Manifest:
+    versions = list_versions(dataset)
+    found = [m for m in versions if digest and m.digest.startswith(digest)]
+    if len(found) != 1:
+        names = ", ".join(short(m.digest) for m in found or versions)
+        raise UserError(
+            f"{len(found) or 'no'} dataset version{'s begin' if found else ' begins'} with {digest!r}",
+            where=str(dataset),
+            fix=f"Versions: {names}" if names else "`tunewright data add FILE` makes one.",
+        )
+    return found[0]

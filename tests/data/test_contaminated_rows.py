@@ -1,0 +1,73 @@
+"""Training rows that hold a test row or a benchmark item: told when they are added, left out on request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+
+from tunewright.data.add import add
+from tunewright.data.versions import load_version
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+PAIRS = unlike_pairs(100)
+ITEM = "What is the name of the largest lake in the far north of the country?"
+
+
+def _with_benchmark(root: Path, more: str = "") -> Project:
+    project = new_project(root, f"data:\n  benchmarks: [lakes.jsonl]\n{more}")
+    (root / "lakes.jsonl").write_text(json.dumps({"question": ITEM}) + "\n" + json.dumps("Who?") + "\n")
+    return project
+
+
+def _holding(project: Project) -> Path:
+    return write_jsonl(project.root / "holding.jsonl", [*PAIRS, (f"Tell me. {ITEM} Be brief.", "the long lake")])
+
+
+def test_a_training_row_that_holds_a_benchmark_item_is_named_and_kept(tmp_path: Path) -> None:
+    project = _with_benchmark(tmp_path / "p")
+    listener = Listener()
+    result = add(project, [_holding(project)], listener)
+    row = next(m for m in load_version(project.dataset).members if m.example.output == "the long lake")
+    assert row.split == "train"
+    [hit] = result.contaminated
+    assert (hit.row, hit.source, hit.item, hit.how) == (row.key, "lakes.jsonl", 0, "contained")
+    told = next(w for w in listener.warned if "benchmark item" in w)
+    assert "holding.jsonl:101 holds item 1 of lakes.jsonl" in told
+    assert "kept" in told
+
+
+def test_drop_leaves_it_out_and_says_so_in_every_record(tmp_path: Path) -> None:
+    project = _with_benchmark(tmp_path / "p", "  contaminated: drop\n")
+    listener = Listener()
+    result = add(project, [_holding(project)], listener)
+    version = load_version(project.dataset)
+    assert all(m.example.output != "the long lake" for m in version.members)
+    assert (result.added, result.version.counts.rows) == (100, 100)
+    assert any("left out" in w and "holding.jsonl:101" in w for w in listener.warned)
+    records = [
+        json.loads(line) for line in next(project.dataset.glob("versions/*/imports.jsonl")).read_text().splitlines()
+    ]
+    assert [r["line"] for r in records if r["fate"] == "contaminated"] == [101]
+    again = add(project, [_holding(project)], Listener())
+    assert not again.created
+
+
+def test_a_training_row_that_holds_a_test_row_is_named(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    add(project, [write_jsonl(tmp_path / "pairs.jsonl", PAIRS)], Listener())
+    held_out = load_version(project.dataset).examples("test")[0]
+    text = f"A customer wrote this last night, in some haste: {held_out.example.input_text}. What now, and who answers?"
+    result = add(project, [write_jsonl(tmp_path / "more.jsonl", [(text, "call back")])], Listener())
+    [hit] = result.contaminated
+    assert (hit.source, hit.how) == ("the test split", "contained")
+
+
+def test_a_benchmark_that_cannot_be_read_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {benchmarks: [nowhere.jsonl]}\n")
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        add(project, [write_jsonl(tmp_path / "pairs.jsonl", PAIRS)], Listener())
+    assert not (project.dataset / "HEAD").exists()

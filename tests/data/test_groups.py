@@ -1,0 +1,142 @@
+"""Rows of one customer, document or template stay on one side of the split, in this version and every later one."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunewright.data.add import AddResult, add
+from tunewright.data.versions import DatasetVersion, load_version, version_folder
+from tunewright.data.versions.members import Place, member_line, places_of
+from tunewright.data.versions.verify import verify
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+GROUPED = "data: {groups: [customer, ticket], conflicts: accept}\n"
+
+Row = dict[str, str | int | None]
+
+
+def _rows(count: int, seed: int, customers: int) -> list[Row]:
+    draw = random.Random(seed)
+    return [
+        {
+            "prompt": p,
+            "completion": c,
+            "customer": f"c{draw.randrange(customers)}",
+            "ticket": draw.choice([None, 7, 8, 9]),
+        }
+        for p, c in unlike_pairs(count, seed)
+    ]
+
+
+def _add(project: Project, rows: list[Row], listener: Listener | None = None) -> AddResult:
+    path = project.root / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return add(project, [path], listener or Listener())
+
+
+def _splits_of_values(version: DatasetVersion) -> dict[str, set[str]]:
+    splits: dict[str, set[str]] = defaultdict(set)
+    for member in version.members:
+        for value in member.groups:
+            splits[value].add(member.split)
+    return splits
+
+
+def _unticketed(rows: list[Row]) -> list[Row]:
+    return [{**row, "ticket": None} for row in rows]
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_no_group_ever_straddles_the_split_and_a_test_group_stays_test(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    project = new_project(tmp_path_factory.mktemp("groups") / "p", GROUPED)
+    rows = _unticketed(_rows(90, seed, customers=60))
+    held_out: set[str] = set()
+    for end in (30, 60, 90):
+        _add(project, rows[:end])
+        version = load_version(project.dataset)
+        assert all(len(splits) == 1 for splits in _splits_of_values(version).values())
+        test = {m.key for m in version.examples("test")}
+        assert held_out <= test
+        held_out = test
+
+
+def test_a_value_of_one_key_is_not_that_of_another(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", GROUPED)
+    rows = [{**row, "customer": str(i), "ticket": i + 1} for i, row in enumerate(_rows(40, 1, 5))]
+    result = _add(project, rows)
+    assert result.version.counts.clusters == 40
+
+
+def test_a_new_row_follows_its_group_into_the_test(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", GROUPED)
+    rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(40, 2, 1))])
+    _add(project, rows)
+    tested = load_version(project.dataset).examples("test")[0]
+    [customer] = tested.groups
+    new = {"prompt": "something quite different", "completion": "yes", "customer": customer.removeprefix("customer=")}
+    _add(project, [{**new, "ticket": None}])
+    follower = next(m for m in load_version(project.dataset).members if m.example.output == "yes")
+    assert (follower.split, follower.groups) == ("test", tested.groups)
+
+
+def test_the_group_of_a_dropped_duplicate_binds_the_row_that_it_repeats(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", GROUPED)
+    rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(30, 3, 1))])
+    _add(project, [*rows, {**rows[0], "customer": "other"}])
+    kept = next(m for m in load_version(project.dataset).members if m.example.output == rows[0]["completion"])
+    assert kept.groups == ("customer=c0", "customer=other")
+
+
+def test_groups_named_later_are_told_by_adding_the_file_again(tmp_path: Path) -> None:
+    """Also where no cluster changes by them: the next row of the group has to find it."""
+    project = new_project(tmp_path / "p", "data: {ignore: [customer, ticket]}\n")
+    rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(40, 4, 1))])
+    first = _add(project, rows)
+    (project.root / "tunewright.yaml").write_text(GROUPED)
+    project = Project(project.root)
+    listener = Listener()
+    again = _add(project, rows[:-1], listener)
+    assert again.created
+    assert (again.added, again.known) == (0, 39)
+    assert again.version.splits == first.version.splits
+    assert any("1 row of the version before without a customer" in warning for warning in listener.warned)
+    assert again.version.settings.groups == ("customer", "ticket")
+
+
+def test_a_row_without_the_key_is_a_fault(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", GROUPED)
+    with pytest.raises(UserError, match=r'missing key "ticket", which data\.groups names'):
+        _add(project, [*_rows(30, 5, 9), {"prompt": "a", "completion": "b", "customer": "c"}])
+
+
+@given(st.lists(st.text(), max_size=3), st.booleans())
+def test_a_member_with_groups_reads_as_it_was_written(groups: list[str], mixed: bool) -> None:
+    place = Place("train", "b" * 64, tuple(sorted(set(groups))), mixed)
+    line = member_line("a" * 64, place)
+    assert line.count("\n") == 1
+    assert places_of(line) == {"a" * 64: place}
+
+
+def test_a_changed_group_is_found_by_line(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", GROUPED)
+    result = _add(project, _unticketed(_rows(40, 6, 30)))
+    path = version_folder(project.dataset, result.version.digest) / "members.tsv"
+    lines = path.read_text(encoding="utf-8").split("\n")
+    lines[3] = lines[3].replace('{"groups":', '{"group":')
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match="not a member"):
+        load_version(project.dataset)
+    [damage] = verify(project.dataset, Listener()).damage
+    assert damage.where == f"{path}:4"
