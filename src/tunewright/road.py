@@ -25,6 +25,7 @@ from tunewright.report.html import write_report
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.data.formats.file_check import Change, FileCheck
+    from tunewright.data.neighbours.contamination import Contamination
     from tunewright.data.neighbours.leak import LeakReport
     from tunewright.data.splits import Split
     from tunewright.data.versions.export import Exported, Format
@@ -119,6 +120,12 @@ class Road:
         from tunewright.data.neighbours.leak import leak
 
         return leak(self.version(), self.project.recipe.seed, self.reporter)
+
+    def contamination(self, files: Iterable[str | Path] = ()) -> Contamination:
+        """Training rows that hold a test input, an item of the recipe's benchmarks, or one of these files."""
+        from tunewright.data.neighbours.contamination import contamination
+
+        return contamination(self.project, self.version(), [Path(f) for f in files], self.reporter)
 
     def check_files(self, files: Iterable[str | Path]) -> FileCheck:
         """All faults of all rows of files of pairs, before they are added."""

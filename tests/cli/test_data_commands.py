@@ -167,3 +167,46 @@ def test_a_secret_blocks_until_it_is_redacted_and_is_never_printed(project: Path
     texts = [m["content"] for m in row["messages"]]
     assert card not in "".join(texts)
     assert texts[0].split()[2] == texts[1].split()[1]
+
+
+def test_a_new_conflict_is_refused_unless_it_is_accepted(project: Path) -> None:
+    row = _run(project, "show", "pairs.jsonl:7")
+    asked = row["messages"][-2]["content"]
+    file = write_jsonl(project / "conflict.jsonl", [{"prompt": asked, "completion": "quite another answer"}])
+    refused = _run(project, "add", file, code=2)
+    assert "1 input with different outputs" in refused["error"]["what"]
+    assert "conflict.jsonl:1" in refused["error"]["what"]
+    accepted = _run(project, "add", file, "--accept-conflicts")
+    assert (accepted["added"], accepted["version"]["counts"]["conflicts"]) == (1, 1)
+
+
+def test_leak_looks_for_benchmark_items_in_training_rows(project: Path) -> None:
+    item = "Which of the seven bridges in the old town was built before the great flood?"
+    (project / "items.jsonl").write_text(json.dumps({"question": item}) + "\n")
+    row = {"prompt": f"Say: {item} And why?", "completion": "the third"}
+    _run(project, "add", write_jsonl(project / "more.jsonl", [row]))
+    found = _run(project, "leak", "--against", project / "items.jsonl")["contamination"]
+    [held] = [held for held in found["found"] if held["source"].endswith("items.jsonl")]
+    assert (held["how"], held["mixed"]) == ("contained", False)
+    assert held["row"] == _run(project, "show", "more.jsonl:1")["key"]
+    shown = tunewright("data", "leak", "--against", project / "items.jsonl", "-p", project).stderr
+    assert "one of the 1 items of" in shown
+    missing = _run(project, "leak", "--against", project / "nowhere.jsonl", code=2)
+    assert "nowhere.jsonl" in missing["error"]["where"]
+
+
+def test_show_tells_a_row_s_groups_and_the_mix_in(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    recipe = folder / "tunewright.yaml"
+    data = "data:\n  groups: [customer]\n  mix: {source: generic.jsonl, fraction: 0.1}\n"
+    recipe.write_text(recipe.read_text().replace("data:\n", data))
+    write_jsonl(folder / "grouped.jsonl", [{**pair, "customer": f"c{i}"} for i, pair in enumerate(pairs(60))])
+    write_jsonl(folder / "generic.jsonl", pairs(30, seed=8))
+    added = _run(folder, "add", folder / "grouped.jsonl")
+    assert _run(folder, "show", "grouped.jsonl:5")["groups"] == ["customer=c4"]
+    assert "customer=c4" in tunewright("data", "show", "grouped.jsonl:5", "-p", folder).stderr
+    drawn = added["version"]["mix"]["drawn"]
+    lines = [tunewright("data", "show", f"generic.jsonl:{n}", "-p", folder, "--json") for n in range(1, 31)]
+    shown = [ran.document for ran in lines if ran.code == 0]
+    assert sum(document["mixed"] for document in shown) == drawn == 5
+    assert "mixed in" in tunewright("data", "log", "-p", folder).stderr

@@ -120,6 +120,16 @@ def test_suspects_are_rows_of_the_domain_and_blame_names_the_mix_in_s_file(tmp_p
     assert GENERIC[found.line - 1][1] == row.example.output
 
 
+def test_each_version_records_only_the_rows_of_the_mix_in_that_are_new(tmp_path: Path) -> None:
+    project = _project(tmp_path / "p", GENERIC)
+    drawn = []
+    for count in (100, 160):
+        version = _add(project, unlike_pairs(count)).version
+        records = (version_folder(project.dataset, version.digest) / "imports.jsonl").read_text(encoding="utf-8")
+        drawn.append(sum(json.loads(line)["fate"] == "mixed" for line in records.splitlines()))
+    assert drawn == [20, 12]
+
+
 def test_a_mix_in_taken_out_of_the_recipe_leaves_the_next_version(tmp_path: Path) -> None:
     project = _project(tmp_path / "p", GENERIC)
     _add(project, unlike_pairs(100))

@@ -146,12 +146,19 @@ def data_leak(
     evaluation: Annotated[
         Path | None, typer.Argument(help="An evaluation: its scores by distance are shown too.", show_default="none")
     ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="A JSONL file of benchmark items to look for, besides data.benchmarks.", show_default="none"),
+    ] = None,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
-    """How near each held-out row is to its nearest training row, and what a random split would have leaked."""
+    """How near held-out rows are to training rows, what a random split would have leaked, and what training rows hold.
+
+    Training rows, those mixed in included, are searched for test inputs and benchmark items.
+    """
     import tunewright
-    from tunewright.cli.data_texts import leak_text
+    from tunewright.cli.data_texts import contamination_text, leak_text
     from tunewright.data.neighbours.leak import score_by_distance
     from tunewright.evaluation.evidence import load_items
 
@@ -160,8 +167,13 @@ def data_leak(
         report = road.leak()
         items = load_items(road.evaluation(evaluation)) if evaluation is not None else []
         bands = score_by_distance(items, report) if items else []
-        document = {**report.as_dict(), "bands": [band.as_dict() for band in bands]}
-        current.show(document, leak_text(report, bands))
+        found = road.contamination(against or [])
+        document = {
+            **report.as_dict(),
+            "bands": [band.as_dict() for band in bands],
+            "contamination": found.as_dict(),
+        }
+        current.show(document, leak_text(report, bands), contamination_text(found))
 
 
 @data_app.command("log")

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tunewright.data.formats.file_check import FileCheck
+from tunewright.data.neighbours.contamination import Contamination
 from tunewright.data.neighbours.leak import BandScore, LeakReport
+from tunewright.data.notices import HOLDS
+from tunewright.data.versions import short
 
 _BAR = 40
+_MOST_HELD = 10
 
 
 def file_check_text(checked: FileCheck) -> str:
@@ -37,4 +41,22 @@ def leak_text(report: LeakReport, bands: Sequence[BandScore]) -> str:
         f"({band.interval[0]:.1%} to {band.interval[1]:.1%})"
         for band in bands
     ]
+    return "\n".join(lines)
+
+
+def contamination_text(found: Contamination) -> str:
+    """How many training rows hold items of each source, and the surest hits."""
+    lines = []
+    for source, items in found.looked_for.items():
+        rows = found.rows(source)
+        whole, piece, words = rows["equal"], rows["contained"], rows["overlap"]
+        lines.append(
+            f"Training rows that hold one of the {items:,} items of {source}: {whole + piece:,} "
+            f"({whole:,} equal); {words:,} more share a run of 13 words with one"
+        )
+    for held in found.found[:_MOST_HELD]:
+        mixed = " (mixed in)" if held.mixed else ""
+        lines.append(f"  row {short(held.row)}{mixed} {HOLDS[held.how]} {held.item}")
+    if len(found.found) > _MOST_HELD:
+        lines.append(f"  and {len(found.found) - _MOST_HELD:,} more: --json lists all")
     return "\n".join(lines)

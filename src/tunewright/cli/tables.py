@@ -102,13 +102,15 @@ def answers_table(answered: ThreeAnswers) -> Table:
 def version_table(versions: Sequence[Manifest]) -> Table:
     """Dataset versions with what is in them."""
     table = Table()
-    for name in ("version", "created", "rows", "train", "dev", "test", "clusters", "families", "conflicts", "message"):
+    mixed = ["mixed in"] if any(v.counts.mixed for v in versions) else []
+    numbers = ("rows", "train", "dev", "test", *mixed, "clusters", "families", "conflicts")
+    for name in ("version", "created", *numbers, "message"):
         text = name in {"version", "created", "message"}
         table.add_column(name, justify="left" if text else "right", no_wrap=name != "message")
     for version in versions:
         c = version.counts
-        numbers = (c.rows, c.train, c.dev, c.test, c.clusters, c.families, c.conflicts)
-        table.add_row(version.digest[:12], version.created[:16], *(f"{n:,}" for n in numbers), version.message)
+        counts = (c.rows, c.train, c.dev, c.test, *([c.mixed] if mixed else []), c.clusters, c.families, c.conflicts)
+        table.add_row(version.digest[:12], version.created[:16], *(f"{n:,}" for n in counts), version.message)
     return table
 
 

@@ -24,13 +24,16 @@ def row_document(member: Member) -> dict[str, Any]:
         "key": member.key,
         "split": member.split,
         "cluster": member.cluster,
+        "groups": list(member.groups),
+        "mixed": member.mixed,
         "messages": [m.as_dict() for m in member.example.messages],
     }
 
 
 def row_heading(member: Member) -> str:
     """Which row it is, and where it belongs."""
-    return f"row {member.key[:12]}, split {member.split}, cluster {member.cluster[:12]}"
+    more = ["generic mix-in"] if member.mixed else list(member.groups)
+    return ", ".join([f"row {member.key[:12]}, split {member.split}, cluster {member.cluster[:12]}", *more])
 
 
 def conversation_text(member: Member) -> Text:

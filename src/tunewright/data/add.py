@@ -13,7 +13,7 @@ from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, sourc
 from tunewright.data.merge import Merge, merge
 from tunewright.data.mixing import Mixed, mix_in
 from tunewright.data.neighbours import find_clusters, largest_clusters
-from tunewright.data.neighbours.decontaminate import Hit, contaminated, read_items
+from tunewright.data.neighbours.decontaminate import Hit, How, item_name, read_items, training_hits
 from tunewright.data.notices import Conflict, Duplicate, Largest, Move
 from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import assign_splits, join_groups
@@ -154,6 +154,7 @@ class _Contents:
     members: list[Member]
     moved: tuple[Move, ...]
     hits: tuple[Hit, ...]
+    held: list[tuple[str, How, str]]  # the hits as people read them
     left_out: frozenset[str]  # pair keys of training rows that hold an item of a test or benchmark
     mixed: Mixed | None
     largest: tuple[Largest, ...]
@@ -214,15 +215,14 @@ def _contents(project: Project, merged: Merge, rows: Sequence[SourceRow], report
     recipe = project.recipe
     domain = _domain(merged, rows, recipe, reporter)
     benchmarks = {name: read_items(project.root / name) for name in recipe.data.benchmarks}
-    hits = _contaminated(domain, benchmarks, reporter)
+    # Phrases that rows share with an item are left to `data leak`.
+    hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter) if hit.how != "overlap")
+    held = [(merged.place(hit.row), hit.how, item_name(hit, domain)) for hit in hits]
     left_out: frozenset[str] = frozenset()
-    if hits:
-        dropping = recipe.data.contaminated == "drop"
-        places = {hit.row: merged.place(hit.row) for hit in hits}
-        reporter.warn(notices.contaminated([(places[hit.row], hit) for hit in hits], dropping=dropping))
-        if dropping:
-            left_out = frozenset(hit.row for hit in hits)
-            domain = renamed([m for m in domain if m.key not in left_out])
+    if hits and recipe.data.contaminated == "drop":
+        reporter.warn(notices.contaminated(held, dropping=True))
+        left_out = frozenset(hit.row for hit in hits)
+        domain = renamed([m for m in domain if m.key not in left_out])
     former = merged.former
     moved = tuple(Move(m.key, former[m.key], m.split) for m in domain if former.get(m.key, m.split) != m.split)
     mix = recipe.data.mix
@@ -233,7 +233,7 @@ def _contents(project: Project, merged: Merge, rows: Sequence[SourceRow], report
         for f in families
     )
     members = sorted([*domain, *(mixed.members if mixed else [])], key=lambda m: m.key)
-    return _Contents(members, moved, hits, left_out, mixed, largest)
+    return _Contents(members, moved, hits, held, left_out, mixed, largest)
 
 
 def _domain(merged: Merge, rows: Sequence[SourceRow], recipe: Recipe, reporter: Reporter) -> list[Member]:
@@ -255,15 +255,6 @@ def _domain(merged: Merge, rows: Sequence[SourceRow], recipe: Recipe, reporter: 
     ]
 
 
-def _contaminated(
-    domain: Sequence[Member], benchmarks: Mapping[str, Sequence[str]], reporter: Reporter
-) -> tuple[Hit, ...]:
-    """The training rows that hold a whole test input or benchmark item; shared phrases are left to ``data leak``."""
-    training = {m.key: m.example for m in domain if m.split == "train"}
-    against = {"the test split": [m.example.input_text for m in domain if m.split == "test"], **benchmarks}
-    return tuple(hit for hit in contaminated(training, against, reporter) if hit.how != "overlap")
-
-
 def _settings(recipe: Recipe) -> Settings:
     data = recipe.data
     return Settings(similarity=data.similarity, dev=data.dev, test=data.test, seed=recipe.seed, groups=data.groups)
@@ -280,8 +271,16 @@ def _warn(merged: Merge, contents: _Contents, conflicts: Sequence[Conflict], rep
     notices.warn_of_contents(domain, conflicts, contents.moved, contents.largest, merged.first.keys(), reporter)
     if contents.largest:
         reporter.say(notices.largest(contents.largest))
+    if contents.held and not contents.left_out:
+        reporter.warn(notices.contaminated(contents.held, dropping=False))
     if contents.mixed:
-        about = contents.mixed.about
+        about, wanted, left_out = contents.mixed.about, contents.mixed.wanted, contents.mixed.left_out
+        if about.drawn < wanted:
+            reporter.warn(
+                f"{about.source.name} gives {about.drawn:,} rows to mix in, not the {wanted:,} that data.mix asks for."
+            )
+        if left_out:
+            reporter.warn(notices.not_mixed([(f"{row.source}:{row.line}", reason) for row, reason in left_out]))
         reporter.say(f"Mixed in: {about.drawn:,} of {about.source.rows:,} rows of {about.source.name}, to train on")
 
 

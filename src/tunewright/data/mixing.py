@@ -31,6 +31,7 @@ class Mixed:
     members: list[Member]
     rows: list[SourceRow]
     left_out: list[tuple[SourceRow, str]]
+    wanted: int
     about: Mix
 
 
@@ -79,18 +80,13 @@ def mix_in(
                 left_out.append((row, reason))
     if not drawn:
         raise UserError("no row of it may be mixed in", where=f"data.mix.source: {path}", fix=_first(left_out))
-    if len(drawn) < wanted:
-        reporter.warn(f"{mix.source} gives {len(drawn):,} rows to mix in, not the {wanted:,} that data.mix asks for.")
-    if left_out:
-        reporter.warn(notices.not_mixed([(f"{row.source}:{row.line}", reason) for row, reason in left_out]))
     source = Source(name=Path(mix.source).as_posix(), sha256=source_digest(path), rows=len(rows))
     members = [
         Member(row.example, row.example.pair_key, "train", row.example.pair_key, mixed=True)
         for row in sorted(drawn, key=lambda row: row.example.pair_key)
     ]
-    return Mixed(
-        members, drawn, left_out, Mix(source=source, fraction=mix.fraction, drawn=len(drawn), left_out=len(left_out))
-    )
+    about = Mix(source=source, fraction=mix.fraction, drawn=len(drawn), left_out=len(left_out))
+    return Mixed(members, drawn, left_out, wanted, about)
 
 
 def _read(path: Path, data: DataRecipe, mix: MixRecipe, seed: int, reporter: Reporter) -> list[SourceRow]:

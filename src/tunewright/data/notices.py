@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tunewright.data.examples import Example, Message
 from tunewright.data.formats import Fault
-from tunewright.data.neighbours.decontaminate import Hit
+from tunewright.data.neighbours.decontaminate import How
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
@@ -97,16 +97,16 @@ def conflicting(conflicts: Sequence[Conflict]) -> UserError:
     )
 
 
-def contaminated(hits: Sequence[tuple[str, Hit]], *, dropping: bool) -> str:
-    """The warning of training rows that hold what is measured on."""
-    told = (f"{place} {_HOLDS[hit.how]} item {hit.item + 1} of {hit.source}" for place, hit in hits)
-    listed = _listed(told, len(hits), _MOST_EXAMPLES, "`tunewright data leak --json` lists all")
-    rows = _count(len({hit.row for _, hit in hits}), "training row")
+def contaminated(held: Sequence[tuple[str, How, str]], *, dropping: bool) -> str:
+    """The warning of training rows that hold what is measured on: row, how, item."""
+    told = (f"{row} {HOLDS[how]} {item}" for row, how, item in held)
+    listed = _listed(told, len(held), _MOST_EXAMPLES, "`tunewright data leak --json` lists all that are kept")
+    rows = _count(len({row for row, _, _ in held}), "training row")
     what = "left out" if dropping else "kept (data.contaminated: drop leaves them out)"
-    return f"{rows} that hold a test input or a benchmark item, {what}:\n{listed}"
+    return f"{rows} with a test input or a benchmark item inside, {what}:\n{listed}"
 
 
-_HOLDS = {"equal": "is", "contained": "holds", "overlap": "shares a run of words with"}
+HOLDS: dict[How, str] = {"equal": "is", "contained": "holds or is a piece of", "overlap": "shares words with"}
 
 
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:

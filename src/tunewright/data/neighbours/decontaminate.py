@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunewright.data.examples import Example
+from tunewright.data.versions import Member, short
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
@@ -93,6 +94,32 @@ def contaminated(rows: Mapping[str, Example], against: Mapping[str, Sequence[str
         for item, row in _holding(source, pieces):
             hits.setdefault((row, source.name, item), Hit(row, source.name, item, "contained", 1.0))
     return [hits[place] for place in sorted(hits)]
+
+
+TEST = "the test split"
+
+
+def training_hits(members: Sequence[Member], benchmarks: Mapping[str, Sequence[str]], reporter: Reporter) -> list[Hit]:
+    """The training rows that hold a test input or a benchmark item.
+
+    Args:
+        members: all rows of a version, or of one to be; an item's number in ``TEST`` counts its test rows, in order.
+        benchmarks: the name of each file to the texts of its items.
+        reporter: shows the progress.
+    """
+    training = {m.key: m.example for m in members if m.split == "train"}
+    return contaminated(training, {TEST: [m.example.input_text for m in _tests(members)], **benchmarks}, reporter)
+
+
+def item_name(hit: Hit, members: Sequence[Member]) -> str:
+    """What people are told of a hit's item: the test row's key, or the file and the item's number, from 1."""
+    if hit.source == TEST:
+        return f"test row {short(_tests(members)[hit.item].key)}"
+    return f"item {hit.item + 1} of {hit.source}"
+
+
+def _tests(members: Sequence[Member]) -> list[Member]:
+    return [m for m in members if m.split == "test"]
 
 
 def read_items(path: Path, field: str | None = None) -> list[str]:

@@ -43,6 +43,11 @@ def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str
         raise UserError(f"no row came from line {line} of {source}; its last row is at line {last}", where="ROW")
     if found["fate"] == "skipped":
         raise UserError(f"the row was left out: {found['reason']}", where=f"{file}:{line}")
+    if found["fate"] == "not mixed":
+        raise UserError(f"the row was not mixed in: {found['reason']}", where=f"{file}:{line}")
+    if found["fate"] == "contaminated":
+        what = "the row was left out: it holds a test input or a benchmark item"
+        raise UserError(what, where=f"{file}:{line}")
     key = str(found.get("of", found["key"]))
     return replaced(dataset, version.manifest).get(key, key)
 

@@ -157,19 +157,26 @@ def save_version(
 
 
 def _news(dataset: Path, parent: str | None, imports: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The records of an import without the rows that were known and stand where an earlier import has them already.
+    """The records of an import without what the imports before it say already.
 
-    A file that grows is added again and again: each time it is the new rows that there is something to say of.
+    A file that grows is added again and again, and a mix-in drawn each time: it is the new rows that there is
+    something to say of.
     """
-    told: dict[tuple[str, int], str] = {}
-    if parent is not None and any(record["fate"] == "known" for record in imports):
-        manifest = next((m for m in list_versions(dataset) if m.digest == parent), None)
-        for path in reversed(import_files(dataset, manifest)) if manifest else ():
-            for line in text_lines(path.read_text(encoding="utf-8")):
-                record = json.loads(line)
-                told[record["source"], record["line"]] = record.get("of", record.get("key", ""))
+    manifest = next((m for m in list_versions(dataset) if m.digest == parent), None)
+    if manifest is None or all(record["fate"] in ("added", "duplicate", "skipped") for record in imports):
+        yield from imports
+        return
+    told: dict[tuple[str, int], tuple[str, str]] = {}
+    for path in reversed(import_files(dataset, manifest)):
+        for line in text_lines(path.read_text(encoding="utf-8")):
+            record = json.loads(line)
+            told[record["source"], record["line"]] = record["fate"], record.get("of", record.get("key", ""))
+    mixed = {key for key, place in read_places(dataset, manifest.digest).items() if place.mixed}
     for record in imports:
-        if record["fate"] != "known" or told.get((record["source"], record["line"])) != record["key"]:
+        fate, before = record["fate"], told.get((record["source"], record["line"]))
+        known = fate == "known" and before is not None and before[1] == record["key"]
+        again = fate in ("contaminated", "not mixed") and before == (fate, record.get("of", record["key"]))
+        if not (known or again or (fate == "mixed" and record["key"] in mixed)):
             yield record
 
 
