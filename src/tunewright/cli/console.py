@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -115,12 +116,20 @@ class Session:
 
 
 @contextmanager
-def session(as_json: bool) -> Iterator[Session]:
-    """Run a command: a UserError becomes one clear message and exit code 2, as does a stop by Ctrl-C or SIGTERM."""
+def session(as_json: bool, project: Path | None = None) -> Iterator[Session]:
+    """Run a command: a UserError becomes one clear message and exit code 2, as does a stop by Ctrl-C or SIGTERM.
+
+    Of the project it says at the end whether reviewers have accepted the current dataset version.
+    """
     current = Session(as_json=as_json)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        yield current
+        try:
+            yield current
+        except typer.Exit:
+            _tell_standing(current, project)
+            raise
+        _tell_standing(current, project)
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}")
     except KeyboardInterrupt:
@@ -128,6 +137,20 @@ def session(as_json: bool) -> Iterator[Session]:
         _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what[0].upper()}{what[1:]}.")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _tell_standing(current: Session, project: Path | None) -> None:
+    if project is None or not (project / "dataset").is_dir():
+        return
+    from tunewright.data.review.standing import standing
+    from tunewright.project import Project
+
+    try:
+        told = standing(Project(project).dataset)
+    except UserError as error:
+        told = f"Whether the current version is accepted cannot be told: {error.what}"
+    if told is not None:
+        current.reporter.say(told)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

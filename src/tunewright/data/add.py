@@ -13,7 +13,7 @@ from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, sourc
 from tunewright.data.merge import Merge, merge
 from tunewright.data.mixing import Mixed, mix_in
 from tunewright.data.neighbours import find_clusters, largest_clusters
-from tunewright.data.neighbours.decontaminate import Hit, How, item_name, read_items, training_hits
+from tunewright.data.neighbours.decontaminate import Hit, How, item_names, read_items, training_hits
 from tunewright.data.notices import Conflict, Duplicate, Largest, Move
 from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import assign_splits, join_groups
@@ -217,7 +217,8 @@ def _contents(project: Project, merged: Merge, rows: Sequence[SourceRow], report
     benchmarks = {name: read_items(project.root / name) for name in recipe.data.benchmarks}
     # Phrases that rows share with an item are left to `data leak`.
     hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter) if hit.how != "overlap")
-    held = [(merged.place(hit.row), hit.how, item_name(hit, domain)) for hit in hits]
+    items = item_names(hits, domain)
+    held = [(merged.place(hit.row), hit.how, item) for hit, item in zip(hits, items, strict=True)]
     left_out: frozenset[str] = frozenset()
     if hits and recipe.data.contaminated == "drop":
         reporter.warn(notices.contaminated(held, dropping=True))

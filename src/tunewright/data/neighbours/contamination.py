@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.data.neighbours.decontaminate import TEST, Hit, How, item_name, read_items, training_hits
+from tunewright.data.neighbours.decontaminate import TEST, Hit, How, item_names, read_items, training_hits
 from tunewright.data.versions import DatasetVersion
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -64,15 +64,13 @@ def contamination(
     benchmarks = {name: read_items(project.root / name) for name in project.recipe.data.benchmarks}
     benchmarks |= {str(path): read_items(path) for path in files}
     mixed = {m.key for m in version.members if m.mixed}
-    hits = training_hits(version.members, benchmarks, reporter)
-    looked_for = {TEST: len(version.examples("test")), **{name: len(items) for name, items in benchmarks.items()}}
-    return Contamination(looked_for, tuple(_held(hit, version, mixed) for hit in sorted(hits, key=_rank)))
+    hits = sorted(training_hits(version.members, benchmarks, reporter), key=_rank)
+    found = tuple(
+        HeldItem(hit.row, item, hit.source, hit.how, round(hit.score, 4), hit.row in mixed)
+        for hit, item in zip(hits, item_names(hits, version.members), strict=True)
+    )
+    return Contamination({TEST: len(version.examples("test")), **{n: len(i) for n, i in benchmarks.items()}}, found)
 
 
 def _rank(hit: Hit) -> tuple[int, float, str]:
     return _SUREST.index(hit.how), -hit.score, hit.row
-
-
-def _held(hit: Hit, version: DatasetVersion, mixed: set[str]) -> HeldItem:
-    item = item_name(hit, version.members)
-    return HeldItem(hit.row, item, hit.source, hit.how, round(hit.score, 4), hit.row in mixed)

@@ -111,11 +111,13 @@ def training_hits(members: Sequence[Member], benchmarks: Mapping[str, Sequence[s
     return contaminated(training, {TEST: [m.example.input_text for m in _tests(members)], **benchmarks}, reporter)
 
 
-def item_name(hit: Hit, members: Sequence[Member]) -> str:
-    """What people are told of a hit's item: the test row's key, or the file and the item's number, from 1."""
-    if hit.source == TEST:
-        return f"test row {short(_tests(members)[hit.item].key)}"
-    return f"item {hit.item + 1} of {hit.source}"
+def item_names(hits: Sequence[Hit], members: Sequence[Member]) -> list[str]:
+    """What people are told of each hit's item: the test row's key, or the file and the item's number, from 1."""
+    tests = _tests(members)
+    return [
+        f"test row {short(tests[hit.item].key)}" if hit.source == TEST else f"item {hit.item + 1} of {hit.source}"
+        for hit in hits
+    ]
 
 
 def _tests(members: Sequence[Member]) -> list[Member]:
