@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo
 
-.PHONY: demo test lint typecheck pytest test-demo check-clean clean
+.PHONY: demo test lint typecheck pytest fuzz test-demo check-clean clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
@@ -21,6 +21,10 @@ typecheck: $(VENV)/.installed
 
 pytest: $(VENV)/.installed
 	$(BIN)/pytest
+
+# 10,000 cases for each reader of files, where `make test` tries 100.
+fuzz: $(VENV)/.installed
+	$(BIN)/pytest tests/data/test_reader_fuzz.py --hypothesis-profile=fuzz --durations=0
 
 # The whole demo, held to what the README says of it.
 test-demo: $(VENV)/.installed

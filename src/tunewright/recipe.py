@@ -42,6 +42,7 @@ class MixRecipe(_Section):
             "arXiv 2205.12393, find 1% enough for whole tasks).",
         ),
     ] = 0.05
+    rows: Annotated[str | None, Field(description="As data.rows, for this file.")] = None
     input: Annotated[str | None, Field(description="As data.input, for this file.")] = None
     output: Annotated[str | None, Field(description="As data.output, for this file.")] = None
     ignore: Annotated[
@@ -59,10 +60,30 @@ class DataRecipe(_Section):
             "`tunewright run` adds."
         ),
     ] = ()
-    input: Annotated[str | None, Field(description="The column or key that holds the input, in tables and rows.")] = (
-        None
-    )
-    output: Annotated[str | None, Field(description="The column or key that holds the ideal output.")] = None
+    rows: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Where the rows are in a JSON document that is no array of rows: a JMESPath expression, such "
+            "as values(@) for {id: row, ...} or *[] for {name: [row, ...], ...}.",
+        ),
+    ] = None
+    input: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="The column or key that holds the input, or a Jinja template over the row's keys, such as "
+            '{{ context ~ " " ~ question }}.',
+        ),
+    ] = None
+    output: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="The column or key that holds the ideal output, or a Jinja template, such as "
+            "{{ answers[0] }} or {{ slots | tojson }}.",
+        ),
+    ] = None
     groups: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         Field(

@@ -20,6 +20,7 @@ from tunewright.evaluation.verdict import Verdict, verdict
 from tunewright.models.bases import Base, resolve_base
 from tunewright.progress import LogReporter, Reporter
 from tunewright.project import Project
+from tunewright.recipe import DataRecipe
 from tunewright.report.html import write_report
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Road:
         self,
         files: Iterable[str | Path],
         *,
+        rows: str | None = None,
         input_column: str | None = None,
         output_column: str | None = None,
         skip_bad: bool = False,
@@ -82,22 +84,36 @@ class Road:
     ) -> AddResult:
         """Add files of pairs to the dataset: a new version, unless nothing in them is new.
 
-        ``input_column`` and ``output_column`` name a CSV's columns in place of the recipe's; ``accept_conflicts``
-        keeps inputs with different outputs, as data.conflicts: accept does.
+        ``rows``, ``input_column`` and ``output_column`` take the place of the recipe's data.rows, data.input and
+        data.output; ``accept_conflicts`` keeps inputs with different outputs, as data.conflicts: accept does.
         """
-        recipe = self.project.recipe
         paths = [Path(f) for f in files]
-        columns = {"input": input_column, "output": output_column}
-        given = {key: column for key, column in columns.items() if column is not None}
-        accepting = {"conflicts": "accept"} if accept_conflicts else {}
-        changed = recipe.model_copy(update={"data": recipe.data.model_copy(update=given | accepting)})
-        if given and not any(uses_columns(path, changed.data) for path in paths):
+        data = self._mapped(paths, rows, input_column, output_column)
+        if accept_conflicts:
+            data = data.model_copy(update={"conflicts": "accept"})
+        project = Project(self.project.root, self.project.recipe.model_copy(update={"data": data}))
+        return add(project, paths, self.reporter, skip_bad=skip_bad, redact=redact, message=message)
+
+    def _mapped(self, paths: Sequence[Path], rows: str | None, input_: str | None, output: str | None) -> DataRecipe:
+        """The recipe's data section with a command's options in it.
+
+        Raises:
+            UserError: an option that is empty, or that no file has a use for.
+        """
+        data = self.project.recipe.data
+        options = {"rows": rows, "input": input_, "output": output}
+        given = {key: option for key, option in options.items() if option is not None}
+        empty = [key for key, option in given.items() if not option]
+        if empty:
+            raise UserError("it is empty", where=f"--{empty[0]}", fix="Leave it out for the recipe's.")
+        data = data.model_copy(update=given)
+        columns = [key for key in given if key != "rows"]
+        if columns and not any(uses_columns(path, data) for path in paths):
             raise UserError(
                 "columns are named, but no file is a CSV or another table, or has those keys",
-                where="--" + "/--".join(given),
+                where="--" + "/--".join(columns),
             )
-        project = Project(self.project.root, changed)
-        return add(project, paths, self.reporter, skip_bad=skip_bad, redact=redact, message=message)
+        return data
 
     def version(self, digest: str | None = None) -> DatasetVersion:
         """A dataset version; the current one where no digest is given."""
@@ -127,19 +143,36 @@ class Road:
 
         return contamination(self.project, self.version(), [Path(f) for f in files], self.reporter)
 
-    def check_files(self, files: Iterable[str | Path]) -> FileCheck:
-        """All faults of all rows of files of pairs, before they are added."""
+    def check_files(
+        self,
+        files: Iterable[str | Path],
+        *,
+        rows: str | None = None,
+        input_column: str | None = None,
+        output_column: str | None = None,
+    ) -> FileCheck:
+        """All faults of all rows of files of pairs, before they are added; options as for ``add``."""
         from tunewright.data.formats.file_check import check_files
 
-        return check_files([Path(f) for f in files], self.project.recipe.data, self.reporter)
+        paths = [Path(f) for f in files]
+        return check_files(paths, self._mapped(paths, rows, input_column, output_column), self.reporter)
 
-    def fix_file(self, file: str | Path, out: str | Path) -> list[Change]:
-        """Write a corrected copy of a file of pairs, and list each change."""
+    def fix_file(
+        self,
+        file: str | Path,
+        out: str | Path,
+        *,
+        rows: str | None = None,
+        input_column: str | None = None,
+        output_column: str | None = None,
+    ) -> list[Change]:
+        """Write a corrected copy of a file of pairs, and list each change; options as for ``add``."""
         from tunewright.data.formats import source_size
         from tunewright.data.formats.file_check import fix_file
 
+        data = self._mapped([Path(file)], rows, input_column, output_column)
         with self.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
-            return fix_file(Path(file), Path(out), self.project.recipe.data, task)
+            return fix_file(Path(file), Path(out), data, task)
 
     def check(self) -> LengthReport:
         """Encode every row of the current version as training would, and measure."""

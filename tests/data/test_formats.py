@@ -231,67 +231,6 @@ def test_progress_counts_every_byte(tmp_path: Path, name: str, content: bytes) -
 
 
 @given(
-    content=st.one_of(
-        st.binary(max_size=300),
-        st.lists(
-            st.sampled_from(
-                [
-                    b"q,a\n",
-                    b'"',
-                    b",",
-                    b"\n",
-                    b"\r",
-                    b"\xef\xbb\xbf",
-                    b"\x00",
-                    PAIR,
-                    b'{"messages":',
-                    b"[",
-                    b"]",
-                    b"}",
-                    b"x",
-                ]
-            ),
-            max_size=30,
-        ).map(b"".join),
-    ),
-    kind=st.sampled_from(["csv", "jsonl"]),
-)
-def test_any_bytes_are_rows_faults_or_a_user_error(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, kind: str
-) -> None:
-    try:
-        reading = _read(tmp_path_factory.mktemp("fuzz"), content, f"pairs.{kind}")
-    except UserError as error:
-        assert error.where
-    else:
-        assert reading.rows or reading.faults
-        for row in reading.rows:
-            assert row.example.output.strip()
-            assert row.example.pair_key
-
-
-_scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
-_json = st.recursive(
-    _scalars,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.dictionaries(
-            st.sampled_from(["messages", "role", "content", "prompt", "completion", "x"]), inner, max_size=3
-        ),
-        st.just("user"),
-        st.just("assistant"),
-    ),
-    max_leaves=12,
-)
-
-
-@given(_json)
-def test_any_json_is_a_row_or_a_fault(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
-    reading = _read(tmp_path_factory.mktemp("fuzz"), PAIR + json.dumps(value).encode())
-    assert len(reading.rows) + len(reading.faults) == 2
-
-
-@given(
     st.lists(
         st.tuples(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20)).filter(
             lambda pair: all(t.strip() and not any("\ud800" <= c <= "\udfff" for c in t) for t in pair)

@@ -15,18 +15,28 @@ from tunewright.errors import UserError
 data_app = typer.Typer(help="Pairs, versions and splits.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+Rows = Annotated[
+    str | None,
+    typer.Option("--rows", help="JMESPath to the rows in a JSON document.", show_default="the recipe's data.rows"),
+]
+Input = Annotated[
+    str | None,
+    typer.Option("--input", help="The input's column or key, or a template over the row.", show_default="the recipe's"),
+]
+Output = Annotated[
+    str | None,
+    typer.Option("--output", help="The same for the ideal output.", show_default="the recipe's"),
+]
+
 
 @data_app.command("add")
 def data_add(
     files: Annotated[
         list[Path], typer.Argument(help="Files of pairs: JSON, CSV, Parquet; or saved `datasets` folders.")
     ],
-    input_column: Annotated[
-        str | None, typer.Option("--input", help="The input's column or key.", show_default="the recipe's")
-    ] = None,
-    output_column: Annotated[
-        str | None, typer.Option("--output", help="The ideal output's column or key.", show_default="the recipe's")
-    ] = None,
+    rows: Rows = None,
+    input_column: Input = None,
+    output_column: Output = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out, each named.")] = False,
     redact: Annotated[bool, typer.Option("--redact", help="Put placeholders for secrets and personal data.")] = False,
     accept_conflicts: Annotated[
@@ -44,6 +54,7 @@ def data_add(
         road = tunewright.open(project, current.reporter)
         result = road.add(
             files,
+            rows=rows,
             input_column=input_column,
             output_column=output_column,
             skip_bad=skip_bad,
@@ -106,6 +117,9 @@ def data_check(
         list[Path] | None, typer.Argument(help="Files of pairs.", show_default="the current version")
     ] = None,
     fix: Annotated[Path | None, typer.Option(help="Write a corrected copy of the one file here.")] = None,
+    rows: Rows = None,
+    input_column: Input = None,
+    output_column: Output = None,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
@@ -119,17 +133,21 @@ def data_check(
 
     with session(json) as current:
         road = tunewright.open(project, current.reporter)
+        mapped = {"rows": rows, "input_column": input_column, "output_column": output_column}
+        if files is None and any(mapped.values()):
+            what = "--rows, --input and --output say how files are read, and none is named"
+            raise UserError(what, fix="Name the files.")
         if fix is not None:
             if files is None or len(files) != 1:
                 raise UserError("--fix corrects one file", where="--fix", fix="Name the file, and one only.")
-            changes = road.fix_file(files[0], fix)
+            changes = road.fix_file(files[0], fix, **mapped)
             left_out = sum(change.left_out for change in changes)
             told = f"Wrote {fix}: {len(changes) - left_out:,} changes, {left_out:,} rows left out"
             document = {"out": str(fix), "changes": [asdict(change) for change in changes]}
             current.show(document, "\n".join([*map(str, changes), told]))
             return
         if files is not None:
-            checked = road.check_files(files)
+            checked = road.check_files(files, **mapped)
             current.show(checked.as_dict(), file_check_text(checked))
             if not checked.ok:
                 raise typer.Exit(USER_ERROR)

@@ -91,7 +91,13 @@ def mix_in(
 
 def _read(path: Path, data: DataRecipe, mix: MixRecipe, seed: int, reporter: Reporter) -> list[SourceRow]:
     """The source's different rows, in the order of the draw."""
-    own = DataRecipe(input=mix.input, output=mix.output, ignore=mix.ignore, max_characters=data.max_characters)
+    own = DataRecipe(
+        rows=mix.rows,
+        input=mix.input,
+        output=mix.output,
+        ignore=mix.ignore,
+        max_characters=data.max_characters,
+    )
     with reporter.task("reading the mix-in", source_size(path), "bytes") as task:
         reading = read_pairs(path, own, task)
     if reading.faults:

@@ -11,9 +11,10 @@ from typing import Any
 
 from tunewright.data.examples import Example
 from tunewright.data.formats.checks import RowError, example_from_turns, groups_of
+from tunewright.data.formats.mapping import UnusedKeys
 from tunewright.data.formats.row_errors import json_path
 from tunewright.data.formats.shapes import conversation_of
-from tunewright.data.formats.sources import open_source, uses_columns
+from tunewright.data.formats.sources import check_mapping, open_source, uses_columns
 from tunewright.data.formats.tables import source_size
 from tunewright.disk import file_digest
 from tunewright.errors import UserError
@@ -24,6 +25,7 @@ __all__ = [
     "Fault",
     "Reading",
     "SourceRow",
+    "check_mapping",
     "fault_of",
     "read_pairs",
     "scan_pairs",
@@ -38,7 +40,8 @@ class SourceRow:
     """An example and where it was read.
 
     ``source`` is the file as the user named it, ``line`` the line (from 1) that the row starts at, in Parquet and saved
-    datasets the number of the row (from 1). ``groups`` has the row's values of the recipe's data.groups.
+    datasets the number of the row (from 1), as it is for rows that data.rows makes anew. ``groups`` has the row's
+    values of the recipe's data.groups.
     """
 
     example: Example
@@ -88,24 +91,26 @@ def scan_pairs(path: Path, data: DataRecipe, notes: list[str], task: Task | None
 
     Args:
         data: the recipe's names of columns and keys, its system turn and its limit of characters.
-        notes: gets what the user should know: what kind of rows were found and why, encoding, unused columns.
+        notes: gets what the user should know: what kind of rows were found and why, encoding, unused columns and keys.
         task: advanced by the bytes that are read, ``source_size(path)`` in all.
 
     Raises:
         UserError: the file as a whole cannot be read: missing, empty, of another kind or encoding, a column that is
-            not there, JSON or CSV that breaks off.
+            not there, JSON or CSV that breaks off, a recipe's template or JMESPath that is none.
     """
     source = open_source(path, data, notes, task)
     kinds: Counter[tuple[str, str]] = Counter()
+    unused = UnusedKeys(data)
     ignored: set[str] = set()
     count = 0
-    for line, row in source.rows:
+    for line, row, above in source.rows:
         count += 1
         try:
             if isinstance(row, RowError):
                 raise row
             ignored.update(row.keys() & data.ignore)
-            conversation = conversation_of(row, data)
+            unused.see(row)
+            conversation = conversation_of(row, data, above)
             kinds[conversation.kind, conversation.reason] += 1
             yield SourceRow(example_from_turns(conversation.turns, data), str(path), line, groups_of(row, data))
         except RowError as fault:
@@ -113,6 +118,8 @@ def scan_pairs(path: Path, data: DataRecipe, notes: list[str], task: Task | None
     if not count:
         raise UserError("the file is empty: there is no row in it", where=str(path))
     notes.extend(_told(path, source.kind, kinds))
+    if unused.told:
+        notes.append(f"{path}: {unused.told}")
     if ignored:
         names = ", ".join(name for name in data.ignore if name in ignored)
         notes.append(f"{path}: left out, as data.ignore says: {names}")

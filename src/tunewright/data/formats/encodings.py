@@ -144,6 +144,11 @@ def escaped(text: str) -> int | None:
     return found.start() if found else None
 
 
+def foreign_places(text: str) -> list[int]:
+    """Where all the bytes stand that are not UTF-8, in text read by ``open_text``."""
+    return [] if text.isascii() else [found.start() for found in _ESCAPED.finditer(text)]
+
+
 class _Counting(io.RawIOBase):
     """A file that tells a task how many bytes of it were read."""
 

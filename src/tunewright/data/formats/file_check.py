@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunewright.data.formats import Fault, scan_pairs, source_size
+from tunewright.data.formats import Fault, check_mapping, scan_pairs, source_size
 from tunewright.data.formats.checks import RowError, example_from_turns, groups_of
+from tunewright.data.formats.mapping import UnusedKeys
 from tunewright.data.formats.mends import mend
 from tunewright.data.formats.row_errors import CODES
 from tunewright.data.formats.shapes import Conversation, Turn, conversation_of
@@ -78,7 +79,11 @@ def check_files(paths: Sequence[Path], data: DataRecipe, reporter: Reporter) -> 
     """Read files row by row and collect every fault; rows are not held, so that files of any length can be checked.
 
     A file that cannot be read is told in the result, and the others are checked all the same.
+
+    Raises:
+        UserError: the recipe's templates or JMESPath are none.
     """
+    check_mapping(data)
     faults: list[Fault] = []
     with reporter.task("checking", sum(source_size(path) for path in paths), "bytes") as task:
         files = tuple(_checked(path, data, faults, task) for path in paths)
@@ -132,13 +137,15 @@ def fix_file(path: Path, out: Path, data: DataRecipe, task: Task | None = None) 
     source = open_source(path, data, notes, task)
     changes: list[Change] = []
     plain = data.model_copy(update={"system": None})
+    unused = UnusedKeys(plain)
     with _new_file(out) as copy:
         written = 0
-        for row in _fixed_rows(path, source, plain, changes):
+        for row in _fixed_rows(path, source, plain, changes, unused):
             copy.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
         if not written:
             raise UserError("no row is left to copy", where=str(path), fix="Check the file: each row has a fault.")
+    notes += [unused.told] if unused.told else []
     return _changes_of_the_whole(path, source, notes) + changes
 
 
@@ -150,14 +157,17 @@ def _changes_of_the_whole(path: Path, source: Source, notes: Sequence[str]) -> l
     return changes
 
 
-def _fixed_rows(path: Path, source: Source, data: DataRecipe, changes: list[Change]) -> Iterator[dict[str, Any]]:
+def _fixed_rows(
+    path: Path, source: Source, data: DataRecipe, changes: list[Change], unused: UnusedKeys
+) -> Iterator[dict[str, Any]]:
     kinds: set[str] = set()
-    for line, row in source.rows:
+    for line, row, above in source.rows:
         try:
             if isinstance(row, RowError):
                 raise row
+            unused.see(row)
             groups = groups_of(row, data)
-            conversation = conversation_of(row, data)
+            conversation = conversation_of(row, data, above)
             turns, done = _mended(conversation, data)
         except RowError as fault:
             changes.append(Change(str(path), line, fault.code, f"left out: {fault}", left_out=True))

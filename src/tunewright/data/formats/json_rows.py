@@ -6,14 +6,22 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from tunewright.data.formats.checks import RowError, json_decoder, parse_json_row, row_object
 from tunewright.data.formats.encodings import escaped
+from tunewright.data.formats.row_errors import JsonPath
 from tunewright.errors import UserError
 
-RawRow = tuple[int, dict[str, Any] | RowError]
-"""The line that a row starts at, and the row or why it is none."""
+
+class RawRow(NamedTuple):
+    """The line that a row starts at, and the row or why it is none."""
+
+    line: int
+    row: dict[str, Any] | RowError
+    above: JsonPath = ()
+    """In a document that holds rows, the keys and indices that lead to this one."""
+
 
 _CHUNK = 1 << 16
 _LONGEST = 1 << 26  # characters: a quote that is never closed must not read the rest of a large file into memory
@@ -27,9 +35,9 @@ def json_lines(text: TextIO) -> Iterator[RawRow]:
         if line.isspace():
             continue
         try:
-            yield number, parse_json_row(line)
+            yield RawRow(number, parse_json_row(line))
         except RowError as fault:
-            yield number, fault
+            yield RawRow(number, fault)
 
 
 def json_array(text: TextIO, path: Path) -> Iterator[RawRow]:
@@ -114,7 +122,7 @@ class _Cursor:
                 line = start + self.buffer.count("\n", self.at, self.at + foreign)
                 value = RowError("E101", f"not UTF-8: a foreign byte in line {line}")
             self._move(end)
-            return start, value
+            return RawRow(start, value)
 
     def _decode(self) -> tuple[dict[str, Any] | RowError, int]:
         try:
@@ -130,7 +138,9 @@ class _Cursor:
     def _more(self) -> bool:
         held = len(self.buffer) - self.at
         if held > _LONGEST:
-            raise self.refusal(f"a row of more than {_LONGEST:,} characters")
+            raise self.refusal(
+                f"a row of more than {_LONGEST:,} characters; if it is a document of rows, see data.rows"
+            )
         # Twice what is held, so that a long row is not decoded anew for each small piece of it.
         chunk = self.text.read(max(_CHUNK, held))
         self.buffer, self.at = self.buffer[self.at :] + chunk, 0

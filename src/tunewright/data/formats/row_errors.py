@@ -26,6 +26,10 @@ CODES: dict[str, tuple[str, str]] = {
         "Give each row the key of data.groups: text, number or null.",
     ),
     "E206": ("turns that are not a list", "Write a list of at least one user and one assistant turn."),
+    "E207": (
+        "a row that lacks what data.input or data.output uses",
+        "Add it, or have the template provide for rows without it: is defined, default.",
+    ),
     "E301": ("a turn that is not an object", "Write each turn as an object with a role and its content."),
     "E302": ("a turn without role or content", "Give the turn both."),
     "E303": ("a key that a turn does not have", "Take it out: a turn is a role, its content and perhaps a weight."),

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tunewright.data.formats.mapping import mapping_of
 from tunewright.data.formats.row_errors import JsonPath, RowError, place
 from tunewright.recipe import DataRecipe
 
@@ -22,6 +23,11 @@ _UNTRAINABLE = {
     "input_ids": "rows of token ids belong to one base's tokenizer",
     "text": "rows of plain text (Together's general format) do not tell the input from the ideal output",
 }
+
+KNOWN_KEYS = frozenset(
+    ("messages", "interactions", "conversation", "conversations", "instruction", "prompt", "completion", *_UNTRAINABLE)
+)
+"""By each of these an object is a row, be it a faulty one."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +51,22 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-def conversation_of(row: Mapping[str, Any], data: DataRecipe) -> Conversation:
+def conversation_of(row: Mapping[str, Any], data: DataRecipe, above: JsonPath = ()) -> Conversation:
     """The unchecked turns of a row of any known kind; keys in data.ignore are not looked at.
 
+    Args:
+        above: the keys and indices that lead to the row in a document, for templates of the recipe.
+
     Raises:
-        RowError: no known kind, unknown or missing keys, turns that are no list of objects.
+        RowError: no known kind, unknown or missing keys, turns that are no list of objects, a template that fails.
     """
     if data.ignore:
         row = {key: value for key, value in row.items() if key not in data.ignore}
+    mapping = mapping_of(data)
+    if mapping is not None and mapping.templated:
+        sides = (("user", mapping.input), ("assistant", mapping.output))
+        turns = tuple(Turn(role, side.value(row, above), side.path, side.path) for role, side in sides)
+        return Conversation("mapped pairs", mapping.reason, turns)
     if data.input in row and data.output in row:
         assert data.input is not None and data.output is not None
         _only(row, {data.input, data.output}, (), data)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 from tunewright.data.formats.checks import RowError, parse_json_row
+from tunewright.data.formats.documents import check_expression, document_rows, rows_hint
 from tunewright.data.formats.encodings import Encoding, find_encoding, note_on, open_text
 from tunewright.data.formats.json_rows import RawRow, json_array, json_lines, json_objects
+from tunewright.data.formats.mapping import mapping_of
+from tunewright.data.formats.shapes import KNOWN_KEYS, conversation_of
 from tunewright.data.formats.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows
 from tunewright.errors import UserError
 from tunewright.progress import Task
@@ -34,19 +39,22 @@ class Source:
     kind: str
     rows: Iterator[RawRow]
     encoding: Encoding | None = None
+    table: bool = False
+    """Rows are read by columns."""
 
 
 def open_source(path: Path, data: DataRecipe, notes: list[str], task: Task | None = None) -> Source:
     """Look at the beginning of a file (the name decides only where the content does not) and get its rows ready.
 
     Args:
-        notes: gets what the user should know: encoding, columns that are not used.
+        notes: gets what the user should know: encoding, columns that are not used, rows without lines.
         task: advanced by the bytes that are read.
 
     Raises:
-        UserError: nothing there, no kind of file that is read, an encoding that is not; from ``rows``, what the
-            readers raise.
+        UserError: nothing there, no kind of file that is read, an encoding that is not, a recipe that maps rows by
+            no template or JMESPath; from ``rows``, what the readers raise.
     """
+    check_mapping(data)
     if path.is_dir():
         return _open_folder(path, data, notes, task)
     try:
@@ -60,7 +68,8 @@ def open_source(path: Path, data: DataRecipe, notes: list[str], task: Task | Non
     if not path.is_file():
         raise UserError("not a file that can be read twice", where=str(path), fix="Save it as a file first.")
     if magic == _PARQUET:
-        return Source("Parquet", parquet_rows(path, data, notes, task))
+        _refuse_rows(data, "Parquet", path)
+        return Source("Parquet", parquet_rows(path, data, notes, task), table=True)
     for archive, what in _ARCHIVES.items():
         if magic.startswith(archive):
             raise UserError(f"not a kind of file that can be read: {what}", where=str(path), fix=_KINDS)
@@ -73,13 +82,31 @@ def open_source(path: Path, data: DataRecipe, notes: list[str], task: Task | Non
         while len(head.lstrip()) < _HEAD // 2 and (more := text.read(_HEAD)):
             head = head.lstrip() + more
         kind, reader = _text_reader(head, path, data, notes)
-    return Source(kind, _text_rows(path, encoding, task, reader), encoding)
+    return Source(kind, _text_rows(path, encoding, task, reader), encoding, table=kind.startswith("CSV"))
+
+
+def check_mapping(data: DataRecipe) -> None:
+    """Refuse what the recipe maps rows by, before any file is read.
+
+    Raises:
+        UserError: data.input or data.output is a template that is none, data.rows no JMESPath.
+    """
+    mapping_of(data)
+    if data.rows is not None:
+        check_expression(data.rows)
+
+
+def _refuse_rows(data: DataRecipe, kind: str, path: Path) -> None:
+    if data.rows is not None:
+        what = f"data.rows finds rows in a JSON document, and {path} is {kind}"
+        raise UserError(what, where="data.rows (--rows)", fix="Leave it out for this file.")
 
 
 def _open_folder(path: Path, data: DataRecipe, notes: list[str], task: Task | None) -> Source:
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         raise UserError("a folder, not a file", where=str(path), fix="Name the files in it.")
-    return Source("a saved dataset", saved_rows(path, data, notes, task))
+    _refuse_rows(data, "a saved dataset", path)
+    return Source("a saved dataset", saved_rows(path, data, notes, task), table=True)
 
 
 _Reader = Callable[[TextIO], Iterator[RawRow]]
@@ -95,13 +122,17 @@ def _text_reader(head: str, path: Path, data: DataRecipe, notes: list[str]) -> t
     start = head.lstrip()
     lines = [line for line in start.split("\n") if line.strip()]
     named_json = suffix in _JSON_NAMES
+    expression = data.rows
+    if expression is not None and (named_json or start.startswith(("{", "["))):
+        return f"rows at {expression} of a JSON document", lambda text: document_rows(text, path, expression, notes)
     if start.startswith("[") and (named_json or start[1:].lstrip().startswith("{")):
         return "a JSON array", lambda text: json_array(text, path)
     if any(_is_object(line) for line in lines[: 20 if named_json else 1]):
-        return "JSON Lines", json_lines
+        return "JSON Lines", lambda text: _no_document(json_lines(text), path, data)
     if start.startswith("{") and suffix not in _TABLE_NAMES[:3]:
         if len(lines) > 1 and not lines[1].lstrip().startswith("{"):
-            return "JSON objects over several lines", lambda text: json_objects(text, path)
+            kind = "JSON objects over several lines"
+            return kind, lambda text: _no_document(json_objects(text, path), path, data)
         return "JSON Lines", json_lines
     delimiter = delimiter_of(head, data)
     several = bool(lines) and delimiter in lines[0]
@@ -109,8 +140,28 @@ def _text_reader(head: str, path: Path, data: DataRecipe, notes: list[str]) -> t
         return "JSON Lines", json_lines
     if suffix not in _TABLE_NAMES and not several:
         raise UserError("not a kind of file that can be read", where=str(path), fix=_KINDS)
+    _refuse_rows(data, "a table", path)
     kind = f"CSV, {DELIMITERS[delimiter]}-separated" if several else "CSV"
     return kind, lambda text: csv_rows(text, path, delimiter, data, notes)
+
+
+def _no_document(rows: Iterator[RawRow], path: Path, data: DataRecipe) -> Iterator[RawRow]:
+    """The rows, unless the only one is no row itself but seems to hold them."""
+    first = list(islice(rows, 2))
+    document = first[0].row if len(first) == 1 else None
+    hint = rows_hint(document) if isinstance(document, dict) and document.keys().isdisjoint(KNOWN_KEYS) else None
+    if hint is not None:
+        assert isinstance(document, dict)
+        try:
+            conversation_of(document, data)
+        except RowError as fault:
+            raise UserError(
+                f"one object that is no row itself, and seems to hold the rows ({fault})",
+                where=f"{path}:{first[0].line}",
+                fix=f"Say where in it they are: --rows {shlex.quote(hint)}, or set data.rows (docs/formats.md).",
+            ) from None
+    yield from first
+    yield from rows
 
 
 def _is_object(line: str) -> bool:
@@ -129,7 +180,8 @@ def uses_columns(path: Path, data: DataRecipe) -> bool:
         UserError: as ``open_source``.
     """
     source = open_source(path, data, [])
-    if not source.kind.startswith("JSON") and source.kind != "a JSON array":
+    mapping = mapping_of(data)
+    if source.table or (mapping is not None and mapping.templated):
         return True
-    first = (row for _, row in zip(range(20), source.rows, strict=False))
-    return any(not isinstance(row, RowError) and data.input in row and data.output in row for _, row in first)
+    first = (raw.row for raw in islice(source.rows, 20))
+    return any(not isinstance(row, RowError) and data.input in row and data.output in row for row in first)

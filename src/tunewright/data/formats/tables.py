@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tunewright.data.formats.checks import RowError
 from tunewright.data.formats.encodings import escaped
 from tunewright.data.formats.json_rows import RawRow
+from tunewright.data.formats.mapping import mapping_of
 from tunewright.errors import UserError
 from tunewright.progress import Task
 from tunewright.recipe import DataRecipe
@@ -37,7 +38,7 @@ _KNOWN_COLUMNS = (
 
 
 def columns(header: Sequence[str], where: str, data: DataRecipe, notes: list[str], *, nested: bool) -> list[str]:
-    """The names of the columns to read: input and output, or those of a known kind of row, and the groups'.
+    """The names of the columns to read: what input and output use, or those of a known kind of row, and the groups'.
 
     Args:
         nested: whether a cell can hold lists.
@@ -46,10 +47,9 @@ def columns(header: Sequence[str], where: str, data: DataRecipe, notes: list[str
         UserError: columns that are not there, stand twice, or are not told.
     """
     there = f"Columns: {', '.join(header)}"
-    if data.input is not None and data.output is not None:
-        if data.input == data.output:
-            raise UserError(f'"{data.input}" cannot be input and output at once', where=where, fix=there)
-        names = [data.input, data.output]
+    mapping = mapping_of(data)
+    if mapping is not None:
+        names = mapping.columns(header)
     else:
         known = None if data.input or data.output else _known(header, nested)
         if known is None:
@@ -81,13 +81,14 @@ def _known(header: Sequence[str], nested: bool) -> list[str] | None:
 
 def delimiter_of(head: str, data: DataRecipe) -> str:
     """The delimiter under which the first lines make the best table: with the recipe's columns, else most alike."""
+    mapping = mapping_of(data)
     best, best_score = ",", (False, 0.0, 0)
     for delimiter in DELIMITERS:
         rows = _parsed(head, delimiter)
         if not rows or len(rows[0]) < 2:
             continue
         header = rows[0]
-        named = {data.input, data.output} <= set(header)
+        named = mapping is not None and mapping.keys <= set(header)
         alike = sum(len(row) == len(header) for row in rows) / len(rows)
         score = (named, alike, len(header))
         if score > best_score:
@@ -129,7 +130,7 @@ def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataRecipe, notes: 
                 names = columns(header, f"{path}:{start}", data, notes, nested=False)
                 places = {name: header.index(name) for name in names}
             elif header is not None and fields:
-                yield start, _csv_row(fields, len(header), places)
+                yield RawRow(start, _csv_row(fields, len(header), places))
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
@@ -186,7 +187,10 @@ def saved_rows(folder: Path, data: DataRecipe, notes: list[str], task: Task | No
     from datasets import DatasetDict, load_from_disk
 
     with _reading(folder, "a saved dataset"):
-        saved = load_from_disk(str(folder))
+        try:
+            saved = load_from_disk(str(folder))
+        except Exception as error:  # whatever datasets' own code trips over in a damaged description
+            raise UserError(f"not a saved dataset that can be read: {error!r}", where=str(folder)) from error
         if isinstance(saved, DatasetDict):
             splits = ", ".join(str(folder / name) for name in saved)
             fix = f"Name those you want: {splits}."
@@ -203,9 +207,10 @@ def _arrow_rows(
     labels = _class_names(schema)
     number = told = 0
     for batch in batches:
+        batch.validate(full=True)  # Arrow trusts offsets: in a damaged file they may point out of memory
         for row in batch.to_pylist():
             number += 1
-            yield number, {name: _plain(value, labels.get(name)) for name, value in row.items()}
+            yield RawRow(number, {name: _plain(value, labels.get(name)) for name, value in row.items()})
         if task is not None:
             done = size * number // max(rows, 1)
             task.advance(done - told)

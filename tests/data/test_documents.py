@@ -1,0 +1,223 @@
+"""Rows inside one JSON document: found by a JMESPath expression, with their lines and the keys above them."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.data.formats import Reading, read_pairs
+from tunewright.errors import UserError
+from tunewright.recipe import DataRecipe
+
+A, B, C = ({"prompt": text, "completion": "x"} for text in "abc")
+
+
+def _read(folder: Path, document: Any, rows: str | None, name: str = "rows.json", **recipe: Any) -> Reading:
+    path = folder / name
+    text = document if isinstance(document, str) else json.dumps(document, indent=1)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    return read_pairs(path, DataRecipe(rows=rows, **recipe))
+
+
+def _places(reading: Reading) -> list[tuple[int, str]]:
+    return [(row.line, row.example.input_text) for row in reading.rows]
+
+
+@pytest.mark.parametrize(
+    ("document", "rows", "places"),
+    [
+        ({"1": A, "2": B}, "values(@)", [(2, "a"), (6, "b")]),
+        ({"1": A, "2": B}, "*", [(2, "a"), (6, "b")]),
+        ({"X": [A, B], "Y": [C]}, "*[]", [(3, "a"), (7, "b"), (13, "c")]),
+        ({"version": 1, "data": [A, B]}, "data", [(4, "a"), (8, "b")]),
+        ([{"rows": [A]}, {"rows": [B]}], "[].rows[]", [(4, "a"), (12, "b")]),
+        ({"1": A, "2": B}, "reverse(values(@))", [(6, "b"), (2, "a")]),
+        ({"data": [A, B]}, "data[?prompt == 'b']", [(7, "b")]),
+    ],
+)
+def test_rows_are_found_with_the_lines_that_they_start_at(
+    tmp_path: Path, document: Any, rows: str, places: list[tuple[int, str]]
+) -> None:
+    reading = _read(tmp_path, document, rows)
+    assert (_places(reading), reading.faults) == (places, [])
+    assert reading.notes == [
+        f"{tmp_path / 'rows.json'}: rows at {rows} of a JSON document: prompt/completion pairs, since rows have "
+        "prompt and completion"
+    ]
+
+
+_texts = st.text(alphabet='ab{}[]"\\\n:,é ', max_size=6)
+
+
+@given(
+    st.dictionaries(
+        _texts,
+        st.lists(
+            st.fixed_dictionaries(
+                {"p": _texts, "deep": st.lists(st.dictionaries(_texts, _texts, max_size=2), max_size=2)}
+            ),
+            max_size=3,
+        ),
+        max_size=3,
+    ),
+    st.sampled_from([None, 0, 2]),
+)
+def test_lines_are_those_of_a_plain_search_for_each_row(
+    tmp_path_factory: pytest.TempPathFactory, groups: dict[str, list[dict[str, Any]]], indent: int | None
+) -> None:
+    """Each row has its number in it, by which the text can be searched: an independent way to its line."""
+    number, marked = 0, {}
+    for key, rows in groups.items():
+        marked[key] = [{"n": f"#{(number := number + 1)}#", **row} for row in rows]
+    if not number:
+        return
+    text = json.dumps(marked, indent=indent, ensure_ascii=False)
+    reading = _read(
+        tmp_path_factory.mktemp("lines"), text, "*[]", input="{{ n }}", output="{{ above[0] }}={{ above[1] }}"
+    )
+    at = {
+        m.group(1): text.count("\n", 0, m.start()) + (1 if indent is None else 0)
+        for m in re.finditer(r'"(#\d+#)"', text)
+    }
+    assert [row.line for row in reading.rows] == [at[row.example.input_text] for row in reading.rows]
+    outputs = {
+        f"#{n}#": (key, i) for key, rows in marked.items() for i, row in enumerate(rows) for n in [row["n"].strip("#")]
+    }
+    for row in reading.rows:
+        key, i = outputs[row.example.input_text]
+        assert row.example.output == unicodedata.normalize("NFC", f"{key}={i}")
+    assert len(reading.rows) == number
+
+
+def test_the_keys_above_a_row_are_for_templates(tmp_path: Path) -> None:
+    document = {"Get": {"train": [{"t": "a"}, {"t": "b"}]}, "Set": {"test": [{"t": "c"}]}}
+    reading = _read(tmp_path, document, "*.*[][]", input="{{ t }}", output="{{ above | join('/') }}")
+    assert [row.example.output for row in reading.rows] == ["Get/train/0", "Get/train/1", "Set/test/0"]
+
+
+def test_rows_that_the_expression_makes_are_told_by_number_and_the_note_says_so(tmp_path: Path) -> None:
+    document = {"1": {"ask": "a", "say": "x"}, "2": {"ask": "b", "say": None}}
+    reading = _read(tmp_path, document, "values(@)[].{prompt: ask, completion: say}")
+    assert _places(reading) == [(1, "a")]
+    assert [(fault.line, fault.code) for fault in reading.faults] == [(2, "E305")]
+    assert "rows are told by their number in what data.rows finds" in reading.notes[0]
+
+
+def test_items_that_are_no_objects_are_faults_by_their_number(tmp_path: Path) -> None:
+    reading = _read(tmp_path, {"data": [A, 7, "x", None, [B], B]}, "data[*]")
+    assert _places(reading) == [(1, "a"), (5, "b")]
+    assert [(fault.line, fault.code) for fault in reading.faults] == [(2, "E103"), (3, "E103"), (4, "E103")]
+
+
+@pytest.mark.parametrize(
+    ("document", "rows", "words", "where", "fix"),
+    [
+        ({"data": [A]}, "data[", "not a JMESPath expression", "data.rows (--rows)", "values(@)"),
+        ({"data": [A]}, "rows", "'rows' finds nothing in ", "data.rows (--rows)", "The document's keys: data."),
+        ({"data": A}, "data", "'data' finds one object, not a list of rows", "data.rows (--rows)", "keys: data"),
+        ({"data": [A]}, "length(data)", "finds a number, not a list", "data.rows (--rows)", "keys: data"),
+        ({"data": [A]}, "nothing(@)", "Unknown function", "data.rows (--rows)", None),
+        ({"data": [A]}, "values(data)", "fails on", "data.rows (--rows)", None),
+        (
+            json.dumps(A) + "\n" + json.dumps(B),
+            "data",
+            "text after the end of the document",
+            "rows.json:2",
+            "JSON Lines",
+        ),
+        ('{"data": [{"prompt": "a",\n}]}', "data", "not one JSON document", "rows.json:2", None),
+        ('{"data": [{}],\n "data": [{}]}', "data", 'the key "data" stands twice', "rows.json:1", "Keep one of the two"),
+        ('{"data": [{}],\n\n "x": NaN}', "data", "NaN is not JSON", "rows.json:3", "Write text"),
+        ('{"data": [{}],\n "\udce9": "é"}', "data", "not UTF-8: a foreign byte in line 2", "rows.json:2", "UTF-8"),
+        ("[" * 100_000, "data", "nested too deep", "rows.json", None),
+        ("", "data", "the file is empty", "rows.json", None),
+        ("q,a\nx,y\n", "data", "is a table", "data.rows (--rows)", "Leave it out"),
+    ],
+    ids=[
+        "syntax",
+        "nothing",
+        "object",
+        "number",
+        "function",
+        "type",
+        "lines",
+        "cut",
+        "double",
+        "nan",
+        "byte",
+        "deep",
+        "empty",
+        "csv",
+    ],
+)
+def test_what_is_no_document_with_such_rows_is_refused_once(
+    tmp_path: Path, document: Any, rows: str, words: str, where: str, fix: str | None
+) -> None:
+    name = "rows.csv" if words == "is a table" else "rows.json"
+    with pytest.raises(UserError) as caught:
+        _read(tmp_path, document, rows, name)
+    assert words in caught.value.what
+    assert (caught.value.where or "").endswith(where)
+    assert fix is None or fix in (caught.value.fix or "")
+
+
+def test_a_fault_of_the_text_inside_a_row_costs_that_row_only(tmp_path: Path) -> None:
+    rows = ['{"prompt": "a", "completion": "x"}', '{"prompt": "b", "prompt": "c", "completion": "x"}']
+    rows += [
+        '{"prompt": NaN, "completion": "x"}',
+        '{"prompt": "d", "completion":\n"caf\udce9"}',
+        '{"prompt": "é", "completion": "x"}',
+    ]
+    text = '{"data": [\n' + ",\n".join(rows) + "\n]}"
+    reading = _read(tmp_path, text, "data")
+    assert _places(reading) == [(2, "a"), (7, "é")]
+    told = [(fault.line, fault.code, fault.reason) for fault in reading.faults]
+    assert told == [
+        (3, "E104", 'the key "prompt" stands twice'),
+        (4, "E105", "NaN is not JSON"),
+        (5, "E101", "not UTF-8: a foreign byte in line 6"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("document", "hint"),
+    [
+        ({"1": {"q": "a"}, "2": {"q": "b"}}, "'values(@)'"),
+        ({"X": [{"q": "a"}], "Y": [{"q": "b"}]}, "'*[]'"),
+        ({"version": "1.1", "data": [{"q": "a"}]}, "data"),
+        ({"my rows": [{"q": "a"}]}, "'\"my rows\"'"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("recipe", [{}, {"input": "q", "output": "a"}, {"input": "{{ q }}", "output": "{{ a }}"}])
+def test_a_document_that_holds_the_rows_is_refused_with_the_option_that_finds_them(
+    tmp_path: Path, document: Any, hint: str, indent: int | None, recipe: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        _read(tmp_path, json.dumps(document, indent=indent), None, **recipe)
+    assert f"--rows {hint}, or set data.rows" in (caught.value.fix or "")
+    assert caught.value.where == f"{tmp_path / 'rows.json'}:1"
+
+
+def test_one_row_of_a_known_kind_is_a_row_though_it_holds_objects(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert len(_read(tmp_path, {"messages": turns}, None).rows) == 1
+    assert [fault.code for fault in _read(tmp_path, {"messages": turns, "id": 4}, None).faults] == ["E201"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_data_rows_is_refused_for_tables_that_have_none(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    table = datasets.Dataset.from_list([A])
+    table.to_parquet(str(tmp_path / "rows")) if kind == "parquet" else table.save_to_disk(str(tmp_path / "rows"))
+    with pytest.raises(UserError, match=r"data\.rows finds rows in a JSON document"):
+        read_pairs(tmp_path / "rows", DataRecipe(rows="data"))

@@ -1,0 +1,219 @@
+"""Input and ideal output by templates: what they write, what they refuse, and what is told of it."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import Listener
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.data.formats import Reading, read_pairs
+from tunewright.data.formats.file_check import check_files, fix_file
+from tunewright.errors import UserError
+from tunewright.recipe import DataRecipe
+from tunewright.recipe_file import load_recipe
+
+ROW = {"id": 7, "title": "Mitosis", "parts": [{"text": "é", "ok": True}, {"text": "<b>"}], "gold": 1, "note": None}
+
+
+def _jsonl(folder: Path, *rows: Any) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _read(folder: Path, output: str, *rows: Any, **recipe: Any) -> Reading:
+    data = DataRecipe(**{"input": "{{ title }}", "output": output, **recipe})
+    return read_pairs(_jsonl(folder, *(rows or (ROW,))), data)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ title }}: {{ gold }}", "Mitosis: 1"),
+        ("{{ parts[gold].text }}", "<b>"),
+        ("{{ parts | map(attribute='text') | join(' ') }}", "é <b>"),
+        ("{{ parts | tojson }}", '[{"text": "é", "ok": true}, {"text": "<b>"}]'),
+        ("{{ note | tojson }}", "null"),
+        ("{{ {'b': title, 'a': gold} | tojson }}", '{"b": "Mitosis", "a": 1}'),
+        ("{% for part in parts if part.ok is defined %}{{ part.text }}{% endfor %}", "é"),
+        ("{{ missing | default('none') }}", "none"),
+        ("{{ row['title'] }}{{ row | length }}", "Mitosis5"),
+        ("{{ title }}\n", "Mitosis\n"),
+        ("{{ 'a\\nb' }}", "a\nb"),
+    ],
+)
+def test_a_template_writes_text_of_the_row(tmp_path: Path, template: str, text: str) -> None:
+    reading = _read(tmp_path, template)
+    assert [row.example.output for row in reading.rows] == [text]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda v: st.lists(v) | st.dictionaries(st.text(), v),
+        max_leaves=6,
+    )
+)
+def test_tojson_writes_what_python_reads_back_with_the_keys_in_order(
+    tmp_path_factory: pytest.TempPathFactory, value: Any
+) -> None:
+    text = json.dumps(value, ensure_ascii=False)
+    reading = _read(tmp_path_factory.mktemp("json"), "={{ x | tojson }}", {"title": "a", "x": value})
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        assert [fault.code for fault in reading.faults] == ["E402"]
+    else:
+        assert [row.example.output for row in reading.rows] == [unicodedata.normalize("NFC", "=" + text)]
+
+
+@pytest.mark.parametrize(
+    ("template", "code", "words"),
+    [
+        ("{{ missing }}", "E207", "data.output: 'missing' is undefined"),
+        ("{{ parts[5].text }}", "E207", "data.output: list object has no element 5"),
+        ("{{ parts[1].ok }}", "E207", "has no attribute 'ok'"),
+        ("{{ row['Title'] }}", "E207", "has no attribute 'Title'"),
+        ("{{ title + gold }}", "E207", "data.output: can only concatenate str"),
+        ("{{ gold / 0 }}", "E207", "data.output: division by zero"),
+        ("{{ parts.append(1) }}", "E207", "data.output: access to attribute 'append'"),
+        ("{{ missing | tojson }}", "E207", "'missing' is undefined"),
+        ("{{ note }}", "E305", "data.output: a value of the template is null, not text"),
+        ("{{ parts }}", "E305", "is list, not text"),
+        ("{{ gold == 1 }}", "E305", "is bool, not text"),
+        ("{{ parts | map(attribute='text') }}", "E305", "is generator, not text"),
+        ("{% if gold == 2 %}x{% endif %}", "E401", "an empty answer"),
+        ("answer", "E207", 'missing key "answer", which data.output names'),
+    ],
+)
+def test_a_row_that_a_template_cannot_be_written_from_is_a_fault_and_the_others_are_read(
+    tmp_path: Path, template: str, code: str, words: str
+) -> None:
+    good = {"title": "a", "missing": "b", "parts": [{"text": "c", "ok": "d"}] * 6, "Title": "x", "answer": "y"}
+    reading = _read(tmp_path, template, ROW, {**good, "gold": 2, "note": "n"})
+    assert [(fault.line, fault.code) for fault in reading.faults if fault.line == 1] == [(1, code)]
+    assert words in reading.faults[0].reason
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "where"),
+    [
+        ({"output": "{{ title"}, "line 1: unexpected end of template", "data.output (--output)"),
+        ({"output": "\n{{ title | nothing }}"}, "line 2: No filter named 'nothing'", "data.output (--output)"),
+        ({"input": "{% for %}"}, "not a template that can be read", "data.input (--input)"),
+        ({"output": None}, "data.input is a template, and there is no data.output", "data.output (--output)"),
+        ({"output": "{{ title }}"}, "input and output at once", "data.output (--output)"),
+        (
+            {"output": "{{ gold }}", "ignore": ("gold",)},
+            'uses the key "gold", which data.ignore leaves out',
+            "data.ignore",
+        ),
+        ({"output": "{% include 'x' %}"}, "takes in another one", "data.output (--output)"),
+        ({"output": "{{ above[0] }}"}, "there is no data.rows", "data.output (--output)"),
+        ({"output": "{{ [1, 2] | random }}"}, "No filter named 'random'", "data.output (--output)"),
+    ],
+)
+def test_a_template_that_is_none_is_refused_before_any_file_is_read(
+    tmp_path: Path, recipe: dict[str, Any], words: str, where: str
+) -> None:
+    data = DataRecipe(**{"input": "{{ title }}", "output": "gold", **recipe})
+    for act in (
+        lambda: read_pairs(_jsonl(tmp_path, ROW), data),
+        lambda: check_files([tmp_path / "none"], data, Listener()),
+    ):
+        with pytest.raises(UserError) as caught:
+            act()
+        assert words in caught.value.what
+        assert caught.value.where == where
+
+
+def test_the_note_says_what_is_mapped_and_which_keys_are_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    reading = _read(tmp_path, "{{ parts[gold].text }}", ROW, {**ROW, "extra": 1}, ignore=("id",))
+    assert reading.notes == [
+        f"{path}: JSON Lines: mapped pairs, since the recipe maps title to the input and parts, gold to the output",
+        f"{path}: keys that are not used: extra, note",
+        f"{path}: left out, as data.ignore says: id",
+    ]
+    whole = _read(tmp_path, "{{ row | tojson }}")
+    assert len(whole.notes) == 1
+    assert "the whole row to the output" in whole.notes[0]
+    many = _read(tmp_path, "{{ gold }}", {**ROW, **{f"key{i}": i for i in range(100)}})
+    assert many.notes[1].endswith(" and others")
+
+
+def test_a_template_may_stand_beside_the_name_of_a_key_whose_value_is_checked_as_ever(tmp_path: Path) -> None:
+    reading = _read(tmp_path, "title", ROW, {**ROW, "title": 4}, input="{{ gold }}?")
+    assert [(row.example.input_text, row.example.output) for row in reading.rows] == [("1?", "Mitosis")]
+    assert [(fault.code, fault.path) for fault in reading.faults] == [("E305", "$.title")]
+
+
+def _csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), delimiter=";")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def _saved(path: Path, rows: list[dict[str, Any]]) -> Path:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    return path
+
+
+@pytest.mark.parametrize("write", [_csv, _parquet, _saved])
+def test_tables_are_mapped_by_columns_of_any_name_and_only_those_are_read(tmp_path: Path, write: Any) -> None:
+    rows = [{"Customer Question": f"q{i}", "reply": f"r{i}", "day": "Monday", "seen": "x"} for i in range(3)]
+    data = DataRecipe(input='{{ day }}: {{ row["Customer Question"] }}', output="{{ reply }}.")
+    path = write(tmp_path / "rows", rows)
+    reading = read_pairs(path, data)
+    assert [(r.example.input_text, r.example.output) for r in reading.rows] == [
+        (f"Monday: q{i}", f"r{i}.") for i in range(3)
+    ]
+    assert f"{path}: columns that are not used: seen" in reading.notes
+    with pytest.raises(UserError, match='no column named "answer"'):
+        read_pairs(path, data.model_copy(update={"output": "{{ answer }}"}))
+    whole = read_pairs(path, data.model_copy(update={"output": "{{ row | tojson }}"}))
+    assert json.loads(whole.rows[1].example.output) == rows[1]
+
+
+def test_lists_and_dates_of_parquet_are_values_of_a_template(tmp_path: Path) -> None:
+    rows = [{"q": ["a", "b"], "when": datetime.date(2024, 7, 26), "a": {"x": 1.5, "y": None}}]
+    data = DataRecipe(input="{{ q | join(', ') }} on {{ when }}", output="{{ a | tojson }}")
+    [row] = read_pairs(_parquet(tmp_path / "rows", rows), data).rows
+    assert (row.example.input_text, row.example.output) == ("a, b on 2024-07-26", '{"x": 1.5}')
+
+
+def test_a_corrected_copy_has_the_mapped_pairs_and_says_what_was_left_out(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, ROW, {"title": "b"}, {**ROW, "title": "c"})
+    data = DataRecipe(input="{{ title }}", output="{{ gold }}")
+    assert check_files([path], data, Listener()).counts == {"E207": 1}
+    changes = fix_file(path, tmp_path / "out.jsonl", data)
+    written = read_pairs(tmp_path / "out.jsonl", DataRecipe())
+    assert [(r.example.input_text, r.example.output) for r in written.rows] == [("Mitosis", "1"), ("c", "1")]
+    assert [(c.line, c.code) for c in changes if c.left_out] == [(2, "E207")]
+    assert next(c.what for c in changes if c.code is None) == "keys that are not used: id, note, parts"
+
+
+def test_a_recipe_file_holds_templates_of_several_lines(tmp_path: Path) -> None:
+    path = tmp_path / "tunewright.yaml"
+    path.write_text('data:\n  input: |-\n    {{ title }}\n    {{ gold }}\n  output: "{{ gold }}"\n')
+    [row] = read_pairs(_jsonl(tmp_path, ROW), load_recipe(path).data).rows
+    assert row.example.input_text == "Mitosis\n1"

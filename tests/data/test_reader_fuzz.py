@@ -1,0 +1,306 @@
+"""Whatever a file holds, each reader gives rows, faults or one UserError, and never a traceback.
+
+`make test` tries hypothesis's own number of cases, `make fuzz` 10,000 for each reader.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tunewright.data.formats import read_pairs
+from tunewright.data.formats.row_errors import CODES
+from tunewright.errors import UserError
+from tunewright.recipe import DataRecipe
+
+MAPPED = DataRecipe(input="q", output="a")
+TEMPLATED = DataRecipe(input="{{ q }}{{ b | tojson }}", output='{{ row["a"] | default(x[0].y) }}', ignore=("id",))
+RECIPES = st.sampled_from([DataRecipe(), MAPPED, TEMPLATED, DataRecipe(groups=("g",), ignore=("id",))])
+PAIR = b'{"prompt": "two and two?", "completion": "four"}'
+CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]}'
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """One folder for all cases: a folder for each of 10,000 takes longer than reading."""
+    with TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def _check(path: Path, data: DataRecipe) -> None:
+    try:
+        reading = read_pairs(path, data)
+    except UserError as error:
+        assert error.what
+        assert error.where
+        return
+    assert reading.rows or reading.faults
+    for fault in reading.faults:
+        assert fault.code in CODES
+        assert fault.line >= 1
+    for row in reading.rows:
+        assert row.example.output.strip()
+        assert row.example.pair_key
+
+
+def _check_bytes(folder: Path, name: str, content: bytes, data: DataRecipe) -> None:
+    (folder / name).write_bytes(content)
+    _check(folder / name, data)
+
+
+_scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(["user", "gpt", "[]"])
+)
+_NAMES = ["messages", "role", "content", "weight", "prompt", "completion", "instruction", "output", "history", "tools"]
+_NAMES += ["conversations", "from", "value", "text", "system", "q", "a", "b", "x", "g", "id", "row"]
+_keys = st.sampled_from(_NAMES)
+_json = st.recursive(
+    _scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(_keys, inner, max_size=4)),
+    max_leaves=12,
+)
+
+
+def _pieces(*special: bytes) -> st.SearchStrategy[bytes]:
+    """Bytes at random, or pieces of what such files are made of, put together at random."""
+    pieces = [b"[", b"]", b"{", b"}", b",", b":", b'"', b"\n", b"\r\n", b" ", b"\t", b"\\", b"\\ud800", b"\\u", b"x"]
+    pieces += [b"\xef\xbb\xbf", b"\xff\xfe", b"\x00", b"\xe9", b"\x81", b"\xc3\xa9", b"NaN", b"-Infinity", b"1e999"]
+    return st.one_of(
+        st.binary(max_size=200),
+        st.lists(st.sampled_from([*pieces, PAIR, CHAT, b'{"q": "x", "a": "y"}', *special]), max_size=25).map(b"".join),
+    )
+
+
+def _dumped(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+@given(_pieces(), RECIPES)
+def test_json_lines_of_any_bytes(folder: Path, content: bytes, data: DataRecipe) -> None:
+    _check_bytes(folder, "a.jsonl", content, data)
+
+
+@given(st.lists(_json, min_size=1, max_size=4), RECIPES)
+def test_json_lines_of_any_values(folder: Path, values: list[Any], data: DataRecipe) -> None:
+    _check_bytes(folder, "b.jsonl", PAIR + b"\n" + b"\n".join(map(_dumped, values)), data)
+
+
+@given(_pieces(b"[" + PAIR + b",", PAIR + b"]"), RECIPES)
+def test_a_json_array_of_any_bytes(folder: Path, content: bytes, data: DataRecipe) -> None:
+    _check_bytes(folder, "c.json", b"[" + content, data)
+
+
+@given(st.lists(st.one_of(_json, st.dictionaries(_keys, _json, max_size=4)), max_size=4), st.integers(0, 2), RECIPES)
+def test_json_objects_and_arrays_of_any_values(folder: Path, values: list[Any], indent: int, data: DataRecipe) -> None:
+    text = json.dumps(values, indent=indent) if indent else "\n".join(json.dumps(value, indent=1) for value in values)
+    _check_bytes(folder, "d.json", text.encode(), data)
+
+
+_EXPRESSIONS = ["*", "*[]", "values(@)", "@", "[]", "[*]", "a", "a.b", "a[0]", "*.*[]", "keys(@)", "[?x]", "*[].{q: a}"]
+_EXPRESSIONS += ["sort_by(@, &a)", "`[{}]`", "max(@)", "length(@)", "[@, @]", "@ | [0]", "nothing(@)", "a ||", "*[]."]
+_documents = st.one_of(
+    st.dictionaries(
+        _keys, st.one_of(_json, st.lists(st.dictionaries(_keys, _json, max_size=4), max_size=4)), max_size=4
+    ),
+    _json,
+)
+
+
+@given(
+    content=st.one_of(_documents.map(lambda v: _dumped(v)), _documents.map(lambda v: _dumped(v)[:-1]), _pieces()),
+    expression=st.one_of(st.sampled_from(_EXPRESSIONS), st.text(min_size=1, max_size=8)),
+    data=RECIPES,
+    foreign=st.one_of(st.none(), st.integers(0, 50)),
+)
+def test_rows_in_a_json_document(
+    folder: Path, content: bytes, expression: str, data: DataRecipe, foreign: int | None
+) -> None:
+    if foreign is not None:
+        content = content[:foreign] + "é".encode() * 2 + b"\xed" + content[foreign:]
+    _check_bytes(folder, "e.json", content, data.model_copy(update={"rows": expression}))
+
+
+@given(_pieces(b"q,a\n", b"q\ta\n", b"prompt,completion\n", b";", b"|", b'""', b"q,a,id,b,x\n"), RECIPES)
+def test_csv_of_any_bytes(folder: Path, content: bytes, data: DataRecipe) -> None:
+    _check_bytes(folder, "f.csv", content, data)
+
+
+@given(
+    _pieces(b"q,a\n", b"PAR1", b"q\ta\n"),
+    st.sampled_from(["g.json", "g.jsonl", "g.csv", "g.tsv", "g.txt", "g.parquet", "g"]),
+    RECIPES,
+)
+def test_any_bytes_under_any_name(folder: Path, content: bytes, name: str, data: DataRecipe) -> None:
+    _check_bytes(folder, name, content, data)
+
+
+_COLUMNS = {"q": ["one", "two", None], "a": ["x", "y", "z"], "b": [[{"y": 1}], [], None], "x": [1.5, float("nan"), 2]}
+
+
+@cache
+def _parquet() -> bytes:
+    import io
+
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    file = io.BytesIO()
+    pq.write_table(pa.table(_COLUMNS), file)
+    return file.getvalue()
+
+
+_damages = st.lists(
+    st.tuples(
+        st.sampled_from(["change", "cut", "insert", "drop"]), st.floats(0, 1, exclude_max=True), st.integers(0, 255)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def _damaged(content: bytes, damages: list[tuple[str, float, int]]) -> bytes:
+    for what, share, byte in damages:
+        at = int(share * len(content))
+        after = {"change": at + 1, "cut": len(content), "insert": at, "drop": at + 1 + byte}[what]
+        content = content[:at] + (bytes([byte]) if what in ("change", "insert") else b"") + content[after:]
+    return content
+
+
+@given(_damages, RECIPES)
+def test_damaged_parquet(folder: Path, damages: list[tuple[str, float, int]], data: DataRecipe) -> None:
+    _check_bytes(folder, "h.parquet", b"PAR1" + _damaged(_parquet(), damages)[4:], data)
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> dict[str, bytes]:
+    """The files of a saved dataset, by name."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    kinds = {"b": datasets.List({"y": datasets.Value("int64")}), "x": datasets.Value("float64")}
+    names = datasets.ClassLabel(names=["x", "y", "z"])
+    features = datasets.Features({"q": datasets.Value("string"), "a": names, **kinds})
+    columns = {**_COLUMNS, "a": [0, 1, 2]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder / "whole"))
+    return {file.name: file.read_bytes() for file in (folder / "whole").iterdir()}
+
+
+_FILES = ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"]
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@given(file=st.sampled_from(_FILES), damages=_damages, data=RECIPES)
+def test_a_saved_dataset_with_a_damaged_file(
+    folder: Path, saved: dict[str, bytes], file: str, damages: list[tuple[str, float, int]], data: DataRecipe
+) -> None:
+    _check(_write(folder / "damaged", {**saved, file: _damaged(saved[file], damages)}), data)
+
+
+def _changed(value: Any, draw: Callable[[st.SearchStrategy[Any]], Any]) -> Any:
+    """The JSON with one of its values, at any depth, put in place of by another, or left out."""
+    if isinstance(value, dict | list) and value and draw(st.integers(0, 3)):
+        copy: Any = dict(value) if isinstance(value, dict) else list(value)
+        key = draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
+        if draw(st.integers(0, 4)):
+            copy[key] = _changed(value[key], draw)
+        else:
+            del copy[key]
+        return copy
+    return draw(_meta)
+
+
+_meta = st.one_of(
+    _json,
+    st.sampled_from(
+        ["List", "LargeList", "Value", "ClassLabel", "Image", "Audio", "Array2D", "Sequence", "Translation"]
+    ),
+    st.sampled_from(["int64", "string", "arrow", "numpy", "../x", "_type", "null", "binary"]),
+    st.just({"dtype": "string", "_type": "Value"}),
+    st.just({"filename": "data-00000-of-00001.arrow"}),
+)
+
+
+@given(draw=st.data(), file=st.sampled_from(_FILES[:2]), data=RECIPES, gone=st.booleans())
+def test_a_saved_dataset_whose_description_says_something_else(
+    folder: Path, saved: dict[str, bytes], draw: st.DataObject, file: str, data: DataRecipe, gone: bool
+) -> None:
+    described = _changed(json.loads(saved[file]), draw.draw)
+    files = {**saved, file: json.dumps(described).encode()}
+    if gone and draw.draw(st.booleans()):
+        del files[draw.draw(st.sampled_from(_FILES))]
+    _check(_write(folder / "changed", files), data)
+
+
+_BITS = [
+    "{{ ",
+    " }}",
+    "{% ",
+    " %}",
+    "x",
+    "row",
+    "above",
+    "q",
+    "a",
+    ".b",
+    "[0]",
+    '["x"]',
+    " | ",
+    "tojson",
+    "join",
+    "list",
+]
+_BITS += [
+    "map(attribute='y')",
+    "select",
+    "default('d')",
+    "if ",
+    "endif",
+    "for p in ",
+    "endfor",
+    "set v = ",
+    " ~ ",
+    " + ",
+]
+_BITS += [
+    "(",
+    ")",
+    "'t'",
+    "1",
+    "length",
+    "first",
+    "sum",
+    "is defined",
+    "not ",
+    "\n",
+    "{# c #}",
+    "include 'x'",
+    "random",
+]
+_BITS += ["upper", "int", "dictsort", "items", "**x", "loop.index", "format", "__class__", "range(9)", "namespace(v=1)"]
+_templates = st.one_of(
+    st.lists(st.sampled_from(_BITS), min_size=1, max_size=12).map("".join),
+    st.lists(st.sampled_from(_BITS[4:]), min_size=1, max_size=6).map(lambda bits: "{{ " + "".join(bits) + " }}"),
+)
+
+
+@given(_templates, st.lists(st.dictionaries(_keys, _json, max_size=4), min_size=1, max_size=3))
+@example("{{ q | upper }}", [{"q": None}])
+def test_any_template_over_any_rows(folder: Path, template: str, rows: list[Any]) -> None:
+    data = DataRecipe(input="x {{ q }}", output=template)
+    _check_bytes(folder, "i.jsonl", b"\n".join(map(_dumped, rows)), data)
