@@ -13,6 +13,39 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+# As data.secrets names what it finds: the first 21 are secrets, the next 5 personal data, the last 3 need --presidio.
+Findable = Literal[
+    "private_key",
+    "github_token",
+    "gitlab_token",
+    "npm_token",
+    "pypi_token",
+    "aws_key_id",
+    "aws_secret",
+    "google_key",
+    "azure_key",
+    "slack_token",
+    "stripe_key",
+    "anthropic_key",
+    "openai_key",
+    "huggingface_token",
+    "sendgrid_key",
+    "twilio_key",
+    "databricks_token",
+    "digitalocean_token",
+    "jwt",
+    "url_credentials",
+    "card",
+    "iban",
+    "email",
+    "phone",
+    "us_ssn",
+    "ip_address",
+    "person",
+    "location",
+    "nrp",
+]
+
 PRESETS: dict[str, dict[str, Any]] = {
     "classic": {"targets": ("q_proj", "v_proj"), "learning_rate": 2e-4, "epochs": 3},
     "all-linear": {
@@ -99,6 +132,13 @@ class DataRecipe(_Section):
         str | None,
         Field(description="An instruction put, when pairs are added, before each that has no system turn of its own."),
     ] = None
+    allow: Annotated[
+        tuple[Findable, ...],
+        Field(
+            description="Kinds of secrets and personal data that are meant to be in the pairs, such as the firm's own "
+            "phone number or test keys: counted and told, but let through."
+        ),
+    ] = ()
     max_characters: Annotated[
         int,
         Field(

@@ -80,19 +80,21 @@ class Road:
         skip_bad: bool = False,
         redact: bool = False,
         accept_conflicts: bool = False,
+        presidio: str | None = None,
         message: str = "",
     ) -> AddResult:
         """Add files of pairs to the dataset: a new version, unless nothing in them is new.
 
         ``rows``, ``input_column`` and ``output_column`` take the place of the recipe's data.rows, data.input and
-        data.output; ``accept_conflicts`` keeps inputs with different outputs, as data.conflicts: accept does.
+        data.output; ``accept_conflicts`` keeps inputs with different outputs, as data.conflicts: accept does;
+        ``presidio`` names a spaCy model to look for names and places with.
         """
         paths = [Path(f) for f in files]
         data = self._mapped(paths, rows, input_column, output_column)
         if accept_conflicts:
             data = data.model_copy(update={"conflicts": "accept"})
         project = Project(self.project.root, self.project.recipe.model_copy(update={"data": data}))
-        return add(project, paths, self.reporter, skip_bad=skip_bad, redact=redact, message=message)
+        return add(project, paths, self.reporter, skip_bad=skip_bad, redact=redact, presidio=presidio, message=message)
 
     def _mapped(self, paths: Sequence[Path], rows: str | None, input_: str | None, output: str | None) -> DataRecipe:
         """The recipe's data section with a command's options in it.

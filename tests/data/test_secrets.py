@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from pathlib import Path
+from typing import get_args
 
 import pytest
-from data_helpers import Listener
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from secret_samples import NEGATIVES, Sample, negatives, positives, with_iban_check, with_luhn
 
 from real_data import DATA_SETS, SHARED
+from tunewright.data.add import add
 from tunewright.data.examples import Example, Message
-from tunewright.data.secrets import LABELS, blocked, find, redact, scan, warned
+from tunewright.data.secrets import LABELS, blocked, find, let_through, redact, scan, warned
 from tunewright.data.secrets.personal_patterns import iban_valid, luhn
 from tunewright.data.secrets.secret_patterns import checksummed
+from tunewright.errors import UserError
+from tunewright.project import Project
+from tunewright.recipe import DataRecipe, Findable
 
 POSITIVES = positives(seed=7, each=30)
 BY_KIND = sorted({sample.name for sample in POSITIVES})
@@ -231,6 +238,59 @@ def test_weights_and_roles_stay() -> None:
         ("user", 1),
         ("assistant", 1),
     ]
+
+
+def test_kinds_that_are_allowed_are_counted_and_told_but_neither_block_nor_warn() -> None:
+    key, mail = _sample("stripe_key").expected[0][1], "maria@uni-bonn.de"
+    rows = [("a.jsonl:8", _example("Answer.", f"key {key}", f"Ask {mail}, or call 415-555-2671"))]
+    result = scan(rows, allow=["stripe_key", "phone"])
+    assert result.counts == {"stripe_key": 1, "email": 1, "phone": 1}
+    assert result.of("secret") == ()
+    assert [place.finding.kind for place in result.of("personal")] == ["email"]
+    told = let_through(result)
+    assert told.count("\n") == 0
+    assert "Stripe live key: 1, phone number: 1, in 1 row" in told
+    assert key not in told
+    assert let_through(scan(rows)) == ""
+
+
+def test_what_is_allowed_is_not_redacted_not_even_in_part() -> None:
+    example = _example("x", "Write to ann@uni-bonn.de or call 415-555-2671", "Not ann@uni-bonn.de: 415-555-2671")
+    redacted, counts = redact(example, allow=["phone"])
+    assert [m.content for m in redacted.messages][1:] == [
+        "Write to <EMAIL_1> or call 415-555-2671",
+        "Not <EMAIL_1>: 415-555-2671",
+    ]
+    assert counts == {"email": 2}
+    within = _example("x", "Connect to amqp://ann@corp.io:hunter2Zq@mq.io", "It is for ann@corp.io, as you know")
+    kept, _ = redact(within, allow=["url_credentials"])
+    assert [m.content for m in kept.messages][1:] == [
+        "Connect to amqp://ann@corp.io:hunter2Zq@mq.io",
+        "It is for <EMAIL_1>, as you know",
+    ]
+
+
+def test_the_recipe_knows_every_kind_that_is_found() -> None:
+    assert set(get_args(Findable)) == set(LABELS)
+    assert DataRecipe.model_validate({"allow": ["phone"]}).allow == ("phone",)
+    with pytest.raises(ValidationError, match="github_token"):
+        DataRecipe.model_validate({"allow": ["telephone"]})
+
+
+def test_a_data_set_with_allowed_kinds_is_added_and_the_refusal_names_the_way(tmp_path: Path) -> None:
+    key = _sample("stripe_key").expected[0][1]
+    pairs = [*unlike_pairs(60), ("Which key is for tests?", f"It is {key}")]
+    path = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    project = new_project(tmp_path / "p")
+    with pytest.raises(UserError) as caught:
+        add(project, [path], Listener())
+    assert "data.allow: [stripe_key]" in (caught.value.fix or "")
+    recipe = project.recipe
+    changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"allow": ("stripe_key",)})})
+    listener = Listener()
+    added = add(Project(project.root, changed), [path], listener)
+    assert (added.added, added.personal) == (61, {"stripe_key": 1})
+    assert any("Let through, as data.allow says: Stripe live key: 1" in said for said in listener.said)
 
 
 @settings(max_examples=300)

@@ -10,6 +10,7 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from review_helpers import judge_next, review
 
 from tunewright.data.add import add
 from tunewright.data.versions import checkout, list_versions, load_version, short, version_folder
@@ -21,11 +22,12 @@ from tunewright.project import Project
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project with two versions, 60 and 75 rows; tests work on copies."""
+    """A project with two versions, 60 and 75 rows, and some reviews; tests work on copies."""
     root = tmp_path_factory.mktemp("verify")
     project = new_project(root / "p")
     for name, count, seed in (("first", 60, 1), ("second", 15, 2)):
         add(project, [write_jsonl(root / f"{name}.jsonl", unlike_pairs(count, seed))], Listener(), message=name)
+    judge_next(review(project), "right", "wrong", "skip", "right")
     return project
 
 
@@ -50,6 +52,7 @@ def test_a_whole_dataset_has_no_damage(project: Project) -> None:
     listener = Listener()
     found = verify(project.dataset, listener)
     assert (found.ok, found.rows, found.versions, found.unsealed) == (True, 75, 2, ())
+    assert (found.reviews, found.undigested) == (5, 0)
     done, total = listener.steps["verifying"]
     assert done == total > 2
     assert json.loads(json.dumps(found.as_dict()))["ok"] is True
@@ -182,6 +185,27 @@ def test_versions_of_earlier_releases_are_whole_and_named_as_unsealed(project: P
     found = verify(project.dataset, Listener())
     assert found.ok
     assert found.unsealed == (_first(project),)
+
+
+def test_a_changed_review_and_half_a_one_name_their_lines(project: Project) -> None:
+    path = project.dataset / "reviews.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[2] = lines[2].replace('"wrong"', '"right"')
+    path.write_text("".join(lines) + lines[1][:40])
+    found = verify(project.dataset, Listener())
+    assert [d.where for d in found.damage] == [f"{path}:3", f"{path}:6"]
+    assert "does not have its digest" in found.damage[0].what
+    assert "half a review" in found.damage[1].what
+    assert found.reviews == 4
+
+
+def test_reviews_of_earlier_releases_are_whole_and_counted(project: Project) -> None:
+    path = project.dataset / "reviews.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    old = [{k: v for k, v in event.items() if k not in ("digest", "nth")} for event in events]
+    path.write_text("".join(json.dumps(event) + "\n" for event in old))
+    found = verify(project.dataset, Listener())
+    assert (found.ok, found.reviews, found.undigested) == (True, 5, 5)
 
 
 def test_without_a_dataset_there_is_nothing_to_verify(tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ def data_add(
     accept_conflicts: Annotated[
         bool, typer.Option("--accept-conflicts", help="Keep inputs with different outputs, instead of refusing.")
     ] = False,
+    presidio: Annotated[
+        str | None,
+        typer.Option(help="Look for names and places too, with this spaCy model.", show_default="patterns only"),
+    ] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="Kept with the version.")] = "",
     project: Folder = HERE,
     json: Json = False,
@@ -60,6 +64,7 @@ def data_add(
             skip_bad=skip_bad,
             redact=redact,
             accept_conflicts=accept_conflicts,
+            presidio=presidio,
             message=message,
         )
         what = f"{result.added:,} examples added, {result.known:,} known before, {len(result.duplicates):,} duplicates"

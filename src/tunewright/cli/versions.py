@@ -127,7 +127,7 @@ def data_export(
 
 @data_app.command("push")
 def data_push(url: Url, project: Folder = HERE, json: Json = False) -> None:
-    """Copy the current version, and those that it was made from, to a folder or bucket that a team shares."""
+    """Copy the current version, those that it was made from, and reviews to a folder or bucket that a team shares."""
     import tunewright
     from tunewright.data.versions.remote import push
 
@@ -139,7 +139,7 @@ def data_push(url: Url, project: Folder = HERE, json: Json = False) -> None:
 
 @data_app.command("pull")
 def data_pull(url: Url, project: Folder = HERE, json: Json = False) -> None:
-    """Copy the current version from a folder or bucket that a team shares, verified, and make it current here."""
+    """Copy the current version and reviews from where a team shares them, verified, and make it current here."""
     import tunewright
     from tunewright.data.versions.remote import pull
 
@@ -150,17 +150,21 @@ def data_pull(url: Url, project: Folder = HERE, json: Json = False) -> None:
 
 
 def _transfer_text(done: Transfer, other: str) -> str:
-    if done.ahead:
-        return f"{other} {done.ahead} versions ahead: nothing to do."
-    if not done.versions:
-        return f"Nothing to do: both sides are at version {done.head[:12]}."
+    reviews = f"Copied {done.verdicts:,} verdicts ({done.reviews:,} records of reviews)." if done.reviews else ""
     names = ", ".join(digest[:12] for digest in done.versions)
-    return f"Copied {names}: {done.rows:,} new rows, {done.bytes:,} bytes. Both sides are at version {done.head[:12]}."
+    copied = f"Copied {names}: {done.rows:,} new rows, {done.bytes:,} bytes." if names else ""
+    if done.ahead:
+        state = f"{other} {done.ahead} versions ahead{'' if reviews else ': nothing to do'}."
+    elif copied or reviews:
+        state = f"Both sides are at version {done.head[:12]}."
+    else:
+        state = f"Nothing to do: both sides are at version {done.head[:12]}."
+    return " ".join(filter(None, [copied, reviews, state]))
 
 
 @data_app.command("verify")
 def data_verify(project: Folder = HERE, json: Json = False) -> None:
-    """Check every row and every version against its digest. Exit code 1 where something is not as it was written."""
+    """Check every row, version and review against its digest. Exit code 1 where something is not as it was written."""
     import tunewright
     from tunewright.data.versions.verify import verify
 
@@ -170,7 +174,9 @@ def data_verify(project: Folder = HERE, json: Json = False) -> None:
         if found.unsealed:
             names = ", ".join(digest[:12] for digest in found.unsealed)
             current.reporter.warn(f"Of an earlier tunewright, so that no digest covers manifest and imports: {names}")
-        told = f"{found.rows:,} rows, {found.versions:,} versions"
+        if found.undigested:
+            current.reporter.warn(f"{found.undigested:,} reviews are of an earlier tunewright: no digest covers them.")
+        told = f"{found.rows:,} rows, {found.versions:,} versions, {found.reviews:,} records of reviews"
         current.show(
             found.as_dict(), f"{told}: all as written." if found.ok else "\n".join([told, *map(str, found.damage)])
         )

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.data import notices, secrets
+from tunewright.data import notices
+from tunewright.data.contents import Contents, contents
 from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
 from tunewright.data.merge import Merge, merge
-from tunewright.data.mixing import Mixed, mix_in
-from tunewright.data.neighbours import find_clusters, largest_clusters
-from tunewright.data.neighbours.decontaminate import Hit, How, item_names, read_items, training_hits
+from tunewright.data.neighbours.decontaminate import Hit
 from tunewright.data.notices import Conflict, Duplicate, Largest, Move
-from tunewright.data.review.suspects import class_like
-from tunewright.data.splits import assign_splits, join_groups
+from tunewright.data.screening import screen
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
-    Member,
     Settings,
     Source,
     locked,
     members_digest,
     save_version,
 )
-from tunewright.data.versions.making import LeftOut, new_manifest, renamed
+from tunewright.data.versions.making import LeftOut, new_manifest
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
-
-_LARGEST = 5
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class AddResult:
     redacted: dict[str, int]
     """How many secrets and personal data, by kind, placeholders took the place of."""
     personal: dict[str, int]
-    """How much personal data, by kind, was left in."""
+    """How much personal data, by kind, was left in, with secrets that ``data.allow`` let through."""
     contaminated: tuple[Hit, ...]
     """Training rows that hold a test row or a benchmark item; left out where data.contaminated is "drop"."""
     largest: tuple[Largest, ...]
@@ -72,6 +67,7 @@ def add(
     *,
     skip_bad: bool = False,
     redact: bool = False,
+    presidio: str | None = None,
     message: str = "",
 ) -> AddResult:
     """Add files of pairs to the project's dataset; rows that it has already change nothing.
@@ -82,6 +78,7 @@ def add(
         reporter: is warned of all that is left out, moved or doubtful.
         skip_bad: leave faulty rows out, each named, instead of refusing.
         redact: put placeholders for secrets and personal data, instead of refusing secrets.
+        presidio: a spaCy model with which presidio looks for names and places too (``open_presidio``).
         message: kept with the version.
 
     Raises:
@@ -96,11 +93,14 @@ def add(
         raise notices.faulty(skipped)
     if skipped:
         reporter.warn(notices.skipped(skipped))
-    rows = [row for reading in readings for row in reading.rows]
-    redacted: Counter[str] = Counter()
-    if redact:
-        rows, redacted = _redacted(rows, reporter)
-    personal = _screened(rows, reporter)
+    screened = screen(
+        [row for reading in readings for row in reading.rows],
+        recipe.data.allow,
+        reporter,
+        redact=redact,
+        presidio=presidio,
+    )
+    rows = screened.rows
     with locked(project.dataset):
         merged = merge(project.dataset, rows, recipe.data.similarity, reporter)
         conflicts = _settled(merged, recipe)
@@ -109,28 +109,28 @@ def add(
             reporter.warn(notices.duplicates(duplicates))
         if merged.reweighted:
             reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
-        contents = _contents(project, merged, rows, reporter)
-        created = merged.parent is None or merged.parent.digest != members_digest(contents.members)
+        found = contents(project, merged, rows, reporter)
+        created = merged.parent is None or merged.parent.digest != members_digest(found.members)
         if created:
             sources = _sources(files, readings, project.root)
             version = new_manifest(
-                contents.members,
+                found.members,
                 merged.parent,
                 _settings(recipe),
                 message=message,
                 sources=list(sources.values()),
-                left_out=LeftOut(len(duplicates), len(skipped), len(contents.moved)),
-                mix=contents.mixed.about if contents.mixed else None,
+                left_out=LeftOut(len(duplicates), len(skipped), len(found.moved)),
+                mix=found.mixed.about if found.mixed else None,
             )
-            _warn(merged, contents, conflicts, reporter)
-            imports = _imports(rows, skipped, sources, merged, contents)
-            version = save_version(project.dataset, version, contents.members, imports, reporter)
+            _warn(merged, found, conflicts, reporter)
+            imports = _imports(rows, skipped, sources, merged, found)
+            version = save_version(project.dataset, version, found.members, imports, reporter)
         else:
             assert merged.parent is not None
             version = merged.parent.manifest
             if message:
                 reporter.warn("Nothing is new, so there is no version to keep the message with.")
-    fates = Counter(contents.fate(row, merged)["fate"] for row in rows)
+    fates = Counter(found.fate(row, merged)["fate"] for row in rows)
     return AddResult(
         version=version,
         created=created,
@@ -138,56 +138,13 @@ def add(
         known=fates["known"],
         duplicates=duplicates,
         conflicts=conflicts,
-        moved=contents.moved,
+        moved=found.moved,
         skipped=tuple(skipped),
-        redacted=dict(redacted),
-        personal=personal,
-        contaminated=contents.hits,
-        largest=contents.largest,
+        redacted=screened.redacted,
+        personal=screened.personal,
+        contaminated=found.hits,
+        largest=found.largest,
     )
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What a new version would hold, mix-in included, and what was found on the way."""
-
-    members: list[Member]
-    moved: tuple[Move, ...]
-    hits: tuple[Hit, ...]
-    held: list[tuple[str, How, str]]  # the hits as people read them
-    left_out: frozenset[str]  # pair keys of training rows that hold an item of a test or benchmark
-    mixed: Mixed | None
-    largest: tuple[Largest, ...]
-
-    def fate(self, row: SourceRow, merged: Merge) -> dict[str, Any]:
-        """What became of a row that was read."""
-        fate = merged.fate(row)
-        return {**fate, "fate": "contaminated"} if fate.get("of", fate["key"]) in self.left_out else fate
-
-
-def _screened(rows: Sequence[SourceRow], reporter: Reporter) -> dict[str, int]:
-    """Refuse secrets and warn of personal data, which is counted by kind."""
-    found = secrets.scan([(f"{row.source}:{row.line}", row.example) for row in rows], reporter)
-    if found.of("secret"):
-        raise secrets.blocked(found)
-    if found.of("personal"):
-        reporter.warn(secrets.warned(found))
-    return dict(found.counts)
-
-
-def _redacted(rows: Sequence[SourceRow], reporter: Reporter) -> tuple[list[SourceRow], Counter[str]]:
-    done: list[SourceRow] = []
-    counts: Counter[str] = Counter()
-    with reporter.task("redacting", len(rows), "rows") as task:
-        for row in rows:
-            example, of_row = secrets.redact(row.example)
-            counts.update(of_row)
-            done.append(replace(row, example=example))
-            task.advance()
-    if counts:
-        told = ", ".join(f"{count:,} {secrets.LABELS[kind]}" for kind, count in sorted(counts.items()))
-        reporter.say(f"Placeholders put for {told}")
-    return done, counts
 
 
 def _read(files: Sequence[Path], recipe: Recipe, reporter: Reporter) -> list[Reading]:
@@ -211,57 +168,12 @@ def _settled(merged: Merge, recipe: Recipe) -> tuple[Conflict, ...]:
     return conflicts
 
 
-def _contents(project: Project, merged: Merge, rows: Sequence[SourceRow], reporter: Reporter) -> _Contents:
-    recipe = project.recipe
-    domain = _domain(merged, rows, recipe, reporter)
-    benchmarks = {name: read_items(project.root / name) for name in recipe.data.benchmarks}
-    # Phrases that rows share with an item are left to `data leak`.
-    hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter) if hit.how != "overlap")
-    items = item_names(hits, domain)
-    held = [(merged.place(hit.row), hit.how, item) for hit, item in zip(hits, items, strict=True)]
-    left_out: frozenset[str] = frozenset()
-    if hits and recipe.data.contaminated == "drop":
-        reporter.warn(notices.contaminated(held, dropping=True))
-        left_out = frozenset(hit.row for hit in hits)
-        domain = renamed([m for m in domain if m.key not in left_out])
-    former = merged.former
-    moved = tuple(Move(m.key, former[m.key], m.split) for m in domain if former.get(m.key, m.split) != m.split)
-    mix = recipe.data.mix
-    mixed = mix_in(project.root, recipe, mix, domain, benchmarks, reporter) if mix else None
-    families = largest_clusters([m.example for m in domain], [m.cluster for m in domain], _LARGEST)
-    largest = tuple(
-        Largest(f.rows, domain[f.ends[0]].example.input_text, domain[f.ends[1]].example.input_text, f.similarity)
-        for f in families
-    )
-    members = sorted([*domain, *(mixed.members if mixed else [])], key=lambda m: m.key)
-    return _Contents(members, moved, hits, held, left_out, mixed, largest)
-
-
-def _domain(merged: Merge, rows: Sequence[SourceRow], recipe: Recipe, reporter: Reporter) -> list[Member]:
-    """The rows of the domain with clusters, joined where they share a group, and splits."""
-    keys = sorted(merged.kept)
-    names = find_clusters([merged.kept[key] for key in keys], recipe.data.similarity, reporter)
-    clusters: dict[str, list[str]] = defaultdict(list)
-    for key, name in zip(keys, names, strict=True):
-        clusters[name].append(key)
-    groups = merged.groups(rows)
-    notices.warn_of_missing_groups(recipe.data.groups, merged.parent, groups, reporter)
-    clusters = join_groups(clusters, groups)
-    cluster_of = {key: name for name, members in clusters.items() for key in members}
-    outputs = {key: merged.kept[key].output.strip() for key in keys}
-    class_of = outputs if class_like(list(outputs.values())) else None
-    splits = assign_splits(clusters, merged.former, recipe.data, recipe.seed, class_of)
-    return [
-        Member(merged.kept[key], key, splits[cluster_of[key]], cluster_of[key], groups.get(key, ())) for key in keys
-    ]
-
-
 def _settings(recipe: Recipe) -> Settings:
     data = recipe.data
     return Settings(similarity=data.similarity, dev=data.dev, test=data.test, seed=recipe.seed, groups=data.groups)
 
 
-def _warn(merged: Merge, contents: _Contents, conflicts: Sequence[Conflict], reporter: Reporter) -> None:
+def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], reporter: Reporter) -> None:
     parent: DatasetVersion | None = merged.parent
     notices.warn_of_another_system_turn(
         [m.example for m in parent.domain] if parent else [],
@@ -303,7 +215,7 @@ def _imports(
     skipped: Sequence[Fault],
     sources: Mapping[str, Source],
     merged: Merge,
-    contents: _Contents,
+    contents: Contents,
 ) -> list[dict[str, Any]]:
     """The lines of imports.jsonl: one for each row of each file, in the files' order of names and lines."""
     lines = [{"source": sources[row.source].name, "line": row.line, **contents.fate(row, merged)} for row in rows]

@@ -68,7 +68,7 @@ def mix_in(
     looked = 0
     while len(drawn) < wanted and looked < len(fresh):
         batch = fresh[looked : looked + wanted - len(drawn) + _SPARE]
-        reasons = _reasons(batch, domain, recipe.data.similarity, benchmarks, reporter)
+        reasons = _reasons(batch, domain, recipe.data, benchmarks, reporter)
         for row in batch:
             if len(drawn) == wanted:
                 break
@@ -115,18 +115,18 @@ def _lot(seed: int, key: str) -> bytes:
 def _reasons(
     batch: Sequence[SourceRow],
     domain: Sequence[Member],
-    similarity: float,
+    data: DataRecipe,
     benchmarks: dict[str, list[str]],
     reporter: Reporter,
 ) -> dict[str, str]:
     """Why rows may not be mixed in, by pair key."""
     held_out = [m for m in domain if m.split != "train"]
     examples = {row.example.pair_key: row.example for row in batch}
-    reasons = _near(examples, held_out, similarity, reporter)
+    reasons = _near(examples, held_out, data.similarity, reporter)
     against = {"held-out rows": [m.example.input_text for m in held_out], **benchmarks}
     for hit in contaminated(examples, against, reporter):
         reasons.setdefault(hit.row, f"{hit.how} with item {hit.item + 1} of {hit.source}")
-    for place in secrets.scan(list(examples.items()), reporter).of("secret"):
+    for place in secrets.scan(list(examples.items()), reporter, allow=data.allow).of("secret"):
         reasons.setdefault(place.row, f"it holds a secret ({secrets.LABELS[place.finding.kind]})")
     return reasons
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data.examples import Example
-from tunewright.data.review.reviews import REVIEWS_FILE, Judged, Reviews, read_reviews
+from tunewright.data.review.reviews import REVIEWS_FILE, Judged, Reviews, event_digest, read_reviews
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -32,6 +32,7 @@ from tunewright.project import Project
 class Edited:
     """A row that got a better answer: its former and its present pair key, who wrote it and on which line of the log.
 
+    ``review`` is the verdict's digest: it names the verdict also in a log where it is on another line.
     ``collapsed``: the version had the pair with that answer already, so two rows became one.
     """
 
@@ -39,6 +40,7 @@ class Edited:
     now: str
     reviewers: tuple[str, ...]
     line: int
+    review: str
     collapsed: bool
 
 
@@ -136,8 +138,9 @@ def _apply(
         example = Example((*member.example.messages[:-1], last))
         key = example.pair_key
         names = tuple(sorted(judged.reviewer for judged in chosen[member.key]))
-        line = reviews.line(chosen[member.key][0])
-        edited.append(Edited(member.key, key, names, line, collapsed=key in members))
+        first = chosen[member.key][0]
+        line, review = reviews.line(first), event_digest(first)
+        edited.append(Edited(member.key, key, names, line, review, collapsed=key in members))
         members.setdefault(key, replace(member, example=example, key=key))
     return renamed(list(members.values())), edited
 
@@ -147,6 +150,7 @@ def _imports(edited: Sequence[Edited], source: Source) -> list[dict[str, Any]]:
         {
             "source": source.name,
             "line": e.line,
+            "review": e.review,
             "fate": "edited",
             "key": e.now,
             "before": e.before,

@@ -1,28 +1,37 @@
 """What people found when they checked rows: dataset/reviews.jsonl, one event a line, only ever appended to.
 
 Verdicts are kept by pair key, so they outlive reordering and new versions, and die with the text they were given on.
+
+Two logs are united by adding to each the events that only the other has: lines stay where they are, for others cite
+them, so the logs then hold the same events in different orders. What decides is therefore not the order of lines but
+that of (when, nth), which ``append_reviews`` keeps rising for each reviewer, whatever the clock says.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tunewright.data.review.acceptance import Finding, FixedPlan, Outcome, Plan, SequentialPlan, judge, sample_order
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import canonical_json, writing
+from tunewright.disk import digest as json_digest
 from tunewright.errors import UserError
 
 REVIEWS_FILE = "reviews.jsonl"
 Verdict = Literal["right", "wrong", "edit", "skip"]
 VERDICTS: tuple[Verdict, ...] = ("right", "wrong", "edit", "skip")
+
+_DIGITS = 16
+_RESTORE = "Restore the file, from git for example."
 
 
 class _Event(BaseModel):
@@ -31,7 +40,11 @@ class _Event(BaseModel):
     version: str
     reviewer: str
     when: str
-    """UTC, ISO 8601."""
+    """UTC, ISO 8601, in whole seconds: so written, later is greater."""
+    nth: Annotated[int, Field(ge=0)] | None = None
+    """Its place among this reviewer's events of one second; None (earlier releases): as the file's lines count it."""
+    digest: Annotated[str, Field(pattern=f"^[0-9a-f]{{{_DIGITS}}}$")] | None = None
+    """The first digits of the SHA-256 of the rest; lines of earlier releases have none."""
 
 
 class Judged(_Event):
@@ -60,8 +73,8 @@ class Drawn(_Event):
     plan: Plan
 
 
-Event = Annotated[Judged | Undone | Drawn, Field(discriminator="event")]
-_EVENT: TypeAdapter[Judged | Undone | Drawn] = TypeAdapter(Event)
+Event = Judged | Undone | Drawn
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
 def now() -> str:
@@ -71,9 +84,9 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class Reviews:
-    """All events in their order, and what stands of the verdicts: pair key, then reviewer, to verdicts, latest last."""
+    """All events, by time, and what stands of the verdicts: pair key, then reviewer, to verdicts, latest last."""
 
-    events: tuple[Judged | Undone | Drawn, ...]
+    events: tuple[Event, ...]
     stacks: dict[str, dict[str, list[Judged]]]
     lines: tuple[int, ...] = ()
     """The line of each event, from 1."""
@@ -93,13 +106,30 @@ class Reviews:
         return "unsettled" if verdicts else None
 
     def drawn(self, version: str) -> Drawn | None:
-        """The latest sample of a version."""
+        """The latest sample of a version; where two drew it apart from each other, under the plan that was first."""
         found = [e for e in self.events if isinstance(e, Drawn) and e.version == version]
-        return found[-1] if found else None
+        return max(found, key=lambda e: e.draw) if found else None
 
     def line(self, event: Judged) -> int:
         """The line that an event is on."""
         return next(line for line, each in zip(self.lines, self.events, strict=True) if each is event)
+
+    def cited(self, record: Mapping[str, Any]) -> int | None:
+        """The line of the verdict that an edit's record in imports.jsonl cites; None: it is not in this log.
+
+        The record's own line is that of the log where the edit was applied, which another side's may be.
+        """
+        if not self.events:
+            return int(record["line"])
+        edits = [
+            (line, event)
+            for line, event in zip(self.lines, self.events, strict=True)
+            if isinstance(event, Judged) and event.verdict == "edit" and event.key == record["before"]
+        ]
+        if "review" in record:
+            return next((line for line, event in edits if event_digest(event) == record["review"]), None)
+        theirs = [line for line, event in edits if event.reviewer in record["reviewers"]]
+        return record["line"] if record["line"] in theirs else theirs[-1] if theirs else None
 
     def latest(self, version: str, reviewer: str) -> Judged | None:
         """The verdict that ``reviewer`` gave last on this version, of those that stand."""
@@ -112,38 +142,74 @@ def read_reviews(dataset: Path) -> Reviews:
     """All reviews of a dataset; there may be none.
 
     Raises:
-        UserError: naming file and line: not an event.
+        UserError: naming file and line: not an event, or it was changed.
     """
     path = dataset / REVIEWS_FILE
-    events: list[Judged | Undone | Drawn] = []
-    lines: list[int] = []
     data = path.read_bytes() if path.is_file() else b""
-    whole, torn = _cut(data)
-    for number, line in enumerate(whole.split(b"\n"), start=1):
+    whole, torn = whole_lines(data)
+    read = sorted(events_in(whole, str(path)), key=lambda each: _order(each[1]))
+    events = [event for _, event in read]
+    return Reviews(tuple(events), _stacks(events), tuple(line for line, _ in read), torn)
+
+
+def events_in(data: bytes, where: str) -> list[tuple[int, Event]]:
+    """The events of a log and the lines that they are on, from 1; each event has its ``nth``, and no digest any more.
+
+    Two events that are equal then are one and the same, in whichever logs they are. One that is there twice, as a merge
+    by git may leave it, counts once.
+
+    Raises:
+        UserError: naming the line: not an event, or it was changed.
+    """
+    found: dict[Event, int] = {}
+    counts = Counter[tuple[str, str]]()
+    for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
-            events.append(_parse(line, f"{path}:{number}"))
-            lines.append(number)
-    return Reviews(tuple(events), _stacks(events), tuple(lines), torn)
+            event = parse_event(line, f"{where}:{number}")
+            nth = event.nth
+            if nth is None:
+                nth = counts[event.reviewer, event.when]
+                counts[event.reviewer, event.when] += 1
+            found.setdefault(event.model_copy(update={"nth": nth, "digest": None}), number)
+    return [(number, event) for event, number in found.items()]
 
 
-def _parse(line: bytes, where: str) -> Judged | Undone | Drawn:
+def _order(event: Event) -> tuple[str, int | None, str, str]:
+    return event.when, event.nth, event.reviewer, event_line(event)
+
+
+def event_digest(event: Event) -> str:
+    """What names an event in every log that has it: the first 16 digits of the SHA-256 of its canonical JSON."""
+    return json_digest(event.model_dump(mode="json", exclude_none=True, exclude={"digest"}))[:_DIGITS]
+
+
+def event_line(event: Event) -> str:
+    """An event as a line of the log, with its digest."""
+    facts = event.model_dump(mode="json", exclude_none=True, exclude={"digest"})
+    return canonical_json({**facts, "digest": event_digest(event)}) + "\n"
+
+
+def parse_event(line: bytes, where: str) -> Event:
+    """The event on a line.
+
+    Raises:
+        UserError: it is none, or it does not have its digest.
+    """
     try:
         event = _EVENT.validate_json(line)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         what = f"not a review: {'.'.join(map(str, first['loc']))} {first['msg']}"
-        raise UserError(what, where=where, fix="Restore the file, from git for example.") from None
+        raise UserError(what, where=where, fix=_RESTORE) from None
     if isinstance(event, Judged) and (event.verdict == "edit") != (event.output is not None):
-        raise UserError(
-            "not a review: an edit, and only an edit, has an output",
-            where=where,
-            fix="Restore the file, from git for example.",
-        )
+        raise UserError("not a review: an edit, and only an edit, has an output", where=where, fix=_RESTORE)
+    if event.digest is not None and event_line(event).encode() != line + b"\n":
+        raise UserError("the review was changed: it does not have its digest", where=where, fix=_RESTORE)
     return event
 
 
-def _cut(data: bytes) -> tuple[bytes, bool]:
-    """The data without half a last line, and whether there was one; a whole line may lack its line end."""
+def whole_lines(data: bytes) -> tuple[bytes, bool]:
+    """A log without half a last line, and whether there was one; to a whole one that lacks its line end it is added."""
     end = data.rfind(b"\n") + 1
     tail = data[end:]
     if not tail:
@@ -155,7 +221,7 @@ def _cut(data: bytes) -> tuple[bytes, bool]:
     return data + b"\n", False
 
 
-def _stacks(events: Sequence[Judged | Undone | Drawn]) -> dict[str, dict[str, list[Judged]]]:
+def _stacks(events: Sequence[Event]) -> dict[str, dict[str, list[Judged]]]:
     stacks: dict[str, dict[str, list[Judged]]] = {}
     for event in events:
         if isinstance(event, Judged):
@@ -165,25 +231,70 @@ def _stacks(events: Sequence[Judged | Undone | Drawn]) -> dict[str, dict[str, li
     return stacks
 
 
-def append_reviews(dataset: Path, events: Sequence[Judged | Undone | Drawn]) -> None:
+def append_reviews(dataset: Path, events: Sequence[Event]) -> None:
     """Add events to the end; what a crash left of half a line goes first. Writers take turns.
 
+    An event that is no later than its reviewer's last, by a clock that stands behind another machine's or within a
+    second, gets that one's time and the next place in it.
+
     Raises:
-        UserError: the disk is full or refuses.
+        UserError: the disk is full or refuses, or the log was changed by hand.
     """
+
+    def stamped(known: Sequence[Event]) -> list[Event]:
+        last: dict[str, tuple[str, int]] = {}
+        for event in known:
+            assert event.nth is not None, "an event was read without its place"
+            last[event.reviewer] = max(last.get(event.reviewer, ("", 0)), (event.when, event.nth))
+        done = []
+        for event in events:
+            when, nth = last.get(event.reviewer, ("", 0))
+            moment = (event.when, 0) if event.when > when else (when, nth + 1)
+            last[event.reviewer] = moment
+            done.append(event.model_copy(update={"when": moment[0], "nth": moment[1]}))
+        return done
+
+    _extend(dataset, stamped)
+
+
+def unite_reviews(dataset: Path, events: Sequence[Event]) -> list[Event]:
+    """Add those events of other logs (as ``events_in`` reads them) that this one lacks, behind the lines that are here.
+
+    Returns:
+        The events that were added.
+
+    Raises:
+        UserError: the disk is full or refuses, or the log was changed by hand.
+    """
+    if not events:
+        return []
+    return _extend(dataset, lambda known: lacking(events, known))
+
+
+def lacking(events: Sequence[Event], known: Sequence[Event]) -> list[Event]:
+    """Those of the events that are not known, once each, by time."""
+    there = {event_digest(event) for event in known}
+    new = {event_digest(event): event for event in events}
+    return sorted((event for name, event in new.items() if name not in there), key=_order)
+
+
+def _extend(dataset: Path, news: Callable[[Sequence[Event]], list[Event]]) -> list[Event]:
+    """Add to the log what ``news`` makes of the events in it, before anybody else writes."""
     path = dataset / REVIEWS_FILE
-    lines = "".join(canonical_json(e.model_dump(mode="json", exclude_none=True)) + "\n" for e in events)
     with writing(path), path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         data = file.read()
-        whole, _ = _cut(data)
-        if len(whole) < len(data):
-            file.truncate(len(whole))
-        missing = whole[len(data) :]  # the line end that an editor may have left out
-        file.write(missing + lines.encode())
-        file.flush()
-        os.fsync(file.fileno())
+        whole, _ = whole_lines(data)
+        added = news([event for _, event in events_in(whole, str(path))])
+        if added:
+            if len(whole) < len(data):
+                file.truncate(len(whole))
+            missing = whole[len(data) :]  # the line end that an editor may have left out
+            file.write(missing + "".join(map(event_line, added)).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    return added
 
 
 def outcome(reviews: Reviews, version: DatasetVersion) -> Outcome | None:

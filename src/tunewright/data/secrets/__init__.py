@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tunewright.data.examples import Example, Role
+from tunewright.data.secrets.findings import Finder, Finding
+from tunewright.data.secrets.names import NAME_LABELS
 from tunewright.data.secrets.personal_patterns import PERSONAL
 from tunewright.data.secrets.secret_patterns import SECRETS, Category, Pattern
 from tunewright.errors import UserError
@@ -19,7 +21,8 @@ _MOST_PERSONAL = 10
 _STEP = 1000  # rows between two signs of progress
 
 PATTERNS: tuple[Pattern, ...] = SECRETS + PERSONAL
-LABELS: dict[str, str] = {pattern.kind: pattern.label for pattern in PATTERNS}
+# By the names that data.allow and placeholders have.
+LABELS: dict[str, str] = {pattern.kind: pattern.label for pattern in PATTERNS} | NAME_LABELS
 
 # A text that has none of these holds nothing that any pattern finds: most texts are done after one search.
 _NUMBERS = (
@@ -30,16 +33,6 @@ _NUMBERS = (
 )
 _ANY_CUE = re.compile("|".join([*_NUMBERS, *sorted({re.escape(cue) for p in SECRETS for cue in p.cues}), "@"]))
 _PLACEHOLDER = re.compile(rf"<({'|'.join(kind.upper() for kind in LABELS)})_(\d+)>")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A secret or a piece of personal data at ``text[start:end]``; the value itself is never kept."""
-
-    kind: str
-    category: Category
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -58,14 +51,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Scan:
-    """All that was found in some rows, in their order."""
+    """All that was found in some rows, in their order; the kinds in ``allow`` are let through."""
 
     rows: int
     places: tuple[Place, ...]
+    allow: frozenset[str] = frozenset()
 
     def of(self, category: Category) -> tuple[Place, ...]:
-        """The findings that block ("secret") or those that are only told ("personal")."""
-        return tuple(place for place in self.places if place.finding.category == category)
+        """The findings that block ("secret") or those that are only told ("personal"), without what is let through."""
+        wanted = (place for place in self.places if place.finding.kind not in self.allow)
+        return tuple(place for place in wanted if place.finding.category == category)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -74,11 +69,40 @@ class Scan:
 
     def as_dict(self) -> dict[str, Any]:
         """The scan as ``--json`` prints it."""
-        return {"rows": self.rows, "counts": self.counts, "places": [asdict(place) for place in self.places]}
+        places = [asdict(place) for place in self.places]
+        return {"rows": self.rows, "counts": self.counts, "places": places, "allow": sorted(self.allow)}
 
 
-def find(text: str) -> list[Finding]:
-    """The secrets and personal data in a text, by position; no two overlap: the more specific wins, then the longer."""
+def find(text: str, also: Finder | None = None) -> list[Finding]:
+    """The secrets and personal data in a text, by position; no two overlap: the more specific wins, then the longer.
+
+    Of what ``also`` finds, the parts count that are neither found by a pattern nor placeholders.
+    """
+    found = _find_by_patterns(text)
+    return found if also is None else sorted([*found, *_rest(text, found, also(text))], key=lambda each: each.start)
+
+
+def _rest(text: str, found: Sequence[Finding], more: Sequence[Finding]) -> list[Finding]:
+    """The parts of ``more`` outside of what was found and of placeholders, without white space and signs around them.
+
+    A model takes "Maria maria@uni-bonn.de" for one name; the name has to go even so.
+    """
+    taken = bytearray(len(text))
+    spans = [(each.start, each.end) for each in found] + [match.span() for match in _PLACEHOLDER.finditer(text)]
+    for start, end in spans:
+        taken[start:end] = b"\1" * (end - start)
+    rest = []
+    for finding in sorted(more, key=lambda each: (each.start - each.end, each.start)):
+        for run in re.finditer(rb"\0+", taken[finding.start : finding.end]):
+            part = re.search(r"\w(?:.*\w)?", text[finding.start + run.start() : finding.start + run.end()], re.DOTALL)
+            if part is not None:
+                start = finding.start + run.start() + part.start()
+                rest.append(replace(finding, start=start, end=start + len(part[0])))
+                taken[start : start + len(part[0])] = b"\1" * len(part[0])
+    return rest
+
+
+def _find_by_patterns(text: str) -> list[Finding]:
     if _ANY_CUE.search(text) is None:
         return []
     found: list[tuple[int, Finding]] = []
@@ -99,8 +123,19 @@ def find(text: str) -> list[Finding]:
     return sorted(kept, key=lambda finding: finding.start)
 
 
-def scan(rows: Sequence[tuple[str, Example]], reporter: Reporter | None = None) -> Scan:
-    """Search all turns of examples, each given with its place (file:line)."""
+def scan(
+    rows: Sequence[tuple[str, Example]],
+    reporter: Reporter | None = None,
+    *,
+    also: Finder | None = None,
+    allow: Collection[str] = (),
+) -> Scan:
+    """Search all turns of examples, each given with its place (file:line).
+
+    Args:
+        also: finds more than the patterns do, such as names (``open_presidio``).
+        allow: kinds that are meant to be there: found and counted, but neither a secret nor personal data of the scan.
+    """
     places: list[Place] = []
     system_turns: dict[str, list[Finding]] = {}  # rows of a domain share them
     with (reporter or LogReporter()).task("looking for secrets", len(rows), "examples") as task:
@@ -108,21 +143,26 @@ def scan(rows: Sequence[tuple[str, Example]], reporter: Reporter | None = None) 
             for index, message in enumerate(example.messages):
                 findings = system_turns.get(message.content)
                 if findings is None:
-                    findings = find(message.content)
+                    findings = find(message.content, also)
                     if message.role == "system":
                         system_turns[message.content] = findings
                 places += [Place(row, index, message.role, finding) for finding in findings]
             if number % _STEP == 0:
                 task.advance(_STEP)
         task.advance(len(rows) % _STEP)
-    return Scan(len(rows), tuple(places))
+    return Scan(len(rows), tuple(places), frozenset(allow))
 
 
-def redact(example: Example) -> tuple[Example, dict[str, int]]:
+def redact(
+    example: Example, *, also: Finder | None = None, allow: Collection[str] = ()
+) -> tuple[Example, dict[str, int]]:
     """The example with a placeholder such as ``<EMAIL_1>`` for each finding, and how many were replaced, by kind.
 
     A value has the same placeholder in all turns, however it is spaced, and is replaced also in a turn where it would
     not be found by itself. Redacting again changes nothing.
+
+    Args:
+        also, allow: as for ``scan``; what is let through is not replaced.
     """
     texts = [message.content for message in example.messages]
     names: dict[tuple[str, str], str] = {}
@@ -132,9 +172,14 @@ def redact(example: Example) -> tuple[Example, dict[str, int]]:
             last[kind.lower()] = max(last[kind.lower()], int(number))
     counts = Counter[str]()
     # Again, because what stood beside a value may be found only when the value is gone.
-    while any(found := [find(text) for text in texts]):
+    while True:
+        found = [find(text, also) for text in texts]
+        if all(finding.kind in allow for findings in found for finding in findings):
+            break
         for text, findings in zip(texts, found, strict=True):
             for finding in findings:
+                if finding.kind in allow:
+                    continue
                 value = _identity(finding.kind, text[finding.start : finding.end])
                 if (finding.kind, value) not in names:
                     last[finding.kind] += 1
@@ -157,9 +202,11 @@ def _replaced(
     """The text with placeholders for its findings, and what ``again`` makes of the text between them."""
     parts, end = [], 0
     for finding in findings:
-        name = names[finding.kind, _identity(finding.kind, text[finding.start : finding.end])]
-        parts += [again(text[end : finding.start]), name]
-        counts[finding.kind] += 1
+        value = text[finding.start : finding.end]
+        name = names.get((finding.kind, _identity(finding.kind, value)))  # none: it is let through, as it is
+        parts += [again(text[end : finding.start]), name or value]
+        if name is not None:
+            counts[finding.kind] += 1
         end = finding.end
     return "".join([*parts, again(text[end:])])
 
@@ -198,6 +245,8 @@ def _spelled(kind: str, value: str) -> str:
     """A regular expression for all spellings of a value."""
     if kind in _SPACED:
         return rf"(?i)(?<![A-Za-z0-9])[+(]*{'[ ().+/-]{0,3}'.join(value)}(?![A-Za-z0-9])"
+    if kind in NAME_LABELS:
+        return rf"(?<!\w){re.escape(value)}(?!\w)"  # Ana is not in Anaïs
     return rf"{'(?i)' if kind == 'email' else ''}(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])"
 
 
@@ -205,11 +254,13 @@ def blocked(scan: Scan) -> UserError:
     """The refusal of rows with secrets: where each is and what it is, never the value."""
     secrets = scan.of("secret")
     assert secrets, "there is no secret in the scan"
+    kinds = sorted({place.finding.kind for place in secrets})
     return UserError(
         f"{_count(len(secrets), 'secret')} in {_rows(secrets)}, nothing was added ({_kinds(secrets)})\n"
         f"{_listed(secrets, _MOST_SECRETS)}",
         fix="Take them out, or add the rows with --redact, which puts a placeholder such as "
-        f"<{secrets[0].finding.kind.upper()}_1> in their place. Whoever had the file has had them: revoke what can be.",
+        f"<{secrets[0].finding.kind.upper()}_1> in their place. Whoever had the file has had them: revoke what can be. "
+        f"If they are meant to be there: data.allow: [{', '.join(kinds)}]",
     )
 
 
@@ -222,6 +273,12 @@ def warned(scan: Scan) -> str:
         f"personal data in {_rows(personal)} ({_kinds(personal)}); a model can repeat what it was trained on. Is it "
         f"meant to be there? --redact puts placeholders in its place.\n{_listed(personal, _MOST_PERSONAL)}"
     )
+
+
+def let_through(scan: Scan) -> str:
+    """What ``data.allow`` let through, in one line; empty if nothing."""
+    allowed = [place for place in scan.places if place.finding.kind in scan.allow]
+    return f"Let through, as data.allow says: {_kinds(allowed)}, in {_rows(allowed)}" if allowed else ""
 
 
 def _kinds(places: Iterable[Place]) -> str:

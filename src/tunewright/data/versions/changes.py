@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from tunewright.data.review.reviews import read_reviews
 from tunewright.data.splits import Split
 from tunewright.data.versions import (
     IMPORTS,
@@ -211,11 +212,14 @@ def blame(dataset: Path, version: DatasetVersion, key: str) -> Blame:
     parent = line[first + 1] if first + 1 < len(line) else None
     edit_of, beside = _same_input(dataset, version, brought, parent, key)
     record = _import_of(dataset, brought, key) or {}
+    place = record.get("line")
+    if record.get("fate") == "edited":
+        place = read_reviews(dataset).cited(record)
     return Blame(
         key=key,
         version=brought,
-        source=record.get("source"),
-        line=record.get("line"),
+        source=record.get("source") if place is not None else None,
+        line=place,
         edit_of=edit_of,
         beside=beside,
         reviewers=tuple(record.get("reviewers", ())),

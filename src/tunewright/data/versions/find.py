@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data.review.edits import replaced
+from tunewright.data.review.reviews import read_reviews
 from tunewright.data.versions import DatasetVersion, Member, import_files
 from tunewright.disk import text_lines
 from tunewright.errors import UserError
@@ -68,6 +69,12 @@ def _source(file: str, sources: Sequence[str], root: Path) -> str:
 
 def _imported(dataset: Path, version: DatasetVersion) -> Iterator[dict[str, Any]]:
     """What became of each row of each file, the version's own import first, then those of the versions before it."""
+    reviews = read_reviews(dataset)
     for path in import_files(dataset, version.manifest):
         for line in text_lines(path.read_text(encoding="utf-8")):
-            yield json.loads(line)
+            record = json.loads(line)
+            if record["fate"] == "edited":
+                record["line"] = reviews.cited(record)
+                if record["line"] is None:  # the verdict is in another side's log
+                    continue
+            yield record

@@ -3,26 +3,23 @@
 URL/HEAD                            the digest of the version that was pushed last
 URL/versions/DIGEST12/rows.jsonl    the rows that the version's parent does not have
                       members.tsv, imports.jsonl, manifest.json   as in the dataset folder; the manifest comes last
+URL/reviews/SHA12.jsonl             what each push brought of the log of reviews; all of them together are the log
 
-No file but HEAD is ever written again, so two who push at once cannot spoil each other's versions, and a version whose
-manifest is there is whole.
+No file but HEAD is ever written again, so two who push at once cannot spoil each other's versions or lose each other's
+verdicts, and a version whose manifest is there is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from tunewright.data.examples import Example
+from tunewright.data.review.reviews import Event, Judged, event_line, lacking, read_reviews, unite_reviews
 from tunewright.data.versions import (
     IMPORTS,
     MANIFEST,
@@ -38,6 +35,7 @@ from tunewright.data.versions import (
     write_head,
 )
 from tunewright.data.versions.members import MEMBERS, places_of, read_members, read_places
+from tunewright.data.versions.place import AGAIN, REVIEWS, Place
 from tunewright.data.versions.rows import parse_rows, rows_text, write_rows
 from tunewright.disk import new_folder
 from tunewright.errors import UserError
@@ -45,17 +43,17 @@ from tunewright.progress import Reporter
 
 _ROWS = "rows.jsonl"
 _FILES = len(VERSION_FILES) + 1
-_BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}
 
 _ADD = "`tunewright data add FILE` makes one."
-_AGAIN = "Restore the file, or push the version again from a side that has it whole, after removing its folder there."
 
 
 @dataclass(frozen=True)
 class Transfer:
     """What a push or a pull copied, versions oldest first; ``head`` is current on both sides unless one is ``ahead``.
 
-    ``ahead`` counts the versions that the side copied to has and the other lacks: nothing was done then.
+    ``ahead`` counts the versions that the side copied to has and the other lacks: no version was copied then.
+    ``reviews`` counts the records copied from one log of reviews to the other; ``verdicts`` of them are verdicts, the
+    rest samples drawn and verdicts taken back.
     """
 
     url: str
@@ -64,6 +62,8 @@ class Transfer:
     bytes: int
     head: str
     ahead: int = 0
+    reviews: int = 0
+    verdicts: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
@@ -74,13 +74,16 @@ class Transfer:
             "bytes": self.bytes,
             "head": self.head,
             "ahead": self.ahead,
+            "reviews": self.reviews,
+            "verdicts": self.verdicts,
         }
 
 
 def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any] | None = None) -> Transfer:
     """Copy the current version and those that it was made from to ``url``: what is not there yet, HEAD last.
 
-    Each version is verified before it is copied. Other branches stay here.
+    Each version is verified before it is copied. Other branches stay here. Reviews are copied too, whether or not there
+    is a version to copy.
 
     Args:
         url: any URL or path that fsspec knows: a folder, s3://bucket/prefix, …
@@ -88,7 +91,7 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
 
     Raises:
         UserError: no version yet, a version was changed by hand, the other side has versions that this side's are not
-            made from (nothing is copied then), or it cannot be reached.
+            made from (nothing is copied then), a log of reviews was changed, or it cannot be reached.
     """
     if not dataset.is_dir():
         raise UserError("there is no dataset to push", where=str(dataset), fix=_ADD)
@@ -97,17 +100,19 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
         if head is None:
             raise UserError("there is no dataset version to push", where=str(dataset), fix=_ADD)
         mine = ancestry(dataset, head)
-        place = _Place(url, options)
+        place = Place(url, options)
         before = place.head()
         if before is not None and before not in {m.digest for m in mine}:
             theirs = place.line(before)
             if head.digest not in {m.digest for m in theirs}:
                 raise _diverged(mine, theirs, url)
-            return Transfer(url, (), 0, 0, before, ahead=_position(theirs, head.digest))
-        lacking = [m for m in reversed(mine[: _position(mine, before)]) if not place.has(m.digest)]
-        rows = size = 0
-        with reporter.task("pushing", len(lacking) * _FILES, "files") as task:
-            for manifest in lacking:
+            told = _push_reviews(dataset, place, reporter)
+            return Transfer(url, (), 0, told.bytes, before, _position(theirs, head.digest), *told.counts)
+        new_ones = [m for m in reversed(mine[: _position(mine, before)]) if not place.has(m.digest)]
+        told = _push_reviews(dataset, place, reporter)
+        rows, size = 0, told.bytes
+        with reporter.task("pushing", len(new_ones) * _FILES, "files") as task:
+            for manifest in new_ones:
                 new, files = _packed(dataset, manifest)
                 for name, data in files.items():
                     place.write(f"versions/{short(manifest.digest)}/{name}", data)
@@ -118,13 +123,14 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
             raise UserError("somebody else pushed at the same time", where=url, fix="Run the push again.")
         if before != head.digest:
             place.write("HEAD", f"{head.digest}\n".encode())
-    return Transfer(url, tuple(m.digest for m in lacking), rows, size, head.digest)
+    return Transfer(url, tuple(m.digest for m in new_ones), rows, size, head.digest, 0, *told.counts)
 
 
 def pull(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any] | None = None) -> Transfer:
     """Copy the other side's current version and those that it was made from; what is here already stays as it is.
 
-    Every row, member list and manifest is checked against its digest; then the version becomes current.
+    Every row, member list, manifest and review is checked against its digest; then the version becomes current. The
+    reviews are united with those here, whether or not there is a version to copy.
 
     Args:
         url, options: as for ``push``.
@@ -136,27 +142,57 @@ def pull(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
     with locked(dataset):
         current = current_manifest(dataset)
         mine = ancestry(dataset, current) if current else []
-        place = _Place(url, options)
+        place = Place(url, options)
         head = place.head()
         if head is None:
             raise UserError("no dataset was pushed there", where=url, fix=f"Push one: tunewright data push {url}")
         if head in {m.digest for m in mine}:
-            return Transfer(url, (), 0, 0, mine[0].digest, ahead=_position(mine, head))
+            brought = _Reviews.of(unite_reviews(dataset, place.reviews(reporter)))
+            return Transfer(url, (), 0, brought.bytes, mine[0].digest, _position(mine, head), *brought.counts)
         theirs = place.line(head, stop={m.digest for m in mine})
         if current is not None and theirs[-1].parent != current.digest:
             raise _diverged(mine, place.line(head), url)
-        lacking = [m for m in reversed(theirs) if not (version_folder(dataset, m.digest) / MANIFEST).is_file()]
+        new_ones = [m for m in reversed(theirs) if not (version_folder(dataset, m.digest) / MANIFEST).is_file()]
+        events = place.reviews(reporter)
         rows: dict[str, Example] = {}
         size = 0
-        with reporter.task("pulling", len(lacking) * _FILES, "files") as task:
-            for manifest in lacking:
+        with reporter.task("pulling", len(new_ones) * _FILES, "files") as task:
+            for manifest in new_ones:
                 new, read = _unpack(dataset, place, manifest, reporter)
                 task.advance(_FILES, note=short(manifest.digest))
                 rows |= new
                 size += read
         load_version(dataset, head)
+        brought = _Reviews.of(unite_reviews(dataset, events))
         write_head(dataset, head)
-    return Transfer(url, tuple(m.digest for m in lacking), len(rows), size, head)
+    return Transfer(url, tuple(m.digest for m in new_ones), len(rows), size + brought.bytes, head, 0, *brought.counts)
+
+
+@dataclass(frozen=True)
+class _Reviews:
+    """Reviews that were copied: records, how many of them verdicts, and bytes."""
+
+    counts: tuple[int, int]
+    bytes: int
+
+    @classmethod
+    def of(cls, events: Sequence[Event]) -> _Reviews:
+        size = sum(len(event_line(event).encode()) for event in events)
+        return cls((len(events), sum(isinstance(event, Judged) for event in events)), size)
+
+
+def _push_reviews(dataset: Path, place: Place, reporter: Reporter) -> _Reviews:
+    """Copy the events that the other side lacks, as one file of their own."""
+    reviews = read_reviews(dataset)
+    if reviews.torn:
+        reporter.warn("The last review in reviews.jsonl was cut off by a crash: it is not copied.")
+    if not reviews.events:
+        return _Reviews.of(())
+    new = lacking(reviews.events, place.reviews(reporter))
+    if new:
+        data = "".join(map(event_line, new)).encode()
+        place.write(f"{REVIEWS}/{short(hashlib.sha256(data).hexdigest())}.jsonl", data)
+    return _Reviews.of(new)
 
 
 def _position(line: Sequence[Manifest], digest: str | None) -> int:
@@ -199,7 +235,7 @@ def _parents_rows(dataset: Path, manifest: Manifest) -> Mapping[str, Any]:
     return read_places(dataset, manifest.parent)
 
 
-def _unpack(dataset: Path, place: _Place, manifest: Manifest, reporter: Reporter) -> tuple[dict[str, Example], int]:
+def _unpack(dataset: Path, place: Place, manifest: Manifest, reporter: Reporter) -> tuple[dict[str, Example], int]:
     """Bring one version here, its parent being here; the rows that it brought, and the bytes read."""
     base = f"versions/{short(manifest.digest)}"
     files = {name: place.read(f"{base}/{name}") for name in VERSION_FILES}
@@ -211,7 +247,7 @@ def _unpack(dataset: Path, place: _Place, manifest: Manifest, reporter: Reporter
     missing = places_of(members).keys() - rows.keys()
     missing -= _parents_rows(dataset, manifest).keys()
     if missing:
-        raise UserError(f"the row {min(missing)} is missing", where=where, fix=_AGAIN)
+        raise UserError(f"the row {min(missing)} is missing", where=where, fix=AGAIN)
     write_rows(dataset / "rows", rows, reporter)
     with new_folder(version_folder(dataset, manifest.digest)) as folder:
         for name, content in files.items():
@@ -232,111 +268,4 @@ def _check_files(manifest: Manifest, files: dict[str, bytes], where: str) -> Non
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
-            raise UserError("it was changed: it does not have its digest", where=f"{where}/{name}", fix=_AGAIN)
-
-
-class _Place:
-    """The other side: files by their path below the URL, and the user's mistakes for what a file system raises."""
-
-    def __init__(self, url: str, options: dict[str, Any] | None) -> None:
-        import fsspec  # type: ignore[import-untyped]
-
-        self.url = url.rstrip("/") or url
-        with self._refusals():
-            self.fs, root = fsspec.core.url_to_fs(self.url, **(options or {}))
-            # Others may have pushed since this process looked.
-            self.fs.invalidate_cache()
-        self.root = str(root).rstrip("/")
-        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
-        self.has_folders = not protocols & _BUCKETS
-        with self._refusals():
-            if self.fs.exists(f"{self.root}/rows"):
-                raise UserError(
-                    "this is a project's own dataset folder",
-                    where=url,
-                    fix="Use a folder that is there only for pushes.",
-                )
-
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        # The exceptions of S3 (no credentials, no endpoint) and HTTP are no OSErrors; who uses them has loaded these.
-        names = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))
-        also: list[type[Exception]] = [getattr(sys.modules[m], name) for m, name in names if m in sys.modules]
-        refused: tuple[type[Exception], ...] = (OSError, ValueError, NotImplementedError, *also)
-        try:
-            yield
-        except ImportError as error:
-            raise UserError(str(error), where=self.url, fix="Install the package that such a URL needs.") from None
-        except refused as error:
-            if isinstance(error, UserError):
-                raise
-            told = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise UserError(
-                f"cannot be reached or used: {told}", where=self.url, fix="Check the URL, the network and your rights."
-            ) from error
-
-    def read_if_there(self, name: str) -> bytes | None:
-        with self._refusals():
-            try:
-                data: bytes = self.fs.cat_file(f"{self.root}/{name}")
-            except FileNotFoundError:
-                return None
-        return data
-
-    def read(self, name: str) -> bytes:
-        data = self.read_if_there(name)
-        if data is None:
-            raise UserError("the file is missing", where=f"{self.url}/{name}", fix=_AGAIN)
-        return data
-
-    def has(self, digest: str) -> bool:
-        """Whether a version is there, whole."""
-        with self._refusals():
-            return bool(self.fs.exists(f"{self.root}/versions/{short(digest)}/{MANIFEST}"))
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a whole file, or leave what was there: fsspec moves it into place when the transaction ends."""
-        path = f"{self.root}/{name}"
-        with self._refusals():
-            if self.has_folders:  # in a bucket there are none, and a bucket of a mistyped name must not be made
-                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            with self.fs.transaction, self.fs.open(path, "wb") as file:
-                file.write(data)
-
-    def head(self) -> str | None:
-        """The digest of the version that was pushed last.
-
-        Raises:
-            UserError: HEAD holds something else.
-        """
-        data = self.read_if_there("HEAD")
-        if data is None:
-            return None
-        digest = data.decode(errors="replace").strip()
-        if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise UserError(f"HEAD is no digest of a version: {digest[:80]!r}", where=f"{self.url}/HEAD", fix=_AGAIN)
-        return digest
-
-    def line(self, head: str, stop: Collection[str] = ()) -> list[Manifest]:
-        """The version ``head`` and those that it was made from, newest first, up to those in ``stop`` or not there."""
-        line = [self._manifest(head)]
-        while (parent := line[-1].parent) is not None and parent not in stop and self.has(parent):
-            if any(m.digest == parent for m in line):
-                raise UserError(f"version {short(parent)} is its own ancestor", where=self.url, fix=_AGAIN)
-            line.append(self._manifest(parent))
-        return line
-
-    def _manifest(self, digest: str) -> Manifest:
-        name = f"versions/{short(digest)}/{MANIFEST}"
-        try:
-            manifest = Manifest.model_validate_json(self.read(name))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"]))
-            what = f"not a version's manifest: {key} {first['msg']}"
-            raise UserError(what, where=f"{self.url}/{name}", fix=_AGAIN) from None
-        if manifest.digest != digest:
-            raise UserError(
-                f"the manifest is that of version {short(manifest.digest)}", where=f"{self.url}/{name}", fix=_AGAIN
-            )
-        return manifest
+            raise UserError("it was changed: it does not have its digest", where=f"{where}/{name}", fix=AGAIN)

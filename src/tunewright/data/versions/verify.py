@@ -1,4 +1,4 @@
-"""Checking a whole dataset folder: every row against its key, every version against its digests; all that is wrong."""
+"""Checking a whole dataset folder: all rows, versions and reviews against their digests; all that is wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tunewright.data.review.reviews import REVIEWS_FILE, parse_event, whole_lines
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import (
     IMPORTS,
@@ -50,10 +51,15 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verification:
-    """All damage to a dataset; ``unsealed`` versions are of earlier releases: no digest covers manifest and imports."""
+    """All damage to a dataset; ``unsealed`` versions are of earlier releases: no digest covers manifest and imports.
+
+    ``reviews`` counts the records of reviews, of which ``undigested`` are of earlier releases: no digest covers them.
+    """
 
     rows: int
     versions: int
+    reviews: int
+    undigested: int
     damage: tuple[Damage, ...]
     unsealed: tuple[str, ...]
 
@@ -68,7 +74,7 @@ class Verification:
 
 
 def verify(dataset: Path, reporter: Reporter) -> Verification:
-    """Check every file of every version, and collect all that is wrong.
+    """Check every file of every version and the log of reviews, and collect all that is wrong.
 
     Raises:
         UserError: there is no dataset at all, or a file cannot be read.
@@ -97,8 +103,32 @@ def verify(dataset: Path, reporter: Reporter) -> Verification:
         # A manifest that cannot be read was told of above; a HEAD that names no version was not.
         if error.where == str(dataset / "HEAD"):
             damage.append(Damage(error.where, error.what))
+    reviews, undigested, bad_reviews = _check_reviews(dataset / REVIEWS_FILE)
+    damage += bad_reviews
     unsealed = tuple(c.manifest.digest for c in checks if c.manifest is not None and c.manifest.seal is None)
-    return Verification(len(store.good), len(folders), tuple(damage), unsealed)
+    return Verification(len(store.good), len(folders), reviews, undigested, tuple(damage), unsealed)
+
+
+def _check_reviews(path: Path) -> tuple[int, int, list[Damage]]:
+    """How many reviews are whole, how many of them have no digest, and each line that is not as it was written."""
+    if not path.is_file():
+        return 0, 0, []
+    data = _read(path)
+    whole, torn = whole_lines(data)
+    good = undigested = 0
+    damage = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        try:
+            event = parse_event(line, f"{path}:{number}")
+        except UserError as error:
+            damage.append(Damage(error.where or str(path), error.what))
+        else:
+            good += 1
+            undigested += event.digest is None
+    if torn:
+        last = whole.count(b"\n") + 1
+        damage.append(Damage(f"{path}:{last}", "half a review: it does not count, and the next review takes its place"))
+    return good, undigested, damage
 
 
 def _merged(damage: list[Damage]) -> list[Damage]:

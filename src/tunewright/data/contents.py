@@ -1,0 +1,97 @@
+"""What a new version would hold: clusters, splits, no training row with what is measured on, the mix-in."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunewright.data import notices
+from tunewright.data.formats import SourceRow
+from tunewright.data.merge import Merge
+from tunewright.data.mixing import Mixed, mix_in
+from tunewright.data.neighbours import find_clusters, largest_clusters
+from tunewright.data.neighbours.decontaminate import Hit, How, item_names, read_items, training_hits
+from tunewright.data.notices import Largest, Move
+from tunewright.data.review.suspects import class_like
+from tunewright.data.splits import assign_splits, join_groups
+from tunewright.data.versions import Member
+from tunewright.data.versions.making import renamed
+from tunewright.progress import Reporter
+from tunewright.project import Project
+from tunewright.recipe import Recipe
+
+_LARGEST = 5
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a new version would hold, mix-in included, and what was found on the way."""
+
+    members: list[Member]
+    moved: tuple[Move, ...]
+    hits: tuple[Hit, ...]
+    held: list[tuple[str, How, str]]  # the hits as people read them
+    left_out: frozenset[str]  # pair keys of training rows that hold an item of a test or benchmark
+    mixed: Mixed | None
+    largest: tuple[Largest, ...]
+
+    def fate(self, row: SourceRow, merged: Merge) -> dict[str, Any]:
+        """What became of a row that was read."""
+        fate = merged.fate(row)
+        return {**fate, "fate": "contaminated"} if fate.get("of", fate["key"]) in self.left_out else fate
+
+
+def contents(project: Project, merged: Merge, rows: Sequence[SourceRow], reporter: Reporter) -> Contents:
+    """Cluster, split, search and mix.
+
+    Args:
+        merged: the rows that the version keeps.
+        rows: those that were read, with their groups.
+
+    Raises:
+        UserError: too few rows to split, or a file of benchmark items or the mix-in that cannot be used.
+    """
+    recipe = project.recipe
+    domain = _domain(merged, rows, recipe, reporter)
+    benchmarks = {name: read_items(project.root / name) for name in recipe.data.benchmarks}
+    # Phrases that rows share with an item are left to `data leak`.
+    hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter) if hit.how != "overlap")
+    items = item_names(hits, domain)
+    held = [(merged.place(hit.row), hit.how, item) for hit, item in zip(hits, items, strict=True)]
+    left_out: frozenset[str] = frozenset()
+    if hits and recipe.data.contaminated == "drop":
+        reporter.warn(notices.contaminated(held, dropping=True))
+        left_out = frozenset(hit.row for hit in hits)
+        domain = renamed([m for m in domain if m.key not in left_out])
+    former = merged.former
+    moved = tuple(Move(m.key, former[m.key], m.split) for m in domain if former.get(m.key, m.split) != m.split)
+    mix = recipe.data.mix
+    mixed = mix_in(project.root, recipe, mix, domain, benchmarks, reporter) if mix else None
+    families = largest_clusters([m.example for m in domain], [m.cluster for m in domain], _LARGEST)
+    largest = tuple(
+        Largest(f.rows, domain[f.ends[0]].example.input_text, domain[f.ends[1]].example.input_text, f.similarity)
+        for f in families
+    )
+    members = sorted([*domain, *(mixed.members if mixed else [])], key=lambda m: m.key)
+    return Contents(members, moved, hits, held, left_out, mixed, largest)
+
+
+def _domain(merged: Merge, rows: Sequence[SourceRow], recipe: Recipe, reporter: Reporter) -> list[Member]:
+    """The rows of the domain with clusters, joined where they share a group, and splits."""
+    keys = sorted(merged.kept)
+    names = find_clusters([merged.kept[key] for key in keys], recipe.data.similarity, reporter)
+    clusters: dict[str, list[str]] = defaultdict(list)
+    for key, name in zip(keys, names, strict=True):
+        clusters[name].append(key)
+    groups = merged.groups(rows)
+    notices.warn_of_missing_groups(recipe.data.groups, merged.parent, groups, reporter)
+    clusters = join_groups(clusters, groups)
+    cluster_of = {key: name for name, members in clusters.items() for key in members}
+    outputs = {key: merged.kept[key].output.strip() for key in keys}
+    class_of = outputs if class_like(list(outputs.values())) else None
+    splits = assign_splits(clusters, merged.former, recipe.data, recipe.seed, class_of)
+    return [
+        Member(merged.kept[key], key, splits[cluster_of[key]], cluster_of[key], groups.get(key, ())) for key in keys
+    ]

@@ -1,0 +1,204 @@
+"""The other side of a push or a pull: its files, and the user's mistakes for what a file system raises."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import ValidationError
+
+from tunewright.data.review.reviews import Event, events_in
+from tunewright.data.versions import MANIFEST, Manifest, short
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+
+REVIEWS = "reviews"
+AGAIN = "Restore the file, or push the version again from a side that has it whole, after removing its folder there."
+
+_CREDENTIALS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile that AWS_PROFILE names"
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}
+
+
+def _loaded(module: str, name: str) -> type[Exception] | None:
+    """An exception of a library that is there only if somebody needed it."""
+    found: type[Exception] | None = getattr(sys.modules.get(module), name, None)
+    return found
+
+
+def _refused() -> tuple[type[Exception], ...]:
+    """What a file system raises; those of S3 and HTTP are no OSErrors, and there only where those are in use."""
+    names = (
+        ("botocore.exceptions", "BotoCoreError"),
+        ("botocore.exceptions", "ClientError"),
+        ("aiohttp", "ClientError"),
+    )
+    also = [loaded for name in names if (loaded := _loaded(*name))]
+    return OSError, ValueError, NotImplementedError, *also
+
+
+def _code(error: Exception) -> str:
+    """S3's own name for what went wrong, which s3fs keeps in the cause of an OSError."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """What an exception says to whoever gave the URL, and what to do."""
+    told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    code = _code(error)
+    no_credentials = _loaded("botocore.exceptions", "NoCredentialsError")
+    no_connection = _loaded("botocore.exceptions", "ConnectionError")
+    if code == "NoSuchBucket":
+        return "there is no such bucket", "Correct its name, or make it first: a push makes none."
+    if no_credentials is not None and isinstance(error, no_credentials):
+        return "there are no credentials", f"{_CREDENTIALS}."
+    if code and isinstance(error, PermissionError):
+        return f"the credentials were refused ({told})", f"{_CREDENTIALS}, and that they may read and write there."
+    if no_connection is not None and isinstance(error, no_connection):
+        return f"cannot be reached: {told}", "Check the network, and AWS_ENDPOINT_URL if the bucket is not at AWS."
+    return f"cannot be reached or used: {told}", "Check the URL, the network and your rights."
+
+
+class Place:
+    """The other side: files by their path below the URL, and the user's mistakes for what a file system raises."""
+
+    def __init__(self, url: str, options: dict[str, Any] | None) -> None:
+        import fsspec  # type: ignore[import-untyped]
+
+        self.url = url.rstrip("/") or url
+        with self._refusals():
+            self.fs, root = fsspec.core.url_to_fs(self.url, **(options or {}))
+            # Others may have pushed since this process looked.
+            self.fs.invalidate_cache()
+        self.root = str(root).rstrip("/")
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+        self.has_folders = not protocols & _BUCKETS
+        self.is_web = "http" in protocols
+        with self._refusals():
+            if self.fs.exists(f"{self.root}/rows"):
+                raise UserError(
+                    "this is a project's own dataset folder",
+                    where=url,
+                    fix="Use a folder that is there only for pushes.",
+                )
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except ImportError as error:
+            extra = "pip install 'tunewright[s3]'" if self.url.startswith(("s3://", "s3a://")) else None
+            fix = f"Install it: {extra}" if extra else "Install the package that such a URL needs."
+            raise UserError(str(error), where=self.url, fix=fix) from None
+        except _refused() as error:
+            if isinstance(error, UserError):
+                raise
+            what, fix = _told(error)
+            raise UserError(what, where=self.url, fix=fix) from error
+
+    def read_if_there(self, name: str) -> bytes | None:
+        with self._refusals():
+            try:
+                data: bytes = self.fs.cat_file(f"{self.root}/{name}")
+            except FileNotFoundError as error:
+                if _code(error) == "NoSuchBucket":
+                    raise
+                return None
+        return data
+
+    def read(self, name: str) -> bytes:
+        data = self.read_if_there(name)
+        if data is None:
+            raise UserError("the file is missing", where=f"{self.url}/{name}", fix=AGAIN)
+        return data
+
+    def has(self, digest: str) -> bool:
+        """Whether a version is there, whole."""
+        with self._refusals():
+            return bool(self.fs.exists(f"{self.root}/versions/{short(digest)}/{MANIFEST}"))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file, or leave what was there: fsspec moves it into place when the transaction ends."""
+        path = f"{self.root}/{name}"
+        with self._refusals():
+            if self.has_folders:  # in a bucket there are none, and a bucket of a mistyped name must not be made
+                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            with self.fs.transaction, self.fs.open(path, "wb") as file:
+                file.write(data)
+
+    def head(self) -> str | None:
+        """The digest of the version that was pushed last.
+
+        Raises:
+            UserError: HEAD holds something else.
+        """
+        data = self.read_if_there("HEAD")
+        if data is None:
+            return None
+        digest = data.decode(errors="replace").strip()
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise UserError(f"HEAD is no digest of a version: {digest[:80]!r}", where=f"{self.url}/HEAD", fix=AGAIN)
+        return digest
+
+    def reviews(self, reporter: Reporter) -> list[Event]:
+        """All events of reviews there.
+
+        Raises:
+            UserError: naming the file: it was changed.
+        """
+        events: list[Event] = []
+        for name in self._names(REVIEWS, reporter):
+            path = f"{REVIEWS}/{name}"
+            data = self.read(path)
+            events += [event for _, event in events_in(data, f"{self.url}/{path}")]
+            if short(hashlib.sha256(data).hexdigest()) != name.removesuffix(".jsonl"):
+                # Each line has its digest, so it is lines that are missing, or here twice.
+                raise UserError(
+                    "it was changed: it does not have its digest",
+                    where=f"{self.url}/{path}",
+                    fix="Restore the file; or remove it, and let those who have its reviews push again.",
+                )
+        return events
+
+    def _names(self, folder: str, reporter: Reporter) -> list[str]:
+        """The files in a folder; none where there is no such folder."""
+        with self._refusals():
+            try:
+                listed = self.fs.ls(f"{self.root}/{folder}", detail=False)
+            except FileNotFoundError:
+                if self.is_web:
+                    reporter.warn(f"No reviews were copied: {self.url} has none, or does not list its files.")
+                return []
+        names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
+        return sorted(name for name in names if re.fullmatch(r"[0-9a-f]{12}\.jsonl", name))
+
+    def line(self, head: str, stop: Collection[str] = ()) -> list[Manifest]:
+        """The version ``head`` and those that it was made from, newest first, up to those in ``stop`` or not there."""
+        line = [self._manifest(head)]
+        while (parent := line[-1].parent) is not None and parent not in stop and self.has(parent):
+            if any(m.digest == parent for m in line):
+                raise UserError(f"version {short(parent)} is its own ancestor", where=self.url, fix=AGAIN)
+            line.append(self._manifest(parent))
+        return line
+
+    def _manifest(self, digest: str) -> Manifest:
+        name = f"versions/{short(digest)}/{MANIFEST}"
+        try:
+            manifest = Manifest.model_validate_json(self.read(name))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            what = f"not a version's manifest: {key} {first['msg']}"
+            raise UserError(what, where=f"{self.url}/{name}", fix=AGAIN) from None
+        if manifest.digest != digest:
+            raise UserError(
+                f"the manifest is that of version {short(manifest.digest)}", where=f"{self.url}/{name}", fix=AGAIN
+            )
+        return manifest

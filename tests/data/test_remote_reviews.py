@@ -1,0 +1,129 @@
+"""Reviews travel by push and pull: none is lost, and none is taken that was changed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from data_helpers import Listener
+from remote_helpers import Place, add_rows, pull_from, push_to
+from review_helpers import judge_next, review
+
+from tunewright.data.review.edits import apply_edits
+from tunewright.data.review.reviews import read_reviews
+from tunewright.data.versions import load_version
+from tunewright.data.versions.changes import blame
+from tunewright.data.versions.find import find_row
+from tunewright.data.versions.place import Place as RemotePlace
+from tunewright.data.versions.remote import push
+from tunewright.data.versions.verify import verify
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+pytest_plugins = ["remote_helpers"]
+
+
+def test_two_reviewers_share_their_verdicts_by_push_and_pull(one: Project, two: Project, place: Place) -> None:
+    push_to(one, place)
+    pull_from(two, place)
+    judge_next(review(one, "ada"), "right", "wrong")
+    pushed = push_to(one, place)
+    assert (pushed.versions, pushed.reviews, pushed.verdicts) == ((), 3, 2)
+    mine = judge_next(review(two, "ben"), "wrong", "skip", "right")
+    undone = review(two, "ben").undo()
+    assert undone is not None
+    pulled = pull_from(two, place)
+    assert (pulled.versions, pulled.reviews, pulled.verdicts) == ((), 3, 2)
+    back = push_to(two, place)
+    assert (back.reviews, back.verdicts) == (5, 3)
+    pull_from(one, place)
+    here, there = read_reviews(one.dataset), read_reviews(two.dataset)
+    assert here.events == there.events
+    assert here.stacks == there.stacks
+    assert here.finding(mine[0]) == "unsettled"  # Ada called right what Ben called wrong
+    assert here.standing(mine[2]).get("ben") is None  # taken back
+    before = place.files
+    for verb, project in ((push_to, one), (pull_from, one), (push_to, two), (pull_from, two)):
+        assert (verb(project, place).reviews, verb(project, place).bytes) == (0, 0)
+    assert place.files == before
+    assert verify(one.dataset, Listener()).ok
+
+
+def test_two_who_push_reviews_at_the_same_moment_lose_none(
+    one: Project, two: Project, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_to(one, place)
+    pull_from(two, place)
+    judge_next(review(one, "ada"), "right")
+    judge_next(review(two, "ben"), "wrong")
+    with monkeypatch.context() as patched:
+        # Both look before either writes.
+        patched.setattr(RemotePlace, "reviews", lambda self, reporter: [])
+        push_to(one, place)
+        push_to(two, place)
+    pull_from(one, place)
+    pull_from(two, place)
+    assert read_reviews(one.dataset).events == read_reviews(two.dataset).events
+    assert len(read_reviews(one.dataset).events) == 4
+
+
+def test_reviews_travel_also_where_one_side_is_ahead(one: Project, two: Project, place: Place) -> None:
+    push_to(one, place)
+    pull_from(two, place)
+    add_rows(one, 30, 2)
+    push_to(one, place)
+    judge_next(review(two, "ben"), "right")
+    pushed = push_to(two, place)
+    assert (pushed.ahead, pushed.verdicts) == (1, 1)
+    add_rows(one, 30, 3)
+    pulled = pull_from(one, place)
+    assert (pulled.ahead, pulled.verdicts) == (1, 1)
+
+
+@pytest.mark.parametrize("damage", ["changed", "shortened"])
+def test_reviews_that_were_changed_there_are_refused_and_nothing_here_changes(
+    one: Project, two: Project, place: Place, damage: str
+) -> None:
+    push_to(one, place)
+    pull_from(two, place)
+    judge_next(review(one, "ada"), "right", "wrong")
+    push_to(one, place)
+    add_rows(one, 10, 2)
+    push_to(one, place)
+    (name,) = [name for name in place.files if name.startswith("reviews/")]
+    data = place.files[name]
+    place.write(name, data.replace(b'"wrong"', b'"right"') if damage == "changed" else data[: data.index(b"\n") + 1])
+    head = load_version(two.dataset).digest
+    with pytest.raises(UserError, match="was changed") as caught:
+        pull_from(two, place)
+    assert name in str(caught.value.where)
+    assert load_version(two.dataset).digest == head
+    assert not (two.dataset / "reviews.jsonl").exists()
+
+
+def test_an_edit_s_record_leads_to_the_verdict_also_where_that_is_on_another_line(
+    one: Project, two: Project, place: Place
+) -> None:
+    push_to(one, place)
+    pull_from(two, place)
+    judge_next(review(two, "ben"), "right", "right", "right", "right")
+    judge_next(review(one, "ada"), "right", "edit", output="the better answer")
+    now = apply_edits(one, Listener()).edited[0].now
+    push_to(one, place)
+    pull_from(two, place)
+    for project, line in ((one, 3), (two, 8)):
+        version = load_version(project.dataset)
+        found = blame(project.dataset, version, now)
+        assert (found.source, found.line, found.reviewers) == ("dataset/reviews.jsonl", line, ("ada",))
+        log = (project.dataset / "reviews.jsonl").read_text().splitlines()
+        assert json.loads(log[line - 1])["output"] == "the better answer"
+        assert find_row(project.dataset, version, f"reviews.jsonl:{line}").key == now
+
+
+def test_half_a_last_review_is_not_pushed_and_told(one: Project, place: Place) -> None:
+    judge_next(review(one), "right")
+    path = one.dataset / "reviews.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"draw":0,"ev')
+    listener = Listener()
+    assert push(one.dataset, place.url, listener, options=place.options).reviews == 2
+    assert any("cut off by a crash" in warning for warning in listener.warned)

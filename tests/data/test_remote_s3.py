@@ -1,0 +1,92 @@
+"""What goes wrong with S3, told by a real S3 API on loopback, and the command line over it."""
+
+from __future__ import annotations
+
+import sys
+import urllib.request
+import uuid
+from typing import Any
+
+import fsspec  # type: ignore[import-untyped]
+import pytest
+from data_helpers import Listener
+from review_helpers import judge_next, review
+
+from command_line import tunewright
+from tunewright.data.versions import load_version, short
+from tunewright.data.versions.remote import pull, push
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+pytest_plugins = ["remote_helpers"]
+
+
+def _s3_options(endpoint: str, key: str = "testing") -> dict[str, Any]:
+    return {"key": key, "secret": "testing", "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
+
+
+def test_a_bucket_that_is_not_there_is_told_and_not_made(one: Project, s3_endpoint: str) -> None:
+    options = _s3_options(s3_endpoint)
+    for verb in (push, pull):
+        with pytest.raises(UserError, match="there is no such bucket") as caught:
+            verb(one.dataset, "s3://not-there-1/x", Listener(), options=options)
+        assert caught.value.where == "s3://not-there-1/x"
+    assert not fsspec.filesystem("s3", **options).exists("not-there-1")
+
+
+def test_wrong_credentials_are_told(one: Project, s3_endpoint: str) -> None:
+    bucket = uuid.uuid4().hex
+    fsspec.filesystem("s3", **_s3_options(s3_endpoint)).mkdir(bucket)
+    _check_rights(s3_endpoint, after="0")
+    try:
+        for verb in (push, pull):
+            with pytest.raises(UserError, match="the credentials were refused") as caught:
+                verb(one.dataset, f"s3://{bucket}/x", Listener(), options=_s3_options(s3_endpoint, "AKIAWRONG"))
+            assert "AWS_ACCESS_KEY_ID" in (caught.value.fix or "")
+    finally:
+        _check_rights(s3_endpoint, after="inf")
+
+
+def _check_rights(endpoint: str, after: str) -> None:
+    """From which request on moto's server asks who it is that asks."""
+    url, kind = f"{endpoint}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+    with urllib.request.urlopen(urllib.request.Request(url, after.encode(), kind)):
+        pass
+
+
+def test_an_endpoint_that_cannot_be_reached_is_told(one: Project, s3_endpoint: str) -> None:
+    options = {**_s3_options("http://127.0.0.1:9"), "config_kwargs": {"retries": {"max_attempts": 0}}}
+    with pytest.raises(UserError, match="cannot be reached: Could not connect") as caught:
+        push(one.dataset, "s3://bucket/x", Listener(), options=options)
+    assert "AWS_ENDPOINT_URL" in (caught.value.fix or "")
+
+
+def test_a_url_whose_library_is_not_installed_names_the_extra(one: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    with pytest.raises(UserError) as caught:
+        push(one.dataset, "s3://bucket/x", Listener())
+    assert "tunewright[s3]" in (caught.value.fix or "")
+
+
+def test_the_command_line_pushes_to_the_endpoint_that_the_environment_names(
+    one: Project, two: Project, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = _s3_options(s3_endpoint)
+    bucket = uuid.uuid4().hex
+    fsspec.filesystem("s3", **options).mkdir(bucket)
+    for name, value in (("ENDPOINT_URL", s3_endpoint), ("ACCESS_KEY_ID", "testing"), ("SECRET_ACCESS_KEY", "testing")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    judge_next(review(one), "right", "edit")
+    head = load_version(one.dataset).digest
+    pushed = tunewright("data", "push", f"s3://{bucket}/team", "--json", "-p", one.root)
+    assert (pushed.code, pushed.document["head"], pushed.document["rows"]) == (0, head, 60)
+    pulled = tunewright("data", "pull", f"s3://{bucket}/team", "-p", two.root)
+    assert pulled.code == 0
+    assert f"Copied {short(head)}: 60 new rows" in pulled.stderr
+    assert "Copied 2 verdicts (3 records of reviews)" in pulled.stderr
+    assert load_version(two.dataset) == load_version(one.dataset)
+    missing = tunewright("data", "push", "s3://not-there-2/x", "-p", one.root)
+    assert (missing.code, "there is no such bucket" in missing.stderr) == (2, True)
