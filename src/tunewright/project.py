@@ -38,6 +38,11 @@ class Project:
         return self.root / "adapters"
 
     @property
+    def fold_adapters(self) -> Path:
+        """The adapters of cross-fitted evaluations, apart from those that are served; all can be made again."""
+        return self.root / ".tunewright" / "crossfit" / "adapters"
+
+    @property
     def evaluations(self) -> Path:
         """Evidence, one folder for each evaluation: ID."""
         return self.root / "evaluations"

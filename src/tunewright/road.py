@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.fit import require_fit
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunewright.data.formats.file_check import Change, FileCheck
     from tunewright.data.neighbours.contamination import Contamination
     from tunewright.data.neighbours.leak import LeakReport
+    from tunewright.data.review.suspects import Suspect
     from tunewright.data.splits import Split
     from tunewright.data.versions.export import Exported, Format
     from tunewright.evaluation.measure import AdviseResult, EvaluateResult, Measurement
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from tunewright.training.train import TrainResult
 
 REPORT_FILE = "report.html"
+FOLDS = 5
+"""Of a cross-fitted evaluation: each adapter sees four fifths of the rows, less those that it is chosen by."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,24 @@ class RunResult:
     evaluated: EvaluateResult
     verdict: Verdict
     report: Path
+
+
+@dataclass(frozen=True)
+class SuspectsResult:
+    """The rows of a version most likely wrong, the worst first."""
+
+    version: DatasetVersion
+    suspects: list[Suspect]
+    judged_by: str | None
+    """Whose losses ranked the answers, in words; None where no losses did."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The suspects as ``--json`` prints them."""
+        return {
+            "version": self.version.digest,
+            "judged_by": self.judged_by,
+            "suspects": [suspect.as_dict() for suspect in self.suspects],
+        }
 
 
 class Road:
@@ -188,11 +209,24 @@ class Road:
         """Measure the prompting arms on the dev split with the untuned base."""
         return self._measurement().advise()
 
-    def train(self) -> TrainResult:
-        """Train the recipe's adapter on the current version, or find the one already trained."""
-        from tunewright.training.train import train
+    def train(self, *, force: bool = False) -> TrainResult:
+        """Train the recipe's adapter on the current version, or find the one already trained.
 
-        return train(self.project, self.version(), self.base, self.chat, self.reporter)
+        Fewer than 50 training pairs are refused; with ``force`` that is a warning, and the adapter's lineage says so.
+        """
+        return self._train(self._forced(force))
+
+    def crossfit(self, *, folds: int = FOLDS, force: bool = False) -> EvaluateResult:
+        """Evaluate the recipe on every row of the current version, in folds: for sets too small to hold a test out.
+
+        ``force`` as in :meth:`train`.
+        """
+        from tunewright.evaluation.crossfit import CrossFit
+
+        if folds < 2:
+            raise UserError(f"{folds} folds", where="--folds", fix="Two are the fewest; five are usual.")
+        version, chat = self.version(), self.chat
+        return CrossFit(self.project, version, self.base, chat, self.reporter, folds=folds, force=force).run()
 
     def evaluate(self, adapter: str | None = None) -> EvaluateResult:
         """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split."""
@@ -222,16 +256,47 @@ class Road:
         """Write an evaluation's HTML report beside its evidence (the newest by default)."""
         folder = self.evaluation(evaluation)
         evidence = load_evidence(folder)
-        adapters = {a.digest: a for a in list_adapters(self.project.adapters)}
-        adapter = adapters.get(evidence.lineage["adapter"]["digest"])
-        if adapter is None:
-            self.reporter.warn("The evaluated adapter is no longer here: the report has no loss curve.")
+        history: list[dict[str, Any]] = []
+        if evidence.design == "held-out":  # cross-fitted evidence has each fold's dev losses itself
+            adapters = {a.digest: a for a in list_adapters(self.project.adapters)}
+            adapter = adapters.get(evidence.lineage["adapter"]["digest"])
+            if adapter is None:
+                self.reporter.warn("The evaluated adapter is no longer here: the report has no loss curve.")
+            else:
+                history = adapter.history
         out = folder / REPORT_FILE
-        write_report(evidence, load_items(folder), adapter.history if adapter else [], out)
+        write_report(evidence, load_items(folder), history, out)
         return out
 
-    def run(self) -> RunResult:
-        """Go the whole road; a stage whose inputs have not changed is found done."""
+    def suspects(self, adapter: str | None = None) -> SuspectsResult:
+        """The current version's rows whose answer is most likely wrong.
+
+        Free text is ranked by each answer's loss: under cross-fitted adapters where the version has them, else the
+        newest adapter that fits; or under the one that is named.
+
+        Raises:
+            UserError: an adapter is named where answers are classes, which a model of other rows judges better.
+        """
+        from tunewright.data.review.suspects import class_like, suspects
+
+        version = self.version()
+        losses = None
+        if class_like([m.example.output.strip() for m in version.members]):
+            if adapter is not None:
+                raise UserError(
+                    "the answers are classes: a model of other rows judges them, and no adapter is used",
+                    where="--adapter",
+                    fix="Leave it out.",
+                )
+        elif adapter is not None or list_adapters(self.project.fold_adapters) or list_adapters(self.project.adapters):
+            from tunewright.evaluation.losses import row_losses
+
+            losses = row_losses(self.project, version, self.base, self.chat, self.reporter, adapter)
+        found = suspects(version, self.reporter, losses=losses.by_key if losses else None)
+        return SuspectsResult(version, found, losses.judged_by if losses else None)
+
+    def run(self, *, force: bool = False) -> RunResult:
+        """Go the whole road; a stage whose inputs have not changed is found done. ``force`` as in :meth:`train`."""
         sources = self.project.recipe.data.sources
         if not sources:
             raise UserError(
@@ -241,9 +306,10 @@ class Road:
             )
         added = self.add([self.project.root / source for source in sources])
         self._stage("data", added.created, f"version {added.version.digest[:12]}")
+        forced = self._forced(force)
         advised = self.advise()
         self._stage("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
-        trained = self.train()
+        trained = self._train(forced)
         self._stage("train", trained.trained, trained.adapter.name)
         evaluated = self.evaluate(trained.adapter.name)
         self._stage("evaluate", evaluated.evaluated, f"evidence {evaluated.evidence.id}")
@@ -292,6 +358,17 @@ class Road:
         if not evidence:
             raise UserError("nothing has been evaluated yet", where=str(folder), fix="`tunewright evaluate` does it.")
         return folder / max(evidence, key=lambda e: str(e.lineage["created"])).id
+
+    def _forced(self, force: bool) -> str | None:
+        from tunewright.training.few import forced_below
+
+        return forced_below(len(self.version().domain_of("train")), force=force, reporter=self.reporter)
+
+    def _train(self, forced: str | None) -> TrainResult:
+        from tunewright.training.train import train
+
+        facts = {"forced": forced} if forced else {}
+        return train(self.project, self.version(), self.base, self.chat, self.reporter, facts=facts)
 
     def _measurement(self) -> Measurement:
         from tunewright.evaluation.generations import Generator

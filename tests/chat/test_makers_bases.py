@@ -52,7 +52,7 @@ def test_a_served_dialogue_has_the_ids_that_training_saw(
 ) -> None:
     base = BASES[maker](tmp_path / "base")
     folder = _project(tmp_path / "project", base)
-    assert run("train", "-p", folder).code == 0
+    assert run("train", "--force", "-p", folder).code == 0
     seen = recorded_prompts(monkeypatch)
     road = tunewright.open(folder)
     member = road.version().examples("train")[0]
@@ -92,8 +92,8 @@ def test_llama_3_s_template_on_its_base_model_is_refused_and_the_plain_form_is_n
     config = base / "tokenizer_config.json"
     config.write_text(config.read_text().replace('"eos_token": "<|eot_id|>"', '"eos_token": "<|end_of_text|>"'))
     folder = _project(tmp_path / "project", base)
-    for command in ("check", "train"):
-        ran = run(*(["data", "check"] if command == "check" else [command]), "-p", folder)
+    for command in (["data", "check"], ["train", "--force"]):
+        ran = run(*command, "-p", folder)
         assert ran.code == 2
         assert all(name in ran.stderr for name in names), ran.stderr
     recipe = folder / "tunewright.yaml"

@@ -180,3 +180,14 @@ def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) ->
     for command in (["evaluate"], ["serve", adapter]):
         ran = tunewright(*command, "--project", other)
         assert (ran.code, "it was trained on" in ran.stderr) == (2, True)
+
+
+def test_few_pairs_go_the_road_only_by_force(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder, count=55)
+    for command in ("run", "train"):
+        ran = tunewright(command, "--project", folder)
+        assert (ran.code, "43 training pairs, fewer than 50" in ran.stderr, "--force" in ran.stderr) == (2, True, True)
+    ran = tunewright("run", "--force", "--project", folder)
+    assert ran.code in {0, 3, 4}
+    assert ran.stderr.count("Going on as --force says") == 1
+    assert find_adapter(folder / "adapters").lineage["forced"].startswith("43 training pairs")

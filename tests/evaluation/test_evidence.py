@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from factories import make_evidence, make_items, with_contrast
+from factories import cross_fitted, make_evidence, make_items, with_contrast
 from tunewright.disk import write_text
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import EVIDENCE_FILE, ITEMS_FILE, Contrast, load_evidence, load_items
@@ -20,6 +20,15 @@ def test_evidence_and_items_survive_the_disk(tmp_path: Path) -> None:
     write_text(tmp_path / ITEMS_FILE, "".join(f"{item.model_dump_json()}\n" for item in ITEMS))
     assert load_evidence(tmp_path) == load_evidence(tmp_path / EVIDENCE_FILE) == EVIDENCE
     assert load_items(tmp_path) == ITEMS
+
+
+def test_cross_fitted_evidence_survives_the_disk_and_older_evidence_is_held_out(tmp_path: Path) -> None:
+    folded = cross_fitted(EVIDENCE)
+    write_text(tmp_path / EVIDENCE_FILE, folded.model_dump_json())
+    assert load_evidence(tmp_path) == folded
+    older = {k: v for k, v in EVIDENCE.model_dump(mode="json").items() if k not in {"design", "folds"}}
+    write_text(tmp_path / EVIDENCE_FILE, json.dumps(older))
+    assert load_evidence(tmp_path) == EVIDENCE
 
 
 def test_text_with_odd_line_ends_stays_one_item(tmp_path: Path) -> None:

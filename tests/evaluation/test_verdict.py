@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factories import make_evidence, make_items, with_contrast
+from factories import cross_fitted, make_evidence, make_items, with_contrast
 from tunewright.evaluation.evidence import Contrast, Evidence
 from tunewright.evaluation.statistics import exact_match_difference, exact_mcnemar
 from tunewright.evaluation.verdict import verdict
@@ -97,6 +97,24 @@ def test_answers_cut_by_the_token_limit_are_named() -> None:
         "Caution: 9 of 60 answers of retrieved-4 ran into the token limit; "
         "raise evaluate.max_new_tokens to see whether that is why they score low."
     ]
+
+
+def test_a_cross_fitted_verdict_speaks_of_the_recipe_and_of_the_spent_test_split() -> None:
+    held_out, result = verdict(EVIDENCE), verdict(cross_fitted(EVIDENCE))
+    assert result.decision == held_out.decision
+    assert "(30 clusters), cross-fitted in 5 folds: " in result.reasons[0]
+    told = " ".join(result.reasons[1:])
+    assert "the recipe on about 144 training pairs, the mean of 5 adapters" in told
+    assert "no longer untouched evidence" in told
+    assert "no longer untouched evidence" not in " ".join(held_out.reasons)
+
+
+def test_what_would_settle_cross_fitted_evidence_is_counted_in_pairs() -> None:
+    evidence = cross_fitted(with_contrast(EVIDENCE, low=-0.06, difference=0.06, high=0.18, p_value=0.3))
+    told = " ".join(verdict(evidence).reasons)
+    assert "About 1,200 pairs in all (1,140 more)" in told
+    few = verdict(evidence.model_copy(update={"clusters": 5}))
+    assert "Add more unlike pairs." in few.reasons[1]
 
 
 SHARES = st.floats(-1, 1)

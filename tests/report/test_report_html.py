@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factories import make_evidence, make_history, make_items, with_contrast
-from tunewright.evaluation.evidence import Item
+from factories import cross_fitted, make_evidence, make_history, make_items, with_contrast
+from tunewright.evaluation.evidence import Item, Metric
 from tunewright.evaluation.verdict import verdict
 from tunewright.report.html import SHOWN_FIXED, SHOWN_STILL_WRONG, render_report, write_report
 
@@ -180,6 +180,18 @@ def test_a_run_without_history_says_so() -> None:
     page = render_report(EVIDENCE, ITEMS, [])
     assert "No loss history came with this adapter." in page
     assert _Reader(page).tags["svg"] == 3
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "bleu"])
+def test_a_cross_fitted_report_shows_the_folds_and_no_test_split(metric: Metric) -> None:
+    page = render_report(cross_fitted(make_evidence(ITEMS, metric=metric)), ITEMS, [])
+    text = _Reader(page).text
+    assert "each answered once: by the one of 5 adapters that saw no row of its cluster" in text
+    assert _section(page, "The folds").count("<tr>") == 6
+    assert "0.900, 0.412" in text
+    assert "Bengio & Grandvalet 2004" in text
+    for absent in ("Arms on the test split", "on the dev split", "loss history"):
+        assert absent not in text
 
 
 def test_the_loss_caption_names_the_lowest_dev_loss() -> None:

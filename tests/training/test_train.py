@@ -146,6 +146,24 @@ def test_an_example_over_the_limit_is_named_and_nothing_is_cut(tmp_path: Path, t
     assert road.version().examples("train")
 
 
+def test_fewer_than_fifty_pairs_are_refused_unless_forced(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder, count=60)
+    road = _road(folder, tiny_base_folder)
+    for go in (road.train, road.run):
+        with pytest.raises(UserError, match="48 training pairs, fewer than 50") as caught:
+            go()
+        assert "`tunewright advise`" in (caught.value.fix or "")
+    assert not (folder / "adapters").exists()
+    assert not (folder / "evaluations").exists()  # `run` refuses before it measures anything
+    forced = road.train(force=True).adapter
+    assert forced.lineage["forced"] == "48 training pairs, fewer than 50"
+    assert road.evaluate().evaluated
+
+
+def test_enough_pairs_leave_no_word_of_force(unstopped: TrainResult) -> None:
+    assert "forced" not in unstopped.adapter.lineage
+
+
 def test_labels_are_the_answers_ids_and_nothing_else() -> None:
     from tunewright.chat import Tokens
 

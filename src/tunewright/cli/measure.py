@@ -1,4 +1,4 @@
-"""``advise``, ``train``, ``evaluate``, ``verdict``, ``report`` and ``adapters``: from a version to a decision."""
+"""From a version to a decision: advise, train, evaluate, crossfit, verdict, report; and the adapters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from tunewright.cli.console import session
 Evaluation = Annotated[
     Path | None, typer.Argument(help="An evaluation's ID, folder or evidence.json.", show_default="the newest")
 ]
+
+Force = Annotated[bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")]
 
 adapters_app = typer.Typer(help="Trained adapters.", no_args_is_help=True)
 app.add_typer(adapters_app, name="adapters")
@@ -35,12 +37,12 @@ def advise(project: Folder = HERE, json: Json = False) -> None:
 
 
 @app.command()
-def train(project: Folder = HERE, json: Json = False) -> None:
+def train(force: Force = False, project: Folder = HERE, json: Json = False) -> None:
     """Train the recipe's adapter on the current dataset version. Goes on where it was stopped."""
     import tunewright
 
     with session(json) as current:
-        result = tunewright.open(project, current.reporter).train()
+        result = tunewright.open(project, current.reporter).train(force=force)
         adapter = result.adapter
         told = adapter.lineage["training"]
         epochs = ", ".join(f"{e['dev_loss']:.3f}" for e in told["epochs"])
@@ -65,6 +67,33 @@ def evaluate(
 
     with session(json) as current:
         result = tunewright.open(project, current.reporter).evaluate(adapter)
+        current.show(
+            {
+                "folder": str(result.folder),
+                "evaluated": result.evaluated,
+                "evidence": result.evidence.model_dump(mode="json"),
+            },
+            *evidence_tables(result.evidence),
+            f"Evidence: {result.folder}",
+        )
+
+
+@app.command()
+def crossfit(
+    folds: Annotated[int, typer.Option(min=2, help="How many parts the rows are dealt into.")] = 5,
+    force: Force = False,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """For small sets: evaluate the recipe on every row, each answered by an adapter that saw none like it.
+
+    Each fold trains an adapter of its own, so this takes as long as that many trainings. Goes on where it was stopped.
+    """
+    import tunewright
+    from tunewright.cli.tables import evidence_tables
+
+    with session(json) as current:
+        result = tunewright.open(project, current.reporter).crossfit(folds=folds, force=force)
         current.show(
             {
                 "folder": str(result.folder),

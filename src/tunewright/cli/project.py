@@ -57,13 +57,19 @@ def recipe_show(project: Folder = HERE, json: Json = False) -> None:
 
 
 @app.command()
-def run(project: Folder = HERE, json: Json = False) -> None:
+def run(
+    force: Annotated[
+        bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")
+    ] = False,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
     """Go the whole road: data, advise, train, evaluate, verdict, report. Goes on where it was stopped."""
     import tunewright
     from tunewright.cli.tables import run_document, run_tables
 
     with session(json) as current:
-        result = tunewright.open(project, current.reporter).run()
+        result = tunewright.open(project, current.reporter).run(force=force)
         current.show(run_document(result), *run_tables(result))
         raise typer.Exit(result.verdict.exit_code)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,33 +25,44 @@ if TYPE_CHECKING:
     from tunewright.data.review.reviews import Verdict
     from tunewright.data.review.suspects import Nearest, Suspect
     from tunewright.data.versions import DatasetVersion
+    from tunewright.road import Road
 
 VERDICT_KEYS: dict[str, Verdict] = {"r": "right", "w": "wrong", "s": "skip"}
 KEYS = "r right   w wrong   e edit   s skip   u undo   q quit"
 _EXPORTED = 60  # rows, where the plan needs fewer
 
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="For free text: whose loss ranks the suspects.",
+        show_default="cross-fitted adapters, else the newest that fits",
+    ),
+]
+
 
 @data_app.command("suspects")
 def data_suspects(
     top: Annotated[int, typer.Option(min=1, help="How many to list; --json lists all.")] = 20,
+    adapter: Judge = None,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
     """List the rows whose answer is most likely wrong, each with the reason."""
     import tunewright
-    from tunewright.data.review.suspects import suspects
 
     with session(json) as current:
-        version = tunewright.open(project).version()
-        found = suspects(version, current.reporter)
-        document = {"version": version.digest, "suspects": [s.as_dict() for s in found]}
-        current.show(document, _suspects_table(found[:top], version), f"{min(top, len(found)):,} of {len(found):,}")
+        result = tunewright.open(project, current.reporter).suspects(adapter)
+        shown = result.suspects[:top]
+        told = f"{len(shown):,} of {len(result.suspects):,}"
+        current.show(result.as_dict(), _suspects_table(shown, result.version), told)
 
 
 @data_app.command("review")
 def data_review(
     reviewer: Annotated[str | None, typer.Option(help="Whose verdicts.", show_default="your login name")] = None,
     suspects: Annotated[bool, typer.Option("--suspects", help="Review the suspects, apart from the sample.")] = False,
+    adapter: Judge = None,
     second: Annotated[bool, typer.Option("--second", help="Judge again, unseen, what others judged.")] = False,
     fixed: Annotated[
         int | None,
@@ -71,53 +83,85 @@ def data_review(
     exit code is 0 for accepted, 3 for rejected, 4 for not decided.
     """
     import tunewright
-    from tunewright.data.review.acceptance import FixedPlan
-    from tunewright.data.review.edits import apply_edits
-    from tunewright.data.review.passes import Review, check_options, default_reviewer
-    from tunewright.data.review.suspects import suspects as find_suspects
-    from tunewright.data.review.table import export_csv, import_csv
+    from tunewright.data.review.passes import check_options
 
     with session(json) as current:
+        chosen = {"--suspects": suspects, "--adapter": adapter is not None, "--second": second}
         check_options(
             {"--status": status, "--export": export is not None, "--import": import_file is not None, "--apply": apply},
-            {"--suspects": suspects, "--second": second, "--fixed": fixed is not None, "--redraw": redraw},
+            {**chosen, "--fixed": fixed is not None, "--redraw": redraw},
             message=bool(message),
         )
         road = tunewright.open(project, current.reporter)
-        dataset = road.project.dataset
         if apply:
-            edited = apply_edits(road.project, current.reporter, message=message)
-            current.show(edited.as_dict(), f"New version {edited.version.digest[:12]}: {edited.version.message}")
-            return
-        version = road.version()
-        if status:
-            raise typer.Exit(_show_status(current, dataset, version))
-        name = default_reviewer() if reviewer is None else reviewer
-        if import_file is not None:
-            done = import_csv(import_file, dataset, version, name)
-            current.reporter.say(
-                f"{done.recorded} verdicts recorded, {done.known} known, {done.blank} rows without one"
+            _apply(current, road, message)
+        elif status:
+            raise typer.Exit(_show_status(current, road.project.dataset, road.version()))
+        elif import_file is not None:
+            _import(current, road, import_file, reviewer)
+        else:
+            _review(
+                current,
+                road,
+                reviewer,
+                export,
+                Choice(suspects=suspects, adapter=adapter, second=second, fixed=fixed, redraw=redraw),
             )
-            _show_status(current, dataset, version)
-            return
-        if export is None:
-            require_terminal()
-        review = Review(
-            dataset,
-            version,
-            name,
-            current.reporter,
-            plan=None if fixed is None else FixedPlan(allowed=fixed),
-            redraw=redraw,
-            suspects=find_suspects(version, current.reporter) if suspects else None,
-            second=second,
-        )
-        if export is not None:
-            count = export_csv(export, review, max(review.needed, _EXPORTED))
-            current.show({"file": str(export), "rows": count}, f"{count} rows written to {export}: fill in verdict")
-            return
-        _pass(current, review)
-        _show_status(current, dataset, version)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which rows are reviewed, by the options' names."""
+
+    suspects: bool
+    adapter: str | None
+    second: bool
+    fixed: int | None
+    redraw: bool
+
+
+def _apply(current: Session, road: Road, message: str) -> None:
+    from tunewright.data.review.edits import apply_edits
+
+    edited = apply_edits(road.project, current.reporter, message=message)
+    current.show(edited.as_dict(), f"New version {edited.version.digest[:12]}: {edited.version.message}")
+
+
+def _import(current: Session, road: Road, file: Path, reviewer: str | None) -> None:
+    from tunewright.data.review.passes import default_reviewer
+    from tunewright.data.review.table import import_csv
+
+    dataset, version = road.project.dataset, road.version()
+    done = import_csv(file, dataset, version, default_reviewer() if reviewer is None else reviewer)
+    current.reporter.say(f"{done.recorded} verdicts recorded, {done.known} known, {done.blank} rows without one")
+    _show_status(current, dataset, version)
+
+
+def _review(current: Session, road: Road, reviewer: str | None, export: Path | None, choice: Choice) -> None:
+    from tunewright.data.review.acceptance import FixedPlan
+    from tunewright.data.review.passes import Review, default_reviewer
+    from tunewright.data.review.table import export_csv
+
+    version = road.version()
+    name = default_reviewer() if reviewer is None else reviewer
+    if export is None:
+        require_terminal()
+    review = Review(
+        road.project.dataset,
+        version,
+        name,
+        current.reporter,
+        plan=None if choice.fixed is None else FixedPlan(allowed=choice.fixed),
+        redraw=choice.redraw,
+        suspects=road.suspects(choice.adapter).suspects if choice.suspects else None,
+        second=choice.second,
+    )
+    if export is not None:
+        count = export_csv(export, review, max(review.needed, _EXPORTED))
+        current.show({"file": str(export), "rows": count}, f"{count} rows written to {export}: fill in verdict")
+        return
+    _pass(current, review)
+    _show_status(current, road.project.dataset, version)
 
 
 def _show_status(current: Session, dataset: Path, version: DatasetVersion) -> int:

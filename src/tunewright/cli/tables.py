@@ -15,6 +15,7 @@ from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Score
 from tunewright.evaluation.verdict import Verdict
 from tunewright.road import RunResult
 
+METRIC_NAMES = {"exact_match": "exact match, %", "bleu": "corpus BLEU"}
 _COLOURS = {"ship": "bold green", "don't ship": "bold red", "can't tell": "bold yellow"}
 
 
@@ -39,9 +40,9 @@ def _interval(score: Score) -> str:
     return f"{100 * score.interval.low:.1f} to {100 * score.interval.high:.1f}"
 
 
-def contrasts_table(contrasts: Sequence[Contrast]) -> Table:
+def contrasts_table(title: str, contrasts: Sequence[Contrast]) -> Table:
     """Contrasts with difference, interval, p, fixed and broken."""
-    table = Table(title="Contrasts on the test split, in points", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for name in ("contrast", "difference", "95% interval", "p", "fixed", "broken", "detectable"):
         table.add_column(name, justify="left" if name == "contrast" else "right", no_wrap=True)
     for c in contrasts:
@@ -57,10 +58,31 @@ def contrasts_table(contrasts: Sequence[Contrast]) -> Table:
     return table
 
 
+def folds_table(evidence: Evidence) -> Table:
+    """The folds of a cross-fitted evaluation: what each trained on, chose and scored."""
+    table = Table(title=f"Folds, scores by {METRIC_NAMES[evidence.metric]}", title_justify="left")
+    scored = [arm.name for arm in evidence.arms]
+    for name in ("fold", "train", "dev", "items", "best prompting", *scored, "dev loss by epoch"):
+        table.add_column(name, justify="left" if name == "best prompting" else "right", no_wrap=True)
+    for fold in evidence.folds:
+        scores = (f"{100 * fold.scores[name]:.1f}" for name in scored)
+        numbers = (fold.number, fold.train_items, fold.dev_items, fold.items)
+        losses = ", ".join(f"{loss:.3f}" for loss in fold.dev_losses)
+        table.add_row(*map(str, numbers), fold.best_prompting, *scores, losses)
+    return table
+
+
 def evidence_tables(evidence: Evidence) -> list[RenderableType]:
-    """The arms on test and their contrasts."""
+    """The arms on the test items and their contrasts."""
+    if evidence.design == "cross-fitted":
+        title = f"{evidence.items} items in {evidence.clusters} clusters, cross-fitted in {len(evidence.folds)} folds"
+        contrasts = contrasts_table("Contrasts on all items, in points", evidence.contrasts)
+        return [folds_table(evidence), arms_table(title, evidence.arms), contrasts]
     title = f"{evidence.items} held-out test items in {evidence.clusters} clusters"
-    return [arms_table(title, evidence.arms), contrasts_table(evidence.contrasts)]
+    return [
+        arms_table(title, evidence.arms),
+        contrasts_table("Contrasts on the test split, in points", evidence.contrasts),
+    ]
 
 
 def verdict_text(decision: Verdict) -> Text:

@@ -46,8 +46,8 @@ def mix_in(
     """Draw the mix-in for a version of these domain rows.
 
     Rows come in an order drawn from the seed and their keys, so that a version with more training rows has those of the
-    version before and more. Passed over, with the reason: rows with an input of the domain, rows that are nearly equal
-    to held-out rows or hold one, rows that hold a benchmark item, and rows with secrets.
+    version before and more. Passed over, with the reason: rows with an input of the domain, rows that are nearly equal to
+    one, rows that hold a held-out row or a benchmark item, and rows with secrets.
 
     Args:
         root: the project's folder, from which the source is named.
@@ -122,7 +122,7 @@ def _reasons(
     """Why rows may not be mixed in, by pair key."""
     held_out = [m for m in domain if m.split != "train"]
     examples = {row.example.pair_key: row.example for row in batch}
-    reasons = _near(examples, held_out, data.similarity, reporter)
+    reasons = _near(examples, domain, data.similarity, reporter)
     against = {"held-out rows": [m.example.input_text for m in held_out], **benchmarks}
     for hit in contaminated(examples, against, reporter):
         reasons.setdefault(hit.row, f"{hit.how} with item {hit.item + 1} of {hit.source}")
@@ -132,21 +132,26 @@ def _reasons(
 
 
 def _near(
-    examples: dict[str, Example], held_out: Sequence[Member], similarity: float, reporter: Reporter
+    examples: dict[str, Example], domain: Sequence[Member], similarity: float, reporter: Reporter
 ) -> dict[str, str]:
     keys = list(examples)
-    texts = comparison_texts([*examples.values(), *(m.example for m in held_out)])
+    texts = comparison_texts([*examples.values(), *(m.example for m in domain)])
 
     def wanted(first: Indices, second: Indices) -> Mask:
         mask: Mask = (np.minimum(first, second) < len(keys)) & (np.maximum(first, second) >= len(keys))
         return mask
 
     reasons: dict[str, str] = {}
-    for pairs in near_pairs(texts, similarity, wanted, reporter, "comparing the mix-in with held-out rows"):
-        for one, other in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
-            row, held = sorted((one, other))
-            reasons.setdefault(keys[row], f"nearly equal to the held-out row {short(held_out[held - len(keys)].key)}")
+    for pairs in near_pairs(texts, similarity, wanted, reporter, "comparing the mix-in with the domain"):
+        for pair in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
+            row, other = sorted(pair)
+            reasons.setdefault(keys[row], _near_to(domain[other - len(keys)]))
     return reasons
+
+
+def _near_to(member: Member) -> str:
+    held_out = "" if member.split == "train" else f"held-out ({member.split}) "
+    return f"nearly equal to the {held_out}row {short(member.key)}"
 
 
 def _first(left_out: Sequence[tuple[SourceRow, str]]) -> str:

@@ -14,6 +14,8 @@ EVIDENCE_FILE = "evidence.json"
 ITEMS_FILE = "items.jsonl"
 
 Metric = Literal["exact_match", "bleu"]
+ArmKind = Literal["zero-shot", "retrieved", "tuned", "mixed"]
+Design = Literal["held-out", "cross-fitted"]
 
 
 class _Part(BaseModel):
@@ -38,8 +40,8 @@ class Score(_Part):
 class Arm(_Part):
     """One way of answering, measured on one split."""
 
-    name: Annotated[str, Field(description="zero-shot, retrieved-K, or tuned.")]
-    kind: Literal["zero-shot", "retrieved", "tuned"]
+    name: Annotated[str, Field(description="zero-shot, retrieved-K, tuned, or best-prompting.")]
+    kind: Annotated[ArmKind, Field(description="mixed: each fold's own best prompting arm.")]
     shots: int
     items: int
     exact: Annotated[int, Field(description="Items whose answer equals the reference.")]
@@ -86,6 +88,19 @@ class Contrast(_Part):
     ]
 
 
+class Fold(_Part):
+    """One fold of a cross-fitted evaluation: its rows are answered by an adapter that saw none of their clusters."""
+
+    number: Annotated[int, Field(description="From 1.")]
+    train_items: int
+    dev_items: Annotated[int, Field(description="Rows that chose the epoch and the prompting arm.")]
+    items: Annotated[int, Field(description="Rows answered, all that the fold holds out.")]
+    best_prompting: Annotated[str, Field(description="Name of the prompting arm chosen on this fold's dev rows.")]
+    scores: Annotated[dict[str, float], Field(description="Arm name to its score on this fold's items.")]
+    dev_losses: Annotated[list[float], Field(description="Dev loss after each epoch; the lowest one's was kept.")]
+    adapter: Annotated[str, Field(description="The digest of the adapter that answered.")]
+
+
 class Evidence(_Part):
     """What was measured, on what, with what."""
 
@@ -94,12 +109,25 @@ class Evidence(_Part):
     project: str
     metric: Metric
     margin: float
+    design: Annotated[
+        Design,
+        Field(
+            description="held-out: one adapter on the test split. cross-fitted: every row once, by one of several "
+            "adapters that did not see it."
+        ),
+    ] = "held-out"
+    folds: Annotated[list[Fold], Field(description="Of a cross-fitted evaluation; else empty.")] = []
     items: int
     clusters: Annotated[int, Field(description="Independent groups among the test items; intervals resample these.")]
-    train_items: int
-    dev_arms: Annotated[list[Arm], Field(description="Prompting arms on the dev split, where the best was chosen.")]
-    best_prompting: Annotated[str, Field(description="Name of the prompting arm chosen on dev.")]
-    arms: Annotated[list[Arm], Field(description="Arms on the test split.")]
+    train_items: Annotated[int, Field(description="Pairs trained on; cross-fitted: the mean over folds, rounded.")]
+    dev_arms: Annotated[
+        list[Arm],
+        Field(description="Prompting arms on the dev split, where the best was chosen; empty if each fold chose."),
+    ]
+    best_prompting: Annotated[
+        str, Field(description="Name of the prompting arm chosen on dev; best-prompting if folds chose different ones.")
+    ]
+    arms: Annotated[list[Arm], Field(description="Arms on the test items.")]
     contrasts: Annotated[
         list[Contrast],
         Field(min_length=1, description="The first one decides: tuned against the best prompting arm."),
@@ -123,6 +151,7 @@ class Item(_Part):
     input: str
     reference: str
     answers: Annotated[dict[str, str], Field(description="Arm name to generated answer.")]
+    fold: Annotated[int | None, Field(description="Whose adapter answered, of a cross-fitted evaluation.")] = None
 
 
 def load_evidence(path: Path) -> Evidence:

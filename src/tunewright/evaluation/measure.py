@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.registry import Adapter
+from tunewright.chat import ChatFormat
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import digest, new_folder, write_json, write_text
 from tunewright.errors import UserError
@@ -19,16 +21,20 @@ from tunewright.evaluation.evidence import (
     ITEMS_FILE,
     Advice,
     Arm,
+    ArmKind,
+    Contrast,
     Evidence,
     Item,
     load_evidence,
 )
-from tunewright.evaluation.generations import Generation, Generator, Prompt
+from tunewright.evaluation.generations import Generator, Prompt
 from tunewright.evaluation.metrics import bleu_signature
 from tunewright.evaluation.statistics import contrast, score_arm
+from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.progress import Reporter
 from tunewright.project import Project
+from tunewright.recipe import Recipe
 from tunewright.training.lineage import packages
 
 
@@ -44,7 +50,7 @@ class AdviseResult:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What `evaluate` did."""
+    """What `evaluate` or `crossfit` did."""
 
     folder: Path
     evidence: Evidence
@@ -52,81 +58,114 @@ class EvaluateResult:
     """False when evidence of the same inputs was there already."""
 
 
-class Measurement:
-    """One project's dataset version and base, and the arms measured on them."""
+@dataclass(frozen=True)
+class Answered:
+    """One item's answer by one arm."""
 
-    def __init__(self, project: Project, version: DatasetVersion, generator: Generator, reporter: Reporter) -> None:
+    text: str
+    truncated: bool
+    prompt_tokens: int
+
+
+class Measurement:
+    """One dataset version and a base, and the arms measured on them.
+
+    Args:
+        project: its recipe decides what is measured.
+        version: the rows; retrieval draws on its training split.
+        generator: answers prompts.
+        reporter: shows progress, hears warnings.
+        folder: where advice and evidence are kept (None: with the project's own).
+        limit: the longest answer in tokens (None: see `answer_limit`, of the training split).
+    """
+
+    def __init__(
+        self,
+        project: Project,
+        version: DatasetVersion,
+        generator: Generator,
+        reporter: Reporter,
+        *,
+        folder: Path | None = None,
+        limit: int | None = None,
+    ) -> None:
         self.project = project
         self.version = version
         self.generator = generator
         self.reporter = reporter
         self.settings = project.recipe.evaluate
         # Generic rows are trained on, but are no demonstrations of the task and say nothing of its answers' length.
-        self.training = [m for m in version.examples("train") if not m.mixed]
-        self.retriever = Retriever(self.training)
+        self.retriever = Retriever(version.domain_of("train"))
         self.context = context_length(generator.base)
+        self._folder = project.evaluations if folder is None else folder
+        self._limit = limit
+
+    @cached_property
+    def limit(self) -> int:
+        """The longest answer in tokens."""
+        if self._limit is not None:
+            return self._limit
+        return answer_limit(self.project.recipe, self.generator.chat, self.version.domain_of("train"))
 
     def advise(self) -> AdviseResult:
         """Measure every prompting arm on the dev split with the untuned base."""
-        limit = self._max_new_tokens()
         plans = prompting_arms(self.settings.shots)
-        identity = digest({**self._inputs(limit), "arms": [p.name for p in plans]})[:12]
-        file = self.project.evaluations / f"advice-{identity}.json"
+        identity = digest({**self._inputs(self.limit), "arms": [p.name for p in plans]})[:12]
+        file = self._folder / f"advice-{identity}.json"
         if file.exists():
             return AdviseResult(file, Advice.model_validate_json(file.read_text(encoding="utf-8")), measured=False)
         dev = self.version.examples("dev")
-        arms = [arm for plan in plans if (arm := self._dev_arm(plan, dev, limit)) is not None]
+        arms = [arm for plan in plans if (arm := self._dev_arm(plan, dev)) is not None]
         if not arms:
             raise UserError("no prompt fits the base's context", fix="Shorten the examples or take another base.")
         best = max(arms, key=lambda a: (a.score(self.settings.metric).value, -a.shots))
-        advice = Advice(metric=self.settings.metric, items=len(dev), arms=arms, best=best.name, max_new_tokens=limit)
+        advice = Advice(
+            metric=self.settings.metric, items=len(dev), arms=arms, best=best.name, max_new_tokens=self.limit
+        )
         write_json(file, advice.model_dump(mode="json"))
         return AdviseResult(file, advice, measured=True)
 
-    def _dev_arm(self, plan: ArmPlan, dev: Sequence[Member], limit: int) -> Arm | None:
+    def _dev_arm(self, plan: ArmPlan, dev: Sequence[Member]) -> Arm | None:
         prompts = self._prompts(plan, dev)
-        too_long = sum(len(p) + limit > self.context for p in prompts)
+        too_long = sum(len(p) + self.limit > self.context for p in prompts)
         if too_long:
             self.reporter.warn(
                 f"{plan.name} is left out: {too_long} of {len(prompts)} prompts do not fit the base's context "
-                f"of {self.context:,} tokens with an answer of {limit}"
+                f"of {self.context:,} tokens with an answer of {self.limit}"
             )
             return None
-        return self._arm(plan, dev, prompts, self._answers(plan, prompts, limit, None, "dev"))
+        answers = self._answers(plan, prompts, self.limit, None, "dev")
+        return measured_arm(plan.name, plan.kind, plan.shots, dev, answers, self.project.recipe.seed)
+
+    def answer_test(self, adapter: Adapter, advice: Advice) -> dict[str, list[Answered]]:
+        """The test split's answers zero-shot, by the best prompting arm and by the adapter: arm name to answers."""
+        test = self.version.examples("test")
+        return {
+            plan.name: self._answers(
+                plan, self._prompts(plan, test), advice.max_new_tokens, adapter if plan is TUNED else None, "test"
+            )
+            for plan in [*self._chosen(advice), TUNED]
+        }
 
     def evaluate(self, adapter: Adapter, advice: Advice) -> EvaluateResult:
         """Answer the test split zero-shot, with the best prompting arm and with the adapter, and compare."""
         inputs = self._inputs(advice.max_new_tokens)
         inputs |= {"adapter": adapter.digest, "best_prompting": advice.best, "margin": self.settings.margin}
         identity = digest(inputs)[:12]
-        folder = self.project.evaluations / identity
+        folder = self._folder / identity
         if (folder / EVIDENCE_FILE).exists():
             return EvaluateResult(folder, load_evidence(folder), evaluated=False)
         test = self.version.examples("test")
-        chosen = [p for p in prompting_arms(self.settings.shots) if p.kind == "zero-shot" or p.name == advice.best]
-        texts: dict[str, list[str]] = {}
-        arms = []
-        for plan in [*chosen, TUNED]:
-            prompts = self._prompts(plan, test)
-            limit = advice.max_new_tokens
-            generations = self._answers(plan, prompts, limit, adapter if plan is TUNED else None, "test")
-            arms.append(self._arm(plan, test, prompts, generations))
-            texts[plan.name] = [g.text for g in generations]
-        evidence = self._evidence(identity, adapter, advice, arms, texts)
-        items = [
-            Item(
-                key=m.key,
-                cluster=m.cluster,
-                input=m.example.input_text,
-                reference=m.example.output,
-                answers={name: answers[i] for name, answers in texts.items()},
-            )
-            for i, m in enumerate(test)
-        ]
-        with new_folder(folder) as temporary:
-            write_text(temporary / ITEMS_FILE, "".join(item.model_dump_json() + "\n" for item in items))
-            write_json(temporary / EVIDENCE_FILE, evidence.model_dump(mode="json"))
+        answers = self.answer_test(adapter, advice)
+        plans = {plan.name: plan for plan in [*self._chosen(advice), TUNED]}
+        seed = self.project.recipe.seed
+        arms = [measured_arm(n, plans[n].kind, plans[n].shots, test, given, seed) for n, given in answers.items()]
+        evidence = self._evidence(identity, adapter, advice, arms, answers)
+        save_evaluation(folder, evidence, test, answers)
         return EvaluateResult(folder, evidence, evaluated=True)
+
+    def _chosen(self, advice: Advice) -> list[ArmPlan]:
+        return [p for p in prompting_arms(self.settings.shots) if p.kind == "zero-shot" or p.name == advice.best]
 
     def _inputs(self, limit: int) -> dict[str, Any]:
         """All that decides the answers of an arm, apart from its adapter."""
@@ -141,11 +180,14 @@ class Measurement:
         }
 
     def _evidence(
-        self, identity: str, adapter: Adapter, advice: Advice, arms: list[Arm], texts: dict[str, list[str]]
+        self,
+        identity: str,
+        adapter: Adapter,
+        advice: Advice,
+        arms: list[Arm],
+        answers: Mapping[str, Sequence[Answered]],
     ) -> Evidence:
         test = self.version.examples("test")
-        # The first contrast decides; the second says what the tuning did to the model itself.
-        controls = dict.fromkeys([advice.best, "zero-shot"])
         return Evidence(
             id=identity,
             project=self.project.recipe.name,
@@ -157,45 +199,16 @@ class Measurement:
             dev_arms=list(advice.arms),
             best_prompting=advice.best,
             arms=arms,
-            contrasts=[
-                contrast(
-                    treatment=TUNED.name,
-                    control=control,
-                    treatment_answers=texts[TUNED.name],
-                    control_answers=texts[control],
-                    references=[m.example.output for m in test],
-                    clusters=[m.cluster for m in test],
-                    metric=self.settings.metric,
-                    seed=self.project.recipe.seed,
-                )
-                for control in controls
-            ],
+            contrasts=measured_contrasts(self.project.recipe, test, answers, advice.best),
             bleu_signature=bleu_signature(),
             lineage={
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                **measured_with(self.project.recipe, self.generator.base, self.generator.chat, advice.max_new_tokens),
                 "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
                 "dataset": self.version.digest,
                 "test_split": self.version.split_digest("test"),
                 "dev_split": self.version.split_digest("dev"),
-                "base": {"spec": self.generator.base.spec, "digest": self.generator.base.digest},
-                "template_digest": self.generator.chat.digest,
-                "decoding": {
-                    "greedy": True,
-                    "max_new_tokens": advice.max_new_tokens,
-                    "batch_size": self.settings.batch_size,
-                    "dtype": self.generator.dtype,
-                },
-                "packages": packages(),
             },
         )
-
-    def _max_new_tokens(self) -> int:
-        if self.settings.max_new_tokens is not None:
-            return self.settings.max_new_tokens
-        chat = self.generator.chat
-        last_turns = (chat.layouts(m.example.messages)[-1] for m in self.training)
-        longest = max(_answer_length(row.loss_mask) for row in chat.tokens(list(last_turns)))
-        return math.ceil(1.25 * longest)
 
     def _prompts(self, plan: ArmPlan, members: Sequence[Member]) -> list[Prompt]:
         return [
@@ -207,25 +220,99 @@ class Measurement:
 
     def _answers(
         self, plan: ArmPlan, prompts: Sequence[Prompt], limit: int, adapter: Adapter | None, split: str
-    ) -> list[Generation]:
-        return self.generator.answer(f"{plan.name} on {split}", prompts, limit, adapter)
-
-    def _arm(
-        self, plan: ArmPlan, members: Sequence[Member], prompts: Sequence[Prompt], answers: Sequence[Generation]
-    ) -> Arm:
-        return score_arm(
-            name=plan.name,
-            kind=plan.kind,
-            shots=plan.shots,
-            answers=[g.text for g in answers],
-            references=[m.example.output for m in members],
-            clusters=[m.cluster for m in members],
-            truncated=sum(g.truncated for g in answers),
-            prompt_tokens=sum(map(len, prompts)) / len(prompts),
-            seed=self.project.recipe.seed,
-        )
+    ) -> list[Answered]:
+        generations = self.generator.answer(f"{plan.name} on {split}", prompts, limit, adapter)
+        return [Answered(g.text, g.truncated, len(p)) for g, p in zip(generations, prompts, strict=True)]
 
 
-def _answer_length(loss_mask: Sequence[bool]) -> int:
+# Parts that a held-out and a cross-fitted evaluation have in common
+
+
+def answer_limit(recipe: Recipe, chat: ChatFormat, members: Iterable[Member]) -> int:
+    """The longest answer in tokens: the recipe's, else a quarter more than the longest of these."""
+    if recipe.evaluate.max_new_tokens is not None:
+        return recipe.evaluate.max_new_tokens
+    last_turns = [chat.layouts(m.example.messages)[-1] for m in members]
+    longest = max(answer_length(row.loss_mask) for row in chat.tokens(last_turns))
+    return math.ceil(1.25 * longest)
+
+
+def answer_length(loss_mask: Sequence[bool]) -> int:
     """Tokens of the last trained turn, which ends the row."""
     return next((n for n, trained in enumerate(reversed(loss_mask)) if not trained), len(loss_mask))
+
+
+def measured_arm(
+    name: str, kind: ArmKind, shots: int, members: Sequence[Member], answers: Sequence[Answered], seed: int
+) -> Arm:
+    """One arm's scores; ``answers`` are the members', in their order."""
+    return score_arm(
+        name=name,
+        kind=kind,
+        shots=shots,
+        answers=[a.text for a in answers],
+        references=[m.example.output for m in members],
+        clusters=[m.cluster for m in members],
+        truncated=sum(a.truncated for a in answers),
+        prompt_tokens=sum(a.prompt_tokens for a in answers) / len(answers),
+        seed=seed,
+    )
+
+
+def measured_contrasts(
+    recipe: Recipe, members: Sequence[Member], answers: Mapping[str, Sequence[Answered]], best: str
+) -> list[Contrast]:
+    """Tuned against the best prompting arm, which decides, and zero-shot: what the tuning did to the model itself."""
+    return [
+        contrast(
+            treatment=TUNED.name,
+            control=control,
+            treatment_answers=[a.text for a in answers[TUNED.name]],
+            control_answers=[a.text for a in answers[control]],
+            references=[m.example.output for m in members],
+            clusters=[m.cluster for m in members],
+            metric=recipe.evaluate.metric,
+            seed=recipe.seed,
+        )
+        for control in dict.fromkeys([best, "zero-shot"])
+    ]
+
+
+def measured_with(recipe: Recipe, base: Base, chat: ChatFormat, limit: int) -> dict[str, Any]:
+    """What the evidence's lineage says of the means; ``created`` is UTC, ISO 8601."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base": {"spec": base.spec, "digest": base.digest},
+        "template_digest": chat.digest,
+        "decoding": {
+            "greedy": True,
+            "max_new_tokens": limit,
+            "batch_size": recipe.evaluate.batch_size,
+            "dtype": recipe.train.dtype,
+        },
+        "packages": packages(),
+    }
+
+
+def save_evaluation(
+    folder: Path,
+    evidence: Evidence,
+    members: Sequence[Member],
+    answers: Mapping[str, Sequence[Answered]],
+    fold_of: Mapping[str, int] | None = None,
+) -> None:
+    """Write evidence and items, whole or not at all; ``fold_of`` maps pair keys to folds."""
+    items = [
+        Item(
+            key=m.key,
+            cluster=m.cluster,
+            input=m.example.input_text,
+            reference=m.example.output,
+            answers={name: given[i].text for name, given in answers.items()},
+            fold=None if fold_of is None else fold_of[m.key],
+        )
+        for i, m in enumerate(members)
+    ]
+    with new_folder(folder) as temporary:
+        write_text(temporary / ITEMS_FILE, "".join(item.model_dump_json(exclude_none=True) + "\n" for item in items))
+        write_json(temporary / EVIDENCE_FILE, evidence.model_dump(mode="json"))

@@ -52,6 +52,13 @@ def corpus_bleu(sums: NDArray[np.int64]) -> float:
     return min(float(score.score) / 100, 1.0)
 
 
+def corpus_score(metric: Metric, answers: Sequence[str], references: Sequence[str]) -> float:
+    """The score of at least one answer by ``metric``, as a share from 0 to 1."""
+    if metric == "exact_match":
+        return float(exact_matches(answers, references).mean())
+    return corpus_bleu(bleu_statistics(answers, references).sum(axis=0))
+
+
 def bleu_signature() -> str:
     """Sacrebleu's own description of this BLEU (tokenizer, smoothing, version), without which a score means little."""
     bleu = BLEU(smooth_method=_SMOOTHING)

@@ -9,14 +9,14 @@ what arms are swapped over, and what an item count is discounted by. After Mille
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
-from tunewright.evaluation.evidence import Arm, Contrast, Interval, Metric, Score
+from tunewright.evaluation.evidence import Arm, ArmKind, Contrast, Interval, Metric, Score
 from tunewright.evaluation.metrics import BLEU_COLUMNS, bleu_statistics, corpus_bleu, exact_matches
 
 RESAMPLES = 10_000
@@ -213,7 +213,7 @@ def minimum_detectable_effect(items: float, discordant: float, power: float = 0.
 def score_arm(
     *,
     name: str,
-    kind: Literal["zero-shot", "retrieved", "tuned"],
+    kind: ArmKind,
     shots: int,
     answers: Sequence[str],
     references: Sequence[str],

@@ -45,7 +45,8 @@ def verdict(evidence: Evidence) -> Verdict:
     """
     contrast = evidence.contrasts[0]
     decision, why = _decide(evidence, contrast)
-    return Verdict(decision, (_measurement(evidence, contrast), *why, *_cautions(evidence, contrast)))
+    reasons = (_measurement(evidence, contrast), *why, *_scope(evidence), *_cautions(evidence, contrast))
+    return Verdict(decision, reasons)
 
 
 def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]]:
@@ -53,7 +54,7 @@ def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]
     if evidence.clusters < FEWEST_CLUSTERS:
         return "can't tell", [
             f"The test items form {_count(evidence.clusters, 'independent cluster')}; below {FEWEST_CLUSTERS} no "
-            f"difference can be significant. Put more unlike items into the test split."
+            f"difference can be significant. {_more_items(evidence)}"
         ]
     if contrast.difference < 0 and contrast.p_value < SIGNIFICANT:
         return "don't ship", [f"Tuned is significantly worse than {contrast.control}."]
@@ -68,17 +69,37 @@ def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]
     if contrast.p_value >= SIGNIFICANT:
         return "can't tell", [
             f"The interval lies above the margin of {margin}, but the test, which guards small samples, does not "
-            f"confirm it. Measure on more test items.",
+            f"confirm it. {_more_items(evidence)}",
         ]
     return "ship", [f"The whole interval lies above the margin of {margin}, and the test agrees."]
+
+
+def _more_items(evidence: Evidence) -> str:
+    if evidence.design == "cross-fitted":
+        return "Add more unlike pairs."
+    return "Put more unlike items into the test split."
+
+
+def _scope(evidence: Evidence) -> list[str]:
+    """What a cross-fitted verdict speaks of, and what it costs; a held-out one speaks of its adapter."""
+    if evidence.design == "held-out":
+        return []
+    return [
+        f"This speaks of the recipe on about {evidence.train_items:,} training pairs, the mean of "
+        f"{len(evidence.folds)} adapters that each saw a part of the rows, and not of one adapter: `tunewright train` "
+        "makes the one to ship.",
+        "The rows of the dev and test splits are among these items: for whatever you change after reading this, the "
+        "test split is no longer untouched evidence. Only new rows are.",
+    ]
 
 
 def _measurement(evidence: Evidence, contrast: Contrast) -> str:
     treatment, control = evidence.arm(contrast.treatment), evidence.arm(contrast.control)
     interval = contrast.interval
+    how = "" if evidence.design == "held-out" else f", cross-fitted in {len(evidence.folds)} folds"
     return (
         f"{_scored(evidence, treatment)} against {_scored(evidence, control)} on {_count(evidence.items, 'test item')} "
-        f"({_count(evidence.clusters, 'cluster')}): {points_text(contrast.difference)} points, 95% interval "
+        f"({_count(evidence.clusters, 'cluster')}){how}: {points_text(contrast.difference)} points, 95% interval "
         f"{points_text(interval.low)} to {points_text(interval.high)}, {p_text(contrast.p_value)} ({contrast.test}); "
         f"{contrast.fixed} fixed, {contrast.broken} broken."
     )
@@ -93,14 +114,15 @@ def _power(evidence: Evidence, contrast: Contrast) -> str:
 
 def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:
     """How many test items would bring the interval off the margin, if the difference stays what it is."""
+    unit = "test items" if evidence.design == "held-out" else "pairs"
     gap = contrast.difference - evidence.margin
     half = contrast.difference - contrast.interval.low if gap > 0 else contrast.interval.high - contrast.difference
     if half * math.sqrt(_POWER_FACTOR / 20) >= abs(gap):
-        return "The difference is so close to the margin that even 20 times as many test items would hardly settle it."
+        return f"The difference is so close to the margin that even 20 times as many {unit} would hardly settle it."
     needed = _two_digits(evidence.items * max(_POWER_FACTOR * (half / gap) ** 2, 1.1))
     side = "above" if gap > 0 else "below"
     return (
-        f"About {needed:,} test items in all ({needed - evidence.items:,} more) would settle it, "
+        f"About {needed:,} {unit} in all ({needed - evidence.items:,} more) would settle it, "
         f"if the true difference is {points_text(contrast.difference)} points ({side} the margin)."
     )
 

@@ -23,7 +23,7 @@ from tunewright.report.plots import PLAIN, PROMPTING, TUNED, Bar, forest_plot, l
 SHOWN_FIXED = 30
 SHOWN_STILL_WRONG = 100
 
-_ARM_COLOURS = {"tuned": TUNED, "retrieved": PROMPTING, "zero-shot": PLAIN}
+_ARM_COLOURS = {"tuned": TUNED, "retrieved": PROMPTING, "mixed": PROMPTING, "zero-shot": PLAIN}
 _HEADLINES = {"ship": "Ship", "don't ship": "Don’t ship", "can't tell": "Can’t tell"}
 
 
@@ -93,15 +93,8 @@ def _figures(evidence: Evidence, history: Sequence[dict[str, Any]]) -> dict[str,
     drawn = {
         "arms": forest_plot(
             "arms",
-            f"Arms on the test split by {axis}, with 95% intervals",
+            f"Arms on the test items by {axis}, with 95% intervals",
             [_arm_bar(evidence, arm) for arm in evidence.arms],
-            axis=axis,
-            limits=(0, 100),
-        ),
-        "dev": forest_plot(
-            "dev",
-            f"Prompting arms on the dev split by {axis}, with 95% intervals",
-            [_arm_bar(evidence, arm) for arm in evidence.dev_arms],
             axis=axis,
             limits=(0, 100),
         ),
@@ -113,6 +106,14 @@ def _figures(evidence: Evidence, history: Sequence[dict[str, Any]]) -> dict[str,
             margin=100 * evidence.margin,
         ),
     }
+    if evidence.dev_arms:
+        drawn["dev"] = forest_plot(
+            "dev",
+            f"Prompting arms on the dev split by {axis}, with 95% intervals",
+            [_arm_bar(evidence, arm) for arm in evidence.dev_arms],
+            axis=axis,
+            limits=(0, 100),
+        )
     if history:
         drawn["loss"] = loss_plot("loss", "Training and dev loss by optimizer step", history)
     return {name: Markup(svg) for name, svg in drawn.items()}

@@ -21,9 +21,7 @@ def packages() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}}
 
 
-def training_lineage(
-    recipe: Recipe, version: DatasetVersion, base: Base, chat: ChatFormat, inputs: dict[str, Any]
-) -> dict[str, Any]:
+def training_lineage(recipe: Recipe, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
     """Everything but the training's own numbers; ``created`` is UTC, ISO 8601."""
     return {
         "schema_version": 2,
@@ -34,7 +32,7 @@ def training_lineage(
             "mix": version.manifest.mix.model_dump(mode="json") if version.manifest.mix else None,
         },
         "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
-        "template_digest": inputs["template"],
+        "template_digest": chat.digest,
         "chat": chat.description,
         "recipe": recipe.model_dump(mode="json"),
         "seed": recipe.seed,

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,29 +37,48 @@ class TrainResult:
     """False when an adapter with the same inputs was there already."""
 
 
-def train(project: Project, version: DatasetVersion, base: Base, chat: ChatFormat, reporter: Reporter) -> TrainResult:
-    """Train the recipe's adapter on a dataset version, or find the one already trained on the same inputs.
-
-    A run that was stopped goes on from its last whole checkpoint.
-
-    Raises:
-        UserError: an example that cannot be trained on whole, a full disk, or a loss that is no longer a number.
-        KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
-    """
-    recipe = project.recipe
-    inputs = {
+def training_inputs(recipe: Recipe, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
+    """All that decides which adapter comes out of a training."""
+    return {
         "dataset": version.digest,
         "base": base.digest,
         "template": chat.digest,
         "train": recipe.train.deciding(),
         "seed": recipe.seed,
     }
-    identity = digest(inputs)
-    for adapter in list_adapters(project.adapters):
-        if adapter.was_trained_by(identity) and adapter.name.startswith(f"{recipe.name}-"):
-            adapter.verify()
-            return TrainResult(adapter, trained=False)
 
+
+def train(
+    project: Project,
+    version: DatasetVersion,
+    base: Base,
+    chat: ChatFormat,
+    reporter: Reporter,
+    *,
+    adapters: Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Train the recipe's adapter on a dataset version, or find the one already trained on the same inputs.
+
+    A run that was stopped goes on from its last whole checkpoint.
+
+    Args:
+        project: its recipe decides, its working folder holds the checkpoints.
+        version: the rows to train on, and those of dev that choose the epoch.
+        base, chat: what is adapted, and how conversations become tokens.
+        reporter: shows progress, hears warnings.
+        adapters: where the adapter is looked for and kept (None: with the project's own).
+        facts: what the lineage is to say beside what decided the training.
+
+    Raises:
+        UserError: an example that cannot be trained on whole, a full disk, or a loss that is no longer a number.
+        KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
+    """
+    recipe = project.recipe
+    place = project.adapters if adapters is None else adapters
+    identity = digest(training_inputs(recipe, version, base, chat))
+    if (there := _trained_before(place, recipe.name, identity)) is not None:
+        return TrainResult(there, trained=False)
     limit = min(recipe.train.max_length, context_length(base))
     splits = {
         name: training_rows(chat, version.examples(name), limit, recipe.train.too_long, reporter)
@@ -77,25 +96,26 @@ def train(project: Project, version: DatasetVersion, base: Base, chat: ChatForma
         for epoch in epochs:
             _settle_config(epoch.folder, base)
         lineage = {
-            **training_lineage(recipe, version, base, chat, inputs),
+            **training_lineage(recipe, version, base, chat),
             "inputs_digest": identity,
             "rendering": {name: _rendering(encoded) for name, encoded in splits.items()},
-            "training": {
-                "examples": len({m.key for m in splits["train"].members}),
-                "rows": len(encoded_train),
-                "trained_tokens": sum(sum(t.loss_mask) for t in encoded_train),
-                "epochs": [{"step": e.step, "epoch": e.epoch, "dev_loss": e.dev_loss} for e in epochs],
-                "kept_step": best.step,
-                "seconds": round(seconds, 1),
-                "device": device(),
-            },
+            "training": _account(splits["train"], epochs, best, seconds),
+            **(facts or {}),
         }
         earlier = {f"step-{e.step}": e.folder for e in epochs if e is not best}
-        adapter = store_adapter(project.adapters, recipe.name, best.folder, earlier, lineage, history)
+        adapter = store_adapter(place, recipe.name, best.folder, earlier, lineage, history)
     shutil.rmtree(work)
     if best is not epochs[-1]:
         reporter.warn(f"The dev loss was lowest after epoch {best.epoch:g}: that adapter is kept, not the last one.")
     return TrainResult(adapter, trained=True)
+
+
+def _trained_before(adapters: Path, name: str, identity: str) -> Adapter | None:
+    for adapter in list_adapters(adapters):
+        if adapter.was_trained_by(identity) and adapter.name.startswith(f"{name}-"):
+            adapter.verify()
+            return adapter
+    return None
 
 
 @dataclass(frozen=True)
@@ -205,6 +225,19 @@ class _Run:
             Epoch(row["step"], row["epoch"], row["eval_loss"], KeepCheckpoints.folder(self.work, row["step"]))
             for row in ends
         ]
+
+
+def _account(encoded: EncodedRows, epochs: Sequence[Epoch], best: Epoch, seconds: float) -> dict[str, Any]:
+    """The training's own numbers."""
+    return {
+        "examples": len({m.key for m in encoded.members}),
+        "rows": len(encoded.rows),
+        "trained_tokens": sum(sum(t.loss_mask) for t in encoded.rows),
+        "epochs": [{"step": e.step, "epoch": e.epoch, "dev_loss": e.dev_loss} for e in epochs],
+        "kept_step": best.step,
+        "seconds": round(seconds, 1),
+        "device": device(),
+    }
 
 
 def _rendering(encoded: EncodedRows) -> dict[str, Any]:

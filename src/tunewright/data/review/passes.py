@@ -212,6 +212,8 @@ def check_options(actions: Mapping[str, bool], choices: Mapping[str, bool], mess
         raise UserError("one at a time", where=" ".join(given))
     if given and chosen and given != ["--export"]:
         raise UserError(f"{' '.join(chosen)} changes nothing here", where=given[0], fix="Leave it out.")
+    if "--adapter" in chosen and "--suspects" not in chosen:
+        raise UserError("an adapter ranks suspects, and none are reviewed", where="--adapter", fix="Add --suspects.")
     if message and given != ["--apply"]:
         raise UserError("there is no version to keep a message with", where="--message", fix="It goes with --apply.")
 

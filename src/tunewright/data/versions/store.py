@@ -67,6 +67,10 @@ class DatasetVersion:
         """The members of one split, sorted by pair key; the training split has the generic mix-in."""
         return [member for member in self.members if member.split == split]
 
+    def domain_of(self, split: Split) -> list[Member]:
+        """The members of one split without the generic mix-in, sorted by pair key."""
+        return [member for member in self.domain if member.split == split]
+
     def split_digest(self, split: Split) -> str:
         """SHA-256 of the split's sorted pair keys: equal digests mean the same examples."""
         return keys_digest(member.key for member in self.members if member.split == split)

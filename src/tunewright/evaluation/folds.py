@@ -1,0 +1,99 @@
+"""Folds: a dataset version dealt anew, so that every row is a test row once."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from tunewright.data.splits import SPLITS, Split
+from tunewright.data.versions import DatasetVersion, Member, keys_digest, members_digest, short
+from tunewright.errors import UserError
+
+
+def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[DatasetVersion]:
+    """The version once for each fold: the fold's rows are test, of the others some are dev and the rest train.
+
+    The generic mix-in, which is like no row of the domain, is in the training part of every fold.
+
+    Clusters stay whole, so no row has a near-duplicate on another side. Folds have as like a number of rows as whole
+    clusters allow (the largest first, each into the smallest fold). Dev gets the version's own share of all rows.
+    These versions are made in memory, and their digests are theirs alone.
+
+    Args:
+        version: the rows, of all splits.
+        folds: how many, at least 2.
+        seed: decides who goes where.
+
+    Raises:
+        UserError: too few clusters.
+    """
+    assert folds >= 2
+    clusters: dict[str, list[Member]] = defaultdict(list)
+    for member in version.domain:
+        clusters[member.cluster].append(member)
+    dealt = _deal({name: len(rows) for name, rows in clusters.items()}, folds, seed)
+    share = version.manifest.settings.dev
+    made = []
+    for number, held_out in enumerate(dealt, start=1):
+        rest = {name: len(rows) for name, rows in clusters.items() if name not in held_out}
+        if not held_out or len(rest) < 2:
+            raise UserError(
+                f"{len(clusters)} independent clusters are too few for {folds} folds: in fold {number} they do not "
+                "make a train, a dev and a test part",
+                where="--folds",
+                fix="Add pairs with other inputs, or choose another number of folds.",
+            )
+        dev = _choose(_shuffled(rest, f"{seed}:{number}"), rest, round(share * len(version.domain)))
+        made.append(_version(version, number, folds, held_out, dev))
+    return made
+
+
+def _shuffled(names: Iterable[str], salt: str) -> list[str]:
+    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}:{name}".encode()).digest())
+
+
+def _deal(sizes: Mapping[str, int], folds: int, seed: int) -> list[set[str]]:
+    """Clusters to folds: the largest first (equal ones in an order drawn from the seed), each into the smallest."""
+    dealt: list[set[str]] = [set() for _ in range(folds)]
+    smallest = [(0, fold) for fold in range(folds)]
+    for name in sorted(_shuffled(sizes, str(seed)), key=lambda name: -sizes[name]):
+        rows, fold = heapq.heappop(smallest)
+        dealt[fold].add(name)
+        heapq.heappush(smallest, (rows + sizes[name], fold))
+    return dealt
+
+
+def _choose(order: Sequence[str], sizes: Mapping[str, int], room: int) -> set[str]:
+    """Clusters for dev: in their order, each that fits; at least one, and never all."""
+    taken: set[str] = set()
+    for name in order:
+        if sizes[name] <= room and len(taken) < len(order) - 1:
+            taken.add(name)
+            room -= sizes[name]
+    return taken or {min(order, key=lambda name: sizes[name])}
+
+
+def _version(version: DatasetVersion, number: int, folds: int, test: set[str], dev: set[str]) -> DatasetVersion:
+    def split(member: Member) -> Split:
+        if member.mixed:
+            return "train"
+        return "test" if member.cluster in test else "dev" if member.cluster in dev else "train"
+
+    members = tuple(replace(member, split=split(member)) for member in version.members)
+    counts = Counter(member.split for member in members)
+    manifest = version.manifest.model_copy(
+        update={
+            "digest": members_digest(members),
+            "parent": version.digest,
+            "message": f"fold {number} of {folds} of {short(version.digest)}",
+            "counts": version.manifest.counts.model_copy(update={name: counts[name] for name in SPLITS}),
+            "splits": {name: keys_digest(m.key for m in members if m.split == name) for name in SPLITS},
+            # Nothing on disk is sealed by these: the version is never saved.
+            "imports": None,
+            "seal": None,
+        }
+    )
+    return DatasetVersion(manifest, members)

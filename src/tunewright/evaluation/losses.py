@@ -1,0 +1,203 @@
+"""How hard an adapter finds each row's answer: what ranks the suspects where answers are free text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.adapters.fit import require_fit
+from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
+from tunewright.chat import ChatFormat, Tokens
+from tunewright.data.versions import DatasetVersion, Member, short
+from tunewright.data.versions.members import read_places
+from tunewright.disk import digest, write_json
+from tunewright.errors import UserError
+from tunewright.evaluation.crossfit import out_of_fold
+from tunewright.models.bases import Base
+from tunewright.models.decoding import prefill_groups
+from tunewright.models.loading import context_length, load_model, with_adapters
+from tunewright.progress import Reporter
+from tunewright.project import Project
+from tunewright.training.rows import encode_members, name_of, trained_spans
+
+_MOST_NAMED = 20
+
+Judge = tuple[Adapter, Sequence[Member]]
+"""An adapter, and the rows whose answers it judges."""
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Mean negative log-likelihood per token of each row's last answer, in nats, by pair key."""
+
+    by_key: Mapping[str, float]
+    judged_by: str
+    """Whose they are, in words."""
+
+
+def row_losses(
+    project: Project, version: DatasetVersion, base: Base, chat: ChatFormat, reporter: Reporter, name: str | None = None
+) -> RowLosses | None:
+    """The losses of a version's rows, under adapters that did not see them where there are such.
+
+    That is the version's newest complete cross-fit; else the newest adapter that fits base and chat format; or the one
+    called ``name``. Rows that an adapter was trained on have low losses whatever their answers: how many is told.
+
+    Returns:
+        None where there is no adapter that fits. Rows that cannot be judged are named, and have no loss.
+
+    Raises:
+        UserError: no adapter of that name, or one that does not fit.
+    """
+    folds = out_of_fold(project, version, base, chat) if name is None else []
+    if folds:
+        told = f"{len(folds)} cross-fitted adapters, each row by the one that saw no row of its cluster"
+        judges: list[Judge] = [*folds]
+    else:
+        adapter = _newest_fit(project, base, chat, reporter) if name is None else find_adapter(project.adapters, name)
+        if adapter is None:
+            return None
+        require_fit(adapter, base, chat)
+        _warn_of_seen(adapter, project.dataset, version, reporter)
+        told, judges = adapter.name, [(adapter, version.domain)]
+    reporter.say(f"The answers are judged by their loss under {told}.")
+    return RowLosses(_losses(project, base, chat, judges, reporter), told)
+
+
+def _newest_fit(project: Project, base: Base, chat: ChatFormat, reporter: Reporter) -> Adapter | None:
+    for adapter in reversed(list_adapters(project.adapters)):
+        try:
+            require_fit(adapter, base, chat)
+        except UserError as error:
+            reporter.say(f"{adapter.name} does not judge the answers: {error.what}")
+            continue
+        return adapter
+    return None
+
+
+def _warn_of_seen(adapter: Adapter, dataset: Path, version: DatasetVersion, reporter: Reporter) -> None:
+    """Warn of rows whose answers the adapter has learnt."""
+    trained_on = adapter.lineage["dataset"]["digest"]
+    without = "`tunewright crossfit` makes adapters that judge only rows they have not seen."
+    if trained_on != version.digest and not (dataset / "versions" / short(trained_on)).is_dir():
+        reporter.warn(
+            f"{adapter.name} was trained on dataset version {short(trained_on)}, which is not here: its losses are too "
+            f"low for rows that it saw, and which these are is not known. {without}"
+        )
+        return
+    places = read_places(dataset, trained_on)
+    left_out = {row["key"] for row in adapter.lineage["rendering"]["train"]["left_out"]}
+    learnt = {key for key, place in places.items() if place.split == "train"} - left_out
+    seen = sum(m.key in learnt for m in version.domain)
+    if seen:
+        reporter.warn(
+            f"{adapter.name} was trained on {seen:,} of the {len(version.domain):,} rows: their losses are too low "
+            f"beside those of the others, and a wrong answer that it learnt by heart is not found. {without}"
+        )
+
+
+def _losses(
+    project: Project, base: Base, chat: ChatFormat, judges: Sequence[Judge], reporter: Reporter
+) -> dict[str, float]:
+    """The losses by pair key; those of earlier calls are kept in the working folder."""
+    dtype = project.recipe.train.dtype
+    losses: dict[str, float] = {}
+    waiting: list[tuple[Adapter, dict[str, Tokens]]] = []
+    for adapter, members in judges:
+        known = _read(_file(project, adapter, chat))
+        losses |= {m.key: known[m.key] for m in members if m.key in known}
+        rows = answer_rows(chat, [m for m in members if m.key not in known], context_length(base), reporter)
+        if rows:
+            waiting.append((adapter, rows))
+    if not waiting:
+        return losses
+    reporter.say(f"Loading {base.spec}")
+    model = with_adapters(load_model(base, dtype), {adapter.name: adapter.folder for adapter, _ in waiting})
+    with reporter.task("judging answers", sum(len(rows) for _, rows in waiting), "rows") as task:
+        for adapter, rows in waiting:
+            model.set_adapter(adapter.name)
+            found: dict[str, float] = {}
+            for part in answer_losses(model, rows, chat.tokenizer.pad_token_id):
+                found |= part
+                task.advance(len(part))
+            losses |= found
+            file = _file(project, adapter, chat)
+            write_json(file, {**_read(file), **found})
+    return losses
+
+
+def answer_rows(chat: ChatFormat, members: Sequence[Member], context: int, reporter: Reporter) -> dict[str, Tokens]:
+    """The row of each member's last answer, by pair key; who has none is named in a warning."""
+    judged = [m for m in members if m.example.messages[-1].weight]
+    encoded = encode_members(chat, judged, context)
+    # Of an example with a row for each answer, the last row has the last answer.
+    rows = {m.key: row for m, row in zip(encoded.members, encoded.rows, strict=True)}
+    without = [f"{name_of(m)}: its answer has the weight 0" for m in members if not m.example.messages[-1].weight]
+    without += encoded.faults
+    for long in encoded.too_long:
+        rows.pop(long.member.key, None)
+        without.append(f"{long}, over the base's context of {context:,}")
+    if without:
+        listed = "\n".join(f"  {line}" for line in without[:_MOST_NAMED])
+        more = f"\n  and {len(without) - _MOST_NAMED:,} more" if len(without) > _MOST_NAMED else ""
+        reporter.warn(f"{len(without):,} rows cannot be judged by their loss:\n{listed}{more}")
+    return rows
+
+
+def answer_losses(model: Any, rows: Mapping[str, Tokens], pad_id: int) -> Iterator[dict[str, float]]:
+    """Mean negative log-likelihood per token of each row's last answer, its end token included; a batch at a time.
+
+    Rows are padded on the right, which a causal model's earlier tokens do not see, and only the places that are judged
+    go through the head: of a long prompt and a large vocabulary the logits would not fit.
+
+    Args:
+        model: a PeftModel over a causal language model of transformers, in evaluation mode.
+        rows: name to ids and mask.
+        pad_id: any token id.
+
+    Yields:
+        Name to nats, of each batch.
+    """
+    import torch
+
+    names = list(rows)
+    whole = model.get_base_model()
+    trunk, head = whole.base_model, whole.get_output_embeddings()
+    for group in prefill_groups([len(rows[name].ids) for name in names]):
+        batch = [rows[names[place]] for place in group]
+        longest = max(len(row.ids) for row in batch)
+        ids = torch.full((len(batch), longest), pad_id)
+        attended = torch.zeros((len(batch), longest), dtype=torch.long)
+        judged = torch.zeros((len(batch), longest), dtype=torch.bool)
+        for place, row in enumerate(batch):
+            start, end = trained_spans(row)[-1]
+            ids[place, : len(row.ids)] = torch.tensor(row.ids)
+            attended[place, : len(row.ids)] = 1
+            judged[place, start:end] = True
+        with torch.inference_mode():
+            hidden = trunk(
+                input_ids=ids.to(model.device), attention_mask=attended.to(model.device), use_cache=False
+            ).last_hidden_state
+            # A token is told by the place before it; no answer begins a text.
+            logits = head(hidden[:, :-1][judged[:, 1:].to(model.device)]).float()
+            losses = torch.nn.functional.cross_entropy(
+                logits, ids[:, 1:][judged[:, 1:]].to(model.device), reduction="none"
+            ).cpu()
+        counts = judged.sum(dim=1).tolist()
+        means = [float(part.double().mean()) for part in losses.split(counts)]
+        yield dict(zip([names[place] for place in group], means, strict=True))
+
+
+def _file(project: Project, adapter: Adapter, chat: ChatFormat) -> Path:
+    decides = {"adapter": adapter.digest, "template": chat.digest, "dtype": project.recipe.train.dtype}
+    return project.work / "losses" / f"{digest(decides)[:16]}.json"
+
+
+def _read(file: Path) -> dict[str, float]:
+    if not file.exists():
+        return {}
+    losses: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    return losses

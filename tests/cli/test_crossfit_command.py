@@ -1,0 +1,272 @@
+"""``crossfit`` through the command line, on a tiny base: who saw what, going on after a kill, and what follows."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import tiny_project, tunewright, write_jsonl
+from tunewright.adapters.registry import Adapter, list_adapters
+from tunewright.data.versions import load_version
+
+FOLDS = 3
+
+
+def families(count: int, size: int = 3, seed: int = 0) -> list[dict[str, str]]:
+    """Free-text pairs in families of nearly equal inputs, each of which has another answer."""
+    generator = random.Random(seed)
+    names = ["".join(generator.choices("abcdefghijklmnop", k=40)) for _ in range(count)]
+    return [{"prompt": f"{name} {n}", "completion": f"{name[:4]} {n}"} for name in names for n in range(size)]
+
+
+def family_project(folder: Path, base: Path) -> Path:
+    """A project of 90 rows in 30 clusters, added."""
+    tiny_project(folder, base)
+    write_jsonl(folder / "pairs.jsonl", families(30))
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def crossfitted(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, list[list[str]]]:
+    """A project that has been cross-fitted, and the texts of the rows that each training and dev pass was given."""
+    import tunewright.training.train as training
+    from tiny import byte_tokenizer
+    from tunewright.training.rows import as_columns
+
+    folder = family_project(tmp_path_factory.mktemp("crossfit") / "project", tiny_base_folder)
+    tokenizer = byte_tokenizer()
+    given: list[list[str]] = []
+
+    def recording(rows: Any) -> Any:
+        given.append([tokenizer.decode(row.ids) for row in rows])
+        return as_columns(rows)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(training, "as_columns", recording)
+        ran = tunewright("crossfit", "--folds", str(FOLDS), "-p", folder)
+    assert ran.code == 0, ran.stderr
+    assert "Fold 3 of 3: 51 rows to train on, 9 to choose by, 30 to answer" in ran.stderr
+    assert "2 more: about" in ran.stderr
+    return folder, given
+
+
+@pytest.fixture
+def project(crossfitted: tuple[Path, list[list[str]]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(crossfitted[0], tmp_path / "project"))
+
+
+def _evaluation(project: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    (folder,) = (p for p in (project / "evaluations").iterdir() if p.is_dir())
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    return json.loads((folder / "evidence.json").read_text()), items
+
+
+def test_every_row_is_answered_once_by_an_adapter_that_saw_nothing_like_it(
+    crossfitted: tuple[Path, list[list[str]]],
+) -> None:
+    folder, given = crossfitted
+    _, items = _evaluation(folder)
+    members = load_version(folder / "dataset").members
+    assert [item["key"] for item in items] == [m.key for m in members]
+    assert len(given) == 2 * FOLDS  # to train on and to choose by, fold after fold
+    for number in range(1, FOLDS + 1):
+        held_out = [item for item in items if item["fold"] == number]
+        seen = "\n".join(text for part in given[2 * number - 2 : 2 * number] for text in part)
+        assert len(held_out) == 30
+        for item in held_out:
+            # A family is told by its name, the first 40 characters of its inputs.
+            assert item["input"][:40] not in seen
+        others = {item["input"] for item in items if item["fold"] != number}
+        assert all(text in seen for text in others)
+
+
+def test_the_adapters_are_not_among_the_users_and_say_what_they_are(project: Path) -> None:
+    evidence, _ = _evaluation(project)
+    assert list_adapters(project / "adapters") == []
+    stored = list_adapters(project / ".tunewright" / "crossfit" / "adapters")
+    assert {a.digest for a in stored} == {fold["adapter"] for fold in evidence["folds"]}
+    assert [a.lineage["fold"]["number"] for a in stored] == [1, 2, 3]
+    version = load_version(project / "dataset")
+    assert {a.lineage["fold"]["of"] for a in stored} == {version.digest}
+    assert version.digest not in {a.lineage["dataset"]["digest"] for a in stored}
+    assert len(tunewright("data", "log", "-p", project, "--json").document["versions"]) == 1
+
+
+def test_the_evidence_is_of_all_rows_and_adds_up(project: Path) -> None:
+    evidence, items = _evaluation(project)
+    assert (evidence["design"], evidence["items"], evidence["clusters"]) == ("cross-fitted", 90, 30)
+    for arm in evidence["arms"]:
+        right = [item["answers"][arm["name"]].strip() == item["reference"] for item in items]
+        assert arm["exact"] == sum(right)
+        for fold in evidence["folds"]:
+            of_fold = [r for r, item in zip(right, items, strict=True) if item["fold"] == fold["number"]]
+            assert fold["scores"][arm["name"]] == sum(of_fold) / len(of_fold)
+    assert evidence["contrasts"][0]["control"] == evidence["best_prompting"]
+
+
+def test_it_is_found_done_the_second_time(project: Path) -> None:
+    ran = tunewright("crossfit", "--folds", str(FOLDS), "-p", project, "--json")
+    assert ran.document["evaluated"] is False
+    assert ran.document["evidence"] == _evaluation(project)[0]
+
+
+def test_verdict_and_report_say_what_they_speak_of(project: Path) -> None:
+    ran = tunewright("verdict", "-p", project, "--json")
+    assert ran.code in {0, 3, 4}
+    told = " ".join(ran.document["reasons"])
+    assert "(30 clusters), cross-fitted in 3 folds:" in told
+    assert "the recipe on about 51 training pairs, the mean of 3 adapters" in told
+    assert "the test split is no longer untouched evidence" in told
+    page = Path(tunewright("report", "-p", project, "--json").document["report"]).read_text()
+    assert "Arms on all rows, cross-fitted" in page
+    assert "The folds" in page
+    assert "Arms on the test split" not in page
+    assert told.split(".")[0] in page
+
+
+def _start(project: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tunewright", "crossfit", "--folds", str(FOLDS), "-p", str(project)]
+    return subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+
+
+def test_a_killed_run_goes_on_to_the_same_evidence(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
+    other = family_project(tmp_path / "killed", tiny_base_folder)
+    adapters = other / ".tunewright" / "crossfit" / "adapters"
+    running = _start(other)
+    end = time.monotonic() + 120
+    while not list(adapters.glob("tiny-*")):
+        assert running.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (other / "evaluations").exists()
+    before = {p: p.stat().st_mtime_ns for p in adapters.glob("tiny-*/*")}
+    assert 0 < len(list_adapters(adapters)) < FOLDS
+    assert tunewright("crossfit", "--folds", str(FOLDS), "-p", other).code == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    (unstopped, items), (resumed, resumed_items) = _evaluation(project), _evaluation(other)
+    assert resumed_items == items
+    for evidence in (unstopped, resumed):
+        del evidence["lineage"]["created"]
+    assert resumed == unstopped
+
+
+def test_another_seed_deals_other_folds(project: Path) -> None:
+    before, _ = _evaluation(project)
+    recipe = project / "tunewright.yaml"
+    recipe.write_text(recipe.read_text() + "seed: 1\n")
+    ran = tunewright("crossfit", "--folds", str(FOLDS), "-p", project, "--json")
+    assert ran.document["evaluated"] is True
+    after = ran.document["evidence"]
+    assert not set(after["lineage"]["folds"]) & set(before["lineage"]["folds"])
+
+
+def test_too_few_pairs_or_clusters_are_refused_before_anything_is_trained(
+    project: Path, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    ran = tunewright("crossfit", "--folds", "40", "-p", project)
+    assert (ran.code, "30 independent clusters are too few for 40 folds" in ran.stderr) == (2, True)
+    small = tiny_project(tmp_path / "small", tiny_base_folder, count=60)
+    assert tunewright("data", "add", small / "pairs.jsonl", "-p", small).code == 0
+    ran = tunewright("crossfit", "-p", small)
+    assert (ran.code, "42 training pairs in the smallest of 5 folds, fewer than 50" in ran.stderr) == (2, True)
+    assert not (small / ".tunewright" / "crossfit").exists()
+    ran = tunewright("crossfit", "--folds", "2", "--force", "-p", small)
+    assert (ran.code, "Going on as --force says" in ran.stderr) == (0, True)
+    forced = list_adapters(small / ".tunewright" / "crossfit" / "adapters")
+    assert all("24 training pairs" in a.lineage["forced"] for a in forced)
+    assert tunewright("crossfit", "--folds", "1", "-p", small).code == 2
+
+
+# Suspects by loss
+
+
+def _suspects(project: Path, *options: str) -> tuple[dict[str, Any], str]:
+    told = tunewright("data", "suspects", "-p", project, *options)
+    assert told.code == 0, told.stderr
+    return tunewright("data", "suspects", "-p", project, "--json", *options).document, told.stderr
+
+
+def test_suspects_are_ranked_by_each_rows_out_of_fold_adapter(project: Path, tiny_base_folder: Path) -> None:
+    document, told = _suspects(project)
+    assert "judged by their loss under 3 cross-fitted adapters" in told
+    assert document["judged_by"].startswith("3 cross-fitted adapters")
+    assert len(document["suspects"]) == 9
+    _, items = _evaluation(project)
+    stored = {a.lineage["fold"]["number"]: a for a in list_adapters(project / ".tunewright" / "crossfit" / "adapters")}
+    fold_of = {item["key"]: item["fold"] for item in items}
+    every = {m.key: m for m in load_version(project / "dataset").members}
+    for suspect in document["suspects"][:3]:
+        expected = plain_loss(tiny_base_folder, stored[fold_of[suspect["key"]]], every[suspect["key"]])
+        assert suspect["score"] == pytest.approx(expected, rel=1e-4)
+
+
+def plain_loss(base: Path, adapter: Adapter, member: Any) -> float:
+    """transformers' own loss of one row, no padding, the labels that training would have."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tiny import byte_tokenizer, chat_of
+
+    row = chat_of(byte_tokenizer()).encode(member.example.messages)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter.folder)
+    labels = [token if trained else -100 for token, trained in zip(row.ids, row.loss_mask, strict=True)]
+    with torch.inference_mode():
+        return float(model(input_ids=torch.tensor([row.ids]), labels=torch.tensor([labels])).loss)
+
+
+def test_a_named_adapter_judges_all_rows_and_what_it_was_trained_on_is_told(project: Path) -> None:
+    trained = tunewright("train", "-p", project, "--json").document["adapter"]
+    document, told = _suspects(project, "--adapter", trained)
+    assert document["judged_by"] == trained
+    assert "was trained on 72 of the 90 rows" in told
+    assert "`tunewright crossfit` makes adapters" in told
+    unknown = tunewright("data", "suspects", "--adapter", "x", "-p", project)
+    assert (unknown.code, "no adapter is called 'x'" in unknown.stderr) == (2, True)
+
+
+def test_without_a_cross_fit_the_newest_adapter_judges(project: Path) -> None:
+    shutil.rmtree(project / ".tunewright" / "crossfit")
+    document, told = _suspects(project)
+    assert document["judged_by"] is None
+    assert "the loss of a trained adapter would rank the rest" in told
+    trained = tunewright("train", "-p", project, "--json").document["adapter"]
+    assert _suspects(project)[0]["judged_by"] == trained
+
+
+def test_the_losses_of_the_last_call_are_not_computed_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tunewright.evaluation.losses as losses
+
+    before, _ = _suspects(project)
+    monkeypatch.setattr(losses, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert _suspects(project)[0] == before
+
+
+def test_review_takes_the_same_suspects_and_an_adapter_only_with_them(project: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    ran = tunewright("data", "review", "--suspects", "--export", file, "-p", project)
+    assert (ran.code, "3 cross-fitted adapters" in ran.stderr) == (0, True)
+    assert file.read_text(encoding="utf-8-sig").count("per token of the answer") == 9
+    ran = tunewright("data", "review", "--adapter", "x", "--export", tmp_path / "b.csv", "-p", project)
+    assert (ran.code, "Add --suspects" in ran.stderr) == (2, True)
+
+
+def test_an_adapter_is_refused_where_answers_are_classes(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    ran = tunewright("data", "suspects", "--adapter", "tiny", "-p", folder)
+    assert (ran.code, "the answers are classes" in ran.stderr) == (2, True)
