@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.data.formats.file_check import Change, FileCheck
     from tunewright.data.neighbours.contamination import Contamination
-    from tunewright.data.neighbours.leak import LeakReport
+    from tunewright.data.neighbours.leak import BandScore, LeakReport
     from tunewright.data.review.suspects import Suspect
     from tunewright.data.splits import Split
     from tunewright.data.versions.export import Exported, Format
@@ -160,6 +160,23 @@ class Road:
 
         return leak(self.version(), self.project.recipe.seed, self.reporter)
 
+    def scores_by_distance(self, report: LeakReport, evaluation: str | Path) -> list[BandScore]:
+        """An evaluation's exact match by how near its items are to the training rows.
+
+        Raises:
+            UserError: there is no such evaluation, or it is of another version or of no single split.
+        """
+        from tunewright.data.neighbours.leak import score_by_distance
+
+        folder = self.evaluation(evaluation)
+        if load_evidence(folder).design != "held-out":
+            raise UserError(
+                "it is cross-fitted: its items were training rows too, and have no distance from them",
+                where=str(folder),
+                fix="Name an evaluation that `tunewright evaluate` made.",
+            )
+        return score_by_distance(load_items(folder), report)
+
     def contamination(self, files: Iterable[str | Path] = ()) -> Contamination:
         """Training rows that hold a test input, an item of the recipe's benchmarks, or one of these files."""
         from tunewright.data.neighbours.contamination import contamination
@@ -281,7 +298,7 @@ class Road:
 
         version = self.version()
         losses = None
-        if class_like([m.example.output.strip() for m in version.members]):
+        if class_like([m.example.output.strip() for m in version.domain]):
             if adapter is not None:
                 raise UserError(
                     "the answers are classes: a model of other rows judges them, and no adapter is used",

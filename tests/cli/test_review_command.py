@@ -19,7 +19,7 @@ import pytest
 
 from command_line import pairs, tunewright, write_jsonl
 from tunewright.cli import commands
-from tunewright.data.review.reviews import status
+from tunewright.data.review.standing import standing
 from tunewright.data.versions import load_version
 
 
@@ -52,7 +52,9 @@ def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def _status(project: Path) -> str:
-    return status(project / "dataset", load_version(project / "dataset"))
+    told = standing(project / "dataset")
+    assert told is not None
+    return told.split(" ", 2)[2]
 
 
 def _editor(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
@@ -244,3 +246,14 @@ def test_one_whole_pass_on_a_terminal(project: Path) -> None:
     events = [json.loads(line)["event"] for line in (project / "dataset" / "reviews.jsonl").read_text().splitlines()]
     assert events.count("verdict") == 74  # right, wrong and skip before, then 71
     assert events.count("undo") == 1
+
+
+def test_every_command_says_whether_the_version_is_accepted(project: Path) -> None:
+    digest = tunewright("data", "log", "-p", project, "--json").document["versions"][-1]["digest"][:12]
+    for arguments in (["data", "log"], ["data", "show", "pairs.jsonl:1"], ["data", "suspects"], ["data", "verify"]):
+        assert tunewright(*arguments, "-p", project).stderr.rstrip().endswith(f"Version {digest} not reviewed")
+    asked = tunewright("data", "review", "--export", project / "rows.csv", "-p", project, "--reviewer", "ada")
+    assert asked.code == 0
+    told = tunewright("data", "log", "-p", project).stderr
+    assert f"Version {digest} under review: 0 of 0 wrong" in told
+    assert tunewright("data", "log", "-p", project, "--json").document["versions"]

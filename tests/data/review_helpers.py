@@ -9,6 +9,7 @@ from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
 from tunewright.data.add import add
 from tunewright.data.review.passes import Review
 from tunewright.data.review.reviews import Verdict
+from tunewright.data.review.standing import standing
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.project import Project
 
@@ -46,3 +47,12 @@ def judge_next(under_way: Review, *verdicts: Verdict, output: str = "a better an
 def right(count: int) -> list[Verdict]:
     """So many right verdicts."""
     return ["right"] * count
+
+
+def status(project: Project) -> str:
+    """What every command says of the current version, without its name."""
+    told = standing(project.dataset)
+    assert told is not None
+    name, digest, rest = told.split(" ", 2)
+    assert (name, digest) == ("Version", load_version(project.dataset).digest[:12])
+    return rest

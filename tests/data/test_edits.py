@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from data_helpers import Listener, Pair, unlike_pairs
-from review_helpers import judge_next, review, reviewed_project
+from review_helpers import judge_next, review, reviewed_project, status
 
 from tunewright.data.review.edits import apply_edits, replaced
 from tunewright.data.review.passes import Card
-from tunewright.data.review.reviews import status
 from tunewright.data.versions import load_version
 from tunewright.data.versions.find import find_row
 from tunewright.errors import UserError
@@ -106,7 +105,7 @@ def test_an_edit_taken_back_is_not_applied(project: Project) -> None:
 def test_a_new_version_is_reviewed_anew_and_applied_edits_are_not_applied_twice(project: Project) -> None:
     judge_next(review(project), "edit")
     apply_edits(project, Listener())
-    assert status(project.dataset, load_version(project.dataset)) == "not reviewed"
+    assert status(project) == "not reviewed"
     with pytest.raises(UserError, match="no row"):
         apply_edits(project, Listener())
 

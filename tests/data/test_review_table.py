@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from review_helpers import judge_next, review, reviewed_project, right
+from review_helpers import judge_next, review, reviewed_project, right, status
 
-from tunewright.data.review.reviews import read_reviews, status
+from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.table import Imported, export_csv, import_csv
 from tunewright.data.versions import load_version
 from tunewright.errors import UserError
@@ -78,7 +78,7 @@ def test_filled_in_verdicts_count_as_those_of_a_pass(project: Project, delimiter
     assert reviews.standing(rows[5]["row"])["ada"].output == "better,\nover two lines"
     assert reviews.finding(rows[6]["row"]) == "unsettled"
     assert reviews.finding(rows[7]["row"]) is None
-    line = status(project.dataset, load_version(project.dataset))
+    line = status(project)
     assert line.startswith("under review: 1 of 7 wrong")
     assert line.endswith(", 1 unsettled")
 

@@ -10,11 +10,11 @@ import pytest
 from data_helpers import Listener, unlike_pairs
 from hypothesis import given
 from hypothesis import strategies as st
-from review_helpers import add_pairs, judge_next, review, reviewed_project, right
+from review_helpers import add_pairs, judge_next, review, reviewed_project, right, status
 
 from tunewright.data.review.acceptance import FixedPlan, SequentialPlan, sample_order
 from tunewright.data.review.passes import Review, check_options
-from tunewright.data.review.reviews import Judged, append_reviews, now, read_reviews, status
+from tunewright.data.review.reviews import Judged, append_reviews, now, read_reviews
 from tunewright.data.review.suspects import Suspect
 from tunewright.data.versions import load_version
 from tunewright.errors import UserError
@@ -26,26 +26,22 @@ def project(tmp_path: Path) -> Project:
     return reviewed_project(tmp_path / "p")
 
 
-def _status(project: Project) -> str:
-    return status(project.dataset, load_version(project.dataset))
-
-
 def _judged(key: str, **changes: object) -> Judged:
     fields = {"key": key, "verdict": "right", "version": "v", "reviewer": "ada", "when": now()}
     return Judged.model_validate({**fields, **changes})
 
 
 def test_a_version_that_nobody_looked_at_is_not_reviewed(project: Project) -> None:
-    assert _status(project) == "not reviewed"
+    assert status(project) == "not reviewed"
 
 
 def test_right_rows_lead_to_acceptance_and_the_status_says_on_what_grounds(project: Project) -> None:
     under_way = review(project)
-    assert _status(project) == "under review: 0 of 0 wrong, at least 72 more to check"
+    assert status(project) == "under review: 0 of 0 wrong, at least 72 more to check"
     judge_next(under_way, *right(71))
-    assert _status(project) == "under review: 0 of 71 wrong, at least 1 more to check"
+    assert status(project) == "under review: 0 of 71 wrong, at least 1 more to check"
     judge_next(under_way, "right")
-    assert _status(project) == "accepted: 0 of 72 wrong, under 5% at 95%"
+    assert status(project) == "accepted: 0 of 72 wrong, under 5% at 95%"
     assert under_way.next() is None
 
 
@@ -53,12 +49,12 @@ def test_the_fixed_plan_asks_for_59_rows(project: Project) -> None:
     version = load_version(project.dataset)
     under_way = Review(project.dataset, version, "ada", Listener(), plan=FixedPlan())
     judge_next(under_way, *right(59))
-    assert _status(project) == "accepted: 0 of 59 wrong, under 5% at 95%"
+    assert status(project) == "accepted: 0 of 59 wrong, under 5% at 95%"
 
 
 def test_wrong_rows_lead_to_rejection(project: Project) -> None:
     judge_next(review(project), "wrong", "edit")
-    assert _status(project) == "rejected: 2 of 2 wrong, not under 5%"
+    assert status(project) == "rejected: 2 of 2 wrong, not under 5%"
 
 
 def test_rows_come_in_the_order_that_the_digest_decides(project: Project) -> None:
@@ -71,16 +67,16 @@ def test_a_pass_goes_on_where_the_last_one_was_left(project: Project) -> None:
     first = judge_next(review(project), "right", "right", "wrong")
     later = judge_next(review(project), "right")
     assert later[0] not in first
-    assert _status(project).startswith("under review: 1 of 4 wrong")
+    assert status(project).startswith("under review: 1 of 4 wrong")
 
 
 def test_a_skipped_row_counts_as_unsettled_and_comes_again_in_the_next_pass(project: Project) -> None:
     under_way = review(project)
     (skipped,) = judge_next(under_way, "skip")
     judge_next(under_way, "right")
-    assert _status(project).endswith(", 1 unsettled")
+    assert status(project).endswith(", 1 unsettled")
     assert judge_next(review(project), "right") == [skipped]
-    assert "unsettled" not in _status(project)
+    assert "unsettled" not in status(project)
 
 
 def test_undo_takes_back_the_latest_verdict_also_in_a_later_pass_and_is_itself_on_record(project: Project) -> None:
@@ -92,7 +88,7 @@ def test_undo_takes_back_the_latest_verdict_also_in_a_later_pass_and_is_itself_o
     card = later.next()
     assert card is not None
     assert card.member.key == keys[1]
-    assert _status(project).startswith("under review: 0 of 1 wrong")
+    assert status(project).startswith("under review: 0 of 1 wrong")
     log = (project.dataset / "reviews.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in log] == ["draw", "verdict", "verdict", "undo"]
 
@@ -100,7 +96,7 @@ def test_undo_takes_back_the_latest_verdict_also_in_a_later_pass_and_is_itself_o
 def test_undo_takes_back_no_verdict_of_another_reviewer(project: Project) -> None:
     judge_next(review(project, "ada"), "right")
     assert review(project, "ben").undo() is None
-    assert _status(project).startswith("under review: 0 of 1 wrong")
+    assert status(project).startswith("under review: 0 of 1 wrong")
 
 
 def test_verdicts_survive_a_new_version_and_other_order_of_rows(project: Project) -> None:
@@ -129,7 +125,7 @@ def test_reviewers_who_disagree_leave_a_row_unsettled(project: Project) -> None:
     (key,) = judge_next(review(project, "ada"), "right")
     judge_next(review(project, "ben", second=True), "wrong")
     assert read_reviews(project.dataset).finding(key) == "unsettled"
-    assert _status(project).endswith(", 1 unsettled")
+    assert status(project).endswith(", 1 unsettled")
     assert review(project, "ben", second=True).undo() is not None
     judge_next(review(project, "ben", second=True), "right")
     assert read_reviews(project.dataset).finding(key) == "right"
@@ -154,7 +150,7 @@ def test_a_redraw_is_another_sample_and_stays_on_record(project: Project) -> Non
     judge_next(review(project), "wrong", "wrong")
     again = review(project, redraw=True)
     judge_next(again, *right(3))
-    assert _status(project).endswith(", draw 2")
+    assert status(project).endswith(", draw 2")
     drawn = [json.loads(line) for line in (project.dataset / "reviews.jsonl").read_text().splitlines()]
     assert [event["draw"] for event in drawn if event["event"] == "draw"] == [0, 1]
 
@@ -167,7 +163,7 @@ def test_another_plan_for_the_same_sample_is_refused(project: Project) -> None:
     Review(project.dataset, version, "ada", Listener(), plan=SequentialPlan())
     Review(project.dataset, version, "ada", Listener(), plan=FixedPlan(allowed=5), redraw=True)
     # 208 by the plan, but 200 rows are all there are.
-    assert _status(project) == "under review: 0 of 0 wrong, at least 200 more to check, draw 2"
+    assert status(project) == "under review: 0 of 0 wrong, at least 200 more to check, draw 2"
 
 
 def test_suspects_are_reviewed_apart_and_count_only_where_the_sample_reaches_them(project: Project) -> None:
@@ -181,7 +177,7 @@ def test_suspects_are_reviewed_apart_and_count_only_where_the_sample_reaches_the
     apart.judge(card, "wrong")
     assert apart.next() is None
     assert apart.status == "suspects: 1 of 1 looked at"
-    assert _status(project).startswith("under review: 0 of 0 wrong")
+    assert status(project).startswith("under review: 0 of 0 wrong")
     assert json.loads((project.dataset / "reviews.jsonl").read_text().splitlines()[-1]).get("draw") is None
 
 
@@ -214,7 +210,7 @@ def test_a_last_line_whose_end_an_editor_left_out_counts(project: Project) -> No
     path = project.dataset / "reviews.jsonl"
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     judge_next(review(project), "right")
-    assert _status(project).startswith("under review: 0 of 2 wrong")
+    assert status(project).startswith("under review: 0 of 2 wrong")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +221,7 @@ def test_a_line_that_is_no_review_is_named(project: Project, line: str) -> None:
     path = project.dataset / "reviews.jsonl"
     path.write_text(line + "\n" + path.read_text())
     with pytest.raises(UserError) as refused:
-        _status(project)
+        status(project)
     assert refused.value.where == f"{path}:1"
 
 

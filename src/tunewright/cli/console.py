@@ -114,6 +114,20 @@ class Session:
         for part in people:
             self.console.print(part, markup=False, highlight=False)
 
+    def tell_standing(self, project: Path | None) -> None:
+        """Whether reviewers have accepted a project's current dataset version, if it has one."""
+        if project is None or not (project / "dataset").is_dir():
+            return
+        from tunewright.data.review.standing import standing
+        from tunewright.project import Project
+
+        try:
+            told = standing(Project(project).dataset)
+        except UserError as error:
+            told = f"Whether the current version is accepted cannot be told: {error.what}"
+        if told is not None:
+            self.reporter.say(told)
+
 
 @contextmanager
 def session(as_json: bool, project: Path | None = None) -> Iterator[Session]:
@@ -127,9 +141,9 @@ def session(as_json: bool, project: Path | None = None) -> Iterator[Session]:
         try:
             yield current
         except typer.Exit:
-            _tell_standing(current, project)
+            current.tell_standing(project)
             raise
-        _tell_standing(current, project)
+        current.tell_standing(project)
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}")
     except KeyboardInterrupt:
@@ -137,20 +151,6 @@ def session(as_json: bool, project: Path | None = None) -> Iterator[Session]:
         _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what[0].upper()}{what[1:]}.")
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _tell_standing(current: Session, project: Path | None) -> None:
-    if project is None or not (project / "dataset").is_dir():
-        return
-    from tunewright.data.review.standing import standing
-    from tunewright.project import Project
-
-    try:
-        told = standing(Project(project).dataset)
-    except UserError as error:
-        told = f"Whether the current version is accepted cannot be told: {error.what}"
-    if told is not None:
-        current.reporter.say(told)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -54,7 +54,7 @@ def data_add(
     import tunewright
     from tunewright.cli.tables import version_table
 
-    with session(json) as current:
+    with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         result = road.add(
             files,
@@ -85,7 +85,7 @@ def data_show(
     import tunewright
     from tunewright.cli.token_tables import conversation_text, row_document, row_heading, tokens_text
 
-    with session(json) as current:
+    with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         member = road.row(row)
         if not tokens:
@@ -136,7 +136,7 @@ def data_check(
     from tunewright.cli.data_texts import file_check_text
     from tunewright.cli.token_tables import check_tables
 
-    with session(json) as current:
+    with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         mapped = {"rows": rows, "input_column": input_column, "output_column": output_column}
         if files is None and any(mapped.values()):
@@ -182,14 +182,11 @@ def data_leak(
     """
     import tunewright
     from tunewright.cli.data_texts import contamination_text, leak_text
-    from tunewright.data.neighbours.leak import score_by_distance
-    from tunewright.evaluation.evidence import load_items
 
-    with session(json) as current:
+    with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         report = road.leak()
-        items = load_items(road.evaluation(evaluation)) if evaluation is not None else []
-        bands = score_by_distance(items, report) if items else []
+        bands = road.scores_by_distance(report, evaluation) if evaluation is not None else []
         found = road.contamination(against or [])
         document = {
             **report.as_dict(),
@@ -206,7 +203,7 @@ def data_log(project: Folder = HERE, json: Json = False) -> None:
     from tunewright.cli.tables import version_table
     from tunewright.data.versions import list_versions
 
-    with session(json) as current:
+    with session(json, project) as current:
         versions = list_versions(tunewright.open(project).project.dataset)
         current.show(
             {"versions": [v.model_dump(mode="json") for v in versions]},

@@ -26,7 +26,7 @@ def advise(project: Folder = HERE, json: Json = False) -> None:
     import tunewright
     from tunewright.cli.tables import arms_table
 
-    with session(json) as current:
+    with session(json, project) as current:
         result = tunewright.open(project, current.reporter).advise()
         advice = result.advice
         current.show(
@@ -41,7 +41,7 @@ def train(force: Force = False, project: Folder = HERE, json: Json = False) -> N
     """Train the recipe's adapter on the current dataset version. Goes on where it was stopped."""
     import tunewright
 
-    with session(json) as current:
+    with session(json, project) as current:
         result = tunewright.open(project, current.reporter).train(force=force)
         adapter = result.adapter
         told = adapter.lineage["training"]
@@ -65,7 +65,7 @@ def evaluate(
     import tunewright
     from tunewright.cli.tables import evidence_tables
 
-    with session(json) as current:
+    with session(json, project) as current:
         result = tunewright.open(project, current.reporter).evaluate(adapter)
         current.show(
             {
@@ -92,7 +92,7 @@ def crossfit(
     import tunewright
     from tunewright.cli.tables import evidence_tables
 
-    with session(json) as current:
+    with session(json, project) as current:
         result = tunewright.open(project, current.reporter).crossfit(folds=folds, force=force)
         current.show(
             {
@@ -111,7 +111,7 @@ def verdict(evaluation: Evaluation = None, project: Folder = HERE, json: Json = 
     from tunewright.cli.tables import verdict_text
     from tunewright.road import Road
 
-    with session(json) as current:
+    with session(json, project) as current:
         # Not opened as a project: evidence is enough, wherever it lies.
         decision = Road(project, current.reporter).verdict(evaluation)
         current.show({"decision": decision.decision, "reasons": list(decision.reasons)}, verdict_text(decision))
@@ -123,7 +123,7 @@ def report(evaluation: Evaluation = None, project: Folder = HERE, json: Json = F
     """Write the evaluation's report: one HTML file that needs nothing else."""
     import tunewright
 
-    with session(json) as current:
+    with session(json, project) as current:
         path = tunewright.open(project, current.reporter).report(evaluation)
         current.show({"report": str(path)}, f"Report: {path}")
 
@@ -135,7 +135,7 @@ def adapters_list(project: Folder = HERE, json: Json = False) -> None:
     from tunewright.adapters.registry import list_adapters
     from tunewright.cli.tables import adapters_table
 
-    with session(json) as current:
+    with session(json, project) as current:
         known = list_adapters(tunewright.open(project).project.adapters)
         rows = [
             {

@@ -68,7 +68,7 @@ def run(
     import tunewright
     from tunewright.cli.tables import run_document, run_tables
 
-    with session(json) as current:
+    with session(json, project) as current:
         result = tunewright.open(project, current.reporter).run(force=force)
         current.show(run_document(result), *run_tables(result))
         raise typer.Exit(result.verdict.exit_code)
@@ -83,7 +83,7 @@ def demo(
     from tunewright.cli.tables import answers_table, run_document, run_tables
     from tunewright.demo import ask_three_ways, open_demo
 
-    with session(json) as current:
+    with session(json, directory) as current:
         road = open_demo(directory, current.reporter)
         result = road.run()
         answered = ask_three_ways(road, result)

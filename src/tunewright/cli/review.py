@@ -51,7 +51,7 @@ def data_suspects(
     """List the rows whose answer is most likely wrong, each with the reason."""
     import tunewright
 
-    with session(json) as current:
+    with session(json, project) as current:
         result = tunewright.open(project, current.reporter).suspects(adapter)
         shown = result.suspects[:top]
         told = f"{len(shown):,} of {len(result.suspects):,}"

@@ -32,6 +32,8 @@ def serve(
     with session(json) as current:
         service = tunewright.open(project, current.reporter).serve(adapters or (), host=host, port=port)
 
+        current.tell_standing(project)
+
         def started(url: str) -> None:
             models = "\n".join(f"  {name}" for name in service.models)
             current.show(

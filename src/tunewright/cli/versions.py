@@ -40,7 +40,7 @@ def data_diff(
     from tunewright.data.versions.change_text import diff_text
     from tunewright.data.versions.changes import diff
 
-    with session(json) as current:
+    with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         found = diff(road.version(a), road.version(b))
         current.show(found.as_dict(), diff_text(found))
@@ -52,7 +52,7 @@ def data_blame(row: Row, project: Folder = HERE, json: Json = False) -> None:
     import tunewright
     from tunewright.data.versions.changes import blame
 
-    with session(json) as current:
+    with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         found = blame(road.project.dataset, road.version(), road.row(row).key)
         current.show(found.as_dict(), _blame_text(found))
@@ -81,7 +81,7 @@ def data_where(row: Row, project: Folder = HERE, json: Json = False) -> None:
     import tunewright
     from tunewright.data.versions.changes import trained_on, where
 
-    with session(json) as current:
+    with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         key = road.row(row).key
         found = where(road.project.dataset, road.project.adapters, key)
@@ -103,7 +103,7 @@ def data_checkout(
     from tunewright.cli.tables import version_table
     from tunewright.data.versions import checkout
 
-    with session(json) as current:
+    with session(json, project) as current:
         manifest = checkout(tunewright.open(project, current.reporter).project.dataset, version)
         current.show(manifest.model_dump(mode="json"), version_table([manifest]))
 
@@ -120,7 +120,7 @@ def data_export(
     """Write a version, or one split of it, as a file for other tools."""
     import tunewright
 
-    with session(json) as current:
+    with session(json, project) as current:
         written = tunewright.open(project, current.reporter).export(out, form, split=split, version=version)
         current.show(written.as_dict(), f"Wrote {written.rows:,} rows of version {written.version[:12]} to {out}")
 
@@ -131,7 +131,7 @@ def data_push(url: Url, project: Folder = HERE, json: Json = False) -> None:
     import tunewright
     from tunewright.data.versions.remote import push
 
-    with session(json) as current:
+    with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         done = push(road.project.dataset, url, current.reporter)
         current.show(done.as_dict(), _transfer_text(done, f"{url} is"))
@@ -143,7 +143,7 @@ def data_pull(url: Url, project: Folder = HERE, json: Json = False) -> None:
     import tunewright
     from tunewright.data.versions.remote import pull
 
-    with session(json) as current:
+    with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         done = pull(road.project.dataset, url, current.reporter)
         current.show(done.as_dict(), _transfer_text(done, "This side is"))
@@ -168,7 +168,7 @@ def data_verify(project: Folder = HERE, json: Json = False) -> None:
     import tunewright
     from tunewright.data.versions.verify import verify
 
-    with session(json) as current:
+    with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         found = verify(road.project.dataset, current.reporter)
         if found.unsealed:

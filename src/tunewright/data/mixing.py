@@ -46,8 +46,8 @@ def mix_in(
     """Draw the mix-in for a version of these domain rows.
 
     Rows come in an order drawn from the seed and their keys, so that a version with more training rows has those of the
-    version before and more. Passed over, with the reason: rows with an input of the domain, rows that are nearly equal to
-    one, rows that hold a held-out row or a benchmark item, and rows with secrets.
+    version before and more. Passed over, with the reason: rows with an input of the domain or one nearly equal to it,
+    rows that hold a held-out row or a benchmark item, and rows with secrets.
 
     Args:
         root: the project's folder, from which the source is named.

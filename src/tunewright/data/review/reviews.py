@@ -315,15 +315,6 @@ def findings(reviews: Reviews, order: Sequence[str]) -> Iterator[Finding]:
         yield found
 
 
-def status(dataset: Path, version: DatasetVersion) -> str:
-    """One line for people: whether this version has been accepted, and on what grounds."""
-    reviews = read_reviews(dataset)
-    drawn, found = reviews.drawn(version.digest), outcome(reviews, version)
-    if drawn is None or found is None:
-        return "not reviewed"
-    return status_line(found, drawn.plan, drawn.draw)
-
-
 def status_line(found: Outcome, plan: SequentialPlan | FixedPlan, draw: int = 0) -> str:
     """An outcome in words, such as "accepted: 0 of 72 wrong, under 5% at 95%"."""
     count = f"{found.wrong:,} of {found.checked:,} wrong"
