@@ -15,7 +15,7 @@ from tunewright.data.formats import uses_columns
 from tunewright.data.versions import DatasetVersion, Member, load_version
 from tunewright.data.versions.find import find_row
 from tunewright.errors import UserError
-from tunewright.evaluation.evidence import EVIDENCE_FILE, load_evidence, load_items
+from tunewright.evaluation.evidence import find_evaluation, load_evidence, load_items
 from tunewright.evaluation.verdict import Verdict, verdict
 from tunewright.models.bases import Base, resolve_base
 from tunewright.progress import LogReporter, Reporter
@@ -363,18 +363,7 @@ class Road:
         Raises:
             UserError: there is none.
         """
-        folder = self.project.evaluations
-        if evaluation is not None:
-            place = next((p for p in (Path(evaluation), folder / evaluation) if p.exists()), None)
-            if place is None:
-                known = sorted(file.parent.name for file in folder.glob(f"[!.]*/{EVIDENCE_FILE}"))
-                there = f"There are: {', '.join(known)}." if known else None
-                raise UserError(f"no evaluation {str(evaluation)!r}", where=str(folder), fix=there)
-            return place
-        evidence = [load_evidence(file) for file in folder.glob(f"[!.]*/{EVIDENCE_FILE}")]
-        if not evidence:
-            raise UserError("nothing has been evaluated yet", where=str(folder), fix="`tunewright evaluate` does it.")
-        return folder / max(evidence, key=lambda e: str(e.lineage["created"])).id
+        return find_evaluation(self.project.evaluations, evaluation)
 
     def _forced(self, force: bool) -> str | None:
         from tunewright.training.few import forced_below

@@ -157,7 +157,7 @@ def test_suspects_are_listed_and_reviewed_apart(project: Path, press: list[str])
     wrong = next(m for m in version.members if m.example.output == "red")
     text = wrong.example.input_text
     write_jsonl(project / "more.jsonl", [{"prompt": text, "completion": "green"}])
-    assert tunewright("data", "add", project / "more.jsonl", "-p", project).code == 0
+    assert tunewright("data", "add", project / "more.jsonl", "--accept-conflicts", "-p", project).code == 0
     document = tunewright("data", "suspects", "-p", project, "--json").document
     assert [s["reason"] for s in document["suspects"][:2]] == ["conflict", "conflict"]
     shown = tunewright("data", "suspects", "--top", "2", "-p", project).stderr

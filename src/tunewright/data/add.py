@@ -87,19 +87,8 @@ def add(
             by hand, a full disk. The dataset is then as it was.
     """
     recipe = project.recipe
-    readings = _read(files, recipe, reporter)
-    skipped = [fault for reading in readings for fault in reading.faults]
-    if skipped and not skip_bad:
-        raise notices.faulty(skipped)
-    if skipped:
-        reporter.warn(notices.skipped(skipped))
-    screened = screen(
-        [row for reading in readings for row in reading.rows],
-        recipe.data.allow,
-        reporter,
-        redact=redact,
-        presidio=presidio,
-    )
+    given = _read(files, recipe, reporter, skip_bad=skip_bad)
+    screened = screen(given.rows, recipe.data.allow, reporter, redact=redact, presidio=presidio)
     rows = screened.rows
     with locked(project.dataset):
         merged = merge(project.dataset, rows, recipe.data.similarity, reporter)
@@ -112,18 +101,18 @@ def add(
         found = contents(project, merged, rows, reporter)
         created = merged.parent is None or merged.parent.digest != members_digest(found.members)
         if created:
-            sources = _sources(files, readings, project.root)
+            _warn(merged, found, conflicts, reporter)
+            sources = _sources(given, project.root)
             version = new_manifest(
                 found.members,
                 merged.parent,
                 _settings(recipe),
                 message=message,
                 sources=list(sources.values()),
-                left_out=LeftOut(len(duplicates), len(skipped), len(found.moved)),
+                left_out=LeftOut(len(duplicates), len(given.faults), len(found.moved)),
                 mix=found.mixed.about if found.mixed else None,
             )
-            _warn(merged, found, conflicts, reporter)
-            imports = _imports(rows, skipped, sources, merged, found)
+            imports = _imports(rows, given.faults, sources, merged, found)
             version = save_version(project.dataset, version, found.members, imports, reporter)
         else:
             assert merged.parent is not None
@@ -139,7 +128,7 @@ def add(
         duplicates=duplicates,
         conflicts=conflicts,
         moved=found.moved,
-        skipped=tuple(skipped),
+        skipped=tuple(given.faults),
         redacted=screened.redacted,
         personal=screened.personal,
         contaminated=found.hits,
@@ -147,16 +136,36 @@ def add(
     )
 
 
-def _read(files: Sequence[Path], recipe: Recipe, reporter: Reporter) -> list[Reading]:
+@dataclass(frozen=True)
+class _Given:
+    """The files that are added, and what was read from each."""
+
+    files: Sequence[Path]
+    readings: Sequence[Reading]
+
+    @property
+    def rows(self) -> list[SourceRow]:
+        return [row for reading in self.readings for row in reading.rows]
+
+    @property
+    def faults(self) -> list[Fault]:
+        return [fault for reading in self.readings for fault in reading.faults]
+
+
+def _read(files: Sequence[Path], recipe: Recipe, reporter: Reporter, *, skip_bad: bool) -> _Given:
     if not files:
         raise UserError("no file to add", fix="Name one or more files of pairs, or list them in data.sources.")
     size = sum(source_size(path) for path in files)
     with reporter.task("reading", size, "bytes") as task:
-        readings = [read_pairs(path, recipe.data, task) for path in files]
-    for reading in readings:
+        given = _Given(files, [read_pairs(path, recipe.data, task) for path in files])
+    for reading in given.readings:
         for note in reading.notes:
             reporter.say(note)
-    return readings
+    if given.faults and not skip_bad:
+        raise notices.faulty(given.faults)
+    if given.faults:
+        reporter.warn(notices.skipped(given.faults))
+    return given
 
 
 def _settled(merged: Merge, recipe: Recipe) -> tuple[Conflict, ...]:
@@ -197,10 +206,10 @@ def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], repo
         reporter.say(f"Mixed in: {about.drawn:,} of {about.source.rows:,} rows of {about.source.name}, to train on")
 
 
-def _sources(files: Sequence[Path], readings: Sequence[Reading], root: Path) -> dict[str, Source]:
+def _sources(given: _Given, root: Path) -> dict[str, Source]:
     """Each file under the name it was read by; on disk it is named within the project, or by its bare name."""
     sources: dict[str, Source] = {}
-    for path, reading in zip(files, readings, strict=True):
+    for path, reading in zip(given.files, given.readings, strict=True):
         full, home = path.resolve(), root.resolve()
         name = full.relative_to(home).as_posix() if full.is_relative_to(home) else path.name
         sha256 = source_digest(path)

@@ -170,6 +170,28 @@ def load_evidence(path: Path) -> Evidence:
         raise UserError(f"not evidence of schema {SCHEMA_VERSION}: {' '.join(first[:3])}", where=str(file)) from None
 
 
+def find_evaluation(evaluations: Path, name: str | Path | None = None) -> Path:
+    """An evaluation's folder: as given (ID, folder or evidence file), else the newest.
+
+    Args:
+        evaluations: the project's folder of evaluations.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name is not None:
+        place = next((p for p in (Path(name), evaluations / name) if p.exists()), None)
+        if place is None:
+            known = sorted(file.parent.name for file in evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"))
+            there = f"There are: {', '.join(known)}." if known else None
+            raise UserError(f"no evaluation {str(name)!r}", where=str(evaluations), fix=there)
+        return place
+    evidence = [load_evidence(file) for file in evaluations.glob(f"[!.]*/{EVIDENCE_FILE}")]
+    if not evidence:
+        raise UserError("nothing has been evaluated yet", where=str(evaluations), fix="`tunewright evaluate` does it.")
+    return evaluations / max(evidence, key=lambda e: str(e.lineage["created"])).id
+
+
 def load_items(folder: Path) -> list[Item]:
     """Read ``items.jsonl`` beside the evidence in ``folder``.
 
