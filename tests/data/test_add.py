@@ -187,6 +187,13 @@ def test_a_new_conflict_is_refused_by_file_and_line_and_a_known_one_is_not(tmp_p
     assert _add(project, ("capital of Australia", "Canberra"), *unlike_pairs(3, seed=5)).added == 3
 
 
+def test_case_and_white_space_make_no_other_input(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    _add(project, *unlike_pairs(20), ("capital of Australia", "Sydney"))
+    with pytest.raises(UserError, match="1 input with different outputs"):
+        _add(project, (" Capital of  australia", "Canberra"))
+
+
 def test_an_accepted_conflict_is_kept_grouped_and_shown(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", ACCEPT)
     listener = Listener()

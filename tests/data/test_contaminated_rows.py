@@ -56,6 +56,22 @@ def test_drop_leaves_it_out_and_says_so_in_every_record(tmp_path: Path) -> None:
     assert not again.created
 
 
+def test_what_was_left_out_stays_out_whatever_is_added_in_between(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {contaminated: drop}\n")
+    add(project, [write_jsonl(tmp_path / "pairs.jsonl", PAIRS)], Listener())
+    tests = load_version(project.dataset).examples("test")
+    holding = [
+        (f"Listen to this, please, and think: {m.example.input_text}. What now?", f"held {i}")
+        for i, m in enumerate(tests)
+    ]
+    file = write_jsonl(tmp_path / "holding.jsonl", [*holding, *unlike_pairs(40, seed=3)])
+    add(project, [file], Listener())
+    for seed in (4, 5):
+        add(project, [write_jsonl(tmp_path / "more.jsonl", unlike_pairs(60, seed=seed))], Listener())
+        again = add(project, [file], Listener())
+        assert (again.created, again.added, len({hit.row for hit in again.contaminated})) == (False, 0, len(tests))
+
+
 def test_a_training_row_that_holds_a_test_row_is_named(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     add(project, [write_jsonl(tmp_path / "pairs.jsonl", PAIRS)], Listener())

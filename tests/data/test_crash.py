@@ -16,7 +16,7 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
 from tunewright.data.add import add
-from tunewright.data.versions import load_version, locked
+from tunewright.data.versions import checkout, load_version, locked
 from tunewright.data.versions.verify import verify
 from tunewright.errors import UserError
 from tunewright.project import Project
@@ -81,6 +81,8 @@ def _assert_old_or_new(project: Project, old: str, new: str) -> str:
     assert version.digest in (old, new)
     assert load_version(project.dataset, old).digest == old
     assert verify(project.dataset, Listener()).damage == ()
+    with locked(project.dataset):
+        assert verify(project.dataset, Listener()).unneeded == 0
     assert _add_second(project) == new
     assert list(project.dataset.rglob(".*")) == []
     return version.digest
@@ -149,3 +151,33 @@ def test_of_two_writers_at_once_the_second_is_told_and_a_killed_writer_holds_not
     child.kill()
     child.join()
     assert _add_second(project) == load_version(project.dataset).digest != old
+
+
+def test_a_stop_by_ctrl_c_leaves_no_row_of_the_files_that_were_added(
+    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunewright.data.versions import store
+
+    project = _fresh(template, tmp_path / "w")
+    before = {path: path.read_bytes() for path in project.dataset.rglob("*") if path.is_file()}
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "write_head", stopped)
+    monkeypatch.setattr(store, "new_folder", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _add_second(project)
+    assert {path: path.read_bytes() for path in project.dataset.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_head_is_damage_and_nothing_is_added_beside_the_versions(template: Path, tmp_path: Path) -> None:
+    project = _fresh(template, tmp_path / "w")
+    old, new = load_version(project.dataset).digest, _add_second(project)
+    (project.dataset / "HEAD").unlink()
+    [damage] = verify(project.dataset, Listener()).damage
+    assert damage.where == str(project.dataset / "HEAD")
+    with pytest.raises(UserError, match="which version is current is missing"):
+        _add_second(project)
+    checkout(project.dataset, old)
+    assert _add_second(project) == new

@@ -11,6 +11,7 @@ from review_helpers import judge_next, review, reviewed_project, status
 
 from tunewright.data.review.edits import apply_edits, replaced
 from tunewright.data.review.passes import Card
+from tunewright.data.review.report import review_report
 from tunewright.data.versions import load_version
 from tunewright.data.versions.find import find_row
 from tunewright.errors import UserError
@@ -149,3 +150,20 @@ def test_edits_that_lead_back_to_an_earlier_version_make_it_current_and_say_so(p
     assert apply_edits(project, listener).version == before.manifest
     assert load_version(project.dataset).digest == before.digest
     assert any("was there already" in warned for warned in listener.warned)
+
+
+def test_a_secret_in_a_log_from_elsewhere_does_not_become_a_version(project: Project) -> None:
+    before = load_version(project.dataset)
+    _edit(project, before.members[0].key, "pay with 4539 1488 0343 6467")
+    with pytest.raises(UserError, match=r"by ada holds a secret \(payment card number\)"):
+        apply_edits(project, Listener())
+    assert load_version(project.dataset).digest == before.digest
+
+
+def test_disputed_edits_are_not_offered_to_be_applied(project: Project) -> None:
+    version = load_version(project.dataset)
+    for reviewer, output in (("ada", "one"), ("ben", "two")):
+        _edit(project, version.members[0].key, output, reviewer)
+    report = review_report(project.dataset, version)
+    assert (report.edits, report.disputed) == (0, 1)
+    assert any("reviewers disagree" in line for line in report.lines)

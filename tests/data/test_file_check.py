@@ -228,3 +228,13 @@ def test_a_copy_has_no_faults_and_every_row_of_the_file_is_in_it_or_named(
     assert len(out.read_text().splitlines()) + len(left_out) == len(rows) + 1
     faulty = {fault.line for fault in read_pairs(path, DATA).faults}
     assert faulty == {change.line for change in changes if change.code is not None}
+
+
+def test_secrets_are_counted_by_kind_without_their_values(tmp_path: Path) -> None:
+    card = "4539 1488 0343 6467"
+    path = _file(tmp_path, [{"prompt": f"charge {card}", "completion": "done"}, {"prompt": "a", "completion": "b"}])
+    checked = check_files([path], DataRecipe(), Listener())
+    assert (checked.ok, checked.faults, checked.secrets) == (False, (), {"card": 1})
+    assert "secrets (payment card number: 1)" in checked.summary
+    assert card not in checked.summary
+    assert check_files([path], DataRecipe(allow=("card",)), Listener()).ok

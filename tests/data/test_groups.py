@@ -140,3 +140,35 @@ def test_a_changed_group_is_found_by_line(tmp_path: Path) -> None:
         load_version(project.dataset)
     [damage] = verify(project.dataset, Listener()).damage
     assert damage.where == f"{path}:4"
+
+
+def test_a_secret_as_a_group_s_value_is_refused_and_redaction_keeps_the_group(tmp_path: Path) -> None:
+    """Values are kept with the version as they are, in a file that is committed and pushed."""
+    project = new_project(tmp_path / "p", GROUPED)
+    card = "4539 1488 0343 6467"
+    rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(40, 7, 1))])
+    rows[3]["customer"] = rows[9]["customer"] = card
+    rows[5]["customer"] = "maria.lopez@uni-bonn.de"
+    with pytest.raises(UserError, match="2 secrets as values of groups, nothing was added") as caught:
+        _add(project, rows)
+    assert "rows.jsonl:4: payment card number in the group customer" in caught.value.what
+    assert card not in str(caught.value)
+    assert not (project.dataset / "HEAD").exists()
+    add(project, [project.root / "rows.jsonl"], Listener(), redact=True)
+    for path in project.dataset.rglob("*.*"):
+        if path.is_file():
+            assert card not in path.read_text(encoding="utf-8")
+            assert "maria.lopez" not in path.read_text(encoding="utf-8")
+    version = load_version(project.dataset)
+    sharing = {m.cluster for m in version.members if m.example.output in (rows[3]["completion"], rows[9]["completion"])}
+    assert len(sharing) == 1
+
+
+def test_personal_data_as_a_group_s_value_is_told(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", GROUPED)
+    rows = _unticketed([{**row, "customer": f"c{i}@uni-bonn.de"} for i, row in enumerate(_rows(40, 7, 1))])
+    listener = Listener()
+    _add(project, rows, listener)
+    [told] = [warning for warning in listener.warned if "values of groups" in warning]
+    assert "and 30 more" in told
+    assert "@" not in told

@@ -156,3 +156,26 @@ def test_an_export_never_replaces_a_file_and_says_when_nothing_is_left(project: 
     judge_next(review(project), *right(len(load_version(project.dataset).members)))
     with pytest.raises(UserError, match="no row is left"):
         export_csv(project.root / "more.csv", review(project), 5)
+
+
+def test_a_secret_in_an_edited_answer_is_refused_before_it_is_on_record(project: Project) -> None:
+    path, rows = _export(project)
+    card = "4539 1488 0343 6467"
+    for row in rows:
+        row["verdict"] = "right"
+    rows[2] |= {"verdict": "edit", "new_output": f"pay with {card}"}
+    _save(path, rows)
+    with pytest.raises(UserError, match=r"the new_output holds a secret \(payment card number\)") as caught:
+        _import(project, path)
+    assert card not in str(caught.value)
+    assert read_reviews(project.dataset).standing(rows[2]["row"]) == {}
+    allowed = import_csv(path, project.dataset, load_version(project.dataset), "ada", ["card"])
+    assert allowed.recorded == len(rows)
+
+
+def test_in_a_pass_too(project: Project) -> None:
+    under_way = review(project)
+    card = under_way.next()
+    assert card is not None
+    assert under_way.edit(card, "pay with 4539 1488 0343 6467").startswith("The answer holds a secret (payment card")
+    assert under_way.next() == card

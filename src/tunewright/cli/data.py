@@ -201,11 +201,12 @@ def data_log(project: Folder = HERE, json: Json = False) -> None:
     """List the dataset's versions, the newest last."""
     import tunewright
     from tunewright.cli.tables import version_table
-    from tunewright.data.versions import list_versions
+    from tunewright.data.versions import current_manifest, list_versions
 
     with session(json, project) as current:
-        versions = list_versions(tunewright.open(project).project.dataset)
+        dataset = tunewright.open(project).project.dataset
+        versions, head = list_versions(dataset), current_manifest(dataset)
         current.show(
-            {"versions": [v.model_dump(mode="json") for v in versions]},
-            version_table(versions) if versions else "No version yet: tunewright data add FILE makes one.",
+            {"versions": [v.model_dump(mode="json") for v in versions], "current": head.digest if head else None},
+            version_table(versions, head) if versions else "No version yet: tunewright data add FILE makes one.",
         )

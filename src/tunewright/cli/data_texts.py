@@ -17,7 +17,9 @@ _MOST_HELD = 10
 def file_check_text(checked: FileCheck) -> str:
     """Every fault with what to do, and how many there are of each code."""
     lines = [note for file in checked.files for note in file.notes]
-    lines += [f"{file.source}: {file.unreadable['what']}" for file in checked.files if file.unreadable]
+    for refusal in (file.unreadable for file in checked.files if file.unreadable):
+        lines.append(f"{refusal['where']}: {refusal['what']}")
+        lines += [f"  {refusal['fix']}"] if refusal["fix"] else []
     for fault in checked.faults:
         lines.append(f"{fault} [{fault.code} {fault.path}]")
         lines += [f"  {fault.fix}"] if fault.fix else []

@@ -132,7 +132,8 @@ def _import(current: Session, road: Road, file: Path, reviewer: str | None) -> N
     from tunewright.data.review.table import import_csv
 
     dataset, version = road.project.dataset, road.version()
-    done = import_csv(file, dataset, version, default_reviewer() if reviewer is None else reviewer)
+    name = default_reviewer() if reviewer is None else reviewer
+    done = import_csv(file, dataset, version, name, road.project.recipe.data.allow)
     current.reporter.say(f"{done.recorded} verdicts recorded, {done.known} known, {done.blank} rows without one")
     _show_status(current, dataset, version)
 
@@ -155,6 +156,7 @@ def _review(current: Session, road: Road, reviewer: str | None, export: Path | N
         redraw=choice.redraw,
         suspects=road.suspects(choice.adapter).suspects if choice.suspects else None,
         second=choice.second,
+        allow=road.project.recipe.data.allow,
     )
     if export is not None:
         count = export_csv(export, review, max(review.needed, _EXPORTED))

@@ -121,8 +121,8 @@ def answers_table(answered: ThreeAnswers) -> Table:
     return table
 
 
-def version_table(versions: Sequence[Manifest]) -> Table:
-    """Dataset versions with what is in them."""
+def version_table(versions: Sequence[Manifest], current: Manifest | None = None) -> Table:
+    """Dataset versions with what is in them; of several, the current one has a star."""
     table = Table()
     mixed = ["mixed in"] if any(v.counts.mixed for v in versions) else []
     numbers = ("rows", "train", "dev", "test", *mixed, "clusters", "families", "conflicts")
@@ -132,7 +132,8 @@ def version_table(versions: Sequence[Manifest]) -> Table:
     for version in versions:
         c = version.counts
         counts = (c.rows, c.train, c.dev, c.test, *([c.mixed] if mixed else []), c.clusters, c.families, c.conflicts)
-        table.add_row(version.digest[:12], version.created[:16], *(f"{n:,}" for n in counts), version.message)
+        star = "*" if len(versions) > 1 and current is not None and version.digest == current.digest else ""
+        table.add_row(version.digest[:12] + star, version.created[:16], *(f"{n:,}" for n in counts), version.message)
     return table
 
 

@@ -176,6 +176,10 @@ def data_verify(project: Folder = HERE, json: Json = False) -> None:
             current.reporter.warn(f"Of an earlier tunewright, so that no digest covers manifest and imports: {names}")
         if found.undigested:
             current.reporter.warn(f"{found.undigested:,} reviews are of an earlier tunewright: no digest covers them.")
+        if found.unneeded:
+            current.reporter.warn(
+                f"{found.unneeded:,} rows that no version has; what a stopped command left, the next one clears."
+            )
         told = f"{found.rows:,} rows, {found.versions:,} versions, {found.reviews:,} records of reviews"
         current.show(
             found.as_dict(), f"{told}: all as written." if found.ok else "\n".join([told, *map(str, found.damage)])

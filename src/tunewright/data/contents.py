@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ from tunewright.data.formats import SourceRow
 from tunewright.data.merge import Merge
 from tunewright.data.mixing import Mixed, mix_in
 from tunewright.data.neighbours import find_clusters, largest_clusters
-from tunewright.data.neighbours.decontaminate import Hit, How, item_names, read_items, training_hits
+from tunewright.data.neighbours.decontaminate import TEST, Hit, How, contaminated, item_names, read_items, training_hits
 from tunewright.data.notices import Largest, Move
 from tunewright.data.review.suspects import class_like
-from tunewright.data.splits import assign_splits, join_groups
+from tunewright.data.splits import Split, assign_splits, join_groups
 from tunewright.data.versions import Member
 from tunewright.data.versions.making import renamed
 from tunewright.progress import Reporter
@@ -54,14 +54,16 @@ def contents(project: Project, merged: Merge, rows: Sequence[SourceRow], reporte
         UserError: too few rows to split, or a file of benchmark items or the mix-in that cannot be used.
     """
     recipe = project.recipe
-    domain = _domain(merged, rows, recipe, reporter)
     benchmarks = {name: read_items(project.root / name) for name in recipe.data.benchmarks}
+    dropping = recipe.data.contaminated == "drop"
+    training = _to_train(merged, benchmarks, reporter) if dropping else frozenset()
+    domain = _domain(merged, rows, recipe, training, reporter)
     # Phrases that rows share with an item are left to `data leak`.
     hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter) if hit.how != "overlap")
     items = item_names(hits, domain)
     held = [(merged.place(hit.row), hit.how, item) for hit, item in zip(hits, items, strict=True)]
     left_out: frozenset[str] = frozenset()
-    if hits and recipe.data.contaminated == "drop":
+    if hits and dropping:
         reporter.warn(notices.contaminated(held, dropping=True))
         left_out = frozenset(hit.row for hit in hits)
         domain = renamed([m for m in domain if m.key not in left_out])
@@ -78,20 +80,38 @@ def contents(project: Project, merged: Merge, rows: Sequence[SourceRow], reporte
     return Contents(members, moved, hits, held, left_out, mixed, largest)
 
 
-def _domain(merged: Merge, rows: Sequence[SourceRow], recipe: Recipe, reporter: Reporter) -> list[Member]:
-    """The rows of the domain with clusters, joined where they share a group, and splits."""
+def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: Reporter) -> frozenset[str]:
+    """New rows that hold a known test input or a benchmark item.
+
+    Dealt out to dev or test, a row that was left out before would come back with the next adding of its file.
+    """
+    new = {key: merged.kept[key] for key in merged.first if key in merged.kept}
+    tests = [m.example.input_text for m in merged.parent.domain_of("test")] if merged.parent else []
+    hits = contaminated(new, {TEST: tests, **benchmarks}, reporter)
+    return frozenset(hit.row for hit in hits if hit.how != "overlap")
+
+
+def _domain(
+    merged: Merge, rows: Sequence[SourceRow], recipe: Recipe, training: Collection[str], reporter: Reporter
+) -> list[Member]:
+    """The rows of the domain with clusters, joined where they share a group, and splits.
+
+    Rows of ``training`` are not dealt out: they are for training, unless their cluster is held out already.
+    """
     keys = sorted(merged.kept)
     names = find_clusters([merged.kept[key] for key in keys], recipe.data.similarity, reporter)
     clusters: dict[str, list[str]] = defaultdict(list)
     for key, name in zip(keys, names, strict=True):
         clusters[name].append(key)
     groups = merged.groups(rows)
-    notices.warn_of_missing_groups(recipe.data.groups, merged.parent, groups, reporter)
+    read = {merged.stands_for(row.example.pair_key) for row in rows}
+    notices.warn_of_missing_groups(recipe.data.groups, merged.parent, groups, read, reporter)
     clusters = join_groups(clusters, groups)
     cluster_of = {key: name for name, members in clusters.items() for key in members}
     outputs = {key: merged.kept[key].output.strip() for key in keys}
     class_of = outputs if class_like(list(outputs.values())) else None
-    splits = assign_splits(clusters, merged.former, recipe.data, recipe.seed, class_of)
+    former: dict[str, Split] = {**dict.fromkeys(training, "train"), **merged.former}
+    splits = assign_splits(clusters, former, recipe.data, recipe.seed, class_of)
     return [
         Member(merged.kept[key], key, splits[cluster_of[key]], cluster_of[key], groups.get(key, ())) for key in keys
     ]

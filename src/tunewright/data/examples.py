@@ -56,13 +56,25 @@ class Example:
 
     @cached_property
     def input_key(self) -> str:
-        """SHA-256 of the prompt alone: equal keys with different outputs are a conflict."""
+        """SHA-256 of the prompt alone."""
         return digest([_canonical(m) for m in self.prompt])
+
+    @cached_property
+    def asked(self) -> str:
+        """SHA-256 of the prompt with case and white space set aside: who asks so with another output is in conflict."""
+        return digest([[m.role, normalised(m.content)] for m in self.prompt])
 
     @classmethod
     def from_dicts(cls, messages: list[dict[str, Any]]) -> Example:
         """Rebuild an example from the JSON that this package wrote itself."""
         return cls(tuple(Message(m["role"], m["content"], m.get("weight", 1)) for m in messages))
+
+
+def normalised(text: str) -> str:
+    """NFC, case folded, white space collapsed: what is left tells inputs apart."""
+    # Casefolding can leave a letter decomposed, hence NFC on both sides of it.
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return " ".join(folded.split())
 
 
 def _canonical(message: Message) -> list[str | int]:

@@ -71,10 +71,10 @@ class Merge:
         )
 
     def conflicts(self) -> tuple[Conflict, ...]:
-        """The inputs that have several outputs."""
+        """The inputs that have several outputs; case and white space make no other input."""
         by_input: dict[str, list[str]] = defaultdict(list)
         for key, example in sorted(self.kept.items()):
-            by_input[example.input_key].append(key)
+            by_input[example.asked].append(key)
         return tuple(
             Conflict(
                 input=self.kept[keys[0]].input_text,

@@ -14,6 +14,7 @@ from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
+FEWEST_TRAINING_PAIRS = 50
 FEW_TRAINING_PAIRS = 500
 LARGE_CLUSTER = 0.05
 _MOST_FAULTS = 50
@@ -98,12 +99,20 @@ def conflicting(conflicts: Sequence[Conflict]) -> UserError:
 
 
 def contaminated(held: Sequence[tuple[str, How, str]], *, dropping: bool) -> str:
-    """The warning of training rows that hold what is measured on: row, how, item."""
-    told = (f"{row} {HOLDS[how]} {item}" for row, how, item in held)
-    listed = _listed(told, len(held), _MOST_EXAMPLES, "`tunewright data leak --json` lists all that are kept")
-    rows = _count(len({row for row, _, _ in held}), "training row")
+    """The warning of training rows that hold what is measured on: row, how, item; all of those that are left out."""
+    by_row: dict[str, list[tuple[How, str]]] = {}
+    for row, how, item in held:
+        by_row.setdefault(row, []).append((how, item))
+    told = (f"{row} {_holds(items)}" for row, items in by_row.items())
+    most = len(by_row) if dropping else _MOST_EXAMPLES
+    listed = _listed(told, len(by_row), most, "`tunewright data leak --json` lists all")
     what = "left out" if dropping else "kept (data.contaminated: drop leaves them out)"
-    return f"{rows} with a test input or a benchmark item inside, {what}:\n{listed}"
+    return f"{_count(len(by_row), 'training row')} with a test input or a benchmark item inside, {what}:\n{listed}"
+
+
+def _holds(items: Sequence[tuple[How, str]]) -> str:
+    how, item = items[0]
+    return f"{HOLDS[how]} {item}" + (f" and {len(items) - 1} more" if len(items) > 1 else "")
 
 
 HOLDS: dict[How, str] = {"equal": "is", "contained": "holds or is a piece of", "overlap": "shares words with"}
@@ -130,12 +139,15 @@ def warn_of_missing_groups(
     names: Sequence[str],
     parent: DatasetVersion | None,
     groups: Mapping[str, Sequence[str]],
+    read: Collection[str],
     reporter: Reporter,
 ) -> None:
-    """Warn of rows of the version before that have no value of a group that is named now."""
+    """Warn of rows of the version before, but those ``read`` again, that have no value of a group that is named now."""
     for name in names:
         before = parent.domain if parent is not None and name not in parent.manifest.settings.groups else ()
-        lacking = sum(not any(v.startswith(f"{name}=") for v in groups.get(m.key, ())) for m in before)
+        lacking = sum(
+            m.key not in read and not any(v.startswith(f"{name}=") for v in groups.get(m.key, ())) for m in before
+        )
         if lacking:
             reporter.warn(
                 f"{_count(lacking, 'row')} of the version before without a {name}: they were added before data.groups "
@@ -188,7 +200,12 @@ def warn_of_contents(
     if largest and largest[0].rows > LARGE_CLUSTER * len(members):
         reporter.warn(_large(largest[0], len(members)))
     training = sum(m.split == "train" for m in members)
-    if training < FEW_TRAINING_PAIRS:
+    if training < FEWEST_TRAINING_PAIRS:
+        reporter.warn(
+            f"{_count(training, 'training pair')}, fewer than {FEWEST_TRAINING_PAIRS}: `tunewright train` refuses so "
+            "few without --force. Add pairs, or prompt with them: they fit into a prompt."
+        )
+    elif training < FEW_TRAINING_PAIRS:
         reporter.warn(
             f"{_count(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: expect the adapter to learn them "
             "by heart (training loss falls, dev loss rises), and a test too small to show anything but large gains. "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tunewright.data import secrets
 from tunewright.data.formats import SourceRow
-from tunewright.data.secrets.findings import Finder
+from tunewright.data.secrets.findings import Finder, Finding
 from tunewright.data.secrets.names import open_presidio
+from tunewright.errors import UserError
 from tunewright.progress import Reporter
+
+_MOST = 10
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ def screen(
     redacted: Counter[str] = Counter()
     if redact:
         rows, redacted = _redacted(rows, also, allow, reporter)
+    rows = _with_clean_groups(rows, also, allow, reporter, redact=redact)
     placed = [(f"{row.source}:{row.line}", row.example) for row in rows]
     found = secrets.scan(placed, reporter, also=also, allow=allow)
     if told := secrets.let_through(found):
@@ -65,3 +70,50 @@ def _redacted(
         told = ", ".join(f"{count:,} {secrets.LABELS[kind]}" for kind, count in sorted(counts.items()))
         reporter.say(f"Placeholders put for {told}")
     return done, counts
+
+
+def _with_clean_groups(
+    rows: list[SourceRow], also: Finder | None, allow: Sequence[str], reporter: Reporter, *, redact: bool
+) -> list[SourceRow]:
+    """The rows with no secret as a group's value, for these are kept with the version as they are.
+
+    A value is replaced as a whole, by a digest of it, so that rows of one group still share it.
+
+    Raises:
+        UserError: a value holds a secret, and is not to be replaced.
+    """
+    found: dict[str, list[Finding]] = {}
+    told: dict[str, list[str]] = {"secret": [], "personal": []}
+    clean = []
+    for row in rows:
+        groups = dict(row.groups)
+        for name, value in row.groups.items():
+            if value not in found:
+                found[value] = [f for f in secrets.find(value, also) if f.kind not in allow]
+            for finding in found[value]:
+                place = f"{row.source}:{row.line}: {secrets.LABELS[finding.kind]} in the group {name}"
+                told[finding.category].append(place)
+            if found[value] and redact:
+                groups[name] = f"redacted-{hashlib.sha256(value.encode()).hexdigest()[:16]}"
+        clean.append(replace(row, groups=groups))
+    if redact:
+        values = sum(bool(findings) for findings in found.values())
+        if values:
+            reporter.say(f"Digests put for {values:,} values of groups")
+        return clean
+    if told["secret"]:
+        raise UserError(
+            f"{len(told['secret']):,} secrets as values of groups, nothing was added\n{_first(told['secret'])}",
+            fix="Group by something else, or add the rows with --redact, which puts a digest in the value's place.",
+        )
+    if told["personal"]:
+        reporter.warn(
+            f"personal data as values of groups, which are kept with the version as they are; --redact puts digests in "
+            f"their place.\n{_first(told['personal'])}"
+        )
+    return clean
+
+
+def _first(places: Sequence[str]) -> str:
+    more = [f"  and {len(places) - _MOST:,} more"] if len(places) > _MOST else []
+    return "\n".join([*(f"  {place}" for place in places[:_MOST]), *more])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from tunewright.data.notices import FEWEST_TRAINING_PAIRS
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
-
-FEWEST_TRAINING_PAIRS = 50
 
 
 def forced_below(pairs: int, *, force: bool, reporter: Reporter, place: str = "") -> str | None:

@@ -19,6 +19,7 @@ from tunewright.data.formats.mends import mend
 from tunewright.data.formats.row_errors import CODES
 from tunewright.data.formats.shapes import Conversation, Turn, conversation_of
 from tunewright.data.formats.sources import Source, open_source
+from tunewright.data.secrets import LABELS, find
 from tunewright.disk import writing
 from tunewright.errors import UserError
 from tunewright.progress import Reporter, Task
@@ -43,11 +44,13 @@ class FileCheck:
 
     files: tuple[CheckedFile, ...]
     faults: tuple[Fault, ...]
+    secrets: dict[str, int]
+    """Secrets by kind, without those that data.allow lets through: `data add` refuses them, and says where they are."""
 
     @property
     def ok(self) -> bool:
-        """Whether every row of every file is an example."""
-        return not self.faults and all(file.unreadable is None for file in self.files)
+        """Whether every row of every file is an example, and none holds a secret."""
+        return not self.faults and not self.secrets and all(file.unreadable is None for file in self.files)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -62,6 +65,9 @@ class FileCheck:
         told = [f"{examples:,} examples and {len(self.faults):,} faulty rows in {_files(len(self.files))}"]
         if unreadable:
             told[0] += f", {_files(unreadable)} not readable to the end"
+        if self.secrets:
+            kinds = ", ".join(f"{LABELS[kind]}: {count:,}" for kind, count in self.secrets.items())
+            told.append(f"secrets ({kinds}): `tunewright data add` refuses them, by line, unless it has --redact")
         return "\n".join(
             told + [f"{code}  {n:>7,}  {CODES[code][0]}: {CODES[code][1]}" for code, n in self.counts.items()]
         )
@@ -85,12 +91,13 @@ def check_files(paths: Sequence[Path], data: DataRecipe, reporter: Reporter) -> 
     """
     check_mapping(data)
     faults: list[Fault] = []
+    secrets: Counter[str] = Counter()
     with reporter.task("checking", sum(source_size(path) for path in paths), "bytes") as task:
-        files = tuple(_checked(path, data, faults, task) for path in paths)
-    return FileCheck(files, tuple(faults))
+        files = tuple(_checked(path, data, faults, secrets, task) for path in paths)
+    return FileCheck(files, tuple(faults), dict(secrets.most_common()))
 
 
-def _checked(path: Path, data: DataRecipe, faults: list[Fault], task: Task) -> CheckedFile:
+def _checked(path: Path, data: DataRecipe, faults: list[Fault], secrets: Counter[str], task: Task) -> CheckedFile:
     notes: list[str] = []
     examples, before, unreadable = 0, len(faults), None
     try:
@@ -99,6 +106,9 @@ def _checked(path: Path, data: DataRecipe, faults: list[Fault], task: Task) -> C
                 faults.append(row)
             else:
                 examples += 1
+                texts = [*(m.content for m in row.example.messages), *row.groups.values()]
+                found = (f for text in texts for f in find(text))
+                secrets.update(f.kind for f in found if f.category == "secret" and f.kind not in data.allow)
     except UserError as error:
         unreadable = error.as_dict()
     return CheckedFile(str(path), examples, len(faults) - before, tuple(notes), unreadable)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from tunewright.data.examples import Example
+from tunewright.data.examples import Example, normalised
 from tunewright.data.neighbours.partition import Indices, Mask
 from tunewright.data.neighbours.similarity import near_pairs, shingle_matrix, similarities
 from tunewright.progress import Reporter
@@ -33,7 +32,7 @@ def comparison_texts(examples: Sequence[Example]) -> list[str]:
     Normalised is NFC, casefolded, white space collapsed. An instruction written into every input says nothing about
     which inputs are alike; left in, it would make all of them alike.
     """
-    texts = [_normalise(e.input_text) for e in examples]
+    texts = [normalised(e.input_text) for e in examples]
     different = set(texts)
     if len(different) < 2:
         return texts
@@ -49,12 +48,6 @@ def _common_head(texts: Collection[str]) -> str:
     low, high = min(texts), max(texts)
     same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     return low[:same]
-
-
-def _normalise(text: str) -> str:
-    # Casefolding can leave a letter decomposed, hence NFC on both sides of it.
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
-    return " ".join(folded.split())
 
 
 def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, reporter: Reporter) -> dict[int, Repeat]:

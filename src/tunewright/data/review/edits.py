@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tunewright.data.examples import Example
 from tunewright.data.review.reviews import REVIEWS_FILE, Judged, Reviews, event_digest, read_reviews
+from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -85,6 +86,7 @@ def apply_edits(project: Project, reporter: Reporter, *, message: str = "") -> E
                 where=str(dataset / REVIEWS_FILE),
                 fix="`tunewright data review` records them, with the key e.",
             )
+        _refuse_secrets(chosen, project.recipe.data.allow)
         members, edited = _apply(parent, chosen, reviews)
         collapsed = [e for e in edited if e.collapsed]
         if collapsed:
@@ -122,6 +124,17 @@ def _chosen(reviews: Reviews, version: DatasetVersion) -> tuple[dict[str, list[J
         else:
             chosen[member.key] = edits
     return chosen, disputed
+
+
+def _refuse_secrets(chosen: dict[str, list[Judged]], allow: Collection[str]) -> None:
+    """A log that came from elsewhere may hold what no reviewer here could have recorded."""
+    for key, edits in chosen.items():
+        if found := told_secrets(edits[0].output or "", allow):
+            raise UserError(
+                f"the edited answer of row {short(key)} by {edits[0].reviewer} holds a secret ({found})",
+                where=REVIEWS_FILE,
+                fix="Have the row judged again, without it. Whoever had the log has had it: revoke what can be.",
+            )
 
 
 def _apply(
@@ -176,7 +189,7 @@ def replaced(dataset: Path, manifest: Manifest) -> dict[str, str]:
     return steps
 
 
-def waiting_edits(reviews: Reviews, version: DatasetVersion) -> int:
-    """How many rows of a version have an edit that is not in it yet."""
+def waiting_edits(reviews: Reviews, version: DatasetVersion) -> tuple[int, int]:
+    """How many rows of a version have an edit that is not in it yet: agreed on, and disputed."""
     chosen, disputed = _chosen(reviews, version)
-    return len(chosen) + len(disputed)
+    return len(chosen), len(disputed)

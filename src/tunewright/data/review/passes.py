@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tunewright.data.review.reviews import (
     status_line,
 )
 from tunewright.data.review.suspects import Suspect
+from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
@@ -46,6 +47,7 @@ class Review:
         redraw: draw another sample, for all to see in the log.
         suspects: review these in place of the sample.
         second: judge again, unseen, what others have judged.
+        allow: kinds of secrets that answers may hold (data.allow).
 
     Raises:
         UserError: another plan than that of the sample there is, or options that exclude each other.
@@ -62,6 +64,7 @@ class Review:
         redraw: bool = False,
         suspects: Sequence[Suspect] | None = None,
         second: bool = False,
+        allow: Collection[str] = (),
     ) -> None:
         if not reviewer.strip():
             raise UserError("the reviewer has no name", where="--reviewer", fix="Give a name.")
@@ -71,6 +74,7 @@ class Review:
         self.version = version
         self.reviewer = reviewer
         self.second = second
+        self.allow = allow
         self.members = {m.key: m for m in version.domain}
         self._passed: set[str] = set()  # skipped in this pass: not offered again before the next one
         self.reviews = read_reviews(dataset)
@@ -180,6 +184,8 @@ class Review:
             return "The editor failed, or left no UTF-8 text: no verdict."
         if output == card.member.example.output:
             return "The answer is as it was: no verdict."
+        if found := told_secrets(output, self.allow):
+            return f"The answer holds a secret ({found}): no verdict."
         if not output.strip():
             return "The answer is empty: no verdict. If no answer would be right, press w."
         self.judge(card, "edit", output)

@@ -25,6 +25,8 @@ class ReviewReport:
     agreements: tuple[Agreement, ...]
     edits: int
     """Edited rows that are not in a version yet."""
+    disputed: int
+    """Edited rows whose reviewers disagree: they stay as they are."""
 
     @property
     def status(self) -> str:
@@ -49,6 +51,8 @@ class ReviewReport:
             told.append(
                 f"{self.edits:,} rows have an edit: `tunewright data review --apply` makes a version with them."
             )
+        if self.disputed:
+            told.append(f"{self.disputed:,} rows have edits that reviewers disagree on: they stay as they are.")
         return told
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,6 +65,7 @@ class ReviewReport:
             "draw": self.drawn.draw if self.drawn else None,
             "agreements": [asdict(agreement) for agreement in self.agreements],
             "edits": self.edits,
+            "disputed": self.disputed,
         }
 
 
@@ -72,5 +77,5 @@ def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
         outcome(reviews, version),
         reviews.drawn(version.digest),
         tuple(agreements(reviews)),
-        waiting_edits(reviews, version),
+        *waiting_edits(reviews, version),
     )

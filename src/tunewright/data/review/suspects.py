@@ -116,7 +116,7 @@ def _conflicts(members: Sequence[Member]) -> list[Suspect]:
     """Rows with the same input as another; among them, the rarer an answer the worse."""
     by_input: dict[str, list[Member]] = defaultdict(list)
     for member in members:
-        by_input[member.example.input_key].append(member)
+        by_input[member.example.asked].append(member)
     found = []
     for rows in by_input.values():
         counts = Counter(map(_answer, rows))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunewright.data.review.passes import Card, Review
 from tunewright.data.review.reviews import VERDICTS, Judged, Verdict, append_reviews, now, read_reviews
+from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import write_text
 from tunewright.errors import UserError
@@ -58,8 +59,13 @@ def _prompt(card: Card) -> str:
     return turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role}: {m.content}" for m in turns)
 
 
-def import_csv(path: Path, dataset: Path, version: DatasetVersion, reviewer: str) -> Imported:
+def import_csv(
+    path: Path, dataset: Path, version: DatasetVersion, reviewer: str, allow: Collection[str] = ()
+) -> Imported:
     """Record the verdicts of a filled-in export: all of them, or none if a row is faulty.
+
+    Args:
+        allow: kinds of secrets that answers may hold (data.allow).
 
     Raises:
         UserError: the file cannot be read, or rows in it are faulty (each is named by its line).
@@ -71,7 +77,7 @@ def import_csv(path: Path, dataset: Path, version: DatasetVersion, reviewer: str
     known = blank = 0
     seen: dict[str, int] = {}
     for line, fields in _read(path):
-        fault = _fault(fields, members)
+        fault = _fault(fields, members, allow)
         if fields["row"] in seen and not fault:
             fault = f"the row of line {seen[fields['row']]} again"
         seen.setdefault(fields["row"], line)
@@ -96,7 +102,7 @@ def import_csv(path: Path, dataset: Path, version: DatasetVersion, reviewer: str
     return Imported(len(events), known, blank)
 
 
-def _fault(fields: Mapping[str, str], members: Mapping[str, Member]) -> str | None:
+def _fault(fields: Mapping[str, str], members: Mapping[str, Member], allow: Collection[str]) -> str | None:
     verdict, output = fields["verdict"].strip().lower(), fields["new_output"]
     member = members.get(fields["row"])
     if member is None:
@@ -109,6 +115,8 @@ def _fault(fields: Mapping[str, str], members: Mapping[str, Member]) -> str | No
         return "the answer was changed: leave it, and write the better one in new_output"
     if output and _lines(output) == _lines(member.example.output):
         return "the new_output is the answer that is there"
+    if found := told_secrets(output, allow):
+        return f"the new_output holds a secret ({found})"
     if fields["draw"].strip() and not fields["draw"].strip().isdecimal():
         return f"the draw is {fields['draw']!r}: leave the column as it was exported"
     return None

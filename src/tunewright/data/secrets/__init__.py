@@ -250,6 +250,12 @@ def _spelled(kind: str, value: str) -> str:
     return rf"{'(?i)' if kind == 'email' else ''}(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])"
 
 
+def told_secrets(text: str, allow: Collection[str] = ()) -> str:
+    """The secrets in a text by kind, such as "GitHub token, payment card number"; empty if there is none."""
+    kinds = dict.fromkeys(f.kind for f in find(text) if f.category == "secret" and f.kind not in allow)
+    return ", ".join(LABELS[kind] for kind in kinds)
+
+
 def blocked(scan: Scan) -> UserError:
     """The refusal of rows with secrets: where each is and what it is, never the value."""
     secrets = scan.of("secret")

@@ -35,6 +35,7 @@ from tunewright.data.versions.store import (
     members_digest,
     members_text,
     save_version,
+    unfinished,
     version_folder,
     write_head,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "read_manifest",
     "save_version",
     "short",
+    "unfinished",
     "version_folder",
     "write_head",
 ]

@@ -47,7 +47,7 @@ def new_manifest(
 
 def _counts(members: Sequence[Member], left_out: LeftOut) -> Counts:
     sizes = Counter(m.cluster for m in members)
-    inputs = Counter(m.example.input_key for m in members)
+    inputs = Counter(m.example.asked for m in members)
     splits = Counter(m.split for m in members)
     return Counts(
         rows=len(members),

@@ -31,6 +31,7 @@ from tunewright.data.versions import (
     locked,
     manifest_seal,
     short,
+    unfinished,
     version_folder,
     write_head,
 )
@@ -156,15 +157,15 @@ def pull(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
         events = place.reviews(reporter)
         rows: dict[str, Example] = {}
         size = 0
-        with reporter.task("pulling", len(new_ones) * _FILES, "files") as task:
+        with unfinished(dataset, ()), reporter.task("pulling", len(new_ones) * _FILES, "files") as task:
             for manifest in new_ones:
                 new, read = _unpack(dataset, place, manifest, reporter)
                 task.advance(_FILES, note=short(manifest.digest))
                 rows |= new
                 size += read
-        load_version(dataset, head)
-        brought = _Reviews.of(unite_reviews(dataset, events))
-        write_head(dataset, head)
+            load_version(dataset, head)
+            brought = _Reviews.of(unite_reviews(dataset, events))
+            write_head(dataset, head)
     return Transfer(url, tuple(m.digest for m in new_ones), len(rows), size + brought.bytes, head, 0, *brought.counts)
 
 

@@ -103,6 +103,22 @@ def write_rows(folder: Path, examples: Mapping[str, Example], reporter: Reporter
             task.advance()
 
 
+def remove_rows(folder: Path, keys: Iterable[str]) -> None:
+    """Take rows out that no version has; those that are not there are none the less gone."""
+    shards: dict[str, set[str]] = defaultdict(set)
+    for key in keys:
+        shards[key[:2]].add(key)
+    for prefix, gone in sorted(shards.items()):
+        path = folder / f"{prefix}.jsonl"
+        there = parse_rows(path.read_bytes(), str(path)) if path.exists() else {}
+        if gone & there.keys():
+            kept = {key: example for key, example in there.items() if key not in gone}
+            if kept:
+                write_text(path, rows_text(kept))
+            else:
+                path.unlink()
+
+
 def read_rows(folder: Path, keys: Iterable[str]) -> dict[str, Example]:
     """The examples of these pair keys, each checked against its key.
 

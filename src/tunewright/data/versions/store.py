@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,13 @@ from tunewright.data.splits import Split
 from tunewright.data.versions.author import current_author
 from tunewright.data.versions.manifest import MANIFEST, Manifest, manifest_seal, read_manifest, short
 from tunewright.data.versions.members import MEMBERS, Place, member_line, members_file, members_sha256, read_places
-from tunewright.data.versions.rows import read_rows, write_rows
+from tunewright.data.versions.rows import read_rows, remove_rows, write_rows
 from tunewright.disk import canonical_json, new_folder, text_lines, write_json, write_text, writing
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
 IMPORTS = "imports.jsonl"
+UNFINISHED = "rows/.unfinished"
 VERSION_FILES = (MEMBERS, IMPORTS, MANIFEST)
 
 _RESTORE = "Restore the dataset folder, from git for example."
@@ -114,8 +115,40 @@ def locked(dataset: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def unfinished(dataset: Path, keys: Iterable[str]) -> Iterator[None]:
+    """While rows are written whose version is not there yet: what is left of them after a stop is known and cleared.
+
+    Args:
+        keys: the pair keys of rows that no version has yet.
+    """
+    write_text(dataset / UNFINISHED, "".join(f"{key}\n" for key in sorted(keys)))
+    try:
+        yield
+    except BaseException:
+        # A full disk may refuse this too: then the next writer does it.
+        with suppress(UserError, OSError):
+            _clear_unfinished(dataset)
+        raise
+    (dataset / UNFINISHED).unlink()
+
+
+def _clear_unfinished(dataset: Path) -> None:
+    """Remove the rows of a version that was never finished, unless another version has them."""
+    marker = dataset / UNFINISHED
+    if not marker.is_file():
+        return
+    keys = set(text_lines(marker.read_text(encoding="utf-8")))
+    for manifest in list_versions(dataset):
+        keys -= read_places(dataset, manifest.digest).keys()
+    with writing(dataset):
+        remove_rows(dataset / "rows", keys)
+        marker.unlink()
+
+
 def _clear_leftovers(dataset: Path) -> None:
-    """Remove the temporary files of writers that were killed: whoever holds the lock has none of its own yet."""
+    """Remove what writers that were killed left: whoever holds the lock has nothing of its own there yet."""
+    _clear_unfinished(dataset)
     folders = f"versions/.{'[0-9a-f]' * 12}.*"
     with writing(dataset):
         for path in (*dataset.glob(".HEAD.*"), *dataset.glob("rows/.??.jsonl.*"), *dataset.glob(folders)):
@@ -140,6 +173,18 @@ def save_version(
     Raises:
         UserError: the disk is full or refuses; the former version stays current and whole.
     """
+    known = read_places(dataset, manifest.parent) if manifest.parent else {}
+    with unfinished(dataset, (m.key for m in members if m.key not in known)):
+        return _save(dataset, manifest, members, imports, reporter)
+
+
+def _save(
+    dataset: Path,
+    manifest: Manifest,
+    members: Sequence[Member],
+    imports: Sequence[Mapping[str, Any]],
+    reporter: Reporter,
+) -> Manifest:
     write_rows(dataset / "rows", {m.key: m.example for m in members}, reporter)
     lines = "".join(canonical_json(line) + "\n" for line in _news(dataset, manifest.parent, imports))
     sealed = _sealed(manifest, lines, current_author(dataset))
@@ -279,10 +324,14 @@ def current_manifest(dataset: Path) -> Manifest | None:
     """The current version's manifest, if there is one.
 
     Raises:
-        UserError: HEAD names a version that is not there.
+        UserError: HEAD names a version that is not there, or is missing where it has been.
     """
     head = dataset / "HEAD"
     if not head.is_file():
+        # One version without it is the first, whose writer was killed; so is any number that came by a stopped pull.
+        if len(list(dataset.glob("versions/[!.]*"))) > 1 and not (dataset / UNFINISHED).exists():
+            fix = "Restore it, from git for example, or say which version is current: tunewright data checkout VERSION"
+            raise UserError("the file that says which version is current is missing", where=str(head), fix=fix)
         return None
     digest = head.read_text(encoding="utf-8", errors="replace").strip()
     folder = version_folder(dataset, digest)

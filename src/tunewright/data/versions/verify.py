@@ -62,6 +62,8 @@ class Verification:
     undigested: int
     damage: tuple[Damage, ...]
     unsealed: tuple[str, ...]
+    unneeded: int
+    """Rows that no version has: a stopped command left them, or a version's folder is gone."""
 
     @property
     def ok(self) -> bool:
@@ -100,13 +102,14 @@ def verify(dataset: Path, reporter: Reporter) -> Verification:
     try:
         current_manifest(dataset)
     except UserError as error:
-        # A manifest that cannot be read was told of above; a HEAD that names no version was not.
+        # A manifest that cannot be read was told of above; a HEAD that is missing or names no version was not.
         if error.where == str(dataset / "HEAD"):
             damage.append(Damage(error.where, error.what))
     reviews, undigested, bad_reviews = _check_reviews(dataset / REVIEWS_FILE)
     damage += bad_reviews
     unsealed = tuple(c.manifest.digest for c in checks if c.manifest is not None and c.manifest.seal is None)
-    return Verification(len(store.good), len(folders), reviews, undigested, tuple(damage), unsealed)
+    unneeded = len(store.good - store.needed.keys())
+    return Verification(len(store.good), len(folders), reviews, undigested, tuple(damage), unsealed, unneeded)
 
 
 def _check_reviews(path: Path) -> tuple[int, int, list[Damage]]:
