@@ -34,7 +34,7 @@ def parse_json_row(line: bytes | str) -> dict[str, Any]:
         )
         raise RowError("E101", f"not UTF-8{where}") from None
     except json.JSONDecodeError as error:
-        raise RowError("E102", f"not JSON: {error.msg} at character {error.colno}") from None
+        raise RowError("E102", f"not JSON: {error.msg.removesuffix(' at')} at character {error.colno}") from None
     except RecursionError:
         raise RowError("E106", "nested too deep") from None
     except RowError:

@@ -137,8 +137,10 @@ def read_items(path: Path, field: str | None = None) -> list[str]:
     try:
         # Not splitlines: it also cuts at the line and page separators that texts may hold.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(path), fix="Name a JSONL file in UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="Name a JSONL file.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8: {error.reason}", where=str(path), fix="Name a JSONL file in UTF-8.") from None
     return [_item(line, field, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
 
 
