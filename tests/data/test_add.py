@@ -194,6 +194,12 @@ def test_case_and_white_space_make_no_other_input(tmp_path: Path) -> None:
         _add(project, (" Capital of  australia", "Canberra"))
 
 
+def test_outputs_that_repeat_another_spelling_of_the_input_are_no_conflict(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    echoes = [("play Let It Be", '{"track": "Let It Be"}'), ("play let it be", '{"track": "let it be"}')]
+    assert _add(project, *unlike_pairs(20), *echoes).conflicts == ()
+
+
 def test_an_accepted_conflict_is_kept_grouped_and_shown(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", ACCEPT)
     listener = Listener()

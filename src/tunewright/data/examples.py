@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -61,13 +62,24 @@ class Example:
 
     @cached_property
     def asked(self) -> str:
-        """SHA-256 of the prompt with case and white space set aside: who asks so with another output is in conflict."""
+        """SHA-256 of the prompt with case and white space set aside (see ``in_conflict``)."""
         return digest([[m.role, normalised(m.content)] for m in self.prompt])
 
     @classmethod
     def from_dicts(cls, messages: list[dict[str, Any]]) -> Example:
         """Rebuild an example from the JSON that this package wrote itself."""
         return cls(tuple(Message(m["role"], m["content"], m.get("weight", 1)) for m in messages))
+
+
+def in_conflict(examples: Sequence[Example]) -> bool:
+    """Whether different examples that ask the same (equal ``asked``) are given different outputs.
+
+    Where inputs differ in case or white space, so may outputs, which often repeat a part of them.
+    """
+    if len(examples) < 2:
+        return False
+    same_input = len({example.input_key for example in examples}) < len(examples)
+    return same_input or len({normalised(example.output) for example in examples}) > 1
 
 
 def normalised(text: str) -> str:

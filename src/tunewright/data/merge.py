@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.data.examples import Example
+from tunewright.data.examples import Example, in_conflict
 from tunewright.data.formats import SourceRow
 from tunewright.data.neighbours import find_duplicates
 from tunewright.data.notices import Conflict, Duplicate
@@ -83,7 +83,7 @@ class Merge:
                 places=tuple(map(self.place, keys)),
             )
             for keys in by_input.values()
-            if len(keys) > 1
+            if in_conflict([self.kept[key] for key in keys])
         )
 
     def groups(self, rows: Sequence[SourceRow]) -> dict[str, tuple[str, ...]]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tunewright.data.examples import in_conflict
 from tunewright.data.neighbours import comparison_texts
 from tunewright.data.neighbours.partition import Mask
 from tunewright.data.neighbours.similarity import near_pairs
@@ -119,6 +120,8 @@ def _conflicts(members: Sequence[Member]) -> list[Suspect]:
         by_input[member.example.asked].append(member)
     found = []
     for rows in by_input.values():
+        if not in_conflict([row.example for row in rows]):
+            continue
         counts = Counter(map(_answer, rows))
         for row in rows:
             others = [r for r in rows if _answer(r) != _answer(row)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from tunewright.data.examples import Example, in_conflict
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions.manifest import Counts, Manifest, Mix, Settings, Source
 from tunewright.data.versions.store import DatasetVersion, Member, keys_digest, members_digest
@@ -47,14 +48,16 @@ def new_manifest(
 
 def _counts(members: Sequence[Member], left_out: LeftOut) -> Counts:
     sizes = Counter(m.cluster for m in members)
-    inputs = Counter(m.example.asked for m in members)
+    asked: dict[str, list[Example]] = defaultdict(list)
+    for member in members:
+        asked[member.example.asked].append(member.example)
     splits = Counter(m.split for m in members)
     return Counts(
         rows=len(members),
         **{split: splits[split] for split in SPLITS},
         clusters=len(sizes),
         families=sum(size > 1 for size in sizes.values()),
-        conflicts=sum(count > 1 for count in inputs.values()),
+        conflicts=sum(map(in_conflict, asked.values())),
         duplicates=left_out.duplicates,
         skipped=left_out.skipped,
         moved=left_out.moved,

@@ -149,9 +149,10 @@ def _clear_unfinished(dataset: Path) -> None:
 def _clear_leftovers(dataset: Path) -> None:
     """Remove what writers that were killed left: whoever holds the lock has nothing of its own there yet."""
     _clear_unfinished(dataset)
+    marker = dataset.glob(f"{Path(UNFINISHED).parent}/.{Path(UNFINISHED).name}.*")
     folders = f"versions/.{'[0-9a-f]' * 12}.*"
     with writing(dataset):
-        for path in (*dataset.glob(".HEAD.*"), *dataset.glob("rows/.??.jsonl.*"), *dataset.glob(folders)):
+        for path in (*dataset.glob(".HEAD.*"), *dataset.glob("rows/.??.jsonl.*"), *dataset.glob(folders), *marker):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
