@@ -147,7 +147,7 @@ def session(as_json: bool, project: Path | None = None) -> Iterator[Session]:
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}")
     except KeyboardInterrupt:
-        what = "stopped; what was finished is kept, of what was half done nothing is, and the same command goes on from there"
+        what = "stopped; what was finished is kept, nothing half done is, and the same command goes on from there"
         _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what[0].upper()}{what[1:]}.")
     finally:
         signal.signal(signal.SIGTERM, before)
