@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.fit import require_fit
-from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
+from tunewright.adapters.registry import find_adapter, list_adapters
 from tunewright.data.add import AddResult, add
 from tunewright.data.formats import uses_columns
 from tunewright.data.versions import DatasetVersion, Member, load_version
@@ -346,7 +346,10 @@ class Road:
             adapter_name, _, step = name.partition("@")
             adapter = find_adapter(self.project.adapters, adapter_name)
             require_fit(adapter, self.base, self.chat)
-            folders |= {adapter.name: adapter.folder} if not step else _checkpoint(adapter, step)
+            if step:
+                folders[f"{adapter.name}@{step}"] = adapter.checkpoint(step)
+            else:
+                folders[adapter.name] = adapter.folder
         if not adapters:
             for adapter in list_adapters(self.project.adapters):
                 try:
@@ -389,13 +392,3 @@ class Road:
 
     def _stage(self, name: str, done_now: bool, what: str) -> None:
         self.reporter.say(f"{name}: {'done' if done_now else 'unchanged'}, {what}")
-
-
-def _checkpoint(adapter: Adapter, step: str) -> dict[str, Path]:
-    if step not in adapter.checkpoints:
-        raise UserError(
-            f"it has no checkpoint {step!r}",
-            where=adapter.name,
-            fix=f"There are: {', '.join(adapter.checkpoints) or 'none'}.",
-        )
-    return {f"{adapter.name}@{step}": adapter.checkpoints[step]}

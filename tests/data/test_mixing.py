@@ -12,6 +12,7 @@ from tunewright.data.add import AddResult, add
 from tunewright.data.review.suspects import suspects
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 from tunewright.data.versions.changes import blame, diff
+from tunewright.data.versions.export import export
 from tunewright.errors import UserError
 from tunewright.project import Project
 
@@ -128,6 +129,14 @@ def test_each_version_records_only_the_rows_of_the_mix_in_that_are_new(tmp_path:
         records = (version_folder(project.dataset, version.digest) / "imports.jsonl").read_text(encoding="utf-8")
         drawn.append(sum(json.loads(line)["fate"] == "mixed" for line in records.splitlines()))
     assert drawn == [20, 12]
+
+
+def test_an_export_says_how_many_of_its_rows_are_mixed_in(tmp_path: Path) -> None:
+    project = _project(tmp_path / "p", GENERIC)
+    _add(project, unlike_pairs(100))
+    listener = Listener()
+    assert export(load_version(project.dataset), tmp_path / "out.jsonl", "chat", listener).rows == 120
+    assert any("20 of the 120 rows are generic mix-in" in warning for warning in listener.warned)
 
 
 def test_a_mix_in_taken_out_of_the_recipe_leaves_the_next_version(tmp_path: Path) -> None:

@@ -65,6 +65,17 @@ class Adapter:
         folders = (self.folder / CHECKPOINTS).glob("step-*")
         return {f.name: f for f in sorted(folders, key=lambda f: int(f.name.removeprefix("step-")))}
 
+    def checkpoint(self, step: str) -> Path:
+        """The folder of the adapter at the end of another epoch.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if step not in self.checkpoints:
+            there = ", ".join(self.checkpoints) or "none"
+            raise UserError(f"it has no checkpoint {step!r}", where=self.name, fix=f"There are: {there}.")
+        return self.checkpoints[step]
+
     def verify(self) -> None:
         """Check that weights and configuration are what they were when stored.
 

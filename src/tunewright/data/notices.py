@@ -67,7 +67,7 @@ class Largest:
 
 def faulty(faults: Sequence[Fault]) -> UserError:
     """The refusal of files with faulty rows."""
-    told = _listed((str(fault) for fault in faults), len(faults), _MOST_FAULTS, "--skip-bad names each of them")
+    told = listed((str(fault) for fault in faults), len(faults), _MOST_FAULTS, "--skip-bad names each of them")
     return UserError(
         f"{_count(len(faults), 'faulty row')}, nothing was added\n{told}",
         fix="Mend them, or add the others with --skip-bad.",
@@ -76,23 +76,23 @@ def faulty(faults: Sequence[Fault]) -> UserError:
 
 def skipped(faults: Sequence[Fault]) -> str:
     """The warning of faulty rows left out: all of them, because nothing else names them before they are gone."""
-    told = _listed((str(fault) for fault in faults), len(faults), len(faults), "")
+    told = listed((str(fault) for fault in faults), len(faults), len(faults), "")
     return f"{_count(len(faults), 'faulty row')} left out:\n{told}"
 
 
 def duplicates(dropped: Sequence[Duplicate]) -> str:
     """The warning of dropped duplicates."""
     told = (f"{d.source}:{d.line} repeats {d.of_place} (similarity {d.similarity:.2f})" for d in dropped)
-    listed = _listed(told, len(dropped), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
-    return f"{_count(len(dropped), 'row')} left out, with the input (nearly) and the output of another:\n{listed}"
+    lines = listed(told, len(dropped), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
+    return f"{_count(len(dropped), 'row')} left out, with the input (nearly) and the output of another:\n{lines}"
 
 
 def conflicting(conflicts: Sequence[Conflict]) -> UserError:
     """The refusal of new rows with the input of another and a different output."""
     told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in conflicts)
-    listed = _listed(told, len(conflicts), _MOST_FAULTS, "--accept-conflicts lists all")
+    lines = listed(told, len(conflicts), _MOST_FAULTS, "--accept-conflicts lists all")
     return UserError(
-        f"{_count(len(conflicts), 'input')} with different outputs, nothing was added; which is right?\n{listed}",
+        f"{_count(len(conflicts), 'input')} with different outputs, nothing was added; which is right?\n{lines}",
         fix="Keep the right one of each. If several are right, add them with --accept-conflicts or data.conflicts: "
         "accept.",
     )
@@ -105,9 +105,9 @@ def contaminated(held: Sequence[tuple[str, How, str]], *, dropping: bool) -> str
         by_row.setdefault(row, []).append((how, item))
     told = (f"{row} {_holds(items)}" for row, items in by_row.items())
     most = len(by_row) if dropping else _MOST_EXAMPLES
-    listed = _listed(told, len(by_row), most, "`tunewright data leak --json` lists all")
+    lines = listed(told, len(by_row), most, "`tunewright data leak --json` lists all")
     what = "left out" if dropping else "kept (data.contaminated: drop leaves them out)"
-    return f"{_count(len(by_row), 'training row')} with a test input or a benchmark item inside, {what}:\n{listed}"
+    return f"{_count(len(by_row), 'training row')} with a test input or a benchmark item inside, {what}:\n{lines}"
 
 
 def _holds(items: Sequence[tuple[How, str]]) -> str:
@@ -120,13 +120,13 @@ HOLDS: dict[How, str] = {"equal": "is", "contained": "holds or is a piece of", "
 
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:
     """The warning of rows that came up in the draw of the mix-in and were passed over."""
-    listed = _listed(
+    lines = listed(
         (f"{place}: {reason}" for place, reason in left_out),
         len(left_out),
         _MOST_EXAMPLES,
         "the version's imports.jsonl lists all",
     )
-    return f"{_count(len(left_out), 'row')} of the mix-in passed over:\n{listed}"
+    return f"{_count(len(left_out), 'row')} of the mix-in passed over:\n{lines}"
 
 
 def largest(clusters: Sequence[Largest]) -> str:
@@ -158,8 +158,8 @@ def warn_of_missing_groups(
 def reweighted(examples: Sequence[Example]) -> str:
     """The warning of rows that take the place of the same turns with other weights."""
     told = (_excerpt(example.input_text) for example in examples)
-    listed = _listed(told, len(examples), _MOST_EXAMPLES, "`tunewright data log` shows the version before")
-    return f"{_count(len(examples), 'row')} replaced: the same turns were there with other weights\n{listed}"
+    lines = listed(told, len(examples), _MOST_EXAMPLES, "`tunewright data log` shows the version before")
+    return f"{_count(len(examples), 'row')} replaced: the same turns were there with other weights\n{lines}"
 
 
 def warn_of_another_system_turn(known: Iterable[Example], new: Iterable[Example], reporter: Reporter) -> None:
@@ -189,8 +189,8 @@ def warn_of_contents(
     fresh = [conflict for conflict in conflicts if any(key in new for key in conflict.keys)]
     if fresh:
         told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in fresh)
-        listed = _listed(told, len(fresh), _MOST_EXAMPLES, "the result lists all")
-        reporter.warn(f"{_count(len(fresh), 'input')} with different outputs, all kept:\n{listed}")
+        lines = listed(told, len(fresh), _MOST_EXAMPLES, "the result lists all")
+        reporter.warn(f"{_count(len(fresh), 'input')} with different outputs, all kept:\n{lines}")
     for (before, now), count in Counter((move.before, move.now) for move in moved).items():
         reporter.warn(
             f"{_count(count, 'row')} moved from {before} to {now}: new rows are nearly equal to rows of both, or of "
@@ -228,7 +228,8 @@ def _outputs(conflict: Conflict) -> str:
     )
 
 
-def _listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
+def listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
+    """The first lines, and how many more there are and where all of them stand."""
     shown = [f"  {line}" for _, line in zip(range(most), lines, strict=False)]
     if count > most:
         shown.append(f"  and {count - most} more: {where_all}")

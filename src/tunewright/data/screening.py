@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from tunewright.data import secrets
 from tunewright.data.formats import SourceRow
+from tunewright.data.notices import listed
 from tunewright.data.secrets.findings import Finder, Finding
 from tunewright.data.secrets.names import open_presidio
 from tunewright.errors import UserError
@@ -103,17 +104,16 @@ def _with_clean_groups(
         return clean
     if told["secret"]:
         raise UserError(
-            f"{len(told['secret']):,} secrets as values of groups, nothing was added\n{_first(told['secret'])}",
+            f"{len(told['secret']):,} secrets as values of groups, nothing was added\n{_places(told['secret'])}",
             fix="Group by something else, or add the rows with --redact, which puts a digest in the value's place.",
         )
     if told["personal"]:
         reporter.warn(
             f"personal data as values of groups, which are kept with the version as they are; --redact puts digests in "
-            f"their place.\n{_first(told['personal'])}"
+            f"their place.\n{_places(told['personal'])}"
         )
     return clean
 
 
-def _first(places: Sequence[str]) -> str:
-    more = [f"  and {len(places) - _MOST:,} more"] if len(places) > _MOST else []
-    return "\n".join([*(f"  {place}" for place in places[:_MOST]), *more])
+def _places(told: Sequence[str]) -> str:
+    return listed(told, len(told), _MOST, "--redact replaces all of them")

@@ -74,6 +74,12 @@ def export(
         else:
             write(path, examples)
         task.advance()
+    mixed = sum(m.mixed for m in members)
+    if mixed:
+        reporter.warn(
+            f"{mixed:,} of the {len(members):,} rows are generic mix-in, which the file does not say: added to a "
+            "dataset, they would be pairs of its domain."
+        )
     if system is not None:
         reporter.warn(
             f"CSV has no place for the system turn that all {len(members):,} rows share: it is not in {path}. To read "
