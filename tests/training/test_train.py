@@ -16,9 +16,10 @@ from command_line import tiny_project
 from tunewright.errors import UserError
 from tunewright.progress import LogReporter, Task
 from tunewright.road import Road
-from tunewright.training.callbacks import Follow, complete_checkpoint
+from tunewright.training.checkpoints import complete_checkpoint
 from tunewright.training.rows import IGNORED, as_columns
 from tunewright.training.train import TrainResult
+from tunewright.training.watching import Follow
 
 
 class Interrupting(LogReporter):

@@ -1,0 +1,132 @@
+"""One training run in its working folder: trl's trainer, from the last whole checkpoint to the last step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.chat import Tokens
+from tunewright.progress import Reporter
+from tunewright.recipe import Recipe
+from tunewright.training.checkpoints import KeepCheckpoints, complete_checkpoint
+from tunewright.training.rows import as_columns
+from tunewright.training.stopping import stop_on_signal
+from tunewright.training.watching import Follow
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The adapter at the end of one epoch."""
+
+    step: int
+    epoch: float
+    dev_loss: float
+    folder: Path
+
+
+class Run:
+    """One training run in its working folder."""
+
+    def __init__(self, recipe: Recipe, work: Path, reporter: Reporter) -> None:
+        self.recipe = recipe
+        self.work = work
+        self.reporter = reporter
+
+    def fit(
+        self, model: Any, tokenizer: Any, train: Sequence[Tokens], dev: Sequence[Tokens]
+    ) -> tuple[list[Epoch], list[dict[str, Any]], float]:
+        """Train to the end: the epochs' adapters, the loss history, and seconds of this process."""
+        from datasets import Dataset
+        from peft import LoraConfig, TaskType
+        from transformers import PrinterCallback, set_seed
+
+        from tunewright.training.order import OrderedTrainer
+
+        settings = self.recipe.train
+        steps_an_epoch = math.ceil(len(train) / settings.batch_size)
+        steps = steps_an_epoch * settings.epochs
+        # Before the adapter is made: its A matrices are drawn at random.
+        set_seed(self.recipe.seed)
+        lora = LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=list(settings.targets),
+        )
+        checkpoint = complete_checkpoint(self.work)
+        with (
+            stop_on_signal() as stop,
+            self.reporter.task(f"Training {self.recipe.name}", steps, "steps") as task,
+        ):
+            trainer = OrderedTrainer(
+                model=model,
+                args=self._arguments(steps),
+                train_dataset=Dataset.from_dict(as_columns(train)),
+                eval_dataset=Dataset.from_dict(as_columns(dev)),
+                processing_class=tokenizer,
+                peft_config=lora,
+                callbacks=[Follow(task), KeepCheckpoints(self.work, stop)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            if checkpoint is not None:
+                done = int(checkpoint.name.removeprefix("checkpoint-"))
+                self.reporter.say(f"Going on from step {done} of {steps}")
+                task.advance(done)
+            began = time.monotonic()
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            seconds = time.monotonic() - began
+        if stop.asked:
+            self.reporter.say(f"Stopped at step {trainer.state.global_step} of {steps}, which is saved.")
+            raise KeyboardInterrupt
+        history = [_history_row(entry) for entry in trainer.state.log_history if "train_runtime" not in entry]
+        return self._epochs(history), history, seconds
+
+    def _arguments(self, steps: int) -> Any:
+        import torch
+        from trl import SFTConfig
+
+        settings = self.recipe.train
+        micro_batch = settings.micro_batch or settings.batch_size
+        return SFTConfig(
+            output_dir=str(self.work),
+            per_device_train_batch_size=micro_batch,
+            per_device_eval_batch_size=micro_batch,
+            gradient_accumulation_steps=settings.batch_size // micro_batch,
+            num_train_epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+            warmup_steps=math.ceil(settings.warmup * steps),
+            weight_decay=0.0,
+            seed=self.recipe.seed,
+            bf16=settings.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            # Recomputing activations trades a third of the speed for memory that LoRA on the CPU has to spare.
+            gradient_checkpointing=torch.cuda.is_available(),
+            # Rows come ready-made, and none is longer than the recipe's limit: nothing is left to cut.
+            max_length=None,
+            eval_strategy="epoch",
+            save_strategy="steps",
+            save_steps=settings.checkpoint_every,
+            save_total_limit=2,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    def _epochs(self, history: Sequence[dict[str, Any]]) -> list[Epoch]:
+        ends = [row for row in history if "eval_loss" in row]
+        return [
+            Epoch(row["step"], row["epoch"], row["eval_loss"], KeepCheckpoints.folder(self.work, row["step"]))
+            for row in ends
+        ]
+
+
+def _history_row(entry: dict[str, Any]) -> dict[str, Any]:
+    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate")
+    return {key: entry[key] for key in kept if key in entry}
