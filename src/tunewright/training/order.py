@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl import SFTTrainer
 
 
 class LengthGrouped(Sampler[int]):
@@ -34,14 +32,3 @@ class LengthGrouped(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-class OrderedTrainer(SFTTrainer):
-    """trl's trainer with the order above."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        return LengthGrouped(
-            lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed
-        )

@@ -44,7 +44,7 @@ class Run:
         from peft import LoraConfig, TaskType
         from transformers import PrinterCallback, set_seed
 
-        from tunewright.training.order import OrderedTrainer
+        from tunewright.training.trainer import Trainer
 
         settings = self.recipe.train
         steps_an_epoch = math.ceil(len(train) / settings.batch_size)
@@ -63,8 +63,9 @@ class Run:
             stop_on_signal() as stop,
             self.reporter.task(f"Training {self.recipe.name}", steps, "steps") as task,
         ):
-            trainer = OrderedTrainer(
-                model=model,
+            trainer = Trainer(
+                model,
+                share=True,
                 args=self._arguments(steps),
                 train_dataset=Dataset.from_dict(as_columns(train)),
                 eval_dataset=Dataset.from_dict(as_columns(dev)),
@@ -109,6 +110,7 @@ class Run:
             gradient_checkpointing=torch.cuda.is_available(),
             # Rows come ready-made, and none is longer than the recipe's limit: nothing is left to cut.
             max_length=None,
+            remove_unused_columns=False,
             eval_strategy="epoch",
             save_strategy="steps",
             save_steps=settings.checkpoint_every,

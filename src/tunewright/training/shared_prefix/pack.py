@@ -1,0 +1,82 @@
+"""Rows laid out as one packed row: ids, positions, what is predicted from where, and the layout for attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunewright.training.rows import IGNORED
+from tunewright.training.shared_prefix.layout import Layout, lay_out
+from tunewright.training.shared_prefix.plan import Group, plan_groups
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch as the model gets it."""
+
+    input_ids: Tensor
+    """Token ids [1, T]."""
+    position_ids: Tensor
+    """Each token's position in its own row [1, T]."""
+    predict_from: Tensor
+    """Where in T the trained tokens are predicted from [L]; two rows may be predicted from one place of a prefix."""
+    targets: Tensor
+    """The trained tokens [L]."""
+    layout: Layout
+    row_tokens: int
+    """Tokens of the rows, shared ones counted once for each row."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on ``device``."""
+        names = ("input_ids", "position_ids", "predict_from", "targets", "layout")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+
+    def model_inputs(self) -> dict[str, Any]:
+        """What the model's forward takes, the targets apart."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "layout": self.layout}
+
+
+def pack(
+    rows: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    *,
+    share: bool,
+    groups: Sequence[Group] | None = None,
+) -> PackedBatch:
+    """Lay rows out as one packed row.
+
+    Args:
+        rows: token ids.
+        labels: of the same lengths: the id of a trained token, else -100 (as transformers has them, not shifted).
+        share: compute shared prefixes once; else every row stands whole.
+        groups: the grouping (None: the best one, see `plan_groups`).
+    """
+    if groups is None:
+        groups = plan_groups(rows) if share else [Group(0, tuple(range(len(rows))))]
+    layout = lay_out([(group.prefix, [(row, len(rows[row]) - group.prefix) for row in group.rows]) for group in groups])
+    ids: list[int] = []
+    positions: list[int] = []
+    for piece in layout.pieces:
+        row = rows[piece.row]
+        ids += row[piece.first : piece.first + piece.length]
+        positions += range(piece.first, piece.first + piece.length)
+    predict_from: list[int] = []
+    targets: list[int] = []
+    for place_in_batch, wanted in enumerate(labels):
+        place_of = layout.places(place_in_batch)
+        for place, label in enumerate(wanted):
+            if label != IGNORED and place:
+                predict_from.append(place_of(place - 1))
+                targets.append(label)
+    return PackedBatch(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        predict_from=torch.tensor(predict_from, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+        layout=layout,
+        row_tokens=sum(map(len, rows)),
+    )

@@ -1,0 +1,73 @@
+"""Which rows of a batch share which prefix: the grouping that leaves the fewest tokens to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+GROUP_COST = 8
+"""What a further group costs beside its tokens, in tokens: its attention is a computation of its own."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that begin with the same ``prefix`` tokens; rows that share nothing are a group with a prefix of 0."""
+
+    prefix: int
+    rows: tuple[int, ...]
+    """Places in the batch."""
+
+
+def plan_groups(rows: Sequence[Sequence[int]]) -> list[Group]:
+    """Group token rows by shared prefixes, so that prefixes and suffixes together are as few tokens as can be.
+
+    In lexicographic order the rows under a prefix are neighbours, so the groups are runs of that order, and the best
+    runs are found by dynamic programming over their ends. At least one token of each row stays in its suffix.
+
+    Args:
+        rows: token ids; none is empty.
+    """
+    order = sorted(range(len(rows)), key=lambda place: list(rows[place]))
+    common = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
+    # best[end]: the least cost of the first `end` rows of the order, and where the last of their groups begins.
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]
+    for end in range(1, len(order) + 1):
+        alone = len(rows[order[end - 1]])
+        choice = (best[end - 1][0] + alone, end - 1, 0)
+        prefix, total = alone - 1, alone
+        for start in range(end - 2, -1, -1):
+            length = len(rows[order[start]])
+            prefix = min(prefix, common[start], length - 1)
+            if prefix <= 0:
+                break
+            total += length
+            cost = best[start][0] + total - (end - start - 1) * prefix + GROUP_COST
+            choice = min(choice, (cost, start, prefix))
+        best.append(choice)
+    groups: list[Group] = []
+    alone_rows: list[int] = []
+    end = len(order)
+    while end:
+        _, start, prefix = best[end]
+        members = order[start:end]
+        if prefix:
+            groups.append(Group(prefix, tuple(members)))
+        else:
+            alone_rows += members
+        end = start
+    groups.reverse()
+    return groups + [Group(0, tuple(sorted(alone_rows)))] * bool(alone_rows)
+
+
+def computed_tokens(rows: Sequence[Sequence[int]], groups: Sequence[Group]) -> int:
+    """Tokens that go through the model: each group's prefix once, and all suffixes."""
+    return sum(map(len, rows)) - sum((len(group.rows) - 1) * group.prefix for group in groups)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two rows have in common at their beginning."""
+    for place, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return place
+    return min(len(a), len(b))

@@ -1,0 +1,95 @@
+"""trl's trainer on packed batches: a shared prompt once, no padding, the head on trained tokens, its own row order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from trl import SFTTrainer
+
+from tunewright.training.head import add_token_losses, token_losses_of
+from tunewright.training.order import LengthGrouped
+from tunewright.training.shared_prefix import PackedBatch, attention, pack
+
+
+class Trainer(SFTTrainer):
+    """Trains on rows of ``input_ids`` and ``labels``; the rest of its arguments are SFTTrainer's.
+
+    Args:
+        model: a Llama or Mistral of transformers, without an adapter.
+        share: compute prompts that rows of a batch share once; else every row stands whole in the packed batch.
+    """
+
+    def __init__(self, model: Any, *, share: bool, **kwargs: Any) -> None:
+        self.share = share
+        attention.register()
+        # Its own implementation, and SDPA wherever it gets no layout: when answers are generated.
+        model.set_attn_implementation(attention.NAME)
+        add_token_losses(model)
+        super().__init__(model=model, data_collator=self.collate, **kwargs)
+        # The loss is a sum over tokens, divided by those of the whole step.
+        self.model_accepts_loss_kwargs = True
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Rows of the dataset as one packed batch; the labels are there for transformers to count."""
+        batch = pack([row["input_ids"] for row in rows], [row["labels"] for row in rows], share=self.share)
+        return {"packed": batch, "labels": batch.targets, "shift_labels": batch.targets}
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The mean loss of the step's trained tokens, or this micro-batch's part in it."""
+        assert not return_outputs, "the logits are never held"
+        batch: PackedBatch = inputs["packed"]
+        loss: Tensor = token_losses_of(model, batch).sum()
+        self._count(batch)
+        if num_items_in_batch is None:
+            return loss / len(batch.targets)
+        # DDP averages over processes what is to be their sum.
+        return loss * (self.accelerator.num_processes / num_items_in_batch)
+
+    def _count(self, batch: PackedBatch) -> None:
+        tokens = torch.tensor(batch.row_tokens, device=self.accelerator.device)
+        self._total_train_tokens += int(self.accelerator.reduce(tokens, "sum"))
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,  # noqa: ARG002  (transformers passes it)
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The mean loss of all trained tokens of the evaluation rows, each row counted once on however many devices."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        order = sorted(range(len(rows)), key=lambda place: -len(rows[place]["input_ids"]))
+        size = self.args.per_device_eval_batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for places in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
+                batch = self.collate([rows[place] for place in places])["packed"].to(self.accelerator.device)
+                losses = token_losses_of(model, batch)
+                total += torch.stack([losses.double().sum(), total.new_tensor(losses.numel())])
+        model.train(was_training)
+        loss, tokens = self.accelerator.reduce(total, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / tokens}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        return LengthGrouped(
+            lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed
+        )
