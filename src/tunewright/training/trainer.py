@@ -53,7 +53,8 @@ class Trainer(SFTTrainer):
         if num_items_in_batch is None:
             return loss / len(batch.targets)
         # DDP averages over processes what is to be their sum.
-        return loss * (self.accelerator.num_processes / num_items_in_batch)
+        scaled: Tensor = loss * (self.accelerator.num_processes / num_items_in_batch)
+        return scaled
 
     def _count(self, batch: PackedBatch) -> None:
         tokens = torch.tensor(batch.row_tokens, device=self.accelerator.device)
