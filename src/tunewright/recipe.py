@@ -274,6 +274,13 @@ class TrainRecipe(_Section):
             description="Examples per forward pass; gradients accumulate to batch_size (null: the same).",
         ),
     ] = None
+    prefix_sharing: Annotated[
+        Literal["auto", "on", "off"],
+        Field(
+            description="Compute the prompt that rows of a batch share once (docs/shared-prefix.md): `auto` where it "
+            "saves 5% of the tokens and there is no dropout."
+        ),
+    ] = "auto"
     max_length: Annotated[
         int,
         Field(

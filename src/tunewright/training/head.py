@@ -1,4 +1,4 @@
-"""The LM head on the trained tokens alone, and their losses without ever holding all logits where those are many."""
+"""The LM head on the trained tokens alone: their losses and gradients without ever holding all logits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-MOST_LOGITS = 1 << 25
-"""Up to so many logits (128 MiB in float32) are computed at once; more of them in tiles, and again for the gradient."""
-
-_TILE = 32_768  # vocabulary entries of a tile
+TILE_LOGITS = 1 << 25
+"""Logits are computed for so many (token, vocabulary entry) pairs at once: 128 MiB in float32."""
 
 
 def add_token_losses(model: Any) -> None:
@@ -44,14 +42,10 @@ def token_losses(states: Tensor, head: Any, targets: Tensor) -> Tensor:
         head: the LM head, a linear layer.
         targets: token ids [L].
     """
-    if targets.numel() * head.weight.shape[0] <= MOST_LOGITS:
+    if head.weight.requires_grad or head.bias is not None:
         return cross_entropy(head(states).float(), targets, reduction="none")
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-    log_probabilities: Tensor = ChunkedLogProbFunction.apply(
-        states.to(head.weight.dtype), head.weight, head.bias, targets, 1.0, _TILE, None, 1.0, ("log_probs",)
-    )[0]
-    return -log_probabilities.float()
+    losses: Tensor = _FrozenHeadLoss.apply(states, head.weight, targets)
+    return losses
 
 
 def token_losses_of(model: Any, batch: Any) -> Tensor:
@@ -59,3 +53,37 @@ def token_losses_of(model: Any, batch: Any) -> Tensor:
     losses: Tensor = model(**batch.model_inputs(), predict_from=batch.predict_from, targets=batch.targets)
     assert losses.dtype == torch.float32
     return losses
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy under a head that is not trained, tile by tile of tokens.
+
+    A token's gradient by its state is (softmax - one-hot) W, whatever the loss is multiplied by later: it is computed
+    at once, while the tile's logits are there, and only scaled in backward. Liger (Hsu et al. 2024, arXiv 2410.10989)
+    does the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        states = states.to(weight.dtype)
+        losses = torch.empty(len(targets), dtype=torch.float32, device=states.device)
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(states) if wanted else None
+        size = max(1, TILE_LOGITS // len(weight))
+        for start in range(0, len(targets), size):
+            tile = slice(start, start + size)
+            logits = (states[tile] @ weight.T).float()
+            target = targets[tile, None]
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            losses[tile] = (normaliser - logits.gather(-1, target))[:, 0]
+            if gradient is not None:
+                probabilities = logits.sub_(normaliser).exp_()
+                probabilities.scatter_add_(-1, target, probabilities.new_full(target.shape, -1.0))
+                torch.mm(probabilities.to(weight.dtype), weight, out=gradient[tile])
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None].to(gradient.dtype), None, None

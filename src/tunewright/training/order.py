@@ -1,23 +1,40 @@
-"""The order of the training rows: like lengths together, and a function of seed and epoch alone."""
+"""The order of the training rows: batches of rows of like length, a function of seed and epoch alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from tunewright.training.shared_prefix.plan import common_prefix
+
+DEEP = 64
+"""Rows that share so many tokens beyond what all rows share (a document that several ask about) go together."""
+
+_MEGABATCH = 50
+"""Batches whose rows are dealt by length together; transformers' own length-grouped order takes as many."""
 
 
-class LengthGrouped(Sampler[int]):
-    """Random batches of rows of like length.
+class LikeLengths(Sampler[int]):
+    """Random batches of rows of like length, in random order.
+
+    Rows with a deep prefix in common come to a batch a few at a time, so that it is computed once, and yet no batch
+    is made of one document alone.
 
     transformers' own length-grouped sampler draws from the global generator, so that a run that goes on in a later
     epoch would see another order: some rows twice, others not at all.
+
+    Args:
+        rows: token ids.
+        batch_size: rows of one optimizer step.
+        seed: decides the order, with the epoch.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths = list(lengths)
+    def __init__(self, rows: Sequence[Sequence[int]], batch_size: int, seed: int) -> None:
+        self.lengths = [len(row) for row in rows]
+        self.families = deep_families(rows)
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -31,4 +48,41 @@ class LengthGrouped(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+        def shuffled(count: int) -> list[int]:
+            order: list[int] = torch.randperm(count, generator=generator).tolist()
+            return order
+
+        together = max(1, self.batch_size // 4)
+        units = []
+        for family in self.families:
+            order = [family[place] for place in shuffled(len(family))]
+            units += [order[start : start + together] for start in range(0, len(order), together)]
+        places = [row for unit in shuffled(len(units)) for row in units[unit]]
+        whole = len(places) - len(places) % self.batch_size
+        # At least four megabatches, so that a small set is not simply sorted.
+        size = self.batch_size * max(1, min(_MEGABATCH, len(places) // (4 * self.batch_size)))
+        unit_length = {row: max(self.lengths[r] for r in unit) for unit in units for row in unit}
+        unit_number = {row: number for number, unit in enumerate(units) for row in unit}
+        batches: list[list[int]] = []
+        for start in range(0, whole, size):
+            dealt = sorted(
+                places[start : start + size][: whole - start], key=lambda r: (-unit_length[r], unit_number[r])
+            )
+            batches += [dealt[first : first + self.batch_size] for first in range(0, len(dealt), self.batch_size)]
+        for batch in shuffled(len(batches)):
+            yield from batches[batch]
+        yield from places[whole:]
+
+
+def deep_families(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows with a deep prefix in common, as places in ``rows``; every other row is a family of its own."""
+    order = sorted(range(len(rows)), key=lambda place: list(rows[place]))
+    shared_by_all = common_prefix(rows[order[0]], rows[order[-1]])
+    families = [[order[0]]]
+    for before, row in pairwise(order):
+        if common_prefix(rows[before], rows[row]) >= shared_by_all + DEEP:
+            families[-1].append(row)
+        else:
+            families.append([row])
+    return sorted(map(sorted, families))

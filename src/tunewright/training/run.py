@@ -44,6 +44,8 @@ class Run:
         from peft import LoraConfig, TaskType
         from transformers import PrinterCallback, set_seed
 
+        from tunewright.training.lora import use_fused_lora
+        from tunewright.training.sharing import measure_sharing
         from tunewright.training.trainer import Trainer
 
         settings = self.recipe.train
@@ -58,6 +60,16 @@ class Run:
             lora_dropout=settings.dropout,
             target_modules=list(settings.targets),
         )
+        use_fused_lora(lora)
+        sharing = measure_sharing(
+            [row.ids for row in train],
+            setting=settings.prefix_sharing,
+            dropout=settings.dropout,
+            micro_batch=settings.micro_batch or settings.batch_size,
+            batch_size=settings.batch_size,
+            seed=self.recipe.seed,
+        )
+        self.reporter.say(sharing.reason)
         checkpoint = complete_checkpoint(self.work)
         with (
             stop_on_signal() as stop,
@@ -65,7 +77,7 @@ class Run:
         ):
             trainer = Trainer(
                 model,
-                share=True,
+                share=sharing.share,
                 args=self._arguments(steps),
                 train_dataset=Dataset.from_dict(as_columns(train)),
                 eval_dataset=Dataset.from_dict(as_columns(dev)),

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from trl import SFTTrainer
 
 from tunewright.training.head import add_token_losses, token_losses_of
-from tunewright.training.order import LengthGrouped
+from tunewright.training.order import LikeLengths
 from tunewright.training.shared_prefix import PackedBatch, attention, pack
 
 
@@ -90,7 +90,5 @@ class Trainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        return LengthGrouped(
-            lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed
-        )
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LikeLengths(rows["input_ids"], step, self.args.seed)

@@ -29,7 +29,7 @@ def plan_groups(rows: Sequence[Sequence[int]]) -> list[Group]:
         rows: token ids; none is empty.
     """
     order = sorted(range(len(rows)), key=lambda place: list(rows[place]))
-    common = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
+    common = [common_prefix(rows[a], rows[b]) for a, b in pairwise(order)]
     # best[end]: the least cost of the first `end` rows of the order, and where the last of their groups begins.
     best: list[tuple[int, int, int]] = [(0, 0, 0)]
     for end in range(1, len(order) + 1):
@@ -65,7 +65,7 @@ def computed_tokens(rows: Sequence[Sequence[int]], groups: Sequence[Group]) -> i
     return sum(map(len, rows)) - sum((len(group.rows) - 1) * group.prefix for group in groups)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Tokens that two rows have in common at their beginning."""
     for place, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:

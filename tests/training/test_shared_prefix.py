@@ -1,0 +1,289 @@
+"""Packed batches with shared prefixes: the loss and every gradient are those of the rows one by one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from tunewright.training.head import add_token_losses, token_losses_of
+from tunewright.training.lora import use_fused_lora
+from tunewright.training.rows import IGNORED
+from tunewright.training.shared_prefix import Group, attention, pack, plan_groups
+from tunewright.training.shared_prefix.plan import GROUP_COST, common_prefix, computed_tokens
+
+VOCABULARY = 61
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+Rows = list[list[int]]
+
+
+def _model(
+    kind: Literal["llama", "mistral"],
+    *,
+    heads: int = 4,
+    key_heads: int = 2,
+    window: int | None = None,
+    layers: int = 2,
+    fused: bool = True,
+) -> Any:
+    """A random model with LoRA whose B matrices are not zero, so that A's gradients are not either."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 8 * heads,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+    }
+    base: Any = (
+        LlamaForCausalLM(LlamaConfig(**shape))
+        if kind == "llama"
+        else MistralForCausalLM(MistralConfig(**shape, sliding_window=window))
+    )
+    add_token_losses(base)
+    return _with_lora(base, fused=fused)
+
+
+def _with_lora(base: Any, *, fused: bool = True) -> Any:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=TARGETS)
+    if fused:
+        use_fused_lora(lora)
+    model: Any = get_peft_model(base, lora)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model.train()
+
+
+def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _one_by_one(model: Any, rows: Rows, labels: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reference: each row alone through transformers' own attention, and its own logits."""
+    model.base_model.model.set_attn_implementation("eager")
+    wanted = sum(label != IGNORED for row in labels for label in row[1:])
+    total = torch.zeros(())
+    for row, label in zip(rows, labels, strict=True):
+        logits = model(input_ids=torch.tensor([row])).logits[0, :-1]
+        total = total + cross_entropy(logits, torch.tensor(label[1:]), reduction="sum", ignore_index=IGNORED)
+    loss = total / wanted
+    return loss.detach(), _gradients(model, loss)
+
+
+def _packed(
+    model: Any, rows: Rows, labels: Rows, *, share: bool = True, groups: Sequence[Group] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    attention.register()
+    model.base_model.model.set_attn_implementation(attention.NAME)
+    loss = token_losses_of(model, pack(rows, labels, share=share, groups=groups)).mean()
+    return loss.detach(), _gradients(model, loss)
+
+
+def _assert_equal(ours: tuple[Tensor, dict[str, Tensor]], reference: tuple[Tensor, dict[str, Tensor]]) -> None:
+    """Within float32 rounding: relative 1e-5 for each LoRA matrix's gradient as a whole.
+
+    A gradient that cancels out (of the query's weights, where there is but one key) is held to the size of the whole.
+    """
+    assert float(ours[0]) == pytest.approx(float(reference[0]), rel=1e-5)
+    assert ours[1].keys() == reference[1].keys()
+    whole = torch.stack([gradient.norm() for gradient in reference[1].values()]).norm()
+    for name, gradient in ours[1].items():
+        difference = (gradient - reference[1][name]).norm()
+        assert difference <= 1e-5 * max(reference[1][name].norm(), whole / 100), name
+
+
+def _rows(prefixes: Sequence[int], suffixes: Sequence[int], answers: Sequence[int], seed: int = 0) -> tuple[Rows, Rows]:
+    """Row i: one of the prefixes (by turns), its own rest of the prompt, and its answer, which is trained."""
+    luck = random.Random(seed)
+    shared = [[luck.randrange(VOCABULARY) for _ in range(length)] for length in prefixes]
+    rows, labels = [], []
+    for place, (rest, answer) in enumerate(zip(suffixes, answers, strict=True)):
+        prompt = [*shared[place % len(shared)], *(luck.randrange(VOCABULARY) for _ in range(rest))]
+        said = [luck.randrange(VOCABULARY) for _ in range(answer)]
+        rows.append(prompt + said)
+        labels.append([IGNORED] * len(prompt) + said)
+    return rows, labels
+
+
+CASES = {
+    "one instruction": _rows([13], [4, 7, 2, 9], [3, 1, 5, 2]),
+    "one-token completions": _rows([13], [4, 7, 2, 9], [1, 1, 1, 1]),
+    "prompt wholly shared": _rows([13], [0, 0, 0], [4, 2, 6]),
+    "several prefixes": _rows([13, 21, 9], [4, 7, 2, 9, 1, 3, 5], [3, 1, 5, 2, 2, 4, 1]),
+    "nothing shared": _rows([0], [14, 17, 12, 9], [3, 1, 5, 2]),
+    "one row": _rows([13], [5], [4]),
+    "lengths far apart": _rows([13], [1, 40, 3, 90, 2], [2, 3, 1, 8, 2]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("llama", {}),
+        ("llama", {"heads": 4, "key_heads": 1}),
+        ("llama", {"heads": 3, "key_heads": 3}),
+        ("mistral", {}),
+        ("mistral", {"window": 6}),
+    ],
+)
+def test_loss_and_every_gradient_equal_those_of_the_rows_one_by_one(
+    case: str, kind: Literal["llama", "mistral"], shape: dict[str, Any]
+) -> None:
+    rows, labels = CASES[case]
+    model = _model(kind, **shape)
+    reference = _one_by_one(model, rows, labels)
+    for share in (True, False):
+        _assert_equal(_packed(model, rows, labels, share=share), reference)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), min_size=1, max_size=6),
+    st.sampled_from([None, 5]),
+    st.integers(0, 99),
+)
+def test_any_batch_has_the_loss_and_gradients_of_its_rows(
+    prefixes: list[int], suffixes: list[tuple[int, int]], window: int | None, seed: int
+) -> None:
+    rests, answers = zip(*suffixes, strict=True)
+    rows, labels = _rows([length + 1 for length in prefixes], rests, answers, seed)
+    model = _model("mistral", window=window)
+    _assert_equal(_packed(model, rows, labels), _one_by_one(model, rows, labels))
+
+
+def test_trained_turns_within_a_shared_prefix_count_once_for_each_row() -> None:
+    """Conversations that begin with the same question and trained answer."""
+    rows, labels = _rows([20], [4, 7, 2], [3, 1, 5])
+    for row, label in zip(rows, labels, strict=True):
+        label[8:12] = row[8:12]
+    model = _model("llama")
+    assert plan_groups(rows) == [Group(20, (0, 1, 2))] or plan_groups(rows)[0].prefix == 20
+    _assert_equal(_packed(model, rows, labels), _one_by_one(model, rows, labels))
+
+
+def test_checkpointing_of_activations_changes_no_gradient() -> None:
+    rows, labels = CASES["several prefixes"]
+    model = _model("llama")
+    plain = _packed(model, rows, labels)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _assert_equal(_packed(model, rows, labels), plain)
+
+
+def test_peft_s_own_lora_layers_give_the_same_gradients() -> None:
+    rows, labels = CASES["one instruction"]
+    _assert_equal(
+        _packed(_model("llama", fused=True), rows, labels), _one_by_one(_model("llama", fused=False), rows, labels)
+    )
+
+
+def test_in_bfloat16_long_and_short_suffixes_stay_near_float32() -> None:
+    rows, labels = _rows([30], [3, 140, 150, 9], [4, 3, 2, 5])
+    model = _model("llama")
+    reference = _one_by_one(model, rows, labels)
+    loss, gradients = _packed(model.to(torch.bfloat16), rows, labels)
+    assert float(loss) == pytest.approx(float(reference[0]), rel=0.02)
+    for name, gradient in gradients.items():
+        cosine = torch.cosine_similarity(gradient.float().flatten(), reference[1][name].flatten(), dim=0)
+        assert cosine > 0.99, name
+
+
+def test_sequences_for_ragged_kernels_attend_as_the_blocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to FlashAttention on a card, with its documented meaning spelled out in a loop."""
+
+    def varlen(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        ends_q: Tensor,
+        ends_k: Tensor,
+        _max_q: int,
+        _max_k: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> Tensor:
+        shared = query.shape[1] // key.shape[1]
+        assert enable_gqa == (shared > 1)
+        outputs = []
+        for i in range(len(ends_q) - 1):
+            q = query[ends_q[i] : ends_q[i + 1]]
+            k, v = (x[ends_k[i] : ends_k[i + 1]].repeat_interleave(shared, 1) for x in (key, value))
+            place = torch.arange(len(k) - len(q), len(k))[:, None]
+            seen = torch.arange(len(k)) <= place
+            if window_size[0] >= 0:
+                seen &= torch.arange(len(k)) >= place - window_size[0]
+            scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+            outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    torch.manual_seed(0)
+    for window in (None, 4):
+        for rows, labels in CASES.values():
+            batch = pack(rows, labels, share=True)
+            query = torch.randn(1, 4, batch.input_ids.shape[1], 8)
+            key, value = (torch.randn(1, 2, batch.input_ids.shape[1], 8) for _ in range(2))
+            blocks = attention.attend(
+                None, query, key, value, None, layout=batch.layout, scaling=0.3, sliding_window=window
+            )[0]
+            ragged = attention._ragged(query, key, value, batch.layout, 0.3, window)
+            torch.testing.assert_close(ragged, blocks)
+
+
+def test_prefixes_are_chosen_as_by_trying_all_groupings_of_neighbours() -> None:
+    luck = random.Random(3)
+    for _ in range(60):
+        rows = [[luck.randrange(2) for _ in range(luck.randrange(1, 60))] for _ in range(luck.randrange(1, 7))]
+        for row in rows[1:]:
+            keep = luck.randrange(len(rows[0]) + 1)
+            row[:keep] = rows[0][:keep]
+        groups = plan_groups(rows)
+        assert sorted(row for group in groups for row in group.rows) == list(range(len(rows)))
+        for group in groups:
+            assert len({tuple(rows[row][: group.prefix]) for row in group.rows}) == 1
+            assert all(len(rows[row]) > group.prefix for row in group.rows)
+        order = sorted(range(len(rows)), key=lambda place: rows[place])
+        best = min(_cost([rows[place] for place in order], cuts) for cuts in range(2 ** (len(rows) - 1)))
+        cost = computed_tokens(rows, groups) + GROUP_COST * sum(group.prefix > 0 for group in groups)
+        assert cost == best
+
+
+def _cost(ordered: Rows, cuts: int) -> int:
+    """Tokens and further groups, where bit i of ``cuts`` ends a group after row i."""
+    total, start = 0, 0
+    for end in range(1, len(ordered) + 1):
+        if end == len(ordered) or cuts >> (end - 1) & 1:
+            run = ordered[start:end]
+            whole = sum(map(len, run))
+            prefix = min(min(common_prefix(run[0], row) for row in run), min(map(len, run)) - 1)
+            shared = whole - (len(run) - 1) * prefix + GROUP_COST
+            total += min(whole, shared) if len(run) > 1 and prefix else whole
+            start = end
+    return total
+
+
+def test_linear_work_and_keys_grow_with_rows_and_never_with_the_square_of_the_packed_length() -> None:
+    rows, labels = _rows([200], [10] * 64, [4] * 64)
+    batch = pack(rows, labels, share=True)
+    assert batch.input_ids.numel() == 200 + 64 * 14
+    assert len(batch.layout.sequences.key_places) == 200 + 64 * 214
+    assert batch.predict_from.numel() == batch.targets.numel() == 64 * 4
