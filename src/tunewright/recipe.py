@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Metric = Literal["exact_match", "bleu"]
 
 # As data.secrets names what it finds: the first 21 are secrets, the next 5 personal data, the last 3 need --presidio.
 Findable = Literal[
@@ -320,7 +321,7 @@ class EvaluateRecipe(_Section):
     """How the arms are measured and what counts as better."""
 
     metric: Annotated[
-        Literal["exact_match", "bleu"],
+        Metric,
         Field(description="What decides: exact_match (outer white space apart) or corpus BLEU (sacrebleu)."),
     ] = "exact_match"
     shots: Annotated[
