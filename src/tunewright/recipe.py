@@ -297,6 +297,31 @@ class TrainRecipe(_Section):
     checkpoint_every: Annotated[
         int, Field(ge=1, description="Steps between the checkpoints that a stopped run goes on from.")
     ] = 50
+    evaluate_every: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Steps between evaluations on dev, each of which keeps its adapter (null: at each epoch's end; "
+            "the last step is always evaluated).",
+        ),
+    ] = None
+    evaluate_rows: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Dev rows that each evaluation answers for evaluate.metric, which chooses the adapter; of more "
+            "a sample by the seed (256: a share's standard error is then at most 3.1 points; null: all; 0: none, the "
+            "dev loss alone chooses).",
+        ),
+    ] = 256
+    patience: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Evaluations without a better one after which training stops (null: it goes to its end; the "
+            "best adapter is kept all the same).",
+        ),
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
