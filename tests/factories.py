@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunewright.disk import digest
-from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Fold, Interval, Item, Metric
-from tunewright.evaluation.metrics import bleu_signature, normalised
+from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Fold, Interval, Item
 from tunewright.evaluation.statistics import contrast, score_arm
+from tunewright.metrics import bleu_signature, normalised
+from tunewright.recipe import Metric
 
 COUNTIES = ("Baldwin", "Mobile", "Shelby", "Fulton", "Cobb", "Clay", "Duval", "Orange", "Polk", "Lee", "Knox", "Wayne")
 STATES = {"Alabama": "Ala.", "Georgia": "Ga.", "Florida": "Fla.", "Tennessee": "Tenn.", "Michigan": "Mich."}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Metric = Literal["exact_match", "bleu"]
 
 # As data.secrets names what it finds: the first 21 are secrets, the next 5 personal data, the last 3 need --presidio.
 Findable = Literal[
@@ -303,6 +304,31 @@ class TrainRecipe(_Section):
     checkpoint_every: Annotated[
         int, Field(ge=1, description="Steps between the checkpoints that a stopped run goes on from.")
     ] = 50
+    evaluate_every: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Steps between evaluations on dev, each of which keeps its adapter (null: at each epoch's end; "
+            "the last step is always evaluated).",
+        ),
+    ] = None
+    evaluate_rows: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Dev rows that each evaluation answers for evaluate.metric, which chooses the adapter; of more "
+            "a sample by the seed (256: a share's standard error is then at most 3.1 points; null: all; 0: none, the "
+            "dev loss alone chooses).",
+        ),
+    ] = 256
+    patience: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Evaluations without a better one after which training stops (null: it goes to its end; the "
+            "best adapter is kept all the same).",
+        ),
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -327,7 +353,7 @@ class EvaluateRecipe(_Section):
     """How the arms are measured and what counts as better."""
 
     metric: Annotated[
-        Literal["exact_match", "bleu"],
+        Metric,
         Field(description="What decides: exact_match (outer white space apart) or corpus BLEU (sacrebleu)."),
     ] = "exact_match"
     shots: Annotated[

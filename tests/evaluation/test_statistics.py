@@ -13,7 +13,6 @@ from sacrebleu.significance import PairedTest
 from scipy.stats import binomtest
 
 from factories import fixed_and_broken, make_items
-from tunewright.evaluation.metrics import bleu_statistics, corpus_bleu
 from tunewright.evaluation.statistics import (
     bootstrap_sums,
     cluster_sums,
@@ -26,6 +25,7 @@ from tunewright.evaluation.statistics import (
     swapping_test,
     wilson,
 )
+from tunewright.metrics import bleu_statistics, corpus_bleu
 
 CHANGES = st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=1, max_size=60).map(np.array)
 

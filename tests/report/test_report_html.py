@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factories import cross_fitted, make_evidence, make_history, make_items, with_contrast
-from tunewright.evaluation.evidence import Item, Metric
+from tunewright.evaluation.evidence import Item
 from tunewright.evaluation.verdict import verdict
+from tunewright.recipe import Metric
 from tunewright.report.html import SHOWN_FIXED, SHOWN_STILL_WRONG, render_report, write_report
 
 ITEMS = make_items(60)

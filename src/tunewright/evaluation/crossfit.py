@@ -16,27 +16,28 @@ from typing import Any
 
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.chat import ChatFormat
+from tunewright.chat.answers import answer_limit
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import digest
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, prompting_arms
-from tunewright.evaluation.evidence import EVIDENCE_FILE, Advice, Arm, ArmKind, Evidence, Fold, Metric, load_evidence
+from tunewright.evaluation.evidence import EVIDENCE_FILE, Advice, Arm, ArmKind, Evidence, Fold, load_evidence
 from tunewright.evaluation.folds import fold_versions
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.measure import (
     Answered,
     EvaluateResult,
     Measurement,
-    answer_limit,
     measured_arm,
     measured_contrasts,
     measured_with,
     save_evaluation,
 )
-from tunewright.evaluation.metrics import bleu_signature, corpus_score
+from tunewright.metrics import bleu_signature, corpus_score
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter
 from tunewright.project import Project
+from tunewright.recipe import Metric
 from tunewright.training.few import forced_below
 from tunewright.training.train import train, training_inputs
 

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunewright.errors import UserError
+from tunewright.recipe import Metric
 
 SCHEMA_VERSION: Literal[1] = 1
 EVIDENCE_FILE = "evidence.json"
 ITEMS_FILE = "items.jsonl"
 
-Metric = Literal["exact_match", "bleu"]
 ArmKind = Literal["zero-shot", "retrieved", "tuned", "mixed"]
 Design = Literal["held-out", "cross-fitted"]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
+from tunewright.chat.answers import answer_limit
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import digest, new_folder, write_json, write_text
 from tunewright.errors import UserError
@@ -28,8 +28,8 @@ from tunewright.evaluation.evidence import (
     load_evidence,
 )
 from tunewright.evaluation.generations import Generator, Prompt
-from tunewright.evaluation.metrics import bleu_signature
 from tunewright.evaluation.statistics import contrast, score_arm
+from tunewright.metrics import bleu_signature
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.progress import Reporter
@@ -226,20 +226,6 @@ class Measurement:
 
 
 # Parts that a held-out and a cross-fitted evaluation have in common
-
-
-def answer_limit(recipe: Recipe, chat: ChatFormat, members: Iterable[Member]) -> int:
-    """The longest answer in tokens: the recipe's, else a quarter more than the longest of these."""
-    if recipe.evaluate.max_new_tokens is not None:
-        return recipe.evaluate.max_new_tokens
-    last_turns = [chat.layouts(m.example.messages)[-1] for m in members]
-    longest = max(answer_length(row.loss_mask) for row in chat.tokens(last_turns))
-    return math.ceil(1.25 * longest)
-
-
-def answer_length(loss_mask: Sequence[bool]) -> int:
-    """Tokens of the last trained turn, which ends the row."""
-    return next((n for n, trained in enumerate(reversed(loss_mask)) if not trained), len(loss_mask))
 
 
 def measured_arm(

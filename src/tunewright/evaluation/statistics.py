@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
-from tunewright.evaluation.evidence import Arm, ArmKind, Contrast, Interval, Metric, Score
-from tunewright.evaluation.metrics import BLEU_COLUMNS, bleu_statistics, corpus_bleu, exact_matches
+from tunewright.evaluation.evidence import Arm, ArmKind, Contrast, Interval, Score
+from tunewright.metrics import BLEU_COLUMNS, bleu_statistics, corpus_bleu, exact_matches
+from tunewright.recipe import Metric
 
 RESAMPLES = 10_000
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence
-from tunewright.evaluation.metrics import p_text, points_text, score_text
+from tunewright.metrics import p_text, points_text, score_text
 
 Decision = Literal["ship", "don't ship", "can't tell"]
 

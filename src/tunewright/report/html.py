@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from tunewright.disk import write_text
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Item
-from tunewright.evaluation.metrics import exact_matches, normalised, p_text, points_text, score_text
 from tunewright.evaluation.verdict import verdict
+from tunewright.metrics import exact_matches, normalised, p_text, points_text, score_text
 from tunewright.report.plots import PLAIN, PROMPTING, TUNED, Bar, forest_plot, loss_plot
 
 SHOWN_FIXED = 30

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,11 @@ from tunewright.chat import Tokens
 from tunewright.progress import Reporter
 from tunewright.recipe import Recipe
 from tunewright.training.checkpoints import KeepCheckpoints, complete_checkpoint
+from tunewright.training.choosing import DEV_LOSS, DEV_METRIC, evaluations, runs_out_of_patience
+from tunewright.training.dev import DevTask
 from tunewright.training.rows import as_columns
 from tunewright.training.stopping import stop_on_signal
-from tunewright.training.watching import Follow
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """The adapter at the end of one epoch."""
-
-    step: int
-    epoch: float
-    dev_loss: float
-    folder: Path
+from tunewright.training.watching import Follow, FollowDev
 
 
 class Run:
@@ -37,9 +28,9 @@ class Run:
         self.reporter = reporter
 
     def fit(
-        self, model: Any, tokenizer: Any, train: Sequence[Tokens], dev: Sequence[Tokens]
-    ) -> tuple[list[Epoch], list[dict[str, Any]], float]:
-        """Train to the end: the epochs' adapters, the loss history, and seconds of this process."""
+        self, model: Any, tokenizer: Any, train: Sequence[Tokens], dev: Sequence[Tokens], dev_task: DevTask | None
+    ) -> tuple[list[dict[str, Any]], float]:
+        """Train to the end: the history of losses and evaluations, and seconds of this process."""
         from datasets import Dataset
         from peft import LoraConfig, TaskType
         from transformers import PrinterCallback, set_seed
@@ -83,7 +74,8 @@ class Run:
                 eval_dataset=Dataset.from_dict(as_columns(dev)),
                 processing_class=tokenizer,
                 peft_config=lora,
-                callbacks=[Follow(task), KeepCheckpoints(self.work, stop)],
+                callbacks=[Follow(task), KeepCheckpoints(self.work, stop), FollowDev(self.recipe, self.reporter)],
+                dev_task=dev_task,
             )
             trainer.remove_callback(PrinterCallback)
             if checkpoint is not None:
@@ -91,13 +83,16 @@ class Run:
                 self.reporter.say(f"Going on from step {done} of {steps}")
                 task.advance(done)
             began = time.monotonic()
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint is not None and (ended := _ended_early(checkpoint, settings.patience)) is not None:
+                trainer.state = ended
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             seconds = time.monotonic() - began
         if stop.asked:
             self.reporter.say(f"Stopped at step {trainer.state.global_step} of {steps}, which is saved.")
             raise KeyboardInterrupt
         history = [_history_row(entry) for entry in trainer.state.log_history if "train_runtime" not in entry]
-        return self._epochs(history), history, seconds
+        return history, seconds
 
     def _arguments(self, steps: int) -> Any:
         import torch
@@ -123,7 +118,8 @@ class Run:
             # Rows come ready-made, and none is longer than the recipe's limit: nothing is left to cut.
             max_length=None,
             remove_unused_columns=False,
-            eval_strategy="epoch",
+            eval_strategy="steps",
+            eval_steps=settings.evaluate_every or steps // settings.epochs,
             save_strategy="steps",
             save_steps=settings.checkpoint_every,
             save_total_limit=2,
@@ -133,14 +129,17 @@ class Run:
             disable_tqdm=True,
         )
 
-    def _epochs(self, history: Sequence[dict[str, Any]]) -> list[Epoch]:
-        ends = [row for row in history if "eval_loss" in row]
-        return [
-            Epoch(row["step"], row["epoch"], row["eval_loss"], KeepCheckpoints.folder(self.work, row["step"]))
-            for row in ends
-        ]
+
+def _ended_early(checkpoint: Path, patience: int | None) -> Any:
+    """The trainer's state in a checkpoint after which training had stopped early; None where it goes on."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    evaluated = evaluations(state.log_history)
+    at_end = bool(evaluated) and evaluated[-1].step == state.global_step
+    return state if at_end and runs_out_of_patience(evaluated, patience) else None
 
 
 def _history_row(entry: dict[str, Any]) -> dict[str, Any]:
-    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate")
+    kept = ("step", "epoch", "loss", DEV_LOSS, DEV_METRIC, "learning_rate", "grad_norm")
     return {key: entry[key] for key in kept if key in entry}

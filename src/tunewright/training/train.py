@@ -20,9 +20,11 @@ from tunewright.models.quiet import quiet_transformers
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
+from tunewright.training.choosing import Evaluation, best_of, evaluations, place_text
+from tunewright.training.dev import dev_task
 from tunewright.training.lineage import training_lineage
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
-from tunewright.training.run import Epoch, Run
+from tunewright.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,16 @@ def training_inputs(recipe: Recipe, version: DatasetVersion, base: Base, chat: C
         "base": base.digest,
         "template": chat.digest,
         "train": recipe.train.deciding(),
+        "chosen_by": _choice(recipe),
         "seed": recipe.seed,
     }
+
+
+def _choice(recipe: Recipe) -> dict[str, Any]:
+    """What decides, beside the train section, which evaluation's adapter is kept."""
+    if recipe.train.evaluate_rows == 0:
+        return {"metric": None}
+    return {"metric": recipe.evaluate.metric, "max_new_tokens": recipe.evaluate.max_new_tokens}
 
 
 def train(
@@ -86,24 +96,34 @@ def train(
     work = project.work / "training" / identity[:12]
     reporter.say(f"Loading {base.spec}")
     model = load_model(base, recipe.train.dtype)
+    dev = list({m.key: m for m in splits["dev"].members}.values())
+    answered = dev_task(recipe, chat, version.domain_of("train"), dev, context_length(base), reporter)
     with quiet_transformers(), writing(work):
         run = Run(recipe, work, reporter)
-        epochs, history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev)
-        best = min(epochs, key=lambda e: e.dev_loss)
-        for epoch in epochs:
-            _settle_config(epoch.folder, base)
+        history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered)
+        evaluated = evaluations(history)
+        best = best_of(evaluated)
+        for each in evaluated:
+            _settle_config(each.folder(work), base)
         lineage = {
             **training_lineage(recipe, version, base, chat),
             "inputs_digest": identity,
             "rendering": {name: _rendering(encoded) for name, encoded in splits.items()},
-            "training": _account(splits["train"], epochs, best, seconds),
+            "training": {
+                **_account(splits["train"], evaluated, best, seconds),
+                "metric": None if answered is None else answered.metric,
+                "dev_rows_answered": 0 if answered is None else len(answered.requests),
+            },
             **(facts or {}),
         }
-        earlier = {f"step-{e.step}": e.folder for e in epochs if e is not best}
-        adapter = store_adapter(place, recipe.name, best.folder, earlier, lineage, history)
+        others = {f"step-{e.step}": e.folder(work) for e in evaluated if e is not best}
+        adapter = store_adapter(place, recipe.name, best.folder(work), others, lineage, history)
     shutil.rmtree(work)
-    if best is not epochs[-1]:
-        reporter.warn(f"The dev loss was lowest after epoch {best.epoch:g}: that adapter is kept, not the last one.")
+    if best is not evaluated[-1]:
+        reporter.warn(
+            f"{'The dev loss' if answered is None else 'Dev'} was best after {place_text(best)}: that adapter is kept, "
+            "not the last one."
+        )
     return TrainResult(adapter, trained=True)
 
 
@@ -115,13 +135,22 @@ def _trained_before(adapters: Path, name: str, identity: str) -> Adapter | None:
     return None
 
 
-def _account(encoded: EncodedRows, epochs: Sequence[Epoch], best: Epoch, seconds: float) -> dict[str, Any]:
+def _account(encoded: EncodedRows, evaluated: Sequence[Evaluation], best: Evaluation, seconds: float) -> dict[str, Any]:
     """The training's own numbers."""
     return {
         "examples": len({m.key for m in encoded.members}),
         "rows": len(encoded.rows),
         "trained_tokens": sum(sum(t.loss_mask) for t in encoded.rows),
-        "epochs": [{"step": e.step, "epoch": e.epoch, "dev_loss": e.dev_loss} for e in epochs],
+        "epochs": [
+            {
+                "step": e.step,
+                "epoch": e.epoch,
+                "train_loss": e.train_loss,
+                "dev_loss": e.dev_loss,
+                "dev_metric": e.dev_metric,
+            }
+            for e in evaluated
+        ],
         "kept_step": best.step,
         "seconds": round(seconds, 1),
         "device": device(),

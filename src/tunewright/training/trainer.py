@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
+from tunewright.training.choosing import DEV_METRIC
+from tunewright.training.dev import DevTask
 from tunewright.training.head import add_token_losses, token_losses_of
 from tunewright.training.order import LikeLengths
 from tunewright.training.shared_prefix import PackedBatch, attention, pack
@@ -21,10 +24,12 @@ class Trainer(SFTTrainer):
     Args:
         model: a Llama or Mistral of transformers, without an adapter.
         share: compute prompts that rows of a batch share once; else every row stands whole in the packed batch.
+        dev_task: dev rows that each evaluation answers; None: the dev loss is all that is measured.
     """
 
-    def __init__(self, model: Any, *, share: bool, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *, share: bool, dev_task: DevTask | None = None, **kwargs: Any) -> None:
         self.share = share
+        self.dev_task = dev_task
         attention.register()
         # Its own implementation, and SDPA wherever it gets no layout: when answers are generated.
         model.set_attn_implementation(attention.NAME)
@@ -67,7 +72,10 @@ class Trainer(SFTTrainer):
         ignore_keys: list[str] | None = None,  # noqa: ARG002  (transformers passes it)
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The mean loss of all trained tokens of the evaluation rows, each row counted once on however many devices."""
+        """The mean loss of all trained tokens of the evaluation rows, each row counted once on however many devices.
+
+        Where dev rows are to be answered, also what the answers are worth. No random number is drawn.
+        """
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]["input_ids"]))
         size = self.args.per_device_eval_batch_size
@@ -81,12 +89,20 @@ class Trainer(SFTTrainer):
                 batch = self.collate([rows[place] for place in places])["packed"].to(self.accelerator.device)
                 losses = token_losses_of(model, batch)
                 total += torch.stack([losses.double().sum(), total.new_tensor(losses.numel())])
-        model.train(was_training)
         loss, tokens = self.accelerator.reduce(total, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": loss / tokens}
+        if self.dev_task is not None:
+            metrics[DEV_METRIC] = self._worth_of_answers(self.dev_task)
+        model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _worth_of_answers(self, task: DevTask) -> float:
+        """The dev rows answered, each by one of the processes, and valued together."""
+        mine = range(self.accelerator.process_index, len(task.requests), self.accelerator.num_processes)
+        answers: list[tuple[int, str]] = gather_object(list(zip(mine, task.answers(self.model, mine), strict=True)))
+        return task.worth([text for _, text in sorted(answers)])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset

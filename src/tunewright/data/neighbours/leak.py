@@ -206,7 +206,7 @@ def score_by_distance(items: Iterable[Answered], report: LeakReport) -> list[Ban
 
 
 def _spelling(text: str) -> str:
-    """What exact match compares, as in ``evaluation.metrics``."""
+    """What exact match compares, as in ``tunewright.metrics``."""
     return unicodedata.normalize("NFC", text).strip()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sacrebleu.metrics.bleu import BLEU
 
-from tunewright.evaluation.evidence import Metric
+from tunewright.recipe import Metric
 
 BLEU_COLUMNS = 10
 """Hypothesis length, reference length, matched n-grams of order 1 to 4, all n-grams of order 1 to 4."""

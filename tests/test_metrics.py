@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
 
-from tunewright.evaluation.metrics import (
+from tunewright.metrics import (
     bleu_signature,
     bleu_statistics,
     corpus_bleu,

@@ -1,0 +1,92 @@
+"""Which evaluation's adapter is kept, when training stops early, and when it is learning by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+DEV_LOSS = "eval_loss"
+DEV_METRIC = "eval_metric"
+"""Their names in the history, as transformers' trackers want them."""
+
+_RISES = 2
+"""Rises of the dev loss in a row that are called overfitting: a single one is often noise."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the dev split said after one step, and the training loss since the evaluation before."""
+
+    step: int
+    epoch: float
+    dev_loss: float
+    dev_metric: float | None
+    """The task's metric over the answered dev rows, as a share; None where none are answered."""
+    train_loss: float
+
+    @property
+    def rank(self) -> tuple[float, float, int]:
+        """The larger, the better: the metric, then the dev loss; of equal ones the earlier."""
+        return (0.0 if self.dev_metric is None else self.dev_metric, -self.dev_loss, -self.step)
+
+    def folder(self, work: Path) -> Path:
+        """Where the run keeps this evaluation's adapter."""
+        return adapter_folder(work, self.step)
+
+
+def adapter_folder(work: Path, step: int) -> Path:
+    """Where a run keeps the adapter that was evaluated after ``step``."""
+    return work / "evaluated" / f"step-{step}"
+
+
+def evaluations(history: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
+    """The evaluations of a run, in order; ``history`` is transformers' ``log_history`` or an adapter's history."""
+    found: list[Evaluation] = []
+    losses: list[float] = []
+    for row in history:
+        if "loss" in row:
+            losses.append(float(row["loss"]))
+        if DEV_LOSS in row:
+            metric = row.get(DEV_METRIC)
+            found.append(Evaluation(row["step"], row["epoch"], row[DEV_LOSS], metric, fmean(losses)))
+            losses = []
+    return found
+
+
+def best_of(evaluated: Sequence[Evaluation]) -> Evaluation:
+    """The best by the metric; the dev loss breaks ties, then the earlier."""
+    return max(evaluated, key=lambda e: e.rank)
+
+
+def runs_out_of_patience(evaluated: Sequence[Evaluation], patience: int | None) -> bool:
+    """Whether so many evaluations have passed without a better one."""
+    if patience is None or not evaluated:
+        return False
+    return len(evaluated) - 1 - evaluated.index(best_of(evaluated)) >= patience
+
+
+def overfitting(evaluated: Sequence[Evaluation]) -> str | None:
+    """In plain words, that the latest evaluations rose while the training loss fell; None where they did not."""
+    latest = evaluated[-_RISES - 1 :]
+    if len(latest) <= _RISES:
+        return None
+    if not all(b.dev_loss > a.dev_loss and b.train_loss < a.train_loss for a, b in pairwise(latest)):
+        return None
+    dev, train = (" → ".join(f"{value:.3f}" for value in each) for each in zip(*map(_losses, latest), strict=True))
+    return (
+        f"Overfitting: the dev loss has risen for {_RISES} evaluations ({dev}) while the training loss went on falling "
+        f"({train}): the model learns its rows by heart. The best so far is {place_text(best_of(evaluated))}."
+    )
+
+
+def place_text(evaluation: Evaluation) -> str:
+    """Where in the run an evaluation was: ``epoch 2 (step 24)``."""
+    return f"epoch {evaluation.epoch:.3g} (step {evaluation.step:,})"
+
+
+def _losses(evaluation: Evaluation) -> tuple[float, float]:
+    return evaluation.dev_loss, evaluation.train_loss

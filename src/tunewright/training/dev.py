@@ -1,0 +1,96 @@
+"""The dev split's own task while a model trains: its rows answered greedily, and what the answers are worth."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunewright.chat import ChatFormat
+from tunewright.chat.answers import answer_limit
+from tunewright.data.versions import Member
+from tunewright.metrics import corpus_score
+from tunewright.models.decoding import Request, generate
+from tunewright.progress import Reporter
+from tunewright.recipe import Metric, Recipe
+
+_ADAPTER = "default"
+"""What peft calls the one adapter that is being trained."""
+
+
+@dataclass(frozen=True)
+class DevTask:
+    """Dev rows to answer at each evaluation, with the model as it is then."""
+
+    metric: Metric
+    requests: tuple[Request, ...]
+    references: tuple[str, ...]
+    batch_size: int
+    chat: ChatFormat
+    reporter: Reporter
+
+    def answers(self, model: Any, places: Sequence[int]) -> list[str]:
+        """Greedy answers to the requests at these places, in their order.
+
+        Args:
+            model: a PeftModel in eval mode whose adapter is ``default``, as trl's trainer makes it.
+            places: which of the requests.
+        """
+        with self.reporter.task("Answering dev rows", len(places), "answers") as task:
+            completions = generate(
+                model,
+                [self.requests[place] for place in places],
+                stop_ids=self.chat.stop_ids,
+                pad_id=self.chat.tokenizer.pad_token_id,
+                batch_size=self.batch_size,
+                on_finished=lambda _index, _completion: task.advance(),
+            )
+        return [self.chat.text(c.ids) for c in completions]
+
+    def worth(self, answers: Sequence[str]) -> float:
+        """What the answers to all requests are worth by the metric, as a share from 0 to 1."""
+        return corpus_score(self.metric, answers, self.references)
+
+
+def dev_task(
+    recipe: Recipe,
+    chat: ChatFormat,
+    train: Sequence[Member],
+    dev: Sequence[Member],
+    context: int,
+    reporter: Reporter,
+) -> DevTask | None:
+    """The rows that each evaluation answers: all of dev, or a sample drawn by the seed, which is then said.
+
+    Args:
+        recipe: its train.evaluate_rows bounds the number, its evaluate section says how answers are made and valued.
+        chat: makes the prompts.
+        train: the longest answer is taken from these, as in evaluation.
+        dev: the rows to answer.
+        context: tokens that the base can hold.
+        reporter: hears of a sample.
+
+    Returns:
+        None where the recipe wants no answers; the dev loss alone then chooses.
+    """
+    most = recipe.train.evaluate_rows
+    if most == 0:
+        return None
+    if most is not None and most < len(dev):
+        places = sorted(random.Random(f"{recipe.seed}:dev").sample(range(len(dev)), most))
+        reporter.say(
+            f"Each evaluation answers {most} of the {len(dev)} dev rows, drawn by the seed (train.evaluate_rows)."
+        )
+        dev = [dev[place] for place in places]
+    limit = answer_limit(recipe, chat, train)
+    prompts = [chat.prompt(m.example.prompt) for m in dev]
+    return DevTask(
+        metric=recipe.evaluate.metric,
+        # A row that training took fits the context with its answer: what would not fit is longer than that, and wrong.
+        requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p))) for p in prompts),
+        references=tuple(m.example.output for m in dev),
+        batch_size=recipe.evaluate.batch_size,
+        chat=chat,
+        reporter=reporter,
+    )
