@@ -282,6 +282,13 @@ class TrainRecipe(_Section):
             "saves 5% of the tokens and there is no dropout."
         ),
     ] = "auto"
+    compile: Annotated[
+        Literal["auto", "on", "off"],
+        Field(
+            description="torch.compile the feed-forward blocks: `auto` where the run is long enough to pay for it, "
+            "estimated from its first steps."
+        ),
+    ] = "auto"
     max_length: Annotated[
         int,
         Field(

@@ -35,6 +35,7 @@ class Run:
         from peft import LoraConfig, TaskType
         from transformers import PrinterCallback, set_seed
 
+        from tunewright.training.compiling import Compile
         from tunewright.training.lora import use_fused_lora
         from tunewright.training.sharing import measure_sharing
         from tunewright.training.trainer import Trainer
@@ -74,7 +75,12 @@ class Run:
                 eval_dataset=Dataset.from_dict(as_columns(dev)),
                 processing_class=tokenizer,
                 peft_config=lora,
-                callbacks=[Follow(task), KeepCheckpoints(self.work, stop), FollowDev(self.recipe, self.reporter)],
+                callbacks=[
+                    Follow(task),
+                    KeepCheckpoints(self.work, stop),
+                    FollowDev(self.recipe, self.reporter),
+                    Compile(settings.compile, self.work, self.reporter),
+                ],
                 dev_task=dev_task,
             )
             trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,133 @@
+"""torch.compile where a run is long enough to pay for it: estimated from its first steps, tried, and said."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from transformers import TrainerCallback
+
+from tunewright.disk import write_json
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+
+FIRST_STEPS = 8
+"""Steps that are timed before the decision, and again after it; the very first of either is left out."""
+
+EXPECTED_GAIN = 0.04
+"""Share of a step's time that compiling saves on a CPU, LoRA being fused already (benchmarks/compile_speed.py)."""
+
+EXPECTED_COST_S = 90.0
+"""What compiling costs there, in seconds (the same script)."""
+
+_FILE = "compiled.json"
+
+
+class Compile(TrainerCallback):
+    """Compiles the feed-forward blocks and norms of every layer; attention, with a new layout each batch, stays.
+
+    The decision depends on the clock, and compiled kernels round otherwise: so it is kept in the run's working folder
+    before its first step, and a run that goes on from a checkpoint repeats it at the same step.
+
+    Args:
+        setting: the recipe's train.compile.
+        work: the run's working folder.
+        reporter: hears what was decided and why.
+    """
+
+    def __init__(self, setting: Literal["auto", "on", "off"], work: Path, reporter: Reporter) -> None:
+        self.setting = setting
+        self.file = work / _FILE
+        self.reporter = reporter
+        self.ends: list[float] = []
+        self.plain_s: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up what was decided before a stop."""
+        if self.setting == "on" and not _has_compiler():
+            raise UserError(
+                "torch.compile needs a C++ compiler, and there is none",
+                where="train.compile",
+                fix="Install g++, or leave train.compile at auto.",
+            )
+        if self.setting == "on" and self.decided is None:
+            write_json(self.file, {"from_step": 0, "until_step": None})
+            self.reporter.say("The feed-forward blocks are compiled (train.compile: on); the first steps take longer.")
+        self._apply(state.global_step, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Time the step; decide after the first ones, and look again after the first compiled ones."""
+        self.ends.append(time.monotonic())
+        if self.setting == "auto" and len(self.ends) == FIRST_STEPS + 1:
+            if self.decided is None:
+                self._decide(state)
+            elif self.plain_s is not None:
+                self._look_again(state)
+        self._apply(state.global_step, kwargs["model"])
+
+    @property
+    def decided(self) -> dict[str, int | None] | None:
+        """From which step on the run is compiled, and until which; None before the decision."""
+        if not self.file.exists():
+            return None
+        decided: dict[str, int | None] = json.loads(self.file.read_text(encoding="utf-8"))
+        return decided
+
+    def _seconds_a_step(self) -> float:
+        times = [after - before for before, after in zip(self.ends[1:], self.ends[2:], strict=False)]
+        return median(times)
+
+    def _decide(self, state: Any) -> None:
+        step_s = self._seconds_a_step()
+        left_s = (state.max_steps - state.global_step) * step_s
+        pays = EXPECTED_GAIN * left_s > EXPECTED_COST_S
+        write_json(self.file, {"from_step": state.global_step if pays else None, "until_step": None})
+        told = f"{left_s / 60:.0f} min of training are left, of which compiling would save about {EXPECTED_GAIN:.0%}"
+        if pays and not _has_compiler():
+            write_json(self.file, {"from_step": None, "until_step": None})
+            self.reporter.warn(f"Not compiled, for want of a C++ compiler (g++): {told}.")
+        elif pays:
+            self.reporter.say(f"The feed-forward blocks are compiled from here on: {told}.")
+            self.plain_s, self.ends = step_s, []
+        else:
+            self.reporter.say(f"Not compiled: {told}, less than the {EXPECTED_COST_S:.0f} s that it costs.")
+
+    def _look_again(self, state: Any) -> None:
+        assert self.plain_s is not None
+        step_s, plain_s = self._seconds_a_step(), self.plain_s
+        self.plain_s = None
+        told = f"{plain_s:.2f} s a step before, {step_s:.2f} s now"
+        if step_s < plain_s:
+            self.reporter.say(f"Compiled: {told}.")
+            return
+        self.reporter.say(f"Compiling did not pay ({told}): it is off again.")
+        write_json(self.file, {**(self.decided or {}), "until_step": state.global_step})
+
+    def _apply(self, step: int, model: Any) -> None:
+        """Compile, or stop using what was compiled, as decided for the step after ``step``."""
+        decided = self.decided or {"from_step": None, "until_step": None}
+        first, last = decided["from_step"], decided["until_step"]
+        wanted = first is not None and first <= step and (last is None or step < last)
+        for part in _parts(model):
+            is_compiled = part._compiled_call_impl is not None
+            if wanted and not is_compiled:
+                part.compile(dynamic=True)
+            elif is_compiled and not wanted:
+                part._compiled_call_impl = None
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
+
+
+def _parts(model: Any) -> Iterator[torch.nn.Module]:
+    """What is compiled of each layer."""
+    for layer in model.get_decoder().layers:
+        yield from (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
