@@ -1,12 +1,14 @@
 """Training speed beside trl's, on the same rows of a real task, with the bundled base in bfloat16.
 
-    python benchmarks/train_speed.py [--steps 24] [--long-steps 6] [--only demo long none] [--batch 16]
+    python benchmarks/train_speed.py [--steps 24] [--long-steps 6] [--only demo instruction long none] [--batch 16]
 
-Three data sets, made of the demo's rows (court names to citations): as they are ("demo", 27 shared tokens); with an
-instruction that is 300 tokens longer ("long"); and without the shared tokens ("none"). Each side trains in a process
-of its own, so that peak memory is its own; rows, seed, LoRA, learning rate, batch and steps are the same. Speed is that
-of the steps after the second. The final loss is that of 64 held-out rows after the last step. Prints tables, and
-writes JSON to benchmarks/results/train_speed.json.
+Four data sets, made of the demo's rows (court names to citations): as they are ("demo"); with an instruction of usual
+length ("instruction"); with one that is 300 tokens longer ("long"); and without the shared tokens ("none"). Each side
+trains in a process of its own, so that peak memory is its own; rows, seed, LoRA, learning rate, batch and steps are
+the same. trl draws an order of its own; "in our order" has it take ours, so that each step is made of the same rows
+and the final losses can be compared. Speed is that of the steps after the second. The final loss is that of 64
+held-out rows after the last step, each computed alone by transformers. Prints tables, and writes JSON to
+benchmarks/results/train_speed.json.
 """
 
 from __future__ import annotations
@@ -26,12 +28,18 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).with_name("results") / "train_speed.json"
-SHARED = 27
 HELD_OUT = 64
-DATA = {"demo": "27 shared tokens", "long": "327 shared tokens", "none": "nothing shared"}
+INSTRUCTION = "Give the abbreviation by which legal citations name this court: only the abbreviation, and nothing else."
+DATA = {
+    "demo": "the demo's rows, 16 shared tokens",
+    "instruction": "27 shared tokens",
+    "long": "327 shared tokens",
+    "none": "nothing shared",
+}
 SIDES = {
     "tunewright": "tunewright",
     "trl": "trl, its defaults",
+    "trl-ordered": "trl, its defaults, in our order",
     "trl-plain": "trl, no checkpointing of activations",
     "trl-padding-free": "trl, padding-free, no checkpointing",
     "trl-packed": "trl, packed (bfd), no checkpointing",
@@ -96,25 +104,28 @@ def table(data: str, steps: int, rows: dict[str, dict[str, float]]) -> Table:
 
 
 def rows_of(data: str, count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The data set's rows: ids and labels."""
+    """The data set's first rows: ids and labels."""
     import tunewright
     from tunewright.demo import example_files
-    from tunewright.project import create_project
+    from tunewright.project import RECIPE_FILE, create_project
     from tunewright.training.rows import IGNORED, as_columns, encode_members
 
+    files = example_files("legal-citations")
+    if data != "demo":
+        files[RECIPE_FILE] = files[RECIPE_FILE].replace("Give the citation abbreviation of this court.", INSTRUCTION)
     with tempfile.TemporaryDirectory() as folder:
-        project = create_project(Path(folder) / "project", example_files("legal-citations"))
+        project = create_project(Path(folder) / "project", files)
         road = tunewright.open(project.root)
         road.add([project.root / "pairs.jsonl"])
-        members = road.version().examples("train")
-        columns = as_columns(encode_members(road.chat, members, 2048).rows)
+        columns = as_columns(encode_members(road.chat, road.version().examples("train"), 2048).rows)
         extra = road.chat.tokenizer("Courts are cited by the abbreviations of the Bluebook. " * 40)["input_ids"][:300]
     ids, labels = columns["input_ids"][:count], columns["labels"][:count]
     if data == "long":
         ids = [[*row[:5], *extra, *row[5:]] for row in ids]
         labels = [[IGNORED] * 300 + row for row in labels]
-    elif data == "none":
-        ids, labels = [row[SHARED:] for row in ids], [row[SHARED:] for row in labels]
+    shared = sum(len(set(column)) == 1 for column in zip(*ids, strict=False))
+    if data == "none":
+        ids, labels = [row[shared:] for row in ids], [row[shared:] for row in labels]
     return ids, labels
 
 
@@ -160,6 +171,7 @@ def build(side: str, model: Any, tokenizer: Any, rows: Any, lora: Any, out: str,
     """The side's trainer; what is not named here is trl's default."""
     from trl import SFTConfig, SFTTrainer
 
+    from tunewright.training.order import LikeLengths
     from tunewright.training.trainer import Trainer
 
     settings: dict[str, Any] = {
@@ -177,10 +189,13 @@ def build(side: str, model: Any, tokenizer: Any, rows: Any, lora: Any, out: str,
         "max_length": None,
         "disable_tqdm": True,
     }
-    if side != "trl":
+    if side not in ("trl", "trl-ordered"):
         settings["gradient_checkpointing"] = False
     if side == "trl-padding-free":
         settings["padding_free"] = True
+    if side == "trl-ordered":
+        settings["train_sampling_strategy"] = "sequential"
+        rows = rows.select(list(LikeLengths(rows["input_ids"], batch, 0)))
     if side == "trl-packed":
         longest = batch * sum(map(len, rows["input_ids"])) // len(rows)
         settings |= {"packing": True, "max_length": longest, "per_device_train_batch_size": 1}
