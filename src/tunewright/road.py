@@ -19,6 +19,7 @@ from tunewright.errors import UserError
 from tunewright.evaluation.evidence import find_evaluation, load_evidence, load_items
 from tunewright.evaluation.verdict import Verdict, verdict
 from tunewright.models.bases import Base, resolve_base
+from tunewright.models.quantized import require_bitsandbytes
 from tunewright.progress import LogReporter, Reporter
 from tunewright.project import Project
 from tunewright.recipe import DataRecipe, Quantize, TrainRecipe
@@ -232,6 +233,7 @@ class Road:
 
         Fewer than 50 training pairs are refused; with ``force`` that is a warning, and the adapter's lineage says so.
         """
+        self._refuse_up_front()
         return self._train(self._forced(force))
 
     def crossfit(self, *, folds: int = FOLDS, force: bool = False) -> EvaluateResult:
@@ -243,6 +245,7 @@ class Road:
 
         if folds < 2:
             raise UserError(f"{folds} folds", where="--folds", fix="Two are the fewest; five are usual.")
+        self._refuse_up_front()
         version, chat = self.version(), self.chat
         return CrossFit(self.project, version, self.base, chat, self.reporter, folds=folds, force=force).run()
 
@@ -325,9 +328,8 @@ class Road:
             )
         added = self.add([self.project.root / source for source in sources])
         self._stage("data", added.created, f"version {added.version.digest[:12]}")
+        self._refuse_up_front()
         forced = self._forced(force)
-        # Before the prompting arms are measured, which takes long.
-        require_servable(self.project.recipe.train)
         advised = self.advise()
         self._stage("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
         trained = self._train(forced)
@@ -389,6 +391,12 @@ class Road:
             UserError: there is none.
         """
         return find_evaluation(self.project.evaluations, evaluation)
+
+    def _refuse_up_front(self) -> None:
+        """What no training by this recipe could end well with, before a base is fetched or anything measured."""
+        settings = self.project.recipe.train
+        require_servable(settings)
+        require_bitsandbytes(settings.quantize)
 
     def _forced(self, force: bool) -> str | None:
         from tunewright.training.few import forced_below
