@@ -93,7 +93,8 @@ def test_the_seven_linear_layers_are_in_four_bits_and_nothing_else_is(
     for part in model.modules():
         if isinstance(part, Linear4bit):
             assert part.compute_dtype == getattr(torch, dtype)
-            assert part.weight.quant_state.nested
+            held: Any = part.weight
+            assert held.quant_state.nested
     assert _base(base.folder).digest == before
 
 
