@@ -266,7 +266,7 @@ class TrainRecipe(_Section):
         bool,
         Field(
             description="What vLLM would not load (DoRA, a rank over 512) is refused before anything else is done; "
-            "false lets it through, to be evaluated or merged."
+            "false lets it through, to be evaluated here and loaded with peft."
         ),
     ] = True
     learning_rate: Annotated[

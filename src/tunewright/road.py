@@ -378,7 +378,10 @@ class Road:
                 require_batchable(adapter.folder)
                 trained = trained_quantize([adapter])
                 if recipe.serve.quantize is None and trained != held:
-                    raise UserError(f"it was trained with train.quantize {trained}, and the base is held with {held}")
+                    raise UserError(
+                        f"it was trained with train.quantize {trained}, and the base is held with {held}; name it to "
+                        "serve it, or set serve.quantize"
+                    )
             except UserError as error:
                 self.reporter.warn(f"{adapter.name} is not served: {error.what}")
                 continue
@@ -396,7 +399,7 @@ class Road:
         """What no training by this recipe could end well with, before a base is fetched or anything measured."""
         settings = self.project.recipe.train
         require_servable(settings)
-        require_bitsandbytes(settings.quantize)
+        require_bitsandbytes(settings.quantize, "train.quantize")
 
     def _forced(self, force: bool) -> str | None:
         from tunewright.training.few import forced_below

@@ -50,7 +50,7 @@ def require_servable(settings: TrainRecipe) -> None:
         raise UserError(
             f"vLLM does not load {why}",
             where=key,
-            fix=f"{instead}; or set train.servable to false, for an adapter that is evaluated here, and merged.",
+            fix=f"{instead}; or set train.servable to false, for an adapter to evaluate here and to load with peft.",
         )
 
 

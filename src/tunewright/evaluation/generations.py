@@ -13,7 +13,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.disk import digest, writing
 from tunewright.models.bases import Base
-from tunewright.models.loading import load_model, with_adapters
+from tunewright.models.loading import load_model, named, with_adapters
 from tunewright.progress import Reporter
 from tunewright.recipe import Quantize
 
@@ -97,7 +97,7 @@ class Generator:
 
     def _with(self, adapter: Adapter | None) -> Any:
         if self._model is None:
-            self.reporter.say(f"Loading {self.base.spec}")
+            self.reporter.say(f"Loading {named(self.base, self.quantize)}")
             self._model = load_model(self.base, self.dtype, self.quantize)
         if adapter is not None and self._loaded is None:
             self._model, self._loaded = with_adapters(self._model, {adapter.name: adapter.folder}), adapter

@@ -18,7 +18,7 @@ from tunewright.errors import UserError
 from tunewright.evaluation.crossfit import out_of_fold
 from tunewright.models.bases import Base
 from tunewright.models.decoding import prefill_groups
-from tunewright.models.loading import context_length, load_model, with_adapters
+from tunewright.models.loading import context_length, load_model, named, with_adapters
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.training.rows import encode_members, name_of, trained_spans
@@ -113,9 +113,9 @@ def _losses(
             waiting.append((adapter, rows))
     if not waiting:
         return losses
-    reporter.say(f"Loading {base.spec}")
     # The folds' adapters come from one recipe: all were trained on the base held in the same way.
     quantize = trained_quantize([adapter for adapter, _ in waiting])
+    reporter.say(f"Loading {named(base, quantize)}")
     loaded = load_model(base, project.recipe.train.dtype, quantize)
     model = with_adapters(loaded, {adapter.name: adapter.folder for adapter, _ in waiting})
     with reporter.task("judging answers", sum(len(rows) for _, rows in waiting), "rows") as task:

@@ -52,6 +52,11 @@ def load_model(base: Base, dtype: str, quantize: Quantize) -> PreTrainedModel:
     return model
 
 
+def named(base: Base, quantize: Quantize) -> str:
+    """What people are told is loaded: the base as the recipe names it, and how it is held where that is not whole."""
+    return f"{base.spec} in NF4" if quantize == "nf4" else base.spec
+
+
 def load_tokenizer(base: Base) -> Any:
     """The base's own tokenizer, with a padding token (the end of text, where it has none)."""
     from transformers import AutoTokenizer

@@ -24,8 +24,8 @@ _OLDEST = (0, 50)
 """The first bitsandbytes that trains over NF4 on the CPU as on CUDA; as in pyproject.toml."""
 
 
-def require_bitsandbytes(quantize: Quantize) -> None:
-    """Check that a base can be held so, before anything is loaded.
+def require_bitsandbytes(quantize: Quantize, key: str = "quantize") -> None:
+    """Check that a base can be held so, before anything is loaded; ``key`` is where the recipe asks for it.
 
     Raises:
         UserError: NF4 is asked for, and bitsandbytes is missing or too old.
@@ -41,8 +41,8 @@ def require_bitsandbytes(quantize: Quantize) -> None:
         there = "it is not" if found is None else f"{found} is"
         raise UserError(
             f"nf4 needs bitsandbytes {needed} or newer, and {there} installed",
-            where="quantize",
-            fix="pip install 'tunewright[4bit]', or set quantize to none.",
+            where=key,
+            fix=f"pip install 'tunewright[4bit]', or set {key} to none.",
         )
 
 
@@ -66,9 +66,10 @@ def nf4_config(dtype: str) -> BitsAndBytesConfig:
 def held_in_nf4(model: Any) -> None:
     """Have a model that transformers has just quantized compute the same in training and in evaluation mode.
 
-    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights for good at its first pass in evaluation
-    mode: their scales are rounded to bfloat16, and no gradient goes through the layer any more. After the first look at
-    the dev split such a model would train on without learning anything.
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at its first pass in evaluation mode: their
+    scales are rounded to bfloat16, and no gradient goes through the layer until its state is next taken, which unpacks
+    the weights to not quite what they were. After a look at the dev split a run would go on with wrong gradients, or
+    none, over another base.
     """
     from bitsandbytes.nn import Linear4bit
 

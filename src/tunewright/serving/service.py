@@ -9,7 +9,7 @@ from typing import Any
 
 from tunewright.chat import ChatFormat
 from tunewright.models.bases import Base
-from tunewright.models.loading import context_length, load_model, with_adapters
+from tunewright.models.loading import context_length, load_model, named, with_adapters
 from tunewright.progress import Reporter
 from tunewright.recipe import Quantize, Recipe
 from tunewright.serving.app import create_app
@@ -39,7 +39,9 @@ class Service:
         host: str | None = None,
         port: int | None = None,
     ) -> None:
-        reporter.say(f"Loading {base.spec}" + (f" with {len(adapters)} of its adapters" if adapters else ""))
+        reporter.say(
+            f"Loading {named(base, quantize)}" + (f" with {len(adapters)} of its adapters" if adapters else "")
+        )
         model: Any = load_model(base, recipe.train.dtype, quantize)
         # peft makes module names of adapter names, which may hold no dot: inside, adapters are numbered.
         inside = {f"adapter_{number}": name for number, name in enumerate(adapters)}

@@ -16,7 +16,7 @@ from tunewright.chat.opening import refuse_untrained
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, write_json, writing
 from tunewright.models.bases import Base
-from tunewright.models.loading import context_length, device, load_model
+from tunewright.models.loading import context_length, device, load_model, named
 from tunewright.models.quantized import require_bitsandbytes
 from tunewright.models.quiet import quiet_transformers
 from tunewright.progress import Reporter
@@ -90,7 +90,7 @@ def train(
     identity = digest(training_inputs(recipe, version, base, chat))
     if (there := _trained_before(place, recipe.name, identity)) is not None:
         return TrainResult(there, trained=False)
-    require_bitsandbytes(recipe.train.quantize)
+    require_bitsandbytes(recipe.train.quantize, "train.quantize")
     limit = min(recipe.train.max_length, context_length(base))
     splits = {
         name: training_rows(chat, version.examples(name), limit, recipe.train.too_long, reporter)
@@ -99,7 +99,7 @@ def train(
     encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows
     refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
     work = project.work / "training" / identity[:12]
-    reporter.say(f"Loading {base.spec}{' in NF4' if recipe.train.quantize == 'nf4' else ''}")
+    reporter.say(f"Loading {named(base, recipe.train.quantize)}")
     model = load_model(base, recipe.train.dtype, recipe.train.quantize)
     dev = list({m.key: m for m in splits["dev"].members}.values())
     answered = dev_task(recipe, chat, version.domain_of("train"), dev, context_length(base), reporter)
