@@ -145,7 +145,7 @@ def run_side(side: str, data: str, steps: int, batch: int) -> dict[str, float]:
     ids, labels = rows_of(data, steps * batch + HELD_OUT)
     train, held_out = ({"input_ids": ids[a:b], "labels": labels[a:b]} for a, b in ((HELD_OUT, None), (0, HELD_OUT)))
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
-    model = load_model(base, "bfloat16")
+    model = load_model(base, "bfloat16", "none")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=targets)
     set_seed(0)

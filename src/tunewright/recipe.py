@@ -14,6 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Metric = Literal["exact_match", "bleu"]
 
+Quantize = Literal["none", "nf4"]
+"""How a base is held in memory."""
+
 # As data.secrets names what it finds: the first 21 are secrets, the next 5 personal data, the last 3 need --presidio.
 Findable = Literal[
     "private_key",
@@ -237,7 +240,7 @@ class TrainRecipe(_Section):
         tuple[Target, ...],
         Field(min_length=1, description="The linear layers that get LoRA weights (Hu et al. 2021, section 7.1)."),
     ] = ("q_proj", "v_proj")
-    rank: Annotated[int, Field(ge=1, le=512, description="LoRA rank (16: Alpaca-LoRA's published adapters).")] = 16
+    rank: Annotated[int, Field(ge=1, description="LoRA rank (16: Alpaca-LoRA's published adapters).")] = 16
     alpha: Annotated[
         int,
         Field(ge=1, description="LoRA scale is alpha / rank (32: Schulman et al. 2025, LoRA Without Regret)."),
@@ -245,6 +248,27 @@ class TrainRecipe(_Section):
     dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the LoRA weights (0: peft's default).")] = (
         0.0
     )
+    rslora: Annotated[
+        bool,
+        Field(
+            description="LoRA scale is alpha / sqrt(rank), so that a high rank learns no slower (Kalajdzievski 2023, "
+            "arXiv 2312.03732; false: peft's default)."
+        ),
+    ] = False
+    dora: Annotated[
+        bool,
+        Field(
+            description="Magnitudes are trained apart from directions: DoRA (Liu et al. 2024, arXiv 2402.09353; false: "
+            "peft's default). vLLM does not load it."
+        ),
+    ] = False
+    servable: Annotated[
+        bool,
+        Field(
+            description="What vLLM would not load (DoRA, a rank over 512) is refused before anything else is done; "
+            "false lets it through, to be evaluated here and loaded with peft."
+        ),
+    ] = True
     learning_rate: Annotated[
         float,
         Field(
@@ -308,6 +332,13 @@ class TrainRecipe(_Section):
             "(bfloat16: the type that Llama and Mistral are published in)."
         ),
     ] = "bfloat16"
+    quantize: Annotated[
+        Quantize,
+        Field(
+            description="How the base is held: `none` in dtype; `nf4` with its linear layers in 4 bits, doubly "
+            "quantized: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), which needs tunewright[4bit]."
+        ),
+    ] = "none"
     checkpoint_every: Annotated[
         int, Field(ge=1, description="Steps between the checkpoints that a stopped run goes on from.")
     ] = 50
@@ -347,7 +378,7 @@ class TrainRecipe(_Section):
 
     def deciding(self) -> dict[str, Any]:
         """The values that decide which adapter comes out; how often a run is checkpointed is none of them."""
-        return self.model_dump(mode="json", exclude={"checkpoint_every"})
+        return self.model_dump(mode="json", exclude={"checkpoint_every", "servable"})
 
     @model_validator(mode="after")
     def _check_batches(self) -> TrainRecipe:
@@ -378,6 +409,10 @@ class EvaluateRecipe(_Section):
         ),
     ] = None
     batch_size: Annotated[int, Field(ge=1, description="Conversations generated at once.")] = 32
+    quantize: Annotated[
+        Quantize | None,
+        Field(description="How the base is held, for all arms alike (null: as the adapter was trained on it)."),
+    ] = None
     margin: Annotated[
         float,
         Field(
@@ -394,6 +429,9 @@ class ServeRecipe(_Section):
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on (0: any free one).")] = 8000
     max_batch: Annotated[int, Field(ge=1, description="Conversations generated at once, over all adapters.")] = 16
+    quantize: Annotated[
+        Quantize | None, Field(description="How the base is held (null: as the adapters were trained on it).")
+    ] = None
 
 
 class Recipe(_Section):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.fit import require_fit
-from tunewright.adapters.registry import find_adapter, list_adapters
+from tunewright.adapters.fit import require_fit, trained_quantize
+from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
+from tunewright.adapters.servable import require_batchable, require_servable
 from tunewright.data.add import AddResult, add
 from tunewright.data.formats import uses_columns
 from tunewright.data.versions import DatasetVersion, Member, load_version
@@ -18,9 +19,10 @@ from tunewright.errors import UserError
 from tunewright.evaluation.evidence import find_evaluation, load_evidence, load_items
 from tunewright.evaluation.verdict import Verdict, verdict
 from tunewright.models.bases import Base, resolve_base
+from tunewright.models.quantized import require_bitsandbytes
 from tunewright.progress import LogReporter, Reporter
 from tunewright.project import Project
-from tunewright.recipe import DataRecipe
+from tunewright.recipe import DataRecipe, Quantize, TrainRecipe
 from tunewright.report.html import write_report
 
 if TYPE_CHECKING:
@@ -231,6 +233,7 @@ class Road:
 
         Fewer than 50 training pairs are refused; with ``force`` that is a warning, and the adapter's lineage says so.
         """
+        self._refuse_up_front()
         return self._train(self._forced(force))
 
     def crossfit(self, *, folds: int = FOLDS, force: bool = False) -> EvaluateResult:
@@ -242,6 +245,7 @@ class Road:
 
         if folds < 2:
             raise UserError(f"{folds} folds", where="--folds", fix="Two are the fewest; five are usual.")
+        self._refuse_up_front()
         version, chat = self.version(), self.chat
         return CrossFit(self.project, version, self.base, chat, self.reporter, folds=folds, force=force).run()
 
@@ -249,13 +253,14 @@ class Road:
         """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split."""
         tuned = find_adapter(self.project.adapters, adapter)
         require_fit(tuned, self.base, self.chat)
-        trained_by = tuned.lineage["recipe"]["train"]
-        if any(trained_by.get(key) != value for key, value in self.project.recipe.train.deciding().items()):
+        # Keys that there were not yet when it was trained had the effect of their defaults.
+        trained_by = TrainRecipe().deciding() | tuned.lineage["recipe"]["train"]
+        if any(trained_by[key] != value for key, value in self.project.recipe.train.deciding().items()):
             self.reporter.warn(
                 f"The recipe's train section has changed since {tuned.name} was trained, and that adapter is evaluated "
                 "as it is; `tunewright train` makes one by the recipe."
             )
-        measurement = self._measurement()
+        measurement = self._measurement(tuned)
         trained_on = tuned.lineage["dataset"]["digest"]
         if trained_on != measurement.version.digest:
             raise UserError(
@@ -323,6 +328,7 @@ class Road:
             )
         added = self.add([self.project.root / source for source in sources])
         self._stage("data", added.created, f"version {added.version.digest[:12]}")
+        self._refuse_up_front()
         forced = self._forced(force)
         advised = self.advise()
         self._stage("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
@@ -337,28 +343,49 @@ class Road:
     def serve(self, adapters: Sequence[str] = (), *, host: str | None = None, port: int | None = None) -> Service:
         """A server for the base and adapters (all that fit the base by default), loaded but not yet started.
 
-        ``NAME@step-N`` is an adapter's earlier checkpoint.
+        ``NAME@step-N`` is an adapter's earlier checkpoint. Adapters that are named decide how the base is held (as
+        they were trained on it), unless ``serve.quantize`` does; else the recipe decides.
+
+        Raises:
+            UserError: a named adapter that does not fit, or that cannot be served together with the others.
         """
         from tunewright.serving.service import Service
 
+        recipe = self.project.recipe
         folders: dict[str, Path] = {}
+        named: list[Adapter] = []
         for name in adapters:
             adapter_name, _, step = name.partition("@")
             adapter = find_adapter(self.project.adapters, adapter_name)
             require_fit(adapter, self.base, self.chat)
+            require_batchable(adapter.folder)
+            named.append(adapter)
             if step:
                 folders[f"{adapter.name}@{step}"] = adapter.checkpoint(step)
             else:
                 folders[adapter.name] = adapter.folder
+        held = recipe.serve.quantize or (trained_quantize(named) if named else recipe.train.quantize)
         if not adapters:
-            for adapter in list_adapters(self.project.adapters):
-                try:
-                    require_fit(adapter, self.base, self.chat)
-                except UserError as error:
-                    self.reporter.warn(f"{adapter.name} is not served: {error.what}")
-                    continue
-                folders[adapter.name] = adapter.folder
-        return Service(self.project.recipe, self.base, self.chat, folders, self.reporter, host=host, port=port)
+            folders = {adapter.name: adapter.folder for adapter in self._all_that_fit(held)}
+        return Service(recipe, self.base, self.chat, held, folders, self.reporter, host=host, port=port)
+
+    def _all_that_fit(self, held: Quantize) -> Iterator[Adapter]:
+        """The adapters that can be served on the base held so; the others are named in warnings."""
+        recipe = self.project.recipe
+        for adapter in list_adapters(self.project.adapters):
+            try:
+                require_fit(adapter, self.base, self.chat)
+                require_batchable(adapter.folder)
+                trained = trained_quantize([adapter])
+                if recipe.serve.quantize is None and trained != held:
+                    raise UserError(
+                        f"it was trained with train.quantize {trained}, and the base is held with {held}; name it to "
+                        "serve it, or set serve.quantize"
+                    )
+            except UserError as error:
+                self.reporter.warn(f"{adapter.name} is not served: {error.what}")
+                continue
+            yield adapter
 
     def evaluation(self, evaluation: str | Path | None = None) -> Path:
         """An evaluation's folder: as given (ID, folder or evidence file), else the newest.
@@ -367,6 +394,12 @@ class Road:
             UserError: there is none.
         """
         return find_evaluation(self.project.evaluations, evaluation)
+
+    def _refuse_up_front(self) -> None:
+        """What no training by this recipe could end well with, before a base is fetched or anything measured."""
+        settings = self.project.recipe.train
+        require_servable(settings)
+        require_bitsandbytes(settings.quantize, "train.quantize")
 
     def _forced(self, force: bool) -> str | None:
         from tunewright.training.few import forced_below
@@ -379,14 +412,22 @@ class Road:
         facts = {"forced": forced} if forced else {}
         return train(self.project, self.version(), self.base, self.chat, self.reporter, facts=facts)
 
-    def _measurement(self) -> Measurement:
+    def _measurement(self, adapter: Adapter | None = None) -> Measurement:
+        """The arms on the base as ``adapter`` was trained on it, or will be by the recipe; or as the recipe says."""
         from tunewright.evaluation.generations import Generator
         from tunewright.evaluation.measure import Measurement
 
         recipe = self.project.recipe
         version = self.version()
+        trained = recipe.train.quantize if adapter is None else trained_quantize([adapter])
         generator = Generator(
-            self.base, self.chat, recipe.train.dtype, recipe.evaluate.batch_size, self.project.work, self.reporter
+            self.base,
+            self.chat,
+            recipe.train.dtype,
+            recipe.evaluate.quantize or trained,
+            recipe.evaluate.batch_size,
+            self.project.work,
+            self.reporter,
         )
         return Measurement(self.project, version, generator, self.reporter)
 

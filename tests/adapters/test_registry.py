@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, find_adapter, list_adapters, store_adapter
 from tunewright.errors import UserError
@@ -12,7 +14,7 @@ from tunewright.errors import UserError
 
 def _weights(folder: Path, content: bytes) -> Path:
     folder.mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes(content)
+    save_file({"model.q_proj.lora_A.weight": torch.tensor([*content], dtype=torch.float32)}, folder / WEIGHTS)
     (folder / CONFIG).write_text("{}")
     return folder
 
@@ -26,6 +28,7 @@ def _store(tmp_path: Path, name: str, content: bytes, created: str = "2026-01-01
         {"step-5": weights},
         {"created": created, "inputs_digest": "inputs"},
         [{"step": 1, "loss": 2.5}],
+        servable=True,
     )
 
 

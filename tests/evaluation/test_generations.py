@@ -17,7 +17,7 @@ from tunewright.progress import LogReporter
 @pytest.fixture
 def generator(tiny_base_folder: Path, tmp_path: Path) -> Generator:
     base = resolve_base(str(tiny_base_folder), None, tmp_path, LogReporter())
-    return Generator(base, open_chat(base), "float32", 4, tmp_path, LogReporter())
+    return Generator(base, open_chat(base), "float32", "none", 4, tmp_path, LogReporter())
 
 
 def _prompts(generator: Generator, count: int) -> list[tuple[int, ...]]:
@@ -37,7 +37,7 @@ def test_known_answers_need_no_model(generator: Generator, monkeypatch: pytest.M
     prompts = _prompts(generator, 3)
     before = generator.answer("x", prompts, 8)
     monkeypatch.setattr(generations, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    again = Generator(generator.base, generator.chat, "float32", 4, generator.folder.parent, LogReporter())
+    again = Generator(generator.base, generator.chat, "float32", "none", 4, generator.folder.parent, LogReporter())
     assert again.answer("x", prompts, 8) == before
 
 
@@ -46,7 +46,7 @@ def test_a_half_written_line_costs_one_answer_and_no_more(generator: Generator) 
     before = generator.answer("x", prompts, 8)
     (journal,) = generator.folder.iterdir()
     journal.write_text(journal.read_text()[:-20])
-    again = Generator(generator.base, generator.chat, "float32", 4, generator.folder.parent, LogReporter())
+    again = Generator(generator.base, generator.chat, "float32", "none", 4, generator.folder.parent, LogReporter())
     assert again.answer("x", prompts, 8) == before
     assert again.answer("x", prompts, 8) == before
 

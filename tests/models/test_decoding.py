@@ -255,10 +255,31 @@ def test_an_unknown_adapter_is_refused_and_leaves_the_batch_as_it_was(tenants: A
     assert not any(part._forward_pre_hooks for part in tenants.modules())
 
 
+def _with_dora() -> Any:
+    torch.manual_seed(0)
+    model = get_peft_model(_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "tuned")
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    return model.eval()
+
+
 def test_an_adapter_that_cannot_share_a_batch_is_refused_by_name() -> None:
-    model = get_peft_model(_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "tuned").eval()
+    model = _with_dora()
     with pytest.raises(UserError, match="adapter tuned is not plain LoRA"):
         Batch(model, stop_ids=STOPS, pad_id=PAD)
+    with pytest.raises(UserError, match="adapter tuned is not plain LoRA"):
+        _generate(model, _requests(4, None, "tuned"), 4)
+
+
+def test_dora_answers_where_all_rows_are_its_own_and_the_base_where_none_is() -> None:
+    model = _with_dora()
+    plain = _llama()
+    base, tuned = _requests(12), _requests(12, "tuned")
+    for _ in range(2):
+        assert _generate(model, tuned, 5) == [_reference(model, request) for request in tuned]
+        assert _generate(model, base, 5) == [_reference(plain, request) for request in base]
+    assert _generate(model, tuned, 5) != _generate(model, base, 5)
 
 
 @given(st.lists(st.integers(1, 9000), max_size=40))

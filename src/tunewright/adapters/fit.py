@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunewright.adapters.registry import Adapter
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
+from tunewright.recipe import Quantize
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
@@ -45,3 +47,21 @@ def require_fit(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
             where=adapter.name,
             fix="Set chat.template and chat.date to what it was trained with, or train again.",
         )
+
+
+def trained_quantize(adapters: Sequence[Adapter]) -> Quantize:
+    """How the base was held while these adapters (at least one) were trained on it.
+
+    Raises:
+        UserError: not the same for all.
+    """
+    # Before there was the key, every base was held whole.
+    by_kind: dict[Quantize, str] = {a.lineage["recipe"]["train"].get("quantize", "none"): a.name for a in adapters}
+    if len(by_kind) > 1:
+        told = ", ".join(f"{name} with train.quantize {kind}" for kind, name in by_kind.items())
+        raise UserError(
+            f"they were trained on the base held in different ways: {told}",
+            where="quantize",
+            fix="Name adapters of one kind, or set serve.quantize for all.",
+        )
+    return next(iter(by_kind))

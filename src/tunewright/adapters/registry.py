@@ -17,11 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunewright.adapters.servable import CONFIG as CONFIG
+from tunewright.adapters.servable import WEIGHTS as WEIGHTS
+from tunewright.adapters.servable import check_adapter
 from tunewright.disk import digest, file_digest, new_folder, write_json, write_text
 from tunewright.errors import UserError
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 LINEAGE = "lineage.json"
 HISTORY = "history.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -105,11 +106,18 @@ def store_adapter(
     checkpoints: Mapping[str, Path],
     lineage: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
+    *,
+    servable: bool,
 ) -> Adapter:
     """Copy a trained adapter (and its earlier checkpoints) into a folder named by its digest.
 
     Other inputs may come to the very same adapter: the one that is there keeps its lineage, which then names both.
+
+    Raises:
+        UserError: a weight that is no finite number, or (if it is to be ``servable``) what vLLM would not load.
     """
+    for source in (weights, *checkpoints.values()):
+        check_adapter(source, servable=servable)
     identity = adapter_digest(weights)
     folder = adapters / f"{name}-{identity[:12]}"
     with new_folder(folder) as temporary:

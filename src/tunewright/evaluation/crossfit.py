@@ -101,6 +101,8 @@ class CrossFit:
         self.forced = forced_below(fewest, force=force, reporter=reporter, place=place)
         # Of all rows, so that no fold cuts what another would not, and an answer of the base serves every fold.
         self.limit = answer_limit(self.recipe, chat, version.domain)
+        # The folds' adapters are all trained by this recipe.
+        self.quantize = self.recipe.evaluate.quantize or self.recipe.train.quantize
         self.trainings = digest([training_inputs(self.recipe, v, base, chat) for v in self.versions])
 
     @property
@@ -110,6 +112,7 @@ class CrossFit:
         decides = {
             "trainings": self.trainings,
             "max_new_tokens": self.limit,
+            "quantize": self.quantize,
             "metric": settings.metric,
             "margin": settings.margin,
             "arms": [plan.name for plan in prompting_arms(settings.shots)],
@@ -167,6 +170,7 @@ class CrossFit:
             self.base,
             self.chat,
             self.recipe.train.dtype,
+            self.quantize,
             self.recipe.evaluate.batch_size,
             self.project.work,
             self.reporter,
@@ -196,7 +200,7 @@ class CrossFit:
             contrasts=measured_contrasts(self.recipe, members, answers, control),
             bleu_signature=bleu_signature(),
             lineage={
-                **measured_with(self.recipe, self.base, self.chat, self.limit),
+                **measured_with(self.recipe, self.base, self.chat, self.quantize, self.limit),
                 "dataset": self.version.digest,
                 "folds": [fold.version.digest for fold in done],
                 "adapters": [{"name": fold.adapter.name, "digest": fold.adapter.digest} for fold in done],

@@ -13,8 +13,9 @@ from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.disk import digest, writing
 from tunewright.models.bases import Base
-from tunewright.models.loading import load_model, with_adapters
+from tunewright.models.loading import load_model, named, with_adapters
 from tunewright.progress import Reporter
+from tunewright.recipe import Quantize
 
 _ENGINE = "decoding-1"
 """Part of every key: to be counted up when a change of the decoding loop changes answers."""
@@ -35,11 +36,19 @@ class Generator:
     """Answers prompts greedily with the base, adapter off or on; the base is loaded once, and only if needed."""
 
     def __init__(
-        self, base: Base, chat: ChatFormat, dtype: str, batch_size: int, work: Path, reporter: Reporter
+        self,
+        base: Base,
+        chat: ChatFormat,
+        dtype: str,
+        quantize: Quantize,
+        batch_size: int,
+        work: Path,
+        reporter: Reporter,
     ) -> None:
         self.base = base
         self.chat = chat
         self.dtype = dtype
+        self.quantize = quantize
         self.batch_size = batch_size
         self.folder = work / "generations"
         self.reporter = reporter
@@ -88,8 +97,8 @@ class Generator:
 
     def _with(self, adapter: Adapter | None) -> Any:
         if self._model is None:
-            self.reporter.say(f"Loading {self.base.spec}")
-            self._model = load_model(self.base, self.dtype)
+            self.reporter.say(f"Loading {named(self.base, self.quantize)}")
+            self._model = load_model(self.base, self.dtype, self.quantize)
         if adapter is not None and self._loaded is None:
             self._model, self._loaded = with_adapters(self._model, {adapter.name: adapter.folder}), adapter
         assert adapter is None or adapter == self._loaded, "one adapter for each generator"
@@ -103,6 +112,7 @@ class Generator:
                 "template": self.chat.digest,
                 "adapter": adapter.digest if adapter else None,
                 "dtype": self.dtype,
+                "quantize": self.quantize,
                 "max_new_tokens": max_new_tokens,
             }
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.fit import require_fit
+from tunewright.adapters.fit import require_fit, trained_quantize
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.chat import ChatFormat, Tokens
 from tunewright.data.versions import DatasetVersion, Member, short
@@ -18,7 +18,7 @@ from tunewright.errors import UserError
 from tunewright.evaluation.crossfit import out_of_fold
 from tunewright.models.bases import Base
 from tunewright.models.decoding import prefill_groups
-from tunewright.models.loading import context_length, load_model, with_adapters
+from tunewright.models.loading import context_length, load_model, named, with_adapters
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.training.rows import encode_members, name_of, trained_spans
@@ -103,7 +103,6 @@ def _losses(
     project: Project, base: Base, chat: ChatFormat, judges: Sequence[Judge], reporter: Reporter
 ) -> dict[str, float]:
     """The losses by pair key; those of earlier calls are kept in the working folder."""
-    dtype = project.recipe.train.dtype
     losses: dict[str, float] = {}
     waiting: list[tuple[Adapter, dict[str, Tokens]]] = []
     for adapter, members in judges:
@@ -114,8 +113,11 @@ def _losses(
             waiting.append((adapter, rows))
     if not waiting:
         return losses
-    reporter.say(f"Loading {base.spec}")
-    model = with_adapters(load_model(base, dtype), {adapter.name: adapter.folder for adapter, _ in waiting})
+    # The folds' adapters come from one recipe: all were trained on the base held in the same way.
+    quantize = trained_quantize([adapter for adapter, _ in waiting])
+    reporter.say(f"Loading {named(base, quantize)}")
+    loaded = load_model(base, project.recipe.train.dtype, quantize)
+    model = with_adapters(loaded, {adapter.name: adapter.folder for adapter, _ in waiting})
     with reporter.task("judging answers", sum(len(rows) for _, rows in waiting), "rows") as task:
         for adapter, rows in waiting:
             model.set_adapter(adapter.name)

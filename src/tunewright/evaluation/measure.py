@@ -34,7 +34,7 @@ from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.progress import Reporter
 from tunewright.project import Project
-from tunewright.recipe import Recipe
+from tunewright.recipe import Quantize, Recipe
 from tunewright.training.lineage import packages
 
 
@@ -174,6 +174,7 @@ class Measurement:
             "base": self.generator.base.digest,
             "template": self.generator.chat.digest,
             "dtype": self.generator.dtype,
+            "quantize": self.generator.quantize,
             "max_new_tokens": limit,
             "metric": self.settings.metric,
             "seed": self.project.recipe.seed,
@@ -202,7 +203,13 @@ class Measurement:
             contrasts=measured_contrasts(self.project.recipe, test, answers, advice.best),
             bleu_signature=bleu_signature(),
             lineage={
-                **measured_with(self.project.recipe, self.generator.base, self.generator.chat, advice.max_new_tokens),
+                **measured_with(
+                    self.project.recipe,
+                    self.generator.base,
+                    self.generator.chat,
+                    self.generator.quantize,
+                    advice.max_new_tokens,
+                ),
                 "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
                 "dataset": self.version.digest,
                 "test_split": self.version.split_digest("test"),
@@ -264,7 +271,7 @@ def measured_contrasts(
     ]
 
 
-def measured_with(recipe: Recipe, base: Base, chat: ChatFormat, limit: int) -> dict[str, Any]:
+def measured_with(recipe: Recipe, base: Base, chat: ChatFormat, quantize: Quantize, limit: int) -> dict[str, Any]:
     """What the evidence's lineage says of the means; ``created`` is UTC, ISO 8601."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -275,8 +282,9 @@ def measured_with(recipe: Recipe, base: Base, chat: ChatFormat, limit: int) -> d
             "max_new_tokens": limit,
             "batch_size": recipe.evaluate.batch_size,
             "dtype": recipe.train.dtype,
+            "quantize": quantize,
         },
-        "packages": packages(),
+        "packages": packages(quantize),
     }
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,15 +131,16 @@ class Batch:
             in eval mode, adapters enabled, none merged.
         stop_ids: tokens that end an answer; they are not part of it.
         pad_id: any token id; padding is never attended to.
+        mixed: rows may ask for different adapters. If not, any kind of LoRA will do.
 
     Raises:
-        UserError: an adapter is of a kind that cannot share a batch.
+        UserError: rows are mixed, and an adapter is of a kind that cannot share a batch.
     """
 
-    def __init__(self, model: Any, *, stop_ids: Collection[int], pad_id: int) -> None:
+    def __init__(self, model: Any, *, stop_ids: Collection[int], pad_id: int, mixed: bool = True) -> None:
         self.rows: list[Row] = []
         self._model = model
-        self._adapters = _Adapters(model)
+        self._adapters = _Adapters(model, mixed=mixed)
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
         # Without the model's config every layer keeps the whole past. A sliding window is then applied by the
@@ -227,9 +228,10 @@ def generate(
         on_finished: told a request's index and its completion as soon as it is there (not in order).
 
     Raises:
-        UserError: an adapter is of a kind that cannot share a batch.
+        UserError: the requests are for different adapters, and one is of a kind that cannot share a batch.
     """
-    batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id)
+    mixed = len({request.adapter for request in requests}) > 1
+    batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id, mixed=mixed)
     # The longest prompts first: neighbours in the queue are then of like length, and if memory is short it shows at
     # once, not after an hour.
     waiting = deque(sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids)))
@@ -268,10 +270,15 @@ class _Adapters:
 
     PEFT's own ``forward(adapter_names=...)`` does the same, but looks for the layers anew in every pass (a quarter of
     the time of a short one) and leaves its hooks behind when a pass fails.
+
+    Rows of one pass cannot be told apart where DoRA is involved (peft refuses). Rows that are not ``mixed`` need not
+    be: then the one adapter is switched on for the pass, or all are off.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, mixed: bool) -> None:
         assert not model.training, "decoding needs eval mode"
+        self._model = model
+        self._alone = False
         self._names: set[str] = set()
         self._layers: list[Any] = []
         if not isinstance(model, PeftModel):
@@ -279,6 +286,9 @@ class _Adapters:
         configs: dict[str, Any] = model.peft_config
         for name, config in configs.items():
             if config.peft_type != "LORA" or config.use_dora or config.alora_invocation_tokens:
+                self._alone = not mixed
+                if not mixed:
+                    continue
                 raise UserError(
                     f"the adapter {name} is not plain LoRA, so it cannot answer in one batch with others",
                     fix="Train it as plain LoRA: without DoRA or activated LoRA.",
@@ -298,6 +308,13 @@ class _Adapters:
     @contextmanager
     def answering(self, names: Sequence[str | None]) -> Iterator[None]:
         """While this is open, row i of a pass is answered by the adapter ``names[i]`` (None: by the base)."""
+        if self._alone:
+            (only,) = set(names)
+            if only is not None:
+                self._model.set_adapter(only)
+            with nullcontext() if only is not None else self._model.disable_adapter():
+                yield
+            return
         rows = [_BASE if name is None else name for name in names]
 
         def name_rows(_layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
+from tunewright.models.quantized import held_in_nf4, nf4_config
 from tunewright.models.quiet import quiet_transformers
+from tunewright.recipe import Quantize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,8 +24,15 @@ def device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(base: Base, dtype: str) -> PreTrainedModel:
-    """The base's weights in ``dtype`` ("bfloat16" or "float32"), in evaluation mode."""
+def load_model(base: Base, dtype: str, quantize: Quantize) -> PreTrainedModel:
+    """The base's weights in ``dtype`` ("bfloat16" or "float32"), in evaluation mode.
+
+    With ``quantize`` "nf4" the linear layers are held in 4 bits and compute in ``dtype``; embeddings, norms and the
+    output layer are in ``dtype`` still.
+
+    Raises:
+        UserError: NF4 is asked for, and bitsandbytes is not installed.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -31,13 +40,21 @@ def load_model(base: Base, dtype: str) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             base.folder,
             dtype=getattr(torch, dtype),
+            quantization_config=nf4_config(dtype) if quantize == "nf4" else None,
             device_map=device(),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
         )
+        if quantize == "nf4":
+            held_in_nf4(model)
     model.eval()
     return model
+
+
+def named(base: Base, quantize: Quantize) -> str:
+    """What people are told is loaded: the base as the recipe names it, and how it is held where that is not whole."""
+    return f"{base.spec} in NF4" if quantize == "nf4" else base.spec
 
 
 def load_tokenizer(base: Base) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 from tunewright.chat import ChatFormat
 from tunewright.models.bases import Base
-from tunewright.models.loading import context_length, load_model, with_adapters
+from tunewright.models.loading import context_length, load_model, named, with_adapters
 from tunewright.progress import Reporter
-from tunewright.recipe import Recipe
+from tunewright.recipe import Quantize, Recipe
 from tunewright.serving.app import create_app
 from tunewright.serving.engine import Engine, ServedModel
 from tunewright.serving.server import serve, serving
@@ -22,6 +22,7 @@ class Service:
 
     Args:
         recipe: gives precision, address, port and batch.
+        quantize: how the base is held.
         adapters: folders by the names that clients ask for.
         host, port: in place of the recipe's.
     """
@@ -31,14 +32,17 @@ class Service:
         recipe: Recipe,
         base: Base,
         chat: ChatFormat,
+        quantize: Quantize,
         adapters: Mapping[str, Path],
         reporter: Reporter,
         *,
         host: str | None = None,
         port: int | None = None,
     ) -> None:
-        reporter.say(f"Loading {base.spec}" + (f" with {len(adapters)} of its adapters" if adapters else ""))
-        model: Any = load_model(base, recipe.train.dtype)
+        reporter.say(
+            f"Loading {named(base, quantize)}" + (f" with {len(adapters)} of its adapters" if adapters else "")
+        )
+        model: Any = load_model(base, recipe.train.dtype, quantize)
         # peft makes module names of adapter names, which may hold no dot: inside, adapters are numbered.
         inside = {f"adapter_{number}": name for number, name in enumerate(adapters)}
         if adapters:

@@ -11,14 +11,15 @@ from tunewright.chat import ChatFormat
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion
 from tunewright.models.bases import Base
-from tunewright.recipe import Recipe
+from tunewright.recipe import Quantize, Recipe
 
 _PACKAGES = ("tunewright", "torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
 
 
-def packages() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers."""
-    return {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}}
+def packages(quantize: Quantize) -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers, of a base that is held so."""
+    names = (*_PACKAGES, "bitsandbytes") if quantize == "nf4" else _PACKAGES
+    return {"python": platform.python_version(), **{name: package_version(name) for name in names}}
 
 
 def training_lineage(recipe: Recipe, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
@@ -36,5 +37,5 @@ def training_lineage(recipe: Recipe, version: DatasetVersion, base: Base, chat: 
         "chat": chat.description,
         "recipe": recipe.model_dump(mode="json"),
         "seed": recipe.seed,
-        "packages": packages(),
+        "packages": packages(recipe.train.quantize),
     }

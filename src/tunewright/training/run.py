@@ -32,11 +32,10 @@ class Run:
     ) -> tuple[list[dict[str, Any]], float]:
         """Train to the end: the history of losses and evaluations, and seconds of this process."""
         from datasets import Dataset
-        from peft import LoraConfig, TaskType
         from transformers import PrinterCallback, set_seed
 
+        from tunewright.training.adapter import lora_config
         from tunewright.training.compiling import Compile
-        from tunewright.training.lora import use_fused_lora
         from tunewright.training.sharing import measure_sharing
         from tunewright.training.trainer import Trainer
 
@@ -45,14 +44,6 @@ class Run:
         steps = steps_an_epoch * settings.epochs
         # Before the adapter is made: its A matrices are drawn at random.
         set_seed(self.recipe.seed)
-        lora = LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=list(settings.targets),
-        )
-        use_fused_lora(lora)
         sharing = measure_sharing(
             [row.ids for row in train],
             setting=settings.prefix_sharing,
@@ -74,7 +65,7 @@ class Run:
                 train_dataset=Dataset.from_dict(as_columns(train)),
                 eval_dataset=Dataset.from_dict(as_columns(dev)),
                 processing_class=tokenizer,
-                peft_config=lora,
+                peft_config=lora_config(settings),
                 callbacks=[
                     Follow(task),
                     KeepCheckpoints(self.work, stop),

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.registry import CONFIG, Adapter, list_adapters, store_adapter
+from tunewright.adapters.servable import require_servable
 from tunewright.chat import ChatFormat
 from tunewright.chat.opening import refuse_untrained
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, write_json, writing
 from tunewright.models.bases import Base
-from tunewright.models.loading import context_length, device, load_model
+from tunewright.models.loading import context_length, device, load_model, named
+from tunewright.models.quantized import require_bitsandbytes
 from tunewright.models.quiet import quiet_transformers
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -78,14 +80,17 @@ def train(
         facts: what the lineage is to say beside what decided the training.
 
     Raises:
-        UserError: an example that cannot be trained on whole, a full disk, or a loss that is no longer a number.
+        UserError: an adapter that vLLM would not load (`require_servable`), an example that cannot be trained on whole,
+            a full disk, or a loss that is no longer a number.
         KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
     """
     recipe = project.recipe
+    require_servable(recipe.train)
     place = project.adapters if adapters is None else adapters
     identity = digest(training_inputs(recipe, version, base, chat))
     if (there := _trained_before(place, recipe.name, identity)) is not None:
         return TrainResult(there, trained=False)
+    require_bitsandbytes(recipe.train.quantize, "train.quantize")
     limit = min(recipe.train.max_length, context_length(base))
     splits = {
         name: training_rows(chat, version.examples(name), limit, recipe.train.too_long, reporter)
@@ -94,8 +99,8 @@ def train(
     encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows
     refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
     work = project.work / "training" / identity[:12]
-    reporter.say(f"Loading {base.spec}")
-    model = load_model(base, recipe.train.dtype)
+    reporter.say(f"Loading {named(base, recipe.train.quantize)}")
+    model = load_model(base, recipe.train.dtype, recipe.train.quantize)
     dev = list({m.key: m for m in splits["dev"].members}.values())
     answered = dev_task(recipe, chat, version.domain_of("train"), dev, context_length(base), reporter)
     with quiet_transformers(), writing(work):
@@ -117,7 +122,9 @@ def train(
             **(facts or {}),
         }
         others = {f"step-{e.step}": e.folder(work) for e in evaluated if e is not best}
-        adapter = store_adapter(place, recipe.name, best.folder(work), others, lineage, history)
+        adapter = store_adapter(
+            place, recipe.name, best.folder(work), others, lineage, history, servable=recipe.train.servable
+        )
     shutil.rmtree(work)
     if best is not evaluated[-1]:
         reporter.warn(

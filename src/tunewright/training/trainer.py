@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
+from tunewright.training.adapter import keep_float32
 from tunewright.training.choosing import DEV_METRIC
 from tunewright.training.dev import DevTask
 from tunewright.training.head import add_token_losses, token_losses_of
@@ -35,6 +36,7 @@ class Trainer(SFTTrainer):
         model.set_attn_implementation(attention.NAME)
         add_token_losses(model)
         super().__init__(model=model, data_collator=self.collate, **kwargs)
+        keep_float32(self.model)
         # The loss is a sum over tokens, divided by those of the whole step.
         self.model_accepts_loss_kwargs = True
 

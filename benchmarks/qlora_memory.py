@@ -1,0 +1,99 @@
+"""What a base's weights take in memory, held in bfloat16 and in NF4, each in a process of its own.
+
+    python benchmarks/qlora_memory.py [BASE]        (a folder or a hub id; without one the bundled base)
+
+Counts the bytes of every weight after one pass over 128 tokens, quantization constants included, by kind of layer; on
+a card also what torch had allocated on it at most. (On the CPU the process itself says little: weights in the precision
+of their file are the file's own pages, which the system takes back and reads again as it likes.) Prints a table and one
+JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, get_args
+
+from tunewright.models.bases import Base, resolve_base
+from tunewright.progress import LogReporter
+from tunewright.recipe import Quantize
+
+KINDS = ("linear layers", "embeddings and head", "norms")
+MIB = 2**20
+
+
+def main() -> None:
+    """Measure both sides, or (in the child) one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", nargs="?", default="bundled:smollm2-135m-instruct")
+    parser.add_argument("--side", choices=get_args(Quantize), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.side:
+        print(json.dumps(measured(resolve_base(given.base, None, Path.cwd(), LogReporter()), given.side)))
+        return
+    sides: dict[str, dict[str, Any]] = {}
+    for side in get_args(Quantize):
+        command = [sys.executable, __file__, given.base, "--side", side]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        sides[side] = json.loads(done.stdout)
+    whole, nf4 = sides["none"], sides["nf4"]
+    print(f"{given.base}, {whole['parameters']:,} parameters, on {whole['device']}; MiB")
+    print(f"{'':<22} {'bfloat16':>9} {'NF4':>9} {'ratio':>7}")
+    for row in [row for row in (*KINDS, "all weights", "most on the card") if row in whole]:
+        print(f"{row:<22} {whole[row] / MIB:>9.1f} {nf4[row] / MIB:>9.1f} {whole[row] / nf4[row]:>6.2f}x")
+    bits = 8 * nf4["linear layers"] / nf4["linear parameters"]
+    print(f"a weight of a linear layer in NF4: {bits:.3f} bits")
+    print(json.dumps({"base": given.base, "bytes": sides, "bits_per_linear_weight": bits}))
+
+
+def measured(base: Base, side: Quantize) -> dict[str, Any]:
+    """Bytes of the base held so."""
+    import torch
+
+    from tunewright.models.loading import device, load_model
+
+    model: Any = load_model(base, "bfloat16", side)
+    with torch.inference_mode():
+        model(input_ids=torch.arange(128, device=model.device)[None])
+    by_kind, linear_parameters = _by_kind(model)
+    return {
+        "device": device(),
+        "parameters": sum(_elements(weight) for weight in model.parameters()),
+        "linear parameters": linear_parameters,
+        **{kind: by_kind[kind] for kind in KINDS},
+        "all weights": sum(by_kind.values()),
+        **({"most on the card": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}),
+    }
+
+
+def _by_kind(model: Any) -> tuple[Counter[str], int]:
+    """Bytes of the weights by kind of layer, tied ones once; and how many weights the linear layers have."""
+    found: Counter[str] = Counter()
+    seen: set[int] = set()
+    linear_parameters = 0
+    for name, weight in model.named_parameters():
+        kind = KINDS[0] if name.endswith("_proj.weight") else KINDS[2] if "norm" in name else KINDS[1]
+        linear_parameters += _elements(weight) * (kind == KINDS[0])
+        parts = [weight.data]
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            parts += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        for part in parts:
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                found[kind] += storage.nbytes()
+    return found, linear_parameters
+
+
+def _elements(weight: Any) -> int:
+    state = getattr(weight, "quant_state", None)
+    return int(weight.numel() if state is None else state.shape.numel())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The LoRA configuration that a recipe describes, and the precision of its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunewright.recipe import TrainRecipe
+
+
+def lora_config(settings: TrainRecipe) -> Any:
+    """peft's ``LoraConfig`` for these settings."""
+    from peft import LoraConfig, TaskType
+
+    from tunewright.training.lora import use_fused_lora
+
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+    )
+    if settings.quantize == "none":
+        # A layer in 4 bits passes for a linear one, but its weight is no matrix: peft has a layer of its own for it.
+        use_fused_lora(config)
+    return config
+
+
+def keep_float32(model: Any) -> None:
+    """Hold the trained weights in float32, before an optimizer is made.
+
+    trl 1.16 turns those over a quantized base into bfloat16 as it takes the model, and an update of AdamW is often less
+    than half of what a bfloat16 can tell apart. No value is lost by it: A was rounded when it was drawn (peft draws it
+    in the base's precision, over a 16-bit base too), B is zero, and DoRA's magnitudes trl leaves alone.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
