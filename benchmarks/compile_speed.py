@@ -60,7 +60,7 @@ def step_times(side: str, steps: int) -> list[float]:
 
     ids, labels = rows_of("demo", steps * 16)
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
-    model = load_model(base, "bfloat16")
+    model = load_model(base, "bfloat16", "none")
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=list(PRESETS["all-linear"]["targets"]))
     set_seed(0)
     times: list[float] = []
