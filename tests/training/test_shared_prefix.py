@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from tunewright.models.bases import resolve_base
+from tunewright.models.loading import load_model
+from tunewright.progress import LogReporter
 from tunewright.training.head import add_token_losses, token_losses_of
 from tunewright.training.lora import use_fused_lora
 from tunewright.training.rows import IGNORED
@@ -185,6 +189,20 @@ def test_checkpointing_of_activations_changes_no_gradient() -> None:
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _assert_equal(_packed(model, rows, labels), plain)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_over_a_base_in_nf4_they_are_equal_too(tiny_base_folder: Path, checkpointing: bool) -> None:
+    base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
+    quantized = load_model(base, "float32", "nf4")
+    add_token_losses(quantized)
+    model = _with_lora(quantized)
+    rows, labels = CASES["several prefixes"]
+    reference = _one_by_one(model, rows, labels)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _assert_equal(_packed(model, rows, labels), reference)
 
 
 def test_peft_s_own_lora_layers_give_the_same_gradients() -> None:
