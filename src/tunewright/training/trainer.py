@@ -128,7 +128,7 @@ class Trainer(SFTTrainer):
         answers: list[tuple[int, str]] = gather_object(list(zip(mine, task.answers(self.model, mine), strict=True)))
         return task.worth([text for _, text in sorted(answers)])
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LikeLengths(rows["input_ids"], step, self.args.seed)
