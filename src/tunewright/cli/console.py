@@ -91,6 +91,7 @@ class ConsoleReporter:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.bars: Progress | None = None
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False)
@@ -103,6 +104,11 @@ class ConsoleReporter:
         if not self.console.is_terminal:
             yield _LineTask(self.console, title, total, unit)
             return
+        if self.bars is not None:  # within another task: a bar below its, gone when it is done
+            bar = _BarTask(self.bars, title, total)
+            yield bar
+            self.bars.remove_task(bar.task_id)
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -112,9 +118,13 @@ class ConsoleReporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        bar = _BarTask(Progress(*columns, console=self.console), title, total)
-        with Live(bar, console=self.console, refresh_per_second=4):
-            yield bar
+        self.bars = Progress(*columns, console=self.console)
+        bar = _BarTask(self.bars, title, total)
+        try:
+            with Live(bar, console=self.console, refresh_per_second=4):
+                yield bar
+        finally:
+            self.bars = None
 
 
 class Session:

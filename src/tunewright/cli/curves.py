@@ -44,7 +44,7 @@ class Curves:
         yield self._drawn[1]
 
     def _panel(self, width: int) -> Panel:
-        text = Text.from_ansi(self._plot(width - 18))
+        text = Text.from_ansi(self._plot(width - 24))
         legend = [
             (f"  ━ {label} {self.points[name][-1][1]:.3f}", colour)
             for name, (label, colour) in _LOSSES.items()
@@ -54,10 +54,8 @@ class Curves:
         for name, label in _METRICS.items():
             if points := self.points.get(name):
                 values = [value for _, value in points]
-                best = max(values)
                 text.append(
-                    f"\n  {bars(values)} {score_text(name, values[-1])} {label}"
-                    f" (best {score_text(name, best)}, step {points[values.index(best)][0]:,})",
+                    f"\n  {bars(values)} {score_text(name, values[-1])} {label} (best {score_text(name, max(values))})",
                     "green",
                 )
         return Panel(text, title="Losses by step", title_align="left", border_style="dim", width=width)
