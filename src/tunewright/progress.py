@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -15,6 +15,9 @@ class Task(Protocol):
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Count ``steps`` more as done; ``note`` is a short line shown beside the bar."""
+
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Points of curves at ``step`` of the work; of training: ``loss``, ``eval_loss`` and the task's metric."""
 
 
 class Reporter(Protocol):
@@ -30,9 +33,16 @@ class Reporter(Protocol):
         """Open a progress display for ``total`` of ``unit`` (a plural: "examples")."""
 
 
-class _LogTask:
+class LogTask:
+    """Progress as debug messages."""
+
     def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count steps as done."""
         log.debug("+%d %s", steps, note)
+
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Points of curves."""
+        log.debug("step %d %s", step, dict(numbers))
 
 
 class LogReporter:
@@ -47,4 +57,4 @@ class LogReporter:
     @contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
         log.info("%s: %d %s", title, total, unit)
-        yield _LogTask()
+        yield LogTask()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Metric = Literal["exact_match", "bleu"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 Quantize = Literal["none", "nf4"]
 """How a base is held in memory."""
@@ -367,6 +368,13 @@ class TrainRecipe(_Section):
             "best adapter is kept all the same).",
         ),
     ] = None
+    report_to: Annotated[
+        tuple[Tracker, ...],
+        Field(
+            description="Trackers that get every number too, through transformers' integrations; local ones write to "
+            ".tunewright/trackers."
+        ),
+    ] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -377,8 +385,8 @@ class TrainRecipe(_Section):
         return {**PRESETS[preset], **values} if preset in PRESETS else values
 
     def deciding(self) -> dict[str, Any]:
-        """The values that decide which adapter comes out; how often a run is checkpointed is none of them."""
-        return self.model_dump(mode="json", exclude={"checkpoint_every", "servable"})
+        """The values that decide which adapter comes out; none: how often it is saved, who is told or serves."""
+        return self.model_dump(mode="json", exclude={"checkpoint_every", "report_to", "servable"})
 
     @model_validator(mode="after")
     def _check_batches(self) -> TrainRecipe:

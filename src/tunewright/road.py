@@ -24,6 +24,7 @@ from tunewright.progress import LogReporter, Reporter
 from tunewright.project import Project
 from tunewright.recipe import DataRecipe, Quantize, TrainRecipe
 from tunewright.report.html import write_report
+from tunewright.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
@@ -320,6 +321,7 @@ class Road:
     def run(self, *, force: bool = False) -> RunResult:
         """Go the whole road; a stage whose inputs have not changed is found done. ``force`` as in :meth:`train`."""
         sources = self.project.recipe.data.sources
+        require_trackers(self.project.recipe.train.report_to)
         if not sources:
             raise UserError(
                 "the recipe names no sources of pairs",

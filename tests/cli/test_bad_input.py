@@ -15,7 +15,7 @@ import pytest
 
 from command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
 from tunewright.cli.console import ConsoleReporter
-from tunewright.progress import Task
+from tunewright.progress import LogTask, Task
 
 GOOD = pairs(60)
 
@@ -172,7 +172,7 @@ def test_a_port_that_is_taken_is_told(project: Path) -> None:
         _refused(tunewright("serve", "--port", str(port), "-p", project), str(port))
 
 
-class _CtrlC:
+class _CtrlC(LogTask):
     """Presses Ctrl-C at the n-th step of the task whose title begins so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, title: str, after: int) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunewright.data.examples import Example, Message
-from tunewright.progress import LogReporter, Task
+from tunewright.progress import LogReporter, LogTask, Task
 from tunewright.project import RECIPE_FILE, Project, create_project
 
 Pair = tuple[str, str]
@@ -17,7 +17,7 @@ Pair = tuple[str, str]
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "jetty", "kelp", "larch"]
 
 
-class _Counting:
+class _Counting(LogTask):
     def __init__(self, steps: dict[str, tuple[int, int]], title: str) -> None:
         self.all, self.title = steps, title
 

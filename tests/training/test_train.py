@@ -7,19 +7,17 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import tunewright
 from command_line import tiny_project
 from tunewright.errors import UserError
-from tunewright.progress import LogReporter, Task
+from tunewright.progress import LogReporter, LogTask, Task
 from tunewright.road import Road
 from tunewright.training.checkpoints import complete_checkpoint
 from tunewright.training.rows import IGNORED, as_columns
 from tunewright.training.train import TrainResult
-from tunewright.training.watching import Follow
 
 
 class Interrupting(LogReporter):
@@ -34,7 +32,7 @@ class Interrupting(LogReporter):
             yield _Counting(self.after) if title.startswith("Training") else task
 
 
-class _Counting:
+class _Counting(LogTask):
     def __init__(self, after: int) -> None:
         self.left = after
 
@@ -170,9 +168,3 @@ def test_labels_are_the_answers_ids_and_nothing_else() -> None:
 
     columns = as_columns([Tokens((5, 6, 7, 8), (False, False, True, True))])
     assert columns == {"input_ids": [[5, 6, 7, 8]], "labels": [[IGNORED, IGNORED, 7, 8]]}
-
-
-def test_a_loss_that_is_no_number_stops_the_run() -> None:
-    follow = Follow(_Counting(-1))
-    with pytest.raises(UserError, match="the loss is nan at step 7"):
-        follow.on_log(None, SimpleNamespace(global_step=7), None, logs={"loss": float("nan"), "num_tokens": 1})

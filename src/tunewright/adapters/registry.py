@@ -3,8 +3,8 @@
 NAME-DIGEST12/
   adapter_config.json, adapter_model.safetensors   what peft and vLLM load
   lineage.json                                     what it was made of, by digest
-  history.jsonl                                    loss and learning rate by step
-  checkpoints/step-N/                              the adapter at the end of each other epoch
+  metrics.jsonl                                    loss, dev loss, dev metric, speed by step
+  checkpoints/step-N/                              the adapter at each other evaluation
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tunewright.disk import digest, file_digest, new_folder, write_json, write_t
 from tunewright.errors import UserError
 
 LINEAGE = "lineage.json"
-HISTORY = "history.jsonl"
+HISTORY = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
@@ -56,18 +56,22 @@ class Adapter:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Loss by step, oldest first: ``step``, ``epoch`` and ``loss`` or ``eval_loss``."""
+        """The run's metrics, oldest first: ``step``, ``epoch``, and a step's ``loss`` or an evaluation's ``eval_loss``.
+
+        A step also has ``learning_rate``, ``grad_norm`` before clipping, and ``tokens_per_s``; an evaluation
+        ``eval_metric``, the share that the recipe's metric gives.
+        """
         text = (self.folder / HISTORY).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
     @property
     def checkpoints(self) -> dict[str, Path]:
-        """The adapter at the ends of other epochs: ``step-N`` to its folder, earliest first."""
+        """The adapter at other evaluations: ``step-N`` to its folder, earliest first."""
         folders = (self.folder / CHECKPOINTS).glob("step-*")
         return {f.name: f for f in sorted(folders, key=lambda f: int(f.name.removeprefix("step-")))}
 
     def checkpoint(self, step: str) -> Path:
-        """The folder of the adapter at the end of another epoch.
+        """The folder of the adapter at another evaluation.
 
         Raises:
             UserError: there is none of that name.

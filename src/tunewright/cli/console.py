@@ -6,30 +6,48 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tunewright.errors import UserError
 from tunewright.progress import Task
+
+if TYPE_CHECKING:
+    from tunewright.cli.curves import Curves
 
 USER_ERROR = 2
 _LOG_WIDTH = 120
 
 
 class _BarTask:
-    def __init__(self, progress: Progress, task_id: Any) -> None:
+    """A bar, and curves above it once there are points to draw."""
+
+    def __init__(self, progress: Progress, title: str, total: int) -> None:
         self.progress = progress
-        self.task_id = task_id
+        self.task_id = progress.add_task(title, total=total, note="")
+        self.total = total
+        self.curves: Curves | None = None
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.progress.update(self.task_id, advance=steps, note=note)
+
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self.curves is None:
+            from tunewright.cli.curves import Curves
+
+            self.curves = Curves(self.total)
+        self.curves.add(step, numbers)
+
+    def __rich__(self) -> RenderableType:
+        return self.progress if self.curves is None else Group(self.curves, self.progress)
 
 
 class _LineTask:
@@ -60,6 +78,9 @@ class _LineTask:
         tail = f", {note}" if note else ""
         self.console.print(f"{self.title}: {self.done}/{self.total} {self.unit}{tail}, {_duration(left)} left")
 
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Nothing is drawn on a log: each evaluation says its numbers itself."""
+
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
@@ -70,6 +91,7 @@ class ConsoleReporter:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.bars: Progress | None = None
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False)
@@ -82,6 +104,11 @@ class ConsoleReporter:
         if not self.console.is_terminal:
             yield _LineTask(self.console, title, total, unit)
             return
+        if self.bars is not None:  # within another task: a bar below its, gone when it is done
+            bar = _BarTask(self.bars, title, total)
+            yield bar
+            self.bars.remove_task(bar.task_id)
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -91,8 +118,13 @@ class ConsoleReporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        with Progress(*columns, console=self.console) as progress:
-            yield _BarTask(progress, progress.add_task(title, total=total, note=""))
+        self.bars = Progress(*columns, console=self.console)
+        bar = _BarTask(self.bars, title, total)
+        try:
+            with Live(bar, console=self.console, refresh_per_second=4):
+                yield bar
+        finally:
+            self.bars = None
 
 
 class Session:

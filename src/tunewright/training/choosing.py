@@ -13,6 +13,9 @@ DEV_LOSS = "eval_loss"
 DEV_METRIC = "eval_metric"
 """Their names in the history, as transformers' trackers want them."""
 
+_KEPT = ("step", "epoch", "loss", DEV_LOSS, DEV_METRIC, "learning_rate", "grad_norm", "tokens_per_s")
+"""What the history keeps of transformers' ``log_history``: gradient norms are before clipping."""
+
 _RISES = 2
 """Rises of the dev loss in a row that are called overfitting: a single one is often noise."""
 
@@ -41,6 +44,12 @@ class Evaluation:
 def adapter_folder(work: Path, step: int) -> Path:
     """Where a run keeps the adapter that was evaluated after ``step``."""
     return work / "evaluated" / f"step-{step}"
+
+
+def history_rows(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The history that is kept of a run: a row for each step and each evaluation, in order."""
+    kept = [entry for entry in log_history if "loss" in entry or DEV_LOSS in entry]
+    return [{key: entry[key] for key in _KEPT if key in entry} for entry in kept]
 
 
 def evaluations(history: Sequence[Mapping[str, Any]]) -> list[Evaluation]:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunewright.adapters.registry import HISTORY
 from tunewright.chat import Tokens
 from tunewright.progress import Reporter
 from tunewright.recipe import Recipe
 from tunewright.training.checkpoints import KeepCheckpoints, complete_checkpoint
-from tunewright.training.choosing import DEV_LOSS, DEV_METRIC, evaluations, runs_out_of_patience
+from tunewright.training.choosing import evaluations, history_rows, runs_out_of_patience
 from tunewright.training.dev import DevTask
 from tunewright.training.rows import as_columns
 from tunewright.training.stopping import stop_on_signal
@@ -25,6 +26,7 @@ class Run:
     def __init__(self, recipe: Recipe, work: Path, reporter: Reporter) -> None:
         self.recipe = recipe
         self.work = work
+        self.name = f"{recipe.name}-{work.name}"
         self.reporter = reporter
 
     def fit(
@@ -67,7 +69,13 @@ class Run:
                 processing_class=tokenizer,
                 peft_config=lora_config(settings),
                 callbacks=[
-                    Follow(task),
+                    Follow(
+                        task,
+                        self.work / HISTORY,
+                        self.recipe.evaluate.metric,
+                        model.config.vocab_size,
+                        lambda step: trainer.rows_of_step(step),
+                    ),
                     KeepCheckpoints(self.work, stop),
                     FollowDev(self.recipe, self.reporter),
                     Compile(settings.compile, self.work, self.reporter),
@@ -88,8 +96,7 @@ class Run:
         if stop.asked:
             self.reporter.say(f"Stopped at step {trainer.state.global_step} of {steps}, which is saved.")
             raise KeyboardInterrupt
-        history = [_history_row(entry) for entry in trainer.state.log_history if "train_runtime" not in entry]
-        return history, seconds
+        return history_rows(trainer.state.log_history), seconds
 
     def _arguments(self, steps: int) -> Any:
         import torch
@@ -122,7 +129,9 @@ class Run:
             save_total_limit=2,
             logging_steps=1,
             logging_nan_inf_filter=False,
-            report_to="none",
+            report_to=list(settings.report_to) or "none",
+            run_name=self.name,
+            project=self.recipe.name,
             disable_tqdm=True,
         )
 
@@ -135,8 +144,3 @@ def _ended_early(checkpoint: Path, patience: int | None) -> Any:
     evaluated = evaluations(state.log_history)
     at_end = bool(evaluated) and evaluated[-1].step == state.global_step
     return state if at_end and runs_out_of_patience(evaluated, patience) else None
-
-
-def _history_row(entry: dict[str, Any]) -> dict[str, Any]:
-    kept = ("step", "epoch", "loss", DEV_LOSS, DEV_METRIC, "learning_rate", "grad_norm")
-    return {key: entry[key] for key in kept if key in entry}

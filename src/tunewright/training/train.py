@@ -24,9 +24,11 @@ from tunewright.project import Project
 from tunewright.recipe import Recipe
 from tunewright.training.choosing import Evaluation, best_of, evaluations, place_text
 from tunewright.training.dev import dev_task
+from tunewright.training.guard import BrokenRunError
 from tunewright.training.lineage import training_lineage
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
 from tunewright.training.run import Run
+from tunewright.training.trackers import require_trackers, tracked_in
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,12 @@ def train(
 
     Raises:
         UserError: an adapter that vLLM would not load (`require_servable`), an example that cannot be trained on whole,
-            a full disk, or a loss that is no longer a number.
+            a full disk, a tracker that is not installed, or a loss that is no number or has exploded.
         KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
     """
     recipe = project.recipe
     require_servable(recipe.train)
+    require_trackers(recipe.train.report_to)
     place = project.adapters if adapters is None else adapters
     identity = digest(training_inputs(recipe, version, base, chat))
     if (there := _trained_before(place, recipe.name, identity)) is not None:
@@ -105,7 +108,11 @@ def train(
     answered = dev_task(recipe, chat, version.domain_of("train"), dev, context_length(base), reporter)
     with quiet_transformers(), writing(work):
         run = Run(recipe, work, reporter)
-        history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered)
+        try:
+            with tracked_in(project.work / "trackers", recipe.name, run.name):
+                history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered)
+        except BrokenRunError as broken:
+            raise broken.as_user_error(splits["train"].members) from None
         evaluated = evaluations(history)
         best = best_of(evaluated)
         for each in evaluated:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import Sampler
 from trl import SFTTrainer
 
 from tunewright.training.adapter import keep_float32
@@ -31,6 +32,7 @@ class Trainer(SFTTrainer):
     def __init__(self, model: Any, *, share: bool, dev_task: DevTask | None = None, **kwargs: Any) -> None:
         self.share = share
         self.dev_task = dev_task
+        self._told: tuple[float, int] | None = None
         attention.register()
         # Its own implementation, and SDPA wherever it gets no layout: when answers are generated.
         model.set_attn_implementation(attention.NAME)
@@ -68,6 +70,24 @@ class Trainer(SFTTrainer):
         self._total_train_tokens += int(self.accelerator.reduce(tokens, "sum"))
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
+    def rows_of_step(self, step: int) -> list[int]:
+        """Places in the training set of the rows that optimizer step ``step``, from 1, is made of."""
+        sampler = self._get_train_sampler()
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        epoch, batch = divmod(step - 1, math.ceil(len(sampler) / size))
+        sampler.set_epoch(epoch)
+        return list(sampler)[batch * size : (batch + 1) * size]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the tokens per second since the step before; the first step of a process has none."""
+        if "loss" in logs:
+            now = time.monotonic()
+            if self._told is not None:
+                before, tokens = self._told
+                logs["tokens_per_s"] = (self._total_train_tokens - tokens) / (now - before)
+            self._told = now, self._total_train_tokens
+        super().log(logs, start_time)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -98,6 +118,8 @@ class Trainer(SFTTrainer):
         model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._told is not None:
+            self._told = time.monotonic(), self._total_train_tokens  # evaluating is no part of training's speed
         return metrics
 
     def _worth_of_answers(self, task: DevTask) -> float:
@@ -106,7 +128,7 @@ class Trainer(SFTTrainer):
         answers: list[tuple[int, str]] = gather_object(list(zip(mine, task.answers(self.model, mine), strict=True)))
         return task.worth([text for _, text in sorted(answers)])
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LikeLengths(rows["input_ids"], step, self.args.seed)

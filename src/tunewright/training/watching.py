@@ -2,49 +2,102 @@
 
 from __future__ import annotations
 
+import json
 import math
-import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 from transformers import TrainerCallback
 
-from tunewright.errors import UserError
+from tunewright.disk import write_text
 from tunewright.metrics import score_text
 from tunewright.progress import Reporter, Task
-from tunewright.recipe import Recipe
-from tunewright.training.choosing import Evaluation, evaluations, overfitting, place_text, runs_out_of_patience
+from tunewright.recipe import Metric, Recipe
+from tunewright.training.choosing import (
+    DEV_LOSS,
+    DEV_METRIC,
+    Evaluation,
+    evaluations,
+    history_rows,
+    overfitting,
+    place_text,
+    runs_out_of_patience,
+)
+from tunewright.training.guard import BrokenRunError, fault
+
+_SPEED_STEPS = 20
 
 
 class Follow(TrainerCallback):
-    """Shows loss and speed, and refuses to go on once the loss is no number."""
+    """Shows every number as it comes, writes it to the run's metrics, and stops a run that must not go on.
 
-    def __init__(self, task: Task) -> None:
+    Args:
+        task: the run's progress.
+        file: where the metrics go, one JSON object a line: of each step and of each evaluation.
+        metric: what the dev rows' answers are valued by.
+        vocabulary: tokens that the model chooses among.
+        rows_of_step: places in the training set of a step's rows.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        file: Path,
+        metric: Metric,
+        vocabulary: int,
+        rows_of_step: Callable[[int], Sequence[int]],
+    ) -> None:
         self.task = task
-        self.tokens: float | None = None
-        self.began = 0.0
-        self.dev_loss = ""
+        self.file = file
+        self.metric = metric
+        self.vocabulary = vocabulary
+        self.rows_of_step = rows_of_step
+        self.speeds: list[float] = []
+        self.dev = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin with the checkpoint's metrics; those that a killed run had written after it come again."""
+        rows = history_rows(state.log_history)
+        if not state.is_world_process_zero:
+            return
+        write_text(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            self._show(row)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One training step (``loss``) or one pass over the dev split (``eval_loss``) is done."""
-        logs = kwargs["logs"]
-        if "eval_loss" in logs:
-            self.dev_loss = f", dev {float(logs['eval_loss']):.3f}"
-        if "loss" not in logs:
+        rows = history_rows(state.log_history[-1:])
+        if not rows:
             return
-        loss = float(logs["loss"])
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {state.global_step}; the adapter is not kept",
-                where="train.learning_rate",
-                fix="Lower the learning rate, or train in float32 (train.dtype).",
-            )
-        tokens = float(logs["num_tokens"])
-        if self.tokens is None:
-            self.tokens, self.began = tokens, time.monotonic()
-            speed = ""
-        else:
-            speed = f", {(tokens - self.tokens) / (time.monotonic() - self.began):,.0f} tokens/s"
-        self.task.advance(1, f"loss {loss:.3f}{self.dev_loss}{speed}")
+        (row,) = rows
+        self._require_sound(state, row)
+        if not state.is_world_process_zero:
+            return
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._show(row)
+        if "loss" in row:
+            self.speeds += [row["tokens_per_s"]] if "tokens_per_s" in row else []
+            speed = f", {median(self.speeds[-_SPEED_STEPS:]):,.0f} tokens/s" if self.speeds else ""
+            self.task.advance(1, f"loss {row['loss']:.3f}{self.dev}{speed}")
+
+    def _require_sound(self, state: Any, row: Mapping[str, Any]) -> None:
+        what = None
+        if "loss" in row:
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            what = fault(row["loss"], row.get("grad_norm", 0.0), losses, self.vocabulary)
+        elif not math.isfinite(row[DEV_LOSS]):
+            what = f"the dev loss is {row[DEV_LOSS]}"
+        if what is not None:
+            raise BrokenRunError(what, state.global_step, self.rows_of_step(state.global_step))
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        names = {"loss": "loss", DEV_LOSS: DEV_LOSS, DEV_METRIC: self.metric}
+        self.task.measured(row["step"], {name: row[key] for key, name in names.items() if key in row})
+        if DEV_LOSS in row:
+            self.dev = f", dev {row[DEV_LOSS]:.3f}"
 
 
 class FollowDev(TrainerCallback):

@@ -1,0 +1,312 @@
+"""What is told, written and kept of a run while it trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunewright
+from command_line import tiny_project
+from tunewright.adapters.registry import Adapter
+from tunewright.errors import UserError
+from tunewright.metrics import exact_matches
+from tunewright.progress import LogReporter, LogTask, Task
+from tunewright.road import Road
+from tunewright.training.choosing import best_of, evaluations
+
+
+class Told(LogReporter):
+    """Remembers what it is told; kills or stops the process at the n-th training step where asked to."""
+
+    def __init__(self, after: int | None = None, number: int = signal.SIGINT) -> None:
+        self.lines: list[str] = []
+        self.measured: list[tuple[int, dict[str, float]]] = []
+        self.after = after
+        self.number = number
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+    def warn(self, message: str) -> None:
+        self.lines.append(f"Warning: {message}")
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        with super().task(title, total, unit) as task:
+            yield _Told(self) if title.startswith("Training") else task
+
+
+class _Told(LogTask):
+    def __init__(self, told: Told) -> None:
+        self.told = told
+        self.done = 0
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.done += steps
+        if self.done == self.told.after:
+            os.kill(os.getpid(), self.told.number)
+
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        self.told.measured.append((step, dict(numbers)))
+
+
+def _road(folder: Path, base: Path, reporter: LogReporter | None = None, **train: object) -> Road:
+    """A project on a base that can learn to copy, with further keys in its train section."""
+    if not folder.exists():
+        tiny_project(folder, base)
+        recipe = folder / "tunewright.yaml"
+        keys = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in train.items())
+        recipe.write_text(recipe.read_text().replace("train:\n", f"train:\n{keys}"))
+    road = tunewright.open(folder, reporter)
+    road.add([folder / "pairs.jsonl"])
+    return road
+
+
+@pytest.fixture(scope="module")
+def quick_base(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """The tiny base with a louder head: a frozen quiet one keeps every probability near that of chance."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("bases") / "quick"
+    model = AutoModelForCausalLM.from_pretrained(tiny_base_folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight *= 40
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory, quick_base: Path) -> tuple[Road, Adapter, Told]:
+    told = Told()
+    folder = tmp_path_factory.mktemp("watch") / "p"
+    road = _road(folder, quick_base, told, schedule="constant", evaluate_every=20)
+    recipe = folder / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 10"))
+    road = _road(folder, quick_base, told)
+    return road, road.train().adapter, told
+
+
+def _files(road: Road) -> Path:
+    (work,) = (road.project.work / "training").iterdir()
+    return work
+
+
+def test_every_evaluation_scores_what_transformers_answers_with_that_adapter(
+    learnt: tuple[Road, Adapter, Told], quick_base: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    road, adapter, _ = learnt
+    dev = road.version().examples("dev")
+    told = adapter.lineage["training"]
+    assert [e["step"] for e in told["epochs"]] == [20, 40, 60, 80, 100, 120]
+    assert (told["metric"], told["dev_rows_answered"]) == ("exact_match", len(dev))
+    scores = []
+    for each in told["epochs"]:
+        step = f"step-{each['step']}"
+        folder = adapter.folder if each["step"] == told["kept_step"] else adapter.checkpoint(step)
+        base = AutoModelForCausalLM.from_pretrained(quick_base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, folder).eval()
+        answers = []
+        for row in dev:
+            prompt = road.chat.prompt(row.example.prompt)
+            with torch.inference_mode():
+                ids = model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
+            answers.append(road.chat.text([i for i in ids[0, len(prompt) :].tolist() if i not in road.chat.stop_ids]))
+        scores.append(float(exact_matches(answers, [row.example.output for row in dev]).mean()))
+    assert [e["dev_metric"] for e in told["epochs"]] == pytest.approx(scores)
+    assert max(scores) > 0
+
+
+def test_the_kept_adapter_is_the_best_by_the_metric_and_lineage_history_and_words_agree(
+    learnt: tuple[Road, Adapter, Told],
+) -> None:
+    _, adapter, told = learnt
+    epochs = adapter.lineage["training"]["epochs"]
+    best = max(epochs, key=lambda e: (e["dev_metric"], -e["dev_loss"], -e["step"]))
+    assert adapter.lineage["training"]["kept_step"] == best["step"]
+    rows = [row for row in adapter.history if "eval_loss" in row]
+    assert [(r["step"], r["eval_loss"], r["eval_metric"]) for r in rows] == [
+        (e["step"], e["dev_loss"], e["dev_metric"]) for e in epochs
+    ]
+    lines = [line for line in told.lines if "dev loss" in line and line.startswith("Epoch")]
+    assert len(lines) == len(epochs)
+    assert f"dev loss {epochs[0]['dev_loss']:.3f}" in lines[0]
+    assert f"{100 * epochs[-1]['dev_metric']:.1f}%" in lines[-1]
+
+
+def test_curves_get_every_step_and_evaluation(learnt: tuple[Road, Adapter, Told]) -> None:
+    _, adapter, told = learnt
+    steps = [(step, numbers["loss"]) for step, numbers in told.measured if "loss" in numbers]
+    assert steps == [(row["step"], row["loss"]) for row in adapter.history if "loss" in row]
+    dev = [numbers for _, numbers in told.measured if "eval_loss" in numbers]
+    assert all(set(numbers) == {"eval_loss", "exact_match"} for numbers in dev)
+
+
+def test_a_step_s_row_has_speed_rate_and_gradient(learnt: tuple[Road, Adapter, Told]) -> None:
+    first, *others = [row for row in learnt[1].history if "loss" in row]
+    assert set(first) == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
+    assert all(set(row) == {*first, "tokens_per_s"} and row["tokens_per_s"] > 0 for row in others)
+
+
+def test_evaluating_more_often_does_not_disturb_training(tmp_path: Path, tiny_base_folder: Path) -> None:
+    """With dropout, which draws random numbers: the last step's adapter is the same."""
+    last = []
+    for name, every in (("seldom", 24), ("often", 4)):
+        told = Told()
+        road = _road(tmp_path / name, tiny_base_folder, told, dropout=0.2, evaluate_every=every)
+        adapter = road.train().adapter
+        kept = adapter.lineage["training"]["kept_step"]
+        folder = adapter.folder if kept == 24 else adapter.checkpoint("step-24")
+        last.append((folder / "adapter_model.safetensors").read_bytes())
+    assert last[0] == last[1]
+
+
+def test_rows_to_answer_are_bounded_said_and_none_leaves_the_loss_to_choose(
+    tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    told = Told()
+    some = _road(tmp_path / "some", tiny_base_folder, told, evaluate_rows=5).train().adapter
+    assert some.lineage["training"]["dev_rows_answered"] == 5
+    assert "Each evaluation answers 5 of the 12 dev rows, drawn by the seed (train.evaluate_rows)." in told.lines
+    none = _road(tmp_path / "none", tiny_base_folder, evaluate_rows=0).train().adapter
+    training = none.lineage["training"]
+    assert (training["metric"], training["dev_rows_answered"]) == (None, 0)
+    assert [e["dev_metric"] for e in training["epochs"]] == [None, None]
+    assert training["kept_step"] == min(training["epochs"], key=lambda e: e["dev_loss"])["step"]
+
+
+def test_patience_ends_a_run_and_a_stopped_run_ends_there_too(tmp_path: Path, tiny_base_folder: Path) -> None:
+    def project(name: str, reporter: Told) -> Road:
+        keys = {"evaluate_every": 1, "patience": 1, "schedule": "constant"}
+        _road(tmp_path / name, tiny_base_folder, reporter, **keys)
+        recipe = tmp_path / name / "tunewright.yaml"
+        recipe.write_text(recipe.read_text().replace("learning_rate: 0.003", "learning_rate: 0.3"))
+        return _road(tmp_path / name, tiny_base_folder, reporter)
+
+    told = Told()
+    whole = project("whole", told).train().adapter
+    evaluated = evaluations(whole.history)
+    last = whole.history[-1]["step"]
+    assert last < 24
+    assert evaluated.index(best_of(evaluated)) == len(evaluated) - 2
+    assert any(line.startswith("Stopping early: 1 evaluation without a better one") for line in told.lines)
+    # At the step before the last, and at the last: stopped when training is over but nothing is stored.
+    for after in sorted({1, last - 1, last}):
+        with pytest.raises(KeyboardInterrupt):
+            project(f"stopped-{after}", Told(after)).train()
+        again = project(f"stopped-{after}", Told()).train().adapter
+        assert again.digest == whole.digest
+        assert [row["step"] for row in again.history] == [row["step"] for row in whole.history]
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from training.test_watching import Told, _road
+import signal
+_road(Path({folder!r}), Path({base!r}), Told({after}, signal.SIGKILL)).train()
+"""
+
+
+def test_the_metrics_of_a_killed_run_go_on_without_gap_or_repetition(tmp_path: Path, tiny_base_folder: Path) -> None:
+    import subprocess
+
+    folder = tmp_path / "project"
+    road = _road(folder, tiny_base_folder)
+    tests = str(Path(__file__).parents[1])
+    script = _KILLED.format(tests=tests, folder=str(folder), base=str(tiny_base_folder), after=9)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
+    before = [json.loads(line) for line in (_files(road) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in before] == list(range(1, 10))  # checkpoints are made each 5 steps
+    told = Told(after=14)
+    with pytest.raises(KeyboardInterrupt):
+        _road(folder, tiny_base_folder, told).train()
+    between = [json.loads(line) for line in (_files(road) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in between if "loss" in row] == list(range(1, 16))
+    assert _without_speed(between[:9]) == _without_speed(before)
+    history = _road(folder, tiny_base_folder).train().adapter.history
+    assert [row["step"] for row in history if "loss" in row] == list(range(1, 25))
+    assert [row["step"] for row in history if "eval_loss" in row] == [12, 24]
+    assert _without_speed(history[: len(between)]) == _without_speed(between)
+
+
+def _without_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
+
+
+def test_a_broken_step_names_exactly_the_rows_it_was_made_of(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are made infinite after 14 steps; what the 15th is made of is read off its batch."""
+    import torch
+
+    from tunewright.training.trainer import Trainer
+
+    batches: list[list[list[int]]] = []
+    step = Trainer.training_step
+
+    def breaking(self: Trainer, model: Any, inputs: Any, items: Any = None) -> Any:
+        batches.append([inputs["packed"].input_ids.flatten().tolist()])
+        if len(batches) == 15:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).fill_(float("inf"))
+        return step(self, model, inputs, items)
+
+    monkeypatch.setattr(Trainer, "training_step", breaking)
+    road = _road(tmp_path / "p", tiny_base_folder)
+    with pytest.raises(UserError, match="at step 15; no adapter is kept") as caught:
+        road.train()
+    text = road.chat.text(batches[14][0])
+    rows = road.version().examples("train")
+    # An input ends in a number that no other has.
+    inside = {row.key[:12] for row in rows if row.example.input_text.split()[-1] in text.replace("<", " ").split()}
+    named = {line.split()[1] for line in caught.value.what.splitlines() if line.startswith("  example")}
+    assert len(named) == 8
+    assert named <= inside
+    assert not list((tmp_path / "p" / "adapters").glob("*"))
+
+
+def test_tensorboard_gets_every_number_in_the_project_s_folder(tmp_path: Path, tiny_base_folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    road = _road(tmp_path / "p", tiny_base_folder, report_to=["tensorboard"])
+    before = dict(os.environ)
+    adapter = road.train().adapter
+    assert dict(os.environ) == before
+    (run,) = (tmp_path / "p" / ".tunewright" / "trackers" / "tensorboard").iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    for tag, key in (("train/loss", "loss"), ("eval/loss", "eval_loss"), ("eval/metric", "eval_metric")):
+        written = [(e.step, e.value) for e in events.Scalars(tag)]
+        assert written == [(r["step"], pytest.approx(r[key])) for r in adapter.history if key in r]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "trackio" else found(name, *a))
+    told = Told()
+    road = _road(tmp_path / "p", tiny_base_folder, told, report_to=["tensorboard", "trackio"])
+    for go in (road.train, road.run):
+        with pytest.raises(UserError, match="trackio is not installed") as caught:
+            go()
+        assert (caught.value.fix or "").startswith("pip install trackio")
+    assert not any(line.startswith("Loading") for line in told.lines)
