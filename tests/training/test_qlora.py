@@ -20,14 +20,14 @@ from tunewright.adapters.registry import WEIGHTS, Adapter
 from tunewright.errors import UserError
 from tunewright.models.bases import resolve_base
 from tunewright.models.loading import load_model, with_adapters
-from tunewright.progress import LogReporter, Task
+from tunewright.progress import LogReporter, LogTask, Task
 from tunewright.road import Road
 from tunewright.training.rows import IGNORED, as_columns, training_rows
 
 IDS = torch.arange(3, 43)[None]
 
 
-class _StopsAfter(LogReporter):
+class _StopsAfter(LogReporter, LogTask):
     """Presses Ctrl-C when training has made so many steps."""
 
     def __init__(self, steps: int) -> None:
