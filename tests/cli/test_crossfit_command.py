@@ -40,7 +40,7 @@ def family_project(folder: Path, base: Path) -> Path:
 @pytest.fixture(scope="module")
 def crossfitted(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, list[list[str]]]:
     """A project that has been cross-fitted, and the texts of the rows that each training and dev pass was given."""
-    import tunewright.training.train as training
+    import tunewright.training.run as training
     from tiny import byte_tokenizer
     from tunewright.training.rows import as_columns
 
