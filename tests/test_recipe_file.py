@@ -32,6 +32,11 @@ def test_a_preset_fills_only_what_the_user_left_open() -> None:
     assert train.epochs == 2
 
 
+def test_on_and_off_mean_what_they_say_though_yaml_reads_booleans(tmp_path: Path) -> None:
+    train = _load(tmp_path, "train:\n  prefix_sharing: off\n  compile: on\n").train
+    assert (train.prefix_sharing, train.compile) == ("off", "on")
+
+
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [

@@ -206,6 +206,14 @@ def _plain_date(value: Any) -> Any:
     raise ValueError("a date is written like 2024-07-26")
 
 
+def _switch(value: Any) -> Any:
+    """YAML reads on and off as booleans."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+
+
 class ChatRecipe(_Section):
     """How conversations become tokens, for training, evaluation and serving alike."""
 
@@ -301,14 +309,14 @@ class TrainRecipe(_Section):
         ),
     ] = None
     prefix_sharing: Annotated[
-        Literal["auto", "on", "off"],
+        Switch,
         Field(
             description="Compute the prompt that rows of a batch share once (docs/shared-prefix.md): `auto` where it "
             "saves 5% of the tokens and there is no dropout."
         ),
     ] = "auto"
     compile: Annotated[
-        Literal["auto", "on", "off"],
+        Switch,
         Field(
             description="torch.compile the feed-forward blocks: `auto` where the run is long enough to pay for it, "
             "estimated from its first steps."

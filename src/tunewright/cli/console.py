@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import time
@@ -132,6 +133,8 @@ class Session:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
+        # It says at each import that a kernel of the hub, which nothing here uses, is not installed.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         # A log has no width of its own: rows are not to be broken there.
         on_terminal = sys.stderr.isatty()
         self.console = Console(stderr=True, soft_wrap=not on_terminal, width=None if on_terminal else _LOG_WIDTH)
