@@ -58,3 +58,10 @@ class LogReporter:
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
         log.info("%s: %d %s", title, total, unit)
         yield LogTask()
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: ``40 seconds``, ``7 minutes``, ``3.5 hours``."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -43,6 +43,21 @@ class Project:
         return self.root / ".tunewright" / "crossfit" / "adapters"
 
     @property
+    def curve_adapters(self) -> Path:
+        """The adapters of learning curves, apart from those that are served; all can be made again."""
+        return self.root / ".tunewright" / "curve" / "adapters"
+
+    @property
+    def curves(self) -> Path:
+        """Learning curves, one folder for each: ID."""
+        return self.root / "curves"
+
+    @property
+    def sweeps(self) -> Path:
+        """Ledgers of sweeps, one folder for each: ID."""
+        return self.root / "sweeps"
+
+    @property
     def evaluations(self) -> Path:
         """Evidence, one folder for each evaluation: ID."""
         return self.root / "evaluations"

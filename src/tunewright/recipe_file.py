@@ -30,6 +30,11 @@ def load_recipe(path: Path) -> Recipe:
         ) from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"not a text file in UTF-8 ({error})", where=str(path)) from None
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """Validate a recipe's text; errors as of :func:`load_recipe`, and ``path`` is what they name."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = {} if root is None else _lines(root, path)

@@ -34,12 +34,17 @@ if TYPE_CHECKING:
     from tunewright.data.review.suspects import Suspect
     from tunewright.data.splits import Split
     from tunewright.data.versions.export import Exported, Format
+    from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.measure import AdviseResult, EvaluateResult, Measurement
     from tunewright.serving.service import Service
     from tunewright.training.lengths import LengthReport
+    from tunewright.training.sweep import SweepResult
     from tunewright.training.train import TrainResult
 
 REPORT_FILE = "report.html"
+CURVE_PLOT = "curve.svg"
+SEEDS = 3
+"""Of a learning curve: with fewer the luck of a training cannot be told from what the rows bring."""
 FOLDS = 5
 """Of a cross-fitted evaluation: each adapter sees four fifths of the rows, less those that it is chosen by."""
 
@@ -236,6 +241,67 @@ class Road:
         """
         self._refuse_up_front()
         return self._train(self._forced(force))
+
+    def sweep(
+        self,
+        *,
+        minutes: float | None = None,
+        rates: Sequence[float] | None = None,
+        write: bool = False,
+        force: bool = False,
+    ) -> tuple[SweepResult, dict[str, Any]]:
+        """Try presets and learning rates by successive halving on dev, and train the winner to its end.
+
+        Args:
+            minutes: for the whole sweep, what is in its ledger included; None: as long as it takes.
+            rates: to try (None: three around what suits the base's size, one of which is the recipe's own).
+            write: put the winner's values into tunewright.yaml.
+            force: as in :meth:`train`.
+
+        Returns:
+            What the sweep came to, and the keys of the train section that were written.
+
+        Raises:
+            UserError: a budget that is none or too small for one trial, or rates that are none.
+        """
+        from tunewright.project import RECIPE_FILE
+        from tunewright.recipe_edit import write_train
+        from tunewright.training.sweep import Sweep
+
+        if minutes is not None and not minutes > 0:
+            raise UserError(f"{minutes:g} minutes are no time", where="--minutes")
+        self._refuse_up_front()
+        forced = self._forced(force)
+        facts = {"forced": forced} if forced else {}
+        sweep = Sweep(self.project, self.version(), self.base, self.chat, self.reporter, rates=rates, facts=facts)
+        result = sweep.run(minutes)
+        written: dict[str, Any] = {}
+        if write and result.winner is not None:
+            written = write_train(self.project.root / RECIPE_FILE, result.winner.train)
+            if not written:
+                self.reporter.say("tunewright.yaml has the winner's values already.")
+        elif write:
+            self.reporter.warn("Nothing is written to tunewright.yaml: there is no winner.")
+        return result, written
+
+    def curve(self, *, seeds: int = SEEDS, force: bool = False) -> CurveResult:
+        """Train on parts of the training rows with several seeds, to see on dev whether more rows would help.
+
+        The plot lies beside the result, as curve.svg. ``force`` as in :meth:`train`.
+        """
+        from tunewright.disk import write_text
+        from tunewright.evaluation.learning_curve import LearningCurve
+        from tunewright.report.plots import curve_plot
+
+        if seeds < 2:
+            raise UserError(
+                f"{seeds} seed", where="--seeds", fix="Two are the fewest: one cannot show how much is luck."
+            )
+        self._refuse_up_front()
+        version, chat = self.version(), self.chat
+        result = LearningCurve(self.project, version, self.base, chat, self.reporter, seeds=seeds, force=force).run()
+        write_text(result.folder / CURVE_PLOT, curve_plot(result.curve))
+        return result
 
     def crossfit(self, *, folds: int = FOLDS, force: bool = False) -> EvaluateResult:
         """Evaluate the recipe on every row of the current version, in folds: for sets too small to hold a test out.

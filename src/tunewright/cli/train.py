@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
+from tunewright.cli.console import Session, session
+from tunewright.errors import UserError
+
+if TYPE_CHECKING:
+    from tunewright.road import Road
+
+CANT_TELL = 4
 
 Force = Annotated[bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")]
 
@@ -29,17 +35,92 @@ def advise(project: Folder = HERE, json: Json = False) -> None:
 
 
 @app.command()
-def train(force: Force = False, project: Folder = HERE, json: Json = False) -> None:
+def train(
+    force: Force = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Try both presets with three learning rates, by successive halving on dev.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="--sweep: time for the whole of it.", show_default="as long as it takes")
+    ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(help="--sweep: a learning rate to try; again for more.", show_default="what suits the base"),
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="--sweep: put the winner's values into tunewright.yaml.")
+    ] = False,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Train on parts of the rows: would more data help? Exit 0 yes, 3 no.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(help="--curve: how many trainings of each part.", show_default="3")
+    ] = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
     """Train the recipe's adapter on the current dataset version. Goes on where it was stopped."""
     import tunewright
 
     with session(json, project) as current:
-        result = tunewright.open(project, current.reporter).train(force=force)
-        adapter = result.adapter
-        told = adapter.lineage["training"]
-        epochs = ", ".join(f"{e['dev_loss']:.3f}" for e in told["epochs"])
-        current.show(
-            {"adapter": adapter.name, "folder": str(adapter.folder), "trained": result.trained, **told},
-            f"{'Trained' if result.trained else 'Already trained'}: {adapter.folder}\n"
-            f"{told['examples']} examples, dev loss by epoch {epochs}, kept step {told['kept_step']}",
-        )
+        _require_use({"--minutes": minutes, "--rate": rate, "--write": write or None}, "--sweep", given=sweep)
+        _require_use({"--seeds": seeds}, "--curve", given=curve)
+        if sweep and curve:
+            raise UserError("a sweep and a curve are two commands", where="--sweep/--curve")
+        road = tunewright.open(project, current.reporter)
+        if sweep:
+            _sweep(road, current, minutes, rate, write=write, force=force)
+        elif curve:
+            _curve(road, current, seeds, force=force)
+        else:
+            _train(road, current, force=force)
+
+
+def _require_use(options: dict[str, object], wanted_by: str, *, given: bool) -> None:
+    unused = [name for name, value in options.items() if value is not None]
+    if unused and not given:
+        raise UserError(f"it means something with {wanted_by} only", where=unused[0], fix=f"Add {wanted_by}.")
+
+
+def _train(road: Road, current: Session, *, force: bool) -> None:
+    result = road.train(force=force)
+    adapter = result.adapter
+    told = adapter.lineage["training"]
+    epochs = ", ".join(f"{e['dev_loss']:.3f}" for e in told["epochs"])
+    current.show(
+        {"adapter": adapter.name, "folder": str(adapter.folder), "trained": result.trained, **told},
+        f"{'Trained' if result.trained else 'Already trained'}: {adapter.folder}\n"
+        f"{told['examples']} examples, dev loss by epoch {epochs}, kept step {told['kept_step']}",
+    )
+
+
+def _sweep(
+    road: Road, current: Session, minutes: float | None, rates: list[float] | None, *, write: bool, force: bool
+) -> None:
+    from tunewright.cli.training_tables import sweep_document, sweep_tables
+
+    result, written = road.sweep(minutes=minutes, rates=rates, write=write, force=force)
+    current.show(sweep_document(result, written), *sweep_tables(result, written))
+    raise typer.Exit(0 if result.winner is not None else CANT_TELL)
+
+
+def _curve(road: Road, current: Session, seeds: int | None, *, force: bool) -> None:
+    from tunewright.cli.training_tables import curve_tables
+    from tunewright.evaluation.curve import more_data
+    from tunewright.road import CURVE_PLOT, SEEDS
+
+    result = road.curve(seeds=SEEDS if seeds is None else seeds, force=force)
+    told = more_data(result.curve)
+    current.show(
+        {
+            "folder": str(result.folder),
+            "plot": str(result.folder / CURVE_PLOT),
+            "measured": result.measured,
+            "more_data": told.answer,
+            "reasons": list(told.reasons),
+            "curve": result.curve.model_dump(mode="json"),
+        },
+        *curve_tables(result.curve),
+        f"Curve: {result.folder / CURVE_PLOT}",
+    )
+    raise typer.Exit(told.exit_code)

@@ -35,7 +35,7 @@ from tunewright.evaluation.measure import (
 )
 from tunewright.metrics import bleu_signature, corpus_score
 from tunewright.models.bases import Base
-from tunewright.progress import Reporter
+from tunewright.progress import Reporter, duration
 from tunewright.project import Project
 from tunewright.recipe import Metric
 from tunewright.training.few import forced_below
@@ -137,7 +137,7 @@ class CrossFit:
             # The first that has not been found done tells how long one takes.
             if left and done[-1].trained and not any(fold.trained for fold in done[:-1]):
                 seconds = time.monotonic() - began
-                self.reporter.say(f"That took {_duration(seconds)}; {left} more: about {_duration(left * seconds)}.")
+                self.reporter.say(f"That took {duration(seconds)}; {left} more: about {duration(left * seconds)}.")
         control = _control(done)
         answers = _in_order(self.version.domain, done, control)
         evidence = self._evidence(done, control, answers)
@@ -247,10 +247,6 @@ def _told(number: int, fold: _Done, control: str, metric: Metric) -> Fold:
         dev_losses=[epoch["dev_loss"] for epoch in fold.adapter.lineage["training"]["epochs"]],
         adapter=fold.adapter.digest,
     )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def out_of_fold(

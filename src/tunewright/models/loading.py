@@ -92,6 +92,13 @@ def context_length(base: Base) -> int:
     return int(AutoConfig.from_pretrained(base.folder, local_files_only=True).max_position_embeddings)
 
 
+def hidden_size(base: Base) -> int:
+    """The width of the base: numbers in a token's hidden state."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(base.folder, local_files_only=True).hidden_size)
+
+
 def end_token_ids(base: Base) -> frozenset[int]:
     """The tokens that end an answer by the base's generation settings, read without its weights.
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from tunewright.evaluation.curve import Curve
 
 # Matplotlib knows no CSS: these stand in for what the page decides, and are replaced in the finished SVG.
 INK, MUTED, LINE, TUNED, PROMPTING, PLAIN = "#010203", "#020203", "#030203", "#040203", "#050203", "#060203"
@@ -22,6 +25,16 @@ _PAGE_COLOURS = {
     TUNED: "var(--tuned)",
     PROMPTING: "var(--prompting)",
     PLAIN: "var(--plain)",
+}
+
+# Of a file that stands alone: to be read on white and on black.
+_FILE_COLOURS = {
+    INK: "#808080",
+    MUTED: "#808080",
+    LINE: "#b0b0b0",
+    TUNED: "#3b82c4",
+    PROMPTING: "#c47f1e",
+    PLAIN: "#9a9a9a",
 }
 
 _WIDTH = 460.0  # points, which become SVG units: 12 of them stay readable on a phone 400 pixels wide
@@ -133,7 +146,30 @@ def loss_plot(name: str, title: str, history: Sequence[dict[str, Any]]) -> str:
         return _inline(figure, name, title)
 
 
-def _inline(figure: Figure, name: str, title: str) -> str:
+def curve_plot(curve: Curve) -> str:
+    """A learning curve as an SVG file of its own: each adapter's dev score, and the seeds' mean, by training rows."""
+    title = f"Score on {curve.items} dev items by training rows"
+    means = [
+        (fmean(p.rows for p in curve.points if p.share == share), 100 * curve.mean(share)) for share in curve.shares
+    ]
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": curve.id}):
+        figure = Figure(figsize=(_WIDTH / 72, 260 / 72))
+        axes = figure.add_axes((0.12, 0.19, 0.85, 0.74))
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("training rows")
+        axes.set_ylabel("exact match, %" if curve.metric == "exact_match" else "BLEU")
+        axes.grid(axis="y", linewidth=0.7)
+        axes.plot(*zip(*means, strict=True), color=TUNED, linewidth=2, label=f"mean of {len(curve.seeds)} seeds")
+        rows, scores = [p.rows for p in curve.points], [100 * p.score for p in curve.points]
+        axes.plot(rows, scores, color=PLAIN, linestyle="", marker="o", markersize=5, label="one training")
+        axes.set_xticks([rows for rows, _ in means], [f"{rows:,.0f}" for rows, _ in means])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="best", labelcolor=INK)
+        return _inline(figure, f"curve-{curve.id}", title, _FILE_COLOURS) + "\n"
+
+
+def _inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = _PAGE_COLOURS) -> str:
     """The figure as an ``<svg>`` element: page colours, ids of its own, a title, no fixed size."""
     buffer = io.StringIO()
     # No date, no program version: the same evidence gives the same bytes.
@@ -152,7 +188,7 @@ def _inline(figure: Figure, name: str, title: str) -> str:
     heading.text = title
     root.insert(0, heading)
     text = ElementTree.tostring(root, encoding="unicode")
-    for stand_in, colour in _PAGE_COLOURS.items():
+    for stand_in, colour in colours.items():
         text = text.replace(stand_in, colour)
     return text
 

@@ -30,13 +30,13 @@ class KeepCheckpoints(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop after this step, if someone asked for it."""
         self.evaluated = False
-        if self.stop.asked:
+        if self.stop.after(state.global_step):
             control.should_training_stop = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The dev split has been evaluated after this step."""
         self.evaluated = control.should_save = True
-        if self.stop.asked:
+        if self.stop.after(state.global_step):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -20,6 +20,10 @@ MARGIN = 1.0
 """Nats per token: the trained tokens are e times less likely than what they are held against."""
 
 
+class DivergedError(UserError):
+    """A run that must not go on, told to the user."""
+
+
 @dataclass
 class BrokenRunError(Exception):
     """A run that must not go on."""
@@ -29,12 +33,12 @@ class BrokenRunError(Exception):
     rows: Sequence[int]
     """Places in the training set of the rows of the step's batch."""
 
-    def as_user_error(self, members: Sequence[Member]) -> UserError:
+    def as_user_error(self, members: Sequence[Member]) -> DivergedError:
         """For the user, with the batch's rows by name; ``members`` are the examples that the rows are of."""
         named = [name_of(members[place]) for place in self.rows if place < len(members)]
         lines = [f"  {name}" for name in named[:_MOST_NAMED]]
         lines += [f"  and {len(named) - _MOST_NAMED} more"] * (len(named) > _MOST_NAMED)
-        return UserError(
+        return DivergedError(
             f"{self.what} at step {self.step}; no adapter is kept. The rows of that step:\n" + "\n".join(lines),
             where="train.learning_rate",
             fix="Lower the learning rate, or train in float32 (train.dtype); and look at those rows.",

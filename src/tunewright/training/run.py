@@ -11,13 +11,23 @@ from typing import Any
 from tunewright.adapters.registry import HISTORY
 from tunewright.chat import Tokens
 from tunewright.progress import Reporter
-from tunewright.recipe import Recipe
+from tunewright.recipe import Recipe, TrainRecipe
 from tunewright.training.checkpoints import KeepCheckpoints, complete_checkpoint
 from tunewright.training.choosing import evaluations, history_rows, runs_out_of_patience
 from tunewright.training.dev import DevTask
 from tunewright.training.rows import as_columns
 from tunewright.training.stopping import stop_on_signal
 from tunewright.training.watching import Follow, FollowDev
+
+
+def total_steps(settings: TrainRecipe, rows: int) -> int:
+    """Optimizer steps of a whole run on so many training rows."""
+    return math.ceil(rows / settings.batch_size) * settings.epochs
+
+
+def evaluation_interval(settings: TrainRecipe, steps: int) -> int:
+    """Steps between a run's evaluations on dev, of so many in all."""
+    return settings.evaluate_every or steps // settings.epochs
 
 
 class Run:
@@ -30,9 +40,19 @@ class Run:
         self.reporter = reporter
 
     def fit(
-        self, model: Any, tokenizer: Any, train: Sequence[Tokens], dev: Sequence[Tokens], dev_task: DevTask | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        train: Sequence[Tokens],
+        dev: Sequence[Tokens],
+        dev_task: DevTask | None,
+        until: int | None = None,
     ) -> tuple[list[dict[str, Any]], float]:
-        """Train to the end: the history of losses and evaluations, and seconds of this process."""
+        """Train to the end: the history of losses and evaluations, and seconds of this process.
+
+        With ``until``, only up to that step, whose checkpoint is saved; then dev is measured, and that is in the
+        history but not in the checkpoint: the run that goes on from there never hears of it.
+        """
         from datasets import Dataset
         from transformers import PrinterCallback, set_seed
 
@@ -42,8 +62,7 @@ class Run:
         from tunewright.training.trainer import Trainer
 
         settings = self.recipe.train
-        steps_an_epoch = math.ceil(len(train) / settings.batch_size)
-        steps = steps_an_epoch * settings.epochs
+        steps = total_steps(settings, len(train))
         # Before the adapter is made: its A matrices are drawn at random.
         set_seed(self.recipe.seed)
         sharing = measure_sharing(
@@ -57,7 +76,7 @@ class Run:
         self.reporter.say(sharing.reason)
         checkpoint = complete_checkpoint(self.work)
         with (
-            stop_on_signal() as stop,
+            stop_on_signal(until) as stop,
             self.reporter.task(f"Training {self.recipe.name}", steps, "steps") as task,
         ):
             trainer = Trainer(
@@ -88,11 +107,14 @@ class Run:
                 self.reporter.say(f"Going on from step {done} of {steps}")
                 task.advance(done)
             began = time.monotonic()
-            if checkpoint is not None and (ended := _ended_early(checkpoint, settings.patience)) is not None:
+            ended = None if checkpoint is None else _ended(checkpoint, settings.patience, until)
+            if ended is not None:
                 trainer.state = ended
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             seconds = time.monotonic() - began
+            if until is not None and not stop.asked:
+                _measure(trainer, checkpoint if ended else None)
         if stop.asked:
             self.reporter.say(f"Stopped at step {trainer.state.global_step} of {steps}, which is saved.")
             raise KeyboardInterrupt
@@ -123,7 +145,7 @@ class Run:
             max_length=None,
             remove_unused_columns=False,
             eval_strategy="steps",
-            eval_steps=settings.evaluate_every or steps // settings.epochs,
+            eval_steps=evaluation_interval(settings, steps),
             save_strategy="steps",
             save_steps=settings.checkpoint_every,
             save_total_limit=2,
@@ -136,11 +158,28 @@ class Run:
         )
 
 
-def _ended_early(checkpoint: Path, patience: int | None) -> Any:
-    """The trainer's state in a checkpoint after which training had stopped early; None where it goes on."""
+def _ended(checkpoint: Path, patience: int | None, until: int | None) -> Any:
+    """The trainer's state in a checkpoint from which there is nothing to train; None where the run goes on.
+
+    That is where it had stopped early, or where ``until`` is.
+    """
     from transformers import TrainerState
 
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     evaluated = evaluations(state.log_history)
     at_end = bool(evaluated) and evaluated[-1].step == state.global_step
-    return state if at_end and runs_out_of_patience(evaluated, patience) else None
+    early = at_end and runs_out_of_patience(evaluated, patience)
+    return state if early or state.global_step == until else None
+
+
+def _measure(trainer: Any, checkpoint: Path | None) -> None:
+    """Measure dev where the run pauses, unless it has; with the weights of ``checkpoint``, where one is given."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    evaluated = evaluations(trainer.state.log_history)
+    if evaluated and evaluated[-1].step == trainer.state.global_step:
+        return
+    if checkpoint is not None:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+    trainer.remove_callback(FollowDev)  # which counts a run's own evaluations
+    trainer.evaluate()

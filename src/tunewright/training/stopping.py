@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that let the step under way finish and be saved."""
+"""Ctrl-C and SIGTERM that let the step under way finish and be saved, and pauses after a step that was named."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether someone has asked the run to stop."""
+    """Whether someone has asked the run to stop, and the step after which it is to pause anyway."""
 
-    asked = False
+    def __init__(self, pause_after: int | None = None) -> None:
+        self.asked = False
+        self.pause_after = pause_after
+
+    def after(self, step: int) -> bool:
+        """Whether this step is the last one for now."""
+        return self.asked or step == self.pause_after
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(pause_after: int | None = None) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; a second one interrupts at once.
 
     Outside the main thread signals belong to someone else, and the request is never made.
     """
-    request = StopRequest()
+    request = StopRequest(pause_after)
 
     def ask(_number: int, _frame: FrameType | None) -> None:
         if request.asked:

@@ -23,7 +23,7 @@ from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
 from tunewright.training.choosing import Evaluation, best_of, evaluations, place_text
-from tunewright.training.dev import dev_task
+from tunewright.training.dev import DevTask, dev_task
 from tunewright.training.guard import BrokenRunError
 from tunewright.training.lineage import training_lineage
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
@@ -38,6 +38,17 @@ class TrainResult:
     adapter: Adapter
     trained: bool
     """False when an adapter with the same inputs was there already."""
+
+
+@dataclass(frozen=True)
+class Paused:
+    """Where a run that is to go on later has got to."""
+
+    step: int
+    best: Evaluation
+    """The best evaluation so far, the one made here included: what the run would keep if it ended here."""
+    seconds: float
+    """Of training, by this process."""
 
 
 def training_inputs(recipe: Recipe, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
@@ -67,6 +78,7 @@ def train(
     reporter: Reporter,
     *,
     adapters: Path | None = None,
+    work: Path | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train the recipe's adapter on a dataset version, or find the one already trained on the same inputs.
@@ -79,6 +91,7 @@ def train(
         base, chat: what is adapted, and how conversations become tokens.
         reporter: shows progress, hears warnings.
         adapters: where the adapter is looked for and kept (None: with the project's own).
+        work: the folder of the run's checkpoints, removed at its end (None: in the project's working folder).
         facts: what the lineage is to say beside what decided the training.
 
     Raises:
@@ -91,28 +104,12 @@ def train(
     require_trackers(recipe.train.report_to)
     place = project.adapters if adapters is None else adapters
     identity = digest(training_inputs(recipe, version, base, chat))
-    if (there := _trained_before(place, recipe.name, identity)) is not None:
+    if (there := trained_before(place, recipe.name, identity)) is not None:
         return TrainResult(there, trained=False)
-    require_bitsandbytes(recipe.train.quantize, "train.quantize")
-    limit = min(recipe.train.max_length, context_length(base))
-    splits = {
-        name: training_rows(chat, version.examples(name), limit, recipe.train.too_long, reporter)
-        for name in ("train", "dev")
-    }
-    encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows
-    refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
-    work = project.work / "training" / identity[:12]
-    reporter.say(f"Loading {named(base, recipe.train.quantize)}")
-    model = load_model(base, recipe.train.dtype, recipe.train.quantize)
-    dev = list({m.key: m for m in splits["dev"].members}.values())
-    answered = dev_task(recipe, chat, version.domain_of("train"), dev, context_length(base), reporter)
+    work = work or project.work / "training" / identity[:12]
     with quiet_transformers(), writing(work):
-        run = Run(recipe, work, reporter)
-        try:
-            with tracked_in(project.work / "trackers", recipe.name, run.name):
-                history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered)
-        except BrokenRunError as broken:
-            raise broken.as_user_error(splits["train"].members) from None
+        fitted = _fit(project, version, base, chat, reporter, work)
+        splits, history, answered = fitted.splits, fitted.history, fitted.answered
         evaluated = evaluations(history)
         best = best_of(evaluated)
         for each in evaluated:
@@ -122,7 +119,7 @@ def train(
             "inputs_digest": identity,
             "rendering": {name: _rendering(encoded) for name, encoded in splits.items()},
             "training": {
-                **_account(splits["train"], evaluated, best, seconds),
+                **_account(splits["train"], evaluated, best, fitted.seconds),
                 "metric": None if answered is None else answered.metric,
                 "dev_rows_answered": 0 if answered is None else len(answered.requests),
             },
@@ -141,7 +138,71 @@ def train(
     return TrainResult(adapter, trained=True)
 
 
-def _trained_before(adapters: Path, name: str, identity: str) -> Adapter | None:
+def train_until(
+    project: Project,
+    version: DatasetVersion,
+    base: Base,
+    chat: ChatFormat,
+    reporter: Reporter,
+    *,
+    work: Path,
+    step: int,
+) -> Paused:
+    """Train as `train` would, up to a step: what is in ``work`` then is what `train` goes on from.
+
+    Raises:
+        UserError: as of `train`; `DivergedError` where the loss is no number or has exploded.
+        KeyboardInterrupt: stopped by a signal before, with a checkpoint saved.
+    """
+    with quiet_transformers(), writing(work):
+        fitted = _fit(project, version, base, chat, reporter, work, step)
+    evaluated = evaluations(fitted.history)
+    return Paused(evaluated[-1].step, best_of(evaluated), fitted.seconds)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A run that has got to its end, or to where it was to pause."""
+
+    splits: dict[str, EncodedRows]
+    answered: DevTask | None
+    history: list[dict[str, Any]]
+    seconds: float
+
+
+def _fit(
+    project: Project,
+    version: DatasetVersion,
+    base: Base,
+    chat: ChatFormat,
+    reporter: Reporter,
+    work: Path,
+    until: int | None = None,
+) -> _Fitted:
+    recipe = project.recipe
+    require_bitsandbytes(recipe.train.quantize, "train.quantize")
+    limit = min(recipe.train.max_length, context_length(base))
+    splits = {
+        name: training_rows(chat, version.examples(name), limit, recipe.train.too_long, reporter)
+        for name in ("train", "dev")
+    }
+    encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows
+    refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
+    reporter.say(f"Loading {named(base, recipe.train.quantize)}")
+    model = load_model(base, recipe.train.dtype, recipe.train.quantize)
+    dev = list({m.key: m for m in splits["dev"].members}.values())
+    answered = dev_task(recipe, chat, version.domain_of("train"), dev, context_length(base), reporter)
+    run = Run(recipe, work, reporter)
+    try:
+        with tracked_in(project.work / "trackers", recipe.name, run.name):
+            history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered, until)
+    except BrokenRunError as broken:
+        raise broken.as_user_error(splits["train"].members) from None
+    return _Fitted(splits, answered, history, seconds)
+
+
+def trained_before(adapters: Path, name: str, identity: str) -> Adapter | None:
+    """The adapter of this project name that these inputs made, if there is one; checked."""
     for adapter in list_adapters(adapters):
         if adapter.was_trained_by(identity) and adapter.name.startswith(f"{name}-"):
             adapter.verify()

@@ -1,0 +1,220 @@
+"""Measuring a learning curve: would more data help?
+
+Adapters are trained on a quarter, half and all of the training rows, nested and by whole clusters, with several seeds;
+each answers the same dev rows. The slope per doubling, with its interval, is the answer. Dev, not test: the question is
+asked while there is still something to decide.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunewright.adapters.registry import Adapter
+from tunewright.chat import ChatFormat
+from tunewright.chat.answers import answer_limit
+from tunewright.data.versions import DatasetVersion
+from tunewright.disk import digest, write_json
+from tunewright.evaluation.curve import CURVE_FILE, Curve, Point
+from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.measure import measured_with
+from tunewright.evaluation.slopes import Slope, bleu_slope, exact_match_slope
+from tunewright.evaluation.subsets import subset_versions
+from tunewright.metrics import bleu_statistics, corpus_score, exact_matches
+from tunewright.models.bases import Base
+from tunewright.progress import Reporter, duration
+from tunewright.project import Project
+from tunewright.training.few import forced_below
+from tunewright.training.train import TrainResult, train, trained_before, training_inputs
+
+SHARES = (0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class CurveResult:
+    """What a curve came to."""
+
+    folder: Path
+    curve: Curve
+    measured: bool
+    """False when a curve of the same inputs was there already."""
+
+
+class LearningCurve:
+    """The parts of a version's training rows, and all that decides what comes out of them.
+
+    Args:
+        project: its recipe decides; the curve's adapters are kept in its working folder, apart from its own.
+        version, base, chat: as for `train`.
+        reporter: shows progress, hears warnings.
+        seeds: how many, at least two: the recipe's own and those after it.
+        force: train on fewer pairs than are refused otherwise.
+
+    Raises:
+        UserError: too few clusters or pairs.
+    """
+
+    def __init__(
+        self,
+        project: Project,
+        version: DatasetVersion,
+        base: Base,
+        chat: ChatFormat,
+        reporter: Reporter,
+        *,
+        seeds: int,
+        force: bool = False,
+    ) -> None:
+        assert seeds >= 2
+        self.project = project
+        self.version = version
+        self.base = base
+        self.chat = chat
+        self.reporter = reporter
+        self.quantize = project.recipe.evaluate.quantize or project.recipe.train.quantize
+        self.seeds = tuple(range(project.recipe.seed, project.recipe.seed + seeds))
+        self.parts = {
+            (seed, share): part
+            for seed in self.seeds
+            for share, part in zip(SHARES, subset_versions(version, SHARES, seed), strict=True)
+        }
+        fewest = min(len(part.domain_of("train")) for part in self.parts.values())
+        self.forced = forced_below(
+            fewest, force=force, reporter=reporter, place=f" in a {SHARES[0]:.0%} part of them, as a curve needs"
+        )
+        # Of all training rows, so that no part's answers are cut where another's are not.
+        self.limit = answer_limit(project.recipe, chat, version.domain_of("train"))
+
+    @property
+    def identity(self) -> str:
+        """12 hex digits: a digest of all that decides the curve."""
+        settings = self.project.recipe.evaluate
+        trainings = [
+            training_inputs(self._recipe(seed).recipe, part, self.base, self.chat)
+            for (seed, _), part in self.parts.items()
+        ]
+        decides = {
+            "trainings": trainings,
+            "max_new_tokens": self.limit,
+            "metric": settings.metric,
+            "margin": settings.margin,
+            "quantize": self.quantize,
+        }
+        return digest(decides)[:12]
+
+    def run(self) -> CurveResult:
+        """Train and answer; a stopped curve goes on, and what is finished is found done.
+
+        Raises:
+            UserError: whatever a training raises.
+            KeyboardInterrupt: stopped by a signal; what was finished is kept.
+        """
+        file = self.project.curves / self.identity / CURVE_FILE
+        if file.exists():
+            return CurveResult(file.parent, Curve.model_validate_json(file.read_bytes()), measured=False)
+        points: list[Point] = []
+        answers: dict[tuple[int, float], list[str]] = {}
+        left = sum(SHARES) * len(self.seeds)
+        told = False
+        for (seed, share), part in self.parts.items():
+            began = time.monotonic()
+            rows = len(part.domain_of("train"))
+            self.reporter.say(f"{share:.0%} of the training rows, seed {seed}: {rows:,} rows")
+            trained = self._train(seed, share, part)
+            given = self._answer(trained.adapter)
+            points.append(self._point(seed, share, rows, trained.adapter, given))
+            answers[seed, share] = given
+            left -= share
+            if trained.trained and not told and left > 0:
+                told = True  # the first that has not been found done tells how long it takes
+                seconds = (time.monotonic() - began) / share * left
+                self.reporter.say(f"The {len(self.parts) - len(points)} others: about {duration(seconds)}.")
+        curve = self._curve(points, answers)
+        write_json(file, curve.model_dump(mode="json"))
+        return CurveResult(file.parent, curve, measured=True)
+
+    def _recipe(self, seed: int) -> Project:
+        return Project(self.project.root, self.project.recipe.model_copy(update={"seed": seed}))
+
+    def _train(self, seed: int, share: float, part: DatasetVersion) -> TrainResult:
+        project = self._recipe(seed)
+        # All of the rows with the recipe's own seed may be the project's own adapter.
+        inputs = digest(training_inputs(project.recipe, part, self.base, self.chat))
+        own = trained_before(self.project.adapters, project.recipe.name, inputs)
+        if own is not None:
+            return TrainResult(own, trained=False)
+        facts: dict[str, Any] = {"curve": {"of": self.version.digest, "share": share, "seed": seed}}
+        if self.forced:
+            facts["forced"] = self.forced
+        place = self.project.curve_adapters
+        return train(project, part, self.base, self.chat, self.reporter, adapters=place, facts=facts)
+
+    def _answer(self, adapter: Adapter) -> list[str]:
+        """The dev rows' answers."""
+        recipe = self.project.recipe
+        # A generator for each adapter: the next training loads a base of its own, and this one need not lie beside it.
+        generator = Generator(
+            self.base,
+            self.chat,
+            recipe.train.dtype,
+            self.quantize,
+            recipe.evaluate.batch_size,
+            self.project.work,
+            self.reporter,
+        )
+        prompts = [self.chat.prompt(m.example.prompt) for m in self.version.examples("dev")]
+        return [g.text for g in generator.answer("answering dev", prompts, self.limit, adapter)]
+
+    def _point(self, seed: int, share: float, rows: int, adapter: Adapter, answers: Sequence[str]) -> Point:
+        told = adapter.lineage["training"]
+        kept = next(each for each in told["epochs"] if each["step"] == told["kept_step"])
+        references = [m.example.output for m in self.version.examples("dev")]
+        return Point(
+            share=share,
+            seed=seed,
+            rows=rows,
+            score=corpus_score(self.project.recipe.evaluate.metric, answers, references),
+            dev_loss=kept["dev_loss"],
+            adapter=adapter.digest,
+        )
+
+    def _curve(self, points: list[Point], answers: Mapping[tuple[int, float], list[str]]) -> Curve:
+        recipe, dev = self.project.recipe, self.version.examples("dev")
+        slope = self._slope(points, answers)
+        return Curve(
+            id=self.identity,
+            project=recipe.name,
+            metric=recipe.evaluate.metric,
+            margin=recipe.evaluate.margin,
+            items=len(dev),
+            clusters=len({m.cluster for m in dev}),
+            shares=SHARES,
+            seeds=self.seeds,
+            points=points,
+            slope=slope.per_doubling,
+            interval=slope.interval,
+            method=slope.method,
+            lineage={
+                **measured_with(recipe, self.base, self.chat, self.quantize, self.limit),
+                "dataset": self.version.digest,
+                "dev_split": self.version.split_digest("dev"),
+                "recipe": recipe.model_dump(mode="json"),
+                "forced": self.forced,
+            },
+        )
+
+    def _slope(self, points: Sequence[Point], answers: Mapping[tuple[int, float], list[str]]) -> Slope:
+        dev, seed = self.version.examples("dev"), self.project.recipe.seed
+        references, clusters = [m.example.output for m in dev], [m.cluster for m in dev]
+        sizes = np.array([p.rows for p in points]).reshape(len(self.seeds), len(SHARES))
+        by_seed = [[answers[seed, share] for share in SHARES] for seed in self.seeds]
+        if self.project.recipe.evaluate.metric == "exact_match":
+            right = np.array([[exact_matches(given, references) for given in row] for row in by_seed])
+            return exact_match_slope(right, sizes, clusters, seed)
+        counts = np.array([[bleu_statistics(given, references) for given in row] for row in by_seed])
+        return bleu_slope(counts, sizes, clusters, seed)

@@ -1,0 +1,194 @@
+"""``train --sweep`` through the command line, on a tiny base."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import tiny_project, tunewright
+from tunewright.adapters.registry import list_adapters
+from tunewright.data.versions import load_version
+from tunewright.recipe_file import load_recipe
+
+NOTE = "  # Ada's rate; see the log\n"
+
+
+def _project(folder: Path, base: Path) -> Path:
+    tiny_project(folder, base)
+    recipe = folder / "tunewright.yaml"
+    text = recipe.read_text().replace("preset: all-linear\n", "preset: classic\n").replace("0.003", "0.0007")
+    recipe.write_text(text.replace("  epochs", NOTE + "  epochs") + "# the end\n")
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    return folder
+
+
+def _ledger(project: Path) -> list[dict[str, Any]]:
+    (file,) = project.glob("sweeps/*/ledger.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """A project that was swept, what the command printed, and the texts that training and dev passes were given."""
+    import tunewright.training.run as running
+    from tiny import byte_tokenizer
+    from tunewright.training.rows import as_columns
+
+    project = _project(tmp_path_factory.mktemp("sweep") / "project", tiny_base_folder)
+    tokenizer = byte_tokenizer()
+    given: list[str] = []
+
+    def recording(rows: Any) -> Any:
+        given.extend(tokenizer.decode(row.ids) for row in rows)
+        return as_columns(rows)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(running, "as_columns", recording)
+        ran = tunewright("train", "--sweep", "--write", "--json", "-p", project)
+    assert ran.code == 0, ran.stderr
+    return project, ran.document, given
+
+
+Swept = tuple[Path, dict[str, Any], list[str]]
+
+
+def test_six_trials_are_halved_to_one_that_is_trained_to_its_end(swept: Swept) -> None:
+    project, document, _ = swept
+    assert document["rungs"] == [6, 12, 24]
+    assert len(document["trials"]) == 6
+    assert sorted(len(trial["rungs"]) for trial in document["trials"]) == [1, 1, 1, 2, 2, 3]
+    for rung, goes_on in ((0, 3), (1, 1)):
+        here = [t for t in document["trials"] if len(t["rungs"]) > rung]
+        by_dev = sorted(here, key=lambda t: (-t["rungs"][rung].get("dev_metric", 0), t["rungs"][rung]["dev_loss"]))
+        better = {t["name"] for t in by_dev[:goes_on]}
+        assert {t["name"] for t in here if len(t["rungs"]) > rung + 1} == better
+    assert [a.name for a in list_adapters(project / "adapters")] == [document["adapter"]]
+    assert not list((project / ".tunewright" / "sweeps").iterdir())
+
+
+def test_the_winner_is_the_run_that_train_makes_and_is_not_trained_twice(
+    swept: Swept, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    project, document, _ = swept
+    ran = tunewright("train", "-p", project, "--json")
+    assert (ran.document["adapter"], ran.document["trained"]) == (document["adapter"], False)
+    fresh = _project(tmp_path / "fresh", tiny_base_folder)
+    (fresh / "tunewright.yaml").write_text((project / "tunewright.yaml").read_text())
+    ran = tunewright("train", "-p", fresh, "--json")
+    assert (ran.document["adapter"], ran.document["trained"]) == (document["adapter"], True)
+
+
+def test_the_winner_is_written_back_and_the_rest_of_the_file_stays(swept: Swept) -> None:
+    project, document, _ = swept
+    text = (project / "tunewright.yaml").read_text()
+    train = load_recipe(project / "tunewright.yaml").train
+    assert f"{train.preset}-{train.learning_rate:g}" == document["winner"]
+    assert set(document["written"]) <= {"preset", "learning_rate"}
+    assert NOTE in text and text.endswith("# the end\n")
+    assert (train.epochs, train.batch_size) == (2, 8)
+
+
+def test_test_rows_are_never_given(swept: Swept) -> None:
+    project, _, given = swept
+    version = load_version(project / "dataset")
+    seen = "\n".join(given)
+    assert all(m.example.input_text in seen for split in ("train", "dev") for m in version.examples(split))
+    assert not any(m.example.input_text in seen for m in version.examples("test"))
+
+
+def test_a_sweep_that_is_done_is_found_done(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project = _project(tmp_path / "project", tiny_base_folder)
+    rates = ("--rate", "0.003", "--rate", "0.01")
+    first = tunewright("train", "--sweep", *rates, "-p", project)
+    assert first.code == 0, first.stderr
+    assert "compared on the dev split; test was not looked at" in first.stderr
+    assert "The recipe as it is now is not among the trials" in first.stderr
+    before = _ledger(project)
+    again = tunewright("train", "--sweep", *rates, "--json", "-p", project)
+    assert again.code == 0
+    assert _ledger(project) == before
+    assert "Loading" not in again.stderr
+    assert again.document["winner"] in first.stderr
+    assert len(again.document["trials"]) == 4
+
+
+def test_a_budget_for_no_trial_is_refused_and_says_what_it_takes(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project = _project(tmp_path / "project", tiny_base_folder)
+    ran = tunewright("train", "--sweep", "--minutes", "0.001", "-p", project)
+    assert ran.code == 2
+    assert "too small for a single trial" in ran.stderr
+    assert "--minutes" in ran.stderr
+    assert [line["event"] for line in _ledger(project)[1:]] == ["timed"]
+    assert not (project / "adapters").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--minutes", "3"], "--minutes: it means something with --sweep only"),
+        (["--write"], "--write: it means something with --sweep only"),
+        (["--seeds", "3"], "--seeds: it means something with --curve only"),
+        (["--sweep", "--seeds", "3"], "--seeds: it means something with --curve only"),
+        (["--sweep", "--curve"], "two commands"),
+        (["--sweep", "--rate", "3"], "3 is no learning rate"),
+        (["--sweep", "--rate", "0.1", "--rate", "0.1"], "given twice"),
+        (["--sweep", "--minutes", "0"], "no time"),
+        (["--curve", "--seeds", "1"], "Two are the fewest"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    options: list[str], told: str, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    project = _project(tmp_path / "project", tiny_base_folder)
+    ran = tunewright("train", *options, "-p", project)
+    assert (ran.code, told in ran.stderr) == (2, True), ran.stderr
+    assert not (project / "sweeps").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, str]:
+    """A small sweep that nothing stopped, and the adapter that it came to."""
+    project = _project(tmp_path_factory.mktemp("whole") / "project", tiny_base_folder)
+    ran = tunewright("train", "--sweep", "--rate", "0.003", "--json", "-p", project)
+    assert ran.code == 0, ran.stderr
+    return project, ran.document["adapter"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_adapter(
+    number: int, whole: tuple[Path, str], tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    project = _project(tmp_path / "project", tiny_base_folder)
+    arguments = ["train", "--sweep", "--rate", "0.003", "-p", str(project)]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "tunewright", *arguments],
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    end = time.monotonic() + 240
+    while len(list(project.glob(".tunewright/sweeps/*/*"))) < 2:  # both trials have a folder: the second has begun
+        assert running.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    running.send_signal(number)
+    assert running.wait(timeout=120) == (2 if number == signal.SIGINT else -signal.SIGKILL)
+    before = _ledger(project)
+    assert [line["event"] for line in before[1:]] == ["measured", *["stopped"] * (number == signal.SIGINT)]
+    assert not (project / "adapters").exists()
+    ran = tunewright(*arguments, "--json")
+    assert ran.code == 0, ran.stderr
+    after = _ledger(project)
+    assert after[: len(before)] == before
+    assert ran.document["adapter"] == whole[1]
+    assert _numbers(after) == _numbers(_ledger(whole[0]))
+
+
+def _numbers(lines: list[dict[str, Any]]) -> list[tuple[str, int, float]]:
+    return [(e["trial"], e["rung"], e["dev_loss"]) for e in lines[1:] if "dev_loss" in e]

@@ -1,0 +1,84 @@
+"""A run that pauses to be measured goes on as if it never had, and is measured as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunewright
+from command_line import tiny_project
+from tunewright.progress import LogReporter
+from tunewright.road import Road
+from tunewright.training.checkpoints import complete_checkpoint
+from tunewright.training.train import Paused, TrainResult, train, train_until
+
+
+def _road(folder: Path, base: Path) -> Road:
+    if not folder.exists():
+        tiny_project(folder, base)
+        recipe = folder / "tunewright.yaml"
+        # Dropout draws random numbers at each step: a pause must not use up any.
+        recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  dropout: 0.1\n"))
+    road = tunewright.open(folder)
+    road.add([folder / "pairs.jsonl"])
+    return road
+
+
+def _until(road: Road, work: Path, step: int) -> Paused:
+    return train_until(road.project, road.version(), road.base, road.chat, LogReporter(), work=work, step=step)
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> TrainResult:
+    return _road(tmp_path_factory.mktemp("pausing") / "project", tiny_base_folder).train()
+
+
+def test_pauses_change_nothing_and_each_is_measured_once_it_is_reached(
+    unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    """In the middle of an epoch, at its end where a run measures by itself, and one step on."""
+    road, work = _road(tmp_path / "project", tiny_base_folder), tmp_path / "work"
+    middle = _until(road, work, 7)
+    assert (middle.step, middle.best.step) == (7, 7)
+    checkpoint = complete_checkpoint(work)
+    assert checkpoint is not None and checkpoint.name == "checkpoint-7"
+    assert middle.best.dev_loss == pytest.approx(_plain_dev_loss(tiny_base_folder, checkpoint, road), rel=1e-5)
+    again = _until(road, work, 7)  # as after a kill between the pause and what it is for
+    assert again.best == middle.best
+    end = _until(road, work, 12)
+    own = [row for row in unstopped.adapter.history if "eval_loss" in row]
+    assert end.best.dev_loss == own[0]["eval_loss"]
+    assert _until(road, work, 13).step == 13
+    place = tmp_path / "project" / "adapters"
+    ended = train(road.project, road.version(), road.base, road.chat, LogReporter(), work=work, adapters=place)
+    assert ended.adapter.digest == unstopped.adapter.digest
+    assert _numbers(ended) == _numbers(unstopped)
+    assert not work.exists()
+
+
+def _numbers(result: TrainResult) -> list[dict[str, Any]]:
+    """The history without speeds."""
+    return [{key: row[key] for key in row if key != "tokens_per_s"} for row in result.adapter.history]
+
+
+def _plain_dev_loss(base: Path, adapter: Path, road: Road) -> float:
+    """The mean loss of dev's trained tokens by transformers and peft alone, row after row."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tunewright.training.rows import as_columns, encode_members
+
+    columns = as_columns(encode_members(road.chat, road.version().examples("dev"), 2048).rows)
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)
+    ).eval()
+    total = tokens = 0.0
+    for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True):
+        count = sum(label >= 0 for label in labels[1:])
+        with torch.inference_mode():
+            total += float(model(torch.tensor([ids]), labels=torch.tensor([labels])).loss) * count
+        tokens += count
+    return total / tokens
