@@ -18,12 +18,19 @@ from tunewright.errors import UserError
 _REFUSALS = {
     errno.ENOSPC: ("the disk is full", "Free some space and run the same command again."),
     errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
+    errno.EFBIG: (
+        "a file grew over the size that is allowed here",
+        "Raise the limit (ulimit -f), or choose another folder.",
+    ),
     errno.EEXIST: ("a file is where a folder has to be", "Choose another folder."),
     errno.ENOTDIR: ("a file is where a folder has to be", "Choose another folder."),
     errno.EROFS: ("the file system is read-only", "Choose a folder that can be written to."),
     errno.EACCES: ("permission denied", "Choose a folder that you may write to."),
     errno.EPERM: ("permission denied", "Choose a folder that you may write to."),
 }
+
+MANIFEST = "manifest.json"
+"""In a sealed folder: its files' names to their SHA-256, written last."""
 
 
 def canonical_json(value: Any) -> str:
@@ -64,12 +71,24 @@ def _refusal(error: Exception, path: Path) -> int | None:
     """The error number behind a failed write, also where a library's native writer hides it in a message."""
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return error.errno
-    if "No space left on device" in str(error):
-        return errno.ENOSPC
-    if "writ" in str(error):  # torch.save says only that its writer failed
-        existing = next(p for p in (path, *path.parents) if p.exists())
-        if shutil.disk_usage(existing).free < 1 << 20:
-            return errno.ENOSPC
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if os.strerror(number) in str(error):  # safetensors: "I/O error: No space left on device (os error 28)"
+            return number
+    if "inline_container.cc" in str(error):  # torch.save says only that it failed: a write of our own says why
+        return _probe(next(p for p in (path, *path.parents) if p.is_dir()))
+    return None
+
+
+def _probe(folder: Path) -> int | None:
+    """What 16 MB written to ``folder`` are refused with, if they are refused."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(16):
+                file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno if error.errno in _REFUSALS else None
     return None
 
 
@@ -117,6 +136,35 @@ def new_folder(path: Path) -> Iterator[Path]:
                 _sync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Mark a folder as whole: its files reach the disk first, then the list of their digests appears at once."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    for file in files:
+        _sync_file(file)
+    for inner in {file.parent for file in files}:
+        _sync_folder(inner)
+    write_json(folder / MANIFEST, {file.relative_to(folder).as_posix(): file_digest(file) for file in files})
+
+
+def damage(folder: Path) -> list[str]:
+    """Which files of a sealed folder are not as they were sealed, each with what is wrong; empty if it is whole."""
+    path = folder / MANIFEST
+    try:
+        sealed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        found = [(name, folder / name, sha256) for name, sha256 in sealed.items()]
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing"]
+    except (ValueError, AttributeError, TypeError):
+        return [f"{MANIFEST} cannot be read"]
+    faults = []
+    for name, file, sha256 in found:
+        if not file.is_file():
+            faults.append(f"{name} is missing")
+        elif file_digest(file) != sha256:
+            faults.append(f"{name} has changed")
+    return faults
 
 
 def _sync_file(path: Path) -> None:

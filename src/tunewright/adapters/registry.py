@@ -124,6 +124,8 @@ def store_adapter(
         check_adapter(source, servable=servable)
     identity = adapter_digest(weights)
     folder = adapters / f"{name}-{identity[:12]}"
+    for cut_off in adapters.glob(f".{folder.name}.*"):  # a process that stored this very adapter was killed
+        shutil.rmtree(cut_off, ignore_errors=True)
     with new_folder(folder) as temporary:
         _copy(weights, temporary)
         for step, source in checkpoints.items():

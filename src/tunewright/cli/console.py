@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tunewright.errors import UserError
 from tunewright.progress import Task
+from tunewright.training import processes
 
 if TYPE_CHECKING:
     from tunewright.cli.curves import Curves
@@ -137,11 +138,18 @@ class Session:
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         # A log has no width of its own: rows are not to be broken there.
         on_terminal = sys.stderr.isatty()
-        self.console = Console(stderr=True, soft_wrap=not on_terminal, width=None if on_terminal else _LOG_WIDTH)
+        self.console = Console(
+            stderr=True,
+            soft_wrap=not on_terminal,
+            width=None if on_terminal else _LOG_WIDTH,
+            quiet=not processes.is_main(),
+        )
         self.reporter = ConsoleReporter(self.console)
 
     def show(self, document: dict[str, Any], *people: RenderableType) -> None:
         """The command's result: ``document`` where JSON was asked for, else text and tables for people."""
+        if not processes.is_main():
+            return
         if self.as_json:
             # Flushed, since `serve` goes on for long after it has said where.
             print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
@@ -165,22 +173,34 @@ class Session:
 
 
 @contextmanager
-def session(as_json: bool, project: Path | None = None) -> Iterator[Session]:
+def session(as_json: bool, project: Path | None = None, *, together: bool = False) -> Iterator[Session]:
     """Run a command: a UserError becomes one clear message and exit code 2, as does a stop by Ctrl-C or SIGTERM.
 
-    Of the project it says at the end whether reviewers have accepted the current dataset version.
+    Of the project it says at the end whether reviewers have accepted the current dataset version. With ``together``
+    the command may run in several processes at once, one of which speaks for all.
     """
     current = Session(as_json=as_json)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        if together:
+            processes.join()
+        elif processes.count() > 1:
+            raise UserError("this command runs in one process; `train` alone runs in several", where="WORLD_SIZE")
         try:
             yield current
         except typer.Exit:
             current.tell_standing(project)
             raise
         current.tell_standing(project)
+        if together:
+            processes.leave()
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}")
+    except RuntimeError as error:
+        if not processes.lost_another(error):
+            raise
+        what = "another process of this run was lost; the same command goes on from the last checkpoint"
+        _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}")
     except KeyboardInterrupt:
         what = "stopped; what was finished is kept, nothing half done is, and the same command goes on from there"
         _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what[0].upper()}{what[1:]}.")
@@ -193,6 +213,9 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _fail(current: Session, document: dict[str, Any], text: str) -> NoReturn:
+    if not processes.first_to_fail():
+        raise typer.Exit(USER_ERROR)
+    current.console.quiet = False
     if current.as_json:
         print(json.dumps({"error": document}, indent=2, ensure_ascii=False))
     else:

@@ -62,7 +62,7 @@ def train(
     """Train the recipe's adapter on the current dataset version. Goes on where it was stopped."""
     import tunewright
 
-    with session(json, project) as current:
+    with session(json, project, together=not sweep and not curve) as current:
         _require_use({"--minutes": minutes, "--rate": rate, "--write": write or None}, "--sweep", given=sweep)
         _require_use({"--seeds": seeds}, "--curve", given=curve)
         if sweep and curve:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def device() -> str:
-    """Where models run: the first CUDA card if there is one, else the processor."""
+    """Where models run: this process's CUDA card (the first one's where it is alone), else the processor."""
     import torch
 
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def load_model(base: Base, dtype: str, quantize: Quantize) -> PreTrainedModel:

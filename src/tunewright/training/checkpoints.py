@@ -1,29 +1,47 @@
-"""Checkpoints that are known to be whole, after each evaluation and on request."""
+"""Checkpoints that are known to be whole, after each evaluation and on request, and the one that a run goes on from.
+
+WORK/
+  checkpoint-N/     everything that a run needs to go on after step N; the newest two are kept
+  evaluated/step-N/ the adapter that was evaluated after step N, kept until the run is over
+Each gets a manifest of its files' SHA-256 last (``disk.seal``): without one it was cut off while being written, and
+with one that does not hold it was damaged since.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS
-from tunewright.training.choosing import adapter_folder
+from tunewright.disk import MANIFEST, damage, new_folder, seal, write_json, writing
+from tunewright.errors import UserError
+from tunewright.models.bases import Base
+from tunewright.progress import Reporter
+from tunewright.training import processes
+from tunewright.training.choosing import adapter_folder, evaluations
 from tunewright.training.stopping import StopRequest
 
-_WHOLE = "whole"
-"""An empty file that a checkpoint gets last: without it, one was cut off while being written."""
+_KEPT = 2
+"""Whole checkpoints: the newest, and the one before in case that is damaged."""
+_STATE = "trainer_state.json"
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Saves after each evaluation and on request, marks each whole checkpoint, keeps the evaluated adapters.
+    """Saves after each evaluation and on request, seals each whole checkpoint, keeps the evaluated adapters.
 
     A step's evaluation comes before its checkpoint: a run that goes on from there has it, and never makes up for it.
     """
 
-    def __init__(self, work: Path, stop: StopRequest) -> None:
+    def __init__(self, work: Path, base: Base, stop: StopRequest) -> None:
         self.work = work
+        self.base = base
         self.stop = stop
         self.evaluated = False
 
@@ -40,17 +58,126 @@ class KeepCheckpoints(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint of this step is written."""
+        """This step's checkpoint is written: keep the evaluated adapter, seal it, and only then let go of others."""
+        processes.wait()  # each has files of its own in a checkpoint
+        if not processes.is_main():
+            return
         checkpoint = self.work / f"checkpoint-{state.global_step}"
         if self.evaluated:
-            kept = adapter_folder(self.work, state.global_step)
-            kept.mkdir(parents=True, exist_ok=True)
-            for name in (CONFIG, WEIGHTS):
-                shutil.copyfile(checkpoint / name, kept / name)
-        (checkpoint / _WHOLE).touch()
+            _keep(checkpoint, adapter_folder(self.work, state.global_step), self.base)
+        seal(checkpoint)
+        for old in _newest_first(self.work)[_KEPT:]:
+            _remove(old)
 
 
-def complete_checkpoint(work: Path) -> Path | None:
-    """The latest checkpoint that was written to its end, if there is one."""
-    whole = [p.parent for p in work.glob(f"checkpoint-*/{_WHOLE}")]
-    return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
+    """Copy a checkpoint's adapter, as it will be stored if it is the best."""
+    _remove(kept)  # from a run that got this far before, and lost the checkpoint
+    with new_folder(kept) as folder:
+        shutil.copyfile(checkpoint / WEIGHTS, folder / WEIGHTS)
+        config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+        # The base as the recipe names it, in place of a path that only this machine has. And peft keeps targets as a
+        # set, written in an order that changes from run to run: sorted, equal adapters have equal digests.
+        settled = {
+            "base_model_name_or_path": base.spec,
+            "revision": base.commit,
+            "target_modules": sorted(config["target_modules"]),
+        }
+        write_json(folder / CONFIG, {**config, **settled})
+        seal(folder)
+
+
+def usable_checkpoint(work: Path, base: Base, reporter: Reporter) -> Path | None:
+    """The newest checkpoint that is whole, with all evaluated adapters before it; None: start from the beginning.
+
+    What is passed over is named. It is removed too, since the run will write it again.
+    """
+    chosen = None
+    passed_over = []
+    for checkpoint in _newest_first(work):
+        if not (checkpoint / MANIFEST).exists():
+            reporter.say(f"{checkpoint.name} was cut off while being written, and is not used")
+        elif faults := damage(checkpoint) or _lost_adapters(work, checkpoint, base):
+            reporter.warn(f"{checkpoint} is damaged, and is not used: {'; '.join(faults)}")
+        else:
+            chosen = checkpoint
+            break
+        passed_over.append(checkpoint)
+    if chosen is None and passed_over:
+        reporter.warn("No whole checkpoint is left: training starts from the beginning.")
+    for checkpoint in passed_over:
+        _remove(checkpoint)
+    return chosen
+
+
+def _lost_adapters(work: Path, checkpoint: Path, base: Base) -> list[str]:
+    """What is wrong with the evaluated adapters that a checkpoint has behind it; its own is made good."""
+    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    faults = []
+    for evaluation in evaluations(state["log_history"]):
+        kept = evaluation.folder(work)
+        lost = damage(kept)
+        if lost and evaluation.step == step_of(checkpoint):
+            _keep(checkpoint, kept, base)
+        else:
+            faults += [f"{kept.relative_to(work)}: {fault}" for fault in lost]
+    return faults
+
+
+def require_whole(folder: Path) -> None:
+    """Check that a kept adapter is the one that training wrote.
+
+    Raises:
+        UserError: it is not.
+    """
+    if faults := damage(folder):
+        raise UserError(
+            f"this adapter was damaged on the disk: {'; '.join(faults)}",
+            where=str(folder),
+            fix="Run the same command again: it goes on from before the damage.",
+        )
+
+
+@contextmanager
+def working_folder(work: Path) -> Iterator[None]:
+    """Make a run's folder and hold it alone; a checkpoint that is cut off, as by a full disk, gives its room back.
+
+    Of several processes the main one does.
+
+    Raises:
+        UserError: another process trains there, or the folder cannot be made.
+    """
+    if not processes.is_main():
+        yield
+        return
+    with writing(work):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")  # the system lets go of it, however this process ends
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "another process is training this adapter", where=str(work), fix="Wait for it, or stop it first."
+            ) from error
+        try:
+            yield
+        finally:
+            for checkpoint in _newest_first(work):
+                if not (checkpoint / MANIFEST).exists():
+                    _remove(checkpoint)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _newest_first(work: Path) -> list[Path]:
+    return sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, its manifest first: cut off halfway, it is an unfinished one and no damaged one."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

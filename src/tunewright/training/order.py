@@ -75,6 +75,48 @@ class LikeLengths(Sampler[int]):
         yield from places[whole:]
 
 
+class StepBatches:
+    """The micro-batches of one process: each step's rows are shared out evenly, and every row is trained on once.
+
+    accelerate's own way of dealing batches repeats rows so that all processes have as many. Here one that has fewer
+    rows of an epoch's last step gets empty batches, since all of them have to make as many passes.
+
+    Args:
+        sampler: the order of the rows, a step's rows together.
+        micro_batch: rows of one forward pass.
+        process, processes: which of how many this is.
+    """
+
+    def __init__(self, sampler: LikeLengths, micro_batch: int, process: int = 0, processes: int = 1) -> None:
+        self.sampler = sampler
+        self.micro_batch = micro_batch
+        self.process = process
+        self.processes = processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader before each epoch."""
+        self.sampler.set_epoch(epoch)
+
+    def _share(self, rows: int) -> int:
+        return -(-rows // self.processes)
+
+    def __len__(self) -> int:
+        steps, rest = divmod(len(self.sampler), self.sampler.batch_size)
+        return sum(
+            -(-self._share(rows) // self.micro_batch) * times
+            for rows, times in ((self.sampler.batch_size, steps), (rest, 1))
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for start in range(0, len(order), self.sampler.batch_size):
+            step = order[start : start + self.sampler.batch_size]
+            share = self._share(len(step))
+            mine = step[self.process * share : (self.process + 1) * share]
+            for first in range(0, share, self.micro_batch):
+                yield mine[first : first + self.micro_batch]
+
+
 def deep_families(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """Rows with a deep prefix in common, as places in ``rows``; every other row is a family of its own."""
     order = sorted(range(len(rows)), key=lambda place: list(rows[place]))

@@ -6,13 +6,16 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunewright.adapters.registry import HISTORY
 from tunewright.chat import Tokens
+from tunewright.errors import UserError
+from tunewright.models.bases import Base
 from tunewright.progress import Reporter
 from tunewright.recipe import Recipe, TrainRecipe
-from tunewright.training.checkpoints import KeepCheckpoints, complete_checkpoint
+from tunewright.training import processes
+from tunewright.training.checkpoints import KeepCheckpoints, step_of, usable_checkpoint
 from tunewright.training.choosing import evaluations, history_rows, runs_out_of_patience
 from tunewright.training.dev import DevTask
 from tunewright.training.rows import as_columns
@@ -33,8 +36,9 @@ def evaluation_interval(settings: TrainRecipe, steps: int) -> int:
 class Run:
     """One training run in its working folder."""
 
-    def __init__(self, recipe: Recipe, work: Path, reporter: Reporter) -> None:
+    def __init__(self, recipe: Recipe, base: Base, work: Path, reporter: Reporter) -> None:
         self.recipe = recipe
+        self.base = base
         self.work = work
         self.name = f"{recipe.name}-{work.name}"
         self.reporter = reporter
@@ -69,12 +73,12 @@ class Run:
             [row.ids for row in train],
             setting=settings.prefix_sharing,
             dropout=settings.dropout,
-            micro_batch=settings.micro_batch or settings.batch_size,
+            micro_batch=micro_batch(settings),
             batch_size=settings.batch_size,
             seed=self.recipe.seed,
         )
         self.reporter.say(sharing.reason)
-        checkpoint = complete_checkpoint(self.work)
+        checkpoint = processes.by_main(lambda: usable_checkpoint(self.work, self.base, self.reporter))
         with (
             stop_on_signal(until) as stop,
             self.reporter.task(f"Training {self.recipe.name}", steps, "steps") as task,
@@ -95,15 +99,15 @@ class Run:
                         model.config.vocab_size,
                         lambda step: trainer.rows_of_step(step),
                     ),
-                    KeepCheckpoints(self.work, stop),
+                    KeepCheckpoints(self.work, self.base, stop),
                     FollowDev(self.recipe, self.reporter),
-                    Compile(settings.compile, self.work, self.reporter),
+                    Compile(self._compile(), self.work, self.reporter),
                 ],
                 dev_task=dev_task,
             )
             trainer.remove_callback(PrinterCallback)
             if checkpoint is not None:
-                done = int(checkpoint.name.removeprefix("checkpoint-"))
+                done = step_of(checkpoint)
                 self.reporter.say(f"Going on from step {done} of {steps}")
                 task.advance(done)
             began = time.monotonic()
@@ -113,24 +117,32 @@ class Run:
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             seconds = time.monotonic() - began
-            if until is not None and not stop.asked:
+            if until is not None and not stop.agreed():
                 _measure(trainer, checkpoint if ended else None)
-        if stop.asked:
+        if stop.agreed():
             self.reporter.say(f"Stopped at step {trainer.state.global_step} of {steps}, which is saved.")
             raise KeyboardInterrupt
         return history_rows(trainer.state.log_history), seconds
+
+    def _compile(self) -> Literal["auto", "on", "off"]:
+        """What the recipe says of compiling; several processes would each decide by a clock of its own."""
+        setting = self.recipe.train.compile
+        if setting == "auto" and processes.count() > 1:
+            self.reporter.say("Not compiled: several processes do it only with train.compile: 'on'")
+            return "off"
+        return setting
 
     def _arguments(self, steps: int) -> Any:
         import torch
         from trl import SFTConfig
 
         settings = self.recipe.train
-        micro_batch = settings.micro_batch or settings.batch_size
+        micro = micro_batch(settings)
         return SFTConfig(
             output_dir=str(self.work),
-            per_device_train_batch_size=micro_batch,
-            per_device_eval_batch_size=micro_batch,
-            gradient_accumulation_steps=settings.batch_size // micro_batch,
+            per_device_train_batch_size=micro,
+            per_device_eval_batch_size=micro,
+            gradient_accumulation_steps=settings.batch_size // processes.count() // micro,
             num_train_epochs=settings.epochs,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
@@ -144,11 +156,12 @@ class Run:
             # Rows come ready-made, and none is longer than the recipe's limit: nothing is left to cut.
             max_length=None,
             remove_unused_columns=False,
+            # Every LoRA weight is used in every pass.
+            ddp_find_unused_parameters=False,
             eval_strategy="steps",
             eval_steps=evaluation_interval(settings, steps),
             save_strategy="steps",
             save_steps=settings.checkpoint_every,
-            save_total_limit=2,
             logging_steps=1,
             logging_nan_inf_filter=False,
             report_to=list(settings.report_to) or "none",
@@ -156,6 +169,29 @@ class Run:
             project=self.recipe.name,
             disable_tqdm=True,
         )
+
+
+def micro_batch(settings: TrainRecipe) -> int:
+    """Rows of one forward pass in one process.
+
+    Raises:
+        UserError: the processes cannot share a batch equally.
+    """
+    count = processes.count()
+    share = settings.batch_size // count
+    if settings.batch_size % count:
+        raise UserError(
+            f"{settings.batch_size} rows cannot be shared equally by {count} processes",
+            where="train.batch_size",
+            fix=f"Take a multiple of {count}, or another number of processes.",
+        )
+    micro = min(settings.micro_batch or share, share)
+    if share % micro:
+        raise UserError(
+            f"each of {count} processes has {share} rows of a batch, which is no multiple of {micro}",
+            where="train.micro_batch",
+        )
+    return micro
 
 
 def _ended(checkpoint: Path, patience: int | None, until: int | None) -> Any:

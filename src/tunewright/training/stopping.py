@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from tunewright.training.processes import any_of
+
 
 class StopRequest:
     """Whether someone has asked the run to stop, and the step after which it is to pause anyway."""
@@ -17,8 +19,13 @@ class StopRequest:
         self.pause_after = pause_after
 
     def after(self, step: int) -> bool:
-        """Whether this step is the last one for now."""
-        return self.asked or step == self.pause_after
+        """Whether this step is the last one for now; all processes of the run ask after the same steps."""
+        return self.agreed() or step == self.pause_after
+
+    def agreed(self) -> bool:
+        """Whether any process of the run has been asked; all of them have to call this at the same places."""
+        self.asked = any_of(self.asked)
+        return self.asked
 
 
 @contextmanager

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.registry import CONFIG, Adapter, list_adapters, store_adapter
+from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.servable import require_servable
 from tunewright.chat import ChatFormat
 from tunewright.chat.opening import refuse_untrained
 from tunewright.data.versions import DatasetVersion
-from tunewright.disk import digest, write_json, writing
+from tunewright.disk import digest, writing
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, device, load_model, named
 from tunewright.models.quantized import require_bitsandbytes
@@ -22,6 +21,8 @@ from tunewright.models.quiet import quiet_transformers
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
+from tunewright.training import processes
+from tunewright.training.checkpoints import require_whole, working_folder
 from tunewright.training.choosing import Evaluation, best_of, evaluations, place_text
 from tunewright.training.dev import DevTask, dev_task
 from tunewright.training.guard import BrokenRunError
@@ -99,21 +100,29 @@ def train(
             a full disk, a tracker that is not installed, or a loss that is no number or has exploded.
         KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
     """
+    processes.join()
     recipe = project.recipe
     require_servable(recipe.train)
     require_trackers(recipe.train.report_to)
+    if processes.lonely_launch():
+        reporter.warn(
+            "`accelerate launch --cpu` started one process only, which is what it does without MPI: "
+            "`torchrun --nproc-per-node N -m tunewright train` starts N."
+        )
     place = project.adapters if adapters is None else adapters
     identity = digest(training_inputs(recipe, version, base, chat))
-    if (there := trained_before(place, recipe.name, identity)) is not None:
-        return TrainResult(there, trained=False)
     work = work or project.work / "training" / identity[:12]
-    with quiet_transformers(), writing(work):
+    if (there := trained_before(place, recipe.name, identity)) is not None:
+        if processes.is_main():
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed when it had stored its adapter
+        return TrainResult(there, trained=False)
+    with working_folder(work), quiet_transformers(), writing(work):
         fitted = _fit(project, version, base, chat, reporter, work)
         splits, history, answered = fitted.splits, fitted.history, fitted.answered
         evaluated = evaluations(history)
         best = best_of(evaluated)
         for each in evaluated:
-            _settle_config(each.folder(work), base)
+            require_whole(each.folder(work))
         lineage = {
             **training_lineage(recipe, version, base, chat),
             "inputs_digest": identity,
@@ -126,10 +135,13 @@ def train(
             **(facts or {}),
         }
         others = {f"step-{e.step}": e.folder(work) for e in evaluated if e is not best}
-        adapter = store_adapter(
-            place, recipe.name, best.folder(work), others, lineage, history, servable=recipe.train.servable
+        adapter = processes.by_main(
+            lambda: store_adapter(
+                place, recipe.name, best.folder(work), others, lineage, history, servable=recipe.train.servable
+            )
         )
-    shutil.rmtree(work)
+    if processes.is_main():
+        shutil.rmtree(work)
     if best is not evaluated[-1]:
         reporter.warn(
             f"{'The dev loss' if answered is None else 'Dev'} was best after {place_text(best)}: that adapter is kept, "
@@ -154,7 +166,7 @@ def train_until(
         UserError: as of `train`; `DivergedError` where the loss is no number or has exploded.
         KeyboardInterrupt: stopped by a signal before, with a checkpoint saved.
     """
-    with quiet_transformers(), writing(work):
+    with working_folder(work), quiet_transformers(), writing(work):
         fitted = _fit(project, version, base, chat, reporter, work, step)
     evaluated = evaluations(fitted.history)
     return Paused(evaluated[-1].step, best_of(evaluated), fitted.seconds)
@@ -192,7 +204,7 @@ def _fit(
     model = load_model(base, recipe.train.dtype, recipe.train.quantize)
     dev = list({m.key: m for m in splits["dev"].members}.values())
     answered = dev_task(recipe, chat, version.domain_of("train"), dev, context_length(base), reporter)
-    run = Run(recipe, work, reporter)
+    run = Run(recipe, base, work, reporter)
     try:
         with tracked_in(project.work / "trackers", recipe.name, run.name):
             history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered, until)
@@ -229,6 +241,7 @@ def _account(encoded: EncodedRows, evaluated: Sequence[Evaluation], best: Evalua
         "kept_step": best.step,
         "seconds": round(seconds, 1),
         "device": device(),
+        "processes": processes.count(),
     }
 
 
@@ -239,14 +252,3 @@ def _rendering(encoded: EncodedRows) -> dict[str, Any]:
         "rows": len(encoded.rows),
         "left_out": [{"key": row.member.key, "tokens": len(row.row.ids)} for row in encoded.too_long],
     }
-
-
-def _settle_config(folder: Path, base: Base) -> None:
-    """Name the base as the recipe does, in place of a path that only this machine has, and put sets in order."""
-    path = folder / CONFIG
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # peft keeps targets as a set and writes them in an order that changes from run to run: sorted, equal adapters have
-    # equal digests.
-    targets = sorted(config["target_modules"])
-    named = {"base_model_name_or_path": base.spec, "revision": base.commit, "target_modules": targets}
-    write_json(path, {**config, **named})

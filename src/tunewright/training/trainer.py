@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
 from tunewright.training.adapter import keep_float32
 from tunewright.training.choosing import DEV_METRIC
 from tunewright.training.dev import DevTask
 from tunewright.training.head import add_token_losses, token_losses_of
-from tunewright.training.order import LikeLengths
+from tunewright.training.order import LikeLengths, StepBatches
+from tunewright.training.rows import IGNORED
 from tunewright.training.shared_prefix import PackedBatch, attention, pack
 
 
@@ -43,7 +47,15 @@ class Trainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Rows of the dataset as one packed batch; the labels are there for transformers to count."""
+        """Rows of the dataset as one packed batch; the labels are there for transformers to count.
+
+        Of no rows: one of which nothing is trained, so that this process makes its pass with the others.
+        """
+        if not rows:
+            rows_there: Any = self.train_dataset
+            shortest = min(rows_there, key=lambda row: len(row["input_ids"]))
+            filler = self.collate([{**shortest, "labels": [IGNORED] * len(shortest["labels"])}])
+            return {**filler, "packed": replace(filler["packed"], row_tokens=0)}
         batch = pack([row["input_ids"] for row in rows], [row["labels"] for row in rows], share=self.share)
         return {"packed": batch, "labels": batch.targets, "shift_labels": batch.targets}
 
@@ -102,7 +114,7 @@ class Trainer(SFTTrainer):
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]["input_ids"]))
         size = self.args.per_device_eval_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        model = self.model_wrapped
+        model: Any = self.model  # not as DDP wraps it: processes may have different numbers of batches here
         was_training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
@@ -127,6 +139,23 @@ class Trainer(SFTTrainer):
         mine = range(self.accelerator.process_index, len(task.requests), self.accelerator.num_processes)
         answers: list[tuple[int, str]] = gather_object(list(zip(mine, task.answers(self.model, mine), strict=True)))
         return task.worth([text for _, text in sorted(answers)])
+
+    def get_train_dataloader(self) -> Any:
+        """This process's share of every step."""
+        batches = StepBatches(
+            self._get_train_sampler(), self.args.train_batch_size, self.args.process_index, self.args.world_size
+        )
+        rows: Any = self.train_dataset
+        loader: Any = DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        # As accelerate prepares loaders, but for dealing out what is dealt out already.
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset

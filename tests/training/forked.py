@@ -1,0 +1,201 @@
+"""Command lines as processes of their own that can be killed, without the seconds that importing torch takes each.
+
+A server imports once and forks for every command; nothing else differs from ``python -m tunewright``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import resource
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code (negative: the signal that killed it) and what it said on stderr."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Command:
+    """A command under way."""
+
+    def __init__(self, server: Server, pids: list[int], folder: Path) -> None:
+        self.server = server
+        self.pids = pids
+        self.folder = folder
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far."""
+        return (self.folder / "stderr").read_text(encoding="utf-8")
+
+    def send(self, *signals: signal.Signals) -> None:
+        """Send signals to the first process; several arrive together."""
+        together = [signal.SIGSTOP, *signals, signal.SIGCONT] if len(signals) > 1 else signals
+        for number in together:
+            os.kill(self.pids[0], number)
+
+    def wait(self) -> Ended:
+        """Wait for its end."""
+        codes = [self.server.answer() for _ in self.pids]
+        return Ended(codes[0], (self.folder / "stdout").read_text(encoding="utf-8"), self.stderr)
+
+
+class Server:
+    """The process that forks, one command at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+        )
+
+    def start(
+        self,
+        *arguments: str | Path,
+        killed_at: tuple[str, int] | None = None,
+        file_limit: int | None = None,
+        processes: int = 1,
+    ) -> Command:
+        """Start a command.
+
+        Args:
+            arguments: as after ``python -m tunewright``.
+            killed_at: (pattern, n): it is killed at its nth change of a path that fits the pattern.
+            file_limit: the largest file that it may write, in bytes.
+            processes: so many, as torchrun would start them; ``killed_at`` and ``file_limit`` are for the first.
+        """
+        self.count += 1
+        folder = self.folder / f"command-{self.count}"
+        folder.mkdir(parents=True)
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
+        request = {
+            "arguments": [str(a) for a in arguments],
+            "folder": str(folder),
+            "killed_at": killed_at,
+            "file_limit": file_limit,
+            "processes": processes,
+        }
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return Command(self, [self.answer() for _ in range(processes)], folder)
+
+    def run(
+        self,
+        *arguments: str | Path,
+        killed_at: tuple[str, int] | None = None,
+        file_limit: int | None = None,
+        processes: int = 1,
+    ) -> Ended:
+        """Run a command to its end; the exit code is the first process's."""
+        return self.start(*arguments, killed_at=killed_at, file_limit=file_limit, processes=processes).wait()
+
+    def answer(self) -> int:
+        """The server's next line."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the server has died"
+        return int(line)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.process.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+        self.process.wait()
+
+
+def _serve() -> None:
+    # Imports alone: a thread that torch starts would not survive the fork.
+    import peft
+    import trl
+
+    import tunewright.cli
+    import tunewright.training.train
+
+    assert all((peft, trl, tunewright.cli, tunewright.training.train))
+    for line in sys.stdin:
+        request = json.loads(line)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        pids = []
+        for rank in range(request["processes"]):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                _become(request, rank, port)
+            print(pids[-1], flush=True)  # noqa: T201
+        for pid in pids:
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)  # noqa: T201
+
+
+def _become(request: dict[str, Any], rank: int, port: int) -> None:
+    if request["processes"] > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for handle, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, handle)
+    if request["file_limit"] is not None and rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
+    if request["killed_at"] is not None and rank == 0:
+        sys.addaudithook(_Killer(*request["killed_at"]))
+    sys.argv = ["tunewright", *request["arguments"]]
+    code: Any = 0
+    try:
+        runpy.run_module("tunewright", run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # noqa: BLE001 - as the interpreter would
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+class _Killer:
+    """Kills this process at the nth of Python's changes to a path: before it is made."""
+
+    changes = frozenset({"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.copyfile"})
+
+    def __init__(self, pattern: str, left: int) -> None:
+        self.pattern = pattern
+        self.left = left
+
+    def __call__(self, event: str, arguments: Sequence[Any]) -> None:
+        if event not in self.changes or (event == "open" and not self._writes(arguments)):
+            return
+        if any(isinstance(a, str | Path) and fnmatch.fnmatch(str(a), self.pattern) for a in arguments):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    @staticmethod
+    def _writes(arguments: Sequence[Any]) -> bool:
+        flags = arguments[2]
+        return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,267 @@
+"""A run that is killed, stopped, starved of room or damaged ends with the adapter of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from forked import Command, Server
+
+from command_line import tiny_project, tunewright
+from tunewright.adapters.registry import find_adapter
+from tunewright.disk import MANIFEST, damage
+from tunewright.errors import UserError
+from tunewright.training.checkpoints import working_folder
+
+STEPS = 36
+"""Of the runs here, but for the one that is killed ten times."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("commands")) as running:
+        yield running
+
+
+def _project(folder: Path, base: Path, epochs: int = STEPS // 12) -> Path:
+    """A project of 12 steps an epoch, with a checkpoint at each epoch's end and every fifth step."""
+    tiny_project(folder, base)
+    recipe = folder / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("epochs: 2", f"epochs: {epochs}\n  evaluate_rows: 2"))
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    return folder
+
+
+def _left_alone(folder: Path, server: Server) -> str:
+    """The digest of the adapter of a run that is left alone."""
+    assert server.run("train", "-p", folder).code == 0
+    return find_adapter(folder / "adapters").digest
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, server: Server) -> str:
+    return _left_alone(_project(tmp_path_factory.mktemp("unkilled") / "project", tiny_base_folder), server)
+
+
+def _whole(folder: Path) -> list[int]:
+    """The steps of the checkpoints that are whole."""
+    manifests = folder.glob(f".tunewright/training/*/checkpoint-*/{MANIFEST}")
+    return sorted(int(m.parent.name.removeprefix("checkpoint-")) for m in manifests)
+
+
+def _reach(command: Command, folder: Path, step: int) -> None:
+    """Wait until there is a whole checkpoint of this step or a later one."""
+    until = time.monotonic() + 60
+    while max(_whole(folder), default=0) < step:
+        assert time.monotonic() < until, command.stderr
+        time.sleep(0.002)
+
+
+def test_a_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
+    tmp_path: Path, tiny_base_folder: Path, server: Server
+) -> None:
+    """Five kills strike by the clock, five at a change of a file: a checkpoint, an epoch's adapter, the stored one."""
+    chance, steps = random.Random(7), 96
+    unkilled = _left_alone(_project(tmp_path / "unkilled", tiny_base_folder, epochs=8), server)
+    folder = _project(tmp_path / "project", tiny_base_folder, epochs=8)
+    kills: list[tuple[str, int] | None] = [None] * 5 + [
+        ("*/checkpoint-*", chance.randint(1, 20)),
+        ("*/checkpoint-*", chance.randint(1, 20)),
+        (f"*/checkpoint-*/*{MANIFEST}*", chance.randint(1, 2)),
+        ("*/evaluated/*", chance.randint(1, 8)),
+    ]
+    chance.shuffle(kills)
+    kills.append(("*/adapters/.tiny*", chance.randint(2, 30)))
+    struck = set()
+    for kill in kills:
+        before = max(_whole(folder), default=0)
+        command = server.start("train", "-p", folder, killed_at=kill)
+        loading = kill is None and chance.random() < 0.2
+        if kill is None:
+            if not loading:
+                _reach(command, folder, before + 1)
+            time.sleep(chance.uniform(0, 0.2))
+            command.send(signal.SIGKILL)
+        ended = command.wait()
+        assert ended.code == -signal.SIGKILL, ended
+        assert not [p for p in folder.glob("adapters/*") if not p.name.startswith(".")]
+        assert loading or not before or f"Going on from step {before} of {steps}" in ended.stderr
+        struck.add(max(_whole(folder), default=0))
+    assert len(struck) >= 5  # and so not all at one place
+    assert list((folder / "adapters").iterdir())  # cut off by the last kill
+    last = server.run("train", "-p", folder, "--json")
+    assert last.code == 0
+    assert json.loads(last.stdout)["trained"]
+    assert f"Going on from step {steps}" in last.stderr
+    assert find_adapter(folder / "adapters").digest == unkilled
+    assert len(list((folder / "adapters").iterdir())) == 1
+    assert not list((folder / ".tunewright" / "training").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_the_step_first(
+    number: signal.Signals, tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str
+) -> None:
+    folder = _project(tmp_path / "project", tiny_base_folder)
+    command = server.start("train", "-p", folder)
+    _reach(command, folder, 5)
+    command.send(number)
+    ended = command.wait()
+    assert ended.code == 2
+    step = max(_whole(folder))
+    assert f"Stopped at step {step} of {STEPS}, which is saved." in ended.stderr
+    assert "the same command goes on from there" in ended.stderr
+    last = server.run("train", "-p", folder)
+    assert f"Going on from step {step} of {STEPS}" in last.stderr
+    assert find_adapter(folder / "adapters").digest == unkilled
+
+
+def test_a_second_signal_interrupts_at_once(
+    tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str
+) -> None:
+    folder = _project(tmp_path / "project", tiny_base_folder)
+    command = server.start("train", "-p", folder)
+    _reach(command, folder, 5)
+    command.send(signal.SIGINT, signal.SIGTERM)
+    ended = command.wait()
+    assert ended.code == 2
+    assert "Stopped at step" not in ended.stderr  # nothing was waited for
+    assert "the same command goes on from there" in ended.stderr
+    assert server.run("train", "-p", folder).code == 0
+    assert find_adapter(folder / "adapters").digest == unkilled
+
+
+def test_two_processes_do_not_train_the_same_adapter_at_once(tmp_path: Path) -> None:
+    with working_folder(tmp_path / "work"), pytest.raises(UserError, match="another process is training this adapter"):
+        working_folder(tmp_path / "work").__enter__()
+    with working_folder(tmp_path / "work"):
+        pass
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, server: Server) -> Path:
+    """A project whose run was killed while checkpoint 30 was written: 25 and 24 are whole, and two epochs kept."""
+    folder = _project(tmp_path_factory.mktemp("killed") / "project", tiny_base_folder)
+    ended = server.run("train", "-p", folder, killed_at=(f"*/checkpoint-30/*{MANIFEST}*", 1))
+    assert ended.code == -signal.SIGKILL
+    assert _whole(folder) == [24, 25]
+    return folder
+
+
+def _flip(path: Path) -> None:
+    """Turn one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("flipped", "missing", "goes_on", "words"),
+    [
+        ([], [], 25, "checkpoint-30 was cut off while being written, and is not used"),
+        (["checkpoint-25/adapter_model.safetensors"], [], 24, "adapter_model.safetensors has changed"),
+        (["checkpoint-25/optimizer.pt"], [], 24, "optimizer.pt has changed"),
+        ([], ["checkpoint-25/trainer_state.json"], 24, "trainer_state.json is missing"),
+        (["evaluated/step-24/adapter_config.json"], [], 24, "evaluated/step-24: adapter_config.json has changed"),
+        (["evaluated/step-12/adapter_model.safetensors"], [], None, "evaluated/step-12: adapter_model.safetensors has"),
+        (["checkpoint-25/rng_state.pth", "checkpoint-24/scheduler.pt"], [], None, "training starts from the beginning"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(
+    flipped: list[str],
+    missing: list[str],
+    goes_on: int | None,
+    words: str,
+    tmp_path: Path,
+    killed: Path,
+    server: Server,
+    unkilled: str,
+) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(killed, folder)
+    (work,) = (folder / ".tunewright" / "training").iterdir()
+    for name in flipped:
+        _flip(work / name)
+    for name in missing:
+        (work / name).unlink()
+    ended = server.run("train", "-p", folder)
+    assert ended.code == 0, ended.stderr
+    told = " ".join(ended.stderr.split())
+    assert words in told
+    assert (f"Going on from step {goes_on} of {STEPS}" if goes_on else "training starts from the beginning") in told
+    assert find_adapter(folder / "adapters").digest == unkilled
+
+
+@contextmanager
+def _small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_costs_no_checkpoint(
+    tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str
+) -> None:
+    with _small_disk(tmp_path / "disk", "32m") as disk:
+        folder = _project(disk / "project", tiny_base_folder)
+        filler = disk / "filler"
+        reached = []
+        for free in (0, 200_000, 400_000, 700_000, 1_000_000):  # it fills up at another write each time
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            os.truncate(filler, filler.stat().st_size - free)
+            ended = server.run("train", "-p", folder)
+            assert ended.code == 2, ended.stderr
+            assert "the disk is full; nothing that was there before has changed" in " ".join(ended.stderr.split())
+            assert "Free some space and run the same command again" in ended.stderr
+            begun = list(folder.glob(".tunewright/training/*/checkpoint-*"))
+            assert len(begun) == len(_whole(folder))  # what was cut off gave its room back
+            assert not any(damage(checkpoint) for checkpoint in begun)
+            reached.append(max(_whole(folder), default=0))
+            filler.unlink()
+        assert reached == sorted(reached)
+        assert reached[-1] >= 5
+        last = server.run("train", "-p", folder)
+        assert f"Going on from step {reached[-1]} of {STEPS}" in last.stderr
+        assert find_adapter(folder / "adapters").digest == unkilled
+
+
+def test_a_disk_that_turns_read_only_is_told_and_costs_nothing(
+    tmp_path: Path, killed: Path, server: Server, unkilled: str
+) -> None:
+    with _small_disk(tmp_path / "disk", "32m") as disk:
+        folder = disk / "project"
+        shutil.copytree(killed, folder)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        ended = server.run("train", "-p", folder)
+        assert ended.code == 2, ended.stderr
+        assert "the file system is read-only" in " ".join(ended.stderr.split())
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        assert "Going on from step 25" in server.run("train", "-p", folder).stderr
+        assert find_adapter(folder / "adapters").digest == unkilled
+
+
+def test_a_limit_on_the_size_of_files_is_told(tmp_path: Path, killed: Path, server: Server, unkilled: str) -> None:
+    """What a quota does, which needs a file system that was set up for one."""
+    folder = tmp_path / "project"
+    shutil.copytree(killed, folder)
+    ended = server.run("train", "-p", folder, file_limit=200_000)
+    assert ended.code == 2, ended.stderr
+    assert "a file grew over the size that is allowed here" in " ".join(ended.stderr.split())
+    assert "Going on from step 25" in server.run("train", "-p", folder).stderr
+    assert find_adapter(folder / "adapters").digest == unkilled
