@@ -11,7 +11,7 @@ import tunewright
 from command_line import tiny_project
 from tunewright.progress import LogReporter
 from tunewright.road import Road
-from tunewright.training.checkpoints import complete_checkpoint
+from tunewright.training.checkpoints import whole_checkpoint
 from tunewright.training.train import Paused, TrainResult, train, train_until
 
 
@@ -42,7 +42,7 @@ def test_pauses_change_nothing_and_each_is_measured_once_it_is_reached(
     road, work = _road(tmp_path / "project", tiny_base_folder), tmp_path / "work"
     middle = _until(road, work, 7)
     assert (middle.step, middle.best.step) == (7, 7)
-    checkpoint = complete_checkpoint(work)
+    checkpoint = whole_checkpoint(work)
     assert checkpoint is not None and checkpoint.name == "checkpoint-7"
     assert middle.best.dev_loss == pytest.approx(_plain_dev_loss(tiny_base_folder, checkpoint, road), rel=1e-5)
     again = _until(road, work, 7)  # as after a kill between the pause and what it is for

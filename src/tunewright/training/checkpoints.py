@@ -87,6 +87,11 @@ def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
         seal(folder)
 
 
+def whole_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint that is whole, if there is one."""
+    return next((checkpoint for checkpoint in _newest_first(work) if not damage(checkpoint)), None)
+
+
 def usable_checkpoint(work: Path, base: Base, reporter: Reporter) -> Path | None:
     """The newest checkpoint that is whole, with all evaluated adapters before it; None: start from the beginning.
 

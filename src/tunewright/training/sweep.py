@@ -22,7 +22,7 @@ from tunewright.models.loading import context_length, hidden_size
 from tunewright.progress import Reporter, Task
 from tunewright.project import Project
 from tunewright.recipe import Recipe
-from tunewright.training.checkpoints import complete_checkpoint
+from tunewright.training.checkpoints import whole_checkpoint
 from tunewright.training.halving import Halving, Progress
 from tunewright.training.ledger import Head, Ledger
 from tunewright.training.rows import training_rows
@@ -149,7 +149,7 @@ class Sweep:
         """One trial up to a step, from where it is; at the end its adapter is stored."""
         project = Project(self.project.root, self._recipe(trial))
         work = self.work / trial.name
-        checkpoint = complete_checkpoint(work)
+        checkpoint = whole_checkpoint(work)
         behind = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
         if behind > step:  # of a sweep whose ledger was removed
             shutil.rmtree(work)
