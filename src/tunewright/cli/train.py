@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -86,12 +86,17 @@ def _train(road: Road, current: Session, *, force: bool) -> None:
     result = road.train(force=force)
     adapter = result.adapter
     told = adapter.lineage["training"]
-    epochs = ", ".join(f"{e['dev_loss']:.3f}" for e in told["epochs"])
+    evaluated = ", ".join(_evaluated(e) for e in told["epochs"])
     current.show(
         {"adapter": adapter.name, "folder": str(adapter.folder), "trained": result.trained, **told},
         f"{'Trained' if result.trained else 'Already trained'}: {adapter.folder}\n"
-        f"{told['examples']} examples, dev loss by epoch {epochs}, kept step {told['kept_step']}",
+        f"{told['examples']} examples; dev loss by evaluation {evaluated}; kept step {told['kept_step']}",
     )
+
+
+def _evaluated(evaluation: dict[str, Any]) -> str:
+    metric = evaluation["dev_metric"]
+    return f"{evaluation['dev_loss']:.3f}" + ("" if metric is None else f" ({metric:.1%})")
 
 
 def _sweep(
