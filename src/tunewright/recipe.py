@@ -234,6 +234,32 @@ class ChatRecipe(_Section):
     ] = datetime.date(2024, 7, 26)
 
 
+class ReplayRecipe(_Section):
+    """Conversations that the base writes itself, trained on besides the pairs, against forgetting what it could do."""
+
+    samples: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Conversations that the base writes, as Magpie has it (Xu et al. 2024, arXiv 2406.08464), by "
+            "the seed (100: Capacity-Gated Forgetting in LoRA Fine-Tuning, openreview AmQVxvyRJC).",
+        ),
+    ] = 100
+    kl: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="On their answers the loss is the Kullback-Leibler divergence from the base to the adapter, so "
+            "weighted (1: as Learning without Forgetting, Li and Hoiem 2016, arXiv 1606.09282); null: their own tokens "
+            "are learnt, as a pair's are.",
+        ),
+    ] = 1.0
+
+
+def _self_replay(value: Any) -> Any:
+    return {} if value == "self" else value
+
+
 class TrainRecipe(_Section):
     """How the adapter is trained."""
 
@@ -348,6 +374,14 @@ class TrainRecipe(_Section):
             "quantized: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), which needs tunewright[4bit]."
         ),
     ] = "none"
+    replay: Annotated[
+        ReplayRecipe | None,
+        BeforeValidator(_self_replay),
+        Field(
+            description="Against forgetting, without data: `self`, or {samples: 100, kl: 1.0}, trains besides on what "
+            "the base itself writes, and holds the adapter to the base's own predictions there."
+        ),
+    ] = None
     checkpoint_every: Annotated[
         int, Field(ge=1, description="Steps between the checkpoints that a stopped run goes on from.")
     ] = 50

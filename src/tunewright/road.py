@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tunewright.data.versions.export import Exported, Format
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.measure import AdviseResult, EvaluateResult, Measurement
+    from tunewright.evaluation.scaling import ScaleResult
     from tunewright.serving.service import Service
     from tunewright.training.lengths import LengthReport
     from tunewright.training.sweep import SweepResult
@@ -328,14 +329,27 @@ class Road:
                 "as it is; `tunewright train` makes one by the recipe."
             )
         measurement = self._measurement(tuned)
-        trained_on = tuned.lineage["dataset"]["digest"]
-        if trained_on != measurement.version.digest:
-            raise UserError(
-                f"{tuned.name} was trained on dataset version {trained_on[:12]}, the current one is "
-                f"{measurement.version.digest[:12]}: rows that it trained on may be among the test rows",
-                fix="Train on the current version first: tunewright train",
-            )
+        _require_version(tuned, measurement.version)
         return measurement.evaluate(tuned, measurement.advise().advice)
+
+    def scale(self, adapter: str | None = None, factors: Sequence[float] | None = None) -> ScaleResult:
+        """Measure an adapter (the newest by default) at several scales, and store it at the one that is chosen.
+
+        Chosen is, of those that lose less than evaluate.margin on dev against the best, the one that forgets least.
+
+        Raises:
+            UserError: no such adapter, or one that does not fit, is no plain LoRA or is itself a scaled one.
+        """
+        from tunewright.evaluation.forgetting import ForgettingMeter
+        from tunewright.evaluation.scaling import FACTORS, scale
+
+        tuned = find_adapter(self.project.adapters, adapter)
+        require_fit(tuned, self.base, self.chat)
+        require_batchable(tuned.folder)
+        measurement = self._measurement(tuned)
+        _require_version(tuned, measurement.version)
+        meter = ForgettingMeter(self.project, measurement.version, measurement.generator)
+        return scale(measurement, meter, tuned, factors or FACTORS)
 
     def verdict(self, evaluation: str | Path | None = None) -> Verdict:
         """Ship, don't ship or can't tell, from an evaluation's evidence alone (the newest by default)."""
@@ -501,3 +515,13 @@ class Road:
 
     def _stage(self, name: str, done_now: bool, what: str) -> None:
         self.reporter.say(f"{name}: {'done' if done_now else 'unchanged'}, {what}")
+
+
+def _require_version(adapter: Adapter, version: DatasetVersion) -> None:
+    trained_on = adapter.lineage["dataset"]["digest"]
+    if trained_on != version.digest:
+        raise UserError(
+            f"{adapter.name} was trained on dataset version {trained_on[:12]}, the current one is "
+            f"{version.digest[:12]}: rows that it trained on may be held out there",
+            fix="Train on the current version first: tunewright train",
+        )

@@ -4,6 +4,7 @@ NAME-DIGEST12/
   adapter_config.json, adapter_model.safetensors   what peft and vLLM load
   lineage.json                                     what it was made of, by digest
   metrics.jsonl                                    loss, dev loss, dev metric, speed by step
+  replay.jsonl                                     what the base wrote and the adapter was trained on, where it was
   checkpoints/step-N/                              the adapter at each other evaluation
 """
 
@@ -20,11 +21,12 @@ from typing import Any
 from tunewright.adapters.servable import CONFIG as CONFIG
 from tunewright.adapters.servable import WEIGHTS as WEIGHTS
 from tunewright.adapters.servable import check_adapter
-from tunewright.disk import digest, file_digest, new_folder, write_json, write_text
+from tunewright.disk import digest, file_digest, new_folder, text_lines, write_json, write_text
 from tunewright.errors import UserError
 
 LINEAGE = "lineage.json"
 HISTORY = "metrics.jsonl"
+REPLAY = "replay.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
@@ -63,6 +65,14 @@ class Adapter:
         """
         text = (self.folder / HISTORY).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
+
+    @property
+    def replayed(self) -> list[list[dict[str, Any]]]:
+        """The messages of each conversation that the base wrote and this was trained on; empty without replay."""
+        file = self.folder / REPLAY
+        if not file.exists():
+            return []
+        return [json.loads(line)["messages"] for line in text_lines(file.read_text(encoding="utf-8"))]
 
     @property
     def checkpoints(self) -> dict[str, Path]:
@@ -112,10 +122,12 @@ def store_adapter(
     history: Sequence[Mapping[str, Any]],
     *,
     servable: bool,
+    texts: Mapping[str, str] | None = None,
 ) -> Adapter:
     """Copy a trained adapter (and its earlier checkpoints) into a folder named by its digest.
 
     Other inputs may come to the very same adapter: the one that is there keeps its lineage, which then names both.
+    ``texts`` are further files of the folder, by name.
 
     Raises:
         UserError: a weight that is no finite number, or (if it is to be ``servable``) what vLLM would not load.
@@ -132,6 +144,8 @@ def store_adapter(
             _copy(source, temporary / CHECKPOINTS / step)
         write_json(temporary / LINEAGE, {**lineage, "digest": identity})
         write_text(temporary / HISTORY, "".join(json.dumps(row) + "\n" for row in history))
+        for file, text in (texts or {}).items():
+            write_text(temporary / file, text)
     stored = Adapter(folder)
     if not stored.was_trained_by(lineage["inputs_digest"]):
         also = [*stored.lineage.get("also_inputs", []), lineage["inputs_digest"]]

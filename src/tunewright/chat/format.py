@@ -47,6 +47,20 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class UserTurn:
+    """What a model needs to write a conversation's first user turn itself."""
+
+    opening: tuple[int, ...]
+    """Ids up to where the user's text begins."""
+    end_ids: frozenset[int]
+    """Tokens that end it."""
+    end_text: str | None
+    """The ordinary text that ends it, of a template that has no token for that (Llama 2's ``[/INST]``)."""
+    begin_text: str | None
+    """The ordinary text that then begins it: a base that goes on after an answer writes the next turn."""
+
+
+@dataclass(frozen=True)
 class _Turn:
     """An assistant turn: the text that asks for it, and the text that ends with its end token."""
 
@@ -79,6 +93,20 @@ class ChatFormat:
         cuts = [len(earlier) for earlier in self._prompts(hidden) if text.startswith(earlier)]
         self._check_control(text, messages, generation_prompt=True)
         return self.tokens([self._layout(text, cuts, [], stands_for)])[0].ids
+
+    def user_turn(self) -> UserTurn:
+        """How the first user turn begins and ends, after whatever system turn the template writes by itself."""
+        mark = "\ue000"  # private use: no template writes it, and none takes it for white space
+        text = self.template.render([Message("user", mark)], generation_prompt=True)
+        before, after = text.split(mark)
+        # A space before a word belongs to the word's first token: "[INST] " ends with a token that no text begins with.
+        opening = self.tokens([self._layout(before.rstrip(" "), [], [], {})])[0].ids
+        control = self.encoder.control_places(after)
+        if control and not after[: control[0][1]].strip():
+            return UserTurn(opening, self.stop_ids | {control[0][0]}, None, None)
+        ends = [end for _, _, end in self.encoder.control_places(before)]
+        begin_text = before[max(ends, default=0) :].strip().split("\n")[-1]
+        return UserTurn(opening, self.stop_ids, after.strip().split("\n")[0], begin_text)
 
     def encode(self, messages: Sequence[Message]) -> Tokens:
         """Ids of the whole conversation, and which are trained: assistant turns of weight 1 with their end tokens.

@@ -115,3 +115,29 @@ def adapters_list(project: Folder = HERE, json: Json = False) -> None:
             for a in known
         ]
         current.show({"adapters": rows}, adapters_table(rows) if rows else "No adapter has been trained yet.")
+
+
+@adapters_app.command("scale")
+def adapters_scale(
+    adapter: Annotated[
+        str | None, typer.Argument(help="The adapter's name, or its beginning.", show_default="the newest")
+    ] = None,
+    factor: Annotated[
+        list[float] | None,
+        typer.Option(help="What the adapter's change is multiplied by; several.", show_default="0.25, 0.5, 0.75, 1"),
+    ] = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Against forgetting: keep less of an adapter, where that loses nothing on dev. Writes a new adapter.
+
+    Of the scales that lose less than evaluate.margin on dev against the best, the one is kept that forgets least.
+    """
+    import tunewright
+    from tunewright.cli.tables import scales_table
+
+    with session(json, project) as current:
+        result = tunewright.open(project, current.reporter).scale(adapter, factor)
+        new = f"New adapter: {result.adapter.folder}"
+        kept = f"{result.parent.name} is best as it is; no new adapter."
+        current.show(result.as_dict(), scales_table(result), new if result.adapter != result.parent else kept)

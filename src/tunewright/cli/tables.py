@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -14,6 +14,9 @@ from tunewright.demo import ThreeAnswers
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Score
 from tunewright.evaluation.verdict import Verdict
 from tunewright.road import RunResult
+
+if TYPE_CHECKING:
+    from tunewright.evaluation.scaling import ScaleResult
 
 METRIC_NAMES = {"exact_match": "exact match, %", "bleu": "corpus BLEU"}
 _COLOURS = {"ship": "bold green", "don't ship": "bold red", "can't tell": "bold yellow"}
@@ -134,6 +137,25 @@ def version_table(versions: Sequence[Manifest], current: Manifest | None = None)
         counts = (c.rows, c.train, c.dev, c.test, *([c.mixed] if mixed else []), c.clusters, c.families, c.conflicts)
         star = "*" if len(versions) > 1 and current is not None and version.digest == current.digest else ""
         table.add_row(version.digest[:12] + star, version.created[:16], *(f"{n:,}" for n in counts), version.message)
+    return table
+
+
+def scales_table(result: ScaleResult) -> Table:
+    """An adapter at several scales: what it scores, what it forgets, which was chosen."""
+    samples = result.chosen.forgetting.samples
+    title = f"{result.parent.name} on {result.dev_items} dev items and {samples} samples of the base"
+    table = Table(title=title, title_justify="left", caption=f"Chosen: {result.rule}.", caption_justify="left")
+    for name in ("factor", METRIC_NAMES[result.metric], "forgotten, nats/token", "95% interval", ""):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for each in result.tried:
+        lost = each.forgetting
+        table.add_row(
+            f"{each.factor:g}",
+            f"{100 * each.dev:.1f}",
+            f"{lost.increase:+.4f}",
+            f"{lost.interval.low:+.4f} to {lost.interval.high:+.4f}",
+            "chosen" if each == result.chosen else "",
+        )
     return table
 
 

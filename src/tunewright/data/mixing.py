@@ -7,16 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from tunewright.data import notices, secrets
-from tunewright.data.examples import Example
+from tunewright.data import notices
 from tunewright.data.formats import SourceRow, read_pairs, source_digest, source_size
-from tunewright.data.neighbours import comparison_texts
-from tunewright.data.neighbours.decontaminate import contaminated
-from tunewright.data.neighbours.partition import Indices, Mask
-from tunewright.data.neighbours.similarity import near_pairs
-from tunewright.data.versions import Member, Mix, Source, short
+from tunewright.data.outsiders import unfit
+from tunewright.data.versions import Member, Mix, Source
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.recipe import DataRecipe, MixRecipe, Recipe
@@ -68,7 +62,8 @@ def mix_in(
     looked = 0
     while len(drawn) < wanted and looked < len(fresh):
         batch = fresh[looked : looked + wanted - len(drawn) + _SPARE]
-        reasons = _reasons(batch, domain, recipe.data, benchmarks, reporter)
+        examples = {row.example.pair_key: row.example for row in batch}
+        reasons = unfit(examples, domain, recipe.data, benchmarks, reporter, "the mix-in")
         for row in batch:
             if len(drawn) == wanted:
                 break
@@ -110,48 +105,6 @@ def _read(path: Path, data: DataRecipe, mix: MixRecipe, seed: int, reporter: Rep
 
 def _lot(seed: int, key: str) -> bytes:
     return hashlib.sha256(f"{seed}:{key}".encode()).digest()
-
-
-def _reasons(
-    batch: Sequence[SourceRow],
-    domain: Sequence[Member],
-    data: DataRecipe,
-    benchmarks: dict[str, list[str]],
-    reporter: Reporter,
-) -> dict[str, str]:
-    """Why rows may not be mixed in, by pair key."""
-    held_out = [m for m in domain if m.split != "train"]
-    examples = {row.example.pair_key: row.example for row in batch}
-    reasons = _near(examples, domain, data.similarity, reporter)
-    against = {"held-out rows": [m.example.input_text for m in held_out], **benchmarks}
-    for hit in contaminated(examples, against, reporter):
-        reasons.setdefault(hit.row, f"{hit.how} with item {hit.item + 1} of {hit.source}")
-    for place in secrets.scan(list(examples.items()), reporter, allow=data.allow).of("secret"):
-        reasons.setdefault(place.row, f"it holds a secret ({secrets.LABELS[place.finding.kind]})")
-    return reasons
-
-
-def _near(
-    examples: dict[str, Example], domain: Sequence[Member], similarity: float, reporter: Reporter
-) -> dict[str, str]:
-    keys = list(examples)
-    texts = comparison_texts([*examples.values(), *(m.example for m in domain)])
-
-    def wanted(first: Indices, second: Indices) -> Mask:
-        mask: Mask = (np.minimum(first, second) < len(keys)) & (np.maximum(first, second) >= len(keys))
-        return mask
-
-    reasons: dict[str, str] = {}
-    for pairs in near_pairs(texts, similarity, wanted, reporter, "comparing the mix-in with the domain"):
-        for pair in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
-            row, other = sorted(pair)
-            reasons.setdefault(keys[row], _near_to(domain[other - len(keys)]))
-    return reasons
-
-
-def _near_to(member: Member) -> str:
-    held_out = "" if member.split == "train" else f"held-out ({member.split}) "
-    return f"nearly equal to the {held_out}row {short(member.key)}"
 
 
 def _first(left_out: Sequence[tuple[SourceRow, str]]) -> str:

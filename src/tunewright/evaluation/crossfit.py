@@ -103,7 +103,7 @@ class CrossFit:
         self.limit = answer_limit(self.recipe, chat, version.domain)
         # The folds' adapters are all trained by this recipe.
         self.quantize = self.recipe.evaluate.quantize or self.recipe.train.quantize
-        self.trainings = digest([training_inputs(self.recipe, v, base, chat) for v in self.versions])
+        self.trainings = digest([training_inputs(project, v, base, chat) for v in self.versions])
 
     @property
     def identity(self) -> str:

@@ -53,7 +53,7 @@ class Generator:
         self.folder = work / "generations"
         self.reporter = reporter
         self._model: Any = None
-        self._loaded: Adapter | None = None
+        self._loaded: set[str] = set()
 
     def answer(
         self, title: str, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None = None
@@ -68,7 +68,7 @@ class Generator:
                 _appending(journal) as file,
                 self.reporter.task(title, len(missing), "answers") as task,
             ):
-                model = self._with(adapter)
+                model = self.model_with(adapter)
 
                 def keep(index: int, completion: Any) -> None:
                     text = self.chat.text(completion.ids)
@@ -95,14 +95,33 @@ class Generator:
             on_finished=keep,
         )
 
-    def _with(self, adapter: Adapter | None) -> Any:
+    def model_with(self, adapter: Adapter | None = None) -> Any:
+        """The base, with this adapter beside those that were asked for before."""
         if self._model is None:
             self.reporter.say(f"Loading {named(self.base, self.quantize)}")
             self._model = load_model(self.base, self.dtype, self.quantize)
-        if adapter is not None and self._loaded is None:
-            self._model, self._loaded = with_adapters(self._model, {adapter.name: adapter.folder}), adapter
-        assert adapter is None or adapter == self._loaded, "one adapter for each generator"
+        if adapter is not None and adapter.name not in self._loaded:
+            self._model = with_adapters(self._model, {adapter.name: adapter.folder})
+            self._loaded.add(adapter.name)
         return self._model
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """What decides the base's predictions beside its files."""
+        return {"dtype": self.dtype, "quantize": self.quantize}
+
+    @contextmanager
+    def answering(self, adapter: Adapter | None) -> Iterator[Any]:
+        """The model while this adapter, or the base alone, answers every pass over it."""
+        model = self.model_with(adapter)
+        if adapter is not None:
+            model.set_adapter(adapter.name)
+            yield model
+        elif self._loaded:
+            with model.disable_adapter():
+                yield model
+        else:
+            yield model
 
     def _key(self, max_new_tokens: int, adapter: Adapter | None) -> str:
         return digest(

@@ -95,8 +95,7 @@ class LearningCurve:
         """12 hex digits: a digest of all that decides the curve."""
         settings = self.project.recipe.evaluate
         trainings = [
-            training_inputs(self._recipe(seed).recipe, part, self.base, self.chat)
-            for (seed, _), part in self.parts.items()
+            training_inputs(self._recipe(seed), part, self.base, self.chat) for (seed, _), part in self.parts.items()
         ]
         decides = {
             "trainings": trainings,
@@ -144,7 +143,7 @@ class LearningCurve:
     def _train(self, seed: int, share: float, part: DatasetVersion) -> TrainResult:
         project = self._recipe(seed)
         # All of the rows with the recipe's own seed may be the project's own adapter.
-        inputs = digest(training_inputs(project.recipe, part, self.base, self.chat))
+        inputs = digest(training_inputs(project, part, self.base, self.chat))
         own = trained_before(self.project.adapters, project.recipe.name, inputs)
         if own is not None:
             return TrainResult(own, trained=False)

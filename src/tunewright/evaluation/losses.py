@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tunewright.adapters.fit import require_fit, trained_quantize
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
@@ -24,6 +24,9 @@ from tunewright.project import Project
 from tunewright.training.rows import encode_members, name_of, trained_spans
 
 _MOST_NAMED = 20
+_MOST_LOGITS = 1 << 25  # computed at once: 128 MiB in float32
+
+Name = TypeVar("Name")
 
 Judge = tuple[Adapter, Sequence[Member]]
 """An adapter, and the rows whose answers it judges."""
@@ -149,14 +152,14 @@ def answer_rows(chat: ChatFormat, members: Sequence[Member], context: int, repor
     return rows
 
 
-def answer_losses(model: Any, rows: Mapping[str, Tokens], pad_id: int) -> Iterator[dict[str, float]]:
+def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Iterator[dict[Name, float]]:
     """Mean negative log-likelihood per token of each row's last answer, its end token included; a batch at a time.
 
     Rows are padded on the right, which a causal model's earlier tokens do not see, and only the places that are judged
     go through the head: of a long prompt and a large vocabulary the logits would not fit.
 
     Args:
-        model: a PeftModel over a causal language model of transformers, in evaluation mode.
+        model: a causal language model of transformers or a PeftModel over one, in evaluation mode.
         rows: name to ids and mask.
         pad_id: any token id.
 
@@ -164,9 +167,10 @@ def answer_losses(model: Any, rows: Mapping[str, Tokens], pad_id: int) -> Iterat
         Name to nats, of each batch.
     """
     import torch
+    from peft import PeftModel
 
     names = list(rows)
-    whole = model.get_base_model()
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     trunk, head = whole.base_model, whole.get_output_embeddings()
     for group in prefill_groups([len(rows[name].ids) for name in names]):
         batch = [rows[names[place]] for place in group]
@@ -184,9 +188,12 @@ def answer_losses(model: Any, rows: Mapping[str, Tokens], pad_id: int) -> Iterat
                 input_ids=ids.to(model.device), attention_mask=attended.to(model.device), use_cache=False
             ).last_hidden_state
             # A token is told by the place before it; no answer begins a text.
-            logits = head(hidden[:, :-1][judged[:, 1:].to(model.device)]).float()
-            losses = torch.nn.functional.cross_entropy(
-                logits, ids[:, 1:][judged[:, 1:]].to(model.device), reduction="none"
+            states = hidden[:, :-1][judged[:, 1:].to(model.device)]
+            targets = ids[:, 1:][judged[:, 1:]].to(model.device)
+            step = max(1, _MOST_LOGITS // head.weight.shape[0])
+            parts = zip(states.split(step), targets.split(step), strict=True)
+            losses = torch.cat(
+                [torch.nn.functional.cross_entropy(head(s).float(), t, reduction="none") for s, t in parts]
             ).cpu()
         counts = judged.sum(dim=1).tolist()
         means = [float(part.double().mean()) for part in losses.split(counts)]

@@ -15,7 +15,7 @@ from tunewright.chat.answers import answer_limit
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import digest, new_folder, write_json, write_text
 from tunewright.errors import UserError
-from tunewright.evaluation.arms import TUNED, ArmPlan, Retriever, prompting_arms, with_demonstrations
+from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Retriever, prompting_arms, with_demonstrations
 from tunewright.evaluation.evidence import (
     EVIDENCE_FILE,
     ITEMS_FILE,
@@ -136,6 +136,17 @@ class Measurement:
             return None
         answers = self._answers(plan, prompts, self.limit, None, "dev")
         return measured_arm(plan.name, plan.kind, plan.shots, dev, answers, self.project.recipe.seed)
+
+    def dev_answers(self, adapter: Adapter | None) -> list[str]:
+        """The dev split's answers by the adapter, or by the base alone, to no more than the question."""
+        plan = ZERO_SHOT if adapter is None else TUNED
+        prompts = self._prompts(plan, self.version.examples("dev"))
+        return [answer.text for answer in self._answers(plan, prompts, self.limit, adapter, "dev")]
+
+    @property
+    def dev_references(self) -> list[str]:
+        """What the dev split's answers should be."""
+        return [member.example.output for member in self.version.examples("dev")]
 
     def answer_test(self, adapter: Adapter, advice: Advice) -> dict[str, list[Answered]]:
         """The test split's answers zero-shot, by the best prompting arm and by the adapter: arm name to answers."""

@@ -96,7 +96,8 @@ def _chunks(rows: int, columns: int) -> Iterator[int]:
         yield min(step, rows - start)
 
 
-def _percentiles(values: Floats) -> Interval:
+def percentiles(values: Floats) -> Interval:
+    """The middle 95% of resampled values."""
     low, high = np.quantile(values, [0.025, 0.975])
     return Interval(low=float(low), high=float(high))
 
@@ -117,7 +118,7 @@ def exact_match_difference(changes: Floats, clusters: Sequence[str], seed: int, 
     sums = cluster_sums(np.column_stack([changes, np.ones_like(changes)]), clusters)
     size = len(changes) / len(sums)
     drawn = bootstrap_sums(np.vstack([sums, [[size, size], [-size, size]]]), seed, resamples)
-    return _percentiles(drawn[:, 0] / drawn[:, 1])
+    return percentiles(drawn[:, 0] / drawn[:, 1])
 
 
 # Tests
@@ -242,9 +243,7 @@ def score_arm(
             interval=wilson(share, worth),
             method="Wilson" if independent else f"Wilson, {worth:.0f} effective items",
         ),
-        bleu=Score(
-            value=corpus_bleu(sums.sum(axis=0)), interval=_percentiles(bleus), method=_bootstrap_name(resamples)
-        ),
+        bleu=Score(value=corpus_bleu(sums.sum(axis=0)), interval=percentiles(bleus), method=_bootstrap_name(resamples)),
         truncated=truncated,
         prompt_tokens=prompt_tokens,
     )
@@ -302,7 +301,7 @@ def _bleu_contrast(ours: Integers, theirs: Integers, seed: int, resamples: int) 
     differences = np.array([corpus_bleu(row[:BLEU_COLUMNS]) - corpus_bleu(row[BLEU_COLUMNS:]) for row in drawn])
     return {
         "difference": corpus_bleu(ours.sum(axis=0)) - corpus_bleu(theirs.sum(axis=0)),
-        "interval": _percentiles(differences),
+        "interval": percentiles(differences),
         "interval_method": _bootstrap_name(resamples),
         "p_value": swapping_test(ours, theirs, corpus_bleu, seed, resamples),
         "test": f"paired randomisation by cluster, {resamples:,} trials",

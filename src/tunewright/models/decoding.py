@@ -105,7 +105,10 @@ class Row:
         logits = logits.double().cpu()
         # Below their maximum, logits stay finite or become -inf (a probability of 0) at any temperature.
         scaled = (logits - logits.max()) / self.request.temperature
-        probabilities, order = scaled.softmax(-1).sort(descending=True, stable=True)
+        probabilities: Tensor = scaled.softmax(-1)
+        if self.request.top_p == 1:  # nothing is cut off, and sorting a vocabulary takes longer than all the rest
+            return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        probabilities, order = probabilities.sort(descending=True, stable=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities[before >= self.request.top_p] = 0  # the likeliest always stays: nothing comes before it
         return int(order[torch.multinomial(probabilities, 1, generator=self._generator)])

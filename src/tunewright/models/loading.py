@@ -74,16 +74,18 @@ def load_tokenizer(base: Base) -> Any:
     return tokenizer
 
 
-def with_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> PeftModel:
-    """Put adapters (name to folder; at least one) beside each other on one copy of the base."""
+def with_adapters(model: PreTrainedModel | PeftModel, folders: Mapping[str, Path]) -> PeftModel:
+    """Put adapters (name to folder; at least one) beside each other, and those there already, on one base."""
     from peft import PeftModel
 
     with quiet_transformers():
-        (first, folder), *others = folders.items()
-        tuned = PeftModel.from_pretrained(model, folder, adapter_name=first)
-        for name, folder in others:
-            tuned.load_adapter(folder, adapter_name=name)
-    return tuned.eval()
+        for name, folder in folders.items():
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    assert isinstance(model, PeftModel), "at least one adapter"
+    return model.eval()
 
 
 def context_length(base: Base) -> int:

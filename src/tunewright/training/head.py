@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.checkpoint import checkpoint
 
 TILE_LOGITS = 1 << 25
 """Logits are computed for so many (token, vocabulary entry) pairs at once: 128 MiB in float32."""
@@ -17,19 +19,29 @@ TILE_LOGITS = 1 << 25
 def add_token_losses(model: Any) -> None:
     """Let the model's forward, given ``predict_from`` and ``targets``, return each target's loss instead of logits.
 
-    Inside of forward, so that whatever wraps the model (PEFT, DDP, FSDP) sees an ordinary pass. Without the two the
-    forward is what it was. To be called before PEFT wraps the model.
+    Given ``predict_from`` alone, it returns the states that the head would see there; given a ``reference`` too, the
+    losses of its targets are divergences from that. Inside of forward, so that whatever wraps the model (PEFT, DDP,
+    FSDP) sees an ordinary pass. Without these the forward is what it was. To be called before PEFT wraps the model.
     """
     original = model.forward
 
     @functools.wraps(type(model).forward)
     def forward(
-        self: Any, *args: Any, predict_from: Tensor | None = None, targets: Tensor | None = None, **kwargs: Any
+        self: Any,
+        *args: Any,
+        predict_from: Tensor | None = None,
+        targets: Tensor | None = None,
+        reference: Reference | None = None,
+        **kwargs: Any,
     ) -> Any:
-        if predict_from is None or targets is None:
+        if predict_from is None:
             return original(*args, **kwargs)
-        states = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state[0]
-        return token_losses(states.index_select(0, predict_from), self.get_output_embeddings(), targets)
+        states = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state[0].index_select(0, predict_from)
+        if targets is None:
+            return states
+        if reference is None:
+            return token_losses(states, self.get_output_embeddings(), targets)
+        return losses_against(reference, states, self.get_output_embeddings(), targets)
 
     model.forward = MethodType(forward, model)
 
@@ -48,9 +60,64 @@ def token_losses(states: Tensor, head: Any, targets: Tensor) -> Tensor:
     return losses
 
 
-def token_losses_of(model: Any, batch: Any) -> Tensor:
+@dataclass(frozen=True)
+class Reference:
+    """What the base predicts for the targets of replayed rows, which the adapter is held to."""
+
+    places: Tensor
+    """Which of the targets these are [N]."""
+    states: Tensor
+    """What the head sees there with the adapter off [N, hidden size]."""
+    weight: float
+    """What divergences are multiplied by."""
+
+
+def losses_against(reference: Reference, states: Tensor, head: Any, targets: Tensor) -> Tensor:
+    """The losses of all targets in float32 [L]: weighted divergences from the reference where there is one.
+
+    Args:
+        reference: of some of the targets.
+        states: what the head sees, of all targets [L, hidden size].
+        head: the LM head.
+        targets: token ids [L].
+    """
+    learnt = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+    learnt[reference.places] = False
+    others = learnt.nonzero().flatten()
+    own = token_losses(states.index_select(0, others), head, targets.index_select(0, others))
+    held = divergences(states.index_select(0, reference.places), reference.states, head)
+    losses = torch.zeros(len(targets), device=targets.device)
+    return losses.index_copy(0, others, own).index_copy(0, reference.places, reference.weight * held)
+
+
+def divergences(states: Tensor, reference: Tensor, head: Any) -> Tensor:
+    """Kullback-Leibler divergence, over the whole vocabulary, from the reference's predictions to the states' [N].
+
+    In nats and float32. Only ``states`` get a gradient.
+
+    Args:
+        states, reference: what the head sees [N, hidden size].
+        head: the LM head, a linear layer.
+    """
+    most = max(1, TILE_LOGITS // (2 * head.weight.shape[0]))
+    if len(states) <= most:
+        return _divergences(states, reference, head)
+    parts = zip(states.split(most), reference.split(most), strict=True)
+    return torch.cat([checkpoint(_divergences, on, off, head, use_reentrant=False) for on, off in parts])
+
+
+def _divergences(states: Tensor, reference: Tensor, head: Any) -> Tensor:
+    with torch.no_grad():
+        off = head(reference.to(head.weight.dtype)).float().log_softmax(-1)
+    on = head(states.to(head.weight.dtype)).float().log_softmax(-1)
+    return kl_div(on, off, reduction="none", log_target=True).sum(-1)
+
+
+def token_losses_of(model: Any, batch: Any, reference: Reference | None = None) -> Tensor:
     """The losses of a packed batch's trained tokens [L], by a model that has `add_token_losses`."""
-    losses: Tensor = model(**batch.model_inputs(), predict_from=batch.predict_from, targets=batch.targets)
+    losses: Tensor = model(
+        **batch.model_inputs(), predict_from=batch.predict_from, targets=batch.targets, reference=reference
+    )
     assert losses.dtype == torch.float32
     return losses
 

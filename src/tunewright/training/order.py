@@ -87,7 +87,7 @@ class StepBatches:
         process, processes: which of how many this is.
     """
 
-    def __init__(self, sampler: LikeLengths, micro_batch: int, process: int = 0, processes: int = 1) -> None:
+    def __init__(self, sampler: LikeLengths | Spread, micro_batch: int, process: int = 0, processes: int = 1) -> None:
         self.sampler = sampler
         self.micro_batch = micro_batch
         self.process = process
@@ -115,6 +115,40 @@ class StepBatches:
             mine = step[self.process * share : (self.process + 1) * share]
             for first in range(0, share, self.micro_batch):
                 yield mine[first : first + self.micro_batch]
+
+
+class Spread(Sampler[int]):
+    """An order with further rows dealt evenly among its own, so that each batch has its share of them.
+
+    Sorted by length with the others, what a base writes would fill batches of its own: steps that pull the adapter to
+    the base alone, between many that only pull it away.
+
+    Args:
+        order: the order of rows 0 to n - 1.
+        further: how many rows follow them, in an order that the seed and the epoch decide.
+    """
+
+    def __init__(self, order: LikeLengths, further: int) -> None:
+        self.order = order
+        self.further = further
+        self.batch_size = order.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader before each epoch."""
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.order) + self.further
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.order.seed + self.order.epoch)
+        dealt = iter((len(self.order) + torch.randperm(self.further, generator=generator)).tolist())
+        own = iter(self.order)
+        for place in range(len(self)):
+            # As many as this share of the places is due, rounded.
+            due = (2 * (place + 1) * self.further + len(self)) // (2 * len(self))
+            before = (2 * place * self.further + len(self)) // (2 * len(self))
+            yield next(dealt) if due > before else next(own)
 
 
 def deep_families(rows: Sequence[Sequence[int]]) -> list[list[int]]:

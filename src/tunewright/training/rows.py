@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from tunewright.chat.format import ChatFormat, Layout, Tokens
 from tunewright.data.examples import Message
@@ -103,14 +104,19 @@ def training_rows(
     return encoded
 
 
-def as_columns(encoded: Sequence[Tokens]) -> dict[str, list[list[int]]]:
-    """The columns that trl takes as they are: ``input_ids`` and ``labels``, one list of ids a row."""
-    return {
-        "input_ids": [list(t.ids) for t in encoded],
+def as_columns(encoded: Sequence[Tokens], replay: Sequence[Tokens] = ()) -> dict[str, list[Any]]:
+    """The columns that trl takes as they are: ``input_ids`` and ``labels``, one list of ids a row.
+
+    Rows of ``replay`` come after the others, and a third column, ``replayed``, then tells which they are.
+    """
+    rows = [*encoded, *replay]
+    columns: dict[str, list[Any]] = {
+        "input_ids": [list(t.ids) for t in rows],
         "labels": [
-            [token if trained else IGNORED for token, trained in zip(t.ids, t.loss_mask, strict=True)] for t in encoded
+            [token if trained else IGNORED for token, trained in zip(t.ids, t.loss_mask, strict=True)] for t in rows
         ],
     }
+    return {**columns, "replayed": [place >= len(encoded) for place in range(len(rows))]} if replay else columns
 
 
 def render_digest(rows: Sequence[Tokens]) -> str:

@@ -51,11 +51,13 @@ class Run:
         dev: Sequence[Tokens],
         dev_task: DevTask | None,
         until: int | None = None,
+        replay: Sequence[Tokens] = (),
     ) -> tuple[list[dict[str, Any]], float]:
         """Train to the end: the history of losses and evaluations, and seconds of this process.
 
         With ``until``, only up to that step, whose checkpoint is saved; then dev is measured, and that is in the
-        history but not in the checkpoint: the run that goes on from there never hears of it.
+        history but not in the checkpoint: the run that goes on from there never hears of it. ``replay`` are rows that
+        the base wrote, trained on besides as the recipe's train.replay has it.
         """
         from datasets import Dataset
         from transformers import PrinterCallback, set_seed
@@ -66,11 +68,11 @@ class Run:
         from tunewright.training.trainer import Trainer
 
         settings = self.recipe.train
-        steps = total_steps(settings, len(train))
+        steps = total_steps(settings, len(train) + len(replay))
         # Before the adapter is made: its A matrices are drawn at random.
         set_seed(self.recipe.seed)
         sharing = measure_sharing(
-            [row.ids for row in train],
+            [row.ids for row in (*train, *replay)],
             setting=settings.prefix_sharing,
             dropout=settings.dropout,
             micro_batch=micro_batch(settings),
@@ -86,8 +88,9 @@ class Run:
             trainer = Trainer(
                 model,
                 share=sharing.share,
+                kl=settings.replay.kl if settings.replay else None,
                 args=self._arguments(steps),
-                train_dataset=Dataset.from_dict(as_columns(train)),
+                train_dataset=Dataset.from_dict(as_columns(train, replay)),
                 eval_dataset=Dataset.from_dict(as_columns(dev)),
                 processing_class=tokenizer,
                 peft_config=lora_config(settings),

@@ -21,7 +21,6 @@ from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, hidden_size
 from tunewright.progress import Reporter, Task
 from tunewright.project import Project
-from tunewright.recipe import Recipe
 from tunewright.training.checkpoints import whole_checkpoint
 from tunewright.training.halving import Halving, Progress
 from tunewright.training.ledger import Head, Ledger
@@ -94,7 +93,8 @@ class Sweep:
         rows = training_rows(
             chat, version.examples("train"), min(own.max_length, context_length(base)), own.too_long, self.once
         )
-        self.steps = total_steps(own, len(rows.rows))
+        replayed = own.replay.samples if own.replay else 0  # fewer, where the base writes little of use
+        self.steps = total_steps(own, len(rows.rows) + replayed)
         self.schedule = halving_schedule(len(self.trials), self.steps, evaluation_interval(own, self.steps))
         self.head = self._head()
         self.folder = project.sweeps / self.head.sweep
@@ -107,7 +107,7 @@ class Sweep:
             trial.name: {
                 "preset": trial.train.preset,
                 "learning_rate": trial.train.learning_rate,
-                "inputs": digest(training_inputs(self._recipe(trial), self.version, self.base, self.chat)),
+                "inputs": digest(training_inputs(self._project(trial), self.version, self.base, self.chat)),
             }
             for trial in self.trials
         }
@@ -142,12 +142,12 @@ class Sweep:
                 shutil.rmtree(self.work, ignore_errors=True)  # nothing is left that could go on from there
         return SweepResult(ledger, winner, adapter)
 
-    def _recipe(self, trial: Trial) -> Recipe:
-        return self.project.recipe.model_copy(update={"train": trial.train})
+    def _project(self, trial: Trial) -> Project:
+        return Project(self.project.root, self.project.recipe.model_copy(update={"train": trial.train}))
 
     def _train_to(self, trial: Trial, step: int) -> Progress:
         """One trial up to a step, from where it is; at the end its adapter is stored."""
-        project = Project(self.project.root, self._recipe(trial))
+        project = self._project(trial)
         work = self.work / trial.name
         checkpoint = whole_checkpoint(work)
         behind = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))

@@ -27,6 +27,7 @@ from tunewright.training.choosing import Evaluation, best_of, evaluations, place
 from tunewright.training.dev import DevTask, dev_task
 from tunewright.training.guard import BrokenRunError
 from tunewright.training.lineage import training_lineage
+from tunewright.training.replay import Replay, draw_replay, replay_inputs
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
 from tunewright.training.run import Run
 from tunewright.training.trackers import require_trackers, tracked_in
@@ -52,8 +53,13 @@ class Paused:
     """Of training, by this process."""
 
 
-def training_inputs(recipe: Recipe, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
-    """All that decides which adapter comes out of a training."""
+def training_inputs(project: Project, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
+    """All that decides which adapter comes out of a training.
+
+    Raises:
+        UserError: a benchmark's file, which replay is held against, cannot be read.
+    """
+    recipe = project.recipe
     return {
         "dataset": version.digest,
         "base": base.digest,
@@ -61,6 +67,7 @@ def training_inputs(recipe: Recipe, version: DatasetVersion, base: Base, chat: C
         "train": recipe.train.deciding(),
         "chosen_by": _choice(recipe),
         "seed": recipe.seed,
+        **replay_inputs(project),
     }
 
 
@@ -110,7 +117,7 @@ def train(
             "`torchrun --nproc-per-node N -m tunewright train` starts N."
         )
     place = project.adapters if adapters is None else adapters
-    identity = digest(training_inputs(recipe, version, base, chat))
+    identity = digest(training_inputs(project, version, base, chat))
     work = work or project.work / "training" / identity[:12]
     if (there := trained_before(place, recipe.name, identity)) is not None:
         if processes.is_main():
@@ -118,7 +125,7 @@ def train(
         return TrainResult(there, trained=False)
     with working_folder(work), quiet_transformers(), writing(work):
         fitted = _fit(project, version, base, chat, reporter, work)
-        splits, history, answered = fitted.splits, fitted.history, fitted.answered
+        splits, history, answered, replay = fitted.splits, fitted.history, fitted.answered, fitted.replay
         evaluated = evaluations(history)
         best = best_of(evaluated)
         for each in evaluated:
@@ -132,12 +139,20 @@ def train(
                 "metric": None if answered is None else answered.metric,
                 "dev_rows_answered": 0 if answered is None else len(answered.requests),
             },
+            **replay.lineage,
             **(facts or {}),
         }
         others = {f"step-{e.step}": e.folder(work) for e in evaluated if e is not best}
         adapter = processes.by_main(
             lambda: store_adapter(
-                place, recipe.name, best.folder(work), others, lineage, history, servable=recipe.train.servable
+                place,
+                recipe.name,
+                best.folder(work),
+                others,
+                lineage,
+                history,
+                servable=recipe.train.servable,
+                texts=replay.files,
             )
         )
     if processes.is_main():
@@ -178,6 +193,7 @@ class _Fitted:
 
     splits: dict[str, EncodedRows]
     answered: DevTask | None
+    replay: Replay
     history: list[dict[str, Any]]
     seconds: float
 
@@ -202,15 +218,16 @@ def _fit(
     refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
     reporter.say(f"Loading {named(base, recipe.train.quantize)}")
     model = load_model(base, recipe.train.dtype, recipe.train.quantize)
+    replay = draw_replay(project, version, base, chat, model, limit, reporter)
     dev = list({m.key: m for m in splits["dev"].members}.values())
     answered = dev_task(recipe, chat, version.domain_of("train"), dev, context_length(base), reporter)
     run = Run(recipe, base, work, reporter)
     try:
         with tracked_in(project.work / "trackers", recipe.name, run.name):
-            history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered, until)
+            history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered, until, replay.rows)
     except BrokenRunError as broken:
-        raise broken.as_user_error(splits["train"].members) from None
-    return _Fitted(splits, answered, history, seconds)
+        raise broken.as_user_error([*splits["train"].members, *replay.members]) from None
+    return _Fitted(splits, answered, replay, history, seconds)
 
 
 def trained_before(adapters: Path, name: str, identity: str) -> Adapter | None:

@@ -18,8 +18,8 @@ from trl import SFTTrainer
 from tunewright.training.adapter import keep_float32
 from tunewright.training.choosing import DEV_METRIC
 from tunewright.training.dev import DevTask
-from tunewright.training.head import add_token_losses, token_losses_of
-from tunewright.training.order import LikeLengths, StepBatches
+from tunewright.training.head import Reference, add_token_losses, token_losses_of
+from tunewright.training.order import LikeLengths, Spread, StepBatches
 from tunewright.training.rows import IGNORED
 from tunewright.training.shared_prefix import PackedBatch, attention, pack
 
@@ -31,11 +31,16 @@ class Trainer(SFTTrainer):
         model: a Llama or Mistral of transformers, without an adapter.
         share: compute prompts that rows of a batch share once; else every row stands whole in the packed batch.
         dev_task: dev rows that each evaluation answers; None: the dev loss is all that is measured.
+        kl: on rows whose column ``replayed`` is true the loss is the divergence from the base, so weighted; None: on no
+            row.
     """
 
-    def __init__(self, model: Any, *, share: bool, dev_task: DevTask | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, *, share: bool, dev_task: DevTask | None = None, kl: float | None = None, **kwargs: Any
+    ) -> None:
         self.share = share
         self.dev_task = dev_task
+        self.kl = kl
         self._told: tuple[float, int] | None = None
         attention.register()
         # Its own implementation, and SDPA wherever it gets no layout: when answers are generated.
@@ -56,7 +61,10 @@ class Trainer(SFTTrainer):
             shortest = min(rows_there, key=lambda row: len(row["input_ids"]))
             filler = self.collate([{**shortest, "labels": [IGNORED] * len(shortest["labels"])}])
             return {**filler, "packed": replace(filler["packed"], row_tokens=0)}
-        batch = pack([row["input_ids"] for row in rows], [row["labels"] for row in rows], share=self.share)
+        replayed = None if self.kl is None else [bool(row.get("replayed")) for row in rows]
+        batch = pack(
+            [row["input_ids"] for row in rows], [row["labels"] for row in rows], share=self.share, replayed=replayed
+        )
         return {"packed": batch, "labels": batch.targets, "shift_labels": batch.targets}
 
     def compute_loss(
@@ -69,13 +77,26 @@ class Trainer(SFTTrainer):
         """The mean loss of the step's trained tokens, or this micro-batch's part in it."""
         assert not return_outputs, "the logits are never held"
         batch: PackedBatch = inputs["packed"]
-        loss: Tensor = token_losses_of(model, batch).sum()
+        loss: Tensor = token_losses_of(model, batch, self._reference(model, batch)).sum()
         self._count(batch)
         if num_items_in_batch is None:
             return loss / len(batch.targets)
         # DDP averages over processes what is to be their sum.
         scaled: Tensor = loss * (self.accelerator.num_processes / num_items_in_batch)
         return scaled
+
+    def _reference(self, model: Any, batch: PackedBatch) -> Reference | None:
+        """What the base predicts for replayed rows: the same pass, laid out alike, with the adapter off.
+
+        Before the pass that is trained: PEFT's switch is also one of the weights' gradients.
+        """
+        if batch.replayed is None or self.kl is None:
+            return None
+        # Not through DDP, whose passes all processes have to make together: others may have no such row.
+        own: Any = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), own.disable_adapter():
+            states = own(**batch.model_inputs(), predict_from=batch.predict_from.index_select(0, batch.replayed))
+        return Reference(batch.replayed, states, self.kl)
 
     def _count(self, batch: PackedBatch) -> None:
         tokens = torch.tensor(batch.row_tokens, device=self.accelerator.device)
@@ -157,7 +178,9 @@ class Trainer(SFTTrainer):
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths | Spread:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LikeLengths(rows["input_ids"], step, self.args.seed)
+        replayed = sum(rows["replayed"]) if "replayed" in rows.column_names else 0
+        order = LikeLengths(rows["input_ids"][: len(rows) - replayed], step, self.args.seed)
+        return Spread(order, replayed) if replayed else order

@@ -29,10 +29,13 @@ class PackedBatch:
     layout: Layout
     row_tokens: int
     """Tokens of the rows, shared ones counted once for each row."""
+    replayed: Tensor | None = None
+    """Which of the trained tokens are of rows that the adapter is held to the base on: places in L; None: none is."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on ``device``."""
-        names = ("input_ids", "position_ids", "predict_from", "targets", "layout")
+        names = ["input_ids", "position_ids", "predict_from", "targets", "layout"]
+        names += [] if self.replayed is None else ["replayed"]
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
 
     def model_inputs(self) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def pack(
     *,
     share: bool,
     groups: Sequence[Group] | None = None,
+    replayed: Sequence[bool] | None = None,
 ) -> PackedBatch:
     """Lay rows out as one packed row.
 
@@ -54,6 +58,7 @@ def pack(
         labels: of the same lengths: the id of a trained token, else -100 (as transformers has them, not shifted).
         share: compute shared prefixes once; else every row stands whole.
         groups: the grouping (None: the best one, see `plan_groups`).
+        replayed: which rows the adapter is held to the base on (None: no row).
     """
     if groups is None:
         groups = plan_groups(rows) if share else [Group(0, tuple(range(len(rows))))]
@@ -66,11 +71,14 @@ def pack(
         positions += range(piece.first, piece.first + piece.length)
     predict_from: list[int] = []
     targets: list[int] = []
+    held: list[int] = []
     for place_in_batch, wanted in enumerate(labels):
         place_of = layout.places(place_in_batch)
         for place, label in enumerate(wanted):
             if label != IGNORED and place:
                 predict_from.append(place_of(place - 1))
+                if replayed and replayed[place_in_batch]:
+                    held.append(len(targets))
                 targets.append(label)
     return PackedBatch(
         input_ids=torch.tensor([ids]),
@@ -79,4 +87,5 @@ def pack(
         targets=torch.tensor(targets, dtype=torch.long),
         layout=layout,
         row_tokens=sum(map(len, rows)),
+        replayed=torch.tensor(held) if held else None,
     )

@@ -1,0 +1,285 @@
+"""Forgetting: what each remedy costs on the task and saves of what the base could do, on the demo's task.
+
+    python benchmarks/forgetting.py [--work build/forgetting] [--rows N] [--samples 100] [--questions 400] [--base BASE]
+
+Trains the demo's recipe as it is, with a mix-in of 5% human-written instructions (Self-Instruct's, which are no part of
+the project: see tests/real_data.py), with self-replay, and at a lower learning rate; scales the first one's adapter by
+`tunewright adapters scale`'s rule. Measures exact match on dev (which also chose the epoch: read it as a comparison),
+the increase in negative log-likelihood of the base's own answers, and ARC-easy as lm-eval's acc_norm has it, on a
+subset drawn by a seed. Goes on where it was stopped. Prints a table; writes benchmarks/results/forgetting.json and
+docs/images/forgetting.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import random
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import tunewright
+from tunewright.adapters.registry import Adapter
+from tunewright.cli.console import ConsoleReporter
+from tunewright.disk import digest, write_json
+from tunewright.evaluation.choices import Question, chosen, read_questions
+from tunewright.evaluation.forgetting import ForgettingMeter
+from tunewright.evaluation.scaling import scale
+from tunewright.evaluation.statistics import effective_items, wilson
+from tunewright.examples import legal_citations
+from tunewright.metrics import exact_matches
+from tunewright.progress import Reporter
+from tunewright.project import RECIPE_FILE, Project
+from tunewright.recipe import MixRecipe, ReplayRecipe
+from tunewright.road import Road
+from tunewright.training.lineage import packages
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from real_data import SHARED
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "forgetting.json"
+PLOT = ROOT / "docs" / "images" / "forgetting.png"
+LOWER_RATE = 2e-4
+MIX = 0.05
+SEED = 0
+
+
+def main() -> None:
+    """Train, scale, measure, show."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "forgetting")
+    parser.add_argument("--rows", type=int, help="so many of the demo's pairs; all by default")
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--base", help="in place of the demo's")
+    options = parser.parse_args()
+    logging.getLogger("tunewright").setLevel(logging.ERROR)
+    console = Console(stderr=True, width=120)
+    reporter = ConsoleReporter(console)
+    began = time.monotonic()
+
+    domain = project_in(options.work / "domain", options, reporter, mix=False)
+    adapters = trained(domain, options, reporter)
+    measurement = domain._measurement()
+    meter = ForgettingMeter(domain.project, measurement.version, measurement.generator, options.samples)
+    result = scale(measurement, meter, adapters["plain"])
+    adapters[f"plain, scaled by {result.chosen.factor:g}"] = result.adapter
+    questions, why_not = arc(options.questions)
+    if why_not:
+        console.print(why_not, style="yellow")
+
+    rows = {"base": measured(None, measurement, meter, questions, options.work)}
+    for name, adapter in adapters.items():
+        rows[name] = measured(adapter, measurement, meter, questions, options.work)
+    document: dict[str, Any] = {
+        "machine": {
+            "platform": platform.platform(),
+            "cpu": cpu(),
+            "packages": packages(domain.project.recipe.train.quantize),
+        },
+        "task": {
+            "dataset": measurement.version.digest,
+            "train": len(measurement.version.domain_of("train")),
+            "dev": len(measurement.version.examples("dev")),
+            "base": domain.project.recipe.base,
+        },
+        "arc_easy": {"questions": len(questions), "seed": SEED, "skipped": why_not},
+        "rows": rows,
+        "scales": result.as_dict(),
+        "seconds": round(time.monotonic() - began),
+    }
+    write_json(RESULTS, document)
+    draw(rows, PLOT)
+    Console(width=120).print(table(rows, document))
+    print(f"{RESULTS.relative_to(ROOT)}, {PLOT.relative_to(ROOT)}; {document['seconds'] / 60:.0f} minutes this time")
+
+
+def project_in(folder: Path, options: argparse.Namespace, reporter: Reporter, *, mix: bool) -> Road:
+    """The demo's project in a folder, with its dataset version; with the mix-in, where that is asked for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = legal_citations.project_files()
+    pairs = files[legal_citations.PAIRS_FILE].splitlines(keepends=True)
+    if options.rows:
+        pairs = random.Random(SEED).sample(pairs, options.rows)
+    (folder / legal_citations.PAIRS_FILE).write_text("".join(pairs), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(files[RECIPE_FILE], encoding="utf-8")
+    road = tunewright.open(folder, reporter)
+    recipe = road.project.recipe
+    update: dict[str, Any] = {"base": options.base} if options.base else {}
+    if mix:
+        (folder / "generic.jsonl").write_text(self_instruct(), encoding="utf-8")
+        chosen_mix = MixRecipe(source="generic.jsonl", fraction=MIX)
+        update["data"] = recipe.data.model_copy(update={"mix": chosen_mix})
+    road.project = Project(folder, recipe.model_copy(update=update))
+    road.add([folder / legal_citations.PAIRS_FILE])
+    return road
+
+
+def self_instruct() -> str:
+    """Self-Instruct's human-written tasks (Wang et al. 2022, arXiv 2212.10560) as pairs."""
+    rows = []
+    for name in ("seed_tasks.jsonl", "user_oriented_instructions.jsonl"):
+        for line in (SHARED / "self_instruct" / name).read_text(encoding="utf-8").splitlines():
+            task = json.loads(line)
+            first = task["instances"][0]
+            prompt = "\n\n".join(filter(None, (task["instruction"].strip(), first["input"].strip())))
+            if first["output"].strip():
+                rows.append({"prompt": prompt, "completion": first["output"].strip()})
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def trained(domain: Road, options: argparse.Namespace, reporter: Reporter) -> dict[str, Adapter]:
+    """The adapter of each way of training, by its name."""
+    plain = domain.project
+    recipe = plain.recipe
+
+    def changed(**train: Any) -> Adapter:
+        train_recipe = recipe.train.model_copy(update=train)
+        domain.project = Project(plain.root, recipe.model_copy(update={"train": train_recipe}))
+        adapter = domain.train().adapter
+        domain.project = plain
+        return adapter
+
+    adapters = {"plain": changed()}
+    if (SHARED / "self_instruct").is_dir():
+        mixed = project_in(options.work / "mixed", options, reporter, mix=True)
+        adapters[f"mix-in {MIX:.0%}"] = mixed.train().adapter
+    else:
+        reporter.warn(f"No mix-in: Self-Instruct's tasks are not in {SHARED}.")
+    adapters["self-replay, KL"] = changed(replay=ReplayRecipe(samples=options.samples))
+    adapters[f"learning rate {LOWER_RATE:g}"] = changed(learning_rate=LOWER_RATE)
+    return adapters
+
+
+def arc(count: int) -> tuple[list[Question], str | None]:
+    """A subset of ARC-easy (Clark et al. 2018, arXiv 1803.05457), or why there is none."""
+    path = SHARED / "arc_easy" / "arc_easy.jsonl"
+    if not path.exists():
+        return [], f"ARC-easy is left out: no {path}."
+    questions = read_questions(path)
+    return random.Random(SEED).sample(questions, min(count, len(questions))), None
+
+
+def measured(
+    adapter: Adapter | None, measurement: Any, meter: ForgettingMeter, questions: list[Question], work: Path
+) -> dict[str, Any]:
+    """One row of the table."""
+    clusters = [member.cluster for member in measurement.version.examples("dev")]
+    right = exact_matches(measurement.dev_answers(adapter), measurement.dev_references)
+    forgetting = {"increase": 0.0, "interval": {"low": 0.0, "high": 0.0}}
+    if adapter is not None:
+        forgetting = meter.measure(adapter).as_dict()
+    row: dict[str, Any] = {"dev": share(right, clusters), "forgetting": forgetting, "arc_easy": None}
+    if questions:
+        picked = arc_choices(adapter, measurement.generator, questions, work)
+        hits = np.array([pick == question.gold for pick, question in zip(picked, questions, strict=True)])
+        row["arc_easy"] = share(hits, [str(n) for n in range(len(hits))])
+    if adapter is not None:
+        told = adapter.lineage["training"]
+        row |= {"adapter": adapter.name, "training_seconds": told["seconds"], "kept_step": told["kept_step"]}
+        row["replay"] = {k: v for k, v in adapter.lineage.get("replay", {}).items() if k != "left_out"} or None
+    return row
+
+
+def arc_choices(adapter: Adapter | None, generator: Any, questions: list[Question], work: Path) -> list[int]:
+    """What the model chooses; kept, since it takes a while."""
+    decides = {
+        "adapter": adapter.digest if adapter else None,
+        "base": generator.base.digest,
+        "questions": [(q.text, q.choices) for q in questions],
+        "dtype": generator.dtype,
+    }
+    file = work / "arc" / f"{digest(decides)[:16]}.json"
+    if not file.exists():
+        title = f"ARC-easy, {adapter.name if adapter else 'the base'}"
+        with generator.reporter.task(title, len(questions), "questions") as task, generator.answering(adapter) as model:
+            write_json(file, chosen(model, generator.chat.tokenizer, questions, task))
+    picked: list[int] = json.loads(file.read_text(encoding="utf-8"))
+    return picked
+
+
+def share(right: Any, clusters: list[str]) -> dict[str, Any]:
+    """A share of items with its 95% interval (Wilson, by effective items)."""
+    value = float(right.mean())
+    interval = wilson(value, effective_items(right.astype(np.float64), clusters))
+    return {"value": value, "interval": interval.model_dump(), "items": len(right)}
+
+
+def table(rows: Mapping[str, Any], document: Mapping[str, Any]) -> Table:
+    """What people read."""
+    task, questions = document["task"], document["arc_easy"]["questions"]
+    made = Table(
+        title=f"{task['train']:,} pairs of {legal_citations.NAME}, {task['base']}; 95% intervals", title_justify="left"
+    )
+    for name in ("", f"dev exact match, {task['dev']} items", "forgotten, nats/token", f"ARC-easy, {questions} items"):
+        made.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, row in rows.items():
+        lost = row["forgetting"]
+        told = f"{lost['increase']:+.4f} ({lost['interval']['low']:+.4f} to {lost['interval']['high']:+.4f})"
+        made.add_row(name, percent(row["dev"]), "0" if name == "base" else told, percent(row["arc_easy"]))
+    return made
+
+
+def percent(share: Mapping[str, Any] | None) -> str:
+    """``86.2 (81.3 to 90.0)``."""
+    if share is None:
+        return "not measured"
+    low, high = share["interval"]["low"], share["interval"]["high"]
+    return f"{100 * share['value']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def draw(rows: Mapping[str, Any], path: Path) -> None:
+    """Target gained against what was forgotten: up and left is better."""
+    base = rows["base"]["dev"]["value"]
+    colours = ["#0b6e99", "#b3470f", "#3b7d23", "#7a3b9c", "#c0257a", "#6b6b00"]
+    style: dict[Any, Any] = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(8, 5), facecolor="white", layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        for (name, row), colour in zip(((n, r) for n, r in rows.items() if n != "base"), colours, strict=False):
+            lost, dev = row["forgetting"], row["dev"]
+            x, y = lost["increase"], 100 * (dev["value"] - base)
+            x_error, y_error = around(x, lost["interval"], 1), around(100 * dev["value"], dev["interval"], 100)
+            axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", markersize=9, capsize=3, color=colour, label=name)
+        axes.plot([0], [0], "s", markersize=9, color="#444444", label="base")
+        axes.set_xlabel("forgotten: increase in NLL of the base's own answers, nats per token (less is better)")
+        axes.set_ylabel("gained: exact match on dev, points over the base")
+        axes.legend(frameon=False, loc="best")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+
+def around(value: float, interval: Mapping[str, float], unit: float) -> list[list[float]]:
+    """How far an interval reaches below and above a value; rounding makes some ends of it stand beyond."""
+    return [[max(value - unit * interval["low"], 0.0)], [max(unit * interval["high"] - value, 0.0)]]
+
+
+def cpu() -> str:
+    """The processor's name and how many threads torch uses."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()

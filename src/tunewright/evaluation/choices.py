@@ -1,0 +1,85 @@
+"""Multiple-choice questions, answered by which choice the model finds likeliest: lm-eval's ``acc_norm``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.chat import Tokens
+from tunewright.errors import UserError
+from tunewright.evaluation.losses import answer_losses
+from tunewright.progress import Task
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, its choices and the number of the right one."""
+
+    text: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a JSONL file of objects with ``query``, ``choices`` and ``gold`` (as in MosaicML's llm-foundry).
+
+    Raises:
+        UserError: cannot be read, or a line that is no such object (naming file and line).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question = Question(str(row["query"]), tuple(map(str, row["choices"])), int(row["gold"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"not a question with query, choices and gold ({error})", where=f"{path}:{number}"
+            ) from None
+        if not 0 <= question.gold < len(question.choices) or not all(question.choices):
+            raise UserError("gold is none of the choices, or one is empty", where=f"{path}:{number}")
+        questions.append(question)
+    return questions
+
+
+def chosen(model: Any, tokenizer: Any, questions: Sequence[Question], task: Task) -> list[int]:
+    """Which choice the model finds likeliest, by its log-likelihood after "…\\nAnswer:" divided by its characters.
+
+    As lm-eval's ``acc_norm`` has it, without a chat template. BOS stands first where the tokenizer itself puts it.
+
+    Args:
+        model: a causal language model of transformers or a PeftModel over one, in evaluation mode.
+        tokenizer: the base's.
+        questions: at least one.
+        task: advanced by each question.
+    """
+    rows = {
+        (number, place): _row(tokenizer, question, choice)
+        for number, question in enumerate(questions)
+        for place, choice in enumerate(question.choices)
+    }
+    left = [len(question.choices) for question in questions]
+    likelihoods = [[0.0] * len(question.choices) for question in questions]
+    for part in answer_losses(model, rows, tokenizer.pad_token_id):
+        for (number, place), loss in part.items():
+            tokens = sum(rows[number, place].loss_mask)
+            likelihoods[number][place] = -loss * tokens / len(questions[number].choices[place])
+            left[number] -= 1
+            task.advance(int(left[number] == 0))
+    return [max(range(len(each)), key=each.__getitem__) for each in likelihoods]
+
+
+def _row(tokenizer: Any, question: Question, choice: str) -> Tokens:
+    before = f"{question.text}\nAnswer:"
+    whole: list[int] = tokenizer(f"{before} {choice}")["input_ids"]
+    start = len(tokenizer(before)["input_ids"])
+    assert 0 < start < len(whole)
+    return Tokens(tuple(whole), tuple(place >= start for place in range(len(whole))))

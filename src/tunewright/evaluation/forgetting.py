@@ -1,0 +1,156 @@
+"""What an adapter has forgotten: how much less likely it finds what the base says by itself.
+
+The measure is the negative log-likelihood of conversations that the base wrote (see training/self_samples.py), under
+the adapter less that under the base, in nats per token of their answers. They are drawn apart from those that replay
+trains on. An adapter that answers as the base does has 0; the mean over such answers is the divergence between the two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunewright.adapters.registry import Adapter
+from tunewright.chat import Tokens
+from tunewright.data.examples import Example, Message, normalised
+from tunewright.data.versions import DatasetVersion
+from tunewright.disk import digest, write_json
+from tunewright.evaluation.evidence import Interval
+from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.losses import answer_losses
+from tunewright.evaluation.statistics import RESAMPLES, bootstrap_sums, percentiles
+from tunewright.models.loading import context_length
+from tunewright.project import Project
+from tunewright.training.replay import outsiders
+from tunewright.training.rows import trained_spans
+from tunewright.training.self_samples import Drawn, Sampler
+
+HELD_OUT = 100
+"""Samples that forgetting is measured on."""
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How likely the base's own answers are; losses in nats per token."""
+
+    samples: int
+    tokens: int
+    base: float
+    tuned: float
+    increase: float
+    interval: Interval
+    """Of the increase: 95%, by a bootstrap over samples."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The measurement as JSON has it."""
+        return {**self.__dict__, "interval": self.interval.model_dump()}
+
+
+class ForgettingMeter:
+    """Measures adapters on the same held-out samples of their base.
+
+    Args:
+        project: its seed decides the samples, its working folder keeps them and what was measured on them.
+        version: the domain, which no sample may be near to.
+        generator: has the base, and gets the adapters beside it.
+        samples: how many.
+    """
+
+    def __init__(
+        self, project: Project, version: DatasetVersion, generator: Generator, samples: int = HELD_OUT
+    ) -> None:
+        self.project = project
+        self.version = version
+        self.generator = generator
+        self.wanted = samples
+
+    @cached_property
+    def drawn(self) -> Drawn:
+        """The held-out samples.
+
+        Raises:
+            UserError: nothing that the base writes is of use.
+        """
+        generator, recipe = self.generator, self.project.recipe
+        limit = min(recipe.train.max_length, context_length(generator.base))
+        sampler = Sampler(
+            generator.base,
+            generator.chat,
+            generator.weights,
+            generator.model_with,
+            recipe.seed,
+            "held-out",
+            self.project.work,
+            generator.reporter,
+        )
+        screen = outsiders(self.project, self.version, generator.chat, limit, generator.reporter)
+        return sampler.draw(self.wanted, screen, finished=False)
+
+    def measure(self, adapter: Adapter) -> Forgetting:
+        """What this adapter has forgotten; samples that it was trained on do not count.
+
+        Raises:
+            UserError: nothing that the base writes is of use.
+        """
+        seen = {normalised(Example.from_dicts(messages).input_text) for messages in adapter.replayed}
+        rows = {key: row for key, (asked, row) in self._rows.items() if asked not in seen}
+        base, tuned = self._losses(None, rows), self._losses(adapter, rows)
+        tokens = {key: sum(row.loss_mask) for key, row in rows.items()}
+        # [samples, 3]: nats under the base, nats under the adapter, tokens
+        sums = np.array([[base[key] * n, tuned[key] * n, n] for key, n in tokens.items()])
+        before, after, count = sums.sum(axis=0).tolist()
+        drawn = bootstrap_sums(sums, self.project.recipe.seed, RESAMPLES)
+        return Forgetting(
+            samples=len(rows),
+            tokens=int(count),
+            base=before / count,
+            tuned=after / count,
+            increase=(after - before) / count,
+            interval=percentiles((drawn[:, 1] - drawn[:, 0]) / drawn[:, 2]),
+        )
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[str, Tokens]]:
+        """By pair key, what each sample asks and its row."""
+        chat = self.generator.chat
+        probe = chat.encode([Message("user", "x"), Message("assistant", "x")])
+        end = probe.ids[trained_spans(probe)[-1][1] - 1]
+        rows = {}
+        for sample in self.drawn.used:
+            prompt = chat.prompt(sample.example.prompt)
+            answer = (*sample.ids, end) if sample.stopped else sample.ids
+            mask = (False,) * len(prompt) + (True,) * len(answer)
+            rows[sample.example.pair_key] = (normalised(sample.instruction), Tokens((*prompt, *answer), mask))
+        return rows
+
+    def _losses(self, adapter: Adapter | None, rows: Mapping[str, Tokens]) -> dict[str, float]:
+        """Mean loss of each answer, by pair key; the base's where there is no adapter."""
+        file = self._file(adapter)
+        known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        missing = {key: row for key, row in rows.items() if key not in known}
+        if missing:
+            title = f"forgetting of {adapter.name}" if adapter else "the base on its own samples"
+            with (
+                self.generator.reporter.task(title, len(missing), "samples") as task,
+                self.generator.answering(adapter) as model,
+            ):
+                for part in answer_losses(model, missing, self.generator.chat.tokenizer.pad_token_id):
+                    known |= part
+                    task.advance(len(part))
+            write_json(file, known)
+        return {key: known[key] for key in rows}
+
+    def _file(self, adapter: Adapter | None) -> Path:
+        decides = {
+            "adapter": adapter.digest if adapter else None,
+            "base": self.generator.base.digest,
+            "template": self.generator.chat.digest,
+            "weights": self.generator.weights,
+        }
+        return self.project.work / "forgetting" / f"{digest(decides)[:16]}.json"

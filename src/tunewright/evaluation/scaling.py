@@ -1,0 +1,143 @@
+"""How much of an adapter to keep: less of it forgets less, and often does as well on the task."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tunewright.adapters.registry import REPLAY, Adapter, store_adapter
+from tunewright.adapters.scaling import scale_weights
+from tunewright.disk import digest
+from tunewright.errors import UserError
+from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
+from tunewright.evaluation.measure import Measurement
+from tunewright.metrics import corpus_score, points_text
+from tunewright.recipe import Metric
+
+FACTORS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The adapter times one factor, as measured on dev and on the base's own samples."""
+
+    factor: float
+    dev: float
+    """The recipe's metric on the dev split, as a share."""
+    forgetting: Forgetting
+
+
+@dataclass(frozen=True)
+class ScaleResult:
+    """What `scale` did."""
+
+    parent: Adapter
+    adapter: Adapter
+    """The one that was chosen: a new one, or the parent where that is best as it is."""
+    tried: tuple[Scaled, ...]
+    chosen: Scaled
+    metric: Metric
+    dev_items: int
+    rule: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as ``--json`` prints it."""
+        return {
+            "parent": self.parent.name,
+            "adapter": self.adapter.name,
+            "factor": self.chosen.factor,
+            "metric": self.metric,
+            "dev_items": self.dev_items,
+            "rule": self.rule,
+            "tried": _account(self.tried),
+        }
+
+
+def scale(
+    measurement: Measurement, meter: ForgettingMeter, parent: Adapter, factors: Sequence[float] = FACTORS
+) -> ScaleResult:
+    """Measure an adapter at several scales, and store it at the one that is chosen.
+
+    Chosen is, of the factors that lose less than evaluate.margin on dev against the best of them, the one that forgets
+    least. What was measured is kept in the working folder, so a stopped sweep goes on.
+
+    Args:
+        measurement, meter: the project's, of the dataset version that the adapter was trained on.
+        parent: the adapter.
+        factors: what its change of the base is multiplied by; 1 is tried in any case.
+
+    Raises:
+        UserError: a factor that is none, or an adapter that is itself a scaled one.
+    """
+    if "scaled" in parent.lineage:
+        whole = parent.lineage["scaled"]["parent"]
+        raise UserError(
+            f"it is {whole} times {parent.lineage['scaled']['factor']:g} already",
+            where=parent.name,
+            fix=f"Scale that one: tunewright adapters scale {whole}",
+        )
+    wanted = sorted({*factors, 1.0})
+    if not all(0 < factor <= 2 for factor in wanted):
+        raise UserError("a factor is above 0 and at most 2", where="--factor")
+    margin, metric, references = measurement.settings.margin, measurement.settings.metric, measurement.dev_references
+    project = measurement.project
+    trial = project.work / "scaled"
+    tried: dict[float, Scaled] = {}
+    adapters: dict[float, Adapter] = {}
+    for factor in wanted:
+        adapter = parent if factor == 1 else _scaled(measurement, parent, factor, trial)
+        adapters[factor] = adapter
+        dev = corpus_score(metric, measurement.dev_answers(adapter), references)
+        tried[factor] = Scaled(factor, dev, meter.measure(adapter))
+    chosen = choose([*tried.values()], margin)
+    rule = f"the least forgetting of those that lose less than {points_text(margin)[1:]} points on dev against the best"
+    lineage = {"factor": chosen.factor, "rule": rule, "metric": metric, "tried": _account([*tried.values()])}
+    kept = parent if chosen.factor == 1 else _keep(measurement, parent, adapters[chosen.factor], lineage)
+    shutil.rmtree(trial, ignore_errors=True)
+    return ScaleResult(parent, kept, tuple(tried.values()), chosen, metric, len(references), rule)
+
+
+def choose(tried: Sequence[Scaled], margin: float) -> Scaled:
+    """Of those that lose less than ``margin`` on dev against the best (or nothing), the one that forgets least."""
+    best = max(each.dev for each in tried)
+    near = [each for each in tried if each.dev == best or best - each.dev < margin]
+    return min(near, key=lambda each: (each.forgetting.increase, -each.factor))
+
+
+def _scaled(measurement: Measurement, parent: Adapter, factor: float, place: Path) -> Adapter:
+    """The adapter times a factor, in a folder of trials."""
+    weights = place / f".{parent.digest[:12]}-{factor:g}"
+    scale_weights(parent.folder, factor, weights)
+    identity = digest({"parent": parent.digest, "factor": factor})
+    lineage = {**parent.lineage, "created": datetime.now(UTC).isoformat(timespec="seconds"), "inputs_digest": identity}
+    lineage.pop("also_inputs", None)
+    return _store(measurement, place, weights, lineage, parent)
+
+
+def _keep(measurement: Measurement, parent: Adapter, trial: Adapter, how: dict[str, Any]) -> Adapter:
+    """The chosen trial as an adapter of the project, with what it was made of and why."""
+    lineage = {**trial.lineage, "scaled": {"parent": parent.name, "parent_digest": parent.digest, **how}}
+    return _store(measurement, measurement.project.adapters, trial.folder, lineage, parent)
+
+
+def _store(measurement: Measurement, place: Path, weights: Path, lineage: dict[str, Any], parent: Adapter) -> Adapter:
+    # What the parent was trained on besides the dataset stays known of the scaled one.
+    replayed = parent.folder / REPLAY
+    return store_adapter(
+        place,
+        measurement.project.recipe.name,
+        weights,
+        {},
+        lineage,
+        parent.history,
+        servable=parent.lineage["recipe"]["train"]["servable"],
+        texts={REPLAY: replayed.read_text(encoding="utf-8")} if replayed.exists() else None,
+    )
+
+
+def _account(tried: Sequence[Scaled]) -> list[dict[str, Any]]:
+    return [{"factor": e.factor, "dev": e.dev, "forgetting": e.forgetting.as_dict()} for e in tried]

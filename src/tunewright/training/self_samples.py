@@ -1,0 +1,264 @@
+"""Conversations that the base writes itself: what it could do before the adapter, without any data.
+
+The base is given its own template up to where a user's text begins, and writes the user's turn, then the answer
+(Magpie: Xu et al. 2024, arXiv 2406.08464). Both are drawn from its distribution as it is, at temperature 1 with no
+token cut off, so that over such answers the mean of log p(base) - log p(adapter) is the Kullback-Leibler divergence of
+the two. That holds of answers up to the limit, those that go on beyond it included: without them it would be the mean
+over short answers, which a fine-tune on short answers makes likelier.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.chat import ChatFormat
+from tunewright.data.examples import Example, Message, normalised
+from tunewright.disk import digest, write_json
+from tunewright.errors import UserError
+from tunewright.models.bases import Base
+from tunewright.models.decoding import Completion, Request, generate
+from tunewright.progress import Reporter, Task
+
+METHOD = "magpie-1"
+"""Part of every key: to be counted up when a change here, or of the decoding loop, changes what is drawn."""
+
+TEMPERATURE, TOP_P = 1.0, 1.0
+INSTRUCTION_TOKENS = 128
+ANSWER_TOKENS = 256
+
+_CHUNK = 64  # samples drawn together and kept together: a draw that goes on has the company that it had
+_BATCH = 32
+_MOST_DRAWN, _FEWEST_CHUNKS = 8, 4  # the first for each sample that is wanted; then it is given up
+
+EMPTY, CUT_OFF, REPEATED = "empty", "cut off at the token limit", "repeats an earlier one"
+
+Screen = Callable[[Mapping[str, Example]], Mapping[str, str]]
+"""Examples by pair key, to why some of them may not be used."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation as it was drawn; a ``fault`` says why it is none."""
+
+    number: int
+    instruction: str
+    answer: str
+    finished: bool
+    """Whether the answer came to its end within the limit."""
+    ids: tuple[int, ...]
+    """The answer as it was drawn, without its end token: its text may be encoded to other ids."""
+    stopped: bool
+    """Whether an end token was drawn after them."""
+    fault: str | None
+
+    @property
+    def example(self) -> Example:
+        """The conversation."""
+        return Example((Message("user", self.instruction), Message("assistant", self.answer)))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The samples that are used, in the order of the draw, and why others are not, by number."""
+
+    used: tuple[Sample, ...]
+    left_out: Mapping[int, str]
+    wanted: int
+
+    @property
+    def text(self) -> str:
+        """The samples as JSON lines: number and messages."""
+        rows = [{"number": s.number, "messages": [m.as_dict() for m in s.example.messages]} for s in self.used]
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def told(self) -> str:
+        """How many were drawn and what became of them, in words."""
+        counts: dict[str, int] = {}
+        for reason in self.left_out.values():
+            # "nearly equal to the row 0123" is one reason, whatever the row.
+            kind = reason if reason in (EMPTY, CUT_OFF, REPEATED) else "not to be trained on"
+            counts[kind] = counts.get(kind, 0) + 1
+        why = "; ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda c: -c[1]))
+        drawn = len(self.used) + len(self.left_out)
+        return f"{len(self.used)} of {drawn} samples that the base wrote are used" + (f" ({why})" if why else "")
+
+
+class Sampler:
+    """Draws a base's own conversations, the same ones each time; what is drawn is kept in the working folder.
+
+    Args:
+        base, chat: who writes, and how conversations are written.
+        weights: what else decides the base's predictions, such as its dtype.
+        load: gives the loaded base, in evaluation mode with any adapter that it has enabled; asked only if needed.
+        seed: decides the draw.
+        purpose: "replay" or "held-out": draws of one seed for different purposes are independent.
+        work: the project's working folder.
+        reporter: shows the progress.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        chat: ChatFormat,
+        weights: Mapping[str, Any],
+        load: Callable[[], Any],
+        seed: int,
+        purpose: str,
+        work: Path,
+        reporter: Reporter,
+    ) -> None:
+        self.chat = chat
+        self.load = load
+        self.seed = f"{seed}:{purpose}"
+        self.reporter = reporter
+        self.turn = chat.user_turn()
+        self.about = {
+            "method": METHOD,
+            "base": base.digest,
+            "template": chat.digest,
+            "weights": dict(weights),
+            "seed": self.seed,
+            "temperature": TEMPERATURE,
+            "top_p": TOP_P,
+            "instruction_tokens": INSTRUCTION_TOKENS,
+            "answer_tokens": ANSWER_TOKENS,
+            "chunk": _CHUNK,
+            "batch": _BATCH,
+        }
+        self.folder = work / "self-samples" / digest(self.about)[:16]
+
+    def draw(self, wanted: int, screen: Screen, *, finished: bool) -> Drawn:
+        """The first ``wanted`` samples of the draw that are whole, new and pass the screen; each other one's reason.
+
+        Fewer come, with a warning, where most of what the base writes is of no use.
+
+        Args:
+            wanted: how many.
+            screen: why further ones may not be used.
+            finished: leave answers out that were cut off at the limit.
+
+        Raises:
+            UserError: nothing that it writes is of use.
+        """
+        used: list[Sample] = []
+        left_out: dict[int, str] = {}
+        asked: set[str] = set()
+        for chunk in range(max(_FEWEST_CHUNKS, -(-wanted * _MOST_DRAWN // _CHUNK))):
+            samples = self._chunk(chunk)
+            reasons = self._faults(samples, asked, finished)
+            whole = {s.example.pair_key: s for s in samples if s.number not in reasons}
+            screened = screen({key: sample.example for key, sample in whole.items()}) if whole else {}
+            reasons |= {whole[key].number: reason for key, reason in screened.items()}
+            for sample in samples:
+                if len(used) == wanted:
+                    return Drawn(tuple(used), left_out, wanted)
+                if sample.number in reasons:
+                    left_out[sample.number] = reasons[sample.number]
+                else:
+                    used.append(sample)
+        drawn = Drawn(tuple(used), left_out, wanted)
+        if not used:
+            raise UserError(
+                f"nothing that the base writes can be used: {drawn.told()}",
+                where="train.replay",
+                fix="Mix in instruction data instead (data.mix), or use an instruction-tuned base.",
+            )
+        if len(used) < wanted:
+            self.reporter.warn(f"Fewer than the {wanted} samples that were wanted: {drawn.told()}.")
+        return drawn
+
+    def _faults(self, samples: Sequence[Sample], asked: set[str], finished: bool) -> dict[int, str]:
+        """Why samples are of no use whatever the domain; ``asked`` gets the instructions seen so far."""
+        reasons: dict[int, str] = {}
+        for sample in samples:
+            question = normalised(sample.instruction)
+            if sample.fault is not None:
+                reasons[sample.number] = sample.fault
+            elif finished and not sample.finished:
+                reasons[sample.number] = CUT_OFF
+            elif question in asked:
+                reasons[sample.number] = REPEATED
+            else:
+                asked.add(question)
+        return reasons
+
+    def _chunk(self, chunk: int) -> list[Sample]:
+        file = self.folder / f"{chunk:04d}.json"
+        if not file.exists():
+            write_json(file, [asdict(sample) for sample in self._write(range(chunk * _CHUNK, (chunk + 1) * _CHUNK))])
+        return [Sample(**{**row, "ids": tuple(row["ids"])}) for row in json.loads(file.read_text(encoding="utf-8"))]
+
+    def _write(self, numbers: range) -> list[Sample]:
+        """Let the base write these samples."""
+        with self.reporter.task(
+            f"The base writes samples {numbers[0] + 1} to {numbers[-1] + 1}", 2 * len(numbers), "turns"
+        ) as task:
+            opening = dict.fromkeys(numbers, self.turn.opening)
+            asked = self._continue(opening, "instruction", INSTRUCTION_TOKENS, self.turn.end_ids, task)
+            instructions = {n: _instruction(self.chat, self.turn.end_text, turn) for n, turn in asked.items()}
+            prompts = {n: self.chat.prompt([Message("user", text)]) for n, text in instructions.items() if text}
+            answered = self._continue(prompts, "answer", ANSWER_TOKENS, self.chat.stop_ids, task)
+            task.advance(len(numbers) - len(prompts))
+        samples = []
+        for number, instruction in instructions.items():
+            if not instruction:
+                why = CUT_OFF if instruction is None else EMPTY
+                samples.append(Sample(number, "", "", finished=False, ids=(), stopped=False, fault=why))
+                continue
+            drawn = answered[number]
+            answer, finished = _answer(self.chat, self.turn.begin_text, drawn)
+            fault = None if answer else EMPTY
+            samples.append(Sample(number, instruction, answer, finished, drawn.ids, drawn.finish == "stop", fault))
+        return samples
+
+    def _continue(
+        self, prompts: Mapping[int, tuple[int, ...]], turn: str, limit: int, ends: frozenset[int], task: Task
+    ) -> dict[int, Completion]:
+        requests = [
+            Request(ids, None, limit, TEMPERATURE, TOP_P, _seed(f"{self.seed}:{number}:{turn}"))
+            for number, ids in prompts.items()
+        ]
+        if not requests:
+            return {}
+        completions = generate(
+            self.load(),
+            requests,
+            stop_ids=ends,
+            pad_id=self.chat.tokenizer.pad_token_id,
+            batch_size=_BATCH,
+            on_finished=lambda _index, _completion: task.advance(),
+        )
+        return dict(zip(prompts, completions, strict=True))
+
+
+def _instruction(chat: ChatFormat, end_text: str | None, turn: Completion) -> str | None:
+    """What the base wrote as the user; None where it came to no end.
+
+    A base without a token for that ends the turn with the template's own text, or never learnt to: then at the first
+    empty line.
+    """
+    text = chat.text(turn.ids)
+    if end_text is not None:
+        said, mark, _ = text.partition(end_text)
+        if not mark:
+            said, mark, _ = text.lstrip().partition("\n\n")
+        return said.strip() if mark or turn.finish == "stop" else None
+    return text.strip() if turn.finish == "stop" else None
+
+
+def _answer(chat: ChatFormat, begin_text: str | None, turn: Completion) -> tuple[str, bool]:
+    """What the base answered, and whether that came to an end: an end token or the next turn."""
+    text = chat.text(turn.ids)
+    if begin_text is not None and begin_text in text:
+        return text.partition(begin_text)[0].strip(), True
+    # A character that is cut in half is no character.
+    return (text.strip(), True) if turn.finish == "stop" else (text.strip().rstrip("\ufffd"), False)
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1

@@ -1,0 +1,226 @@
+"""Forgetting and multiple choice against plain computations, and the choice of a scale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tunewright
+from command_line import tiny_project
+from command_line import tunewright as command
+from tunewright.adapters.registry import Adapter
+from tunewright.adapters.scaling import scale_weights
+from tunewright.data.examples import normalised
+from tunewright.errors import UserError
+from tunewright.evaluation.choices import Question, chosen, read_questions
+from tunewright.evaluation.evidence import Interval
+from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
+from tunewright.evaluation.scaling import Scaled, choose
+from tunewright.progress import LogReporter
+from tunewright.road import Road
+from tunewright.training import self_samples
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_turns() -> Any:
+    """A base of random weights ends a turn about every 260 tokens, wherever that is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_samples, "_CHUNK", 24)
+        patch.setattr(self_samples, "INSTRUCTION_TOKENS", 200)
+        patch.setattr(self_samples, "ANSWER_TOKENS", 150)
+        yield
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Road:
+    """A project with an adapter that was trained with replay."""
+    folder = tiny_project(tmp_path_factory.mktemp("forgetting") / "project", tiny_base_folder)
+    file = folder / "tunewright.yaml"
+    file.write_text(file.read_text().replace("train:\n", "train:\n  replay: {samples: 4, kl: null}\n"))
+    road = tunewright.open(folder)
+    road.add([folder / "pairs.jsonl"])
+    road.train()
+    return road
+
+
+@pytest.fixture(scope="module")
+def adapter(road: Road) -> Adapter:
+    (trained,) = (Adapter(folder) for folder in road.project.adapters.iterdir())
+    return trained
+
+
+def _meter(road: Road, samples: int = 8) -> ForgettingMeter:
+    measurement = road._measurement()
+    return ForgettingMeter(road.project, measurement.version, measurement.generator, samples)
+
+
+def _plain(base: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+def _tuned(base: Path, folder: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(_plain(base), folder).eval()
+
+
+def test_forgetting_is_what_the_bases_own_answers_lose_in_likelihood(
+    road: Road, adapter: Adapter, tiny_base_folder: Path
+) -> None:
+    meter = _meter(road)
+    found = meter.measure(adapter)
+    plain, tuned = _plain(tiny_base_folder), _tuned(tiny_base_folder, adapter.folder)
+    before = after = 0.0
+    tokens = 0
+    for sample in meter.drawn.used:
+        prompt = road.chat.prompt(sample.example.prompt)
+        row = [*prompt, *sample.ids, *([road.chat.tokenizer.eos_token_id] if sample.stopped else [])]
+        ids = torch.tensor([row])
+        places = range(len(prompt), len(row))
+        with torch.inference_mode():
+            for model, adds in ((plain, "before"), (tuned, "after")):
+                log_p = model(ids).logits[0].double().log_softmax(-1)
+                loss = -sum(float(log_p[place - 1, row[place]]) for place in places)
+                before, after = (before + loss, after) if adds == "before" else (before, after + loss)
+        tokens += len(places)
+    assert {sample.stopped for sample in meter.drawn.used} == {True, False}
+    assert (found.samples, found.tokens) == (8, tokens)
+    assert found.base == pytest.approx(before / tokens, rel=1e-4)
+    assert found.tuned == pytest.approx(after / tokens, rel=1e-4)
+    assert found.increase == pytest.approx((after - before) / tokens, rel=1e-3, abs=1e-4)
+    assert found.interval.low <= found.increase <= found.interval.high
+
+
+def test_held_out_samples_are_none_of_those_that_were_trained_on(road: Road, adapter: Adapter) -> None:
+    replayed = {normalised(messages[0]["content"]) for messages in adapter.replayed}
+    held_out = {normalised(sample.instruction) for sample in _meter(road).drawn.used}
+    assert len(replayed) == 4
+    assert not replayed & held_out
+
+
+def test_what_was_measured_is_not_measured_again(road: Road, adapter: Adapter) -> None:
+    first = _meter(road).measure(adapter)
+    again = _meter(road)
+    again.generator.model_with = None  # type: ignore[method-assign, assignment]
+    assert again.measure(adapter) == first
+
+
+def test_a_scaled_adapter_is_the_base_and_so_much_of_the_change(
+    adapter: Adapter, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    """Against peft's own scaling of the layers."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    scale_weights(adapter.folder, 0.3, tmp_path / "scaled")
+    ids = torch.arange(30)[None]
+    reference = _tuned(tiny_base_folder, adapter.folder)
+    for layer in reference.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale("default", 0.3)
+    with torch.inference_mode():
+        expected = reference(ids).logits
+        found = _tuned(tiny_base_folder, tmp_path / "scaled")(ids).logits
+        unscaled = _tuned(tiny_base_folder, adapter.folder)(ids).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert (found - unscaled).abs().max() > 0.01
+
+
+def test_scaling_writes_a_new_adapter_with_its_lineage_and_it_is_evaluated(road: Road, adapter: Adapter) -> None:
+    ran = command("adapters", "scale", "--factor", "0.5", "--factor", "0.05", "-p", road.project.root, "--json")
+    assert ran.code == 0, ran.stderr
+    told = ran.document
+    assert [row["factor"] for row in told["tried"]] == [0.05, 0.5, 1.0]
+    lost = [row["forgetting"]["increase"] for row in told["tried"]]
+    assert lost[0] < lost[1] < lost[2]
+    assert told["parent"] == adapter.name
+    chosen = Adapter(road.project.adapters / told["adapter"])
+    if told["factor"] == 1:  # the task needs all of it
+        assert told["adapter"] == adapter.name
+        return
+    chosen.verify()
+    assert chosen.lineage["scaled"]["parent"] == adapter.name
+    assert chosen.lineage["scaled"]["factor"] == told["factor"]
+    assert chosen.replayed == adapter.replayed
+    assert road.evaluate(chosen.name).evidence.lineage["adapter"]["name"] == chosen.name
+    assert not road.train().trained, "the recipe's own adapter is still the one that it trained"
+    assert road.train().adapter == adapter
+    again = command("adapters", "scale", chosen.name, "-p", road.project.root)
+    assert again.code == 2
+    assert f"tunewright adapters scale {adapter.name}" in again.stderr
+
+
+def test_a_factor_that_is_none_is_refused(road: Road, adapter: Adapter) -> None:
+    with pytest.raises(UserError, match="above 0"):
+        road.scale(adapter.name, [0.0])
+
+
+def _at(factor: float, score: float, lost: float) -> Scaled:
+    return Scaled(factor, score, Forgetting(10, 100, 1.0, 1.0 + lost, lost, Interval(low=0, high=1)))
+
+
+@pytest.mark.parametrize(
+    ("scores", "margin", "expected"),
+    [
+        ([0.50, 0.80, 0.85, 0.86], 0.02, 0.75),  # one point less, and less forgotten
+        ([0.50, 0.85, 0.85, 0.86], 0.02, 0.5),
+        ([0.50, 0.80, 0.84, 0.86], 0.02, 1.0),  # a loss of the margin is one
+        ([0.50, 0.80, 0.86, 0.86], 0.0, 0.75),  # a margin of nothing: equal scores
+        ([0.90, 0.80, 0.86, 0.86], 0.0, 0.25),
+    ],
+)
+def test_the_scale_that_forgets_least_is_chosen_where_the_task_loses_less_than_the_margin(
+    scores: list[float], margin: float, expected: float
+) -> None:
+    tried = [_at(f, s, lost) for f, s, lost in zip((0.25, 0.5, 0.75, 1.0), scores, (0.1, 0.2, 0.3, 0.4), strict=True)]
+    assert choose(tried, margin).factor == expected
+
+
+# Multiple choice
+
+
+def _questions() -> list[Question]:
+    generator = np.random.default_rng(0)
+    words = ["stone", "water", "a very long river of light", "sun", "ice and snow"]
+    return [
+        Question(f"Question: what is {n}?", tuple(generator.permutation(words)[: 2 + n % 3].tolist()), n % 2)
+        for n in range(12)
+    ]
+
+
+def test_the_choice_is_the_likeliest_by_the_character(road: Road, tiny_base_folder: Path) -> None:
+    """Against one choice at a time, by sums of log-probabilities."""
+    model, tokenizer = _plain(tiny_base_folder), road.chat.tokenizer
+    expected = []
+    for question in _questions():
+        scores = []
+        for choice in question.choices:
+            before = tokenizer(f"{question.text}\nAnswer:")["input_ids"]
+            ids = tokenizer(f"{question.text}\nAnswer: {choice}")["input_ids"]
+            with torch.inference_mode():
+                log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            total = sum(float(log_p[place - 1, ids[place]]) for place in range(len(before), len(ids)))
+            scores.append(total / len(choice))
+        expected.append(scores.index(max(scores)))
+    with LogReporter().task("", 12, "") as task:
+        assert chosen(model, tokenizer, _questions(), task) == expected
+    assert len(set(expected)) > 1
+
+
+def test_a_file_of_questions_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    good = {"query": "Question: Why?", "choices": ["so", "not"], "gold": 1}
+    file.write_text(json.dumps(good) + "\n")
+    assert read_questions(file) == [Question("Question: Why?", ("so", "not"), 1)]
+    bad: Any
+    for bad in ({**good, "gold": 2}, {**good, "choices": ["", "a"]}, {"query": "x"}, []):
+        file.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+        with pytest.raises(UserError) as caught:
+            read_questions(file)
+        assert caught.value.where == f"{file}:2"
