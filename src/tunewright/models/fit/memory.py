@@ -7,7 +7,6 @@ these sums to them, to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -15,6 +14,9 @@ from tunewright.models.fit.shape import ATTENTION, MLP, Shape
 
 FLOAT = 4
 """Bytes of a float32 number."""
+
+SHORT = 128
+"""As in training.shared_prefix.attention."""
 
 _NF4_BLOCK = 64
 _NF4_NESTED = 256
@@ -33,6 +35,18 @@ class Way:
     """The linear layers' weights in 4-bit NormalFloat, doubly quantised (QLoRA)."""
     checkpointing: bool = False
     """Only each layer's input is kept; the backward pass computes the layer once more."""
+
+    card: bool = False
+    """On a CUDA card, not on the processor."""
+
+    @property
+    def copies_inputs(self) -> bool:
+        """Whether each adapted layer keeps an input of its own.
+
+        peft turns inputs to the adapter's float32 and autocast turns them back, so that layers with the same input
+        keep copies of it; not its 4-bit layers on a card, which leave it all to autocast.
+        """
+        return self.dtype == "bfloat16" and not (self.nf4 and self.card)
 
     @property
     def number(self) -> int:
@@ -79,20 +93,80 @@ class Need:
 
     weights: int
     adapter: int
+    """LoRA weights in float32, and their copies in the precision of the forward pass."""
     gradients: int
     optimizer: int
+    """AdamW's two moments of each LoRA weight, in float32."""
     activations: int
     """What the layers keep for the backward pass, attention apart."""
     attention: int
-    """What attention keeps: queries, keys, values, its output."""
+    """What attention keeps for it."""
     head: int
-    """Logits of the trained tokens, and their gradients."""
+    """What the output layer and the loss need beyond what the layer at work needs."""
     working: int
     """Needed for a moment only, by the layer at work."""
     runtime: int
-    """The runtime's own, before any model."""
+    """The libraries' and the driver's own, before any model."""
 
     @property
     def total(self) -> int:
         """All parts together."""
         return sum(asdict(self).values())
+
+
+def weight_bytes(shape: Shape, way: Way) -> int:
+    """The base: 16 bits (or 32) each, or 4-bit linear layers and the rest in 16."""
+    if not way.nf4:
+        return shape.parameters * way.number
+    count = shape.linear_parameters
+    # A byte for each block's scale, a float32 for each 256 of those: Dettmers et al. 2023, section 3.
+    scales = count // _NF4_BLOCK + FLOAT * count // (_NF4_BLOCK * _NF4_NESTED)
+    tables = shape.layers * len((*ATTENTION, *MLP)) * _NF4_TABLES
+    return count // 2 + scales + tables + shape.other_parameters * way.number
+
+
+def layer_saved(shape: Shape, way: Way, tokens: int) -> int:
+    """What one layer keeps for the backward pass, attention apart."""
+    b, targets = way.number, way.targets
+    # Each norm keeps its input in float32, and one number for its scale.
+    norms = 2 * (FLOAT * shape.hidden + FLOAT)
+    attention_inputs = sum(name in targets for name in ("q_proj", "k_proj", "v_proj"))
+    mlp_inputs = sum(name in targets for name in ("gate_proj", "up_proj"))
+    if way.copies_inputs:
+        inputs = b * shape.hidden * (attention_inputs + mlp_inputs) + b * shape.queries * ("o_proj" in targets)
+    else:
+        inputs = b * shape.hidden * (bool(attention_inputs) + bool(mlp_inputs))
+        inputs += b * shape.queries * ("o_proj" in targets and not way.card)
+    # The outputs of gate, of its activation, and of up; their product, where down has an adapter.
+    mlp = b * shape.intermediate * (3 + ("down_proj" in targets))
+    return tokens * (norms + inputs + mlp + b * way.rank * len(targets))
+
+
+def attention_saved(shape: Shape, way: Way, load: Load) -> int:
+    """What one layer's attention keeps for the backward pass."""
+    b = way.number
+    if way.card:
+        # FlashAttention: queries, output and a number for each head; keys and values gathered for each row.
+        keys = load.shared + load.attended
+        return load.tokens * (2 * b * shape.queries + FLOAT * shape.heads) + 2 * b * shape.keys * keys
+    kept, queries_whole, keys_whole = 0, False, False
+    for rows, queries, before in ((1, load.shared, 0), (load.rows, load.own, load.shared)):
+        if not queries:
+            continue
+        keys = rows * (before + queries)
+        if way.dtype == "bfloat16" and queries <= SHORT:
+            # Matrix products: the attention weights, and copies of queries, keys and values where views don't do.
+            kept += b * shape.heads * queries * keys
+            views = rows == 1 and not before
+            keys_whole = keys_whole or views
+            kept += 0 if views else 2 * b * keys * shape.keys
+            views = rows == 1 and shape.heads == shape.kv_heads
+            queries_whole = queries_whole or views
+            kept += 0 if views else b * rows * queries * shape.queries
+        else:
+            # The fused kernel: its output, a number for each head, its mask, and keys put together with the prefix's.
+            kept += rows * queries * (b * shape.queries + FLOAT * shape.heads) + b * queries * (before + queries)
+            kept += 2 * b * keys * shape.keys * bool(before)
+            queries_whole, keys_whole = True, keys_whole or not before
+    # A view keeps the whole packed row.
+    return kept + load.tokens * b * (shape.queries * queries_whole + 2 * shape.keys * keys_whole)
