@@ -18,6 +18,15 @@ FLOAT = 4
 SHORT = 128
 """As in training.shared_prefix.attention."""
 
+TILE_LOGITS = 1 << 25
+"""As in training.head."""
+
+CARD_RUNTIME = 1 << 30
+"""Assumed, not measured: the CUDA context, cuBLAS's workspaces and what the allocator cannot reuse."""
+
+PROCESS_RUNTIME = 800 << 20
+"""Python with torch, transformers, peft and trl, measured here as the resident size before a model is loaded."""
+
 _NF4_BLOCK = 64
 _NF4_NESTED = 256
 _NF4_TABLES = 4 * (16 + 256 + 1)
@@ -38,15 +47,17 @@ class Way:
 
     card: bool = False
     """On a CUDA card, not on the processor."""
+    dropout: bool = False
 
     @property
     def copies_inputs(self) -> bool:
         """Whether each adapted layer keeps an input of its own.
 
-        peft turns inputs to the adapter's float32 and autocast turns them back, so that layers with the same input
-        keep copies of it; not its 4-bit layers on a card, which leave it all to autocast.
+        training.lora.FusedLinear keeps the input that the layers share. peft's own layers (over 4-bit weights, and with
+        dropout) turn it to the adapter's float32 and autocast turns it back, so that each keeps a copy; over 4-bit
+        weights on a card peft leaves that to autocast.
         """
-        return self.dtype == "bfloat16" and not (self.nf4 and self.card)
+        return self.dropout or (self.dtype == "bfloat16" and self.nf4 and not self.card)
 
     @property
     def number(self) -> int:
@@ -125,20 +136,31 @@ def weight_bytes(shape: Shape, way: Way) -> int:
     return count // 2 + scales + tables + shape.other_parameters * way.number
 
 
+def adapter_copies(shape: Shape, way: Way) -> int:
+    """Copies of the LoRA weights in the forward pass's precision; of B, scaled, even where that is float32."""
+    if way.dtype == "bfloat16":
+        return way.number * shape.adapter_parameters(way.targets, way.rank)
+    if way.nf4 or way.dropout:
+        return 0
+    return shape.layers * sum(FLOAT * way.rank * shape.linear(name)[1] for name in way.targets)
+
+
 def layer_saved(shape: Shape, way: Way, tokens: int) -> int:
     """What one layer keeps for the backward pass, attention apart."""
     b, targets = way.number, way.targets
     # Each norm keeps its input in float32, and one number for its scale.
     norms = 2 * (FLOAT * shape.hidden + FLOAT)
-    attention_inputs = sum(name in targets for name in ("q_proj", "k_proj", "v_proj"))
-    mlp_inputs = sum(name in targets for name in ("gate_proj", "up_proj"))
     if way.copies_inputs:
-        inputs = b * shape.hidden * (attention_inputs + mlp_inputs) + b * shape.queries * ("o_proj" in targets)
+        # Its own copy for each; a dropped one also has a mask.
+        inputs = sum((b + way.dropout) * shape.linear(name)[0] for name in targets if name != "down_proj")
+        product = (b + way.dropout) * shape.intermediate * ("down_proj" in targets)
     else:
-        inputs = b * shape.hidden * (bool(attention_inputs) + bool(mlp_inputs))
+        readers = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+        inputs = sum(b * shape.hidden * any(name in targets for name in group) for group in readers)
         inputs += b * shape.queries * ("o_proj" in targets and not way.card)
+        product = b * shape.intermediate * ("down_proj" in targets)
     # The outputs of gate, of its activation, and of up; their product, where down has an adapter.
-    mlp = b * shape.intermediate * (3 + ("down_proj" in targets))
+    mlp = b * shape.intermediate * 3 + product
     return tokens * (norms + inputs + mlp + b * way.rank * len(targets))
 
 
@@ -170,3 +192,47 @@ def attention_saved(shape: Shape, way: Way, load: Load) -> int:
             queries_whole, keys_whole = True, keys_whole or not before
     # A view keeps the whole packed row.
     return kept + load.tokens * b * (shape.queries * queries_whole + 2 * shape.keys * keys_whole)
+
+
+def layer_working(shape: Shape, way: Way, tokens: int) -> int:
+    """What the backward pass through one layer needs for a moment, beyond what was kept for it."""
+    b = way.number
+    mlp = b * shape.intermediate * (2 if "down_proj" in way.targets else 3) + b * shape.hidden
+    norm = 3 * FLOAT * shape.hidden + b * shape.hidden
+    largest = max(inputs * outputs for inputs, outputs in map(shape.linear, (*ATTENTION, *MLP)))
+    return tokens * max(mlp, norm) + (way.number * largest if way.nf4 else 0)
+
+
+def head_bytes(shape: Shape, way: Way, trained: int) -> int:
+    """Logits, tile by tile of trained tokens in float32 and once more while they are summed up; states, gradients."""
+    tile = min(trained, max(1, TILE_LOGITS // shape.vocabulary))
+    return 2 * FLOAT * tile * shape.vocabulary + 2 * way.number * shape.hidden * trained
+
+
+def need(shape: Shape, way: Way, load: Load) -> Need:
+    """What one step with this micro-batch needs, at the moment when most is in use."""
+    b, tokens = way.number, load.tokens
+    adapter = shape.adapter_parameters(way.targets, way.rank)
+    layer, attention = layer_saved(shape, way, tokens), attention_saved(shape, way, load)
+    working, head = layer_working(shape, way, tokens), head_bytes(shape, way, load.rows * load.trained)
+    # The last norm's input and the positions' rotations, which all layers share.
+    around = tokens * (FLOAT * shape.hidden + FLOAT + 2 * b * shape.head)
+    if way.checkpointing:
+        # The head is done before the first layer is computed again.
+        inputs = shape.layers * b * shape.hidden * tokens
+        activations, kept_attention = around + inputs + layer, attention
+        head = max(0, head - working - layer - attention)
+    else:
+        activations, kept_attention = around + shape.layers * layer, shape.layers * attention
+        head = max(0, head - working)
+    return Need(
+        weights=weight_bytes(shape, way),
+        adapter=FLOAT * adapter + adapter_copies(shape, way),
+        gradients=FLOAT * adapter,
+        optimizer=2 * FLOAT * adapter,
+        activations=activations,
+        attention=kept_attention,
+        head=head,
+        working=working,
+        runtime=CARD_RUNTIME if way.card else PROCESS_RUNTIME,
+    )
