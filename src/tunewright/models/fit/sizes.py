@@ -19,7 +19,9 @@ def parse_size(text: str, where: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].upper() not in _UNITS or not float(match[1]):
         raise UserError(
-            f"{text!r} is not a size of memory", where=where, fix="Write it like 24GB (10^9 bytes each) or 24GiB (2^30)."
+            f"{text!r} is not a size of memory",
+            where=where,
+            fix="Write it like 24GB (10^9 bytes each) or 24GiB (2^30).",
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
