@@ -43,6 +43,7 @@ class Run:
         self.work = work
         self.name = f"{recipe.name}-{work.name}"
         self.reporter = reporter
+        self.micro_batch = MicroBatch(micro_batch(recipe.train), work, reporter)
 
     def fit(
         self,
@@ -105,7 +106,7 @@ class Run:
                     Compile(self._compile(), self.work, self.reporter),
                 ],
                 dev_task=dev_task,
-                micro_batch=micro_batch,
+                micro_batch=self.micro_batch,
             )
             trainer.remove_callback(PrinterCallback)
             if checkpoint is not None:

@@ -129,6 +129,7 @@ def train(
             "rendering": {name: _rendering(encoded) for name, encoded in splits.items()},
             "training": {
                 **_account(splits["train"], evaluated, best, fitted.seconds),
+                "micro_batch": fitted.micro_batch,
                 "metric": None if answered is None else answered.metric,
                 "dev_rows_answered": 0 if answered is None else len(answered.requests),
             },
@@ -180,6 +181,8 @@ class _Fitted:
     answered: DevTask | None
     history: list[dict[str, Any]]
     seconds: float
+    micro_batch: int | None
+    """Rows that went through the model at once."""
 
 
 def _fit(
@@ -210,7 +213,7 @@ def _fit(
             history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered, until)
     except BrokenRunError as broken:
         raise broken.as_user_error(splits["train"].members) from None
-    return _Fitted(splits, answered, history, seconds)
+    return _Fitted(splits, answered, history, seconds, run.micro_batch.rows)
 
 
 def trained_before(adapters: Path, name: str, identity: str) -> Adapter | None:

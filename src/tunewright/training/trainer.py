@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class Trainer(SFTTrainer):
             rows = self.micro_batch.rows or self._try_longest(model, self.micro_batch)
             if self.state.global_step != self._step:
                 self._step, self._done = self.state.global_step, []
-            enough, loss = in_memory(lambda: self._in_pieces(model, inputs["rows"], rows, num_items_in_batch))
+            enough, loss = in_memory(partial(self._in_pieces, model, inputs["rows"], rows, num_items_in_batch))
             if not enough:
                 loss = self._again(model, inputs["rows"], rows, num_items_in_batch, self.micro_batch)
             self._done.append(inputs["rows"])
@@ -112,13 +113,14 @@ class Trainer(SFTTrainer):
         while True:
             size = micro.halve(size, self.state.global_step + 1)
             model.zero_grad(set_to_none=True)
-            parts = [*self._done, rows]
-            enough, losses = in_memory(
-                lambda parts=parts, size=size: [self._in_pieces(model, part, size, items) for part in parts]
-            )
+            enough, loss = in_memory(partial(self._whole_step, model, [*self._done, rows], size, items))
             if enough:
-                loss: Tensor = losses[-1]
-                return loss
+                again: Tensor = loss
+                return again
+
+    def _whole_step(self, model: Any, parts: Sequence[RawRows], size: int, items: Tensor | int | None) -> Tensor:
+        """Add up the gradients of micro-batches; the last one's part in the loss."""
+        return [self._in_pieces(model, part, size, items) for part in parts][-1]
 
     def _try_longest(self, model: Any, micro: MicroBatch) -> int:
         """Choose the rows that go through at once by one forward and backward of the longest batch; nothing is kept."""
@@ -132,21 +134,19 @@ class Trainer(SFTTrainer):
         longest = RawRows(tuple(rows[place] for place in places))
         size = len(places)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
             while True:
                 # As much as the optimizer's two moments take once the first step is done.
                 moments = [torch.empty_like(weight, dtype=torch.float32) for weight in weights for _ in range(2)]
-                piece = longest.pieces(size)[0]
-                enough, _ = in_memory(
-                    lambda piece=piece: super(Trainer, self).training_step(model, self.collate(piece), 1)
-                )
+                piece = RawRows(longest.pieces(size)[-1])
+                enough, _ = in_memory(partial(self._in_pieces, model, piece, size, 1))
                 del moments
                 model.zero_grad(set_to_none=True)
                 if enough:
                     break
                 size = micro.halve(size, 0)
-        fits = min(gather_object([micro.asked if size == len(places) else size]))
+        fits: int = min(gather_object([micro.asked if size == len(places) else size]))
         micro.choose(fits, sum(len(row["input_ids"]) for row in longest.rows))
         return fits
 
