@@ -418,6 +418,8 @@ class Road:
             self.reporter.say("There is no project here: the recipe's defaults hold.")
         spec, revision = (recipe.base, recipe.revision) if base is None else (base, None)
         settings = recipe.train
+        if settings.dora:
+            self.reporter.warn("DoRA takes more than is told here: what it needs beyond LoRA is not counted.")
         rows = rows or settings.micro_batch or settings.batch_size
         length = length or settings.max_length
         if shared + (answer or 1) > length:
