@@ -28,6 +28,11 @@ class Project:
         return self.changed_recipe or load_recipe(self.root / RECIPE_FILE)
 
     @property
+    def has_recipe(self) -> bool:
+        """Whether this is a project at all."""
+        return self.changed_recipe is not None or (self.root / RECIPE_FILE).exists()
+
+    @property
     def dataset(self) -> Path:
         """Dataset versions: plain text, made to be committed to git."""
         return self.root / "dataset"

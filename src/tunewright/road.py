@@ -22,7 +22,7 @@ from tunewright.models.bases import Base, resolve_base
 from tunewright.models.quantized import require_bitsandbytes
 from tunewright.progress import LogReporter, Reporter
 from tunewright.project import Project
-from tunewright.recipe import DataRecipe, Quantize, TrainRecipe
+from tunewright.recipe import DataRecipe, Quantize, Recipe, TrainRecipe
 from tunewright.report.html import write_report
 from tunewright.training.trackers import require_trackers
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.measure import AdviseResult, EvaluateResult, Measurement
     from tunewright.evaluation.scaling import ScaleResult
+    from tunewright.models.fit.plan import Plan
     from tunewright.serving.service import Service
     from tunewright.training.lengths import LengthReport
     from tunewright.training.sweep import SweepResult
@@ -397,6 +398,53 @@ class Road:
             losses = row_losses(self.project, version, self.base, self.chat, self.reporter, adapter)
         found = suspects(version, self.reporter, losses=losses.by_key if losses else None)
         return SuspectsResult(version, found, losses.judged_by if losses else None)
+
+    def fit(
+        self,
+        *,
+        gpu: str | None = None,
+        base: str | None = None,
+        rows: int | None = None,
+        length: int | None = None,
+        shared: int = 0,
+        answer: int | None = None,
+    ) -> Plan:
+        """What training needs of memory, by part, and what fits: from the base's config.json alone.
+
+        Args:
+            gpu: a card's memory, such as 24GB (None: of the card present, or of this machine).
+            base: another base than the project's; then no project is needed, and without one the defaults hold.
+            rows, length: the micro-batch to tell of (None: the recipe's).
+            shared: tokens that all rows begin with.
+            answer: trained tokens of each row (None: all but the shared).
+
+        Raises:
+            UserError: no such base or size, or more shared and trained tokens than a row has.
+        """
+        from tunewright.models.bases import base_config
+        from tunewright.models.fit.plan import memory_at_hand, plan
+        from tunewright.models.fit.shape import read_shape
+
+        memory = memory_at_hand(gpu)
+        alone = base is not None and not self.project.has_recipe
+        recipe = Recipe() if alone else self.project.recipe
+        if alone:
+            self.reporter.say("There is no project here: the recipe's defaults hold.")
+        spec, revision = (recipe.base, recipe.revision) if base is None else (base, None)
+        settings = recipe.train
+        if settings.dora:
+            self.reporter.warn("DoRA takes more than is told here: what it needs beyond LoRA is not counted.")
+        rows = rows or settings.micro_batch or settings.batch_size
+        length = length or settings.max_length
+        if shared + (answer or 1) > length:
+            raise UserError(
+                f"{shared:,} shared and {answer or 1:,} trained tokens are more than a row's {length:,}",
+                where="--length",
+                fix="Raise it, or lower --shared or --answer.",
+            )
+        shape = read_shape(base_config(spec, revision, self.project.root, self.reporter))
+        answer = answer or length
+        return plan(spec, shape, settings, memory, rows=rows, length=length, shared=shared, answer=answer)
 
     def run(self, *, force: bool = False) -> RunResult:
         """Go the whole road; a stage whose inputs have not changed is found done. ``force`` as in :meth:`train`."""

@@ -6,14 +6,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import platformdirs
 
 from tunewright.disk import digest, file_digest, write_json
 from tunewright.errors import UserError
 from tunewright.models.bundled import BUNDLED, bundled_folder
-from tunewright.models.hub import hub_folder
+from tunewright.models.hub import hub_config, hub_folder
 from tunewright.progress import Reporter
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -48,25 +48,52 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
             or a hub that is gated or cannot be reached.
     """
     commit = None
-    kind, _, name = spec.rpartition(":")
-    if kind == "bundled":
-        folder = bundled_folder(name, reporter)
-    elif kind:
-        raise UserError(f"there is no base {spec!r}", where="base", fix=f"The bundled base is bundled:{BUNDLED}.")
-    elif (root / Path(spec).expanduser()).is_dir():
-        folder = (root / Path(spec).expanduser()).resolve()
-    elif _HUB_ID.fullmatch(spec):
-        folder, commit = hub_folder(spec, revision, root / "base.lock.json", reporter)
+    place = _place(spec, root)
+    if isinstance(place, Path):
+        folder = place
+    elif place == "bundled":
+        folder = bundled_folder(spec.removeprefix("bundled:"), reporter)
     else:
-        raise UserError(
-            f"{spec!r} is neither a folder nor a hub id",
-            where="base",
-            fix=f"Give a folder that holds config.json, an id such as meta-llama/Llama-3.1-8B, or bundled:{BUNDLED}.",
-        )
+        folder, commit = hub_folder(spec, revision, root / "base.lock.json", reporter)
     if revision is not None and commit is None:
         raise UserError("only a hub id has a revision", where="revision", fix="Remove the key revision.")
     architecture = check_base_folder(folder)
     return Base(spec, folder, commit, architecture, _file_digests(folder))
+
+
+def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Path:
+    """The ``config.json`` of the base that ``spec`` names; of a hub id nothing else is fetched.
+
+    Raises:
+        UserError: as for :func:`resolve_base`.
+    """
+    place = _place(spec, root)
+    if revision is not None and place != "hub":
+        raise UserError("only a hub id has a revision", where="revision", fix="Remove the key revision.")
+    if isinstance(place, Path):
+        return place / "config.json"
+    if place == "bundled":
+        return bundled_folder(spec.removeprefix("bundled:"), reporter) / "config.json"
+    return hub_config(spec, revision, root / "base.lock.json")
+
+
+def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
+    """Where a base is: its folder, the package of the bundled one, or the hub."""
+    kind, _, _name = spec.rpartition(":")
+    if kind == "bundled":
+        return "bundled"
+    if kind:
+        raise UserError(f"there is no base {spec!r}", where="base", fix=f"The bundled base is bundled:{BUNDLED}.")
+    folder = root / Path(spec).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if _HUB_ID.fullmatch(spec):
+        return "hub"
+    raise UserError(
+        f"{spec!r} is neither a folder nor a hub id",
+        where="base",
+        fix=f"Give a folder that holds config.json, an id such as meta-llama/Llama-3.1-8B, or bundled:{BUNDLED}.",
+    )
 
 
 def check_base_folder(folder: Path) -> str:
@@ -75,8 +102,21 @@ def check_base_folder(folder: Path) -> str:
     Raises:
         UserError: the folder is not a base that can be trained and served.
     """
-    config = _read_config(folder)
-    where = str(folder / "config.json")
+    architecture = check_architecture(folder / "config.json")
+    _check_weights(folder)
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+        raise UserError("no tokenizer.json and no tokenizer.model", where=str(folder))
+    return architecture
+
+
+def check_architecture(path: Path) -> str:
+    """The architecture that a base's ``config.json`` names.
+
+    Raises:
+        UserError: not a Llama or Mistral, code of its own, or weights that are quantized already.
+    """
+    config = read_config(path)
+    where = str(path)
     architectures = config.get("architectures") or []
     if config.get("auto_map"):
         raise UserError(
@@ -95,18 +135,19 @@ def check_base_folder(folder: Path) -> str:
             where=where,
             fix="Give the original base in bfloat16, float16 or float32.",
         )
-    _check_weights(folder)
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
-        raise UserError("no tokenizer.json and no tokenizer.model", where=str(folder))
     return str(architectures[0])
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def read_config(path: Path) -> dict[str, Any]:
+    """A base's ``config.json`` as it is.
+
+    Raises:
+        UserError: there is none, or it holds no JSON object.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError("no config.json: this folder holds no base", where=str(folder)) from None
+        raise UserError("no config.json: this folder holds no base", where=str(path.parent)) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"not JSON: {error}", where=str(path)) from None
     if not isinstance(config, dict):

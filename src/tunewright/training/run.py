@@ -18,6 +18,7 @@ from tunewright.training import processes
 from tunewright.training.checkpoints import KeepCheckpoints, step_of, usable_checkpoint
 from tunewright.training.choosing import evaluations, history_rows, runs_out_of_patience
 from tunewright.training.dev import DevTask
+from tunewright.training.micro_batch import MicroBatch
 from tunewright.training.rows import as_columns
 from tunewright.training.stopping import stop_on_signal
 from tunewright.training.watching import Follow, FollowDev
@@ -42,6 +43,7 @@ class Run:
         self.work = work
         self.name = f"{recipe.name}-{work.name}"
         self.reporter = reporter
+        self.micro_batch = MicroBatch(micro_batch(recipe.train), work, reporter)
 
     def fit(
         self,
@@ -107,6 +109,7 @@ class Run:
                     Compile(self._compile(), self.work, self.reporter),
                 ],
                 dev_task=dev_task,
+                micro_batch=self.micro_batch,
             )
             trainer.remove_callback(PrinterCallback)
             if checkpoint is not None:

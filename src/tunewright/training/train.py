@@ -136,6 +136,7 @@ def train(
             "rendering": {name: _rendering(encoded) for name, encoded in splits.items()},
             "training": {
                 **_account(splits["train"], evaluated, best, fitted.seconds),
+                "micro_batch": fitted.micro_batch,
                 "metric": None if answered is None else answered.metric,
                 "dev_rows_answered": 0 if answered is None else len(answered.requests),
             },
@@ -196,6 +197,8 @@ class _Fitted:
     replay: Replay
     history: list[dict[str, Any]]
     seconds: float
+    micro_batch: int | None
+    """Rows that went through the model at once."""
 
 
 def _fit(
@@ -227,7 +230,7 @@ def _fit(
             history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered, until, replay.rows)
     except BrokenRunError as broken:
         raise broken.as_user_error([*splits["train"].members, *replay.members]) from None
-    return _Fitted(splits, answered, replay, history, seconds)
+    return _Fitted(splits, answered, replay, history, seconds, run.micro_batch.rows)
 
 
 def trained_before(adapters: Path, name: str, identity: str) -> Adapter | None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tunewright.training.adapter import keep_float32
 from tunewright.training.choosing import DEV_METRIC
 from tunewright.training.dev import DevTask
 from tunewright.training.head import Reference, add_token_losses, token_losses_of
+from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, longest_batch, too_little_memory
 from tunewright.training.order import LikeLengths, Spread, StepBatches
 from tunewright.training.rows import IGNORED
 from tunewright.training.shared_prefix import PackedBatch, attention, pack
@@ -30,14 +32,26 @@ class Trainer(SFTTrainer):
     Args:
         model: a Llama or Mistral of transformers, without an adapter.
         share: compute prompts that rows of a batch share once; else every row stands whole in the packed batch.
+        micro_batch: how many rows go through the model at once (None: each micro-batch whole, whatever it needs).
         dev_task: dev rows that each evaluation answers; None: the dev loss is all that is measured.
         kl: on rows whose column ``replayed`` is true the loss is the divergence from the base, so weighted; None: on no
             row.
     """
 
     def __init__(
-        self, model: Any, *, share: bool, dev_task: DevTask | None = None, kl: float | None = None, **kwargs: Any
+        self,
+        model: Any,
+        *,
+        share: bool,
+        dev_task: DevTask | None = None,
+        micro_batch: MicroBatch | None = None,
+        kl: float | None = None,
+        **kwargs: Any,
     ) -> None:
+        self.micro_batch = micro_batch
+        self._step = -1
+        self._done: list[RawRows] = []
+        """What of the step under way has been added up."""
         self.share = share
         self.dev_task = dev_task
         self.kl = kl
@@ -60,12 +74,88 @@ class Trainer(SFTTrainer):
             rows_there: Any = self.train_dataset
             shortest = min(rows_there, key=lambda row: len(row["input_ids"]))
             filler = self.collate([{**shortest, "labels": [IGNORED] * len(shortest["labels"])}])
-            return {**filler, "packed": replace(filler["packed"], row_tokens=0)}
+            return {**filler, "packed": replace(filler["packed"], row_tokens=0), "rows": RawRows(())}
         replayed = None if self.kl is None else [bool(row.get("replayed")) for row in rows]
         batch = pack(
             [row["input_ids"] for row in rows], [row["labels"] for row in rows], share=self.share, replayed=replayed
         )
-        return {"packed": batch, "labels": batch.targets, "shift_labels": batch.targets}
+        return {
+            "packed": batch,
+            "rows": RawRows(tuple(rows)),
+            "labels": batch.targets,
+            "shift_labels": batch.targets,
+        }
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Any:
+        """Forward and backward of one micro-batch, in the pieces that fit into memory; its part in the loss."""
+        if self.micro_batch is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            rows = self.micro_batch.rows or self._try_longest(model, self.micro_batch)
+            if self.state.global_step != self._step:
+                self._step, self._done = self.state.global_step, []
+            enough, loss = in_memory(partial(self._in_pieces, model, inputs["rows"], rows, num_items_in_batch))
+            if not enough:
+                loss = self._again(model, inputs["rows"], rows, num_items_in_batch, self.micro_batch)
+            self._done.append(inputs["rows"])
+        self._count(inputs["packed"])
+        return loss
+
+    def _in_pieces(self, model: Any, rows: RawRows, size: int, items: Tensor | int | None) -> Tensor:
+        """Add up the gradients of rows, ``size`` at once; their part in the loss."""
+        *others, last = rows.pieces(size)
+        total = torch.zeros((), device=self.accelerator.device)
+        for piece in others:
+            # Processes exchange gradients with the last piece alone.
+            with self.accelerator.no_sync(model):
+                total += super().training_step(model, self.collate(piece), items)
+        total += super().training_step(model, self.collate(last), items)
+        return total
+
+    def _again(self, model: Any, rows: RawRows, size: int, items: Tensor | int | None, micro: MicroBatch) -> Tensor:
+        """The step from its beginning, with half the rows at once until they fit: half a backward pass was added up."""
+        if self.accelerator.num_processes > 1:
+            # The others wait for this one's gradients and cannot be told.
+            raise too_little_memory("with several devices, a step cannot be done again")
+        while True:
+            size = micro.halve(size, self.state.global_step + 1)
+            model.zero_grad(set_to_none=True)
+            enough, loss = in_memory(partial(self._whole_step, model, [*self._done, rows], size, items))
+            if enough:
+                again: Tensor = loss
+                return again
+
+    def _whole_step(self, model: Any, parts: Sequence[RawRows], size: int, items: Tensor | int | None) -> Tensor:
+        """Add up the gradients of micro-batches; the last one's part in the loss."""
+        return [self._in_pieces(model, part, size, items) for part in parts][-1]
+
+    def _try_longest(self, model: Any, micro: MicroBatch) -> int:
+        """Choose the rows that go through at once by one forward and backward of the longest batch; nothing is kept."""
+        rows: Any = self.train_dataset
+        sampler: Any = self._get_train_sampler()
+        orders = []
+        for epoch in range(math.ceil(self.args.num_train_epochs)):
+            sampler.set_epoch(epoch)
+            orders.append(list(sampler))
+        places = longest_batch([len(ids) for ids in rows["input_ids"]], orders, self.args.per_device_train_batch_size)
+        longest = RawRows(tuple(rows[place] for place in places))
+        size = len(places)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
+            while True:
+                # As much as the optimizer's two moments take once the first step is done.
+                moments = [torch.empty_like(weight, dtype=torch.float32) for weight in weights for _ in range(2)]
+                piece = RawRows(longest.pieces(size)[-1])
+                enough, _ = in_memory(partial(self._in_pieces, model, piece, size, 1))
+                del moments
+                model.zero_grad(set_to_none=True)
+                if enough:
+                    break
+                size = micro.halve(size, 0)
+        fits: int = min(gather_object([micro.asked if size == len(places) else size]))
+        micro.choose(fits, sum(len(row["input_ids"]) for row in longest.rows))
+        return fits
 
     def compute_loss(
         self,
@@ -78,7 +168,6 @@ class Trainer(SFTTrainer):
         assert not return_outputs, "the logits are never held"
         batch: PackedBatch = inputs["packed"]
         loss: Tensor = token_losses_of(model, batch, self._reference(model, batch)).sum()
-        self._count(batch)
         if num_items_in_batch is None:
             return loss / len(batch.targets)
         # DDP averages over processes what is to be their sum.

@@ -1,0 +1,142 @@
+"""What `tunewright fit` predicts beside what a training step really takes, on this machine's processor.
+
+    python benchmarks/fit_memory.py [OUT.json]
+
+Each case is a process of its own: the bundled base with an adapter on all linear layers, two steps forward, backward
+and AdamW on random tokens. Measured is the most resident memory (VmHWM) over what the process held before the base was
+loaded, when a tiny model had taken the same steps: the libraries' code and kernels are the runtime's. Predicted is the
+sum of all parts but the runtime's. Prints a table and the largest deviation.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tunewright.models.fit.memory import Load, Way, need
+from tunewright.models.fit.shape import read_shape
+from tunewright.recipe import PRESETS
+
+TARGETS: tuple[str, ...] = PRESETS["all-linear"]["targets"]
+RANK = 16
+# Rows, shared tokens, own tokens, trained tokens of each row.
+CASES: list[tuple[str, str, bool, tuple[int, int, int, int]]] = [
+    ("bfloat16", "none", False, (4, 0, 128, 16)),
+    ("bfloat16", "none", False, (8, 0, 128, 128)),
+    ("bfloat16", "none", False, (2, 0, 512, 64)),
+    ("bfloat16", "none", False, (16, 200, 40, 16)),
+    ("bfloat16", "none", True, (8, 0, 128, 16)),
+    ("float32", "none", False, (4, 0, 128, 16)),
+    ("float32", "none", False, (8, 0, 128, 128)),
+    ("bfloat16", "nf4", False, (8, 0, 128, 16)),
+]
+
+
+def main(out: str | None) -> None:
+    """Measure all cases."""
+    results = []
+    print(f"{'dtype':9} {'weights':8} {'checkpointed':12} {'rows x tokens':22} {'predicted':>10} {'measured':>10}")
+    for case in CASES:
+        ran = subprocess.run(
+            [sys.executable, __file__, "--case", json.dumps(case)], check=True, capture_output=True, text=True
+        )
+        result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+        results.append(result)
+        off = result["predicted"] / result["measured"] - 1
+        dtype, quantize, checkpointing, (rows, shared, own, _) = case
+        shown = f"{rows} x {shared + own}" + (f" ({shared} shared)" if shared else "")
+        print(
+            f"{dtype:9} {quantize:8} {'yes' if checkpointing else 'no':12} {shown:22} "
+            f"{result['predicted'] / 1e6:7,.0f} MB {result['measured'] / 1e6:7,.0f} MB {off:+.1%}",
+            flush=True,
+        )
+    worst = max(abs(r["predicted"] / r["measured"] - 1) for r in results)
+    document = {"cases": results, "largest_deviation": worst}
+    print(f"Largest deviation: {worst:.1%} (the bar is 15%)")
+    print(json.dumps(document))
+    if out:
+        Path(out).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str, Any]:
+    """One case, in this process."""
+    import torch
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tunewright.models.bases import resolve_base
+    from tunewright.models.loading import load_model
+    from tunewright.models.quiet import quiet_transformers
+    from tunewright.progress import LogReporter
+    from tunewright.recipe import TrainRecipe
+    from tunewright.training import trainer  # noqa: F401  (what it imports is the runtime's)
+    from tunewright.training.adapter import keep_float32, lora_config
+    from tunewright.training.head import add_token_losses, token_losses_of
+    from tunewright.training.shared_prefix import Group, attention, pack
+
+    dtype, quantize, checkpointing, numbers = case
+    load = Load(*numbers)
+    settings = TrainRecipe.model_validate({"preset": "all-linear", "dtype": dtype, "quantize": quantize, "rank": RANK})
+    base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
+    shape = read_shape(base.folder / "config.json")
+    torch.manual_seed(0)
+    drawn: list[list[int]] = torch.randint(0, shape.vocabulary, (load.rows, load.shared + load.own)).tolist()
+    rows = [drawn[0][: load.shared] + row[load.shared :] for row in drawn]
+    labels = [[-100] * (len(row) - load.trained) + row[-load.trained :] for row in rows]
+    batch = pack(rows, labels, share=True, groups=[Group(load.shared, tuple(range(load.rows)))])
+    attention.register()
+
+    def train(model: Any, batch: Any) -> None:
+        model.set_attn_implementation(attention.NAME)
+        add_token_losses(model)
+        model = get_peft_model(model, lora_config(settings))
+        keep_float32(model)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+        model.train()
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # loading itself may have taken more
+        optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], fused=True)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = token_losses_of(model, batch).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with quiet_transformers():
+        tiny = LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+        tiny_batch = pack([[1, 2, 3]], [[-100, 2, 3]], share=True)
+        train(LlamaForCausalLM(tiny).to(getattr(torch, dtype)), tiny_batch)
+        before = _status("VmRSS")
+        train(load_model(base, dtype, settings.quantize), batch)
+    way = Way(TARGETS, RANK, settings.dtype, nf4=quantize == "nf4", checkpointing=checkpointing)
+    told = need(shape, way, load)
+    return {
+        "dtype": dtype,
+        "quantize": quantize,
+        "gradient_checkpointing": checkpointing,
+        "rows": load.rows,
+        "shared": load.shared,
+        "own": load.own,
+        "trained": load.trained,
+        "predicted": told.total - told.runtime,
+        "measured": _status("VmHWM") - before,
+        "libraries": before,
+    }
+
+
+def _status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--case"]:
+        print(json.dumps(measure(json.loads(sys.argv[2]))))
+    else:
+        main(sys.argv[1] if len(sys.argv) > 1 else None)

@@ -1,0 +1,131 @@
+"""``fit``: what training needs of memory, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunewright.cli.app import HERE, Folder, Json, app
+from tunewright.cli.console import session
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tunewright.models.fit.plan import Plan
+
+_PARTS = {
+    "weights": "weights",
+    "adapter": "adapter",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "attention": "attention",
+    "head": "output layer",
+    "working": "working space",
+    "runtime": "runtime",
+}
+
+
+@app.command()
+def fit(
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="A card's memory, such as 24GB or 80GiB.", show_default="the card or machine here"),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Another base than the project's; works outside of a project too.", show_default=False),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of the micro-batch.", show_default="the recipe's")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of each row.", show_default="the recipe's max_length")
+    ] = None,
+    shared: Annotated[int, typer.Option(min=0, help="Tokens at the start of each row that all rows share.")] = 0,
+    answer: Annotated[
+        int | None, typer.Option(min=1, help="Trained tokens of each row.", show_default="all but the shared")
+    ] = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """What fits into memory: bytes by part, and the largest micro-batch by length, for LoRA and QLoRA.
+
+    Arithmetic over the base's config.json; no weights are downloaded or loaded.
+    """
+    from tunewright.models.fit.sizes import gigabytes
+    from tunewright.road import Road
+
+    with session(json) as current:
+        # Not opened as a project: with --base it needs none.
+        result = Road(project, current.reporter).fit(
+            gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=answer
+        )
+        way = result.ways[0].way
+        current.show(
+            result.as_dict(),
+            f"{result.base}: {result.shape.parameters:,} parameters; LoRA of rank {way.rank} on "
+            f"{', '.join(way.targets)}: {result.shape.adapter_parameters(way.targets, way.rank):,}\n"
+            f"Memory: {gigabytes(result.memory.bytes)} ({result.memory.source})",
+            _parts_table(result),
+            _fits_table(result),
+            _plain_words(result),
+        )
+
+
+def _heads(plan: Plan) -> list[str]:
+    return [f"{p.way.name}{', checkpointed' if p.way.checkpointing else ''}" for p in plan.ways]
+
+
+def _parts_table(plan: Plan) -> Table:
+    from rich.table import Table
+
+    from tunewright.models.fit.sizes import gigabytes
+
+    load = plan.asked
+    sharing = f", the first {load.shared:,} shared" if load.shared else ""
+    table = Table(
+        title=f"Memory for {load.rows} x {plan.length:,} tokens{sharing}, {load.trained:,} of each row trained",
+        title_justify="left",
+    )
+    table.add_column("part", no_wrap=True)
+    for head in _heads(plan):
+        table.add_column(head, justify="right")
+    for part, name in _PARTS.items():
+        table.add_row(name, *(gigabytes(getattr(p.asked, part)) for p in plan.ways))
+    table.add_section()
+    table.add_row("together", *(gigabytes(p.asked.total) for p in plan.ways))
+    table.add_row("fits", *("yes" if p.asked.total <= plan.memory.bytes else "no" for p in plan.ways))
+    return table
+
+
+def _fits_table(plan: Plan) -> Table:
+    from rich.table import Table
+
+    from tunewright.models.fit.plan import MOST_ROWS
+
+    table = Table(title="Largest micro-batch, in rows, by the tokens of each row", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for length in plan.ways[0].largest:
+        table.add_column(f"{length:,}", justify="right", no_wrap=True)
+    for head, planned in zip(_heads(plan), plan.ways, strict=True):
+        cells = (
+            f"{rows:,}+" if rows == MOST_ROWS else f"{rows:,}" if rows else "-" for rows in planned.largest.values()
+        )
+        table.add_row(head, *cells)
+    return table
+
+
+def _plain_words(plan: Plan) -> str:
+    lines = []
+    for head, planned in zip(_heads(plan), plan.ways, strict=True):
+        if not planned.longest:
+            lines.append(f"{head}: does not fit, not even one row of one token.")
+            continue
+        at_length = [(length, rows) for length, rows in planned.largest.items() if rows]
+        most = (
+            "no listed length fits" if not at_length else f"at most {at_length[-1][1]:,} x {at_length[-1][0]:,} tokens"
+        )
+        lines.append(f"{head}: {most}; the longest single row is {planned.longest:,} tokens.")
+    return "\n".join(lines)

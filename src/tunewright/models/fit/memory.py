@@ -1,0 +1,238 @@
+"""Bytes that one training step needs, by part: arithmetic over a base's shape, nothing is loaded.
+
+What a step keeps between forward and backward is what autograd saves, tensor by tensor, in transformers' Llama and
+Mistral with PEFT's LoRA layers. The tests count those tensors (``torch.autograd.graph.saved_tensors_hooks``) and hold
+these sums to them, to the byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from tunewright.models.fit.shape import ATTENTION, MLP, Shape
+
+FLOAT = 4
+"""Bytes of a float32 number."""
+
+SHORT = 128
+"""As in training.shared_prefix.attention."""
+
+TILE_LOGITS = 1 << 25
+"""As in training.head."""
+
+CARD_RUNTIME = 1 << 30
+"""Assumed, not measured: the CUDA context, cuBLAS's workspaces and what the allocator cannot reuse."""
+
+PROCESS_RUNTIME = 800 << 20
+"""Python with torch, transformers, peft and trl, measured here as the resident size before a model is loaded."""
+
+_NF4_BLOCK = 64
+_NF4_NESTED = 256
+_NF4_TABLES = 4 * (16 + 256 + 1)
+"""bitsandbytes keeps with each matrix: NF4's 16 values, the 256 of the nested quantisation, and its offset."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of training an adapter."""
+
+    targets: tuple[str, ...]
+    rank: int
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    nf4: bool = False
+    """The linear layers' weights in 4-bit NormalFloat, doubly quantised (QLoRA)."""
+    checkpointing: bool = False
+    """Only each layer's input is kept; the backward pass computes the layer once more."""
+
+    card: bool = False
+    """On a CUDA card, not on the processor."""
+    dropout: bool = False
+
+    @property
+    def copies_inputs(self) -> bool:
+        """Whether each adapted layer keeps an input of its own.
+
+        training.lora.FusedLinear keeps the input that the layers share. peft's own layers (over 4-bit weights, and with
+        dropout) turn it to the adapter's float32 and autocast turns it back, so that each keeps a copy; over 4-bit
+        weights on a card peft leaves that to autocast.
+        """
+        return self.dropout or (self.dtype == "bfloat16" and self.nf4 and not self.card)
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number in the forward pass."""
+        return 2 if self.dtype == "bfloat16" else FLOAT
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        return f"QLoRA {self.dtype}" if self.nf4 else f"LoRA {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is in one micro-batch: rows that share a prefix, laid out as one packed row without padding."""
+
+    rows: int
+    shared: int
+    """Tokens of the prefix that all rows share; computed once."""
+    own: int
+    """Tokens of each row after the prefix."""
+    trained: int
+    """Tokens of each row that have a label: the output layer runs on these alone."""
+
+    def __post_init__(self) -> None:
+        assert self.rows >= 1
+        assert self.shared >= 0
+        assert 0 < self.trained <= self.own + bool(self.shared)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.shared + self.rows * self.own
+
+    @property
+    def attended(self) -> int:
+        """Keys that attention reads, the prefix's once for each row."""
+        return self.rows * (self.shared + self.own)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes by part at the moment when most are in use."""
+
+    weights: int
+    adapter: int
+    """LoRA weights in float32, and their copies in the precision of the forward pass."""
+    gradients: int
+    optimizer: int
+    """AdamW's two moments of each LoRA weight, in float32."""
+    activations: int
+    """What the layers keep for the backward pass, attention apart."""
+    attention: int
+    """What attention keeps for it."""
+    head: int
+    """What the output layer and the loss need beyond what the layer at work needs."""
+    working: int
+    """Needed for a moment only, by the layer at work."""
+    runtime: int
+    """The libraries' and the driver's own, before any model."""
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(asdict(self).values())
+
+
+def weight_bytes(shape: Shape, way: Way) -> int:
+    """The base: 16 bits (or 32) each, or 4-bit linear layers and the rest in 16."""
+    if not way.nf4:
+        return shape.parameters * way.number
+    count = shape.linear_parameters
+    # A byte for each block's scale, a float32 for each 256 of those: Dettmers et al. 2023, section 3.
+    scales = count // _NF4_BLOCK + FLOAT * count // (_NF4_BLOCK * _NF4_NESTED)
+    tables = shape.layers * len((*ATTENTION, *MLP)) * _NF4_TABLES
+    return count // 2 + scales + tables + shape.other_parameters * way.number
+
+
+def adapter_copies(shape: Shape, way: Way) -> int:
+    """Copies of the LoRA weights in the forward pass's precision; of B, scaled, even where that is float32."""
+    if way.dtype == "bfloat16":
+        return way.number * shape.adapter_parameters(way.targets, way.rank)
+    if way.nf4 or way.dropout:
+        return 0
+    return shape.layers * sum(FLOAT * way.rank * shape.linear(name)[1] for name in way.targets)
+
+
+def layer_saved(shape: Shape, way: Way, tokens: int) -> int:
+    """What one layer keeps for the backward pass, attention apart."""
+    b, targets = way.number, way.targets
+    # Each norm keeps its input in float32, and one number for its scale.
+    norms = 2 * (FLOAT * shape.hidden + FLOAT)
+    if way.copies_inputs:
+        # Its own copy for each; a dropped one also has a mask.
+        inputs = sum((b + way.dropout) * shape.linear(name)[0] for name in targets if name != "down_proj")
+        product = (b + way.dropout) * shape.intermediate * ("down_proj" in targets)
+    else:
+        readers = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+        inputs = sum(b * shape.hidden * any(name in targets for name in group) for group in readers)
+        inputs += b * shape.queries * ("o_proj" in targets and not way.card)
+        product = b * shape.intermediate * ("down_proj" in targets)
+    # The outputs of gate, of its activation, and of up; their product, where down has an adapter.
+    mlp = b * shape.intermediate * 3 + product
+    return tokens * (norms + inputs + mlp + b * way.rank * len(targets))
+
+
+def attention_saved(shape: Shape, way: Way, load: Load) -> int:
+    """What one layer's attention keeps for the backward pass."""
+    b = way.number
+    if way.card:
+        # FlashAttention: queries, output and a number for each head; keys and values gathered for each row.
+        keys = load.shared + load.attended
+        return load.tokens * (2 * b * shape.queries + FLOAT * shape.heads) + 2 * b * shape.keys * keys
+    kept, queries_whole, keys_whole = 0, False, False
+    for rows, queries, before in ((1, load.shared, 0), (load.rows, load.own, load.shared)):
+        if not queries:
+            continue
+        keys = rows * (before + queries)
+        if way.dtype == "bfloat16" and queries <= SHORT:
+            # Matrix products: the attention weights, and copies of queries, keys and values where views don't do.
+            kept += b * shape.heads * queries * keys
+            views = rows == 1 and not before
+            keys_whole = keys_whole or views
+            kept += 0 if views else 2 * b * keys * shape.keys
+            views = rows == 1 and shape.heads == shape.kv_heads
+            queries_whole = queries_whole or views
+            kept += 0 if views else b * rows * queries * shape.queries
+        else:
+            # The fused kernel: its output, a number for each head, its mask, and keys put together with the prefix's.
+            kept += rows * queries * (b * shape.queries + FLOAT * shape.heads) + b * queries * (before + queries)
+            kept += 2 * b * keys * shape.keys * bool(before)
+            queries_whole, keys_whole = True, keys_whole or not before
+    # A view keeps the whole packed row.
+    return kept + load.tokens * b * (shape.queries * queries_whole + 2 * shape.keys * keys_whole)
+
+
+def layer_working(shape: Shape, way: Way, tokens: int) -> int:
+    """What the backward pass through one layer needs for a moment, beyond what was kept for it."""
+    b = way.number
+    mlp = b * shape.intermediate * (2 if "down_proj" in way.targets else 3) + b * shape.hidden
+    norm = 3 * FLOAT * shape.hidden + b * shape.hidden
+    largest = max(inputs * outputs for inputs, outputs in map(shape.linear, (*ATTENTION, *MLP)))
+    return tokens * max(mlp, norm) + (way.number * largest if way.nf4 else 0)
+
+
+def head_bytes(shape: Shape, way: Way, trained: int) -> int:
+    """Logits, tile by tile of trained tokens in float32 and once more while they are summed up; states, gradients."""
+    tile = min(trained, max(1, TILE_LOGITS // shape.vocabulary))
+    return 2 * FLOAT * tile * shape.vocabulary + 2 * way.number * shape.hidden * trained
+
+
+def need(shape: Shape, way: Way, load: Load) -> Need:
+    """What one step with this micro-batch needs, at the moment when most is in use."""
+    b, tokens = way.number, load.tokens
+    adapter = shape.adapter_parameters(way.targets, way.rank)
+    layer, attention = layer_saved(shape, way, tokens), attention_saved(shape, way, load)
+    working, head = layer_working(shape, way, tokens), head_bytes(shape, way, load.rows * load.trained)
+    # The last norm's input and the positions' rotations, which all layers share.
+    around = tokens * (FLOAT * shape.hidden + FLOAT + 2 * b * shape.head)
+    if way.checkpointing:
+        # The head is done before the first layer is computed again.
+        inputs = shape.layers * b * shape.hidden * tokens
+        activations, kept_attention = around + inputs + layer, attention
+        head = max(0, head - working - layer - attention)
+    else:
+        activations, kept_attention = around + shape.layers * layer, shape.layers * attention
+        head = max(0, head - working)
+    return Need(
+        weights=weight_bytes(shape, way),
+        adapter=FLOAT * adapter + adapter_copies(shape, way),
+        gradients=FLOAT * adapter,
+        optimizer=2 * FLOAT * adapter,
+        activations=activations,
+        attention=kept_attention,
+        head=head,
+        working=working,
+        runtime=CARD_RUNTIME if way.card else PROCESS_RUNTIME,
+    )

@@ -1,0 +1,160 @@
+"""What fits: the memory at hand, and the largest micro-batch of each length in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.models.fit.memory import Load, Need, Way, need
+from tunewright.models.fit.shape import Shape
+from tunewright.models.fit.sizes import gigabytes, parse_size
+from tunewright.recipe import TrainRecipe
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+MOST_ROWS = 1024
+"""Micro-batches are tried up to this many rows: no recipe asks for more."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory that training is to fit into."""
+
+    bytes: int
+    card: bool
+    """On a CUDA card; else this machine's own."""
+    source: str
+    """Where the number is from, in words."""
+
+
+def memory_at_hand(gpu: str | None) -> Memory:
+    """The memory of a card as ``gpu`` says (such as 24GB); else of the card present; else of this machine.
+
+    Raises:
+        UserError: ``gpu`` is no size.
+    """
+    if gpu is not None:
+        return Memory(parse_size(gpu, "--gpu"), True, f"a card with {gpu}")
+    import torch
+
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return Memory(free, True, f"{gigabytes(free)} free on the card here, {torch.cuda.get_device_name()}")
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit = _container_left()
+    if limit is not None and limit < free:
+        return Memory(limit, False, f"{gigabytes(limit)} left to this container; no card is present")
+    return Memory(free, False, f"{gigabytes(free)} free in this machine's memory; no card is present")
+
+
+def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a control group leaves to this process; None where there is no limit."""
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        return None if limit == "max" else int(limit) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One way of training: what the asked batch needs, and the largest micro-batch of each length."""
+
+    way: Way
+    asked: Need
+    largest: dict[int, int]
+    """Rows that fit, by their length in tokens; 0 where not even one does."""
+    longest: int
+    """Tokens of the longest single row that fits; 0 where none does."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All ways of training a base in some memory."""
+
+    base: str
+    shape: Shape
+    memory: Memory
+    asked: Load
+    length: int
+    ways: tuple[Planned, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as ``--json`` prints it; bytes everywhere."""
+        return {
+            "base": self.base,
+            "parameters": self.shape.parameters,
+            "memory": asdict(self.memory),
+            "batch": {**asdict(self.asked), "length": self.length, "tokens": self.asked.tokens},
+            "ways": [
+                {
+                    "name": planned.way.name,
+                    "gradient_checkpointing": planned.way.checkpointing,
+                    "targets": list(planned.way.targets),
+                    "rank": planned.way.rank,
+                    "adapter_parameters": self.shape.adapter_parameters(planned.way.targets, planned.way.rank),
+                    "bytes": asdict(planned.asked),
+                    "total": planned.asked.total,
+                    "fits": planned.asked.total <= self.memory.bytes,
+                    "largest": [{"length": length, "micro_batch": rows} for length, rows in planned.largest.items()],
+                    "longest_row": planned.longest,
+                }
+                for planned in self.ways
+            ],
+        }
+
+
+def plan(
+    base: str, shape: Shape, settings: TrainRecipe, memory: Memory, *, rows: int, length: int, shared: int, answer: int
+) -> Plan:
+    """LoRA and QLoRA, with and without gradient checkpointing, in this memory.
+
+    Args:
+        base: its name.
+        shape: its sizes.
+        settings: targets, rank, dtype and dropout.
+        memory: what it has to fit into.
+        rows, length: of the batch whose parts are told.
+        shared: tokens at the beginning of each row that all rows share.
+        answer: trained tokens of each row; of a shorter row, all that it has of its own.
+    """
+
+    def load(rows: int, length: int) -> Load:
+        own = max(1, length - shared)
+        return Load(rows, min(shared, length - own), own, min(answer, own))
+
+    ways = []
+    for nf4 in (False, True):
+        for checkpointing in (False, True):
+            way = Way(
+                tuple(settings.targets),
+                settings.rank,
+                settings.dtype,
+                nf4=nf4,
+                checkpointing=checkpointing,
+                card=memory.card,
+                dropout=settings.dropout > 0,
+            )
+
+            def fits(rows: int, length: int, way: Way = way) -> bool:
+                return need(shape, way, load(rows, length)).total <= memory.bytes
+
+            largest = {
+                each: _most(lambda n, each=each, fits=fits: fits(n, each), MOST_ROWS)  # type: ignore[misc]
+                for each in LENGTHS
+            }
+            longest = _most(lambda n, fits=fits: fits(1, n), 1 << 20)  # type: ignore[misc]
+            ways.append(Planned(way, need(shape, way, load(rows, length)), largest, longest))
+    return Plan(base, shape, memory, load(rows, length), length, tuple(ways))
+
+
+def _most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number from 1 to ``limit`` that fits, where all below one that fits do too; 0 for none."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,125 @@
+"""How many rows go through the model at once: chosen by one real pass, halved where memory runs out all the same.
+
+The data loader deals micro-batches of the recipe's size, and a step that has to go in smaller pieces splits them
+itself: the loss of every piece is divided by the trained tokens of the whole step, so the pieces' gradients add up to
+the step's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from tunewright.disk import write_json
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+from tunewright.training import processes
+
+_FILE = "micro_batch.json"
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """A micro-batch's rows as the dataset has them, carried with the packed batch so that it can be split."""
+
+    rows: tuple[Mapping[str, Any], ...]
+
+    def pieces(self, size: int) -> list[tuple[Mapping[str, Any], ...]]:
+        """The rows in pieces of at most ``size``, as even as can be."""
+        # Without rows one empty piece: this process makes its pass with the others.
+        count = max(1, -(-len(self.rows) // size))
+        ends = [len(self.rows) * place // count for place in range(count + 1)]
+        return [self.rows[start:end] for start, end in pairwise(ends)]
+
+
+class MicroBatch:
+    """The number of rows that go through the model at once.
+
+    Args:
+        asked: the recipe's.
+        work: the run's working folder, in which the number is kept: a run that goes on uses the same one, and adds up
+            gradients in the same order.
+        reporter: hears what was chosen, and why.
+    """
+
+    def __init__(self, asked: int, work: Path, reporter: Reporter) -> None:
+        self.asked = asked
+        self.file = work / _FILE
+        self.reporter = reporter
+        self.rows: int | None = None
+        """None until it is chosen."""
+        if self.file.exists():
+            kept = json.loads(self.file.read_text(encoding="utf-8"))
+            if kept["asked"] == asked:
+                self.rows = kept["rows"]
+
+    def choose(self, rows: int, tokens: int) -> None:
+        """The longest batch, of ``tokens`` tokens, went through in pieces of ``rows`` rows."""
+        fewer = "" if rows == self.asked else f" of the {self.asked} asked for"
+        self.reporter.say(f"Micro-batch: {rows} rows{fewer}; the longest batch, {tokens:,} tokens, fits.")
+        self._keep(rows)
+
+    def halve(self, rows: int, step: int) -> int:
+        """Memory ran out in ``step`` (0: before the first) with pieces of ``rows``: half of that.
+
+        Raises:
+            UserError: it was one row.
+        """
+        if rows == 1:
+            raise too_little_memory("one row of it does not fit")
+        if step:
+            self.reporter.warn(
+                f"Memory ran out in step {step} with {rows} rows at once: the step is done again with {rows // 2}, "
+                "and so are those after it. The batch stays the same."
+            )
+            self._keep(rows // 2)
+        return rows // 2
+
+    def _keep(self, rows: int) -> None:
+        self.rows = rows
+        if processes.is_main():
+            write_json(self.file, {"asked": self.asked, "rows": rows})
+
+
+def too_little_memory(why: str) -> UserError:
+    """What to tell where no smaller micro-batch helps."""
+    return UserError(
+        f"there is too little memory for a training step: {why}",
+        where="train.micro_batch",
+        fix="`tunewright fit` tells what fits: set quantize: nf4, lower train.max_length, or take a smaller base.",
+    )
+
+
+def in_memory(work: Callable[[], Any]) -> tuple[bool, Any]:
+    """Run ``work``: whether memory sufficed, and its result.
+
+    The failure is forgotten before this returns: its traceback would hold on to the very tensors that were too many.
+    """
+    try:
+        return True, work()
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+    clear_device_cache(garbage_collection=True)
+    return False, None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or should_reduce_batch_size(error)
+        or "not enough memory" in str(error)  # the CPU's allocator, by its other name
+    )
+
+
+def longest_batch(lengths: Sequence[int], orders: Sequence[Sequence[int]], size: int) -> list[int]:
+    """The rows of the micro-batch that has the most tokens, over the orders of all epochs."""
+    batches = (list(order[start : start + size]) for order in orders for start in range(0, len(order), size))
+    return max(batches, key=lambda batch: sum(lengths[row] for row in batch))

@@ -1,0 +1,85 @@
+"""``fit`` through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from command_line import tiny_project, tunewright
+
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "llama-2-7b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    return folder
+
+
+def test_a_base_of_which_only_the_config_is_there_is_told_outside_of_a_project(base: Path, tmp_path: Path) -> None:
+    ran = tunewright("fit", "--base", base, "--gpu", "24GB", "--project", tmp_path)
+    assert ran.code == 0
+    assert "6,738,415,616 parameters" in ran.stderr
+    assert "LoRA bfloat16, checkpointed: at most" in ran.stderr
+    assert not ran.stdout
+
+
+def test_json_has_bytes_by_part_and_what_fits(base: Path, tmp_path: Path) -> None:
+    ran = tunewright(
+        "fit", "--base", base, "--gpu", "24GB", "--rows", "4", "--length", "512", "--shared", "300", "--json",
+        "--project", tmp_path,
+    )  # fmt: skip
+    told = ran.document
+    assert told["parameters"] == 6_738_415_616
+    assert told["memory"] == {"bytes": 24_000_000_000, "card": True, "source": "a card with 24GB"}
+    assert told["batch"] == {"rows": 4, "shared": 300, "own": 212, "trained": 212, "length": 512, "tokens": 1148}
+    assert [(w["name"], w["gradient_checkpointing"]) for w in told["ways"]] == [
+        ("LoRA bfloat16", False),
+        ("LoRA bfloat16", True),
+        ("QLoRA bfloat16", False),
+        ("QLoRA bfloat16", True),
+    ]
+    for way in told["ways"]:
+        assert way["total"] == sum(way["bytes"].values())
+        assert way["fits"] == (way["total"] <= 24_000_000_000)
+        assert {"length", "micro_batch"} == set(way["largest"][0])
+
+
+def test_in_a_project_its_base_and_recipe_hold(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    told = tunewright("fit", "--gpu", "1GB", "--json", "--project", folder).document
+    assert told["base"] == str(tiny_base_folder)
+    assert told["batch"]["rows"] == 8
+    assert told["ways"][0]["name"] == "LoRA float32"
+    assert len(told["ways"][0]["targets"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu", "24"], "--gpu: '24' is not a size of memory"),
+        (["--gpu", "24GB", "--length", "100", "--shared", "100"], "are more than a row's 100"),
+        (["--gpu", "24GB", "--length", "100", "--answer", "101"], "are more than a row's 100"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_error(base: Path, tmp_path: Path, options: list[str], words: str) -> None:
+    ran = tunewright("fit", "--base", base, *options, "--project", tmp_path)
+    assert ran.code == 2
+    assert words in ran.stderr
+
+
+def test_without_a_project_and_a_base_there_is_nothing_to_tell(tmp_path: Path) -> None:
+    ran = tunewright("fit", "--gpu", "24GB", "--project", tmp_path)
+    assert ran.code == 2
+    assert "tunewright.yaml" in ran.stderr

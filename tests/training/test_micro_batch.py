@@ -1,0 +1,168 @@
+"""The micro-batch: chosen by a real pass, halved where memory runs out, with the gradients of the whole step."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tunewright
+from command_line import tiny_project
+from tunewright.errors import UserError
+from tunewright.progress import LogReporter
+from tunewright.training import trainer as trainer_module
+from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, longest_batch
+
+Losses = Callable[[Any, Any], torch.Tensor]
+
+
+class _Heard(LogReporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+    def warn(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def _rows_of(batch: Any) -> int:
+    return sum(len(block.suffixes) for block in batch.layout.blocks)
+
+
+def _memory_for(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> list[int]:
+    """From the pass numbered ``after`` on, memory holds ``rows`` rows; how many each pass had, those that failed too.
+
+    It runs out in the backward pass, when half of the gradients have been added up already.
+    """
+    passes: list[int] = []
+    original: Losses = trainer_module.token_losses_of
+
+    def losses_of(model: Any, batch: Any) -> torch.Tensor:
+        if not model.training:
+            return original(model, batch)
+        passes.append(_rows_of(batch))
+        losses = original(model, batch)
+        if passes[-1] <= rows or len(passes) <= after:
+            return losses
+        first_layer = next(w for name, w in model.named_parameters() if "layers.0" in name and w.requires_grad)
+        first_layer.register_hook(_out_of_memory)
+        return losses
+
+    def _out_of_memory(_grad: Any) -> None:
+        if passes[-1] > rows:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+            )
+
+    monkeypatch.setattr(trainer_module, "token_losses_of", losses_of)
+    return passes
+
+
+def _project(folder: Path, base: Path, **train: Any) -> Path:
+    tiny_project(folder, base, count=80)
+    recipe = folder / "tunewright.yaml"
+    keys = "".join(f"  {key}: {value}\n" for key, value in train.items())
+    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 1").replace("train:\n", f"train:\n{keys}"))
+    tunewright.open(folder).add([folder / "pairs.jsonl"])
+    return folder
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(folder / "adapter_model.safetensors"))
+
+
+def _train(folder: Path) -> tuple[Any, list[str]]:
+    heard = _Heard()
+    return tunewright.open(folder, heard).train().adapter, heard.lines
+
+
+def test_a_batch_that_fits_is_taken_whole_and_said(tmp_path: Path, tiny_base_folder: Path) -> None:
+    adapter, lines = _train(_project(tmp_path / "p", tiny_base_folder))
+    assert any(re.match(r"Micro-batch: 8 rows; the longest batch, [\d,]+ tokens, fits", line) for line in lines)
+    assert adapter.lineage["training"]["micro_batch"] == 8
+
+
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("asked", ["8", "4"])
+def test_halves_have_the_gradients_of_the_whole_step(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch, after: int, asked: str
+) -> None:
+    whole, _ = _train(_project(tmp_path / "whole", tiny_base_folder, micro_batch=asked))
+    with monkeypatch.context() as patch:
+        passes = _memory_for(patch, rows=2, after=after)
+        halved, lines = _train(_project(tmp_path / "halved", tiny_base_folder, micro_batch=asked))
+    assert max(passes[after + 3 :]) <= 2
+    assert halved.lineage["training"]["micro_batch"] == 2
+    told = [line for line in lines if "Micro-batch: 2 rows of the" in line or "the step is done again with 2" in line]
+    assert told
+    expected, got = _weights(whole.folder), _weights(halved.folder)
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, rtol=2e-3, atol=2e-5, msg=name)
+    losses = [
+        [row["loss"] for row in map(json.loads, (a.folder / "history.jsonl").read_text().splitlines()) if "loss" in row]
+        for a in (whole, halved)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_the_trying_pass_changes_nothing(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, which draws random numbers, the adapter is that of a run whose micro-batch was known before."""
+    tried, _ = _train(_project(tmp_path / "tried", tiny_base_folder, dropout=0.1))
+    keep: Any = MicroBatch.__init__
+
+    def known(self: MicroBatch, asked: int, work: Path, reporter: Any) -> None:
+        keep(self, asked, work, reporter)
+        self.rows = asked
+
+    monkeypatch.setattr(MicroBatch, "__init__", known)
+    untried, _ = _train(_project(tmp_path / "untried", tiny_base_folder, dropout=0.1))
+    assert tried.digest == untried.digest
+
+
+def test_one_row_that_does_not_fit_is_the_users_to_mend(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _project(tmp_path / "p", tiny_base_folder)
+    _memory_for(monkeypatch, rows=0)
+    with pytest.raises(UserError, match="too little memory") as caught:
+        _train(folder)
+    assert "tunewright fit" in (caught.value.fix or "")
+
+
+def test_a_run_that_goes_on_keeps_its_micro_batch(tmp_path: Path) -> None:
+    micro = MicroBatch(8, tmp_path, LogReporter())
+    assert micro.rows is None
+    micro.choose(4, 100)
+    assert MicroBatch(8, tmp_path, LogReporter()).rows == 4
+    assert MicroBatch(16, tmp_path, LogReporter()).rows is None
+
+
+def test_pieces_are_even_and_hold_every_row_once() -> None:
+    rows = RawRows(tuple({"input_ids": [n], "labels": [n]} for n in range(7)))
+    pieces = rows.pieces(3)
+    assert [len(piece) for piece in pieces] == [2, 2, 3]
+    assert [row for piece in pieces for row in piece] == list(rows.rows)
+
+
+def test_other_faults_pass() -> None:
+    def fail() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_memory(fail)
+
+
+def test_the_longest_batch_is_that_of_any_epoch() -> None:
+    assert longest_batch([1, 2, 3, 4], [[0, 1, 2, 3], [0, 3, 1, 2]], 2) == [2, 3]
+    assert longest_batch([1, 5, 3, 4], [[0, 1, 2, 3], [0, 2, 1, 3]], 2) == [1, 3]
