@@ -8,7 +8,7 @@ trains in a process of its own, so that peak memory is its own; rows, seed, LoRA
 the same. trl draws an order of its own; "in our order" has it take ours, so that each step is made of the same rows
 and the final losses can be compared. Speed is that of the steps after the second. The final loss is that of 64
 held-out rows after the last step, each computed alone by transformers. Prints tables, and writes JSON to
-benchmarks/results/train_speed.json.
+benchmarks/results/train_speed.json, one data set at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rich.table import Table
 
 RESULTS = Path(__file__).with_name("results") / "train_speed.json"
 HELD_OUT = 64
-INSTRUCTION = "Give the abbreviation by which legal citations name this court: only the abbreviation, and nothing else."
+INSTRUCTION = "Give the abbreviation by which legal citations name this court, only the abbreviation, and nothing else."
 DATA = {
     "demo": "the demo's rows, 16 shared tokens",
     "instruction": "27 shared tokens",
@@ -60,6 +60,8 @@ def main() -> None:
         print(json.dumps(run_side(**json.loads(options.job))))
         return
     results: dict[str, Any] = {"machine": machine(), "batch": options.batch, "data": {}}
+    if RESULTS.exists():
+        results["data"] = json.loads(RESULTS.read_text())["data"]
     for data in options.only:
         steps = options.long_steps if data == "long" else options.steps
         rows = {}
@@ -71,8 +73,7 @@ def main() -> None:
             print(f"{data} {side}: {rows[side]['examples_s']:.2f} examples/s", file=sys.stderr, flush=True)
         results["data"][data] = {"steps": steps, "sides": rows}
         Console(width=120).print(table(data, steps, rows))
-    RESULTS.parent.mkdir(exist_ok=True)
-    if set(options.only) == set(DATA):
+        RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
