@@ -231,7 +231,8 @@ def build(shape: Shape, *, nf4: bool) -> Any:
     )
     config.dtype = torch.bfloat16
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+        whole: Any = LlamaForCausalLM(config)
+        model = whole.to(torch.bfloat16)
     place = device()
 
     def drawn(weight: torch.Tensor) -> torch.Tensor:
@@ -276,9 +277,10 @@ def _in_nf4(linear: Any, weight: Any, place: str) -> Any:
         quant_type="nf4",
         device="meta",
     )
-    layer.weight = bitsandbytes.nn.Params4bit(
+    packed: Any = bitsandbytes.nn.Params4bit(
         weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
-    ).to(place)
+    )
+    layer.weight = packed.to(place)
     return layer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import tunewright
 from command_line import tiny_project
 from tunewright.errors import UserError
 from tunewright.progress import LogReporter
+from tunewright.training import head
 from tunewright.training import trainer as trainer_module
 from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, longest_batch
 
@@ -42,7 +42,7 @@ def _memory_for(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> l
     It runs out in the backward pass, when half of the gradients have been added up already.
     """
     passes: list[int] = []
-    original: Losses = trainer_module.token_losses_of
+    original: Losses = head.token_losses_of
 
     def losses_of(model: Any, batch: Any) -> torch.Tensor:
         if not model.training:
@@ -107,10 +107,7 @@ def test_halves_have_the_gradients_of_the_whole_step(
     expected, got = _weights(whole.folder), _weights(halved.folder)
     for name, weight in expected.items():
         torch.testing.assert_close(got[name], weight, rtol=2e-3, atol=2e-5, msg=name)
-    losses = [
-        [row["loss"] for row in map(json.loads, (a.folder / "history.jsonl").read_text().splitlines()) if "loss" in row]
-        for a in (whole, halved)
-    ]
+    losses = [[row["loss"] for row in adapter.history if "loss" in row] for adapter in (whole, halved)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 

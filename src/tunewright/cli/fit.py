@@ -23,6 +23,7 @@ _PARTS = {
     "attention": "attention",
     "head": "output layer",
     "working": "working space",
+    "allocator": "allocator",
     "runtime": "runtime",
 }
 

@@ -24,6 +24,10 @@ TILE_LOGITS = 1 << 25
 CARD_RUNTIME = 1 << 30
 """Assumed, not measured: the CUDA context, cuBLAS's workspaces and what the allocator cannot reuse."""
 
+PROCESS_SLACK = 0.15
+"""Share of what comes and goes that malloc holds beyond it, measured by benchmarks/fit_memory.py (SmolLM2-135M, glibc);
+a card's allocator is in CARD_RUNTIME."""
+
 PROCESS_RUNTIME = 800 << 20
 """Python with torch, transformers, peft and trl, measured here as the resident size before a model is loaded."""
 
@@ -116,6 +120,8 @@ class Need:
     """What the output layer and the loss need beyond what the layer at work needs."""
     working: int
     """Needed for a moment only, by the layer at work."""
+    allocator: int
+    """On the processor, what the allocator holds beyond what was asked for."""
     runtime: int
     """The libraries' and the driver's own, before any model."""
 
@@ -225,6 +231,7 @@ def need(shape: Shape, way: Way, load: Load) -> Need:
     else:
         activations, kept_attention = around + shape.layers * layer, shape.layers * attention
         head = max(0, head - working)
+    passing = activations + kept_attention + head + working
     return Need(
         weights=weight_bytes(shape, way),
         adapter=FLOAT * adapter + adapter_copies(shape, way),
@@ -234,5 +241,6 @@ def need(shape: Shape, way: Way, load: Load) -> Need:
         attention=kept_attention,
         head=head,
         working=working,
+        allocator=0 if way.card else int(PROCESS_SLACK * passing),
         runtime=CARD_RUNTIME if way.card else PROCESS_RUNTIME,
     )
