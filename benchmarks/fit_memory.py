@@ -58,6 +58,7 @@ def main(out: str | None) -> None:
     print(f"Largest deviation: {worst:.1%} (the bar is 15%)")
     print(json.dumps(document))
     if out:
+        Path(out).parent.mkdir(exist_ok=True)
         Path(out).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

@@ -37,7 +37,7 @@ SHAPES = {
     "8b": Shape(32, 4096, 14336, 32, 8, 128, 128256, tied=False, attention_bias=False, mlp_bias=False),
     "70b": Shape(80, 8192, 28672, 64, 8, 128, 128256, tied=False, attention_bias=False, mlp_bias=False),
 }
-TOY = Shape(2, 128, 256, 4, 2, 32, 49152, tied=False, attention_bias=False, mlp_bias=False)
+TOY = Shape(2, 128, 256, 4, 2, 32, 1024, tied=False, attention_bias=False, mlp_bias=False)
 CASES = {
     "7b-lora": ("7b", False),
     "8b-lora": ("8b", False),
@@ -81,7 +81,7 @@ def main() -> None:
                 f"{told['row_tokens_s']:9,.0f} {_percent(told['mfu']):>6}  {told['loss']:.3f}",
                 flush=True,
             )
-        if all("row_tokens_s" in told for told in sides.values()):
+        if card is not None and all("row_tokens_s" in told for told in sides.values()):
             ratio = sides["tunewright"]["row_tokens_s"] / sides["trl"]["row_tokens_s"]
             sides["times_as_fast"] = ratio
             print(f"{case:10} {ratio:.2f} times as fast as trl", flush=True)
@@ -137,7 +137,7 @@ def run(case: str, side: str) -> dict[str, Any]:
         trainer = kind(
             model=model,
             args=SFTConfig(output_dir=out, **arguments),
-            train_dataset=Dataset.from_dict(_rows(torch)),
+            train_dataset=Dataset.from_dict(_rows(torch, shape.vocabulary)),
             processing_class=tokenizer,
             peft_config=lora,
             callbacks=[_clock(times)],
@@ -188,9 +188,9 @@ def _sft_trainer() -> Any:
     return SFTTrainer
 
 
-def _rows(torch: Any) -> dict[str, list[list[int]]]:
+def _rows(torch: Any, vocabulary: int) -> dict[str, list[list[int]]]:
     """Random ids; the first of each row are the same."""
-    drawn = torch.randint(5, 30000, (STEPS * LOAD.rows, LOAD.shared + LOAD.own)).tolist()
+    drawn = torch.randint(5, vocabulary, (STEPS * LOAD.rows, LOAD.shared + LOAD.own)).tolist()
     ids = [drawn[0][: LOAD.shared] + row[LOAD.shared :] for row in drawn]
     return {"input_ids": ids, "labels": [[-100] * (len(row) - LOAD.trained) + row[-LOAD.trained :] for row in ids]}
 
