@@ -75,10 +75,7 @@ class Compile(TrainerCallback):
     @property
     def decided(self) -> dict[str, int | None] | None:
         """From which step on the run is compiled, and until which; None before the decision."""
-        if not self.file.exists():
-            return None
-        decided: dict[str, int | None] = json.loads(self.file.read_text(encoding="utf-8"))
-        return decided
+        return decided_in(self.file.parent)
 
     def _seconds_a_step(self) -> float:
         times = [after - before for before, after in zip(self.ends[1:], self.ends[2:], strict=False)]
@@ -121,6 +118,15 @@ class Compile(TrainerCallback):
                 part.compile(dynamic=True)
             elif is_compiled and not wanted:
                 part._compiled_call_impl = None
+
+
+def decided_in(work: Path) -> dict[str, int | None] | None:
+    """From which step on the run in ``work`` is compiled, and until which; None where nothing has been decided."""
+    file = work / _FILE
+    if not file.exists():
+        return None
+    decided: dict[str, int | None] = json.loads(file.read_text(encoding="utf-8"))
+    return decided
 
 
 def _has_compiler() -> bool:

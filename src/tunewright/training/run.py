@@ -12,15 +12,17 @@ from tunewright.adapters.registry import HISTORY
 from tunewright.chat import Tokens
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
-from tunewright.progress import Reporter
+from tunewright.progress import Reporter, Task
 from tunewright.recipe import Recipe, TrainRecipe
 from tunewright.training import processes
 from tunewright.training.checkpoints import KeepCheckpoints, step_of, usable_checkpoint
 from tunewright.training.choosing import evaluations, history_rows, runs_out_of_patience
+from tunewright.training.compiling import Compile, decided_in
 from tunewright.training.dev import DevTask
 from tunewright.training.micro_batch import MicroBatch
 from tunewright.training.rows import as_columns
-from tunewright.training.stopping import stop_on_signal
+from tunewright.training.sharing import Sharing, measure_sharing
+from tunewright.training.stopping import StopRequest, stop_on_signal
 from tunewright.training.watching import Follow, FollowDev
 
 
@@ -44,6 +46,7 @@ class Run:
         self.name = f"{recipe.name}-{work.name}"
         self.reporter = reporter
         self.micro_batch = MicroBatch(micro_batch(recipe.train), work, reporter)
+        self.sharing: Sharing | None = None
 
     def fit(
         self,
@@ -61,57 +64,18 @@ class Run:
         history but not in the checkpoint: the run that goes on from there never hears of it. ``replay`` are rows that
         the base wrote, trained on besides as the recipe's train.replay has it.
         """
-        from datasets import Dataset
-        from transformers import PrinterCallback, set_seed
-
-        from tunewright.training.adapter import lora_config
-        from tunewright.training.compiling import Compile
-        from tunewright.training.sharing import measure_sharing
-        from tunewright.training.trainer import Trainer
+        from transformers import set_seed
 
         settings = self.recipe.train
         steps = total_steps(settings, len(train) + len(replay))
         # Before the adapter is made: its A matrices are drawn at random.
         set_seed(self.recipe.seed)
-        sharing = measure_sharing(
-            [row.ids for row in (*train, *replay)],
-            setting=settings.prefix_sharing,
-            dropout=settings.dropout,
-            micro_batch=micro_batch(settings),
-            batch_size=settings.batch_size,
-            seed=self.recipe.seed,
-        )
-        self.reporter.say(sharing.reason)
         checkpoint = processes.by_main(lambda: usable_checkpoint(self.work, self.base, self.reporter))
         with (
             stop_on_signal(until) as stop,
             self.reporter.task(f"Training {self.recipe.name}", steps, "steps") as task,
         ):
-            trainer = Trainer(
-                model,
-                share=sharing.share,
-                kl=settings.replay.kl if settings.replay else None,
-                args=self._arguments(steps),
-                train_dataset=Dataset.from_dict(as_columns(train, replay)),
-                eval_dataset=Dataset.from_dict(as_columns(dev)),
-                processing_class=tokenizer,
-                peft_config=lora_config(settings),
-                callbacks=[
-                    Follow(
-                        task,
-                        self.work / HISTORY,
-                        self.recipe.evaluate.metric,
-                        model.config.vocab_size,
-                        lambda step: trainer.rows_of_step(step),
-                    ),
-                    KeepCheckpoints(self.work, self.base, stop),
-                    FollowDev(self.recipe, self.reporter),
-                    Compile(self._compile(), self.work, self.reporter),
-                ],
-                dev_task=dev_task,
-                micro_batch=self.micro_batch,
-            )
-            trainer.remove_callback(PrinterCallback)
+            trainer = self._trainer(model, tokenizer, as_columns(train, replay), as_columns(dev), dev_task, stop, task)
             if checkpoint is not None:
                 done = step_of(checkpoint)
                 self.reporter.say(f"Going on from step {done} of {steps}")
@@ -130,6 +94,67 @@ class Run:
             raise KeyboardInterrupt
         return history_rows(trainer.state.log_history), seconds
 
+    def how(self) -> dict[str, Any]:
+        """How the rows went through the model, for the lineage."""
+        return {
+            "micro_batch": self.micro_batch.rows,
+            "compiled": decided_in(self.work),
+            **({} if self.sharing is None else {"prefix_sharing": self.sharing.as_dict()}),
+        }
+
+    def _trainer(
+        self,
+        model: Any,
+        tokenizer: Any,
+        train: dict[str, list[Any]],
+        dev: dict[str, list[Any]],
+        dev_task: DevTask | None,
+        stop: StopRequest,
+        task: Task,
+    ) -> Any:
+        from datasets import Dataset
+        from transformers import PrinterCallback
+
+        from tunewright.training.adapter import lora_config
+        from tunewright.training.trainer import Trainer
+
+        settings = self.recipe.train
+        self.sharing = measure_sharing(
+            train["input_ids"],
+            setting=settings.prefix_sharing,
+            dropout=settings.dropout,
+            micro_batch=micro_batch(settings),
+            batch_size=settings.batch_size,
+            seed=self.recipe.seed,
+        )
+        self.reporter.say(self.sharing.reason)
+        trainer = Trainer(
+            model,
+            share=self.sharing.share,
+            kl=settings.replay.kl if settings.replay else None,
+            args=self._arguments(total_steps(settings, len(train["input_ids"]))),
+            train_dataset=Dataset.from_dict(train),
+            eval_dataset=Dataset.from_dict(dev),
+            processing_class=tokenizer,
+            peft_config=lora_config(settings),
+            callbacks=[
+                Follow(
+                    task,
+                    self.work / HISTORY,
+                    self.recipe.evaluate.metric,
+                    model.config.vocab_size,
+                    lambda step: trainer.rows_of_step(step),
+                ),
+                KeepCheckpoints(self.work, self.base, stop),
+                FollowDev(self.recipe, self.reporter),
+                Compile(self._compile(), self.work, self.reporter),
+            ],
+            dev_task=dev_task,
+            micro_batch=self.micro_batch,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
     def _compile(self) -> Literal["auto", "on", "off"]:
         """What the recipe says of compiling; several processes would each decide by a clock of its own."""
         setting = self.recipe.train.compile
@@ -144,7 +169,7 @@ class Run:
 
         settings = self.recipe.train
         micro = micro_batch(settings)
-        return SFTConfig(
+        arguments = SFTConfig(
             output_dir=str(self.work),
             per_device_train_batch_size=micro,
             per_device_eval_batch_size=micro,
@@ -175,6 +200,10 @@ class Run:
             project=self.recipe.name,
             disable_tqdm=True,
         )
+        if arguments.n_gpu > 1:
+            # One process trains on the first card; DataParallel, which transformers would take, knows no packed rows.
+            arguments._n_gpu = 1
+        return arguments
 
 
 def micro_batch(settings: TrainRecipe) -> int:

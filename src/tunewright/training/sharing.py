@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from tunewright.training.order import LikeLengths
 from tunewright.training.shared_prefix.plan import computed_tokens, plan_groups
@@ -28,6 +28,10 @@ class Sharing:
     """Tokens that are computed for them where prompts are shared."""
     reason: str
     """What was decided and why, for people."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the lineage."""
+        return asdict(self)
 
     @property
     def ratio(self) -> float:

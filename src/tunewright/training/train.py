@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -125,44 +126,14 @@ def train(
         return TrainResult(there, trained=False)
     with working_folder(work), quiet_transformers(), writing(work):
         fitted = _fit(project, version, base, chat, reporter, work)
-        splits, history, answered, replay = fitted.splits, fitted.history, fitted.answered, fitted.replay
-        evaluated = evaluations(history)
-        best = best_of(evaluated)
-        for each in evaluated:
-            require_whole(each.folder(work))
-        lineage = {
-            **training_lineage(recipe, version, base, chat),
-            "inputs_digest": identity,
-            "rendering": {name: _rendering(encoded) for name, encoded in splits.items()},
-            "training": {
-                **_account(splits["train"], evaluated, best, fitted.seconds),
-                "micro_batch": fitted.micro_batch,
-                "metric": None if answered is None else answered.metric,
-                "dev_rows_answered": 0 if answered is None else len(answered.requests),
-            },
-            **replay.lineage,
-            **(facts or {}),
-        }
-        others = {f"step-{e.step}": e.folder(work) for e in evaluated if e is not best}
-        adapter = processes.by_main(
-            lambda: store_adapter(
-                place,
-                recipe.name,
-                best.folder(work),
-                others,
-                lineage,
-                history,
-                servable=recipe.train.servable,
-                texts=replay.files,
-            )
-        )
+        inputs = {**training_lineage(recipe, version, base, chat), "inputs_digest": identity}
+        adapter = processes.by_main(lambda: _store(fitted, recipe, work, place, {**inputs, **(facts or {})}))
     if processes.is_main():
         shutil.rmtree(work)
-    if best is not evaluated[-1]:
-        reporter.warn(
-            f"{'The dev loss' if answered is None else 'Dev'} was best after {place_text(best)}: that adapter is kept, "
-            "not the last one."
-        )
+    evaluated = fitted.evaluated
+    if (best := best_of(evaluated)) is not evaluated[-1]:
+        dev = "The dev loss" if fitted.answered is None else "Dev"
+        reporter.warn(f"{dev} was best after {place_text(best)}: that adapter is kept, not the last one.")
     return TrainResult(adapter, trained=True)
 
 
@@ -184,7 +155,7 @@ def train_until(
     """
     with working_folder(work), quiet_transformers(), writing(work):
         fitted = _fit(project, version, base, chat, reporter, work, step)
-    evaluated = evaluations(fitted.history)
+    evaluated = fitted.evaluated
     return Paused(evaluated[-1].step, best_of(evaluated), fitted.seconds)
 
 
@@ -197,8 +168,13 @@ class _Fitted:
     replay: Replay
     history: list[dict[str, Any]]
     seconds: float
-    micro_batch: int | None
-    """Rows that went through the model at once."""
+    how: dict[str, Any]
+    """How the rows went through the model: see `Run.how`."""
+
+    @cached_property
+    def evaluated(self) -> list[Evaluation]:
+        """The evaluations of the run, in order."""
+        return evaluations(self.history)
 
 
 def _fit(
@@ -230,7 +206,44 @@ def _fit(
             history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered, until, replay.rows)
     except BrokenRunError as broken:
         raise broken.as_user_error([*splits["train"].members, *replay.members]) from None
-    return _Fitted(splits, answered, replay, history, seconds, run.micro_batch.rows)
+    return _Fitted(splits, answered, replay, history, seconds, run.how())
+
+
+def _store(fitted: _Fitted, recipe: Recipe, work: Path, place: Path, inputs: Mapping[str, Any]) -> Adapter:
+    """Keep the best evaluation's adapter, with the others beside it.
+
+    Args:
+        fitted: the run that has ended.
+        recipe: what it was trained by.
+        work: its working folder.
+        place: where adapters are kept.
+        inputs: what the lineage says of all that went in.
+    """
+    evaluated, answered = fitted.evaluated, fitted.answered
+    best = best_of(evaluated)
+    for each in evaluated:
+        require_whole(each.folder(work))
+    lineage = {
+        **inputs,
+        "rendering": {name: _rendering(encoded) for name, encoded in fitted.splits.items()},
+        "training": {
+            **_account(fitted.splits["train"], evaluated, best, fitted.seconds),
+            **fitted.how,
+            "metric": None if answered is None else answered.metric,
+            "dev_rows_answered": 0 if answered is None else len(answered.requests),
+        },
+        **fitted.replay.lineage,
+    }
+    return store_adapter(
+        place,
+        recipe.name,
+        best.folder(work),
+        {f"step-{e.step}": e.folder(work) for e in evaluated if e is not best},
+        lineage,
+        fitted.history,
+        servable=recipe.train.servable,
+        texts=fitted.replay.files,
+    )
 
 
 def trained_before(adapters: Path, name: str, identity: str) -> Adapter | None:

@@ -1,0 +1,133 @@
+"""The recipe: everything that decides a result, as frozen, validated types.
+
+Each field's description names the source of its default; the commented file that ``tunewright init`` writes and
+the JSON Schema that ``tunewright recipe schema`` prints are both made from these descriptions.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from tunewright.recipe.data import DataRecipe, Findable, MixRecipe
+from tunewright.recipe.section import Metric, Quantize, Section
+from tunewright.recipe.train import PRESETS, ReplayRecipe, Tracker, TrainRecipe
+
+__all__ = [
+    "PRESETS",
+    "ChatRecipe",
+    "DataRecipe",
+    "EvaluateRecipe",
+    "Findable",
+    "Metric",
+    "MixRecipe",
+    "Quantize",
+    "Recipe",
+    "ReplayRecipe",
+    "ServeRecipe",
+    "Tracker",
+    "TrainRecipe",
+]
+
+
+def _plain_date(value: Any) -> Any:
+    """YAML reads 2024-07-26 as a date; seconds since 1970, which pydantic would take for one too, are a mistake."""
+    if isinstance(value, str) or (isinstance(value, datetime.date) and not isinstance(value, datetime.datetime)):
+        return value
+    raise ValueError("a date is written like 2024-07-26")
+
+
+class ChatRecipe(Section):
+    """How conversations become tokens, for training, evaluation and serving alike."""
+
+    template: Annotated[
+        Literal["auto", "own", "plain"],
+        Field(
+            description="`own` is the base's chat template; `plain` writes ### Instruction and ### Response (the "
+            "headings of Stanford Alpaca); `auto` is plain only for a base without a template."
+        ),
+    ] = "auto"
+    date: Annotated[
+        datetime.date,
+        BeforeValidator(_plain_date),
+        Field(
+            description="Today, for templates that write it: pinned, so that training and serving write the same "
+            "(2024-07-26: the date in Llama 3.1's own template)."
+        ),
+    ] = datetime.date(2024, 7, 26)
+
+
+class EvaluateRecipe(Section):
+    """How the arms are measured and what counts as better."""
+
+    metric: Annotated[
+        Metric,
+        Field(description="What decides: exact_match (outer white space apart) or corpus BLEU (sacrebleu)."),
+    ] = "exact_match"
+    shots: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=64)], ...],
+        Field(
+            min_length=1,
+            description="Numbers of retrieved demonstrations to try; the best on dev goes to the test.",
+        ),
+    ] = (1, 2, 4, 8)
+    max_new_tokens: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Longest answer in tokens (null: a quarter more than the longest training answer).",
+        ),
+    ] = None
+    batch_size: Annotated[int, Field(ge=1, description="Conversations generated at once.")] = 32
+    quantize: Annotated[
+        Quantize | None,
+        Field(description="How the base is held, for all arms alike (null: as the adapter was trained on it)."),
+    ] = None
+    margin: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="The gain over the best prompting arm that is worth shipping: 0.02 is 2 points.",
+        ),
+    ] = 0.02
+
+
+class ServeRecipe(Section):
+    """How the server answers."""
+
+    host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on (0: any free one).")] = 8000
+    max_batch: Annotated[int, Field(ge=1, description="Conversations generated at once, over all adapters.")] = 16
+    quantize: Annotated[
+        Quantize | None, Field(description="How the base is held (null: as the adapters were trained on it).")
+    ] = None
+
+
+class Recipe(Section):
+    """The whole configuration of a project."""
+
+    name: Annotated[
+        str,
+        Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="The project's name; its adapters carry it."),
+    ] = "my-model"
+    base: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="The open-weight base: a folder, a hub id such as meta-llama/Llama-3.1-8B-Instruct, or "
+            "bundled:smollm2-135m-instruct. Llama and Mistral architectures.",
+        ),
+    ] = "bundled:smollm2-135m-instruct"
+    revision: Annotated[
+        str | None,
+        Field(description="Hub bases: branch, tag or commit (null: main). It is pinned to its commit at first use."),
+    ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="Decides every random choice: split, order, weights.")] = 0
+    data: DataRecipe = DataRecipe()
+    chat: ChatRecipe = ChatRecipe()
+    train: TrainRecipe = TrainRecipe()
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+    serve: ServeRecipe = ServeRecipe()

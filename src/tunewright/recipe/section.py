@@ -1,0 +1,18 @@
+"""What all sections of the recipe have in common."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Metric = Literal["exact_match", "bleu"]
+
+Quantize = Literal["none", "nf4"]
+"""How a base is held in memory."""
+
+
+class Section(BaseModel):
+    """A frozen part of the recipe, in which an unknown key is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
