@@ -18,7 +18,7 @@ from tunewright.training import head
 from tunewright.training import trainer as trainer_module
 from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, longest_batch
 
-Losses = Callable[[Any, Any], torch.Tensor]
+Losses = Callable[..., torch.Tensor]
 
 
 class _Heard(LogReporter):
@@ -44,11 +44,11 @@ def _memory_for(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> l
     passes: list[int] = []
     original: Losses = head.token_losses_of
 
-    def losses_of(model: Any, batch: Any) -> torch.Tensor:
+    def losses_of(model: Any, batch: Any, *others: Any) -> torch.Tensor:
         if not model.training:
-            return original(model, batch)
+            return original(model, batch, *others)
         passes.append(_rows_of(batch))
-        losses = original(model, batch)
+        losses = original(model, batch, *others)
         if passes[-1] <= rows or len(passes) <= after:
             return losses
         first_layer = next(w for name, w in model.named_parameters() if "layers.0" in name and w.requires_grad)

@@ -140,15 +140,11 @@ class Trainer(SFTTrainer):
         places = longest_batch([len(ids) for ids in rows["input_ids"]], orders, self.args.per_device_train_batch_size)
         longest = RawRows(tuple(rows[place] for place in places))
         size = len(places)
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
         devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
             while True:
-                # As much as the optimizer's two moments take once the first step is done.
-                moments = [torch.empty_like(weight, dtype=torch.float32) for weight in weights for _ in range(2)]
                 piece = RawRows(longest.pieces(size)[-1])
-                enough, _ = in_memory(partial(self._in_pieces, model, piece, size, 1))
-                del moments
+                enough, _ = in_memory(partial(self._beside_moments, model, piece, size))
                 model.zero_grad(set_to_none=True)
                 if enough:
                     break
@@ -156,6 +152,13 @@ class Trainer(SFTTrainer):
         fits: int = min(gather_object([micro.asked if size == len(places) else size]))
         micro.choose(fits, sum(len(row["input_ids"]) for row in longest.rows))
         return fits
+
+    def _beside_moments(self, model: Any, rows: RawRows, size: int) -> None:
+        """A forward and backward pass while as much is held as the optimizer will, after its first step."""
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        moments = [torch.empty_like(weight, dtype=torch.float32) for weight in weights for _ in range(2)]
+        self._in_pieces(model, rows, size, 1)
+        del moments
 
     def compute_loss(
         self,
