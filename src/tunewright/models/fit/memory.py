@@ -29,7 +29,7 @@ PROCESS_SLACK = 0.15
 a card's allocator is in CARD_RUNTIME."""
 
 PROCESS_RUNTIME = 800 << 20
-"""Python with torch, transformers, peft and trl before a model is loaded: 570 to 800 MiB resident; the most is taken."""
+"""Python with torch, transformers, peft and trl before a model is loaded: 570 to 800 MiB are resident here."""
 
 _NF4_BLOCK = 64
 _NF4_NESTED = 256
