@@ -48,9 +48,9 @@ def crossfitted(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path
     tokenizer = byte_tokenizer()
     given: list[list[str]] = []
 
-    def recording(rows: Any) -> Any:
+    def recording(rows: Any, *replay: Any) -> Any:
         given.append([tokenizer.decode(row.ids) for row in rows])
-        return as_columns(rows)
+        return as_columns(rows, *replay)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(training, "as_columns", recording)
