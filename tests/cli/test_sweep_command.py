@@ -46,9 +46,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> t
     tokenizer = byte_tokenizer()
     given: list[str] = []
 
-    def recording(rows: Any) -> Any:
+    def recording(rows: Any, *replay: Any) -> Any:
         given.extend(tokenizer.decode(row.ids) for row in rows)
-        return as_columns(rows)
+        return as_columns(rows, *replay)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(running, "as_columns", recording)
