@@ -52,10 +52,11 @@ def test_a_base_that_begins_above_chance_is_given_the_time_to_learn() -> None:
 
 
 @given(
-    start=st.floats(0.5, 9.0),
+    # With the worst noise and bump in a row still no nat above chance, which a model that learns never is for long.
+    start=st.floats(0.5, 5.5),
     floor=st.floats(0.0, 0.9),
     noise=st.lists(st.floats(0.6, 1.7), min_size=60, max_size=60),
-    bump=st.floats(1.0, 1.4),
+    bump=st.floats(1.0, 1.2),
     spikes=st.sets(st.integers(1, 59), max_size=3),
 )
 def test_a_run_that_learns_is_never_stopped(
