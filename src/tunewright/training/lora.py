@@ -18,9 +18,9 @@ def use_fused_lora(config: LoraConfig) -> None:
 class FusedLinear(Linear):
     """peft's LoRA layer, which computes x W^T + s (x A^T) B^T and its gradient as one step where that is all there is.
 
-    peft's own way copies x to the adapter's float32, and writes the adapter's output once to compute it, once to scale it
-    and once to add it; on short rows that shows beside the base's own matrix products. Whatever asks for more
-    (dropout, DoRA, a bias, several adapters, merged or disabled ones) goes peft's way.
+    peft's own way copies x to the adapter's float32, and writes the adapter's output to compute it, to scale it and to
+    add it; on short rows that shows beside the base's own matrix products. Whatever asks for more (dropout, DoRA,
+    a bias, several adapters, merged or disabled ones) goes peft's way.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
