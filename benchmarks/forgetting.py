@@ -29,7 +29,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-import tunewright
 from tunewright.adapters.registry import Adapter
 from tunewright.cli.console import ConsoleReporter
 from tunewright.disk import digest, write_json
@@ -43,6 +42,7 @@ from tunewright.progress import Reporter
 from tunewright.project import RECIPE_FILE, Project
 from tunewright.recipe import MixRecipe, ReplayRecipe
 from tunewright.road import Road
+from tunewright.road.opened import OpenProject
 from tunewright.training.lineage import packages
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -73,7 +73,7 @@ def main() -> None:
 
     domain = project_in(options.work / "domain", options, reporter, mix=False)
     adapters = trained(domain, options, reporter)
-    measurement = domain._measurement()
+    measurement = OpenProject(domain.project, reporter).measurement()
     meter = ForgettingMeter(domain.project, measurement.version, measurement.generator, options.samples)
     result = scale(measurement, meter, adapters["plain"])
     adapters[f"plain, scaled by {result.chosen.factor:g}"] = result.adapter
@@ -116,15 +116,14 @@ def project_in(folder: Path, options: argparse.Namespace, reporter: Reporter, *,
         pairs = random.Random(SEED).sample(pairs, options.rows)
     (folder / legal_citations.PAIRS_FILE).write_text("".join(pairs), encoding="utf-8")
     (folder / RECIPE_FILE).write_text(files[RECIPE_FILE], encoding="utf-8")
-    road = tunewright.open(folder, reporter)
-    recipe = road.project.recipe
+    recipe = Project(folder).recipe
     update: dict[str, Any] = {"base": options.base} if options.base else {}
     if mix:
         (folder / "generic.jsonl").write_text(self_instruct(), encoding="utf-8")
         chosen_mix = MixRecipe(source="generic.jsonl", fraction=MIX)
         update["data"] = recipe.data.model_copy(update={"mix": chosen_mix})
-    road.project = Project(folder, recipe.model_copy(update=update))
-    road.add([folder / legal_citations.PAIRS_FILE])
+    road = Road(Project(folder, recipe.model_copy(update=update)), reporter)
+    road.data.add([folder / legal_citations.PAIRS_FILE])
     return road
 
 
@@ -143,15 +142,12 @@ def self_instruct() -> str:
 
 def trained(domain: Road, options: argparse.Namespace, reporter: Reporter) -> dict[str, Adapter]:
     """The adapter of each way of training, by its name."""
-    plain = domain.project
-    recipe = plain.recipe
+    recipe = domain.project.recipe
 
     def changed(**train: Any) -> Adapter:
         train_recipe = recipe.train.model_copy(update=train)
-        domain.project = Project(plain.root, recipe.model_copy(update={"train": train_recipe}))
-        adapter = domain.train().adapter
-        domain.project = plain
-        return adapter
+        project = Project(domain.project.root, recipe.model_copy(update={"train": train_recipe}))
+        return Road(project, reporter).train().adapter
 
     adapters = {"plain": changed()}
     if (SHARED / "self_instruct").is_dir():

@@ -59,12 +59,12 @@ def _noisy_project(folder: Path, rows: int) -> tuple[Road, set[str]]:
         encoding="utf-8",
     )
     road = tunewright.open(folder)
-    road.add([folder / "pairs.jsonl"])
+    road.data.add([folder / "pairs.jsonl"])
     return road, {pair["prompt"] for pair in bad}
 
 
 def _row(road: Road, wrong: set[str], name: str, adapter: str | None) -> dict[str, Any]:
-    result = road.suspects(adapter)
+    result = road.data.suspects(adapter)
     inputs = {m.key: m.example.input_text for m in result.version.members}
     found = sum(inputs[suspect.key] in wrong for suspect in result.suspects)
     print(f"{name:<14} {found} of {len(wrong)} in {len(result.suspects)} rows")

@@ -26,7 +26,7 @@ def main(project: str) -> None:
     adapter = find_adapter(road.project.adapters)
     earlier = [f"{adapter.name}@{step}" for step in list(adapter.checkpoints)[:1]]
     service = road.serve([adapter.name, *earlier], port=0)
-    prompts = [m.example.prompt for m in road.version().examples("test")[:ITEMS]]
+    prompts = [m.example.prompt for m in road.data.version().examples("test")[:ITEMS]]
     jobs = [
         (model, [{"role": m.role, "content": m.content} for m in prompt])
         for prompt in prompts

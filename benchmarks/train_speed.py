@@ -117,8 +117,8 @@ def rows_of(data: str, count: int) -> tuple[list[list[int]], list[list[int]]]:
     with tempfile.TemporaryDirectory() as folder:
         project = create_project(Path(folder) / "project", files)
         road = tunewright.open(project.root)
-        road.add([project.root / "pairs.jsonl"])
-        columns = as_columns(encode_members(road.chat, road.version().examples("train"), 2048).rows)
+        road.data.add([project.root / "pairs.jsonl"])
+        columns = as_columns(encode_members(road.chat, road.data.version().examples("train"), 2048).rows)
         extra = road.chat.tokenizer("Courts are cited by the abbreviations of the Bluebook. " * 40)["input_ids"][:300]
     ids, labels = columns["input_ids"][:count], columns["labels"][:count]
     if data == "long":

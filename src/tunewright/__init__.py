@@ -21,8 +21,9 @@ def open(root: str | Path = ".", reporter: Reporter | None = None) -> Road:  # n
     Raises:
         UserError: there is no ``tunewright.yaml``, or it has a fault.
     """
+    from tunewright.project import Project
     from tunewright.road import Road
 
-    road = Road(root, reporter)
-    _ = road.project.recipe
-    return road
+    project = Project(Path(root))
+    _ = project.recipe
+    return Road(project, reporter)

@@ -11,7 +11,7 @@ import httpx
 from tunewright.errors import UserError
 from tunewright.examples import legal_citations
 from tunewright.progress import Reporter
-from tunewright.project import RECIPE_FILE, create_project
+from tunewright.project import RECIPE_FILE, Project, create_project
 from tunewright.road import Road, RunResult
 
 
@@ -44,14 +44,14 @@ def open_demo(directory: Path, reporter: Reporter) -> Road:
     if not (directory / RECIPE_FILE).exists():
         create_project(directory, example_files(legal_citations.NAME))
         reporter.say(f"Wrote the example project {legal_citations.NAME} in {directory}")
-    return Road(directory, reporter)
+    return Road(Project(directory), reporter)
 
 
 def ask_three_ways(road: Road, result: RunResult) -> ThreeAnswers:
     """Serve base, adapter and earliest checkpoint, and ask each the first question of the test split."""
     adapter = result.trained.adapter
     earlier = [f"{adapter.name}@{step}" for step in adapter.checkpoints][:1]
-    member = road.version().examples("test")[0]
+    member = road.data.version().examples("test")[0]
     service = road.serve([adapter.name, *earlier], port=0)
     answers = {}
     with service.running() as url, httpx.Client(base_url=url, timeout=120) as client:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tiny import CHATML, byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat, Tokens, encode
-from tunewright.chat.format import differences
+from tunewright.chat.differences import differences
 from tunewright.data.examples import Message
 from tunewright.errors import UserError
 

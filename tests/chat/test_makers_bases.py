@@ -55,7 +55,7 @@ def test_a_served_dialogue_has_the_ids_that_training_saw(
     assert run("train", "--force", "-p", folder).code == 0
     seen = recorded_prompts(monkeypatch)
     road = tunewright.open(folder)
-    member = road.version().examples("train")[0]
+    member = road.data.version().examples("train")[0]
     messages = [m.as_dict() for m in member.example.messages]
     service = road.serve(port=0)
     with service.running() as url, httpx.Client(base_url=url, trust_env=False) as client:

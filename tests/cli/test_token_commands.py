@@ -107,7 +107,7 @@ def test_check_counts_every_row_and_agrees_with_what_was_trained(project: Path) 
     assert training["trained_tokens"] == next(s["trained"] for s in document["splits"] if s["split"] == "train")
     road = package.open(project)
     lengths = sorted(
-        len(row.ids) for m in road.version().examples("train") for row in road.chat.rows(m.example.messages)
+        len(row.ids) for m in road.data.version().examples("train") for row in road.chat.rows(m.example.messages)
     )
     percentiles = document["splits"][0]["percentiles"]
     assert (percentiles["0"], percentiles["100"]) == (lengths[0], lengths[-1])
@@ -138,7 +138,7 @@ def test_a_long_test_row_is_told_and_does_not_bar_the_training(tmp_path: Path, t
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     rows = pairs(120)
     assert tunewright("data", "add", write_jsonl(folder / "pairs.jsonl", rows), "-p", folder).code == 0
-    (test, *_) = package.open(folder).version().examples("test")
+    (test, *_) = package.open(folder).data.version().examples("test")
     longer = [{**r, "prompt": r["prompt"] + " and" * 40} if r["prompt"] == test.example.input_text else r for r in rows]
     other = tiny_project(tmp_path / "other", tiny_base_folder)
     assert tunewright("data", "add", write_jsonl(other / "pairs.jsonl", longer), "-p", other).code == 0
@@ -304,7 +304,7 @@ def test_the_server_prompts_with_exactly_the_ids_that_training_saw(
 ) -> None:
     seen = recorded_prompts(monkeypatch)
     road = package.open(project)
-    members = road.version().examples("train")[:20]
+    members = road.data.version().examples("train")[:20]
     trained = [road.chat.rows(m.example.messages)[0] for m in members]
     service = road.serve(port=0)
     with service.running() as url, httpx.Client(base_url=url, trust_env=False) as client:

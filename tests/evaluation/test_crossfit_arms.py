@@ -21,7 +21,7 @@ def test_the_control_is_each_folds_own_best_prompting_arm(
     rows = [{"prompt": f"{n * 7919 % 10007} {'xyz'[n % 3] * 9} {n}", "completion": f"{n}"} for n in range(120)]
     write_jsonl(folder / "pairs.jsonl", rows)
     road = tunewright.open(folder)
-    road.add([folder / "pairs.jsonl"])
+    road.data.add([folder / "pairs.jsonl"])
     chosen = iter(["retrieved-1", "zero-shot"])
     advise = Measurement.advise
 

@@ -23,6 +23,7 @@ from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
 from tunewright.evaluation.scaling import Scaled, choose
 from tunewright.progress import LogReporter
 from tunewright.road import Road
+from tunewright.road.opened import OpenProject
 from tunewright.training import self_samples
 
 
@@ -43,7 +44,7 @@ def road(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Ro
     file = folder / "tunewright.yaml"
     file.write_text(file.read_text().replace("train:\n", "train:\n  replay: {samples: 4, kl: null}\n"))
     road = tunewright.open(folder)
-    road.add([folder / "pairs.jsonl"])
+    road.data.add([folder / "pairs.jsonl"])
     road.train()
     return road
 
@@ -55,7 +56,7 @@ def adapter(road: Road) -> Adapter:
 
 
 def _meter(road: Road, samples: int = 8) -> ForgettingMeter:
-    measurement = road._measurement()
+    measurement = OpenProject(road.project, road.reporter).measurement()
     return ForgettingMeter(road.project, measurement.version, measurement.generator, samples)
 
 
@@ -158,7 +159,7 @@ def test_scaling_writes_a_new_adapter_with_its_lineage_and_it_is_evaluated(road:
 
 def test_a_factor_that_is_none_is_refused(road: Road, adapter: Adapter) -> None:
     with pytest.raises(UserError, match="above 0"):
-        road.scale(adapter.name, [0.0])
+        road.adapters.scale(adapter.name, [0.0])
 
 
 def _at(factor: float, score: float, lost: float) -> Scaled:

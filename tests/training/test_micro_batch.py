@@ -70,7 +70,7 @@ def _project(folder: Path, base: Path, **train: Any) -> Path:
     recipe = folder / "tunewright.yaml"
     keys = "".join(f"  {key}: {value}\n" for key, value in train.items())
     recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 1").replace("train:\n", f"train:\n{keys}"))
-    tunewright.open(folder).add([folder / "pairs.jsonl"])
+    tunewright.open(folder).data.add([folder / "pairs.jsonl"])
     return folder
 
 

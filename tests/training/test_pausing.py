@@ -22,12 +22,12 @@ def _road(folder: Path, base: Path) -> Road:
         # Dropout draws random numbers at each step: a pause must not use up any.
         recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  dropout: 0.1\n"))
     road = tunewright.open(folder)
-    road.add([folder / "pairs.jsonl"])
+    road.data.add([folder / "pairs.jsonl"])
     return road
 
 
 def _until(road: Road, work: Path, step: int) -> Paused:
-    return train_until(road.project, road.version(), road.base, road.chat, LogReporter(), work=work, step=step)
+    return train_until(road.project, road.data.version(), road.base, road.chat, LogReporter(), work=work, step=step)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_pauses_change_nothing_and_each_is_measured_once_it_is_reached(
     assert end.best.dev_loss == own[0]["eval_loss"]
     assert _until(road, work, 13).step == 13
     place = tmp_path / "project" / "adapters"
-    ended = train(road.project, road.version(), road.base, road.chat, LogReporter(), work=work, adapters=place)
+    ended = train(road.project, road.data.version(), road.base, road.chat, LogReporter(), work=work, adapters=place)
     assert ended.adapter.digest == unstopped.adapter.digest
     assert _numbers(ended) == _numbers(unstopped)
     assert not work.exists()
@@ -71,7 +71,7 @@ def _plain_dev_loss(base: Path, adapter: Path, road: Road) -> float:
 
     from tunewright.training.rows import as_columns, encode_members
 
-    columns = as_columns(encode_members(road.chat, road.version().examples("dev"), 2048).rows)
+    columns = as_columns(encode_members(road.chat, road.data.version().examples("dev"), 2048).rows)
     model: Any = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)
     ).eval()

@@ -66,7 +66,7 @@ def _road(folder: Path, base: Path, reporter: LogReporter | None = None, **train
         keys = "".join(f"  {key}: {str(value).lower()}\n" for key, value in ({"quantize": "nf4"} | train).items())
         recipe.write_text(recipe.read_text().replace("train:\n", f"train:\n{keys}"))
     road = tunewright.open(folder, reporter)
-    road.add([folder / "pairs.jsonl"])
+    road.data.add([folder / "pairs.jsonl"])
     return road
 
 
@@ -114,7 +114,7 @@ def test_dev_loss_is_that_of_the_adapter_on_a_base_loaded_in_nf4(
     road = tunewright.open(project)
     told = adapter.lineage["training"]
     kept = next(epoch for epoch in told["epochs"] if epoch["step"] == told["kept_step"])
-    dev = as_columns(training_rows(road.chat, road.version().examples("dev"), 2048, "error", road.reporter).rows)
+    dev = as_columns(training_rows(road.chat, road.data.version().examples("dev"), 2048, "error", road.reporter).rows)
     for quantize, equal in (("nf4", True), ("none", False)):
         model = with_adapters(load_model(road.base, "float32", quantize), {"tuned": adapter.folder})  # type: ignore[arg-type]
         total, tokens = 0.0, 0

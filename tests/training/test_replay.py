@@ -48,7 +48,7 @@ def _road(folder: Path, base: Path, recipe: str = "  replay: {samples: 6}\n", re
         file = folder / "tunewright.yaml"
         file.write_text(file.read_text().replace("train:\n", f"train:\n{recipe}"))
     road = tunewright.open(folder, reporter)
-    road.add([folder / "pairs.jsonl"])
+    road.data.add([folder / "pairs.jsonl"])
     return road
 
 
@@ -186,7 +186,7 @@ def test_samples_of_no_use_are_left_out_by_number_and_counted(tmp_path: Path, ti
 
 def test_no_sample_is_near_the_domain_or_holds_a_held_out_row(tmp_path: Path, tiny_base_folder: Path) -> None:
     road = _road(tmp_path / "project", tiny_base_folder)
-    version = road.version()
+    version = road.data.version()
     screen = outsiders(road.project, version, road.chat, 400, road.reporter)
     test, train = version.examples("test")[0].example.input_text, version.examples("train")[0].example.input_text
     told = {
@@ -265,8 +265,8 @@ def test_replay_and_a_mix_in_go_together(tmp_path: Path, tiny_base_folder: Path)
     text = recipe.read_text().replace("train:\n", "train:\n  replay: {samples: 6}\n")
     recipe.write_text(text.replace("data:\n", "data:\n  mix: {source: generic.jsonl, fraction: 0.1}\n"))
     road = tunewright.open(folder)
-    road.add([folder / "pairs.jsonl"])
-    version = road.version()
+    road.data.add([folder / "pairs.jsonl"])
+    version = road.data.version()
     mixed = sum(m.mixed for m in version.members)
     assert mixed
     lineage = road.train().adapter.lineage
@@ -463,7 +463,7 @@ def test_a_small_draw_of_the_same_rows_is_the_beginning_of_a_larger_one(tmp_path
 
 def test_without_replay_nothing_is_drawn(tmp_path: Path, tiny_base_folder: Path) -> None:
     road = _road(tmp_path / "project", tiny_base_folder, "")
-    replay = draw_replay(road.project, road.version(), road.base, road.chat, None, 100, LogReporter())
+    replay = draw_replay(road.project, road.data.version(), road.base, road.chat, None, 100, LogReporter())
     assert (replay.rows, replay.lineage, replay.files) == ([], {}, {})
 
 

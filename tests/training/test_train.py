@@ -46,7 +46,7 @@ def _road(folder: Path, base: Path, reporter: LogReporter | None = None) -> Road
     if not folder.exists():
         tiny_project(folder, base)
     road = tunewright.open(folder, reporter)
-    road.add([folder / "pairs.jsonl"])
+    road.data.add([folder / "pairs.jsonl"])
     return road
 
 
@@ -129,7 +129,7 @@ def test_an_example_over_the_limit_is_named_and_nothing_is_cut(tmp_path: Path, t
         tunewright.open(folder).train()
     assert caught.value.where == "train.max_length"
     assert "tokens" in caught.value.what
-    assert road.version().examples("train")
+    assert road.data.version().examples("train")
 
 
 def test_fewer_than_fifty_pairs_are_refused_unless_forced(tmp_path: Path, tiny_base_folder: Path) -> None:

@@ -66,7 +66,7 @@ def _road(folder: Path, base: Path, reporter: LogReporter | None = None, **train
         keys = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in train.items())
         recipe.write_text(recipe.read_text().replace("train:\n", f"train:\n{keys}"))
     road = tunewright.open(folder, reporter)
-    road.add([folder / "pairs.jsonl"])
+    road.data.add([folder / "pairs.jsonl"])
     return road
 
 
@@ -109,7 +109,7 @@ def test_every_evaluation_scores_what_transformers_answers_with_that_adapter(
     from transformers import AutoModelForCausalLM
 
     road, adapter, _ = learnt
-    dev = road.version().examples("dev")
+    dev = road.data.version().examples("dev")
     told = adapter.lineage["training"]
     assert [e["step"] for e in told["epochs"]] == [20, 40, 60, 80, 100, 120]
     assert (told["metric"], told["dev_rows_answered"]) == ("exact_match", len(dev))
@@ -272,7 +272,7 @@ def test_a_broken_step_names_exactly_the_rows_it_was_made_of(
     with pytest.raises(UserError, match="at step 15; no adapter is kept") as caught:
         road.train()
     text = road.chat.text(batches[14][0])
-    rows = road.version().examples("train")
+    rows = road.data.version().examples("train")
     # An input ends in a number that no other has.
     inside = {row.key[:12] for row in rows if row.example.input_text.split()[-1] in text.replace("<", " ").split()}
     named = {line.split()[1] for line in caught.value.what.splitlines() if line.startswith("  example")}

@@ -6,11 +6,11 @@ rendering with the turn adds to the rendering that asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import Any
 
 from tunewright.chat.templates import PLAIN_INSTEAD, Template, TemplateKind
@@ -382,24 +382,3 @@ def _assistant_places(messages: Sequence[Message]) -> list[int]:
 
 def _untrained(turns: Sequence[_Turn]) -> list[_Turn]:
     return [_Turn(turn.prompt, turn.shown, trained=False) for turn in turns]
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two formats' descriptions don't have in common, each told in a few words; empty if they render alike."""
-    told = []
-    if before["kind"] != now["kind"]:
-        names = {"own": "the base's own template", "plain": "the plain form"}
-        told.append(f"they had {names[before['kind']]} and now have {names[now['kind']]}")
-    elif before["template"] != now["template"]:
-        old, new = (str(side["template"]).splitlines() for side in (before, now))
-        changed = (i for i, pair in enumerate(zip_longest(old, new), start=1) if pair[0] != pair[1])
-        line = next(changed, len(old))  # none: white space at the end
-        told.append(f"the chat template differs from its line {line} on")
-    if before["date"] != now["date"]:
-        told.append(f"the date in the chat template was {before['date']} and is {now['date']}")
-    for name in ("special_tokens", "end_tokens"):
-        if before[name] != now[name]:
-            told.append(f"the {name.replace('_', ' ')} were {before[name]} and are {now[name]}")
-    if before["probe"] != now["probe"] and not told:
-        told.append("the tokenizer makes other tokens of the same text (another version of it, or of tokenizers?)")
-    return told

@@ -55,8 +55,7 @@ def data_add(
     from tunewright.cli.tables import version_table
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
-        result = road.add(
+        result = tunewright.open(project, current.reporter).data.add(
             files,
             rows=rows,
             input_column=input_column,
@@ -87,7 +86,7 @@ def data_show(
 
     with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
-        member = road.row(row)
+        member = road.data.show(row)
         if not tokens:
             current.show(row_document(member), row_heading(member), conversation_text(member))
             return
@@ -145,19 +144,19 @@ def data_check(
         if fix is not None:
             if files is None or len(files) != 1:
                 raise UserError("--fix corrects one file", where="--fix", fix="Name the file, and one only.")
-            changes = road.fix_file(files[0], fix, **mapped)
+            changes = road.data.fix_file(files[0], fix, **mapped)
             left_out = sum(change.left_out for change in changes)
             told = f"Wrote {fix}: {len(changes) - left_out:,} changes, {left_out:,} rows left out"
             document = {"out": str(fix), "changes": [asdict(change) for change in changes]}
             current.show(document, "\n".join([*map(str, changes), told]))
             return
         if files is not None:
-            checked = road.check_files(files, **mapped)
+            checked = road.data.check_files(files, **mapped)
             current.show(checked.as_dict(), file_check_text(checked))
             if not checked.ok:
                 raise typer.Exit(USER_ERROR)
             return
-        report = road.check()
+        report = road.data.check()
         dropping = road.project.recipe.train.too_long == "drop"
         current.show(report.as_dict(), *check_tables(report, dropping=dropping))
         if report.refused(dropping=dropping):
@@ -184,10 +183,10 @@ def data_leak(
     from tunewright.cli.data_texts import contamination_text, leak_text
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
-        report = road.leak()
-        bands = road.scores_by_distance(report, evaluation) if evaluation is not None else []
-        found = road.contamination(against or [])
+        data = tunewright.open(project, current.reporter).data
+        report = data.leak()
+        bands = data.scores_by_distance(report, evaluation) if evaluation is not None else []
+        found = data.contamination(against or [])
         document = {
             **report.as_dict(),
             "bands": [band.as_dict() for band in bands],
@@ -201,11 +200,11 @@ def data_log(project: Folder = HERE, json: Json = False) -> None:
     """List the dataset's versions, the newest last."""
     import tunewright
     from tunewright.cli.tables import version_table
-    from tunewright.data.versions import current_manifest, list_versions
+    from tunewright.data.versions import current_manifest
 
     with session(json, project) as current:
-        dataset = tunewright.open(project).project.dataset
-        versions, head = list_versions(dataset), current_manifest(dataset)
+        road = tunewright.open(project)
+        versions, head = road.data.log(), current_manifest(road.project.dataset)
         current.show(
             {"versions": [v.model_dump(mode="json") for v in versions], "current": head.digest if head else None},
             version_table(versions, head) if versions else "No version yet: tunewright data add FILE makes one.",

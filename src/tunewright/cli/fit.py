@@ -56,11 +56,12 @@ def fit(
     Arithmetic over the base's config.json; no weights are downloaded or loaded.
     """
     from tunewright.models.fit.sizes import gigabytes
+    from tunewright.project import Project
     from tunewright.road import Road
 
     with session(json) as current:
         # Not opened as a project: with --base it needs none.
-        result = Road(project, current.reporter).fit(
+        result = Road(Project(project), current.reporter).fit(
             gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=answer
         )
         way = result.ways[0].way

@@ -75,11 +75,12 @@ def crossfit(
 def verdict(evaluation: Evaluation = None, project: Folder = HERE, json: Json = False) -> None:
     """Ship (exit 0), don't ship (3) or can't tell (4), from the evidence alone."""
     from tunewright.cli.tables import verdict_text
+    from tunewright.project import Project
     from tunewright.road import Road
 
     with session(json, project) as current:
         # Not opened as a project: evidence is enough, wherever it lies.
-        decision = Road(project, current.reporter).verdict(evaluation)
+        decision = Road(Project(project), current.reporter).verdict(evaluation)
         current.show({"decision": decision.decision, "reasons": list(decision.reasons)}, verdict_text(decision))
         raise typer.Exit(decision.exit_code)
 
@@ -98,11 +99,10 @@ def report(evaluation: Evaluation = None, project: Folder = HERE, json: Json = F
 def adapters_list(project: Folder = HERE, json: Json = False) -> None:
     """List the trained adapters, the newest last."""
     import tunewright
-    from tunewright.adapters.registry import list_adapters
     from tunewright.cli.tables import adapters_table
 
     with session(json, project) as current:
-        known = list_adapters(tunewright.open(project).project.adapters)
+        known = tunewright.open(project).adapters.list()
         rows = [
             {
                 "name": a.name,
@@ -137,7 +137,7 @@ def adapters_scale(
     from tunewright.cli.tables import scales_table
 
     with session(json, project) as current:
-        result = tunewright.open(project, current.reporter).scale(adapter, factor)
+        result = tunewright.open(project, current.reporter).adapters.scale(adapter, factor)
         new = f"New adapter: {result.adapter.folder}"
         kept = f"{result.parent.name} is best as it is; no new adapter."
         current.show(result.as_dict(), scales_table(result), new if result.adapter != result.parent else kept)

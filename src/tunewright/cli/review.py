@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from tunewright.data.review.reviews import Verdict
     from tunewright.data.review.suspects import Nearest, Suspect
     from tunewright.data.versions import DatasetVersion
-    from tunewright.road import Road
+    from tunewright.road.data import DataRoad
 
 VERDICT_KEYS: dict[str, Verdict] = {"r": "right", "w": "wrong", "s": "skip"}
 KEYS = "r right   w wrong   e edit   s skip   u undo   q quit"
@@ -52,7 +51,7 @@ def data_suspects(
     import tunewright
 
     with session(json, project) as current:
-        result = tunewright.open(project, current.reporter).suspects(adapter)
+        result = tunewright.open(project, current.reporter).data.suspects(adapter)
         shown = result.suspects[:top]
         told = f"{len(shown):,} of {len(result.suspects):,}"
         current.show(result.as_dict(), _suspects_table(shown, result.version), told)
@@ -84,6 +83,7 @@ def data_review(
     """
     import tunewright
     from tunewright.data.review.passes import check_options
+    from tunewright.data.review.table import export_csv
 
     with session(json) as current:
         chosen = {"--suspects": suspects, "--adapter": adapter is not None, "--second": second}
@@ -92,85 +92,33 @@ def data_review(
             {**chosen, "--fixed": fixed is not None, "--redraw": redraw},
             message=bool(message),
         )
-        road = tunewright.open(project, current.reporter)
+        data = tunewright.open(project, current.reporter).data
         if apply:
-            _apply(current, road, message)
-        elif status:
-            raise typer.Exit(_show_status(current, road.project.dataset, road.version()))
-        elif import_file is not None:
-            _import(current, road, import_file, reviewer)
-        else:
-            _review(
-                current,
-                road,
-                reviewer,
-                export,
-                Choice(suspects=suspects, adapter=adapter, second=second, fixed=fixed, redraw=redraw),
-            )
+            edited = data.apply_reviews(message=message)
+            current.show(edited.as_dict(), f"New version {edited.version.digest[:12]}: {edited.version.message}")
+            return
+        if status:
+            raise typer.Exit(_show_status(current, data))
+        if import_file is not None:
+            done = data.import_reviews(import_file, reviewer)
+            told = f"{done.recorded} verdicts recorded, {done.known} known, {done.blank} rows without one"
+            current.reporter.say(told)
+            _show_status(current, data)
+            return
+        if export is None:
+            require_terminal()
+        review = data.review(reviewer, suspects=suspects, adapter=adapter, second=second, fixed=fixed, redraw=redraw)
+        if export is not None:
+            count = export_csv(export, review, max(review.needed, _EXPORTED))
+            current.show({"file": str(export), "rows": count}, f"{count} rows written to {export}: fill in verdict")
+            return
+        _pass(current, review)
+        _show_status(current, data)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which rows are reviewed, by the options' names."""
-
-    suspects: bool
-    adapter: str | None
-    second: bool
-    fixed: int | None
-    redraw: bool
-
-
-def _apply(current: Session, road: Road, message: str) -> None:
-    from tunewright.data.review.edits import apply_edits
-
-    edited = apply_edits(road.project, current.reporter, message=message)
-    current.show(edited.as_dict(), f"New version {edited.version.digest[:12]}: {edited.version.message}")
-
-
-def _import(current: Session, road: Road, file: Path, reviewer: str | None) -> None:
-    from tunewright.data.review.passes import default_reviewer
-    from tunewright.data.review.table import import_csv
-
-    dataset, version = road.project.dataset, road.version()
-    name = default_reviewer() if reviewer is None else reviewer
-    done = import_csv(file, dataset, version, name, road.project.recipe.data.allow)
-    current.reporter.say(f"{done.recorded} verdicts recorded, {done.known} known, {done.blank} rows without one")
-    _show_status(current, dataset, version)
-
-
-def _review(current: Session, road: Road, reviewer: str | None, export: Path | None, choice: Choice) -> None:
-    from tunewright.data.review.acceptance import FixedPlan
-    from tunewright.data.review.passes import Review, default_reviewer
-    from tunewright.data.review.table import export_csv
-
-    version = road.version()
-    name = default_reviewer() if reviewer is None else reviewer
-    if export is None:
-        require_terminal()
-    review = Review(
-        road.project.dataset,
-        version,
-        name,
-        current.reporter,
-        plan=None if choice.fixed is None else FixedPlan(allowed=choice.fixed),
-        redraw=choice.redraw,
-        suspects=road.suspects(choice.adapter).suspects if choice.suspects else None,
-        second=choice.second,
-        allow=road.project.recipe.data.allow,
-    )
-    if export is not None:
-        count = export_csv(export, review, max(review.needed, _EXPORTED))
-        current.show({"file": str(export), "rows": count}, f"{count} rows written to {export}: fill in verdict")
-        return
-    _pass(current, review)
-    _show_status(current, road.project.dataset, version)
-
-
-def _show_status(current: Session, dataset: Path, version: DatasetVersion) -> int:
-    from tunewright.data.review.report import review_report
-
-    report = review_report(dataset, version)
-    current.show(report.as_dict(), f"Version {version.digest[:12]} {report.status}", *report.lines)
+def _show_status(current: Session, data: DataRoad) -> int:
+    report = data.review_status()
+    current.show(report.as_dict(), f"Version {report.version[:12]} {report.status}", *report.lines)
     return report.exit_code
 
 

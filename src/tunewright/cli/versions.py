@@ -38,11 +38,9 @@ def data_diff(
     """What differs between two versions, and whether scores on the one can be compared with scores on the other."""
     import tunewright
     from tunewright.data.versions.change_text import diff_text
-    from tunewright.data.versions.changes import diff
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
-        found = diff(road.version(a), road.version(b))
+        found = tunewright.open(project, current.reporter).data.diff(a, b)
         current.show(found.as_dict(), diff_text(found))
 
 
@@ -50,11 +48,9 @@ def data_diff(
 def data_blame(row: Row, project: Folder = HERE, json: Json = False) -> None:
     """How a row came into the dataset: which version brought it, from where, when and by whom."""
     import tunewright
-    from tunewright.data.versions.changes import blame
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
-        found = blame(road.project.dataset, road.version(), road.row(row).key)
+        found = tunewright.open(project, current.reporter).data.blame(row)
         current.show(found.as_dict(), _blame_text(found))
 
 
@@ -79,12 +75,10 @@ def _blame_text(found: Blame) -> str:
 def data_where(row: Row, project: Folder = HERE, json: Json = False) -> None:
     """Which adapters were trained on a row."""
     import tunewright
-    from tunewright.data.versions.changes import trained_on, where
+    from tunewright.data.versions.changes import trained_on
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
-        key = road.row(row).key
-        found = where(road.project.dataset, road.project.adapters, key)
+        key, found = tunewright.open(project, current.reporter).data.where(row)
         lines = [f"{s.adapter}: {s.use}{f' ({s.reason})' if s.reason else ''}" for s in found]
         current.show(
             {"key": key, "trained_on": trained_on(found), "adapters": [s.as_dict() for s in found]},
@@ -101,10 +95,9 @@ def data_checkout(
     """Make a version that is there the current one."""
     import tunewright
     from tunewright.cli.tables import version_table
-    from tunewright.data.versions import checkout
 
     with session(json, project) as current:
-        manifest = checkout(tunewright.open(project, current.reporter).project.dataset, version)
+        manifest = tunewright.open(project, current.reporter).data.checkout(version)
         current.show(manifest.model_dump(mode="json"), version_table([manifest]))
 
 
@@ -121,7 +114,7 @@ def data_export(
     import tunewright
 
     with session(json, project) as current:
-        written = tunewright.open(project, current.reporter).export(out, form, split=split, version=version)
+        written = tunewright.open(project, current.reporter).data.export(out, form, split=split, version=version)
         current.show(written.as_dict(), f"Wrote {written.rows:,} rows of version {written.version[:12]} to {out}")
 
 
@@ -129,11 +122,9 @@ def data_export(
 def data_push(url: Url, project: Folder = HERE, json: Json = False) -> None:
     """Copy the current version, those that it was made from, and reviews to a folder or bucket that a team shares."""
     import tunewright
-    from tunewright.data.versions.remote import push
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
-        done = push(road.project.dataset, url, current.reporter)
+        done = tunewright.open(project, current.reporter).data.push(url)
         current.show(done.as_dict(), _transfer_text(done, f"{url} is"))
 
 
@@ -141,11 +132,9 @@ def data_push(url: Url, project: Folder = HERE, json: Json = False) -> None:
 def data_pull(url: Url, project: Folder = HERE, json: Json = False) -> None:
     """Copy the current version and reviews from where a team shares them, verified, and make it current here."""
     import tunewright
-    from tunewright.data.versions.remote import pull
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
-        done = pull(road.project.dataset, url, current.reporter)
+        done = tunewright.open(project, current.reporter).data.pull(url)
         current.show(done.as_dict(), _transfer_text(done, "This side is"))
 
 
@@ -166,11 +155,9 @@ def _transfer_text(done: Transfer, other: str) -> str:
 def data_verify(project: Folder = HERE, json: Json = False) -> None:
     """Check every row, version and review against its digest. Exit code 1 where something is not as it was written."""
     import tunewright
-    from tunewright.data.versions.verify import verify
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
-        found = verify(road.project.dataset, current.reporter)
+        found = tunewright.open(project, current.reporter).data.verify()
         if found.unsealed:
             names = ", ".join(digest[:12] for digest in found.unsealed)
             current.reporter.warn(f"Of an earlier tunewright, so that no digest covers manifest and imports: {names}")

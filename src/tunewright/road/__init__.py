@@ -1,0 +1,310 @@
+"""The road from raw pairs to traffic, as verbs: what the command line and ``tunewright.open`` both call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunewright.adapters.registry import find_adapter
+from tunewright.adapters.servable import require_servable
+from tunewright.data.add import AddResult
+from tunewright.errors import UserError
+from tunewright.evaluation.evidence import find_evaluation, load_evidence, load_items
+from tunewright.evaluation.verdict import Verdict, verdict
+from tunewright.models.bases import Base
+from tunewright.models.quantized import require_bitsandbytes
+from tunewright.progress import LogReporter, Reporter
+from tunewright.project import Project
+from tunewright.recipe import Recipe, TrainRecipe
+from tunewright.report.html import write_report
+from tunewright.road.adapters import AdaptersRoad
+from tunewright.road.data import DataRoad
+from tunewright.road.opened import OpenProject
+from tunewright.training.trackers import require_trackers
+
+if TYPE_CHECKING:
+    from tunewright.chat import ChatFormat
+    from tunewright.evaluation.learning_curve import CurveResult
+    from tunewright.evaluation.measure import AdviseResult, EvaluateResult
+    from tunewright.models.fit.plan import Plan
+    from tunewright.serving.service import Service
+    from tunewright.training.sweep import SweepResult
+    from tunewright.training.train import TrainResult
+
+REPORT_FILE = "report.html"
+CURVE_PLOT = "curve.svg"
+SEEDS = 3
+"""Of a learning curve: with fewer the luck of a training cannot be told from what the rows bring."""
+FOLDS = 5
+"""Of a cross-fitted evaluation: each adapter sees four fifths of the rows, less those that it is chosen by."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the whole road ended."""
+
+    added: AddResult
+    advised: AdviseResult
+    trained: TrainResult
+    evaluated: EvaluateResult
+    verdict: Verdict
+    report: Path
+
+
+class Road:
+    """A project and the steps that it can take, by the command line's names.
+
+    Its groups of commands are attributes: ``tunewright data add`` is ``road.data.add``.
+    """
+
+    def __init__(self, project: Project, reporter: Reporter | None = None) -> None:
+        self._opened = OpenProject(project, reporter or LogReporter())
+        self.project = project
+        self.reporter = self._opened.reporter
+        self.data = DataRoad(self._opened)
+        self.adapters = AdaptersRoad(self._opened)
+
+    @property
+    def base(self) -> Base:
+        """The recipe's base, found, fetched and checked."""
+        return self._opened.base
+
+    @property
+    def chat(self) -> ChatFormat:
+        """How conversations become tokens here."""
+        return self._opened.chat
+
+    def run(self, *, force: bool = False) -> RunResult:
+        """Go the whole road; a stage whose inputs have not changed is found done. ``force`` as in :meth:`train`."""
+        sources = self.project.recipe.data.sources
+        require_trackers(self.project.recipe.train.report_to)
+        if not sources:
+            raise UserError(
+                "the recipe names no sources of pairs",
+                where="data.sources",
+                fix="List your files there, e.g. sources: [pairs.jsonl]",
+            )
+        added = self.data.add([self.project.root / source for source in sources])
+        self._stage("data", added.created, f"version {added.version.digest[:12]}")
+        self._refuse_up_front()
+        forced = self._forced(force)
+        advised = self.advise()
+        self._stage("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
+        trained = self._train(forced)
+        self._stage("train", trained.trained, trained.adapter.name)
+        evaluated = self.evaluate(trained.adapter.name)
+        self._stage("evaluate", evaluated.evaluated, f"evidence {evaluated.evidence.id}")
+        decision = verdict(evaluated.evidence)
+        report = self.report(evaluated.folder)
+        return RunResult(added, advised, trained, evaluated, decision, report)
+
+    def _stage(self, name: str, done_now: bool, what: str) -> None:
+        self.reporter.say(f"{name}: {'done' if done_now else 'unchanged'}, {what}")
+
+    def advise(self) -> AdviseResult:
+        """Measure the prompting arms on the dev split with the untuned base."""
+        return self._opened.measurement().advise()
+
+    def fit(
+        self,
+        *,
+        gpu: str | None = None,
+        base: str | None = None,
+        rows: int | None = None,
+        length: int | None = None,
+        shared: int = 0,
+        answer: int | None = None,
+    ) -> Plan:
+        """What training needs of memory, by part, and what fits: from the base's config.json alone.
+
+        Args:
+            gpu: a card's memory, such as 24GB (None: of the card present, or of this machine).
+            base: another base than the project's; then no project is needed, and without one the defaults hold.
+            rows, length: the micro-batch to tell of (None: the recipe's).
+            shared: tokens that all rows begin with.
+            answer: trained tokens of each row (None: all but the shared).
+
+        Raises:
+            UserError: no such base or size, or more shared and trained tokens than a row has.
+        """
+        from tunewright.models.bases import base_config
+        from tunewright.models.fit.plan import memory_at_hand, plan
+        from tunewright.models.fit.shape import read_shape
+
+        memory = memory_at_hand(gpu)
+        alone = base is not None and not self.project.has_recipe
+        recipe = Recipe() if alone else self.project.recipe
+        if alone:
+            self.reporter.say("There is no project here: the recipe's defaults hold.")
+        spec, revision = (recipe.base, recipe.revision) if base is None else (base, None)
+        settings = recipe.train
+        if settings.dora:
+            self.reporter.warn("DoRA takes more than is told here: what it needs beyond LoRA is not counted.")
+        rows = rows or settings.micro_batch or settings.batch_size
+        length = length or settings.max_length
+        if shared + (answer or 1) > length:
+            raise UserError(
+                f"{shared:,} shared and {answer or 1:,} trained tokens are more than a row's {length:,}",
+                where="--length",
+                fix="Raise it, or lower --shared or --answer.",
+            )
+        shape = read_shape(base_config(spec, revision, self.project.root, self.reporter))
+        answer = answer or length
+        return plan(spec, shape, settings, memory, rows=rows, length=length, shared=shared, answer=answer)
+
+    def train(self, *, force: bool = False) -> TrainResult:
+        """Train the recipe's adapter on the current version, or find the one already trained.
+
+        Fewer than 50 training pairs are refused; with ``force`` that is a warning, and the adapter's lineage says so.
+        """
+        self._refuse_up_front()
+        return self._train(self._forced(force))
+
+    def sweep(
+        self,
+        *,
+        minutes: float | None = None,
+        rates: Sequence[float] | None = None,
+        write: bool = False,
+        force: bool = False,
+    ) -> tuple[SweepResult, dict[str, Any]]:
+        """Try presets and learning rates by successive halving on dev, and train the winner to its end.
+
+        Args:
+            minutes: for the whole sweep, what is in its ledger included; None: as long as it takes.
+            rates: to try (None: three around what suits the base's size, one of which is the recipe's own).
+            write: put the winner's values into tunewright.yaml.
+            force: as in :meth:`train`.
+
+        Returns:
+            What the sweep came to, and the keys of the train section that were written.
+
+        Raises:
+            UserError: a budget that is none or too small for one trial, or rates that are none.
+        """
+        from tunewright.project import RECIPE_FILE
+        from tunewright.recipe_edit import write_train
+        from tunewright.training.sweep import Sweep
+
+        if minutes is not None and not minutes > 0:
+            raise UserError(f"{minutes:g} minutes are no time", where="--minutes")
+        self._refuse_up_front()
+        forced = self._forced(force)
+        facts = {"forced": forced} if forced else {}
+        sweep = Sweep(self.project, self.data.version(), self.base, self.chat, self.reporter, rates=rates, facts=facts)
+        result = sweep.run(minutes)
+        written: dict[str, Any] = {}
+        if write and result.winner is not None:
+            written = write_train(self.project.root / RECIPE_FILE, result.winner.train)
+            if not written:
+                self.reporter.say("tunewright.yaml has the winner's values already.")
+        elif write:
+            self.reporter.warn("Nothing is written to tunewright.yaml: there is no winner.")
+        return result, written
+
+    def curve(self, *, seeds: int = SEEDS, force: bool = False) -> CurveResult:
+        """Train on parts of the training rows with several seeds, to see on dev whether more rows would help.
+
+        The plot lies beside the result, as curve.svg. ``force`` as in :meth:`train`.
+        """
+        from tunewright.disk import write_text
+        from tunewright.evaluation.learning_curve import LearningCurve
+        from tunewright.report.plots import curve_plot
+
+        if seeds < 2:
+            raise UserError(
+                f"{seeds} seed", where="--seeds", fix="Two are the fewest: one cannot show how much is luck."
+            )
+        self._refuse_up_front()
+        version, chat = self.data.version(), self.chat
+        result = LearningCurve(self.project, version, self.base, chat, self.reporter, seeds=seeds, force=force).run()
+        write_text(result.folder / CURVE_PLOT, curve_plot(result.curve))
+        return result
+
+    def evaluate(self, adapter: str | None = None) -> EvaluateResult:
+        """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split."""
+        tuned = find_adapter(self.project.adapters, adapter)
+        measurement = self._opened.measurement(tuned)
+        # Keys that there were not yet when it was trained had the effect of their defaults.
+        trained_by = TrainRecipe().deciding() | tuned.lineage["recipe"]["train"]
+        if any(trained_by[key] != value for key, value in self.project.recipe.train.deciding().items()):
+            self.reporter.warn(
+                f"The recipe's train section has changed since {tuned.name} was trained, and that adapter is evaluated "
+                "as it is; `tunewright train` makes one by the recipe."
+            )
+        return measurement.evaluate(tuned, measurement.advise().advice)
+
+    def crossfit(self, *, folds: int = FOLDS, force: bool = False) -> EvaluateResult:
+        """Evaluate the recipe on every row of the current version, in folds: for sets too small to hold a test out.
+
+        ``force`` as in :meth:`train`.
+        """
+        from tunewright.evaluation.crossfit import CrossFit
+
+        if folds < 2:
+            raise UserError(f"{folds} folds", where="--folds", fix="Two are the fewest; five are usual.")
+        self._refuse_up_front()
+        version, chat = self.data.version(), self.chat
+        return CrossFit(self.project, version, self.base, chat, self.reporter, folds=folds, force=force).run()
+
+    def verdict(self, evaluation: str | Path | None = None) -> Verdict:
+        """Ship, don't ship or can't tell, from an evaluation's evidence alone (the newest by default)."""
+        return verdict(load_evidence(self.evaluation(evaluation)))
+
+    def report(self, evaluation: str | Path | None = None) -> Path:
+        """Write an evaluation's HTML report beside its evidence (the newest by default)."""
+        folder = self.evaluation(evaluation)
+        evidence = load_evidence(folder)
+        history: list[dict[str, Any]] = []
+        if evidence.design == "held-out":  # cross-fitted evidence has each fold's dev losses itself
+            adapters = {a.digest: a for a in self.adapters.list()}
+            adapter = adapters.get(evidence.lineage["adapter"]["digest"])
+            if adapter is None:
+                self.reporter.warn("The evaluated adapter is no longer here: the report has no loss curve.")
+            else:
+                history = adapter.history
+        out = folder / REPORT_FILE
+        write_report(evidence, load_items(folder), history, out)
+        return out
+
+    def serve(self, adapters: Sequence[str] = (), *, host: str | None = None, port: int | None = None) -> Service:
+        """A server for the base and adapters (all that fit the base by default), loaded but not yet started.
+
+        ``NAME@step-N`` is an adapter's earlier checkpoint. Adapters that are named decide how the base is held (as
+        they were trained on it), unless ``serve.quantize`` does; else the recipe decides.
+
+        Raises:
+            UserError: a named adapter that does not fit, or that cannot be served together with the others.
+        """
+        from tunewright.road.serving import choose_served
+        from tunewright.serving.service import Service
+
+        held, folders = choose_served(self._opened, adapters)
+        return Service(self.project.recipe, self.base, self.chat, held, folders, self.reporter, host=host, port=port)
+
+    def evaluation(self, evaluation: str | Path | None = None) -> Path:
+        """An evaluation's folder: as given (ID, folder or evidence file), else the newest.
+
+        Raises:
+            UserError: there is none.
+        """
+        return find_evaluation(self.project.evaluations, evaluation)
+
+    def _refuse_up_front(self) -> None:
+        """What no training by this recipe could end well with, before a base is fetched or anything measured."""
+        settings = self.project.recipe.train
+        require_servable(settings)
+        require_bitsandbytes(settings.quantize, "train.quantize")
+
+    def _forced(self, force: bool) -> str | None:
+        from tunewright.training.few import forced_below
+
+        return forced_below(len(self.data.version().domain_of("train")), force=force, reporter=self.reporter)
+
+    def _train(self, forced: str | None) -> TrainResult:
+        from tunewright.training.train import train
+
+        facts = {"forced": forced} if forced else {}
+        return train(self.project, self.data.version(), self.base, self.chat, self.reporter, facts=facts)

@@ -1,0 +1,327 @@
+"""The verbs on pairs, versions and reviews: ``tunewright data …``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunewright.adapters.registry import list_adapters
+from tunewright.data.add import AddResult, add
+from tunewright.data.formats import uses_columns
+from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
+from tunewright.data.versions.find import find_row
+from tunewright.errors import UserError
+from tunewright.evaluation.evidence import find_evaluation, load_evidence, load_items
+from tunewright.project import Project
+from tunewright.recipe import DataRecipe
+from tunewright.road.opened import OpenProject
+
+if TYPE_CHECKING:
+    from tunewright.data.formats.file_check import Change, FileCheck
+    from tunewright.data.neighbours.contamination import Contamination
+    from tunewright.data.neighbours.leak import BandScore, LeakReport
+    from tunewright.data.review.edits import EditResult
+    from tunewright.data.review.passes import Review
+    from tunewright.data.review.report import ReviewReport
+    from tunewright.data.review.suspects import Suspect
+    from tunewright.data.review.table import Imported
+    from tunewright.data.splits import Split
+    from tunewright.data.versions.changes import Blame, Diff, Sighting
+    from tunewright.data.versions.export import Exported, Format
+    from tunewright.data.versions.remote import Transfer
+    from tunewright.data.versions.verify import Verification
+    from tunewright.training.lengths import LengthReport
+
+
+@dataclass(frozen=True)
+class SuspectsResult:
+    """The rows of a version most likely wrong, the worst first."""
+
+    version: DatasetVersion
+    suspects: list[Suspect]
+    judged_by: str | None
+    """Whose losses ranked the answers, in words; None where no losses did."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The suspects as ``--json`` prints them."""
+        return {
+            "version": self.version.digest,
+            "judged_by": self.judged_by,
+            "suspects": [suspect.as_dict() for suspect in self.suspects],
+        }
+
+
+class DataRoad:
+    """What can be done with a project's data."""
+
+    def __init__(self, opened: OpenProject) -> None:
+        self._opened = opened
+        self._project = opened.project
+        self._dataset = opened.project.dataset
+        self._reporter = opened.reporter
+
+    def add(
+        self,
+        files: Iterable[str | Path],
+        *,
+        rows: str | None = None,
+        input_column: str | None = None,
+        output_column: str | None = None,
+        skip_bad: bool = False,
+        redact: bool = False,
+        accept_conflicts: bool = False,
+        presidio: str | None = None,
+        message: str = "",
+    ) -> AddResult:
+        """Add files of pairs to the dataset: a new version, unless nothing in them is new.
+
+        ``rows``, ``input_column`` and ``output_column`` take the place of the recipe's data.rows, data.input and
+        data.output; ``accept_conflicts`` keeps inputs with different outputs, as data.conflicts: accept does;
+        ``presidio`` names a spaCy model to look for names and places with.
+        """
+        paths = [Path(f) for f in files]
+        data = self._mapped(paths, rows, input_column, output_column)
+        if accept_conflicts:
+            data = data.model_copy(update={"conflicts": "accept"})
+        project = Project(self._project.root, self._project.recipe.model_copy(update={"data": data}))
+        return add(project, paths, self._reporter, skip_bad=skip_bad, redact=redact, presidio=presidio, message=message)
+
+    def check_files(
+        self,
+        files: Iterable[str | Path],
+        *,
+        rows: str | None = None,
+        input_column: str | None = None,
+        output_column: str | None = None,
+    ) -> FileCheck:
+        """All faults of all rows of files of pairs, before they are added; options as for ``add``."""
+        from tunewright.data.formats.file_check import check_files
+
+        paths = [Path(f) for f in files]
+        return check_files(paths, self._mapped(paths, rows, input_column, output_column), self._reporter)
+
+    def fix_file(
+        self,
+        file: str | Path,
+        out: str | Path,
+        *,
+        rows: str | None = None,
+        input_column: str | None = None,
+        output_column: str | None = None,
+    ) -> list[Change]:
+        """Write a corrected copy of a file of pairs, and list each change; options as for ``add``."""
+        from tunewright.data.formats import source_size
+        from tunewright.data.formats.file_check import fix_file
+
+        data = self._mapped([Path(file)], rows, input_column, output_column)
+        with self._reporter.task("correcting", source_size(Path(file)), "bytes") as task:
+            return fix_file(Path(file), Path(out), data, task)
+
+    def _mapped(self, paths: Sequence[Path], rows: str | None, input_: str | None, output: str | None) -> DataRecipe:
+        """The recipe's data section with a command's options in it.
+
+        Raises:
+            UserError: an option that is empty, or that no file has a use for.
+        """
+        data = self._project.recipe.data
+        options = {"rows": rows, "input": input_, "output": output}
+        given = {key: option for key, option in options.items() if option is not None}
+        empty = [key for key, option in given.items() if not option]
+        if empty:
+            raise UserError("it is empty", where=f"--{empty[0]}", fix="Leave it out for the recipe's.")
+        data = data.model_copy(update=given)
+        columns = [key for key in given if key != "rows"]
+        if columns and not any(uses_columns(path, data) for path in paths):
+            raise UserError(
+                "columns are named, but no file is a CSV or another table, or has those keys",
+                where="--" + "/--".join(columns),
+            )
+        return data
+
+    def version(self, digest: str | None = None) -> DatasetVersion:
+        """A dataset version; the current one where no digest is given."""
+        return load_version(self._dataset, digest)
+
+    def log(self) -> list[Manifest]:
+        """The dataset's versions, the newest last."""
+        return list_versions(self._dataset)
+
+    def show(self, row: str) -> Member:
+        """One row of the current version, by the beginning of its key or by ``FILE:LINE``."""
+        return find_row(self._dataset, self.version(), row)
+
+    def check(self) -> LengthReport:
+        """Encode every row of the current version as training would, and measure."""
+        from tunewright.models.loading import context_length
+        from tunewright.training.lengths import measure_lengths
+
+        base = self._opened.base
+        limit = min(self._project.recipe.train.max_length, context_length(base))
+        return measure_lengths(self._opened.chat, base.spec, self.version(), limit, self._reporter)
+
+    def leak(self) -> LeakReport:
+        """How near held-out rows are to training rows, and how near a random split would have brought them."""
+        from tunewright.data.neighbours.leak import leak
+
+        return leak(self.version(), self._project.recipe.seed, self._reporter)
+
+    def scores_by_distance(self, report: LeakReport, evaluation: str | Path) -> list[BandScore]:
+        """An evaluation's exact match by how near its items are to the training rows.
+
+        Raises:
+            UserError: there is no such evaluation, or it is of another version or of no single split.
+        """
+        from tunewright.data.neighbours.leak import score_by_distance
+
+        folder = find_evaluation(self._project.evaluations, evaluation)
+        if load_evidence(folder).design != "held-out":
+            raise UserError(
+                "it is cross-fitted: its items were training rows too, and have no distance from them",
+                where=str(folder),
+                fix="Name an evaluation that `tunewright evaluate` made.",
+            )
+        return score_by_distance(load_items(folder), report)
+
+    def contamination(self, files: Iterable[str | Path] = ()) -> Contamination:
+        """Training rows that hold a test input, an item of the recipe's benchmarks, or one of these files."""
+        from tunewright.data.neighbours.contamination import contamination
+
+        return contamination(self._project, self.version(), [Path(f) for f in files], self._reporter)
+
+    def suspects(self, adapter: str | None = None) -> SuspectsResult:
+        """The current version's rows whose answer is most likely wrong.
+
+        Free text is ranked by each answer's loss: under cross-fitted adapters where the version has them, else the
+        newest adapter that fits; or under the one that is named.
+
+        Raises:
+            UserError: an adapter is named where answers are classes, which a model of other rows judges better.
+        """
+        from tunewright.data.review.suspects import class_like, suspects
+
+        version = self.version()
+        project = self._project
+        losses = None
+        if class_like([m.example.output.strip() for m in version.domain]):
+            if adapter is not None:
+                raise UserError(
+                    "the answers are classes: a model of other rows judges them, and no adapter is used",
+                    where="--adapter",
+                    fix="Leave it out.",
+                )
+        elif adapter is not None or list_adapters(project.fold_adapters) or list_adapters(project.adapters):
+            from tunewright.evaluation.losses import row_losses
+
+            losses = row_losses(project, version, self._opened.base, self._opened.chat, self._reporter, adapter)
+        found = suspects(version, self._reporter, losses=losses.by_key if losses else None)
+        return SuspectsResult(version, found, losses.judged_by if losses else None)
+
+    def review(
+        self,
+        reviewer: str | None = None,
+        *,
+        suspects: bool = False,
+        adapter: str | None = None,
+        second: bool = False,
+        fixed: int | None = None,
+        redraw: bool = False,
+    ) -> Review:
+        """A pass over a random sample of the current version's rows (drawn now, if there is none), or its suspects.
+
+        Args:
+            reviewer: whose verdicts they are; None: the login name.
+            suspects: review these in place of the sample.
+            adapter: whose loss ranks them, as in :meth:`suspects`.
+            second: judge again, unseen, what others have judged.
+            fixed: a sample of fixed size that allows so many wrong; None: the plan there is, or the sequential one.
+            redraw: draw another sample; it stays on record.
+
+        Raises:
+            UserError: another plan than that of the sample there is, or options that exclude each other.
+        """
+        from tunewright.data.review.acceptance import FixedPlan
+        from tunewright.data.review.passes import Review, default_reviewer
+
+        return Review(
+            self._dataset,
+            self.version(),
+            default_reviewer() if reviewer is None else reviewer,
+            self._reporter,
+            plan=None if fixed is None else FixedPlan(allowed=fixed),
+            redraw=redraw,
+            suspects=self.suspects(adapter).suspects if suspects else None,
+            second=second,
+            allow=self._project.recipe.data.allow,
+        )
+
+    def import_reviews(self, file: str | Path, reviewer: str | None = None) -> Imported:
+        """Record the verdicts of a filled-in spreadsheet: all of them, or none if a row is faulty."""
+        from tunewright.data.review.passes import default_reviewer
+        from tunewright.data.review.table import import_csv
+
+        name = default_reviewer() if reviewer is None else reviewer
+        return import_csv(Path(file), self._dataset, self.version(), name, self._project.recipe.data.allow)
+
+    def apply_reviews(self, *, message: str = "") -> EditResult:
+        """Make a new version with the answers that reviewers edited."""
+        from tunewright.data.review.edits import apply_edits
+
+        return apply_edits(self._project, self._reporter, message=message)
+
+    def review_status(self) -> ReviewReport:
+        """Where the review of the current version stands."""
+        from tunewright.data.review.report import review_report
+
+        return review_report(self._dataset, self.version())
+
+    def diff(self, a: str, b: str | None = None) -> Diff:
+        """What differs between two versions (the second: the current one by default)."""
+        from tunewright.data.versions.changes import diff
+
+        return diff(self.version(a), self.version(b))
+
+    def blame(self, row: str) -> Blame:
+        """How a row of the current version came into the dataset; ``row`` as in :meth:`show`."""
+        from tunewright.data.versions.changes import blame
+
+        version = self.version()
+        return blame(self._dataset, version, find_row(self._dataset, version, row).key)
+
+    def where(self, row: str) -> tuple[str, tuple[Sighting, ...]]:
+        """A row's key, and what each adapter's training did with it; ``row`` as in :meth:`show`."""
+        from tunewright.data.versions.changes import where
+
+        key = self.show(row).key
+        return key, where(self._dataset, self._project.adapters, key)
+
+    def checkout(self, version: str) -> Manifest:
+        """Make a version that is there the current one, by its digest or the beginning of it."""
+        return checkout(self._dataset, version)
+
+    def export(
+        self, out: str | Path, form: Format = "chat", *, split: Split | None = None, version: str | None = None
+    ) -> Exported:
+        """Write a version (the current one by default), or one split of it, as a file for other tools."""
+        from tunewright.data.versions.export import export
+
+        return export(self.version(version), Path(out), form, self._reporter, split=split)
+
+    def push(self, url: str) -> Transfer:
+        """Copy the current version, those that it was made from, and reviews to a folder or bucket."""
+        from tunewright.data.versions.remote import push
+
+        return push(self._dataset, url, self._reporter)
+
+    def pull(self, url: str) -> Transfer:
+        """Copy the current version and reviews from where a team shares them, verified, and make it current here."""
+        from tunewright.data.versions.remote import pull
+
+        return pull(self._dataset, url, self._reporter)
+
+    def verify(self) -> Verification:
+        """Check every row, version and review against its digest."""
+        from tunewright.data.versions.verify import verify
+
+        return verify(self._dataset, self._reporter)

@@ -1,0 +1,76 @@
+"""A project with what its verbs share, whichever group they are in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from tunewright.adapters.fit import require_fit, trained_quantize
+from tunewright.adapters.registry import Adapter
+from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.errors import UserError
+from tunewright.models.bases import Base, resolve_base
+from tunewright.progress import Reporter
+from tunewright.project import Project
+
+if TYPE_CHECKING:
+    from tunewright.chat import ChatFormat
+    from tunewright.evaluation.measure import Measurement
+
+
+@dataclass(frozen=True)
+class OpenProject:
+    """A project, who is told of what happens in it, and its base and chat format: loaded once, when first needed."""
+
+    project: Project
+    reporter: Reporter
+
+    @cached_property
+    def base(self) -> Base:
+        """The recipe's base, found, fetched and checked."""
+        recipe = self.project.recipe
+        return resolve_base(recipe.base, recipe.revision, self.project.root, self.reporter)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How conversations become tokens here."""
+        from tunewright.chat import open_chat
+
+        return open_chat(self.base, self.project.recipe.chat, self.reporter)
+
+    def measurement(self, adapter: Adapter | None = None) -> Measurement:
+        """The arms on the base as ``adapter`` was trained on it, or will be by the recipe; or as the recipe says.
+
+        Raises:
+            UserError: an adapter that does not fit base or chat format, or of another version than the current one.
+        """
+        from tunewright.evaluation.generations import Generator
+        from tunewright.evaluation.measure import Measurement
+
+        recipe = self.project.recipe
+        version = load_version(self.project.dataset)
+        if adapter is not None:
+            require_fit(adapter, self.base, self.chat)
+            _require_version(adapter, version)
+        trained = recipe.train.quantize if adapter is None else trained_quantize([adapter])
+        generator = Generator(
+            self.base,
+            self.chat,
+            recipe.train.dtype,
+            recipe.evaluate.quantize or trained,
+            recipe.evaluate.batch_size,
+            self.project.work,
+            self.reporter,
+        )
+        return Measurement(self.project, version, generator, self.reporter)
+
+
+def _require_version(adapter: Adapter, version: DatasetVersion) -> None:
+    trained_on = adapter.lineage["dataset"]["digest"]
+    if trained_on != version.digest:
+        raise UserError(
+            f"{adapter.name} was trained on dataset version {trained_on[:12]}, the current one is "
+            f"{version.digest[:12]}: rows that it trained on may be held out there",
+            fix="Train on the current version first: tunewright train",
+        )
