@@ -67,7 +67,7 @@ def step_times(side: str, steps: int) -> list[float]:
     times: list[float] = []
     with tempfile.TemporaryDirectory() as out:
         rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
-        trainer = build(next(iter(SIDES)), model, load_tokenizer(base), rows, lora, out, 16)
+        trainer = build(next(iter(SIDES)), model, load_tokenizer(base), rows, lora, out, 16, "bfloat16")
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Compile("on" if side == "on" else "off", Path(out), LogReporter()))
         trainer.add_callback(step_clock(times))

@@ -32,6 +32,9 @@ CASES: list[tuple[str, str, bool, tuple[int, int, int, int]]] = [
     ("float32", "none", False, (4, 0, 128, 16)),
     ("float32", "none", False, (8, 0, 128, 128)),
     ("bfloat16", "nf4", False, (8, 0, 128, 16)),
+    ("bfloat16", "nf4", False, (2, 0, 512, 64)),
+    ("bfloat16", "nf4", False, (16, 200, 40, 16)),
+    ("bfloat16", "nf4", True, (8, 0, 128, 16)),
 ]
 
 

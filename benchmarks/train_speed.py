@@ -1,13 +1,15 @@
 """Training speed beside trl's, on the same rows of a real task, with the bundled base in bfloat16.
 
     python benchmarks/train_speed.py [--steps 24] [--long-steps 6] [--only demo instruction long none] [--batch 16]
+                                    [--dtype bfloat16]
 
 Four data sets, made of the demo's rows (court names to citations): as they are ("demo"); with an instruction of usual
 length ("instruction"); with one that is 300 tokens longer ("long"); and without the shared tokens ("none"). Each side
 trains in a process of its own, so that peak memory is its own; rows, seed, LoRA, learning rate, batch and steps are
 the same. trl draws an order of its own; "in our order" has it take ours, so that each step is made of the same rows
 and the final losses can be compared. Speed is that of the steps after the second. The final loss is that of 64
-held-out rows after the last step, each computed alone by transformers. Prints tables, and writes JSON to
+held-out rows after the last step, each computed alone by transformers; in bfloat16 rounding alone moves it by a few
+percent, so whether both sides train alike is for --dtype float32 to tell. Prints tables, and writes JSON to
 benchmarks/results/train_speed.json, one data set at a time.
 """
 
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--long-steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--only", nargs="*", default=list(DATA), choices=list(DATA))
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -66,13 +69,15 @@ def main() -> None:
         steps = options.long_steps if data == "long" else options.steps
         rows = {}
         for side in options.sides:
-            job = json.dumps({"side": side, "data": data, "steps": steps, "batch": options.batch})
+            told = {"side": side, "data": data, "steps": steps, "batch": options.batch, "dtype": options.dtype}
+            job = json.dumps(told)
             command = [sys.executable, __file__, "--job", job]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows[side] = json.loads(done.stdout.splitlines()[-1])
             print(f"{data} {side}: {rows[side]['examples_s']:.2f} examples/s", file=sys.stderr, flush=True)
-        results["data"][data] = {"steps": steps, "sides": rows}
-        Console(width=120).print(table(data, steps, rows))
+        key = data if options.dtype == "bfloat16" else f"{data}, {options.dtype}"
+        results["data"][key] = {"steps": steps, "sides": rows}
+        Console(width=120).print(table(data, steps, rows, options.dtype))
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
@@ -85,9 +90,9 @@ def machine() -> str:
     return f"{names[0]}, {len(names)} cores, Python {platform.python_version()}"
 
 
-def table(data: str, steps: int, rows: dict[str, dict[str, float]]) -> Table:
+def table(data: str, steps: int, rows: dict[str, dict[str, float]], dtype: str) -> Table:
     """One data set's sides, and how many times as fast tunewright is as each."""
-    shown = Table(title=f"{data}: {DATA[data]}, {steps} steps")
+    shown = Table(title=f"{data}: {DATA[data]}, {steps} steps, {dtype}")
     for name in ("side", "examples/s", "tokens/s", "tunewright is", "peak GiB", "final loss"):
         shown.add_column(name, justify="left" if name == "side" else "right")
     ours = rows.get("tunewright")
@@ -130,7 +135,7 @@ def rows_of(data: str, count: int) -> tuple[list[list[int]], list[list[int]]]:
     return ids, labels
 
 
-def run_side(side: str, data: str, steps: int, batch: int) -> dict[str, float]:
+def run_side(side: str, data: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     """Train one side in this process."""
     import torch
     from datasets import Dataset
@@ -146,13 +151,13 @@ def run_side(side: str, data: str, steps: int, batch: int) -> dict[str, float]:
     ids, labels = rows_of(data, steps * batch + HELD_OUT)
     train, held_out = ({"input_ids": ids[a:b], "labels": labels[a:b]} for a, b in ((HELD_OUT, None), (0, HELD_OUT)))
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
-    model = load_model(base, "bfloat16", "none")
+    model = load_model(base, dtype, "none")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=targets)
     set_seed(0)
     times: list[float] = []
     with quiet_transformers(), tempfile.TemporaryDirectory() as out:
-        trainer = build(side, model, load_tokenizer(base), Dataset.from_dict(train), lora, out, batch)
+        trainer = build(side, model, load_tokenizer(base), Dataset.from_dict(train), lora, out, batch, dtype)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(step_clock(times))
         trainer.train()
@@ -168,7 +173,7 @@ def run_side(side: str, data: str, steps: int, batch: int) -> dict[str, float]:
         }
 
 
-def build(side: str, model: Any, tokenizer: Any, rows: Any, lora: Any, out: str, batch: int) -> Any:
+def build(side: str, model: Any, tokenizer: Any, rows: Any, lora: Any, out: str, batch: int, dtype: str) -> Any:
     """The side's trainer; what is not named here is trl's default."""
     from trl import SFTConfig, SFTTrainer
 
@@ -183,7 +188,7 @@ def build(side: str, model: Any, tokenizer: Any, rows: Any, lora: Any, out: str,
         "lr_scheduler_type": "constant",
         "seed": 0,
         "use_cpu": True,
-        "bf16": True,
+        "bf16": dtype == "bfloat16",
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1,

@@ -49,6 +49,10 @@ def load_model(base: Base, dtype: str, quantize: Quantize) -> PreTrainedModel:
         )
         if quantize == "nf4":
             held_in_nf4(model)
+            # Embeddings and norms still lie in the mapped file, which would keep the 16-bit layers resident with them.
+            for weight in model.parameters():
+                if weight.is_floating_point():
+                    weight.data = weight.data.clone()
     model.eval()
     return model
 

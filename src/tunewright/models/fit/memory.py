@@ -28,6 +28,12 @@ PROCESS_SLACK = 0.15
 """Share of what comes and goes that malloc holds beyond it, measured by benchmarks/fit_memory.py (SmolLM2-135M, glibc);
 a card's allocator is in CARD_RUNTIME."""
 
+PROCESS_SLACK_NF4 = 0.30
+"""The same over 4-bit weights: each matrix that is unpacked for a moment leaves a gap between what is kept."""
+
+PROCESS_LEFTOVER = 32 << 20
+"""What loading a base leaves with malloc, whatever comes after: seen where checkpointing leaves little else."""
+
 PROCESS_RUNTIME = 800 << 20
 """Python with torch, transformers, peft and trl before a model is loaded: 570 to 800 MiB are resident here."""
 
@@ -215,6 +221,11 @@ def head_bytes(shape: Shape, way: Way, trained: int) -> int:
     return 2 * FLOAT * tile * shape.vocabulary + 2 * way.number * shape.hidden * trained
 
 
+def malloc_bytes(way: Way, passing: int) -> int:
+    """What malloc holds that nobody asked for, where so many bytes come and go with each step."""
+    return PROCESS_LEFTOVER + int((PROCESS_SLACK_NF4 if way.nf4 else PROCESS_SLACK) * passing)
+
+
 def need(shape: Shape, way: Way, load: Load) -> Need:
     """What one step with this micro-batch needs, at the moment when most is in use."""
     b, tokens = way.number, load.tokens
@@ -241,6 +252,6 @@ def need(shape: Shape, way: Way, load: Load) -> Need:
         attention=kept_attention,
         head=head,
         working=working,
-        allocator=0 if way.card else int(PROCESS_SLACK * passing),
+        allocator=0 if way.card else malloc_bytes(way, passing),
         runtime=CARD_RUNTIME if way.card else PROCESS_RUNTIME,
     )
