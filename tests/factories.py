@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunewright.disk import digest
-from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Fold, Interval, Item
+from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Fold, Item
+from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.statistics import contrast, score_arm
 from tunewright.metrics import bleu_signature, normalised
 from tunewright.recipe import Metric

@@ -14,7 +14,7 @@ import pytest
 from command_line import tiny_project, tunewright
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.evaluation.curve import Curve, Point, more_data
-from tunewright.evaluation.evidence import Interval
+from tunewright.evaluation.parts import Interval
 from tunewright.recipe import Metric
 from tunewright.report.plots import curve_plot
 

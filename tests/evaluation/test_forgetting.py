@@ -18,7 +18,7 @@ from tunewright.adapters.scaling import scale_weights
 from tunewright.data.examples import normalised
 from tunewright.errors import UserError
 from tunewright.evaluation.choices import Question, chosen, read_questions
-from tunewright.evaluation.evidence import Interval
+from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
 from tunewright.evaluation.scaling import Scaled, choose
 from tunewright.progress import LogReporter

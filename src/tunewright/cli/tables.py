@@ -11,7 +11,8 @@ from rich.text import Text
 
 from tunewright.data.versions import Manifest
 from tunewright.demo import ThreeAnswers
-from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Score
+from tunewright.evaluation.evidence import Arm, Contrast, Evidence
+from tunewright.evaluation.parts import Score
 from tunewright.evaluation.verdict import Verdict
 from tunewright.road import RunResult
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tunewright.evaluation.evidence import Interval
+from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.verdict import FEWEST_CLUSTERS
 from tunewright.metrics import points_text, score_text
 from tunewright.recipe import Metric

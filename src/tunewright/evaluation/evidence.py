@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from tunewright.disk import write_json
 from tunewright.errors import UserError
+from tunewright.evaluation.parts import Interval, Part, Score
 from tunewright.recipe import Metric
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -18,26 +20,7 @@ ArmKind = Literal["zero-shot", "retrieved", "tuned", "mixed"]
 Design = Literal["held-out", "cross-fitted"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Interval(_Part):
-    """A 95% interval, in the metric's own unit (shares from 0 to 1)."""
-
-    low: float
-    high: float
-
-
-class Score(_Part):
-    """One arm's score by one metric, as a share from 0 to 1 (a corpus BLEU of 43.2 is 0.432)."""
-
-    value: float
-    interval: Interval
-    method: Annotated[str, Field(description="How the interval was made, e.g. 'Wilson'.")]
-
-
-class Arm(_Part):
+class Arm(Part):
     """One way of answering, measured on one split."""
 
     name: Annotated[str, Field(description="zero-shot, retrieved-K, tuned, or best-prompting.")]
@@ -55,7 +38,7 @@ class Arm(_Part):
         return self.exact_match if metric == "exact_match" else self.bleu
 
 
-class Advice(_Part):
+class Advice(Part):
     """Prompting arms measured on the dev split with the untuned base; ``advice-ID.json``."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -66,7 +49,7 @@ class Advice(_Part):
     max_new_tokens: int
 
 
-class Contrast(_Part):
+class Contrast(Part):
     """Two arms on the same items: ``treatment`` minus ``control``."""
 
     treatment: str
@@ -88,7 +71,7 @@ class Contrast(_Part):
     ]
 
 
-class Fold(_Part):
+class Fold(Part):
     """One fold of a cross-fitted evaluation: its rows are answered by an adapter that saw none of their clusters."""
 
     number: Annotated[int, Field(description="From 1.")]
@@ -101,7 +84,7 @@ class Fold(_Part):
     adapter: Annotated[str, Field(description="The digest of the adapter that answered.")]
 
 
-class Evidence(_Part):
+class Evidence(Part):
     """What was measured, on what, with what."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -143,7 +126,7 @@ class Evidence(_Part):
         return next(a for a in self.arms if a.name == name)
 
 
-class Item(_Part):
+class Item(Part):
     """One test item with every arm's answer; a line of ``items.jsonl``."""
 
     key: Annotated[str, Field(description="The example's pair key.")]
@@ -168,6 +151,18 @@ def load_evidence(path: Path) -> Evidence:
     except (ValidationError, UnicodeDecodeError) as error:
         first = str(error).splitlines()
         raise UserError(f"not evidence of schema {SCHEMA_VERSION}: {' '.join(first[:3])}", where=str(file)) from None
+
+
+def amend(folder: Path, **sections: Part) -> Evidence:
+    """Put what was measured later (the judge, people, general capability) into the folder's evidence, whole or not at all.
+
+    Args:
+        folder: an evaluation's folder.
+        sections: fields of `Evidence` with their new values.
+    """
+    evidence = load_evidence(folder).model_copy(update=sections)
+    write_json(folder / EVIDENCE_FILE, evidence.model_dump(mode="json"))
+    return evidence
 
 
 def find_evaluation(evaluations: Path, name: str | Path | None = None) -> Path:

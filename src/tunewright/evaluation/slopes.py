@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t
 
-from tunewright.evaluation.evidence import Interval
+from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.statistics import RESAMPLES, Floats, Integers, bootstrap_sums, cluster_sums
 from tunewright.metrics import BLEU_COLUMNS, corpus_bleu
 

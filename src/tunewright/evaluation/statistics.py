@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
-from tunewright.evaluation.evidence import Arm, ArmKind, Contrast, Interval, Score
+from tunewright.evaluation.evidence import Arm, ArmKind, Contrast
+from tunewright.evaluation.parts import Interval, Score
 from tunewright.metrics import BLEU_COLUMNS, bleu_statistics, corpus_bleu, exact_matches
 from tunewright.recipe import Metric
 
