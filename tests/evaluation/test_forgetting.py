@@ -18,8 +18,8 @@ from tunewright.adapters.scaling import scale_weights
 from tunewright.data.examples import normalised
 from tunewright.errors import UserError
 from tunewright.evaluation.choices import Question, chosen, read_questions
-from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
+from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.scaling import Scaled, choose
 from tunewright.progress import LogReporter
 from tunewright.road import Road

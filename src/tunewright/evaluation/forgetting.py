@@ -21,9 +21,9 @@ from tunewright.chat import Tokens
 from tunewright.data.examples import Example, Message, normalised
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, write_json
-from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.losses import answer_losses
+from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.statistics import RESAMPLES, bootstrap_sums, percentiles
 from tunewright.models.loading import context_length
 from tunewright.project import Project
