@@ -99,7 +99,7 @@ class Evidence(Part):
             "adapters that did not see it."
         ),
     ] = "held-out"
-    folds: Annotated[list[Fold], Field(default_factory=list, description="Of a cross-fitted evaluation; else empty.")]
+    folds: Annotated[tuple[Fold, ...], Field(description="Of a cross-fitted evaluation; else empty.")] = ()
     items: int
     clusters: Annotated[int, Field(description="Independent groups among the test items; intervals resample these.")]
     train_items: Annotated[int, Field(description="Pairs trained on; cross-fitted: the mean over folds, rounded.")]
