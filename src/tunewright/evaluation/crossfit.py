@@ -190,7 +190,7 @@ class CrossFit:
             metric=settings.metric,
             margin=settings.margin,
             design="cross-fitted",
-            folds=tuple([_told(number, fold, control, settings.metric) for number, fold in enumerate(done, start=1)]),
+            folds=tuple(_told(number, fold, control, settings.metric) for number, fold in enumerate(done, start=1)),
             items=len(members),
             clusters=len({m.cluster for m in members}),
             train_items=round(sum(len(fold.version.examples("train")) for fold in done) / len(done)),
