@@ -1,4 +1,4 @@
-"""Replay: what the base writes itself, what of it is trained on, and that the adapter is held to the base there."""
+"""Replay: training on what the base wrote holds the adapter to the base there, and is kept with it."""
 
 from __future__ import annotations
 
@@ -7,60 +7,36 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from replay_helpers import replay_road, shorten_turns
 
 import tunewright
 from command_line import tiny_project
-from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
 from tiny import byte_tokenizer, chat_of
 from tunewright.adapters.registry import REPLAY
 from tunewright.chat import ChatFormat
-from tunewright.data.examples import Example, Message, normalised
-from tunewright.errors import UserError
-from tunewright.models.decoding import Completion
-from tunewright.models.loading import load_model
+from tunewright.data.examples import Message
 from tunewright.progress import LogReporter, LogTask, Task
-from tunewright.road import Road
 from tunewright.training import self_samples
 from tunewright.training.head import divergences
-from tunewright.training.replay import draw_replay, outsiders
-from tunewright.training.self_samples import Sampler, _answer, _instruction
 from tunewright.training.train import TrainResult
 
 
 @pytest.fixture(autouse=True)
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A base of random weights ends a turn about every 260 tokens, wherever that is."""
-    monkeypatch.setattr(self_samples, "_CHUNK", 24)
-    monkeypatch.setattr(self_samples, "INSTRUCTION_TOKENS", 200)
-    monkeypatch.setattr(self_samples, "ANSWER_TOKENS", 150)
-
-
-def _road(folder: Path, base: Path, recipe: str = "  replay: {samples: 6}\n", reporter: Any = None) -> Road:
-    if not folder.exists():
-        tiny_project(folder, base)
-        file = folder / "tunewright.yaml"
-        file.write_text(file.read_text().replace("train:\n", f"train:\n{recipe}"))
-    road = tunewright.open(folder, reporter)
-    road.data.add([folder / "pairs.jsonl"])
-    return road
-
-
-def _sampler(road: Road, load: Any, seed: int = 0, purpose: str = "replay") -> Sampler:
-    return Sampler(road.base, road.chat, {}, load, seed, purpose, road.project.work, road.reporter)
+    shorten_turns(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def replayed(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> TrainResult:
     with pytest.MonkeyPatch.context() as patch:
-        short_turns.__wrapped__(patch)  # type: ignore[attr-defined]
-        return _road(tmp_path_factory.mktemp("replay") / "project", tiny_base_folder).train()
+        shorten_turns(patch)
+        return replay_road(tmp_path_factory.mktemp("replay") / "project", tiny_base_folder).train()
 
 
 class _Interrupting(LogReporter):
@@ -85,138 +61,6 @@ class _Counting(LogTask):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-# How a template's user turn begins and ends
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "kind", "opening", "ends"),
-    [
-        (byte_tokenizer(), "own", "<|im_start|>user\n", {"<|im_end|>"}),
-        (llama3_tokenizer(), "own", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", {"<|eot_id|>"}),
-        (mistral_tokenizer("v3"), "own", "<s>[INST]", {"</s>", "[/INST]"}),
-        (mistral_tokenizer("tekken"), "own", "<s>[INST]", {"</s>", "[/INST]"}),
-    ],
-)
-def test_a_user_turn_begins_with_the_template_and_ends_with_its_token(
-    tokenizer: Any, kind: Any, opening: str, ends: set[str]
-) -> None:
-    turn = chat_of(tokenizer, kind).user_turn()
-    assert tokenizer.decode(turn.opening) == opening
-    assert set(tokenizer.convert_ids_to_tokens(sorted(turn.end_ids))) == ends
-    assert turn.end_text is None
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "kind", "begin", "end"),
-    [
-        (llama2_tokenizer(), "own", "[INST]", "[/INST]"),
-        (llama3_tokenizer(), "plain", "### Instruction:", "### Response:"),
-    ],
-)
-def test_a_turn_without_tokens_of_its_own_ends_with_text(tokenizer: Any, kind: Any, begin: str, end: str) -> None:
-    turn = chat_of(tokenizer, kind).user_turn()
-    assert (turn.begin_text, turn.end_text) == (begin, end)
-
-
-@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), llama3_tokenizer(), mistral_tokenizer("v3")])
-def test_the_opening_is_how_a_prompt_begins(tokenizer: Any) -> None:
-    chat = chat_of(tokenizer)
-    opening = chat.user_turn().opening
-    assert chat.prompt([Message("user", "What is the time?")])[: len(opening)] == opening
-
-
-def test_turns_that_end_with_text_are_cut_there_and_others_come_to_no_end() -> None:
-    chat = chat_of(byte_tokenizer(), "plain")
-
-    def wrote(text: str, finish: Any) -> Completion:
-        return Completion(tuple(chat.tokenizer(text)["input_ids"]), finish)
-
-    assert _instruction(chat, "### Response:", wrote("Add 2.\n\n### Response:\n4", "length")) == "Add 2."
-    assert _instruction(chat, "### Response:", wrote("Add 2.\n\nAnd then", "length")) == "Add 2."
-    assert _instruction(chat, "### Response:", wrote("Add 2 and", "length")) is None
-    assert _instruction(chat, None, wrote("Add 2.\n\nAnd then", "length")) is None
-    assert _answer(chat, "### Instruction:", wrote("4\n\n### Instruction:\nAdd", "length")) == ("4", True)
-    assert _answer(chat, None, wrote("4 and\nso on", "length")) == ("4 and\nso on", False)
-
-
-# The draw
-
-
-def test_a_draw_is_a_function_of_the_seed_and_is_kept(tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = _road(tmp_path / "a", tiny_base_folder)
-    model = load_model(road.base, "float32", "none")
-    first = _sampler(road, lambda: model).draw(5, lambda examples: {}, finished=True)
-
-    def never() -> Any:
-        raise AssertionError("what was drawn is kept")
-
-    assert _sampler(road, never).draw(5, lambda examples: {}, finished=True) == first
-    elsewhere = _road(tmp_path / "b", tiny_base_folder)
-    assert _sampler(elsewhere, lambda: model).draw(5, lambda examples: {}, finished=True).text == first.text
-    assert _sampler(road, lambda: model, seed=1).draw(5, lambda examples: {}, finished=True).text != first.text
-    assert (
-        _sampler(road, lambda: model, purpose="held-out").draw(5, lambda examples: {}, finished=True).text != first.text
-    )
-
-
-def test_samples_of_no_use_are_left_out_by_number_and_counted(tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = _road(tmp_path / "project", tiny_base_folder)
-    model = load_model(road.base, "float32", "none")
-    sampler = _sampler(road, lambda: model)
-    chunk = sampler._chunk(0)
-    whole = [s for s in chunk if s.fault is None and s.finished]
-    assert len(whole) >= 4
-    assert {s.fault for s in chunk} >= {None, self_samples.CUT_OFF}
-    unfinished = next(s for s in chunk if not s.finished and s.number < whole[3].number)
-    # The second of those that are whole now repeats the first.
-    twin = replace(whole[1], instruction=whole[0].instruction.upper() + " ")
-    rows = [twin if s.number == twin.number else s for s in chunk]
-    file = next(sampler.folder.iterdir())
-    file.write_text(json.dumps([s.__dict__ for s in rows]))
-    screened = {whole[2].example.pair_key: "nearly equal to the row 0123"}
-    drawn = sampler.draw(len(whole) - 2, lambda examples: screened, finished=True)
-    assert [s.number for s in drawn.used] == [s.number for s in (whole[0], *whole[3:])]
-    assert drawn.left_out[twin.number] == self_samples.REPEATED
-    assert drawn.left_out[whole[2].number] == "nearly equal to the row 0123"
-    assert drawn.left_out[unfinished.number] == self_samples.CUT_OFF
-    numbers = {s.number for s in drawn.used} | set(drawn.left_out)
-    assert numbers == set(range(max(s.number for s in whole) + 1)), "each sample is used or has a reason"
-    assert f"{len(drawn.used)} of {len(numbers)} samples" in drawn.told()
-
-
-def test_no_sample_is_near_the_domain_or_holds_a_held_out_row(tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = _road(tmp_path / "project", tiny_base_folder)
-    version = road.data.version()
-    screen = outsiders(road.project, version, road.chat, 400, road.reporter)
-    test, train = version.examples("test")[0].example.input_text, version.examples("train")[0].example.input_text
-    told = {
-        "copy of a training row": train + ".",
-        "copy of a test row": test.upper(),
-        "too long": "many words " * 40,
-        "fine": "Why is the sky blue?",
-    }
-    examples = {name: Example((Message("user", text), Message("assistant", "so"))) for name, text in told.items()}
-    by_key = {example.pair_key: name for name, example in examples.items()}
-    reasons = {by_key[key]: reason for key, reason in screen({e.pair_key: e for e in examples.values()}).items()}
-    assert reasons.keys() == told.keys() - {"fine"}
-    assert "nearly equal to the row" in reasons["copy of a training row"]
-    assert "nearly equal to the held-out (test) row" in reasons["copy of a test row"]
-    assert "longer than 400 tokens" in reasons["too long"]
-
-
-def test_a_base_that_writes_nothing_of_use_is_refused(
-    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(self_samples, "ANSWER_TOKENS", 1)
-    monkeypatch.setattr(self_samples, "INSTRUCTION_TOKENS", 1)
-    with pytest.raises(UserError, match="nothing that the base writes can be used") as caught:
-        _road(tmp_path / "project", tiny_base_folder).train()
-    assert caught.value.where == "train.replay"
-
-
-# Training on it
-
-
 def test_what_was_trained_on_is_kept_with_the_adapter(replayed: TrainResult) -> None:
     adapter = replayed.adapter
     told = adapter.lineage["replay"]
@@ -231,7 +75,7 @@ def test_what_was_trained_on_is_kept_with_the_adapter(replayed: TrainResult) -> 
 def test_replay_is_part_of_what_decides_the_adapter(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    road = _road(tmp_path / "same", tiny_base_folder, "  replay: {samples: 6}\n")
+    road = replay_road(tmp_path / "same", tiny_base_folder, "  replay: {samples: 6}\n")
     again = road.train()
     assert again.adapter.digest == replayed.adapter.digest
     assert not road.train().trained
@@ -252,8 +96,8 @@ def test_a_stopped_run_with_replay_goes_on_to_the_same_adapter(
 ) -> None:
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
-        _road(folder, tiny_base_folder, reporter=_Interrupting(after)).train()
-    assert _road(folder, tiny_base_folder).train().adapter.digest == replayed.adapter.digest
+        replay_road(folder, tiny_base_folder, reporter=_Interrupting(after)).train()
+    assert replay_road(folder, tiny_base_folder).train().adapter.digest == replayed.adapter.digest
 
 
 def test_replay_and_a_mix_in_go_together(tmp_path: Path, tiny_base_folder: Path) -> None:
@@ -277,7 +121,7 @@ def test_replay_and_a_mix_in_go_together(tmp_path: Path, tiny_base_folder: Path)
 
 def test_replay_on_a_base_in_nf4_holds_to_that_base(tmp_path: Path, tiny_base_folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    road = _road(tmp_path / "project", tiny_base_folder, "  replay: {samples: 3}\n  quantize: nf4\n")
+    road = replay_road(tmp_path / "project", tiny_base_folder, "  replay: {samples: 3}\n  quantize: nf4\n")
     lineage = road.train().adapter.lineage
     assert lineage["replay"]["weights"] == {"dtype": "float32", "quantize": "nf4"}
     assert lineage["replay"]["rows"] == 3
@@ -424,8 +268,8 @@ def test_holding_to_the_base_keeps_it_where_learning_its_words_does_not(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     """Trained on the same pairs, an adapter held to the base by much is nearer to it than one that is not at all."""
-    held = _road(tmp_path / "held", tiny_base_folder, "  replay: {samples: 24, kl: 3}\n").train().adapter
-    plain = _road(tmp_path / "plain", tiny_base_folder, "  replay: null\n").train().adapter
+    held = replay_road(tmp_path / "held", tiny_base_folder, "  replay: {samples: 24, kl: 3}\n").train().adapter
+    plain = replay_road(tmp_path / "plain", tiny_base_folder, "  replay: null\n").train().adapter
     chat = chat_of(byte_tokenizer())
     assert _distance(held.folder, replayed, chat, tiny_base_folder) < 0.5 * _distance(
         plain.folder, replayed, chat, tiny_base_folder
@@ -450,34 +294,3 @@ def _distance(folder: Path, replayed: TrainResult, chat: ChatFormat, base: Path)
         total += float((off.exp() * (off - on)).sum(-1)[places].sum())
         count += len(places)
     return total / count
-
-
-def test_a_small_draw_of_the_same_rows_is_the_beginning_of_a_larger_one(tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = _road(tmp_path / "project", tiny_base_folder)
-    model = load_model(road.base, "float32", "none")
-    large = _sampler(road, lambda: model).draw(8, lambda examples: {}, finished=True)
-    small = _sampler(road, lambda: model).draw(3, lambda examples: {}, finished=True)
-    assert large.used[:3] == small.used
-    assert len({normalised(s.instruction) for s in large.used}) == 8
-
-
-def test_without_replay_nothing_is_drawn(tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = _road(tmp_path / "project", tiny_base_folder, "")
-    replay = draw_replay(road.project, road.data.version(), road.base, road.chat, None, 100, LogReporter())
-    assert (replay.rows, replay.lineage, replay.files) == ([], {}, {})
-
-
-@pytest.mark.parametrize("value", ["selff", "{samples: 0}", "{kl: 0}", "{kl: -1}", "{fraction: 0.1}"])
-def test_a_replay_that_is_none_is_refused_with_its_line(value: str, tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = _road(tmp_path / "project", tiny_base_folder)
-    file = road.project.root / "tunewright.yaml"
-    file.write_text(file.read_text().replace("replay: {samples: 6}", f"replay: {value}"))
-    with pytest.raises(UserError) as caught:
-        _ = tunewright.open(road.project.root).project.recipe
-    assert "replay" in str(caught.value)
-
-
-def test_the_word_self_means_the_defaults() -> None:
-    from tunewright.recipe import ReplayRecipe, TrainRecipe
-
-    assert TrainRecipe.model_validate({"replay": "self"}).replay == ReplayRecipe()

@@ -1,0 +1,31 @@
+"""Projects with replay on a base of random weights, for the tests of both halves: the draw, and training on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunewright
+from command_line import tiny_project
+from tunewright.road import Road
+from tunewright.training import self_samples
+
+
+def shorten_turns(patch: pytest.MonkeyPatch) -> None:
+    """A base of random weights ends a turn about every 260 tokens, wherever that is."""
+    patch.setattr(self_samples, "_CHUNK", 24)
+    patch.setattr(self_samples, "INSTRUCTION_TOKENS", 200)
+    patch.setattr(self_samples, "ANSWER_TOKENS", 150)
+
+
+def replay_road(folder: Path, base: Path, recipe: str = "  replay: {samples: 6}\n", reporter: Any = None) -> Road:
+    """A project with its pairs added, made where it is not there yet; ``recipe`` goes into its train section."""
+    if not folder.exists():
+        tiny_project(folder, base)
+        file = folder / "tunewright.yaml"
+        file.write_text(file.read_text().replace("train:\n", f"train:\n{recipe}"))
+    road = tunewright.open(folder, reporter)
+    road.data.add([folder / "pairs.jsonl"])
+    return road
