@@ -116,7 +116,9 @@ def cross_fitted(evidence: Evidence, folds: int = 5) -> Evidence:
         )
         for number in range(1, folds + 1)
     ]
-    return evidence.model_copy(update={"design": "cross-fitted", "folds": tuple(told), "train_items": 144, "dev_arms": []})
+    return evidence.model_copy(
+        update={"design": "cross-fitted", "folds": tuple(told), "train_items": 144, "dev_arms": []}
+    )
 
 
 def make_history(steps: int = 40) -> list[dict[str, Any]]:

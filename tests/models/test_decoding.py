@@ -3,64 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from peft import LoraConfig, get_peft_model
 
+from decoding_helpers import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, reference
 from tunewright.errors import UserError
 from tunewright.models.decoding import Batch, Completion, Request, Row, generate, prefill_groups
-
-VOCABULARY, STOPS, PAD = 128, frozenset({5, 6, 7}), 0
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,  # large enough for answers that wander, and end at different places
-}
-ADAPTERS = ("one", "two", "three")
-
-
-def _llama() -> Any:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
-
-
-def _mistral(window: int | None) -> Any:
-    torch.manual_seed(1)
-    return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window)).eval()
-
-
-def _with_adapters(model: Any) -> Any:
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    wrapped = get_peft_model(model, config, ADAPTERS[0])
-    for name in ADAPTERS[1:]:
-        wrapped.add_adapter(name, config)
-    torch.manual_seed(2)
-    for name, weight in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.5)
-    return wrapped.eval()
-
-
-@pytest.fixture(scope="module", params=["llama", "mistral", "mistral-window"])
-def plain(request: pytest.FixtureRequest) -> Any:
-    return {"llama": _llama, "mistral": lambda: _mistral(None), "mistral-window": lambda: _mistral(8)}[request.param]()
-
-
-@pytest.fixture(scope="module")
-def tenants() -> Any:
-    return _with_adapters(_llama())
 
 
 def _requests(count: int, *adapters: str | None, longest: int = 40, **how: Any) -> list[Request]:
@@ -76,48 +29,20 @@ def _requests(count: int, *adapters: str | None, longest: int = 40, **how: Any) 
     ]
 
 
-@contextmanager
-def _answering_alone(model: Any, adapter: str | None) -> Iterator[None]:
-    """PEFT's way to answer with one adapter only, or with none."""
-    if not isinstance(model, PeftModel):
-        yield
-    elif adapter is None:
-        with model.disable_adapter():
-            yield
-    else:
-        model.set_adapter(adapter, inference_mode=True)
-        yield
-
-
-def _reference(model: Any, request: Request) -> Completion:
-    prompt = torch.tensor([request.prompt_ids])
-    with _answering_alone(model, request.adapter):
-        whole = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=request.max_new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(STOPS),
-            pad_token_id=PAD,
-        )
-    ids = tuple(whole[0, prompt.shape[1] :].tolist())
-    return Completion(ids[:-1], "stop") if ids[-1] in STOPS else Completion(ids, "length")
-
-
 def _generate(model: Any, requests: list[Request], batch_size: int) -> list[Completion]:
     return generate(model, requests, stop_ids=STOPS, pad_id=PAD, batch_size=batch_size)
 
 
 def test_a_full_batch_of_ragged_prompts_answers_as_each_alone(plain: Any) -> None:
     requests = _requests(14)
-    expected = [_reference(plain, request) for request in requests]
+    expected = [reference(plain, request) for request in requests]
     assert {completion.finish for completion in expected} == {"stop", "length"}
     for batch_size in (1, 5, 14):
         assert _generate(plain, requests, batch_size) == expected
 
 
 def test_the_sliding_window_matters_for_these_prompts() -> None:
-    narrow, wide = _mistral(8), _mistral(None)
+    narrow, wide = mistral(8), mistral(None)
     requests = _requests(14)
     assert _generate(narrow, requests, 8) != _generate(wide, requests, 8)
 
@@ -125,13 +50,13 @@ def test_the_sliding_window_matters_for_these_prompts() -> None:
 @pytest.mark.parametrize("adapters", [(None,), ("two",), (None, "one", "two", "three"), ("three", "one")])
 def test_rows_with_different_adapters_answer_as_each_adapter_alone(tenants: Any, adapters: tuple[str | None]) -> None:
     requests = _requests(12, *adapters)
-    assert _generate(tenants, requests, 8) == [_reference(tenants, request) for request in requests]
+    assert _generate(tenants, requests, 8) == [reference(tenants, request) for request in requests]
 
 
 def test_a_row_of_the_base_is_the_model_without_adapters(tenants: Any) -> None:
     requests = _requests(20, None, "one")
     answers = _generate(tenants, requests, 8)
-    plain = _generate(_llama(), [r for r in requests if r.adapter is None], 8)
+    plain = _generate(llama(), [r for r in requests if r.adapter is None], 8)
     assert [a for a, r in zip(answers, requests, strict=True) if r.adapter is None] == plain
 
 
@@ -146,7 +71,7 @@ POOL = _requests(12, None, *ADAPTERS, longest=20)
 
 @pytest.fixture(scope="module")
 def expected(tenants: Any) -> list[Completion]:
-    return [_reference(tenants, request) for request in POOL]
+    return [reference(tenants, request) for request in POOL]
 
 
 # What to do next: admit so many requests, take a row out, or decode a token.
@@ -251,13 +176,13 @@ def test_an_unknown_adapter_is_refused_and_leaves_the_batch_as_it_was(tenants: A
         batch.admit([Request((VOCABULARY,), None, 3)])
     while batch.rows:
         batch.step()
-    assert row.completion == _reference(tenants, first)
+    assert row.completion == reference(tenants, first)
     assert not any(part._forward_pre_hooks for part in tenants.modules())
 
 
 def _with_dora() -> Any:
     torch.manual_seed(0)
-    model = get_peft_model(_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "tuned")
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "tuned")
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)
@@ -274,11 +199,11 @@ def test_an_adapter_that_cannot_share_a_batch_is_refused_by_name() -> None:
 
 def test_dora_answers_where_all_rows_are_its_own_and_the_base_where_none_is() -> None:
     model = _with_dora()
-    plain = _llama()
+    plain = llama()
     base, tuned = _requests(12), _requests(12, "tuned")
     for _ in range(2):
-        assert _generate(model, tuned, 5) == [_reference(model, request) for request in tuned]
-        assert _generate(model, base, 5) == [_reference(plain, request) for request in base]
+        assert _generate(model, tuned, 5) == [reference(model, request) for request in tuned]
+        assert _generate(model, base, 5) == [reference(plain, request) for request in base]
     assert _generate(model, tuned, 5) != _generate(model, base, 5)
 
 

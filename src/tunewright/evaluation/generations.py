@@ -17,7 +17,7 @@ from tunewright.models.loading import load_model, named, with_adapters
 from tunewright.progress import Reporter
 from tunewright.recipe import Quantize
 
-_ENGINE = "decoding-1"
+_ENGINE = "decoding-2"
 """Part of every key: to be counted up when a change of the decoding loop changes answers."""
 
 Prompt = tuple[int, ...]

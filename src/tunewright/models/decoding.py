@@ -15,31 +15,27 @@ a near tie can fall the other way.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from tunewright.errors import UserError
+from tunewright.models.caches import begun, merge, select
+from tunewright.models.prefixes import PASS_TOKENS, Shared, shared_prefixes
+from tunewright.models.row_adapters import BASE_ROW, RowAdapters
 
 Finish = Literal["stop", "length"]
-
-_BASE = "__base__"  # PEFT's name for a row without an adapter
 
 # Tokens of one prefill, padding included: it bounds the memory that newcomers need for their activations.
 PREFILL_TOKENS = 8192
 # Two prompts share a prefill if the padding between them is under this many tokens, or under half of the longer one:
 # below that a second pass over the weights costs more than the padding does.
-_CHEAP_PADDING = 64
+_CHEAP_PADDING = PASS_TOKENS
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Request:
         assert self.max_new_tokens >= 1
         assert self.temperature >= 0
         assert 0 < self.top_p <= 1
-        assert self.adapter != _BASE, "the base is asked for with None"
+        assert self.adapter != BASE_ROW, "the base is asked for with None"
 
 
 @dataclass(frozen=True)
@@ -123,6 +119,23 @@ class Row:
             self.finish = "length"
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """What several prompts begin with, and its keys and values, computed once."""
+
+    ids: tuple[int, ...]
+    adapter: str | None
+    cache: DynamicCache
+    """Of one row."""
+
+    def begins(self, request: Request) -> bool:
+        """Whether the request's prompt begins so, and goes on."""
+        length = len(self.ids)
+        return (request.adapter, request.prompt_ids[:length]) == (self.adapter, self.ids) and len(
+            request.prompt_ids
+        ) > length
+
+
 class Batch:
     """The rows that decode together, and their key/value cache.
 
@@ -143,7 +156,7 @@ class Batch:
     def __init__(self, model: Any, *, stop_ids: Collection[int], pad_id: int, mixed: bool = True) -> None:
         self.rows: list[Row] = []
         self._model = model
-        self._adapters = _Adapters(model, mixed=mixed)
+        self._adapters = RowAdapters(model, mixed=mixed)
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
         # Without the model's config every layer keeps the whole past. A sliding window is then applied by the
@@ -151,11 +164,29 @@ class Batch:
         self._cache = DynamicCache()
 
     @torch.inference_mode()
-    def admit(self, requests: Sequence[Request]) -> list[Row]:
+    def prefix(self, ids: Sequence[int], adapter: str | None) -> Prefix:
+        """Compute what prompts begin with, for :meth:`admit` to begin them from.
+
+        Raises:
+            ValueError: the model has no such adapter.
+        """
+        self._adapters.require([adapter])
+        cache = DynamicCache()
+        self._forward(torch.tensor([ids]), torch.tensor([[0]]), cache, [adapter])
+        return Prefix(tuple(ids), adapter, cache)
+
+    @torch.inference_mode()
+    def admit(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Row]:
         """Prefill the newcomers in one pass, give each its first token, and let those that go on join.
 
-        Prompts of unlike length waste work on padding: see :func:`prefill_groups`. If this raises (out of memory,
-        say), the rows that were here before are untouched.
+        Prompts of unlike length waste work on padding: see :func:`prefill_groups`. With a ``prefix``, which each of
+        them has to begin with and go beyond, only the columns after it are run::
+
+            prefix a b c          . a b|c f g        what is left of the bar is copied from the prefix, each row
+            prompts a b c f g     a b c|h i j        moved to the right by its padding; the right is run
+                    a b c h i j
+
+        If this raises (out of memory, say), the rows that were here before are untouched.
 
         Raises:
             ValueError: the model has no such adapter.
@@ -167,12 +198,16 @@ class Batch:
         for index, request in enumerate(requests):
             ids[index, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
         newcomers = DynamicCache()
+        if prefix is not None:
+            assert all(prefix.begins(request) for request in requests)
+            newcomers = begun(prefix.cache, [longest - len(request.prompt_ids) for request in requests])
+            ids = ids[:, len(prefix.ids) :]
         self._advance(rows, ids, newcomers)
         going_on = [index for index, row in enumerate(rows) if row.finish is None]
         if going_on:
             joining = [rows[index] for index in going_on]
-            _select(newcomers, going_on, _cached(joining))
-            self._cache = _merge(self._cache, newcomers) if self.rows else newcomers
+            select(newcomers, going_on, _cached(joining))
+            self._cache = merge(self._cache, newcomers) if self.rows else newcomers
             self.rows += joining
         return rows
 
@@ -189,8 +224,18 @@ class Batch:
 
     def _advance(self, rows: list[Row], ids: Tensor, cache: DynamicCache) -> None:
         """Run new columns of tokens [rows, time] through the model and give each row its next token."""
+        total = cache.get_seq_length() + ids.shape[1]
+        first = total - torch.tensor([[_length(row)] for row in rows])
+        logits = self._forward(ids, first, cache, [row.request.adapter for row in rows])
+        for row, own_logits, likeliest in zip(rows, logits, logits.argmax(-1).tolist(), strict=True):
+            row.take(row.sample(own_logits) if row.request.temperature > 0 else likeliest, self._stop_ids)
+
+    def _forward(self, ids: Tensor, first: Tensor, cache: DynamicCache, adapters: Sequence[str | None]) -> Tensor:
+        """The next token's logits [rows, vocabulary] after new columns of tokens [rows, time], which go into the cache.
+
+        ``first`` [rows, 1] is the column where each row's text begins.
+        """
         columns = torch.arange(cache.get_seq_length() + ids.shape[1])
-        first = len(columns) - torch.tensor([[_length(row)] for row in rows])  # [rows, 1]: where each row's text begins
         device = self._model.device
         arguments = {
             "input_ids": ids.to(device),
@@ -200,17 +245,16 @@ class Batch:
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        with self._adapters.answering([row.request.adapter for row in rows]):
-            logits = self._model(**arguments).logits[:, -1]  # [rows, vocabulary]
-        for row, own_logits, likeliest in zip(rows, logits, logits.argmax(-1).tolist(), strict=True):
-            row.take(row.sample(own_logits) if row.request.temperature > 0 else likeliest, self._stop_ids)
+        with self._adapters.answering(adapters):
+            logits: Tensor = self._model(**arguments).logits[:, -1]
+        return logits
 
     def _keep(self, indices: list[int]) -> None:
         if len(indices) == len(self.rows):
             return
         self.rows = [self.rows[index] for index in indices]
         if self.rows:
-            _select(self._cache, indices, _cached(self.rows))
+            select(self._cache, indices, _cached(self.rows))
         else:
             self._cache = DynamicCache()
 
@@ -226,6 +270,9 @@ def generate(
 ) -> list[Completion]:
     """Answer all requests, ``batch_size`` rows at a time, and give the completions in the requests' order.
 
+    What many prompts begin with is computed once for all of them (see :func:`shared_prefixes`); each row has a copy of
+    its keys and values while it decodes.
+
     Args:
         model, stop_ids, pad_id: see :class:`Batch`.
         on_finished: told a request's index and its completion as soon as it is there (not in order).
@@ -235,22 +282,78 @@ def generate(
     """
     mixed = len({request.adapter for request in requests}) > 1
     batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id, mixed=mixed)
-    # The longest prompts first: neighbours in the queue are then of like length, and if memory is short it shows at
-    # once, not after an hour.
-    waiting = deque(sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids)))
+    queue = _Queue(requests, batch)
     completions: dict[int, Completion] = {}
     rows: dict[int, Row] = {}
-    while waiting or rows:
-        arrived = [waiting.popleft() for _ in range(min(batch_size - len(rows), len(waiting)))]
-        for group in prefill_groups([len(requests[index].prompt_ids) for index in arrived]):
-            indices = [arrived[place] for place in group]
-            rows |= zip(indices, batch.admit([requests[index] for index in indices]), strict=True)
+    while queue or rows:
+        rows |= queue.admit(batch_size - len(rows))
         if batch.rows:
             batch.step()
         for index in [index for index, row in rows.items() if row.finish]:
             completions[index] = rows.pop(index).completion
             on_finished(index, completions[index])
     return [completions[index] for index in range(len(requests))]
+
+
+class _Queue:
+    """Requests that wait to join a batch, those with a prefix in common together: it is held while one of them waits.
+
+    The longest prompts first: neighbours are then of like length, and if memory is short it shows at once, not after
+    an hour.
+    """
+
+    def __init__(self, requests: Sequence[Request], batch: Batch) -> None:
+        self._requests = requests
+        self._batch = batch
+        groups = _sharing(requests)
+        self._group = {index: group for group in groups for index in group.places}
+        waiting: list[int] = []
+        for group in sorted(groups, key=lambda group: -max(map(self._length, group.places))):
+            waiting += sorted(group.places, key=lambda index: -self._length(index))
+        self._waiting = deque(waiting)
+        self._prefix: tuple[Shared, Prefix] | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def admit(self, room: int) -> dict[int, Row]:
+        """Let as many join as there is room for: each one's index, and its row."""
+        arrived = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        rows: dict[int, Row] = {}
+        for group, members in groupby(arrived, key=self._group.__getitem__):
+            indices = list(members)
+            prefix = self._computed(group)
+            for places in prefill_groups([self._length(index) - group.length for index in indices]):
+                joining = [indices[place] for place in places]
+                admitted = self._batch.admit([self._requests[index] for index in joining], prefix)
+                rows |= zip(joining, admitted, strict=True)
+        return rows
+
+    def _computed(self, group: Shared) -> Prefix | None:
+        """The group's prefix; the one before it is let go, as its requests have all joined."""
+        if group.length == 0:
+            return None
+        if self._prefix is None or self._prefix[0] is not group:
+            first = self._requests[group.places[0]]
+            self._prefix = group, self._batch.prefix(first.prompt_ids[: group.length], first.adapter)
+        return self._prefix[1]
+
+    def _length(self, index: int) -> int:
+        return len(self._requests[index].prompt_ids)
+
+
+def _sharing(requests: Sequence[Request]) -> list[Shared]:
+    """All requests in groups that share a prefix and an adapter, those that share none in a group of length 0."""
+    by_adapter: dict[str | None, list[int]] = defaultdict(list)
+    for index, request in enumerate(requests):
+        by_adapter[request.adapter].append(index)
+    groups = []
+    for indices in by_adapter.values():
+        for shared in shared_prefixes([requests[index].prompt_ids for index in indices]):
+            groups.append(Shared(tuple(indices[place] for place in shared.places), shared.length))
+    grouped = {index for group in groups for index in group.places}
+    alone = tuple(index for index in range(len(requests)) if index not in grouped)
+    return [*groups, Shared(alone, 0)] if alone else groups
 
 
 def prefill_groups(lengths: Sequence[int]) -> list[list[int]]:
@@ -268,69 +371,6 @@ def prefill_groups(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-class _Adapters:
-    """The LoRA layers of a model, and which adapter answers which row of a pass.
-
-    PEFT's own ``forward(adapter_names=...)`` does the same, but looks for the layers anew in every pass (a quarter of
-    the time of a short one) and leaves its hooks behind when a pass fails.
-
-    Rows of one pass cannot be told apart where DoRA is involved (peft refuses). Rows that are not ``mixed`` need not
-    be: then the one adapter is switched on for the pass, or all are off.
-    """
-
-    def __init__(self, model: Any, *, mixed: bool) -> None:
-        assert not model.training, "decoding needs eval mode"
-        self._model = model
-        self._alone = False
-        self._names: set[str] = set()
-        self._layers: list[Any] = []
-        if not isinstance(model, PeftModel):
-            return
-        configs: dict[str, Any] = model.peft_config
-        for name, config in configs.items():
-            if config.peft_type != "LORA" or config.use_dora or config.alora_invocation_tokens:
-                self._alone = not mixed
-                if not mixed:
-                    continue
-                raise UserError(
-                    f"the adapter {name} is not plain LoRA, so it cannot answer in one batch with others",
-                    fix="Train it as plain LoRA: without DoRA or activated LoRA.",
-                )
-        # Disabled layers would answer with the base, whatever the row asks for.
-        status = model.get_model_status()
-        assert status.enabled is True and not status.merged_adapters, "adapters must be enabled and unmerged"
-        self._names = set(configs)
-        self._layers = [part for part in model.modules() if isinstance(part, (LoraLayer, AuxiliaryTrainingWrapper))]
-
-    def require(self, names: Sequence[str | None]) -> None:
-        """A layer takes an unknown adapter for one that does not touch it, so the names are checked here."""
-        unknown = {name for name in names if name is not None} - self._names
-        if unknown:
-            raise ValueError(f"the model has no adapter {', '.join(sorted(unknown))}")
-
-    @contextmanager
-    def answering(self, names: Sequence[str | None]) -> Iterator[None]:
-        """While this is open, row i of a pass is answered by the adapter ``names[i]`` (None: by the base)."""
-        if self._alone:
-            (only,) = set(names)
-            if only is not None:
-                self._model.set_adapter(only)
-            with nullcontext() if only is not None else self._model.disable_adapter():
-                yield
-            return
-        rows = [_BASE if name is None else name for name in names]
-
-        def name_rows(_layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": rows}
-
-        hooks = [layer.register_forward_pre_hook(name_rows, with_kwargs=True) for layer in self._layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
 def _length(row: Row) -> int:
     """Tokens of a row that the model has seen once the pass under way is over."""
     return len(row.request.prompt_ids) + len(row.ids)
@@ -339,26 +379,3 @@ def _length(row: Row) -> int:
 def _cached(rows: list[Row]) -> int:
     """Columns of the cache that these rows need: the newest token of each has not been through the model yet."""
     return max(_length(row) for row in rows) - 1
-
-
-def _select(cache: DynamicCache, indices: list[int], time: int) -> None:
-    """Keep these rows and the last ``time`` columns; keys and values are [rows, heads, time, head size]."""
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        chosen = torch.tensor(indices, device=layer.keys.device)
-        layer.keys = layer.keys[..., -time:, :].index_select(0, chosen)
-        layer.values = layer.values[..., -time:, :].index_select(0, chosen)
-
-
-def _merge(first: DynamicCache, second: DynamicCache) -> DynamicCache:
-    """Both caches' rows, the shorter padded on the left."""
-    time = max(first.get_seq_length(), second.get_seq_length())
-
-    def both(pair: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.cat([pad(states, (0, 0, time - states.shape[-2], 0)) for states in pair])
-
-    merged = DynamicCache()
-    pairs: list[tuple[Any, Any]] = list(zip(first.layers, second.layers, strict=True))
-    for index, (mine, theirs) in enumerate(pairs):
-        merged.update(both((mine.keys, theirs.keys)), both((mine.values, theirs.values)), index)
-    return merged
