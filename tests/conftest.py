@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,3 +28,19 @@ settings.register_profile("fuzz", max_examples=10_000, deadline=None, suppress_h
 def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with a byte-level tokenizer and the ChatML template."""
     return build_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "mistral-window"])
+def plain(request: pytest.FixtureRequest) -> Any:
+    """A tiny model whose answers wander, of each architecture."""
+    from decoding_helpers import llama, mistral
+
+    return {"llama": llama, "mistral": lambda: mistral(None), "mistral-window": lambda: mistral(8)}[request.param]()
+
+
+@pytest.fixture(scope="module")
+def tenants() -> Any:
+    """Three adapters on one base."""
+    from decoding_helpers import llama, with_adapters
+
+    return with_adapters(llama())
