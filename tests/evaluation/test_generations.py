@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tunewright.chat import open_chat
 from tunewright.data.examples import Message
 from tunewright.evaluation import generations
-from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.generations import Decoding, Generator
 from tunewright.models.bases import resolve_base
 from tunewright.progress import LogReporter
 
@@ -58,3 +62,56 @@ def test_another_token_limit_is_another_answer(generator: Generator) -> None:
     assert short.truncated
     assert long.text.startswith(short.text[:1])
     assert len(list(generator.folder.iterdir())) == 2
+
+
+def test_an_answer_ends_before_the_stop_string_and_is_another_journals(generator: Generator) -> None:
+    prompts = _prompts(generator, 6)
+    whole = generator.answer("x", prompts, 12)
+    stop = next(g.text for g in whole if len(g.text) > 3)[1:3]
+    stopping = Generator(
+        generator.base,
+        generator.chat,
+        "float32",
+        "none",
+        4,
+        generator.folder.parent,
+        LogReporter(),
+        stop=(stop,),
+    )
+    cut = stopping.answer("x", prompts, 12)
+    assert [g.text for g in cut] == [g.text.split(stop)[0] for g in whole]
+    assert any(stop in g.text for g in whole)
+    assert len(list(generator.folder.iterdir())) == 2
+
+
+TEXTS = st.text(max_size=4)
+DECODINGS = st.builds(
+    Decoding,
+    base=TEXTS,
+    template=TEXTS,
+    adapter=st.none() | TEXTS,
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    quantize=st.sampled_from(["none", "nf4"]),
+    device=st.sampled_from(["cpu", "cuda"]),
+    max_new_tokens=st.integers(1, 5),
+    stop=st.lists(TEXTS, max_size=2).map(tuple),
+    packages=st.dictionaries(TEXTS, TEXTS, max_size=2),
+    engine=TEXTS,
+)
+
+
+@given(DECODINGS, DECODINGS)
+def test_answers_have_the_same_key_only_if_all_that_decides_them_is_the_same(one: Decoding, other: Decoding) -> None:
+    assert (one.key == other.key) == (one == other)
+    for field in fields(Decoding):
+        value: Any = getattr(other, field.name)
+        changed = replace(one, **{field.name: value})
+        assert (changed.key == one.key) == (value == getattr(one, field.name))
+
+
+def test_the_key_has_the_versions_that_are_installed(generator: Generator) -> None:
+    import torch
+    import transformers
+
+    packages = generator.decoding(8, None).packages
+    assert (packages["torch"], packages["transformers"]) == (torch.__version__, transformers.__version__)

@@ -1,22 +1,51 @@
-"""How long answers are: the limit that evaluation and training generate under."""
+"""Where answers end: the limit and the stop strings that evaluation, training and serving generate under."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tunewright.chat.format import ChatFormat
 from tunewright.data.versions import Member
 from tunewright.recipe import Recipe
 
+if TYPE_CHECKING:
+    from tunewright.models.requests import Completion
+
+PLAIN_STOPS = tuple(f"{line}### {heading}" for heading in ("Instruction", "Response") for line in ("\n\n", "\n"))
+"""The plain form's headings: a base that goes on after an answer, instead of ending it, writes the next turn."""
+
+
+def stop_strings(recipe: Recipe, chat: ChatFormat) -> tuple[str, ...]:
+    """What ends an answer beside the base's end tokens: the recipe's, else the plain form's headings.
+
+    A base's own chat template ends turns with a token, so it has none unless the recipe names some.
+    """
+    if recipe.evaluate.stop is not None:
+        return recipe.evaluate.stop
+    return PLAIN_STOPS if chat.template.kind == "plain" else ()
+
+
+def answer_text(chat: ChatFormat, completion: Completion) -> str:
+    """What a completed answer says, up to the stop string that ended it."""
+    return chat.text(completion.ids) if completion.before_stop is None else completion.before_stop
+
 
 def answer_limit(recipe: Recipe, chat: ChatFormat, members: Iterable[Member]) -> int:
-    """The longest answer in tokens: the recipe's, else a quarter more than the longest of these."""
+    """The longest answer in tokens: the recipe's, else the 99th percentile of these with room.
+
+    The room is a quarter of it, at least 8 tokens. The very longest answer may be a stray one, and every answer that
+    comes to no end runs as far as the limit.
+    """
     if recipe.evaluate.max_new_tokens is not None:
         return recipe.evaluate.max_new_tokens
     last_turns = [chat.layouts(m.example.messages)[-1] for m in members]
-    longest = max(answer_length(row.loss_mask) for row in chat.tokens(last_turns))
-    return math.ceil(1.25 * longest)
+    lengths = [answer_length(row.loss_mask) for row in chat.tokens(last_turns)]
+    usual = int(np.percentile(lengths, 99, method="inverted_cdf"))  # that many tokens hold 99 answers of 100
+    return usual + max(8, math.ceil(usual / 4))
 
 
 def answer_length(loss_mask: Sequence[bool]) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_limit
+from tunewright.chat.answers import answer_limit, stop_strings
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import digest
@@ -112,6 +112,7 @@ class CrossFit:
         decides = {
             "trainings": self.trainings,
             "max_new_tokens": self.limit,
+            "stop": stop_strings(self.recipe, self.chat),
             "quantize": self.quantize,
             "metric": settings.metric,
             "margin": settings.margin,
@@ -166,15 +167,7 @@ class CrossFit:
         adapters = self.project.fold_adapters
         trained = train(self.project, version, self.base, self.chat, self.reporter, adapters=adapters, facts=facts)
         # A generator for each fold: the next one trains on a copy of the base, and this one's need not lie beside it.
-        generator = Generator(
-            self.base,
-            self.chat,
-            self.recipe.train.dtype,
-            self.quantize,
-            self.recipe.evaluate.batch_size,
-            self.project.work,
-            self.reporter,
-        )
+        generator = Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
         measurement = Measurement(
             self.project, version, generator, self.reporter, folder=adapters.parent, limit=self.limit
         )

@@ -6,19 +6,24 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
+from tunewright.chat.answers import answer_text, stop_strings
 from tunewright.disk import digest, writing
 from tunewright.models.bases import Base
-from tunewright.models.loading import load_model, named, with_adapters
+from tunewright.models.loading import device, load_model, named, with_adapters
 from tunewright.progress import Reporter
+from tunewright.project import Project
 from tunewright.recipe import Quantize
 
 _ENGINE = "decoding-2"
 """Part of every key: to be counted up when a change of the decoding loop changes answers."""
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft")
 
 Prompt = tuple[int, ...]
 
@@ -32,8 +37,60 @@ class Generation:
     """It ran into the token limit."""
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """All that decides an answer beside its prompt.
+
+    Not the batch size: which rows share a batch differs from run to run anyway, as stopped ones go on, and moves an
+    answer only where two tokens all but tie.
+    """
+
+    base: str
+    template: str
+    adapter: str | None
+    """Digests of each."""
+    dtype: str
+    quantize: Quantize
+    device: str
+    """cpu or cuda: their kernels add up in different orders."""
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    packages: Mapping[str, str]
+    """Versions of those that make logits and text."""
+    engine: str = _ENGINE
+
+    @property
+    def key(self) -> str:
+        """SHA-256 over all of it."""
+        return digest(asdict(self))
+
+
 class Generator:
-    """Answers prompts greedily with the base, adapter off or on; the base is loaded once, and only if needed."""
+    """Answers prompts greedily with the base, adapter off or on; the base is loaded once, and only if needed.
+
+    Args:
+        base, dtype, quantize: the model, and how it is held.
+        chat: the format of prompts and answers.
+        batch_size: rows that decode at once.
+        work: the project's working folder, which has the journals.
+        reporter: shows progress.
+        stop: texts that end an answer.
+    """
+
+    @classmethod
+    def of(cls, project: Project, base: Base, chat: ChatFormat, quantize: Quantize, reporter: Reporter) -> Generator:
+        """Answers as the project's recipe says."""
+        recipe = project.recipe
+        return cls(
+            base,
+            chat,
+            recipe.train.dtype,
+            quantize,
+            recipe.evaluate.batch_size,
+            project.work,
+            reporter,
+            stop=stop_strings(recipe, chat),
+        )
 
     def __init__(
         self,
@@ -44,6 +101,8 @@ class Generator:
         batch_size: int,
         work: Path,
         reporter: Reporter,
+        *,
+        stop: tuple[str, ...] = (),
     ) -> None:
         self.base = base
         self.chat = chat
@@ -52,6 +111,7 @@ class Generator:
         self.batch_size = batch_size
         self.folder = work / "generations"
         self.reporter = reporter
+        self.stop = stop
         self._model: Any = None
         self._loaded: set[str] = set()
 
@@ -59,7 +119,7 @@ class Generator:
         self, title: str, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None = None
     ) -> list[Generation]:
         """Answers in the prompts' order."""
-        journal = self.folder / f"{self._key(max_new_tokens, adapter)[:16]}.jsonl"
+        journal = self.folder / f"{self.decoding(max_new_tokens, adapter).key[:16]}.jsonl"
         known = dict(_read(journal))
         missing = sorted({p for p in prompts if digest(p) not in known})
         if missing:
@@ -71,9 +131,8 @@ class Generator:
                 model = self.model_with(adapter)
 
                 def keep(index: int, completion: Any) -> None:
-                    text = self.chat.text(completion.ids)
                     key = digest(missing[index])
-                    known[key] = Generation(text, completion.finish == "length")
+                    known[key] = Generation(answer_text(self.chat, completion), completion.finish == "length")
                     file.write(json.dumps({"prompt": key, **asdict(known[key])}, ensure_ascii=False) + "\n")
                     file.flush()
                     task.advance()
@@ -88,10 +147,11 @@ class Generator:
 
         generate(
             model,
-            [Request(p, adapter.name if adapter else None, max_new_tokens) for p in prompts],
+            [Request(p, adapter.name if adapter else None, max_new_tokens, stop=self.stop) for p in prompts],
             stop_ids=self.chat.stop_ids,
             pad_id=self.chat.tokenizer.pad_token_id,
             batch_size=self.batch_size,
+            decode=self.chat.text,
             on_finished=keep,
         )
 
@@ -123,17 +183,19 @@ class Generator:
         else:
             yield model
 
-    def _key(self, max_new_tokens: int, adapter: Adapter | None) -> str:
-        return digest(
-            {
-                "engine": _ENGINE,
-                "base": self.base.digest,
-                "template": self.chat.digest,
-                "adapter": adapter.digest if adapter else None,
-                "dtype": self.dtype,
-                "quantize": self.quantize,
-                "max_new_tokens": max_new_tokens,
-            }
+    def decoding(self, max_new_tokens: int, adapter: Adapter | None) -> Decoding:
+        """What decides these answers; its key names their journal."""
+        names = [*_PACKAGES, *(["bitsandbytes"] if self.quantize == "nf4" else [])]
+        return Decoding(
+            base=self.base.digest,
+            template=self.chat.digest,
+            adapter=adapter.digest if adapter else None,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            device=device().split(":")[0],
+            max_new_tokens=max_new_tokens,
+            stop=self.stop,
+            packages={name: version(name) for name in names},
         )
 
 

@@ -155,17 +155,8 @@ class LearningCurve:
 
     def _answer(self, adapter: Adapter) -> list[str]:
         """The dev rows' answers."""
-        recipe = self.project.recipe
         # A generator for each adapter: the next training loads a base of its own, and this one need not lie beside it.
-        generator = Generator(
-            self.base,
-            self.chat,
-            recipe.train.dtype,
-            self.quantize,
-            recipe.evaluate.batch_size,
-            self.project.work,
-            self.reporter,
-        )
+        generator = Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
         prompts = [self.chat.prompt(m.example.prompt) for m in self.version.examples("dev")]
         return [g.text for g in generator.answer("answering dev", prompts, self.limit, adapter)]
 

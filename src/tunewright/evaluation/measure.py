@@ -11,7 +11,7 @@ from typing import Any
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_limit
+from tunewright.chat.answers import answer_limit, stop_strings
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import digest, new_folder, write_json, write_text
 from tunewright.errors import UserError
@@ -187,6 +187,7 @@ class Measurement:
             "dtype": self.generator.dtype,
             "quantize": self.generator.quantize,
             "max_new_tokens": limit,
+            "stop": self.generator.stop,
             "metric": self.settings.metric,
             "seed": self.project.recipe.seed,
         }
@@ -291,6 +292,7 @@ def measured_with(recipe: Recipe, base: Base, chat: ChatFormat, quantize: Quanti
         "decoding": {
             "greedy": True,
             "max_new_tokens": limit,
+            "stop": stop_strings(recipe, chat),
             "batch_size": recipe.evaluate.batch_size,
             "dtype": recipe.train.dtype,
             "quantize": quantize,

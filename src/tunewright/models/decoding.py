@@ -19,7 +19,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,96 +27,17 @@ from transformers import DynamicCache
 
 from tunewright.models.caches import begun, merge, select
 from tunewright.models.prefixes import PASS_TOKENS, Shared, shared_prefixes
-from tunewright.models.row_adapters import BASE_ROW, RowAdapters
+from tunewright.models.requests import Completion, Finish, Request, Row
+from tunewright.models.row_adapters import RowAdapters
+from tunewright.models.text_stream import Decode
 
-Finish = Literal["stop", "length"]
+__all__ = ["Batch", "Completion", "Finish", "Prefix", "Request", "Row", "generate", "prefill_groups"]
 
 # Tokens of one prefill, padding included: it bounds the memory that newcomers need for their activations.
 PREFILL_TOKENS = 8192
 # Two prompts share a prefill if the padding between them is under this many tokens, or under half of the longer one:
 # below that a second pass over the weights costs more than the padding does.
 _CHEAP_PADDING = PASS_TOKENS
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt and how to continue it.
-
-    Args:
-        prompt_ids: the prompt, at least one token.
-        adapter: the PEFT adapter that answers, or None for the base.
-        max_new_tokens: the most tokens that the answer may have, at least 1.
-        temperature: 0 takes the likeliest token each time; above 0 samples.
-        top_p: sample among the likeliest tokens that together hold this probability (Holtzman et al. 2020).
-        seed: the same seed samples the same answer, whatever else is in the batch; None draws a fresh one.
-    """
-
-    prompt_ids: tuple[int, ...]
-    adapter: str | None
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        assert self.prompt_ids, "a prompt has at least one token"
-        assert self.max_new_tokens >= 1
-        assert self.temperature >= 0
-        assert 0 < self.top_p <= 1
-        assert self.adapter != BASE_ROW, "the base is asked for with None"
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer: its tokens without the stop token, and why it ended."""
-
-    ids: tuple[int, ...]
-    finish: Finish
-
-
-class Row:
-    """A request under way; ``ids`` grows with each step until ``finish`` says why it ended."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.ids: list[int] = []
-        self.finish: Finish | None = None
-        self._generator: torch.Generator | None = None
-        if request.temperature > 0:
-            self._generator = torch.Generator()
-            if request.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(request.seed)
-
-    @property
-    def completion(self) -> Completion:
-        """The answer of a row that has finished."""
-        assert self.finish is not None
-        return Completion(tuple(self.ids), self.finish)
-
-    def sample(self, logits: Tensor) -> int:
-        """Draw the next token from logits [vocabulary]; on the CPU, so that a seed means the same on every device."""
-        assert self._generator is not None
-        logits = logits.double().cpu()
-        # Below their maximum, logits stay finite or become -inf (a probability of 0) at any temperature.
-        scaled = (logits - logits.max()) / self.request.temperature
-        probabilities: Tensor = scaled.softmax(-1)
-        if self.request.top_p == 1:  # nothing is cut off, and sorting a vocabulary takes longer than all the rest
-            return int(torch.multinomial(probabilities, 1, generator=self._generator))
-        probabilities, order = probabilities.sort(descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities[before >= self.request.top_p] = 0  # the likeliest always stays: nothing comes before it
-        return int(order[torch.multinomial(probabilities, 1, generator=self._generator)])
-
-    def take(self, token: int, stop_ids: Collection[int]) -> None:
-        """Append the next token, or finish on it."""
-        if token in stop_ids:
-            self.finish = "stop"
-            return
-        self.ids.append(token)
-        if len(self.ids) == self.request.max_new_tokens:
-            self.finish = "length"
 
 
 @dataclass(frozen=True)
@@ -148,17 +69,21 @@ class Batch:
         stop_ids: tokens that end an answer; they are not part of it.
         pad_id: any token id; padding is never attended to.
         mixed: rows may ask for different adapters. If not, any kind of LoRA will do.
+        decode: tokens to text, needed where requests have stop strings.
 
     Raises:
         UserError: rows are mixed, and an adapter is of a kind that cannot share a batch.
     """
 
-    def __init__(self, model: Any, *, stop_ids: Collection[int], pad_id: int, mixed: bool = True) -> None:
+    def __init__(
+        self, model: Any, *, stop_ids: Collection[int], pad_id: int, mixed: bool = True, decode: Decode | None = None
+    ) -> None:
         self.rows: list[Row] = []
         self._model = model
         self._adapters = RowAdapters(model, mixed=mixed)
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
+        self._decode = decode
         # Without the model's config every layer keeps the whole past. A sliding window is then applied by the
         # attention mask alone; a cache that dropped what has left the window would count padding as text.
         self._cache = DynamicCache()
@@ -192,7 +117,7 @@ class Batch:
             ValueError: the model has no such adapter.
         """
         self._adapters.require([request.adapter for request in requests])
-        rows = [Row(request) for request in requests]
+        rows = [Row(request, self._decode) for request in requests]
         longest = max(len(request.prompt_ids) for request in requests)
         ids = torch.full((len(rows), longest), self._pad_id)
         for index, request in enumerate(requests):
@@ -266,6 +191,7 @@ def generate(
     stop_ids: Collection[int],
     pad_id: int,
     batch_size: int,
+    decode: Decode | None = None,
     on_finished: Callable[[int, Completion], None] = lambda _index, _completion: None,
 ) -> list[Completion]:
     """Answer all requests, ``batch_size`` rows at a time, and give the completions in the requests' order.
@@ -274,14 +200,14 @@ def generate(
     its keys and values while it decodes.
 
     Args:
-        model, stop_ids, pad_id: see :class:`Batch`.
+        model, stop_ids, pad_id, decode: see :class:`Batch`.
         on_finished: told a request's index and its completion as soon as it is there (not in order).
 
     Raises:
         UserError: the requests are for different adapters, and one is of a kind that cannot share a batch.
     """
     mixed = len({request.adapter for request in requests}) > 1
-    batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id, mixed=mixed)
+    batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id, mixed=mixed, decode=decode)
     queue = _Queue(requests, batch)
     completions: dict[int, Completion] = {}
     rows: dict[int, Row] = {}

@@ -77,7 +77,16 @@ class EvaluateRecipe(Section):
         int | None,
         Field(
             ge=1,
-            description="Longest answer in tokens (null: a quarter more than the longest training answer).",
+            description="Longest answer in tokens (null: the 99th percentile of the training answers and a quarter "
+            "more, at least 8).",
+        ),
+    ] = None
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...] | None,
+        Field(
+            description="Texts that end an answer, which is what stands before them (null: the headings of the plain "
+            "form, ### Instruction and ### Response on a line of their own, which a base without a chat template "
+            "writes when it goes on; none with a chat template)."
         ),
     ] = None
     batch_size: Annotated[int, Field(ge=1, description="Conversations generated at once.")] = 32

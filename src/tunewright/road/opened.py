@@ -54,15 +54,7 @@ class OpenProject:
             require_fit(adapter, self.base, self.chat)
             _require_version(adapter, version)
         trained = recipe.train.quantize if adapter is None else trained_quantize([adapter])
-        generator = Generator(
-            self.base,
-            self.chat,
-            recipe.train.dtype,
-            recipe.evaluate.quantize or trained,
-            recipe.evaluate.batch_size,
-            self.project.work,
-            self.reporter,
-        )
+        generator = Generator.of(self.project, self.base, self.chat, recipe.evaluate.quantize or trained, self.reporter)
         return Measurement(self.project, version, generator, self.reporter)
 
 

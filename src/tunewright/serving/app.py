@@ -18,9 +18,9 @@ from starlette.routing import Route
 from tunewright.data.examples import Message
 from tunewright.errors import UserError
 from tunewright.models.decoding import Finish, Request
+from tunewright.models.text_stream import Decode, TextStream
 from tunewright.serving.engine import Engine, EngineStoppedError, RequestFailedError, ServedModel
 from tunewright.serving.protocol import ApiError, ChatRequest, Envelope, Usage, parse_request
-from tunewright.serving.text import Decode, TextStream
 
 Render = Callable[[Sequence[Message]], tuple[int, ...]]
 
@@ -30,7 +30,7 @@ ADAPTER_HEADER = "x-tunewright-adapter"
 MAX_BODY = 1 << 20  # bytes; some 250,000 tokens of English
 
 
-def create_app(engine: Engine, *, render: Render, decode: Decode) -> Starlette:
+def create_app(engine: Engine, *, render: Render, decode: Decode, stops: Sequence[str] = ()) -> Starlette:
     """The server as an ASGI application.
 
     Args:
@@ -38,8 +38,9 @@ def create_app(engine: Engine, *, render: Render, decode: Decode) -> Starlette:
         render: from messages to prompt ids with the base's chat template: the function that training
             uses. A UserError from it is answered with 400.
         decode: from answer ids to text, special tokens left out.
+        stops: texts that end every answer, beside those that a request names.
     """
-    service = _Service(engine, render, decode)
+    service = _Service(engine, render, decode, stops)
     routes = [
         Route("/health", service.health),
         Route("/v1/models", service.models),
@@ -81,10 +82,11 @@ class _Order:
 
 
 class _Service:
-    def __init__(self, engine: Engine, render: Render, decode: Decode) -> None:
+    def __init__(self, engine: Engine, render: Render, decode: Decode, stops: Sequence[str]) -> None:
         self._engine = engine
         self._render = render
         self._decode = decode
+        self._stops = tuple(stops)
 
     async def health(self, _http: HttpRequest) -> Response:
         if self._engine.stopped:
@@ -141,7 +143,7 @@ class _Service:
             seed=chat.seed,
         )
         include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-        return _Order(served, request, tuple(chat.stop or ()), include_usage)
+        return _Order(served, request, (*self._stops, *(chat.stop or ())), include_usage)
 
     async def _pieces(self, order: _Order) -> AsyncGenerator[_Piece, None]:
         """The answer's text as it comes; leaving early takes the row out of the batch."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.chat import ChatFormat
+from tunewright.chat.answers import stop_strings
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, load_model, named, with_adapters
 from tunewright.progress import Reporter
@@ -59,7 +60,7 @@ class Service:
             max_batch=recipe.serve.max_batch,
             context_length=context_length(base),
         )
-        self._app = create_app(self._engine, render=chat.prompt, decode=chat.text)
+        self._app = create_app(self._engine, render=chat.prompt, decode=chat.text, stops=stop_strings(recipe, chat))
 
     def run(self, on_ready: Callable[[str], None]) -> None:
         """Serve until Ctrl-C or SIGTERM; ``on_ready`` is told the address.

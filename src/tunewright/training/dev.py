@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_limit
+from tunewright.chat.answers import answer_limit, answer_text, stop_strings
 from tunewright.data.versions import Member
 from tunewright.metrics import corpus_score
 from tunewright.models.decoding import Request, generate
@@ -44,9 +44,10 @@ class DevTask:
                 stop_ids=self.chat.stop_ids,
                 pad_id=self.chat.tokenizer.pad_token_id,
                 batch_size=self.batch_size,
+                decode=self.chat.text,
                 on_finished=lambda _index, _completion: task.advance(),
             )
-        return [self.chat.text(c.ids) for c in completions]
+        return [answer_text(self.chat, c) for c in completions]
 
     def worth(self, answers: Sequence[str]) -> float:
         """What the answers to all requests are worth by the metric, as a share from 0 to 1."""
@@ -84,11 +85,12 @@ def dev_task(
         )
         dev = [dev[place] for place in places]
     limit = answer_limit(recipe, chat, train)
+    stop = stop_strings(recipe, chat)
     prompts = [chat.prompt(m.example.prompt) for m in dev]
     return DevTask(
         metric=recipe.evaluate.metric,
         # A row that training took fits the context with its answer: what would not fit is longer than that, and wrong.
-        requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p))) for p in prompts),
+        requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p)), stop=stop) for p in prompts),
         references=tuple(m.example.output for m in dev),
         batch_size=recipe.evaluate.batch_size,
         chat=chat,

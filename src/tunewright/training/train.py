@@ -76,7 +76,8 @@ def _choice(recipe: Recipe) -> dict[str, Any]:
     """What decides, beside the train section, which evaluation's adapter is kept."""
     if recipe.train.evaluate_rows == 0:
         return {"metric": None}
-    return {"metric": recipe.evaluate.metric, "max_new_tokens": recipe.evaluate.max_new_tokens}
+    settings = recipe.evaluate
+    return {"metric": settings.metric, "max_new_tokens": settings.max_new_tokens, "stop": settings.stop}
 
 
 def train(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from tiny import byte_tokenizer
-from tunewright.serving.text import Detokenizer, StopFilter, TextStream
+from tunewright.models.text_stream import Detokenizer, StopFilter, TextStream
 
 BYTES = byte_tokenizer()
 
