@@ -63,10 +63,11 @@ def test_what_the_plain_form_writes_after_an_answer_is_a_stop_string(turn: str) 
     prompt = PLAIN.template.render([Message("user", "Q")], generation_prompt=True)
     following = Message("user", "Q2") if turn == "user" else Message("assistant", "A2")
     whole = PLAIN.template.render([Message("user", "Q"), Message("assistant", "A"), following], generation_prompt=False)
-    written = whole[len(prompt) :].replace(
-        PLAIN.tokenizer.eos_token, ""
-    )  # all but the end token that it failed to write
-    stream = TextStream(lambda ids: bytes(ids).decode(), PLAIN_STOPS)
-    text = "".join(stream.push(byte) for byte in written.encode())
+    without_end = whole[len(prompt) :].replace(PLAIN.tokenizer.eos_token, "")
+    stream, text = TextStream(lambda ids: bytes(ids).decode(), PLAIN_STOPS), ""
+    for byte in without_end.encode():
+        text += stream.push(byte)
+        if stream.stopped:
+            break
     assert stream.stopped
     assert text == "A"

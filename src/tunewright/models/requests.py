@@ -119,7 +119,8 @@ class Row:
         self.finish = finish
         if self._stream is None:
             return
-        # What the last tokens hold of an unfinished character may still complete a stop string.
-        self._text += self._stream.flush()
+        if not self._stream.stopped:
+            # What the last tokens hold of an unfinished character may still complete a stop string.
+            self._text += self._stream.flush()
         if self._stream.stopped:
             self.finish, self._before_stop = "stop", self._text
