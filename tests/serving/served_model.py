@@ -80,10 +80,12 @@ def running_engine(model: Any, max_batch: int = 8, stop_ids: frozenset[int] = ST
 
 
 @contextmanager
-def running_server(model: Any, max_batch: int = 8, stop_ids: frozenset[int] = STOPS) -> Iterator[str]:
-    """The address of a server over the model."""
+def running_server(
+    model: Any, max_batch: int = 8, stop_ids: frozenset[int] = STOPS, stops: Sequence[str] = ()
+) -> Iterator[str]:
+    """The address of a server over the model, with stop strings of its own."""
     with (
         running_engine(model, max_batch, stop_ids) as engine,
-        serving(create_app(engine, render=render, decode=decode)) as url,
+        serving(create_app(engine, render=render, decode=decode, stops=stops)) as url,
     ):
         yield url

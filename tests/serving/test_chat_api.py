@@ -222,6 +222,20 @@ def test_a_client_that_hangs_up_frees_its_row(stream: bool) -> None:
         asyncio.run(asyncio.wait_for(run(address), 60))
 
 
+def test_the_servers_own_stop_strings_end_every_answer_beside_the_requests(client: openai.OpenAI) -> None:
+    text = client.chat.completions.create(model="base", messages=QUESTION, max_tokens=40).choices[0].message.content
+    assert text is not None
+    own, asked = text[20:23], text[10:13]
+    with running_server(build_model(), stops=[own]) as address:
+        other = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        ask: Any = other.chat.completions.create
+        plain = ask(model="base", messages=QUESTION, max_tokens=40).choices[0]
+        both = ask(model="base", messages=QUESTION, max_tokens=40, stop=asked).choices[0]
+        other.close()
+    assert (plain.message.content, plain.finish_reason) == (text[: text.index(own)], "stop")
+    assert both.message.content == text[: min(text.index(own), text.index(asked))]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
