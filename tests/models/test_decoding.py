@@ -143,7 +143,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_nucleus() -> None:
 
 
 @pytest.mark.parametrize("how", [{"temperature": 1e-300}, {"temperature": 5e-324}, {"temperature": 1.0, "top_p": 1e-9}])
-def test_hardly_any_temperature_or_nucleus_is_greedy(tenants: Any, how: dict[str, float]) -> None:
+def test_hardly_any_temperature_or_nucleus_is_greedy(tenants: Any, how: dict[str, Any]) -> None:
     (request,) = _requests(1)
     sampled = Request(request.prompt_ids, None, 20, seed=3, **how)
     greedy = Request(request.prompt_ids, None, 20)
