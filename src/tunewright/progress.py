@@ -17,7 +17,11 @@ class Task(Protocol):
         """Count ``steps`` more as done; ``note`` is a short line shown beside the bar."""
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Points of curves at ``step`` of the work; of training: ``loss``, ``eval_loss`` and the task's metric."""
+        """Points of curves at ``step`` of the work.
+
+        Of training: ``loss`` and ``eval_loss``, the task's metric, and with replay ``pair_loss`` and ``replay_kl`` (or
+        ``replay_loss``).
+        """
 
 
 class Reporter(Protocol):

@@ -81,3 +81,26 @@ def test_an_evaluation_knows_the_mean_training_loss_since_the_one_before() -> No
         {"step": 3, "epoch": 1.5, "eval_loss": 2.0},
     ]
     assert evaluations(history) == [Evaluation(2, 1.0, 2.5, 0.25, 3.0), Evaluation(3, 1.5, 2.0, None, 1.0)]
+
+
+def test_with_replay_the_training_loss_is_that_of_the_pairs() -> None:
+    history: list[dict[str, Any]] = [
+        {"step": 1, "epoch": 0.2, "loss": 2.0, "pair_loss": 4.0, "replay_kl": 0.0},
+        {"step": 2, "epoch": 0.4, "loss": 0.5, "replay_kl": 0.5},  # of replayed rows alone
+        {"step": 3, "epoch": 0.6, "loss": 3.0, "pair_loss": 3.0},  # of pairs alone
+        {"step": 3, "epoch": 0.6, "eval_loss": 2.5},
+        {"step": 4, "epoch": 0.8, "loss": 0.5, "replay_loss": 0.5},
+        {"step": 4, "epoch": 0.8, "eval_loss": 2.0},
+    ]
+    assert [e.train_loss for e in evaluations(history)] == [3.5, None]
+
+
+def test_overfitting_shows_in_the_pairs_though_replay_hides_it() -> None:
+    """Replay's divergence grows as the adapter leaves the base, so that the loss of both together rises."""
+    history: list[dict[str, Any]] = []
+    for step, (pairs, kl, dev) in enumerate([(1.0, 0.0, 0.9), (0.6, 0.6, 1.0), (0.3, 1.4, 1.1)], start=1):
+        parts = {"loss": (pairs + kl) / 2, "pair_loss": pairs, "replay_kl": kl}
+        history += [{"step": step, "epoch": step, **parts}, {"step": step, "epoch": step, "eval_loss": dev}]
+    told = overfitting(evaluations(history))
+    assert told is not None
+    assert "(1.000 → 0.600 → 0.300)" in told

@@ -72,6 +72,17 @@ def test_what_was_trained_on_is_kept_with_the_adapter(replayed: TrainResult) -> 
     assert adapter.lineage["recipe"]["train"]["replay"] == {"samples": 6, "kl": 1.0}
 
 
+def test_the_training_loss_beside_the_dev_loss_is_that_of_the_pairs(replayed: TrainResult) -> None:
+    steps = [row for row in replayed.adapter.history if "loss" in row]
+    assert all("pair_loss" in row for row in steps)
+    assert any("replay_kl" in row for row in steps)
+    assert steps[0].get("replay_kl", 0) == 0, "an adapter that is still the base"
+    first, _ = replayed.adapter.lineage["training"]["epochs"]
+    seen = [row["pair_loss"] for row in steps if row["step"] <= first["step"]]
+    assert first["train_loss"] == pytest.approx(np.mean(seen))
+    assert first["train_loss"] > np.mean([row["loss"] for row in steps if row["step"] <= first["step"]])
+
+
 def test_replay_is_part_of_what_decides_the_adapter(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -130,7 +141,7 @@ def test_replay_on_a_base_in_nf4_holds_to_that_base(tmp_path: Path, tiny_base_fo
 # The divergence
 
 
-def _model(base: Path, share: bool, kl: float, tmp_path: Path) -> Any:
+def _model(base: Path, share: bool, kl: float | None, tmp_path: Path) -> Any:
     """A trainer whose adapter is no longer the base."""
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
@@ -155,7 +166,7 @@ def _model(base: Path, share: bool, kl: float, tmp_path: Path) -> Any:
         share=share,
         kl=kl,
         args=arguments,
-        train_dataset=Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 2]]}),
+        train_dataset=Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 2]], "replayed": [True]}),
         processing_class=byte_tokenizer(),
         peft_config=LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4, task_type="CAUSAL_LM"),
     )
@@ -175,6 +186,39 @@ def _rows() -> list[dict[str, Any]]:
         labels = [-100] * (len(ids) - trained) + ids[-trained:]
         rows.append({"input_ids": ids, "labels": labels, "replayed": place in (1, 3)})
     return rows
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kl", [2.5, None])
+def test_a_steps_loss_is_told_in_its_two_parts(
+    share: bool, kl: float | None, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    """Two micro-batches; against the losses of the same rows in batches of one kind each."""
+    trainer, rows = _model(tiny_base_folder, share, kl, tmp_path), _rows()
+    model = trainer.model
+
+    def alone(replayed: bool) -> float:
+        return float(trainer.compute_loss(model, trainer.collate([r for r in rows if r["replayed"] == replayed])))
+
+    pairs, replay = alone(False), alone(True)
+    tokens = {flag: sum(len(_trained(r)) for r in rows if r["replayed"] == flag) for flag in (False, True)}
+    trainer.log({"loss": 0.0})  # a step's losses are told once
+    step = sum(float(trainer.training_step(model, trainer.collate(part), 27)) for part in (rows[:2], rows[2:]))
+    trainer.log({"loss": step})
+    told = trainer.state.log_history[-1]
+    other = "replay_loss" if kl is None else "replay_kl"
+    assert told["pair_loss"] == pytest.approx(pairs, rel=1e-5)
+    assert told[other] == pytest.approx(replay / (kl or 1), rel=1e-5)
+    whole = tokens[False] * told["pair_loss"] + tokens[True] * (kl or 1) * told[other]
+    assert step == pytest.approx(whole / sum(tokens.values()), rel=1e-5)
+    # A step of pairs alone has nothing to say of replay.
+    trainer.training_step(model, trainer.collate([r for r in rows if not r["replayed"]]), tokens[False])
+    trainer.log({"loss": pairs})
+    assert other not in trainer.state.log_history[-1]
+
+
+def _trained(row: dict[str, Any]) -> list[int]:
+    return [label for label in row["labels"] if label != -100]
 
 
 @pytest.mark.parametrize("share", [True, False])

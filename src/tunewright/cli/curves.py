@@ -13,7 +13,13 @@ from rich.text import Text
 from tunewright.metrics import score_text
 from tunewright.recipe import Metric
 
-_LOSSES = {"loss": ("train loss", "cyan"), "eval_loss": ("dev loss", "magenta")}
+_LOSSES = {
+    "loss": ("train loss", "cyan"),
+    "pair_loss": ("of the pairs", "blue"),
+    "replay_kl": ("replay KL", "yellow"),
+    "replay_loss": ("of replay", "yellow"),
+    "eval_loss": ("dev loss", "magenta"),
+}
 _METRICS: dict[Metric, str] = {"exact_match": "exact match on dev", "bleu": "on dev"}
 _HEIGHT = 10
 _MOST_POINTS = 200

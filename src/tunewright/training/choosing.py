@@ -13,7 +13,24 @@ DEV_LOSS = "eval_loss"
 DEV_METRIC = "eval_metric"
 """Their names in the history, as transformers' trackers want them."""
 
-_KEPT = ("step", "epoch", "loss", DEV_LOSS, DEV_METRIC, "learning_rate", "grad_norm", "tokens_per_s")
+PAIR_LOSS = "pair_loss"
+REPLAY_KL = "replay_kl"
+REPLAY_LOSS = "replay_loss"
+"""The parts of ``loss`` in a run with replay: the pairs', and the replayed rows' divergence (learnt: their loss)."""
+
+_KEPT = (
+    "step",
+    "epoch",
+    "loss",
+    PAIR_LOSS,
+    REPLAY_KL,
+    REPLAY_LOSS,
+    DEV_LOSS,
+    DEV_METRIC,
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_s",
+)
 """What the history keeps of transformers' ``log_history``: gradient norms are before clipping."""
 
 _RISES = 2
@@ -29,7 +46,8 @@ class Evaluation:
     dev_loss: float
     dev_metric: float | None
     """The task's metric over the answered dev rows, as a share; None where none are answered."""
-    train_loss: float
+    train_loss: float | None
+    """Of the pairs alone, where there is replay too; None where no pair was trained on since the evaluation before."""
 
     @property
     def rank(self) -> tuple[float, float, int]:
@@ -57,13 +75,21 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
     found: list[Evaluation] = []
     losses: list[float] = []
     for row in history:
-        if "loss" in row:
-            losses.append(float(row["loss"]))
+        if (loss := pairs_loss(row)) is not None:
+            losses.append(loss)
         if DEV_LOSS in row:
-            metric = row.get(DEV_METRIC)
-            found.append(Evaluation(row["step"], row["epoch"], row[DEV_LOSS], metric, fmean(losses)))
+            train_loss = fmean(losses) if losses else None
+            found.append(Evaluation(row["step"], row["epoch"], row[DEV_LOSS], row.get(DEV_METRIC), train_loss))
             losses = []
     return found
+
+
+def pairs_loss(row: Mapping[str, Any]) -> float | None:
+    """The training loss of a step's pairs; None where the row is of no step, or of one of replayed rows alone."""
+    if PAIR_LOSS in row:
+        return float(row[PAIR_LOSS])
+    whole = "loss" in row and not {REPLAY_KL, REPLAY_LOSS} & row.keys()
+    return float(row["loss"]) if whole else None
 
 
 def best_of(evaluated: Sequence[Evaluation]) -> Evaluation:
@@ -83,9 +109,12 @@ def overfitting(evaluated: Sequence[Evaluation]) -> str | None:
     latest = evaluated[-_RISES - 1 :]
     if len(latest) <= _RISES:
         return None
-    if not all(b.dev_loss > a.dev_loss and b.train_loss < a.train_loss for a, b in pairwise(latest)):
+    trained = [e.train_loss for e in latest if e.train_loss is not None]
+    rises = all(b.dev_loss > a.dev_loss for a, b in pairwise(latest))
+    falls = len(trained) == len(latest) and all(b < a for a, b in pairwise(trained))
+    if not (rises and falls):
         return None
-    dev, train = (" → ".join(f"{value:.3f}" for value in each) for each in zip(*map(_losses, latest), strict=True))
+    dev, train = (" → ".join(f"{value:.3f}" for value in each) for each in ([e.dev_loss for e in latest], trained))
     return (
         f"Overfitting: the dev loss has risen for {_RISES} evaluations ({dev}) while the training loss went on falling "
         f"({train}): the model learns its rows by heart. The best so far is {place_text(best_of(evaluated))}."
@@ -95,7 +124,3 @@ def overfitting(evaluated: Sequence[Evaluation]) -> str | None:
 def place_text(evaluation: Evaluation) -> str:
     """Where in the run an evaluation was: ``epoch 2 (step 24)``."""
     return f"epoch {evaluation.epoch:.3g} (step {evaluation.step:,})"
-
-
-def _losses(evaluation: Evaluation) -> tuple[float, float]:
-    return evaluation.dev_loss, evaluation.train_loss

@@ -22,6 +22,7 @@ from tunewright.training.dev import DevTask
 from tunewright.training.head import Reference, add_token_losses, token_losses_of
 from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, longest_batch, too_little_memory
 from tunewright.training.order import LikeLengths, Spread, StepBatches
+from tunewright.training.parts import LossParts
 from tunewright.training.rows import IGNORED
 from tunewright.training.shared_prefix import PackedBatch, attention, pack
 
@@ -34,8 +35,8 @@ class Trainer(SFTTrainer):
         share: compute prompts that rows of a batch share once; else every row stands whole in the packed batch.
         micro_batch: how many rows go through the model at once (None: each micro-batch whole, whatever it needs).
         dev_task: dev rows that each evaluation answers; None: the dev loss is all that is measured.
-        kl: on rows whose column ``replayed`` is true the loss is the divergence from the base, so weighted; None: on no
-            row.
+        kl: on rows whose column ``replayed`` is true the loss is the divergence from the base, so weighted; None: they
+            are learnt as the others are.
     """
 
     def __init__(
@@ -56,12 +57,16 @@ class Trainer(SFTTrainer):
         self.dev_task = dev_task
         self.kl = kl
         self._told: tuple[float, int] | None = None
+        self._parts: LossParts | None = None
         attention.register()
         # Its own implementation, and SDPA wherever it gets no layout: when answers are generated.
         model.set_attn_implementation(attention.NAME)
         add_token_losses(model)
         super().__init__(model=model, data_collator=self.collate, **kwargs)
         keep_float32(self.model)
+        rows: Any = self.train_dataset
+        if "replayed" in rows.column_names:
+            self._parts = LossParts(kl, self.accelerator.device)
         # The loss is a sum over tokens, divided by those of the whole step.
         self.model_accepts_loss_kwargs = True
 
@@ -75,7 +80,7 @@ class Trainer(SFTTrainer):
             shortest = min(rows_there, key=lambda row: len(row["input_ids"]))
             filler = self.collate([{**shortest, "labels": [IGNORED] * len(shortest["labels"])}])
             return {**filler, "packed": replace(filler["packed"], row_tokens=0), "rows": RawRows(())}
-        replayed = None if self.kl is None else [bool(row.get("replayed")) for row in rows]
+        replayed = [bool(row.get("replayed")) for row in rows]
         batch = pack(
             [row["input_ids"] for row in rows], [row["labels"] for row in rows], share=self.share, replayed=replayed
         )
@@ -120,6 +125,7 @@ class Trainer(SFTTrainer):
         while True:
             size = micro.halve(size, self.state.global_step + 1)
             model.zero_grad(set_to_none=True)
+            self._forget_parts()
             enough, loss = in_memory(partial(self._whole_step, model, [*self._done, rows], size, items))
             if enough:
                 again: Tensor = loss
@@ -146,12 +152,17 @@ class Trainer(SFTTrainer):
                 piece = RawRows(longest.pieces(size)[-1])
                 enough, _ = in_memory(partial(self._beside_moments, model, piece, size))
                 model.zero_grad(set_to_none=True)
+                self._forget_parts()
                 if enough:
                     break
                 size = micro.halve(size, 0)
         fits: int = min(gather_object([micro.asked if size == len(places) else size]))
         micro.choose(fits, sum(len(row["input_ids"]) for row in longest.rows))
         return fits
+
+    def _forget_parts(self) -> None:
+        if self._parts is not None:
+            self._parts.clear()
 
     def _beside_moments(self, model: Any, rows: RawRows, size: int) -> None:
         """A forward and backward pass while as much is held as the optimizer will, after its first step."""
@@ -170,7 +181,10 @@ class Trainer(SFTTrainer):
         """The mean loss of the step's trained tokens, or this micro-batch's part in it."""
         assert not return_outputs, "the logits are never held"
         batch: PackedBatch = inputs["packed"]
-        loss: Tensor = token_losses_of(model, batch, self._reference(model, batch)).sum()
+        losses = token_losses_of(model, batch, self._reference(model, batch))
+        if self._parts is not None:
+            self._parts.add(losses, batch.replayed)
+        loss: Tensor = losses.sum()
         if num_items_in_batch is None:
             return loss / len(batch.targets)
         # DDP averages over processes what is to be their sum.
@@ -204,7 +218,10 @@ class Trainer(SFTTrainer):
         return list(sampler)[batch * size : (batch + 1) * size]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens per second since the step before; the first step of a process has none."""
+        """Add the parts of a step's loss, and the tokens per second since the step before, which the first has not."""
+        if "loss" in logs and self._parts is not None:
+            logs |= self._parts.means(partial(self.accelerator.reduce, reduction="sum"))
+            self._parts.clear()
         if "loss" in logs:
             now = time.monotonic()
             if self._told is not None:

@@ -18,6 +18,9 @@ from tunewright.recipe import Metric, Recipe
 from tunewright.training.choosing import (
     DEV_LOSS,
     DEV_METRIC,
+    PAIR_LOSS,
+    REPLAY_KL,
+    REPLAY_LOSS,
     Evaluation,
     evaluations,
     history_rows,
@@ -94,8 +97,11 @@ class Follow(TrainerCallback):
             raise BrokenRunError(what, state.global_step, self.rows_of_step(state.global_step))
 
     def _show(self, row: Mapping[str, Any]) -> None:
-        names = {"loss": "loss", DEV_LOSS: DEV_LOSS, DEV_METRIC: self.metric}
-        self.task.measured(row["step"], {name: row[key] for key, name in names.items() if key in row})
+        curves = ("loss", PAIR_LOSS, REPLAY_KL, REPLAY_LOSS, DEV_LOSS)
+        numbers = {name: row[name] for name in curves if name in row}
+        if DEV_METRIC in row:
+            numbers[self.metric] = row[DEV_METRIC]
+        self.task.measured(row["step"], numbers)
         if DEV_LOSS in row:
             self.dev = f", dev {row[DEV_LOSS]:.3f}"
 
@@ -109,6 +115,7 @@ class FollowDev(TrainerCallback):
     def __init__(self, recipe: Recipe, reporter: Reporter) -> None:
         self.metric = recipe.evaluate.metric
         self.patience = recipe.train.patience
+        self.trained = "training loss" if recipe.train.replay is None else "pairs' training loss"
         self.reporter = reporter
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -127,9 +134,9 @@ class FollowDev(TrainerCallback):
 
     def _told(self, latest: Evaluation) -> str:
         metric = "" if latest.dev_metric is None else f", {score_text(self.metric, latest.dev_metric)}"
-        gap = latest.dev_loss - latest.train_loss
         place = place_text(latest)
-        return (
-            f"{place[0].upper()}{place[1:]}: dev loss {latest.dev_loss:.3f} ({gap:+.3f} from the training loss, "
-            f"{latest.train_loss:.3f}){metric}"
-        )
+        gap = ""
+        if latest.train_loss is not None:
+            distance = latest.dev_loss - latest.train_loss
+            gap = f" ({distance:+.3f} from the {self.trained}, {latest.train_loss:.3f})"
+        return f"{place[0].upper()}{place[1:]}: dev loss {latest.dev_loss:.3f}{gap}{metric}"

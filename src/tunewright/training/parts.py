@@ -1,0 +1,53 @@
+"""The two parts of a step's loss where the base's own words are replayed: that of the pairs, and that of replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tunewright.training.choosing import PAIR_LOSS, REPLAY_KL, REPLAY_LOSS
+
+
+class LossParts:
+    """Adds up the losses of a step's trained tokens, pairs' and replayed rows' apart.
+
+    Args:
+        kl: what divergences are multiplied by in the loss; None: replayed rows are learnt as pairs are.
+        device: where losses are.
+    """
+
+    def __init__(self, kl: float | None, device: torch.device) -> None:
+        self.kl = kl
+        self._sums = torch.zeros(2, 2, dtype=torch.float64, device=device)
+        """Of pairs and of replayed rows: the sum of the losses, and how many tokens."""
+
+    def add(self, losses: Tensor, replayed: Tensor | None) -> None:
+        """More tokens of the step.
+
+        Args:
+            losses: of all trained tokens, as they are in the loss [L].
+            replayed: which of them are of replayed rows: places in L; None: none is.
+        """
+        given = losses.detach().double()
+        held = given.new_empty(0) if replayed is None else given.index_select(0, replayed)
+        of_replay = torch.stack([held.sum(), held.new_tensor(len(held))])
+        of_all = torch.stack([given.sum(), given.new_tensor(len(given))])
+        self._sums += torch.stack([of_all - of_replay, of_replay])
+
+    def clear(self) -> None:
+        """Forget what was added: the step is done again, or another one begins."""
+        self._sums.zero_()
+
+    def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Nats per token of each part that the step has tokens of, the divergence without its weight.
+
+        Args:
+            over_processes: sums a tensor over all processes that share the step.
+        """
+        (pairs, pair_tokens), (replay, replay_tokens) = over_processes(self._sums).tolist()
+        told = {PAIR_LOSS: pairs / pair_tokens} if pair_tokens else {}
+        if replay_tokens:
+            told[REPLAY_LOSS if self.kl is None else REPLAY_KL] = replay / replay_tokens / (self.kl or 1)
+        return told
