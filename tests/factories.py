@@ -65,7 +65,7 @@ def make_evidence(items: list[Item], *, metric: Metric = "exact_match", margin: 
         lineage={
             "dataset": {"version": digest("version"), "split": digest("split")},
             "base": {"name": "smollm2-135m-instruct", "digest": digest("base")},
-            "adapter": digest("adapter"),
+            "adapter": {"name": "legal-1", "digest": digest("adapter"), "lineage": {"training": {"metric": metric}}},
             "recipe": {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj"], "learning_rate": 0.0002},
             "packages": {"torch": "2.13.0", "transformers": "5.24.0", "peft": "0.21.2"},
         },
@@ -122,13 +122,14 @@ def cross_fitted(evidence: Evidence, folds: int = 5) -> Evidence:
 
 
 def make_history(steps: int = 40) -> list[dict[str, Any]]:
-    """A training history whose loss falls, with a dev loss every tenth step."""
+    """A training history whose loss falls, with a dev loss and exact match every tenth step: the best at step 30."""
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         loss = 0.25 + 2.2 / (1 + step / 5) + 0.1 * _luck(f"loss{step}")
         rows.append({"step": step, "epoch": step / 20, "loss": loss, "learning_rate": 2e-4 * (1 - step / steps)})
         if step % 10 == 0:
             rows.append({"step": step, "epoch": step / 20, "eval_loss": loss + 0.08})
+            rows[-1]["eval_metric"] = min(step, 60 - step) / 40
     return rows
 
 

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from tunewright.report.plots import PLAIN, TUNED, Bar, forest_plot, loss_plot
+from tunewright.report.plots import PLAIN, TUNED, Bar, forest_plot, training_plot
 
 
 def _ends(svg: str, colour: str) -> list[tuple[float, float]]:
@@ -34,7 +34,52 @@ def test_labels_are_real_text_whatever_they_hold() -> None:
     assert ElementTree.fromstring(svg)[0].text == "a <title> & more"
 
 
+RUN = [
+    {"step": 10, "loss": 9.0, "pair_loss": 2.0, "replay_kl": 16.0},
+    {"step": 10, "epoch": 1, "eval_loss": 1.5, "eval_metric": 0.5},
+    {"step": 20, "loss": 9.0, "pair_loss": 1.0, "replay_kl": 17.0},
+    {"step": 20, "epoch": 2, "eval_loss": 3.0, "eval_metric": 1.0},
+    {"step": 30, "loss": 9.0, "pair_loss": 0.5, "replay_kl": 17.5},
+    {"step": 30, "epoch": 3, "eval_loss": 1.0, "eval_metric": 0.5},
+]
+
+
+def _lines(svg: str, colour: str, points: int = 3) -> list[list[tuple[float, float]]]:
+    """The corners of every line of so many that is drawn in ``colour``, in order; those of a legend are level."""
+    paths = re.findall(rf'd="(M [^"z]*)" [^>]*stroke: {re.escape(colour)}', svg)
+    lines = [[(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)] for path in paths]
+    return [line for line in lines if len(line) == points and len({y for _, y in line}) > 1]
+
+
+def test_a_run_shows_the_pairs_loss_the_score_on_dev_and_the_kept_step() -> None:
+    svg = training_plot("l", "t", RUN, "exact_match")
+    (train,) = _lines(svg, "var(--plain)")
+    losses, scores = _lines(svg, "var(--tuned)")
+    kept = _lines(svg, "currentColor", points=2)
+    assert [x for x, _ in train] == [x for x, _ in losses] == [x for x, _ in scores]
+    # Heights on one axis: 2.0, 1.0, 0.5 of the pairs, and 1.5, 3.0, 1.0 on dev.
+    (_, a), (_, b), (_, c) = train
+    (_, d), (_, e), (_, f) = losses
+    assert [d - a, e - a, f - b] == pytest.approx([(b - a) * 0.5, (a - b), 0], abs=1e-3)
+    assert (c - b) == pytest.approx((b - a) / 2, abs=1e-3)
+    assert scores[0][1] == scores[2][1] > scores[1][1]
+    assert min(y for _, y in scores) > max(y for _, y in losses), "below the losses"
+    assert len(kept) == 2, "through both panels"
+    assert {x for line in kept for x, _ in line} == {scores[1][0]}
+    assert "dev exact, %" in svg
+    assert ">kept<" in svg
+
+
+def test_a_run_without_answered_dev_rows_has_the_losses_alone_and_keeps_by_them() -> None:
+    run = [{key: value for key, value in row.items() if key != "eval_metric"} for row in RUN]
+    svg = training_plot("l", "t", run, "exact_match")
+    (losses,) = _lines(svg, "var(--tuned)")
+    (kept,) = _lines(svg, "currentColor", points=2)
+    assert kept[0][0] == kept[1][0] == losses[2][0]
+    assert "dev exact" not in svg
+
+
 def test_drawing_leaves_the_callers_style_alone() -> None:
     before = dict(mpl.rcParams)
-    loss_plot("l", "loss", [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}])
+    training_plot("l", "loss", RUN, "bleu")
     assert dict(mpl.rcParams) == before

@@ -80,7 +80,12 @@ def test_the_numbers_of_the_evidence_are_on_the_page() -> None:
     for arm in EVIDENCE.arms:
         assert f"{arm.exact} of {arm.items}" in READ.text
         assert f"{100 * arm.bleu.interval.low:.1f} to {100 * arm.bleu.interval.high:.1f}" in READ.text
-    for value in ("1,782 training examples", EVIDENCE.bleu_signature, EVIDENCE.lineage["adapter"], "packages.peft"):
+    for value in (
+        "1,782 training examples",
+        EVIDENCE.bleu_signature,
+        EVIDENCE.lineage["adapter"]["digest"],
+        "packages.peft",
+    ):
         assert value in READ.text
 
 
@@ -196,8 +201,16 @@ def test_a_cross_fitted_report_shows_the_folds_and_no_test_split(metric: Metric)
 
 
 def test_the_loss_caption_names_the_lowest_dev_loss() -> None:
-    history = [{"step": s, "eval_loss": loss} for s, loss in ((10, 0.9), (20, 0.412), (30, 0.5))]
-    assert "Dev loss was lowest at step 20 (0.412) and 0.500 at the end." in render_report(EVIDENCE, ITEMS, history)
+    history = [{"step": s, "epoch": 1, "eval_loss": loss} for s, loss in ((10, 0.9), (20, 0.412), (30, 0.5))]
+    page = render_report(EVIDENCE, ITEMS, history)
+    told = (
+        "Dev loss was lowest at step 20 (0.412) and 0.500 at the end. The adapter of step 20 was kept, by the dev loss."
+    )
+    assert told in page
+    for row, score in zip(history, (0.25, 0.5, 0.75), strict=True):
+        row["eval_metric"] = score
+    page = render_report(EVIDENCE, ITEMS, history)
+    assert "The adapter of step 30 was kept, by its exact match on dev: 75.0%." in page
     assert "No dev loss was measured" in render_report(EVIDENCE, ITEMS, [{"step": 1, "loss": 1.0}])
 
 

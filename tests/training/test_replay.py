@@ -198,7 +198,8 @@ def test_a_steps_loss_is_told_in_its_two_parts(
     model = trainer.model
 
     def alone(replayed: bool) -> float:
-        return float(trainer.compute_loss(model, trainer.collate([r for r in rows if r["replayed"] == replayed])))
+        there = [r for r in rows if r["replayed"] == replayed]
+        return float(trainer.compute_loss(model, trainer.collate(there)).detach())
 
     pairs, replay = alone(False), alone(True)
     tokens = {flag: sum(len(_trained(r)) for r in rows if r["replayed"] == flag) for flag in (False, True)}

@@ -18,7 +18,9 @@ from tunewright.disk import write_text
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Item
 from tunewright.evaluation.verdict import verdict
 from tunewright.metrics import exact_matches, normalised, p_text, points_text, score_text
-from tunewright.report.plots import PLAIN, PROMPTING, TUNED, Bar, forest_plot, loss_plot
+from tunewright.recipe import Metric
+from tunewright.report.plots import PLAIN, PROMPTING, TUNED, Bar, forest_plot, training_plot
+from tunewright.training.choosing import best_of, evaluations
 
 SHOWN_FIXED = 30
 SHOWN_STILL_WRONG = 100
@@ -52,7 +54,7 @@ def write_report(evidence: Evidence, items: Sequence[Item], history: Sequence[di
     Args:
         evidence: what was measured.
         items: the test items with every arm's answer.
-        history: the training run's rows: ``step`` with ``loss`` or ``eval_loss``. May be empty.
+        history: the training run's rows, as an adapter has them: of each step and each evaluation. May be empty.
         out: the HTML file.
     """
     write_text(out, render_report(evidence, items, history))
@@ -75,7 +77,7 @@ def render_report(evidence: Evidence, items: Sequence[Item], history: Sequence[d
         control=evidence.arm(first.control),
         score=score_text,
         figures=_figures(evidence, history),
-        loss_words=_loss_words(history),
+        loss_words=_loss_words(history, _trained_by(evidence)),
         counts={name: len(group) for name, group in groups.items()},
         broken=_shown(groups["broken"], first),
         fixed=_shown(groups["fixed"][:SHOWN_FIXED], first),
@@ -115,7 +117,8 @@ def _figures(evidence: Evidence, history: Sequence[dict[str, Any]]) -> dict[str,
             limits=(0, 100),
         )
     if history:
-        drawn["loss"] = loss_plot("loss", "Training and dev loss by optimizer step", history)
+        title = "Training and dev loss, and the score on dev, by optimizer step"
+        drawn["loss"] = training_plot("loss", title, history, _trained_by(evidence))
     return {name: Markup(svg) for name, svg in drawn.items()}
 
 
@@ -131,12 +134,24 @@ def _contrast_bar(contrast: Contrast) -> Bar:
     return Bar(contrast.control, 100 * contrast.difference, low, high, text, TUNED)
 
 
-def _loss_words(history: Sequence[dict[str, Any]]) -> str:
-    dev = [(row["eval_loss"], row["step"]) for row in history if "eval_loss" in row]
-    if not dev:
+def _trained_by(evidence: Evidence) -> Metric:
+    """The metric by which the training chose what to keep; the evaluation's, where the adapter's lineage has none."""
+    training = evidence.lineage.get("adapter", {}).get("lineage", {}).get("training", {})
+    metric: Metric = training.get("metric") or evidence.metric
+    return metric
+
+
+def _loss_words(history: Sequence[dict[str, Any]], metric: Metric) -> str:
+    evaluated = evaluations(history)
+    if not evaluated:
         return "No dev loss was measured during training."
-    lowest, step = min(dev)
-    return f"Dev loss was lowest at step {step:,} ({lowest:.3f}) and {dev[-1][0]:.3f} at the end."
+    lowest, kept = min(evaluated, key=lambda e: e.dev_loss), best_of(evaluated)
+    words = f"Dev loss was lowest at step {lowest.step:,} ({lowest.dev_loss:.3f}) and "
+    words += f"{evaluated[-1].dev_loss:.3f} at the end. The adapter of step {kept.step:,} was kept"
+    if kept.dev_metric is None:
+        return f"{words}, by the dev loss."
+    name = "exact match" if metric == "exact_match" else "BLEU"
+    return f"{words}, by its {name} on dev: {score_text(metric, kept.dev_metric)}."
 
 
 # Items

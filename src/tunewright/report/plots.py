@@ -11,10 +11,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tunewright.evaluation.curve import Curve
+from tunewright.recipe import Metric
+from tunewright.training.choosing import best_of, evaluations, pairs_loss
 
 # Matplotlib knows no CSS: these stand in for what the page decides, and are replaced in the finished SVG.
 INK, MUTED, LINE, TUNED, PROMPTING, PLAIN = "#010203", "#020203", "#030203", "#040203", "#050203", "#060203"
@@ -40,6 +43,7 @@ _FILE_COLOURS = {
 _WIDTH = 460.0  # points, which become SVG units: 12 of them stay readable on a phone 400 pixels wide
 _ROW, _HEAD, _FOOT = 30.0, 12.0, 40.0
 _LABELS, _TEXTS = 96.0, 56.0  # left and right of a forest plot's axis
+_LOSS_HEIGHT, _METRIC_HEIGHT, _TOP = 230.0, 120.0, 18.0  # of a run's panels, and what is above them
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # real text: it can be read aloud, selected and scaled
@@ -125,17 +129,29 @@ def forest_plot(
         return _inline(figure, name, title)
 
 
-def loss_plot(name: str, title: str, history: Sequence[dict[str, Any]]) -> str:
-    """Loss per step on train (a line) and dev (points); rows hold ``step`` and ``loss`` or ``eval_loss``."""
-    train = [(row["step"], row["loss"]) for row in history if "loss" in row]
-    dev = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
+def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metric: Metric) -> str:
+    """A run by its steps: the losses on train and dev, below them the task's metric on dev, and the step that was kept.
+
+    Args:
+        name: prefix of the SVG's ids, unique on the page.
+        title: what a screen reader says.
+        history: the run's rows: ``step`` with ``loss`` (and ``pair_loss``, which then is what is drawn) or with
+            ``epoch``, ``eval_loss`` and, where dev rows were answered, ``eval_metric``.
+        metric: what ``eval_metric`` is.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    train = [(row["step"], loss) for row in history if (loss := pairs_loss(row)) is not None]
+    evaluated = evaluations(history)
+    dev = [(e.step, e.dev_loss) for e in evaluated]
+    scores = [(e.step, 100 * e.dev_metric) for e in evaluated if e.dev_metric is not None]
+    height = _LOSS_HEIGHT + (_METRIC_HEIGHT if scores else 0)
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH / 72, 230 / 72))
-        axes = figure.add_axes((0.11, 0.2, 0.87, 0.75))
-        axes.set_xlabel("optimizer step")
+        figure = Figure(figsize=(_WIDTH / 72, height / 72))
+        low = (height - _LOSS_HEIGHT + _FOOT) / height
+        axes = figure.add_axes((0.11, low, 0.87, 1 - low - _TOP / height))
         axes.set_ylabel("loss (nats per token)")
-        axes.grid(axis="y", linewidth=0.7)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if train:
             axes.plot(*zip(*train, strict=True), color=PLAIN, linewidth=1.5, label="train")
@@ -143,7 +159,28 @@ def loss_plot(name: str, title: str, history: Sequence[dict[str, Any]]) -> str:
             axes.plot(*zip(*dev, strict=True), color=TUNED, linewidth=2, marker="o", markersize=6, label="dev")
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper right", labelcolor=INK)
+        panels = [axes]
+        if scores:
+            below = figure.add_axes((0.11, _FOOT / height, 0.87, (_METRIC_HEIGHT - _FOOT) / height), sharex=axes)
+            below.set_ylabel("dev exact, %" if metric == "exact_match" else "dev BLEU")
+            below.yaxis.set_major_locator(MaxNLocator(4))
+            below.plot(*zip(*scores, strict=True), color=TUNED, linewidth=2, marker="o", markersize=6, clip_on=False)
+            below.set_ylim(0, 1.08 * max(score for _, score in scores) or 1)
+            panels.append(below)
+        for panel in panels:
+            panel.grid(axis="y", linewidth=0.7)
+            panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panels[-1].set_xlabel("optimizer step")
+        if evaluated:
+            _mark_kept(panels, best_of(evaluated).step)
         return _inline(figure, name, title)
+
+
+def _mark_kept(panels: Sequence[Axes], step: int) -> None:
+    """A line through all panels at the step whose adapter was kept, named above the first."""
+    for panel in panels:
+        panel.axvline(step, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    panels[0].text(step, 1.02, "kept", ha="center", va="bottom", fontsize=11, transform=panels[0].get_xaxis_transform())
 
 
 def curve_plot(curve: Curve) -> str:
