@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.training.choosing import Evaluation, best_of, evaluations, overfitting, runs_out_of_patience
+from tunewright.training.choosing import (
+    Evaluation,
+    best_of,
+    evaluations,
+    overfitting,
+    runs_out_of_patience,
+    worth_keeping,
+)
 
 
 def _evaluation(step: int, dev_loss: float, metric: float | None = None, train_loss: float = 1.0) -> Evaluation:
@@ -44,6 +51,22 @@ def test_patience_counts_evaluations_since_the_best_so_far(dev: list[tuple[float
         best, waited = ((metric, -loss), 0) if better else (best, waited + 1)
     assert runs_out_of_patience(_steps(*dev), patience) == (waited >= patience)
     assert not runs_out_of_patience(_steps(*dev), None)
+
+
+@given(st.lists(scores, min_size=1, max_size=30))
+def test_nine_adapters_at_most_are_worth_keeping_and_none_of_them_was_let_go_of_before(
+    dev: list[tuple[float, float]],
+) -> None:
+    evaluated = _steps(*dev)
+    there: set[int] = set()
+    for count in range(1, len(evaluated) + 1):
+        there.add(evaluated[count - 1].step)
+        kept = {e.step for e in worth_keeping(evaluated[:count])}
+        assert kept <= there
+        there = kept
+        assert len(kept) <= 9
+    ranked = sorted(evaluated, key=lambda e: (-e.rank[0], -e.rank[1], e.step))
+    assert there == {e.step for e in ranked[:8]} | {evaluated[-1].step}
 
 
 def _curves(dev: list[float], train: list[float]) -> list[Evaluation]:

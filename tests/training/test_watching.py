@@ -174,6 +174,42 @@ def test_evaluating_more_often_does_not_disturb_training(tmp_path: Path, tiny_ba
     assert last[0] == last[1]
 
 
+def test_a_run_that_is_evaluated_at_every_step_keeps_nine_adapters_on_the_disk(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it trains, after a stop, and when the newest checkpoint is lost; the others' numbers stay."""
+    from tunewright.training import checkpoints
+
+    let_go = checkpoints._let_go_of_others
+    most = 0
+
+    def counting(work: Path) -> None:
+        nonlocal most
+        let_go(work)
+        most = max(most, len(list((work / "evaluated").iterdir())))
+
+    monkeypatch.setattr(checkpoints, "_let_go_of_others", counting)
+    keys = {"evaluate_every": 1, "evaluate_rows": 0}
+    told = Told()
+    whole = _road(tmp_path / "whole", tiny_base_folder, told, **keys).train().adapter
+    evaluated = whole.lineage["training"]["epochs"]
+    assert len(evaluated) == 24
+    best = sorted(evaluated, key=lambda e: e["dev_loss"])[:8]
+    expected = {f"step-{e['step']}" for e in [*best, evaluated[-1]]}
+    assert {*whole.checkpoints, f"step-{whole.lineage['training']['kept_step']}"} == expected
+    assert f"Of 24 evaluations the adapters of {len(expected)} are kept: the best and the last." in told.lines
+    assert most <= 10
+    with pytest.raises(KeyboardInterrupt):
+        _road(tmp_path / "stopped", tiny_base_folder, Told(after=17), **keys).train()
+    newest = max(_files(tunewright.open(tmp_path / "stopped")).glob("checkpoint-*"), key=checkpoints.step_of)
+    (newest / "optimizer.pt").write_bytes(b"")
+    again = Told()
+    went_on = _road(tmp_path / "stopped", tiny_base_folder, again).train().adapter
+    assert "Going on from step 16 of 24" in again.lines
+    assert went_on.digest == whole.digest
+    assert went_on.checkpoints.keys() == whole.checkpoints.keys()
+
+
 def test_rows_to_answer_are_bounded_said_and_none_leaves_the_loss_to_choose(
     tmp_path: Path, tiny_base_folder: Path
 ) -> None:

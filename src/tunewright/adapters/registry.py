@@ -5,7 +5,7 @@ NAME-DIGEST12/
   lineage.json                                     what it was made of, by digest
   metrics.jsonl                                    loss, dev loss, dev metric, speed by step
   replay.jsonl                                     what the base wrote and the adapter was trained on, where it was
-  checkpoints/step-N/                              the adapter at each other evaluation
+  checkpoints/step-N/                              the adapter at other evaluations: the best and the last
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 WORK/
   checkpoint-N/     everything that a run needs to go on after step N; the newest two are kept
-  evaluated/step-N/ the adapter that was evaluated after step N, kept until the run is over
+  evaluated/step-N/ the adapter that was evaluated after step N, if it is among the best or the latest of a checkpoint
 Each gets a manifest of its files' SHA-256 last (``disk.seal``): without one it was cut off while being written, and
 with one that does not hold it was damaged since.
 """
@@ -25,7 +25,7 @@ from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter
 from tunewright.training import processes
-from tunewright.training.choosing import adapter_folder, evaluations
+from tunewright.training.choosing import Evaluation, adapter_folder, evaluations, worth_keeping
 from tunewright.training.stopping import StopRequest
 
 _KEPT = 2
@@ -68,6 +68,20 @@ class KeepCheckpoints(TrainerCallback):
         seal(checkpoint)
         for old in _newest_first(self.work)[_KEPT:]:
             _remove(old)
+        _let_go_of_others(self.work)
+
+
+def _let_go_of_others(work: Path) -> None:
+    """Remove the evaluated adapters that no checkpoint needs: the run may have to go on from the older one."""
+    needed = {e.folder(work) for checkpoint in _newest_first(work) for e in _needed(checkpoint)}
+    for folder in set((work / "evaluated").glob("step-*")) - needed:
+        _remove(folder)
+
+
+def _needed(checkpoint: Path) -> list[Evaluation]:
+    """The evaluations whose adapters a run that goes on from this checkpoint may still keep."""
+    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    return worth_keeping(evaluations(state["log_history"]))
 
 
 def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
@@ -117,9 +131,8 @@ def usable_checkpoint(work: Path, base: Base, reporter: Reporter) -> Path | None
 
 def _lost_adapters(work: Path, checkpoint: Path, base: Base) -> list[str]:
     """What is wrong with the evaluated adapters that a checkpoint has behind it; its own is made good."""
-    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     faults = []
-    for evaluation in evaluations(state["log_history"]):
+    for evaluation in _needed(checkpoint):
         kept = evaluation.folder(work)
         lost = damage(kept)
         if lost and evaluation.step == step_of(checkpoint):

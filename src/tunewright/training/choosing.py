@@ -33,6 +33,9 @@ _KEPT = (
 )
 """What the history keeps of transformers' ``log_history``: gradient norms are before clipping."""
 
+_MOST_KEPT = 8
+"""Evaluations whose adapters are kept for being good: however often a run is evaluated, the disk does not fill."""
+
 _RISES = 2
 """Rises of the dev loss in a row that are called overfitting: a single one is often noise."""
 
@@ -95,6 +98,15 @@ def pairs_loss(row: Mapping[str, Any]) -> float | None:
 def best_of(evaluated: Sequence[Evaluation]) -> Evaluation:
     """The best by the metric; the dev loss breaks ties, then the earlier."""
     return max(evaluated, key=lambda e: e.rank)
+
+
+def worth_keeping(evaluated: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those whose adapters stay on the disk, in order: the eight best, and the latest.
+
+    What is among them at the end has been among them ever since it was evaluated.
+    """
+    best = sorted(evaluated, key=lambda e: e.rank, reverse=True)[:_MOST_KEPT]
+    return [e for e in evaluated if e in best or e is evaluated[-1]]
 
 
 def runs_out_of_patience(evaluated: Sequence[Evaluation], patience: int | None) -> bool:

@@ -24,7 +24,7 @@ from tunewright.project import Project
 from tunewright.recipe import Recipe
 from tunewright.training import processes
 from tunewright.training.checkpoints import require_whole, working_folder
-from tunewright.training.choosing import Evaluation, best_of, evaluations, place_text
+from tunewright.training.choosing import Evaluation, best_of, evaluations, place_text, worth_keeping
 from tunewright.training.dev import DevTask, dev_task
 from tunewright.training.guard import BrokenRunError
 from tunewright.training.lineage import training_lineage
@@ -132,6 +132,8 @@ def train(
     if processes.is_main():
         shutil.rmtree(work)
     evaluated = fitted.evaluated
+    if (kept := len(worth_keeping(evaluated))) < len(evaluated):
+        reporter.say(f"Of {len(evaluated)} evaluations the adapters of {kept} are kept: the best and the last.")
     if (best := best_of(evaluated)) is not evaluated[-1]:
         dev = "The dev loss" if fitted.answered is None else "Dev"
         reporter.warn(f"{dev} was best after {place_text(best)}: that adapter is kept, not the last one.")
@@ -222,7 +224,8 @@ def _store(fitted: _Fitted, recipe: Recipe, work: Path, place: Path, inputs: Map
     """
     evaluated, answered = fitted.evaluated, fitted.answered
     best = best_of(evaluated)
-    for each in evaluated:
+    kept = worth_keeping(evaluated)
+    for each in kept:
         require_whole(each.folder(work))
     lineage = {
         **inputs,
@@ -239,7 +242,7 @@ def _store(fitted: _Fitted, recipe: Recipe, work: Path, place: Path, inputs: Map
         place,
         recipe.name,
         best.folder(work),
-        {f"step-{e.step}": e.folder(work) for e in evaluated if e is not best},
+        {f"step-{e.step}": e.folder(work) for e in kept if e is not best},
         lineage,
         fitted.history,
         servable=recipe.train.servable,
