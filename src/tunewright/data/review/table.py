@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import write_text
 from tunewright.errors import UserError
+from tunewright.sheets import one_line_end, read_sheet, refuse_faulty
 
 COLUMNS = ("row", "draw", "why", "input", "answer", "verdict", "new_output")
 _NEEDED = ("row", "draw", "answer", "verdict", "new_output")
-_MOST_FAULTS = 50
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def import_csv(
     faults: list[str] = []
     known = blank = 0
     seen: dict[str, int] = {}
-    for line, fields in _read(path):
+    for line, fields in read_sheet(path, _NEEDED, "tunewright data review --export"):
         fault = _fault(fields, members, allow)
         if fields["row"] in seen and not fault:
             fault = f"the row of line {seen[fields['row']]} again"
@@ -93,10 +93,7 @@ def import_csv(
                 known += 1
             else:
                 events.append(event)
-    if faults:
-        listed = "\n".join(f"  {fault}" for fault in faults[:_MOST_FAULTS])
-        more = f"\n  and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
-        raise UserError(f"faulty rows, no verdict was recorded:\n{listed}{more}", fix="Mend them and import again.")
+    refuse_faulty(faults)
     if events:
         append_reviews(dataset, events)
     return Imported(len(events), known, blank)
@@ -111,9 +108,9 @@ def _fault(fields: Mapping[str, str], members: Mapping[str, Member], allow: Coll
         return f"the verdict is {fields['verdict']!r}; it can be {', '.join(VERDICTS)} or nothing"
     if (verdict == "edit") != bool(output.strip()):
         return "an edit needs a new_output" if verdict == "edit" else "a new_output needs the verdict edit"
-    if _lines(fields["answer"]) != _lines(member.example.output):
+    if one_line_end(fields["answer"]) != one_line_end(member.example.output):
         return "the answer was changed: leave it, and write the better one in new_output"
-    if output and _lines(output) == _lines(member.example.output):
+    if output and one_line_end(output) == one_line_end(member.example.output):
         return "the new_output is the answer that is there"
     if found := told_secrets(output, allow):
         return f"the new_output holds a secret ({found})"
@@ -128,51 +125,9 @@ def _event(fields: Mapping[str, str], verdict: str, version: DatasetVersion, rev
     return Judged(
         key=fields["row"],
         verdict=given,
-        output=_lines(fields["new_output"]) if given == "edit" else None,
+        output=one_line_end(fields["new_output"]) if given == "edit" else None,
         draw=int(draw) if draw else None,
         version=version.digest,
         reviewer=reviewer,
         when=now(),
     )
-
-
-def _lines(text: str) -> str:
-    """Spreadsheets rewrite line ends."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _read(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """The rows with the lines they start at; spreadsheets separate by comma, semicolon or tab, as the locale has it."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except UnicodeDecodeError:
-        raise UserError("not UTF-8", where=str(path), fix="Save it as CSV UTF-8.") from None
-    head = text.split("\n", 1)[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
-    rows: list[tuple[int, dict[str, str]]] = []
-    header: Sequence[str] = ()
-    start = 1
-    try:
-        for fields in reader:
-            if not header:
-                header = fields
-                _check_header(header, path)
-            elif any(fields):
-                if len(fields) != len(header):
-                    raise UserError(f"{len(fields)} fields where the header has {len(header)}", where=f"{path}:{start}")
-                rows.append((start, dict(zip(header, fields, strict=True))))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"not CSV that can be read from here on: {error}", where=f"{path}:{start}") from None
-    if not header:
-        _check_header(header, path)
-    return rows
-
-
-def _check_header(header: Sequence[str], path: Path) -> None:
-    missing = [name for name in _NEEDED if header.count(name) != 1]
-    if missing:
-        fix = "Start from a file that `tunewright data review --export` wrote."
-        raise UserError(f"no column {', '.join(missing)}", where=f"{path}:1", fix=fix)
