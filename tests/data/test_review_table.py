@@ -15,6 +15,7 @@ from tunewright.data.review.table import Imported, export_csv, import_csv
 from tunewright.data.versions import load_version
 from tunewright.errors import UserError
 from tunewright.project import Project
+from tunewright.sheets import restored_cell
 
 Row = dict[str, str]
 
@@ -60,7 +61,9 @@ def test_the_export_holds_the_texts_exactly_in_the_order_of_the_sample(project: 
     assert [row["row"] for row in rows] == review(project).order
     for row in rows:
         example = members[row["row"]].example
-        assert (row["input"], row["answer"], row["verdict"]) == (example.input_text, example.output, "")
+        assert restored_cell(row["input"]) == example.input_text
+        assert (restored_cell(row["answer"]), row["verdict"]) == (example.output, "")
+    assert [row["input"] for row in rows if "1+1" in row["input"]] == ["'=1+1"]  # no formula for the spreadsheet
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

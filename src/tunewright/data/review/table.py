@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,8 @@ from tunewright.data.review.passes import Card, Review
 from tunewright.data.review.reviews import VERDICTS, Judged, Verdict, append_reviews, now, read_reviews
 from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.disk import write_text
 from tunewright.errors import UserError
-from tunewright.sheets import one_line_end, read_sheet, refuse_faulty
+from tunewright.sheets import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
 
 COLUMNS = ("row", "draw", "why", "input", "answer", "verdict", "new_output")
 _NEEDED = ("row", "draw", "answer", "verdict", "new_output")
@@ -35,22 +32,16 @@ def export_csv(path: Path, review: Review, most: int) -> int:
     Raises:
         UserError: no row is left to judge, the file is there already, or the disk refuses.
     """
-    if path.exists():
-        raise UserError("there is a file of this name", where=str(path), fix="Choose another name.")
     cards = review.coming(most)
     if not cards:
         raise UserError(
             "no row is left to judge", fix="`tunewright data review --status` says where the review stands."
         )
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+    rows = []
     draw = "" if review.drawn is None else str(review.drawn.draw)
     for card in cards:
-        example = card.member.example
-        table.writerow([card.member.key, draw, card.why or "", _prompt(card), example.output, "", ""])
-    # The byte-order mark is how spreadsheets know UTF-8.
-    write_text(path, "\ufeff" + text.getvalue())
+        rows.append([card.member.key, draw, card.why or "", _prompt(card), card.member.example.output, "", ""])
+    write_sheet(path, COLUMNS, rows)
     return len(cards)
 
 
@@ -77,6 +68,7 @@ def import_csv(
     known = blank = 0
     seen: dict[str, int] = {}
     for line, fields in read_sheet(path, _NEEDED, "tunewright data review --export"):
+        fields |= {name: restored_cell(fields[name]) for name in ("answer", "new_output")}
         fault = _fault(fields, members, allow)
         if fields["row"] in seen and not fault:
             fault = f"the row of line {seen[fields['row']]} again"

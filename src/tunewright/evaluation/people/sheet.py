@@ -103,7 +103,7 @@ def _fault(review: BlindReview, cells: Mapping[str, str]) -> str | None:
 def _take(review: BlindReview, cells: Mapping[str, str], events: list[Event], taken: dict[str, int]) -> None:
     key, verdict = cells["item"], cells["verdict"].strip().lower()
     note = one_line_end(restored_cell(cells["note"])).strip()
-    if note != review.journal.notes.get(key, ""):
+    if note and note != review.journal.notes.get(key, ""):
         events.append(Noted(key=key, text=note, reviewer=review.reviewer, when=now()))
         taken["notes"] += 1
     if not verdict:
