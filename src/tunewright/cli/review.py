@@ -106,7 +106,7 @@ def data_review(
             _show_status(current, data)
             return
         if export is None:
-            require_terminal()
+            require_terminal("--export and --import, or --status")
         review = data.review(reviewer, suspects=suspects, adapter=adapter, second=second, fixed=fixed, redraw=redraw)
         if export is not None:
             count = export_csv(export, review, max(review.needed, _EXPORTED))
@@ -192,12 +192,12 @@ def interactive() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def require_terminal() -> None:
-    """Refuse a pass where nobody can press keys, before a sample is drawn for it."""
+def require_terminal(others: str) -> None:
+    """Refuse a pass where nobody can press keys, before a sample is drawn for it; ``others`` are the other ways."""
     from tunewright.errors import UserError
 
     if not interactive():
-        raise UserError("there is no terminal to review in", fix="Use --export and --import, or --status.")
+        raise UserError("there is no terminal to review in", fix=f"Use {others}.")
 
 
 def read_key() -> str:

@@ -42,7 +42,7 @@ def conversation_text(member: Member) -> Text:
     for message in member.example.messages:
         weight = "" if message.weight else " (weight 0: not trained)"
         text.append(f"{message.role}{weight}\n", style="bold")
-        text.append(f"{''.join(map(_harmless, message.content))}\n")
+        text.append(f"{''.join(map(harmless, message.content))}\n")
     return text
 
 
@@ -63,10 +63,10 @@ def tokens_text(tokens: Sequence[TokenView]) -> Text:
 
 def _visible(text: str) -> str:
     shown = text.replace(" ", "·").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
-    return "".join(map(_harmless, shown))
+    return "".join(map(harmless, shown))
 
 
-def _harmless(character: str) -> str:
+def harmless(character: str) -> str:
     """Control and format characters by their code: they could not be seen, or would play tricks on the terminal."""
     return character if character.isprintable() or character in "\n\t" else f"<U+{ord(character):04X}>"
 

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from tunewright.disk import write_json
 from tunewright.errors import UserError
 from tunewright.evaluation.parts import Interval, Part, Score
+from tunewright.evaluation.people.section import AnswerReview
 from tunewright.recipe import Metric
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -120,6 +121,7 @@ class Evidence(Part):
         dict[str, Any],
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),
     ]
+    review: Annotated[AnswerReview | None, Field(description="What people said of the answers, blind.")] = None
 
     def arm(self, name: str) -> Arm:
         """The test arm called ``name``."""

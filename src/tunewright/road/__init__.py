@@ -11,7 +11,7 @@ from tunewright.adapters.registry import find_adapter
 from tunewright.adapters.servable import require_servable
 from tunewright.data.add import AddResult
 from tunewright.errors import UserError
-from tunewright.evaluation.evidence import find_evaluation, load_evidence, load_items
+from tunewright.evaluation.evidence import amend, find_evaluation, load_evidence, load_items
 from tunewright.evaluation.verdict import Verdict, verdict
 from tunewright.models.bases import Base
 from tunewright.models.quantized import require_bitsandbytes
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.measure import AdviseResult, EvaluateResult
+    from tunewright.evaluation.people.section import AnswerReview
+    from tunewright.evaluation.people.session import BlindReview
     from tunewright.models.fit.plan import Plan
     from tunewright.serving.service import Service
     from tunewright.training.sweep import SweepResult
@@ -249,6 +251,41 @@ class Road:
         version, chat = self.data.version(), self.chat
         return CrossFit(self.project, version, self.base, chat, self.reporter, folds=folds, force=force).run()
 
+    def review(
+        self, evaluation: str | Path | None = None, *, reviewer: str | None = None, items: int | None = None
+    ) -> BlindReview:
+        """A blind review of an evaluation's answers (the newest by default), to go on where its reviewer left it.
+
+        Args:
+            evaluation: which.
+            reviewer: whose verdicts they are (None: git's user.name, or the login name).
+            items: how many to ask about, where no sample has been drawn yet (None: 50).
+
+        Raises:
+            UserError: no evaluation, nobody's name, or another sample than the one there is.
+        """
+        from tunewright.data.versions.author import current_author
+        from tunewright.evaluation.people.session import BlindReview
+
+        folder = _folder(self.evaluation(evaluation))
+        name = current_author(self.project.root) if reviewer is None else reviewer
+        if name is None:
+            raise UserError("you have no name in git and no login name", where="--reviewer", fix="Give a name.")
+        return BlindReview(folder, name, self.reporter, items=items)
+
+    def review_results(self, evaluation: str | Path | None = None) -> AnswerReview:
+        """What all reviewers said, put into the evidence: preference, agreement, and what follows for all test items.
+
+        Raises:
+            UserError: no evaluation, or nobody has reviewed it.
+        """
+        from tunewright.evaluation.people.results import review_results
+
+        folder = _folder(self.evaluation(evaluation))
+        section = review_results(folder)
+        amend(folder, review=section)
+        return section
+
     def verdict(self, evaluation: str | Path | None = None) -> Verdict:
         """Ship, don't ship or can't tell, from an evaluation's evidence alone (the newest by default)."""
         return verdict(load_evidence(self.evaluation(evaluation)))
@@ -308,3 +345,8 @@ class Road:
 
         facts = {"forced": forced} if forced else {}
         return train(self.project, self.data.version(), self.base, self.chat, self.reporter, facts=facts)
+
+
+def _folder(evaluation: Path) -> Path:
+    """An evaluation's folder, where its evidence was named."""
+    return evaluation if evaluation.is_dir() else evaluation.parent

@@ -7,8 +7,8 @@ people gave one and a judge's f everywhere, it is
 
 which is unbiased whatever the judge's errors, since reviewed items are a random part of their stratum: the judge's mean
 is corrected by its mean error there. L = 0 is the classical stratified mean; L is tuned to make the variance small
-(PPI++). After Angelopoulos et al. 2023, "Prediction-powered inference" (arXiv 2301.09633); Angelopoulos, Duchi and Zrnic
-2023, "PPI++" (arXiv 2311.01453); Fisch et al. 2024, "Stratified prediction-powered inference" (arXiv 2406.04291).
+(PPI++). After Angelopoulos et al. 2023, "Prediction-powered inference" (arXiv 2301.09633); Angelopoulos, Duchi and
+Zrnic 2023, "PPI++" (arXiv 2311.01453); Fisch et al. 2024, "Stratified prediction-powered inference" (arXiv 2406.04291).
 """
 
 from __future__ import annotations
@@ -136,6 +136,4 @@ def _bounded(design: Design, value: float, term: _Term, tuning: float) -> Estima
     count = len(moves)
     error = np.sqrt(np.square(moves).sum() * count / (count - 1)) / design.sizes.sum()
     low, high = term.value - _Z * error, term.value + _Z * error
-    return Estimate(
-        min(max(value, -1.0), 1.0), Interval(low=float(max(low, -1.0)), high=float(min(high, 1.0))), tuning
-    )
+    return Estimate(min(max(value, -1.0), 1.0), Interval(low=float(max(low, -1.0)), high=float(min(high, 1.0))), tuning)

@@ -54,7 +54,7 @@ class Sample(Part):
 
 
 def open_sample(folder: Path, evidence: Evidence, items: Sequence[Item], count: int | None) -> Sample:
-    """The sample of this evaluation: the one there is, or a new one of ``count`` items (None: `ITEMS`), now recorded.
+    """The sample of this evaluation: the one there is, or a new one of ``count`` items (None: `ITEMS`).
 
     Args:
         folder: where reviews of the evaluation are kept.
@@ -67,9 +67,7 @@ def open_sample(folder: Path, evidence: Evidence, items: Sequence[Item], count: 
     """
     sample = load_sample(folder, evidence)
     if sample is None:
-        sample = draw_sample(evidence, items, ITEMS if count is None else count)
-        write_json(folder / SAMPLE_FILE, sample.model_dump(mode="json"))
-        return sample
+        return draw_sample(evidence, items, ITEMS if count is None else count)
     if count is not None and min(count, sum(s.items for s in sample.strata)) != len(sample.order):
         raise UserError(
             f"the sample of this evaluation has {len(sample.order)} items, and stays as it is",
@@ -77,6 +75,19 @@ def open_sample(folder: Path, evidence: Evidence, items: Sequence[Item], count: 
             fix="Leave the option out.",
         )
     return sample
+
+
+def keep_sample(folder: Path, evidence: Evidence, sample: Sample) -> None:
+    """Record the sample, unless it is recorded.
+
+    Raises:
+        UserError: another one was recorded meanwhile, or the disk refuses.
+    """
+    there = load_sample(folder, evidence)
+    if there is None:
+        write_json(folder / SAMPLE_FILE, sample.model_dump(mode="json"))
+    elif there != sample:
+        raise UserError("another sample was drawn meanwhile", where=str(folder / SAMPLE_FILE), fix="Begin again.")
 
 
 def load_sample(folder: Path, evidence: Evidence) -> Sample | None:

@@ -19,7 +19,7 @@ from tunewright.evaluation.people.journal import (
     now,
     read_journal,
 )
-from tunewright.evaluation.people.sample import open_sample, treatment_is_a
+from tunewright.evaluation.people.sample import keep_sample, open_sample, treatment_is_a
 from tunewright.progress import Reporter
 
 
@@ -65,14 +65,14 @@ class BlindReview:
 
     def __init__(self, folder: Path, reviewer: str, reporter: Reporter, *, items: int | None = None) -> None:
         self.evidence = load_evidence(folder)
-        self.folder = (folder if folder.is_dir() else folder.parent) / FOLDER
+        self.folder = folder / FOLDER
         self.journal = read_journal(self.folder, reviewer)
         self.reviewer = self.journal.reviewer
         if self.journal.torn:
             reporter.warn(
                 "The last line of the review was cut off by a crash and does not count: judge that pair again."
             )
-        every = load_items(self.folder.parent)
+        every = load_items(folder)
         require_arms(self.evidence, every)
         self.sample = open_sample(self.folder, self.evidence, every, items)
         self._items = {item.key: item for item in every}
@@ -151,6 +151,10 @@ class BlindReview:
         self._back = last.key
         return self.pair(last.key)
 
+    def keep_sample(self) -> None:
+        """Record which items are asked about, as the first verdict does too: from then on they stay the same."""
+        keep_sample(self.folder, self.evidence, self.sample)
+
     def judged(self, key: str, verdict: Side) -> Judged:
         """A verdict as the journal keeps it."""
         shown = key in self.journal.shown
@@ -159,6 +163,7 @@ class BlindReview:
     def record(self, events: list[Event]) -> None:
         """Add several events at once."""
         if events:
+            self.keep_sample()
             append_events(self.folder, events)
             self.journal = read_journal(self.folder, self.reviewer)
 

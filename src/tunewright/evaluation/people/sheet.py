@@ -49,6 +49,7 @@ def export_sheet(review: BlindReview, path: Path, *, reference: bool = False) ->
         cells |= {REFERENCE: review.reference(key), "verdict": "", "note": pair.note}
         rows.append([cells[name] for name in columns])
     write_sheet(path, columns, rows)
+    review.keep_sample()
     return len(rows)
 
 
