@@ -102,7 +102,7 @@ def _section(
         preferred=(int((signs > 0).sum()), int((signs < 0).sum())),
         p_value=exact_mcnemar(signs, of) if scores else 1.0,
         test="exact sign test" if len(set(of)) == len(of) else "exact sign test by cluster",
-        win_rate=classical and _win_rate(classical, CLASSICAL),
+        win_rate=None if classical is None else _win_rate(classical, CLASSICAL),
         powered=powered,
         agreements=tuple(_agreements(said, judge, clusters, sample.seed)),
         lacking=lacking,

@@ -1,0 +1,35 @@
+"""An evaluation on disk whose answers people can be asked about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from factories import make_evidence, make_items
+from tunewright.disk import write_text
+from tunewright.evaluation.evidence import EVIDENCE_FILE, ITEMS_FILE, Evidence, Item
+from tunewright.evaluation.people.sample import treatment_is_a
+from tunewright.evaluation.people.session import BlindReview, Pair
+from tunewright.progress import LogReporter
+
+
+def save(folder: Path, items: list[Item], evidence: Evidence | None = None) -> Path:
+    """Write an evaluation's folder."""
+    made = make_evidence(items) if evidence is None else evidence
+    write_text(folder / EVIDENCE_FILE, made.model_dump_json())
+    write_text(folder / ITEMS_FILE, "".join(f"{item.model_dump_json(exclude_none=True)}\n" for item in items))
+    return folder
+
+
+def evaluation(folder: Path, count: int = 120) -> Path:
+    """Fixed, broken and both wrong items, and some with equal answers."""
+    return save(folder, make_items(count, tuned=0.7, retrieved=0.3))
+
+
+def begin(folder: Path, reviewer: str = "ada", items: int | None = None) -> BlindReview:
+    """A reviewer's pass."""
+    return BlindReview(folder, reviewer, LogReporter(), items=items)
+
+
+def side_of_treatment(review: BlindReview, pair: Pair) -> str:
+    """A or B: what the reviewer must not be able to tell."""
+    return "A" if treatment_is_a(review.sample.seed, pair.key) else "B"
