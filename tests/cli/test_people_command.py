@@ -1,0 +1,171 @@
+"""``review``: answers compared by keys, blind, on a terminal and without one, and by way of a spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from command_line import tunewright
+from people_helpers import begin, evaluation, side_of_treatment
+from tunewright.cli import commands
+from tunewright.evaluation.evidence import load_evidence
+
+ID = "0123456789ab"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    evaluation(tmp_path / "evaluations" / ID)
+    return tmp_path
+
+
+@pytest.fixture
+def folder(project: Path) -> Path:
+    return project / "evaluations" / ID
+
+
+@pytest.fixture
+def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The keys that the reviewer will press, and a note after each w; all of them have to be asked for."""
+    import tunewright.cli.people as cli
+    import tunewright.cli.review as labels
+
+    commands()
+    keys: list[str] = []
+    monkeypatch.setattr(labels, "interactive", lambda: True)
+    monkeypatch.setattr(cli, "read_key", lambda: keys.pop(0))
+    monkeypatch.setattr(cli, "read_note", lambda _: keys.pop(0))
+    yield keys
+    assert keys == []
+
+
+def _review(project: Path, *options: str | Path, reviewer: str | None = "ada"):  # type: ignore[no-untyped-def]
+    who = ["--reviewer", reviewer] if reviewer else []
+    return tunewright("review", ID, "-p", project, *who, *options)
+
+
+def test_a_pass_shows_both_answers_and_nothing_of_the_arms(project: Path, folder: Path, press: list[str]) -> None:
+    press += ["a", "b", "g", "n", "s", "x", "q"]
+    ran = _review(project)
+    assert ran.code == 0
+    review = begin(folder)
+    for key in review.sample.order[:5]:
+        pair = review.pair(key)
+        assert pair.a.split()[0] in ran.stderr
+    assert not any(word in ran.stderr for word in ("tuned", "retrieved", "fixed", "broken", "Reference"))
+    assert "'x' is no key here" in ran.stderr
+    assert "4 of 50 pairs judged, 1 skipped" in ran.stderr
+    assert [j.verdict for j in review.journal.standing.values()] == ["A", "B", "both", "neither", "skip"]
+
+
+def test_undo_reference_and_note_by_key(project: Path, folder: Path, press: list[str]) -> None:
+    press += ["u", "a", "u", "r", "w", "the county is missing", "b", "q"]
+    ran = _review(project)
+    assert "There is nothing to take back." in ran.stderr
+    assert "Taken back." in ran.stderr
+    assert "Your note: the county is missing" in ran.stderr
+    journal = begin(folder).journal
+    (judged,) = journal.standing.values()
+    assert (judged.verdict, judged.reference, journal.notes[judged.key]) == ("B", True, "the county is missing")
+    assert begin(folder).pair(judged.key).reference is not None
+    assert ran.stderr.count("Reference") >= 1
+
+
+def test_the_last_verdict_shows_the_results_and_puts_them_into_the_evidence(
+    project: Path, folder: Path, press: list[str]
+) -> None:
+    review = begin(folder, items=30)
+    press += [side_of_treatment(review, review.pair(key)).lower() for key in review.sample.order]
+    ran = _review(project, "--items", "30", "--json")
+    assert ran.code == 0
+    assert (ran.document["preferred"], ran.document["decision"]) == ([30, 0], "treatment")
+    section = load_evidence(folder).review
+    assert section is not None
+    assert {**section.model_dump(mode="json"), "decision": section.decision} == ran.document
+    told = _review(project, "--results", reviewer=None)
+    assert told.code == 0
+    assert "tuned is preferred on 30, retrieved-4 on 0" in told.stderr
+    assert "People prefer tuned." in told.stderr
+    assert tunewright("verdict", ID, "-p", project).code in (0, 3, 4)
+
+
+@pytest.mark.parametrize(("better", "code"), [("control", 3), ("neither", 4)])
+def test_the_exit_code_of_results_is_the_preference(
+    project: Path, folder: Path, press: list[str], better: str, code: int
+) -> None:
+    review = begin(folder, items=30)
+    for key in review.sample.order:
+        press.append("n" if better == "neither" else "ba"[side_of_treatment(review, review.pair(key)) == "B"])
+    assert _review(project, "--items", "30").code == 0
+    assert _review(project, "--results", reviewer=None).code == code
+
+
+def test_a_spreadsheet_goes_out_and_comes_back(project: Path, folder: Path) -> None:
+    file = project / "answers.csv"
+    assert _review(project, "--items", "20", "--export", file, "--json").document == {"file": str(file), "pairs": 20}
+    with file.open(encoding="utf-8-sig", newline="") as written:
+        rows = list(csv.DictReader(written))
+    with file.open("w", encoding="utf-8", newline="") as out:
+        table = csv.DictWriter(out, list(rows[0]))
+        table.writeheader()
+        table.writerows({**row, "verdict": "A"} for row in rows)
+    ran = _review(project, "--import", file, reviewer="ben")
+    assert "20 verdicts recorded, 0 known, 0 pairs without one; 0 notes recorded" in ran.stderr
+    assert "ben: 20 judged" in ran.stderr
+    rows[3]["verdict"] = "perhaps"
+    with file.open("w", encoding="utf-8", newline="") as out:
+        table = csv.DictWriter(out, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    bad = _review(project, "--import", file, "--json", reviewer="eve")
+    assert bad.code == 2
+    assert f"{file}:" in bad.document["error"]["what"]
+    assert not (folder / "review" / "eve.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--results", "--export", "x.csv"],
+        ["--results", "--items", "9"],
+        ["--reference"],
+        ["--import", "x.csv", "--items", "9"],
+        [],
+    ],
+)
+def test_options_that_would_be_ignored_and_a_missing_terminal_are_refused(
+    project: Path, folder: Path, options: list[str]
+) -> None:
+    ran = tunewright("review", ID, "-p", project, *options, "--json")
+    assert ran.code == 2
+    assert ran.document["error"]["what"]
+    assert not (folder / "review").exists()
+
+
+def test_results_before_any_review_say_what_makes_one(project: Path) -> None:
+    ran = _review(project, "--results", "--json", reviewer=None)
+    assert (ran.code, ran.document["error"]["what"]) == (2, "nobody has reviewed this evaluation")
+
+
+def test_a_narrow_terminal_has_the_answers_one_over_the_other(
+    project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunewright.cli import people_tables
+
+    press += ["q", "q"]
+    wide = _review(project)
+    monkeypatch.setattr(people_tables, "SIDE_BY_SIDE", 1000)
+    narrow = _review(project)
+    assert any("A ─" in line and "B ─" in line for line in wide.stderr.splitlines())
+    assert not any("A ─" in line and "B ─" in line for line in narrow.stderr.splitlines())
+
+
+def test_the_journal_has_no_arm_in_it(project: Path, folder: Path, press: list[str]) -> None:
+    press += ["a", "b", "q"]
+    _review(project)
+    for line in (folder / "review" / "ada.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) == {"event", "key", "reviewer", "when", "verdict", "reference"}
