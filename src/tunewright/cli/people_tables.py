@@ -52,6 +52,8 @@ def pair_screen(pair: Pair, progress: Progress, width: int, told: str) -> list[R
 
 
 def _plain(text: str) -> Text:
+    if not text.strip():
+        return Text("(no text)", style="dim italic")
     return Text("".join(map(harmless, text)))
 
 

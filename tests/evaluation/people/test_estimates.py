@@ -44,7 +44,7 @@ def test_one_stratum_of_independent_items_is_ppi_plus_plus(lam: float) -> None:
     found = estimate(_simple(240, reviewed), y, f, tuning=lam * 240 / (240 - reviewed))
     value, low, high = PPI_PYTHON[lam]
     assert found.value == pytest.approx(value, abs=1e-8)
-    # Ours has C / (C - 1) of 242 clusters, theirs none; and they take the judge's variance about two means, we about one.
+    # Ours has C / (C - 1) of 242 clusters, theirs none; they take the judge's variance about two means, we about one.
     assert found.interval.high - found.interval.low == pytest.approx((high - low) * np.sqrt(242 / 241), rel=1e-4)
 
 
