@@ -69,9 +69,10 @@ def test_the_win_rate_weighs_strata_by_their_items_and_counts_equal_answers_as_t
     said = _judge_all(folder, _taste(0))
     strata = stratify(load_items(folder), "tuned", "retrieved-4", "exact_match")
     total = 0.0
-    for name in set(strata.values()):
+    names: list[str] = [*strata.values()]
+    for name in set(names):
         theirs = [said[key] for key in said if strata[key] == name]
-        total += list(strata.values()).count(name) * sum(theirs) / len(theirs)
+        total += names.count(name) * sum(theirs) / len(theirs)
     found = review_results(folder)
     assert found.win_rate is not None
     assert found.win_rate.value == pytest.approx((1 + total / 120) / 2)

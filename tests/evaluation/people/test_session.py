@@ -24,6 +24,11 @@ def _next(review: BlindReview) -> Pair:
     return pair
 
 
+def _prefer_a(review: BlindReview, count: int) -> None:
+    for _ in range(count):
+        _answer(review, "A")
+
+
 def _answer(review: BlindReview, *sides: Side) -> list[Pair]:
     pairs = []
     for side in sides:
@@ -73,7 +78,7 @@ def test_undo_takes_back_the_latest_verdict_also_of_an_earlier_pass_and_asks_aga
 def test_a_skipped_pair_is_not_offered_again_in_this_pass_but_in_the_next(folder: Path) -> None:
     review = begin(folder, items=12)
     skipped = _answer(review, "skip")[0]
-    _answer(review, *["A"] * 11)
+    _prefer_a(review, 11)
     assert review.next() is None
     assert review.progress.skipped == 1
     assert _next(begin(folder)).key == skipped.key
@@ -157,7 +162,7 @@ def test_two_sessions_of_one_reviewer_lose_nothing(folder: Path) -> None:
 
 def test_verdicts_outside_the_sample_are_told_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     review = begin(folder, items=60)
-    _answer(review, *["A"] * 60)
+    _prefer_a(review, 60)
     (folder / "review" / "sample.json").unlink()
     smaller = begin(folder, items=10)
     assert "outside the sample" in caplog.text
