@@ -22,6 +22,8 @@ def main(directory: str) -> None:
     assert (decisive["treatment"], decisive["control"]) == ("tuned", evidence["best_prompting"])
     assert decisive["interval"]["low"] > evidence["margin"], decisive
     assert result["verdict"]["decision"] == "ship", result["verdict"]
+    (samples,) = evidence["general"]["suites"]
+    assert samples["kind"] == "samples" and samples["interval"]["low"] < samples["drop"], samples
     assert Path(result["report"]).stat().st_size > 10_000
     assert len(result["served"]["answers"]) == 3
     assert all(result["served"]["answers"].values())

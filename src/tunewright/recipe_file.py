@@ -71,10 +71,18 @@ def _model_at(parents: list[str]) -> type[BaseModel] | None:
     """The section that these keys lead to, one that may be null included."""
     section: type[BaseModel] | None = Recipe
     for key in parents:
+        if key.isdigit():  # a place in a list of sections
+            continue
         field = section.model_fields.get(key) if section else None
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        section = _section_in(field.annotation) if field else None
     return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: itself, one that may be null, or a list of such."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Location, int]:

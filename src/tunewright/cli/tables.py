@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tunewright.cli.general_tables import general_tables
 from tunewright.data.versions import Manifest
 from tunewright.demo import ThreeAnswers
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence
@@ -86,6 +87,7 @@ def evidence_tables(evidence: Evidence) -> list[RenderableType]:
     return [
         arms_table(title, evidence.arms),
         contrasts_table("Contrasts on the test split, in points", evidence.contrasts),
+        *(general_tables(evidence.general) if evidence.general else ()),
     ]
 
 

@@ -51,7 +51,17 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def chosen(model: Any, tokenizer: Any, questions: Sequence[Question], task: Task) -> list[int]:
-    """Which choice the model finds likeliest, by its log-likelihood after "…\\nAnswer:" divided by its characters.
+    """Which choice the model finds likeliest by the character; arguments as of :func:`likelihoods`."""
+    return [likeliest(each) for each in likelihoods(model, tokenizer, questions, task)]
+
+
+def likeliest(by_character: Sequence[float]) -> int:
+    """The number of the likeliest choice, the first of equals."""
+    return max(range(len(by_character)), key=by_character.__getitem__)
+
+
+def likelihoods(model: Any, tokenizer: Any, questions: Sequence[Question], task: Task) -> list[list[float]]:
+    """Each choice's log-likelihood after "…\\nAnswer:" divided by its characters.
 
     As lm-eval's ``acc_norm`` has it, without a chat template. BOS stands first where the tokenizer itself puts it.
 
@@ -67,14 +77,19 @@ def chosen(model: Any, tokenizer: Any, questions: Sequence[Question], task: Task
         for place, choice in enumerate(question.choices)
     }
     left = [len(question.choices) for question in questions]
-    likelihoods = [[0.0] * len(question.choices) for question in questions]
+    found = [[0.0] * len(question.choices) for question in questions]
     for part in answer_losses(model, rows, tokenizer.pad_token_id):
         for (number, place), loss in part.items():
             tokens = sum(rows[number, place].loss_mask)
-            likelihoods[number][place] = -loss * tokens / len(questions[number].choices[place])
+            found[number][place] = -loss * tokens / len(questions[number].choices[place])
             left[number] -= 1
             task.advance(int(left[number] == 0))
-    return [max(range(len(each)), key=each.__getitem__) for each in likelihoods]
+    return found
+
+
+def tokens(tokenizer: Any, question: Question) -> int:
+    """Length of the longest row that the question makes."""
+    return max(len(_row(tokenizer, question, choice).ids) for choice in question.choices)
 
 
 def _row(tokenizer: Any, question: Question, choice: str) -> Tokens:

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from tunewright.disk import write_json
 from tunewright.errors import UserError
+from tunewright.evaluation.general.section import General
 from tunewright.evaluation.parts import Interval, Part, Score
 from tunewright.evaluation.people.section import AnswerReview
 from tunewright.recipe import Metric
@@ -122,6 +123,9 @@ class Evidence(Part):
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),
     ]
     review: Annotated[AnswerReview | None, Field(description="What people said of the answers, blind.")] = None
+    general: Annotated[
+        General | None, Field(description="What the base could do before, adapter off and on; null: not measured.")
+    ] = None
 
     def arm(self, name: str) -> Arm:
         """The test arm called ``name``."""

@@ -93,13 +93,12 @@ class ForgettingMeter:
         return sampler.draw(self.wanted, screen, finished=False)
 
     def measure(self, adapter: Adapter) -> Forgetting:
-        """What this adapter has forgotten; samples that it was trained on do not count.
+        """What this adapter has forgotten.
 
         Raises:
             UserError: nothing that the base writes is of use.
         """
-        seen = {normalised(Example.from_dicts(messages).input_text) for messages in adapter.replayed}
-        rows = {key: row for key, (asked, row) in self._rows.items() if asked not in seen}
+        rows = self.unseen(adapter)
         base, tuned = self._losses(None, rows), self._losses(adapter, rows)
         tokens = {key: sum(row.loss_mask) for key, row in rows.items()}
         # [samples, 3]: nats under the base, nats under the adapter, tokens
@@ -115,8 +114,17 @@ class ForgettingMeter:
             interval=percentiles((drawn[:, 1] - drawn[:, 0]) / drawn[:, 2]),
         )
 
+    def unseen(self, adapter: Adapter) -> dict[str, Tokens]:
+        """By pair key, the samples' rows but those that this adapter was trained on.
+
+        Raises:
+            UserError: nothing that the base writes is of use.
+        """
+        seen = {normalised(Example.from_dicts(messages).input_text) for messages in adapter.replayed}
+        return {key: row for key, (asked, row) in self._encoded.items() if asked not in seen}
+
     @cached_property
-    def _rows(self) -> dict[str, tuple[str, Tokens]]:
+    def _encoded(self) -> dict[str, tuple[str, Tokens]]:
         """By pair key, what each sample asks and its row."""
         chat = self.generator.chat
         probe = chat.encode([Message("user", "x"), Message("assistant", "x")])

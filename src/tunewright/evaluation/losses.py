@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tunewright.adapters.fit import require_fit, trained_quantize
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
@@ -155,9 +155,6 @@ def answer_rows(chat: ChatFormat, members: Sequence[Member], context: int, repor
 def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Iterator[dict[Name, float]]:
     """Mean negative log-likelihood per token of each row's last answer, its end token included; a batch at a time.
 
-    Rows are padded on the right, which a causal model's earlier tokens do not see, and only the places that are judged
-    go through the head: of a long prompt and a large vocabulary the logits would not fit.
-
     Args:
         model: a causal language model of transformers or a PeftModel over one, in evaluation mode.
         rows: name to ids and mask.
@@ -167,11 +164,29 @@ def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Itera
         Name to nats, of each batch.
     """
     import torch
-    from peft import PeftModel
+
+    for batch in judged_batches(rows, pad_id):
+        with torch.inference_mode():
+            states = batch.states(model)
+            head, targets = whole_model(model).get_output_embeddings(), batch.targets.to(states.device)
+            step = most_places(head)
+            parts = zip(states.split(step), targets.split(step), strict=True)
+            losses = torch.cat(
+                [torch.nn.functional.cross_entropy(head(s).float(), t, reduction="none") for s, t in parts]
+            ).cpu()
+        yield batch.means(losses)
+
+
+def most_places(head: Any) -> int:
+    """Places that may go through the head at once."""
+    return max(1, _MOST_LOGITS // int(head.weight.shape[0]))
+
+
+def judged_batches(rows: Mapping[Name, Tokens], pad_id: int) -> Iterator[JudgedBatch[Name]]:
+    """Rows of like length together, padded on the right, which a causal model's earlier tokens do not see."""
+    import torch
 
     names = list(rows)
-    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    trunk, head = whole.base_model, whole.get_output_embeddings()
     for group in prefill_groups([len(rows[name].ids) for name in names]):
         batch = [rows[names[place]] for place in group]
         longest = max(len(row.ids) for row in batch)
@@ -183,21 +198,50 @@ def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Itera
             ids[place, : len(row.ids)] = torch.tensor(row.ids)
             attended[place, : len(row.ids)] = 1
             judged[place, start:end] = True
-        with torch.inference_mode():
-            hidden = trunk(
-                input_ids=ids.to(model.device), attention_mask=attended.to(model.device), use_cache=False
-            ).last_hidden_state
-            # A token is told by the place before it; no answer begins a text.
-            states = hidden[:, :-1][judged[:, 1:].to(model.device)]
-            targets = ids[:, 1:][judged[:, 1:]].to(model.device)
-            step = max(1, _MOST_LOGITS // head.weight.shape[0])
-            parts = zip(states.split(step), targets.split(step), strict=True)
-            losses = torch.cat(
-                [torch.nn.functional.cross_entropy(head(s).float(), t, reduction="none") for s, t in parts]
-            ).cpu()
-        counts = judged.sum(dim=1).tolist()
-        means = [float(part.double().mean()) for part in losses.split(counts)]
-        yield dict(zip([names[place] for place in group], means, strict=True))
+        yield JudgedBatch([names[place] for place in group], ids, attended, judged)
+
+
+@dataclass(frozen=True)
+class JudgedBatch(Generic[Name]):
+    """Rows that pass through a model together; of each, the last answer is judged."""
+
+    names: list[Name]
+    ids: Any
+    """[rows, longest], as the next two."""
+    attended: Any
+    judged: Any
+
+    @property
+    def targets(self) -> Any:
+        """The judged tokens of all rows, one after another, [places]."""
+        # A token is told by the place before it; no answer begins a text.
+        return self.ids[:, 1:][self.judged[:, 1:]]
+
+    def states(self, model: Any) -> Any:
+        """What the head tells each judged token from, [places, width].
+
+        Only these go through the head: of a long prompt and a large vocabulary the logits would not fit.
+        """
+        hidden = (
+            whole_model(model)
+            .base_model(
+                input_ids=self.ids.to(model.device), attention_mask=self.attended.to(model.device), use_cache=False
+            )
+            .last_hidden_state
+        )
+        return hidden[:, :-1][self.judged[:, 1:].to(model.device)]
+
+    def means(self, values: Any) -> dict[Name, float]:
+        """Each row's mean of values [places]."""
+        parts = values.split(self.judged.sum(dim=1).tolist())
+        return dict(zip(self.names, [float(part.double().mean()) for part in parts], strict=True))
+
+
+def whole_model(model: Any) -> Any:
+    """The base that a PeftModel is over, its adapters in it; any other model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _file(project: Project, adapter: Adapter, chat: ChatFormat) -> Path:

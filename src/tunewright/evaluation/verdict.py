@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence
+from tunewright.evaluation.general.rule import standing
 from tunewright.metrics import p_text, points_text, score_text
 
 Decision = Literal["ship", "don't ship", "can't tell"]
@@ -42,11 +43,29 @@ def verdict(evidence: Evidence) -> Verdict:
     Ship when the whole 95% interval lies above the margin and the test is significant too (resampling a handful of
     items proves nothing). Don't ship when the whole interval lies at or below the margin, or when tuned is
     significantly worse. Otherwise, and always with fewer than `FEWEST_CLUSTERS` clusters, it can't be told.
+
+    Whatever the gain, don't ship what is worse at a suite of general ability that may decide; and where such a suite
+    cannot tell, neither can the verdict, unless it is a "don't ship" already.
     """
     contrast = evidence.contrasts[0]
     decision, why = _decide(evidence, contrast)
-    reasons = (_measurement(evidence, contrast), *why, *_scope(evidence), *_cautions(evidence, contrast))
+    decision, general = _with_general(evidence, decision)
+    reasons = (_measurement(evidence, contrast), *why, *general, *_scope(evidence), *_cautions(evidence, contrast))
     return Verdict(decision, reasons)
+
+
+def _with_general(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
+    """What is left of a decision by the gain, after what the base could do before was looked at; and why."""
+    if evidence.general is None:
+        return decision, []
+    found = standing(evidence.general)
+    if found.result == "worse":
+        head = "The adapter is worse at what the base could do before, by more than the margin: whatever it gains."
+        return "don't ship", [head, *found.reasons]
+    if found.result == "can't tell" and found.decides and decision == "ship":
+        head = "The gain would do, but whether the adapter has lost what the base could do before cannot be told."
+        return "can't tell", [head, *found.reasons]
+    return decision, list(found.reasons)
 
 
 def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]]:

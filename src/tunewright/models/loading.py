@@ -99,6 +99,13 @@ def context_length(base: Base) -> int:
     return int(AutoConfig.from_pretrained(base.folder, local_files_only=True).max_position_embeddings)
 
 
+def decoder_layers(base: Base) -> int:
+    """How many layers the base has."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(base.folder, local_files_only=True).num_hidden_layers)
+
+
 def hidden_size(base: Base) -> int:
     """The width of the base: numbers in a token's hidden state."""
     from transformers import AutoConfig

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from tunewright.recipe.data import DataRecipe, Findable, MixRecipe
+from tunewright.recipe.general import GeneralRecipe
 from tunewright.recipe.section import Metric, Quantize, Section
 from tunewright.recipe.train import PRESETS, ReplayRecipe, Tracker, TrainRecipe
 
@@ -21,6 +22,7 @@ __all__ = [
     "DataRecipe",
     "EvaluateRecipe",
     "Findable",
+    "GeneralRecipe",
     "Metric",
     "MixRecipe",
     "Quantize",
@@ -139,4 +141,5 @@ class Recipe(Section):
     chat: ChatRecipe = ChatRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    general: GeneralRecipe = GeneralRecipe()
     serve: ServeRecipe = ServeRecipe()

@@ -26,6 +26,7 @@ from tunewright.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
+    from tunewright.evaluation.general.measure import GeneralResult
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.measure import AdviseResult, EvaluateResult
     from tunewright.evaluation.people.section import AnswerReview
@@ -226,7 +227,14 @@ class Road:
         return result
 
     def evaluate(self, adapter: str | None = None) -> EvaluateResult:
-        """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split."""
+        """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split.
+
+        The suites of the recipe's general section are measured too, if there are any.
+        """
+        from tunewright.evaluation.general.measure import evaluate_with_general, open_suites
+
+        # What is wrong with a suite's file is told before anything is measured.
+        suites = open_suites(self.project) if self.project.recipe.general.measures else []
         tuned = find_adapter(self.project.adapters, adapter)
         measurement = self._opened.measurement(tuned)
         # Keys that there were not yet when it was trained had the effect of their defaults.
@@ -236,7 +244,21 @@ class Road:
                 f"The recipe's train section has changed since {tuned.name} was trained, and that adapter is evaluated "
                 "as it is; `tunewright train` makes one by the recipe."
             )
-        return measurement.evaluate(tuned, measurement.advise().advice)
+        return evaluate_with_general(measurement, tuned, measurement.advise().advice, suites)
+
+    def general(self, adapter: str | None = None) -> GeneralResult:
+        """Measure what the base could do before with an adapter (the newest by default) off and on.
+
+        The suites are those of the recipe's general section. Evidence on the adapter, if there is any, gets the result.
+
+        Raises:
+            UserError: no suite, a file that cannot be read, or no adapter that fits.
+        """
+        from tunewright.evaluation.general.measure import measure_general, open_suites
+
+        suites = open_suites(self.project)
+        tuned = find_adapter(self.project.adapters, adapter)
+        return measure_general(self._opened.measurement(tuned), tuned, suites)
 
     def crossfit(self, *, folds: int = FOLDS, force: bool = False) -> EvaluateResult:
         """Evaluate the recipe on every row of the current version, in folds: for sets too small to hold a test out.

@@ -1,0 +1,193 @@
+"""What suites are measured with, and what they have in common: items drawn, controls, the suite's numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+from tunewright.adapters.registry import Adapter
+from tunewright.data.versions import DatasetVersion
+from tunewright.disk import digest, write_json
+from tunewright.evaluation.general.section import Control, Suite, SuiteKind
+from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.non_inferiority import items_needed, paired_drop, smallest_margin
+from tunewright.progress import Reporter
+from tunewright.project import Project
+
+CONTROL_ITEMS = 200
+"""Of a control that costs passes of its own, at most."""
+
+_Z_ONE_SIDED = float(norm.ppf(0.95))
+
+Floats = NDArray[np.float64]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A project's base with the adapter off and on."""
+
+    project: Project
+    version: DatasetVersion
+    generator: Generator
+    adapter: Adapter
+    reporter: Reporter
+
+    @property
+    def seed(self) -> int:
+        """Decides which items are drawn, how controls are dealt, and resamples."""
+        return self.project.recipe.seed
+
+    def kept(self, what: str, adapter: Adapter | None, **decides: Any) -> Kept:
+        """What is known already of items measured with an adapter, or the base alone."""
+        identity = {
+            "what": what,
+            "base": self.generator.base.digest,
+            "weights": self.generator.weights,
+            "adapter": adapter.digest if adapter else None,
+            **decides,
+        }
+        return Kept(self.project.work / "general" / "items" / f"{digest(identity)[:16]}.json")
+
+
+class Kept:
+    """Measured items by name, kept in a file that is written whole each time."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def add(self, measured: dict[str, Any]) -> None:
+        """Keep more of them."""
+        self.known |= measured
+        write_json(self.file, self.known)
+
+
+class OpenSuite(Protocol):
+    """A suite whose items have been read, and nothing measured yet."""
+
+    name: str
+    identity: dict[str, Any]
+    """All that decides its measurement beside base and adapter."""
+
+    def expected(self) -> str:
+        """What can be said beforehand of how much it will show."""
+
+    def measure(self, bench: Bench) -> Suite:
+        """The suite with the adapter off and on."""
+
+
+def draw(items: Sequence[T], wanted: int | None, seed: int) -> list[T]:
+    """So many items, in their own order; all where there are no more."""
+    if wanted is None or wanted >= len(items):
+        return list(items)
+    return [items[place] for place in sorted(np.random.default_rng(seed).permutation(len(items))[:wanted].tolist())]
+
+
+def dealt(count: int, seed: int) -> list[int]:
+    """For each of at least two places another one: a cycle through all, so that none is dealt itself."""
+    order = np.random.default_rng(seed).permutation(count)
+    other = np.empty(count, dtype=np.int64)
+    other[order] = np.roll(order, 1)
+    return [int(place) for place in other]
+
+
+def expected_text(name: str, items: int, margin: float) -> str:
+    """How many items the margin takes, said before anything is measured."""
+    needed = items_needed(margin)
+    said = (
+        f"{name}: {items:,} items. To show a drop of less than {100 * margin:g} points takes about {needed:,} "
+        "(80% power, if a tenth of the items change)"
+    )
+    if items >= needed:
+        return f"{said}."
+    return f"{said}: too few. So many show a drop of less than {100 * smallest_margin(items):.1f} points at best."
+
+
+# Controls
+
+
+def above_chance(base: Floats, chance: float, margin: float) -> Control:
+    """Whether the base is so far above guessing that it can fall by the margin."""
+    return Control(
+        name=f"the base, where guessing gives {chance:.1%}",
+        score=float(base.mean()),
+        items=len(base),
+        wanted=f"more than {100 * margin:g} points above guessing, with 95% certainty",
+        passed=lower_limit(base) - chance > margin,
+    )
+
+
+def above_floor(name: str, base: Floats, floor: Floats, margin: float, seed: int) -> Control:
+    """Whether a control without the ability falls below the base by more than the margin, on the same items."""
+    return Control(
+        name=name,
+        score=float(floor.mean()),
+        items=len(floor),
+        wanted=f"more than {100 * margin:g} points below the base ({base.mean():.1%}), with 95% certainty",
+        passed=paired_drop(base, floor, seed).lower > margin,
+    )
+
+
+def lower_limit(scores: Floats) -> float:
+    """One-sided 95% lower limit of a mean of scores from 0 to 1: Wilson's.
+
+    Of graded scores too: among scores in that range with a given mean, right and wrong have the largest variance.
+    """
+    share, items, z = float(scores.mean()), len(scores), _Z_ONE_SIDED
+    centre = share + z * z / (2 * items)
+    half = z * np.sqrt(share * (1 - share) / items + z * z / (4 * items**2))
+    return float((centre - half) / (1 + z * z / items))
+
+
+# A suite's numbers
+
+
+def suite_of(
+    *,
+    name: str,
+    kind: SuiteKind,
+    metric: str,
+    base: Floats,
+    tuned: Floats,
+    margin: float,
+    controls: Sequence[Control],
+    seed: int,
+    left_out: Sequence[str] = (),
+    truncated: tuple[int, int] | None = None,
+) -> Suite:
+    """A suite of items that score from 0 to 1; ``base`` and ``tuned`` are theirs, [items]."""
+    drop = paired_drop(base, tuned, seed)
+    binary = bool(np.isin([base, tuned], (0.0, 1.0)).all())
+    # Of graded scores the mean square of the changes is what the share of changed items is of right and wrong.
+    changed = float(np.square(base - tuned).mean())
+    # No change among n items still leaves about 1 in n + 2 (Laplace): no margin is shown by no items.
+    needed = items_needed(margin, max(changed, 1 / (len(base) + 2)))
+    return Suite(
+        name=name,
+        kind=kind,
+        unit="share",
+        metric=metric,
+        items=len(base),
+        left_out=tuple(left_out),
+        base=float(base.mean()),
+        tuned=float(tuned.mean()),
+        drop=drop.value,
+        interval=drop.interval,
+        limit=drop.limit,
+        method=drop.method,
+        margin=margin,
+        changed=changed if binary else None,
+        items_needed=needed,
+        expected_items=items_needed(margin),
+        truncated=truncated,
+        controls=tuple(controls),
+        result=drop.against(margin),
+    )

@@ -1,0 +1,137 @@
+"""Multiple-choice questions as a suite, with its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunewright.adapters.registry import Adapter
+from tunewright.disk import digest, file_digest
+from tunewright.errors import UserError
+from tunewright.evaluation.choices import Question, likeliest, likelihoods, read_questions, tokens
+from tunewright.evaluation.general.bench import (
+    CONTROL_ITEMS,
+    Bench,
+    Floats,
+    above_chance,
+    above_floor,
+    dealt,
+    draw,
+    expected_text,
+    suite_of,
+)
+from tunewright.evaluation.general.section import Control, Suite
+from tunewright.models.loading import context_length
+from tunewright.recipe.general import FileSuite
+
+_ENGINE = "choices-1"
+_KEPT_AT_ONCE = 32  # questions
+_TOLD_ITEMS = 50
+_TOLD_AT_LEAST = 0.9
+
+
+class ChoicesSuite:
+    """A file of questions; an item scores 1 where the likeliest choice by the character is the right one (acc_norm).
+
+    Raises:
+        UserError: the file cannot be read, or has fewer than two questions.
+    """
+
+    def __init__(self, settings: FileSuite, root: Path, margin: float, seed: int) -> None:
+        path = root / settings.file
+        everything = read_questions(path)
+        if len(everything) < 2:
+            raise UserError(f"{len(everything)} questions make no suite", where=str(path))
+        self.name = Path(settings.file).stem
+        self.questions = draw(everything, settings.items, seed)
+        self.margin = margin
+        self.identity: dict[str, Any] = {
+            "engine": _ENGINE,
+            "file": file_digest(path),
+            "settings": settings.model_dump(mode="json"),
+            "margin": margin,
+        }
+
+    def expected(self) -> str:
+        """How many items the margin takes."""
+        return expected_text(self.name, len(self.questions), self.margin)
+
+    def measure(self, bench: Bench) -> Suite:
+        """The questions and the controls with the adapter off, then the questions with it on.
+
+        Raises:
+            UserError: no two questions fit the base's context.
+        """
+        asked, left_out = self._fitting(bench)
+        base = self._scores(bench, asked, None, "adapter off")
+        controls = self._controls(bench, asked, base)
+        tuned = self._scores(bench, asked, bench.adapter, "adapter on")
+        return suite_of(
+            name=self.name,
+            kind="choices",
+            metric="acc_norm",
+            base=base,
+            tuned=tuned,
+            margin=self.margin,
+            controls=controls,
+            seed=bench.seed,
+            left_out=left_out,
+        )
+
+    def _fitting(self, bench: Bench) -> tuple[list[Question], list[str]]:
+        limit, tokenizer = context_length(bench.generator.base), bench.generator.chat.tokenizer
+        # The control that tells the answer makes the longest rows.
+        asked = [q for q in self.questions if tokens(tokenizer, _told(q)) <= limit]
+        if len(asked) < 2:
+            raise UserError(f"no two questions fit the base's context of {limit:,} tokens", where=self.name)
+        long = len(self.questions) - len(asked)
+        if not long:
+            return asked, []
+        told = f"{long} questions are longer than the base's context of {limit:,} tokens"
+        bench.reporter.warn(f"{self.name}: {told}, and are left out.")
+        return asked, [told]
+
+    def _controls(self, bench: Bench, asked: Sequence[Question], base: Floats) -> list[Control]:
+        chance = float(np.mean([1 / len(q.choices) for q in asked]))
+        some = asked[:CONTROL_ITEMS]
+        others = [
+            replace(q, text=some[other].text) for q, other in zip(some, dealt(len(some), bench.seed), strict=True)
+        ]
+        mixed_up = self._scores(bench, others, None, "questions dealt to other choices")
+        told = self._scores(bench, [_told(q) for q in some[:_TOLD_ITEMS]], None, "answers told")
+        return [
+            Control(
+                name="the right answer told before the question",
+                score=float(told.mean()),
+                items=len(told),
+                wanted=f"at least {_TOLD_AT_LEAST:.0%}",
+                passed=bool(told.mean() >= _TOLD_AT_LEAST),
+            ),
+            above_chance(base, chance, self.margin),
+            above_floor("choices under another question", base[: len(some)], mixed_up, self.margin, bench.seed),
+        ]
+
+    def _scores(self, bench: Bench, asked: Sequence[Question], adapter: Adapter | None, what: str) -> Floats:
+        """1 where the likeliest choice is the right one, [items]; what is known already is not computed again."""
+        kept = bench.kept(_ENGINE, adapter)
+        names = [digest([q.text, list(q.choices)]) for q in asked]
+        missing = list(dict(pair for pair in zip(names, asked, strict=True) if pair[0] not in kept.known).items())
+        if missing:
+            with (
+                bench.reporter.task(f"{self.name}, {what}", len(missing), "questions") as task,
+                bench.generator.answering(adapter) as model,
+            ):
+                for start in range(0, len(missing), _KEPT_AT_ONCE):
+                    part = missing[start : start + _KEPT_AT_ONCE]
+                    found = likelihoods(model, bench.generator.chat.tokenizer, [q for _, q in part], task)
+                    kept.add(dict(zip([name for name, _ in part], found, strict=True)))
+        right = [likeliest(kept.known[name]) == q.gold for name, q in zip(names, asked, strict=True)]
+        return np.array(right, dtype=np.float64)
+
+
+def _told(question: Question) -> Question:
+    return replace(question, text=f"The right answer is: {question.choices[question.gold]}\n{question.text}")

@@ -1,0 +1,152 @@
+"""All suites of the recipe's general section, measured with an adapter off and on, as a section of the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tunewright.adapters.registry import Adapter
+from tunewright.disk import digest, write_json
+from tunewright.errors import UserError
+from tunewright.evaluation.evidence import EVIDENCE_FILE, Advice, Evidence, amend, load_evidence
+from tunewright.evaluation.general.bench import Bench, OpenSuite
+from tunewright.evaluation.general.choices import ChoicesSuite
+from tunewright.evaluation.general.instructions import InstructionsSuite
+from tunewright.evaluation.general.lm_eval import LmEvalSuite
+from tunewright.evaluation.general.rule import Standing, standing
+from tunewright.evaluation.general.samples import SamplesSuite
+from tunewright.evaluation.general.section import General, Suite
+from tunewright.evaluation.measure import EvaluateResult, Measurement
+from tunewright.project import Project
+from tunewright.training.lineage import packages
+
+
+@dataclass(frozen=True)
+class GeneralResult:
+    """What `general` did."""
+
+    adapter: Adapter
+    general: General
+    measured: bool
+    """False when the same suites had been measured before."""
+    folder: Path | None
+    """The evaluation whose evidence holds it; None where the adapter has not been evaluated yet."""
+
+    @property
+    def standing(self) -> Standing:
+        """Whether the adapter is worse at what the base could do."""
+        return standing(self.general)
+
+
+def open_suites(project: Project) -> list[OpenSuite]:
+    """The recipe's suites with their items read; nothing is loaded or measured.
+
+    Raises:
+        UserError: no suite, a file that cannot be read, two suites of one name, or lm-eval is named and not installed.
+    """
+    settings, root, seed = project.recipe.general, project.root, project.recipe.seed
+    if not settings.measures:
+        raise UserError(
+            "the recipe names no suite", where="general", fix="Set general.samples, or list files of items."
+        )
+    suites: list[OpenSuite] = [SamplesSuite(settings.samples, settings.samples_margin)] if settings.samples else []
+    suites += [ChoicesSuite(s, root, s.margin or settings.margin, seed) for s in settings.choices]
+    suites += [InstructionsSuite(s, root, s.margin or settings.margin, seed) for s in settings.instructions]
+    suites += [LmEvalSuite(s, root, s.margin or settings.margin) for s in settings.lm_eval]
+    names = [suite.name for suite in suites]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two suites are called {twice}", where="general", fix="Rename one of the files.")
+    return suites
+
+
+def measure_general(measurement: Measurement, adapter: Adapter, suites: Sequence[OpenSuite]) -> GeneralResult:
+    """Measure the suites, or find them measured; evidence on this adapter gets the section.
+
+    Args:
+        measurement: the project's, of the dataset version that the adapter was trained on.
+        adapter: the adapter.
+        suites: as :func:`open_suites` gives them.
+    """
+    project, generator = measurement.project, measurement.generator
+    identity = digest(
+        {
+            "suites": [suite.identity for suite in suites],
+            "adapter": adapter.digest,
+            "base": generator.base.digest,
+            "template": generator.chat.digest,
+            "weights": generator.weights,
+            "dataset": measurement.version.digest,
+            "seed": project.recipe.seed,
+        }
+    )[:12]
+    file = project.work / "general" / f"{identity}.json"
+    known = file.exists()
+    if known:
+        general = General.model_validate_json(file.read_text(encoding="utf-8"))
+    else:
+        bench = Bench(project, measurement.version, generator, adapter, measurement.reporter)
+        general = _measured(bench, suites, identity)
+        write_json(file, general.model_dump(mode="json"))
+    folder = evaluation_of(project, adapter)
+    if folder is not None and load_evidence(folder).general != general:
+        amend(folder, general=general)
+    return GeneralResult(adapter, general, not known, folder)
+
+
+def evaluate_with_general(
+    measurement: Measurement, adapter: Adapter, advice: Advice, suites: Sequence[OpenSuite]
+) -> EvaluateResult:
+    """Answer the test split, and measure the suites besides; with none, evidence keeps what was measured before."""
+    result = measurement.evaluate(adapter, advice)
+    if not suites:
+        return result
+    general = measure_general(measurement, adapter, suites)
+    evidence = load_evidence(result.folder)
+    if evidence.general != general.general:  # it is not the newest evaluation of its adapter
+        evidence = amend(result.folder, general=general.general)
+    return EvaluateResult(result.folder, evidence, result.evaluated or general.measured)
+
+
+def evaluation_of(project: Project, adapter: Adapter) -> Path | None:
+    """The newest held-out evaluation of an adapter; None where there is none."""
+    found: list[Evidence] = []
+    for file in project.evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"):
+        evidence = load_evidence(file)
+        if evidence.design == "held-out" and evidence.lineage["adapter"]["digest"] == adapter.digest:
+            found.append(evidence)
+    if not found:
+        return None
+    return project.evaluations / max(found, key=lambda e: str(e.lineage["created"])).id
+
+
+def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> General:
+    for suite in suites:
+        bench.reporter.say(suite.expected())
+    measured: list[Suite] = []
+    not_measured: list[str] = []
+    for suite in suites:
+        try:
+            measured.append(suite.measure(bench))
+        except UserError as error:
+            told = f"{suite.name}: {error.what}"
+            bench.reporter.warn(f"Not measured: {told}")
+            not_measured.append(told)
+    generator = bench.generator
+    return General(
+        id=identity,
+        adapter=bench.adapter.digest,
+        suites=tuple(measured),
+        not_measured=tuple(not_measured),
+        lineage={
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "base": {"spec": generator.base.spec, "digest": generator.base.digest},
+            "template_digest": generator.chat.digest,
+            "weights": generator.weights,
+            "seed": bench.seed,
+            "suites": {suite.name: suite.identity for suite in suites},
+            "packages": packages(generator.quantize),
+        },
+    )

@@ -1,0 +1,363 @@
+"""Suites of general ability against plain computations, their controls, and what the verdict makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+import tunewright
+from command_line import tiny_project, write_jsonl
+from command_line import tunewright as command
+from factories import make_evidence, make_items, with_contrast
+from tunewright.adapters.registry import Adapter
+from tunewright.errors import UserError
+from tunewright.evaluation.choices import read_questions
+from tunewright.evaluation.forgetting import ForgettingMeter
+from tunewright.evaluation.general.bench import above_chance, above_floor, dealt, draw, lower_limit, suite_of
+from tunewright.evaluation.general.rule import standing
+from tunewright.evaluation.general.section import Control, General, Suite
+from tunewright.evaluation.parts import Interval
+from tunewright.evaluation.verdict import verdict
+from tunewright.road import Road
+from tunewright.road.opened import OpenProject
+from tunewright.training import self_samples
+
+RECIPE = """general:
+  samples: 6
+  choices: [{file: questions.jsonl, items: 12}]
+  instructions: [{file: prompts.jsonl, max_new_tokens: 12}]
+  margin: 0.05
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_turns() -> Any:
+    """A base of random weights ends a turn about every 260 tokens, wherever that is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_samples, "_CHUNK", 24)
+        patch.setattr(self_samples, "INSTRUCTION_TOKENS", 200)
+        patch.setattr(self_samples, "ANSWER_TOKENS", 100)
+        yield
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Road:
+    """A project with suites of each kind and an adapter."""
+    folder = tiny_project(tmp_path_factory.mktemp("general") / "project", tiny_base_folder)
+    file = folder / "tunewright.yaml"
+    file.write_text(file.read_text().replace("general:\n  samples: 0\n", RECIPE))
+    words = ["stone", "water", "a long river", "sun", "ice and snow"]
+    rng = np.random.default_rng(0)
+    write_jsonl(
+        folder / "questions.jsonl",
+        [
+            {"query": f"Question: what is {n}?", "choices": rng.permutation(words)[:4].tolist(), "gold": n % 4}
+            for n in range(15)
+        ],
+    )
+    write_jsonl(
+        folder / "prompts.jsonl",
+        [{"prompt": f"Say {n}.", "checks": [{"check": "occurrences", "of": "e", "at_most": n % 2}]} for n in range(8)],
+    )
+    road = tunewright.open(folder)
+    road.data.add([folder / "pairs.jsonl"])
+    road.train()
+    return road
+
+
+@pytest.fixture(scope="module")
+def measured(road: Road) -> dict[str, Any]:
+    ran = command("general", "-p", road.project.root, "--json")
+    assert ran.code == 4, ran.stderr  # a base of random weights is above no floor: nothing may decide
+    return ran.document
+
+
+@pytest.fixture(scope="module")
+def adapter(road: Road) -> Adapter:
+    (trained,) = (Adapter(folder) for folder in road.project.adapters.iterdir())
+    return trained
+
+
+def _plain(base: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+def _two(base: Path, adapter: Adapter) -> dict[str, Any]:
+    from peft import PeftModel
+
+    return {"base": _plain(base), "tuned": PeftModel.from_pretrained(_plain(base), adapter.folder).eval()}
+
+
+def _suite(document: dict[str, Any], kind: str) -> Suite:
+    (found,) = (s for s in document["general"]["suites"] if s["kind"] == kind)
+    return Suite.model_validate(found)
+
+
+def test_samples_are_those_likelihoods_and_divergences(
+    road: Road, adapter: Adapter, measured: dict[str, Any], tiny_base_folder: Path
+) -> None:
+    """One answer at a time, by log-softmax over the whole vocabulary in double precision."""
+    measurement = OpenProject(road.project, road.reporter).measurement()
+    rows = ForgettingMeter(road.project, measurement.version, measurement.generator, 6).unseen(adapter)
+    models = _two(tiny_base_folder, adapter)
+    sums = {"base": 0.0, "tuned": 0.0, "divergence": 0.0}
+    count = 0
+    for row in rows.values():
+        places = [place for place, judged in enumerate(row.loss_mask) if judged]
+        with torch.inference_mode():
+            log_p = {n: m(torch.tensor([row.ids])).logits[0].double().log_softmax(-1) for n, m in models.items()}
+        for place in places:
+            p, q = log_p["base"][place - 1], log_p["tuned"][place - 1]
+            sums["base"] -= float(p[row.ids[place]])
+            sums["tuned"] -= float(q[row.ids[place]])
+            sums["divergence"] += float((p.exp() * (p - q)).sum())
+        count += len(places)
+    suite = _suite(measured, "samples")
+    assert (suite.items, suite.unit, suite.margin, suite.gates) == (6, "nats per token", None, False)
+    assert suite.base == pytest.approx(sums["base"] / count, rel=1e-4)
+    assert suite.tuned == pytest.approx(sums["tuned"] / count, rel=1e-4)
+    assert suite.drop == pytest.approx(suite.tuned - suite.base, abs=1e-9)
+    assert suite.divergence == pytest.approx(sums["divergence"] / count, rel=1e-3)
+    same, hurt = suite.controls
+    assert same.passed and same.score < 1e-6
+    assert hurt.name == "the base without layer 2 of its 2"
+
+
+def test_choices_are_those_of_one_choice_at_a_time(
+    road: Road, adapter: Adapter, measured: dict[str, Any], tiny_base_folder: Path
+) -> None:
+    tokenizer = road.chat.tokenizer
+    asked = draw(read_questions(road.project.root / "questions.jsonl"), 12, road.project.recipe.seed)
+    right = {}
+    for name, model in _two(tiny_base_folder, adapter).items():
+        right[name] = 0
+        for question in asked:
+            scores = []
+            for choice in question.choices:
+                start = len(tokenizer(f"{question.text}\nAnswer:")["input_ids"])
+                ids = tokenizer(f"{question.text}\nAnswer: {choice}")["input_ids"]
+                with torch.inference_mode():
+                    log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                scores.append(sum(float(log_p[i - 1, ids[i]]) for i in range(start, len(ids))) / len(choice))
+            right[name] += scores.index(max(scores)) == question.gold
+    suite = _suite(measured, "choices")
+    assert suite.items == 12
+    assert (suite.base, suite.tuned) == (right["base"] / 12, right["tuned"] / 12)
+    assert suite.drop == pytest.approx(suite.base - suite.tuned)
+    assert not suite.gates, "a base of random weights is not above guessing"
+    assert [c.passed for c in suite.controls][1] is False
+
+
+def test_instructions_are_checked_on_greedy_answers(
+    road: Road, adapter: Adapter, measured: dict[str, Any], tiny_base_folder: Path
+) -> None:
+    """Against transformers' own greedy decoding."""
+    tokenizer = road.chat.tokenizer
+    followed = {}
+    for name, model in _two(tiny_base_folder, adapter).items():
+        followed[name] = 0
+        for n in range(8):
+            ids: Any = tokenizer.apply_chat_template(
+                [{"role": "user", "content": f"Say {n}."}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+            with torch.inference_mode():
+                out = model.generate(**ids, max_new_tokens=12, do_sample=False)
+            text = str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+            followed[name] += bool(text.strip()) and text.lower().count("e") <= n % 2
+    suite = _suite(measured, "instructions")
+    assert (suite.items, suite.base, suite.tuned) == (8, followed["base"] / 8, followed["tuned"] / 8)
+    assert suite.controls[0].passed
+
+
+def test_what_was_measured_is_found_measured_and_goes_into_the_evidence(road: Road, measured: dict[str, Any]) -> None:
+    assert measured["evaluation"] is None
+    again = command("general", "-p", road.project.root)
+    assert again.code == 4
+    assert "Loading" not in again.stderr
+    assert "decides nothing" in again.stderr
+    evidence = road.evaluate().evidence
+    assert evidence.general == General.model_validate(measured["general"])
+    told = command("verdict", "-p", road.project.root).stderr
+    assert "It decides nothing" in told
+
+
+def test_only_what_is_new_is_measured_anew(road: Road, measured: dict[str, Any]) -> None:
+    """Items of an earlier measurement are kept, so the model is not even loaded for another margin."""
+    file = road.project.root / "tunewright.yaml"
+    before = file.read_text()
+    file.write_text(before.replace("margin: 0.05\n", "margin: 0.3\n"))
+    ran = command("general", "-p", road.project.root, "--json")
+    file.write_text(before)
+    assert ran.document["measured"]
+    assert "Loading" not in ran.stderr
+    assert ran.document["general"]["id"] != measured["general"]["id"]
+    wide, narrow = _suite(ran.document, "choices"), _suite(measured, "choices")
+    assert (wide.margin, wide.limit, wide.base) == (0.3, narrow.limit, narrow.base)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("general: {samples: 0}", "names no suite"),
+        ("general: {choices: [nowhere.jsonl]}", "nowhere.jsonl"),
+        ("general: {choices: [{file: questions.jsonl}, {file: questions.jsonl, items: 3}]}", "two suites are called"),
+        ("general: {instructions: [{file: prompts.jsonl, max_new_token: 3}]}", "instructions.0.max_new_tokens?"),
+        ("general: {samples: 0, lm_eval: [hellaswag]}", "pip install 'lm-eval[hf]'"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_measured(road: Road, section: str, words: str) -> None:
+    file = road.project.root / "tunewright.yaml"
+    before = file.read_text()
+    file.write_text(before.replace(RECIPE, section + "\n"))
+    try:
+        ran = command("general", "-p", road.project.root)
+    finally:
+        file.write_text(before)
+    assert ran.code == 2
+    assert words in ran.stderr
+    assert "Loading" not in ran.stderr
+
+
+def test_a_base_that_writes_nothing_of_use_is_said_so_and_does_not_stop_the_rest(
+    road: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(_self: object, wanted: int, *_args: object, **_kwargs: object) -> None:
+        raise UserError(f"nothing that the base writes can be used, of {wanted}")
+
+    monkeypatch.setattr(self_samples.Sampler, "draw", nothing)
+    file = road.project.root / "tunewright.yaml"
+    before = file.read_text()
+    file.write_text(before.replace("samples: 6", "samples: 5"))
+    try:
+        ran = command("general", "-p", road.project.root, "--json")
+    finally:
+        file.write_text(before)
+    assert [s["kind"] for s in ran.document["general"]["suites"]] == ["choices", "instructions"]
+    assert ran.document["general"]["not_measured"] == [
+        "the base's own samples: nothing that the base writes can be used, of 5"
+    ]
+    assert "Warning: Not measured: the base's own samples" in ran.stderr
+
+
+# Controls
+
+
+def test_no_place_is_dealt_itself_and_each_is_dealt_once() -> None:
+    for count in (2, 3, 50):
+        given = dealt(count, seed=count)
+        assert sorted(given) == list(range(count))
+        assert all(place != other for place, other in enumerate(given))
+
+
+def test_the_lower_limit_is_wilsons() -> None:
+    scores = np.array([1.0] * 37 + [0.0] * 63)
+    reference = binomtest(37, 100).proportion_ci(0.9, method="wilson")
+    assert lower_limit(scores) == pytest.approx(reference.low)
+
+
+def test_a_suite_without_room_to_fall_fails_its_controls() -> None:
+    high, low = np.array([1.0] * 60 + [0.0] * 40), np.array([1.0] * 27 + [0.0] * 73)
+    assert above_chance(high, 0.25, 0.02).passed
+    assert not above_chance(low, 0.25, 0.02).passed
+    assert above_floor("shuffled", high, low, 0.02, seed=0).passed
+    assert not above_floor("shuffled", low, low, 0.02, seed=0).passed
+    assert not above_chance(np.zeros(40), 0.0, 0.02).passed, "a suite pinned at 0 cannot fall"
+
+
+# What follows
+
+
+Named = Literal["not worse", "worse", "can't tell"]
+
+
+def _made(result: Named, *, margin: float | None = 0.02, passed: bool = True, name: str = "arc") -> Suite:
+    drops = {"not worse": (0.0, -0.012, 0.012), "worse": (0.1, 0.05, 0.15), "can't tell": (0.01, -0.03, 0.05)}
+    drop, low, high = drops[result]
+    return Suite(
+        name=name,
+        kind="choices",
+        unit="share",
+        metric="acc_norm",
+        items=500,
+        base=0.6,
+        tuned=0.6 - drop,
+        drop=drop,
+        interval=Interval(low=low, high=high),
+        limit=high,
+        method="",
+        margin=margin,
+        changed=0.1,
+        items_needed=1546,
+        controls=(Control(name="guessing", score=0.6, items=500, wanted="more", passed=passed),),
+        result=result if margin is not None else "can't tell",
+    )
+
+
+def _general(*suites: Suite) -> General:
+    return General(id="0" * 12, adapter="a", suites=suites, lineage={})
+
+
+SHIP = with_contrast(make_evidence(make_items(60)), low=0.27, difference=0.35, high=0.43, p_value=1e-9)
+OPEN = with_contrast(SHIP, low=-0.02, difference=0.01, high=0.04, p_value=0.5)
+NO = with_contrast(SHIP, low=-0.02, difference=0.0, high=0.02, p_value=1.0)
+
+
+@pytest.mark.parametrize(
+    ("suites", "ship", "unknown", "no", "code"),
+    [
+        ([], "ship", "can't tell", "don't ship", 0),
+        ([_made("not worse")], "ship", "can't tell", "don't ship", 0),
+        ([_made("can't tell")], "can't tell", "can't tell", "don't ship", 4),
+        ([_made("worse")], "don't ship", "don't ship", "don't ship", 3),
+        ([_made("not worse"), _made("can't tell", name="b")], "can't tell", "can't tell", "don't ship", 4),
+        ([_made("can't tell"), _made("worse", name="b")], "don't ship", "don't ship", "don't ship", 3),
+        # What fails a control, or was given no margin, never decides.
+        ([_made("worse", passed=False)], "ship", "can't tell", "don't ship", 4),
+        ([_made("worse", passed=False), _made("not worse", name="b")], "ship", "can't tell", "don't ship", 0),
+        ([_made("worse", margin=None)], "ship", "can't tell", "don't ship", 0),
+    ],
+)
+def test_the_table(suites: list[Suite], ship: str, unknown: str, no: str, code: int) -> None:
+    general = _general(*suites)
+    decisions = [verdict(e.model_copy(update={"general": general})).decision for e in (SHIP, OPEN, NO)]
+    assert decisions == [ship, unknown, no]
+    assert standing(general).exit_code == code
+
+
+def test_the_reasons_are_plain_sentences() -> None:
+    evidence = SHIP.model_copy(update={"general": _general(_made("worse"), _made("not worse", name="b"))})
+    told = verdict(evidence).reasons
+    assert (
+        "arc, 500 items: 60.0% with the adapter off, 50.0% with it on; a drop of 10 points, at most 15 points (95%). "
+        "The whole interval lies above the margin of 2 points: the adapter is worse here than the base."
+    ) in told
+    assert any(reason.startswith("The adapter is worse at what the base could do before") for reason in told)
+    failed = standing(_general(_made("worse", passed=False))).reasons
+    assert failed[0].endswith("It decides nothing: guessing came to 60.0%, and has to be more.")
+    unsure = standing(_general(_made("can't tell"))).reasons
+    assert unsure[0].endswith("Against a margin of 2 points this many items cannot tell. About 1,546 items would tell.")
+
+
+def test_evidence_with_the_section_reads_back_as_it_was() -> None:
+    evidence = SHIP.model_copy(update={"general": _general(_made("worse"))})
+    text = json.dumps(evidence.model_dump(mode="json"))
+    assert type(evidence).model_validate_json(text) == evidence
+
+
+def test_a_suite_is_told_with_the_items_that_it_would_take() -> None:
+    base, tuned = np.array([1.0] * 50 + [0.0] * 50), np.array([1.0] * 40 + [0.0] * 50 + [1.0] * 10)
+    suite = suite_of(name="s", kind="choices", metric="acc", base=base, tuned=tuned, margin=0.05, controls=[], seed=0)
+    assert (suite.drop, suite.changed, suite.result) == (0.0, 0.2, "can't tell")
+    assert suite.items_needed == pytest.approx(6.18 * 0.2 / 0.05**2, rel=0.01)
+    assert suite.expected_items == pytest.approx(6.18 * 0.1 / 0.05**2, rel=0.01)
