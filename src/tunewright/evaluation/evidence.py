@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from tunewright.disk import write_json
 from tunewright.errors import UserError
 from tunewright.evaluation.general.section import General
+from tunewright.evaluation.judge.section import Judgement
 from tunewright.evaluation.parts import Interval, Part, Score
 from tunewright.evaluation.people.section import AnswerReview
 from tunewright.recipe import Metric
@@ -126,6 +127,7 @@ class Evidence(Part):
     general: Annotated[
         General | None, Field(description="What the base could do before, adapter off and on; null: not measured.")
     ] = None
+    judge: Annotated[Judgement | None, Field(description="What `tunewright judge` found, or why it is vetoed.")] = None
 
     def arm(self, name: str) -> Arm:
         """The test arm called ``name``."""

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from tunewright.recipe.data import DataRecipe, Findable, MixRecipe
 from tunewright.recipe.general import GeneralRecipe
+from tunewright.recipe.judge import EndpointRecipe, JudgeRecipe, ReferenceModelRecipe
 from tunewright.recipe.section import Metric, Quantize, Section
 from tunewright.recipe.train import PRESETS, ReplayRecipe, Tracker, TrainRecipe
 
@@ -20,13 +21,16 @@ __all__ = [
     "PRESETS",
     "ChatRecipe",
     "DataRecipe",
+    "EndpointRecipe",
     "EvaluateRecipe",
     "Findable",
     "GeneralRecipe",
+    "JudgeRecipe",
     "Metric",
     "MixRecipe",
     "Quantize",
     "Recipe",
+    "ReferenceModelRecipe",
     "ReplayRecipe",
     "ServeRecipe",
     "Tracker",
@@ -142,4 +146,5 @@ class Recipe(Section):
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     general: GeneralRecipe = GeneralRecipe()
+    judge: JudgeRecipe = JudgeRecipe()
     serve: ServeRecipe = ServeRecipe()

@@ -27,6 +27,7 @@ from tunewright.training.trackers import require_trackers
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.evaluation.general.measure import GeneralResult
+    from tunewright.evaluation.judge.measure import Estimate, Judge, JudgeResult
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.measure import AdviseResult, EvaluateResult
     from tunewright.evaluation.people.section import AnswerReview
@@ -311,6 +312,25 @@ class Road:
     def verdict(self, evaluation: str | Path | None = None) -> Verdict:
         """Ship, don't ship or can't tell, from an evaluation's evidence alone (the newest by default)."""
         return verdict(load_evidence(self.evaluation(evaluation)))
+
+    def judge(self, evaluation: str | Path | None = None) -> JudgeResult:
+        """Have the recipe's judge compare the tuned answers with the best prompting arm's (the newest by default).
+
+        The judge is tested first; one that fails its controls is not heard, and the evidence says only that.
+
+        Raises:
+            UserError: no judge in the recipe, too few items to test it on, or an endpoint that fails.
+        """
+        return self._judge(evaluation).judge()
+
+    def estimate_judge(self, evaluation: str | Path | None = None) -> Estimate:
+        """Calls, tokens and cost that :meth:`judge` would take; nothing is sent."""
+        return self._judge(evaluation).estimate()
+
+    def _judge(self, evaluation: str | Path | None) -> Judge:
+        from tunewright.evaluation.judge.measure import Judge
+
+        return Judge(self.project, self.evaluation(evaluation), self.reporter)
 
     def report(self, evaluation: str | Path | None = None) -> Path:
         """Write an evaluation's HTML report beside its evidence (the newest by default)."""

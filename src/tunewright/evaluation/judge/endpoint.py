@@ -1,0 +1,300 @@
+"""An OpenAI-compatible endpoint, asked many things at once: limits, retries, budget.
+
+httpx and tenacity rather than OpenAI's own client: a retry has to count against the rate limit and be told to the
+user, and that client retries out of sight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import httpx
+from aiolimiter import AsyncLimiter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from tunewright.errors import UserError
+from tunewright.evaluation.judge.purse import OutOfBudgetError, Purse
+from tunewright.evaluation.judge.replies import Conversation, Journal, Reply, cost, guessed_tokens
+from tunewright.progress import Reporter, Task
+from tunewright.recipe import EndpointRecipe
+
+LONGEST_WAIT = 600.0
+"""Seconds; an endpoint that asks to wait longer (a daily quota) ends the run, which can be gone on with later."""
+
+_FIRST_WAIT = 1.0
+_TRANSIENT = {408, 409, 429}
+_KEPT = "What was answered is kept: the same command goes on from there."
+_TOO_LONG = re.compile(r"context_length|context.{0,20}(length|size|window)|too long", re.IGNORECASE | re.DOTALL)
+_FILTERED = re.compile(r"content_filter|content_policy|content management policy", re.IGNORECASE)
+
+
+class _RequestError(Exception):
+    """One request that failed; ``status`` is None where no reply came."""
+
+    def __init__(self, what: str, *, status: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(what)
+        self.status = status
+        self.retry_after = retry_after
+
+    @property
+    def transient(self) -> bool:
+        """Whether the same request may succeed later."""
+        return self.status is None or self.status in _TRANSIENT or self.status >= 500
+
+
+class Endpoint:
+    """A model to ask.
+
+    Args:
+        recipe: with url and model.
+        where: the recipe's section, for messages.
+        folder: where replies are journalled.
+        purse: what may be spent; shared by all endpoints of a judgement.
+        reporter: shows progress and hears of retries.
+    """
+
+    def __init__(self, recipe: EndpointRecipe, where: str, folder: Path, purse: Purse, reporter: Reporter) -> None:
+        self.recipe = recipe
+        self.where = where
+        self.journal = Journal(folder, recipe)
+        self.used: dict[str, Reply] = {}
+        self._purse = purse
+        self._reporter = reporter
+        self._key: str | None = None
+        self._retried: Counter[str] = Counter()
+
+    def ask(self, title: str, conversations: Sequence[Conversation]) -> list[Reply]:
+        """Replies in the conversations' order; equal conversations are asked once.
+
+        Raises:
+            UserError: no key, an endpoint that fails for good, or a budget that is used up.
+        """
+        keys = [self.journal.key(conversation) for conversation in conversations]
+        wanted = dict(zip(keys, conversations, strict=True))
+        missing = {key: wanted[key] for key in wanted if key not in self.journal.replies}
+        for key in wanted.keys() - missing.keys() - self.used.keys():
+            self._use(key)
+        if missing:
+            self._key = _secret(self.recipe, self.where)
+            self._retried.clear()
+            with self._reporter.task(title, len(wanted), "replies") as task:
+                if len(missing) < len(wanted):
+                    task.advance(len(wanted) - len(missing))
+                _run(self._ask_all(missing, task))
+        return [self.journal.replies[key] for key in keys]
+
+    def is_known(self, conversation: Conversation) -> bool:
+        """Whether the journal has a reply to it."""
+        return self.journal.key(conversation) in self.journal.replies
+
+    def _use(self, key: str) -> None:
+        self.used[key] = self.journal.replies[key]
+        self._purse.pay(self._cost(self.used[key]))
+
+    def _cost(self, reply: Reply) -> float:
+        return cost(self.recipe, reply.prompt_tokens, reply.completion_tokens) or 0.0
+
+    async def _ask_all(self, missing: Mapping[str, Conversation], task: Task) -> None:
+        """Workers that draw on one list; the first failure stops them all, after the replies under way."""
+        waiting = iter(missing.items())
+        failures: list[UserError] = []
+        rate = self.recipe.requests_per_minute
+        limiter = AsyncLimiter(1, 60 / rate) if rate else None
+
+        async def work(client: httpx.AsyncClient, file: TextIO) -> None:
+            for key, conversation in waiting:
+                if failures:
+                    return
+                try:
+                    reply = await self._affordable_reply(client, limiter, conversation, failures)
+                except UserError as error:
+                    failures.append(error)
+                    return
+                self.journal.keep(file, key, reply)
+                self._use(key)
+                task.advance(note=_retries_text(self._retried))
+
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        limits = httpx.Limits(max_connections=self.recipe.concurrency)
+        with self.journal.appending() as file:
+            # The time limit is on a whole request, and set around it.
+            async with httpx.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
+                await asyncio.gather(*(work(client, file) for _ in range(self.recipe.concurrency)))
+        if self._retried:
+            self._reporter.say(f"Requests sent again: {_retries_text(self._retried)}")
+        if failures:
+            raise failures[0]
+
+    async def _affordable_reply(
+        self,
+        client: httpx.AsyncClient,
+        limiter: AsyncLimiter | None,
+        conversation: Conversation,
+        failures: Sequence[UserError],
+    ) -> Reply:
+        prompt = sum(guessed_tokens(message["content"]) for message in conversation)
+        most = cost(self.recipe, prompt, self.recipe.reply_limit or 0) or 0.0
+        try:
+            async with self._purse.reserved(most):
+                return await self._reply(client, limiter, conversation, failures)
+        except OutOfBudgetError as error:
+            raise UserError(str(error), where="judge.budget", fix=f"Raise it. {_KEPT}") from None
+
+    async def _reply(
+        self,
+        client: httpx.AsyncClient,
+        limiter: AsyncLimiter | None,
+        conversation: Conversation,
+        failures: Sequence[UserError],
+    ) -> Reply:
+        def worth_it(error: BaseException) -> bool:
+            if not isinstance(error, _RequestError) or not error.transient or failures:
+                return False
+            return (error.retry_after or 0) <= LONGEST_WAIT
+
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self.recipe.retries + 1),
+            wait=_wait,
+            retry=retry_if_exception(worth_it),
+            before_sleep=self._count_retry,
+            reraise=True,
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    async with limiter or nullcontext():
+                        return await self._request(client, conversation)
+        except _RequestError as error:
+            tries = retrying.statistics["attempt_number"]
+            raise self._failed(error, tries) from None
+        raise AssertionError("tenacity ends by a reply or an error")
+
+    async def _request(self, client: httpx.AsyncClient, conversation: Conversation) -> Reply:
+        body = {"model": self.recipe.model, "messages": list(conversation), **self.recipe.parameters}
+        url = f"{str(self.recipe.url).rstrip('/')}/chat/completions"
+        try:
+            async with asyncio.timeout(self.recipe.timeout):
+                response = await client.post(url, json=body)
+        except TimeoutError:
+            raise _RequestError(f"no reply within {self.recipe.timeout:g} s") from None
+        except httpx.TransportError as error:
+            raise _RequestError(f"no connection: {error or type(error).__name__}") from None
+        except httpx.InvalidURL as error:
+            raise _RequestError(f"no address: {error}", status=400) from None
+        if response.is_success:
+            return _parsed(response, conversation)
+        told = self._told(response)
+        if response.status_code in {400, 413, 422}:
+            for pattern, why in ((_TOO_LONG, "too long for the model"), (_FILTERED, "refused by a content filter")):
+                if pattern.search(response.text):
+                    return Reply("", None, 0, 0, refused=why)
+        raise _RequestError(
+            f"status {response.status_code}: {told}",
+            status=response.status_code,
+            retry_after=_retry_after(response.headers.get("retry-after")),
+        )
+
+    def _told(self, response: httpx.Response) -> str:
+        """What the endpoint says of an error, without the key that it may repeat."""
+        try:
+            error = response.json()["error"]
+            text = str(error["message"] if isinstance(error, dict) else error)
+        except (ValueError, KeyError, TypeError):
+            text = response.text
+        text = " ".join(text.split())[:300] or response.reason_phrase
+        return text.replace(self._key, "…") if self._key else text
+
+    def _count_retry(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        assert isinstance(error, _RequestError)
+        self._retried[f"status {error.status}" if error.status else "no reply"] += 1
+
+    def _failed(self, error: _RequestError, tries: int) -> UserError:
+        what = f"{self.recipe.model} at {self.recipe.url} does not answer ({error}"
+        what += f"; asked {tries} times)" if tries > 1 else ")"
+        fix = f"See url, model, key_env and parameters in the recipe's {self.where} section. {_KEPT}"
+        if error.retry_after is not None and error.retry_after > LONGEST_WAIT:
+            fix = f"It asks to wait {error.retry_after:,.0f} s. {_KEPT}"
+        elif error.transient:
+            fix = f"Is it up? More retries, or fewer requests at once, may help ({self.where}.retries). {_KEPT}"
+        return UserError(what, where=f"{self.where}.url", fix=fix)
+
+
+def _secret(recipe: EndpointRecipe, where: str) -> str | None:
+    if recipe.key_env is None:
+        return None
+    key = os.environ.get(recipe.key_env, "").strip()
+    if not key:
+        raise UserError(
+            f"the environment variable {recipe.key_env} is not set",
+            where=f"{where}.key_env",
+            fix=f"Set it to the endpoint's API key: export {recipe.key_env}=…",
+        )
+    if not key.isascii():
+        raise UserError(f"{recipe.key_env} is no API key: it is not ASCII", where=f"{where}.key_env")
+    return key
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end, in a thread of its own where this one has an event loop already (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, work).result()
+
+
+def _parsed(response: httpx.Response, conversation: Conversation) -> Reply:
+    try:
+        document = response.json()
+        choice = document["choices"][0]
+        text = choice["message"].get("content") or ""
+        usage = document.get("usage") or {}
+        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        finish = choice.get("finish_reason")
+        if not isinstance(text, str):
+            raise TypeError("content is no text")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        start = " ".join(response.text.split())[:120]
+        raise _RequestError(f"the reply is no chat completion: {start!r}", status=502) from None
+    if isinstance(counts[0], int) and isinstance(counts[1], int):
+        return Reply(text, finish, counts[0], counts[1])
+    prompt = sum(guessed_tokens(message["content"]) for message in conversation)
+    return Reply(text, finish, prompt, guessed_tokens(text), estimated=True)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds to wait (RFC 9110, 10.2.3: a number of seconds or a date)."""
+    if value is None:
+        return None
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
+    except (ValueError, TypeError):  # no date either, or one without a time zone
+        return None
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, _RequestError) and error.retry_after is not None:
+        return error.retry_after
+    return float(wait_exponential_jitter(initial=_FIRST_WAIT, max=60.0, jitter=_FIRST_WAIT)(state))
+
+
+def _retries_text(retried: Counter[str]) -> str:
+    return ", ".join(f"{count} after {why}" for why, count in sorted(retried.items()))

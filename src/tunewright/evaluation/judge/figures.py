@@ -1,0 +1,234 @@
+"""From verdicts to rates: correctness, win rates, and the win rate that equal lengths would have."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+from scipy.stats import beta
+
+from tunewright.evaluation.judge.rows import Answered, Compared, JudgedItem
+from tunewright.evaluation.judge.section import JudgedArm, JudgedContrast, LengthControlled, Preference, WinRate
+from tunewright.evaluation.parts import Interval, Score
+from tunewright.evaluation.statistics import (
+    RESAMPLES,
+    bootstrap_sums,
+    effective_items,
+    exact_match_difference,
+    exact_mcnemar,
+    minimum_detectable_effect,
+    percentiles,
+    wilson,
+)
+
+FEWEST_EACH_SIDE = 5
+"""Pairs in which the treatment is no longer, and in which it is no shorter: below, equal lengths are extrapolation."""
+
+_MATCHED = 0.1
+_LENGTH_RESAMPLES = 1_000
+_SLOPE_DEVIATION = 2.5
+_BOOTSTRAP = f"percentile bootstrap over clusters, {RESAMPLES:,} resamples, Bonett-Price adjusted"
+
+Floats = NDArray[np.float64]
+
+
+def exact_lower_limit(passed: int, tried: int) -> float:
+    """Lower 95% limit (one-sided) of a share, by Clopper and Pearson (1934)."""
+    return float(beta.ppf(0.05, passed, tried - passed + 1)) if passed else 0.0
+
+
+def judged_arm(name: str, verdicts: Sequence[Answered], clusters: Sequence[str]) -> JudgedArm:
+    """Correctness of one arm; at least one verdict."""
+    scored = [(v, c) for v, c in zip(verdicts, clusters, strict=True) if v.correct is not None]
+    right = np.array([v.correct for v, _ in scored], dtype=np.float64)
+    worth = effective_items(right, [c for _, c in scored])
+    share = float(right.mean())
+    method = "Wilson" if round(worth) == len(right) else f"Wilson, {worth:.0f} effective items"
+    return JudgedArm(
+        name=name,
+        items=len(scored),
+        correct=int(right.sum()),
+        exact=sum(v.exact for v, _ in scored),
+        share=Score(value=share, interval=wilson(share, worth), method=method),
+        unscored=_reasons(verdicts),
+    )
+
+
+def judged_contrast(
+    treatment: str, control: str, rows: Sequence[JudgedItem], clusters: Sequence[str], seed: int
+) -> JudgedContrast | None:
+    """Treatment's correctness minus control's, where both have a verdict; None if there is no such item."""
+    changes, where = [], []
+    for row, cluster in zip(rows, clusters, strict=True):
+        ours, theirs = row.correctness[treatment].correct, row.correctness[control].correct
+        if ours is not None and theirs is not None:
+            changes.append(float(ours) - float(theirs))
+            where.append(cluster)
+    if not changes:
+        return None
+    change = np.array(changes)
+    worth = effective_items(change, where)
+    return JudgedContrast(
+        treatment=treatment,
+        control=control,
+        items=len(change),
+        difference=float(change.mean()),
+        interval=exact_match_difference(change, where, seed),
+        interval_method=_BOOTSTRAP,
+        p_value=exact_mcnemar(change, where),
+        test=_test_name("exact McNemar", where),
+        fixed=int((change > 0).sum()),
+        broken=int((change < 0).sum()),
+        effective_items=worth,
+        minimum_detectable_effect=minimum_detectable_effect(worth, float(np.abs(change).mean())),
+    )
+
+
+def preference(
+    treatment: str,
+    opponent: str,
+    rows: Sequence[JudgedItem],
+    lengths: Mapping[str, tuple[int, int]],
+    clusters: Sequence[str],
+    seed: int,
+) -> Preference:
+    """Win rates of the treatment against one opponent; at least one pair has a verdict.
+
+    Args:
+        treatment, opponent: arms.
+        rows: the items, each with this opponent among its pairs.
+        lengths: pair key to the characters of both answers, the treatment's first.
+        clusters: the items' clusters.
+        seed: decides the resamples.
+    """
+    plain = [row.pairs[opponent].plain for row in rows]
+    scored = [place for place, pair in enumerate(plain) if pair.outcome is not None]
+    where = [clusters[place] for place in scored]
+    results = _results([plain[place] for place in scored])
+    asked = sum(not plain[place].equal for place in scored)
+    flips = sum(plain[place].flipped for place in scored)
+    gaps = np.array([lengths[rows[place].key] for place in scored], dtype=np.float64)
+    controlled, note = length_controlled(results, gaps, where, seed)
+    return Preference(
+        treatment=treatment,
+        opponent=opponent,
+        pairs=len(scored),
+        equal=sum(plain[place].equal for place in scored),
+        flips=flips,
+        flip_rate=flips / asked if asked else None,
+        rate=win_rate(results, where, seed),
+        p_value=exact_mcnemar(results, where),
+        test=_test_name("exact sign test", where),
+        stripped=_stripped_rate(rows, opponent, clusters, seed),
+        stripped_texts=sum(row.pairs[opponent].stripped is not None for row in rows),
+        length_controlled=controlled,
+        length_note=note,
+        unscored=_reasons(plain),
+    )
+
+
+def _stripped_rate(rows: Sequence[JudgedItem], opponent: str, clusters: Sequence[str], seed: int) -> WinRate | None:
+    """All pairs, of which those without markdown keep their verdict; None if no text has any."""
+    pairs = [row.pairs[opponent] for row in rows]
+    if all(pair.stripped is None for pair in pairs):
+        return None
+    told = [(pair.stripped or pair.plain, cluster) for pair, cluster in zip(pairs, clusters, strict=True)]
+    scored = [(compared, cluster) for compared, cluster in told if compared.outcome is not None]
+    if not scored:
+        return None
+    return win_rate(_results([compared for compared, _ in scored]), [cluster for _, cluster in scored], seed)
+
+
+def _results(pairs: Sequence[Compared]) -> Floats:
+    values = {"win": 1.0, "tie": 0.0, "loss": -1.0}
+    return np.array([values[pair.outcome] for pair in pairs if pair.outcome is not None])
+
+
+def win_rate(results: Floats, clusters: Sequence[str], seed: int) -> WinRate:
+    """Wins plus half the ties; ``results`` are +1, 0 and -1, [pairs]."""
+    spread = exact_match_difference(results, clusters, seed)
+    return WinRate(
+        wins=int((results > 0).sum()),
+        ties=int((results == 0).sum()),
+        losses=int((results < 0).sum()),
+        value=float(results.mean() + 1) / 2,
+        interval=Interval(low=max((spread.low + 1) / 2, 0.0), high=min((spread.high + 1) / 2, 1.0)),
+        method=_BOOTSTRAP,
+    )
+
+
+def length_controlled(
+    results: Floats, lengths: Floats, clusters: Sequence[str], seed: int, resamples: int = _LENGTH_RESAMPLES
+) -> tuple[LengthControlled | None, str | None]:
+    """The win rate at equal length: sigmoid(a) of P(win) = sigmoid(a + b tanh(gap / s)).
+
+    gap is the treatment's length minus the opponent's in characters, s the gaps' standard deviation; a tie is half a
+    win and half a loss; b has a normal prior of deviation 2.5. This is the length term of length-controlled AlpacaEval
+    (Dubois et al. 2024, arXiv 2404.04475), fitted on these pairs alone.
+
+    Args:
+        results: +1, 0 or -1, [pairs].
+        lengths: characters of the treatment's and the opponent's answers, [pairs, 2].
+        clusters: the pairs' clusters.
+        seed: decides the resamples.
+        resamples: how many.
+
+    Returns:
+        The rate, or None and why: lengths that hardly overlap leave nothing to compare at equal length.
+    """
+    gaps = lengths[:, 0] - lengths[:, 1]
+    sides = {"longer": int((gaps <= 0).sum()), "shorter": int((gaps >= 0).sum())}
+    for side, count in sides.items():
+        if count < FEWEST_EACH_SIDE:
+            return None, (
+                f"the treatment is {side} in all pairs but {count}: what equal lengths would do cannot be told "
+                f"(at least {FEWEST_EACH_SIDE} are needed)"
+            )
+    scale = float(gaps.std())
+    matched = int((np.abs(gaps) <= _MATCHED * lengths.max(axis=1)).sum())
+    if scale == 0:
+        return None, "all pairs have answers of equal length: the win rate is at equal length already"
+    covariate = np.tanh(gaps / scale)
+    names, codes = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    wins = (results + 1) / 2
+    intercept, slope = _logistic(covariate, wins, np.ones_like(wins))
+    drawn = bootstrap_sums(np.eye(len(names), dtype=np.int64), seed, resamples)[:, codes]
+    rates = np.array([float(expit(_logistic(covariate, wins, weight)[0])) for weight in drawn.astype(np.float64)])
+    return (
+        LengthControlled(
+            value=float(expit(intercept)),
+            interval=percentiles(rates),
+            slope=slope,
+            matched=matched,
+            method=f"logistic regression on tanh(length gap / {scale:.1f} characters), percentile bootstrap over "
+            f"clusters, {resamples:,} resamples",
+        ),
+        None,
+    )
+
+
+def _logistic(covariate: Floats, wins: Floats, weight: Floats) -> tuple[float, float]:
+    """Intercept and slope; ``wins`` from 0 to 1, each pair a win and a loss of that weight. All [pairs]."""
+    from sklearn.linear_model import LogisticRegression
+
+    counts = np.concatenate([weight * wins, weight * (1 - wins)])
+    labels = np.concatenate([np.ones_like(wins), np.zeros_like(wins)])
+    if not counts[labels == 1].any() or not counts[labels == 0].any():
+        return (np.inf if counts[labels == 1].any() else -np.inf), 0.0
+    kept = counts > 0
+    model = LogisticRegression(C=_SLOPE_DEVIATION**2, tol=1e-6)
+    model.fit(np.concatenate([covariate, covariate])[kept, None], labels[kept], sample_weight=counts[kept])
+    return float(model.intercept_[0]), float(model.coef_[0, 0])
+
+
+def _reasons(verdicts: Sequence[Any]) -> dict[str, int]:
+    counted = Counter(v.unscored for v in verdicts if v.unscored is not None)
+    return dict(sorted(counted.items()))
+
+
+def _test_name(name: str, clusters: Sequence[str]) -> str:
+    return name if len(set(clusters)) == len(clusters) else f"{name} by cluster"

@@ -1,0 +1,92 @@
+"""Replies of an endpoint, each journalled as soon as it is there: none is paid for twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tunewright.disk import digest, writing
+from tunewright.recipe import EndpointRecipe
+
+Message = dict[str, str]
+Conversation = tuple[Message, ...]
+
+CHARACTERS_PER_TOKEN = 4
+"""OpenAI's rule of thumb for English text, where the endpoint does not count tokens itself."""
+
+
+def guessed_tokens(text: str) -> int:
+    """About how many tokens ``text`` has."""
+    return -(-len(text) // CHARACTERS_PER_TOKEN)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the endpoint answered."""
+
+    text: str
+    finish: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    estimated: bool = False
+    """The endpoint gave no token counts: they are guessed."""
+    refused: str | None = None
+    """Why the endpoint would not answer this one conversation; then there is no text, and it is asked again."""
+
+
+def cost(endpoint: EndpointRecipe, prompt_tokens: int, completion_tokens: int) -> float | None:
+    """The price of so many tokens; None where no prices are given."""
+    if endpoint.price_input is None or endpoint.price_output is None:
+        return None
+    return (prompt_tokens * endpoint.price_input + completion_tokens * endpoint.price_output) / 1e6
+
+
+class Journal:
+    """Replies on disk, by a digest of all that decides them: endpoint, model, parameters and conversation.
+
+    A line that a killed run left half-written is skipped, and its conversation asked again.
+    """
+
+    def __init__(self, folder: Path, endpoint: EndpointRecipe) -> None:
+        self._asked: dict[str, Any] = {
+            "url": endpoint.url,
+            "model": endpoint.model,
+            "parameters": endpoint.parameters,
+        }
+        self.path = folder / f"{digest(self._asked)[:16]}.jsonl"
+        self.replies = dict(_read(self.path))
+
+    def key(self, conversation: Conversation) -> str:
+        """What a reply to ``conversation`` is filed under."""
+        return digest({**self._asked, "messages": list(conversation)})
+
+    @contextmanager
+    def appending(self) -> Iterator[TextIO]:
+        """The open file, for `keep`."""
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # ends a half-written line, if there is one
+                yield file
+
+    def keep(self, file: TextIO, key: str, reply: Reply) -> None:
+        """File a reply; refusals are not kept on disk, since an endpoint may change its mind."""
+        self.replies[key] = reply
+        if reply.refused is None:
+            file.write(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n")
+            file.flush()
+
+
+def _read(path: Path) -> Iterator[tuple[str, Reply]]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            row = json.loads(line)
+            yield row.pop("key"), Reply(**row)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            continue

@@ -1,0 +1,84 @@
+"""Each item's verdicts, beside the evidence: ``judge.jsonl``; of the controls: ``judge-controls.jsonl``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from tunewright.errors import UserError
+from tunewright.evaluation.judge.section import ControlName
+from tunewright.evaluation.parts import Part
+
+ROWS_FILE = "judge.jsonl"
+CONTROLS_FILE = "judge-controls.jsonl"
+
+Outcome = Literal["win", "tie", "loss"]
+
+
+class Answered(Part):
+    """Is one arm's answer correct?"""
+
+    correct: Annotated[bool | None, Field(description="null: unscored.")]
+    exact: Annotated[bool, Field(description="It equals the reference, so nobody was asked.")] = False
+    unscored: Annotated[str | None, Field(description="Why there is no verdict.")] = None
+    reply: Annotated[str | None, Field(description="What the judge wrote.")] = None
+
+
+class Compared(Part):
+    """One arm's answer against another's; win and loss are the treatment's."""
+
+    outcome: Annotated[Outcome | None, Field(description="null: unscored.")]
+    equal: Annotated[bool, Field(description="The answers are equal, so nobody was asked.")] = False
+    flipped: Annotated[bool, Field(description="The two orders disagree: a tie.")] = False
+    unscored: Annotated[str | None, Field(description="Why there is no verdict.")] = None
+    replies: Annotated[tuple[str, ...], Field(description="With the treatment as A, then as B.")] = ()
+
+
+class Pair(Part):
+    """Both answers as they are, and without markdown where some text of theirs has any."""
+
+    plain: Compared
+    stripped: Compared | None = None
+
+
+class JudgedItem(Part):
+    """One item; a line of ``judge.jsonl``."""
+
+    key: Annotated[str, Field(description="The example's pair key.")]
+    correctness: Annotated[dict[str, Answered], Field(description="By arm.")]
+    pairs: Annotated[dict[str, Pair], Field(description="The treatment against each opponent, by opponent.")]
+
+
+class ControlRow(Part):
+    """One case whose answer is known; a line of ``judge-controls.jsonl``."""
+
+    key: str
+    control: ControlName
+    passed: bool
+    unscored: str | None
+    replies: tuple[str, ...]
+
+
+def load_judged(folder: Path) -> list[JudgedItem]:
+    """Read ``judge.jsonl`` beside the evidence in ``folder``.
+
+    Raises:
+        UserError: no such file, or a line that is not a judged item.
+    """
+    file = folder / ROWS_FILE
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError("no judged items here", where=str(file), fix="`tunewright judge` makes them.") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(JudgedItem.model_validate_json(line))
+        except ValidationError as error:
+            what = " ".join(str(error).splitlines()[1:3])
+            raise UserError(f"not a judged item: {what}", where=f"{file}:{number}") from None
+    return rows
