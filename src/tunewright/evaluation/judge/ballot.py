@@ -76,11 +76,11 @@ class Ballot:
         stripped = tuple(map(without_markdown, texts))
         has_markdown = any(text.strip() != plain for text, plain in zip(texts, stripped, strict=True))
         return Pair(
-            plain=self._compared(candidate.item.input, *texts, votes),
-            stripped=self._compared(candidate.item.input, *stripped, votes) if has_markdown else None,
+            plain=self._compared(votes, candidate.item.input, *texts),
+            stripped=self._compared(votes, candidate.item.input, *stripped) if has_markdown else None,
         )
 
-    def _compared(self, task: str, reference: str, ours: str, theirs: str, votes: Votes) -> Compared:
+    def _compared(self, votes: Votes, task: str, reference: str, ours: str, theirs: str) -> Compared:
         if normalised(ours) == normalised(theirs):
             return Compared(outcome="tie", equal=True)
         both = (

@@ -31,6 +31,8 @@ FEWEST_EACH_SIDE = 5
 _MATCHED = 0.1
 _LENGTH_RESAMPLES = 1_000
 _SLOPE_DEVIATION = 2.5
+_NEWTON_STEPS = 30
+_CELLS = 1_000_000  # fits times pairs held at once: 8 MB for each of a handful of arrays
 _BOOTSTRAP = f"percentile bootstrap over clusters, {RESAMPLES:,} resamples, Bonett-Price adjusted"
 
 Floats = NDArray[np.float64]
@@ -195,14 +197,15 @@ def length_controlled(
     covariate = np.tanh(gaps / scale)
     names, codes = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
     wins = (results + 1) / 2
-    intercept, slope = _logistic(covariate, wins, np.ones_like(wins))
-    drawn = bootstrap_sums(np.eye(len(names), dtype=np.int64), seed, resamples)[:, codes]
-    rates = np.array([float(expit(_logistic(covariate, wins, weight)[0])) for weight in drawn.astype(np.float64)])
+    intercepts, slopes = logistic(covariate, wins, np.ones((1, len(wins))))
+    drawn = bootstrap_sums(np.eye(len(names), dtype=np.int64), seed, resamples)
+    parts = np.array_split(drawn, max(1, resamples * len(wins) // _CELLS))
+    rates = [expit(logistic(covariate, wins, part[:, codes].astype(np.float64))[0]) for part in parts]
     return (
         LengthControlled(
-            value=float(expit(intercept)),
-            interval=percentiles(rates),
-            slope=slope,
+            value=float(expit(intercepts[0])),
+            interval=percentiles(np.concatenate(rates)),
+            slope=float(slopes[0]),
             matched=matched,
             method=f"logistic regression on tanh(length gap / {scale:.1f} characters), percentile bootstrap over "
             f"clusters, {resamples:,} resamples",
@@ -211,18 +214,33 @@ def length_controlled(
     )
 
 
-def _logistic(covariate: Floats, wins: Floats, weight: Floats) -> tuple[float, float]:
-    """Intercept and slope; ``wins`` from 0 to 1, each pair a win and a loss of that weight. All [pairs]."""
-    from sklearn.linear_model import LogisticRegression
+def logistic(covariate: Floats, wins: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Fit P(win) = sigmoid(a + b covariate) many times at once, by Newton's method; b has a normal prior.
 
-    counts = np.concatenate([weight * wins, weight * (1 - wins)])
-    labels = np.concatenate([np.ones_like(wins), np.zeros_like(wins)])
-    if not counts[labels == 1].any() or not counts[labels == 0].any():
-        return (np.inf if counts[labels == 1].any() else -np.inf), 0.0
-    kept = counts > 0
-    model = LogisticRegression(C=_SLOPE_DEVIATION**2, tol=1e-6)
-    model.fit(np.concatenate([covariate, covariate])[kept, None], labels[kept], sample_weight=counts[kept])
-    return float(model.intercept_[0]), float(model.coef_[0, 0])
+    All fits of a bootstrap are one call, which a library that fits one model at a time cannot offer.
+
+    Args:
+        covariate: [pairs].
+        wins: each pair's share of a win, 0 to 1; [pairs].
+        weights: each fit's weights of the pairs; [fits, pairs].
+
+    Returns:
+        Intercepts and slopes, [fits] each. Where all are wins, or losses, the intercept has no end: it is large.
+    """
+    a, b = np.zeros(len(weights)), np.zeros(len(weights))
+    prior = 1 / _SLOPE_DEVIATION**2
+    for _ in range(_NEWTON_STEPS):
+        chance = expit(a[:, None] + b[:, None] * covariate)
+        residual, curve = weights * (wins - chance), weights * chance * (1 - chance)
+        up_a, up_b = residual.sum(axis=1), residual @ covariate - prior * b
+        aa, ab, bb = curve.sum(axis=1) + 1e-12, curve @ covariate, curve @ np.square(covariate) + prior
+        determinant = aa * bb - ab * ab
+        step_a = np.clip((bb * up_a - ab * up_b) / determinant, -1, 1)
+        step_b = np.clip((aa * up_b - ab * up_a) / determinant, -1, 1)
+        a, b = a + step_a, b + step_b
+        if max(np.abs(step_a).max(), np.abs(step_b).max()) < 1e-9:
+            break
+    return a, b
 
 
 def _reasons(verdicts: Sequence[Any]) -> dict[str, int]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from tunewright.disk import write_text
 from tunewright.errors import UserError
@@ -31,6 +32,8 @@ from tunewright.evaluation.judge.votes import Vote, vote
 from tunewright.evaluation.parts import Part
 from tunewright.progress import Reporter
 from tunewright.project import Project
+
+_Number = TypeVar("_Number", int, float)
 
 _IDENTITY = ("model", "url", "parameters", "prompts", "reference_model")
 """What makes a judgement the same one, done again."""
@@ -289,7 +292,7 @@ def _lines(rows: Sequence[Part]) -> str:
     return "".join(f"{row.model_dump_json()}\n" for row in rows)
 
 
-def _total(numbers: Sequence[float | None]) -> float | None:
+def _total(numbers: Sequence[_Number | None]) -> _Number | None:
     """The sum; None if one of them is not known."""
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None
