@@ -123,14 +123,16 @@ def scripted(script: Script) -> Iterator[Server]:
         yield server
 
 
-def write_project(folder: Path, judge: dict[str, Any], items: list[Item] | None = None, base: str = "some-base") -> Path:
+def write_project(
+    folder: Path, judge: dict[str, Any], items: list[Item] | None = None, base: str = "some-base"
+) -> Path:
     """A project with one evaluation, ``0123456789ab``, and a judge section; returns the evaluation's folder."""
     items = make_items() if items is None else items
     evidence = make_evidence(items)
     evidence = evidence.model_copy(update={"lineage": {**evidence.lineage, "base": {"spec": base}, "created": "2026"}})
     evaluation = folder / "evaluations" / evidence.id
     evaluation.mkdir(parents=True)
-    (folder / "tunewright.yaml").write_text(yaml.safe_dump({"name": "court-citations", "judge": judge}))
+    (folder / "tunewright.yaml").write_text(yaml.safe_dump({"name": "court-citations", "judge": judge}, sort_keys=False))
     (evaluation / EVIDENCE_FILE).write_text(evidence.model_dump_json())
     (evaluation / ITEMS_FILE).write_text("".join(f"{item.model_dump_json()}\n" for item in items))
     return evaluation

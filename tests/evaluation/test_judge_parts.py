@@ -98,7 +98,15 @@ def test_markdown_leaves_its_words(text: str, plain: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Ala. Civ. App.", "a_b_c and 3 * 4 * 5", '{"a": [1, "b"]}', "1986. A good year", "5 < 6 &amp; 7", "two\n\nlines", ""],
+    [
+        "Ala. Civ. App.",
+        "a_b_c and 3 * 4 * 5",
+        '{"a": [1, "b"]}',
+        "1986. A good year",
+        "5 < 6 &amp; 7",
+        "two\n\nlines",
+        "",
+    ],
 )
 def test_text_without_markdown_stays_as_it_is(text: str) -> None:
     assert without_markdown(text) == text

@@ -293,7 +293,7 @@ def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     if isinstance(error, _RequestError) and error.retry_after is not None:
         return error.retry_after
-    return float(wait_exponential_jitter(initial=_FIRST_WAIT, max=60.0, jitter=_FIRST_WAIT)(state))
+    return float(wait_exponential_jitter(multiplier=_FIRST_WAIT, max=60.0, jitter=_FIRST_WAIT)(state))
 
 
 def _retries_text(retried: Counter[str]) -> str:

@@ -1,0 +1,389 @@
+"""The endpoint as it is in the world: slow, limited, failing, expensive; and what was answered is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+import tunewright as package
+from command_line import pairs, tunewright, write_jsonl
+from factories import make_items
+from scripted_judge import Server, honest, scripted, write_project
+from tunewright.errors import UserError
+from tunewright.evaluation.evidence import load_evidence, load_items
+from tunewright.evaluation.judge import endpoint
+from tunewright.evaluation.judge.endpoint import Endpoint
+from tunewright.evaluation.judge.purse import Purse
+from tunewright.progress import LogReporter
+from tunewright.recipe import EndpointRecipe
+
+CONTROL_QUESTIONS = 30 * 6
+CONVERSATIONS = [({"role": "user", "content": f"question {n}"},) for n in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.01)
+
+
+def ask(server: Server, folder: Path, count: int = 12, **settings: Any) -> list[str]:
+    """Ask an endpoint directly; the replies' texts."""
+    recipe = EndpointRecipe.model_validate({"url": server.url, "model": "scripted", **settings})
+    return [
+        r.text for r in Endpoint(recipe, "judge", folder, Purse(None), LogReporter()).ask("t", CONVERSATIONS[:count])
+    ]
+
+
+def failing_first(times: int, response: Response) -> Callable[[int], Response | None]:
+    """The first requests get ``response``."""
+    return lambda count: response if count < times else None
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 529])
+def test_what_may_pass_is_asked_again(tmp_path: Path, status: int) -> None:
+    with scripted(honest) as server:
+        server.misbehave = failing_first(3, PlainTextResponse("busy", status))
+        assert ask(server, tmp_path) == [f"An answer to question {n}" for n in range(12)]
+        assert len(server.bodies) == 12 + 3
+
+
+def test_retry_after_is_waited_for_in_seconds_or_until_a_date(tmp_path: Path) -> None:
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=3), usegmt=True)
+    for number, value in enumerate(["1", later]):
+        with scripted(honest) as server:
+            server.misbehave = failing_first(1, PlainTextResponse("slow down", 429, headers={"retry-after": value}))
+            began = time.monotonic()
+            ask(server, tmp_path / str(number), count=1)
+            assert time.monotonic() - began >= 1
+            assert len(server.bodies) == 2
+
+
+def test_a_wait_of_hours_ends_the_run_at_once(tmp_path: Path) -> None:
+    with scripted(honest) as server:
+        server.misbehave = failing_first(99, PlainTextResponse("quota", 429, headers={"retry-after": "86400"}))
+        with pytest.raises(UserError, match=r"asks to wait 86,400 s\. What was answered is kept"):
+            ask(server, tmp_path, count=1)
+        assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_what_cannot_pass_is_not_asked_again(tmp_path: Path, status: int) -> None:
+    with scripted(honest) as server:
+        server.misbehave = failing_first(99, JSONResponse({"error": {"message": "no such thing"}}, status))
+        with pytest.raises(UserError, match=f"status {status}: no such thing"):
+            ask(server, tmp_path, concurrency=1)
+        assert len(server.bodies) == 1
+
+
+def test_a_slow_reply_is_given_up_and_told(tmp_path: Path) -> None:
+    with scripted(honest) as server:
+        server.slow_s = 1.0
+        with pytest.raises(UserError, match=r"no reply within 0.1 s; asked 2 times"):
+            ask(server, tmp_path, count=1, timeout=0.1, retries=1)
+
+
+def test_nobody_there_is_told(tmp_path: Path) -> None:
+    with scripted(honest) as server:
+        pass
+    with pytest.raises(UserError, match=r"does not answer \(no connection"):
+        ask(server, tmp_path, count=1, retries=0)
+
+
+@pytest.mark.parametrize(
+    "body", ["<html>welcome</html>", '{"choices": []}', '{"choices": [{"message": {"content": 1}}]}']
+)
+def test_a_reply_of_another_protocol_is_told(tmp_path: Path, body: str) -> None:
+    with scripted(honest) as server:
+        server.misbehave = failing_first(99, PlainTextResponse(body))
+        with pytest.raises(UserError, match="no chat completion"):
+            ask(server, tmp_path, count=1, retries=1)
+
+
+def test_no_more_requests_at_once_than_allowed(tmp_path: Path) -> None:
+    with scripted(honest) as server:
+        server.slow_s = 0.05
+        ask(server, tmp_path, concurrency=3)
+        assert server.most_at_once == 3
+
+
+def test_no_more_requests_in_a_minute_than_allowed_retries_included(tmp_path: Path) -> None:
+    with scripted(honest) as server:
+        server.misbehave = failing_first(2, PlainTextResponse("busy", 500))
+        began = time.monotonic()
+        ask(server, tmp_path, count=8, requests_per_minute=1200)
+        assert time.monotonic() - began >= 9 * 0.05
+
+
+def test_the_key_is_sent_and_shown_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
+    project = tmp_path / "project"
+    with scripted(honest) as server:
+        write_project(project, {"url": server.url, "model": "scripted", "key_env": "JUDGE_KEY"})
+        assert tunewright("judge", "-p", project).code == 0
+        assert set(server.keys) == {"Bearer sk-very-secret"}
+        server.misbehave = failing_first(999, JSONResponse({"error": {"message": "bad key sk-very-secret"}}, 401))
+        (project / "tunewright.yaml").write_text(
+            (project / "tunewright.yaml").read_text() + "  criteria: other\n", encoding="utf-8"
+        )
+        ran = tunewright("judge", "-p", project)
+        assert ran.code == 2
+        assert "bad key …" in ran.stderr
+    assert not [f for f in project.rglob("*") if f.is_file() and "very-secret" in f.read_text(encoding="utf-8")]
+
+
+def test_a_failing_endpoint_ends_the_run_and_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
+    with scripted(honest) as server:
+        settings = {"url": server.url, "model": "scripted", "retries": 1}
+        evaluation = write_project(tmp_path / "project", settings)
+        before = {file: file.read_bytes() for file in evaluation.iterdir()}
+        server.misbehave = lambda count: PlainTextResponse("down", 503) if count >= 100 else None
+        ran = tunewright("judge", "-p", tmp_path / "project", "--json")
+        assert ran.code == 2
+        assert ran.document["error"]["where"] == "judge.url"
+        assert "the same command goes on from there" in ran.document["error"]["fix"]
+        assert {file: file.read_bytes() for file in evaluation.iterdir()} == before
+        server.misbehave = lambda count: None
+        first = list(server.prompts)
+        assert tunewright("judge", "-p", tmp_path / "project").code == 0
+        assert len(first) == 100
+        assert len(server.prompts) == len(set(server.prompts))
+        asked = len(server.bodies)
+        assert tunewright("judge", "-p", tmp_path / "project").code == 0
+        assert len(server.bodies) == asked
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    with scripted(honest) as server:
+        server.slow_s = 0.03
+        write_project(project, {"url": server.url, "model": "scripted", "concurrency": 2})
+        command = [sys.executable, "-m", "tunewright", "judge", "-p", str(project)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            while len(server.prompts) < 40:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        server.slow_s = 0.0
+        assert tunewright("judge", "-p", project).code == 0
+        # Twice only what was under way, whose replies nobody was there to keep.
+        assert len(server.prompts) - len(set(server.prompts)) <= 2
+
+
+def test_another_model_parameter_or_criterion_is_asked_anew(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    with scripted(honest) as server:
+        write_project(project, {"url": server.url, "model": "scripted"})
+        assert tunewright("judge", "-p", project).code == 0
+        once = len(server.bodies)
+        recipe = (project / "tunewright.yaml").read_text()
+        for number, change in enumerate(["  parameters: {seed: 1}\n", "  criteria: Names matter most.\n"], start=2):
+            (project / "tunewright.yaml").write_text(recipe + change)
+            assert tunewright("judge", "-p", project).code == 0
+            assert len(server.bodies) == number * once
+        assert "Names matter most." in server.prompts[-1]
+
+
+def test_what_a_judgement_replaced_stays_told(tmp_path: Path) -> None:
+    with scripted(honest) as server:
+        evaluation = write_project(tmp_path / "project", {"url": server.url, "model": "first"})
+        recipe = tmp_path / "project" / "tunewright.yaml"
+        for _ in range(2):
+            assert tunewright("judge", "-p", tmp_path / "project").code == 0
+        server.script = lambda asked: "no idea"
+        recipe.write_text(recipe.read_text().replace("first", "second"))
+        assert tunewright("judge", "-p", tmp_path / "project").code == 3
+        server.script = honest
+        recipe.write_text(recipe.read_text().replace("second", "third"))
+        assert tunewright("judge", "-p", tmp_path / "project").code == 0
+    section = load_evidence(evaluation).judge
+    assert section is not None
+    assert [re.sub(r"\d{4}.*?\+00:00", "TIME", told) for told in section.replaced] == [
+        "first, TIME",
+        "second, TIME, vetoed",
+    ]
+
+
+def test_an_item_too_long_for_the_judge_is_unscored_and_the_rest_judged(tmp_path: Path) -> None:
+    items = make_items()
+    wrong = next(i for i in items if i.answers["tuned"] != i.reference)
+    too_long = JSONResponse({"error": {"message": "too many tokens", "code": "context_length_exceeded"}}, 400)
+    with scripted(honest) as server:
+        evaluation = write_project(tmp_path / "project", {"url": server.url, "model": "scripted"}, items)
+        server.misbehave = lambda count: (
+            too_long
+            if f">>>\n{wrong.answers['tuned']}\n<<<" in server.bodies[count]["messages"][0]["content"]
+            else None
+        )
+        assert tunewright("judge", "-p", tmp_path / "project").code == 0
+    section = load_evidence(evaluation).judge
+    assert section is not None
+    assert section.arms[0].unscored == {"too long for the model": 1}
+
+
+# What it costs
+
+
+PRICES = {"price_input": 10.0, "price_output": 100.0}  # 100 prompt and 10 reply tokens: 0.002 a reply
+
+
+def test_an_estimate_sends_nothing_and_counts_what_is_sent_later(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    with scripted(honest) as server:
+        write_project(project, {"url": server.url, "model": "scripted", **PRICES})
+        estimated = tunewright("judge", "--estimate", "-p", project, "--json").document
+        assert server.bodies == []
+        judged = tunewright("judge", "-p", project, "--json").document["judge"]
+        assert estimated["controls"] == CONTROL_QUESTIONS
+        assert estimated["controls"] + estimated["questions"] == len(server.bodies) == judged["spent"]["calls"]
+        characters = sum(len(prompt) for prompt in server.prompts)
+        assert estimated["prompt_tokens"] == pytest.approx(characters / 4, rel=0.01)
+        assert estimated["most_completion_tokens"] == 512 * len(server.bodies)
+        assert judged["spent"]["cost"] == pytest.approx(0.002 * len(server.bodies))
+        again = tunewright("judge", "--estimate", "-p", project, "--json").document
+        assert (again["known"], again["prompt_tokens"], again["most_cost"]) == (len(server.bodies), 0, 0)
+
+
+def test_the_budget_is_not_overdrawn_and_more_of_it_goes_on(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    with scripted(honest) as server:
+        settings = {"url": server.url, "model": "scripted", **PRICES, "budget": 0.3}
+        write_project(project, {**settings, "parameters": {"max_tokens": 10}})
+        ran = tunewright("judge", "-p", project, "--json")
+        assert ran.code == 2
+        assert ran.document["error"]["where"] == "judge.budget"
+        # The last reply leaves less than one more could cost: some 400 prompt tokens are guessed for each.
+        assert 0.29 < 0.002 * len(server.bodies) <= 0.3
+        recipe = project / "tunewright.yaml"
+        recipe.write_text(recipe.read_text().replace("budget: 0.3", "budget: 3.0"))
+        assert tunewright("judge", "-p", project).code == 0
+        assert len(server.prompts) == len(set(server.prompts))
+
+
+def test_replies_without_counts_are_guessed_and_said_so(tmp_path: Path) -> None:
+    with scripted(honest) as server:
+        server.usage = False
+        write_project(tmp_path / "project", {"url": server.url, "model": "scripted", **PRICES})
+        spent = tunewright("judge", "-p", tmp_path / "project", "--json").document["judge"]["spent"]
+        assert spent["estimated"] == spent["calls"] == len(server.bodies)
+        assert spent["prompt_tokens"] == sum(-(-len(prompt) // 4) for prompt in server.prompts)
+
+
+# The reference model
+
+
+def test_a_reference_models_answers_come_from_a_file_by_pair_key(tmp_path: Path) -> None:
+    items, project = make_items(), tmp_path / "project"
+    with scripted(honest) as server:
+        settings = {"url": server.url, "model": "scripted", "reference_model": {"answers": "others.jsonl"}}
+        evaluation = write_project(project, settings, items)
+        rows = [{"key": i.key, "answer": i.reference if n % 2 else f"**none** {n}"} for n, i in enumerate(items)]
+        write_jsonl(project / "others.jsonl", rows[1:])
+        ran = tunewright("judge", "-p", project, "--json")
+        assert (ran.code, server.bodies) == (2, [])
+        assert f"1 of 60 test items have no answer there, {items[0].key}" in ran.document["error"]["what"]
+        write_jsonl(project / "others.jsonl", [*rows, rows[3]])
+        assert "others.jsonl:61: the key" in tunewright("judge", "-p", project).stderr
+        write_jsonl(project / "others.jsonl", rows)
+        assert tunewright("judge", "-p", project).code == 0
+    section = load_evidence(evaluation).judge
+    assert section is not None
+    assert [(arm.name, arm.correct) for arm in section.arms][2] == ("reference model", 30)
+    against = section.preferences[1]
+    right = [i.answers["tuned"] == i.reference for i in items]
+    assert against.rate.wins == sum(r for n, r in enumerate(right) if n % 2 == 0)
+    assert against.rate.losses == sum(not r for n, r in enumerate(right) if n % 2)
+    assert against.stripped is not None
+    assert (section.reference_model, section.reference_spent) == ("others.jsonl", None)
+
+
+def test_a_reference_model_is_asked_the_test_prompts(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project = tmp_path / "project"
+    with scripted(honest) as server:
+        other = {"url": server.url, "model": "other", "parameters": {"max_tokens": 64}, **PRICES}
+        settings = {"url": server.url, "model": "scripted", "reference_model": other}
+        evaluation = write_project(project, settings)
+        rows = pairs(40)
+        recipe = f"base: {tiny_base_folder}\ndata:\n  system: Give the first word.\n"
+        (project / "tunewright.yaml").write_text(recipe + (project / "tunewright.yaml").read_text())
+        road = package.open(project)
+        road.data.add([write_jsonl(project / "pairs.jsonl", rows)])
+        version = road.data.version()
+        members = {m.example.input_text: m for m in version.members}
+        items = [
+            item.model_copy(update={"key": members[row["prompt"]].key, "input": row["prompt"], "reference": f"r{n}"})
+            for n, (item, row) in enumerate(zip(load_items(evaluation), rows, strict=False))
+        ]
+        write_jsonl(evaluation / "items.jsonl", [item.model_dump(mode="json") for item in items])
+        evidence = json.loads((evaluation / "evidence.json").read_text())
+        evidence["lineage"]["dataset"] = version.digest
+        (evaluation / "evidence.json").write_text(json.dumps(evidence))
+
+        estimated = road.estimate_judge()
+        assert (estimated.reference_answers, server.bodies) == (40, [])
+        section = road.judge().judgement
+        asked = [body for body in server.bodies if body["model"] == "other"]
+        assert sorted(body["messages"][1]["content"] for body in asked) == sorted(row["prompt"] for row in rows)
+        assert all(body["messages"][0] == {"role": "system", "content": "Give the first word."} for body in asked)
+        assert all(body["max_tokens"] == 64 for body in asked)
+        assert section.reference_spent is not None
+        assert section.reference_spent.calls == 40
+        assert section.reference_spent.cost == pytest.approx(40 * 0.002)
+        assert estimated.controls + estimated.questions == section.spent.calls
+
+
+# What is refused, and what is said
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "the recipe names no judge"),
+        ({"url": "http://x/v1"}, "the recipe names no judge"),
+        ({"url": "http://u:p@x/v1", "model": "m"}, "judge.url"),
+        ({"url": "http://x/v1", "model": "m", "key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE is not set"),
+        ({"url": "http://x/v1", "model": "m", "budget": 1.0}, "a budget needs price_input"),
+        ({"url": "http://x/v1", "model": "m", "price_input": 1.0}, "go together"),
+        ({"url": "http://x/v1", "model": "m", "parameters": {"stream": True}}, "stream is set by the judge"),
+        ({"url": "http://x/v1", "model": "m", "controls": 5}, "judge.controls"),
+        ({"url": "http://x/v1", "model": "m", "reference_model": {"model": "m"}}, "either answers"),
+        ({"url": "http://x/v1", "model": "m", "budget": 1, **PRICES, "parameters": {}}, "max_tokens"),
+    ],
+)
+def test_a_wrong_recipe_is_told_before_anything_is_sent(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    write_project(tmp_path / "project", settings)
+    ran = tunewright("judge", "-p", tmp_path / "project", "--json")
+    assert ran.code == 2
+    error = ran.document["error"]
+    assert words in f"{error['where']} {error['what']}"
+
+
+def test_a_judge_of_the_bases_family_is_warned_of(tmp_path: Path) -> None:
+    with scripted(honest) as server:
+        settings = {"url": server.url, "model": "Llama-3.3-70B-Instruct"}
+        evaluation = write_project(tmp_path / "project", settings, base="meta-llama/Llama-3.1-8B")
+        assert "own family (llama)" in tunewright("judge", "-p", tmp_path / "project").stderr
+    section = load_evidence(evaluation).judge
+    assert section is not None
+    assert section.same_family == "llama"
+
+
+def test_it_runs_within_a_notebooks_event_loop(tmp_path: Path) -> None:
+    async def cell(server: Server) -> list[str]:
+        return ask(server, tmp_path)
+
+    with scripted(honest) as server:
+        assert len(asyncio.run(cell(server))) == 12
