@@ -132,7 +132,9 @@ def write_project(
     evidence = evidence.model_copy(update={"lineage": {**evidence.lineage, "base": {"spec": base}, "created": "2026"}})
     evaluation = folder / "evaluations" / evidence.id
     evaluation.mkdir(parents=True)
-    (folder / "tunewright.yaml").write_text(yaml.safe_dump({"name": "court-citations", "judge": judge}, sort_keys=False))
+    (folder / "tunewright.yaml").write_text(
+        yaml.safe_dump({"name": "court-citations", "judge": judge}, sort_keys=False)
+    )
     (evaluation / EVIDENCE_FILE).write_text(evidence.model_dump_json())
     (evaluation / ITEMS_FILE).write_text("".join(f"{item.model_dump_json()}\n" for item in items))
     return evaluation

@@ -21,12 +21,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import tunewright as package
 from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
-from scripted_judge import Server, honest, scripted, write_project
+from scripted_judge import Server, honest, read_prompt, scripted, write_project
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import load_evidence, load_items
 from tunewright.evaluation.judge import endpoint
 from tunewright.evaluation.judge.endpoint import Endpoint
 from tunewright.evaluation.judge.purse import Purse
+from tunewright.evaluation.judge.rows import ROWS_FILE
 from tunewright.progress import LogReporter
 from tunewright.recipe import EndpointRecipe
 
@@ -165,6 +166,19 @@ def test_a_failing_endpoint_ends_the_run_and_what_was_answered_is_not_asked_agai
         assert len(server.bodies) == asked
 
 
+def test_a_failure_does_not_wait_for_those_who_wait_to_ask_again(tmp_path: Path) -> None:
+    def second_is_refused(count: int) -> Response:
+        return PlainTextResponse("no", 403) if count else PlainTextResponse("", 429, headers={"retry-after": "60"})
+
+    with scripted(honest) as server:
+        server.misbehave = second_is_refused
+        began = time.monotonic()
+        with pytest.raises(UserError, match="status 403"):
+            ask(server, tmp_path, count=2, concurrency=2)
+        assert time.monotonic() - began < 60
+        assert len(server.bodies) == 2
+
+
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
@@ -205,7 +219,9 @@ def test_what_a_judgement_replaced_stays_told(tmp_path: Path) -> None:
             assert tunewright("judge", "-p", tmp_path / "project").code == 0
         server.script = lambda asked: "no idea"
         recipe.write_text(recipe.read_text().replace("first", "second"))
+        assert (evaluation / ROWS_FILE).exists()
         assert tunewright("judge", "-p", tmp_path / "project").code == 3
+        assert not (evaluation / ROWS_FILE).exists()
         server.script = honest
         recipe.write_text(recipe.read_text().replace("second", "third"))
         assert tunewright("judge", "-p", tmp_path / "project").code == 0
@@ -265,8 +281,8 @@ def test_the_budget_is_not_overdrawn_and_more_of_it_goes_on(tmp_path: Path) -> N
         ran = tunewright("judge", "-p", project, "--json")
         assert ran.code == 2
         assert ran.document["error"]["where"] == "judge.budget"
-        # The last reply leaves less than one more could cost: some 400 prompt tokens are guessed for each.
-        assert 0.29 < 0.002 * len(server.bodies) <= 0.3
+        # The last reply leaves less than one more could cost: as many tokens as its prompt has bytes.
+        assert 0.3 - 10 * max(map(len, server.prompts)) / 1e6 - 0.003 < 0.002 * len(server.bodies) <= 0.3
         recipe = project / "tunewright.yaml"
         recipe.write_text(recipe.read_text().replace("budget: 0.3", "budget: 3.0"))
         assert tunewright("judge", "-p", project).code == 0
@@ -339,6 +355,7 @@ def test_a_reference_model_is_asked_the_test_prompts(tmp_path: Path, tiny_base_f
         assert sorted(body["messages"][1]["content"] for body in asked) == sorted(row["prompt"] for row in rows)
         assert all(body["messages"][0] == {"role": "system", "content": "Give the first word."} for body in asked)
         assert all(body["max_tokens"] == 64 for body in asked)
+        assert read_prompt(server.prompts[-1]).task.startswith("Give the first word.\n\n")
         assert section.reference_spent is not None
         assert section.reference_spent.calls == 40
         assert section.reference_spent.cost == pytest.approx(40 * 0.002)

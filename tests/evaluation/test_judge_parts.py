@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from factories import make_evidence, make_items
 from scripted_judge import read_prompt
+from tunewright.data.examples import Message
 from tunewright.errors import UserError
 from tunewright.evaluation.judge.controls import FEWEST, REQUIRED, control_cases
 from tunewright.evaluation.judge.families import family, shared_family
@@ -19,10 +20,18 @@ from tunewright.evaluation.judge.figures import exact_lower_limit, length_contro
 from tunewright.evaluation.judge.prompts import INJECTION, correctness, pairwise, read_verdict
 from tunewright.evaluation.judge.section import Judgement, Spent
 from tunewright.evaluation.judge.style import without_markdown
+from tunewright.evaluation.judge.tasks import task_text
 from tunewright.evaluation.judge.votes import Vote, outcome
 from tunewright.evaluation.verdict import verdict
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+def test_a_task_is_told_with_its_system_prompt_and_who_speaks_where_that_is_not_plain() -> None:
+    system, user = Message("system", "Be brief."), Message("user", "Why?")
+    assert task_text([system, user]) == "Be brief.\n\nWhy?"
+    turns = [system, user, Message("assistant", "Since."), Message("user", "And?")]
+    assert task_text(turns) == "System: Be brief.\n\nUser: Why?\n\nAssistant: Since.\n\nUser: And?"
 
 
 @given(TEXT, TEXT, TEXT, TEXT)

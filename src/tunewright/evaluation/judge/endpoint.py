@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ LONGEST_WAIT = 600.0
 """Seconds; an endpoint that asks to wait longer (a daily quota) ends the run, which can be gone on with later."""
 
 _FIRST_WAIT = 1.0
+_TEMPLATE_TOKENS = 64
 _TRANSIENT = {408, 409, 429}
 _KEPT = "What was answered is kept: the same command goes on from there."
 _TOO_LONG = re.compile(r"context_length|context.{0,20}(length|size|window)|too long", re.IGNORECASE | re.DOTALL)
@@ -50,6 +51,27 @@ class _RequestError(Exception):
     def transient(self) -> bool:
         """Whether the same request may succeed later."""
         return self.status is None or self.status in _TRANSIENT or self.status >= 500
+
+
+class _Failure:
+    """The first failure, which ends everybody's work."""
+
+    def __init__(self) -> None:
+        self.error: UserError | None = None
+        self._happened = asyncio.Event()
+
+    def __bool__(self) -> bool:
+        return self.error is not None
+
+    def report(self, error: UserError) -> None:
+        """Keep the first error and wake all who wait to ask again."""
+        self.error = self.error or error
+        self._happened.set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait, but not beyond a failure."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._happened.wait(), seconds)
 
 
 class Endpoint:
@@ -107,18 +129,18 @@ class Endpoint:
     async def _ask_all(self, missing: Mapping[str, Conversation], task: Task) -> None:
         """Workers that draw on one list; the first failure stops them all, after the replies under way."""
         waiting = iter(missing.items())
-        failures: list[UserError] = []
+        failure = _Failure()
         rate = self.recipe.requests_per_minute
         limiter = AsyncLimiter(1, 60 / rate) if rate else None
 
         async def work(client: httpx.AsyncClient, file: TextIO) -> None:
             for key, conversation in waiting:
-                if failures:
+                if failure:
                     return
                 try:
-                    reply = await self._affordable_reply(client, limiter, conversation, failures)
+                    reply = await self._affordable_reply(client, limiter, conversation, failure)
                 except UserError as error:
-                    failures.append(error)
+                    failure.report(error)
                     return
                 self.journal.keep(file, key, reply)
                 self._use(key)
@@ -132,21 +154,22 @@ class Endpoint:
                 await asyncio.gather(*(work(client, file) for _ in range(self.recipe.concurrency)))
         if self._retried:
             self._reporter.say(f"Requests sent again: {_retries_text(self._retried)}")
-        if failures:
-            raise failures[0]
+        if failure.error is not None:
+            raise failure.error
 
     async def _affordable_reply(
         self,
         client: httpx.AsyncClient,
         limiter: AsyncLimiter | None,
         conversation: Conversation,
-        failures: Sequence[UserError],
+        failure: _Failure,
     ) -> Reply:
-        prompt = sum(guessed_tokens(message["content"]) for message in conversation)
+        # A token is at least one byte; a template adds a few.
+        prompt = _TEMPLATE_TOKENS + sum(len(message["content"].encode()) for message in conversation)
         most = cost(self.recipe, prompt, self.recipe.reply_limit or 0) or 0.0
         try:
             async with self._purse.reserved(most):
-                return await self._reply(client, limiter, conversation, failures)
+                return await self._reply(client, limiter, conversation, failure)
         except OutOfBudgetError as error:
             raise UserError(str(error), where="judge.budget", fix=f"Raise it. {_KEPT}") from None
 
@@ -155,10 +178,10 @@ class Endpoint:
         client: httpx.AsyncClient,
         limiter: AsyncLimiter | None,
         conversation: Conversation,
-        failures: Sequence[UserError],
+        failure: _Failure,
     ) -> Reply:
         def worth_it(error: BaseException) -> bool:
-            if not isinstance(error, _RequestError) or not error.transient or failures:
+            if not isinstance(error, _RequestError) or not error.transient or failure:
                 return False
             return (error.retry_after or 0) <= LONGEST_WAIT
 
@@ -167,11 +190,14 @@ class Endpoint:
             wait=_wait,
             retry=retry_if_exception(worth_it),
             before_sleep=self._count_retry,
+            sleep=failure.sleep,
             reraise=True,
         )
         try:
             async for attempt in retrying:
                 with attempt:
+                    if failure:
+                        raise _RequestError("stopped", status=400)
                     async with limiter or nullcontext():
                         return await self._request(client, conversation)
         except _RequestError as error:

@@ -21,13 +21,13 @@ from tunewright.evaluation.judge.others import (
     OtherAnswers,
     asked_answers,
     read_answers,
-    test_prompts,
 )
 from tunewright.evaluation.judge.prompts import Question, prompts_digest
 from tunewright.evaluation.judge.purse import Purse
 from tunewright.evaluation.judge.replies import Conversation, cost, guessed_tokens
 from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRow, JudgedItem
 from tunewright.evaluation.judge.section import Control, Judgement, Spent
+from tunewright.evaluation.judge.tasks import test_prompts, with_tasks
 from tunewright.evaluation.judge.votes import Vote, vote
 from tunewright.evaluation.parts import Part
 from tunewright.progress import Reporter
@@ -87,7 +87,7 @@ class Judge:
         self.folder = folder if folder.is_dir() else folder.parent
         self.reporter = reporter
         self.evidence = load_evidence(folder)
-        self.items = load_items(self.folder)
+        self.items = with_tasks(project.dataset, self.evidence, load_items(self.folder), reporter)
         self.treatment = self.evidence.contrasts[0].treatment
         self.control = self.evidence.contrasts[0].control
         self.cases = control_cases(self.items, self.settings.controls, project.recipe.seed, self.settings.criteria)

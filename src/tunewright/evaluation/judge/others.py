@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright.data.versions import load_version
 from tunewright.errors import UserError
-from tunewright.evaluation.evidence import Evidence, Item
+from tunewright.evaluation.evidence import Item
 from tunewright.evaluation.judge.endpoint import Endpoint
 from tunewright.evaluation.judge.replies import Conversation
 from tunewright.progress import Reporter
@@ -26,17 +25,6 @@ class OtherAnswers:
 
     answers: Mapping[str, str]
     lacking: Mapping[str, str]
-
-
-def test_prompts(dataset: Path, evidence: Evidence, items: Sequence[Item]) -> list[Conversation]:
-    """What a chat model is sent for each item: its messages up to the answer, the system prompt included.
-
-    Raises:
-        UserError: the dataset version that was evaluated is not here.
-    """
-    version = load_version(dataset, str(evidence.lineage["dataset"]))
-    members = {member.key: member for member in version.domain}
-    return [tuple({"role": m.role, "content": m.content} for m in members[item.key].example.prompt) for item in items]
 
 
 def asked_answers(

@@ -1,0 +1,48 @@
+"""What each item asks, as a judge and another model are told it: from the dataset version that was evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunewright.data.examples import Message
+from tunewright.data.versions import load_version
+from tunewright.errors import UserError
+from tunewright.evaluation.evidence import Evidence, Item
+from tunewright.evaluation.judge.replies import Conversation
+from tunewright.progress import Reporter
+
+
+def test_prompts(dataset: Path, evidence: Evidence, items: Sequence[Item]) -> list[Conversation]:
+    """What a chat model is sent for each item: its messages up to the answer, the system prompt included.
+
+    Raises:
+        UserError: the dataset version that was evaluated is not here.
+    """
+    messages = _messages(dataset, evidence)
+    return [tuple({"role": m.role, "content": m.content} for m in messages[item.key]) for item in items]
+
+
+def with_tasks(dataset: Path, evidence: Evidence, items: Sequence[Item], reporter: Reporter) -> list[Item]:
+    """The items with the system prompt in their input, which evidence leaves out; without the dataset as they are."""
+    try:
+        messages = _messages(dataset, evidence)
+    except UserError as error:
+        reporter.warn(
+            f"The judge is told each item's input without a system prompt, since the rows are not here ({error.what}); "
+            "judge.criteria can say what the task is."
+        )
+        return list(items)
+    return [item.model_copy(update={"input": task_text(messages[item.key])}) for item in items]
+
+
+def task_text(messages: Sequence[Message]) -> str:
+    """A prompt as one text; who speaks is told where that is not plain."""
+    if [message.role for message in messages if message.role != "system"] == ["user"]:
+        return "\n\n".join(message.content for message in messages)
+    return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)
+
+
+def _messages(dataset: Path, evidence: Evidence) -> dict[str, tuple[Message, ...]]:
+    version = load_version(dataset, str(evidence.lineage["dataset"]))
+    return {member.key: member.example.prompt for member in version.domain}
