@@ -133,7 +133,7 @@ def write_project(
     evaluation = folder / "evaluations" / evidence.id
     evaluation.mkdir(parents=True)
     (folder / "tunewright.yaml").write_text(
-        yaml.safe_dump({"name": "court-citations", "judge": judge}, sort_keys=False)
+        yaml.safe_dump({"name": "court-citations", "judge": {"controls": 14, **judge}}, sort_keys=False)
     )
     (evaluation / EVIDENCE_FILE).write_text(evidence.model_dump_json())
     (evaluation / ITEMS_FILE).write_text("".join(f"{item.model_dump_json()}\n" for item in items))

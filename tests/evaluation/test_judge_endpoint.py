@@ -31,7 +31,7 @@ from tunewright.evaluation.judge.rows import ROWS_FILE
 from tunewright.progress import LogReporter
 from tunewright.recipe import EndpointRecipe
 
-CONTROL_QUESTIONS = 30 * 6
+CONTROL_QUESTIONS = 14 * 6
 CONVERSATIONS = [({"role": "user", "content": f"question {n}"},) for n in range(12)]
 
 
