@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from tunewright.disk import write_text
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Evidence, amend, load_evidence, load_items
 from tunewright.evaluation.judge.ballot import Ballot, Candidate
-from tunewright.evaluation.judge.controls import Case, control_cases, measured_controls, veto
+from tunewright.evaluation.judge.controls import control_cases, measured_controls, veto
 from tunewright.evaluation.judge.endpoint import Endpoint
 from tunewright.evaluation.judge.families import shared_family
 from tunewright.evaluation.judge.figures import judged_arm, judged_contrast, preference
@@ -143,17 +143,18 @@ class Judge:
         """
         family = self._warn_of_family()
         self.reporter.say(f"Test items and answers are sent to {self.settings.model} at {self.settings.url}")
-        controls = self._controls()
+        cases = self._tested()
+        controls = measured_controls(cases)
         vetoed = veto(controls)
         if vetoed:
-            return self._store(self._judgement(family, controls, vetoed), [])
+            return self._store(self._judgement(family, controls, vetoed), cases, [])
         prompts, other = self._test_prompts(), self._file_answers
         if self.other is not None:
             other = asked_answers(self.other, prompts, self.items, self.reporter)
         ballot = self._ballot(other)
         told = self._votes("Judging", ballot.questions)
         rows = ballot.count(told.__getitem__)
-        return self._store(self._findings(self._judgement(family, controls, ()), ballot, rows), rows)
+        return self._store(self._findings(self._judgement(family, controls, ()), ballot, rows), cases, rows)
 
     def _warn_of_family(self) -> str | None:
         base = str(self.evidence.lineage["base"]["spec"])
@@ -165,11 +166,9 @@ class Judge:
             )
         return shared
 
-    def _controls(self) -> tuple[Control, ...]:
+    def _tested(self) -> list[ControlRow]:
         told = self._votes("Testing the judge", [q for case in self.cases for q in case.questions])
-        rows = [_control_row(case, told) for case in self.cases]
-        write_text(self.folder / CONTROLS_FILE, _lines(rows))
-        return measured_controls(rows)
+        return [case.row([told[question] for question in case.questions]) for case in self.cases]
 
     def _votes(self, title: str, questions: Sequence[Question]) -> dict[Question, Vote]:
         asked = list(dict.fromkeys(questions))
@@ -228,20 +227,17 @@ class Judge:
             }
         )
 
-    def _store(self, judgement: Judgement, rows: Sequence[JudgedItem]) -> JudgeResult:
+    def _store(self, judgement: Judgement, cases: Sequence[ControlRow], rows: Sequence[JudgedItem]) -> JudgeResult:
         """Rows first: evidence that speaks of rows has them. A vetoed judge leaves none."""
         judgement = judgement.model_copy(update={"replaced": _replaced(self.evidence.judge, judgement)})
         file = self.folder / ROWS_FILE
+        write_text(self.folder / CONTROLS_FILE, _lines(cases))
         if not judgement.vetoed:
             write_text(file, _lines(rows))
         evidence = amend(self.folder, judge=judgement)
         if judgement.vetoed:
             file.unlink(missing_ok=True)
         return JudgeResult(self.folder, evidence, judgement)
-
-
-def _control_row(case: Case, told: Mapping[Question, Vote]) -> ControlRow:
-    return case.row([told[question] for question in case.questions])
 
 
 def _conversation(question: Question) -> Conversation:
