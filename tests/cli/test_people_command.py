@@ -11,6 +11,7 @@ import pytest
 
 from command_line import tunewright
 from people_helpers import begin, evaluation, side_of_treatment
+from terminal import Terminal
 from tunewright.cli import commands
 from tunewright.evaluation.evidence import load_evidence
 
@@ -169,3 +170,26 @@ def test_the_journal_has_no_arm_in_it(project: Path, folder: Path, press: list[s
     _review(project)
     for line in (folder / "review" / "ada.jsonl").read_text().splitlines():
         assert set(json.loads(line)) == {"event", "key", "reviewer", "when", "verdict", "reference"}
+
+
+def test_a_pass_that_is_killed_has_kept_what_was_said_and_goes_on_and_back(project: Path, folder: Path) -> None:
+    arguments = ("review", ID, "-p", project, "--reviewer", "ada")
+    terminal = Terminal(*arguments)
+    terminal.wait_for("q quit")
+    for key, shown in (("a", "1 of 50"), ("b", "2 of 50"), ("r", "Reference")):
+        terminal.press(key)
+        terminal.wait_for(shown)
+    terminal.kill()
+    again = Terminal(*arguments)
+    again.wait_for("q quit")
+    assert "2 of 50" in again.screen
+    assert "Reference" in again.screen  # shown before the kill: it stays on the record and on the screen
+    again.press("u")
+    again.wait_for("1 of 50")
+    again.press("g")
+    again.wait_for("2 of 50")
+    again.press("q")
+    again.wait_for("The same command goes on")
+    assert again.code() == 0
+    standing = begin(folder).journal.standing
+    assert [standing[key].verdict for key in begin(folder).sample.order[:2]] == ["A", "both"]

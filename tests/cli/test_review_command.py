@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import pty
-import select
 import shutil
 import subprocess
 import sys
-import termios
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from command_line import pairs, tunewright, write_jsonl
+from terminal import Terminal
 from tunewright.cli import commands
 from tunewright.data.review.standing import standing
 from tunewright.data.versions import load_version
@@ -185,49 +181,8 @@ def test_help_stays_fast() -> None:
     assert done.returncode == 0, done.stderr
 
 
-class _Terminal:
-    """The command on a real (pseudo) terminal."""
-
-    def __init__(self, project: Path, *options: str) -> None:
-        self.screen = ""
-        pid, self.handle = pty.fork()
-        if pid == 0:
-            os.environ |= {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
-            arguments = ["data", "review", "-p", str(project), *options]
-            os.execv(sys.executable, [sys.executable, "-m", "tunewright", *arguments])
-        self.pid = pid
-
-    def wait_for(self, text: str, seconds: float = 60) -> None:
-        """Until ``text`` has come on the screen since the last wait."""
-        end = time.monotonic() + seconds
-        seen = ""
-        while text not in seen:
-            assert time.monotonic() < end, f"no {text!r} on the screen:\n{seen}"
-            if select.select([self.handle], [], [], 0.2)[0]:
-                try:
-                    seen += os.read(self.handle, 65536).decode(errors="replace")
-                except OSError:  # Linux: the other side has ended
-                    break
-        assert text in seen, seen
-        self.screen += seen
-
-    def press(self, key: str, seconds: float = 60) -> None:
-        """Once the command waits for a key: what is typed before, on a row not yet shown, it forgets."""
-        end = time.monotonic() + seconds
-        while termios.tcgetattr(self.handle)[3] & termios.ICANON:
-            assert time.monotonic() < end, "no key was asked for"
-            time.sleep(0.01)
-        os.write(self.handle, key.encode())
-
-    def code(self) -> int:
-        """The exit code."""
-        _, wait_status = os.waitpid(self.pid, 0)
-        os.close(self.handle)
-        return os.waitstatus_to_exitcode(wait_status)
-
-
 def test_one_whole_pass_on_a_terminal(project: Path) -> None:
-    terminal = _Terminal(project, "--reviewer", "ada")
+    terminal = Terminal("data", "review", "-p", project, "--reviewer", "ada")
     terminal.wait_for("q quit")
     for key, shown in zip("rwus", ("0 of 1 wrong", "1 of 2 wrong", "Taken back", "unsettled"), strict=True):
         terminal.press(key)
@@ -235,7 +190,7 @@ def test_one_whole_pass_on_a_terminal(project: Path) -> None:
     terminal.press("\x03")  # Ctrl-C: what was judged is kept
     terminal.wait_for("Stopped")
     assert terminal.code() == 2
-    again = _Terminal(project, "--reviewer", "ada")
+    again = Terminal("data", "review", "-p", project, "--reviewer", "ada")
     again.wait_for("0 of 2 wrong, at least 70 more to check, 1 unsettled")
     for number in range(2, 72):
         again.press("r")

@@ -71,7 +71,15 @@ def results_tables(review: AnswerReview) -> list[RenderableType]:
 def _strata_table(review: AnswerReview) -> Table:
     title = f"{review.treatment} against {review.control}, blind: {review.answered} of {review.asked} pairs judged"
     table = Table(title=title, title_justify="left")
-    for name in ("by the metric", "items", "asked", "judged", review.treatment, review.control, "tie"):
+    for name in (
+        "by the metric",
+        "items",
+        "asked",
+        "judged",
+        f"for {review.treatment}",
+        f"for {review.control}",
+        "tie",
+    ):
         table.add_column(name, justify="left" if name == "by the metric" else "right")
     for s in review.strata:
         table.add_row(s.name, *map(str, (s.items, s.asked, s.answered, s.treatment, s.control, s.ties)))
@@ -84,7 +92,7 @@ def _reviewers_text(review: AnswerReview) -> str:
     wins, losses = review.preferred
     lines = [
         f"Of {review.answered} judged pairs {review.treatment} is preferred on {wins}, {review.control} on {losses}, "
-        f"neither on {review.answered - wins - losses}: {p_text(review.p_value)} ({review.test})."
+        f"none on {review.answered - wins - losses}: {p_text(review.p_value)} ({review.test})."
     ]
     for who in review.reviewers:
         lines.append(
