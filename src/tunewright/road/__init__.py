@@ -299,13 +299,16 @@ class Road:
     def review_results(self, evaluation: str | Path | None = None) -> AnswerReview:
         """What all reviewers said, put into the evidence: preference, agreement, and what follows for all test items.
 
+        Where a judge was heard on the same evaluation, it is compared with people and helps them.
+
         Raises:
             UserError: no evaluation, or nobody has reviewed it.
         """
+        from tunewright.evaluation.people.judged import heard_judge
         from tunewright.evaluation.people.results import review_results
 
         folder = _folder(self.evaluation(evaluation))
-        section = review_results(folder)
+        section = review_results(folder, heard_judge(folder, load_evidence(folder), self.reporter))
         amend(folder, review=section)
         return section
 

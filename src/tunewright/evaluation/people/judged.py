@@ -1,9 +1,16 @@
-"""A judge's preferences, whichever judge it was: what people are compared with, and helped by."""
+"""A judge's preferences between the two arms: what people are compared with, and helped by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.evaluation.evidence import Evidence
+from tunewright.evaluation.judge.rows import Outcome, load_judged
+from tunewright.progress import Reporter
+
+_PREFERENCES: dict[Outcome, int] = {"win": 1, "tie": 0, "loss": -1}
 
 
 @dataclass(frozen=True)
@@ -15,3 +22,24 @@ class JudgePreferences:
 
     name: str
     preferences: Mapping[str, int]
+
+
+def heard_judge(folder: Path, evidence: Evidence, reporter: Reporter) -> JudgePreferences | None:
+    """The evaluation's judge on its deciding contrast; None if there is none, or if it may not be heard.
+
+    Raises:
+        UserError: the judge's rows cannot be read.
+    """
+    judgement = evidence.judge
+    if judgement is None:
+        return None
+    if judgement.vetoed:
+        reporter.warn(f"The judge {judgement.model} is vetoed: it is neither compared with people nor of help to them.")
+        return None
+    control = evidence.contrasts[0].control
+    found = {}
+    for row in load_judged(folder):
+        outcome = row.pairs[control].plain.outcome if control in row.pairs else None
+        if outcome is not None:
+            found[row.key] = _PREFERENCES[outcome]
+    return JudgePreferences(f"judge {judgement.model}", found)
