@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tunewright.evaluation.judge.rows import ROWS_FILE, Compared, JudgedItem, Outcome, Pair
-from tunewright.evaluation.judge.section import Judgement, Spent
 
 from factories import make_evidence, make_items
 from people_helpers import begin, save, side_of_treatment
 from tunewright.disk import write_text
 from tunewright.evaluation.evidence import Item, amend, load_evidence
+from tunewright.evaluation.judge.rows import ROWS_FILE, Compared, JudgedItem, Outcome, Pair
+from tunewright.evaluation.judge.section import Judgement, Spent
 from tunewright.evaluation.people.judged import heard_judge
 from tunewright.progress import LogReporter
 from tunewright.project import Project
