@@ -238,11 +238,14 @@ def test_a_base_that_writes_nothing_of_use_is_said_so_and_does_not_stop_the_rest
     monkeypatch.setattr(self_samples.Sampler, "draw", nothing)
     file = road.project.root / "tunewright.yaml"
     before = file.read_text()
-    file.write_text(before.replace("samples: 6", "samples: 5"))
     try:
+        file.write_text(before.replace("samples: 6", "samples: 5\n  samples_margin: 0.1"))
+        asked = command("general", "-p", road.project.root)
+        file.write_text(before.replace("samples: 6", "samples: 5"))
         ran = command("general", "-p", road.project.root, "--json")
     finally:
         file.write_text(before)
+    assert asked.code == 2, "a suite that was to decide is not left out"
     assert [s["kind"] for s in ran.document["general"]["suites"]] == ["choices", "instructions"]
     assert ran.document["general"]["not_measured"] == [
         "the base's own samples: nothing that the base writes can be used, of 5"
@@ -333,13 +336,14 @@ def test_the_table(suites: list[Suite], ship: str, unknown: str, no: str, code: 
     decisions = [verdict(e.model_copy(update={"general": general})).decision for e in (SHIP, OPEN, NO)]
     assert decisions == [ship, unknown, no]
     assert standing(general).exit_code == code
+    assert (standing(general).result is None) == all(suite.margin is None for suite in suites)
 
 
 def test_the_reasons_are_plain_sentences() -> None:
     evidence = SHIP.model_copy(update={"general": _general(_made("worse"), _made("not worse", name="b"))})
     told = verdict(evidence).reasons
     assert (
-        "arc, 500 items: 60.0% with the adapter off, 50.0% with it on; a drop of 10 points, at most 15 points (95%). "
+        "arc, 500 items: 60.0% with the adapter off, 50.0% with it on; worse by 10 points, at most 15 points (95%). "
         "The whole interval lies above the margin of 2 points: the adapter is worse here than the base."
     ) in told
     assert any(reason.startswith("The adapter is worse at what the base could do before") for reason in told)

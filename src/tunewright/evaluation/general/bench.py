@@ -77,6 +77,10 @@ class OpenSuite(Protocol):
     identity: dict[str, Any]
     """All that decides its measurement beside base and adapter."""
 
+    @property
+    def margin(self) -> float | None:
+        """The drop that is still no loss; None where it is to decide nothing."""
+
     def expected(self) -> str:
         """What can be said beforehand of how much it will show."""
 

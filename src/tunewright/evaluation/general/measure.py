@@ -131,6 +131,8 @@ def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> Gener
         try:
             measured.append(suite.measure(bench))
         except UserError as error:
+            if suite.margin is not None:  # it was to decide: without it there is no result
+                raise
             told = f"{suite.name}: {error.what}"
             bench.reporter.warn(f"Not measured: {told}")
             not_measured.append(told)

@@ -11,15 +11,16 @@ from tunewright.evaluation.general.section import General, Result, Suite
 class Standing:
     """Whether the adapter is worse at what the base could do, and why in plain sentences, a sentence per suite."""
 
-    result: Result
+    result: Result | None
+    """None where no suite has a margin: then nothing was asked."""
     decides: bool
-    """False where no suite may decide: then nothing is known, and nothing was asked."""
+    """Whether any suite may decide; the result is "can't tell" where one was asked and none may."""
     reasons: tuple[str, ...]
 
     @property
     def exit_code(self) -> int:
-        """0 not worse, or nothing that decides was asked for; 3 worse; 4 can't tell."""
-        return {"not worse": 0, "worse": 3, "can't tell": 4}[self.result]
+        """0 not worse, or nothing was asked; 3 worse; 4 can't tell."""
+        return {None: 0, "not worse": 0, "worse": 3, "can't tell": 4}[self.result]
 
 
 def standing(general: General) -> Standing:
@@ -33,13 +34,16 @@ def standing(general: General) -> Standing:
     reasons = tuple(suite_text(suite) for suite in general.suites) + tuple(
         f"Not measured: {told}" for told in general.not_measured
     )
+    return Standing(_together(asked, deciding), bool(deciding), reasons)
+
+
+def _together(asked: list[Suite], deciding: list[Suite]) -> Result | None:
     results = {suite.result for suite in deciding}
-    result: Result = "not worse"
+    if not asked:
+        return None
     if "worse" in results:
-        result = "worse"
-    elif "can't tell" in results or (asked and not deciding):
-        result = "can't tell"
-    return Standing(result, bool(deciding), reasons)
+        return "worse"
+    return "not worse" if results == {"not worse"} else "can't tell"
 
 
 def suite_text(suite: Suite) -> str:
@@ -52,8 +56,12 @@ def _measured(suite: Suite) -> str:
         scores = f"{suite.base:.1%} with the adapter off, {suite.tuned:.1%} with it on"
     else:
         scores = f"{suite.base:.3f} nats per token with the adapter off, {suite.tuned:.3f} with it on"
-    drop, limit = _amount(suite, suite.drop), _amount(suite, suite.limit)
-    return f"{suite.name}, {suite.items:,} items: {scores}; a drop of {drop}, at most {limit} (95%)."
+    limit = _amount(suite, suite.limit)
+    if suite.drop < 0:
+        change = f"better by {_amount(suite, -suite.drop)}, worse by at most {limit} (95%)"
+    else:
+        change = f"worse by {_amount(suite, suite.drop)}, at most {limit} (95%)"
+    return f"{suite.name}, {suite.items:,} items: {scores}; {change}."
 
 
 def _follows(suite: Suite) -> str:

@@ -76,7 +76,9 @@ class General(Part):
     id: Annotated[str, Field(description="12 hex digits: a digest of all that decides the measurement.")]
     adapter: Annotated[str, Field(description="Its digest.")]
     suites: tuple[Suite, ...]
-    not_measured: Annotated[tuple[str, ...], Field(description="Suites that could not be measured, and why.")] = ()
+    not_measured: Annotated[
+        tuple[str, ...], Field(description="Suites without a margin that could not be measured, and why.")
+    ] = ()
     lineage: Annotated[
         dict[str, Any], Field(description="Base, template, weights, packages, files by digest, UTC time.")
     ]
