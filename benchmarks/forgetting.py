@@ -37,7 +37,6 @@ from tunewright.evaluation.forgetting import ForgettingMeter
 from tunewright.evaluation.scaling import scale
 from tunewright.evaluation.statistics import effective_items, wilson
 from tunewright.examples import legal_citations
-from tunewright.metrics import exact_matches
 from tunewright.progress import Reporter
 from tunewright.project import RECIPE_FILE, Project
 from tunewright.recipe import MixRecipe, ReplayRecipe
@@ -174,7 +173,7 @@ def measured(
 ) -> dict[str, Any]:
     """One row of the table."""
     clusters = [member.cluster for member in measurement.version.examples("dev")]
-    right = exact_matches(measurement.dev_answers(adapter), measurement.dev_references)
+    right = measurement.dev_scores(adapter).values
     forgetting = {"increase": 0.0, "interval": {"low": 0.0, "high": 0.0}}
     if adapter is not None:
         forgetting = meter.measure(adapter).as_dict()

@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from tunewright.evaluation.statistics import bootstrap_sums, cluster_sums, exact_match_difference
+from tunewright.evaluation.statistics import bootstrap_sums, cluster_sums, difference_interval
 
 RUNS, RESAMPLES = 1_000, 1_000
 
@@ -42,7 +42,7 @@ def _coverage(clusters: int, size: int, fixed: float, broken: float) -> tuple[fl
         drawn = bootstrap_sums(sums, run, RESAMPLES)
         low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
         plain += low <= truth <= high
-        interval = exact_match_difference(changes, names, run, RESAMPLES)
+        interval = difference_interval(changes, names, run, RESAMPLES)
         ours += interval.low <= truth <= interval.high
     return plain / RUNS, ours / RUNS
 

@@ -29,7 +29,7 @@ def main(directory: str) -> None:
     assert all(result["served"]["answers"].values())
     tuned = next(arm for arm in evidence["arms"] if arm["name"] == "tuned")
     sys.stdout.write(
-        f"tuned {tuned['exact']} of {tuned['items']}; tuned - {decisive['control']} "
+        f"tuned {tuned['scores'][evidence['metric']]['value']:.1%} of {tuned['items']}; tuned - {decisive['control']} "
         f"{100 * decisive['difference']:+.1f} points, 95% interval {100 * decisive['interval']['low']:+.1f} to "
         f"{100 * decisive['interval']['high']:+.1f}\n"
     )

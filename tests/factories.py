@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from tunewright.data.examples import Example, Message
 from tunewright.disk import digest
-from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Fold, Item
+from tunewright.evaluation.evidence import Arm, Evidence, Fold, Item
 from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.statistics import contrast, score_arm
-from tunewright.metrics import bleu_signature, normalised
-from tunewright.recipe import Metric
+from tunewright.evaluation.scoring import ScoredArms, declared_contrasts, measured_metrics, score_arm, score_arms
+from tunewright.metrics import Scorer, scorer_of
+from tunewright.recipe import Metric, metric_name
 
 COUNTIES = ("Baldwin", "Mobile", "Shelby", "Fulton", "Cobb", "Clay", "Duval", "Orange", "Polk", "Lee", "Knox", "Wayne")
 STATES = {"Alabama": "Ala.", "Georgia": "Ga.", "Florida": "Fla.", "Tennessee": "Tenn.", "Michigan": "Mich."}
@@ -37,32 +39,67 @@ def make_items(count: int = 60, *, tuned: float = 0.85, retrieved: float = 0.5) 
                 input=f"{court}\nLocation: {county} County, {state}, United States",
                 reference=reference,
                 answers=answers,
+                scores={},
             )
         )
-    return items
+    return with_scores(items)
+
+
+def with_scores(items: Sequence[Item], metrics: Sequence[Metric] = ("exact_match", "bleu")) -> list[Item]:
+    """The items with their scores by these metrics, as `evaluate` writes them."""
+    scored = scored_items(items, metrics)
+    return [
+        item.model_copy(update={"scores": scored.of_item(place), "unscored": scored.why_not(place)})
+        for place, item in enumerate(items)
+    ]
+
+
+def scored_items(items: Sequence[Item], metrics: Sequence[Metric] = ("exact_match", "bleu")) -> ScoredArms:
+    """The items' answers scored."""
+    names = list(items[0].answers)
+    return score_arms(
+        scorers(metrics),
+        [pair(item.input, item.reference) for item in items],
+        [item.cluster for item in items],
+        {name: [item.answers[name] for item in items] for name in names},
+    )
+
+
+def scorers(metrics: Sequence[Metric]) -> list[Scorer]:
+    """Metrics at work that need no project."""
+    return [scorer_of(metric, Path("nowhere")) for metric in metrics]
+
+
+def pair(asked: str, answered: str) -> Example:
+    """An example of one question and its ideal answer."""
+    return Example((Message("user", asked), Message("assistant", answered)))
 
 
 def _luck(name: str) -> float:
     return int(digest(name)[:8], 16) / 16**8
 
 
-def make_evidence(items: list[Item], *, metric: Metric = "exact_match", margin: float = 0.02) -> Evidence:
+def make_evidence(
+    items: list[Item], *, metric: Metric = "exact_match", also: Sequence[Metric] = (), margin: float = 0.02
+) -> Evidence:
     """Evidence measured on ``items``; the dev arms are the first half of them."""
-    dev = items[: max(len(items) // 2, 1)]
+    metrics = [metric, *also]
+    on_dev, on_test = scored_items(items[: max(len(items) // 2, 1)], metrics), scored_items(items, metrics)
     return Evidence(
         id="0123456789ab",
         project="court-citations",
-        metric=metric,
+        metric=metric_name(metric),
+        metrics=measured_metrics(scorers(metrics)),
         margin=margin,
         items=len(items),
         clusters=len({i.cluster for i in items}),
         train_items=1782,
-        dev_arms=[_arm("zero-shot", dev), _arm("retrieved-4", dev)],
+        dev_arms=[_arm("zero-shot", on_dev), _arm("retrieved-4", on_dev)],
         best_prompting="retrieved-4",
-        arms=[_arm(name, items) for name in ("zero-shot", "retrieved-4", "tuned")],
-        contrasts=[_contrast(items, control, metric) for control in ("retrieved-4", "zero-shot")],
-        bleu_signature=bleu_signature(),
+        arms=[_arm(name, on_test) for name in ("zero-shot", "retrieved-4", "tuned")],
+        contrasts=declared_contrasts(on_test, "tuned", ["retrieved-4", "zero-shot"], seed=0, resamples=RESAMPLES),
         lineage={
+            "created": "2026-11-02T10:00:00+00:00",
             "dataset": {"version": digest("version"), "split": digest("split")},
             "base": {"name": "smollm2-135m-instruct", "digest": digest("base")},
             "adapter": {"name": "legal-1", "digest": digest("adapter"), "lineage": {"training": {"metric": metric}}},
@@ -72,30 +109,15 @@ def make_evidence(items: list[Item], *, metric: Metric = "exact_match", margin: 
     )
 
 
-def _arm(name: str, items: list[Item]) -> Arm:
+def _arm(name: str, scored: ScoredArms) -> Arm:
     return score_arm(
         name=name,
         kind="tuned" if name == "tuned" else "zero-shot" if name == "zero-shot" else "retrieved",
         shots=4 if name == "retrieved-4" else 0,
-        answers=[i.answers[name] for i in items],
-        references=[i.reference for i in items],
-        clusters=[i.cluster for i in items],
+        scores=scored.of_arm(name),
+        clusters=scored.clusters,
         truncated=0,
         prompt_tokens=412.5 if name == "retrieved-4" else 71.2,
-        seed=0,
-        resamples=RESAMPLES,
-    )
-
-
-def _contrast(items: list[Item], control: str, metric: Metric) -> Contrast:
-    return contrast(
-        treatment="tuned",
-        control=control,
-        treatment_answers=[i.answers["tuned"] for i in items],
-        control_answers=[i.answers[control] for i in items],
-        references=[i.reference for i in items],
-        clusters=[i.cluster for i in items],
-        metric=metric,
         seed=0,
         resamples=RESAMPLES,
     )
@@ -134,20 +156,19 @@ def make_history(steps: int = 40) -> list[dict[str, Any]]:
 
 
 def with_contrast(evidence: Evidence, **changes: Any) -> Evidence:
-    """The evidence with fields of its deciding contrast replaced (``low`` and ``high`` for the interval)."""
+    """The evidence with fields of its deciding contrast replaced (``low`` and ``high`` for the interval).
+
+    A ``p_value`` is taken for adjusted already.
+    """
     first = evidence.contrasts[0]
+    if "p_value" in changes:
+        changes.setdefault("p_adjusted", changes["p_value"])
     low, high = changes.pop("low", first.interval.low), changes.pop("high", first.interval.high)
     changed = first.model_copy(update={**changes, "interval": Interval(low=low, high=high)})
     return evidence.model_copy(update={"contrasts": [changed, *evidence.contrasts[1:]]})
 
 
 def fixed_and_broken(items: list[Item], treatment: str, control: str) -> Mapping[str, int]:
-    """Count, the plain way, what `contrast` has to count."""
-    right = [
-        (
-            normalised(i.answers[treatment]) == normalised(i.reference),
-            normalised(i.answers[control]) == normalised(i.reference),
-        )
-        for i in items
-    ]
+    """Count, the plain way, what `contrast` has to count of exact match."""
+    right = [tuple(i.answers[arm].strip() == i.reference.strip() for arm in (treatment, control)) for i in items]
     return {"fixed": right.count((True, False)), "broken": right.count((False, True))}

@@ -68,21 +68,21 @@ def _section(key: str) -> type[BaseModel] | None:
 
 
 def _model_at(parents: list[str]) -> type[BaseModel] | None:
-    """The section that these keys lead to, one that may be null included."""
-    section: type[BaseModel] | None = Recipe
+    """The section that these keys lead to, one that may be null or is one of several included."""
+    sections: list[type[BaseModel]] = [Recipe]
     for key in parents:
-        if key.isdigit():  # a place in a list of sections
+        if key.isdigit():  # a place in a list
             continue
-        field = section.model_fields.get(key) if section else None
-        section = _section_in(field.annotation) if field else None
-    return section
+        fields = [f for section in sections for name, f in section.model_fields.items() if key in {name, f.alias}]
+        sections = [section for field in fields for section in _models(field.annotation)]
+    return sections[0] if sections else None
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds: itself, one that may be null, or a list of such."""
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation allows: itself, one that may be null, one of several, or a list of such."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
 
 
 def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Location, int]:
@@ -123,12 +123,17 @@ def _bad_scalar(node: yaml.Node) -> int:
 
 def _explain(errors: list[ErrorDetails], lines: dict[_Location, int], path: Path) -> UserError:
     """One UserError for all faults, the first one's place in front."""
-    faults = [(_line(e["loc"], lines), _fault(e)) for e in errors]
+    faults = [(_line(_keys(e["loc"]), lines), _fault(e)) for e in errors]
     where = f"{path}:{faults[0][0]}"
     if len(faults) == 1:
         return UserError(faults[0][1], where=where)
     told = "\n".join(f"  {path}:{line}: {what}" for line, what in faults)
     return UserError(f"{len(faults)} faults\n{told}", where=str(path))
+
+
+def _keys(location: _Location) -> _Location:
+    """A fault's place as the file has it: where one of several types was read, pydantic says the deciding key twice."""
+    return tuple(key for key, before in zip(location, ("", *location), strict=False) if key != before)
 
 
 def _line(location: _Location, lines: dict[_Location, int]) -> int:
@@ -140,9 +145,10 @@ def _line(location: _Location, lines: dict[_Location, int]) -> int:
 
 
 def _fault(error: ErrorDetails) -> str:
-    key = ".".join(map(str, error["loc"]))
+    location = _keys(error["loc"])
+    key = ".".join(map(str, location))
     if error["type"] == "extra_forbidden":
-        *parents, unknown = map(str, error["loc"])
+        *parents, unknown = map(str, location)
         section = _model_at(parents)
         known = list(section.model_fields) if section else []
         nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)

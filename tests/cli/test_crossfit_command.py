@@ -108,7 +108,7 @@ def test_the_evidence_is_of_all_rows_and_adds_up(project: Path) -> None:
     assert (evidence["design"], evidence["items"], evidence["clusters"]) == ("cross-fitted", 90, 30)
     for arm in evidence["arms"]:
         right = [item["answers"][arm["name"]].strip() == item["reference"] for item in items]
-        assert arm["exact"] == sum(right)
+        assert arm["scores"]["exact_match"]["value"] == sum(right) / len(right)
         for fold in evidence["folds"]:
             of_fold = [r for r, item in zip(right, items, strict=True) if item["fold"] == fold["number"]]
             assert fold["scores"][arm["name"]] == sum(of_fold) / len(of_fold)

@@ -15,7 +15,7 @@ from command_line import tiny_project, tunewright
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.evaluation.curve import Curve, Point, more_data
 from tunewright.evaluation.parts import Interval
-from tunewright.recipe import Metric
+from tunewright.recipe import MetricName
 from tunewright.report.plots import curve_plot
 
 
@@ -118,7 +118,7 @@ def test_parts_below_fifty_pairs_are_refused_unless_forced(curved: Curved) -> No
 
 
 def _curve(
-    slope: float, low: float, high: float, clusters: int = 40, metric: Metric = "exact_match", margin: float = 0.02
+    slope: float, low: float, high: float, clusters: int = 40, metric: MetricName = "exact_match", margin: float = 0.02
 ) -> Curve:
     shares: Sequence[float] = (0.25, 0.5, 1.0)
     points = [

@@ -111,7 +111,8 @@ def test_evidence_holds_what_the_items_say(project: Path) -> None:
     assert len(items) == evidence["items"]
     for arm in evidence["arms"]:
         right = sum(item["answers"][arm["name"]].strip() == item["reference"] for item in items)
-        assert arm["exact"] == right
+        assert arm["scores"]["exact_match"]["value"] == right / len(items)
+        assert sum(item["scores"]["exact_match"][arm["name"]] for item in items) == right
     decisive = evidence["contrasts"][0]
     assert decisive["control"] == evidence["best_prompting"]
 

@@ -107,7 +107,14 @@ def test_scores_by_distance_are_wilson_intervals_of_each_band() -> None:
     near = [0.1] * 40 + [0.75] * 60
     report = LeakReport("d", 100, tuple(Nearest(str(i), "test", None, s) for i, s in enumerate(near)), ())
     items = [
-        Item(key=str(i), cluster="c", input="i", reference="r", answers={"tuned": " r" if i % 4 or i > 50 else "x"})
+        Item(
+            key=str(i),
+            cluster="c",
+            input="i",
+            reference="r",
+            answers={"tuned": " r" if i % 4 or i > 50 else "x"},
+            scores={},
+        )
         for i in range(100)
     ]
     far, close = score_by_distance(items, report)
@@ -121,7 +128,7 @@ def test_scores_by_distance_are_wilson_intervals_of_each_band() -> None:
 
 def test_every_arm_is_scored_and_a_foreign_item_is_refused() -> None:
     report = LeakReport("d", 1, (Nearest("k", "test", None, 1.0),), ())
-    item = Item(key="k", cluster="c", input="i", reference="r", answers={"tuned": "r", "zero-shot": "s"})
+    item = Item(key="k", cluster="c", input="i", reference="r", answers={"tuned": "r", "zero-shot": "s"}, scores={})
     assert [(s.arm, s.exact) for s in score_by_distance([item], report)] == [("tuned", 1), ("zero-shot", 0)]
     with pytest.raises(UserError, match="not among the measured rows"):
         score_by_distance([item.model_copy(update={"key": "other"})], report)

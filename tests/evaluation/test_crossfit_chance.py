@@ -11,7 +11,7 @@ from fold_helpers import version_of
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.evidence import Contrast, Evidence
 from tunewright.evaluation.folds import fold_versions
-from tunewright.evaluation.statistics import exact_match_difference, exact_mcnemar
+from tunewright.evaluation.statistics import difference_interval, exact_mcnemar
 from tunewright.evaluation.verdict import verdict
 
 EVIDENCE = make_evidence(make_items(60))
@@ -65,10 +65,14 @@ def _evidence(
         control="retrieved-4",
         metric="exact_match",
         difference=float(changes.mean()),
-        interval=exact_match_difference(changes, names, seed=0, resamples=400),
+        interval=difference_interval(changes, names, seed=0, resamples=400),
         interval_method="",
         p_value=exact_mcnemar(changes, names),
+        p_adjusted=None,
         test="",
+        scored=len(changes),
+        left_out={},
+        clusters=len(set(names)),
         fixed=0,
         broken=0,
         minimum_detectable_effect=0.1,

@@ -9,7 +9,14 @@ from pydantic import ValidationError
 from factories import cross_fitted, make_evidence, make_items, with_contrast
 from tunewright.disk import write_text
 from tunewright.errors import UserError
-from tunewright.evaluation.evidence import EVIDENCE_FILE, ITEMS_FILE, Contrast, load_evidence, load_items
+from tunewright.evaluation.evidence import (
+    EVIDENCE_FILE,
+    ITEMS_FILE,
+    Contrast,
+    find_evaluation,
+    load_evidence,
+    load_items,
+)
 
 ITEMS = make_items(8)
 EVIDENCE = make_evidence(ITEMS)
@@ -56,12 +63,29 @@ def test_a_missing_file_says_what_makes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"schema_version": 2}, {"contrasts": []}, {"margin": "much"}, {"unknown": 1}, {"arms": None}]
+    "change", [{"schema_version": "2"}, {"contrasts": []}, {"margin": "much"}, {"unknown": 1}, {"arms": None}]
 )
 def test_what_is_not_evidence_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     write_text(tmp_path / EVIDENCE_FILE, json.dumps(EVIDENCE.model_dump() | change))
-    with pytest.raises(UserError, match="not evidence of schema 1"):
+    with pytest.raises(UserError, match="not evidence of schema 2"):
         load_evidence(tmp_path)
+
+
+def test_evidence_of_an_older_schema_asks_for_another_evaluation(tmp_path: Path) -> None:
+    write_text(tmp_path / EVIDENCE_FILE, json.dumps({"schema_version": 1, "bleu_signature": "nrefs:1"}))
+    with pytest.raises(UserError, match="evidence of schema 1; this tunewright reads schema 2") as caught:
+        load_evidence(tmp_path)
+    assert "Evaluate again" in str(caught.value.fix)
+
+
+def test_the_newest_evaluation_is_found_beside_older_ones_of_another_schema(tmp_path: Path) -> None:
+    old = {"schema_version": 1, "lineage": {"created": "2026-10-01T00:00:00+00:00"}}
+    write_text(tmp_path / "old" / EVIDENCE_FILE, json.dumps(old))
+    write_text(tmp_path / "new" / EVIDENCE_FILE, EVIDENCE.model_dump_json())
+    assert find_evaluation(tmp_path) == tmp_path / "new"
+    write_text(tmp_path / "old" / EVIDENCE_FILE, json.dumps(old | {"lineage": {"created": "2026-12-01"}}))
+    with pytest.raises(UserError, match="schema 1"):
+        load_evidence(find_evaluation(tmp_path))
 
 
 def test_numbers_that_are_none_are_refused() -> None:
@@ -72,5 +96,5 @@ def test_numbers_that_are_none_are_refused() -> None:
 
 def test_an_arm_is_found_by_its_name() -> None:
     assert EVIDENCE.arm("tuned").kind == "tuned"
-    assert EVIDENCE.arm("tuned").score("bleu") == EVIDENCE.arm("tuned").bleu
+    assert EVIDENCE.arm("tuned").score("exact_match") == EVIDENCE.arm("tuned").scores["exact_match"]
     assert with_contrast(EVIDENCE, fixed=99).contrasts[0].fixed == 99

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tunewright.evaluation.slopes import bleu_slope, exact_match_slope, slope_weights
-from tunewright.metrics import bleu_statistics, corpus_bleu
+from factories import pair, scorers
+from tunewright.evaluation.slopes import corpus_slope, share_slope, slope_weights
+from tunewright.metrics import score_all
 
 ROWS = np.array([[100, 200, 400]] * 3)
 
@@ -19,17 +20,17 @@ def test_weights_are_those_of_a_fitted_line() -> None:
     assert slope_weights(rows.tolist()) @ scores == pytest.approx(expected)
 
 
-def test_exact_match_slope_is_the_mean_of_the_seeds_fitted_lines() -> None:
+def test_the_slope_of_exact_match_is_the_mean_of_the_seeds_fitted_lines() -> None:
     rng = np.random.default_rng(5)
-    right = rng.random((3, 3, 50)) < 0.5
+    right = (rng.random((3, 3, 50)) < 0.5).astype(np.float64)
     rows = np.array([[101, 198, 400], [97, 203, 400], [100, 200, 400]])
-    slope = exact_match_slope(right, rows, [str(n // 2) for n in range(50)], seed=0, resamples=200)
+    slope = share_slope(right, rows, [str(n // 2) for n in range(50)], seed=0, resamples=200)
     lines = [np.polyfit(np.log2(r), s.mean(axis=1), 1)[0] for r, s in zip(rows, right, strict=True)]
     assert slope.per_doubling == pytest.approx(np.mean(lines))
     assert slope.interval.low < slope.per_doubling < slope.interval.high
 
 
-def test_bleu_slope_is_the_mean_of_the_seeds_fitted_lines() -> None:
+def test_the_slope_of_bleu_is_the_mean_of_the_seeds_fitted_lines() -> None:
     words = ["the", "court", "of", "appeals", "for", "the", "county", "held", "that", "this", "was", "so"]
     rng = np.random.default_rng(7)
     references = [" ".join(rng.choice(words, size=8)) for _ in range(20)]
@@ -38,25 +39,28 @@ def test_bleu_slope_is_the_mean_of_the_seeds_fitted_lines() -> None:
         return [" ".join(w if rng.random() < keep else "x" for w in r.split()) for r in references]
 
     given = [[answers(keep) for keep in (0.3, 0.6, 0.9)] for _ in range(2)]
-    statistics = np.array([[bleu_statistics(a, references) for a in sizes] for sizes in given])
-    slope = bleu_slope(statistics, ROWS[:2], [str(n) for n in range(20)], seed=0, resamples=200)
-    lines = [np.polyfit(np.log2(ROWS[0]), [corpus_bleu(s.sum(axis=0)) for s in sizes], 1)[0] for sizes in statistics]
+    (bleu,) = scorers(["bleu"])
+    examples = [pair("?", r) for r in references]
+    scored = [[score_all(bleu, a, examples) for a in sizes] for sizes in given]
+    statistics = np.array([[each.statistics for each in sizes] for sizes in scored])
+    slope = corpus_slope(statistics, bleu.corpus, ROWS[:2], [str(n) for n in range(20)], seed=0, resamples=200)
+    lines = [np.polyfit(np.log2(ROWS[0]), [each.total() for each in sizes], 1)[0] for sizes in scored]
     assert slope.per_doubling == pytest.approx(np.mean(lines))
     assert 0 < slope.interval.low < slope.per_doubling < slope.interval.high
 
 
 def test_items_that_nobody_gets_right_prove_no_flat_curve() -> None:
     clusters = [str(n) for n in range(10)]
-    slope = exact_match_slope(np.zeros((3, 3, 10), dtype=np.bool_), ROWS, clusters, seed=0)
+    slope = share_slope(np.zeros((3, 3, 10), dtype=np.float64), ROWS, clusters, seed=0)
     assert slope.per_doubling == 0
     assert slope.interval.high > 0.05
-    many = exact_match_slope(
-        np.zeros((3, 3, 1000), dtype=np.bool_), ROWS, [str(n) for n in range(1000)], seed=0, resamples=500
+    many = share_slope(
+        np.zeros((3, 3, 1000), dtype=np.float64), ROWS, [str(n) for n in range(1000)], seed=0, resamples=500
     )
     assert many.interval.high < 0.01
 
 
-def _draw(rng: np.random.Generator, truth: float, items: int, cluster: int, of_seed: float) -> NDArray[np.bool_]:
+def _draw(rng: np.random.Generator, truth: float, items: int, cluster: int, of_seed: float) -> NDArray[np.float64]:
     """Right answers of three seeds' adapters; items of a cluster and answers of a seed go together."""
     ability = rng.normal(size=items // cluster).repeat(cluster)
     right = []
@@ -64,7 +68,7 @@ def _draw(rng: np.random.Generator, truth: float, items: int, cluster: int, of_s
         shift = rng.normal(scale=of_seed, size=3)[:, None]  # the luck of each adapter
         chance = np.clip(0.3 + truth * np.arange(3)[:, None] + 0.1 * ability + shift, 0.0, 1.0)
         right.append(rng.random((3, items)) < chance)
-    return np.array(right)
+    return np.array(right, dtype=np.float64)
 
 
 @pytest.mark.parametrize(("cluster", "of_seed"), [(1, 0.0), (1, 0.05), (4, 0.03)])
@@ -74,6 +78,6 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says(cluster: int, of
     names = [str(n // cluster) for n in range(items)]
     held = 0
     for run in range(runs):
-        interval = exact_match_slope(_draw(rng, truth, items, cluster, of_seed), ROWS, names, run, 200).interval
+        interval = share_slope(_draw(rng, truth, items, cluster, of_seed), ROWS, names, run, 200).interval
         held += interval.low <= truth <= interval.high
     assert held / runs >= 0.93

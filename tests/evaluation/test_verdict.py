@@ -1,5 +1,6 @@
 """The verdict: its table, that better evidence never makes it worse, and how often chance alone makes it say ship."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 
 from factories import cross_fitted, make_evidence, make_items, with_contrast
 from tunewright.evaluation.evidence import Contrast, Evidence
-from tunewright.evaluation.statistics import exact_match_difference, exact_mcnemar
-from tunewright.evaluation.verdict import verdict
+from tunewright.evaluation.statistics import difference_interval, exact_mcnemar, holm
+from tunewright.evaluation.verdict import SIGNIFICANT, fewest_clusters, verdict
 
 EVIDENCE = make_evidence(make_items(60))
 ORDER = ["don't ship", "can't tell", "ship"]
@@ -43,14 +44,10 @@ def test_the_first_reason_is_the_measurement_in_full() -> None:
     evidence = with_contrast(
         EVIDENCE, low=0.271, difference=0.35, high=0.426, p_value=1.2e-14, fixed=75, broken=4, test="exact McNemar"
     )
-    assert (
-        verdict(evidence)
-        .reasons[0]
-        .endswith(
-            "on 60 test items (30 clusters): +35.0 points, 95% interval +27.1 to +42.6, p = 1e-14 (exact McNemar); "
-            "75 fixed, 4 broken."
-        )
-    )
+    told = "on 60 test items (30 clusters): +35.0 points, 95% interval +27.1 to +42.6, p = 1e-14 (exact McNemar)"
+    assert verdict(evidence).reasons[0].endswith(f"{told}, p = 1e-14 adjusted for 2 contrasts; 75 fixed, 4 broken.")
+    alone = evidence.model_copy(update={"contrasts": evidence.contrasts[:1]})
+    assert verdict(alone).reasons[0].endswith(f"{told}; 75 fixed, 4 broken.")
     assert verdict(evidence).reasons[0].startswith("tuned 80.0% against retrieved-4 58.3%")
 
 
@@ -60,13 +57,49 @@ def test_bleu_is_told_as_bleu() -> None:
 
 @pytest.mark.parametrize("change", [0.9, 0.0, -0.9])
 def test_a_handful_of_clusters_decides_nothing(change: float) -> None:
-    evidence = with_contrast(EVIDENCE, low=change, difference=change, high=change, p_value=0.01)
-    result = verdict(evidence.model_copy(update={"clusters": 5}))
+    evidence = with_contrast(EVIDENCE, low=change, difference=change, high=change, p_value=0.01, clusters=6)
+    result = verdict(evidence)
     assert result.decision == "can't tell"
-    assert "5 independent clusters" in result.reasons[1]
+    assert "6 independent clusters; below 7 no difference can be significant" in result.reasons[1]
 
 
-@pytest.mark.parametrize("metric", ["exact_match", "bleu"])
+@pytest.mark.parametrize("contrasts", [1, 2, 3, 4, 5, 8, 9])
+def test_with_the_fewest_clusters_a_unanimous_result_is_significant_and_with_one_less_it_is_not(contrasts: int) -> None:
+    """All clusters change the same way, in every contrast: Holm multiplies the smallest p by their number."""
+    fewest = fewest_clusters(contrasts)
+    less, enough = (
+        min(holm([exact_mcnemar(np.ones(n), [*map(str, range(n))])] * contrasts)) for n in (fewest - 1, fewest)
+    )
+    assert less >= SIGNIFICANT > enough
+
+
+def test_the_adjusted_p_value_decides() -> None:
+    evidence = with_contrast(EVIDENCE, low=0.1, difference=0.2, high=0.3, p_value=0.03, p_adjusted=0.06)
+    assert verdict(evidence).decision == "can't tell"
+    assert verdict(with_contrast(evidence, p_value=0.03, p_adjusted=0.04)).decision == "ship"
+
+
+def test_items_left_out_and_answers_outside_the_choices_are_told() -> None:
+    evidence = with_contrast(EVIDENCE, left_out={"the reference is not JSON": 3, "f returned None": 1})
+    reasons = verdict(evidence).reasons
+    assert (
+        "Left out, as they cannot be scored in both arms: 4 items: the reference is not JSON (3); f returned None (1)."
+        in reasons
+    )
+    tuned = EVIDENCE.arm("tuned")
+    outside = tuned.model_copy(
+        update={"scores": {"exact_match": tuned.score("exact_match").model_copy(update={"outside": 9})}}
+    )
+    told = verdict(EVIDENCE.model_copy(update={"arms": [*EVIDENCE.arms[:2], outside]})).reasons
+    assert "Caution: 9 of 60 answers of tuned are none of the declared choices, and count as wrong." in told
+
+
+def test_a_graded_metric_tells_of_better_and_worse_items() -> None:
+    reason = verdict(make_evidence(make_items(60), metric="token_f1")).reasons[0]
+    assert re.search(r"^tuned token F1 \d+\.\d against .*; \d+ better, \d+ worse\.$", reason)
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "token_f1", "bleu"])
 def test_a_single_item_decides_nothing(metric: Any) -> None:
     for tuned in (0, 1):
         assert verdict(make_evidence(make_items(1, tuned=tuned), metric=metric)).decision == "can't tell"
@@ -113,7 +146,7 @@ def test_what_would_settle_cross_fitted_evidence_is_counted_in_pairs() -> None:
     evidence = cross_fitted(with_contrast(EVIDENCE, low=-0.06, difference=0.06, high=0.18, p_value=0.3))
     told = " ".join(verdict(evidence).reasons)
     assert "About 1,200 pairs in all (1,140 more)" in told
-    few = verdict(evidence.model_copy(update={"clusters": 5}))
+    few = verdict(with_contrast(evidence, clusters=5))
     assert "Add more unlike pairs." in few.reasons[1]
 
 
@@ -177,10 +210,14 @@ def _project(rng: np.random.Generator, clusters: int, size: int, margin: float, 
         control="retrieved-4",
         metric="exact_match",
         difference=float(changes.mean()),
-        interval=exact_match_difference(changes, names, seed=0, resamples=400),
+        interval=difference_interval(changes, names, seed=0, resamples=400),
         interval_method="",
         p_value=exact_mcnemar(changes, names),
+        p_adjusted=None,
         test="",
+        scored=len(changes),
+        left_out={},
+        clusters=len(set(names)),
         fixed=0,
         broken=0,
         minimum_detectable_effect=0.1,

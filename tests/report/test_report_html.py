@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factories import cross_fitted, make_evidence, make_history, make_items, with_contrast
+from factories import cross_fitted, make_evidence, make_history, make_items, with_contrast, with_scores
 from tunewright.evaluation.evidence import Item
 from tunewright.evaluation.verdict import verdict
 from tunewright.recipe import Metric
 from tunewright.report.html import SHOWN_FIXED, SHOWN_STILL_WRONG, render_report, write_report
 
 ITEMS = make_items(60)
-EVIDENCE = make_evidence(ITEMS)
+EVIDENCE = make_evidence(ITEMS, also=["bleu"])
 PAGE = render_report(EVIDENCE, ITEMS, make_history())
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -78,11 +78,12 @@ def test_every_decision_has_its_headline(low: float, high: float, headline: str)
 
 def test_the_numbers_of_the_evidence_are_on_the_page() -> None:
     for arm in EVIDENCE.arms:
-        assert f"{arm.exact} of {arm.items}" in READ.text
-        assert f"{100 * arm.bleu.interval.low:.1f} to {100 * arm.bleu.interval.high:.1f}" in READ.text
+        exact, bleu = arm.score("exact_match"), arm.score("bleu")
+        assert f"{round(exact.value * 60)} of 60" in READ.text
+        assert f"{100 * bleu.interval.low:.1f} to {100 * bleu.interval.high:.1f}" in READ.text
     for value in (
         "1,782 training examples",
-        EVIDENCE.bleu_signature,
+        "tok:13a|smooth:exp",
         EVIDENCE.lineage["adapter"]["digest"],
         "packages.peft",
     ):
@@ -119,7 +120,8 @@ def test_figures_speak_and_take_the_pages_colours() -> None:
 @pytest.mark.parametrize("field", ["input", "reference", "treatment", "control", "name", "lineage"])
 def test_text_of_users_stays_text(field: str) -> None:
     attack = '<script>alert(1)</script><img src=x onerror=alert(1)> & {{ 7*7 }} "quoted" </title></style>'
-    item, evidence = ITEMS[0].model_copy(update={"answers": dict.fromkeys(ITEMS[0].answers, "wrong")}), EVIDENCE
+    (item,) = with_scores([ITEMS[0].model_copy(update={"answers": dict.fromkeys(ITEMS[0].answers, "wrong")})])
+    evidence = EVIDENCE
     if field in ("input", "reference"):
         item = item.model_copy(update={field: attack})
     elif field in ("treatment", "control"):
@@ -138,8 +140,8 @@ def test_text_of_users_stays_text(field: str) -> None:
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), min_size=4, max_size=4))
 def test_any_text_makes_a_page_whose_elements_close(texts: list[str]) -> None:
     answers = {"zero-shot": texts[0], "retrieved-4": texts[1], "tuned": texts[2]}
-    item = Item(key="k", cluster="c", input=texts[3], reference=texts[0], answers=answers)
-    _Reader(render_report(EVIDENCE, [item], []))
+    item = Item(key="k", cluster="c", input=texts[3], reference=texts[0], answers=answers, scores={})
+    _Reader(render_report(EVIDENCE, with_scores([item]), []))
 
 
 def _section(page: str, heading: str) -> str:
@@ -157,7 +159,7 @@ def test_every_broken_item_is_shown_and_fixed_ones_are_counted() -> None:
     assert fixed.count("<li>") == first.fixed > SHOWN_FIXED
     assert fixed.split("<details>")[0].count("<li>") == SHOWN_FIXED
     assert f"The other {first.fixed - SHOWN_FIXED} fixed items" in fixed
-    right = evidence.arm("tuned").exact - first.fixed
+    right = round(200 * evidence.arm("tuned").score("exact_match").value) - first.fixed
     assert f"The remaining {right} of 200 items are right with both." in wrong
     assert wrong.count("<li>") == 200 - right - first.fixed - first.broken
 
@@ -171,15 +173,15 @@ def test_a_list_that_is_cut_says_so() -> None:
 
 def test_what_differs_is_marked() -> None:
     answers = {"zero-shot": "", "retrieved-4": "Ala. Civ. App. Ct.", "tuned": "Ala Civ. App."}
-    item = Item(key="k", cluster="c", input="x", reference="Ala. Civ. App.", answers=answers)
-    page = render_report(EVIDENCE, [item], [])
+    item = Item(key="k", cluster="c", input="x", reference="Ala. Civ. App.", answers=answers, scores={})
+    page = render_report(EVIDENCE, with_scores([item]), [])
     assert "Ala. Civ. App.<mark> Ct.</mark>" in page
     assert 'Ala<mark class="missing" title="missing: ."></mark> Civ. App.' in page
 
 
 def test_an_empty_answer_is_visible() -> None:
     item = ITEMS[0].model_copy(update={"answers": ITEMS[0].answers | {"tuned": ""}})
-    assert "<em>(empty)</em>" in render_report(EVIDENCE, [item], [])
+    assert "<em>(empty)</em>" in render_report(EVIDENCE, with_scores([item]), [])
 
 
 def test_a_run_without_history_says_so() -> None:
@@ -218,7 +220,8 @@ def test_the_loss_caption_names_the_lowest_dev_loss() -> None:
 def test_bleu_projects_and_tiny_ones_have_a_report(count: int) -> None:
     items = make_items(count)
     text = _Reader(render_report(make_evidence(items, metric="bleu"), items, make_history())).text
-    assert "corpus BLEU; fixed and broken items are counted by exact match" in text
+    assert "What decides: BLEU, corpus BLEU, sacrebleu's (nrefs:1" in text
+    assert "Scored higher with tuned than with retrieved-4." in text
 
 
 def test_the_same_evidence_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -226,7 +229,8 @@ def test_the_same_evidence_gives_the_same_bytes(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "from factories import *; from tunewright.report.html import write_report\n"
-        "items = make_items(60); write_report(make_evidence(items), items, make_history(), Path(sys.argv[2]))"
+        "items = make_items(60); evidence = make_evidence(items, also=['bleu'])\n"
+        "write_report(evidence, items, make_history(), Path(sys.argv[2]))"
     )
     out = tmp_path / "deep" / "report.html"
     helpers = str(Path(__file__).parents[1])

@@ -10,8 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.panel import Panel
 from rich.text import Text
 
-from tunewright.metrics import score_text
-from tunewright.recipe import Metric
+from tunewright.metrics import metric_label, score_text
+from tunewright.recipe import MetricName
 
 _LOSSES = {
     "loss": ("train loss", "cyan"),
@@ -20,7 +20,6 @@ _LOSSES = {
     "replay_loss": ("of replay", "yellow"),
     "eval_loss": ("dev loss", "magenta"),
 }
-_METRICS: dict[Metric, str] = {"exact_match": "exact match on dev", "bleu": "on dev"}
 _HEIGHT = 10
 _MOST_POINTS = 200
 _MOST_BARS = 24
@@ -57,11 +56,11 @@ class Curves:
             if name in self.points
         ]
         text.append_text(Text.assemble("\n", *legend))
-        for name, label in _METRICS.items():
-            if points := self.points.get(name):
+        for name, points in self.points.items():
+            if name not in _LOSSES:  # the deciding metric
                 values = [value for _, value in points]
                 text.append(
-                    f"\n  {bars(values)} {score_text(name, values[-1])} {label} (best {score_text(name, max(values))})",
+                    f"\n  {bars(values)} {_named(name, values[-1])} on dev (best {score_text(name, max(values))})",
                     "green",
                 )
         return Panel(text, title="Losses by step", title_align="left", border_style="dim", width=width)
@@ -83,6 +82,12 @@ class Curves:
             figure.plot([step for step, _ in shown], [value for _, value in shown], lc=_LOSSES[name][1])
         drawn: str = figure.show()
         return drawn
+
+
+def _named(metric: MetricName, share: float) -> str:
+    """A score with its metric's name, which a percentage alone does not say."""
+    text = score_text(metric, share)
+    return f"{text} {metric_label(metric)}" if text.endswith("%") else text
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:

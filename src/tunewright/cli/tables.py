@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
@@ -12,30 +12,45 @@ from rich.text import Text
 from tunewright.cli.general_tables import general_tables
 from tunewright.data.versions import Manifest
 from tunewright.demo import ThreeAnswers
-from tunewright.evaluation.evidence import Arm, Contrast, Evidence
+from tunewright.evaluation.evidence import Arm, Evidence, Measured
 from tunewright.evaluation.parts import Score
-from tunewright.evaluation.verdict import Verdict
+from tunewright.evaluation.verdict import Verdict, changed_words
+from tunewright.metrics import axis_label, metric_label
+from tunewright.recipe import MetricName
 from tunewright.road import RunResult
 
 if TYPE_CHECKING:
     from tunewright.evaluation.scaling import ScaleResult
 
-METRIC_NAMES = {"exact_match": "exact match, %", "bleu": "corpus BLEU"}
 _COLOURS = {"ship": "bold green", "don't ship": "bold red", "can't tell": "bold yellow"}
 
 
-def arms_table(title: str, arms: Sequence[Arm]) -> Table:
-    """Arms with count, score and 95% interval."""
+def arms_table(title: str, arms: Sequence[Arm], metric: MetricName, metrics: Mapping[MetricName, Measured]) -> Table:
+    """Arms with their score by the deciding metric and its 95% interval, and by the metrics beside it."""
     table = Table(title=title, title_justify="left")
-    for name in ("arm", "exact", "exact match", "95% interval", "BLEU", "prompt tokens"):
+    counted = metrics[metric].kind == "right or wrong"
+    also = [name for name in metrics if name != metric]
+    told = {"outside": "outside", "unscored": "unscored"}
+    extra = [
+        name
+        for name in told
+        if any(
+            (score.outside if name == "outside" else score.unscored) for arm in arms for score in [arm.score(metric)]
+        )
+    ]
+    names = ("arm", *(["right"] if counted else []), axis_label(metric), "95% interval", *map(axis_label, also))
+    for name in (*names, *extra, "prompt tokens"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for arm in arms:
+        score = arm.score(metric)
+        left = {"outside": score.outside, "unscored": sum(score.unscored.values())}
         table.add_row(
             arm.name,
-            f"{arm.exact} of {arm.items}",
-            f"{arm.exact_match.value:.1%}",
-            _interval(arm.exact_match),
-            f"{100 * arm.bleu.value:.1f}",
+            *([f"{round(score.value * score.scored)} of {score.scored}"] if counted else []),
+            f"{100 * score.value:.1f}",
+            _interval(score),
+            *(f"{100 * arm.score(name).value:.1f}" for name in also),
+            *(str(left[name]) for name in extra),
             f"{arm.prompt_tokens:.0f}",
         )
     return table
@@ -45,17 +60,22 @@ def _interval(score: Score) -> str:
     return f"{100 * score.interval.low:.1f} to {100 * score.interval.high:.1f}"
 
 
-def contrasts_table(title: str, contrasts: Sequence[Contrast]) -> Table:
-    """Contrasts with difference, interval, p, fixed and broken."""
+def contrasts_table(title: str, evidence: Evidence) -> Table:
+    """Contrasts with difference, interval, p (adjusted for being several), and the items that changed."""
     table = Table(title=title, title_justify="left")
-    for name in ("contrast", "difference", "95% interval", "p", "fixed", "broken", "detectable"):
-        table.add_column(name, justify="left" if name == "contrast" else "right", no_wrap=True)
-    for c in contrasts:
+    several = len(evidence.metrics) > 1
+    words = changed_words(evidence, evidence.metric)
+    names = ("contrast", *(["metric"] if several else []), "difference", "95% interval", "p", "adjusted p", *words)
+    for name in (*names, "detectable"):
+        table.add_column(name, justify="left" if name in {"contrast", "metric"} else "right", no_wrap=True)
+    for c in evidence.contrasts:
         table.add_row(
             f"{c.treatment} - {c.control}",
+            *([metric_label(c.metric)] if several else []),
             f"{100 * c.difference:+.1f}",
             f"{100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f}",
             f"{c.p_value:.2g}",
+            "" if c.p_adjusted is None else f"{c.p_adjusted:.2g}",
             str(c.fixed),
             str(c.broken),
             f"{100 * c.minimum_detectable_effect:.1f}",
@@ -65,12 +85,12 @@ def contrasts_table(title: str, contrasts: Sequence[Contrast]) -> Table:
 
 def folds_table(evidence: Evidence) -> Table:
     """The folds of a cross-fitted evaluation: what each trained on, chose and scored."""
-    table = Table(title=f"Folds, scores by {METRIC_NAMES[evidence.metric]}", title_justify="left")
+    table = Table(title=f"Folds, scores by {axis_label(evidence.metric)}", title_justify="left")
     scored = [arm.name for arm in evidence.arms]
     for name in ("fold", "train", "dev", "items", "best prompting", *scored, "dev loss by epoch"):
         table.add_column(name, justify="left" if name == "best prompting" else "right", no_wrap=True)
     for fold in evidence.folds:
-        scores = (f"{100 * fold.scores[name]:.1f}" for name in scored)
+        scores = ("none" if (score := fold.scores[name]) is None else f"{100 * score:.1f}" for name in scored)
         numbers = (fold.number, fold.train_items, fold.dev_items, fold.items)
         losses = ", ".join(f"{loss:.3f}" for loss in fold.dev_losses)
         table.add_row(*map(str, numbers), fold.best_prompting, *scores, losses)
@@ -81,12 +101,12 @@ def evidence_tables(evidence: Evidence) -> list[RenderableType]:
     """The arms on the test items and their contrasts."""
     if evidence.design == "cross-fitted":
         title = f"{evidence.items} items in {evidence.clusters} clusters, cross-fitted in {len(evidence.folds)} folds"
-        contrasts = contrasts_table("Contrasts on all items, in points", evidence.contrasts)
-        return [folds_table(evidence), arms_table(title, evidence.arms), contrasts]
+        arms = arms_table(title, evidence.arms, evidence.metric, evidence.metrics)
+        return [folds_table(evidence), arms, contrasts_table("Contrasts on all items, in points", evidence)]
     title = f"{evidence.items} held-out test items in {evidence.clusters} clusters"
     return [
-        arms_table(title, evidence.arms),
-        contrasts_table("Contrasts on the test split, in points", evidence.contrasts),
+        arms_table(title, evidence.arms, evidence.metric, evidence.metrics),
+        contrasts_table("Contrasts on the test split, in points", evidence),
         *(general_tables(evidence.general) if evidence.general else ()),
     ]
 
@@ -148,7 +168,7 @@ def scales_table(result: ScaleResult) -> Table:
     samples = result.chosen.forgetting.samples
     title = f"{result.parent.name} on {result.dev_items} dev items and {samples} samples of the base"
     table = Table(title=title, title_justify="left", caption=f"Chosen: {result.rule}.", caption_justify="left")
-    for name in ("factor", METRIC_NAMES[result.metric], "forgotten, nats/token", "95% interval", ""):
+    for name in ("factor", axis_label(result.metric), "forgotten, nats/token", "95% interval", ""):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for each in result.tried:
         lost = each.forgetting

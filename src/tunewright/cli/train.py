@@ -29,7 +29,9 @@ def advise(project: Folder = HERE, json: Json = False) -> None:
         advice = result.advice
         current.show(
             {"file": str(result.file), "measured": result.measured, **advice.model_dump(mode="json")},
-            arms_table(f"Prompting on {advice.items} dev items, untuned base", advice.arms),
+            arms_table(
+                f"Prompting on {advice.items} dev items, untuned base", advice.arms, advice.metric, advice.metrics
+            ),
             f"Best prompting arm: {advice.best}. A fine-tune has to beat it.",
         )
 

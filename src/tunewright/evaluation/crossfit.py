@@ -21,7 +21,16 @@ from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import digest
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, prompting_arms
-from tunewright.evaluation.evidence import EVIDENCE_FILE, Advice, Arm, ArmKind, Evidence, Fold, load_evidence
+from tunewright.evaluation.evidence import (
+    EVIDENCE_FILE,
+    SCHEMA_VERSION,
+    Advice,
+    Arm,
+    ArmKind,
+    Evidence,
+    Fold,
+    load_evidence,
+)
 from tunewright.evaluation.folds import fold_versions
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.measure import (
@@ -32,12 +41,13 @@ from tunewright.evaluation.measure import (
     measured_contrasts,
     measured_with,
     save_evaluation,
+    scored_arms,
 )
-from tunewright.metrics import bleu_signature, corpus_score
+from tunewright.evaluation.scoring import ScoredArms, measured_metrics
+from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter, duration
 from tunewright.project import Project
-from tunewright.recipe import Metric
 from tunewright.training.few import forced_below
 from tunewright.training.train import train, training_inputs
 
@@ -95,6 +105,7 @@ class CrossFit:
         self.base = base
         self.chat = chat
         self.reporter = reporter
+        self.scorers = open_scorers(self.recipe.evaluate, project.root)
         self.versions = fold_versions(version, folds, self.recipe.seed)
         fewest = min(len(v.domain_of("train")) for v in self.versions)
         place = f" in the smallest of {folds} folds"
@@ -114,8 +125,9 @@ class CrossFit:
             "max_new_tokens": self.limit,
             "stop": stop_strings(self.recipe, self.chat),
             "quantize": self.quantize,
-            "metric": settings.metric,
+            "metrics": [metric_inputs(metric, self.project.root) for metric in settings.metrics],
             "margin": settings.margin,
+            "schema": SCHEMA_VERSION,
             "arms": [plan.name for plan in prompting_arms(settings.shots)],
         }
         return digest(decides)[:12]
@@ -141,9 +153,10 @@ class CrossFit:
                 self.reporter.say(f"That took {duration(seconds)}; {left} more: about {duration(left * seconds)}.")
         control = _control(done)
         answers = _in_order(self.version.domain, done, control)
-        evidence = self._evidence(done, control, answers)
+        scored = scored_arms(self.scorers, self.version.domain, answers)
+        evidence = self._evidence(done, control, answers, scored)
         fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
-        save_evaluation(folder, evidence, self.version.domain, answers, fold_of)
+        save_evaluation(folder, evidence, self.version.domain, answers, scored, fold_of)
         return EvaluateResult(folder, evidence, evaluated=True)
 
     def _go(self, number: int) -> _Done:
@@ -175,23 +188,25 @@ class CrossFit:
         answers = measurement.answer_test(trained.adapter, advice)
         return _Done(version, trained.adapter, trained.trained, advice, answers)
 
-    def _evidence(self, done: Sequence[_Done], control: str, answers: dict[str, list[Answered]]) -> Evidence:
+    def _evidence(
+        self, done: Sequence[_Done], control: str, answers: dict[str, list[Answered]], scored: ScoredArms
+    ) -> Evidence:
         members, settings = self.version.domain, self.recipe.evaluate
         return Evidence(
             id=self.identity,
             project=self.recipe.name,
-            metric=settings.metric,
+            metric=self.scorers[0].name,
+            metrics=measured_metrics(self.scorers),
             margin=settings.margin,
             design="cross-fitted",
-            folds=tuple(_told(number, fold, control, settings.metric) for number, fold in enumerate(done, start=1)),
+            folds=tuple(_told(number, fold, control, self.scorers[0]) for number, fold in enumerate(done, start=1)),
             items=len(members),
             clusters=len({m.cluster for m in members}),
             train_items=round(sum(len(fold.version.examples("train")) for fold in done) / len(done)),
             dev_arms=[],
             best_prompting=control,
-            arms=[self._arm(name, given) for name, given in answers.items()],
-            contrasts=measured_contrasts(self.recipe, members, answers, control),
-            bleu_signature=bleu_signature(),
+            arms=[self._arm(name, given, scored) for name, given in answers.items()],
+            contrasts=measured_contrasts(scored, control, self.recipe.seed),
             lineage={
                 **measured_with(self.recipe, self.base, self.chat, self.quantize, self.limit),
                 "dataset": self.version.digest,
@@ -202,11 +217,11 @@ class CrossFit:
             },
         )
 
-    def _arm(self, name: str, answers: Sequence[Answered]) -> Arm:
+    def _arm(self, name: str, answers: Sequence[Answered], scored: ScoredArms) -> Arm:
         plan = next((p for p in [*prompting_arms(self.recipe.evaluate.shots), TUNED] if p.name == name), None)
         kind: ArmKind = "mixed" if plan is None else plan.kind
         shots = 0 if plan is None else plan.shots
-        return measured_arm(name, kind, shots, self.version.domain, answers, self.recipe.seed)
+        return measured_arm(name, kind, shots, answers, scored, self.recipe.seed)
 
 
 def _control(done: Sequence[_Done]) -> str:
@@ -224,19 +239,19 @@ def _in_order(members: Sequence[Member], done: Sequence[_Done], control: str) ->
     return {role: [by_key[m.key] for m in members] for role, by_key in given.items()}
 
 
-def _told(number: int, fold: _Done, control: str, metric: Metric) -> Fold:
+def _told(number: int, fold: _Done, control: str, scorer: Scorer) -> Fold:
     test = fold.version.examples("test")
-    references = [m.example.output for m in test]
+    scores = {
+        role: score_all(scorer, [a.text for a in answers], [m.example for m in test])
+        for role, answers in fold.by_role(control).items()
+    }
     return Fold(
         number=number,
         train_items=len(fold.version.examples("train")),
         dev_items=len(fold.version.examples("dev")),
         items=len(test),
         best_prompting=fold.advice.best,
-        scores={
-            role: corpus_score(metric, [a.text for a in answers], references)
-            for role, answers in fold.by_role(control).items()
-        },
+        scores={role: each.total() if each.scored.any() else None for role, each in scores.items()},
         dev_losses=[epoch["dev_loss"] for epoch in fold.adapter.lineage["training"]["epochs"]],
         adapter=fold.adapter.digest,
     )

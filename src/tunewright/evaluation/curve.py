@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.verdict import FEWEST_CLUSTERS
 from tunewright.metrics import points_text, score_text
-from tunewright.recipe import Metric
+from tunewright.recipe import MetricName
 
 CURVE_FILE = "curve.json"
 
@@ -36,7 +36,7 @@ class Curve(_Part):
     schema_version: Literal[1] = 1
     id: str
     project: str
-    metric: Metric
+    metric: MetricName
     margin: float
     items: int
     clusters: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,11 +12,12 @@ from tunewright.disk import write_json
 from tunewright.errors import UserError
 from tunewright.evaluation.general.section import General
 from tunewright.evaluation.judge.section import Judgement
-from tunewright.evaluation.parts import Interval, Part, Score
+from tunewright.evaluation.parts import ArmScore, Interval, Part
 from tunewright.evaluation.people.section import AnswerReview
-from tunewright.recipe import Metric
+from tunewright.metrics import Kind
+from tunewright.recipe import MetricName
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 EVIDENCE_FILE = "evidence.json"
 ITEMS_FILE = "items.jsonl"
 
@@ -30,23 +32,35 @@ class Arm(Part):
     kind: Annotated[ArmKind, Field(description="mixed: each fold's own best prompting arm.")]
     shots: int
     items: int
-    exact: Annotated[int, Field(description="Items whose answer equals the reference.")]
-    exact_match: Score
-    bleu: Score
+    scores: Annotated[dict[MetricName, ArmScore], Field(description="By every metric of the recipe.")]
     truncated: Annotated[int, Field(description="Answers that ran into the token limit.")]
     prompt_tokens: Annotated[float, Field(description="Mean length of a prompt in tokens.")]
 
-    def score(self, metric: Metric) -> Score:
+    def score(self, metric: MetricName) -> ArmScore:
         """This arm's score by ``metric``."""
-        return self.exact_match if metric == "exact_match" else self.bleu
+        return self.scores[metric]
+
+
+class Measured(Part):
+    """A metric, as it was measured."""
+
+    kind: Annotated[
+        Kind,
+        Field(
+            description="right or wrong: items score 0 or 1. mean: from 0 to 1. corpus: of all items' counts together."
+        ),
+    ]
+    definition: Annotated[str, Field(description="What it is exactly; for sacrebleu's metrics with its signature.")]
 
 
 class Advice(Part):
     """Prompting arms measured on the dev split with the untuned base; ``advice-ID.json``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
-    metric: Metric
+    schema_version: Literal[2] = SCHEMA_VERSION
+    metric: Annotated[MetricName, Field(description="What chose the best arm.")]
+    metrics: dict[MetricName, Measured]
     items: int
+    clusters: int
     arms: list[Arm]
     best: Annotated[str, Field(description="The arm with the best score; of equal ones the one with fewest shots.")]
     max_new_tokens: int
@@ -57,17 +71,29 @@ class Contrast(Part):
 
     treatment: str
     control: str
-    metric: Metric
+    metric: MetricName
+    scored: Annotated[int, Field(description="Items that are scored in both arms: the contrast is of these.")]
+    left_out: Annotated[
+        dict[str, int], Field(description="Why the other items are left out, and how many for each reason.")
+    ]
+    clusters: Annotated[int, Field(description="Independent groups among the scored items.")]
     difference: float
     interval: Interval
     interval_method: str
-    p_value: float
+    p_value: Annotated[float, Field(description="Two-sided, of no difference.")]
+    p_adjusted: Annotated[
+        float | None,
+        Field(
+            description="Holm's, over the contrasts by the deciding metric; null by a metric that is only measured "
+            "beside it."
+        ),
+    ]
     test: Annotated[str, Field(description="The test that gave p_value, e.g. 'exact McNemar'.")]
-    fixed: Annotated[int, Field(description="Items right under treatment and wrong under control (exact match).")]
-    broken: Annotated[int, Field(description="Items wrong under treatment and right under control (exact match).")]
+    fixed: Annotated[int, Field(description="Items that score higher under treatment: right there only, or better.")]
+    broken: Annotated[int, Field(description="Items that score lower under treatment: wrong there only, or worse.")]
     effective_items: Annotated[
         float | None,
-        Field(description="Independent items that the clustered ones are worth (exact match; null for BLEU)."),
+        Field(description="Independent items that the clustered ones are worth (null for a metric of the corpus)."),
     ] = None
     minimum_detectable_effect: Annotated[
         float, Field(description="Smallest true difference that this many items would show with 80% power.")
@@ -82,7 +108,10 @@ class Fold(Part):
     dev_items: Annotated[int, Field(description="Rows that chose the epoch and the prompting arm.")]
     items: Annotated[int, Field(description="Rows answered, all that the fold holds out.")]
     best_prompting: Annotated[str, Field(description="Name of the prompting arm chosen on this fold's dev rows.")]
-    scores: Annotated[dict[str, float], Field(description="Arm name to its score on this fold's items.")]
+    scores: Annotated[
+        dict[str, float | None],
+        Field(description="Arm name to its score on this fold's items; null where none of them is scored."),
+    ]
     dev_losses: Annotated[list[float], Field(description="Dev loss after each epoch; the lowest one's was kept.")]
     adapter: Annotated[str, Field(description="The digest of the adapter that answered.")]
 
@@ -90,10 +119,11 @@ class Fold(Part):
 class Evidence(Part):
     """What was measured, on what, with what."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     id: Annotated[str, Field(description="12 hex digits: a digest of all that decides the measurement.")]
     project: str
-    metric: Metric
+    metric: Annotated[MetricName, Field(description="The one that decides.")]
+    metrics: Annotated[dict[MetricName, Measured], Field(description="All that were measured.")]
     margin: float
     design: Annotated[
         Design,
@@ -116,9 +146,12 @@ class Evidence(Part):
     arms: Annotated[list[Arm], Field(description="Arms on the test items.")]
     contrasts: Annotated[
         list[Contrast],
-        Field(min_length=1, description="The first one decides: tuned against the best prompting arm."),
+        Field(
+            min_length=1,
+            description="The first one decides: tuned against the best prompting arm, by the deciding metric. Those by "
+            "other metrics come last.",
+        ),
     ]
-    bleu_signature: str
     lineage: Annotated[
         dict[str, Any],
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),
@@ -133,6 +166,11 @@ class Evidence(Part):
         """The test arm called ``name``."""
         return next(a for a in self.arms if a.name == name)
 
+    @property
+    def deciding(self) -> list[Contrast]:
+        """The contrasts by the deciding metric, over which p-values are adjusted."""
+        return [c for c in self.contrasts if c.metric == self.metric]
+
 
 class Item(Part):
     """One test item with every arm's answer; a line of ``items.jsonl``."""
@@ -142,6 +180,14 @@ class Item(Part):
     input: str
     reference: str
     answers: Annotated[dict[str, str], Field(description="Arm name to generated answer.")]
+    scores: Annotated[
+        dict[MetricName, dict[str, float]],
+        Field(description="Metric to arm name to this item's own score; of the arms in which it is scored."),
+    ]
+    unscored: Annotated[
+        dict[MetricName, dict[str, str]] | None,
+        Field(description="Metric to arm name to why the item is not scored there."),
+    ] = None
     fold: Annotated[int | None, Field(description="Whose adapter answered, of a cross-fitted evaluation.")] = None
 
 
@@ -153,12 +199,34 @@ def load_evidence(path: Path) -> Evidence:
     """
     file = path / EVIDENCE_FILE if path.is_dir() else path
     try:
-        return Evidence.model_validate_json(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        _require_schema(text, file)
+        return Evidence.model_validate_json(text)
     except FileNotFoundError:
         raise UserError("no evidence here", where=str(file), fix="`tunewright evaluate` makes it.") from None
     except (ValidationError, UnicodeDecodeError) as error:
         first = str(error).splitlines()
         raise UserError(f"not evidence of schema {SCHEMA_VERSION}: {' '.join(first[:3])}", where=str(file)) from None
+
+
+def _require_schema(text: str, file: Path) -> None:
+    """Refuse evidence that another version of tunewright wrote, before its every field is told as a fault."""
+    version = _peek(text).get("schema_version")
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        raise UserError(
+            f"evidence of schema {version}; this tunewright reads schema {SCHEMA_VERSION}",
+            where=str(file),
+            fix="Evaluate again: `tunewright evaluate` (or `crossfit`). Answers that are there are not made anew.",
+        )
+
+
+def _peek(text: str) -> dict[str, Any]:
+    """What the file says, whatever its schema; nothing of what is no JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def amend(folder: Path, **sections: Part) -> Evidence:
@@ -189,10 +257,16 @@ def find_evaluation(evaluations: Path, name: str | Path | None = None) -> Path:
             there = f"There are: {', '.join(known)}." if known else None
             raise UserError(f"no evaluation {str(name)!r}", where=str(evaluations), fix=there)
         return place
-    evidence = [load_evidence(file) for file in evaluations.glob(f"[!.]*/{EVIDENCE_FILE}")]
-    if not evidence:
+    files = list(evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"))
+    if not files:
         raise UserError("nothing has been evaluated yet", where=str(evaluations), fix="`tunewright evaluate` does it.")
-    return evaluations / max(evidence, key=lambda e: str(e.lineage["created"])).id
+    # Only the newest one has to be of this schema; older ones may lie beside it.
+    return max(files, key=_created).parent
+
+
+def _created(file: Path) -> str:
+    lineage = _peek(file.read_text(encoding="utf-8", errors="replace")).get("lineage")
+    return str(lineage.get("created", "")) if isinstance(lineage, dict) else ""
 
 
 def load_items(folder: Path) -> list[Item]:

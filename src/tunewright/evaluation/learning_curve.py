@@ -20,12 +20,13 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, write_json
+from tunewright.errors import UserError
 from tunewright.evaluation.curve import CURVE_FILE, Curve, Point
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.measure import measured_with
-from tunewright.evaluation.slopes import Slope, bleu_slope, exact_match_slope
+from tunewright.evaluation.slopes import Slope, corpus_slope, share_slope
 from tunewright.evaluation.subsets import subset_versions
-from tunewright.metrics import bleu_statistics, corpus_score, exact_matches
+from tunewright.metrics import Scores, metric_inputs, score_all, scorer_of
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter, duration
 from tunewright.project import Project
@@ -76,6 +77,7 @@ class LearningCurve:
         self.base = base
         self.chat = chat
         self.reporter = reporter
+        self.scorer = scorer_of(project.recipe.evaluate.metric, project.root)
         self.quantize = project.recipe.evaluate.quantize or project.recipe.train.quantize
         self.seeds = tuple(range(project.recipe.seed, project.recipe.seed + seeds))
         self.parts = {
@@ -100,7 +102,7 @@ class LearningCurve:
         decides = {
             "trainings": trainings,
             "max_new_tokens": self.limit,
-            "metric": settings.metric,
+            "metric": metric_inputs(settings.metric, self.project.root),
             "margin": settings.margin,
             "quantize": self.quantize,
         }
@@ -117,7 +119,7 @@ class LearningCurve:
         if file.exists():
             return CurveResult(file.parent, Curve.model_validate_json(file.read_bytes()), measured=False)
         points: list[Point] = []
-        answers: dict[tuple[int, float], list[str]] = {}
+        scores: dict[tuple[int, float], Scores] = {}
         left = sum(SHARES) * len(self.seeds)
         told = False
         for (seed, share), part in self.parts.items():
@@ -125,15 +127,14 @@ class LearningCurve:
             rows = len(part.domain_of("train"))
             self.reporter.say(f"{share:.0%} of the training rows, seed {seed}: {rows:,} rows")
             trained = self._train(seed, share, part)
-            given = self._answer(trained.adapter)
-            points.append(self._point(seed, share, rows, trained.adapter, given))
-            answers[seed, share] = given
+            scores[seed, share] = self._scores(trained.adapter)
+            points.append(self._point(seed, share, rows, trained.adapter, scores[seed, share]))
             left -= share
             if trained.trained and not told and left > 0:
                 told = True  # the first that has not been found done tells how long it takes
                 seconds = (time.monotonic() - began) / share * left
                 self.reporter.say(f"The {len(self.parts) - len(points)} others: about {duration(seconds)}.")
-        curve = self._curve(points, answers)
+        curve = self._curve(points, scores)
         write_json(file, curve.model_dump(mode="json"))
         return CurveResult(file.parent, curve, measured=True)
 
@@ -153,33 +154,33 @@ class LearningCurve:
         place = self.project.curve_adapters
         return train(project, part, self.base, self.chat, self.reporter, adapters=place, facts=facts)
 
-    def _answer(self, adapter: Adapter) -> list[str]:
-        """The dev rows' answers."""
+    def _scores(self, adapter: Adapter) -> Scores:
+        """The dev rows' answers, scored."""
         # A generator for each adapter: the next training loads a base of its own, and this one need not lie beside it.
         generator = Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
-        prompts = [self.chat.prompt(m.example.prompt) for m in self.version.examples("dev")]
-        return [g.text for g in generator.answer("answering dev", prompts, self.limit, adapter)]
+        examples = [m.example for m in self.version.examples("dev")]
+        answers = generator.answer("answering dev", [self.chat.prompt(e.prompt) for e in examples], self.limit, adapter)
+        return score_all(self.scorer, [g.text for g in answers], examples)
 
-    def _point(self, seed: int, share: float, rows: int, adapter: Adapter, answers: Sequence[str]) -> Point:
+    def _point(self, seed: int, share: float, rows: int, adapter: Adapter, scores: Scores) -> Point:
         told = adapter.lineage["training"]
         kept = next(each for each in told["epochs"] if each["step"] == told["kept_step"])
-        references = [m.example.output for m in self.version.examples("dev")]
         return Point(
             share=share,
             seed=seed,
             rows=rows,
-            score=corpus_score(self.project.recipe.evaluate.metric, answers, references),
+            score=scores.total(),
             dev_loss=kept["dev_loss"],
             adapter=adapter.digest,
         )
 
-    def _curve(self, points: list[Point], answers: Mapping[tuple[int, float], list[str]]) -> Curve:
+    def _curve(self, points: list[Point], scores: Mapping[tuple[int, float], Scores]) -> Curve:
         recipe, dev = self.project.recipe, self.version.examples("dev")
-        slope = self._slope(points, answers)
+        slope = self._slope(points, scores)
         return Curve(
             id=self.identity,
             project=recipe.name,
-            metric=recipe.evaluate.metric,
+            metric=self.scorer.name,
             margin=recipe.evaluate.margin,
             items=len(dev),
             clusters=len({m.cluster for m in dev}),
@@ -198,13 +199,23 @@ class LearningCurve:
             },
         )
 
-    def _slope(self, points: Sequence[Point], answers: Mapping[tuple[int, float], list[str]]) -> Slope:
+    def _slope(self, points: Sequence[Point], scores: Mapping[tuple[int, float], Scores]) -> Slope:
+        """The slope on the dev rows that are scored for every adapter."""
+        everywhere = np.logical_and.reduce([each.scored for each in scores.values()])
+        if not everywhere.any():
+            raise UserError(f"no dev item is scored by {self.scorer.name} for every adapter", where="evaluate.metric")
+        left_out = int((~everywhere).sum())
+        if left_out:
+            self.reporter.warn(
+                f"{left_out} of {len(everywhere)} dev items cannot be scored by {self.scorer.name} for every adapter: "
+                "the slope is of the others."
+            )
         dev, seed = self.version.examples("dev"), self.project.recipe.seed
-        references, clusters = [m.example.output for m in dev], [m.cluster for m in dev]
+        clusters = [m.cluster for m, here in zip(dev, everywhere, strict=True) if here]
         sizes = np.array([p.rows for p in points]).reshape(len(self.seeds), len(SHARES))
-        by_seed = [[answers[seed, share] for share in SHARES] for seed in self.seeds]
-        if self.project.recipe.evaluate.metric == "exact_match":
-            right = np.array([[exact_matches(given, references) for given in row] for row in by_seed])
-            return exact_match_slope(right, sizes, clusters, seed)
-        counts = np.array([[bleu_statistics(given, references) for given in row] for row in by_seed])
-        return bleu_slope(counts, sizes, clusters, seed)
+        by_seed = [[scores[seed, share] for share in SHARES] for seed in self.seeds]
+        if self.scorer.kind == "right or wrong":
+            right = np.array([[each.values[everywhere] for each in row] for row in by_seed])
+            return share_slope(right, sizes, clusters, seed)
+        statistics = np.array([[each.statistics[everywhere] for each in row] for row in by_seed])
+        return corpus_slope(statistics, self.scorer.corpus, sizes, clusters, seed)

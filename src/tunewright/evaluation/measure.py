@@ -19,6 +19,7 @@ from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Retriever, pro
 from tunewright.evaluation.evidence import (
     EVIDENCE_FILE,
     ITEMS_FILE,
+    SCHEMA_VERSION,
     Advice,
     Arm,
     ArmKind,
@@ -28,8 +29,8 @@ from tunewright.evaluation.evidence import (
     load_evidence,
 )
 from tunewright.evaluation.generations import Generator, Prompt
-from tunewright.evaluation.statistics import contrast, score_arm
-from tunewright.metrics import bleu_signature
+from tunewright.evaluation.scoring import ScoredArms, declared_contrasts, measured_metrics, score_arm, score_arms
+from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.progress import Reporter
@@ -94,6 +95,7 @@ class Measurement:
         self.generator = generator
         self.reporter = reporter
         self.settings = project.recipe.evaluate
+        self.scorers = open_scorers(self.settings, project.root)
         # Generic rows are trained on, but are no demonstrations of the task and say nothing of its answers' length.
         self.retriever = Retriever(version.domain_of("train"))
         self.context = context_length(generator.base)
@@ -118,9 +120,16 @@ class Measurement:
         arms = [arm for plan in plans if (arm := self._dev_arm(plan, dev)) is not None]
         if not arms:
             raise UserError("no prompt fits the base's context", fix="Shorten the examples or take another base.")
-        best = max(arms, key=lambda a: (a.score(self.settings.metric).value, -a.shots))
+        decides = self.scorers[0].name
+        best = max(arms, key=lambda a: (a.score(decides).value, -a.shots))
         advice = Advice(
-            metric=self.settings.metric, items=len(dev), arms=arms, best=best.name, max_new_tokens=self.limit
+            metric=decides,
+            metrics=measured_metrics(self.scorers),
+            items=len(dev),
+            clusters=len({m.cluster for m in dev}),
+            arms=arms,
+            best=best.name,
+            max_new_tokens=self.limit,
         )
         write_json(file, advice.model_dump(mode="json"))
         return AdviseResult(file, advice, measured=True)
@@ -135,18 +144,15 @@ class Measurement:
             )
             return None
         answers = self._answers(plan, prompts, self.limit, None, "dev")
-        return measured_arm(plan.name, plan.kind, plan.shots, dev, answers, self.project.recipe.seed)
+        scored = scored_arms(self.scorers, dev, {plan.name: answers})
+        return measured_arm(plan.name, plan.kind, plan.shots, answers, scored, self.project.recipe.seed)
 
-    def dev_answers(self, adapter: Adapter | None) -> list[str]:
-        """The dev split's answers by the adapter, or by the base alone, to no more than the question."""
+    def dev_scores(self, adapter: Adapter | None) -> Scores:
+        """The dev split by the deciding metric, answered by the adapter, or by the base alone, zero-shot."""
         plan = ZERO_SHOT if adapter is None else TUNED
-        prompts = self._prompts(plan, self.version.examples("dev"))
-        return [answer.text for answer in self._answers(plan, prompts, self.limit, adapter, "dev")]
-
-    @property
-    def dev_references(self) -> list[str]:
-        """What the dev split's answers should be."""
-        return [member.example.output for member in self.version.examples("dev")]
+        dev = self.version.examples("dev")
+        answers = self._answers(plan, self._prompts(plan, dev), self.limit, adapter, "dev")
+        return score_all(self.scorers[0], [a.text for a in answers], [m.example for m in dev])
 
     def answer_test(self, adapter: Adapter, advice: Advice) -> dict[str, list[Answered]]:
         """The test split's answers zero-shot, by the best prompting arm and by the adapter: arm name to answers."""
@@ -170,9 +176,13 @@ class Measurement:
         answers = self.answer_test(adapter, advice)
         plans = {plan.name: plan for plan in [*self._chosen(advice), TUNED]}
         seed = self.project.recipe.seed
-        arms = [measured_arm(n, plans[n].kind, plans[n].shots, test, given, seed) for n, given in answers.items()]
-        evidence = self._evidence(identity, adapter, advice, arms, answers)
-        save_evaluation(folder, evidence, test, answers)
+        scored = scored_arms(self.scorers, test, answers)
+        arms = [
+            measured_arm(name, plans[name].kind, plans[name].shots, given, scored, seed)
+            for name, given in answers.items()
+        ]
+        evidence = self._evidence(identity, adapter, advice, arms, scored)
+        save_evaluation(folder, evidence, test, answers, scored)
         return EvaluateResult(folder, evidence, evaluated=True)
 
     def _chosen(self, advice: Advice) -> list[ArmPlan]:
@@ -188,8 +198,9 @@ class Measurement:
             "quantize": self.generator.quantize,
             "max_new_tokens": limit,
             "stop": self.generator.stop,
-            "metric": self.settings.metric,
+            "metrics": [metric_inputs(metric, self.project.root) for metric in self.settings.metrics],
             "seed": self.project.recipe.seed,
+            "schema": SCHEMA_VERSION,
         }
 
     def _evidence(
@@ -198,13 +209,14 @@ class Measurement:
         adapter: Adapter,
         advice: Advice,
         arms: list[Arm],
-        answers: Mapping[str, Sequence[Answered]],
+        scored: ScoredArms,
     ) -> Evidence:
         test = self.version.examples("test")
         return Evidence(
             id=identity,
             project=self.project.recipe.name,
-            metric=self.settings.metric,
+            metric=self.scorers[0].name,
+            metrics=measured_metrics(self.scorers),
             margin=self.settings.margin,
             items=len(test),
             clusters=len({m.cluster for m in test}),
@@ -212,8 +224,7 @@ class Measurement:
             dev_arms=list(advice.arms),
             best_prompting=advice.best,
             arms=arms,
-            contrasts=measured_contrasts(self.project.recipe, test, answers, advice.best),
-            bleu_signature=bleu_signature(),
+            contrasts=measured_contrasts(scored, advice.best, self.project.recipe.seed),
             lineage={
                 **measured_with(
                     self.project.recipe,
@@ -248,39 +259,40 @@ class Measurement:
 
 
 def measured_arm(
-    name: str, kind: ArmKind, shots: int, members: Sequence[Member], answers: Sequence[Answered], seed: int
+    name: str, kind: ArmKind, shots: int, answers: Sequence[Answered], scored: ScoredArms, seed: int
 ) -> Arm:
-    """One arm's scores; ``answers`` are the members', in their order."""
+    """One arm's scores; ``answers`` are those that were scored.
+
+    Raises:
+        UserError: a metric that can score none of the answers.
+    """
     return score_arm(
         name=name,
         kind=kind,
         shots=shots,
-        answers=[a.text for a in answers],
-        references=[m.example.output for m in members],
-        clusters=[m.cluster for m in members],
+        scores=scored.of_arm(name),
+        clusters=scored.clusters,
         truncated=sum(a.truncated for a in answers),
         prompt_tokens=sum(a.prompt_tokens for a in answers) / len(answers),
         seed=seed,
     )
 
 
-def measured_contrasts(
-    recipe: Recipe, members: Sequence[Member], answers: Mapping[str, Sequence[Answered]], best: str
-) -> list[Contrast]:
+def scored_arms(
+    scorers: Sequence[Scorer], members: Sequence[Member], answers: Mapping[str, Sequence[Answered]]
+) -> ScoredArms:
+    """Every arm's answers to the members, each scored once by every metric."""
+    return score_arms(
+        scorers,
+        [m.example for m in members],
+        [m.cluster for m in members],
+        {name: [a.text for a in given] for name, given in answers.items()},
+    )
+
+
+def measured_contrasts(scored: ScoredArms, best: str, seed: int) -> list[Contrast]:
     """Tuned against the best prompting arm, which decides, and zero-shot: what the tuning did to the model itself."""
-    return [
-        contrast(
-            treatment=TUNED.name,
-            control=control,
-            treatment_answers=[a.text for a in answers[TUNED.name]],
-            control_answers=[a.text for a in answers[control]],
-            references=[m.example.output for m in members],
-            clusters=[m.cluster for m in members],
-            metric=recipe.evaluate.metric,
-            seed=recipe.seed,
-        )
-        for control in dict.fromkeys([best, "zero-shot"])
-    ]
+    return declared_contrasts(scored, TUNED.name, list(dict.fromkeys([best, ZERO_SHOT.name])), seed)
 
 
 def measured_with(recipe: Recipe, base: Base, chat: ChatFormat, quantize: Quantize, limit: int) -> dict[str, Any]:
@@ -306,6 +318,7 @@ def save_evaluation(
     evidence: Evidence,
     members: Sequence[Member],
     answers: Mapping[str, Sequence[Answered]],
+    scored: ScoredArms,
     fold_of: Mapping[str, int] | None = None,
 ) -> None:
     """Write evidence and items, whole or not at all; ``fold_of`` maps pair keys to folds."""
@@ -316,6 +329,8 @@ def save_evaluation(
             input=m.example.input_text,
             reference=m.example.output,
             answers={name: given[i].text for name, given in answers.items()},
+            scores=scored.of_item(i),
+            unscored=scored.why_not(i),
             fold=None if fold_of is None else fold_of[m.key],
         )
         for i, m in enumerate(members)

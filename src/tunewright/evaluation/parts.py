@@ -21,8 +21,20 @@ class Interval(Part):
 
 
 class Score(Part):
-    """One arm's score by one metric, as a share from 0 to 1 (a corpus BLEU of 43.2 is 0.432)."""
+    """A value with its interval, as a share from 0 to 1 (a corpus BLEU of 43.2 is 0.432)."""
 
     value: float
     interval: Interval
     method: Annotated[str, Field(description="How the interval was made, e.g. 'Wilson'.")]
+
+
+class ArmScore(Score):
+    """One arm's score by one metric, and the items that it is of."""
+
+    scored: Annotated[int, Field(description="Items that the value is of.")]
+    unscored: Annotated[
+        dict[str, int], Field(description="Why the other items are left out, and how many for each reason.")
+    ]
+    outside: Annotated[
+        int, Field(description="Answers that are none of the declared choices, counted wrong; 0 by other metrics.")
+    ] = 0

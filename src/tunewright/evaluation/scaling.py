@@ -15,8 +15,8 @@ from tunewright.disk import digest
 from tunewright.errors import UserError
 from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
 from tunewright.evaluation.measure import Measurement
-from tunewright.metrics import corpus_score, points_text
-from tunewright.recipe import Metric
+from tunewright.metrics import points_text
+from tunewright.recipe import MetricName
 
 FACTORS = (0.25, 0.5, 0.75, 1.0)
 
@@ -40,7 +40,7 @@ class ScaleResult:
     """The one that was chosen: a new one, or the parent where that is best as it is."""
     tried: tuple[Scaled, ...]
     chosen: Scaled
-    metric: Metric
+    metric: MetricName
     dev_items: int
     rule: str
 
@@ -83,7 +83,7 @@ def scale(
     wanted = sorted({*factors, 1.0})
     if not all(0 < factor <= 2 for factor in wanted):
         raise UserError("a factor is above 0 and at most 2", where="--factor")
-    margin, metric, references = measurement.settings.margin, measurement.settings.metric, measurement.dev_references
+    margin, metric = measurement.settings.margin, measurement.scorers[0].name
     project = measurement.project
     trial = project.work / "scaled"
     tried: dict[float, Scaled] = {}
@@ -91,14 +91,15 @@ def scale(
     for factor in wanted:
         adapter = parent if factor == 1 else _scaled(measurement, parent, factor, trial)
         adapters[factor] = adapter
-        dev = corpus_score(metric, measurement.dev_answers(adapter), references)
-        tried[factor] = Scaled(factor, dev, meter.measure(adapter))
+        tried[factor] = Scaled(factor, measurement.dev_scores(adapter).total(), meter.measure(adapter))
     chosen = choose([*tried.values()], margin)
     rule = f"the least forgetting of those that lose less than {points_text(margin)[1:]} points on dev against the best"
     lineage = {"factor": chosen.factor, "rule": rule, "metric": metric, "tried": _account([*tried.values()])}
     kept = parent if chosen.factor == 1 else _keep(measurement, parent, adapters[chosen.factor], lineage)
     shutil.rmtree(trial, ignore_errors=True)
-    return ScaleResult(parent, kept, tuple(tried.values()), chosen, metric, len(references), rule)
+    return ScaleResult(
+        parent, kept, tuple(tried.values()), chosen, metric, len(measurement.version.examples("dev")), rule
+    )
 
 
 def choose(tried: Sequence[Scaled], margin: float) -> Scaled:

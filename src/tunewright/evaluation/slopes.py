@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import t
 
 from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.statistics import RESAMPLES, Floats, Integers, bootstrap_sums, cluster_sums
-from tunewright.metrics import BLEU_COLUMNS, corpus_bleu
+from tunewright.evaluation.statistics import RESAMPLES, Floats, bootstrap_sums, cluster_sums
 
 
 @dataclass(frozen=True)
@@ -31,24 +30,24 @@ def slope_weights(rows: Sequence[float]) -> Floats:
     return weights
 
 
-def exact_match_slope(
-    right: NDArray[np.bool_], rows: NDArray[np.int64], clusters: Sequence[str], seed: int, resamples: int = RESAMPLES
+def share_slope(
+    right: Floats, rows: NDArray[np.int64], clusters: Sequence[str], seed: int, resamples: int = RESAMPLES
 ) -> Slope:
-    """The slope of exact match.
+    """The slope of a share of right answers.
 
     Two made-up clusters of mean size join the resampling, one all wrong with the fewest rows and all right with the
-    most, one the other way round: as in `statistics.exact_match_difference`, and for the same reason. Without them ten
+    most, one the other way round: as in `statistics.difference_interval`, and for the same reason. Without them ten
     items that no adapter gets right would give the interval [0, 0].
 
     Args:
-        right: which items each adapter got right, [seeds, sizes, items]; two seeds at least.
+        right: 1 where an adapter got an item right, else 0, [seeds, sizes, items]; two seeds at least.
         rows: training rows of each adapter, [seeds, sizes].
         clusters: the items' clusters.
         seed: decides the resamples.
         resamples: how many.
     """
     weights = np.array([slope_weights(row) for row in rows])
-    by_item: Floats = np.einsum("rsi,rs->ri", right.astype(np.float64), weights)  # [seeds, items]
+    by_item: Floats = np.einsum("rsi,rs->ri", right, weights)  # [seeds, items]
     sums = cluster_sums(np.column_stack([by_item.mean(axis=0), np.ones(by_item.shape[1])]), clusters)
     steepest = float(np.maximum(weights, 0).sum(axis=1).mean())
     size = by_item.shape[1] / len(sums)
@@ -56,22 +55,34 @@ def exact_match_slope(
     return _combined(by_item.mean(axis=1), drawn[:, 0] / drawn[:, 1], len(sums))
 
 
-def bleu_slope(
-    statistics: Integers, rows: NDArray[np.int64], clusters: Sequence[str], seed: int, resamples: int = RESAMPLES
+def corpus_slope(
+    statistics: Floats,
+    corpus: Callable[[Floats], Floats],
+    rows: NDArray[np.int64],
+    clusters: Sequence[str],
+    seed: int,
+    resamples: int = RESAMPLES,
 ) -> Slope:
-    """The slope of corpus BLEU; ``statistics`` are [seeds, sizes, items, BLEU_COLUMNS], the rest as for exact match."""
-    seeds, sizes, items, _ = statistics.shape
+    """The slope of a mean of graded scores, or of a metric of the corpus.
+
+    Args:
+        statistics: of each item's answer by each adapter, [seeds, sizes, items, columns].
+        corpus: the score of column sums, [..., columns] to [...].
+        rows, clusters, seed, resamples: as for `share_slope`.
+    """
+    seeds, sizes, items, width = statistics.shape
     weights = np.array([slope_weights(row) for row in rows])
-    columns = np.moveaxis(statistics, 2, 0).reshape(items, seeds * sizes * BLEU_COLUMNS)
+    columns = np.moveaxis(statistics, 2, 0).reshape(items, seeds * sizes * width)
     sums = cluster_sums(columns, clusters)
 
-    def score(row: Integers) -> Floats:
-        scores = [[corpus_bleu(size) for size in one] for one in row.reshape(seeds, sizes, BLEU_COLUMNS)]
-        slopes: Floats = (weights * scores).sum(axis=1)
-        return slopes
+    def slopes(drawn: Floats) -> Floats:
+        """[..., seeds * sizes * columns] to [..., seeds]."""
+        scores = corpus(drawn.reshape(*drawn.shape[:-1], seeds, sizes, width))
+        each: Floats = (weights * scores).sum(axis=-1)
+        return each
 
-    drawn = np.array([score(row).mean() for row in bootstrap_sums(sums, seed, resamples)])
-    return _combined(score(sums.sum(axis=0)), drawn, len(sums))
+    drawn = slopes(bootstrap_sums(sums, seed, resamples)).mean(axis=-1)
+    return _combined(slopes(sums.sum(axis=0)), drawn, len(sums))
 
 
 def _combined(by_seed: Floats, drawn: Floats, clusters: int) -> Slope:

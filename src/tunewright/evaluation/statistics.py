@@ -1,4 +1,4 @@
-"""Intervals, paired tests and power on items that come in clusters.
+"""Intervals and paired tests on items that come in clusters.
 
 Items of one cluster (near-duplicates, a document, a template) are not independent, so clusters are what is resampled,
 what arms are swapped over, and what an item count is discounted by. After Miller, "Adding Error Bars to Evals"
@@ -9,17 +9,14 @@ what arms are swapped over, and what an item count is discounted by. After Mille
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
-from tunewright.evaluation.evidence import Arm, ArmKind, Contrast
-from tunewright.evaluation.parts import Interval, Score
-from tunewright.metrics import BLEU_COLUMNS, bleu_statistics, corpus_bleu, exact_matches
-from tunewright.recipe import Metric
+from tunewright.evaluation.parts import Interval
 
 RESAMPLES = 10_000
 
@@ -103,23 +100,38 @@ def percentiles(values: Floats) -> Interval:
     return Interval(low=float(low), high=float(high))
 
 
-def exact_match_difference(changes: Floats, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES) -> Interval:
-    """95% interval of a difference in exact match: percentile bootstrap over clusters, adjusted for small samples.
+def difference_interval(
+    changes: Floats, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES, *, reach: float = 1.0
+) -> Interval:
+    """95% interval of a mean difference: percentile bootstrap over clusters, adjusted for small samples.
 
-    Two made-up clusters of mean size join the resampling, one all fixed and one all broken. That is Bonett and Price's
-    adjustment (2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
-    data") in the bootstrap's terms: without it, ten items on which the arms agree would give the interval [0, 0].
+    Two made-up clusters of mean size join the resampling, in one every item gains ``reach``, in the other every item
+    loses it. For right and wrong that is Bonett and Price's adjustment (2012, "Adjusted Wald confidence interval for a
+    difference of binomial proportions based on paired data") in the bootstrap's terms: without it, ten items on which
+    the arms agree would give the interval [0, 0].
 
     Args:
-        changes: treatment minus control, each item +1 (fixed), 0 or -1 (broken); [items].
+        changes: treatment minus control, each item from -1 to 1; [items].
         clusters: the items' clusters.
         seed: decides the resamples.
         resamples: how many.
+        reach: how much the made-up items change.
     """
+    return percentiles(_drawn_differences(changes, clusters, seed, resamples, reach))
+
+
+def _drawn_differences(changes: Floats, clusters: Sequence[str], seed: int, resamples: int, reach: float) -> Floats:
     sums = cluster_sums(np.column_stack([changes, np.ones_like(changes)]), clusters)
     size = len(changes) / len(sums)
-    drawn = bootstrap_sums(np.vstack([sums, [[size, size], [-size, size]]]), seed, resamples)
-    return percentiles(drawn[:, 0] / drawn[:, 1])
+    made_up = [[size * reach, size], [-size * reach, size]]
+    drawn = bootstrap_sums(np.vstack([sums, made_up]), seed, resamples)
+    means: Floats = drawn[:, 0] / drawn[:, 1]
+    return means
+
+
+def farthest(changes: Floats) -> float:
+    """The largest change of an item, either way: the ``reach`` of graded scores. 1 where no item changes."""
+    return float(np.abs(changes).max()) or 1.0
 
 
 # Tests
@@ -151,11 +163,11 @@ def exact_mcnemar(changes: Floats, clusters: Sequence[str]) -> float:
 def swapping_test(
     treatment: NDArray[Any],
     control: NDArray[Any],
-    score: Callable[[NDArray[Any]], float],
+    score: Callable[[Floats], Floats],
     seed: int,
     trials: int = RESAMPLES,
 ) -> float:
-    """Two-sided p-value of a corpus score by paired approximate randomisation over clusters.
+    """Two-sided p-value of a metric by paired approximate randomisation over clusters.
 
     In every trial each cluster's statistics change sides with chance one half; p is the share of trials (the observed
     one counted in, so never 0) whose difference is at least as large as the observed one. After Riezler and Maxwell
@@ -164,7 +176,7 @@ def swapping_test(
     Args:
         treatment: statistics summed by cluster, [clusters, columns].
         control: the same for the other arm.
-        score: the corpus score of column sums.
+        score: the score of column sums: [..., columns] to [...].
         seed: decides the swaps.
         trials: how many.
     """
@@ -172,155 +184,64 @@ def swapping_test(
     gain = treatment - control
     treatment_sum, control_sum = treatment.sum(axis=0), control.sum(axis=0)
     # Rounding must not turn a swap that changes nothing into a smaller difference.
-    observed = abs(score(treatment_sum) - score(control_sum)) - 1e-12
+    observed = abs(float(score(treatment_sum) - score(control_sum))) - 1e-12
     reached = 1
     for rows in _chunks(trials, len(gain)):
         moved = rng.integers(2, size=(rows, len(gain))) @ gain
-        for shift in moved:
-            reached += abs(score(treatment_sum - shift) - score(control_sum + shift)) >= observed
+        reached += int((np.abs(score(treatment_sum - moved) - score(control_sum + moved)) >= observed).sum())
     return reached / (trials + 1)
 
 
-# Power
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for being several (Holm 1979): each at most 0.05 with all true nulls kept in 95% of the cases.
+
+    The smallest is multiplied by how many there are, the next by one less, and so on, and none comes out smaller than
+    one that was smaller before.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min((len(p_values) - rank) * p_values[place], 1.0))
+        adjusted[place] = highest
+    return adjusted
 
 
-def minimum_detectable_effect(items: float, discordant: float, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest true difference in exact match that a paired two-sided test finds with this power.
+@dataclass(frozen=True)
+class NonInferiority:
+    """Whether a treatment is at most ``margin`` worse than its control."""
 
-    Solves Miettinen's (1968) n = (z_(1-alpha/2) sqrt(q) + z_power sqrt(q - d^2))^2 / d^2 for d. A difference is never
-    larger than the share of items that changed, so where few changed q grows with d: all of them change one way.
+    difference: float
+    """Treatment minus control, the mean over items."""
+    lower: float
+    """One-sided 95% bound: the true difference is above it in 95% of the cases."""
+    margin: float
+
+    @property
+    def shown(self) -> bool:
+        """The bound lies above minus the margin. False is no proof of harm: the items may be too few."""
+        return self.lower > -self.margin
+
+
+def noninferiority(
+    changes: Floats,
+    clusters: Sequence[str],
+    margin: float,
+    seed: int,
+    resamples: int = RESAMPLES,
+    *,
+    reach: float | None = 1.0,
+) -> NonInferiority:
+    """Test, with items paired and clusters kept whole, that a treatment loses less than ``margin`` (one-sided, 5%).
 
     Args:
-        items: number of independent items (`effective_items` of clustered ones).
-        discordant: q, the share of items that exactly one arm gets right.
-        power: chance of finding the difference.
-        alpha: level of the two-sided test.
-
-    Returns:
-        A share; 1.0 where no difference could be found.
+        changes: treatment minus control, higher being better, in any unit; [items].
+        clusters: the items' clusters.
+        margin: the loss that would matter, above 0, in the same unit.
+        seed: decides the resamples.
+        resamples: how many.
+        reach: as in `difference_interval`; None: the largest change seen, for what has no largest change of its own.
     """
-    z_alpha, z_power = norm.ppf(1 - alpha / 2), norm.ppf(power)
-
-    def excess(d: float) -> float:
-        q = max(discordant, d)
-        return float(np.sqrt(items) * d - z_alpha * np.sqrt(q) - z_power * np.sqrt(max(q - d * d, 0.0)))
-
-    if excess(1.0) <= 0:
-        return 1.0
-    return float(brentq(excess, 1e-12, 1.0))
-
-
-# Parts of the evidence
-
-
-def score_arm(
-    *,
-    name: str,
-    kind: ArmKind,
-    shots: int,
-    answers: Sequence[str],
-    references: Sequence[str],
-    clusters: Sequence[str],
-    truncated: int,
-    prompt_tokens: float,
-    seed: int,
-    resamples: int = RESAMPLES,
-) -> Arm:
-    """Measure one arm by both metrics; ``answers``, ``references`` and ``clusters`` are per item, at least one."""
-    right = exact_matches(answers, references)
-    worth = effective_items(right.astype(np.float64), clusters)
-    share = float(right.mean())
-    sums = cluster_sums(bleu_statistics(answers, references), clusters)
-    bleus = np.array([corpus_bleu(row) for row in bootstrap_sums(sums, seed, resamples)])
-    independent = round(worth) == len(right)
-    return Arm(
-        name=name,
-        kind=kind,
-        shots=shots,
-        items=len(right),
-        exact=int(right.sum()),
-        exact_match=Score(
-            value=share,
-            interval=wilson(share, worth),
-            method="Wilson" if independent else f"Wilson, {worth:.0f} effective items",
-        ),
-        bleu=Score(value=corpus_bleu(sums.sum(axis=0)), interval=percentiles(bleus), method=_bootstrap_name(resamples)),
-        truncated=truncated,
-        prompt_tokens=prompt_tokens,
-    )
-
-
-def contrast(
-    *,
-    treatment: str,
-    control: str,
-    treatment_answers: Sequence[str],
-    control_answers: Sequence[str],
-    references: Sequence[str],
-    clusters: Sequence[str],
-    metric: Metric,
-    seed: int,
-    resamples: int = RESAMPLES,
-) -> Contrast:
-    """Compare two arms on the same items by ``metric``; fixed and broken are by exact match whatever the metric."""
-    right = exact_matches(treatment_answers, references).astype(np.float64)
-    changes = right - exact_matches(control_answers, references)
-    if metric == "exact_match":
-        measured = _exact_match_contrast(changes, clusters, seed, resamples)
-    else:
-        measured = _bleu_contrast(
-            cluster_sums(bleu_statistics(treatment_answers, references), clusters),
-            cluster_sums(bleu_statistics(control_answers, references), clusters),
-            seed,
-            resamples,
-        )
-    return Contrast(
-        treatment=treatment,
-        control=control,
-        metric=metric,
-        fixed=int((changes > 0).sum()),
-        broken=int((changes < 0).sum()),
-        **measured,
-    )
-
-
-def _exact_match_contrast(changes: Floats, clusters: Sequence[str], seed: int, resamples: int) -> dict[str, Any]:
-    worth = effective_items(changes, clusters)
-    return {
-        "difference": float(changes.mean()),
-        "interval": exact_match_difference(changes, clusters, seed, resamples),
-        "interval_method": f"{_bootstrap_name(resamples)}, Bonett-Price adjusted",
-        "p_value": exact_mcnemar(changes, clusters),
-        "test": "exact McNemar" if len(set(clusters)) == len(clusters) else "exact McNemar by cluster",
-        "effective_items": worth,
-        "minimum_detectable_effect": minimum_detectable_effect(worth, float(np.abs(changes).mean())),
-    }
-
-
-def _bleu_contrast(ours: Integers, theirs: Integers, seed: int, resamples: int) -> dict[str, Any]:
-    drawn = bootstrap_sums(np.hstack([ours, theirs]), seed, resamples)
-    differences = np.array([corpus_bleu(row[:BLEU_COLUMNS]) - corpus_bleu(row[BLEU_COLUMNS:]) for row in drawn])
-    return {
-        "difference": corpus_bleu(ours.sum(axis=0)) - corpus_bleu(theirs.sum(axis=0)),
-        "interval": percentiles(differences),
-        "interval_method": _bootstrap_name(resamples),
-        "p_value": swapping_test(ours, theirs, corpus_bleu, seed, resamples),
-        "test": f"paired randomisation by cluster, {resamples:,} trials",
-        "effective_items": None,
-        "minimum_detectable_effect": _bleu_effect(differences, len(ours)),
-    }
-
-
-def _bootstrap_name(resamples: int) -> str:
-    return f"percentile bootstrap over clusters, {resamples:,} resamples"
-
-
-def _bleu_effect(differences: Floats, clusters: int) -> float:
-    """Smallest true BLEU difference found with 80% power: 2.8 standard errors of the resampled difference.
-
-    Where nothing varies, it is the share of clusters that would have had to change to be noticed.
-    """
-    error = float(differences.std())
-    if error < 1e-12:
-        return minimum_detectable_effect(clusters, 0.0)
-    return float(_Z_INTERVAL + norm.ppf(0.8)) * error
+    assert margin > 0
+    drawn = _drawn_differences(changes, clusters, seed, resamples, farthest(changes) if reach is None else reach)
+    return NonInferiority(float(changes.mean()), float(np.quantile(drawn, 0.05)), margin)

@@ -9,6 +9,7 @@ from typing import Literal
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence
 from tunewright.evaluation.general.rule import standing
 from tunewright.metrics import p_text, points_text, score_text
+from tunewright.recipe import MetricName
 
 Decision = Literal["ship", "don't ship", "can't tell"]
 
@@ -17,7 +18,7 @@ FEWEST_CLUSTERS = 6
 """With c clusters the smallest two-sided p of a test that swaps them is 2 / 2**c: below 0.05 from six on."""
 
 _EXIT_CODES: dict[Decision, int] = {"ship": 0, "don't ship": 3, "can't tell": 4}
-_TRUNCATED_SHARE = 0.05  # above this, a low score may be the token limit's doing
+_TOLD_SHARE = 0.05  # of answers: above this, a low score may be the token limit's or the format's doing
 
 # Widening the sample until the interval's end just touches the margin would succeed every other time; this succeeds
 # in 80% of the cases: ((z_0.975 + z_0.8) / z_0.975) squared.
@@ -41,8 +42,9 @@ def verdict(evidence: Evidence) -> Verdict:
     """Decide by the first contrast: the tuned arm against the best prompting arm.
 
     Ship when the whole 95% interval lies above the margin and the test is significant too (resampling a handful of
-    items proves nothing). Don't ship when the whole interval lies at or below the margin, or when tuned is
-    significantly worse. Otherwise, and always with fewer than `FEWEST_CLUSTERS` clusters, it can't be told.
+    items proves nothing), with its p-value adjusted for all declared contrasts. Don't ship when the whole interval
+    lies at or below the margin, or when tuned is significantly worse. Otherwise, and always with fewer clusters than
+    can be significant, it can't be told.
 
     Whatever the gain, don't ship what is worse at a suite of general ability that may decide; and where such a suite
     cannot tell, neither can the verdict, unless it is a "don't ship" already.
@@ -50,7 +52,14 @@ def verdict(evidence: Evidence) -> Verdict:
     contrast = evidence.contrasts[0]
     decision, why = _decide(evidence, contrast)
     decision, general = _with_general(evidence, decision)
-    reasons = (_measurement(evidence, contrast), *why, *general, *_scope(evidence), *_cautions(evidence, contrast))
+    reasons = (
+        _measurement(evidence, contrast),
+        *why,
+        *_left_out(contrast),
+        *general,
+        *_scope(evidence),
+        *_cautions(evidence, contrast),
+    )
     return Verdict(decision, reasons)
 
 
@@ -70,12 +79,14 @@ def _with_general(evidence: Evidence, decision: Decision) -> tuple[Decision, lis
 
 def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]]:
     margin = _points(evidence.margin)
-    if evidence.clusters < FEWEST_CLUSTERS:
+    fewest = fewest_clusters(len(evidence.deciding))
+    if contrast.clusters < fewest:
         return "can't tell", [
-            f"The test items form {_count(evidence.clusters, 'independent cluster')}; below {FEWEST_CLUSTERS} no "
+            f"The test items form {_count(contrast.clusters, 'independent cluster')}; below {fewest} no "
             f"difference can be significant. {_more_items(evidence)}"
         ]
-    if contrast.difference < 0 and contrast.p_value < SIGNIFICANT:
+    p_value = contrast.p_value if contrast.p_adjusted is None else contrast.p_adjusted
+    if contrast.difference < 0 and p_value < SIGNIFICANT:
         return "don't ship", [f"Tuned is significantly worse than {contrast.control}."]
     if contrast.interval.high <= evidence.margin:
         return "don't ship", [f"The whole interval lies at or below the margin of {margin}: no gain worth shipping."]
@@ -85,12 +96,27 @@ def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]
             _power(evidence, contrast),
             _what_would_settle_it(evidence, contrast),
         ]
-    if contrast.p_value >= SIGNIFICANT:
+    if p_value >= SIGNIFICANT:
         return "can't tell", [
             f"The interval lies above the margin of {margin}, but the test, which guards small samples, does not "
             f"confirm it. {_more_items(evidence)}",
         ]
     return "ship", [f"The whole interval lies above the margin of {margin}, and the test agrees."]
+
+
+def fewest_clusters(contrasts: int) -> int:
+    """Fewer independent clusters than this cannot be significant, with p adjusted for so many contrasts."""
+    return math.floor(math.log2(2 * contrasts / SIGNIFICANT)) + 1
+
+
+def _left_out(contrast: Contrast) -> list[str]:
+    """The items that the contrast is not of."""
+    if not contrast.left_out:
+        return []
+    why = "; ".join(f"{reason} ({count:,})" for reason, count in contrast.left_out.items())
+    return [
+        f"Left out, as they cannot be scored in both arms: {_count(sum(contrast.left_out.values()), 'item')}: {why}."
+    ]
 
 
 def _more_items(evidence: Evidence) -> str:
@@ -115,12 +141,28 @@ def _scope(evidence: Evidence) -> list[str]:
 def _measurement(evidence: Evidence, contrast: Contrast) -> str:
     treatment, control = evidence.arm(contrast.treatment), evidence.arm(contrast.control)
     interval = contrast.interval
+    better, worse = changed_words(evidence, contrast.metric)
     how = "" if evidence.design == "held-out" else f", cross-fitted in {len(evidence.folds)} folds"
     return (
-        f"{_scored(evidence, treatment)} against {_scored(evidence, control)} on {_count(evidence.items, 'test item')} "
-        f"({_count(evidence.clusters, 'cluster')}){how}: {points_text(contrast.difference)} points, 95% interval "
-        f"{points_text(interval.low)} to {points_text(interval.high)}, {p_text(contrast.p_value)} ({contrast.test}); "
-        f"{contrast.fixed} fixed, {contrast.broken} broken."
+        f"{_scored(evidence, treatment)} against {_scored(evidence, control)} "
+        f"on {_count(contrast.scored, 'test item')} ({_count(contrast.clusters, 'cluster')}){how}: "
+        f"{points_text(contrast.difference)} points, 95% interval {points_text(interval.low)} to "
+        f"{points_text(interval.high)}, {_tested(evidence, contrast)}; {contrast.fixed} {better}, "
+        f"{contrast.broken} {worse}."
+    )
+
+
+def changed_words(evidence: Evidence, metric: MetricName) -> tuple[str, str]:
+    """What items are called that the treatment changed for the better and for the worse."""
+    return ("fixed", "broken") if evidence.metrics[metric].kind == "right or wrong" else ("better", "worse")
+
+
+def _tested(evidence: Evidence, contrast: Contrast) -> str:
+    if contrast.p_adjusted is None or len(evidence.deciding) == 1:
+        return f"{p_text(contrast.p_value)} ({contrast.test})"
+    return (
+        f"{p_text(contrast.p_value)} ({contrast.test}), {p_text(contrast.p_adjusted)} adjusted for "
+        f"{len(evidence.deciding)} contrasts"
     )
 
 
@@ -138,21 +180,26 @@ def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:
     half = contrast.difference - contrast.interval.low if gap > 0 else contrast.interval.high - contrast.difference
     if half * math.sqrt(_POWER_FACTOR / 20) >= abs(gap):
         return f"The difference is so close to the margin that even 20 times as many {unit} would hardly settle it."
-    needed = _two_digits(evidence.items * max(_POWER_FACTOR * (half / gap) ** 2, 1.1))
+    needed = _two_digits(contrast.scored * max(_POWER_FACTOR * (half / gap) ** 2, 1.1))
     side = "above" if gap > 0 else "below"
     return (
-        f"About {needed:,} {unit} in all ({needed - evidence.items:,} more) would settle it, "
+        f"About {needed:,} {unit} in all ({needed - contrast.scored:,} more) would settle it, "
         f"if the true difference is {points_text(contrast.difference)} points ({side} the margin)."
     )
 
 
 def _cautions(evidence: Evidence, contrast: Contrast) -> list[str]:
     arms = [evidence.arm(contrast.treatment), evidence.arm(contrast.control)]
+    outside = [(arm, arm.score(evidence.metric).outside) for arm in arms]
     return [
         f"Caution: {arm.truncated} of {arm.items} answers of {arm.name} ran into the token limit; "
         f"raise evaluate.max_new_tokens to see whether that is why they score low."
         for arm in arms
-        if arm.truncated > _TRUNCATED_SHARE * arm.items
+        if arm.truncated > _TOLD_SHARE * arm.items
+    ] + [
+        f"Caution: {count} of {arm.items} answers of {arm.name} are none of the declared choices, and count as wrong."
+        for arm, count in outside
+        if count > _TOLD_SHARE * arm.items
     ]
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from tunewright.recipe.data import DataRecipe, Findable, MixRecipe
 from tunewright.recipe.general import GeneralRecipe
 from tunewright.recipe.judge import EndpointRecipe, JudgeRecipe, ReferenceModelRecipe
-from tunewright.recipe.section import Metric, Quantize, Section
+from tunewright.recipe.metrics import Metric, MetricName, metric_name
+from tunewright.recipe.section import Quantize, Section
 from tunewright.recipe.train import PRESETS, ReplayRecipe, Tracker, TrainRecipe
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "GeneralRecipe",
     "JudgeRecipe",
     "Metric",
+    "MetricName",
     "MixRecipe",
     "Quantize",
     "Recipe",
@@ -35,6 +37,7 @@ __all__ = [
     "ServeRecipe",
     "Tracker",
     "TrainRecipe",
+    "metric_name",
 ]
 
 
@@ -70,8 +73,16 @@ class EvaluateRecipe(Section):
 
     metric: Annotated[
         Metric,
-        Field(description="What decides: exact_match (outer white space apart) or corpus BLEU (sacrebleu)."),
+        Field(
+            description="What decides: exact_match, bleu, chrf, token_f1, json (F1 over an object's fields) or "
+            "json_valid; or, with settings, {exact_match: {casefold: true}}, {choices: [granted, denied]}, "
+            "{json: {fields: [name, date]}}, {regex: '[A-Z]+-[0-9]+'}, {python: 'module:function'}."
+        ),
     ] = "exact_match"
+    also: Annotated[
+        tuple[Metric, ...],
+        Field(description="Metrics measured beside it, which decide nothing: [bleu, chrf]."),
+    ] = ()
     shots: Annotated[
         tuple[Annotated[int, Field(ge=1, le=64)], ...],
         Field(
@@ -108,6 +119,21 @@ class EvaluateRecipe(Section):
             description="The gain over the best prompting arm that is worth shipping: 0.02 is 2 points.",
         ),
     ] = 0.02
+
+    @field_validator("also")
+    @classmethod
+    def _once(cls, also: tuple[Metric, ...], info: ValidationInfo) -> tuple[Metric, ...]:
+        names = [metric_name(m) for m in also]
+        names += [metric_name(info.data["metric"])] if "metric" in info.data else []
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"{', '.join(sorted(twice))} is measured already")
+        return also
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """All metrics to measure; the first decides."""
+        return (self.metric, *self.also)
 
 
 class ServeRecipe(Section):

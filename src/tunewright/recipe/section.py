@@ -6,8 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Metric = Literal["exact_match", "bleu"]
-
 Quantize = Literal["none", "nf4"]
 """How a base is held in memory."""
 

@@ -16,9 +16,9 @@ from markupsafe import Markup
 
 from tunewright.disk import write_text
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence, Item
-from tunewright.evaluation.verdict import verdict
-from tunewright.metrics import exact_matches, normalised, p_text, points_text, score_text
-from tunewright.recipe import Metric
+from tunewright.evaluation.verdict import changed_words, verdict
+from tunewright.metrics import axis_label, metric_label, p_text, points_text, score_text
+from tunewright.recipe import MetricName
 from tunewright.report.plots import PLAIN, PROMPTING, TUNED, Bar, forest_plot, training_plot
 from tunewright.training.choosing import best_of, evaluations
 
@@ -34,6 +34,8 @@ class ShownAnswer:
     """An answer cut into pieces, each the same as in the reference, extra, or missing from the answer."""
 
     right: bool
+    mark: str
+    """``✓ right``, or of graded answers the score."""
     pieces: list[tuple[Literal["same", "extra", "missing"], str]]
 
 
@@ -63,7 +65,7 @@ def write_report(evidence: Evidence, items: Sequence[Item], history: Sequence[di
 def render_report(evidence: Evidence, items: Sequence[Item], history: Sequence[dict[str, Any]]) -> str:
     """The report as HTML text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"points": points_text, "p": p_text, "percent": "{:.1f}%".format}
+    environment.filters |= {"points": points_text, "p": p_text, "percent": "{:.1f}%".format, "capfirst": _capitalised}
     template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
     first = evidence.contrasts[0]
     result = verdict(evidence)
@@ -76,6 +78,10 @@ def render_report(evidence: Evidence, items: Sequence[Item], history: Sequence[d
         treatment=evidence.arm(first.treatment),
         control=evidence.arm(first.control),
         score=score_text,
+        axis=axis_label(evidence.metric),
+        label=metric_label,
+        words=changed_words(evidence, first.metric),
+        graded=evidence.metrics[first.metric].kind != "right or wrong",
         figures=_figures(evidence, history),
         loss_words=_loss_words(history, _trained_by(evidence)),
         counts={name: len(group) for name, group in groups.items()},
@@ -91,7 +97,7 @@ def render_report(evidence: Evidence, items: Sequence[Item], history: Sequence[d
 
 
 def _figures(evidence: Evidence, history: Sequence[dict[str, Any]]) -> dict[str, Markup]:
-    axis = "exact match, %" if evidence.metric == "exact_match" else "corpus BLEU"
+    axis = axis_label(evidence.metric)
     drawn = {
         "arms": forest_plot(
             "arms",
@@ -103,7 +109,7 @@ def _figures(evidence: Evidence, history: Sequence[dict[str, Any]]) -> dict[str,
         "contrasts": forest_plot(
             "contrasts",
             "Differences between arms in points, with 95% intervals, against the margin",
-            [_contrast_bar(contrast) for contrast in evidence.contrasts],
+            [_contrast_bar(contrast) for contrast in evidence.deciding],
             axis="tuned minus this arm, points",
             margin=100 * evidence.margin,
         ),
@@ -134,14 +140,14 @@ def _contrast_bar(contrast: Contrast) -> Bar:
     return Bar(contrast.control, 100 * contrast.difference, low, high, text, TUNED)
 
 
-def _trained_by(evidence: Evidence) -> Metric:
+def _trained_by(evidence: Evidence) -> MetricName:
     """The metric by which the training chose what to keep; the evaluation's, where the adapter's lineage has none."""
     training = evidence.lineage.get("adapter", {}).get("lineage", {}).get("training", {})
-    metric: Metric = training.get("metric") or evidence.metric
+    metric: MetricName = training.get("metric") or evidence.metric
     return metric
 
 
-def _loss_words(history: Sequence[dict[str, Any]], metric: Metric) -> str:
+def _loss_words(history: Sequence[dict[str, Any]], metric: MetricName) -> str:
     evaluated = evaluations(history)
     if not evaluated:
         return "No dev loss was measured during training."
@@ -161,15 +167,23 @@ Numbered = tuple[int, Item]
 
 
 def _sorted_items(items: Sequence[Item], contrast: Contrast) -> dict[str, list[Numbered]]:
-    """The items, numbered from 1 in their own order, by what the treatment did to them."""
-    references = [item.reference for item in items]
-    ours = exact_matches([item.answers[contrast.treatment] for item in items], references)
-    theirs = exact_matches([item.answers[contrast.control] for item in items], references)
-    groups: dict[str, list[Numbered]] = {"broken": [], "fixed": [], "still_wrong": [], "both_right": []}
-    names = {(0, 1): "broken", (1, 0): "fixed", (0, 0): "still_wrong", (1, 1): "both_right"}
-    for numbered, treatment, control in zip(enumerate(items, 1), ours, theirs, strict=True):
-        groups[names[int(treatment), int(control)]].append(numbered)
+    """The items, numbered from 1 in their own order, by what the treatment did to their score."""
+    groups: dict[str, list[Numbered]] = {
+        name: [] for name in ("broken", "fixed", "still_wrong", "both_right", "unscored")
+    }
+    for number, item in enumerate(items, 1):
+        scores = item.scores[contrast.metric]
+        ours, theirs = scores.get(contrast.treatment), scores.get(contrast.control)
+        groups[_group(ours, theirs)].append((number, item))
     return groups
+
+
+def _group(ours: float | None, theirs: float | None) -> str:
+    if ours is None or theirs is None:
+        return "unscored"
+    if ours != theirs:
+        return "fixed" if ours > theirs else "broken"
+    return "both_right" if ours == 1 else "still_wrong"
 
 
 def _shown(numbered: Sequence[Numbered], contrast: Contrast) -> list[ShownItem]:
@@ -178,26 +192,39 @@ def _shown(numbered: Sequence[Numbered], contrast: Contrast) -> list[ShownItem]:
             number,
             item.input,
             item.reference,
-            _answer(item.answers[contrast.control], item.reference),
-            _answer(item.answers[contrast.treatment], item.reference),
+            _answer(item, contrast.control, contrast.metric),
+            _answer(item, contrast.treatment, contrast.metric),
         )
         for number, item in numbered
     ]
 
 
-def _answer(answer: str, reference: str) -> ShownAnswer:
-    """Cut ``answer`` where it differs from ``reference``, by words."""
-    right = normalised(answer) == normalised(reference)
+def _answer(item: Item, arm: str, metric: MetricName) -> ShownAnswer:
+    """Cut the arm's answer where it differs from the reference, by words; it is right where it has the full score."""
+    answer, reference = item.answers[arm], item.reference
+    score = item.scores[metric].get(arm)
+    right, mark = score == 1, _mark(score)
     if right or not answer:
-        return ShownAnswer(right, [("same", answer)])
+        return ShownAnswer(right, mark, [("same", answer)])
     theirs, ours = (re.findall(r"\w+|\s+|.", text) for text in (reference, answer))
-    shown = ShownAnswer(right, [])
+    shown = ShownAnswer(right, mark, [])
     for tag, a, b, c, d in difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
         if c < d:
             shown.pieces.append(("same" if tag == "equal" else "extra", "".join(ours[c:d])))
         else:
             shown.pieces.append(("missing", "".join(theirs[a:b])))
     return shown
+
+
+def _mark(score: float | None) -> str:
+    if score is None:
+        return "not scored"
+    return {1.0: "✓ right", 0.0: "✗ wrong"}.get(score, f"score {score:.2f}")
+
+
+def _capitalised(text: str) -> str:
+    """With a capital first letter, and the others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 # Lineage

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tunewright.evaluation.curve import Curve
-from tunewright.recipe import Metric
+from tunewright.metrics import axis_label
+from tunewright.recipe import MetricName
 from tunewright.training.choosing import best_of, evaluations, pairs_loss
 
 # Matplotlib knows no CSS: these stand in for what the page decides, and are replaced in the finished SVG.
@@ -129,7 +130,7 @@ def forest_plot(
         return _inline(figure, name, title)
 
 
-def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metric: Metric) -> str:
+def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metric: MetricName) -> str:
     """A run by its steps: the losses on train and dev, below them the task's metric on dev, and the step that was kept.
 
     Args:
@@ -162,7 +163,7 @@ def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metr
         panels = [axes]
         if scores:
             below = figure.add_axes((0.11, _FOOT / height, 0.87, (_METRIC_HEIGHT - _FOOT) / height), sharex=axes)
-            below.set_ylabel("dev exact, %" if metric == "exact_match" else "dev BLEU")
+            below.set_ylabel(f"dev {axis_label(metric)}")
             below.yaxis.set_major_locator(MaxNLocator(4))
             below.plot(*zip(*scores, strict=True), color=TUNED, linewidth=2, marker="o", markersize=6, clip_on=False)
             below.set_ylim(0, 1.08 * max(score for _, score in scores) or 1)
@@ -194,7 +195,7 @@ def curve_plot(curve: Curve) -> str:
         axes = figure.add_axes((0.12, 0.19, 0.85, 0.74))
         axes.set_xscale("log", base=2)
         axes.set_xlabel("training rows")
-        axes.set_ylabel("exact match, %" if curve.metric == "exact_match" else "BLEU")
+        axes.set_ylabel(axis_label(curve.metric))
         axes.grid(axis="y", linewidth=0.7)
         axes.plot(*zip(*means, strict=True), color=TUNED, linewidth=2, label=f"mean of {len(curve.seeds)} seeds")
         rows, scores = [p.rows for p in curve.points], [100 * p.score for p in curve.points]

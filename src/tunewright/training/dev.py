@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, answer_text, stop_strings
+from tunewright.data.examples import Example
 from tunewright.data.versions import Member
-from tunewright.metrics import corpus_score
+from tunewright.metrics import Scorer, score_all, scorer_of
 from tunewright.models.decoding import Request, generate
 from tunewright.progress import Reporter
-from tunewright.recipe import Metric, Recipe
+from tunewright.recipe import Recipe
 
 _ADAPTER = "default"
 """What peft calls the one adapter that is being trained."""
@@ -23,9 +25,10 @@ _ADAPTER = "default"
 class DevTask:
     """Dev rows to answer at each evaluation, with the model as it is then."""
 
-    metric: Metric
+    scorer: Scorer
     requests: tuple[Request, ...]
-    references: tuple[str, ...]
+    examples: tuple[Example, ...]
+    """What was asked, with what should be answered."""
     batch_size: int
     chat: ChatFormat
     reporter: Reporter
@@ -50,12 +53,17 @@ class DevTask:
         return [answer_text(self.chat, c) for c in completions]
 
     def worth(self, answers: Sequence[str]) -> float:
-        """What the answers to all requests are worth by the metric, as a share from 0 to 1."""
-        return corpus_score(self.metric, answers, self.references)
+        """What the answers to all requests are worth by the deciding metric, as a share from 0 to 1.
+
+        Raises:
+            UserError: not one of them can be scored.
+        """
+        return score_all(self.scorer, answers, self.examples).total()
 
 
 def dev_task(
     recipe: Recipe,
+    root: Path,
     chat: ChatFormat,
     train: Sequence[Member],
     dev: Sequence[Member],
@@ -66,6 +74,7 @@ def dev_task(
 
     Args:
         recipe: its train.evaluate_rows bounds the number, its evaluate section says how answers are made and valued.
+        root: the project's folder, where a metric of its own is found.
         chat: makes the prompts.
         train: the longest answer is taken from these, as in evaluation.
         dev: the rows to answer.
@@ -88,10 +97,10 @@ def dev_task(
     stop = stop_strings(recipe, chat)
     prompts = [chat.prompt(m.example.prompt) for m in dev]
     return DevTask(
-        metric=recipe.evaluate.metric,
+        scorer=scorer_of(recipe.evaluate.metric, root),
         # A row that training took fits the context with its answer: what would not fit is longer than that, and wrong.
         requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p)), stop=stop) for p in prompts),
-        references=tuple(m.example.output for m in dev),
+        examples=tuple(m.example for m in dev),
         batch_size=recipe.evaluate.batch_size,
         chat=chat,
         reporter=reporter,

@@ -11,7 +11,7 @@ from statistics import fmean
 from tunewright.errors import UserError
 from tunewright.metrics import score_text
 from tunewright.progress import Reporter, duration
-from tunewright.recipe import Metric
+from tunewright.recipe import MetricName
 from tunewright.training.guard import DivergedError
 from tunewright.training.ledger import Entry, Event, Ledger
 from tunewright.training.trials import Pace, Schedule, Trial, survivors
@@ -225,7 +225,7 @@ class Halving:
         self.reporter.say(f"{whole}; {room} in {duration(self.budget)}.")
 
 
-def measured_text(entry: Entry, metric: Metric | None) -> str:
+def measured_text(entry: Entry, metric: MetricName | None) -> str:
     """What dev says of a trial at a rung: ``62.5%, loss 0.512``."""
     if entry.dev_loss is None:
         return "diverged"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunewright.disk import text_lines, write_text
 from tunewright.errors import UserError
-from tunewright.recipe import Metric
+from tunewright.recipe import MetricName
 
 LEDGER = "ledger.jsonl"
 
@@ -36,7 +36,7 @@ class Head(_Line):
     base: str
     template: str
     chosen_on: Literal["dev"] = "dev"
-    metric: Metric | None
+    metric: MetricName | None
     """None where no dev rows are answered: then the dev loss decides alone."""
     steps: int
     rungs: tuple[int, ...]

@@ -13,7 +13,7 @@ from tunewright.chat import Tokens
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter, Task
-from tunewright.recipe import Recipe, TrainRecipe
+from tunewright.recipe import Recipe, TrainRecipe, metric_name
 from tunewright.training import processes
 from tunewright.training.checkpoints import KeepCheckpoints, step_of, usable_checkpoint
 from tunewright.training.choosing import evaluations, history_rows, runs_out_of_patience
@@ -141,7 +141,7 @@ class Run:
                 Follow(
                     task,
                     self.work / HISTORY,
-                    self.recipe.evaluate.metric,
+                    metric_name(self.recipe.evaluate.metric),
                     model.config.vocab_size,
                     lambda step: trainer.rows_of_step(step),
                 ),

@@ -21,6 +21,7 @@ from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, hidden_size
 from tunewright.progress import Reporter, Task
 from tunewright.project import Project
+from tunewright.recipe import metric_name
 from tunewright.training.checkpoints import whole_checkpoint
 from tunewright.training.halving import Halving, Progress
 from tunewright.training.ledger import Head, Ledger
@@ -116,7 +117,7 @@ class Sweep:
             dataset=self.version.digest,
             base=self.base.digest,
             template=self.chat.digest,
-            metric=None if recipe.train.evaluate_rows == 0 else recipe.evaluate.metric,
+            metric=None if recipe.train.evaluate_rows == 0 else metric_name(recipe.evaluate.metric),
             steps=self.steps,
             rungs=self.schedule.rungs,
             trials=trials,

@@ -15,6 +15,7 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.opening import refuse_untrained
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, writing
+from tunewright.metrics import metric_inputs
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, device, load_model, named
 from tunewright.models.quantized import require_bitsandbytes
@@ -66,18 +67,23 @@ def training_inputs(project: Project, version: DatasetVersion, base: Base, chat:
         "base": base.digest,
         "template": chat.digest,
         "train": recipe.train.deciding(),
-        "chosen_by": _choice(recipe),
+        "chosen_by": _choice(project),
         "seed": recipe.seed,
         **replay_inputs(project),
     }
 
 
-def _choice(recipe: Recipe) -> dict[str, Any]:
+def _choice(project: Project) -> dict[str, Any]:
     """What decides, beside the train section, which evaluation's adapter is kept."""
+    recipe = project.recipe
     if recipe.train.evaluate_rows == 0:
         return {"metric": None}
     settings = recipe.evaluate
-    return {"metric": settings.metric, "max_new_tokens": settings.max_new_tokens, "stop": settings.stop}
+    return {
+        "metric": metric_inputs(settings.metric, project.root),
+        "max_new_tokens": settings.max_new_tokens,
+        "stop": settings.stop,
+    }
 
 
 def train(
@@ -198,11 +204,11 @@ def _fit(
     }
     encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows
     refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
+    dev = list({m.key: m for m in splits["dev"].members}.values())
+    answered = dev_task(recipe, project.root, chat, version.domain_of("train"), dev, context_length(base), reporter)
     reporter.say(f"Loading {named(base, recipe.train.quantize)}")
     model = load_model(base, recipe.train.dtype, recipe.train.quantize)
     replay = draw_replay(project, version, base, chat, model, limit, reporter)
-    dev = list({m.key: m for m in splits["dev"].members}.values())
-    answered = dev_task(recipe, chat, version.domain_of("train"), dev, context_length(base), reporter)
     run = Run(recipe, base, work, reporter)
     try:
         with tracked_in(project.work / "trackers", recipe.name, run.name):
@@ -233,7 +239,7 @@ def _store(fitted: _Fitted, recipe: Recipe, work: Path, place: Path, inputs: Map
         "training": {
             **_account(fitted.splits["train"], evaluated, best, fitted.seconds),
             **fitted.how,
-            "metric": None if answered is None else answered.metric,
+            "metric": None if answered is None else answered.scorer.name,
             "dev_rows_answered": 0 if answered is None else len(answered.requests),
         },
         **fitted.replay.lineage,

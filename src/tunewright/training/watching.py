@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from tunewright.disk import write_text
 from tunewright.metrics import score_text
 from tunewright.progress import Reporter, Task
-from tunewright.recipe import Metric, Recipe
+from tunewright.recipe import MetricName, Recipe, metric_name
 from tunewright.training.choosing import (
     DEV_LOSS,
     DEV_METRIC,
@@ -48,7 +48,7 @@ class Follow(TrainerCallback):
         self,
         task: Task,
         file: Path,
-        metric: Metric,
+        metric: MetricName,
         vocabulary: int,
         rows_of_step: Callable[[int], Sequence[int]],
     ) -> None:
@@ -113,7 +113,7 @@ class FollowDev(TrainerCallback):
     """
 
     def __init__(self, recipe: Recipe, reporter: Reporter) -> None:
-        self.metric = recipe.evaluate.metric
+        self.metric = metric_name(recipe.evaluate.metric)
         self.patience = recipe.train.patience
         self.trained = "training loss" if recipe.train.replay is None else "pairs' training loss"
         self.reporter = reporter

@@ -18,8 +18,8 @@ from tunewright.disk import digest, write_json
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Evidence, Item
 from tunewright.evaluation.parts import Part
-from tunewright.metrics import bleu_statistics, corpus_bleu, exact_matches, normalised
-from tunewright.recipe import Metric
+from tunewright.metrics import normalised
+from tunewright.recipe import MetricName
 
 SAMPLE_FILE = "sample.json"
 ITEMS = 50
@@ -140,22 +140,20 @@ def draw_sample(evidence: Evidence, items: Sequence[Item], count: int) -> Sample
     )
 
 
-def stratify(items: Sequence[Item], treatment: str, control: str, metric: Metric) -> dict[str, StratumName]:
+def stratify(items: Sequence[Item], treatment: str, control: str, metric: MetricName) -> dict[str, StratumName]:
     """The stratum of each item whose answers differ (after `normalised`), by pair key.
 
     ``fixed`` is where the metric scores the treatment higher, ``broken`` lower; ``both right`` is where both have the
-    full score, ``both wrong`` where they have the same lower one. BLEU is each item's own here.
+    full score, ``both wrong`` where they have the same lower one, or where the item is not scored in both arms.
     """
     different = [i for i in items if normalised(i.answers[treatment]) != normalised(i.answers[control])]
-    references = [i.reference for i in different]
-    ours, theirs = (_scores(metric, [i.answers[arm] for i in different], references) for arm in (treatment, control))
-    return {i.key: _stratum(a, b) for i, a, b in zip(different, ours, theirs, strict=True)}
+    return {i.key: _stratum_of(i.scores[metric], treatment, control) for i in different}
 
 
-def _scores(metric: Metric, answers: Sequence[str], references: Sequence[str]) -> list[float]:
-    if metric == "exact_match":
-        return [float(right) for right in exact_matches(answers, references)]
-    return [corpus_bleu(row) for row in bleu_statistics(answers, references)]
+def _stratum_of(scores: Mapping[str, float], treatment: str, control: str) -> StratumName:
+    if treatment in scores and control in scores:
+        return _stratum(scores[treatment], scores[control])
+    return "both wrong"
 
 
 def _stratum(treatment: float, control: float) -> StratumName:

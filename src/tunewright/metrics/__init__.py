@@ -1,0 +1,92 @@
+"""What answers are worth: the recipe's metrics at work, and how scores are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tunewright.metrics.choices import accuracy
+from tunewright.metrics.corpus import bleu, chrf
+from tunewright.metrics.exact import exact_match, normalised
+from tunewright.metrics.fields import json_fields, json_valid
+from tunewright.metrics.own import file_digest, module_file, own_function
+from tunewright.metrics.pattern import matches
+from tunewright.metrics.scorer import ItemScore, Kind, Pair, Scorer, Scores, Unscored, score_all
+from tunewright.metrics.text import axis_label, metric_label, p_text, points_text, score_text
+from tunewright.metrics.words import token_f1
+from tunewright.recipe import EvaluateRecipe, Metric, metric_name
+from tunewright.recipe.metrics import Choices, ExactMatch, Json, Normalisation, Python, Regex
+
+__all__ = [
+    "ItemScore",
+    "Kind",
+    "Pair",
+    "Scorer",
+    "Scores",
+    "Unscored",
+    "axis_label",
+    "metric_inputs",
+    "metric_label",
+    "normalised",
+    "open_scorers",
+    "p_text",
+    "points_text",
+    "score_all",
+    "score_text",
+    "scorer_of",
+]
+
+
+def scorer_of(metric: Metric, root: Path) -> Scorer:
+    """The metric at work.
+
+    Args:
+        metric: as the recipe has it.
+        root: the project's folder, where a function of its own is found.
+
+    Raises:
+        UserError: a function that is not there, or whose module cannot be imported.
+    """
+    name = metric_name(metric)
+    match metric:
+        case ExactMatch(exact_match=settings):
+            return exact_match(name, settings)
+        case Choices(choices=choices):
+            return accuracy(name, choices)
+        case Json(of=settings):
+            return json_fields(name, settings.fields)
+        case Regex(regex=pattern):
+            return matches(name, pattern)
+        case Python(python=function):
+            return own_function(name, function, root)
+        case "exact_match":
+            return exact_match(name, Normalisation())
+        case "bleu":
+            return bleu(name)
+        case "chrf":
+            return chrf(name)
+        case "token_f1":
+            return token_f1(name)
+        case "json":
+            return json_fields(name, None)
+        case "json_valid":
+            return json_valid(name)
+
+
+def open_scorers(settings: EvaluateRecipe, root: Path) -> tuple[Scorer, ...]:
+    """All metrics of the recipe at work, the deciding one first; errors as of `scorer_of`."""
+    return tuple(scorer_of(metric, root) for metric in settings.metrics)
+
+
+def metric_inputs(metric: Metric, root: Path) -> Any:
+    """What decides a metric's scores, for digests: as the recipe writes it, and the file of a function of its own.
+
+    Raises:
+        UserError: that file is not there.
+    """
+    if isinstance(metric, str):
+        return metric
+    inputs = metric.model_dump(mode="json")
+    if isinstance(metric, Python):
+        inputs["sha256"] = file_digest(module_file(metric.python, root))
+    return inputs

@@ -1,0 +1,86 @@
+"""BLEU and chrF, by sacrebleu: of the corpus, from counts that add up over items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from tunewright.metrics.scorer import Floats, ItemScore, Pair, Scorer
+from tunewright.recipe import MetricName
+
+_SMOOTHING = "exp"
+BLEU_COLUMNS = 10
+"""Hypothesis length, reference length, matched n-grams of order 1 to 4, all n-grams of order 1 to 4."""
+CHRF_COLUMNS = 3 * CHRF.CHAR_ORDER
+"""For each order of character n-grams: the hypothesis', the reference's, those matched."""
+
+
+def bleu(name: MetricName) -> Scorer:
+    """Corpus BLEU (Papineni et al. 2002) as sacrebleu has it by default; an item's own score is its sentence BLEU."""
+    # Effective order changes a sentence's score, so that a short one is not zero for want of 4-grams, never its counts.
+    metric = BLEU(smooth_method=_SMOOTHING, effective_order=True)
+
+    def item(pair: Pair) -> ItemScore:
+        score = metric.sentence_score(pair.answer, [pair.reference])
+        return ItemScore(_share(score.score), (score.sys_len, score.ref_len, *score.counts, *score.totals))
+
+    definition = f"corpus BLEU, sacrebleu's ({_bleu_signature()}); an item's own score is its sentence BLEU"
+    return Scorer(name, "corpus", definition, BLEU_COLUMNS, item, _by_row(_corpus_bleu))
+
+
+def chrf(name: MetricName) -> Scorer:
+    """Corpus chrF (Popović 2015) as sacrebleu has it by default; an item's own score is its sentence chrF."""
+    metric = CHRF()
+
+    def item(pair: Pair) -> ItemScore:
+        # The counts that sacrebleu's own resampling adds up; it gives them by no public name.
+        (counts,) = metric._extract_corpus_statistics([pair.answer], [[pair.reference]])
+        return ItemScore(_share(metric._compute_f_score(counts)), tuple(counts))
+
+    def corpus(sums: Floats) -> float:
+        return _share(metric._compute_f_score(sums.tolist()))
+
+    definition = f"corpus chrF, sacrebleu's ({_chrf_signature()}); an item's own score is its sentence chrF"
+    return Scorer(name, "corpus", definition, CHRF_COLUMNS, item, _by_row(corpus))
+
+
+def _corpus_bleu(sums: Floats) -> float:
+    hypothesis_length, reference_length, *counts = (round(value) for value in sums.tolist())
+    score = BLEU.compute_bleu(counts[:4], counts[4:], hypothesis_length, reference_length, smooth_method=_SMOOTHING)
+    return _share(score.score)
+
+
+def _share(score: float) -> float:
+    # A perfect corpus comes out of sacrebleu's logarithms as 100.00000000000004.
+    return min(float(score) / 100, 1.0)
+
+
+def _by_row(score: Callable[[Floats], float]) -> Callable[[Floats], Floats]:
+    """The score of each of many summed statistics: [..., columns] to [...]."""
+
+    def scores(sums: Floats) -> Floats:
+        rows = sums.reshape(-1, sums.shape[-1])
+        return np.array([score(row) for row in rows]).reshape(sums.shape[:-1])
+
+    return scores
+
+
+# A signature names the number of references, known only after scoring.
+
+
+@cache
+def _bleu_signature() -> str:
+    metric = BLEU(smooth_method=_SMOOTHING)
+    metric.corpus_score(["a"], [["a"]])
+    return str(metric.get_signature())
+
+
+@cache
+def _chrf_signature() -> str:
+    metric = CHRF()
+    metric.corpus_score(["a"], [["a"]])
+    return str(metric.get_signature())

@@ -1,0 +1,38 @@
+"""Exact match: the answer is the reference, after a declared normalisation."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from tunewright.metrics.scorer import ItemScore, Pair, Scorer, mean_score
+from tunewright.recipe import MetricName
+from tunewright.recipe.metrics import Normalisation
+
+_WORDS = {
+    "casefold": "case folded",
+    "collapse_white_space": "runs of white space collapsed",
+    "strip_punctuation": "punctuation taken out",
+}
+
+
+def normalised(text: str, settings: Normalisation | None = None) -> str:
+    """The spelling that is compared: outer white space stripped, Unicode NFC, and what the settings forgive besides."""
+    settings = settings or Normalisation()
+    text = unicodedata.normalize("NFC", text)
+    if settings.casefold:
+        # Casefolding can leave a letter decomposed.
+        text = unicodedata.normalize("NFC", text.casefold())
+    if settings.strip_punctuation:
+        text = "".join(letter for letter in text if not unicodedata.category(letter).startswith("P"))
+    return " ".join(text.split()) if settings.collapse_white_space else text.strip()
+
+
+def exact_match(name: MetricName, settings: Normalisation) -> Scorer:
+    """1 where the normalised answer equals the normalised reference, else 0."""
+
+    def item(pair: Pair) -> ItemScore:
+        return mean_score(float(normalised(pair.answer, settings) == normalised(pair.reference, settings)))
+
+    forgiven = "".join(f", {_WORDS[option]}" for option, on in settings if on)
+    definition = f"the share of answers equal to the reference (Unicode NFC, outer white space stripped{forgiven})"
+    return Scorer(name, "right or wrong", definition, 2, item)

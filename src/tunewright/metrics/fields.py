@@ -1,0 +1,86 @@
+"""Answers that are JSON: whether they parse, and how many of an object's fields are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tunewright.metrics.scorer import Floats, ItemScore, Pair, Scorer, Unscored, mean_score
+from tunewright.recipe import MetricName
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text (RFC 8259: no NaN, nothing before or after it).
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def json_valid(name: MetricName) -> Scorer:
+    """1 where the answer parses as JSON, else 0; what it says does not count."""
+
+    def item(pair: Pair) -> ItemScore:
+        try:
+            parsed(pair.answer)
+        except ValueError:
+            return mean_score(0.0)
+        return mean_score(1.0)
+
+    return Scorer(name, "right or wrong", "the share of answers that parse as JSON (RFC 8259)", 2, item)
+
+
+def json_fields(name: MetricName, fields: Sequence[str] | None) -> Scorer:
+    """Micro F1 over top-level fields: a field is right where both have it with the same value.
+
+    Values are compared as JSON has them: 1 is 1.0, and not "1" or true. An answer that is no object has no field, so
+    it misses them all. An item is unscored where the reference is no object, or has none of the fields.
+    """
+
+    def counted(value: Any) -> dict[str, Any] | None:
+        if not isinstance(value, dict):
+            return None
+        return value if fields is None else {key: value[key] for key in fields if key in value}
+
+    def item(pair: Pair) -> ItemScore | Unscored:
+        try:
+            reference = counted(parsed(pair.reference))
+        except ValueError:
+            return Unscored("the reference is not JSON")
+        if not reference:
+            return Unscored("the reference is not a JSON object" if reference is None else "the reference has no field")
+        try:
+            answer = counted(parsed(pair.answer)) or {}
+        except ValueError:
+            answer = {}
+        right = sum(key in answer and same(answer[key], value) for key, value in reference.items())
+        return ItemScore(2 * right / (len(answer) + len(reference)), (right, len(answer), len(reference)))
+
+    which = "top-level fields" if fields is None else f"the fields {', '.join(fields)}"
+    return Scorer(name, "corpus", f"micro F1 over {which} of a JSON object, all items' together", 3, item, _micro_f1)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two parsed JSON values are equal: Python takes true for 1, JSON does not."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def _micro_f1(sums: Floats) -> Floats:
+    """[..., right, answered, wanted] to F1; at least one field is wanted of every scored item."""
+    f1: Floats = 2 * sums[..., 0] / np.asarray(sums[..., 1] + sums[..., 2])
+    return f1

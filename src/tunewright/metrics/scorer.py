@@ -1,0 +1,133 @@
+"""A metric at work: each item's own score, and the statistics that any set of items is scored from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunewright.data.examples import Example
+from tunewright.errors import UserError
+from tunewright.recipe import MetricName
+
+Floats = NDArray[np.float64]
+
+Kind = Literal["right or wrong", "mean", "corpus"]
+"""right or wrong: each item scores 0 or 1, and the metric is their mean. mean: each item scores from 0 to 1. corpus:
+the metric is of the items' counts together (BLEU), and is not the mean of the items' scores."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One item: what was answered, and what should have been."""
+
+    answer: str
+    example: Example
+
+    @property
+    def reference(self) -> str:
+        """The ideal answer."""
+        return self.example.output
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """One item's own score from 0 to 1, and what it adds to the statistics of a set of items."""
+
+    value: float
+    statistics: tuple[float, ...]
+    outside: bool = False
+    """The answer is none of the declared choices."""
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """Why an item cannot be scored: it is left out and counted, never taken for a zero."""
+
+    reason: str
+
+
+def mean_score(value: float, *, outside: bool = False) -> ItemScore:
+    """One item of a metric that is the mean of its items' scores."""
+    return ItemScore(value, (value, 1.0), outside)
+
+
+def mean_of(sums: Floats) -> Floats:
+    """The mean of items whose summed statistics are these; [..., 2] to [...]."""
+    mean: Floats = sums[..., 0] / sums[..., 1]
+    return mean
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A metric of the recipe, ready to score answers."""
+
+    name: MetricName
+    kind: Kind
+    definition: str
+    """What it is exactly, in words; for sacrebleu's metrics its signature too."""
+    columns: int
+    """Statistics of one item."""
+    item: Callable[[Pair], ItemScore | Unscored]
+    corpus: Callable[[Floats], Floats] = field(default=mean_of)
+    """The score of summed statistics: [..., columns] to [...], from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every item's score by one metric, in the items' order."""
+
+    scorer: Scorer
+    values: Floats
+    """Each item's own score, [items]; NaN where it is unscored."""
+    statistics: Floats
+    """[items, columns]; zeros where an item is unscored."""
+    unscored: dict[int, str]
+    """Place to reason."""
+    outside: int
+    """Answers that are none of the declared choices."""
+
+    @property
+    def scored(self) -> NDArray[np.bool_]:
+        """Which items are scored; [items]."""
+        return ~np.isnan(self.values)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Why items are unscored, and how many for each reason."""
+        return dict(Counter(self.unscored.values()))
+
+    def total(self) -> float:
+        """The metric of all scored items together, from 0 to 1.
+
+        Raises:
+            UserError: no item is scored.
+        """
+        if not self.scored.any():
+            why = "; ".join(f"{reason} ({count})" for reason, count in self.reasons.items())
+            raise UserError(f"not one item can be scored by {self.scorer.name}: {why}", where="evaluate.metric")
+        return float(self.scorer.corpus(self.statistics[self.scored].sum(axis=0)))
+
+
+def score_all(scorer: Scorer, answers: Sequence[str], examples: Sequence[Example]) -> Scores:
+    """Score every answer; ``examples`` hold the references, in the answers' order.
+
+    Raises:
+        UserError: a function of the project's own fails on an item.
+    """
+    values = np.full(len(answers), np.nan)
+    statistics = np.zeros((len(answers), scorer.columns))
+    unscored: dict[int, str] = {}
+    outside = 0
+    for place, (answer, example) in enumerate(zip(answers, examples, strict=True)):
+        result = scorer.item(Pair(answer, example))
+        if isinstance(result, Unscored):
+            unscored[place] = result.reason
+            continue
+        values[place], statistics[place] = result.value, result.statistics
+        outside += result.outside
+    return Scores(scorer, values, statistics, unscored, outside)

@@ -1,0 +1,47 @@
+"""Scores, differences and p-values as people read them."""
+
+from __future__ import annotations
+
+from tunewright.recipe import MetricName
+
+_SHARES = {"exact_match": "exact match", "choices": "accuracy", "json_valid": "valid JSON", "regex": "valid format"}
+_SCORES = {"bleu": "BLEU", "chrf": "chrF", "token_f1": "token F1", "json": "field F1"}
+
+
+def metric_label(metric: MetricName) -> str:
+    """What a table calls the metric: ``exact match``, ``BLEU``, ``field F1 (name,date)``."""
+    kind, _, settings = metric.partition(" ")
+    if kind == "python":
+        return settings.partition(":")[2]
+    label = (_SHARES | _SCORES)[kind]
+    return f"{label} ({settings})" if settings else label
+
+
+def axis_label(metric: MetricName) -> str:
+    """The metric with its unit: ``exact match, %``, ``corpus BLEU``."""
+    kind = metric.partition(" ")[0]
+    if kind in _SHARES:
+        return f"{metric_label(metric)}, %"
+    return f"corpus {metric_label(metric)}" if kind in {"bleu", "chrf"} else f"{metric_label(metric)}, of 100"
+
+
+def score_text(metric: MetricName, share: float) -> str:
+    """A score as people say it: ``86.0%``, ``BLEU 43.2``, ``citation 71.0`` (of a function so called)."""
+    kind = metric.partition(" ")[0]
+    if kind in _SHARES:
+        return f"{100 * share:.1f}%"
+    label = _SCORES.get(kind) or metric_label(metric)
+    return f"{label} {100 * share:.1f}"
+
+
+def points_text(difference: float) -> str:
+    """A difference of shares in points, with its sign: ``+35.0``."""
+    # The sum with zero turns a rounded -0.0 into +0.0.
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"
+
+
+def p_text(p_value: float) -> str:
+    """A p-value as people can read it: ``p = 0.031``, ``p = 2e-05``, ``p < 1e-15``."""
+    if p_value < 1e-15:
+        return "p < 1e-15"
+    return f"p = {p_value:.0e}" if p_value < 0.001 else f"p = {p_value:.3f}"

@@ -1,0 +1,284 @@
+"""Each metric against its definition: sacrebleu, scikit-learn, plain counting, published examples."""
+
+from __future__ import annotations
+
+import json
+import string
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+from sklearn.metrics import f1_score
+from sklearn.preprocessing import MultiLabelBinarizer
+
+from factories import pair, scorers
+from tunewright.metrics import Scores, normalised, p_text, points_text, score_all, score_text
+from tunewright.metrics.fields import same
+from tunewright.recipe import Metric
+from tunewright.recipe.metrics import Choices, ExactMatch, Json, Normalisation, Regex
+
+SENTENCES = st.lists(st.sampled_from(["the", "court", "of", "appeals", "Ala.", "x,y", "", "É"]), max_size=9).map(
+    " ".join
+)
+PAIRS = st.lists(st.tuples(SENTENCES, SENTENCES), min_size=1, max_size=20)
+
+
+def _scores(metric: Metric, answers: Sequence[str], references: Sequence[str]) -> Scores:
+    (scorer,) = scorers([metric])
+    return score_all(scorer, answers, [pair("?", r) for r in references])
+
+
+# Exact match
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "equal"),
+    [
+        ("Ala. Ct. App.", "Ala. Ct. App.", True),
+        ("\n Ala. Ct. App. \t", "Ala. Ct. App.", True),
+        ("cafe\u0301", "caf\u00e9", True),
+        ("ala. ct. app.", "Ala. Ct. App.", False),
+        ("Ala.  Ct. App.", "Ala. Ct. App.", False),
+        ("", " ", True),
+    ],
+)
+def test_exact_match_forgives_outer_white_space_and_unicode_spelling_only(
+    answer: str, reference: str, equal: bool
+) -> None:
+    assert _scores("exact_match", [answer], [reference]).values.tolist() == [equal]
+
+
+@pytest.mark.parametrize(
+    ("option", "answer", "reference"),
+    [
+        ("casefold", "STRASSE", "straße"),
+        ("collapse_white_space", "Ala.\n Ct.", "Ala. Ct."),
+        ("strip_punctuation", "«Ala Ct»!", "Ala. Ct."),
+    ],
+)
+def test_each_option_forgives_what_it_says_and_nothing_else(option: str, answer: str, reference: str) -> None:
+    for name in Normalisation.model_fields:
+        metric = ExactMatch(exact_match=Normalisation(**{name: True}))
+        assert _scores(metric, [answer], [reference]).total() == (name == option)
+
+
+def test_options_are_in_the_metrics_name_and_definition() -> None:
+    metric = ExactMatch(exact_match=Normalisation(casefold=True, strip_punctuation=True))
+    (scorer,) = scorers([metric])
+    assert scorer.name == "exact_match casefold+strip_punctuation"
+    assert "case folded, punctuation taken out" in scorer.definition
+
+
+OPTIONS = {name: st.booleans() for name in Normalisation.model_fields}
+
+
+@given(st.text(max_size=20), st.builds(Normalisation, **OPTIONS))
+def test_normalising_twice_changes_nothing(text: str, settings: Normalisation) -> None:
+    assert normalised(normalised(text, settings), settings) == normalised(text, settings)
+
+
+def test_a_missing_answer_is_not_skipped() -> None:
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        _scores("exact_match", ["a"], ["a", "b"])
+
+
+# BLEU and chrF
+
+
+@given(PAIRS)
+def test_bleu_and_chrf_are_sacrebleus_corpus_scores(pairs: list[tuple[str, str]]) -> None:
+    answers, references = [a for a, _ in pairs], [r for _, r in pairs]
+    for metric, theirs in (("bleu", BLEU()), ("chrf", CHRF())):
+        expected = theirs.corpus_score(answers, [references]).score
+        assert _scores(metric, answers, references).total() == pytest.approx(expected / 100, abs=1e-12)  # type: ignore[arg-type]
+
+
+@given(PAIRS)
+def test_an_items_own_bleu_and_chrf_are_sacrebleus_sentence_scores(pairs: list[tuple[str, str]]) -> None:
+    for answer, reference in pairs:
+        bleu = BLEU(effective_order=True).sentence_score(answer, [reference]).score
+        chrf = CHRF().sentence_score(answer, [reference]).score
+        assert _scores("bleu", [answer], [reference]).values[0] == pytest.approx(bleu / 100)
+        assert _scores("chrf", [answer], [reference]).values[0] == pytest.approx(chrf / 100)
+
+
+@pytest.mark.parametrize("metric", ["bleu", "chrf"])
+def test_nothing_right_scores_zero_and_all_right_scores_one(metric: Metric) -> None:
+    reference = ["one two three four five"]
+    assert _scores(metric, ["xyz"], reference).total() == 0
+    assert _scores(metric, [""], reference).total() == 0
+    assert _scores(metric, reference, reference).total() == 1
+
+
+def test_the_signatures_are_those_of_the_scores() -> None:
+    for name, theirs in (("bleu", BLEU()), ("chrf", CHRF())):
+        theirs.corpus_score(["a b"], [["a b"]])
+        (scorer,) = scorers([name])  # type: ignore[list-item]
+        assert str(theirs.get_signature()) in scorer.definition
+
+
+# Token F1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [
+        ("The Denver Broncos", "Denver Broncos", 1.0),
+        ("Denver", "Denver Broncos", 2 / 3),
+        ("an apple, a pear", "apple pear plum", 0.8),
+        ("plum plum pear", "plum pear pear", 2 / 3),
+        ("the", "a", 1.0),
+        ("the", "Denver", 0.0),
+        ("", "", 1.0),
+        ("no-one", "noone", 1.0),
+    ],
+)
+def test_token_f1_is_squads(answer: str, reference: str, f1: float) -> None:
+    assert _scores("token_f1", [answer], [reference]).total() == pytest.approx(f1)
+
+
+@given(SENTENCES, SENTENCES)
+def test_token_f1_is_precision_and_recall_over_a_plain_count(answer: str, reference: str) -> None:
+    words = [
+        [w for w in "".join(c for c in text.lower() if c not in string.punctuation).split() if w not in {"a", "the"}]
+        for text in (answer, reference)
+    ]
+    left, shared = list(words[1]), 0
+    for word in words[0]:
+        if word in left:
+            left.remove(word)
+            shared += 1
+    if not words[0] or not words[1]:
+        expected = float(words[0] == words[1])
+    elif shared == 0:
+        expected = 0.0
+    else:
+        precision, recall = shared / len(words[0]), shared / len(words[1])
+        expected = 2 * precision * recall / (precision + recall)
+    assert _scores("token_f1", [answer], [reference]).total() == pytest.approx(expected)
+
+
+# Choices
+
+
+def test_an_answer_outside_the_choices_is_wrong_and_counted() -> None:
+    scores = _scores(Choices(choices=("granted", "denied")), ["granted ", "denied", "maybe", "Denied"], ["granted"] * 4)
+    assert scores.values.tolist() == [1, 0, 0, 0]
+    assert scores.outside == 2
+
+
+def test_a_reference_outside_the_choices_leaves_its_item_unscored() -> None:
+    scores = _scores(Choices(choices=("granted", "denied")), ["granted", "granted"], ["granted", "grnated"])
+    assert (scores.total(), scores.reasons) == (1.0, {"the reference is none of the choices": 1})
+
+
+# JSON
+
+
+@pytest.mark.parametrize(
+    ("answer", "valid"),
+    [
+        ('{"a": 1}', True),
+        (" [1, 2]\n", True),
+        ("null", True),
+        ("{'a': 1}", False),
+        ('```json\n{"a": 1}\n```', False),
+        ('{"a": NaN}', False),
+        ('{"a": 1} and more', False),
+        ("", False),
+        ("[" * 100_000, False),
+    ],
+)
+def test_valid_json_is_what_the_standard_says(answer: str, valid: bool) -> None:
+    assert _scores("json_valid", [answer], ["whatever"]).total() == valid
+
+
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(0, 2), st.sampled_from(["x", "1"]), st.just([1, "y"]))
+OBJECTS = st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)
+
+
+@given(st.lists(st.tuples(OBJECTS, OBJECTS.filter(bool)), min_size=1, max_size=8))
+def test_field_f1_is_scikit_learns_micro_f1_over_fields_with_their_values(pairs: list[tuple[Any, Any]]) -> None:
+    labels = MultiLabelBinarizer()
+    sets = [{f"{key}={json.dumps(value)}" for key, value in one.items()} for both in pairs for one in both]
+    table = labels.fit_transform(sets)
+    expected = f1_score(table[1::2], table[::2], average="micro", zero_division=0)
+    ours = _scores("json", [json.dumps(a) for a, _ in pairs], [json.dumps(r) for _, r in pairs])
+    assert ours.total() == pytest.approx(expected)
+
+
+def test_only_declared_fields_count() -> None:
+    metric = Json.model_validate({"json": {"fields": ["a"]}})
+    assert _scores(metric, ['{"a": 1, "b": 9}'], ['{"a": 1, "b": 2}']).total() == 1
+
+
+def test_an_answer_that_is_no_object_misses_every_field() -> None:
+    scores = _scores("json", ["{'a': 1}", "[1]", '{"a": 1}'], ['{"a": 1}'] * 3)
+    assert scores.values.tolist() == [0, 0, 1]
+    assert scores.total() == pytest.approx(2 * 1 / (1 + 3))
+    assert scores.reasons == {}
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("no", "the reference is not JSON"),
+        ("[1]", "the reference is not a JSON object"),
+        ("{}", "the reference has no field"),
+    ],
+)
+def test_a_reference_without_fields_leaves_its_item_unscored(reference: str, reason: str) -> None:
+    assert _scores("json", ['{"a": 1}'], [reference]).reasons == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        (1, 1.0, True),
+        (1, True, False),
+        ([1, [0]], [1, [False]], False),
+        ({"a": [1]}, {"a": [1.0]}, True),
+        ("1", 1, False),
+    ],
+)
+def test_json_values_are_compared_as_json_has_them(one: Any, other: Any, equal: bool) -> None:
+    assert same(one, other) is equal
+
+
+# Pattern
+
+
+def test_a_pattern_has_to_match_the_whole_answer() -> None:
+    scores = _scores(Regex(regex="[A-Z]{2}-[0-9]+"), ["AB-12", " AB-1\n", "xAB-1", "AB-1x", "AB-"], ["AB-1"] * 5)
+    assert scores.values.tolist() == [1, 1, 0, 0, 0]
+
+
+# In words
+
+
+def test_numbers_read_as_people_say_them() -> None:
+    assert (score_text("exact_match", 0.8604), score_text("bleu", 0.432)) == ("86.0%", "BLEU 43.2")
+    assert score_text("json name,date", 0.5) == "field F1 50.0"
+    assert score_text("python scoring:citation", 0.71) == "citation 71.0"
+    assert score_text("regex a b", 0.71) == "71.0%"
+    assert (points_text(0.35), points_text(-0.0234), points_text(-1e-9)) == ("+35.0", "-2.3", "+0.0")
+    assert (p_text(1.0), p_text(0.0312), p_text(0.00002), p_text(0)) == (
+        "p = 1.000",
+        "p = 0.031",
+        "p = 2e-05",
+        "p < 1e-15",
+    )
+
+
+def test_measuring_and_judging_never_import_torch() -> None:
+    modules = ["evaluation.statistics", "evaluation.scoring", "evaluation.verdict", "metrics", "report.html"]
+    program = "import sys, json\n" + "".join(f"import tunewright.{m}\n" for m in modules)
+    program += "print(json.dumps(sorted({'torch', 'transformers'} & set(sys.modules))))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == []
