@@ -66,7 +66,7 @@ def test_a_run_shows_the_pairs_loss_the_score_on_dev_and_the_kept_step() -> None
     assert min(y for _, y in scores) > max(y for _, y in losses), "below the losses"
     assert len(kept) == 2, "through both panels"
     assert {x for line in kept for x, _ in line} == {scores[1][0]}
-    assert "dev exact, %" in svg
+    assert "dev score, %" in svg
     assert ">kept<" in svg
 
 
@@ -76,7 +76,7 @@ def test_a_run_without_answered_dev_rows_has_the_losses_alone_and_keeps_by_them(
     (losses,) = _lines(svg, "var(--tuned)")
     (kept,) = _lines(svg, "currentColor", points=2)
     assert kept[0][0] == kept[1][0] == losses[2][0]
-    assert "dev exact" not in svg
+    assert "dev score" not in svg
 
 
 def test_drawing_leaves_the_callers_style_alone() -> None:

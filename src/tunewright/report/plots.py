@@ -163,7 +163,7 @@ def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metr
         panels = [axes]
         if scores:
             below = figure.add_axes((0.11, _FOOT / height, 0.87, (_METRIC_HEIGHT - _FOOT) / height), sharex=axes)
-            below.set_ylabel(f"dev {axis_label(metric)}")
+            below.set_ylabel("dev score, %" if axis_label(metric).endswith("%") else "dev score")
             below.yaxis.set_major_locator(MaxNLocator(4))
             below.plot(*zip(*scores, strict=True), color=TUNED, linewidth=2, marker="o", markersize=6, clip_on=False)
             below.set_ylim(0, 1.08 * max(score for _, score in scores) or 1)
