@@ -14,13 +14,13 @@ from scipy.stats import beta
 from tunewright.evaluation.judge.rows import Answered, Compared, JudgedItem
 from tunewright.evaluation.judge.section import JudgedArm, JudgedContrast, LengthControlled, Preference, WinRate
 from tunewright.evaluation.parts import Interval, Score
+from tunewright.evaluation.power import minimum_detectable_effect
 from tunewright.evaluation.statistics import (
     RESAMPLES,
     bootstrap_sums,
+    difference_interval,
     effective_items,
-    exact_match_difference,
     exact_mcnemar,
-    minimum_detectable_effect,
     percentiles,
     wilson,
 )
@@ -79,7 +79,7 @@ def judged_contrast(
         control=control,
         items=len(change),
         difference=float(change.mean()),
-        interval=exact_match_difference(change, where, seed),
+        interval=difference_interval(change, where, seed),
         interval_method=_BOOTSTRAP,
         p_value=exact_mcnemar(change, where),
         test=_test_name("exact McNemar", where),
@@ -152,7 +152,7 @@ def _results(pairs: Sequence[Compared]) -> Floats:
 
 def win_rate(results: Floats, clusters: Sequence[str], seed: int) -> WinRate:
     """Wins plus half the ties; ``results`` are +1, 0 and -1, [pairs]."""
-    spread = exact_match_difference(results, clusters, seed)
+    spread = difference_interval(results, clusters, seed)
     return WinRate(
         wins=int((results > 0).sum()),
         ties=int((results == 0).sum()),
