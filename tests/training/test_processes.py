@@ -97,6 +97,27 @@ def test_two_processes_come_to_the_losses_and_the_adapter_of_one(alone: Adapter,
     assert said.count("Trained: ") == said.count("Loading ") == said.count("Epoch 1") == 1
 
 
+def test_with_replay_two_processes_come_to_the_losses_of_one(
+    tmp_path: Path, tiny_base_folder: Path, server: Server
+) -> None:
+    """In all their parts, which are means over tokens that the processes have different numbers of."""
+    adapters = []
+    for count in (1, 2):
+        folder = _project(tmp_path / f"of-{count}", tiny_base_folder, epochs=1)
+        recipe = folder / "tunewright.yaml"
+        recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  replay: {samples: 6}\n"))
+        ended = server.run("train", "-p", folder, processes=count)
+        assert ended.code == 0, ended.stderr
+        adapters.append(find_adapter(folder / "adapters"))
+    one, two = adapters
+    assert two.lineage["training"]["processes"] == 2
+    assert one.lineage["replay"]["digest"] == two.lineage["replay"]["digest"]
+    assert any("replay_kl" in row for row in one.history)
+    for alone, together in zip(one.history, two.history, strict=True):
+        ours = {"epoch": 0, "tokens_per_s": 0}
+        assert {**alone, **ours} == pytest.approx({**together, **ours}, rel=1e-3, abs=1e-5)
+
+
 def test_a_stop_comes_to_all_processes_at_one_step_and_they_go_on(
     pair: tuple[Adapter, str], tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from tunewright.data.examples import Message
 from tunewright.progress import LogReporter, LogTask, Task
 from tunewright.training import self_samples
 from tunewright.training.head import divergences
+from tunewright.training.sweep import Sweep
 from tunewright.training.train import TrainResult
 
 
@@ -128,6 +130,25 @@ def test_replay_and_a_mix_in_go_together(tmp_path: Path, tiny_base_folder: Path)
     assert lineage["training"]["rows"] == len(version.examples("train"))
     assert lineage["dataset"]["mix"]["drawn"] == mixed
     assert lineage["replay"]["rows"] == 6
+
+
+def test_a_sweep_counts_the_rows_that_there_are_and_not_those_that_were_wanted(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_samples, "_FEWEST_CHUNKS", 1)
+    monkeypatch.setattr(self_samples, "_MOST_DRAWN", 1)
+    road = replay_road(tmp_path / "project", tiny_base_folder, "  replay: {samples: 24}\n  evaluate_rows: 0\n")
+    sweep = Sweep(road.project, road.data.version(), road.base, road.chat, road.reporter)
+    progress = sweep._train_to(sweep.trials[0], sweep.steps)
+    adapter = road.adapters.list()[-1]
+    replayed = adapter.lineage["replay"]["rows"]
+    assert 0 < replayed < 24
+    assert (
+        sweep.steps
+        == sweep.schedule.rungs[-1]
+        == 2 * math.ceil((len(road.data.version().examples("train")) + replayed) / 8)
+    )
+    assert [row["step"] for row in adapter.history if "loss" in row][-1] == progress.steps == sweep.steps
 
 
 def test_replay_on_a_base_in_nf4_holds_to_that_base(tmp_path: Path, tiny_base_folder: Path) -> None:

@@ -173,7 +173,11 @@ def test_a_base_that_writes_nothing_of_use_is_refused(
 
 def test_without_replay_nothing_is_drawn(tmp_path: Path, tiny_base_folder: Path) -> None:
     road = replay_road(tmp_path / "project", tiny_base_folder, "")
-    replay = draw_replay(road.project, road.data.version(), road.base, road.chat, None, 100, LogReporter())
+
+    def never() -> Any:
+        raise AssertionError("no base is needed")
+
+    replay = draw_replay(road.project, road.data.version(), road.base, road.chat, never, 100, LogReporter())
     assert (replay.rows, replay.lineage, replay.files) == ([], {}, {})
 
 

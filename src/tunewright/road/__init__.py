@@ -195,9 +195,8 @@ class Road:
         if minutes is not None and not minutes > 0:
             raise UserError(f"{minutes:g} minutes are no time", where="--minutes")
         self._refuse_up_front()
-        forced = self._forced(force)
-        facts = {"forced": forced} if forced else {}
-        sweep = Sweep(self.project, self.data.version(), self.base, self.chat, self.reporter, rates=rates, facts=facts)
+        version, chat = self.data.version(), self.chat
+        sweep = Sweep(self.project, version, self.base, chat, self.reporter, rates=rates, force=force)
         result = sweep.run(minutes)
         written: dict[str, Any] = {}
         if write and result.winner is not None:

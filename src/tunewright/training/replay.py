@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +45,21 @@ def replay_inputs(project: Project) -> dict[str, Any]:
 
 
 def draw_replay(
-    project: Project, version: DatasetVersion, base: Base, chat: ChatFormat, model: Any, limit: int, reporter: Reporter
+    project: Project,
+    version: DatasetVersion,
+    base: Base,
+    chat: ChatFormat,
+    load: Callable[[], Any],
+    limit: int,
+    reporter: Reporter,
 ) -> Replay:
     """The rows of the recipe's train.replay.
 
     Args:
         project: its recipe says how many; its working folder keeps what was drawn.
         version: the domain, which no row may be near to.
-        base, chat, model: who writes.
+        base, chat: who writes.
+        load: gives the loaded base; asked only if the samples are yet to be drawn.
         limit: the longest row in tokens.
         reporter: hears how many samples were drawn and used.
 
@@ -63,7 +70,7 @@ def draw_replay(
     if recipe.train.replay is None:
         return Replay([], [], {}, {})
     weights = {"dtype": recipe.train.dtype, "quantize": recipe.train.quantize}
-    sampler = Sampler(base, chat, weights, lambda: model, recipe.seed, "replay", project.work, reporter)
+    sampler = Sampler(base, chat, weights, load, recipe.seed, "replay", project.work, reporter)
     drawn = sampler.draw(recipe.train.replay.samples, outsiders(project, version, chat, limit, reporter), finished=True)
     reporter.say(f"Replay: {drawn.told()}.")
     encoded = encode_members(chat, [_member(sample.example) for sample in drawn.used], limit)

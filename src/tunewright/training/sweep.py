@@ -7,24 +7,26 @@ that the winner has done is done again, and its adapter is the one that its reci
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest
 from tunewright.models.bases import Base
-from tunewright.models.loading import context_length, hidden_size
+from tunewright.models.loading import context_length, hidden_size, load_model
+from tunewright.models.quiet import quiet_transformers
 from tunewright.progress import Reporter, Task
 from tunewright.project import Project
 from tunewright.recipe import metric_name
 from tunewright.training.checkpoints import whole_checkpoint
+from tunewright.training.few import forced_below
 from tunewright.training.halving import Halving, Progress
 from tunewright.training.ledger import Head, Ledger
+from tunewright.training.replay import draw_replay
 from tunewright.training.rows import training_rows
 from tunewright.training.run import evaluation_interval, total_steps
 from tunewright.training.train import train, train_until, trained_before, training_inputs
@@ -61,10 +63,10 @@ class Sweep:
         version, base, chat: as for `train`.
         reporter: shows progress, hears warnings.
         rates: learning rates to try; None: three around what suits the base, see `default_rates`.
-        facts: what the winner's lineage is to say besides.
+        force: train on fewer pairs than are refused otherwise.
 
     Raises:
-        UserError: rates that are none, or rows that cannot be trained on.
+        UserError: too few pairs, rates that are none, rows that cannot be trained on, or nothing to replay.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Sweep:
         reporter: Reporter,
         *,
         rates: Sequence[float] | None = None,
-        facts: Mapping[str, Any] | None = None,
+        force: bool = False,
     ) -> None:
         self.project = project
         self.version = version
@@ -84,6 +86,7 @@ class Sweep:
         self.chat = chat
         self.reporter = reporter
         self.once = _Once(reporter)
+        self.forced = forced_below(len(version.domain_of("train")), force=force, reporter=reporter)
         own = project.recipe.train
         self.trials = make_trials(own, rates or default_rates(own.learning_rate, hidden_size(base)))
         if own not in [trial.train for trial in self.trials]:
@@ -91,16 +94,18 @@ class Sweep:
                 "The recipe as it is now is not among the trials: they are the presets classic and all-linear with "
                 f"rates of {', '.join(f'{rate:g}' for rate in sorted({t.train.learning_rate for t in self.trials}))}."
             )
-        rows = training_rows(
-            chat, version.examples("train"), min(own.max_length, context_length(base)), own.too_long, self.once
-        )
-        replayed = own.replay.samples if own.replay else 0  # fewer, where the base writes little of use
-        self.steps = total_steps(own, len(rows.rows) + replayed)
+        limit = min(own.max_length, context_length(base))
+        rows = training_rows(chat, version.examples("train"), limit, own.too_long, self.once)
+        # Drawn here and found by every trial: how many there are decides how many steps a trial has.
+        with quiet_transformers():
+            replay = draw_replay(
+                project, version, base, chat, lambda: load_model(base, own.dtype, own.quantize), limit, self.once
+            )
+        self.steps = total_steps(own, len(rows.rows) + len(replay.rows))
         self.schedule = halving_schedule(len(self.trials), self.steps, evaluation_interval(own, self.steps))
         self.head = self._head()
         self.folder = project.sweeps / self.head.sweep
         self.work = project.work / "sweeps" / self.head.sweep
-        self.facts = {**(facts or {}), "sweep": self.head.sweep}
 
     def _head(self) -> Head:
         recipe = self.project.recipe
@@ -162,7 +167,8 @@ class Sweep:
         return Progress(paused.step - behind, paused.seconds, best.dev_loss, best.dev_metric)
 
     def _to_the_end(self, project: Project, work: Path, behind: int) -> Progress:
-        result = train(project, self.version, self.base, self.chat, self.once, work=work, facts=self.facts)
+        facts = {"sweep": self.head.sweep, **({"forced": self.forced} if self.forced else {})}
+        result = train(project, self.version, self.base, self.chat, self.once, work=work, facts=facts)
         told = result.adapter.lineage["training"]
         kept = next(each for each in told["epochs"] if each["step"] == told["kept_step"])
         made = self.steps - behind if result.trained else 0

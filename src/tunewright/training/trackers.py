@@ -10,13 +10,14 @@ from pathlib import Path
 
 from tunewright.errors import UserError
 from tunewright.recipe import Tracker
+from tunewright.training import processes
 
 
 def require_trackers(trackers: Sequence[Tracker]) -> None:
-    """Check that the recipe's trackers are installed, before anything is loaded or measured.
+    """Check that the recipe's trackers are installed and let us in, before anything is loaded or measured.
 
     Raises:
-        UserError: one is not.
+        UserError: one is not, or W&B has no API key and no terminal to ask for one.
     """
     missing = [tracker for tracker in trackers if importlib.util.find_spec(tracker) is None]
     if missing:
@@ -25,6 +26,24 @@ def require_trackers(trackers: Sequence[Tracker]) -> None:
             where="train.report_to",
             fix=f"pip install {' '.join(missing)}, or leave {'it' if len(missing) == 1 else 'them'} out.",
         )
+    if "wandb" in trackers and processes.is_main():  # which alone reports
+        _log_in_to_wandb()
+
+
+def _log_in_to_wandb() -> None:
+    """Have W&B look for its API key now: where there is none it would fail at the first step."""
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "disabled"):
+        return
+    try:
+        wandb.login()
+    except wandb.errors.UsageError as error:
+        raise UserError(
+            f"W&B does not let us in: {error}",
+            where="train.report_to",
+            fix="`wandb login`, or set WANDB_API_KEY. With WANDB_MODE=offline it writes local files and needs no key.",
+        ) from None
 
 
 @contextmanager

@@ -208,7 +208,7 @@ def _fit(
     answered = dev_task(recipe, project.root, chat, version.domain_of("train"), dev, context_length(base), reporter)
     reporter.say(f"Loading {named(base, recipe.train.quantize)}")
     model = load_model(base, recipe.train.dtype, recipe.train.quantize)
-    replay = draw_replay(project, version, base, chat, model, limit, reporter)
+    replay = draw_replay(project, version, base, chat, lambda: model, limit, reporter)
     run = Run(recipe, base, work, reporter)
     try:
         with tracked_in(project.work / "trackers", recipe.name, run.name):
