@@ -34,16 +34,17 @@ def _log_in_to_wandb() -> None:
     """Have W&B look for its API key now: where there is none it would fail at the first step."""
     import wandb
 
-    if wandb.setup().settings.mode in ("offline", "disabled"):
-        return
     try:
-        wandb.login()
+        if wandb.setup().settings.mode not in ("offline", "disabled"):
+            wandb.login()
     except wandb.errors.UsageError as error:
         raise UserError(
             f"W&B does not let us in: {error}",
             where="train.report_to",
             fix="`wandb login`, or set WANDB_API_KEY. With WANDB_MODE=offline it writes local files and needs no key.",
         ) from None
+    finally:
+        wandb.teardown()  # what it has read of the environment, where `tracked_in` has yet to say where to write
 
 
 @contextmanager
