@@ -29,6 +29,7 @@ def judge(
     """
     import tunewright
     from tunewright.cli.judge_tables import estimate_text, judgement_tables
+    from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE
 
     with session(json, project) as current:
         road = tunewright.open(project, current.reporter)

@@ -127,8 +127,9 @@ def measured_controls(rows: Sequence[ControlRow]) -> tuple[Control, ...]:
 def veto(controls: Sequence[Control]) -> tuple[str, ...]:
     """Why the judge is not heard; empty if it passes all controls."""
     return tuple(
-        f"{c.name}: {c.passed} of {c.items} passed{f' ({c.unscored} without a verdict)' if c.unscored else ''}, so "
-        f"that {c.expected} holds for at least {c.limit:.0%} (exact 95% limit), and {c.required:.0%} is required"
+        f"{c.name} ({c.expected}): {c.passed} of {c.items} passed"
+        f"{f', {c.unscored} without a verdict' if c.unscored else ''}; that is at least {c.limit:.0%} with 95% "
+        f"confidence, and {c.required:.0%} is required"
         for c in controls
         if not c.held
     )
