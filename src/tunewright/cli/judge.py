@@ -39,6 +39,10 @@ def judge(
             return
         result = road.judge(evaluation)
         judged = result.judgement
-        current.show({"folder": str(result.folder), "judge": judged.model_dump(mode="json")}, *judgement_tables(judged))
+        current.show(
+            {"folder": str(result.folder), "judge": judged.model_dump(mode="json")},
+            *judgement_tables(judged),
+            f"Replies: {result.folder / (CONTROLS_FILE if judged.vetoed else ROWS_FILE)}",
+        )
         if judged.vetoed:
             raise typer.Exit(VETOED)
