@@ -119,8 +119,8 @@ def test_unreadable_replies_are_counted_as_such_and_veto_the_judge(tmp_path: Pat
     code, evidence, _ = judged(tmp_path, writes_garbage)
     assert code == 3
     assert evidence.judge is not None
-    assert all(control.unscored == control.items == 14 for control in evidence.judge.controls)
-    assert all("14 without a verdict" in reason for reason in evidence.judge.vetoed)
+    assert all(control.unscored == {"no verdict in the reply": 14} for control in evidence.judge.controls)
+    assert all("14 without a verdict (no verdict in the reply)" in reason for reason in evidence.judge.vetoed)
     rows = (tmp_path / "project" / "evaluations" / evidence.id / CONTROLS_FILE).read_text().splitlines()
     assert {json.loads(row)["unscored"] for row in rows} == {"no verdict in the reply"}
 

@@ -57,7 +57,7 @@ def _controls_table(model: str, controls: tuple[Control, ...]) -> Table:
         table.add_row(
             control.name,
             f"{control.passed} of {control.items}",
-            str(control.unscored),
+            str(sum(control.unscored.values())),
             f"{control.limit:.0%}",
             f"{control.required:.0%}",
             "holds" if control.held else "FAILS",

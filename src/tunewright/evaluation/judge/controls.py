@@ -9,7 +9,7 @@ import numpy as np
 
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Item
-from tunewright.evaluation.judge.figures import exact_lower_limit
+from tunewright.evaluation.judge.figures import exact_lower_limit, reasons
 from tunewright.evaluation.judge.prompts import INJECTION, Question, correctness, pairwise
 from tunewright.evaluation.judge.rows import ControlRow
 from tunewright.evaluation.judge.section import Control, ControlName
@@ -116,7 +116,7 @@ def measured_controls(rows: Sequence[ControlRow]) -> tuple[Control, ...]:
                 expected=expected,
                 items=len(of_it),
                 passed=passed,
-                unscored=sum(row.unscored is not None for row in of_it),
+                unscored=reasons(of_it),
                 limit=exact_lower_limit(passed, len(of_it)),
                 required=REQUIRED,
             )
@@ -128,8 +128,12 @@ def veto(controls: Sequence[Control]) -> tuple[str, ...]:
     """Why the judge is not heard; empty if it passes all controls."""
     return tuple(
         f"{c.name} ({c.expected}): {c.passed} of {c.items} passed"
-        f"{f', {c.unscored} without a verdict' if c.unscored else ''}; that is at least {c.limit:.0%} with 95% "
+        f"{_without_verdict(c)}; that is at least {c.limit:.0%} with 95% "
         f"confidence, and {c.required:.0%} is required"
         for c in controls
         if not c.held
     )
+
+
+def _without_verdict(control: Control) -> str:
+    return "".join(f", {count} without a verdict ({why})" for why, count in control.unscored.items())

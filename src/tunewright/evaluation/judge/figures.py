@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import beta
 
-from tunewright.evaluation.judge.rows import Answered, Compared, JudgedItem
+from tunewright.evaluation.judge.rows import Answered, Compared, ControlRow, JudgedItem
 from tunewright.evaluation.judge.section import JudgedArm, JudgedContrast, LengthControlled, Preference, WinRate
 from tunewright.evaluation.parts import Interval, Score
 from tunewright.evaluation.power import minimum_detectable_effect
@@ -56,7 +55,7 @@ def judged_arm(name: str, verdicts: Sequence[Answered], clusters: Sequence[str])
         correct=int(right.sum()),
         exact=sum(v.exact for v, _ in scored),
         share=Score(value=share, interval=wilson(share, worth), method=method),
-        unscored=_reasons(verdicts),
+        unscored=reasons(verdicts),
     )
 
 
@@ -129,7 +128,7 @@ def preference(
         stripped_texts=sum(row.pairs[opponent].stripped is not None for row in rows),
         length_controlled=controlled,
         length_note=note,
-        unscored=_reasons(plain),
+        unscored=reasons(plain),
     )
 
 
@@ -243,7 +242,8 @@ def logistic(covariate: Floats, wins: Floats, weights: Floats) -> tuple[Floats, 
     return a, b
 
 
-def _reasons(verdicts: Sequence[Any]) -> dict[str, int]:
+def reasons(verdicts: Sequence[Answered] | Sequence[Compared] | Sequence[ControlRow]) -> dict[str, int]:
+    """Why there is no verdict to how often."""
     counted = Counter(v.unscored for v in verdicts if v.unscored is not None)
     return dict(sorted(counted.items()))
 

@@ -20,7 +20,9 @@ class Control(Part):
     expected: Annotated[str, Field(description="What a sound judge says.")]
     items: Annotated[int, Field(description="Items asked about, each of another cluster.")]
     passed: int
-    unscored: Annotated[int, Field(description="Items without a readable verdict; they count as not passed.")]
+    unscored: Annotated[
+        dict[str, int], Field(description="Reason to number of items without a verdict; they count as not passed.")
+    ]
     limit: Annotated[float, Field(description="Lower 95% limit of the share passed (Clopper-Pearson, one-sided).")]
     required: Annotated[float, Field(description="What the limit has to reach.")]
 
