@@ -9,6 +9,7 @@ from typing import Any
 from tunewright.data.examples import Example, Message
 from tunewright.disk import digest
 from tunewright.evaluation.evidence import Arm, Evidence, Fold, Item
+from tunewright.evaluation.openings import Declared, Opening
 from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.scoring import ScoredArms, declared_contrasts, measured_metrics, score_arm, score_arms
 from tunewright.metrics import Scorer, scorer_of
@@ -97,7 +98,9 @@ def make_evidence(
         dev_arms=[_arm("zero-shot", on_dev), _arm("retrieved-4", on_dev)],
         best_prompting="retrieved-4",
         arms=[_arm(name, on_test) for name in ("zero-shot", "retrieved-4", "tuned")],
-        contrasts=declared_contrasts(on_test, "tuned", ["retrieved-4", "zero-shot"], seed=0, resamples=RESAMPLES),
+        contrasts=declared_contrasts(
+            on_test, [("tuned", "retrieved-4"), ("tuned", "zero-shot")], seed=0, resamples=RESAMPLES
+        ),
         lineage={
             "created": "2026-11-02T10:00:00+00:00",
             "dataset": {"version": digest("version"), "split": digest("split")},
@@ -172,3 +175,23 @@ def fixed_and_broken(items: list[Item], treatment: str, control: str) -> Mapping
     """Count, the plain way, what `contrast` has to count of exact match."""
     right = [tuple(i.answers[arm].strip() == i.reference.strip() for arm in (treatment, control)) for i in items]
     return {"fixed": right.count((True, False)), "broken": right.count((False, True))}
+
+
+def make_opening(number: int = 1, previous: str = "", **changes: Any) -> Opening:
+    """A line of a ledger that is as it should be."""
+    facts: dict[str, Any] = {
+        "number": number,
+        "time": f"2026-01-{number:02}T10:00:00+00:00",
+        "author": "ann",
+        "evaluation": digest(f"evaluation {number}")[:12],
+        "design": "held-out",
+        "dataset": digest("version"),
+        "test_split": digest("split"),
+        "items": 60,
+        "adapter": f"court-citations-{number}",
+        "adapter_digest": digest(f"adapter {number}"),
+        "base": digest("base"),
+        "declared": (Declared(treatment="tuned", control="retrieved-4", metric="exact_match", margin=0.02),),
+    }
+    opening = Opening(**(facts | changes), previous=previous, digest="")
+    return opening.model_copy(update={"digest": opening.true_digest})

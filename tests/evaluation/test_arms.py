@@ -1,63 +1,39 @@
-"""Prompting arms: which demonstrations are shown, and in which order."""
+"""Arms: their names and their order, and which of them meet on held-out items."""
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from tunewright.data.examples import Example, Message
-from tunewright.data.versions import Member
-from tunewright.evaluation.arms import ZERO_SHOT, Retriever, prompting_arms, with_demonstrations
-
-
-def member(text: str, answer: str = "x", cluster: str | None = None) -> Member:
-    messages = (Message("system", "Cite."), Message("user", text), Message("assistant", answer))
-    return Member(Example(messages), f"key {text}", "train", cluster or text)
-
-
-COURTS = [member("Dayton Municipal Court, Ohio"), member("Toledo Municipal Court, Ohio"), member("D. Guam, Guam")]
-
-
-def test_the_most_similar_example_comes_first() -> None:
-    found = Retriever(COURTS).nearest(member("Municipal Court of Toledo"), 2)
-    assert [m.example.input_text for m in found] == ["Toledo Municipal Court, Ohio", "Dayton Municipal Court, Ohio"]
-
-
-def test_single_letters_count() -> None:
-    districts = [member("District N.D. of Ohio"), member("District S.D. of Ohio")]
-    for query in ("District S.D. of Iowa", "District N.D. of Iowa"):
-        (found,) = Retriever(districts).nearest(member(query), 1)
-        assert found.example.input_text[9:13] == query[9:13]
-
-
-def test_no_example_of_the_querys_own_cluster_is_shown() -> None:
-    retriever = Retriever([member("Ohio court one", cluster="family"), member("Guam", cluster="other")])
-    assert [m.cluster for m in retriever.nearest(member("Ohio court two", cluster="family"), 2)] == ["other"]
-
-
-def test_a_query_of_unknown_words_still_gets_examples() -> None:
-    assert len(Retriever(COURTS).nearest(member("¿?"), 2)) == 2
-
-
-@given(
-    st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=8, unique=True),
-    st.text(max_size=12),
-)
-def test_retrieval_is_deterministic_and_never_fails(texts: list[str], query: str) -> None:
-    if not any(character.isalnum() for text in texts for character in text):
-        return
-    members = [member(text or "empty") for text in texts]
-    first = Retriever(members).nearest(member(query, cluster="query"), 3)
-    assert first == Retriever(members).nearest(member(query, cluster="query"), 3)
-    assert len(first) == min(3, len(members))
-
-
-def test_the_most_similar_demonstration_stands_nearest_to_the_question() -> None:
-    prompt = with_demonstrations(member("question"), [member("near", "1"), member("far", "2")])
-    assert [m.content for m in prompt] == ["Cite.", "far", "2", "near", "1", "question"]
-    assert [m.role for m in prompt] == ["system", "user", "assistant", "user", "assistant", "user"]
+from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, other_instructions, prompting_arms, tuned_retrieved
+from tunewright.recipe import EvaluateRecipe
 
 
 def test_arms_are_named_and_the_cheapest_is_first() -> None:
-    assert [a.name for a in prompting_arms((8, 1, 8))] == ["zero-shot", "retrieved-1", "retrieved-8"]
-    assert prompting_arms((1,))[0] == ZERO_SHOT
+    settings = EvaluateRecipe(shots=(8, 1, 8), static_seeds=2, retrievers=("bm25", "tfidf"), instructions=("Do it.",))
+    assert [arm.name for arm in prompting_arms(settings)] == [
+        "zero-shot",
+        "zero-shot-instruction-1",
+        "static-1-seed-1",
+        "static-1-seed-2",
+        "static-8-seed-1",
+        "static-8-seed-2",
+        "retrieved-1",
+        "retrieved-8",
+        "retrieved-1-tfidf",
+        "retrieved-8-tfidf",
+    ]
+    assert prompting_arms(settings)[0] == ZERO_SHOT
+
+
+def test_kinds_of_arms_can_be_switched_off() -> None:
+    settings = EvaluateRecipe(shots=(4,), static_seeds=0, retrievers=())
+    assert prompting_arms(settings) == [ZERO_SHOT]
+
+
+def test_an_arm_meets_every_other_instruction() -> None:
+    settings = EvaluateRecipe(instructions=("Do it.", "Please."))
+    found = other_instructions(ArmPlan("static", 4, seed=2), settings)
+    assert [arm.name for arm in found] == ["static-4-seed-2-instruction-1", "static-4-seed-2-instruction-2"]
+
+
+def test_the_adapter_keeps_the_instruction_that_it_was_trained_on() -> None:
+    with_shots = tuned_retrieved(ArmPlan("retrieved", 8, retriever="tfidf", instruction=2))
+    assert (with_shots.name, with_shots.instruction, with_shots.adapted) == ("tuned+retrieved-8-tfidf", 0, True)

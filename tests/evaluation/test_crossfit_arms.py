@@ -8,8 +8,9 @@ import pytest
 
 import tunewright
 from command_line import tiny_project, write_jsonl
+from tunewright.evaluation.advising import AdviseResult, advise
 from tunewright.evaluation.evidence import load_items
-from tunewright.evaluation.measure import AdviseResult, Measurement
+from tunewright.evaluation.measure import Measurement
 from tunewright.evaluation.verdict import verdict
 from tunewright.report.html import render_report
 
@@ -23,19 +24,18 @@ def test_the_control_is_each_folds_own_best_prompting_arm(
     road = tunewright.open(folder)
     road.data.add([folder / "pairs.jsonl"])
     chosen = iter(["retrieved-1", "zero-shot"])
-    advise = Measurement.advise
 
-    def choosing(self: Measurement) -> AdviseResult:
-        measured = advise(self)
+    def choosing(measurement: Measurement) -> AdviseResult:
+        measured = advise(measurement)
         best = measured.advice.model_copy(update={"best": next(chosen)})
         return AdviseResult(measured.file, best, measured.measured)
 
-    monkeypatch.setattr(Measurement, "advise", choosing)
+    monkeypatch.setattr("tunewright.evaluation.crossfit.advise", choosing)
     result = road.crossfit(folds=2, force=True)
     evidence, items = result.evidence, load_items(result.folder)
     assert [fold.best_prompting for fold in evidence.folds] == ["retrieved-1", "zero-shot"]
     assert (evidence.best_prompting, evidence.arm("best-prompting").kind) == ("best-prompting", "mixed")
-    assert [c.control for c in evidence.contrasts] == ["best-prompting", "zero-shot"]
+    assert [c.control for c in evidence.contrasts] == ["best-prompting", "zero-shot", "tuned"]
     second = [item for item in items if item.fold == 2]
     assert all(item.answers["best-prompting"] == item.answers["zero-shot"] for item in second)
     # A fold that prompts with a demonstration has longer prompts, and its share of the arm's mean.

@@ -32,7 +32,7 @@ def _alone(count: int) -> list[str]:
 
 def _contrast(items: list[Item], metric: Metric, resamples: int = 300) -> Contrast:
     scored = scored_items(items, [metric])
-    return declared_contrasts(scored, "tuned", ["retrieved-4"], 0, resamples)[0]
+    return declared_contrasts(scored, [("tuned", "retrieved-4")], 0, resamples)[0]
 
 
 # Against sacrebleu
@@ -132,7 +132,7 @@ def test_an_arm_of_like_items_gets_the_wider_interval() -> None:
 
 def test_only_the_contrasts_by_the_deciding_metric_are_adjusted_and_they_come_first() -> None:
     scored = scored_items(make_items(40), ["token_f1", "bleu"])
-    found = declared_contrasts(scored, "tuned", ["retrieved-4", "zero-shot"], 0, 300)
+    found = declared_contrasts(scored, [("tuned", "retrieved-4"), ("tuned", "zero-shot")], 0, 300)
     assert [(c.metric, c.control) for c in found] == [
         ("token_f1", "retrieved-4"),
         ("token_f1", "zero-shot"),
@@ -169,7 +169,7 @@ def test_unscored_items_are_left_out_of_arm_and_contrast_and_counted_with_their_
     score = arm.score("json court")
     assert (score.value, score.scored, arm.items) == (1.0, 3, 5)
     assert score.unscored == {"the reference is not JSON": 1, "the reference has no field": 1}
-    (measured,) = declared_contrasts(scored, "tuned", ["zero-shot"], 0, 50)
+    (measured,) = declared_contrasts(scored, [("tuned", "zero-shot")], 0, 50)
     assert (measured.scored, measured.clusters, measured.difference) == (3, 3, 1.0)
     assert measured.left_out == score.unscored
     assert scored.of_item(1) == {"json court": {}}
@@ -184,7 +184,7 @@ def test_a_contrast_is_of_the_items_that_both_arms_have_scores_for() -> None:
         return None if answer == "?" else float(answer)
 
     scored = _own(halves, {"tuned": ["1", "?", "0.5", "0"], "zero-shot": ["0", "1", "?", "0"]})
-    (measured,) = declared_contrasts(scored, "tuned", ["zero-shot"], 0, 50)
+    (measured,) = declared_contrasts(scored, [("tuned", "zero-shot")], 0, 50)
     assert (measured.scored, measured.difference) == (2, 0.5)
     assert sum(measured.left_out.values()) == 2
 
@@ -192,7 +192,7 @@ def test_a_contrast_is_of_the_items_that_both_arms_have_scores_for() -> None:
 def test_arms_that_share_no_scored_item_are_a_mistake_that_is_named() -> None:
     scored = _own(lambda answer: None if answer == "?" else 1.0, {"tuned": ["1", "?"], "zero-shot": ["?", "1"]})
     with pytest.raises(UserError, match="no item is scored by python m:f in both tuned and zero-shot"):
-        declared_contrasts(scored, "tuned", ["zero-shot"], 0, 50)
+        declared_contrasts(scored, [("tuned", "zero-shot")], 0, 50)
 
 
 def test_an_arm_of_which_nothing_can_be_scored_is_a_mistake_that_is_named() -> None:

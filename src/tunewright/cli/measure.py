@@ -1,4 +1,4 @@
-"""From an adapter to a decision: evaluate, crossfit, verdict, report; and the adapters."""
+"""From an adapter to a decision: evaluate, crossfit, ledger, verdict, report; and the adapters."""
 
 from __future__ import annotations
 
@@ -24,15 +24,33 @@ def evaluate(
     adapter: Annotated[
         str | None, typer.Argument(help="The adapter's name, or its beginning.", show_default="the newest")
     ] = None,
+    dev: Annotated[
+        bool, typer.Option("--dev", help="Compare on the dev split instead, and leave the test split closed.")
+    ] = False,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
-    """Compare the adapter with zero-shot and the best prompting arm on the held-out test split."""
+    """Compare the adapter with zero-shot and the best prompting arm on the held-out test split.
+
+    That opens the test split: what is going to be compared is written to the ledger first (`tunewright ledger`).
+    """
     import tunewright
-    from tunewright.cli.tables import evidence_tables
+    from tunewright.cli.tables import dev_tables, evidence_tables
 
     with session(json, project) as current:
-        result = tunewright.open(project, current.reporter).evaluate(adapter)
+        road = tunewright.open(project, current.reporter)
+        if dev:
+            compared = road.evaluate_on_dev(adapter)
+            current.show(
+                {
+                    "file": str(compared.file),
+                    "measured": compared.measured,
+                    "comparison": compared.comparison.model_dump(mode="json"),
+                },
+                *dev_tables(compared.comparison),
+            )
+            return
+        result = road.evaluate(adapter)
         current.show(
             {
                 "folder": str(result.folder),
@@ -68,6 +86,21 @@ def crossfit(
             },
             *evidence_tables(result.evidence),
             f"Evidence: {result.folder}",
+        )
+
+
+@app.command()
+def ledger(project: Folder = HERE, json: Json = False) -> None:
+    """List every opening of the test split: who, when, what for. A line that was changed or removed is found."""
+    from tunewright.cli.tables import ledger_table
+    from tunewright.project import Project
+    from tunewright.road import Road
+
+    with session(json, project) as current:
+        openings = Road(Project(project), current.reporter).ledger()
+        current.show(
+            {"openings": [opening.model_dump(mode="json") for opening in openings]},
+            ledger_table(openings) if openings else "The test split has not been opened yet.",
         )
 
 

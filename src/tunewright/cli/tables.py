@@ -12,7 +12,8 @@ from rich.text import Text
 from tunewright.cli.general_tables import general_tables
 from tunewright.data.versions import Manifest
 from tunewright.demo import ThreeAnswers
-from tunewright.evaluation.evidence import Arm, Evidence, Measured
+from tunewright.evaluation.evidence import Advice, Arm, DevComparison, Evidence, Measured
+from tunewright.evaluation.openings import Opening
 from tunewright.evaluation.parts import Score
 from tunewright.evaluation.verdict import Verdict, changed_words
 from tunewright.metrics import axis_label, metric_label
@@ -26,7 +27,10 @@ _COLOURS = {"ship": "bold green", "don't ship": "bold red", "can't tell": "bold 
 
 
 def arms_table(title: str, arms: Sequence[Arm], metric: MetricName, metrics: Mapping[MetricName, Measured]) -> Table:
-    """Arms with their score by the deciding metric and its 95% interval, and by the metrics beside it."""
+    """Arms with their score by the deciding metric and its 95% interval, and by the metrics beside it.
+
+    ``shared`` are the tokens that all prompts of the arm begin with.
+    """
     table = Table(title=title, title_justify="left")
     counted = metrics[metric].kind == "right or wrong"
     also = [name for name in metrics if name != metric]
@@ -39,7 +43,7 @@ def arms_table(title: str, arms: Sequence[Arm], metric: MetricName, metrics: Map
         )
     ]
     names = ("arm", *(["right"] if counted else []), axis_label(metric), "95% interval", *map(axis_label, also))
-    for name in (*names, *extra, "prompt tokens"):
+    for name in (*names, *extra, "prompt tokens", "shared"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for arm in arms:
         score = arm.score(metric)
@@ -52,7 +56,42 @@ def arms_table(title: str, arms: Sequence[Arm], metric: MetricName, metrics: Map
             *(f"{100 * arm.score(name).value:.1f}" for name in also),
             *(str(left[name]) for name in extra),
             f"{arm.prompt_tokens:.0f}",
+            str(arm.shared_tokens),
         )
+    return table
+
+
+def advice_tables(advice: Advice) -> list[RenderableType]:
+    """What prompting reaches on dev: every arm, static ones by their draws, and the finalists where there are some."""
+    narrowing = advice.narrowing
+    arms = advice.arms if narrowing is None else narrowing.arms
+    all_dev = f"{advice.items} dev items"
+    on = all_dev if narrowing is None else f"{narrowing.items} of the {all_dev}"
+    told: list[RenderableType] = [
+        arms_table(
+            f"Prompting on {on}, untuned base",
+            [arm for arm in arms if arm.seed is None],
+            advice.metric,
+            advice.metrics,
+        )
+    ]
+    if advice.static:
+        told.append(draws_table(f"Static demonstrations on {on}", advice))
+    if narrowing is not None:
+        told.append(arms_table(f"Finalists on all {all_dev}", advice.arms, advice.metric, advice.metrics))
+        told.append(f"Finalists are {narrowing.rule}.")
+    told += [f"Left out: {arm.name}: {arm.why}." for arm in advice.left_out]
+    return [*told, f"Best prompting arm: {advice.best}. A fine-tune has to beat it."]
+
+
+def draws_table(title: str, advice: Advice) -> Table:
+    """Static arms: the mean over draws of demonstrations, and how much the draw matters."""
+    table = Table(title=title, title_justify="left")
+    for name in ("arm", "draws", axis_label(advice.metric), "lowest to highest"):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    for each in advice.static:
+        spread = f"{100 * min(each.scores):.1f} to {100 * max(each.scores):.1f}"
+        table.add_row(each.name, str(len(each.scores)), f"{100 * each.mean:.1f}", spread)
     return table
 
 
@@ -60,7 +99,7 @@ def _interval(score: Score) -> str:
     return f"{100 * score.interval.low:.1f} to {100 * score.interval.high:.1f}"
 
 
-def contrasts_table(title: str, evidence: Evidence) -> Table:
+def contrasts_table(title: str, evidence: Evidence | DevComparison) -> Table:
     """Contrasts with difference, interval, p (adjusted for being several), and the items that changed."""
     table = Table(title=title, title_justify="left")
     several = len(evidence.metrics) > 1
@@ -109,6 +148,38 @@ def evidence_tables(evidence: Evidence) -> list[RenderableType]:
         contrasts_table("Contrasts on the test split, in points", evidence),
         *(general_tables(evidence.general) if evidence.general else ()),
     ]
+
+
+def dev_tables(compared: DevComparison) -> list[RenderableType]:
+    """An adapter and the prompting arms on dev."""
+    title = f"{compared.items} dev items in {compared.clusters} clusters"
+    return [
+        arms_table(title, compared.arms, compared.metric, compared.metrics),
+        contrasts_table("Contrasts on the dev split, in points", compared),
+        "The dev split chose the adapter's step and the best prompting arm, so both look better here than they are. "
+        "The test split stays closed.",
+    ]
+
+
+def ledger_table(openings: Sequence[Opening]) -> Table:
+    """The openings of the test split, in the ledger's order."""
+    table = Table(title="Openings of the test split", title_justify="left")
+    for name in ("line", "opened (UTC)", "by", "evaluation", "adapter", "dataset", "items", "declared"):
+        right = name in {"line", "items"}
+        table.add_column(name, justify="right" if right else "left", no_wrap=name not in {"adapter", "declared"})
+    for opening in openings:
+        first = opening.declared[0]
+        table.add_row(
+            str(opening.number),
+            opening.time[:16],
+            opening.author or "",
+            opening.evaluation,
+            opening.adapter or "one for each fold",
+            opening.dataset[:12],
+            str(opening.items),
+            f"{first.treatment} against {first.control}",
+        )
+    return table
 
 
 def verdict_text(decision: Verdict) -> Text:

@@ -20,19 +20,16 @@ Force = Annotated[bool, typer.Option("--force", help="Train on fewer than 50 pai
 
 @app.command()
 def advise(project: Folder = HERE, json: Json = False) -> None:
-    """Measure prompting on the dev split: zero-shot and retrieved demonstrations, with the untuned base."""
+    """Measure prompting on the dev split: instructions, static and retrieved demonstrations, with the untuned base."""
     import tunewright
-    from tunewright.cli.tables import arms_table
+    from tunewright.cli.tables import advice_tables
 
     with session(json, project) as current:
         result = tunewright.open(project, current.reporter).advise()
         advice = result.advice
         current.show(
             {"file": str(result.file), "measured": result.measured, **advice.model_dump(mode="json")},
-            arms_table(
-                f"Prompting on {advice.items} dev items, untuned base", advice.arms, advice.metric, advice.metrics
-            ),
-            f"Best prompting arm: {advice.best}. A fine-tune has to beat it.",
+            *advice_tables(advice),
         )
 
 

@@ -1,75 +1,88 @@
-"""Arms: the ways of answering that are measured against each other, and the prompts they make."""
+"""Arms: the ways of answering that are measured against each other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from tunewright.data.examples import Message
-from tunewright.data.versions import Member
+from tunewright.evaluation.evidence import Arm, ArmKind
+from tunewright.recipe import EvaluateRecipe, RetrieverName
 
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """One way of answering."""
+    """One way of answering.
 
-    kind: Literal["zero-shot", "retrieved", "tuned"]
+    Args:
+        kind: ``mixed`` is no way of answering but stands for what folds did each in its own.
+        shots: demonstrations in the prompt.
+        seed: which draw of static demonstrations, from 1.
+        retriever: what finds the demonstrations of each question.
+        instruction: 0 for the pairs' own, else of evaluate.instructions, from 1.
+    """
+
+    kind: ArmKind
     shots: int = 0
+    seed: int | None = None
+    retriever: RetrieverName | None = None
+    instruction: int = 0
 
     @property
     def name(self) -> str:
-        """zero-shot, retrieved-K or tuned."""
-        return f"retrieved-{self.shots}" if self.kind == "retrieved" else self.kind
+        """Such as zero-shot, static-8-seed-2, retrieved-4, retrieved-4-tfidf, zero-shot-instruction-1 or tuned."""
+        parts: list[str] = ["tuned+retrieved" if self.kind == "tuned-retrieved" else self.kind]
+        if self.shots:
+            parts.append(str(self.shots))
+        if self.seed is not None:
+            parts.append(f"seed-{self.seed}")
+        if self.retriever == "tfidf":
+            parts.append("tfidf")
+        if self.instruction:
+            parts.append(f"instruction-{self.instruction}")
+        return "-".join(parts)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the adapter answers, and not the base alone."""
+        return self.kind in {"tuned", "tuned-retrieved"}
+
+    @property
+    def any_seed(self) -> ArmPlan:
+        """The same arm whatever its draw of demonstrations."""
+        return replace(self, seed=None)
 
 
 ZERO_SHOT = ArmPlan("zero-shot")
 TUNED = ArmPlan("tuned")
 
 
-def prompting_arms(shots: Sequence[int]) -> list[ArmPlan]:
-    """Every arm that needs no training, the cheapest first."""
-    return [ZERO_SHOT, *(ArmPlan("retrieved", k) for k in sorted(set(shots)))]
+def plan_of(arm: Arm) -> ArmPlan:
+    """The way of answering that was measured."""
+    return ArmPlan(arm.kind, arm.shots, arm.seed, arm.retriever, arm.instruction)
 
 
-class Retriever:
-    """BM25 over the training split's inputs (Robertson & Zaragoza 2009; Lucene's variant, by bm25s)."""
+def prompting_arms(settings: EvaluateRecipe) -> list[ArmPlan]:
+    """Every arm that needs no training, with the pairs' own instruction; then zero-shot with each other one.
 
-    def __init__(self, train: Sequence[Member]) -> None:
-        import bm25s
-
-        self._members = train
-        self._clusters = np.array([m.cluster for m in train])
-        self._index = bm25s.BM25()
-        self._index.index(self._words([m.example.input_text for m in train]), show_progress=False)
-
-    def nearest(self, query: Member, k: int) -> list[Member]:
-        """The ``k`` most similar training examples, the most similar first, none of the query's own cluster."""
-        (words,) = self._words([query.example.input_text])
-        known = [w for w in words if w in self._index.vocab_dict]
-        scores = self._index.get_scores(known) if known else np.zeros(len(self._members))
-        scores = np.where(self._clusters == query.cluster, -np.inf, scores)
-        # Stable, so that equal scores keep the members' own order, by key.
-        order = np.argsort(-scores, kind="stable")[:k]
-        return [self._members[i] for i in order if scores[i] > -np.inf]
-
-    @staticmethod
-    def _words(texts: list[str]) -> list[list[str]]:
-        import bm25s
-
-        # Single letters count (the default pattern drops them): "N.D." and "S.D." are different districts.
-        words: list[list[str]] = bm25s.tokenize(
-            texts, token_pattern=r"(?u)\b\w+\b", stopwords=None, return_ids=False, show_progress=False
-        )
-        return words
+    Of arms of the same score an earlier one is taken: the cheaper is first.
+    """
+    shots = sorted(set(settings.shots))
+    static = [ArmPlan("static", k, seed=seed) for k in shots for seed in range(1, settings.static_seeds + 1)]
+    retrieved = [
+        ArmPlan("retrieved", k, retriever=retriever) for retriever in dict.fromkeys(settings.retrievers) for k in shots
+    ]
+    return [*_instructed(ZERO_SHOT, settings, own=True), *static, *retrieved]
 
 
-def with_demonstrations(query: Member, demonstrations: Sequence[Member]) -> tuple[Message, ...]:
-    """The query's prompt with worked examples before it, the most similar one nearest to the question."""
-    prompt = query.example.prompt
-    system = tuple(m for m in prompt if m.role == "system")
-    asked = tuple(m for m in prompt if m.role != "system")
-    shown = tuple(m for d in reversed(demonstrations) for m in d.example.messages if m.role != "system")
-    return system + shown + asked
+def other_instructions(plan: ArmPlan, settings: EvaluateRecipe) -> list[ArmPlan]:
+    """The same arm with each instruction of evaluate.instructions."""
+    return _instructed(plan, settings, own=False)
+
+
+def _instructed(plan: ArmPlan, settings: EvaluateRecipe, *, own: bool) -> list[ArmPlan]:
+    return [replace(plan, instruction=number) for number in range(0 if own else 1, len(settings.instructions) + 1)]
+
+
+def tuned_retrieved(plan: ArmPlan) -> ArmPlan:
+    """The adapter with the demonstrations of a retrieved arm, and with the instruction that it was trained on."""
+    assert plan.kind == "retrieved"
+    return ArmPlan("tuned-retrieved", plan.shots, retriever=plan.retriever)

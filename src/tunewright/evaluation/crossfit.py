@@ -19,30 +19,30 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, stop_strings
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion, Member
+from tunewright.data.versions.author import current_author
 from tunewright.disk import digest
-from tunewright.evaluation.arms import TUNED, ZERO_SHOT, prompting_arms
-from tunewright.evaluation.evidence import (
-    EVIDENCE_FILE,
-    SCHEMA_VERSION,
-    Advice,
-    Arm,
-    ArmKind,
-    Evidence,
-    Fold,
-    load_evidence,
+from tunewright.evaluation.advising import advise, choosing_inputs
+from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
+from tunewright.evaluation.evaluating import (
+    EvaluateResult,
+    contest,
+    declare,
+    measured_contrasts,
+    save_evaluation,
+    tell_opening,
 )
+from tunewright.evaluation.evidence import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold, load_evidence
 from tunewright.evaluation.folds import fold_versions
 from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.ledger import Ledger
 from tunewright.evaluation.measure import (
     Answered,
-    EvaluateResult,
     Measurement,
     measured_arm,
-    measured_contrasts,
     measured_with,
-    save_evaluation,
     scored_arms,
 )
+from tunewright.evaluation.openings import Opening
 from tunewright.evaluation.scoring import ScoredArms, measured_metrics
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
@@ -53,6 +53,8 @@ from tunewright.training.train import train, training_inputs
 
 BEST_PROMPTING = "best-prompting"
 """The arm that is each fold's own best prompting arm, where they are not all the same."""
+TUNED_RETRIEVED = "tuned+retrieved"
+"""Each fold's adapter with its own best retrieved demonstrations, where these are not all the same."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,22 @@ class _Done:
     adapter: Adapter
     trained: bool
     advice: Advice
+    plans: list[ArmPlan]
     answers: dict[str, list[Answered]]
     """Of the fold's test rows, by arm."""
 
-    def by_role(self, control: str) -> dict[str, list[Answered]]:
-        """The answers by the names that the evidence has for arms; ``control`` is this fold's best prompting arm."""
-        names = {ZERO_SHOT.name: ZERO_SHOT.name, control: self.advice.best, TUNED.name: TUNED.name}
-        return {role: self.answers[arm] for role, arm in names.items()}
+
+@dataclass(frozen=True)
+class _Role:
+    """An arm as the evidence has it: one plan for each fold, which need not be the same one."""
+
+    name: str
+    plans: list[ArmPlan]
+
+    @property
+    def plan(self) -> ArmPlan:
+        """What the evidence says of it."""
+        return self.plans[0] if len(set(self.plans)) == 1 else ArmPlan("mixed")
 
 
 class CrossFit:
@@ -128,7 +139,8 @@ class CrossFit:
             "metrics": [metric_inputs(metric, self.project.root) for metric in settings.metrics],
             "margin": settings.margin,
             "schema": SCHEMA_VERSION,
-            "arms": [plan.name for plan in prompting_arms(settings.shots)],
+            **choosing_inputs(settings),
+            "tuned_retrieved": settings.tuned_retrieved,
         }
         return digest(decides)[:12]
 
@@ -140,8 +152,12 @@ class CrossFit:
             KeyboardInterrupt: stopped by a signal; what was finished is kept.
         """
         folder = self.project.evaluations / self.identity
+        ledger = Ledger(self.project.evaluations)
         if (folder / EVIDENCE_FILE).exists():
             return EvaluateResult(folder, load_evidence(folder), evaluated=False)
+        opening = self._open(ledger)
+        earlier = ledger.earlier(opening, self.project.dataset, {m.key for m in self.version.domain})
+        tell_opening(opening, earlier, self.reporter)
         done: list[_Done] = []
         for number in range(1, len(self.versions) + 1):
             began = time.monotonic()
@@ -151,13 +167,35 @@ class CrossFit:
             if left and done[-1].trained and not any(fold.trained for fold in done[:-1]):
                 seconds = time.monotonic() - began
                 self.reporter.say(f"That took {duration(seconds)}; {left} more: about {duration(left * seconds)}.")
-        control = _control(done)
-        answers = _in_order(self.version.domain, done, control)
+        roles = self._roles(done)
+        answers = {role.name: _in_order(self.version.domain, done, role) for role in roles}
         scored = scored_arms(self.scorers, self.version.domain, answers)
-        evidence = self._evidence(done, control, answers, scored)
+        evidence = self._evidence(done, roles, answers, scored)
+        evidence = evidence.model_copy(update={"opening": opening, "openings": earlier})
         fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
         save_evaluation(folder, evidence, self.version.domain, answers, scored, fold_of)
         return EvaluateResult(folder, evidence, evaluated=True)
+
+    def _open(self, ledger: Ledger) -> Opening:
+        """The line in the ledger; what prompting arm each fold will choose is not known yet."""
+        with_retrieved = TUNED_RETRIEVED if self._tries_retrieved else None
+        return ledger.open(
+            author=current_author(self.project.root),
+            evaluation=self.identity,
+            design="cross-fitted",
+            dataset=self.version.digest,
+            test_split=self.version.split_digest("test"),
+            items=len(self.version.domain),
+            adapter=None,
+            adapter_digest=None,
+            base=self.base.digest,
+            declared=declare(self.recipe, self.scorers[0].name, BEST_PROMPTING, with_retrieved),
+        )
+
+    @property
+    def _tries_retrieved(self) -> bool:
+        settings = self.recipe.evaluate
+        return settings.tuned_retrieved and bool(settings.retrievers)
 
     def _go(self, number: int) -> _Done:
         """One fold's road."""
@@ -184,14 +222,41 @@ class CrossFit:
         measurement = Measurement(
             self.project, version, generator, self.reporter, folder=adapters.parent, limit=self.limit
         )
-        advice = measurement.advise().advice
-        answers = measurement.answer_test(trained.adapter, advice)
-        return _Done(version, trained.adapter, trained.trained, advice, answers)
+        advice = advise(measurement).advice
+        plans = contest(advice, with_retrieved=self.recipe.evaluate.tuned_retrieved)
+        members = version.examples("test")
+        answers = {plan.name: measurement.answers(plan, members, "the fold", trained.adapter) for plan in plans}
+        return _Done(version, trained.adapter, trained.trained, advice, plans, answers)
+
+    def _roles(self, done: Sequence[_Done]) -> list[_Role]:
+        """The arms that all folds have, each fold its own; the second is the prompting arm that tuned has to beat."""
+        best = [next(plan for plan in fold.plans if plan.name == fold.advice.best) for fold in done]
+        retrieved = [plan for fold in done for plan in fold.plans if plan.kind == "tuned-retrieved"]
+        each = [
+            ([ZERO_SHOT] * len(done), ZERO_SHOT.name),
+            (best, BEST_PROMPTING),
+            ([TUNED] * len(done), TUNED.name),
+        ]
+        if len(retrieved) == len(done):
+            each.append((retrieved, TUNED_RETRIEVED))
+        elif self._tries_retrieved:
+            self.reporter.warn(
+                f"{TUNED_RETRIEVED} is left out: {len(done) - len(retrieved)} of {len(done)} folds have no retrieved "
+                "arm"
+            )
+        return [_Role(plans[0].name if len(set(plans)) == 1 else name, plans) for plans, name in each]
 
     def _evidence(
-        self, done: Sequence[_Done], control: str, answers: dict[str, list[Answered]], scored: ScoredArms
+        self,
+        done: Sequence[_Done],
+        roles: Sequence[_Role],
+        answers: dict[str, list[Answered]],
+        scored: ScoredArms,
     ) -> Evidence:
         members, settings = self.version.domain, self.recipe.evaluate
+        control = roles[1].name
+        with_retrieved = roles[3].name if len(roles) > 3 else None
+        declared = declare(self.recipe, self.scorers[0].name, control, with_retrieved)
         return Evidence(
             id=self.identity,
             project=self.recipe.name,
@@ -199,14 +264,17 @@ class CrossFit:
             metrics=measured_metrics(self.scorers),
             margin=settings.margin,
             design="cross-fitted",
-            folds=tuple(_told(number, fold, control, self.scorers[0]) for number, fold in enumerate(done, start=1)),
+            folds=tuple(_told(number, fold, roles, self.scorers[0]) for number, fold in enumerate(done, start=1)),
             items=len(members),
             clusters=len({m.cluster for m in members}),
             train_items=round(sum(len(fold.version.examples("train")) for fold in done) / len(done)),
             dev_arms=[],
             best_prompting=control,
-            arms=[self._arm(name, given, scored) for name, given in answers.items()],
-            contrasts=measured_contrasts(scored, control, self.recipe.seed),
+            arms=[
+                measured_arm(role.name, role.plan, answers[role.name], scored, self.recipe.seed)
+                for role in {role.name: role for role in roles}.values()
+            ],
+            contrasts=measured_contrasts(scored, declared, self.recipe.seed),
             lineage={
                 **measured_with(self.recipe, self.base, self.chat, self.quantize, self.limit),
                 "dataset": self.version.digest,
@@ -217,33 +285,21 @@ class CrossFit:
             },
         )
 
-    def _arm(self, name: str, answers: Sequence[Answered], scored: ScoredArms) -> Arm:
-        plan = next((p for p in [*prompting_arms(self.recipe.evaluate.shots), TUNED] if p.name == name), None)
-        kind: ArmKind = "mixed" if plan is None else plan.kind
-        shots = 0 if plan is None else plan.shots
-        return measured_arm(name, kind, shots, answers, scored, self.recipe.seed)
 
-
-def _control(done: Sequence[_Done]) -> str:
-    """What the evidence calls the prompting arm that tuned has to beat."""
-    chosen = {fold.advice.best for fold in done}
-    return chosen.pop() if len(chosen) == 1 else BEST_PROMPTING
-
-
-def _in_order(members: Sequence[Member], done: Sequence[_Done], control: str) -> dict[str, list[Answered]]:
+def _in_order(members: Sequence[Member], done: Sequence[_Done], role: _Role) -> list[Answered]:
     """The folds' answers together, in the members' order."""
-    given: dict[str, dict[str, Answered]] = defaultdict(dict)
-    for fold in done:
-        for role, answers in fold.by_role(control).items():
-            given[role] |= {m.key: a for m, a in zip(fold.version.examples("test"), answers, strict=True)}
-    return {role: [by_key[m.key] for m in members] for role, by_key in given.items()}
+    by_key: dict[str, Answered] = {}
+    for fold, plan in zip(done, role.plans, strict=True):
+        by_key |= {m.key: a for m, a in zip(fold.version.examples("test"), fold.answers[plan.name], strict=True)}
+    return [by_key[m.key] for m in members]
 
 
-def _told(number: int, fold: _Done, control: str, scorer: Scorer) -> Fold:
+def _told(number: int, fold: _Done, roles: Sequence[_Role], scorer: Scorer) -> Fold:
     test = fold.version.examples("test")
+    own = {role.name: role.plans[number - 1].name for role in roles}
     scores = {
-        role: score_all(scorer, [a.text for a in answers], [m.example for m in test])
-        for role, answers in fold.by_role(control).items()
+        role: score_all(scorer, [a.text for a in fold.answers[arm]], [m.example for m in test])
+        for role, arm in own.items()
     }
     return Fold(
         number=number,

@@ -12,29 +12,35 @@ from tunewright.disk import write_json
 from tunewright.errors import UserError
 from tunewright.evaluation.general.section import General
 from tunewright.evaluation.judge.section import Judgement
+from tunewright.evaluation.openings import Design, Earlier, Opening
 from tunewright.evaluation.parts import ArmScore, Interval, Part
 from tunewright.evaluation.people.section import AnswerReview
 from tunewright.metrics import Kind
-from tunewright.recipe import MetricName
+from tunewright.recipe import MetricName, RetrieverName
 
 SCHEMA_VERSION: Literal[2] = 2
 EVIDENCE_FILE = "evidence.json"
 ITEMS_FILE = "items.jsonl"
 
-ArmKind = Literal["zero-shot", "retrieved", "tuned", "mixed"]
-Design = Literal["held-out", "cross-fitted"]
+ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "mixed"]
 
 
 class Arm(Part):
     """One way of answering, measured on one split."""
 
-    name: Annotated[str, Field(description="zero-shot, retrieved-K, tuned, or best-prompting.")]
-    kind: Annotated[ArmKind, Field(description="mixed: each fold's own best prompting arm.")]
-    shots: int
+    name: Annotated[str, Field(description="zero-shot, static-K-seed-N, retrieved-K, tuned, or best-prompting.")]
+    kind: Annotated[ArmKind, Field(description="mixed: each fold's own arm, where they are not all the same.")]
+    shots: Annotated[int, Field(description="Demonstrations in the prompt.")]
+    seed: Annotated[int | None, Field(description="Which draw of static demonstrations, from 1.")] = None
+    retriever: Annotated[RetrieverName | None, Field(description="What found the demonstrations.")] = None
+    instruction: Annotated[int, Field(description="0: the pairs' own; else of evaluate.instructions, from 1.")] = 0
     items: int
     scores: Annotated[dict[MetricName, ArmScore], Field(description="By every metric of the recipe.")]
     truncated: Annotated[int, Field(description="Answers that ran into the token limit.")]
     prompt_tokens: Annotated[float, Field(description="Mean length of a prompt in tokens.")]
+    shared_tokens: Annotated[
+        int, Field(description="Of them, those that every prompt begins with: a server's prefix cache has them.")
+    ] = 0
 
     def score(self, metric: MetricName) -> ArmScore:
         """This arm's score by ``metric``."""
@@ -53,6 +59,38 @@ class Measured(Part):
     definition: Annotated[str, Field(description="What it is exactly; for sacrebleu's metrics with its signature.")]
 
 
+class LeftOut(Part):
+    """An arm that could not be measured."""
+
+    name: str
+    why: str
+
+
+class SeedSpread(Part):
+    """A static arm over its draws of demonstrations, all on the same items."""
+
+    name: Annotated[str, Field(description="static-K.")]
+    shots: int
+    items: int
+    scores: Annotated[tuple[float, ...], Field(description="By the metric, a share for each seed from 1.")]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return sum(self.scores) / len(self.scores)
+
+
+class Narrowing(Part):
+    """How many arms became few: all on the first items, the finalists on all of dev."""
+
+    items: Annotated[int, Field(description="Dev items that every arm answered, drawn by the seed over all clusters.")]
+    clusters: int
+    rule: Annotated[str, Field(description="Who went on, in words.")]
+    arms: Annotated[list[Arm], Field(description="Every arm on the first items.")]
+    finalists: Annotated[tuple[str, ...], Field(description="Arms that went on to all of dev.")]
+    fates: Annotated[dict[str, str], Field(description="Of each other arm, why it did not go on.")]
+
+
 class Advice(Part):
     """Prompting arms measured on the dev split with the untuned base; ``advice-ID.json``."""
 
@@ -61,8 +99,12 @@ class Advice(Part):
     metrics: dict[MetricName, Measured]
     items: int
     clusters: int
-    arms: list[Arm]
+    arms: Annotated[list[Arm], Field(description="Those that answered all of dev.")]
     best: Annotated[str, Field(description="The arm with the best score; of equal ones the one with fewest shots.")]
+    best_retrieved: Annotated[str | None, Field(description="The best of those that retrieve demonstrations.")]
+    narrowing: Annotated[Narrowing | None, Field(description="null where every arm answered all of dev.")]
+    static: Annotated[tuple[SeedSpread, ...], Field(description="Static arms by number of demonstrations.")]
+    left_out: tuple[LeftOut, ...]
     max_new_tokens: int
 
 
@@ -98,6 +140,22 @@ class Contrast(Part):
     minimum_detectable_effect: Annotated[
         float, Field(description="Smallest true difference that this many items would show with 80% power.")
     ]
+
+
+class DevComparison(Part):
+    """An adapter against the prompting arms on dev, without opening the test split; ``dev-ID.json``."""
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    id: str
+    adapter: Annotated[str, Field(description="Its name.")]
+    adapter_digest: str
+    metric: Annotated[MetricName, Field(description="The one that decides.")]
+    metrics: dict[MetricName, Measured]
+    items: int
+    clusters: int
+    best_prompting: str
+    arms: list[Arm]
+    contrasts: list[Contrast]
 
 
 class Fold(Part):
@@ -140,6 +198,11 @@ class Evidence(Part):
         list[Arm],
         Field(description="Prompting arms on the dev split, where the best was chosen; empty if each fold chose."),
     ]
+    narrowing: Annotated[
+        Narrowing | None, Field(description="How these were picked out of more; null where all answered all of dev.")
+    ] = None
+    static: Annotated[tuple[SeedSpread, ...], Field(description="Static arms over their draws, on dev.")] = ()
+    left_out: tuple[LeftOut, ...] = ()
     best_prompting: Annotated[
         str, Field(description="Name of the prompting arm chosen on dev; best-prompting if folds chose different ones.")
     ]
@@ -152,6 +215,12 @@ class Evidence(Part):
             "other metrics come last.",
         ),
     ]
+    opening: Annotated[
+        Opening | None, Field(description="Its line in the ledger, with what was declared; null in older evidence.")
+    ] = None
+    openings: Annotated[
+        tuple[Earlier, ...], Field(description="Earlier openings of the same items: each one is a look at the test.")
+    ] = ()
     lineage: Annotated[
         dict[str, Any],
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),

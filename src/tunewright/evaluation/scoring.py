@@ -196,29 +196,39 @@ def contrast(
 
 
 def declared_contrasts(
-    scored: ScoredArms, treatment: str, controls: Sequence[str], seed: int, resamples: int = RESAMPLES
+    scored: ScoredArms, pairs: Sequence[tuple[str, str]], seed: int, resamples: int = RESAMPLES
 ) -> list[Contrast]:
-    """The treatment against each control by every metric; the first one decides.
+    """Each treatment against its control by every metric; the first one decides.
 
     Those by the first metric are the declared ones, with p-values adjusted for being several; those by the metrics that
     are only measured beside it follow.
+
+    Args:
+        scored: all arms' scores.
+        pairs: names of treatment and control.
+        seed, resamples: as of `contrast`.
     """
     measured: list[Contrast] = []
-    for arms in scored.by_metric.values():
-        found = [
-            contrast(
-                treatment=treatment,
-                control=control,
-                ours=arms[treatment],
-                theirs=arms[control],
-                clusters=scored.clusters,
-                seed=seed,
-                resamples=resamples,
-            )
-            for control in controls
-        ]
+    for metric in scored.by_metric:
+        found = [scored_contrast(scored, metric, *pair, seed, resamples) for pair in pairs]
         measured += found if measured else adjusted(found)
     return measured
+
+
+def scored_contrast(
+    scored: ScoredArms, metric: MetricName, treatment: str, control: str, seed: int, resamples: int = RESAMPLES
+) -> Contrast:
+    """Two of the arms by one metric."""
+    arms = scored.by_metric[metric]
+    return contrast(
+        treatment=treatment,
+        control=control,
+        ours=arms[treatment],
+        theirs=arms[control],
+        clusters=scored.clusters,
+        seed=seed,
+        resamples=resamples,
+    )
 
 
 def adjusted(contrasts: Sequence[Contrast]) -> list[Contrast]:

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tunewright.evaluation.evidence import Arm, Contrast, Evidence
+from tunewright.evaluation.evidence import Arm, Contrast, DevComparison, Evidence
 from tunewright.evaluation.general.rule import standing
+from tunewright.evaluation.openings import openings_text
 from tunewright.metrics import p_text, points_text, score_text
 from tunewright.recipe import MetricName
 
@@ -152,7 +153,7 @@ def _measurement(evidence: Evidence, contrast: Contrast) -> str:
     )
 
 
-def changed_words(evidence: Evidence, metric: MetricName) -> tuple[str, str]:
+def changed_words(evidence: Evidence | DevComparison, metric: MetricName) -> tuple[str, str]:
     """What items are called that the treatment changed for the better and for the worse."""
     return ("fixed", "broken") if evidence.metrics[metric].kind == "right or wrong" else ("better", "worse")
 
@@ -191,16 +192,19 @@ def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:
 def _cautions(evidence: Evidence, contrast: Contrast) -> list[str]:
     arms = [evidence.arm(contrast.treatment), evidence.arm(contrast.control)]
     outside = [(arm, arm.score(evidence.metric).outside) for arm in arms]
-    return [
+    opened = [f"Caution: {openings_text(evidence.openings, evidence.items)}"] if evidence.openings else []
+    truncated = [
         f"Caution: {arm.truncated} of {arm.items} answers of {arm.name} ran into the token limit; "
         f"raise evaluate.max_new_tokens to see whether that is why they score low."
         for arm in arms
         if arm.truncated > _TOLD_SHARE * arm.items
-    ] + [
+    ]
+    none_of_the_choices = [
         f"Caution: {count} of {arm.items} answers of {arm.name} are none of the declared choices, and count as wrong."
         for arm, count in outside
         if count > _TOLD_SHARE * arm.items
     ]
+    return [*opened, *truncated, *none_of_the_choices]
 
 
 def _scored(evidence: Evidence, arm: Arm) -> str:

@@ -15,7 +15,7 @@ from tunewright.recipe.data import DataRecipe, Findable, MixRecipe
 from tunewright.recipe.general import GeneralRecipe
 from tunewright.recipe.judge import EndpointRecipe, JudgeRecipe, ReferenceModelRecipe
 from tunewright.recipe.metrics import Metric, MetricName, metric_name
-from tunewright.recipe.section import Quantize, Section
+from tunewright.recipe.section import Quantize, RetrieverName, Section
 from tunewright.recipe.train import PRESETS, ReplayRecipe, Tracker, TrainRecipe
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Recipe",
     "ReferenceModelRecipe",
     "ReplayRecipe",
+    "RetrieverName",
     "ServeRecipe",
     "Tracker",
     "TrainRecipe",
@@ -84,12 +85,57 @@ class EvaluateRecipe(Section):
         Field(description="Metrics measured beside it, which decide nothing: [bleu, chrf]."),
     ] = ()
     shots: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=64)], ...],
+        tuple[Annotated[int, Field(ge=1, le=256)], ...],
         Field(
             min_length=1,
-            description="Numbers of retrieved demonstrations to try; the best on dev goes to the test.",
+            description="Numbers of demonstrations to try, drawn once (static) and retrieved; the best on dev goes to "
+            "the test. Doubling, as in Bertsch et al. 2024 (arXiv 2405.00200); what does not fit the base's context "
+            "is left out.",
         ),
-    ] = (1, 2, 4, 8)
+    ] = (1, 2, 4, 8, 16)
+    static_seeds: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=20,
+            description="Draws of static demonstrations for each number (0: no static arms). Which are drawn matters "
+            "(Zhao et al. 2021, arXiv 2102.09690), so one draw says little.",
+        ),
+    ] = 3
+    retrievers: Annotated[
+        tuple[RetrieverName, ...],
+        Field(
+            description="How demonstrations like the question are found: bm25 (words) and tfidf (character n-grams); "
+            "[] for no retrieved arms."
+        ),
+    ] = ("bm25", "tfidf")
+    instructions: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(
+            description="Other wordings to try in place of the pairs' own instruction: their system turn, or what all "
+            "their inputs begin with."
+        ),
+    ] = ()
+    first_items: Annotated[
+        int | None,
+        Field(
+            ge=10,
+            description="Dev items that every prompting arm answers; only the finalists answer all of dev (null: all "
+            "arms do).",
+        ),
+    ] = 64
+    finalists: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="The most prompting arms that answer all of dev, of those that the first items do not show "
+            "to be worse than the leader.",
+        ),
+    ] = 4
+    tuned_retrieved: Annotated[
+        bool,
+        Field(description="Measure the adapter with the best retrieved demonstrations in its prompt, too."),
+    ] = True
     max_new_tokens: Annotated[
         int | None,
         Field(

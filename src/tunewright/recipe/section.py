@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+RetrieverName = Literal["bm25", "tfidf"]
+"""How demonstrations are found for a question."""
+
 Quantize = Literal["none", "nf4"]
 """How a base is held in memory."""
 

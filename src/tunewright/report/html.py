@@ -25,7 +25,14 @@ from tunewright.training.choosing import best_of, evaluations
 SHOWN_FIXED = 30
 SHOWN_STILL_WRONG = 100
 
-_ARM_COLOURS = {"tuned": TUNED, "retrieved": PROMPTING, "mixed": PROMPTING, "zero-shot": PLAIN}
+_ARM_COLOURS = {
+    "tuned": TUNED,
+    "tuned-retrieved": TUNED,
+    "static": PROMPTING,
+    "retrieved": PROMPTING,
+    "mixed": PROMPTING,
+    "zero-shot": PLAIN,
+}
 _HEADLINES = {"ship": "Ship", "don't ship": "Don’t ship", "can't tell": "Can’t tell"}
 
 
@@ -137,7 +144,9 @@ def _arm_bar(evidence: Evidence, arm: Arm) -> Bar:
 def _contrast_bar(contrast: Contrast) -> Bar:
     low, high = 100 * contrast.interval.low, 100 * contrast.interval.high
     text = points_text(contrast.difference)
-    return Bar(contrast.control, 100 * contrast.difference, low, high, text, TUNED)
+    against_tuned = contrast.control == "tuned"
+    name = f"{contrast.treatment} minus tuned" if against_tuned else contrast.control
+    return Bar(name, 100 * contrast.difference, low, high, text, TUNED)
 
 
 def _trained_by(evidence: Evidence) -> MetricName:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.registry import find_adapter
+from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.servable import require_servable
 from tunewright.data.add import AddResult
 from tunewright.errors import UserError
-from tunewright.evaluation.evidence import amend, find_evaluation, load_evidence, load_items
+from tunewright.evaluation.evidence import Advice, amend, find_evaluation, load_evidence, load_items
+from tunewright.evaluation.ledger import Ledger
+from tunewright.evaluation.openings import Opening
 from tunewright.evaluation.verdict import Verdict, verdict
 from tunewright.models.bases import Base
 from tunewright.models.quantized import require_bitsandbytes
@@ -26,10 +28,12 @@ from tunewright.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
+    from tunewright.evaluation.advising import AdviseResult
+    from tunewright.evaluation.evaluating import DevResult, EvaluateResult
     from tunewright.evaluation.general.measure import GeneralResult
     from tunewright.evaluation.judge.measure import Estimate, Judge, JudgeResult
     from tunewright.evaluation.learning_curve import CurveResult
-    from tunewright.evaluation.measure import AdviseResult, EvaluateResult
+    from tunewright.evaluation.measure import Measurement
     from tunewright.evaluation.people.section import AnswerReview
     from tunewright.evaluation.people.session import BlindReview
     from tunewright.models.fit.plan import Plan
@@ -109,7 +113,9 @@ class Road:
 
     def advise(self) -> AdviseResult:
         """Measure the prompting arms on the dev split with the untuned base."""
-        return self._opened.measurement().advise()
+        from tunewright.evaluation.advising import advise
+
+        return advise(self._opened.measurement())
 
     def fit(
         self,
@@ -229,12 +235,28 @@ class Road:
     def evaluate(self, adapter: str | None = None) -> EvaluateResult:
         """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split.
 
-        The suites of the recipe's general section are measured too, if there are any.
+        That opens the test split, and is in the ledger before; evidence that is there already is only read again. The
+        suites of the recipe's general section are measured too, if there are any.
+
+        Raises:
+            UserError: the ledger is not whole.
         """
         from tunewright.evaluation.general.measure import evaluate_with_general, open_suites
 
         # What is wrong with a suite's file is told before anything is measured.
         suites = open_suites(self.project) if self.project.recipe.general.measures else []
+        return evaluate_with_general(*self._contest(adapter), suites)
+
+    def evaluate_on_dev(self, adapter: str | None = None) -> DevResult:
+        """The comparison of :meth:`evaluate` on the dev split, which chose the adapter and the prompting arm."""
+        from tunewright.evaluation.evaluating import compare_on_dev
+
+        return compare_on_dev(*self._contest(adapter))
+
+    def _contest(self, adapter: str | None) -> tuple[Measurement, Adapter, Advice]:
+        """Who is compared, and with which prompting arm."""
+        from tunewright.evaluation.advising import advise
+
         tuned = find_adapter(self.project.adapters, adapter)
         measurement = self._opened.measurement(tuned)
         # Keys that there were not yet when it was trained had the effect of their defaults.
@@ -244,7 +266,7 @@ class Road:
                 f"The recipe's train section has changed since {tuned.name} was trained, and that adapter is evaluated "
                 "as it is; `tunewright train` makes one by the recipe."
             )
-        return evaluate_with_general(measurement, tuned, measurement.advise().advice, suites)
+        return measurement, tuned, advise(measurement).advice
 
     def general(self, adapter: str | None = None) -> GeneralResult:
         """Measure what the base could do before with an adapter (the newest by default) off and on.
@@ -312,8 +334,23 @@ class Road:
         return section
 
     def verdict(self, evaluation: str | Path | None = None) -> Verdict:
-        """Ship, don't ship or can't tell, from an evaluation's evidence alone (the newest by default)."""
-        return verdict(load_evidence(self.evaluation(evaluation)))
+        """Ship, don't ship or can't tell, from an evaluation's evidence alone (the newest by default).
+
+        Raises:
+            UserError: there is none, or it is one of the project's and the ledger is not whole.
+        """
+        place = self.evaluation(evaluation).resolve()
+        if self.project.evaluations.resolve() in place.parents:
+            self.ledger()
+        return verdict(load_evidence(place))
+
+    def ledger(self) -> list[Opening]:
+        """Every opening of the test split, the first one first.
+
+        Raises:
+            UserError: naming the first line that was changed or is missing.
+        """
+        return Ledger(self.project.evaluations).openings
 
     def judge(self, evaluation: str | Path | None = None) -> JudgeResult:
         """Have the recipe's judge compare the tuned answers with the best prompting arm's (the newest by default).

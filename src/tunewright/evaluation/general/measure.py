@@ -10,6 +10,7 @@ from pathlib import Path
 from tunewright.adapters.registry import Adapter
 from tunewright.disk import digest, write_json
 from tunewright.errors import UserError
+from tunewright.evaluation.evaluating import EvaluateResult, evaluate
 from tunewright.evaluation.evidence import EVIDENCE_FILE, Advice, Evidence, amend, load_evidence
 from tunewright.evaluation.general.bench import Bench, OpenSuite
 from tunewright.evaluation.general.choices import ChoicesSuite
@@ -18,7 +19,7 @@ from tunewright.evaluation.general.lm_eval import LmEvalSuite
 from tunewright.evaluation.general.rule import Standing, standing
 from tunewright.evaluation.general.samples import SamplesSuite
 from tunewright.evaluation.general.section import General, Suite
-from tunewright.evaluation.measure import EvaluateResult, Measurement
+from tunewright.evaluation.measure import Measurement
 from tunewright.project import Project
 from tunewright.training.lineage import packages
 
@@ -100,7 +101,7 @@ def evaluate_with_general(
     measurement: Measurement, adapter: Adapter, advice: Advice, suites: Sequence[OpenSuite]
 ) -> EvaluateResult:
     """Answer the test split, and measure the suites besides; with none, evidence keeps what was measured before."""
-    result = measurement.evaluate(adapter, advice)
+    result = evaluate(measurement, adapter, advice)
     if not suites:
         return result
     general = measure_general(measurement, adapter, suites)

@@ -65,8 +65,8 @@ def computed_tokens(rows: Sequence[Sequence[int]], groups: Sequence[Group]) -> i
     return sum(map(len, rows)) - sum((len(group.rows) - 1) * group.prefix for group in groups)
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that two rows have in common at their beginning."""
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """Tokens (or characters) that two rows have in common at their beginning."""
     for place, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return place

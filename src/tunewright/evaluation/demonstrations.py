@@ -1,0 +1,149 @@
+"""Demonstrations: which training pairs a prompt shows before the question, and how it shows them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunewright.data.examples import Message
+from tunewright.data.versions import Member
+from tunewright.evaluation.arms import ArmPlan
+from tunewright.recipe import RetrieverName
+
+_NGRAMS = (2, 5)
+"""Lengths of the character n-grams of TF-IDF, within words and their edges."""
+
+
+class Retriever(Protocol):
+    """Tells how like a question each training input is."""
+
+    def similarities(self, query: str) -> NDArray[np.float64]:
+        """Of every training input, [inputs]; the larger, the more alike."""
+
+
+class Bm25:
+    """BM25 over words (Robertson & Zaragoza 2009; Lucene's variant, by bm25s)."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        import bm25s
+
+        self._count = len(texts)
+        self._index = bm25s.BM25()
+        self._index.index(self._words(list(texts)), show_progress=False)
+
+    def similarities(self, query: str) -> NDArray[np.float64]:
+        """BM25 scores; all 0 for a query of unknown words."""
+        (words,) = self._words([query])
+        known = [w for w in words if w in self._index.vocab_dict]
+        return np.asarray(self._index.get_scores(known) if known else np.zeros(self._count), dtype=np.float64)
+
+    @staticmethod
+    def _words(texts: list[str]) -> list[list[str]]:
+        import bm25s
+
+        # Single letters count (the default pattern drops them): "N.D." and "S.D." are different districts.
+        words: list[list[str]] = bm25s.tokenize(
+            texts, token_pattern=r"(?u)\b\w+\b", stopwords=None, return_ids=False, show_progress=False
+        )
+        return words
+
+
+class TfIdf:
+    """Cosine of TF-IDF vectors of character n-grams (by scikit-learn): spelling counts, and no language's words."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=_NGRAMS, sublinear_tf=True)
+        self._rows: Any = self._vectorizer.fit_transform(texts)
+
+    def similarities(self, query: str) -> NDArray[np.float64]:
+        """Cosines; all 0 for a query of unknown n-grams."""
+        found: NDArray[np.float64] = (self._rows @ self._vectorizer.transform([query]).T).toarray()[:, 0]
+        return found
+
+
+class Demonstrations:
+    """The demonstrations of every arm, from one training split.
+
+    Args:
+        train: the pairs to show, without the generic mix-in.
+        seed: decides the draws of static arms.
+    """
+
+    def __init__(self, train: Sequence[Member], seed: int) -> None:
+        self._train = train
+        self._seed = seed
+        self._clusters = np.array([m.cluster for m in train])
+        self._draws: dict[int, list[Member]] = {}
+        self._retrievers: dict[RetrieverName, Retriever] = {}
+        self._orders: dict[tuple[RetrieverName, str], list[int]] = {}
+
+    def shown(self, plan: ArmPlan, query: Member) -> list[Member]:
+        """What the prompt of ``query`` shows, in its order; none is of the query's own cluster."""
+        if not plan.shots:
+            return []
+        if plan.retriever is not None:
+            # The most similar one stands nearest to the question.
+            return self.nearest(plan.retriever, query, plan.shots)[::-1]
+        assert plan.seed is not None
+        drawn = self.drawn(plan.seed)[: plan.shots]
+        # They are the same for every question, so none can be exchanged: the split keeps clusters on one side.
+        assert query.cluster not in {m.cluster for m in drawn}, "a question's own cluster is among the training rows"
+        return drawn
+
+    def nearest(self, retriever: RetrieverName, query: Member, k: int) -> list[Member]:
+        """The ``k`` most similar training pairs, the most similar first, none of the query's own cluster."""
+        key = (retriever, query.key)
+        if key not in self._orders:
+            similar = self._retriever(retriever).similarities(query.example.input_text)
+            # Stable, so that equally similar ones keep the members' own order, by key.
+            order = np.argsort(-similar, kind="stable")
+            self._orders[key] = order[self._clusters[order] != query.cluster].tolist()
+        return [self._train[i] for i in self._orders[key][:k]]
+
+    def drawn(self, seed: int) -> list[Member]:
+        """The training pairs in the order in which static arms of this seed show them, one of each cluster.
+
+        A smaller number of shots is the beginning of a larger one. Where outputs repeat (classes), each distinct one
+        comes before any comes again.
+        """
+        if seed not in self._draws:
+            first_of: dict[str, Member] = {}
+            for member in sorted(self._train, key=lambda m: _luck(f"{self._seed}:{seed}:{m.key}")):
+                first_of.setdefault(member.cluster, member)
+            times = Counter[str]()
+            turn: dict[str, int] = {}
+            for member in first_of.values():
+                turn[member.key] = times[member.example.output]
+                times[member.example.output] += 1
+            self._draws[seed] = sorted(first_of.values(), key=lambda m: turn[m.key])
+        return self._draws[seed]
+
+    def _retriever(self, name: RetrieverName) -> Retriever:
+        if name not in self._retrievers:
+            self._retrievers[name] = (Bm25 if name == "bm25" else TfIdf)(self._texts)
+        return self._retrievers[name]
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return [m.example.input_text for m in self._train]
+
+
+def _luck(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def with_demonstrations(query: Member, demonstrations: Sequence[Member]) -> tuple[Message, ...]:
+    """The query's prompt with worked examples before it, as turns of the conversation, in their order."""
+    prompt = query.example.prompt
+    system = tuple(m for m in prompt if m.role == "system")
+    asked = tuple(m for m in prompt if m.role != "system")
+    shown = tuple(m for d in demonstrations for m in d.example.messages if m.role != "system")
+    return system + shown + asked

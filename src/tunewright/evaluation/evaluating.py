@@ -1,0 +1,254 @@
+"""The contrast on the test split: zero-shot, the best prompting arm and the adapter, on the same items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.adapters.registry import Adapter
+from tunewright.data.versions import Member
+from tunewright.data.versions.author import current_author
+from tunewright.disk import digest, new_folder, write_json, write_text
+from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
+from tunewright.evaluation.evidence import (
+    EVIDENCE_FILE,
+    ITEMS_FILE,
+    Advice,
+    Arm,
+    Contrast,
+    DevComparison,
+    Evidence,
+    Item,
+    load_evidence,
+)
+from tunewright.evaluation.ledger import LEDGER, Ledger
+from tunewright.evaluation.measure import Answered, Measurement, measured_arm, measured_with, scored_arms
+from tunewright.evaluation.openings import Declared, Earlier, Opening, openings_text
+from tunewright.evaluation.scoring import ScoredArms, declared_contrasts, measured_metrics
+from tunewright.progress import Reporter
+from tunewright.recipe import MetricName, Recipe
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What `evaluate` or `crossfit` did."""
+
+    folder: Path
+    evidence: Evidence
+    evaluated: bool
+    """False when evidence of the same inputs was there already."""
+
+
+def contest(advice: Advice, *, with_retrieved: bool) -> list[ArmPlan]:
+    """The arms that meet on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations."""
+    known = {arm.name: plan_of(arm) for arm in _all_arms(advice)}
+    plans = [ZERO_SHOT, known[advice.best], TUNED]
+    if with_retrieved and advice.best_retrieved is not None:
+        plans.append(tuned_retrieved(known[advice.best_retrieved]))
+    return list(dict.fromkeys(plans))
+
+
+def _all_arms(advice: Advice) -> list[Arm]:
+    return [*advice.arms, *(advice.narrowing.arms if advice.narrowing else [])]
+
+
+def declare(recipe: Recipe, metric: MetricName, best: str, with_retrieved: str | None) -> tuple[Declared, ...]:
+    """The contrasts that are going to be measured: tuned against the best prompting arm, which decides, and zero-shot.
+
+    Args:
+        recipe: has the margin.
+        metric: the deciding one.
+        best: name of the best prompting arm.
+        with_retrieved: name of the arm that is tuned and has demonstrations too, if it is measured.
+    """
+    pairs = [(TUNED.name, control) for control in dict.fromkeys([best, ZERO_SHOT.name])]
+    if with_retrieved is not None:
+        pairs.append((with_retrieved, TUNED.name))
+    margin = recipe.evaluate.margin
+    return tuple(
+        Declared(treatment=treatment, control=control, metric=metric, margin=margin if number == 0 else None)
+        for number, (treatment, control) in enumerate(pairs)
+    )
+
+
+def measured_contrasts(scored: ScoredArms, declared: Sequence[Declared], seed: int) -> list[Contrast]:
+    """What was declared, measured: by the deciding metric no contrast more and none less, then by those beside it."""
+    return declared_contrasts(scored, [(each.treatment, each.control) for each in declared], seed)
+
+
+def tell_opening(opening: Opening, earlier: Sequence[Earlier], reporter: Reporter) -> None:
+    """Say what the test split is opened for, and how often it had been before."""
+    first = opening.declared[0]
+    assert first.margin is not None
+    reporter.say(
+        f"The test split is opened (line {opening.number} of {LEDGER}). Declared: {first.treatment} "
+        f"against {first.control} by {first.metric}, margin {100 * first.margin:g} points"
+        + "".join(f"; {other.treatment} against {other.control}" for other in opening.declared[1:])
+    )
+    if earlier:
+        reporter.warn(openings_text(earlier, opening.items))
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """All that an evaluation is decided by, before an answer is there."""
+
+    plans: list[ArmPlan]
+    declared: tuple[Declared, ...]
+    identity: str
+
+
+def _settle(measurement: Measurement, adapter: Adapter, advice: Advice) -> _Settled:
+    settings, recipe = measurement.settings, measurement.project.recipe
+    plans = contest(advice, with_retrieved=settings.tuned_retrieved)
+    with_retrieved = next((plan.name for plan in plans if plan.kind == "tuned-retrieved"), None)
+    inputs = measurement.inputs(measurement.limit) | {
+        "adapter": adapter.digest,
+        "arms": [plan.name for plan in plans],
+        "instructions": settings.instructions,
+        "margin": settings.margin,
+    }
+    return _Settled(
+        plans, declare(recipe, measurement.scorers[0].name, advice.best, with_retrieved), digest(inputs)[:12]
+    )
+
+
+def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> EvaluateResult:
+    """Open the test split: answer it zero-shot, with the best prompting arm and with the adapter, and compare.
+
+    What is going to be compared is in the ledger before any of its prompts is made.
+
+    Raises:
+        UserError: the ledger is not whole.
+    """
+    recipe, version = measurement.project.recipe, measurement.version
+    settled = _settle(measurement, adapter, advice)
+    ledger = Ledger(measurement.folder)
+    folder = measurement.folder / settled.identity
+    if (folder / EVIDENCE_FILE).exists():
+        return EvaluateResult(folder, load_evidence(folder), evaluated=False)
+    test = version.examples("test")
+    opening = ledger.open(
+        author=current_author(measurement.project.root),
+        evaluation=settled.identity,
+        design="held-out",
+        dataset=version.digest,
+        test_split=version.split_digest("test"),
+        items=len(test),
+        adapter=adapter.name,
+        adapter_digest=adapter.digest,
+        base=measurement.generator.base.digest,
+        declared=settled.declared,
+    )
+    earlier = ledger.earlier(opening, measurement.project.dataset, {m.key for m in test})
+    tell_opening(opening, earlier, measurement.reporter)
+    answers = {plan.name: measurement.answers(plan, test, "test", adapter) for plan in settled.plans}
+    scored = scored_arms(measurement.scorers, test, answers)
+    arms = [measured_arm(plan.name, plan, answers[plan.name], scored, recipe.seed) for plan in settled.plans]
+    contrasts = measured_contrasts(scored, opening.declared, recipe.seed)
+    evidence = _evidence(measurement, adapter, advice, arms, contrasts, opening, earlier)
+    save_evaluation(folder, evidence, test, answers, scored)
+    return EvaluateResult(folder, evidence, evaluated=True)
+
+
+@dataclass(frozen=True)
+class DevResult:
+    """What `evaluate --dev` did."""
+
+    file: Path
+    comparison: DevComparison
+    measured: bool
+    """False when it had been measured before."""
+
+
+def compare_on_dev(measurement: Measurement, adapter: Adapter, advice: Advice) -> DevResult:
+    """The same arms on the dev split; the test split stays closed."""
+    recipe, dev = measurement.project.recipe, measurement.version.examples("dev")
+    settled = _settle(measurement, adapter, advice)
+    file = measurement.folder / f"dev-{settled.identity}.json"
+    if file.exists():
+        return DevResult(file, DevComparison.model_validate_json(file.read_text(encoding="utf-8")), measured=False)
+    answers = {plan.name: measurement.answers(plan, dev, "dev", adapter) for plan in settled.plans}
+    scored = scored_arms(measurement.scorers, dev, answers)
+    comparison = DevComparison(
+        id=settled.identity,
+        adapter=adapter.name,
+        adapter_digest=adapter.digest,
+        metric=measurement.scorers[0].name,
+        metrics=measured_metrics(measurement.scorers),
+        items=len(dev),
+        clusters=len({m.cluster for m in dev}),
+        best_prompting=advice.best,
+        arms=[measured_arm(plan.name, plan, answers[plan.name], scored, recipe.seed) for plan in settled.plans],
+        contrasts=measured_contrasts(scored, settled.declared, recipe.seed),
+    )
+    write_json(file, comparison.model_dump(mode="json"))
+    return DevResult(file, comparison, measured=True)
+
+
+def _evidence(
+    measurement: Measurement,
+    adapter: Adapter,
+    advice: Advice,
+    arms: Sequence[Arm],
+    contrasts: Sequence[Contrast],
+    opening: Opening,
+    earlier: tuple[Earlier, ...],
+) -> Evidence:
+    recipe, generator, version = measurement.project.recipe, measurement.generator, measurement.version
+    test = version.examples("test")
+    return Evidence(
+        id=opening.evaluation,
+        project=recipe.name,
+        metric=measurement.scorers[0].name,
+        metrics=measured_metrics(measurement.scorers),
+        margin=recipe.evaluate.margin,
+        items=len(test),
+        clusters=len({m.cluster for m in test}),
+        train_items=len(version.examples("train")),
+        dev_arms=advice.arms,
+        narrowing=advice.narrowing,
+        static=advice.static,
+        left_out=advice.left_out,
+        best_prompting=advice.best,
+        arms=list(arms),
+        contrasts=list(contrasts),
+        opening=opening,
+        openings=earlier,
+        lineage={
+            **measured_with(recipe, generator.base, generator.chat, generator.quantize, measurement.limit),
+            "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
+            "dataset": version.digest,
+            "test_split": version.split_digest("test"),
+            "dev_split": version.split_digest("dev"),
+            "instructions": list(recipe.evaluate.instructions),
+        },
+    )
+
+
+def save_evaluation(
+    folder: Path,
+    evidence: Evidence,
+    members: Sequence[Member],
+    answers: Mapping[str, Sequence[Answered]],
+    scored: ScoredArms,
+    fold_of: Mapping[str, int] | None = None,
+) -> None:
+    """Write evidence and items, whole or not at all; ``fold_of`` maps pair keys to folds."""
+    items = [
+        Item(
+            key=m.key,
+            cluster=m.cluster,
+            input=m.example.input_text,
+            reference=m.example.output,
+            answers={name: given[i].text for name, given in answers.items()},
+            scores=scored.of_item(i),
+            unscored=scored.why_not(i),
+            fold=None if fold_of is None else fold_of[m.key],
+        )
+        for i, m in enumerate(members)
+    ]
+    with new_folder(folder) as temporary:
+        write_text(temporary / ITEMS_FILE, "".join(item.model_dump_json(exclude_none=True) + "\n" for item in items))
+        write_json(temporary / EVIDENCE_FILE, evidence.model_dump(mode="json"))

@@ -1,0 +1,153 @@
+"""The test split is opened once, and each further time is told: through the command line, on a tiny base."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import pairs, tiny_project, tunewright, write_jsonl
+from tunewright.evaluation.ledger import LEDGER
+
+FAST = "  static_seeds: 1\n  retrievers: [bm25]\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project with an adapter, its test split closed."""
+    folder = tiny_project(tmp_path_factory.mktemp("ledger") / "project", tiny_base_folder)
+    recipe = folder / "tunewright.yaml"
+    recipe.write_text(recipe.read_text() + FAST)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    assert tunewright("train", "-p", folder).code == 0
+    assert tunewright("advise", "-p", folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def project(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "project"))
+
+
+def openings(project: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = tunewright("ledger", "-p", project, "--json").document["openings"]
+    return found
+
+
+def set_margin(project: Path, margin: float) -> None:
+    recipe = project / "tunewright.yaml"
+    recipe.write_text(recipe.read_text() + f"  margin: {margin}\n")
+
+
+def test_the_contrast_is_declared_before_a_test_prompt_is_made(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunewright.evaluation.measure import Measurement
+
+    def answers(*_: object) -> None:
+        (line,) = [json.loads(text) for text in (project / "evaluations" / LEDGER).read_text().splitlines()]
+        assert line["declared"][0]["control"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Measurement, "answers", answers)
+    assert tunewright("evaluate", "-p", project).code == 2
+    (opening,) = openings(project)
+    monkeypatch.undo()
+    evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
+    # Going on after a stop is the same opening, and what was declared is what is measured.
+    assert openings(project) == [opening] == [evidence["opening"]]
+    declared = [(each["treatment"], each["control"]) for each in opening["declared"]]
+    assert declared == [(c["treatment"], c["control"]) for c in evidence["contrasts"]]
+    assert (opening["declared"][0]["treatment"], opening["declared"][0]["margin"]) == ("tuned", 0.02)
+    assert opening["adapter_digest"] == evidence["lineage"]["adapter"]["digest"]
+    assert opening["test_split"] == evidence["lineage"]["test_split"]
+    assert evidence["openings"] == []
+
+
+def test_looking_again_is_no_opening_and_other_settings_are(project: Path) -> None:
+    told = tunewright("evaluate", "-p", project).stderr
+    assert "The test split is opened (line 1 of ledger.jsonl). Declared: tuned against" in " ".join(told.split())
+    assert tunewright("evaluate", "-p", project).code == 0
+    assert tunewright("verdict", "-p", project).code in {0, 3, 4}
+    assert len(openings(project)) == 1
+    set_margin(project, 0.05)
+    ran = tunewright("evaluate", "-p", project)
+    assert "had been opened once before this" in " ".join(ran.stderr.split())
+    assert [each["declared"][0]["margin"] for each in openings(project)] == [0.02, 0.05]
+    evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
+    (earlier,) = evidence["openings"]
+    assert (earlier["number"], earlier["shared_items"]) == (1, evidence["items"])
+    reasons = tunewright("verdict", "-p", project, "--json").document["reasons"]
+    assert any("had been opened once before this" in reason for reason in reasons)
+
+
+def test_a_ledger_that_was_changed_stops_verdict_and_evaluate_with_its_line(project: Path) -> None:
+    assert tunewright("evaluate", "-p", project).code == 0
+    file = project / "evaluations" / LEDGER
+    whole = file.read_text()
+    file.write_text(whole.replace('"margin":0.02', '"margin":0.01'))
+    for command in ("verdict", "evaluate", "ledger", "crossfit"):
+        ran = tunewright(command, "-p", project, "--json")
+        assert (ran.code, ran.document["error"]["where"]) == (2, f"{file}:1"), command
+    file.unlink()
+    ran = tunewright("verdict", "-p", project, "--json")
+    assert (ran.code, ran.document["error"]["what"].split(":")[0]) == (2, "line 1 is missing")
+    file.write_text(whole)
+    assert tunewright("verdict", "-p", project).code in {0, 3, 4}
+
+
+def test_rows_that_an_earlier_version_opened_are_told_of_a_later_one(project: Path, tmp_path: Path) -> None:
+    assert tunewright("evaluate", "-p", project).code == 0
+    first = openings(project)[0]["items"]
+    more = write_jsonl(tmp_path / "more.jsonl", [{**p, "prompt": f"more {p['prompt']}"} for p in pairs(60, seed=9)])
+    assert tunewright("data", "add", more, "-p", project).code == 0
+    assert tunewright("train", "-p", project).code == 0
+    evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
+    assert evidence["items"] > first
+    assert [each["shared_items"] for each in evidence["openings"]] == [first]
+    assert len({each["test_split"] for each in openings(project)}) == 2
+
+
+def test_crossfit_opens_the_test_split_too(project: Path) -> None:
+    assert tunewright("crossfit", "--folds", "2", "--force", "-p", project).code == 0
+    (opening,) = openings(project)
+    assert (opening["design"], opening["adapter"], opening["items"]) == ("cross-fitted", None, 120)
+    evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
+    assert [each["shared_items"] for each in evidence["openings"]] == [evidence["items"]]
+
+
+def test_on_dev_the_test_split_stays_closed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = tunewright("evaluate", "--dev", "-p", project, "--json")
+    assert ran.code == 0, ran.stderr
+    compared = ran.document["comparison"]
+    assert openings(project) == []
+    assert tunewright("verdict", "-p", project).code == 2  # there is no evidence
+    advice = tunewright("advise", "-p", project, "--json").document
+    by_name = {arm["name"]: arm for arm in advice["arms"]}
+    arms = {arm["name"]: arm for arm in compared["arms"]}
+    assert arms["zero-shot"]["scores"]["exact_match"]["value"] == by_name["zero-shot"]["scores"]["exact_match"]["value"]
+    assert {"tuned", f"tuned+{advice['best_retrieved']}", advice["best"]} <= set(arms)
+    assert compared["contrasts"][-1]["control"] == "tuned"
+    assert tunewright("evaluate", "--dev", "-p", project, "--json").document["measured"] is False
+
+
+def test_a_killed_evaluation_goes_on_as_the_same_opening(project: Path) -> None:
+    command = [sys.executable, "-m", "tunewright", "evaluate", "-p", str(project)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    file = project / "evaluations" / LEDGER
+    end = time.monotonic() + 120
+    while not file.exists():
+        assert running.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert len(openings(project)) == 1
+    evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
+    assert (len(openings(project)), evidence["openings"]) == (1, [])

@@ -1,0 +1,169 @@
+"""Demonstrations: which training pairs are shown, and in which order."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fold_helpers import version_of
+from tunewright.data.examples import Example, Message
+from tunewright.data.versions import Member
+from tunewright.evaluation.arms import ArmPlan
+from tunewright.evaluation.demonstrations import Demonstrations, TfIdf, with_demonstrations
+from tunewright.evaluation.folds import fold_versions
+from tunewright.recipe import RetrieverName
+
+RETRIEVERS: tuple[RetrieverName, ...] = ("bm25", "tfidf")
+
+
+def member(text: str, answer: str = "x", cluster: str | None = None) -> Member:
+    messages = (Message("system", "Cite."), Message("user", text), Message("assistant", answer))
+    return Member(Example(messages), f"key {text}", "train", cluster or text)
+
+
+COURTS = [member("Dayton Municipal Court, Ohio"), member("Toledo Municipal Court, Ohio"), member("D. Guam, Guam")]
+
+
+@pytest.mark.parametrize("retriever", RETRIEVERS)
+def test_the_most_similar_example_comes_first(retriever: RetrieverName) -> None:
+    found = Demonstrations(COURTS, 0).nearest(retriever, member("Municipal Court of Toledo"), 2)
+    assert [m.example.input_text for m in found] == ["Toledo Municipal Court, Ohio", "Dayton Municipal Court, Ohio"]
+
+
+@pytest.mark.parametrize("retriever", RETRIEVERS)
+def test_single_letters_count(retriever: RetrieverName) -> None:
+    districts = [member("District N.D. of Ohio"), member("District S.D. of Ohio")]
+    for query in ("District S.D. of Iowa", "District N.D. of Iowa"):
+        (found,) = Demonstrations(districts, 0).nearest(retriever, member(query), 1)
+        assert found.example.input_text[9:13] == query[9:13]
+
+
+@pytest.mark.parametrize("retriever", RETRIEVERS)
+def test_no_example_of_the_querys_own_cluster_is_retrieved(retriever: RetrieverName) -> None:
+    train = [member("Ohio court one", cluster="family"), member("Guam", cluster="other")]
+    found = Demonstrations(train, 0).nearest(retriever, member("Ohio court two", cluster="family"), 2)
+    assert [m.cluster for m in found] == ["other"]
+
+
+@pytest.mark.parametrize("retriever", RETRIEVERS)
+def test_a_query_of_unknown_words_still_gets_examples(retriever: RetrieverName) -> None:
+    assert len(Demonstrations(COURTS, 0).nearest(retriever, member("¿?"), 2)) == 2
+
+
+@given(
+    st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=8, unique=True),
+    st.text(max_size=12),
+    st.sampled_from(RETRIEVERS),
+)
+def test_retrieval_is_deterministic_and_never_fails(texts: list[str], query: str, retriever: RetrieverName) -> None:
+    if not any(character.isalnum() for text in texts for character in text):
+        return
+    members = [member(text or "empty") for text in texts]
+    first = Demonstrations(members, 0).nearest(retriever, member(query, cluster="query"), 3)
+    assert first == Demonstrations(members, 0).nearest(retriever, member(query, cluster="query"), 3)
+    assert len(first) == min(3, len(members))
+
+
+def test_tfidf_is_the_cosine_of_weighted_character_ngrams() -> None:
+    texts = ["Dayton Court", "Court of Ohio", "D. Guam"]
+    query = "Ohio Court"
+
+    def grams(text: str) -> Counter[str]:
+        words = [f" {word} " for word in re.split(r"\s+", text.lower())]
+        # As scikit-learn's char_wb has it: a word shorter than n counts once, whole.
+        found = Counter[str]()
+        for word in words:
+            for n in range(2, 6):
+                for i in range(max(len(word) - n, 0) + 1):
+                    found[word[i : i + n]] += 1
+                if n >= len(word):
+                    break
+        return found
+
+    every = [grams(text) for text in texts]
+    seen = Counter(gram for counts in every for gram in counts)
+
+    def vector(counts: Counter[str]) -> dict[str, float]:
+        weighted = {
+            gram: (1 + math.log(count)) * (math.log((1 + len(texts)) / (1 + seen[gram])) + 1)
+            for gram, count in counts.items()
+            if gram in seen
+        }
+        length = math.sqrt(sum(value**2 for value in weighted.values()))
+        return {gram: value / length for gram, value in weighted.items()}
+
+    ours = vector(grams(query))
+    expected = [sum(value * vector(counts).get(gram, 0.0) for gram, value in ours.items()) for counts in every]
+    assert TfIdf(texts).similarities(query) == pytest.approx(expected)
+
+
+# Static draws
+
+
+def test_fewer_static_demonstrations_are_the_beginning_of_more() -> None:
+    train = [member(f"court {n}") for n in range(30)]
+    demonstrations = Demonstrations(train, 0)
+    query = member("question")
+    for seed in (1, 2, 3):
+        longest = demonstrations.shown(ArmPlan("static", 16, seed=seed), query)
+        assert len({m.key for m in longest}) == 16
+        for shots in (1, 4, 8):
+            assert demonstrations.shown(ArmPlan("static", shots, seed=seed), query) == longest[:shots]
+    assert demonstrations.drawn(1) == Demonstrations(train, 0).drawn(1)
+    assert demonstrations.drawn(1) != demonstrations.drawn(2)
+    assert demonstrations.drawn(1) != Demonstrations(train, 1).drawn(1)
+
+
+def test_a_draw_has_one_example_of_a_cluster_and_every_class_before_any_again() -> None:
+    train = [member(f"row {n}", "abc"[min(n // 20, 2)], cluster=str(n // 2)) for n in range(60)]
+    for seed in range(1, 6):
+        drawn = Demonstrations(train, 0).drawn(seed)
+        assert len(drawn) == len({m.cluster for m in drawn}) == 30
+        for start in range(0, 30, 3):
+            assert {m.example.output for m in drawn[start : start + 3]} == set("abc")
+
+
+def test_every_example_is_as_likely_to_be_drawn_first() -> None:
+    train = [member(f"row {n}") for n in range(5)]
+    first = Counter(Demonstrations(train, 0).drawn(seed)[0].key for seed in range(1, 1001))
+    assert min(first.values()) > 150  # 200 expected each; 150 is four standard deviations away
+
+
+def test_a_static_demonstration_of_the_querys_cluster_is_our_own_fault() -> None:
+    train = [member("Ohio court one", cluster="family")]
+    with pytest.raises(AssertionError, match="own cluster"):
+        Demonstrations(train, 0).shown(ArmPlan("static", 1, seed=1), member("Ohio court two", cluster="family"))
+
+
+def test_no_fold_shows_a_demonstration_of_a_questions_own_cluster() -> None:
+    for version in fold_versions(version_of([3, 1, 2, 5, 1, 1, 4, 2, 2, 1, 1, 3]), 3, seed=0):
+        demonstrations = Demonstrations(version.domain_of("train"), 0)
+        for query in (*version.examples("dev"), *version.examples("test")):
+            for plan in (ArmPlan("static", 3, seed=1), ArmPlan("retrieved", 3, retriever="bm25")):
+                shown = demonstrations.shown(plan, query)
+                assert len(shown) == 3
+                assert query.cluster not in {m.cluster for m in shown}
+                assert all(m.split == "train" for m in shown)
+
+
+# The prompt
+
+
+def test_demonstrations_are_turns_before_the_question_and_the_most_similar_one_is_nearest() -> None:
+    question = member("Municipal Court of Toledo")
+    shown = Demonstrations(COURTS, 0).shown(ArmPlan("retrieved", 2, retriever="bm25"), question)
+    prompt = with_demonstrations(question, shown)
+    assert [m.content for m in prompt] == [
+        "Cite.",
+        "Dayton Municipal Court, Ohio",
+        "x",
+        "Toledo Municipal Court, Ohio",
+        "x",
+        "Municipal Court of Toledo",
+    ]
+    assert [m.role for m in prompt] == ["system", "user", "assistant", "user", "assistant", "user"]
