@@ -20,12 +20,17 @@ from tunewright.evaluation.ledger import LEDGER
 FAST = "  static_seeds: 1\n  retrievers: [bm25]\n"
 
 
+def add_keys(project: Path, text: str) -> None:
+    """Add keys to the recipe's evaluate section."""
+    recipe = project / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("  shots: [1, 2]\n", f"  shots: [1, 2]\n{text}"))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with an adapter, its test split closed."""
     folder = tiny_project(tmp_path_factory.mktemp("ledger") / "project", tiny_base_folder)
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text() + FAST)
+    add_keys(folder, FAST)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     assert tunewright("train", "-p", folder).code == 0
     assert tunewright("advise", "-p", folder).code == 0
@@ -40,11 +45,6 @@ def project(trained: Path, tmp_path: Path) -> Path:
 def openings(project: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = tunewright("ledger", "-p", project, "--json").document["openings"]
     return found
-
-
-def set_margin(project: Path, margin: float) -> None:
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text() + f"  margin: {margin}\n")
 
 
 def test_the_contrast_is_declared_before_a_test_prompt_is_made(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_looking_again_is_no_opening_and_other_settings_are(project: Path) -> No
     assert tunewright("evaluate", "-p", project).code == 0
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}
     assert len(openings(project)) == 1
-    set_margin(project, 0.05)
+    add_keys(project, "  margin: 0.05\n")
     ran = tunewright("evaluate", "-p", project)
     assert "had been opened once before this" in " ".join(ran.stderr.split())
     assert [each["declared"][0]["margin"] for each in openings(project)] == [0.02, 0.05]

@@ -178,7 +178,7 @@ def test_instructions_that_cannot_be_put_anywhere_are_refused_before_anything_is
     ]
     write_jsonl(folder / "pairs.jsonl", [{"messages": [*t, {"role": "assistant", "content": "a"}]} for t in turns])
     recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text() + "  instructions: [Do it.]\n")
+    recipe.write_text(recipe.read_text().replace("  shots: [1, 2]\n", "  shots: [1, 2]\n  instructions: [Do it.]\n"))
     road = tunewright.open(folder)
     road.data.add([folder / "pairs.jsonl"])
     with pytest.raises(UserError, match="2 different system turns"):
