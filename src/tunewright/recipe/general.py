@@ -58,7 +58,7 @@ class GeneralRecipe(Section):
         Field(
             ge=0,
             description="Conversations that the base writes itself, whose likelihood under the adapter is measured; 0: "
-            "none (32: about a minute for a base of 135M parameters on two cores).",
+            "none (32: about 200 seconds of one core for a base of 135M parameters, most of them once for a base).",
         ),
     ] = 32
     samples_margin: Annotated[
