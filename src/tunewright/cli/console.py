@@ -157,6 +157,11 @@ class Session:
         for part in people:
             self.console.print(part, markup=False, highlight=False)
 
+    def print_out(self, text: str) -> None:
+        """The command's result as it goes into a file or a pipe: on stdout, as it is."""
+        if processes.is_main():
+            print(text, end="", flush=True)
+
     def tell_standing(self, project: Path | None) -> None:
         """Whether reviewers have accepted a project's current dataset version, if it has one."""
         if project is None or not (project / "dataset").is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -105,7 +105,14 @@ def ledger(project: Folder = HERE, json: Json = False) -> None:
 
 
 @app.command()
-def verdict(evaluation: Evaluation = None, project: Folder = HERE, json: Json = False) -> None:
+def verdict(
+    evaluation: Evaluation = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="On stdout as GitHub markdown, for a comment on a pull request.")
+    ] = False,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
     """Ship (exit 0), don't ship (3) or can't tell (4), from the evidence alone."""
     from tunewright.cli.tables import verdict_text
     from tunewright.project import Project
@@ -113,8 +120,15 @@ def verdict(evaluation: Evaluation = None, project: Folder = HERE, json: Json = 
 
     with session(json, project) as current:
         # Not opened as a project: evidence is enough, wherever it lies.
-        decision = Road(Project(project), current.reporter).verdict(evaluation)
-        current.show({"decision": decision.decision, "reasons": list(decision.reasons)}, verdict_text(decision))
+        road = Road(Project(project), current.reporter)
+        decision = road.verdict(evaluation)
+        document: dict[str, Any] = {"decision": decision.decision, "reasons": list(decision.reasons)}
+        if markdown:
+            document["markdown"] = road.verdict_markdown(evaluation)
+        if markdown and not json:
+            current.print_out(document["markdown"])
+        else:
+            current.show(document, verdict_text(decision))
         raise typer.Exit(decision.exit_code)
 
 

@@ -20,7 +20,6 @@ from tunewright.models.quantized import require_bitsandbytes
 from tunewright.progress import LogReporter, Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe, TrainRecipe
-from tunewright.report.html import write_report
 from tunewright.road.adapters import AdaptersRoad
 from tunewright.road.data import DataRoad
 from tunewright.road.opened import OpenProject
@@ -352,6 +351,12 @@ class Road:
         """
         return Ledger(self.project.evaluations).openings
 
+    def verdict_markdown(self, evaluation: str | Path | None = None) -> str:
+        """The verdict with what was measured, as GitHub markdown for a comment on a pull request."""
+        from tunewright.report.markdown import verdict_markdown
+
+        return verdict_markdown(load_evidence(self.evaluation(evaluation)))
+
     def judge(self, evaluation: str | Path | None = None) -> JudgeResult:
         """Have the recipe's judge compare the tuned answers with the best prompting arm's (the newest by default).
 
@@ -373,6 +378,8 @@ class Road:
 
     def report(self, evaluation: str | Path | None = None) -> Path:
         """Write an evaluation's HTML report beside its evidence (the newest by default)."""
+        from tunewright.report.html import write_report
+
         folder = self.evaluation(evaluation)
         evidence = load_evidence(folder)
         history: list[dict[str, Any]] = []

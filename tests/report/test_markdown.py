@@ -1,0 +1,176 @@
+"""The verdict as a comment: what GitHub shows of it, by a real markdown parser."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from command_line import tunewright
+from factories import make_evidence, make_items
+from report_evidence import GENERAL, JUDGE, REVIEW, vetoed
+from tunewright.disk import write_json
+from tunewright.evaluation.evidence import Evidence
+from tunewright.evaluation.verdict import verdict
+from tunewright.metrics import p_text, points_text
+from tunewright.report.markdown import plain, verdict_markdown
+
+EVIDENCE = make_evidence(make_items(60), also=["bleu"])
+FULL = EVIDENCE.model_copy(update={"general": GENERAL, "judge": JUDGE, "review": REVIEW})
+GITHUB = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+NASTY = (
+    "a | b\n# c @team/all #12 GH-3 <img src=x onerror=alert(1)> [l](http://x) ![i](y) `c` **b** ~~s~~ &lt; \\ \u202e"
+)
+
+
+def _inline(text: str) -> list[Token]:
+    return [child for token in GITHUB.parse(text) for child in token.children or []]
+
+
+def _shown(tokens: list[Token]) -> str:
+    return "".join(token.content if token.type in {"text", "text_special"} else " " for token in tokens)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(_shown(token.children or []) for token in GITHUB.parse(text) if token.type == "inline")
+
+
+def _tables(text: str) -> list[list[list[str]]]:
+    tables: list[list[list[str]]] = []
+    for token in GITHUB.parse(text):
+        if token.type == "table_open":
+            tables.append([])
+        elif token.type == "tr_open":
+            tables[-1].append([])
+        elif token.type == "inline" and tables and token.level > 2 and tables[-1]:
+            tables[-1][-1].append(_shown(token.children or []))
+    return tables
+
+
+def _kinds(text: str) -> list[str]:
+    """The blocks and inline markup of a text, without what is written in it."""
+    return [t.type for t in GITHUB.parse(text)] + [t.type for t in _inline(text) if not t.type.startswith("text")]
+
+
+def test_the_comment_says_the_verdict_and_every_reason() -> None:
+    text = verdict_markdown(EVIDENCE)
+    shown = _lines(text)
+    assert text.startswith("## Ship: court-citations\n")
+    for reason in verdict(EVIDENCE).reasons:
+        assert reason in shown
+
+
+def test_suites_are_told_once_and_why_one_does_not_decide() -> None:
+    shown = _lines(verdict_markdown(FULL))
+    assert "adapter off" not in shown
+    assert "Not measured: gsm8k: needs the extra lm-eval" in shown
+    assert [row[-1] for row in _tables(verdict_markdown(FULL))[2][1:]] == [
+        "not worse", "no margin: decides nothing", "decides nothing: guessing failed", "no margin: decides nothing",
+    ]  # fmt: skip
+
+
+def test_every_number_of_arms_and_contrasts_is_in_its_tables() -> None:
+    arms, contrasts = _tables(verdict_markdown(EVIDENCE))[:2]
+    assert arms[0] == ["Arm", "exact match", "95% interval", "BLEU", "95% interval", "Prompt tokens"]
+    for arm, row in zip(EVIDENCE.arms, arms[1:], strict=True):
+        exact, bleu = arm.score("exact_match"), arm.score("bleu")
+        assert row == [
+            arm.name,
+            f"{100 * exact.value:.1f}%",
+            f"{100 * exact.interval.low:.1f} to {100 * exact.interval.high:.1f}",
+            f"{100 * bleu.value:.1f}",
+            f"{100 * bleu.interval.low:.1f} to {100 * bleu.interval.high:.1f}",
+            f"{arm.prompt_tokens:.0f}",
+        ]
+    assert len(contrasts) == 1 + len(EVIDENCE.contrasts)
+    for contrast, row in zip(EVIDENCE.contrasts, contrasts[1:], strict=True):
+        assert row[0].strip() == f"{contrast.treatment} − {contrast.control}"
+        assert row[2] == points_text(contrast.difference)
+        assert p_text(contrast.p_value).endswith(row[4])
+        assert row[5] == ("" if contrast.p_adjusted is None else p_text(contrast.p_adjusted).split(maxsplit=2)[-1])
+        assert row[6:] == [str(contrast.fixed), str(contrast.broken)]
+
+
+def test_suites_judge_and_people_are_there_when_they_were_measured_and_absent_else() -> None:
+    bare, full = verdict_markdown(EVIDENCE), verdict_markdown(FULL)
+    for told in ("What the base could do before", "Judge fair-judge-70b", "People, blind: 38 of 40"):
+        assert told not in _lines(bare)
+        assert told in _lines(full)
+    suite = GENERAL.suites[0]
+    row = _tables(full)[2][1]
+    assert row[0] == suite.name
+    assert [float(cell) for cell in row[2:7]] == [
+        pytest.approx(100 * value, abs=0.05)
+        for value in (suite.base, suite.tuned, suite.drop, suite.limit, suite.margin)
+    ]
+
+
+def test_a_vetoed_judge_says_only_that_and_why() -> None:
+    shown = _lines(verdict_markdown(EVIDENCE.model_copy(update={"judge": vetoed(JUDGE)})))
+    assert "vetoed, so nothing it said counts. gold is correct: 3 of 20" in shown
+    assert "wins" not in shown
+
+
+def _with_text(text: str) -> Evidence:
+    """Every place that takes a user's text, taken by this one."""
+    suites = tuple(suite.model_copy(update={"name": text}) for suite in GENERAL.suites)
+    reviewer = REVIEW.model_copy(update={"lacking": text, "win_rate": None, "powered": None})
+    first = FULL.contrasts[0].model_copy(update={"left_out": {text: 3}})
+    changes: dict[str, Any] = {
+        "project": text,
+        "general": GENERAL.model_copy(update={"suites": suites}),
+        "judge": JUDGE.model_copy(update={"model": text}),
+        "review": reviewer,
+        "contrasts": [first, *FULL.contrasts[1:]],
+    }
+    return FULL.model_copy(update=changes)
+
+
+KINDS = _kinds(verdict_markdown(_with_text("x")))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("|@#`*_<>[]()!~\\&-+=\n\t 1.:")), max_size=30))
+@example(NASTY)
+@example("")
+@example("# h")
+@example("1. a")
+@example("---")
+@example("12) b")
+@example("www.example.org https://example.org a@b.org")
+def test_no_text_makes_markup_or_calls_anyone(text: str) -> None:
+    markdown = verdict_markdown(_with_text(text))
+    assert _kinds(markdown) == KINDS
+    assert not re.search(r"[@#]\w|\bGH-\d|://|\bwww\.\w", _lines(markdown), re.IGNORECASE)
+
+
+def test_text_is_shown_as_it_is() -> None:
+    shown = _shown(GITHUB.parseInline(plain(NASTY))[0].children or [])
+    expected = " ".join(NASTY.replace("\u202e", "\ufffd").split())
+    assert shown.replace("\u200b", "") == expected
+
+
+def test_the_comment_goes_to_stdout_and_the_exit_code_stays(tmp_path: Path) -> None:
+    write_json(tmp_path / "evidence.json", EVIDENCE.model_dump(mode="json"))
+    ran = tunewright("verdict", tmp_path / "evidence.json", "--markdown", "-p", tmp_path)
+    assert (ran.code, ran.stdout) == (0, verdict_markdown(EVIDENCE))
+    both = tunewright("verdict", tmp_path / "evidence.json", "--markdown", "--json", "-p", tmp_path)
+    assert both.document["markdown"] == ran.stdout
+    assert "markdown" not in tunewright("verdict", tmp_path / "evidence.json", "--json", "-p", tmp_path).document
+
+
+def test_the_comment_needs_no_torch(tmp_path: Path) -> None:
+    write_json(tmp_path / "evidence.json", EVIDENCE.model_dump(mode="json"))
+    program = (
+        "import sys; from tunewright.cli import main\n"
+        f"sys.argv = ['tunewright', 'verdict', {str(tmp_path / 'evidence.json')!r}, '--markdown', '-p', sys.argv[1]]\n"
+        "try: main()\nexcept SystemExit as end: assert end.code == 0, end.code\n"
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True)
