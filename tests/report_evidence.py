@@ -91,7 +91,7 @@ def _control(name: str, passed: int) -> Control:
         expected="correct",
         items=20,
         passed=passed,
-        unscored=0,
+        unscored={},
         limit=passed / 20 - 0.07 if passed > 2 else 0.0,
         required=0.8,
     )

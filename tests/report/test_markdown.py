@@ -105,6 +105,7 @@ def test_suites_judge_and_people_are_there_when_they_were_measured_and_absent_el
     suite = GENERAL.suites[0]
     row = _tables(full)[2][1]
     assert row[0] == suite.name
+    assert suite.margin is not None
     assert [float(cell) for cell in row[2:7]] == [
         pytest.approx(100 * value, abs=0.05)
         for value in (suite.base, suite.tuned, suite.drop, suite.limit, suite.margin)
