@@ -43,12 +43,15 @@ def _lines(text: str) -> str:
 
 def _tables(text: str) -> list[list[list[str]]]:
     tables: list[list[list[str]]] = []
+    inside = False
     for token in GITHUB.parse(text):
+        if token.type.startswith("table_"):
+            inside = token.type == "table_open"
         if token.type == "table_open":
             tables.append([])
         elif token.type == "tr_open":
             tables[-1].append([])
-        elif token.type == "inline" and tables and token.level > 2 and tables[-1]:
+        elif token.type == "inline" and inside:
             tables[-1][-1].append(_shown(token.children or []))
     return tables
 
