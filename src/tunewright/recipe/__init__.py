@@ -131,7 +131,7 @@ class EvaluateRecipe(Section):
             description="The most prompting arms that answer all of dev, of those that the first items do not show "
             "to be worse than the leader.",
         ),
-    ] = 4
+    ] = 3
     tuned_retrieved: Annotated[
         bool,
         Field(description="Measure the adapter with the best retrieved demonstrations in its prompt, too."),
