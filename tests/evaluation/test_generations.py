@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunewright.chat import open_chat
@@ -95,12 +95,14 @@ DECODINGS = st.builds(
     device=st.sampled_from(["cpu", "cuda"]),
     max_new_tokens=st.integers(1, 5),
     stop=st.lists(TEXTS, max_size=2).map(tuple),
+    grammar=st.none() | TEXTS,
     packages=st.dictionaries(TEXTS, TEXTS, max_size=2),
     engine=TEXTS,
 )
 
 
 @given(DECODINGS, DECODINGS)
+@settings(deadline=None)
 def test_answers_have_the_same_key_only_if_all_that_decides_them_is_the_same(one: Decoding, other: Decoding) -> None:
     assert (one.key == other.key) == (one == other)
     for field in fields(Decoding):

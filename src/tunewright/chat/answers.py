@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunewright.chat.format import ChatFormat
+from tunewright.data.examples import Message
 from tunewright.data.versions import Member
 from tunewright.recipe import Recipe
 
 if TYPE_CHECKING:
+    from tunewright.models.constraints import Constraint, Grammar
     from tunewright.models.requests import Completion
 
 PLAIN_STOPS = tuple(f"{line}### {heading}" for heading in ("Instruction", "Response") for line in ("\n\n", "\n"))
@@ -32,6 +34,20 @@ def stop_strings(recipe: Recipe, chat: ChatFormat) -> tuple[str, ...]:
 def answer_text(chat: ChatFormat, completion: Completion) -> str:
     """What a completed answer says, up to the stop string that ended it."""
     return chat.text(completion.ids) if completion.before_stop is None else completion.before_stop
+
+
+def constraint_on(chat: ChatFormat, grammar: Grammar) -> Constraint:
+    """The grammar over this format's answers.
+
+    Raises:
+        UserError: the grammar engine does not take it.
+    """
+    from tunewright.models.constraints import Constraint, around_answers
+
+    text = "x"
+    tokens = chat.encode([Message("user", text), Message("assistant", text)])
+    answer = [token for token in tokens.ids[-answer_length(tokens.loss_mask) :] if token not in chat.stop_ids]
+    return Constraint(grammar, chat.tokenizer, chat.stop_ids, around_answers(chat.tokenizer, answer, text))
 
 
 def answer_limit(recipe: Recipe, chat: ChatFormat, members: Iterable[Member]) -> int:

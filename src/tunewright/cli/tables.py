@@ -13,6 +13,7 @@ from tunewright.cli.general_tables import general_tables
 from tunewright.data.versions import Manifest
 from tunewright.demo import ThreeAnswers
 from tunewright.evaluation.evidence import Advice, Arm, DevComparison, Evidence, Measured
+from tunewright.evaluation.noise import NoiseFloor
 from tunewright.evaluation.openings import Opening
 from tunewright.evaluation.parts import Score
 from tunewright.evaluation.verdict import Verdict, changed_words
@@ -146,8 +147,17 @@ def evidence_tables(evidence: Evidence) -> list[RenderableType]:
     return [
         arms_table(title, evidence.arms, evidence.metric, evidence.metrics),
         contrasts_table("Contrasts on the test split, in points", evidence),
+        *([noise_text(evidence.noise_floor)] if evidence.noise_floor else []),
         *(general_tables(evidence.general) if evidence.general else ()),
     ]
+
+
+def noise_text(noise: NoiseFloor) -> str:
+    """What changes when nothing is changed."""
+    return (
+        f"Noise floor: {noise.changed} of {noise.items} answers changed when the base gave them again in other "
+        f"batches, and its score by {100 * noise.score_difference:+.1f} points."
+    )
 
 
 def dev_tables(compared: DevComparison) -> list[RenderableType]:

@@ -14,6 +14,7 @@ from tunewright.errors import UserError
 from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, other_instructions, plan_of, prompting_arms
 from tunewright.evaluation.evidence import Advice, Arm, LeftOut, Narrowing, SeedSpread
 from tunewright.evaluation.measure import Answered, Measurement, measured_arm, scored_arms
+from tunewright.evaluation.reachable import warn_of_unreachable
 from tunewright.evaluation.scoring import ScoredArms, measured_metrics, scored_contrast
 from tunewright.metrics import points_text
 from tunewright.recipe import EvaluateRecipe
@@ -36,7 +37,8 @@ def advise(measurement: Measurement) -> AdviseResult:
     """Measure the prompting arms on the dev split with the untuned base, and choose the best.
 
     Raises:
-        UserError: evaluate.instructions cannot be put into the pairs, or no arm fits the base's context.
+        UserError: evaluate.instructions cannot be put into the pairs, or no arm fits the base's context, or no
+            reference matches evaluate.constrain.
     """
     settings = measurement.settings
     decides = {**measurement.inputs(measurement.limit), **choosing_inputs(settings)}
@@ -45,6 +47,7 @@ def advise(measurement: Measurement) -> AdviseResult:
         return AdviseResult(file, Advice.model_validate_json(file.read_text(encoding="utf-8")), measured=False)
     if settings.instructions:
         _ = measurement.instruction  # refused here, before anything is measured
+    warn_of_unreachable(measurement.generator, measurement.version.domain, measurement.reporter)
     advice = _Choice(measurement).advice()
     write_json(file, advice.model_dump(mode="json"))
     return AdviseResult(file, advice, measured=True)

@@ -18,6 +18,7 @@ class ArmPlan:
         seed: which draw of static demonstrations, from 1.
         retriever: what finds the demonstrations of each question.
         instruction: 0 for the pairs' own, else of evaluate.instructions, from 1.
+        constrained: held to evaluate.constrain while it decodes.
     """
 
     kind: ArmKind
@@ -25,6 +26,7 @@ class ArmPlan:
     seed: int | None = None
     retriever: RetrieverName | None = None
     instruction: int = 0
+    constrained: bool = False
 
     @property
     def name(self) -> str:
@@ -38,7 +40,7 @@ class ArmPlan:
             parts.append("tfidf")
         if self.instruction:
             parts.append(f"instruction-{self.instruction}")
-        return "-".join(parts)
+        return "-".join(parts) + ("+constrained" if self.constrained else "")
 
     @property
     def adapted(self) -> bool:
@@ -53,15 +55,18 @@ class ArmPlan:
 
 ZERO_SHOT = ArmPlan("zero-shot")
 TUNED = ArmPlan("tuned")
+TUNED_CONSTRAINED = ArmPlan("tuned", constrained=True)
 
 
 def plan_of(arm: Arm) -> ArmPlan:
     """The way of answering that was measured."""
-    return ArmPlan(arm.kind, arm.shots, arm.seed, arm.retriever, arm.instruction)
+    return ArmPlan(arm.kind, arm.shots, arm.seed, arm.retriever, arm.instruction, arm.constrained)
 
 
 def prompting_arms(settings: EvaluateRecipe) -> list[ArmPlan]:
     """Every arm that needs no training, with the pairs' own instruction; then zero-shot with each other one.
+
+    Zero-shot and retrieved arms also held to the grammar, where the recipe has one.
 
     Of arms of the same score an earlier one is taken: the cheaper is first.
     """
@@ -70,7 +75,10 @@ def prompting_arms(settings: EvaluateRecipe) -> list[ArmPlan]:
     retrieved = [
         ArmPlan("retrieved", k, retriever=retriever) for retriever in dict.fromkeys(settings.retrievers) for k in shots
     ]
-    return [*_instructed(ZERO_SHOT, settings, own=True), *static, *retrieved]
+    free = [*_instructed(ZERO_SHOT, settings, own=True), *static, *retrieved]
+    if settings.constrain is None:
+        return free
+    return [*free, *(replace(plan, constrained=True) for plan in [ZERO_SHOT, *retrieved])]
 
 
 def other_instructions(plan: ArmPlan, settings: EvaluateRecipe) -> list[ArmPlan]:

@@ -33,7 +33,7 @@ from tunewright.evaluation.evaluating import (
 )
 from tunewright.evaluation.evidence import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold, load_evidence
 from tunewright.evaluation.folds import fold_versions
-from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.generations import Generator, grammar_of
 from tunewright.evaluation.ledger import Ledger
 from tunewright.evaluation.measure import (
     Answered,
@@ -135,6 +135,7 @@ class CrossFit:
             "trainings": self.trainings,
             "max_new_tokens": self.limit,
             "stop": stop_strings(self.recipe, self.chat),
+            "constrain": grammar.rule if (grammar := grammar_of(self.project)) else None,
             "quantize": self.quantize,
             "metrics": [metric_inputs(metric, self.project.root) for metric in settings.metrics],
             "margin": settings.margin,

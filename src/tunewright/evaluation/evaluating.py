@@ -10,7 +10,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.data.versions import Member
 from tunewright.data.versions.author import current_author
 from tunewright.disk import digest, new_folder, write_json, write_text
-from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
+from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
 from tunewright.evaluation.evidence import (
     EVIDENCE_FILE,
     ITEMS_FILE,
@@ -25,6 +25,7 @@ from tunewright.evaluation.evidence import (
 from tunewright.evaluation.ledger import LEDGER, Ledger
 from tunewright.evaluation.measure import Answered, Measurement, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.openings import Declared, Earlier, Opening, openings_text
+from tunewright.evaluation.repeats import noise_floor
 from tunewright.evaluation.scoring import ScoredArms, declared_contrasts, measured_metrics
 from tunewright.progress import Reporter
 from tunewright.recipe import MetricName, Recipe
@@ -40,12 +41,17 @@ class EvaluateResult:
     """False when evidence of the same inputs was there already."""
 
 
-def contest(advice: Advice, *, with_retrieved: bool) -> list[ArmPlan]:
-    """The arms that meet on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations."""
+def contest(advice: Advice, *, with_retrieved: bool, held: bool = False) -> list[ArmPlan]:
+    """The arms that meet on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
+
+    And tuned ``held`` to the grammar.
+    """
     known = {arm.name: plan_of(arm) for arm in _all_arms(advice)}
     plans = [ZERO_SHOT, known[advice.best], TUNED]
     if with_retrieved and advice.best_retrieved is not None:
         plans.append(tuned_retrieved(known[advice.best_retrieved]))
+    if held:
+        plans.append(TUNED_CONSTRAINED)
     return list(dict.fromkeys(plans))
 
 
@@ -101,7 +107,7 @@ class _Settled:
 
 def _settle(measurement: Measurement, adapter: Adapter, advice: Advice) -> _Settled:
     settings, recipe = measurement.settings, measurement.project.recipe
-    plans = contest(advice, with_retrieved=settings.tuned_retrieved)
+    plans = contest(advice, with_retrieved=settings.tuned_retrieved, held=settings.constrain is not None)
     with_retrieved = next((plan.name for plan in plans if plan.kind == "tuned-retrieved"), None)
     inputs = measurement.inputs(measurement.limit) | {
         "adapter": adapter.digest,
@@ -148,6 +154,9 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
     arms = [measured_arm(plan.name, plan, answers[plan.name], scored, recipe.seed) for plan in settled.plans]
     contrasts = measured_contrasts(scored, opening.declared, recipe.seed)
     evidence = _evidence(measurement, adapter, advice, arms, contrasts, opening, earlier)
+    prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
+    noise = noise_floor(measurement.generator, test, prompts, measurement.limit, measurement.scorers[0], recipe.seed)
+    evidence = evidence.model_copy(update={"noise_floor": noise})
     save_evaluation(folder, evidence, test, answers, scored)
     return EvaluateResult(folder, evidence, evaluated=True)
 

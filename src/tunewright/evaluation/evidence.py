@@ -12,6 +12,7 @@ from tunewright.disk import write_json
 from tunewright.errors import UserError
 from tunewright.evaluation.general.section import General
 from tunewright.evaluation.judge.section import Judgement
+from tunewright.evaluation.noise import NoiseFloor
 from tunewright.evaluation.openings import Design, Earlier, Opening
 from tunewright.evaluation.parts import ArmScore, Interval, Part
 from tunewright.evaluation.people.section import AnswerReview
@@ -34,6 +35,7 @@ class Arm(Part):
     seed: Annotated[int | None, Field(description="Which draw of static demonstrations, from 1.")] = None
     retriever: Annotated[RetrieverName | None, Field(description="What found the demonstrations.")] = None
     instruction: Annotated[int, Field(description="0: the pairs' own; else of evaluate.instructions, from 1.")] = 0
+    constrained: Annotated[bool, Field(description="Held to evaluate.constrain while it decoded.")] = False
     items: int
     scores: Annotated[dict[MetricName, ArmScore], Field(description="By every metric of the recipe.")]
     truncated: Annotated[int, Field(description="Answers that ran into the token limit.")]
@@ -215,6 +217,9 @@ class Evidence(Part):
             "other metrics come last.",
         ),
     ]
+    noise_floor: Annotated[
+        NoiseFloor | None, Field(description="What changes when nothing is changed; null in a cross-fitted evaluation.")
+    ] = None
     opening: Annotated[
         Opening | None, Field(description="Its line in the ledger, with what was declared; null in older evidence.")
     ] = None

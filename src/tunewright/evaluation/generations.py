@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_text, stop_strings
+from tunewright.chat.answers import answer_text, constraint_on, stop_strings
 from tunewright.disk import digest, writing
 from tunewright.models.bases import Base
+from tunewright.models.constraints import Constraint, Grammar
+from tunewright.models.decoding import Completion, Request, generate
 from tunewright.models.loading import device, load_model, named, with_adapters
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -55,6 +58,7 @@ class Decoding:
     """cpu or cuda: their kernels add up in different orders."""
     max_new_tokens: int
     stop: tuple[str, ...]
+    grammar: str | None
     packages: Mapping[str, str]
     """Versions of those that make logits and text."""
     engine: str = _ENGINE
@@ -75,6 +79,10 @@ class Generator:
         work: the project's working folder, which has the journals.
         reporter: shows progress.
         stop: texts that end an answer.
+        grammar: what constrained answers have to be.
+
+    Raises:
+        UserError: the grammar cannot be used with this base's tokenizer.
     """
 
     @classmethod
@@ -90,6 +98,7 @@ class Generator:
             project.work,
             reporter,
             stop=stop_strings(recipe, chat),
+            grammar=grammar_of(project),
         )
 
     def __init__(
@@ -103,6 +112,7 @@ class Generator:
         reporter: Reporter,
         *,
         stop: tuple[str, ...] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         self.base = base
         self.chat = chat
@@ -112,14 +122,30 @@ class Generator:
         self.folder = work / "generations"
         self.reporter = reporter
         self.stop = stop
+        self.grammar = grammar
         self._model: Any = None
         self._loaded: set[str] = set()
 
+    @cached_property
+    def constraint(self) -> Constraint | None:
+        """What constrained answers have to match.
+
+        Raises:
+            UserError: the grammar engine does not take it.
+        """
+        return constraint_on(self.chat, self.grammar) if self.grammar else None
+
     def answer(
-        self, title: str, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None = None
+        self,
+        title: str,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        adapter: Adapter | None = None,
+        *,
+        constrained: bool = False,
     ) -> list[Generation]:
-        """Answers in the prompts' order."""
-        journal = self.folder / f"{self.decoding(max_new_tokens, adapter).key[:16]}.jsonl"
+        """Answers in the prompts' order, held to the grammar or free."""
+        journal = self.folder / f"{self.decoding(max_new_tokens, adapter, constrained=constrained).key[:16]}.jsonl"
         known = dict(_read(journal))
         missing = sorted({p for p in prompts if digest(p) not in known})
         if missing:
@@ -130,29 +156,43 @@ class Generator:
             ):
                 model = self.model_with(adapter)
 
-                def keep(index: int, completion: Any) -> None:
+                def keep(index: int, completion: Completion) -> None:
                     key = digest(missing[index])
                     known[key] = Generation(answer_text(self.chat, completion), completion.finish == "length")
                     file.write(json.dumps({"prompt": key, **asdict(known[key])}, ensure_ascii=False) + "\n")
                     file.flush()
                     task.advance()
 
-                self._generate(model, missing, max_new_tokens, adapter, keep)
+                requests = self.requests(missing, max_new_tokens, adapter, constrained=constrained)
+                self.generate(model, requests, keep, self.batch_size)
         return [known[digest(p)] for p in prompts]
 
-    def _generate(
-        self, model: Any, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None, keep: Any
-    ) -> None:
-        from tunewright.models.decoding import Request, generate
+    def requests(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        adapter: Adapter | None = None,
+        *,
+        constrained: bool = False,
+    ) -> list[Request]:
+        """What the decoding loop is asked for each prompt."""
+        assert self.grammar or not constrained
+        name = adapter.name if adapter else None
+        held_to = self.constraint if constrained else None
+        return [Request(p, name, max_new_tokens, stop=self.stop, constraint=held_to) for p in prompts]
 
-        generate(
+    def generate(
+        self, model: Any, requests: Sequence[Request], on_finished: Callable[[int, Completion], None], batch_size: int
+    ) -> list[Completion]:
+        """Answer anew, whatever the journal has."""
+        return generate(
             model,
-            [Request(p, adapter.name if adapter else None, max_new_tokens, stop=self.stop) for p in prompts],
+            requests,
             stop_ids=self.chat.stop_ids,
             pad_id=self.chat.tokenizer.pad_token_id,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             decode=self.chat.text,
-            on_finished=keep,
+            on_finished=on_finished,
         )
 
     def model_with(self, adapter: Adapter | None = None) -> Any:
@@ -183,9 +223,11 @@ class Generator:
         else:
             yield model
 
-    def decoding(self, max_new_tokens: int, adapter: Adapter | None) -> Decoding:
+    def decoding(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool = False) -> Decoding:
         """What decides these answers; its key names their journal."""
         names = [*_PACKAGES, *(["bitsandbytes"] if self.quantize == "nf4" else [])]
+        if constrained:
+            names.append("llguidance")
         return Decoding(
             base=self.base.digest,
             template=self.chat.digest,
@@ -195,8 +237,19 @@ class Generator:
             device=device().split(":")[0],
             max_new_tokens=max_new_tokens,
             stop=self.stop,
+            grammar=self.grammar.rule if self.grammar and constrained else None,
             packages={name: version(name) for name in names},
         )
+
+
+def grammar_of(project: Project) -> Grammar | None:
+    """What the project's constrained answers have to be.
+
+    Raises:
+        UserError: the recipe names a schema that cannot be read.
+    """
+    constrain = project.recipe.evaluate.constrain
+    return Grammar.of(constrain, project.root) if constrain else None
 
 
 def _read(journal: Path) -> Iterator[tuple[str, Generation]]:

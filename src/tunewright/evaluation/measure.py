@@ -101,6 +101,7 @@ class Measurement:
             "quantize": self.generator.quantize,
             "max_new_tokens": limit,
             "stop": self.generator.stop,
+            "constrain": self.generator.grammar.rule if self.generator.grammar else None,
             "metrics": [metric_inputs(metric, self.project.root) for metric in self.settings.metrics],
             "seed": self.project.recipe.seed,
             "schema": SCHEMA_VERSION,
@@ -145,7 +146,9 @@ class Measurement:
                 f"context of {self.context:,} tokens with an answer of {self.limit}"
             )
         title = f"{plan.name} on {split}"
-        generations = self.generator.answer(title, prompts, self.limit, adapter if plan.adapted else None)
+        generations = self.generator.answer(
+            title, prompts, self.limit, adapter if plan.adapted else None, constrained=plan.constrained
+        )
         return [Answered(g.text, g.truncated, p) for g, p in zip(generations, prompts, strict=True)]
 
     def dev_scores(self, adapter: Adapter | None) -> Scores:
@@ -243,6 +246,7 @@ def measured_with(recipe: Recipe, base: Base, chat: ChatFormat, quantize: Quanti
             "greedy": True,
             "max_new_tokens": limit,
             "stop": stop_strings(recipe, chat),
+            "constrain": recipe.evaluate.constrain.model_dump(mode="json") if recipe.evaluate.constrain else None,
             "batch_size": recipe.evaluate.batch_size,
             "dtype": recipe.train.dtype,
             "quantize": quantize,

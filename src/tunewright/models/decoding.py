@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tunewright.models.caches import begun, merge, select
+from tunewright.models.constraints import only_allowed
 from tunewright.models.prefixes import PASS_TOKENS, Shared, shared_prefixes
 from tunewright.models.requests import Completion, Finish, Request, Row
 from tunewright.models.row_adapters import RowAdapters
@@ -152,6 +153,7 @@ class Batch:
         total = cache.get_seq_length() + ids.shape[1]
         first = total - torch.tensor([[_length(row)] for row in rows])
         logits = self._forward(ids, first, cache, [row.request.adapter for row in rows])
+        logits = only_allowed(logits, [row.guide for row in rows])
         for row, own_logits, likeliest in zip(rows, logits, logits.argmax(-1).tolist(), strict=True):
             row.take(row.sample(own_logits) if row.request.temperature > 0 else likeliest, self._stop_ids)
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tunewright.models.constraints import Constraint
 from tunewright.models.row_adapters import BASE_ROW
 from tunewright.models.text_stream import Decode, TextStream
 
@@ -27,6 +28,7 @@ class Request:
         top_p: sample among the likeliest tokens that together hold this probability (Holtzman et al. 2020).
         seed: the same seed samples the same answer, whatever else is in the batch; None draws a fresh one.
         stop: texts, none empty; the first to be complete ends the answer, which is what stands before it.
+        constraint: what the answer has to match; one that is cut at the limit may not do so yet.
     """
 
     prompt_ids: tuple[int, ...]
@@ -36,6 +38,7 @@ class Request:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         assert self.prompt_ids, "a prompt has at least one token"
@@ -68,6 +71,7 @@ class Row:
         self.request = request
         self.ids: list[int] = []
         self.finish: Finish | None = None
+        self.guide = request.constraint.start() if request.constraint else None
         self._before_stop: str | None = None
         self._text, self._stream = "", None
         if request.stop:
@@ -107,12 +111,16 @@ class Row:
             self._end("stop")
             return
         self.ids.append(token)
+        if self.guide is not None:
+            self.guide.take(token)
         if self._stream is not None:
             self._text += self._stream.push(token)
             if self._stream.stopped:
                 self._end("stop")
                 return
-        if len(self.ids) == self.request.max_new_tokens:
+        if self.guide is not None and self.guide.complete:
+            self._end("stop")
+        elif len(self.ids) == self.request.max_new_tokens:
             self._end("length")
 
     def _end(self, finish: Finish) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from tunewright.recipe.constrain import ConstrainRecipe
 from tunewright.recipe.data import DataRecipe, Findable, MixRecipe
 from tunewright.recipe.general import GeneralRecipe
 from tunewright.recipe.judge import EndpointRecipe, JudgeRecipe, ReferenceModelRecipe
@@ -21,6 +22,7 @@ from tunewright.recipe.train import PRESETS, ReplayRecipe, Tracker, TrainRecipe
 __all__ = [
     "PRESETS",
     "ChatRecipe",
+    "ConstrainRecipe",
     "DataRecipe",
     "EndpointRecipe",
     "EvaluateRecipe",
@@ -150,6 +152,13 @@ class EvaluateRecipe(Section):
             description="Texts that end an answer, which is what stands before them (null: the headings of the plain "
             "form, ### Instruction and ### Response on a line of their own, which a base without a chat template "
             "writes when it goes on; none with a chat template)."
+        ),
+    ] = None
+    constrain: Annotated[
+        ConstrainRecipe | None,
+        Field(
+            description="What answers have to be, for arms that are held to it while they decode, measured beside the "
+            "free ones: {choices: [a, b]}, {regex: PATTERN} or {json_schema: FILE}."
         ),
     ] = None
     batch_size: Annotated[int, Field(ge=1, description="Conversations generated at once.")] = 32

@@ -1,0 +1,53 @@
+"""Measuring the noise floor: the base answers items twice, past the journal, in batches of other rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from tunewright.chat.answers import answer_text
+from tunewright.data.versions import Member
+from tunewright.evaluation.generations import Generator, Prompt
+from tunewright.evaluation.noise import NoiseFloor
+from tunewright.metrics import Scorer, score_all
+
+MOST_ITEMS = 100
+
+
+def noise_floor(
+    generator: Generator, members: Sequence[Member], prompts: Sequence[Prompt], limit: int, scorer: Scorer, seed: int
+) -> NoiseFloor:
+    """Have the base answer up to 100 of these items, drawn by the seed, twice.
+
+    Args:
+        generator: its journal is neither read nor written.
+        members: the items; their outputs are the references.
+        prompts: one for each item.
+        limit: the longest answer in tokens.
+        scorer: of the deciding metric.
+        seed: draws the items.
+
+    Raises:
+        UserError: not one answer can be scored.
+    """
+    draw = random.Random(f"{seed}:noise")
+    places = sorted(draw.sample(range(len(members)), min(MOST_ITEMS, len(members))))
+    sizes = generator.batch_size, max(2, generator.batch_size // 2) if generator.batch_size > 1 else 2
+    shuffled = draw.sample(places, len(places))
+    with generator.reporter.task("noise floor", 2 * len(places), "answers") as task:
+        answers = []
+        for order, size in zip((places, shuffled), sizes, strict=True):
+            requests = generator.requests([prompts[place] for place in order], limit)
+            model = generator.model_with()
+            completions = generator.generate(model, requests, lambda _index, _completion: task.advance(), size)
+            texts = (answer_text(generator.chat, completion) for completion in completions)
+            answers.append(dict(zip(order, texts, strict=True)))
+    first, second = ([given[place] for place in places] for given in answers)
+    examples = [members[place].example for place in places]
+    scores = [score_all(scorer, given, examples).total() for given in (first, second)]
+    return NoiseFloor(
+        items=len(places),
+        changed=sum(a != b for a, b in zip(first, second, strict=True)),
+        score_difference=scores[1] - scores[0],
+        how=f"zero-shot by the base in {generator.dtype}: batches of {sizes[0]}, then of {sizes[1]} in another order",
+    )
