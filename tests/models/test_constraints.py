@@ -146,12 +146,12 @@ def test_texts_of_each_grammar_match_it_alone(text: str) -> None:
 @pytest.mark.parametrize("name", ["bytes", "mistral-v3", "llama2"])
 def test_an_answer_as_the_chat_format_writes_it_is_allowed_token_by_token(name: str) -> None:
     """SentencePiece's first token has a space before the word; Llama 2's form writes a space after the answer, too."""
-    tokenizer = {
+    makes: dict[str, Callable[[], Any]] = {
         "mistral-v3": lambda: makers.mistral_tokenizer("v3"),
         "llama2": makers.llama2_tokenizer,
         "bytes": byte_tokenizer,
-    }[name]()
-    chat = chat_of(tokenizer)
+    }
+    chat = chat_of(makes[name]())
     constraint = constraint_on(chat, Grammar.of(ConstrainRecipe(choices=("Yes indeed", "No")), Path()))
     written = chat.encode([Message("user", "Is it?"), Message("assistant", "Yes indeed")])
     answer = [token for token, trained in zip(written.ids, written.loss_mask, strict=True) if trained]
