@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -80,7 +80,7 @@ def advice_tables(advice: Advice) -> list[RenderableType]:
         told.append(draws_table(f"Static demonstrations on {on}", advice))
     if narrowing is not None:
         told.append(arms_table(f"Finalists on all {all_dev}", advice.arms, advice.metric, advice.metrics))
-        told.append(f"Finalists are {narrowing.rule}.")
+        told.append(f"Finalists: {narrowing.rule}.")
     told += [f"Left out: {arm.name}: {arm.why}." for arm in advice.left_out]
     return [*told, f"Best prompting arm: {advice.best}. A fine-tune has to beat it."]
 
@@ -174,9 +174,10 @@ def dev_tables(compared: DevComparison) -> list[RenderableType]:
 def ledger_table(openings: Sequence[Opening]) -> Table:
     """The openings of the test split, in the ledger's order."""
     table = Table(title="Openings of the test split", title_justify="left")
-    for name in ("line", "opened (UTC)", "by", "evaluation", "adapter", "dataset", "items", "declared"):
-        right = name in {"line", "items"}
-        table.add_column(name, justify="right" if right else "left", no_wrap=name not in {"adapter", "declared"})
+    for name in ("line", "opened (UTC)", "by", "evaluation", "adapter", "items", "declared"):
+        wide = name in {"by", "adapter", "declared"}
+        justify: Literal["left", "right"] = "right" if name in {"line", "items"} else "left"
+        table.add_column(name, justify=justify, no_wrap=not wide, overflow="fold")
     for opening in openings:
         first = opening.declared[0]
         table.add_row(
@@ -185,7 +186,6 @@ def ledger_table(openings: Sequence[Opening]) -> Table:
             opening.author or "",
             opening.evaluation,
             opening.adapter or "one for each fold",
-            opening.dataset[:12],
             str(opening.items),
             f"{first.treatment} against {first.control}",
         )
