@@ -77,9 +77,11 @@ def test_every_row_is_answered_once_by_an_adapter_that_saw_nothing_like_it(
     crossfitted: tuple[Path, list[list[str]]],
 ) -> None:
     folder, given = crossfitted
-    _, items = _evaluation(folder)
+    evidence, items = _evaluation(folder)
     members = load_version(folder / "dataset").members
     assert [item["key"] for item in items] == [m.key for m in members]
+    assert sum(band["items"] for band in evidence["nearness"]["bands"]) == len(items)
+    assert all(0 <= item["nearest"] <= 1 for item in items)
     assert len(given) == 2 * FOLDS  # to train on and to choose by, fold after fold
     for number in range(1, FOLDS + 1):
         held_out = [item for item in items if item["fold"] == number]

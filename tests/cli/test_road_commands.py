@@ -109,6 +109,11 @@ def test_evidence_holds_what_the_items_say(project: Path) -> None:
     folder = project / "evaluations" / evidence["id"]
     items = [json.loads(line) for line in (folder / "items.jsonl").read_text().split("\n") if line]
     assert len(items) == evidence["items"]
+    near = [item["nearest"] for item in items]
+    for band in evidence["nearness"]["bands"]:
+        last = band["high"] == 1
+        assert sum(band["low"] <= each < band["high"] or (last and each == 1) for each in near) == band["items"] > 0
+    assert sum(band["items"] for band in evidence["nearness"]["bands"]) == len(items)
     for arm in evidence["arms"]:
         right = sum(item["answers"][arm["name"]].strip() == item["reference"] for item in items)
         assert arm["scores"]["exact_match"]["value"] == right / len(items)

@@ -12,7 +12,7 @@ from data_helpers import Listener, example, jaccard, unlike_pairs
 import real_data
 from tunewright.data.examples import Example
 from tunewright.data.neighbours import comparison_texts
-from tunewright.data.neighbours.leak import LeakReport, Nearest, leak, score_by_distance
+from tunewright.data.neighbours.leak import LeakReport, Nearest, leak, nearest_training, score_by_distance
 from tunewright.data.splits import Split
 from tunewright.data.versions import Counts, DatasetVersion, Manifest, Member, Settings
 from tunewright.errors import UserError
@@ -55,6 +55,8 @@ def test_the_nearest_training_row_of_each_held_out_row_is_that_of_brute_force() 
     tests = [row.similarity for row in report.nearest if row.split == "test"]
     for at in report.leaks:
         assert at.here == pytest.approx(sum(s >= at.threshold for s in tests) / len(tests))
+    of_test = {row.key: row.similarity for row in report.nearest if row.split == "test"}
+    assert nearest_training(version, Listener()) == of_test
 
 
 def test_the_random_leak_is_near_what_pairs_of_copies_make_likely() -> None:

@@ -17,12 +17,14 @@ from typing import Any
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, stop_strings
+from tunewright.data.neighbours.leak import nearest_training
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.data.versions.author import current_author
 from tunewright.disk import digest
 from tunewright.evaluation.advising import advise, choosing_inputs
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
+from tunewright.evaluation.distance import scores_by_distance
 from tunewright.evaluation.evaluating import (
     EvaluateResult,
     contest,
@@ -172,9 +174,12 @@ class CrossFit:
         answers = {role.name: _in_order(self.version.domain, done, role) for role in roles}
         scored = scored_arms(self.scorers, self.version.domain, answers)
         evidence = self._evidence(done, roles, answers, scored)
-        evidence = evidence.model_copy(update={"opening": opening, "openings": earlier})
+        nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
+        near = [nearest[m.key] for m in self.version.domain]
+        nearness = scores_by_distance(scored, near, evidence.contrasts[0], self.recipe.seed)
+        evidence = evidence.model_copy(update={"opening": opening, "openings": earlier, "nearness": nearness})
         fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
-        save_evaluation(folder, evidence, self.version.domain, answers, scored, fold_of)
+        save_evaluation(folder, evidence, self.version.domain, answers, scored, nearest, fold_of)
         return EvaluateResult(folder, evidence, evaluated=True)
 
     def _open(self, ledger: Ledger) -> Opening:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunewright.adapters.registry import Adapter
+from tunewright.data.neighbours.leak import nearest_training
 from tunewright.data.versions import Member
 from tunewright.data.versions.author import current_author
 from tunewright.disk import digest, new_folder, write_json, write_text
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
+from tunewright.evaluation.distance import scores_by_distance
 from tunewright.evaluation.evidence import (
     EVIDENCE_FILE,
     ITEMS_FILE,
@@ -153,11 +155,13 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
     scored = scored_arms(measurement.scorers, test, answers)
     arms = [measured_arm(plan.name, plan, answers[plan.name], scored, recipe.seed) for plan in settled.plans]
     contrasts = measured_contrasts(scored, opening.declared, recipe.seed)
+    nearest = nearest_training(version, measurement.reporter)
+    nearness = scores_by_distance(scored, [nearest[m.key] for m in test], contrasts[0], recipe.seed)
     evidence = _evidence(measurement, adapter, advice, arms, contrasts, opening, earlier)
     prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
     noise = noise_floor(measurement.generator, test, prompts, measurement.limit, measurement.scorers[0], recipe.seed)
-    evidence = evidence.model_copy(update={"noise_floor": noise})
-    save_evaluation(folder, evidence, test, answers, scored)
+    evidence = evidence.model_copy(update={"noise_floor": noise, "nearness": nearness})
+    save_evaluation(folder, evidence, test, answers, scored, nearest)
     return EvaluateResult(folder, evidence, evaluated=True)
 
 
@@ -242,9 +246,13 @@ def save_evaluation(
     members: Sequence[Member],
     answers: Mapping[str, Sequence[Answered]],
     scored: ScoredArms,
+    nearest: Mapping[str, float],
     fold_of: Mapping[str, int] | None = None,
 ) -> None:
-    """Write evidence and items, whole or not at all; ``fold_of`` maps pair keys to folds."""
+    """Write evidence and items, whole or not at all.
+
+    ``nearest`` maps pair keys to the nearest training input's similarity, ``fold_of`` to folds.
+    """
     items = [
         Item(
             key=m.key,
@@ -254,6 +262,7 @@ def save_evaluation(
             answers={name: given[i].text for name, given in answers.items()},
             scores=scored.of_item(i),
             unscored=scored.why_not(i),
+            nearest=nearest[m.key],
             fold=None if fold_of is None else fold_of[m.key],
         )
         for i, m in enumerate(members)

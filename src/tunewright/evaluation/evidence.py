@@ -12,6 +12,7 @@ from tunewright.disk import write_json
 from tunewright.errors import UserError
 from tunewright.evaluation.general.section import General
 from tunewright.evaluation.judge.section import Judgement
+from tunewright.evaluation.nearness import Nearness
 from tunewright.evaluation.noise import NoiseFloor
 from tunewright.evaluation.openings import Design, Earlier, Opening
 from tunewright.evaluation.parts import ArmScore, Interval, Part
@@ -226,6 +227,9 @@ class Evidence(Part):
     openings: Annotated[
         tuple[Earlier, ...], Field(description="Earlier openings of the same items: each one is a look at the test.")
     ] = ()
+    nearness: Annotated[
+        Nearness | None, Field(description="Scores by distance from the training data; null in older evidence.")
+    ] = None
     lineage: Annotated[
         dict[str, Any],
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),
@@ -261,6 +265,9 @@ class Item(Part):
     unscored: Annotated[
         dict[MetricName, dict[str, str]] | None,
         Field(description="Metric to arm name to why the item is not scored there."),
+    ] = None
+    nearest: Annotated[
+        float | None, Field(description="Similarity of the nearest training input, from 0 to 1; null: not measured.")
     ] = None
     fold: Annotated[int | None, Field(description="Whose adapter answered, of a cross-fitted evaluation.")] = None
 

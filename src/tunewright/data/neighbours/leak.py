@@ -135,6 +135,15 @@ def leak(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOS
     return LeakReport(version.digest, len(held_out), tuple(nearest), leaks)
 
 
+def nearest_training(version: DatasetVersion, reporter: Reporter) -> dict[str, float]:
+    """Of each test row, by its key, the similarity of the nearest training input (Jaccard of character 4-grams)."""
+    members = version.members
+    texts = comparison_texts([m.example for m in members])
+    train = np.array([i for i, m in enumerate(members) if m.split == "train"], dtype=np.int64)
+    test = np.array([i for i, m in enumerate(members) if m.split == "test"], dtype=np.int64)
+    return {row.key: row.similarity for row in _nearest(members, texts, test, train, reporter)}
+
+
 def _nearest(
     members: Sequence[Member], texts: Sequence[str], held_out: Indices, train: Indices, reporter: Reporter
 ) -> list[Nearest]:
@@ -194,7 +203,7 @@ def score_by_distance(items: Iterable[Answered], report: LeakReport) -> list[Ban
                 f"the evaluated item {item.key[:12]} is not among the measured rows of version {report.version[:12]}",
                 fix="Measure the leak of the version that was evaluated, all of its held-out rows.",
             )
-        band = min(int(nearest[item.key] / 0.2 + _ROUNDING), len(BANDS) - 1)
+        band = band_of(nearest[item.key])
         for arm, answer in item.answers.items():
             count = counts.setdefault((arm, band), [0, 0])
             count[0] += 1
@@ -203,6 +212,11 @@ def score_by_distance(items: Iterable[Answered], report: LeakReport) -> list[Ban
         BandScore(arm, *BANDS[band], items=total, exact=exact, interval=_wilson(exact, total))
         for (arm, band), (total, exact) in sorted(counts.items())
     ]
+
+
+def band_of(similarity: float) -> int:
+    """The number of the band, from 0, that a similarity lies in."""
+    return min(int(similarity * len(BANDS) + _ROUNDING), len(BANDS) - 1)
 
 
 def _spelling(text: str) -> str:

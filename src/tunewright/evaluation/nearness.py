@@ -1,0 +1,40 @@
+"""The evidence's section ``nearness``: scores by how near the test items are to what was trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tunewright.evaluation.parts import Interval, Part, Score
+
+
+class BandScore(Score):
+    """One arm on the items of a band, by the deciding metric."""
+
+    scored: Annotated[int, Field(description="Items of the band that are scored for this arm.")]
+
+
+class Band(Part):
+    """Test items whose nearest training input has a similarity in [low, high); the last band has 1 in it."""
+
+    low: float
+    high: float
+    items: int
+    clusters: int
+    scores: Annotated[dict[str, BandScore], Field(description="By arm; without those that have no scored item here.")]
+    difference: Annotated[
+        float | None, Field(description="Of the contrast that decides, on these items; null: none is scored in both.")
+    ] = None
+    interval: Annotated[Interval | None, Field(description="95%, of the difference; not adjusted for the bands.")] = (
+        None
+    )
+
+
+class Nearness(Part):
+    """How near the test items are to the training rows, and what each arm scores by that."""
+
+    similarity: Annotated[str, Field(description="What is compared, and how.")]
+    treatment: str
+    control: str
+    bands: Annotated[tuple[Band, ...], Field(description="Those with items in them, the farthest first.")]

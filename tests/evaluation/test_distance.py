@@ -1,0 +1,58 @@
+"""Scores by distance: held to a plain count over the items, and to similarities counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from factories import make_evidence, make_items, scored_items
+from tunewright.evaluation.distance import scores_by_distance
+from tunewright.evaluation.scoring import contrast
+
+ITEMS = make_items(60)
+EVIDENCE = make_evidence(ITEMS)
+NEAREST = [(7 * n % 60) / 60 for n in range(60)]
+
+
+def test_each_band_is_scored_as_its_items_alone_would_be() -> None:
+    scored = scored_items(ITEMS)
+    found = scores_by_distance(scored, NEAREST, EVIDENCE.contrasts[0], seed=0, resamples=500)
+    assert [(b.low, b.high) for b in found.bands] == [(0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0)]
+    assert sum(band.items for band in found.bands) == 60
+    for band in found.bands:
+        inside = [n for n, near in enumerate(NEAREST) if band.low <= near < band.high]
+        items = [ITEMS[n] for n in inside]
+        assert (band.items, band.clusters) == (len(items), len({item.cluster for item in items}))
+        right = {name: sum(i.scores["exact_match"][name] for i in items) for name in ("zero-shot", "tuned")}
+        for name, count in right.items():
+            assert band.scores[name].value == pytest.approx(count / len(items))
+        alone = scored_items(items).by_metric["exact_match"]
+        same = contrast(
+            treatment="tuned", control="retrieved-4", ours=alone["tuned"], theirs=alone["retrieved-4"],
+            clusters=[i.cluster for i in items], seed=0, resamples=500,
+        )  # fmt: skip
+        assert (band.difference, band.interval) == (same.difference, same.interval)
+
+
+def test_intervals_of_unclustered_items_are_wilsons() -> None:
+    items = [item.model_copy(update={"cluster": item.key}) for item in ITEMS]
+    found = scores_by_distance(scored_items(items), NEAREST, EVIDENCE.contrasts[0], seed=0, resamples=500)
+    for band in found.bands:
+        own = band.scores["tuned"]
+        told = binomtest(round(own.value * own.scored), own.scored).proportion_ci(0.95, method="wilson")
+        assert (own.interval.low, own.interval.high) == pytest.approx((told.low, told.high))
+
+
+def test_a_band_without_items_is_left_out_and_one_that_cannot_be_scored_has_no_score() -> None:
+    scored = scored_items(ITEMS)
+    scores = scored.by_metric["exact_match"]["tuned"]
+    for place in range(30):
+        scores.values[place] = np.nan
+        scores.unscored[place] = "no reference"
+    near = [0.1] * 30 + [1.0] * 30
+    far, same = scores_by_distance(scored, near, EVIDENCE.contrasts[0], seed=0, resamples=500).bands
+    assert (far.low, same.high) == (0.0, 1.0)
+    assert "tuned" not in far.scores
+    assert far.difference is None
+    assert same.scores["tuned"].scored == 30
