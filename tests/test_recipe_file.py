@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.errors import UserError
-from tunewright.recipe import Recipe, TrainRecipe
+from tunewright.recipe import Recipe, TrainRecipe, metric_name
 from tunewright.recipe_file import load_recipe, write_recipe
 
 
@@ -123,3 +123,46 @@ def test_what_is_no_date_is_told_with_its_line(tmp_path: Path, value: str) -> No
     assert caught.value.where == f"{path}:3"
     path.write_text('name: x\nchat:\n  date: "2024-02-29"\n')
     assert load_recipe(path).chat.date.isoformat() == "2024-02-29"
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("bleu", "bleu"),
+        ("{exact_match: {casefold: true}}", "exact_match casefold"),
+        ("{choices: [granted, 'no']}", "choices"),
+        ("json", "json"),
+        ("{json: {fields: [name, date]}}", "json name,date"),
+        ("{regex: '[A-Z]+'}", "regex [A-Z]+"),
+        ("{python: 'scoring.court:citation'}", "python scoring.court:citation"),
+    ],
+)
+def test_a_metric_is_a_name_or_a_mapping_and_dumps_as_it_is_written(tmp_path: Path, written: str, name: str) -> None:
+    recipe = _load(tmp_path, f"evaluate:\n  metric: {written}\n  also: [chrf]\n")
+    assert [metric_name(m) for m in recipe.evaluate.metrics] == [name, "chrf"]
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    assert recipe.model_dump(mode="json", exclude_unset=True)["evaluate"]["metric"] == yaml.safe_load(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "what"),
+    [
+        ("exct_match", "a metric is one of exact_match, bleu"),
+        ("{choises: [a, b]}", "a metric is one of exact_match, bleu"),
+        ("{choices: [yes, no]}", "quote what YAML reads otherwise"),
+        ("{choices: [a, ' a']}", "the choices differ from each other"),
+        ("{regex: '('}", "evaluate.metric.regex: not a regular expression"),
+        ("{json: {fieldz: [a]}}", "unknown key evaluate.metric.json.fieldz: did you mean evaluate.metric.json.fields?"),
+        ("{python: scoring}", "evaluate.metric.python"),
+    ],
+)
+def test_what_is_no_metric_is_told_with_its_place(tmp_path: Path, written: str, what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _load(tmp_path, f"evaluate:\n  metric: {written}\n")
+    assert what in caught.value.what
+    assert str(caught.value.where).endswith(":2")
+
+
+def test_a_metric_is_measured_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.also: bleu is measured already"):
+        _load(tmp_path, "evaluate:\n  metric: bleu\n  also: [chrf, bleu]\n")

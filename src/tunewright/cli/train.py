@@ -25,10 +25,16 @@ def advise(project: Folder = HERE, json: Json = False) -> None:
     from tunewright.cli.tables import advice_tables
 
     with session(json, project) as current:
-        result = tunewright.open(project, current.reporter).advise()
+        road = tunewright.open(project, current.reporter)
+        result = road.advise()
         advice = result.advice
         current.show(
-            {"file": str(result.file), "measured": result.measured, **advice.model_dump(mode="json")},
+            {
+                "file": str(result.file),
+                "measured": result.measured,
+                "prospects": [told.as_dict() for told in road.prospects()],
+                **advice.model_dump(mode="json"),
+            },
             *advice_tables(advice),
         )
 
@@ -87,7 +93,13 @@ def _train(road: Road, current: Session, *, force: bool) -> None:
     told = adapter.lineage["training"]
     evaluated = ", ".join(_evaluated(e) for e in told["epochs"])
     current.show(
-        {"adapter": adapter.name, "folder": str(adapter.folder), "trained": result.trained, **told},
+        {
+            "adapter": adapter.name,
+            "folder": str(adapter.folder),
+            "trained": result.trained,
+            "prospects": [each.as_dict() for each in road.prospects()],
+            **told,
+        },
         f"{'Trained' if result.trained else 'Already trained'}: {adapter.folder}\n"
         f"{told['examples']} examples; dev loss by evaluation {evaluated}; kept step {told['kept_step']}",
     )

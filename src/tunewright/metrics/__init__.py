@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tunewright.metrics.check import check_references
 from tunewright.metrics.choices import accuracy
 from tunewright.metrics.corpus import bleu, chrf
 from tunewright.metrics.exact import exact_match, normalised
@@ -25,7 +26,9 @@ __all__ = [
     "Scores",
     "Unscored",
     "axis_label",
+    "check_references",
     "metric_inputs",
+    "metric_kind",
     "metric_label",
     "normalised",
     "open_scorers",
@@ -71,6 +74,13 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
             return json_fields(name, None)
         case "json_valid":
             return json_valid(name)
+
+
+def metric_kind(metric: Metric) -> Kind:
+    """Right or wrong, a mean or of the corpus, without what is needed to score (a function of the project's own)."""
+    if isinstance(metric, Json) or metric in ("json", "bleu", "chrf"):
+        return "corpus"
+    return "mean" if isinstance(metric, Python) or metric == "token_f1" else "right or wrong"
 
 
 def open_scorers(settings: EvaluateRecipe, root: Path) -> tuple[Scorer, ...]:

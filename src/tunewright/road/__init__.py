@@ -14,7 +14,9 @@ from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Advice, amend, find_evaluation, load_evidence, load_items
 from tunewright.evaluation.ledger import Ledger
 from tunewright.evaluation.openings import Opening
+from tunewright.evaluation.power import Prospect, prospect, prospect_text
 from tunewright.evaluation.verdict import Verdict, verdict
+from tunewright.metrics import metric_kind
 from tunewright.models.bases import Base
 from tunewright.models.quantized import require_bitsandbytes
 from tunewright.progress import LogReporter, Reporter
@@ -110,10 +112,24 @@ class Road:
     def _stage(self, name: str, done_now: bool, what: str) -> None:
         self.reporter.say(f"{name}: {'done' if done_now else 'unchanged'}, {what}")
 
+    def prospects(self) -> tuple[Prospect, ...]:
+        """What the current version's dev and test splits can show, reckoned from their items and clusters."""
+        version = self.data.version()
+        held_out = {split: version.examples(split) for split in ("dev", "test")}
+        return tuple(
+            prospect(split, len(rows), len({row.cluster for row in rows})) for split, rows in held_out.items() if rows
+        )
+
+    def _tell_prospects(self) -> None:
+        settings = self.project.recipe.evaluate
+        for told in self.prospects():
+            self.reporter.say(prospect_text(told, metric_kind(settings.metric), settings.margin))
+
     def advise(self) -> AdviseResult:
         """Measure the prompting arms on the dev split with the untuned base."""
         from tunewright.evaluation.advising import advise
 
+        self._tell_prospects()
         return advise(self._opened.measurement())
 
     def fit(
@@ -169,7 +185,9 @@ class Road:
         Fewer than 50 training pairs are refused; with ``force`` that is a warning, and the adapter's lineage says so.
         """
         self._refuse_up_front()
-        return self._train(self._forced(force))
+        forced = self._forced(force)
+        self._tell_prospects()
+        return self._train(forced)
 
     def sweep(
         self,

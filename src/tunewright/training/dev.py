@@ -12,7 +12,7 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, answer_text, stop_strings
 from tunewright.data.examples import Example
 from tunewright.data.versions import Member
-from tunewright.metrics import Scorer, score_all, scorer_of
+from tunewright.metrics import Scorer, check_references, score_all, scorer_of
 from tunewright.models.decoding import Request, generate
 from tunewright.progress import Reporter
 from tunewright.recipe import Recipe
@@ -83,6 +83,9 @@ def dev_task(
 
     Returns:
         None where the recipe wants no answers; the dev loss alone then chooses.
+
+    Raises:
+        UserError: a metric that can score none of the rows.
     """
     most = recipe.train.evaluate_rows
     if most == 0:
@@ -93,11 +96,13 @@ def dev_task(
             f"Each evaluation answers {most} of the {len(dev)} dev rows, drawn by the seed (train.evaluate_rows)."
         )
         dev = [dev[place] for place in places]
+    scorer = scorer_of(recipe.evaluate.metric, root)
+    check_references([scorer], [m.example for m in dev], "dev", reporter)
     limit = answer_limit(recipe, chat, train)
     stop = stop_strings(recipe, chat)
     prompts = [chat.prompt(m.example.prompt) for m in dev]
     return DevTask(
-        scorer=scorer_of(recipe.evaluate.metric, root),
+        scorer=scorer,
         # A row that training took fits the context with its answer: what would not fit is longer than that, and wrong.
         requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p)), stop=stop) for p in prompts),
         examples=tuple(m.example for m in dev),

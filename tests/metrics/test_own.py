@@ -1,0 +1,138 @@
+"""A metric of the project's own: where it is found, what it is given, and what it may do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factories import pair, scorers
+from tunewright.errors import UserError
+from tunewright.metrics import Scores, check_references, metric_inputs, metric_kind, score_all, scorer_of
+from tunewright.progress import LogReporter
+from tunewright.recipe import Metric
+from tunewright.recipe.metrics import Choices, Json, Python, Regex
+
+
+def _scores(root: Path, code: str, answers: list[str], name: str = "scoring:worth") -> Scores:
+    (root / "scoring.py").write_text(code, encoding="utf-8")
+    examples = [pair(f"question {n}", "ref") for n in range(len(answers))]
+    return score_all(scorer_of(Python(python=name), root), answers, examples)
+
+
+def test_it_is_given_answer_reference_and_the_whole_example(tmp_path: Path) -> None:
+    code = """
+def worth(answer, reference, example):
+    assert reference == example.output == "ref"
+    return len(answer) / 10 if example.input_text == "question 1" else 1
+"""
+    scores = _scores(tmp_path, code, ["abc", "abc"])
+    assert scores.values.tolist() == [1, 0.3]
+    assert scores.total() == pytest.approx(0.65)
+    assert scores.scorer.kind == "mean"
+
+
+def test_it_may_use_its_neighbours_and_the_number_types_of_numpy(tmp_path: Path) -> None:
+    (tmp_path / "its_neighbour.py").write_text("HALF = 0.5\n")
+    code = "import numpy as np\nfrom its_neighbour import HALF\ndef worth(a, r, e): return np.float32(HALF)\n"
+    assert _scores(tmp_path, code, ["x"]).total() == 0.5
+
+
+def test_a_module_in_a_folder_is_found_and_two_projects_modules_of_one_name_are_two(tmp_path: Path) -> None:
+    for name, value in (("one", 0.25), ("two", 0.75)):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "metrics.py").write_text(f"def f(a, r, e): return {value}\n")
+        scorer = scorer_of(Python(python="deep.metrics:f"), tmp_path / name)
+        assert score_all(scorer, ["x"], [pair("?", "y")]).total() == value
+
+
+def test_none_leaves_the_item_unscored(tmp_path: Path) -> None:
+    code = "def worth(a, r, e): return None if a == '?' else 1.0\n"
+    scores = _scores(tmp_path, code, ["x", "?", "?"])
+    assert (scores.total(), scores.reasons) == (1.0, {"scoring:worth returned None": 2})
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (
+            "raise KeyError('court')",
+            r"scoring:worth raised KeyError \('court'\) for example [0-9a-f]{12} \('question 1'\)",
+        ),
+        ("return 1.5", "scoring:worth returned 1.5 for example"),
+        ("return float('nan')", "scoring:worth returned nan for example"),
+        ("return True", "scoring:worth returned True for example"),
+        ("return 'good'", "scoring:worth returned 'good' for example"),
+    ],
+)
+def test_what_it_raises_or_wrongly_returns_names_the_item(tmp_path: Path, body: str, what: str) -> None:
+    code = f"def worth(a, r, e):\n    if a == 'fine': return 0\n    {body}\n"
+    with pytest.raises(UserError, match=what):
+        _scores(tmp_path, code, ["fine", "x"])
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "what"),
+    [
+        ("def worth(a, r, e): return 1\n", "other:worth", "no module 'other' in the project's folder"),
+        ("def worth(a, r, e): return 1\n", "scoring:wrth", "there is no function 'wrth' in it"),
+        ("import no_such_thing\n", "scoring:worth", "importing it raised ModuleNotFoundError"),
+        ("def worth(:\n", "scoring:worth", "importing it raised SyntaxError"),
+    ],
+)
+def test_what_cannot_be_found_or_imported_is_told(tmp_path: Path, code: str, name: str, what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        _scores(tmp_path, code, ["x"], name)
+
+
+def test_a_changed_module_is_another_measurement(tmp_path: Path) -> None:
+    metric = Python(python="scoring:worth")
+    before = _scores(tmp_path, "def worth(a, r, e): return 1\n", ["x"]).scorer.definition
+    inputs = metric_inputs(metric, tmp_path)
+    after = _scores(tmp_path, "def worth(a, r, e): return 0\n", ["x"])
+    assert metric_inputs(metric, tmp_path) != inputs
+    assert after.scorer.definition != before
+    assert after.total() == 0
+
+
+def test_a_metric_without_settings_is_in_digests_as_it_always_was() -> None:
+    assert metric_inputs("exact_match", Path()) == "exact_match"
+    assert metric_inputs(Choices(choices=("a", "b")), Path()) == {"choices": ["a", "b"]}
+
+
+ALL: list[Metric] = ["exact_match", "bleu", "chrf", "token_f1", "json", "json_valid", Regex(regex="a")]
+
+
+@pytest.mark.parametrize("metric", ALL, ids=str)
+def test_the_kind_is_known_without_a_scorer(metric: Metric) -> None:
+    (scorer,) = scorers([metric])
+    assert metric_kind(metric) == scorer.kind
+
+
+# References that a metric does not suit
+
+
+class _Heard(LogReporter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.warned: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
+
+
+def test_references_that_cannot_be_scored_or_won_are_told_before_anything_is_answered() -> None:
+    heard = _Heard()
+    fields: Any = Json.model_validate({"json": {"fields": ["a"]}})
+    check_references(scorers([fields, Regex(regex="[a-z]+")]), [pair("?", '{"a": 1}'), pair("?", "abc")], "dev", heard)
+    assert heard.warned == [
+        "1 of 2 dev items cannot be scored by json a and are left out: the reference is not JSON (1)",
+        "By regex [a-z]+ 1 of 2 dev references score less than 1 themselves: no answer can be right there. Look at "
+        "the metric's settings, or at the data.",
+    ]
+
+
+def test_a_metric_that_suits_no_reference_is_refused() -> None:
+    with pytest.raises(UserError, match="not one item can be scored by json"):
+        check_references(scorers(["json"]), [pair("?", "abc")], "test", _Heard())
