@@ -77,6 +77,6 @@ def test_the_prospect_says_what_it_assumes_and_counts_a_cluster_once() -> None:
     text = prospect_text(told, "right or wrong", 0.02)
     assert "The test split's 196 items in 146 clusters show a true difference of 10.3 points or more" in text
     assert "if 20% of the items change between two arms: an assumption" in text
-    assert "With a margin of 2 points a fine-tune has to gain about 12 to be shipped." in text
+    assert "With a margin of 2 points a fine-tune has to gain about 12 to ship." in text
     assert "rough guide" in prospect_text(told, "corpus", 0.02)
     assert told.as_dict()["assumed"][1] == {"changed": 0.2, "minimum_detectable_effect": told.effects[0.2]}

@@ -45,7 +45,8 @@ def arms_table(title: str, arms: Sequence[Arm], metric: MetricName, metrics: Map
     ]
     names = ("arm", *(["right"] if counted else []), axis_label(metric), "95% interval", *map(axis_label, also))
     for name in (*names, *extra, "prompt tokens", "shared"):
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+        # Names of metrics may be long: their headings wrap.
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name in {"arm", "95% interval"})
     for arm in arms:
         score = arm.score(metric)
         left = {"outside": score.outside, "unscored": sum(score.unscored.values())}

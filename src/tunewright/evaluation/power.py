@@ -123,6 +123,4 @@ def prospect_text(told: Prospect, kind: Kind, margin: float) -> str:
     if told.split != "test":
         return text
     expected = 100 * (margin + told.effects[ASSUMED[1]])
-    return (
-        f"{text} With a margin of {100 * margin:g} points a fine-tune has to gain about {expected:.0f} to be shipped."
-    )
+    return f"{text} With a margin of {100 * margin:g} points a fine-tune has to gain about {expected:.0f} to ship."

@@ -1,0 +1,146 @@
+"""Metrics through the command line: one of the project's own decides, others are measured beside it, on a tiny base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from command_line import tiny_project, tunewright
+from tunewright.cli.tables import evidence_tables
+from tunewright.evaluation.evidence import Evidence
+
+# Some items cannot be scored: those whose question has an even number.
+SCORING = """
+def shared_letters(answer, reference, example):
+    if int(example.input_text.split()[-1]) % 2 == 0:
+        return None
+    return len(set(answer) & set(reference)) / len(set(answer) | set(reference))
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project that has gone the whole road by a metric of its own."""
+    folder = tiny_project(tmp_path_factory.mktemp("metrics") / "project", tiny_base_folder)
+    recipe = (folder / "tunewright.yaml").read_text()
+    colours = "[red, green, blue, amber, violet, ochre, teal, navy, olive, coral]"
+    recipe = recipe.replace(
+        "  shots: [1, 2]\n",
+        "  shots: [1]\n  metric: {python: 'scoring:shared_letters'}\n"
+        f"  also: [exact_match, {{choices: {colours}}}, chrf]\n",
+    )
+    (folder / "tunewright.yaml").write_text(recipe)
+    (folder / "scoring.py").write_text(SCORING)
+    ran = tunewright("run", "-p", folder, "--json")
+    assert ran.code in {0, 3, 4}, ran.stderr
+    return folder
+
+
+def _drawn(evidence: dict[str, Any]) -> str:
+    """The tables on a terminal that is wide enough."""
+    console = Console(width=250)
+    with console.capture() as drawn:
+        for table in evidence_tables(Evidence.model_validate(evidence)):
+            console.print(table)
+    return drawn.get()
+
+
+def _evaluated(project: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    document = tunewright("evaluate", "-p", project, "--json").document
+    assert document["evaluated"] is False
+    lines = (Path(document["folder"]) / "items.jsonl").read_text().split("\n")
+    return document["evidence"], [json.loads(line) for line in lines if line]
+
+
+def test_the_own_metric_decides_and_the_others_stand_beside_it(project: Path) -> None:
+    evidence, _ = _evaluated(project)
+    own = "python scoring:shared_letters"
+    assert evidence["metric"] == own
+    assert set(evidence["metrics"]) == {own, "exact_match", "choices", "chrf"}
+    assert "SHA-256" in evidence["metrics"][own]["definition"]
+    deciding, beside = evidence["contrasts"][:2], evidence["contrasts"][2:]
+    assert all(c["metric"] == own and c["p_adjusted"] >= c["p_value"] for c in deciding)
+    assert beside
+    assert all(c["metric"] != own and c["p_adjusted"] is None for c in beside)
+
+
+def test_items_and_arms_agree_on_every_metric_and_on_what_is_unscored(project: Path) -> None:
+    evidence, items = _evaluated(project)
+    even = [item for item in items if int(item["input"].split()[-1]) % 2 == 0]
+    assert 0 < len(even) < len(items)
+    for arm in evidence["arms"]:
+        for metric, score in arm["scores"].items():
+            values = [i["scores"][metric][arm["name"]] for i in items if arm["name"] in i["scores"][metric]]
+            assert len(values) == score["scored"] == len(items) - sum(score["unscored"].values())
+            if metric != "chrf":
+                assert score["value"] == pytest.approx(sum(values) / len(values))
+        own = arm["scores"]["python scoring:shared_letters"]
+        assert own["unscored"] == {"scoring:shared_letters returned None": len(even)}
+    assert evidence["contrasts"][0]["scored"] == len(items) - len(even)
+
+
+def test_the_same_metric_chose_the_checkpoint(project: Path) -> None:
+    ran = tunewright("train", "-p", project, "--json")
+    assert ran.document["trained"] is False
+    assert ran.document["metric"] == "python scoring:shared_letters"
+    scores = [epoch["dev_metric"] for epoch in ran.document["epochs"]]
+    kept = next(e for e in ran.document["epochs"] if e["step"] == ran.document["kept_step"])
+    assert kept["dev_metric"] == max(scores)
+
+
+def test_verdict_tables_and_report_tell_of_it(project: Path) -> None:
+    evidence, _ = _evaluated(project)
+    verdict = tunewright("verdict", "-p", project, "--json").document
+    assert "tuned shared_letters " in verdict["reasons"][0]
+    assert any("Left out, as they cannot be scored in both arms" in reason for reason in verdict["reasons"])
+    shown = tunewright("evaluate", "-p", project).stderr
+    for word in ("12 held-out test items", "tuned - ", "retrieved-1", "Evidence:"):
+        assert word in shown
+    table = _drawn(evidence)
+    for words in ("shared_letters, of 100", "accuracy, %", "corpus chrF", "unscored", "adjusted p", "better"):
+        assert words in table
+    page = Path(tunewright("report", "-p", project, "--json").document["report"]).read_text()
+    assert "could not be scored in both arms and are left out" in page
+
+
+def test_what_the_splits_can_show_is_told_before_training(project: Path) -> None:
+    ran = tunewright("train", "-p", project, "--json")
+    dev, test = ran.document["prospects"]
+    assert (dev["split"], test["split"]) == ("dev", "test")
+    told = f"The test split's {test['items']} items in {test['clusters']} clusters show a true difference of"
+    assert told in " ".join(ran.stderr.split())
+    assert tunewright("advise", "-p", project, "--json").document["prospects"] == ran.document["prospects"]
+
+
+def test_another_module_is_another_evaluation(project: Path) -> None:
+    before, _ = _evaluated(project)
+    file = project / "scoring.py"
+    text = file.read_text()
+    file.write_text(text + "\n# reworded\n")
+    try:
+        # The adapter stands: only what is measured is another.
+        ran = tunewright("evaluate", "-p", project, "--json")
+        assert ran.document["evaluated"] is True
+        assert ran.document["evidence"]["id"] != before["id"]
+    finally:
+        file.write_text(text)
+
+
+def test_a_metric_that_fails_or_suits_nothing_is_a_mistake_that_is_told(project: Path, tmp_path: Path) -> None:
+    recipe = (project / "tunewright.yaml").read_text()
+    for name in ("pairs.jsonl", "scoring.py"):
+        (tmp_path / name).write_text((project / name).read_text())
+    for metric, what in (
+        ("{python: 'scoring:none_such'}", "no function 'none_such'"),
+        ("json", "not one item can be scored by json"),
+    ):
+        text = recipe.replace("{python: 'scoring:shared_letters'}", metric)
+        (tmp_path / "tunewright.yaml").write_text(text)
+        tunewright("data", "add", tmp_path / "pairs.jsonl", "-p", tmp_path)
+        ran = tunewright("train", "-p", tmp_path)
+        assert (ran.code, what in " ".join(ran.stderr.split())) == (2, True), ran.stderr
+        assert not (tmp_path / "adapters").exists()
