@@ -35,28 +35,25 @@ def arms_table(title: str, arms: Sequence[Arm], metric: MetricName, metrics: Map
     table = Table(title=title, title_justify="left")
     counted = metrics[metric].kind == "right or wrong"
     also = [name for name in metrics if name != metric]
-    told = {"outside": "outside", "unscored": "unscored"}
-    extra = [
-        name
-        for name in told
-        if any(
-            (score.outside if name == "outside" else score.unscored) for arm in arms for score in [arm.score(metric)]
-        )
-    ]
+    # Told where there are any.
+    counts = {
+        "outside": [arm.score(metric).outside for arm in arms],
+        "unscored": [sum(arm.score(metric).unscored.values()) for arm in arms],
+    }
+    extra = [name for name, of_arms in counts.items() if any(of_arms)]
     names = ("arm", *(["right"] if counted else []), axis_label(metric), "95% interval", *map(axis_label, also))
     for name in (*names, *extra, "prompt tokens", "shared"):
         # Names of metrics may be long: their headings wrap.
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name in {"arm", "95% interval"})
-    for arm in arms:
+    for row, arm in enumerate(arms):
         score = arm.score(metric)
-        left = {"outside": score.outside, "unscored": sum(score.unscored.values())}
         table.add_row(
             arm.name,
             *([f"{round(score.value * score.scored)} of {score.scored}"] if counted else []),
             f"{100 * score.value:.1f}",
             _interval(score),
             *(f"{100 * arm.score(name).value:.1f}" for name in also),
-            *(str(left[name]) for name in extra),
+            *(str(counts[name][row]) for name in extra),
             f"{arm.prompt_tokens:.0f}",
             str(arm.shared_tokens),
         )
