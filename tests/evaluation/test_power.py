@@ -12,7 +12,6 @@ from tunewright.evaluation.power import (
     power,
     prospect,
     prospect_text,
-    smallest_margin,
 )
 from tunewright.evaluation.statistics import exact_mcnemar
 
@@ -62,13 +61,6 @@ def test_a_mean_difference_is_detectable_as_statsmodels_has_it(items: float, dev
     if effect < 1:
         theirs = NormalIndPower(ddof=0).power(effect / deviation, nobs1=items, alpha=0.05, ratio=0)
         assert theirs == pytest.approx(0.8, abs=1e-3)  # theirs counts the other tail too
-
-
-@pytest.mark.parametrize(
-    ("items", "changed", "margin"), [(773, 0.05, 0.02), (344, 0.05, 0.03), (687, 0.1, 0.03), (247, 0.1, 0.05)]
-)
-def test_the_smallest_margin_matches_the_formula_for_non_inferiority(items: int, changed: float, margin: float) -> None:
-    assert smallest_margin(items, changed) == pytest.approx(margin, rel=0.005)
 
 
 def test_the_prospect_says_what_it_assumes_and_counts_a_cluster_once() -> None:

@@ -18,7 +18,6 @@ from tunewright.evaluation.statistics import (
     effective_items,
     exact_mcnemar,
     holm,
-    noninferiority,
     swapping_test,
     wilson,
 )
@@ -179,41 +178,3 @@ def test_the_exact_test_is_statsmodels_mcnemar(fixed: int, broken: int, same: in
     changes = np.array([1.0] * fixed + [-1.0] * broken + [0.0] * same)
     theirs = mcnemar([[same, fixed], [broken, 0]], exact=True).pvalue
     assert exact_mcnemar(changes, _alone(len(changes))) == pytest.approx(theirs, rel=1e-9)
-
-
-# Non-inferiority
-
-
-def test_the_bound_is_the_one_sided_one_of_the_normal_approximation_where_that_holds() -> None:
-    changes = np.random.default_rng(3).choice([-1.0, 0.0, 1.0], size=2000, p=[0.06, 0.89, 0.05])
-    told = noninferiority(changes, _alone(2000), 0.04, seed=0)
-    error = changes.std(ddof=1) / 2000**0.5
-    assert told.difference == pytest.approx(changes.mean())
-    assert told.lower == pytest.approx(changes.mean() - 1.645 * error, abs=0.001)
-    assert told.shown
-    assert not noninferiority(changes, _alone(2000), 0.01, seed=0).shown
-
-
-def test_a_few_equal_items_show_no_non_inferiority() -> None:
-    assert not noninferiority(np.zeros(20), _alone(20), 0.05, seed=0).shown
-    assert noninferiority(np.zeros(2000), _alone(2000), 0.05, seed=0).shown
-
-
-@pytest.mark.parametrize(("clusters", "size"), [(300, 1), (100, 4)])
-def test_a_loss_of_just_the_margin_is_rarely_called_non_inferior(clusters: int, size: int) -> None:
-    """400 runs at a nominal 5%: more than 8% is beyond what chance does (p < 0.01)."""
-    assert binomtest(round(0.08 * 400), 400, 0.05, alternative="greater").pvalue < 0.01
-    rng = np.random.default_rng(4)
-    called = 0
-    for run in range(400):
-        changes, names = _simulated(rng, clusters, size, -0.05, 0.2, 0.5)
-        called += noninferiority(changes, names, 0.05, seed=run, resamples=400).shown
-    assert called / 400 <= 0.08
-
-
-def test_what_has_no_scale_of_its_own_reaches_as_far_as_its_largest_change() -> None:
-    """Losses in nats: the made-up items change as much as any real one did, and not by 1."""
-    changes = np.random.default_rng(5).normal(0, 0.01, 200)
-    wide, own = (noninferiority(changes, _alone(200), 0.1, seed=0, reach=reach).lower for reach in (1.0, None))
-    assert own > wide
-    assert own == pytest.approx(changes.mean() - 1.645 * changes.std() / 200**0.5, abs=0.0004)

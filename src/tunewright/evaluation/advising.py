@@ -16,7 +16,7 @@ from tunewright.evaluation.evidence import Advice, Arm, LeftOut, Narrowing, Seed
 from tunewright.evaluation.measure import Answered, Measurement, measured_arm, scored_arms
 from tunewright.evaluation.reachable import warn_of_unreachable
 from tunewright.evaluation.scoring import ScoredArms, measured_metrics, scored_contrast
-from tunewright.metrics import points_text
+from tunewright.metrics import check_references, points_text
 from tunewright.recipe import EvaluateRecipe
 
 _RESAMPLES = 1_000
@@ -37,8 +37,13 @@ def advise(measurement: Measurement) -> AdviseResult:
     """Measure the prompting arms on the dev split with the untuned base, and choose the best.
 
     Raises:
+<<<<<<< HEAD
         UserError: evaluate.instructions cannot be put into the pairs, or no arm fits the base's context, or no
             reference matches evaluate.constrain.
+=======
+        UserError: evaluate.instructions cannot be put into the pairs, a metric suits none of them, or no arm fits the
+            base's context.
+>>>>>>> 643a829 (References are scored before dev or test is answered; non-inferiority is in one place)
     """
     settings = measurement.settings
     decides = {**measurement.inputs(measurement.limit), **choosing_inputs(settings)}
@@ -47,7 +52,12 @@ def advise(measurement: Measurement) -> AdviseResult:
         return AdviseResult(file, Advice.model_validate_json(file.read_text(encoding="utf-8")), measured=False)
     if settings.instructions:
         _ = measurement.instruction  # refused here, before anything is measured
+<<<<<<< HEAD
     warn_of_unreachable(measurement.generator, measurement.version.domain, measurement.reporter)
+=======
+    dev = [m.example for m in measurement.version.examples("dev")]
+    check_references(measurement.scorers, dev, "dev", measurement.reporter)
+>>>>>>> 643a829 (References are scored before dev or test is answered; non-inferiority is in one place)
     advice = _Choice(measurement).advice()
     write_json(file, advice.model_dump(mode="json"))
     return AdviseResult(file, advice, measured=True)

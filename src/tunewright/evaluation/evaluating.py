@@ -29,6 +29,7 @@ from tunewright.evaluation.measure import Answered, Measurement, measured_arm, m
 from tunewright.evaluation.openings import Declared, Earlier, Opening, openings_text
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.evaluation.scoring import ScoredArms, declared_contrasts, measured_metrics
+from tunewright.metrics import check_references
 from tunewright.progress import Reporter
 from tunewright.recipe import MetricName, Recipe
 
@@ -151,6 +152,7 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
     )
     earlier = ledger.earlier(opening, measurement.project.dataset, {m.key for m in test})
     tell_opening(opening, earlier, measurement.reporter)
+    check_references(measurement.scorers, [m.example for m in test], "test", measurement.reporter)
     answers = {plan.name: measurement.answers(plan, test, "test", adapter) for plan in settled.plans}
     scored = scored_arms(measurement.scorers, test, answers)
     arms = [measured_arm(plan.name, plan, answers[plan.name], scored, recipe.seed) for plan in settled.plans]

@@ -66,20 +66,6 @@ def detectable(standard_error: float, power: float = POWER, alpha: float = ALPHA
     return min(float(norm.ppf(1 - alpha / 2) + norm.ppf(power)) * standard_error, 1.0)
 
 
-def smallest_margin(items: float, variance: float, power: float = POWER, alpha: float = ALPHA) -> float:
-    """Smallest non-inferiority margin that so many items show with this power, if the arms are truly equal.
-
-    (z_(1-alpha) + z_power) sqrt(variance / n), one-sided.
-
-    Args:
-        items: number of independent items.
-        variance: of one item's change; of right and wrong the share of items that exactly one arm gets right.
-        power: chance of showing it.
-        alpha: level of the one-sided test.
-    """
-    return float(norm.ppf(1 - alpha) + norm.ppf(power)) * float(np.sqrt(variance / items))
-
-
 @dataclass(frozen=True)
 class Prospect:
     """What a split can show, reckoned before anything is measured on it."""

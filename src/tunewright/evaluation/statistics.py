@@ -9,7 +9,6 @@ what arms are swapped over, and what an item count is discounted by. After Mille
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -117,16 +116,11 @@ def difference_interval(
         resamples: how many.
         reach: how much the made-up items change.
     """
-    return percentiles(_drawn_differences(changes, clusters, seed, resamples, reach))
-
-
-def _drawn_differences(changes: Floats, clusters: Sequence[str], seed: int, resamples: int, reach: float) -> Floats:
     sums = cluster_sums(np.column_stack([changes, np.ones_like(changes)]), clusters)
     size = len(changes) / len(sums)
     made_up = [[size * reach, size], [-size * reach, size]]
     drawn = bootstrap_sums(np.vstack([sums, made_up]), seed, resamples)
-    means: Floats = drawn[:, 0] / drawn[:, 1]
-    return means
+    return percentiles(drawn[:, 0] / drawn[:, 1])
 
 
 def farthest(changes: Floats) -> float:
@@ -205,43 +199,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min((len(p_values) - rank) * p_values[place], 1.0))
         adjusted[place] = highest
     return adjusted
-
-
-@dataclass(frozen=True)
-class NonInferiority:
-    """Whether a treatment is at most ``margin`` worse than its control."""
-
-    difference: float
-    """Treatment minus control, the mean over items."""
-    lower: float
-    """One-sided 95% bound: the true difference is above it in 95% of the cases."""
-    margin: float
-
-    @property
-    def shown(self) -> bool:
-        """The bound lies above minus the margin. False is no proof of harm: the items may be too few."""
-        return self.lower > -self.margin
-
-
-def noninferiority(
-    changes: Floats,
-    clusters: Sequence[str],
-    margin: float,
-    seed: int,
-    resamples: int = RESAMPLES,
-    *,
-    reach: float | None = 1.0,
-) -> NonInferiority:
-    """Test, with items paired and clusters kept whole, that a treatment loses less than ``margin`` (one-sided, 5%).
-
-    Args:
-        changes: treatment minus control, higher being better, in any unit; [items].
-        clusters: the items' clusters.
-        margin: the loss that would matter, above 0, in the same unit.
-        seed: decides the resamples.
-        resamples: how many.
-        reach: as in `difference_interval`; None: the largest change seen, for what has no largest change of its own.
-    """
-    assert margin > 0
-    drawn = _drawn_differences(changes, clusters, seed, resamples, farthest(changes) if reach is None else reach)
-    return NonInferiority(float(changes.mean()), float(np.quantile(drawn, 0.05)), margin)
