@@ -117,7 +117,7 @@ def _evidence(setting: Setting, clusters: list[str], arms: dict[str, Floats]) ->
             )
             for name, each in scores.items()
         ],
-        contrasts=declared_contrasts(scored, "tuned", ["retrieved-4", "zero-shot"], 0, RESAMPLES),
+        contrasts=declared_contrasts(scored, [("tuned", "retrieved-4"), ("tuned", "zero-shot")], 0, RESAMPLES),
         lineage={},
     )
 

@@ -37,13 +37,8 @@ def advise(measurement: Measurement) -> AdviseResult:
     """Measure the prompting arms on the dev split with the untuned base, and choose the best.
 
     Raises:
-<<<<<<< HEAD
-        UserError: evaluate.instructions cannot be put into the pairs, or no arm fits the base's context, or no
-            reference matches evaluate.constrain.
-=======
-        UserError: evaluate.instructions cannot be put into the pairs, a metric suits none of them, or no arm fits the
-            base's context.
->>>>>>> 643a829 (References are scored before dev or test is answered; non-inferiority is in one place)
+        UserError: evaluate.instructions cannot be put into the pairs, a metric suits none of them, no arm fits the
+            base's context, or no reference matches evaluate.constrain.
     """
     settings = measurement.settings
     decides = {**measurement.inputs(measurement.limit), **choosing_inputs(settings)}
@@ -52,12 +47,9 @@ def advise(measurement: Measurement) -> AdviseResult:
         return AdviseResult(file, Advice.model_validate_json(file.read_text(encoding="utf-8")), measured=False)
     if settings.instructions:
         _ = measurement.instruction  # refused here, before anything is measured
-<<<<<<< HEAD
     warn_of_unreachable(measurement.generator, measurement.version.domain, measurement.reporter)
-=======
     dev = [m.example for m in measurement.version.examples("dev")]
     check_references(measurement.scorers, dev, "dev", measurement.reporter)
->>>>>>> 643a829 (References are scored before dev or test is answered; non-inferiority is in one place)
     advice = _Choice(measurement).advice()
     write_json(file, advice.model_dump(mode="json"))
     return AdviseResult(file, advice, measured=True)
