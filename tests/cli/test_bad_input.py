@@ -141,8 +141,10 @@ def test_a_stage_without_the_one_before_it_says_which(tmp_path: Path, tiny_base_
 
 def test_an_unknown_recipe_key_is_refused_with_the_nearest(project: Path) -> None:
     recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text() + "trian:\n  rank: 8\n")
-    _refused(tunewright("train", "-p", project), "tunewright.yaml:14", "did you mean train?")
+    text = recipe.read_text()
+    recipe.write_text(text + "trian:\n  rank: 8\n")
+    line = text.count("\n") + 1
+    _refused(tunewright("train", "-p", project), f"tunewright.yaml:{line}:", "did you mean train?")
 
 
 def test_a_base_without_weights_is_refused(project: Path, tmp_path: Path) -> None:
