@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+from factories import make_evidence, make_items, scored_items
+from tunewright.disk import digest
+from tunewright.evaluation.curve import Curve, Point
+from tunewright.evaluation.distance import scores_by_distance
+from tunewright.evaluation.evidence import Evidence, LeftOut, Narrowing, SeedSpread
 from tunewright.evaluation.general.section import Control as SuiteControl
 from tunewright.evaluation.general.section import General, Suite
 from tunewright.evaluation.judge.section import (
@@ -14,6 +21,8 @@ from tunewright.evaluation.judge.section import (
     Spent,
     WinRate,
 )
+from tunewright.evaluation.noise import NoiseFloor
+from tunewright.evaluation.openings import Declared, Earlier, Opening
 from tunewright.evaluation.parts import Interval, Score
 from tunewright.evaluation.people.section import AnswerReview, Powered, RaterAgreement, Reviewer, ReviewStratum
 
@@ -197,3 +206,90 @@ REVIEW = AnswerReview(
         ),
     ),
 )
+
+ITEMS = make_items(60)
+_SIMILAR = [(7 * n % 60) / 60 for n in range(60)]
+
+
+def _point(share: float, seed: int, rows: int, score: float) -> Point:
+    return Point(share=share, seed=seed, rows=rows, score=score, dev_loss=0.5, adapter="a" * 64)
+
+
+CURVE = Curve(
+    id="0c0c0c0c0c0c",
+    project="court-citations",
+    metric="exact_match",
+    margin=0.02,
+    items=120,
+    clusters=80,
+    shares=(0.25, 0.5, 1.0),
+    seeds=(0, 1),
+    points=[
+        _point(share, seed, round(1782 * share), 0.55 + 0.1 * (2 + math.log2(share)) + 0.02 * seed)
+        for seed in (0, 1)
+        for share in (0.25, 0.5, 1.0)
+    ],
+    slope=0.1,
+    interval=Interval(low=0.061, high=0.139),
+    method="bootstrap over dev clusters",
+    lineage={"created": "2026-11-01T10:00:00+00:00", "dataset": digest("version"), "base": "base"},
+)
+
+_DECLARED = (
+    Declared(treatment="tuned", control="retrieved-4", metric="exact_match", margin=0.02),
+    Declared(treatment="tuned", control="zero-shot", metric="exact_match", margin=None),
+)
+
+OPENING = Opening(
+    number=3,
+    time="2026-11-02T09:58:00+00:00",
+    author="ann",
+    evaluation="0123456789ab",
+    design="held-out",
+    dataset=digest("version"),
+    test_split=digest("split"),
+    items=60,
+    adapter="legal-1",
+    adapter_digest=digest("adapter"),
+    base=digest("base"),
+    declared=_DECLARED,
+    previous=digest("line 2"),
+    digest=digest("line 3"),
+)
+
+
+def full_evidence() -> Evidence:
+    """Evidence with all that can be measured."""
+    evidence = make_evidence(ITEMS, also=["bleu"])
+    arms = [arm.model_copy(update={"shared_tokens": 41, "answer_tokens": 17.25}) for arm in evidence.arms]
+    return evidence.model_copy(
+        update={
+            "arms": arms,
+            "general": GENERAL,
+            "judge": JUDGE,
+            "review": REVIEW,
+            "nearness": scores_by_distance(scored_items(ITEMS), _SIMILAR, evidence.contrasts[0], seed=0, resamples=500),
+            "noise_floor": NoiseFloor(items=50, changed=3, score_difference=-0.02, how="batches of 8, then of 5"),
+            "opening": OPENING,
+            "openings": (
+                Earlier(
+                    number=1,
+                    time="2026-10-28T16:02:00+00:00",
+                    author="ben",
+                    evaluation="fedcba987654",
+                    adapter="legal-0",
+                    shared_items=60,
+                ),
+            ),
+            "static": (SeedSpread(name="static-4", shots=4, items=30, scores=(0.41, 0.52, 0.48)),),
+            "left_out": (LeftOut(name="retrieved-16", why="12 of 30 prompts do not fit the base's context"),),
+            "narrowing": Narrowing(
+                items=20,
+                clusters=18,
+                rule="The two best went on.",
+                arms=evidence.dev_arms,
+                finalists=("retrieved-4",),
+                fates={"zero-shot": "far behind the best"},
+            ),
+        }
+    )

@@ -35,6 +35,15 @@ def test_each_band_is_scored_as_its_items_alone_would_be() -> None:
         assert (band.difference, band.interval) == (same.difference, same.interval)
 
 
+def test_the_farther_half_is_what_lies_up_to_the_median() -> None:
+    near = [0.3] * 20 + [0.9] * 20 + [0.5] * 20
+    found = scores_by_distance(scored_items(ITEMS), near, EVIDENCE.contrasts[0], seed=0, resamples=500).farther
+    far = [item for item, similarity in zip(ITEMS, near, strict=True) if similarity <= 0.5]
+    assert (found.high, found.items) == (0.5, 40)
+    changes = [i.scores["exact_match"]["tuned"] - i.scores["exact_match"]["retrieved-4"] for i in far]
+    assert found.difference == pytest.approx(sum(changes) / 40)
+
+
 def test_intervals_of_unclustered_items_are_wilsons() -> None:
     items = [item.model_copy(update={"cluster": item.key}) for item in ITEMS]
     found = scores_by_distance(scored_items(items), NEAREST, EVIDENCE.contrasts[0], seed=0, resamples=500)

@@ -16,7 +16,8 @@ from factories import cross_fitted, make_evidence, make_history, make_items, wit
 from tunewright.evaluation.evidence import Item
 from tunewright.evaluation.verdict import verdict
 from tunewright.recipe import Metric
-from tunewright.report.html import SHOWN_FIXED, SHOWN_STILL_WRONG, render_report, write_report
+from tunewright.report.html import render_report, write_report
+from tunewright.report.sections.items import SHOWN_FIXED, SHOWN_STILL_WRONG
 
 ITEMS = make_items(60)
 EVIDENCE = make_evidence(ITEMS, also=["bleu"])
@@ -109,9 +110,9 @@ def test_ids_are_unique_and_references_point_somewhere() -> None:
 
 
 def test_figures_speak_and_take_the_pages_colours() -> None:
-    assert READ.tags["svg"] == 4
-    assert READ.attributes.count(("role", "img")) == 4
-    assert PAGE.count("<title") == 5
+    assert READ.tags["svg"] == 5
+    assert READ.attributes.count(("role", "img")) == 5
+    assert PAGE.count("<title") == 6
     assert not re.search(r"#0[1-6]020?3", PAGE)
     assert not re.search(r"(fill|stroke): #000", PAGE)
     assert "currentColor" in PAGE
@@ -145,7 +146,10 @@ def test_any_text_makes_a_page_whose_elements_close(texts: list[str]) -> None:
 
 
 def _section(page: str, heading: str) -> str:
-    return page[page.index(f"<h2>{heading}") :].split("<h2>")[1]
+    """A section from its heading on."""
+    start = re.search(rf'<h2 id="[^"]*" tabindex="-1">{heading}', page)
+    assert start is not None
+    return page[start.start() :].split("</section>")[0]
 
 
 def test_every_broken_item_is_shown_and_fixed_ones_are_counted() -> None:
@@ -187,7 +191,7 @@ def test_an_empty_answer_is_visible() -> None:
 def test_a_run_without_history_says_so() -> None:
     page = render_report(EVIDENCE, ITEMS, [])
     assert "No loss history came with this adapter." in page
-    assert _Reader(page).tags["svg"] == 3
+    assert _Reader(page).tags["svg"] == 4
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "bleu"])

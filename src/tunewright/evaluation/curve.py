@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tunewright.errors import UserError
+from tunewright.evaluation.evidence import Evidence
 from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.verdict import FEWEST_CLUSTERS
 from tunewright.metrics import points_text, score_text
@@ -52,6 +55,30 @@ class Curve(_Part):
         """The mean score of all seeds at one share."""
         scores = [point.score for point in self.points if point.share == share]
         return sum(scores) / len(scores)
+
+
+def find_curve(curves: Path, evidence: Evidence) -> Curve | None:
+    """The newest learning curve on an evaluation's data and base, by its metric; None if none was measured.
+
+    Args:
+        curves: the project's folder of curves.
+        evidence: the evaluation's.
+
+    Raises:
+        UserError: a curve that cannot be read.
+    """
+    found = []
+    for file in sorted(curves.glob(f"[!.]*/{CURVE_FILE}")):
+        try:
+            curve = Curve.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            what = f"not a learning curve: {' '.join(str(error).splitlines()[:3])}"
+            fix = "Remove its folder; `tunewright train --curve` measures it again."
+            raise UserError(what, where=str(file), fix=fix) from None
+        same = all(curve.lineage.get(key) == evidence.lineage.get(key) for key in ("dataset", "base"))
+        if same and curve.metric == evidence.metric:
+            found.append(curve)
+    return max(found, key=lambda curve: str(curve.lineage.get("created", "")), default=None)
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,27 @@ def scores_by_distance(
         resamples: how many.
     """
     place = np.array([band_of(similarity) for similarity in nearest])
-    bands = [
-        _band(number, place == number, scored, deciding, seed, resamples)
-        for number in range(len(BANDS))
-        if (place == number).any()
-    ]
-    return Nearness(similarity=SIMILARITY, treatment=deciding.treatment, control=deciding.control, bands=tuple(bands))
+    median = float(np.median(nearest))
+    return Nearness(
+        similarity=SIMILARITY,
+        treatment=deciding.treatment,
+        control=deciding.control,
+        farther=_band((0.0, median), np.array(nearest) <= median, scored, deciding, seed, resamples),
+        bands=tuple(
+            _band(ends, place == number, scored, deciding, seed, resamples)
+            for number, ends in enumerate(BANDS)
+            if (place == number).any()
+        ),
+    )
 
 
 def _band(
-    number: int, here: NDArray[np.bool_], scored: ScoredArms, deciding: Contrast, seed: int, resamples: int
+    ends: tuple[float, float],
+    here: NDArray[np.bool_],
+    scored: ScoredArms,
+    deciding: Contrast,
+    seed: int,
+    resamples: int,
 ) -> Band:
     clusters = [name for name, inside in zip(scored.clusters, here, strict=True) if inside]
     arms = {name: _part(scores, here) for name, scores in scored.by_metric[deciding.metric].items()}
@@ -56,7 +67,7 @@ def _band(
             resamples=resamples,
         )
         difference, interval = measured.difference, measured.interval
-    low, high = BANDS[number]
+    low, high = ends
     return Band(
         low=low,
         high=high,

@@ -44,6 +44,10 @@ class Arm(Part):
     shared_tokens: Annotated[
         int, Field(description="Of them, those that every prompt begins with: a server's prefix cache has them.")
     ] = 0
+    answer_tokens: Annotated[
+        float | None,
+        Field(description="Mean length of an answer in tokens, the end token included; null in older evidence."),
+    ] = None
 
     def score(self, metric: MetricName) -> ArmScore:
         """This arm's score by ``metric``."""

@@ -38,6 +38,8 @@ class Answered:
     text: str
     truncated: bool
     prompt: Prompt
+    tokens: int
+    """Of the answer, the end token included, which an answer that was cut has not."""
 
 
 class Measurement:
@@ -149,7 +151,11 @@ class Measurement:
         generations = self.generator.answer(
             title, prompts, self.limit, adapter if plan.adapted else None, constrained=plan.constrained
         )
-        return [Answered(g.text, g.truncated, p) for g, p in zip(generations, prompts, strict=True)]
+        counts = self.generator.chat.tokenizer([g.text for g in generations], add_special_tokens=False)["input_ids"]
+        return [
+            Answered(g.text, g.truncated, p, len(ids) + (not g.truncated))
+            for g, p, ids in zip(generations, prompts, counts, strict=True)
+        ]
 
     def dev_scores(self, adapter: Adapter | None) -> Scores:
         """The dev split by the deciding metric, answered by the adapter, or by the base alone, zero-shot."""
@@ -233,7 +239,8 @@ def measured_arm(
     )
     # What the first and the last of them in order begin with, all begin with.
     shared = common_prefix(min(prompts), max(prompts))
-    return arm.model_copy(update={**asdict(plan), "shared_tokens": shared})
+    written = sum(a.tokens for a in answers) / len(answers)
+    return arm.model_copy(update={**asdict(plan), "shared_tokens": shared, "answer_tokens": written})
 
 
 def measured_with(recipe: Recipe, base: Base, chat: ChatFormat, quantize: Quantize, limit: int) -> dict[str, Any]:

@@ -16,7 +16,10 @@ class BandScore(Score):
 
 
 class Band(Part):
-    """Test items whose nearest training input has a similarity in [low, high); the last band has 1 in it."""
+    """Test items by the similarity of their nearest training input: from low to below high; the last one has 1 in it.
+
+    The farther half has its high in it.
+    """
 
     low: float
     high: float
@@ -37,4 +40,7 @@ class Nearness(Part):
     similarity: Annotated[str, Field(description="What is compared, and how.")]
     treatment: str
     control: str
+    farther: Annotated[
+        Band, Field(description="The farther half of the items: those up to the median similarity, which is its high.")
+    ]
     bands: Annotated[tuple[Band, ...], Field(description="Those with items in them, the farthest first.")]

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence
 from tunewright.evaluation.general.rule import suite_text
 from tunewright.evaluation.general.section import Suite
-from tunewright.evaluation.judge.section import Judgement
 from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.people.section import AnswerReview
 from tunewright.evaluation.verdict import verdict
 from tunewright.metrics import metric_label, p_text, points_text
-from tunewright.report.wording import HEADLINES, judge_line, metric_order, people_line, suite_result
+from tunewright.report.wording import HEADLINES, judge_line, metric_order, noise_line, people_line, suite_result
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~&#@$]")
 _OPENS_A_LIST = re.compile(r"^(\d+(?=[.)](\s|$))|(?=[-+]))(.)")
@@ -38,7 +36,7 @@ def verdict_markdown(evidence: Evidence) -> str:
         _arms(evidence),
         _contrasts(evidence),
         _suites(evidence.general.suites) if evidence.general else "",
-        _list([plain(line) for line in _said(evidence.judge, evidence.review)]),
+        _list([plain(line) for line in _said(evidence)]),
         _made_with(evidence),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -128,8 +126,13 @@ def _suite(suite: Suite) -> list[str]:
     ]
 
 
-def _said(judge: Judgement | None, review: AnswerReview | None) -> list[str]:
-    return ([judge_line(judge)] if judge else []) + ([people_line(review)] if review else [])
+def _said(evidence: Evidence) -> list[str]:
+    judge, review, noise = evidence.judge, evidence.review, evidence.noise_floor
+    return [
+        *([judge_line(judge)] if judge else []),
+        *([people_line(review)] if review else []),
+        *([noise_line(noise)] if noise else []),
+    ]
 
 
 def _interval(interval: Interval) -> str:

@@ -41,12 +41,13 @@ _FILE_COLOURS = {
     PLAIN: "#9a9a9a",
 }
 
-_WIDTH = 460.0  # points, which become SVG units: 12 of them stay readable on a phone 400 pixels wide
+WIDTH = 460.0  # points, which become SVG units: 12 of them stay readable on a phone 400 pixels wide
 _ROW, _HEAD, _FOOT = 30.0, 12.0, 40.0
 _LABELS, _TEXTS = 96.0, 56.0  # left and right of a forest plot's axis
+_LETTER, _MOST_LABELS = 6.0, 190.0  # a letter's width; what names may take at most
 _LOSS_HEIGHT, _METRIC_HEIGHT, _TOP = 230.0, 120.0, 18.0  # of a run's panels, and what is above them
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # real text: it can be read aloud, selected and scaled
     "text.parse_math": False,  # a dollar sign is a dollar sign
     "font.size": 12.0,
@@ -77,6 +78,8 @@ class Bar:
     high: float
     text: str
     colour: str
+    margin: float | None = None
+    """Of this row alone, drawn as an upright mark."""
 
 
 def forest_plot(
@@ -87,6 +90,7 @@ def forest_plot(
     axis: str,
     limits: tuple[float, float] | None = None,
     margin: float | None = None,
+    zero: bool = False,
 ) -> str:
     """Intervals under one another on a common axis.
 
@@ -97,17 +101,18 @@ def forest_plot(
         axis: the axis' label.
         limits: ends of the axis; None fits them to what is drawn.
         margin: bars are differences, to be read against zero and against this.
+        zero: bars are differences, to be read against zero.
 
     Returns:
         An ``<svg>`` element.
     """
     head = _HEAD if margin is None else _HEAD + 14
     height = head + _ROW * len(bars) + _FOOT
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH / 72, height / 72))
-        axes = figure.add_axes(
-            (_LABELS / _WIDTH, _FOOT / height, 1 - (_LABELS + _TEXTS) / _WIDTH, _ROW * len(bars) / height)
-        )
+    names = [_short(bar.label) for bar in bars]
+    left = min(max(_LABELS, 20 + _LETTER * max(len(line) for name in names for line in name.split("\n"))), _MOST_LABELS)
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        axes = figure.add_axes((left / WIDTH, _FOOT / height, 1 - (left + _TEXTS) / WIDTH, _ROW * len(bars) / height))
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
@@ -119,15 +124,24 @@ def forest_plot(
         for row, bar in enumerate(bars):
             axes.plot([bar.low, bar.high], [row, row], bar.colour, lw=3, solid_capstyle="round", clip_on=False)
             axes.plot([bar.value], [row], bar.colour, marker="o", markersize=9, clip_on=False)
-            axes.text(-0.05, row, bar.label, ha="right", va="center", transform=beside)
+            axes.text(-0.05, row, names[row], ha="right", va="center", transform=beside)
+            if bar.margin is not None:
+                axes.plot([bar.margin] * 2, [row - 0.32, row + 0.32], INK, lw=2.5, clip_on=False)
             axes.text(1.05, row, bar.text, ha="left", va="center", transform=beside)
-        if margin is not None:
+        if margin is not None or zero:
             axes.axvline(0, color=MUTED, linewidth=1)
+        if margin is not None:
             axes.axvline(margin, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
             axes.text(margin, -0.55, f"margin +{margin:g}", ha="center", va="bottom", fontsize=11)
         if limits is not None:
             axes.set_xlim(*limits)
-        return _inline(figure, name, title)
+        return inline(figure, name, title)
+
+
+def _short(label: str) -> str:
+    """A name, in one line or more, that fits beside the axis; the table below has it whole."""
+    most = int((_MOST_LABELS - 20) / _LETTER)
+    return "\n".join(line if len(line) <= most else f"{line[: most - 1]}…" for line in label.split("\n"))
 
 
 def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metric: MetricName) -> str:
@@ -148,8 +162,8 @@ def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metr
     dev = [(e.step, e.dev_loss) for e in evaluated]
     scores = [(e.step, 100 * e.dev_metric) for e in evaluated if e.dev_metric is not None]
     height = _LOSS_HEIGHT + (_METRIC_HEIGHT if scores else 0)
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH / 72, height / 72))
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
         low = (height - _LOSS_HEIGHT + _FOOT) / height
         axes = figure.add_axes((0.11, low, 0.87, 1 - low - _TOP / height))
         axes.set_ylabel("loss (nats per token)")
@@ -174,7 +188,7 @@ def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metr
         panels[-1].set_xlabel("optimizer step")
         if evaluated:
             _mark_kept(panels, best_of(evaluated).step)
-        return _inline(figure, name, title)
+        return inline(figure, name, title)
 
 
 def _mark_kept(panels: Sequence[Axes], step: int) -> None:
@@ -185,13 +199,18 @@ def _mark_kept(panels: Sequence[Axes], step: int) -> None:
 
 
 def curve_plot(curve: Curve) -> str:
-    """A learning curve as an SVG file of its own: each adapter's dev score, and the seeds' mean, by training rows."""
+    """A learning curve as an SVG file of its own."""
+    return curve_figure(f"curve-{curve.id}", curve, _FILE_COLOURS) + "\n"
+
+
+def curve_figure(name: str, curve: Curve, colours: Mapping[str, str] = _PAGE_COLOURS) -> str:
+    """A learning curve: each adapter's dev score, and the seeds' mean, by training rows; an ``<svg>`` element."""
     title = f"Score on {curve.items} dev items by training rows"
     means = [
         (fmean(p.rows for p in curve.points if p.share == share), 100 * curve.mean(share)) for share in curve.shares
     ]
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": curve.id}):
-        figure = Figure(figsize=(_WIDTH / 72, 260 / 72))
+    with mpl.rc_context(STYLE | {"svg.hashsalt": curve.id}):
+        figure = Figure(figsize=(WIDTH / 72, 260 / 72))
         axes = figure.add_axes((0.12, 0.19, 0.85, 0.74))
         axes.set_xscale("log", base=2)
         axes.set_xlabel("training rows")
@@ -204,10 +223,10 @@ def curve_plot(curve: Curve) -> str:
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.legend(loc="best", labelcolor=INK)
-        return _inline(figure, f"curve-{curve.id}", title, _FILE_COLOURS) + "\n"
+        return inline(figure, name, title, colours)
 
 
-def _inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = _PAGE_COLOURS) -> str:
+def inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = _PAGE_COLOURS) -> str:
     """The figure as an ``<svg>`` element: page colours, ids of its own, a title, no fixed size."""
     buffer = io.StringIO()
     # No date, no program version: the same evidence gives the same bytes.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from tunewright.evaluation.evidence import Evidence
 from tunewright.evaluation.general.section import Suite
 from tunewright.evaluation.judge.section import Judgement
+from tunewright.evaluation.noise import NoiseFloor
 from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.people.section import AnswerReview
 from tunewright.evaluation.verdict import Decision
+from tunewright.metrics import points_text
 from tunewright.recipe import MetricName
 
 HEADLINES: dict[Decision, str] = {"ship": "Ship", "don't ship": "Don’t ship", "can't tell": "Can’t tell"}
@@ -56,3 +58,31 @@ def people_line(review: AnswerReview) -> str:
 def percents(value: float, interval: Interval) -> str:
     """A share with its interval: ``62.5% (51.0 to 73.2)``."""
     return f"{100 * value:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+
+
+def percent_interval(interval: Interval) -> str:
+    """An interval of shares in hundredths: ``51.0 to 73.2``."""
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+
+
+def points_interval(interval: Interval) -> str:
+    """An interval of a difference, in points: ``-1.2 to +3.4``."""
+    return f"{points_text(interval.low)} to {points_text(interval.high)}"
+
+
+def noise_line(noise: NoiseFloor) -> str:
+    """What changes when nothing is changed."""
+    return (
+        f"Noise floor: {noise.changed:,} of {noise.items:,} answers changed when the base gave them again "
+        f"({noise.how}), and its score by {points_text(noise.score_difference)} points."
+    )
+
+
+def capitalised(text: str) -> str:
+    """With a capital first letter, and the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: ``1 item``, ``1,200 items``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

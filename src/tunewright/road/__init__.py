@@ -396,6 +396,7 @@ class Road:
 
     def report(self, evaluation: str | Path | None = None) -> Path:
         """Write an evaluation's HTML report beside its evidence (the newest by default)."""
+        from tunewright.evaluation.curve import find_curve
         from tunewright.report.html import write_report
 
         folder = self.evaluation(evaluation)
@@ -409,7 +410,7 @@ class Road:
             else:
                 history = adapter.history
         out = folder / REPORT_FILE
-        write_report(evidence, load_items(folder), history, out)
+        write_report(evidence, load_items(folder), history, out, find_curve(self.project.curves, evidence))
         return out
 
     def serve(self, adapters: Sequence[str] = (), *, host: str | None = None, port: int | None = None) -> Service:

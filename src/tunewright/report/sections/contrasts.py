@@ -1,0 +1,77 @@
+"""The differences between arms, and what the first of them has to beat."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from tunewright.evaluation.evidence import Contrast, Evidence
+from tunewright.evaluation.verdict import changed_words
+from tunewright.metrics import metric_label, p_text, points_text
+from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.plots import TUNED, Bar, forest_plot
+from tunewright.report.wording import capitalised, noise_line, points_interval
+
+
+def section(evidence: Evidence) -> Section:
+    """Every contrast, the one that decides first, with raw and adjusted p-values."""
+    figure = forest_plot(
+        "contrasts",
+        "Differences between arms in points, with 95% intervals, against the margin",
+        [_bar(contrast) for contrast in evidence.deciding],
+        axis="difference, points",
+        margin=100 * evidence.margin,
+    )
+    blocks: list[Block] = [
+        Lead(
+            "Each line is a 95% interval of tuned minus the arm that it names, or of the two that it names. To ship, "
+            "the first one has to lie wholly to the right of the margin."
+        ),
+        Figure(Markup(figure)),
+        _table(evidence),
+    ]
+    if evidence.noise_floor is not None:
+        blocks.append(Notes((noise_line(evidence.noise_floor),)))
+    return Section("contrasts", "The difference, and what it has to beat", tuple(blocks))
+
+
+def _bar(contrast: Contrast) -> Bar:
+    low, high = 100 * contrast.interval.low, 100 * contrast.interval.high
+    name = contrast.control if contrast.treatment == "tuned" else f"{contrast.treatment}\n− {contrast.control}"
+    return Bar(name, 100 * contrast.difference, low, high, points_text(contrast.difference), TUNED)
+
+
+def _table(evidence: Evidence) -> Table:
+    better, worse = changed_words(evidence, evidence.metric)
+    head = (
+        "Contrast",
+        "Difference, points",
+        "95% interval",
+        "p",
+        "p adjusted (Holm)",
+        capitalised(better),
+        capitalised(worse),
+        "Smallest difference these items can show",
+    )
+    return Table("Table of contrasts", head, tuple(_row(evidence, contrast) for contrast in evidence.contrasts))
+
+
+def _row(evidence: Evidence, contrast: Contrast) -> Row:
+    decides = contrast is evidence.contrasts[0]
+    note = "decides" if decides else "" if contrast.metric == evidence.metric else metric_label(contrast.metric)
+    worth = contrast.effective_items
+    return Row(
+        cells(
+            Cell(f"{contrast.treatment} − {contrast.control}", note),
+            points_text(contrast.difference),
+            Cell(points_interval(contrast.interval), f"{contrast.scored:,} items"),
+            Cell(p_text(contrast.p_value), contrast.test),
+            "beside it" if contrast.p_adjusted is None else p_text(contrast.p_adjusted),
+            f"{contrast.fixed:,}",
+            f"{contrast.broken:,}",
+            Cell(
+                f"{100 * contrast.minimum_detectable_effect:.1f}",
+                "" if worth is None else f"worth {worth:.0f} independent items",
+            ),
+        ),
+        decides,
+    )

@@ -1,0 +1,101 @@
+"""What a judge found, or only why it is not heard."""
+
+from __future__ import annotations
+
+from tunewright.evaluation.evidence import Evidence
+from tunewright.evaluation.judge.section import Control, JudgedArm, JudgedContrast, Judgement, Preference, WinRate
+from tunewright.metrics import p_text, points_text
+from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.wording import judge_line, percent_interval, points_interval
+
+
+def section(evidence: Evidence) -> Section | None:
+    """The judge's controls first; of a vetoed judge nothing else."""
+    judge = evidence.judge
+    if judge is None:
+        return None
+    title = "What a judge says"
+    if judge.vetoed:
+        return Section("judge", title, (Lead(judge_line(judge)), _controls(judge.controls)))
+    blocks: list[Block] = [Lead(judge_line(judge)), _controls(judge.controls)]
+    if judge.preferences:
+        head = ("Preferred, both orders", "Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Changed with order")
+        rows = tuple(row for each in judge.preferences for row in _preference(each))
+        blocks.append(Table("Table of preferences", head, rows))
+    if judge.arms:
+        names = ("Correct, by the reference", "Correct", "Share, %", "95% interval", "Equal to the reference")
+        blocks.append(Table("Table of judged arms", names, tuple(_arm(arm) for arm in judge.arms)))
+    return Section("judge", title, (*blocks, Notes(_notes(judge))))
+
+
+def _controls(controls: tuple[Control, ...]) -> Table:
+    head = ("Control", "A sound judge says", "Passed", "At least (95%)", "Required", "")
+    return Table("Table of controls", head, tuple(_control(each) for each in controls))
+
+
+def _control(each: Control) -> Row:
+    return Row(
+        cells(
+            each.name,
+            each.expected,
+            f"{each.passed} of {each.items}",
+            f"{each.limit:.0%}",
+            f"{each.required:.0%}",
+            "holds" if each.held else "FAILS",
+        )
+    )
+
+
+def _preference(found: Preference) -> list[Row]:
+    flips = "" if found.flip_rate is None else f"{found.flip_rate:.0%}"
+    name = Cell(f"{found.treatment} against {found.opponent}", f"{p_text(found.p_value)}, {found.test}")
+    rows = [Row(cells(name, *_rate(found.rate), flips))]
+    if found.stripped is not None:
+        rows.append(
+            Row(cells(Cell("without markdown", f"{found.stripped_texts} pairs have some"), *_rate(found.stripped), ""))
+        )
+    if found.length_controlled is not None:
+        equal = found.length_controlled
+        numbers = (f"{100 * equal.value:.1f}", percent_interval(equal.interval))
+        rows.append(Row(cells(Cell("at equal length", equal.method), "", "", "", *numbers, "")))
+    return rows
+
+
+def _rate(rate: WinRate) -> tuple[str, ...]:
+    counts = (f"{rate.wins}", f"{rate.ties}", f"{rate.losses}")
+    return (*counts, f"{100 * rate.value:.1f}", percent_interval(rate.interval))
+
+
+def _arm(arm: JudgedArm) -> Row:
+    share = (f"{100 * arm.share.value:.1f}", percent_interval(arm.share.interval))
+    return Row(cells(arm.name, f"{arm.correct} of {arm.items}", *share, f"{arm.exact}"))
+
+
+def _notes(judge: Judgement) -> tuple[str, ...]:
+    notes = [_contrast(judge.contrast)] if judge.contrast else []
+    notes += [
+        f"Against {each.opponent}, at equal length: {each.length_note}."
+        for each in judge.preferences
+        if each.length_note is not None
+    ]
+    missing = {f"{arm.name}: {why}": count for arm in judge.arms for why, count in arm.unscored.items()}
+    missing |= {f"against {p.opponent}: {why}": count for p in judge.preferences for why, count in p.unscored.items()}
+    notes += [f"No verdict, {why}: {count}." for why, count in missing.items()]
+    if judge.same_family:
+        notes.append(f"The judge and the base are of one family ({judge.same_family}): it may like its own kind.")
+    if judge.reference_model:
+        notes.append(f"The answers of {judge.reference_model} were compared, too.")
+    notes += [f"This judgement took the place of: {each}." for each in judge.replaced]
+    spent = judge.spent
+    notes.append(
+        f"{spent.calls:,} replies, {spent.prompt_tokens:,} prompt and {spent.completion_tokens:,} reply tokens."
+    )
+    return tuple(notes)
+
+
+def _contrast(found: JudgedContrast) -> str:
+    return (
+        f"Correctness, {found.treatment} − {found.control}: {points_text(found.difference)} points on {found.items:,} "
+        f"items, 95% interval {points_interval(found.interval)}, {p_text(found.p_value)} ({found.test}); {found.fixed} "
+        f"fixed, {found.broken} broken."
+    )

@@ -1,0 +1,75 @@
+"""The top of the page: the verdict, four numbers, and what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tunewright.evaluation.evidence import Evidence
+from tunewright.evaluation.verdict import Decision, changed_words, verdict
+from tunewright.metrics import points_text, score_text
+from tunewright.report.wording import HEADLINES
+
+_TONES: dict[Decision, str] = {"ship": "ship", "don't ship": "dont", "can't tell": "open"}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in large print, and what it is."""
+
+    value: str
+    what: str
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a reader in a hurry sees."""
+
+    headline: str
+    tone: str
+    measured: str
+    reasons: tuple[str, ...]
+    numbers: tuple[Number, ...]
+    meaning: str
+
+
+def summary(evidence: Evidence) -> Summary:
+    """The verdict and the contrast that decides."""
+    result, first = verdict(evidence), evidence.contrasts[0]
+    treatment, control = evidence.arm(first.treatment), evidence.arm(first.control)
+    better, worse = changed_words(evidence, first.metric)
+    return Summary(
+        headline=HEADLINES[result.decision],
+        tone=_TONES[result.decision],
+        measured=result.reasons[0],
+        reasons=result.reasons[1:],
+        numbers=(
+            Number(score_text(evidence.metric, treatment.score(evidence.metric).value), treatment.name, "tuned"),
+            Number(
+                score_text(evidence.metric, control.score(evidence.metric).value),
+                f"{control.name}, the best prompting",
+                "" if control.kind == "zero-shot" else "prompting",
+            ),
+            Number(points_text(first.difference), "points between them"),
+            Number(f"{first.fixed} / {first.broken}", f"items {better} / {worse}"),
+        ),
+        meaning=_meaning(evidence),
+    )
+
+
+def _meaning(evidence: Evidence) -> str:
+    """The contrast that decides, as a hundred requests would show it."""
+    first = evidence.contrasts[0]
+    if evidence.metrics[first.metric].kind == "right or wrong":
+        ours, theirs = (evidence.arm(name).score(first.metric).value for name in (first.treatment, first.control))
+        better, worse = 100 * first.fixed / first.scored, 100 * first.broken / first.scored
+        return (
+            f"What it means: of 100 requests like these, {first.treatment} would get about {100 * ours:.0f} right and "
+            f"{first.control} about {100 * theirs:.0f}. About {better:.0f} would become right by tuning, and about "
+            f"{worse:.0f} wrong."
+        )
+    same = first.scored - first.fixed - first.broken
+    return (
+        f"What it means: of these {first.scored:,} requests, {first.fixed:,} were answered better by {first.treatment} "
+        f"than by {first.control}, {first.broken:,} worse, and {same:,} as well."
+    )

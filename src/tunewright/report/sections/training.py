@@ -1,0 +1,63 @@
+"""The training run by its steps, and whether more data would help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from tunewright.evaluation.curve import Curve, more_data
+from tunewright.evaluation.evidence import Evidence
+from tunewright.metrics import metric_label, score_text
+from tunewright.recipe import MetricName
+from tunewright.report.blocks import Block, Figure, Lead, Notes, Section
+from tunewright.report.plots import curve_figure, training_plot
+from tunewright.training.choosing import best_of, evaluations
+
+
+def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | None:
+    """Losses and the dev metric; none of a cross-fitted evaluation, whose folds are told apart."""
+    if evidence.design == "cross-fitted":
+        return None
+    trained = f"{evidence.train_items:,} training examples."
+    if not history:
+        return Section("training", "Training", (Lead(f"{trained} No loss history came with this adapter."),))
+    metric = _trained_by(evidence)
+    title = "Training and dev loss, and the score on dev, by optimizer step"
+    drawn = training_plot("loss", title, history, metric)
+    return Section("training", "Training", (Figure(Markup(drawn), f"{trained} {_loss_words(history, metric)}"),))
+
+
+def curve_section(curve: Curve | None) -> Section | None:
+    """The learning curve, if one was measured on the same data."""
+    if curve is None:
+        return None
+    caption = (
+        f"Each point is an adapter trained on a part of the rows, on {curve.items:,} dev items in {curve.clusters:,} "
+        f"clusters; {curve.method}."
+    )
+    blocks: tuple[Block, ...] = (
+        Notes(more_data(curve).reasons),
+        Figure(Markup(curve_figure("curve", curve)), caption),
+    )
+    return Section("more-data", "Would more data help?", blocks)
+
+
+def _trained_by(evidence: Evidence) -> MetricName:
+    """The metric by which the training chose what to keep; the evaluation's, where the adapter's lineage has none."""
+    training = evidence.lineage.get("adapter", {}).get("lineage", {}).get("training", {})
+    metric: MetricName = training.get("metric") or evidence.metric
+    return metric
+
+
+def _loss_words(history: Sequence[dict[str, Any]], metric: MetricName) -> str:
+    evaluated = evaluations(history)
+    if not evaluated:
+        return "No dev loss was measured during training."
+    lowest, kept = min(evaluated, key=lambda e: e.dev_loss), best_of(evaluated)
+    words = f"Dev loss was lowest at step {lowest.step:,} ({lowest.dev_loss:.3f}) and "
+    words += f"{evaluated[-1].dev_loss:.3f} at the end. The adapter of step {kept.step:,} was kept"
+    if kept.dev_metric is None:
+        return f"{words}, by the dev loss."
+    return f"{words}, by its {metric_label(metric)} on dev: {score_text(metric, kept.dev_metric)}."

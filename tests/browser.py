@@ -1,0 +1,137 @@
+"""A headless Chromium, driven over its debugging pipe (Chrome DevTools Protocol): no driver to install."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+EXECUTABLE = next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+class Page:
+    """A tab; ``said`` collects what it logs and every exception."""
+
+    def __init__(self, out: int, back: int) -> None:
+        self._out, self._back = out, back
+        self._rest = b""
+        self._number = 0
+        self._session: str | None = None
+        self.said: list[str] = []
+        self.happened: list[str] = []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.send(f"{domain}.enable")
+
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """One command and its result."""
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            told = self._next()
+            if told.get("id") == self._number:
+                assert "error" not in told, told
+                result: dict[str, Any] = told["result"]
+                return result
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            more = os.read(self._back, 1 << 20)
+            assert more, "the browser is gone"
+            self._rest += more
+        message, self._rest = self._rest.split(b"\0", 1)
+        told: dict[str, Any] = json.loads(message)
+        if told.get("method") in {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"}:
+            self.said.append(json.dumps(told["params"]))
+        self.happened.append(told.get("method", ""))
+        return told
+
+    def open(self, file: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
+        """Show a file in a window of this size, in CSS pixels, and wait until it has loaded."""
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        self.happened.clear()
+        self.send("Page.navigate", url=file.as_uri())
+        while "Page.loadEventFired" not in self.happened:
+            self._next()
+
+    def value(self, expression: str) -> Any:
+        """What JavaScript makes of an expression on the page."""
+        told = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
+
+    def press_tab(self) -> None:
+        """The Tab key, down and up."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+
+    def picture(self, file: Path, *, top: float = 0, height: float | None = None) -> None:
+        """A PNG of the page from ``top`` on (None: down to its end)."""
+        size = self.send("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": top, "width": size["width"], "height": height or size["height"] - top, "scale": 1}
+        data = self.send("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)["data"]
+        file.write_bytes(base64.b64decode(data))
+
+
+# The pipe has to be descriptors 3 and 4 of the browser.
+_WIRED = (
+    "import os, sys; down, up, *command = sys.argv[1:]\n"
+    "os.dup2(int(down), 3); os.dup2(int(up), 4); os.execv(command[0], command)"
+)
+_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--no-first-run",
+    "--remote-debugging-pipe",
+)
+
+
+@contextmanager
+def chromium() -> Iterator[Page]:
+    """A fresh browser with one tab, gone afterwards."""
+    assert EXECUTABLE is not None
+    (down, out), (back, up) = _pipe(), _pipe()
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = subprocess.Popen(
+            [sys.executable, "-c", _WIRED, str(down), str(up), EXECUTABLE, *_FLAGS, f"--user-data-dir={profile}"],
+            pass_fds=(down, up),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(down)
+        os.close(up)
+        try:
+            yield Page(out, back)
+        finally:
+            os.close(out)
+            os.close(back)
+            browser.terminate()
+            browser.wait(20)
+
+
+def _pipe() -> tuple[int, int]:
+    """A pipe whose ends are neither descriptor 3 nor 4."""
+    ends = os.pipe()
+    moved = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ends]
+    for end in ends:
+        os.close(end)
+    return moved[0], moved[1]

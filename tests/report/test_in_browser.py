@@ -1,0 +1,98 @@
+"""The page in a real browser: it fits, it can be reached by keys, and it can be read by day and by night."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from browser import EXECUTABLE, Page, chromium
+from factories import make_history
+from report_evidence import CURVE, ITEMS, full_evidence
+from tunewright.report.html import write_report
+
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
+
+# Contrast of each element that has text of its own with what is behind it, by WCAG 2.2's formula.
+CONTRASTS = """(() => {
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const light = rgb => {
+    const [r, g, b] = rgb.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = node => {
+    for (let at = node; at; at = at.parentElement) {
+      const rgb = numbers(getComputedStyle(at).backgroundColor);
+      if (rgb.length < 4 || rgb[3] > 0) return rgb;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("main *")) {
+    if (![...node.childNodes].some(c => c.nodeType === 3 && c.data.trim()) || !node.getClientRects().length) continue;
+    const style = getComputedStyle(node);
+    const colour = node.closest("svg") ? style.fill : style.color;
+    const a = light(numbers(colour)), b = light(behind(node));
+    found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), node.tagName + " " + node.textContent.slice(0, 30)]);
+  }
+  return found;
+})()"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(full_evidence(), ITEMS, make_history(), out, CURVE)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with chromium() as page:
+        yield page
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+def test_nothing_runs_over_the_side_and_the_console_is_silent(page: Page, file: Path, width: int) -> None:
+    page.open(file, width=width)
+    assert page.value("document.documentElement.scrollWidth") == width
+    over = "[...document.querySelectorAll('main > *')].filter(e => e.getBoundingClientRect().right > innerWidth).length"
+    assert page.value(over) == 0
+    assert page.said == []
+
+
+def test_tab_reaches_every_section_link_in_the_pages_order(page: Page, file: Path) -> None:
+    page.open(file, width=1100)
+    links = page.value("[...document.querySelectorAll('nav a')].map(a => a.hash)")
+    sections = page.value("[...document.querySelectorAll('h2[id]')].map(h => '#' + h.id)")
+    assert links == sections
+    reached = []
+    for _ in links:
+        page.press_tab()
+        reached.append(page.value("document.activeElement.hash"))
+    assert reached == links
+    outline = page.value("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    page.press_tab()
+    assert page.value("document.activeElement.getAttribute('aria-label')") == "Table of contrasts"
+
+
+def test_day_and_night_differ_and_both_can_be_read(page: Page, file: Path) -> None:
+    papers = []
+    for dark in (False, True):
+        page.open(file, width=1100, dark=dark)
+        papers.append(page.value("getComputedStyle(document.body).backgroundColor"))
+        found = page.value(CONTRASTS)
+        assert len(found) > 200
+        assert [each for each in found if each[0] < 4.5] == []
+    assert papers == ["rgb(247, 246, 242)", "rgb(20, 24, 27)"]
+
+
+def test_labels_of_figures_stay_inside_them(page: Page, file: Path) -> None:
+    page.open(file, width=390)
+    outside = """[...document.querySelectorAll("figure svg text")].filter(text => {
+      const own = text.getBoundingClientRect(), around = text.closest("figure").getBoundingClientRect();
+      return own.left < around.left || own.right > around.right;
+    }).map(text => text.textContent.trim())"""
+    assert page.value(outside) == []

@@ -1,0 +1,287 @@
+"""Every section shows what the evidence holds, figure for figure, and is absent where the evidence has nothing."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import tunewright
+from factories import make_evidence, make_history
+from report_evidence import CURVE, GENERAL, ITEMS, JUDGE, REVIEW, full_evidence, vetoed
+from tunewright.disk import digest, write_json, write_text
+from tunewright.errors import UserError
+from tunewright.evaluation.curve import CURVE_FILE, find_curve, more_data
+from tunewright.evaluation.evidence import Evidence
+from tunewright.evaluation.openings import openings_text
+from tunewright.evaluation.parts import Interval
+from tunewright.metrics import p_text, points_text
+from tunewright.report.html import render_report
+from tunewright.report.sections import nearness
+
+FULL = full_evidence()
+PAGE = render_report(FULL, ITEMS, make_history(), CURVE)
+BARE = make_evidence(ITEMS)
+
+
+class _Tables(HTMLParser):
+    """The tables by label, each a list of rows, each a list of cells; and the text of each section by its anchor."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.sections: dict[str, str] = {}
+        self.links: list[str] = []
+        self._rows: list[list[str]] = []
+        self._anchor = ""
+        self._cell = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if given.get("class") == "scroll":
+            self._rows = self.tables.setdefault(given["aria-label"] or "", [])
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._cell = True
+            self._rows[-1].append("")
+        elif tag == "section":
+            self._anchor = given.get("aria-labelledby") or ""
+        elif tag == "a" and (given.get("href") or "").startswith("#"):
+            self.links.append((given["href"] or "")[1:])
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._cell = False
+            self._rows[-1][-1] = self._rows[-1][-1].strip()
+        if tag == "section":
+            self._anchor = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._cell:
+            self._rows[-1][-1] += data
+        if self._anchor:
+            self.sections[self._anchor] = self.sections.get(self._anchor, "") + data
+
+
+def _read(evidence: Evidence, **given: Any) -> _Tables:
+    return _Tables(render_report(evidence, ITEMS, given.get("history", []), given.get("curve")))
+
+
+READ = _Tables(PAGE)
+
+
+def test_contrasts_have_raw_and_adjusted_p_values() -> None:
+    rows = READ.tables["Table of contrasts"][1:]
+    for contrast, row in zip(FULL.contrasts, rows, strict=True):
+        assert row[0].startswith(f"{contrast.treatment} − {contrast.control}")
+        assert row[1] == points_text(contrast.difference)
+        assert row[2].startswith(f"{points_text(contrast.interval.low)} to {points_text(contrast.interval.high)}")
+        assert row[3] == f"{p_text(contrast.p_value)} {contrast.test}"
+        assert row[4] == ("beside it" if contrast.p_adjusted is None else p_text(contrast.p_adjusted))
+        assert row[5:7] == [str(contrast.fixed), str(contrast.broken)]
+        assert row[7].startswith(f"{100 * contrast.minimum_detectable_effect:.1f}")
+
+
+def test_arms_are_shown_by_every_metric_the_deciding_one_first_whatever_the_files_order() -> None:
+    turned = FULL.model_copy(update={"metrics": dict(sorted(FULL.metrics.items()))})
+    assert next(iter(turned.metrics)) == "bleu"
+    head, *rows = _read(turned).tables["Table of arms"]
+    assert head[1:5] == ["Exact match", "95% interval", "BLEU", "95% interval"]
+    for arm, row in zip(FULL.arms, rows, strict=True):
+        exact, bleu = arm.score("exact_match"), arm.score("bleu")
+        assert row[0] == arm.name
+        assert row[1] == f"{100 * exact.value:.1f}% {round(60 * exact.value)} of 60"
+        assert row[2] == f"{100 * exact.interval.low:.1f} to {100 * exact.interval.high:.1f}"
+        assert row[3] == f"{100 * bleu.value:.1f}"
+        assert row[5:] == [str(arm.truncated), f"{arm.prompt_tokens:.0f}"]
+
+
+def test_scores_by_distance_are_those_of_the_evidence() -> None:
+    assert FULL.nearness is not None
+    for band, row in zip(FULL.nearness.bands, READ.tables["Table of scores by distance"][1:], strict=True):
+        assert row[0] == f"{band.low:.1f} to {band.high:.1f}"
+        assert row[1] == f"{band.items} {band.clusters} clusters"
+        for arm, cell in zip(FULL.arms, row[2:], strict=False):
+            own = band.scores[arm.name]
+            assert cell == f"{100 * own.value:.1f} {100 * own.interval.low:.1f} to {100 * own.interval.high:.1f}"
+        assert band.difference is not None
+        assert row[-1].startswith(points_text(band.difference))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "answer"),
+    [
+        (0.03, 0.2, "No: on the farther half"),
+        (-0.2, 0.01, "It may well: "),
+        (-0.1, 0.1, "cannot be told"),
+    ],
+)
+def test_the_farther_half_answers_whether_it_only_works_on_near_copies(low: float, high: float, answer: str) -> None:
+    found = FULL.nearness
+    assert found is not None
+    far = found.farther.model_copy(update={"interval": Interval(low=low, high=high)})
+    changed = FULL.model_copy(update={"nearness": found.model_copy(update={"farther": far})})
+    assert answer in _read(changed).sections["nearness"]
+
+
+def test_suites_are_shown_with_margin_limit_and_controls() -> None:
+    for suite, row in zip(GENERAL.suites, READ.tables["Table of suites"][1:], strict=True):
+        scale, digits = (100, 1) if suite.unit == "share" else (1, 3)
+        assert row[0] == f"{suite.name} {suite.metric}"
+        assert row[2] == f"{scale * suite.base:.{digits}f}"
+        assert row[3].split()[0] == f"{scale * suite.tuned:.{digits}f}"
+        assert row[4].split()[0] == f"{scale * suite.drop:+.{digits}f}"
+        assert row[5].split()[0] == f"{scale * suite.limit:+.{digits}f}"
+        assert row[6] == ("none" if suite.margin is None else f"{scale * suite.margin:.{digits}f}")
+    assert "Controls of trivia: guessing 0.61, has to be above 25% (FAILED)." in READ.sections["general"]
+    assert "Not measured: gsm8k: needs the extra lm-eval" in READ.sections["general"]
+
+
+def test_tokens_of_a_call_are_told_apart_by_what_a_cache_holds() -> None:
+    for arm, row in zip(FULL.arms, READ.tables["Table of tokens"][1:], strict=True):
+        assert row[1] == f"{arm.prompt_tokens:.0f}"
+        assert row[2].startswith("41 ")
+        assert row[3] == f"{arm.prompt_tokens - 41:.0f}"
+        assert row[4] == "17.2"
+    assert [row[4] for row in _read(BARE).tables["Table of tokens"][1:]] == ["not counted"] * 3
+
+
+def test_judge_and_people_are_shown_with_controls_agreement_and_the_powered_estimate() -> None:
+    found = JUDGE.preferences[0]
+    first, plain, equal = READ.tables["Table of preferences"][1:]
+    assert first[1:4] == ["31", "20", "9"]
+    assert first[4] == f"{100 * found.rate.value:.1f}"
+    assert plain[0].startswith("without markdown")
+    assert equal[4] == "66.2"
+    assert [row[5] for row in READ.tables["Table of controls"][1:]] == ["holds", "holds"]
+    assert "one family (llama)" in READ.sections["judge"]
+    alone, powered = READ.tables["Table of win rates"][1:]
+    assert (alone[1], powered[1]) == ("64.1", "65.2")
+    assert READ.tables["Table of agreement"][1:] == [["ann and ben", "20", "17", "0.71", "0.43 to 0.92"]]
+    assert [row[0] for row in READ.tables["Table of strata"][1:]] == ["fixed", "broken", "equal answers"]
+
+
+def test_a_vetoed_judge_shows_that_and_why_and_no_finding() -> None:
+    read = _read(FULL.model_copy(update={"judge": vetoed(JUDGE)}))
+    assert "vetoed, so nothing it said counts. gold is correct: 3 of 20" in read.sections["judge"]
+    assert [row[5] for row in read.tables["Table of controls"][1:]] == ["FAILS", "holds"]
+    assert not {"Table of preferences", "Table of judged arms"} & set(read.tables)
+
+
+def test_openings_and_what_was_declared_are_shown() -> None:
+    told = READ.sections["ledger"]
+    assert "Line 3 of the ledger, 2026-11-02 09:58 by ann." in told
+    assert "tuned against retrieved-4 by exact match, margin 2 points, which decides" in told
+    assert openings_text(FULL.openings, 60) in told
+    row = ["line 1", "2026-10-28 16:02", "ben", "fedcba987654", "legal-0", "60"]
+    assert READ.tables["Table of openings"][1:] == [row]
+    assert "never been opened before" in _read(FULL.model_copy(update={"openings": ()})).sections["ledger"]
+
+
+def test_how_prompting_was_narrowed_drawn_and_left_out_is_shown() -> None:
+    told = READ.sections["prompting"]
+    assert "Left out: retrieved-16, as 12 of 30 prompts do not fit the base's context." in told
+    assert READ.tables["Table of draws"][1:] == [["static-4", "3", "30", "47.0", "41.0", "52.0"]]
+    names = [row[0] for row in READ.tables["Table of all prompting arms"][1:]]
+    assert names == ["zero-shot far behind the best", "retrieved-4 went on"]
+
+
+def test_the_learning_curve_gives_its_answer() -> None:
+    for reason in more_data(CURVE).reasons:
+        assert reason in READ.sections["more-data"]
+
+
+def test_the_noise_floor_stands_by_the_differences() -> None:
+    assert "3 of 50 answers changed" in READ.sections["contrasts"]
+    assert "-2.0 points" in READ.sections["contrasts"]
+
+
+def test_what_was_not_measured_has_no_section_and_the_contents_name_what_is_there() -> None:
+    bare = _read(BARE)
+    gone = {"nearness", "general", "judge", "people", "ledger", "more-data"}
+    assert gone <= set(READ.sections)
+    assert not gone & set(bare.sections)
+    for read in (READ, bare):
+        assert read.links == list(read.sections)
+    assert "Noise floor" not in bare.sections["contrasts"]
+
+
+NASTY = '<script>alert(1)</script><img src=x onerror=alert(1)> & {{ 7*7 }} "q" </title></style></section>'
+
+
+def test_text_of_users_stays_text_in_every_section() -> None:
+    general = GENERAL.model_copy(
+        update={"suites": tuple(s.model_copy(update={"name": NASTY}) for s in GENERAL.suites), "not_measured": (NASTY,)}
+    )
+    who = tuple(each.model_copy(update={"name": NASTY}) for each in REVIEW.reviewers)
+    assert FULL.opening is not None
+    changed = FULL.model_copy(
+        update={
+            "general": general,
+            "judge": JUDGE.model_copy(update={"model": NASTY}),
+            "review": REVIEW.model_copy(update={"reviewers": who}),
+            "opening": FULL.opening.model_copy(update={"author": NASTY}),
+        }
+    )
+    page = render_report(changed, ITEMS, [])
+    assert not re.search(r"<(script|img)|\bon\w+=alert(?!\(1\)&gt;)", page.replace("onerror=alert(1)&gt;", ""))
+    read = _Tables(page)
+    for anchor in ("general", "judge", "people", "ledger"):
+        assert NASTY in read.sections[anchor]
+
+
+# The learning curve of the same data
+
+
+def test_only_a_curve_of_the_same_data_base_and_metric_is_taken_and_the_newest(tmp_path: Path) -> None:
+    lineage = {"dataset": digest("d"), "base": {"spec": "b", "digest": "1"}}
+    evidence = BARE.model_copy(update={"lineage": lineage})
+    assert find_curve(tmp_path, evidence) is None
+    others: dict[str, dict[str, Any]] = {
+        "old": {"created": "2026-01-01"},
+        "new": {"created": "2026-03-01"},
+        "other": {"created": "2026-04-01", "dataset": digest("e")},
+        "base": {"created": "2026-05-01", "base": {"spec": "b", "digest": "2"}},
+    }
+    for name, changes in others.items():
+        curve = CURVE.model_copy(update={"id": name, "lineage": lineage | changes})
+        write_json(tmp_path / name / CURVE_FILE, curve.model_dump(mode="json"))
+    found = find_curve(tmp_path, evidence)
+    assert found is not None
+    assert found.id == "new"
+    by_other = evidence.model_copy(update={"metric": "bleu"})
+    assert find_curve(tmp_path, by_other) is None
+    write_text(tmp_path / "bad" / CURVE_FILE, "{}")
+    with pytest.raises(UserError, match="not a learning curve"):
+        find_curve(tmp_path, evidence)
+
+
+def test_the_report_command_needs_nothing_but_the_evaluation(tmp_path: Path, tiny_base_folder: Path) -> None:
+    write_text(tmp_path / "tunewright.yaml", f"name: p\nbase: {tiny_base_folder}\n")
+    folder = tmp_path / "evaluations" / FULL.id
+    write_json(folder / "evidence.json", FULL.model_dump(mode="json"))
+    write_text(folder / "items.jsonl", "".join(item.model_dump_json(exclude_none=True) + "\n" for item in ITEMS))
+    ran = tunewright("report", "-p", tmp_path)
+    assert ran.code == 0, ran.stderr
+    assert "no longer here" in ran.stderr
+    read = _Tables((folder / "report.html").read_text())
+    assert {"nearness", "general", "people", "judge", "ledger"} <= set(read.sections)
+    assert READ.tables["Table of arms"] == read.tables["Table of arms"]
+
+
+def test_what_is_not_scored_cannot_be_told() -> None:
+    found = FULL.nearness
+    assert found is not None
+    far = found.bands[0].model_copy(update={"difference": None, "interval": None, "scores": {}})
+    changed = FULL.model_copy(
+        update={"nearness": found.model_copy(update={"bands": (far, *found.bands[1:]), "farther": far})}
+    )
+    section = nearness.section(changed)
+    assert section is not None
+    assert "not scored in both arms" in section.blocks[0].text  # type: ignore[union-attr]
+    assert _read(changed).tables["Table of scores by distance"][1][2:] == ["none scored"] * 4
