@@ -53,6 +53,16 @@ class Project:
         return self.root / ".tunewright" / "curve" / "adapters"
 
     @property
+    def pilot_adapters(self) -> Path:
+        """The adapters of `advise`, apart from those that are served; all can be made again."""
+        return self.root / ".tunewright" / "pilot" / "adapters"
+
+    @property
+    def advice(self) -> Path:
+        """What `advise` measured, one file each: ID.json."""
+        return self.root / "advice"
+
+    @property
     def curves(self) -> Path:
         """Learning curves, one folder for each: ID."""
         return self.root / "curves"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import tunewright as package
 from command_line import pairs, tiny_project, tunewright, write_jsonl
 from tunewright.evaluation.ledger import LEDGER
 
@@ -33,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     add_keys(folder, FAST)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     assert tunewright("train", "-p", folder).code == 0
-    assert tunewright("advise", "-p", folder).code == 0
+    assert package.open(folder).prompting().measured
     return folder
 
 
@@ -128,7 +129,7 @@ def test_on_dev_the_test_split_stays_closed(project: Path, monkeypatch: pytest.M
     compared = ran.document["comparison"]
     assert openings(project) == []
     assert tunewright("verdict", "-p", project).code == 2  # there is no evidence
-    advice = tunewright("advise", "-p", project, "--json").document
+    advice = package.open(project).prompting().advice.model_dump(mode="json")
     by_name = {arm["name"]: arm for arm in advice["arms"]}
     arms = {arm["name"]: arm for arm in compared["arms"]}
     assert arms["zero-shot"]["scores"]["exact_match"]["value"] == by_name["zero-shot"]["scores"]["exact_match"]["value"]

@@ -57,7 +57,9 @@ def answering(monkeypatch: pytest.MonkeyPatch, road: Road, right: dict[str, floa
     asked: list[tuple[str, int]] = []
     questions = {road.chat.prompt(m.example.prompt)[-20:]: m for m in road.data.version().members}
 
-    def answer(self: Generator, title: str, prompts: Sequence[Any], limit: int, adapter: object) -> list[Generation]:
+    def answer(
+        self: Generator, title: str, prompts: Sequence[Any], limit: int, adapter: object, *, constrained: bool
+    ) -> list[Generation]:
         name = title.split(" on ")[0]
         asked.append((name, len(prompts)))
         members = [questions[prompt[-20:]] for prompt in prompts]
@@ -84,7 +86,7 @@ def test_only_arms_that_are_not_shown_to_be_worse_answer_all_of_dev(
     road = settings(road, "  first_items: 30\n")
     right = {"retrieved-2": 0.9, "retrieved-1": 0.85, "retrieved-2-tfidf": 0.2, "static-2-seed-2": 0.8}
     asked = answering(monkeypatch, road, right)
-    advice = road.advise().advice
+    advice = road.prompting().advice
     narrowing = advice.narrowing
     assert narrowing is not None
     assert set(narrowing.finalists) == {"zero-shot", "retrieved-1", "retrieved-2", "static-2-seed-2"}
@@ -98,7 +100,7 @@ def test_only_arms_that_are_not_shown_to_be_worse_answer_all_of_dev(
 
 def test_static_draws_are_told_with_their_mean(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, road, {"static-2-seed-1": 0.3, "static-2-seed-2": 0.9, "static-2-seed-3": 0.6})
-    advice = road.advise().advice
+    advice = road.prompting().advice
     assert advice.narrowing is None  # 60 dev items are fewer than first_items
     by_name = {arm.name: arm for arm in advice.arms}
     spread = advice.static[1]
@@ -111,7 +113,7 @@ def test_static_draws_are_told_with_their_mean(road: Road, monkeypatch: pytest.M
 def test_at_most_so_many_go_on_and_the_cheapest_of_equals(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
     road = settings(road, "  first_items: 30\n  finalists: 1\n")
     answering(monkeypatch, road, {"retrieved-1": 0.5, "retrieved-2": 0.5, "retrieved-1-tfidf": 0.5})
-    advice = road.advise().advice
+    advice = road.prompting().advice
     assert advice.narrowing is not None
     assert advice.narrowing.finalists == ("zero-shot", "retrieved-1")
     assert "not among the best 1" in advice.narrowing.fates["retrieved-2"]
@@ -120,7 +122,7 @@ def test_at_most_so_many_go_on_and_the_cheapest_of_equals(road: Road, monkeypatc
 def test_without_first_items_every_arm_answers_all_of_dev(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
     road = settings(road, "  first_items: null\n")
     asked = answering(monkeypatch, road, {})
-    advice = road.advise().advice
+    advice = road.prompting().advice
     assert (advice.narrowing, len(advice.arms)) == (None, 11)
     assert {items for _, items in asked} == {60}
     assert advice.best == "zero-shot"  # all are equally bad, and it is the cheapest
@@ -132,7 +134,7 @@ def test_other_instructions_are_tried_zero_shot_and_with_the_best_demonstrations
     road = settings(road, '  instructions: ["Copy the first word.", "First word:"]\n')
     right = {"retrieved-2": 0.5, "retrieved-2-instruction-2": 0.9}
     asked = answering(monkeypatch, road, right)
-    advice = road.advise().advice
+    advice = road.prompting().advice
     instructed = [name for name, _ in asked if "instruction" in name]
     assert instructed == [
         "zero-shot-instruction-1",
@@ -148,16 +150,16 @@ def test_other_instructions_are_tried_zero_shot_and_with_the_best_demonstrations
 
 def test_an_arm_is_left_out_by_name_where_it_does_not_fit(road: Road) -> None:
     road = settings(road, "  static_seeds: 1\n  retrievers: [bm25]\n", shots="[1, 60]")
-    ran = command("advise", "-p", road.project.root, "--json")
-    assert ran.code == 0, ran.stderr
-    left_out = {arm["name"]: arm["why"] for arm in ran.document["left_out"]}
+    ran = command("advise", "--no-pilot", "-p", road.project.root, "--json")
+    assert ran.code in {3, 4}, ran.stderr
+    left_out = {arm["name"]: arm["why"] for arm in ran.document["advice"]["prompting"]["left_out"]}
     assert set(left_out) == {"static-60-seed-1", "retrieved-60"}
     assert "do not fit the base's context of 2,048 tokens" in left_out["retrieved-60"]
 
 
 def test_the_tokens_that_all_prompts_share_are_counted(road: Road) -> None:
     road = settings(road, "  static_seeds: 1\n  retrievers: [bm25]\n")
-    arms = {arm.name: arm for arm in road.advise().advice.arms}
+    arms = {arm.name: arm for arm in road.prompting().advice.arms}
     version, chat = road.data.version(), road.chat
     prompts = [chat.prompt(m.example.prompt) for m in version.examples("dev")]
     shared = next(n for n in range(len(prompts[0])) if len({p[: n + 1] for p in prompts}) > 1)
@@ -182,5 +184,5 @@ def test_instructions_that_cannot_be_put_anywhere_are_refused_before_anything_is
     road = tunewright.open(folder)
     road.data.add([folder / "pairs.jsonl"])
     with pytest.raises(UserError, match="2 different system turns"):
-        road.advise()
+        road.prompting()
     assert not (folder / "evaluations").exists()

@@ -48,7 +48,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) 
     _constrain(folder, f"{{choices: {json.dumps(CHOICES)}}}")
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     advised = tunewright("advise", "-p", folder, "--json")
-    assert advised.code == 0, advised.stderr
+    assert advised.code in {0, 3, 4}, advised.stderr
     assert tunewright("train", "-p", folder).code == 0
     told = tunewright("evaluate", "-p", folder, "--json")
     assert told.code == 0, told.stderr
@@ -66,7 +66,11 @@ def test_each_prompting_arm_has_a_held_one_behind_it() -> None:
 
 def test_held_answers_are_choices_and_free_ones_of_a_random_base_are_not(evaluated: tuple[Path, Ran, Ran]) -> None:
     _, advised, told = evaluated
-    names = {arm["name"] for arm in advised.document["arms"]}
+    prompting = advised.document["advice"]["prompting"]
+    names = {arm["name"] for arm in prompting["arms"]}
+    # A prompt that is held to the grammar is compared with a pilot that is, too.
+    assert prompting["best"].endswith("+constrained")
+    assert advised.document["advice"]["gain"]["parts"][-1]["score"]["value"] > 0
     assert {"zero-shot", "zero-shot+constrained", "retrieved-1", "retrieved-1+constrained"} <= names
     items = load_items(Path(told.document["folder"]))
     assert all(item.answers["tuned+constrained"] in CHOICES for item in items)

@@ -71,5 +71,5 @@ def test_another_seed_draws_another_part() -> None:
 
 
 def test_too_few_clusters_are_refused() -> None:
-    with pytest.raises(UserError, match=r"too few independent clusters for a curve.*25%: 0, 50%: 0, 100%: 30"):
+    with pytest.raises(UserError, match=r"too few independent clusters to take parts of.*25%: 0, 50%: 0, 100%: 30"):
         subset_versions(version_of([30]), SHARES, 0)

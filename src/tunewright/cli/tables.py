@@ -60,7 +60,7 @@ def arms_table(title: str, arms: Sequence[Arm], metric: MetricName, metrics: Map
     return table
 
 
-def advice_tables(advice: Advice) -> list[RenderableType]:
+def prompting_tables(advice: Advice) -> list[RenderableType]:
     """What prompting reaches on dev: every arm, static ones by their draws, and the finalists where there are some."""
     narrowing = advice.narrowing
     arms = advice.arms if narrowing is None else narrowing.arms

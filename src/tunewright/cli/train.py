@@ -1,4 +1,4 @@
-"""What prompting reaches, and the training that has to beat it: advise, train."""
+"""Training: train, with its sweep and its curve."""
 
 from __future__ import annotations
 
@@ -16,27 +16,6 @@ if TYPE_CHECKING:
 CANT_TELL = 4
 
 Force = Annotated[bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")]
-
-
-@app.command()
-def advise(project: Folder = HERE, json: Json = False) -> None:
-    """Measure prompting on the dev split: instructions, static and retrieved demonstrations, with the untuned base."""
-    import tunewright
-    from tunewright.cli.tables import advice_tables
-
-    with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
-        result = road.advise()
-        advice = result.advice
-        current.show(
-            {
-                "file": str(result.file),
-                "measured": result.measured,
-                "prospects": [told.as_dict() for told in road.prospects()],
-                **advice.model_dump(mode="json"),
-            },
-            *advice_tables(advice),
-        )
 
 
 @app.command()

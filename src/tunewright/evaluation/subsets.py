@@ -34,8 +34,7 @@ def subset_versions(version: DatasetVersion, shares: Sequence[float], seed: int)
     if any(a == b for a, b in pairwise([0, *counts])):
         told = ", ".join(f"{share:.0%}: {count}" for share, count in zip(shares, counts, strict=True))
         raise UserError(
-            f"the training rows form too few independent clusters for a curve: whole clusters would give {told}",
-            where="--curve",
+            f"the training rows form too few independent clusters to take parts of: whole clusters would give {told}",
             fix="Add pairs with other inputs.",
         )
     parts = zip(shares, domain, mixed, strict=True)

@@ -9,6 +9,7 @@ from typing import Literal
 from tunewright.evaluation.evidence import Arm, Contrast, DevComparison, Evidence
 from tunewright.evaluation.general.rule import standing
 from tunewright.evaluation.openings import openings_text
+from tunewright.evaluation.settling import items_to_settle
 from tunewright.metrics import p_text, points_text, score_text
 from tunewright.recipe import MetricName
 
@@ -20,10 +21,6 @@ FEWEST_CLUSTERS = 6
 
 _EXIT_CODES: dict[Decision, int] = {"ship": 0, "don't ship": 3, "can't tell": 4}
 _TOLD_SHARE = 0.05  # of answers: above this, a low score may be the token limit's or the format's doing
-
-# Widening the sample until the interval's end just touches the margin would succeed every other time; this succeeds
-# in 80% of the cases: ((z_0.975 + z_0.8) / z_0.975) squared.
-_POWER_FACTOR = ((1.95996 + 0.84162) / 1.95996) ** 2
 
 
 @dataclass(frozen=True)
@@ -177,12 +174,10 @@ def _power(evidence: Evidence, contrast: Contrast) -> str:
 def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:
     """How many test items would bring the interval off the margin, if the difference stays what it is."""
     unit = "test items" if evidence.design == "held-out" else "pairs"
-    gap = contrast.difference - evidence.margin
-    half = contrast.difference - contrast.interval.low if gap > 0 else contrast.interval.high - contrast.difference
-    if half * math.sqrt(_POWER_FACTOR / 20) >= abs(gap):
+    needed = items_to_settle(contrast.difference, contrast.interval, evidence.margin, contrast.scored)
+    if needed is None:
         return f"The difference is so close to the margin that even 20 times as many {unit} would hardly settle it."
-    needed = _two_digits(contrast.scored * max(_POWER_FACTOR * (half / gap) ** 2, 1.1))
-    side = "above" if gap > 0 else "below"
+    side = "above" if contrast.difference > evidence.margin else "below"
     return (
         f"About {needed:,} {unit} in all ({needed - contrast.scored:,} more) would settle it, "
         f"if the true difference is {points_text(contrast.difference)} points ({side} the margin)."
@@ -217,9 +212,3 @@ def _points(share: float) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def _two_digits(number: float) -> int:
-    """Round up to two significant digits: more would pretend to know."""
-    step = int(10 ** max(math.floor(math.log10(number)) - 1, 0))
-    return math.ceil(number / step) * step

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from tunewright.recipe.advise import AdviseRecipe, PriceRecipe
 from tunewright.recipe.constrain import ConstrainRecipe
 from tunewright.recipe.data import DataRecipe, Findable, MixRecipe
 from tunewright.recipe.general import GeneralRecipe
@@ -21,6 +22,7 @@ from tunewright.recipe.train import PRESETS, ReplayRecipe, Tracker, TrainRecipe
 
 __all__ = [
     "PRESETS",
+    "AdviseRecipe",
     "ChatRecipe",
     "ConstrainRecipe",
     "DataRecipe",
@@ -32,6 +34,7 @@ __all__ = [
     "Metric",
     "MetricName",
     "MixRecipe",
+    "PriceRecipe",
     "Quantize",
     "Recipe",
     "ReferenceModelRecipe",
@@ -224,6 +227,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31, description="Decides every random choice: split, order, weights.")] = 0
     data: DataRecipe = DataRecipe()
     chat: ChatRecipe = ChatRecipe()
+    advise: AdviseRecipe = AdviseRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     general: GeneralRecipe = GeneralRecipe()

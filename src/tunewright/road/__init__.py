@@ -28,6 +28,7 @@ from tunewright.road.opened import OpenProject
 from tunewright.training.trackers import require_trackers
 
 if TYPE_CHECKING:
+    from tunewright.advice.result import AdviceResult
     from tunewright.chat import ChatFormat
     from tunewright.evaluation.advising import AdviseResult
     from tunewright.evaluation.evaluating import DevResult, EvaluateResult
@@ -99,7 +100,7 @@ class Road:
         self._stage("data", added.created, f"version {added.version.digest[:12]}")
         self._refuse_up_front()
         forced = self._forced(force)
-        advised = self.advise()
+        advised = self.prompting()
         self._stage("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
         trained = self._train(forced)
         self._stage("train", trained.trained, trained.adapter.name)
@@ -125,12 +126,36 @@ class Road:
         for told in self.prospects():
             self.reporter.say(prospect_text(told, metric_kind(settings.metric), settings.margin))
 
-    def advise(self) -> AdviseResult:
-        """Measure the prompting arms on the dev split with the untuned base."""
+    def prompting(self) -> AdviseResult:
+        """Measure the prompting arms on dev and choose the best: what a fine-tune has to beat, and no pilot."""
         from tunewright.evaluation.advising import advise
 
         self._tell_prospects()
         return advise(self._opened.measurement())
+
+    def advise(self, stored: str | Path | None = None, *, pilot: bool = True) -> AdviceResult:
+        """Measure the three signals and a pilot on dev: prompt, retrieve, fine-tune, or can't tell.
+
+        Args:
+            stored: earlier advice (its ID or file) to decide from anew; then nothing is measured.
+            pilot: train a pilot adapter on a part of the training rows; without, training's gain is not known.
+
+        Raises:
+            UserError: no such advice, or what cannot be measured.
+        """
+        from tunewright.advice.signals import find_advice, load_signals
+
+        if stored is not None:
+            from tunewright.advice.result import AdviceResult
+
+            file = find_advice(self.project.advice, stored)
+            return AdviceResult(file, load_signals(file), measured=False)
+        from tunewright.advice.adviser import Adviser
+
+        if pilot:
+            self._refuse_up_front()
+        self._tell_prospects()
+        return Adviser(self._opened.measurement, pilot=pilot).advise()
 
     def fit(
         self,

@@ -1,0 +1,126 @@
+"""``advise`` through the command line, on a tiny base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import Ran, tiny_project, tunewright
+from tunewright.adapters.registry import list_adapters
+
+
+@pytest.fixture(scope="module")
+def advised(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, Ran]:
+    """A project whose pilots had 60 and 120 rows, and what the command printed."""
+    project = tiny_project(tmp_path_factory.mktemp("advise") / "project", tiny_base_folder, 300)
+    recipe = project / "tunewright.yaml"
+    recipe.write_text(recipe.read_text() + "advise:\n  pilot_share: 0.5\n  calls_per_month: 1000\n")
+    assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    return project, tunewright("advise", "--json", "-p", project)
+
+
+Advised = tuple[Path, Ran]
+
+
+def test_the_answer_has_its_exit_code_and_all_four_signals_are_told(advised: Advised) -> None:
+    _, ran = advised
+    document = ran.document
+    assert ran.code == {"fine-tune": 0, "prompt": 3, "retrieve": 3, "can't tell": 4}[document["answer"]]
+    assert list(document["signals"]) == ["context budget", "specificity", "break-even", "gain"]
+    assert document["changes"]
+    assert "299 pairs, fewer than 500" in document["expect"][0]
+
+
+def test_the_pilots_lie_apart_from_the_projects_own_adapters(advised: Advised) -> None:
+    project, ran = advised
+    assert list_adapters(project / "adapters") == []
+    stored = {a.digest: a for a in list_adapters(project / ".tunewright" / "pilot" / "adapters")}
+    parts = ran.document["advice"]["gain"]["parts"]
+    assert [p["adapter"] in stored for p in parts] == [True, True]
+    assert [stored[p["adapter"]].lineage["pilot"]["rows"] for p in parts] == [p["rows"] for p in parts]
+    assert parts[1]["rows"] == pytest.approx(2 * parts[0]["rows"], abs=2)
+
+
+def test_the_measured_numbers_are_those_of_the_answers(advised: Advised, tiny_base_folder: Path) -> None:
+    """Bits per byte by transformers alone, of the whole rows' token ids."""
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunewright.data.versions import load_version
+
+    project, ran = advised
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base_folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base_folder, dtype=torch.float32)
+    nats = size = 0.0
+    for member in load_version(project / "dataset").examples("dev"):
+        messages = [{"role": m.role, "content": m.content} for m in member.example.messages]
+        prompt: Any = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        answer = member.example.output + tokenizer.eos_token
+        asked = len(tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([tokenizer(prompt + answer)["input_ids"]])
+        with torch.inference_mode():
+            logits = model(ids).logits[0, asked - 1 : -1].float()
+        nats += float(torch.nn.functional.cross_entropy(logits, ids[0, asked:], reduction="sum"))
+        size += len(member.example.output.encode())
+    told: dict[str, Any] = ran.document["advice"]["specificity"]["surprise"][0]
+    assert told["arm"] == "zero-shot"
+    assert told["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+
+
+def test_advice_is_found_done_and_the_stored_file_gives_the_same_answer(advised: Advised, tmp_path: Path) -> None:
+    project, ran = advised
+    again = tunewright("advise", "-p", project)
+    assert again.code == ran.code
+    assert "Loading" not in again.stderr and f"Answer: {ran.document['answer']}" in again.stderr
+    stored = Path(ran.document["file"])
+    assert json.loads(stored.read_text()) == ran.document["advice"]
+    elsewhere = tmp_path / "copied.json"
+    elsewhere.write_bytes(stored.read_bytes())
+    alone = tunewright("advise", elsewhere, "--json", "-p", tmp_path)
+    by_id = tunewright("advise", stored.stem, "--json", "-p", project)
+    assert alone.code == by_id.code == ran.code
+    for key in ("answer", "why", "signals", "changes", "expect", "advice"):
+        assert alone.document[key] == by_id.document[key] == ran.document[key]
+
+
+def test_without_a_pilot_nothing_is_trained_and_what_is_missing_is_named(advised: Advised) -> None:
+    project, _ = advised
+    before = {p.name for p in (project / ".tunewright" / "pilot" / "adapters").iterdir()}
+    ran = tunewright("advise", "--no-pilot", "--json", "-p", project)
+    assert ran.document["answer"] in {"prompt", "retrieve", "can't tell"}
+    assert ran.document["advice"]["left_out"]["gain"] == "--no-pilot"
+    assert ran.document["signals"]["gain"] == "Not measured: --no-pilot."
+    assert {p.name for p in (project / ".tunewright" / "pilot" / "adapters").iterdir()} == before
+
+
+def test_other_prices_are_other_advice_and_train_nothing_anew(advised: Advised) -> None:
+    project, ran = advised
+    recipe = project / "tunewright.yaml"
+    before = recipe.read_text()
+    recipe.write_text(before.replace("advise:", "advise:\n  prices: {input: 1, output: 2, training: 30}"))
+    try:
+        other = tunewright("advise", "--json", "-p", project)
+    finally:
+        recipe.write_text(before)
+    assert "Training tiny" not in other.stderr
+    assert other.document["file"] != ran.document["file"]
+    assert other.document["advice"]["break_even"]["unit"] == "money"
+    assert other.document["advice"]["break_even"]["once"]["training"] == 30
+    assert ran.document["advice"]["break_even"]["unit"] == "machine hours"
+
+
+def test_wrong_use_is_refused(advised: Advised, tmp_path: Path) -> None:
+    project, _ = advised
+    unknown = tunewright("advise", "000000000000", "-p", project)
+    assert (unknown.code, "no advice '000000000000'" in unknown.stderr) == (2, True)
+    both = tunewright("advise", "000000000000", "--no-pilot", "-p", project)
+    assert (both.code, "stored advice is only read" in both.stderr) == (2, True)
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    refused = tunewright("advise", broken, "-p", project)
+    assert (refused.code, "not advice of schema 1" in refused.stderr) == (2, True)
