@@ -252,7 +252,7 @@ def measured_with(recipe: Recipe, base: Base, chat: ChatFormat, quantize: Quanti
         "decoding": {
             "greedy": True,
             "max_new_tokens": limit,
-            "stop": stop_strings(recipe, chat),
+            "stop": list(stop_strings(recipe, chat)),
             "constrain": recipe.evaluate.constrain.model_dump(mode="json") if recipe.evaluate.constrain else None,
             "batch_size": recipe.evaluate.batch_size,
             "dtype": recipe.train.dtype,
