@@ -35,12 +35,11 @@ from tunewright.errors import UserError
 from tunewright.evaluation.advising import AdviseResult, advise, first_items
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of
 from tunewright.evaluation.evidence import Advice
+from tunewright.evaluation.forgetting import ForgettingMeter
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.losses import answer_losses
 from tunewright.evaluation.measure import Measurement, measured_arm, measured_with, scored_arms
-from tunewright.training.replay import outsiders
 from tunewright.training.rows import trained_spans
-from tunewright.training.self_samples import Sampler
 from tunewright.training.train import training_inputs
 
 GENERIC_SAMPLES = 32
@@ -223,21 +222,8 @@ class Adviser:
 
     def _generic(self) -> list[str]:
         """What the base answers by itself; of the draw that forgetting is measured on."""
-        generator, recipe = self.generator, self.recipe
-        sampler = Sampler(
-            generator.base,
-            generator.chat,
-            generator.weights,
-            generator.model_with,
-            recipe.seed,
-            "held-out",
-            self.project.work,
-            self.reporter,
-        )
-        limit = min(recipe.train.max_length, self.measurement.context)
-        screen = outsiders(self.project, self.version, generator.chat, limit, self.reporter)
         try:
-            drawn = sampler.draw(GENERIC_SAMPLES, screen, finished=False)
+            drawn = ForgettingMeter(self.project, self.version, self.generator, GENERIC_SAMPLES).drawn
         except UserError as error:
             self.left_out["generic text"] = error.what
             self.reporter.warn(f"Tokens per word have no generic text to be compared with: {error.what}.")

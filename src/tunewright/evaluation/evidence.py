@@ -291,7 +291,11 @@ def load_evidence(path: Path) -> Evidence:
         raise UserError("no evidence here", where=str(file), fix="`tunewright evaluate` makes it.") from None
     except (ValidationError, UnicodeDecodeError) as error:
         first = str(error).splitlines()
-        raise UserError(f"not evidence of schema {SCHEMA_VERSION}: {' '.join(first[:3])}", where=str(file)) from None
+        raise UserError(
+            f"not evidence of schema {SCHEMA_VERSION}: {' '.join(first[:3])}",
+            where=str(file),
+            fix="Restore the file, or remove its folder and evaluate again: answers that are there are not made anew.",
+        ) from None
 
 
 def _require_schema(text: str, file: Path) -> None:

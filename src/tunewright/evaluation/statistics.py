@@ -19,7 +19,6 @@ from tunewright.evaluation.parts import Interval
 
 RESAMPLES = 10_000
 
-_Z_INTERVAL = float(norm.ppf(0.975))
 _CHUNK_CELLS = 4_000_000  # clusters times resamples held at once: 32 MB of int64
 
 Floats = NDArray[np.float64]
@@ -57,11 +56,12 @@ def effective_items(values: Floats, clusters: Sequence[str]) -> float:
 # Intervals
 
 
-def wilson(share: float, items: float) -> Interval:
-    """Wilson's 95% score interval of a share; ``items`` may be an effective number, so it need not be whole."""
-    z2 = _Z_INTERVAL**2
+def wilson(share: float, items: float, level: float = 0.95) -> Interval:
+    """Wilson's score interval of a share; ``items`` may be an effective number, so it need not be whole."""
+    z = float(norm.ppf((1 + level) / 2))
+    z2 = z**2
     centre = (share + z2 / (2 * items)) / (1 + z2 / items)
-    half = _Z_INTERVAL / (1 + z2 / items) * np.sqrt(share * (1 - share) / items + z2 / (4 * items**2))
+    half = z / (1 + z2 / items) * np.sqrt(share * (1 - share) / items + z2 / (4 * items**2))
     return Interval(low=max(float(centre - half), 0.0), high=min(float(centre + half), 1.0))
 
 

@@ -11,7 +11,7 @@ from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.servable import require_servable
 from tunewright.data.add import AddResult
 from tunewright.errors import UserError
-from tunewright.evaluation.evidence import Advice, amend, find_evaluation, load_evidence, load_items
+from tunewright.evaluation.evidence import Advice, Evidence, amend, find_evaluation, load_evidence, load_items
 from tunewright.evaluation.ledger import Ledger
 from tunewright.evaluation.openings import Opening
 from tunewright.evaluation.power import Prospect, prospect, prospect_text
@@ -21,7 +21,7 @@ from tunewright.models.bases import Base
 from tunewright.models.quantized import require_bitsandbytes
 from tunewright.progress import LogReporter, Reporter
 from tunewright.project import Project
-from tunewright.recipe import Recipe, TrainRecipe
+from tunewright.recipe import TrainRecipe
 from tunewright.road.adapters import AdaptersRoad
 from tunewright.road.data import DataRoad
 from tunewright.road.opened import OpenProject
@@ -179,30 +179,9 @@ class Road:
         Raises:
             UserError: no such base or size, or more shared and trained tokens than a row has.
         """
-        from tunewright.models.bases import base_config
-        from tunewright.models.fit.plan import memory_at_hand, plan
-        from tunewright.models.fit.shape import read_shape
+        from tunewright.road.fitting import fitting_plan
 
-        memory = memory_at_hand(gpu)
-        alone = base is not None and not self.project.has_recipe
-        recipe = Recipe() if alone else self.project.recipe
-        if alone:
-            self.reporter.say("There is no project here: the recipe's defaults hold.")
-        spec, revision = (recipe.base, recipe.revision) if base is None else (base, None)
-        settings = recipe.train
-        if settings.dora:
-            self.reporter.warn("DoRA takes more than is told here: what it needs beyond LoRA is not counted.")
-        rows = rows or settings.micro_batch or settings.batch_size
-        length = length or settings.max_length
-        if shared + (answer or 1) > length:
-            raise UserError(
-                f"{shared:,} shared and {answer or 1:,} trained tokens are more than a row's {length:,}",
-                where="--length",
-                fix="Raise it, or lower --shared or --answer.",
-            )
-        shape = read_shape(base_config(spec, revision, self.project.root, self.reporter))
-        answer = answer or length
-        return plan(spec, shape, settings, memory, rows=rows, length=length, shared=shared, answer=answer)
+        return fitting_plan(self._opened, gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=answer)
 
     def train(self, *, force: bool = False) -> TrainResult:
         """Train the recipe's adapter on the current version, or find the one already trained.
@@ -381,10 +360,7 @@ class Road:
         Raises:
             UserError: there is none, or it is one of the project's and the ledger is not whole.
         """
-        place = self.evaluation(evaluation).resolve()
-        if self.project.evaluations.resolve() in place.parents:
-            self.ledger()
-        return verdict(load_evidence(place))
+        return verdict(self._evidence(evaluation))
 
     def ledger(self) -> list[Opening]:
         """Every opening of the test split, the first one first.
@@ -395,10 +371,14 @@ class Road:
         return Ledger(self.project.evaluations).openings
 
     def verdict_markdown(self, evaluation: str | Path | None = None) -> str:
-        """The verdict with what was measured, as GitHub markdown for a comment on a pull request."""
+        """The verdict with what was measured, as GitHub markdown for a comment on a pull request.
+
+        Raises:
+            UserError: as :meth:`verdict`.
+        """
         from tunewright.report.markdown import verdict_markdown
 
-        return verdict_markdown(load_evidence(self.evaluation(evaluation)))
+        return verdict_markdown(self._evidence(evaluation))
 
     def judge(self, evaluation: str | Path | None = None) -> JudgeResult:
         """Have the recipe's judge compare the tuned answers with the best prompting arm's (the newest by default).
@@ -420,11 +400,11 @@ class Road:
         return Judge(self.project, self.evaluation(evaluation), self.reporter)
 
     def report(self, evaluation: str | Path | None = None) -> Path:
-        """Write an evaluation's HTML report beside its evidence (the newest by default)."""
+        """Write an evaluation's HTML report beside its evidence (the newest by default), which is all it takes."""
         from tunewright.evaluation.curve import find_curve
         from tunewright.report.html import write_report
 
-        folder = self.evaluation(evaluation)
+        folder = _folder(self.evaluation(evaluation))
         evidence = load_evidence(folder)
         history: list[dict[str, Any]] = []
         if evidence.design == "held-out":  # cross-fitted evidence has each fold's dev losses itself
@@ -460,6 +440,13 @@ class Road:
             UserError: there is none.
         """
         return find_evaluation(self.project.evaluations, evaluation)
+
+    def _evidence(self, evaluation: str | Path | None) -> Evidence:
+        """An evaluation's evidence; of the project's own, only with the whole ledger."""
+        place = self.evaluation(evaluation)
+        if self.project.evaluations.resolve() in place.resolve().parents:
+            self.ledger()
+        return load_evidence(place)
 
     def _refuse_up_front(self) -> None:
         """What no training by this recipe could end well with, before a base is fetched or anything measured."""

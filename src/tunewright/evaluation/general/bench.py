@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from tunewright.adapters.registry import Adapter
 from tunewright.data.versions import DatasetVersion
@@ -18,13 +17,12 @@ from tunewright.disk import digest, write_json
 from tunewright.evaluation.general.section import Control, Suite, SuiteKind
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.non_inferiority import items_needed, paired_drop, smallest_margin
+from tunewright.evaluation.statistics import wilson
 from tunewright.progress import Reporter
 from tunewright.project import Project
 
 CONTROL_ITEMS = 200
 """Of a control that costs passes of its own, at most."""
-
-_Z_ONE_SIDED = float(norm.ppf(0.95))
 
 Floats = NDArray[np.float64]
 T = TypeVar("T")
@@ -145,10 +143,7 @@ def lower_limit(scores: Floats) -> float:
 
     Of graded scores too: among scores in that range with a given mean, right and wrong have the largest variance.
     """
-    share, items, z = float(scores.mean()), len(scores), _Z_ONE_SIDED
-    centre = share + z * z / (2 * items)
-    half = z * np.sqrt(share * (1 - share) / items + z * z / (4 * items**2))
-    return float((centre - half) / (1 + z * z / items))
+    return wilson(float(scores.mean()), len(scores), level=0.9).low
 
 
 # A suite's numbers
