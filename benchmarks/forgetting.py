@@ -246,7 +246,12 @@ def draw(rows: Mapping[str, Any], path: Path) -> None:
         axes = figure.add_subplot()
         axes.grid(color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
-        for (name, row), colour in zip(((n, r) for n, r in rows.items() if n != "base"), colours, strict=False):
+        names: dict[str, list[str]] = {}  # of the same adapter: scaling may keep it as it is
+        for name, row in rows.items():
+            if name != "base":
+                names.setdefault(row["adapter"], []).append(name)
+        for same, colour in zip(names.values(), colours, strict=False):
+            name, row = " = ".join(same), rows[same[0]]
             lost, dev = row["forgetting"], row["dev"]
             x, y = lost["increase"], 100 * (dev["value"] - base)
             x_error, y_error = around(x, lost["interval"], 1), around(100 * dev["value"], dev["interval"], 100)

@@ -347,3 +347,18 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
             go()
         assert (caught.value.fix or "").startswith("pip install trackio")
     assert not any(line.startswith("Loading") for line in told.lines)
+
+
+def test_an_mlflow_store_that_mlflow_refuses_is_told_before_anything_is_loaded(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    store = (tmp_path / "runs").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    told = Told()
+    road = _road(tmp_path / "p", tiny_base_folder, told, report_to=["mlflow"])
+    with pytest.raises(UserError, match="MLflow does not open MLFLOW_TRACKING_URI=file:") as caught:
+        road.train()
+    assert caught.value.where == "train.report_to"
+    assert not any(line.startswith("Loading") for line in told.lines)

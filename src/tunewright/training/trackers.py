@@ -17,7 +17,8 @@ def require_trackers(trackers: Sequence[Tracker]) -> None:
     """Check that the recipe's trackers are installed and let us in, before anything is loaded or measured.
 
     Raises:
-        UserError: one is not, or W&B has no API key and no terminal to ask for one.
+        UserError: one is not, W&B has no API key and no terminal to ask for one, or MLflow refuses the place that
+            ``MLFLOW_TRACKING_URI`` names.
     """
     missing = [tracker for tracker in trackers if importlib.util.find_spec(tracker) is None]
     if missing:
@@ -26,8 +27,12 @@ def require_trackers(trackers: Sequence[Tracker]) -> None:
             where="train.report_to",
             fix=f"pip install {' '.join(missing)}, or leave {'it' if len(missing) == 1 else 'them'} out.",
         )
-    if "wandb" in trackers and processes.is_main():  # which alone reports
+    if not processes.is_main():  # the main one alone reports
+        return
+    if "wandb" in trackers:
         _log_in_to_wandb()
+    if "mlflow" in trackers and "MLFLOW_TRACKING_URI" in os.environ:
+        _open_mlflow(os.environ["MLFLOW_TRACKING_URI"])
 
 
 def _log_in_to_wandb() -> None:
@@ -45,6 +50,20 @@ def _log_in_to_wandb() -> None:
         ) from None
     finally:
         wandb.teardown()  # what it has read of the environment, where `tracked_in` has yet to say where to write
+
+
+def _open_mlflow(uri: str) -> None:
+    """Have MLflow open what the user named now: it refuses some stores, and would do so only at the first step."""
+    import mlflow
+
+    try:
+        mlflow.MlflowClient(uri).search_experiments(max_results=1)
+    except mlflow.exceptions.MlflowException as error:
+        raise UserError(
+            f"MLflow does not open MLFLOW_TRACKING_URI={uri}: {str(error).splitlines()[0]}",
+            where="train.report_to",
+            fix="Name another place, such as sqlite:///mlflow.db, or none: .tunewright/trackers is written then.",
+        ) from None
 
 
 @contextmanager
