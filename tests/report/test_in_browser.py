@@ -10,6 +10,7 @@ import pytest
 from browser import EXECUTABLE, Page, chromium
 from factories import make_history
 from report_evidence import CURVE, ITEMS, full_evidence
+from signals_factory import make_signals
 from tunewright.report.html import write_report
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
@@ -43,7 +44,7 @@ CONTRASTS = """(() => {
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(full_evidence(), ITEMS, make_history(), out, CURVE)
+    write_report(full_evidence(), ITEMS, make_history(), out, CURVE, make_signals())
     return out
 
 

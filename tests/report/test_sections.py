@@ -12,6 +12,9 @@ import pytest
 from command_line import tunewright
 from factories import make_evidence, make_history
 from report_evidence import CURVE, GENERAL, ITEMS, JUDGE, REVIEW, full_evidence, vetoed
+from signals_factory import break_even, make_signals
+from tunewright.advice.signals import Speed, fitting_advice
+from tunewright.advice.wording import break_even_text
 from tunewright.disk import digest, write_json, write_text
 from tunewright.errors import UserError
 from tunewright.evaluation.curve import CURVE_FILE, find_curve, more_data
@@ -23,7 +26,8 @@ from tunewright.report.html import render_report
 from tunewright.report.sections import nearness
 
 FULL = full_evidence()
-PAGE = render_report(FULL, ITEMS, make_history(), CURVE)
+ADVICE = make_signals()
+PAGE = render_report(FULL, ITEMS, make_history(), CURVE, ADVICE)
 BARE = make_evidence(ITEMS)
 
 
@@ -69,7 +73,7 @@ class _Tables(HTMLParser):
 
 
 def _read(evidence: Evidence, **given: Any) -> _Tables:
-    return _Tables(render_report(evidence, ITEMS, given.get("history", []), given.get("curve")))
+    return _Tables(render_report(evidence, ITEMS, given.get("history", []), given.get("curve"), given.get("advice")))
 
 
 READ = _Tables(PAGE)
@@ -149,6 +153,50 @@ def test_tokens_of_a_call_are_told_apart_by_what_a_cache_holds() -> None:
         assert row[3] == f"{arm.prompt_tokens - 41:.0f}"
         assert row[4] == "17.2"
     assert [row[4] for row in _read(BARE).tables["Table of tokens"][1:]] == ["not counted"] * 3
+
+
+def test_the_break_even_is_shown_with_what_it_is_made_of() -> None:
+    told = READ.sections["cost"]
+    assert break_even_text(ADVICE) in told
+    assert "from 50,000 calls on (45,000 to 56,000)" in told
+    assert READ.tables["Table of calls"] == [
+        ["A call of", "Input tokens", "Of them in a prefix cache", "Output tokens", "Costs"],
+        ["retrieved-4", "160", "20", "12.0", "0.002"],
+        ["pilot-100", "40", "20", "12.0", "0.001"],
+    ]
+    assert [row[1] for row in READ.tables["Table of what training costs"][1:]] == [
+        "40.00",
+        "1.00",
+        "9.00",
+        "0",
+        "50.00",
+    ]
+    assert "Advice 0123456789ab" in told
+    assert "This machine" not in told
+
+
+def test_a_break_even_in_machine_time_names_the_speeds_that_it_rests_on() -> None:
+    speed = {"retrieved-4": Speed(prefill=910, decode=61, rows=8)}
+    even = break_even((400, 500, None), unit="machine hours").model_copy(update={"speed": speed})
+    read = _read(FULL, advice=make_signals(break_even=even))
+    assert [row[4] for row in read.tables["Table of calls"]] == ["Costs, machine time", "7.2 s", "3.6 s"]
+    assert [row[1] for row in read.tables["Table of what training costs"][1:3]] == ["40.0 h", "3,600 s"]
+    assert "retrieved-4 910 prompt and 61 answer tokens a second in a batch of 8" in read.sections["cost"]
+    assert "from 500 calls on (400 to never)" in read.sections["cost"]
+
+
+def test_without_a_break_even_the_page_says_what_measures_it() -> None:
+    for advice, told in [
+        (None, "No break-even was measured on these data and this base: `tunewright advise` measures it."),
+        (
+            make_signals(break_even=None, left_out={"break_even": "it takes the pilot's time and answers"}),
+            "advice 0123456789ab has none, as it takes the pilot's time and answers. `tunewright advise` with a pilot",
+        ),
+    ]:
+        read = _read(FULL, advice=advice)
+        assert told in read.sections["cost"]
+        assert "Table of tokens" in read.tables
+        assert not {"Table of calls", "Table of what training costs"} & set(read.tables)
 
 
 def test_judge_and_people_are_shown_with_controls_agreement_and_the_powered_estimate() -> None:
@@ -261,6 +309,33 @@ def test_only_a_curve_of_the_same_data_base_and_metric_is_taken_and_the_newest(t
         find_curve(tmp_path, evidence)
 
 
+def test_only_advice_on_the_same_data_base_and_metric_is_taken_and_the_newest_with_a_break_even(tmp_path: Path) -> None:
+    lineage = {"dataset": digest("d"), "base": {"spec": "b", "digest": "1"}}
+    evidence = BARE.model_copy(update={"lineage": lineage})
+    assert fitting_advice(tmp_path, evidence) is None
+
+    def store(name: str, **changes: Any) -> None:
+        given = {"lineage": lineage | changes.pop("lineage"), **changes}
+        write_json(tmp_path / f"{name}.json", make_signals(id=name, **given).model_dump(mode="json"))
+
+    def found(evidence: Evidence) -> str | None:
+        advice = fitting_advice(tmp_path, evidence)
+        return None if advice is None else advice.id
+
+    store("bare", lineage={"created": "2026-02-01"}, break_even=None)
+    store("other", lineage={"created": "2026-06-01", "dataset": digest("e")})
+    store("base", lineage={"created": "2026-06-01", "base": {"spec": "b", "digest": "2"}})
+    assert found(evidence) == "bare"
+    store("old", lineage={"created": "2026-01-01"})
+    assert found(evidence) == "old"
+    store("new", lineage={"created": "2026-01-02"})
+    assert found(evidence) == "new"
+    assert found(evidence.model_copy(update={"metric": "bleu"})) is None
+    write_text(tmp_path / "bad.json", "{}")
+    with pytest.raises(UserError, match="not advice of schema"):
+        fitting_advice(tmp_path, evidence)
+
+
 def test_the_report_command_needs_nothing_but_the_evaluation(tmp_path: Path, tiny_base_folder: Path) -> None:
     write_text(tmp_path / "tunewright.yaml", f"name: p\nbase: {tiny_base_folder}\n")
     folder = tmp_path / "evaluations" / FULL.id
@@ -270,6 +345,7 @@ def test_the_report_command_needs_nothing_but_the_evaluation(tmp_path: Path, tin
     assert ran.code == 0, ran.stderr
     assert "no longer here" in ran.stderr
     read = _Tables((folder / "report.html").read_text())
+    assert "`tunewright advise` measures it" in read.sections["cost"]
     assert {"nearness", "general", "people", "judge", "ledger"} <= set(read.sections)
     assert READ.tables["Table of arms"] == read.tables["Table of arms"]
 
@@ -285,3 +361,16 @@ def test_what_is_not_scored_cannot_be_told() -> None:
     assert section is not None
     assert "not scored in both arms" in section.blocks[0].text  # type: ignore[union-attr]
     assert _read(changed).tables["Table of scores by distance"][1][2:] == ["none scored"] * 4
+
+
+def test_the_report_command_takes_the_projects_advice(tmp_path: Path, tiny_base_folder: Path) -> None:
+    write_text(tmp_path / "tunewright.yaml", f"name: p\nbase: {tiny_base_folder}\n")
+    folder = tmp_path / "evaluations" / FULL.id
+    write_json(folder / "evidence.json", FULL.model_dump(mode="json"))
+    write_text(folder / "items.jsonl", "".join(item.model_dump_json(exclude_none=True) + "\n" for item in ITEMS))
+    advice = make_signals(lineage=FULL.lineage)
+    write_json(tmp_path / "advice" / f"{advice.id}.json", advice.model_dump(mode="json"))
+    ran = tunewright("report", "-p", tmp_path)
+    assert ran.code == 0, ran.stderr
+    read = _Tables((folder / "report.html").read_text())
+    assert read.tables["Table of calls"] == READ.tables["Table of calls"]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from tunewright.errors import UserError
-from tunewright.evaluation.evidence import Advice, Contrast
+from tunewright.evaluation.evidence import Advice, Contrast, Evidence
 from tunewright.evaluation.parts import ArmScore, Interval, Part
 from tunewright.recipe import MetricName
 
@@ -248,7 +248,8 @@ def load_signals(file: Path) -> Signals:
         return Signals.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = " ".join(str(error).splitlines()[:3])
-        raise UserError(f"not advice of schema {SCHEMA_VERSION}: {first}", where=str(file)) from None
+        fix = "Remove it; `tunewright advise` measures it again."
+        raise UserError(f"not advice of schema {SCHEMA_VERSION}: {first}", where=str(file), fix=fix) from None
 
 
 def find_advice(folder: Path, name: str | Path) -> Path:
@@ -267,3 +268,23 @@ def find_advice(folder: Path, name: str | Path) -> Path:
         there = f"There are: {', '.join(known)}." if known else "`tunewright advise` writes it."
         raise UserError(f"no advice {str(name)!r}", where=str(folder), fix=there)
     return place
+
+
+def fitting_advice(folder: Path, evidence: Evidence) -> Signals | None:
+    """The newest advice on an evaluation's data and base, by its metric; one with a break-even before one without.
+
+    Args:
+        folder: the project's advice.
+        evidence: the evaluation's.
+
+    Raises:
+        UserError: advice that cannot be read.
+    """
+    found = []
+    for file in sorted(folder.glob("[!.]*.json")):
+        signals = load_signals(file)
+        same = all(signals.lineage.get(key) == evidence.lineage.get(key) for key in ("dataset", "base"))
+        if same and signals.metric == evidence.metric:
+            found.append(signals)
+    newest_last = sorted(found, key=lambda s: (s.break_even is not None, str(s.lineage.get("created", ""))))
+    return newest_last[-1] if newest_last else None

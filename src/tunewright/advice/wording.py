@@ -20,7 +20,7 @@ def measured(signals: Signals) -> dict[str, str]:
     return {
         "context budget": _context(signals),
         "specificity": _specificity(signals),
-        "break-even": _break_even(signals),
+        "break-even": break_even_text(signals),
         "gain": _gain(signals),
     }
 
@@ -65,7 +65,8 @@ def _specificity(signals: Signals) -> str:
     return f"{'; '.join(parts)}. Evidence alone: it decides nothing."
 
 
-def _break_even(signals: Signals) -> str:
+def break_even_text(signals: Signals) -> str:
+    """From how many calls on training pays, or why that is not known."""
     even = signals.break_even
     if even is None:
         return f"Not measured: {signals.left_out['break_even']}."
@@ -95,12 +96,19 @@ def _span(months: float) -> str:
     return f"{months:.1f} months" if months >= 2 else f"{365.25 / 12 * months:.1f} days"
 
 
-def cost(even: BreakEven, amount: float) -> str:
-    """An amount in the unit of the break-even, as people read it."""
+def cost(even: BreakEven, value: float) -> str:
+    """An amount in the unit of the break-even, and of what it is."""
+    return amount(even, value) if even.unit == "money" else f"{amount(even, value)} of this machine"
+
+
+def amount(even: BreakEven, value: float) -> str:
+    """An amount of money, or of time, as people read it: ``0.00213``, ``12.50``, ``7.2 s``, ``1,840 s``, ``3.1 h``."""
     if even.unit == "money":
-        return f"{amount:.4g}" if amount < 1 else f"{amount:,.2f}"
-    seconds = 3600 * amount
-    return f"{seconds:,.3g} s of this machine" if seconds < 5400 else f"{amount:,.1f} h of this machine"
+        return f"{value:.4g}" if value < 1 else f"{value:,.2f}"
+    seconds = 3600 * value
+    if seconds >= 5400:
+        return f"{value:,.1f} h"
+    return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
 
 
 def _gain(signals: Signals) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tunewright.advice.signals import Signals
 from tunewright.disk import write_text
 from tunewright.evaluation.curve import Curve
 from tunewright.evaluation.evidence import Evidence, Item
@@ -35,6 +36,7 @@ def write_report(
     history: Sequence[dict[str, Any]],
     out: Path,
     curve: Curve | None = None,
+    advice: Signals | None = None,
 ) -> None:
     """Write the report of ``evidence`` to ``out``, whole or not at all; equal input gives equal bytes.
 
@@ -44,12 +46,17 @@ def write_report(
         history: the training run's rows, as an adapter has them: of each step and each evaluation. May be empty.
         out: the HTML file.
         curve: a learning curve on the same data, if there is one.
+        advice: advice on the same data, if there is any: its break-even is shown.
     """
-    write_text(out, render_report(evidence, test_items, history, curve))
+    write_text(out, render_report(evidence, test_items, history, curve, advice))
 
 
 def render_report(
-    evidence: Evidence, test_items: Sequence[Item], history: Sequence[dict[str, Any]], curve: Curve | None = None
+    evidence: Evidence,
+    test_items: Sequence[Item],
+    history: Sequence[dict[str, Any]],
+    curve: Curve | None = None,
+    advice: Signals | None = None,
 ) -> str:
     """The report as HTML text."""
     environment = Environment(
@@ -63,12 +70,16 @@ def render_report(
         project=evidence.project,
         id=evidence.id,
         summary=summary.summary(evidence),
-        sections=page_sections(evidence, test_items, history, curve),
+        sections=page_sections(evidence, test_items, history, curve, advice),
     )
 
 
 def page_sections(
-    evidence: Evidence, test_items: Sequence[Item], history: Sequence[dict[str, Any]], curve: Curve | None
+    evidence: Evidence,
+    test_items: Sequence[Item],
+    history: Sequence[dict[str, Any]],
+    curve: Curve | None,
+    advice: Signals | None,
 ) -> list[Section]:
     """The page's sections in their order; what was not measured has none."""
     found = (
@@ -79,7 +90,7 @@ def page_sections(
         general.section(evidence),
         people.section(evidence),
         judge.section(evidence),
-        cost.section(evidence),
+        cost.section(evidence, advice),
         prompting.section(evidence),
         training.section(evidence, history),
         training.curve_section(curve),

@@ -400,7 +400,11 @@ class Road:
         return Judge(self.project, self.evaluation(evaluation), self.reporter)
 
     def report(self, evaluation: str | Path | None = None) -> Path:
-        """Write an evaluation's HTML report beside its evidence (the newest by default), which is all it takes."""
+        """Write an evaluation's HTML report beside its evidence (the newest by default), which is all it takes.
+
+        The project's newest learning curve and advice on the same data and base are shown too, if there are any.
+        """
+        from tunewright.advice.signals import fitting_advice
         from tunewright.evaluation.curve import find_curve
         from tunewright.report.html import write_report
 
@@ -415,7 +419,8 @@ class Road:
             else:
                 history = adapter.history
         out = folder / REPORT_FILE
-        write_report(evidence, load_items(folder), history, out, find_curve(self.project.curves, evidence))
+        curve, advice = find_curve(self.project.curves, evidence), fitting_advice(self.project.advice, evidence)
+        write_report(evidence, load_items(folder), history, out, curve, advice)
         return out
 
     def serve(self, adapters: Sequence[str] = (), *, host: str | None = None, port: int | None = None) -> Service:
