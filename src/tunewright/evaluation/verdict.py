@@ -9,13 +9,15 @@ from typing import Literal
 from tunewright.evaluation.evidence import Arm, Contrast, DevComparison, Evidence
 from tunewright.evaluation.general.rule import standing
 from tunewright.evaluation.openings import openings_text
+from tunewright.evaluation.opinions import opinions
+from tunewright.evaluation.power import ALPHA
 from tunewright.evaluation.settling import items_to_settle
 from tunewright.metrics import p_text, points_text, score_text
 from tunewright.recipe import MetricName
 
 Decision = Literal["ship", "don't ship", "can't tell"]
 
-SIGNIFICANT = 0.05
+SIGNIFICANT = ALPHA
 FEWEST_CLUSTERS = 6
 """With c clusters the smallest two-sided p of a test that swaps them is 2 / 2**c: below 0.05 from six on."""
 
@@ -45,16 +47,19 @@ def verdict(evidence: Evidence) -> Verdict:
     can be significant, it can't be told.
 
     Whatever the gain, don't ship what is worse at a suite of general ability that may decide; and where such a suite
-    cannot tell, neither can the verdict, unless it is a "don't ship" already.
+    cannot tell, neither can the verdict, unless it is a "don't ship" already. Nor is shipped what people prefer less,
+    blind; and where a judge that passed its controls does, and nobody else was asked, it can't be told.
     """
     contrast = evidence.contrasts[0]
     decision, why = _decide(evidence, contrast)
     decision, general = _with_general(evidence, decision)
+    decision, said = _with_opinions(evidence, decision)
     reasons = (
         _measurement(evidence, contrast),
         *why,
         *_left_out(contrast),
         *general,
+        *said,
         *_scope(evidence),
         *_cautions(evidence, contrast),
     )
@@ -72,6 +77,16 @@ def _with_general(evidence: Evidence, decision: Decision) -> tuple[Decision, lis
     if found.result == "can't tell" and found.decides and decision == "ship":
         head = "The gain would do, but whether the adapter has lost what the base could do before cannot be told."
         return "can't tell", [head, *found.reasons]
+    return decision, list(found.reasons)
+
+
+def _with_opinions(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
+    """What is left of a decision after people and a judge were heard, who can only make it stricter; and why."""
+    found = opinions(evidence)
+    if found.against == "people":
+        decision = "don't ship"
+    elif found.against == "judge" and decision == "ship":
+        decision = "can't tell"
     return decision, list(found.reasons)
 
 

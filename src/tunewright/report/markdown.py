@@ -12,7 +12,7 @@ from tunewright.evaluation.general.section import Suite
 from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.verdict import verdict
 from tunewright.metrics import metric_label, p_text, points_text
-from tunewright.report.wording import HEADLINES, judge_line, metric_order, noise_line, people_line, suite_result
+from tunewright.report.wording import HEADLINES, metric_order, noise_line, suite_result
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~&#@$]")
 _OPENS_A_LIST = re.compile(r"^(\d+(?=[.)](\s|$))|(?=[-+]))(.)")
@@ -36,7 +36,7 @@ def verdict_markdown(evidence: Evidence) -> str:
         _arms(evidence),
         _contrasts(evidence),
         _suites(evidence.general.suites) if evidence.general else "",
-        _list([plain(line) for line in _said(evidence)]),
+        plain(noise_line(evidence.noise_floor)) if evidence.noise_floor else "",
         _made_with(evidence),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -123,15 +123,6 @@ def _suite(suite: Suite) -> list[str]:
         amount(suite.limit),
         "none" if suite.margin is None else amount(suite.margin),
         plain(suite_result(suite)),
-    ]
-
-
-def _said(evidence: Evidence) -> list[str]:
-    judge, review, noise = evidence.judge, evidence.review, evidence.noise_floor
-    return [
-        *([judge_line(judge)] if judge else []),
-        *([people_line(review)] if review else []),
-        *([noise_line(noise)] if noise else []),
     ]
 
 

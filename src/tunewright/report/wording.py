@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from tunewright.evaluation.evidence import Evidence
 from tunewright.evaluation.general.section import Suite
-from tunewright.evaluation.judge.section import Judgement
 from tunewright.evaluation.noise import NoiseFloor
 from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.people.section import AnswerReview
 from tunewright.evaluation.verdict import Decision
 from tunewright.metrics import points_text
 from tunewright.recipe import MetricName
@@ -25,39 +23,6 @@ def suite_result(suite: Suite) -> str:
     if suite.margin is None:
         return "no margin: decides nothing"
     return suite.result if suite.gates else f"decides nothing: {suite.failed[0].name} failed"
-
-
-def judge_line(judge: Judgement) -> str:
-    """What the judge found, against the arm that decides; of a vetoed one that it is not heard, and why."""
-    if judge.vetoed:
-        return f"Judge {judge.model}: vetoed, so nothing it said counts. {'; '.join(judge.vetoed)}."
-    if not judge.preferences:
-        return f"Judge {judge.model}: passed its controls, and compared no answers."
-    found = judge.preferences[0]
-    rate = percents(found.rate.value, found.rate.interval)
-    flips = "" if found.flip_rate is None else f"; {found.flip_rate:.0%} of its verdicts changed with the order"
-    return f"Judge {judge.model}: {found.treatment} wins {rate} against {found.opponent}, ties half{flips}."
-
-
-def people_line(review: AnswerReview) -> str:
-    """What people preferred, and how far that goes for all test items."""
-    wins, losses = review.preferred
-    told = (
-        f"People, blind: {review.answered} of {review.asked} pairs judged, {review.treatment} preferred on {wins}, "
-        f"{review.control} on {losses}."
-    )
-    if review.powered is not None:
-        score = review.powered.win_rate
-        return f"{told} On all items, with the judge's help: {percents(score.value, score.interval)} for the first."
-    if review.win_rate is not None:
-        score = review.win_rate
-        return f"{told} On all items: {percents(score.value, score.interval)} for the first."
-    return f"{told} No win rate for all items yet: {review.lacking}."
-
-
-def percents(value: float, interval: Interval) -> str:
-    """A share with its interval: ``62.5% (51.0 to 73.2)``."""
-    return f"{100 * value:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
 
 def percent_interval(interval: Interval) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from tunewright.evaluation.evidence import Evidence
+from tunewright.evaluation.opinions import people_line
 from tunewright.evaluation.parts import Score
 from tunewright.evaluation.people.section import AnswerReview, RaterAgreement
 from tunewright.metrics import p_text
 from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
-from tunewright.report.wording import people_line, percent_interval
+from tunewright.report.wording import percent_interval
 
 
 def section(evidence: Evidence) -> Section | None:
