@@ -68,7 +68,10 @@ def _judge(judge: Judgement | None, contrast: Contrast, *, overruled: bool) -> t
         kin = f"it is of the base's family ({judge.same_family}) and may like its own kind: it stops nothing"
         return False, [said, f"Caution: {told}; but {kin}. Take a judge of another family, or ask people."]
     if overruled:
-        return False, [said, f"Caution: {told}; but people prefer {contrast.treatment}, and it only stands in for them."]
+        return False, [
+            said,
+            f"Caution: {told}; but people prefer {contrast.treatment}, and it only stands in for them.",
+        ]
     return True, [said, f"But {told}. `tunewright review` asks people, who outrank it."]
 
 
