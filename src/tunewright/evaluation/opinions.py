@@ -83,9 +83,10 @@ def _objections(judge: Judgement, contrast: Contrast) -> list[str]:
     """
     found = []
     correct = judge.contrast
-    if correct is not None and (correct.treatment, correct.control) == (contrast.treatment, contrast.control):
-        if correct.interval.high < 0 and correct.p_value < ALPHA:
-            found.append(f"in correctness ({p_text(correct.p_value)})")
+    arms = (contrast.treatment, contrast.control)
+    worse = correct is not None and correct.interval.high < 0 and correct.p_value < ALPHA
+    if correct is not None and worse and (correct.treatment, correct.control) == arms:
+        found.append(f"in correctness ({p_text(correct.p_value)})")
     preference = _preference(judge, contrast)
     if preference is not None and preference.p_value < ALPHA:
         forms = (preference.rate, preference.stripped, preference.length_controlled)
