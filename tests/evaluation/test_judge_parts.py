@@ -203,14 +203,18 @@ def test_at_equal_length_a_judge_that_ignores_length_finds_the_plain_win_rate() 
     assert controlled.matched == int((np.abs(lengths[:, 0] - lengths[:, 1]) <= 0.1 * lengths.max(axis=1)).sum())
 
 
-def test_a_vetoed_judgement_holds_no_findings_and_no_verdict_depends_on_it() -> None:
+def test_a_vetoed_judgement_holds_no_findings_and_no_decision_depends_on_it() -> None:
     evidence = make_evidence(make_items())
     spent = Spent(calls=0, prompt_tokens=0, completion_tokens=0, estimated=0, cost=None)
     section = Judgement(
         model="m", url="http://x/v1", parameters={}, prompts="0", criteria=None, created="2026", same_family=None,
         reference_model=None, controls=(), vetoed=("gold is correct: no",), spent=spent,
     )  # fmt: skip
-    assert verdict(evidence.model_copy(update={"judge": section})) == verdict(evidence)
+    without, told = verdict(evidence), verdict(evidence.model_copy(update={"judge": section}))
+    assert told.decision == without.decision
+    assert set(told.reasons) - set(without.reasons) == {
+        "Judge m: vetoed, so nothing it said counts. gold is correct: no."
+    }
     arm = {"name": "tuned", "items": 1, "correct": 1, "exact": 0, "unscored": {}}
     share = {"value": 1.0, "interval": {"low": 0.2, "high": 1.0}, "method": "Wilson"}
     with pytest.raises(ValidationError, match="no evidence"):
