@@ -178,7 +178,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_adapter(
         assert running.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     running.send_signal(number)
-    assert running.wait(timeout=120) == (2 if number == signal.SIGINT else -signal.SIGKILL)
+    assert running.wait(timeout=120) == (130 if number == signal.SIGINT else -signal.SIGKILL)
     before = _ledger(project)
     assert [line["event"] for line in before[1:]] == ["measured", *["stopped"] * (number == signal.SIGINT)]
     assert not (project / "adapters").exists()

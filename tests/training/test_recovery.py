@@ -116,7 +116,7 @@ def test_ctrl_c_and_sigterm_save_the_step_first(
     _reach(command, folder, 5)
     command.send(number)
     ended = command.wait()
-    assert ended.code == 2
+    assert ended.code == 130
     step = max(_whole(folder))
     assert f"Stopped at step {step} of {STEPS}, which is saved." in ended.stderr
     assert "the same command goes on from there" in ended.stderr
@@ -133,7 +133,7 @@ def test_a_second_signal_interrupts_at_once(
     _reach(command, folder, 5)
     command.send(signal.SIGINT, signal.SIGTERM)
     ended = command.wait()
-    assert ended.code == 2
+    assert ended.code == 130
     assert "Stopped at step" not in ended.stderr  # nothing was waited for
     assert "the same command goes on from there" in ended.stderr
     assert server.run("train", "-p", folder).code == 0

@@ -25,7 +25,10 @@ from tunewright.training import processes
 if TYPE_CHECKING:
     from tunewright.cli.curves import Curves
 
+FAILED = 1
 USER_ERROR = 2
+STOPPED = 128 + signal.SIGINT
+"""As shells report what Ctrl-C ended."""
 _LOG_WIDTH = 120
 
 
@@ -179,7 +182,7 @@ class Session:
 
 @contextmanager
 def session(as_json: bool, project: Path | None = None, *, together: bool = False) -> Iterator[Session]:
-    """Run a command: a UserError becomes one clear message and exit code 2, as does a stop by Ctrl-C or SIGTERM.
+    """Run a command: a UserError becomes one clear message and exit code 2, a stop by Ctrl-C or SIGTERM one and 130.
 
     Of the project it says at the end whether reviewers have accepted the current dataset version. With ``together``
     the command may run in several processes at once, one of which speaks for all.
@@ -200,15 +203,15 @@ def session(as_json: bool, project: Path | None = None, *, together: bool = Fals
         if together:
             processes.leave()
     except UserError as error:
-        _fail(current, error.as_dict(), f"Error: {error}")
+        _fail(current, error.as_dict(), f"Error: {error}", USER_ERROR)
     except RuntimeError as error:
         if not processes.lost_another(error):
             raise
         what = "another process of this run was lost; the same command goes on from the last checkpoint"
-        _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}")
+        _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}", FAILED)
     except KeyboardInterrupt:
         what = "stopped; what was finished is kept, nothing half done is, and the same command goes on from there"
-        _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what[0].upper()}{what[1:]}.")
+        _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what[0].upper()}{what[1:]}.", STOPPED)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -217,12 +220,12 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(current: Session, document: dict[str, Any], text: str) -> NoReturn:
+def _fail(current: Session, document: dict[str, Any], text: str, code: int) -> NoReturn:
     if not processes.first_to_fail():
-        raise typer.Exit(USER_ERROR)
+        raise typer.Exit(code)
     current.console.quiet = False
     if current.as_json:
         print(json.dumps({"error": document}, indent=2, ensure_ascii=False))
     else:
         current.console.print(text, style="red", markup=False, highlight=False)
-    raise typer.Exit(USER_ERROR)
+    raise typer.Exit(code)

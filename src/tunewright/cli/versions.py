@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json
-from tunewright.cli.console import session
+from tunewright.cli.console import FAILED, session
 from tunewright.cli.data import data_app
 
 if TYPE_CHECKING:
     from tunewright.data.versions.changes import Blame
     from tunewright.data.versions.remote import Transfer
 
-FAILED = 1
 
 # As in data.export and data.splits, which are too heavy to import for --help.
 Format = Literal["chat", "alpaca", "csv", "parquet"]
