@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import tunewright
+from base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tuned, short_turns
 from command_line import tiny_project
 from command_line import tunewright as command
 from tunewright.adapters.registry import Adapter
@@ -24,16 +26,11 @@ from tunewright.evaluation.scaling import Scaled, choose
 from tunewright.progress import LogReporter
 from tunewright.road import Road
 from tunewright.road.opened import OpenProject
-from tunewright.training import self_samples
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_turns() -> Any:
-    """A base of random weights ends a turn about every 260 tokens, wherever that is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_samples, "_CHUNK", 24)
-        patch.setattr(self_samples, "INSTRUCTION_TOKENS", 200)
-        patch.setattr(self_samples, "ANSWER_TOKENS", 150)
+def turns_end() -> Iterator[None]:
+    with short_turns(150):
         yield
 
 
@@ -51,8 +48,7 @@ def road(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Ro
 
 @pytest.fixture(scope="module")
 def adapter(road: Road) -> Adapter:
-    (trained,) = (Adapter(folder) for folder in road.project.adapters.iterdir())
-    return trained
+    return only_adapter(road)
 
 
 def _meter(road: Road, samples: int = 8) -> ForgettingMeter:
@@ -60,24 +56,12 @@ def _meter(road: Road, samples: int = 8) -> ForgettingMeter:
     return ForgettingMeter(road.project, measurement.version, measurement.generator, samples)
 
 
-def _plain(base: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-
-
-def _tuned(base: Path, folder: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(_plain(base), folder).eval()
-
-
 def test_forgetting_is_what_the_bases_own_answers_lose_in_likelihood(
     road: Road, adapter: Adapter, tiny_base_folder: Path
 ) -> None:
     meter = _meter(road)
     found = meter.measure(adapter)
-    plain, tuned = _plain(tiny_base_folder), _tuned(tiny_base_folder, adapter.folder)
+    plain, tuned = plain_base(tiny_base_folder), plain_tuned(tiny_base_folder, adapter.folder)
     before = after = 0.0
     tokens = 0
     for sample in meter.drawn.used:
@@ -121,14 +105,14 @@ def test_a_scaled_adapter_is_the_base_and_so_much_of_the_change(
 
     scale_weights(adapter.folder, 0.3, tmp_path / "scaled")
     ids = torch.arange(30)[None]
-    reference = _tuned(tiny_base_folder, adapter.folder)
+    reference = plain_tuned(tiny_base_folder, adapter.folder)
     for layer in reference.modules():
         if isinstance(layer, LoraLayer):
             layer.set_scale("default", 0.3)
     with torch.inference_mode():
         expected = reference(ids).logits
-        found = _tuned(tiny_base_folder, tmp_path / "scaled")(ids).logits
-        unscaled = _tuned(tiny_base_folder, adapter.folder)(ids).logits
+        found = plain_tuned(tiny_base_folder, tmp_path / "scaled")(ids).logits
+        unscaled = plain_tuned(tiny_base_folder, adapter.folder)(ids).logits
     assert torch.allclose(found, expected, atol=1e-5)
     assert (found - unscaled).abs().max() > 0.01
 
@@ -196,19 +180,8 @@ def _questions() -> list[Question]:
 
 
 def test_the_choice_is_the_likeliest_by_the_character(road: Road, tiny_base_folder: Path) -> None:
-    """Against one choice at a time, by sums of log-probabilities."""
-    model, tokenizer = _plain(tiny_base_folder), road.chat.tokenizer
-    expected = []
-    for question in _questions():
-        scores = []
-        for choice in question.choices:
-            before = tokenizer(f"{question.text}\nAnswer:")["input_ids"]
-            ids = tokenizer(f"{question.text}\nAnswer: {choice}")["input_ids"]
-            with torch.inference_mode():
-                log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            total = sum(float(log_p[place - 1, ids[place]]) for place in range(len(before), len(ids)))
-            scores.append(total / len(choice))
-        expected.append(scores.index(max(scores)))
+    model, tokenizer = plain_base(tiny_base_folder), road.chat.tokenizer
+    expected = [likeliest_choice(model, tokenizer, q.text, q.choices) for q in _questions()]
     with LogReporter().task("", 12, "") as task:
         assert chosen(model, tokenizer, _questions(), task) == expected
     assert len(set(expected)) > 1
@@ -219,6 +192,8 @@ def test_a_file_of_questions_is_read_and_its_faults_are_named(tmp_path: Path) ->
     good = {"query": "Question: Why?", "choices": ["so", "not"], "gold": 1}
     file.write_text(json.dumps(good) + "\n")
     assert read_questions(file) == [Question("Question: Why?", ("so", "not"), 1)]
+    file.write_text(json.dumps({**good, "group": 7}) + "\n")
+    assert read_questions(file)[0].group == "7"
     bad: Any
     for bad in ({**good, "gold": 2}, {**good, "choices": ["", "a"]}, {"query": "x"}, []):
         file.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")

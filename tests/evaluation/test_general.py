@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from scipy.stats import binomtest
 
 import tunewright
+from base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tuned, short_turns
 from command_line import tiny_project, write_jsonl
 from command_line import tunewright as command
 from factories import make_evidence, make_items, with_contrast
@@ -37,12 +39,8 @@ RECIPE = """general:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_turns() -> Any:
-    """A base of random weights ends a turn about every 260 tokens, wherever that is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_samples, "_CHUNK", 24)
-        patch.setattr(self_samples, "INSTRUCTION_TOKENS", 200)
-        patch.setattr(self_samples, "ANSWER_TOKENS", 100)
+def turns_end() -> Iterator[None]:
+    with short_turns(100):
         yield
 
 
@@ -80,20 +78,11 @@ def measured(road: Road) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def adapter(road: Road) -> Adapter:
-    (trained,) = (Adapter(folder) for folder in road.project.adapters.iterdir())
-    return trained
-
-
-def _plain(base: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    return only_adapter(road)
 
 
 def _two(base: Path, adapter: Adapter) -> dict[str, Any]:
-    from peft import PeftModel
-
-    return {"base": _plain(base), "tuned": PeftModel.from_pretrained(_plain(base), adapter.folder).eval()}
+    return {"base": plain_base(base), "tuned": plain_tuned(base, adapter.folder)}
 
 
 def _suite(document: dict[str, Any], kind: str) -> Suite:
@@ -136,20 +125,12 @@ def test_choices_are_those_of_one_choice_at_a_time(
 ) -> None:
     tokenizer = road.chat.tokenizer
     asked = draw(read_questions(road.project.root / "questions.jsonl"), 12, road.project.recipe.seed)
-    right = {}
-    for name, model in _two(tiny_base_folder, adapter).items():
-        right[name] = 0
-        for question in asked:
-            scores = []
-            for choice in question.choices:
-                start = len(tokenizer(f"{question.text}\nAnswer:")["input_ids"])
-                ids = tokenizer(f"{question.text}\nAnswer: {choice}")["input_ids"]
-                with torch.inference_mode():
-                    log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-                scores.append(sum(float(log_p[i - 1, ids[i]]) for i in range(start, len(ids))) / len(choice))
-            right[name] += scores.index(max(scores)) == question.gold
+    right = {
+        name: sum(likeliest_choice(model, tokenizer, q.text, q.choices) == q.gold for q in asked)
+        for name, model in _two(tiny_base_folder, adapter).items()
+    }
     suite = _suite(measured, "choices")
-    assert suite.items == 12
+    assert (suite.items, suite.clusters) == (12, 12)
     assert (suite.base, suite.tuned) == (right["base"] / 12, right["tuned"] / 12)
     assert suite.drop == pytest.approx(suite.base - suite.tuned)
     assert not suite.gates, "a base of random weights is not above guessing"
@@ -213,7 +194,6 @@ def test_only_what_is_new_is_measured_anew(road: Road, measured: dict[str, Any])
         ("general: {choices: [nowhere.jsonl]}", "nowhere.jsonl"),
         ("general: {choices: [{file: questions.jsonl}, {file: questions.jsonl, items: 3}]}", "two suites are called"),
         ("general: {instructions: [{file: prompts.jsonl, max_new_token: 3}]}", "instructions.0.max_new_tokens?"),
-        ("general: {samples: 0, lm_eval: [hellaswag]}", "pip install 'lm-eval[hf]'"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_measured(road: Road, section: str, words: str) -> None:
@@ -263,19 +243,33 @@ def test_no_place_is_dealt_itself_and_each_is_dealt_once() -> None:
         assert all(place != other for place, other in enumerate(given))
 
 
+def _alone(scores: Any) -> list[str]:
+    return [f"{place}" for place in range(len(scores))]
+
+
+def _fours(scores: Any) -> list[str]:
+    return [f"{place // 4}" for place in range(len(scores))]
+
+
 def test_the_lower_limit_is_wilsons() -> None:
     scores = np.array([1.0] * 37 + [0.0] * 63)
     reference = binomtest(37, 100).proportion_ci(0.9, method="wilson")
-    assert lower_limit(scores) == pytest.approx(reference.low)
+    assert lower_limit(scores, _alone(scores)) == pytest.approx(reference.low)
+    fourfold = np.repeat(scores, 4)
+    assert lower_limit(fourfold, _fours(fourfold)) == pytest.approx(reference.low, abs=0.001), "copies prove nothing"
 
 
 def test_a_suite_without_room_to_fall_fails_its_controls() -> None:
     high, low = np.array([1.0] * 60 + [0.0] * 40), np.array([1.0] * 27 + [0.0] * 73)
-    assert above_chance(high, 0.25, 0.02).passed
-    assert not above_chance(low, 0.25, 0.02).passed
-    assert above_floor("shuffled", high, low, 0.02, seed=0).passed
-    assert not above_floor("shuffled", low, low, 0.02, seed=0).passed
-    assert not above_chance(np.zeros(40), 0.0, 0.02).passed, "a suite pinned at 0 cannot fall"
+    own = _alone(high)
+    assert above_chance(high, own, 0.25, 0.02).passed
+    assert not above_chance(low, own, 0.25, 0.02).passed
+    assert above_floor("shuffled", high, low, own, 0.02, seed=0).passed
+    assert not above_floor("shuffled", low, low, own, 0.02, seed=0).passed
+    assert not above_chance(np.zeros(40), own[:40], 0.0, 0.02).passed, "a suite pinned at 0 cannot fall"
+    some = np.array([1.0] * 36 + [0.0] * 64)
+    assert above_chance(some, own, 0.25, 0.02).passed
+    assert not above_chance(some, _fours(some), 0.25, 0.02).passed, "25 clusters are not 100 items"
 
 
 # What follows
@@ -359,9 +353,53 @@ def test_evidence_with_the_section_reads_back_as_it_was() -> None:
     assert type(evidence).model_validate_json(text) == evidence
 
 
+def _of(base: Any, tuned: Any, clusters: Sequence[str]) -> Suite:
+    return suite_of(
+        name="s",
+        kind="choices",
+        metric="acc",
+        base=base,
+        tuned=tuned,
+        clusters=clusters,
+        margin=0.05,
+        controls=[],
+        seed=0,
+    )
+
+
 def test_a_suite_is_told_with_the_items_that_it_would_take() -> None:
     base, tuned = np.array([1.0] * 50 + [0.0] * 50), np.array([1.0] * 40 + [0.0] * 50 + [1.0] * 10)
-    suite = suite_of(name="s", kind="choices", metric="acc", base=base, tuned=tuned, margin=0.05, controls=[], seed=0)
+    suite = _of(base, tuned, _alone(base))
     assert (suite.drop, suite.changed, suite.result) == (0.0, 0.2, "can't tell")
     assert suite.items_needed == pytest.approx(6.18 * 0.2 / 0.05**2, rel=0.01)
     assert suite.expected_items == pytest.approx(6.18 * 0.1 / 0.05**2, rel=0.01)
+
+
+def test_a_suite_of_copies_needs_more_items_than_one_of_unlike_ones() -> None:
+    base, tuned = np.array([1.0] * 50 + [0.0] * 50), np.array([1.0] * 40 + [0.0] * 50 + [1.0] * 10)
+    once, fourfold = _of(base, tuned, _alone(base)), _of(*(np.repeat(s, 4) for s in (base, tuned)), _fours(range(400)))
+    assert (fourfold.items, fourfold.clusters) == (400, 100)
+    assert fourfold.items_needed == pytest.approx(4 * (once.items_needed or 0), rel=0.02)
+    assert fourfold.limit >= once.limit
+    assert "s, 400 items in 100 clusters: " in standing(_general(fourfold)).reasons[0]
+    assert "s, 100 items: " in standing(_general(once)).reasons[0]
+
+
+def test_alike_and_grouped_questions_are_clusters(road: Road) -> None:
+    """Two groups of the file, one of which holds one of two questions that are almost the same; eight stand alone."""
+    asked = ["stone", "water", "a long river", "sun", "ice", "snow", "clay", "moss"]
+    rows = [{"query": f"Question: what is {word}?", "choices": ["a thing", "no thing"], "gold": 0} for word in asked]
+    passage = "Question: which of the counties of the old kingdom in the north lies nearest to the sea"
+    rows += [{**rows[0], "query": f"{passage} {end}"} for end in ("today?", "today!")]
+    rows[-1]["group"] = rows[0]["group"] = "p"
+    rows[1]["group"] = rows[2]["group"] = rows[3]["group"] = "q"
+    write_jsonl(road.project.root / "grouped.jsonl", rows)
+    file = road.project.root / "tunewright.yaml"
+    before = file.read_text()
+    file.write_text(before.replace(RECIPE, "general: {samples: 0, choices: [grouped.jsonl]}\n"))
+    try:
+        ran = command("general", "-p", road.project.root, "--json")
+    finally:
+        file.write_text(before)
+    assert _suite(ran.document, "choices").clusters == 4 + 1 + 1
+    assert "grouped: 10 items in 6 clusters of alike or grouped ones" in ran.stderr

@@ -21,10 +21,14 @@ class Question:
     text: str
     choices: tuple[str, ...]
     gold: int
+    group: str | None = None
+    """What it shares with other questions, such as a passage; None: nothing that the file says."""
 
 
 def read_questions(path: Path) -> list[Question]:
     """The questions of a JSONL file of objects with ``query``, ``choices`` and ``gold`` (as in MosaicML's llm-foundry).
+
+    A ``group`` says which questions belong together.
 
     Raises:
         UserError: cannot be read, or a line that is no such object (naming file and line).
@@ -39,7 +43,8 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             row = json.loads(line)
-            question = Question(str(row["query"]), tuple(map(str, row["choices"])), int(row["gold"]))
+            choices, group = tuple(map(str, row["choices"])), row.get("group")
+            question = Question(str(row["query"]), choices, int(row["gold"]), None if group is None else str(group))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"not a question with query, choices and gold ({error})", where=f"{path}:{number}"

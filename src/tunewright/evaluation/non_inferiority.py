@@ -7,17 +7,17 @@ difference" would show nothing, since few items never show one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.statistics import RESAMPLES, bootstrap_sums
+from tunewright.evaluation.statistics import RESAMPLES, bootstrap_sums, cluster_sums, effective_items
 
 Result = Literal["not worse", "worse", "can't tell"]
 
@@ -51,20 +51,36 @@ class Drop:
         return "worse" if self.interval.low > margin else "can't tell"
 
 
-def paired_drop(before: Floats, after: Floats, seed: int, resamples: int = RESAMPLES) -> Drop:
+def paired_drop(before: Floats, after: Floats, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES) -> Drop:
     """The drop of a mean over the same items: Tango's score limits for right and wrong, else a paired bootstrap.
+
+    Items of one cluster are not independent. Then Tango's limits are those of the effective number of items (as
+    Wilson's are in :mod:`tunewright.evaluation.statistics`), with quantiles of Student's t of as many clusters, from
+    which that number is estimated; the bootstrap is over clusters.
 
     Args:
         before, after: each item's score, [items], at least one.
+        clusters: the items'.
         seed: decides the resamples.
         resamples: how many.
     """
-    if np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all():
-        lost, won = int((before > after).sum()), int((before < after).sum())
-        limits = [tango_limits(lost, won, len(before), z) for z in (_Z_INTERVAL, _Z_ONE_SIDED)]
-        return _drop((lost - won) / len(before), limits, "Tango's score limits")
-    sums = np.column_stack([before - after, np.ones_like(before)])
-    return ratio_drop(sums, seed, resamples)
+    if not (np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()):
+        return ratio_drop(
+            cluster_sums(np.column_stack([before - after, np.ones_like(before)]), clusters), seed, resamples
+        )
+    items, count = len(before), len(set(clusters))
+    lost, won = int((before > after).sum()), int((before < after).sum())
+    value = (lost - won) / items
+    if count == items:
+        limits = [tango_limits(lost, won, items, z) for z in (_Z_INTERVAL, _Z_ONE_SIDED)]
+        return _drop(value, limits, "Tango's score limits")
+    if count == 1:  # nothing to estimate the effective number from: it may be one
+        return _drop(value, [(-1.0, 1.0)] * 2, "none: a single cluster")
+    effective = effective_items(before - after, clusters)
+    scale = effective / items
+    quantiles = [float(t.ppf(level, count - 1)) for level in (0.975, 0.95)]
+    limits = [tango_limits(lost * scale, won * scale, effective, z) for z in quantiles]
+    return _drop(value, limits, f"Tango's score limits, {effective:,.0f} effective items")
 
 
 def ratio_drop(sums: Floats, seed: int, resamples: int = RESAMPLES) -> Drop:
@@ -90,7 +106,7 @@ def _drop(value: float, limits: list[tuple[float, float]], method: str) -> Drop:
     return Drop(value, Interval(low=low, high=high), lower, limit, method)
 
 
-def tango_limits(more: int, less: int, items: int, z: float) -> tuple[float, float]:
+def tango_limits(more: float, less: float, items: float, z: float) -> tuple[float, float]:
     """Score limits of a difference of paired shares, (more - less) / items (Tango 1998, Statistics in Medicine 17).
 
     The limits are the differences d that the score test does not reject: its variance is that of the likeliest table
@@ -98,7 +114,7 @@ def tango_limits(more: int, less: int, items: int, z: float) -> tuple[float, flo
 
     Args:
         more, less: items that only the first, and only the second, gets right.
-        items: all items.
+        items: all items; of clustered ones all three may be effective numbers, so they need not be whole.
         z: how many standard errors, such as 1.645 for one-sided 95%.
     """
     observed = (more - less) / items
@@ -110,7 +126,7 @@ def tango_limits(more: int, less: int, items: int, z: float) -> tuple[float, flo
     return low, high
 
 
-def _score(more: int, less: int, items: int) -> Callable[[float], float]:
+def _score(more: float, less: float, items: float) -> Callable[[float], float]:
     def score(difference: float) -> float:
         surplus = more - less - items * difference
         if surplus == 0:

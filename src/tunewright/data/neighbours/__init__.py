@@ -32,7 +32,12 @@ def comparison_texts(examples: Sequence[Example]) -> list[str]:
     Normalised is NFC, casefolded, white space collapsed. An instruction written into every input says nothing about
     which inputs are alike; left in, it would make all of them alike.
     """
-    texts = [normalised(e.input_text) for e in examples]
+    return distinctive([e.input_text for e in examples])
+
+
+def distinctive(texts: Sequence[str]) -> list[str]:
+    """Each text, normalised, without the words that all of them begin or end with; see :func:`comparison_texts`."""
+    texts = [normalised(text) for text in texts]
     different = set(texts)
     if len(different) < 2:
         return texts
@@ -100,24 +105,34 @@ def find_clusters(examples: Sequence[Example], threshold: float, reporter: Repor
         examples: all rows, each pair key once.
         threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
     """
-    count = len(examples)
+    names: dict[int, str] = {}
+    labels = link(comparison_texts(examples), threshold, reporter).tolist()
+    for label, example in zip(labels, examples, strict=True):
+        names[label] = min(names.get(label, example.pair_key), example.pair_key)
+    return [names[label] for label in labels]
+
+
+def link(texts: Sequence[str], threshold: float, reporter: Reporter) -> Indices:
+    """For each text the number of the first one that it is linked with by any chain of near-equal texts, [texts].
+
+    Args:
+        texts: as :func:`comparison_texts` or :func:`distinctive` gives them.
+        threshold: Jaccard similarity of the texts' character 4-grams, in (0, 1].
+    """
+    count = len(texts)
     labels: Indices = np.arange(count, dtype=np.int64)
 
     def wanted(first: Indices, second: Indices) -> Mask:
         mask: Mask = labels[first] != labels[second]  # already linked: one link more changes nothing
         return mask
 
-    texts = comparison_texts(examples)
     for pairs in near_pairs(texts, threshold, wanted, reporter, "clustering", links_first=True):
         # A label is the number of a row in the cluster; a link to it stands for all links of earlier blocks.
         ends = (np.concatenate([np.arange(count), pairs.first]), np.concatenate([labels, pairs.second]))
         links = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(count, count))
         components = connected_components(links, directed=False)[1]
         labels = np.unique(components, return_index=True)[1][components].astype(np.int64)
-    names: dict[int, str] = {}
-    for label, example in zip(labels.tolist(), examples, strict=True):
-        names[label] = min(names.get(label, example.pair_key), example.pair_key)
-    return [names[label] for label in labels.tolist()]
+    return labels
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tunewright.adapters.registry import Adapter
-from tunewright.disk import digest, file_digest
+from tunewright.disk import digest
 from tunewright.errors import UserError
 from tunewright.evaluation.choices import Question, likeliest, likelihoods, read_questions, tokens
 from tunewright.evaluation.general.bench import (
@@ -22,6 +22,8 @@ from tunewright.evaluation.general.bench import (
     dealt,
     draw,
     expected_text,
+    file_identity,
+    fitting,
     suite_of,
 )
 from tunewright.evaluation.general.section import Control, Suite
@@ -49,12 +51,7 @@ class ChoicesSuite:
         self.name = Path(settings.file).stem
         self.questions = draw(everything, settings.items, seed)
         self.margin = margin
-        self.identity: dict[str, Any] = {
-            "engine": _ENGINE,
-            "file": file_digest(path),
-            "settings": settings.model_dump(mode="json"),
-            "margin": margin,
-        }
+        self.identity: dict[str, Any] = file_identity(_ENGINE, path, settings, margin)
 
     def expected(self) -> str:
         """How many items the margin takes."""
@@ -67,8 +64,9 @@ class ChoicesSuite:
             UserError: no two questions fit the base's context.
         """
         asked, left_out = self._fitting(bench)
+        clusters = bench.clusters(self.name, [q.text for q in asked], [q.group for q in asked])
         base = self._scores(bench, asked, None, "adapter off")
-        controls = self._controls(bench, asked, base)
+        controls = self._controls(bench, asked, base, clusters)
         tuned = self._scores(bench, asked, bench.adapter, "adapter on")
         return suite_of(
             name=self.name,
@@ -76,6 +74,7 @@ class ChoicesSuite:
             metric="acc_norm",
             base=base,
             tuned=tuned,
+            clusters=clusters,
             margin=self.margin,
             controls=controls,
             seed=bench.seed,
@@ -84,18 +83,18 @@ class ChoicesSuite:
 
     def _fitting(self, bench: Bench) -> tuple[list[Question], list[str]]:
         limit, tokenizer = context_length(bench.generator.base), bench.generator.chat.tokenizer
+        long = f"questions are longer than the base's context of {limit:,} tokens"
         # The control that tells the answer makes the longest rows.
-        asked = [q for q in self.questions if tokens(tokenizer, _told(q)) <= limit]
+        asked, left_out = fitting(
+            self.name, self.questions, lambda q: tokens(tokenizer, _told(q)) <= limit, long, bench
+        )
         if len(asked) < 2:
             raise UserError(f"no two questions fit the base's context of {limit:,} tokens", where=self.name)
-        long = len(self.questions) - len(asked)
-        if not long:
-            return asked, []
-        told = f"{long} questions are longer than the base's context of {limit:,} tokens"
-        bench.reporter.warn(f"{self.name}: {told}, and are left out.")
-        return asked, [told]
+        return asked, left_out
 
-    def _controls(self, bench: Bench, asked: Sequence[Question], base: Floats) -> list[Control]:
+    def _controls(
+        self, bench: Bench, asked: Sequence[Question], base: Floats, clusters: Sequence[str]
+    ) -> list[Control]:
         chance = float(np.mean([1 / len(q.choices) for q in asked]))
         some = asked[:CONTROL_ITEMS]
         others = [
@@ -111,8 +110,15 @@ class ChoicesSuite:
                 wanted=f"at least {_TOLD_AT_LEAST:.0%}",
                 passed=bool(told.mean() >= _TOLD_AT_LEAST),
             ),
-            above_chance(base, chance, self.margin),
-            above_floor("choices under another question", base[: len(some)], mixed_up, self.margin, bench.seed),
+            above_chance(base, clusters, chance, self.margin),
+            above_floor(
+                "choices under another question",
+                base[: len(some)],
+                mixed_up,
+                clusters[: len(some)],
+                self.margin,
+                bench.seed,
+            ),
         ]
 
     def _scores(self, bench: Bench, asked: Sequence[Question], adapter: Adapter | None, what: str) -> Floats:

@@ -26,6 +26,8 @@ class Instruction:
 
     prompt: str
     checks: tuple[Check, ...]
+    group: str | None = None
+    """What it shares with other prompts, such as a text; None: nothing that the file says."""
 
     def followed(self, answer: str) -> bool:
         """Whether the answer passes all checks, as it stands (IFEval's strict); an empty one never does."""
@@ -36,7 +38,8 @@ def read_instructions(path: Path) -> tuple[list[Instruction], dict[str, int]]:
     """The instructions of a JSONL file, and of the checks that are not supported how many prompts have each.
 
     A line is ``{"prompt": …, "checks": [{"check": "words", "at_least": 300}, …]}``, or one of Google's, with
-    ``instruction_id_list`` and ``kwargs``. A prompt with a check that is not supported is left out as a whole.
+    ``instruction_id_list`` and ``kwargs``. A prompt with a check that is not supported is left out as a whole. A
+    ``group`` says which prompts belong together.
 
     Raises:
         UserError: cannot be read, or a line that is neither (naming file and line).
@@ -75,7 +78,8 @@ def _read(line: str, where: str) -> tuple[Instruction | None, set[str]]:
             return None, lacking
         if not wanted:
             raise ValueError("there is no check")
-        return Instruction(prompt, tuple(_CHECK.validate_python(check) for check in wanted)), set()
+        checks, group = tuple(_CHECK.validate_python(check) for check in wanted), row.get("group")
+        return Instruction(prompt, checks, None if group is None else str(group)), set()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(

@@ -10,9 +10,17 @@ import numpy as np
 
 from tunewright.adapters.registry import Adapter
 from tunewright.data.examples import Message
-from tunewright.disk import file_digest
 from tunewright.errors import UserError
-from tunewright.evaluation.general.bench import Bench, above_floor, dealt, draw, expected_text, suite_of
+from tunewright.evaluation.general.bench import (
+    Bench,
+    above_floor,
+    dealt,
+    draw,
+    expected_text,
+    file_identity,
+    fitting,
+    suite_of,
+)
 from tunewright.evaluation.general.ifeval import Instruction, read_instructions, unsupported_text
 from tunewright.evaluation.general.section import Control, Suite
 from tunewright.evaluation.generations import Generation, Prompt
@@ -43,12 +51,7 @@ class InstructionsSuite:
         self.instructions = draw(everything, settings.items, seed)
         self.limit = settings.max_new_tokens
         self.margin = margin
-        self.identity: dict[str, Any] = {
-            "engine": _ENGINE,
-            "file": file_digest(path),
-            "settings": settings.model_dump(mode="json"),
-            "margin": margin,
-        }
+        self.identity: dict[str, Any] = file_identity(_ENGINE, path, settings, margin)
 
     def expected(self) -> str:
         """How many items the margin takes, and what is left out."""
@@ -61,6 +64,7 @@ class InstructionsSuite:
             UserError: no two prompts fit the base's context with an answer.
         """
         asked, prompts, left_out = self._fitting(bench)
+        clusters = bench.clusters(self.name, [i.prompt for i in asked], [i.group for i in asked])
         off = self._answers(bench, prompts, None, "adapter off")
         on = self._answers(bench, prompts, bench.adapter, "adapter on")
         base, tuned = (
@@ -75,6 +79,7 @@ class InstructionsSuite:
                 "the base's answers to other prompts",
                 base,
                 np.array(mixed_up, dtype=np.float64),
+                clusters,
                 self.margin,
                 bench.seed,
             ),
@@ -85,6 +90,7 @@ class InstructionsSuite:
             metric="all checks passed",
             base=base,
             tuned=tuned,
+            clusters=clusters,
             margin=self.margin,
             controls=controls,
             seed=bench.seed,
@@ -95,19 +101,15 @@ class InstructionsSuite:
     def _fitting(self, bench: Bench) -> tuple[list[Instruction], list[Prompt], list[str]]:
         limit = context_length(bench.generator.base) - self.limit
         rendered = [(i, bench.generator.chat.prompt([Message("user", i.prompt)])) for i in self.instructions]
-        fitting = [(i, prompt) for i, prompt in rendered if len(prompt) <= limit]
-        if len(fitting) < 2:
+        long = f"prompts do not fit the base's context with an answer of {self.limit:,} tokens"
+        asked, left_out = fitting(self.name, rendered, lambda pair: len(pair[1]) <= limit, long, bench)
+        if len(asked) < 2:
             raise UserError(
                 f"no two prompts fit the base's context with an answer of {self.limit:,} tokens",
                 where=self.name,
                 fix="Lower its max_new_tokens.",
             )
-        long = len(rendered) - len(fitting)
-        if not long:
-            return [i for i, _ in fitting], [p for _, p in fitting], self.left_out
-        told = f"{long} prompts do not fit the base's context with an answer of {self.limit:,} tokens"
-        bench.reporter.warn(f"{self.name}: {told}, and are left out.")
-        return [i for i, _ in fitting], [p for _, p in fitting], [*self.left_out, told]
+        return [i for i, _ in asked], [p for _, p in asked], [*self.left_out, *left_out]
 
     def _answers(self, bench: Bench, prompts: Sequence[Prompt], adapter: Adapter | None, what: str) -> list[Generation]:
         return bench.generator.answer(f"{self.name}, {what}", prompts, self.limit, adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from tunewright.evaluation.general.section import Suite
 from tunewright.models.loading import load_tokenizer
 from tunewright.recipe.general import LmEvalSuite as Settings
 
-_ENGINE = "lm-eval-1"
+_ENGINE = "lm-eval-2"
 _BATCH = 16
 _PREFERRED = "acc_norm"
 
@@ -70,23 +71,26 @@ class LmEvalSuite:
         Raises:
             UserError: the task's data cannot be fetched, or its metric is not a share for each item.
         """
-        off, metric, chance = self._scores(bench, None, "adapter off")
-        on, _, _ = self._scores(bench, bench.adapter, "adapter on")
-        assert off.keys() == on.keys(), "the same items"
-        base, tuned = (np.array([given[name] for name in off], dtype=np.float64) for given in (off, on))
+        off = self._measured(bench, None, "adapter off")
+        on = self._measured(bench, bench.adapter, "adapter on")
+        assert off["scores"].keys() == on["scores"].keys(), "the same items"
+        names = list(off["scores"])
+        base, tuned = (np.array([given["scores"][name] for name in names], dtype=np.float64) for given in (off, on))
+        clusters = bench.clusters(self.name, [off["texts"][name] for name in names], [None] * len(names))
         return suite_of(
             name=self.name,
             kind="lm_eval",
-            metric=metric,
+            metric=off["metric"],
             base=base,
             tuned=tuned,
+            clusters=clusters,
             margin=self.margin,
-            controls=[above_chance(base, chance, self.margin)],
+            controls=[above_chance(base, clusters, off["chance"], self.margin)],
             seed=bench.seed,
         )
 
-    def _scores(self, bench: Bench, adapter: Adapter | None, what: str) -> tuple[dict[str, float], str, float]:
-        """Each item's score by name, the metric, and what guessing gives on average."""
+    def _measured(self, bench: Bench, adapter: Adapter | None, what: str) -> dict[str, Any]:
+        """Each item's score and text by its name, the metric, and what guessing gives on average."""
         kept = bench.kept(_ENGINE, adapter, **self.identity)
         if not kept.known:
             with bench.reporter.task(f"{self.name}, {what}", 1, "runs of lm-eval") as task:
@@ -94,12 +98,13 @@ class LmEvalSuite:
                 kept.add(
                     {
                         "scores": {name: self._share(sample, metric) for name, sample in samples.items()},
+                        "texts": {name: " ".join(_texts(sample["doc"])) for name, sample in samples.items()},
                         "metric": metric,
                         "chance": float(np.mean([_chance(sample) for sample in samples.values()])),
                     }
                 )
                 task.advance()
-        return kept.known["scores"], kept.known["metric"], kept.known["chance"]
+        return kept.known
 
     def _run(self, bench: Bench, adapter: Adapter | None) -> tuple[dict[str, dict[str, Any]], str]:
         """What lm-eval logged of each item, by the item's task and number, and the metric to go by."""
@@ -149,6 +154,15 @@ class LmEvalSuite:
                 f"its metric {metric} is not a share from 0 to 1 for each item", where=self.name, fix="Name another."
             )
         return float(value)
+
+
+def _texts(doc: Any) -> Iterator[str]:
+    """What an item of a data set has of texts: tasks name their fields as they like."""
+    if isinstance(doc, str):
+        yield doc
+    elif isinstance(doc, dict | list):
+        for part in doc.values() if isinstance(doc, dict) else doc:
+            yield from _texts(part)
 
 
 def _chance(sample: dict[str, Any]) -> float:

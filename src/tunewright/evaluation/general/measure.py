@@ -81,6 +81,7 @@ def measure_general(measurement: Measurement, adapter: Adapter, suites: Sequence
             "weights": generator.weights,
             "dataset": measurement.version.digest,
             "seed": project.recipe.seed,
+            "similarity": project.recipe.data.similarity,
         }
     )[:12]
     file = project.work / "general" / f"{identity}.json"

@@ -61,7 +61,8 @@ def _measured(suite: Suite) -> str:
         change = f"better by {_amount(suite, -suite.drop)}, worse by at most {limit} (95%)"
     else:
         change = f"worse by {_amount(suite, suite.drop)}, at most {limit} (95%)"
-    return f"{suite.name}, {suite.items:,} items: {scores}; {change}."
+    alike = "" if suite.clusters in (None, suite.items) else f" in {suite.clusters:,} clusters"
+    return f"{suite.name}, {suite.items:,} items{alike}: {scores}; {change}."
 
 
 def _follows(suite: Suite) -> str:

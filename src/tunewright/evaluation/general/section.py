@@ -31,6 +31,9 @@ class Suite(Part):
     unit: Unit
     metric: Annotated[str, Field(description="What an item scores, e.g. acc_norm; of a loss, less is better.")]
     items: int
+    clusters: Annotated[
+        int | None, Field(description="Independent groups among the items; null: items are drawn independently.")
+    ] = None
     left_out: Annotated[tuple[str, ...], Field(description="Items that could not be measured, and why, counted.")] = ()
     base: Annotated[float, Field(description="Adapter off.")]
     tuned: Annotated[float, Field(description="Adapter on.")]

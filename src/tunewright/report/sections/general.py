@@ -71,7 +71,7 @@ def _row(suite: Suite) -> Row:
     return Row(
         cells(
             Cell(suite.name, suite.metric),
-            f"{suite.items:,}",
+            Cell(f"{suite.items:,}", "" if suite.clusters in (None, suite.items) else f"{suite.clusters:,} clusters"),
             _amount(suite, suite.base),
             Cell(_amount(suite, suite.tuned), drift),
             Cell(
