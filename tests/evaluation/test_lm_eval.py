@@ -12,7 +12,7 @@ import yaml
 
 import tunewright
 from base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tuned
-from command_line import tiny_project, write_jsonl
+from command_line import pairs, tiny_project, write_jsonl
 from command_line import tunewright as command
 from tunewright.evaluation.general import lm_eval as suites
 from tunewright.road import Road
@@ -36,7 +36,7 @@ def _questions() -> list[dict[str, Any]]:
     """Sixteen, of which the last two are almost the same."""
     rng = np.random.default_rng(0)
     words = ["stone", "water", "a long river", "sun", "ice and snow"]
-    asked = [f"what is made of {word} and {other}" for word in words for other in ("clay", "moss and fern", "tin")][:14]
+    asked = [pair["prompt"] for pair in pairs(14)]
     asked += [
         f"which of the counties of the old kingdom in the north lies nearest to the {sea}" for sea in ("sea", "sea?")
     ]

@@ -98,7 +98,7 @@ class LmEvalSuite:
                 kept.add(
                     {
                         "scores": {name: self._share(sample, metric) for name, sample in samples.items()},
-                        "texts": {name: " ".join(_texts(sample["doc"])) for name, sample in samples.items()},
+                        "texts": {name: _asked(sample) for name, sample in samples.items()},
                         "metric": metric,
                         "chance": float(np.mean([_chance(sample) for sample in samples.values()])),
                     }
@@ -156,12 +156,21 @@ class LmEvalSuite:
         return float(value)
 
 
-def _texts(doc: Any) -> Iterator[str]:
-    """What an item of a data set has of texts: tasks name their fields as they like."""
-    if isinstance(doc, str):
-        yield doc
-    elif isinstance(doc, dict | list):
-        for part in doc.values() if isinstance(doc, dict) else doc:
+def _asked(sample: dict[str, Any]) -> str:
+    """What an item's data have of texts beside its choices, which other items may share: what tells how alike two are.
+
+    Tasks name their fields as they like, and the prompt may have other items in it as worked examples.
+    """
+    of_choices = sample["output_type"] == "multiple_choice"
+    choices = {str(choice).strip() for _, choice in sample["arguments"]} if of_choices else set()
+    return " ".join(text for text in _texts(sample["doc"]) if text.strip() not in choices)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from _texts(part)
 
 
