@@ -72,8 +72,8 @@ class GeneralRecipe(Section):
     choices: Annotated[
         tuple[Annotated[FileSuite, _named("file")], ...],
         Field(
-            description="Files of multiple-choice questions: objects with query, choices and gold, and a group where several "
-            "belong together. Each a name, or {file: NAME, items: 500, margin: 0.02}."
+            description="Files of questions with choices: objects with query, choices and gold, and a group where "
+            "several belong together. Each a name, or {file: NAME, items: 500, margin: 0.02}."
         ),
     ] = ()
     instructions: Annotated[
