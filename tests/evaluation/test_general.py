@@ -377,7 +377,8 @@ def test_a_suite_is_told_with_the_items_that_it_would_take() -> None:
 
 def test_a_suite_of_copies_needs_more_items_than_one_of_unlike_ones() -> None:
     base, tuned = np.array([1.0] * 50 + [0.0] * 50), np.array([1.0] * 40 + [0.0] * 50 + [1.0] * 10)
-    once, fourfold = _of(base, tuned, _alone(base)), _of(*(np.repeat(s, 4) for s in (base, tuned)), _fours(range(400)))
+    once = _of(base, tuned, _alone(base))
+    fourfold = _of(np.repeat(base, 4), np.repeat(tuned, 4), _fours(range(400)))
     assert (fourfold.items, fourfold.clusters) == (400, 100)
     assert fourfold.items_needed == pytest.approx(4 * (once.items_needed or 0), rel=0.02)
     assert fourfold.limit >= once.limit
