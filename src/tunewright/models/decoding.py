@@ -170,7 +170,8 @@ class Batch:
             "position_ids": (columns - first).clamp(min=0)[:, -ids.shape[1] :].to(device),
             "cache": cache,
             "use_cache": True,
-            "logits_to_keep": 1,
+            # Not the number 1, a view into all columns: torch would multiply it by a copy of the head for each row.
+            "logits_to_keep": torch.tensor([ids.shape[1] - 1], device=device),
         }
         with self._adapters.answering(adapters):
             logits: Tensor = self._model(**arguments).logits[:, -1]
