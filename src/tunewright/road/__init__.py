@@ -11,9 +11,7 @@ from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.servable import require_servable
 from tunewright.data.add import AddResult
 from tunewright.errors import UserError
-from tunewright.evaluation.evidence import Advice, Evidence, amend, find_evaluation, load_evidence, load_items
-from tunewright.evaluation.ledger import Ledger
-from tunewright.evaluation.openings import Opening
+from tunewright.evaluation.evidence import Advice
 from tunewright.evaluation.power import Prospect, prospect, prospect_text
 from tunewright.evaluation.verdict import Verdict, verdict
 from tunewright.metrics import metric_kind
@@ -24,6 +22,7 @@ from tunewright.project import Project
 from tunewright.recipe import TrainRecipe
 from tunewright.road.adapters import AdaptersRoad
 from tunewright.road.data import DataRoad
+from tunewright.road.evaluations import EvaluationsRoad
 from tunewright.road.opened import OpenProject
 from tunewright.training.trackers import require_trackers
 
@@ -33,17 +32,13 @@ if TYPE_CHECKING:
     from tunewright.evaluation.advising import AdviseResult
     from tunewright.evaluation.evaluating import DevResult, EvaluateResult
     from tunewright.evaluation.general.measure import GeneralResult
-    from tunewright.evaluation.judge.measure import Estimate, Judge, JudgeResult
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.measure import Measurement
-    from tunewright.evaluation.people.section import AnswerReview
-    from tunewright.evaluation.people.session import BlindReview
     from tunewright.models.fit.plan import Plan
     from tunewright.serving.service import Service
     from tunewright.training.sweep import SweepResult
     from tunewright.training.train import TrainResult
 
-REPORT_FILE = "report.html"
 CURVE_PLOT = "curve.svg"
 SEEDS = 3
 """Of a learning curve: with fewer the luck of a training cannot be told from what the rows bring."""
@@ -63,14 +58,14 @@ class RunResult:
     report: Path
 
 
-class Road:
+class Road(EvaluationsRoad):
     """A project and the steps that it can take, by the command line's names.
 
     Its groups of commands are attributes: ``tunewright data add`` is ``road.data.add``.
     """
 
     def __init__(self, project: Project, reporter: Reporter | None = None) -> None:
-        self._opened = OpenProject(project, reporter or LogReporter())
+        super().__init__(OpenProject(project, reporter or LogReporter()))
         self.project = project
         self.reporter = self._opened.reporter
         self.data = DataRoad(self._opened)
@@ -316,113 +311,6 @@ class Road:
         version, chat = self.data.version(), self.chat
         return CrossFit(self.project, version, self.base, chat, self.reporter, folds=folds, force=force).run()
 
-    def review(
-        self, evaluation: str | Path | None = None, *, reviewer: str | None = None, items: int | None = None
-    ) -> BlindReview:
-        """A blind review of an evaluation's answers (the newest by default), to go on where its reviewer left it.
-
-        Args:
-            evaluation: which.
-            reviewer: whose verdicts they are (None: git's user.name, or the login name).
-            items: how many to ask about, where no sample has been drawn yet (None: 50).
-
-        Raises:
-            UserError: no evaluation, nobody's name, or another sample than the one there is.
-        """
-        from tunewright.data.versions.author import current_author
-        from tunewright.evaluation.people.session import BlindReview
-
-        folder = _folder(self.evaluation(evaluation))
-        name = current_author(self.project.root) if reviewer is None else reviewer
-        if name is None:
-            raise UserError("you have no name in git and no login name", where="--reviewer", fix="Give a name.")
-        return BlindReview(folder, name, self.reporter, items=items)
-
-    def review_results(self, evaluation: str | Path | None = None) -> AnswerReview:
-        """What all reviewers said, put into the evidence: preference, agreement, and what follows for all test items.
-
-        Where a judge was heard on the same evaluation, it is compared with people and helps them.
-
-        Raises:
-            UserError: no evaluation, or nobody has reviewed it.
-        """
-        from tunewright.evaluation.people.judged import heard_judge
-        from tunewright.evaluation.people.results import review_results
-
-        folder = _folder(self.evaluation(evaluation))
-        section = review_results(folder, heard_judge(folder, load_evidence(folder), self.reporter))
-        amend(folder, review=section)
-        return section
-
-    def verdict(self, evaluation: str | Path | None = None) -> Verdict:
-        """Ship, don't ship or can't tell, from an evaluation's evidence alone (the newest by default).
-
-        Raises:
-            UserError: there is none, or it is one of the project's and the ledger is not whole.
-        """
-        return verdict(self._evidence(evaluation))
-
-    def ledger(self) -> list[Opening]:
-        """Every opening of the test split, the first one first.
-
-        Raises:
-            UserError: naming the first line that was changed or is missing.
-        """
-        return Ledger(self.project.evaluations).openings
-
-    def verdict_markdown(self, evaluation: str | Path | None = None) -> str:
-        """The verdict with what was measured, as GitHub markdown for a comment on a pull request.
-
-        Raises:
-            UserError: as :meth:`verdict`.
-        """
-        from tunewright.report.markdown import verdict_markdown
-
-        return verdict_markdown(self._evidence(evaluation))
-
-    def judge(self, evaluation: str | Path | None = None) -> JudgeResult:
-        """Have the recipe's judge compare the tuned answers with the best prompting arm's (the newest by default).
-
-        The judge is tested first; one that fails its controls is not heard, and the evidence says only that.
-
-        Raises:
-            UserError: no judge in the recipe, too few items to test it on, or an endpoint that fails.
-        """
-        return self._judge(evaluation).judge()
-
-    def estimate_judge(self, evaluation: str | Path | None = None) -> Estimate:
-        """Calls, tokens and cost that :meth:`judge` would take; nothing is sent."""
-        return self._judge(evaluation).estimate()
-
-    def _judge(self, evaluation: str | Path | None) -> Judge:
-        from tunewright.evaluation.judge.measure import Judge
-
-        return Judge(self.project, self.evaluation(evaluation), self.reporter)
-
-    def report(self, evaluation: str | Path | None = None) -> Path:
-        """Write an evaluation's HTML report beside its evidence (the newest by default), which is all it takes.
-
-        The project's newest learning curve and advice on the same data and base are shown too, if there are any.
-        """
-        from tunewright.advice.signals import fitting_advice
-        from tunewright.evaluation.curve import find_curve
-        from tunewright.report.html import write_report
-
-        folder = _folder(self.evaluation(evaluation))
-        evidence = load_evidence(folder)
-        history: list[dict[str, Any]] = []
-        if evidence.design == "held-out":  # cross-fitted evidence has each fold's dev losses itself
-            adapters = {a.digest: a for a in self.adapters.list()}
-            adapter = adapters.get(evidence.lineage["adapter"]["digest"])
-            if adapter is None:
-                self.reporter.warn("The evaluated adapter is no longer here: the report has no loss curve.")
-            else:
-                history = adapter.history
-        out = folder / REPORT_FILE
-        curve, advice = find_curve(self.project.curves, evidence), fitting_advice(self.project.advice, evidence)
-        write_report(evidence, load_items(folder), history, out, curve, advice)
-        return out
-
     def serve(self, adapters: Sequence[str] = (), *, host: str | None = None, port: int | None = None) -> Service:
         """A server for the base and adapters (all that fit the base by default), loaded but not yet started.
 
@@ -437,21 +325,6 @@ class Road:
 
         held, folders = choose_served(self._opened, adapters)
         return Service(self.project.recipe, self.base, self.chat, held, folders, self.reporter, host=host, port=port)
-
-    def evaluation(self, evaluation: str | Path | None = None) -> Path:
-        """An evaluation's folder: as given (ID, folder or evidence file), else the newest.
-
-        Raises:
-            UserError: there is none.
-        """
-        return find_evaluation(self.project.evaluations, evaluation)
-
-    def _evidence(self, evaluation: str | Path | None) -> Evidence:
-        """An evaluation's evidence; of the project's own, only with the whole ledger."""
-        place = self.evaluation(evaluation)
-        if self.project.evaluations.resolve() in place.resolve().parents:
-            self.ledger()
-        return load_evidence(place)
 
     def _refuse_up_front(self) -> None:
         """What no training by this recipe could end well with, before a base is fetched or anything measured."""
@@ -469,8 +342,3 @@ class Road:
 
         facts = {"forced": forced} if forced else {}
         return train(self.project, self.data.version(), self.base, self.chat, self.reporter, facts=facts)
-
-
-def _folder(evaluation: Path) -> Path:
-    """An evaluation's folder, where its evidence was named."""
-    return evaluation if evaluation.is_dir() else evaluation.parent
