@@ -43,9 +43,7 @@ def review(
     q quit. It goes on where it was left. With --results the exit code is 0 if people prefer the tuned answers, 3 if the
     others, 4 if it can't be told.
     """
-    from tunewright.cli.people_tables import progress_text
     from tunewright.evaluation.people.options import check_options
-    from tunewright.evaluation.people.sheet import export_sheet, import_sheet
     from tunewright.project import Project
     from tunewright.road import Road
 
@@ -66,23 +64,40 @@ def review(
             require_terminal("--export and --import, or --results")
         blind = road.review(evaluation, reviewer=reviewer, items=items)
         if export is not None:
-            count = export_sheet(blind, export, reference=reference)
-            told = f"{count} pairs written to {export}: fill in verdict (A, B, both, neither or skip) and note"
-            current.show({"file": str(export), "pairs": count}, told)
-            return
-        if import_file is not None:
-            taken = import_sheet(blind, import_file)
-            told = f"{taken.recorded} verdicts recorded, {taken.known} known, {taken.blank} pairs without one"
-            current.reporter.say(f"{told}; {taken.notes} notes recorded")
-            _show_results(current, road, evaluation)
-            return
-        _pass(current, blind)
-        if blind.next() is None:
+            _export(current, blind, export, reference=reference)
+        elif import_file is not None:
+            _import(current, blind, import_file)
             _show_results(current, road, evaluation)
         else:
-            at = blind.progress
-            document = {"reviewer": blind.reviewer, "judged": at.answered, "skipped": at.skipped, "asked": at.asked}
-            current.show(document, f"{progress_text(at)}. The same command goes on from here.")
+            _pass(current, blind)
+            if blind.next() is None:
+                _show_results(current, road, evaluation)
+            else:
+                _show_progress(current, blind)
+
+
+def _export(current: Session, blind: BlindReview, file: Path, *, reference: bool) -> None:
+    from tunewright.evaluation.people.sheet import export_sheet
+
+    count = export_sheet(blind, file, reference=reference)
+    told = f"{count} pairs written to {file}: fill in verdict (A, B, both, neither or skip) and note"
+    current.show({"file": str(file), "pairs": count}, told)
+
+
+def _import(current: Session, blind: BlindReview, file: Path) -> None:
+    from tunewright.evaluation.people.sheet import import_sheet
+
+    taken = import_sheet(blind, file)
+    told = f"{taken.recorded} verdicts recorded, {taken.known} known, {taken.blank} pairs without one"
+    current.reporter.say(f"{told}; {taken.notes} notes recorded")
+
+
+def _show_progress(current: Session, blind: BlindReview) -> None:
+    from tunewright.cli.people_tables import progress_text
+
+    at = blind.progress
+    document = {"reviewer": blind.reviewer, "judged": at.answered, "skipped": at.skipped, "asked": at.asked}
+    current.show(document, f"{progress_text(at)}. The same command goes on from here.")
 
 
 def _show_results(current: Session, road: Road, evaluation: Path | None) -> int:
