@@ -57,7 +57,7 @@ def test_the_contrast_is_declared_before_a_test_prompt_is_made(project: Path, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Measurement, "answers", answers)
-    assert tunewright("evaluate", "-p", project).code == 2
+    assert tunewright("evaluate", "-p", project).code == 130
     (opening,) = openings(project)
     monkeypatch.undo()
     evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
