@@ -6,7 +6,8 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from tunewright.report.plots import PLAIN, TUNED, Bar, forest_plot, training_plot
+from signals_factory import break_even
+from tunewright.report.plots import PLAIN, TUNED, Bar, break_even_figure, forest_plot, training_plot
 
 
 def _ends(svg: str, colour: str) -> list[tuple[float, float]]:
@@ -83,3 +84,28 @@ def test_drawing_leaves_the_callers_style_alone() -> None:
     before = dict(mpl.rcParams)
     training_plot("l", "loss", RUN, "bleu")
     assert dict(mpl.rcParams) == before
+
+
+def test_what_calls_cost_crosses_where_training_pays() -> None:
+    even = break_even((45_000, 50_000, 56_000))
+    svg = break_even_figure("b", even)
+    (prompting,) = _lines(svg, "var(--prompting)", points=2)
+    (tuned,) = _lines(svg, "var(--tuned)", points=2)
+    (mark,) = _upright(svg)
+
+    def at(line: list[tuple[float, float]], x: float) -> float:
+        (x0, y0), (x1, y1) = line
+        return y0 + (x - x0) / (x1 - x0) * (y1 - y0)
+
+    assert at(prompting, mark) == pytest.approx(at(tuned, mark), abs=0.01)
+    assert (mark - prompting[0][0]) / (prompting[1][0] - prompting[0][0]) == pytest.approx(0.5, abs=1e-4)
+    assert ">50,000<" in svg
+    # 100 against 50 + 50 at the end: heights from the axis, where y grows downwards.
+    base = prompting[0][1]
+    assert (base - tuned[0][1]) / (base - prompting[1][1]) == pytest.approx(50 / 200, abs=1e-3)
+
+
+def _upright(svg: str) -> list[float]:
+    """Where dashed upright lines stand."""
+    dashed = re.findall(r'd="M ([\d.]+) [\d.]+ ?\s*L ([\d.]+) [\d.]+ ?\s*" [^>]*stroke-dasharray', svg)
+    return [float(a) for a, b in dashed if a == b]

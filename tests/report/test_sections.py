@@ -172,6 +172,7 @@ def test_the_break_even_is_shown_with_what_it_is_made_of() -> None:
         "50.00",
     ]
     assert "Advice 0123456789ab" in told
+    assert "Costs of retrieved-4 and of training by the number of calls" in told
     assert "This machine" not in told
 
 
@@ -183,6 +184,16 @@ def test_a_break_even_in_machine_time_names_the_speeds_that_it_rests_on() -> Non
     assert [row[1] for row in read.tables["Table of what training costs"][1:3]] == ["40.0 h", "3,600 s"]
     assert "retrieved-4 910 prompt and 61 answer tokens a second in a batch of 8" in read.sections["cost"]
     assert "from 500 calls on (400 to never)" in read.sections["cost"]
+
+
+def test_where_calls_save_nothing_it_never_pays_and_nothing_is_drawn() -> None:
+    read = _read(FULL, advice=make_signals(break_even=break_even((None, None, None), saving=-0.001)))
+    assert (
+        "By its calls alone training never pays: a call costs 0.002 with retrieved-4, 0.003 tuned."
+        in read.sections["cost"]
+    )
+    assert "by the number of calls" not in read.sections["cost"]
+    assert read.tables["Table of calls"][2][4] == "0.003"
 
 
 def test_without_a_break_even_the_page_says_what_measures_it() -> None:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tunewright.advice.signals import BreakEven
 from tunewright.evaluation.curve import Curve
 from tunewright.metrics import axis_label
 from tunewright.recipe import MetricName
@@ -224,6 +225,38 @@ def curve_figure(name: str, curve: Curve, colours: Mapping[str, str] = _PAGE_COL
         axes.set_ylim(bottom=0)
         axes.legend(loc="best", labelcolor=INK)
         return inline(figure, name, title, colours)
+
+
+def break_even_figure(name: str, even: BreakEven) -> str:
+    """What so many calls cost with the prompt and tuned, and where the lines cross; an ``<svg>`` element.
+
+    Args:
+        name: prefix of the SVG's ids, unique on the page.
+        even: with a number of calls from which on training pays.
+    """
+    assert even.calls is not None and even.calls_low is not None
+    money = even.unit == "money"
+    title = f"Costs of {even.prompting.arm} and of training by the number of calls"
+    end = 2 * even.calls
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH / 72, 250 / 72))
+        axes = figure.add_axes((0.14, 0.2, 0.76, 0.7))
+        axes.set_xlabel("calls")
+        axes.set_ylabel("cost" if money else "machine time, hours")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda calls, _: f"{calls:,.0f}")
+        axes.grid(axis="y", linewidth=0.7)
+        axes.axvspan(even.calls_low, min(even.calls_high or end, end), color=LINE, alpha=0.5, linewidth=0)
+        axes.plot([0, end], [0, end * even.prompting.cost], PROMPTING, linewidth=2, label=even.prompting.arm)
+        tuned = [even.once.total, even.once.total + end * even.tuned.cost]
+        axes.plot([0, end], tuned, TUNED, linewidth=2, label="training, then tuned")
+        axes.axvline(even.calls, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        above = axes.get_xaxis_transform()
+        axes.text(even.calls, 1.02, f"{even.calls:,.0f}", ha="center", va="bottom", fontsize=11, transform=above)
+        axes.set_xlim(0, end)
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="lower right", labelcolor=INK)  # both lines end in the upper half
+        return inline(figure, name, title)
 
 
 def inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = _PAGE_COLOURS) -> str:

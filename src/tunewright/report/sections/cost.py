@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from markupsafe import Markup
+
 from tunewright.advice.signals import BreakEven, Call, Signals
 from tunewright.advice.wording import amount, break_even_text
 from tunewright.evaluation.evidence import Arm, Evidence
-from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.plots import break_even_figure
 from tunewright.report.wording import counted
 
 _UNMEASURED = "No break-even was measured on these data and this base: `tunewright advise` measures it."
@@ -63,7 +66,15 @@ def _pays(advice: Signals | None) -> tuple[Block, ...]:
     head = ("A call of", "Input tokens", "Of them in a prefix cache", "Output tokens", f"Costs{unit}")
     calls = Table("Table of calls", head, tuple(_call(even, call) for call in (even.prompting, even.tuned)))
     once = Table("Table of what training costs", ("Beside the calls", f"Costs{unit}"), _once(even))
-    return (Lead(break_even_text(advice)), calls, once, Notes(_grounds(advice, even)))
+    return (Lead(break_even_text(advice)), *_drawn(even), calls, once, Notes(_grounds(advice, even)))
+
+
+def _drawn(even: BreakEven) -> tuple[Block, ...]:
+    """Both costs over the calls; nothing where the lines never cross."""
+    if even.calls is None:
+        return ()
+    caption = "The band is the 95% interval of the number of calls from which on training pays."
+    return (Figure(Markup(break_even_figure("break-even", even)), caption),)
 
 
 def _call(even: BreakEven, call: Call) -> Row:
