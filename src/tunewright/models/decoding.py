@@ -39,6 +39,8 @@ PREFILL_TOKENS = 8192
 # Two prompts share a prefill if the padding between them is under this many tokens, or under half of the longer one:
 # below that a second pass over the weights costs more than the padding does.
 _CHEAP_PADDING = PASS_TOKENS
+# Newcomers wait until a quarter of the batch is free: reading few prompts takes about as long as reading many.
+_ENOUGH_ROOM = 4
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,9 @@ def generate(
     completions: dict[int, Completion] = {}
     rows: dict[int, Row] = {}
     while queue or rows:
-        rows |= queue.admit(batch_size - len(rows))
+        room = batch_size - len(rows)
+        if room * _ENOUGH_ROOM >= batch_size:
+            rows |= queue.admit(room)
         if batch.rows:
             batch.step()
         for index in [index for index, row in rows.items() if row.finish]:
