@@ -123,12 +123,11 @@ def people_line(review: AnswerReview) -> str:
         f"People, blind: {review.answered} of {review.asked} pairs judged, {review.treatment} preferred on {wins}, "
         f"{review.control} on {losses}."
     )
-    if review.powered is not None:
-        score = review.powered.win_rate
-        return f"{told} On all items, with the judge's help: {percents(score.value, score.interval)} for the first."
     if review.win_rate is not None:
-        score = review.win_rate
-        return f"{told} On all items: {percents(score.value, score.interval)} for the first."
+        score = review.powered.win_rate if review.powered else review.win_rate
+        helped = ", with the judge's help" if review.powered else ""
+        rate = percents(score.value, score.interval)
+        return f"{told} On all items{helped}: {rate} for {review.treatment}."
     return f"{told} No win rate for all items yet: {review.lacking}."
 
 
