@@ -9,6 +9,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,25 @@ settings.register_profile("fuzz", max_examples=10_000, deadline=None, suppress_h
 def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with a byte-level tokenizer and the ChatML template."""
     return build_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Path]:
+    """A PostgreSQL server, started when the first test needs it."""
+    from postgres import postgres_server
+
+    with postgres_server() as folder:
+        yield folder
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def state_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty serving state, in each kind of database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/serving/state.sqlite"
+    from postgres import new_schema
+
+    return new_schema(request.getfixturevalue("postgres"))
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "mistral-window"])

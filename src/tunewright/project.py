@@ -78,6 +78,11 @@ class Project:
         return self.root / "evaluations"
 
     @property
+    def serving_state(self) -> Path:
+        """Tenants, keys, releases and usage, unless serve.state puts them elsewhere; made at first use."""
+        return self.root / "serving" / "state.sqlite"
+
+    @property
     def work(self) -> Path:
         """Checkpoints and cached generations, made at first use: git ignores it, all of it can be made again."""
         folder = self.root / ".tunewright"

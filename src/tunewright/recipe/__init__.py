@@ -203,6 +203,14 @@ class ServeRecipe(Section):
     quantize: Annotated[
         Quantize | None, Field(description="How the base is held (null: as the adapters were trained on it).")
     ] = None
+    state: Annotated[
+        str | None,
+        Field(
+            description="Where tenants, keys, releases and usage are: postgresql://USER@HOST/DATABASE, which several "
+            "servers share, or sqlite:///FILE (null: serving/state.sqlite in the project). A password belongs into "
+            "PGPASSWORD or ~/.pgpass."
+        ),
+    ] = None
 
 
 class Recipe(Section):

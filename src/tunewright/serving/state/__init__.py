@@ -1,0 +1,90 @@
+"""What the server has to remember: tenants and keys, limits and usage, releases, and the audit of all changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+
+from tunewright.disk import canonical_json
+from tunewright.serving.state.audit import Audit, AuditCheck, AuditLine
+from tunewright.serving.state.database import Database, StateUnavailableError
+from tunewright.serving.state.meter import LimitExceededError, Meter, Used, Wanted
+from tunewright.serving.state.releases import Candidate, Grounds, Release, Releases
+from tunewright.serving.state.tenants import Caller, InvalidKeyError, Key, Limits, Tenant, Tenants
+
+__all__ = [
+    "Audit",
+    "AuditCheck",
+    "AuditLine",
+    "Caller",
+    "Candidate",
+    "Grounds",
+    "InvalidKeyError",
+    "Key",
+    "LimitExceededError",
+    "Limits",
+    "Meter",
+    "Release",
+    "Releases",
+    "State",
+    "StateUnavailableError",
+    "Tenant",
+    "Tenants",
+    "Used",
+    "Wanted",
+]
+
+
+class State:
+    """The serving state; close it, or use it as a context.
+
+    Args:
+        url: ``sqlite:///FILE`` (made where it is missing) or ``postgresql://…``.
+        actor: who makes changes through it, for the audit.
+        clock: seconds since 1970, in place of the database's clock (tests).
+
+    Raises:
+        UserError: a database that cannot be reached, or of a newer tunewright.
+    """
+
+    def __init__(self, url: str, actor: str | None = None, clock: Callable[[], float] | None = None) -> None:
+        self._database = Database(url, clock)
+        self.name = self._database.name
+        self.is_sqlite = self._database.is_sqlite
+        self.tenants = Tenants(self._database, actor)
+        self.releases = Releases(self._database, actor)
+        self.meter = Meter(self._database)
+        self.audit = Audit(self._database)
+
+    def verify(self, noted: str | None = None) -> AuditCheck:
+        """Hold the audit to its digests, and every release to the line that tells of it.
+
+        Args:
+            noted: a line's digest (or its beginning) that was noted before: it has to be in the chain still.
+        """
+        check = self.audit.verify(noted)
+        kept = {
+            (release.alias, release.number): canonical_json(release.as_dict()) for release in self.releases.history()
+        }
+        told = {}
+        for line in self.audit.lines():
+            if line.action.startswith("release.") and line.true_digest == line.digest:
+                details = json.loads(line.details)
+                told[details["alias"], details["number"]] = line.details
+        differing = sorted(place for place in told.keys() | kept.keys() if told.get(place) != kept.get(place))
+        faults = [f"release {number} of {alias} is not what the log tells of it" for alias, number in differing]
+        return replace(check, faults=(*check.faults, *faults))
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._database.close()
+
+    def __enter__(self) -> State:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

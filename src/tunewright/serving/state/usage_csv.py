@@ -1,0 +1,19 @@
+"""Usage for a spreadsheet or a bill."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+
+from tunewright.serving.state.meter import UsageLine
+
+
+def usage_csv(lines: Sequence[UsageLine]) -> str:
+    """A line for each request, under the names of `UsageLine`; what is not known (yet) is empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in fields(UsageLine)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(line) for line in lines)
+    return out.getvalue()

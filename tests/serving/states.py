@@ -1,0 +1,50 @@
+"""What the tests of the serving state share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import create_engine, make_url, text
+
+from tunewright.serving.state import Caller, Grounds, Limits, Release, State, Wanted
+
+NO_LIMITS = Limits()
+SHIP = Grounds("ship", "0123456789ab")
+DIGESTS = {name: name * 64 for name in "abcdef"}
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def with_tenant(state: State, name: str = "acme", limits: Limits = NO_LIMITS) -> tuple[Caller, Release]:
+    """A tenant with a key, and the release of an alias that it may call."""
+    alias = f"courts-{name}"
+    state.tenants.add(name, [alias], limits)
+    key, _ = state.tenants.add_key(name)
+    return state.tenants.caller(key), state.releases.deploy(alias, "courts-1", DIGESTS["a"], SHIP)
+
+
+def wanted(caller: Caller, release: Release, tokens: int = 10) -> Wanted:
+    """A request."""
+    return Wanted(caller.tenant_id, caller.key_id, release.alias, release.id, release.digest, tokens)
+
+
+@contextmanager
+def raw(url: str) -> Iterator[Any]:
+    """A way past tunewright into the database, as whoever meddles with it has."""
+    parsed = make_url(url)
+    engine = create_engine(parsed.set(drivername=parsed.drivername.replace("postgresql", "postgresql+psycopg")))
+    try:
+        with engine.begin() as connection:
+            yield lambda statement, **values: connection.execute(text(statement), values)
+    finally:
+        engine.dispose()

@@ -1,0 +1,168 @@
+"""The audit log: what was changed afterwards is found, and where."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from states import DIGESTS, SHIP, raw
+
+from tunewright.disk import digest
+from tunewright.serving.state import Limits, State
+
+COLUMNS = ("time", "actor", "action", "subject", "details", "previous", "digest")
+
+
+def fill(state: State) -> None:
+    """Six lines."""
+    state.tenants.add("acme", ["courts"])
+    state.tenants.limit("acme", Limits(requests_per_minute=60))
+    _key, told = state.tenants.add_key("acme")
+    state.releases.deploy("courts", "courts-1", DIGESTS["a"], SHIP)
+    state.releases.deploy("courts", "courts-2", DIGESTS["b"], SHIP)
+    state.tenants.revoke_key(told.prefix)
+
+
+def test_every_change_is_a_line_with_who_and_what(state_url: str) -> None:
+    with State(state_url, "ann") as state:
+        fill(state)
+        lines = state.audit.lines()
+        assert [line.action for line in lines] == [
+            "tenant.add",
+            "tenant.limit",
+            "key.add",
+            "release.deploy",
+            "release.deploy",
+            "key.revoke",
+        ]
+        assert {line.actor for line in lines} == {"ann"}
+        assert json.loads(lines[1].details)["after"]["requests_per_minute"] == 60
+        check = state.verify()
+        assert (check.faults, check.lines, check.head) == ((), 6, lines[-1].digest)
+
+
+def test_a_change_without_effect_is_no_line(state_url: str) -> None:
+    with State(state_url) as state:
+        state.tenants.add("acme", ["courts"], Limits(concurrency=2))
+        state.tenants.limit("acme", Limits(concurrency=2))
+        state.tenants.allow("acme", ["courts"])
+        assert len(state.audit.lines()) == 1
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = f"sqlite:///{tmp_path_factory.mktemp('audit')}/state.sqlite"
+    with State(url, "ann") as state:
+        fill(state)
+    return url
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    number=st.integers(1, 6), column=st.sampled_from(COLUMNS), value=st.text(st.characters(codec="ascii"), max_size=8)
+)
+def test_whatever_is_changed_in_a_line_it_is_named(filled: str, number: int, column: str, value: str) -> None:
+    with State(filled) as state, raw(filled) as execute:
+        before = execute(f"SELECT {column} FROM audit WHERE number = :n", n=number).scalar()
+    if value == before:
+        return
+    with raw(filled) as execute:
+        execute(f"UPDATE audit SET {column} = :v WHERE number = :n", v=value, n=number)
+    try:
+        with State(filled) as state:
+            faults = state.verify().faults
+        assert any(f"line {number} was changed" in fault for fault in faults), faults
+    finally:
+        with raw(filled) as execute:
+            execute(f"UPDATE audit SET {column} = :v WHERE number = :n", v=before, n=number)
+    with State(filled) as state:
+        assert not state.verify().faults
+
+
+@pytest.mark.parametrize("number", [1, 3, 6])
+def test_a_line_that_is_gone_is_named(state_url: str, number: int) -> None:
+    with State(state_url, "ann") as state:
+        fill(state)
+        with raw(state_url) as execute:
+            execute("DELETE FROM audit WHERE number = :n", n=number)
+        assert f"line {number} is missing" in state.verify().faults[0]
+
+
+def _rewrite(state_url: str, first: int, *, head: bool) -> None:
+    """What a clever meddler does: change a line, and write digests anew from there on."""
+    with State(state_url) as state:
+        lines = [line.as_dict() for line in state.audit.lines()]
+    lines[first - 1]["actor"] = "bob"
+    with raw(state_url) as execute:
+        for place in range(first - 1, len(lines)):
+            line = lines[place]
+            line["previous"] = lines[place - 1]["digest"] if place else ""
+            del line["digest"]
+            line["digest"] = digest(line)
+            execute("UPDATE audit SET actor=:actor, previous=:previous, digest=:digest WHERE number=:number", **line)
+        if head:
+            execute("UPDATE audit_head SET digest = :d", d=lines[-1]["digest"])
+
+
+def test_a_line_with_a_digest_to_match_is_found_by_the_next_one(state_url: str) -> None:
+    with State(state_url, "ann") as state:
+        fill(state)
+        noted = state.audit.lines()
+        changed = noted[2].as_dict() | {"actor": "bob"}
+        del changed["digest"]
+        with raw(state_url) as execute:
+            execute("UPDATE audit SET actor = 'bob', digest = :d WHERE number = 3", d=digest(changed))
+        assert state.verify().faults == ("line 3 was changed, with its digest: line 4 was written after another one",)
+
+
+def test_a_chain_that_is_rewritten_to_its_end_is_found_by_its_head(state_url: str) -> None:
+    with State(state_url, "ann") as state:
+        fill(state)
+        _rewrite(state_url, 3, head=False)
+        assert "line 6 was changed, with its digest" in state.verify().faults[0]
+
+
+def test_one_that_is_rewritten_with_its_head_is_found_by_what_was_noted_elsewhere(state_url: str) -> None:
+    with State(state_url, "ann") as state:
+        fill(state)
+        noted = state.verify().head
+        assert not state.verify(noted).faults
+        state.tenants.add("globex")
+        assert not state.verify(noted[:16]).faults  # it may have grown since
+        _rewrite(state_url, 3, head=True)
+        assert not state.verify().faults
+        assert "no line has the digest" in state.verify(noted).faults[0]
+
+
+def test_a_release_that_is_changed_behind_the_logs_back_is_named(state_url: str) -> None:
+    with State(state_url, "ann") as state:
+        fill(state)
+        with raw(state_url) as execute:
+            execute("UPDATE releases SET digest = :d WHERE number = 2", d=DIGESTS["c"])
+        assert state.verify().faults == ("release 2 of courts is not what the log tells of it",)
+        with raw(state_url) as execute:
+            execute("DELETE FROM releases WHERE number = 2")
+        assert state.verify().faults == ("release 2 of courts is not what the log tells of it",)
+
+
+def test_changes_at_once_make_one_chain(state_url: str) -> None:
+    with State(state_url) as one, State(state_url) as two:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda n: (one, two)[n % 2].tenants.add(f"t{n}"), range(20)))
+        check = one.verify()
+        assert (check.faults, check.lines) == ((), 20)
+
+
+def test_two_who_open_a_new_state_at_once_make_one(state_url: str, tmp_path: Path) -> None:
+    def come(index: int) -> None:
+        with State(state_url) as state:
+            state.tenants.add(f"t{index}")
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(come, range(4)))
+    with State(state_url) as state:
+        assert len(state.tenants.list()) == 4

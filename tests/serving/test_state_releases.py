@@ -1,0 +1,150 @@
+"""Releases: what an alias answers with after whatever was done, held to a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from states import DIGESTS, SHIP
+
+from tunewright.errors import UserError
+from tunewright.serving.state import Candidate, Grounds, State
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("deploy"), st.sampled_from("abc")),
+        st.tuples(st.just("canary"), st.sampled_from("abc")),
+        st.tuples(st.sampled_from(["promote", "rollback"]), st.just("")),
+    ),
+    max_size=12,
+)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
+    with State(f"sqlite:///{tmp_path_factory.mktemp('releases')}/state.sqlite") as state:
+        yield state
+
+
+class Stack:
+    """What an alias answers with, told the plain way."""
+
+    def __init__(self) -> None:
+        self.before: list[str] = []
+        self.now: str | None = None
+        self.candidate: str | None = None
+
+    def take(self, step: str, name: str) -> bool:
+        """Whether it can be done; then it is."""
+        if step == "deploy":
+            if self.now == name and self.candidate is None:
+                return False
+            self._answer_with(name)
+        elif step == "canary":
+            if self.now is None or name in (self.now, self.candidate):
+                return False
+            self.candidate = name
+        elif step == "promote":
+            if self.candidate is None:
+                return False
+            self._answer_with(self.candidate)
+        elif self.candidate is not None:
+            self.candidate = None
+        else:
+            if not self.before:
+                return False
+            self.now = self.before.pop()
+        return True
+
+    def _answer_with(self, name: str) -> None:
+        if self.now is not None and self.now != name:
+            self.before.append(self.now)
+        self.now, self.candidate = name, None
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS)
+def test_after_any_steps_an_alias_answers_as_a_stack_says(shared: State, steps: list[tuple[str, str]]) -> None:
+    alias, stack, releases = f"alias-{len(shared.releases.live())}", Stack(), shared.releases
+    history: list[object] = []
+    for step, name in steps:
+        can = stack.take(step, name)
+        try:
+            if step == "deploy":
+                releases.deploy(alias, name, DIGESTS[name], SHIP)
+            elif step == "canary":
+                releases.try_beside(alias, Candidate(name, DIGESTS[name], 0.1), SHIP)
+            elif step == "promote":
+                releases.promote(alias)
+            else:
+                releases.rollback(alias)
+        except UserError:
+            assert not can
+        else:
+            assert can
+            # The lines that were there stay as they were, and one is added.
+            now: list[object] = list(releases.history(alias))
+            assert now[:-1] == history
+            history = now
+        live = releases.live().get(alias)
+        assert (None if live is None else live.adapter) == stack.now
+        if live is not None:
+            assert (live.candidate.adapter if live.candidate else None) == stack.candidate
+
+
+def test_the_grounds_go_with_the_adapter(state_url: str) -> None:
+    forced = Grounds("can't tell", "e2", "the client asked for it")
+    with State(state_url, "ann") as state:
+        state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        state.releases.try_beside("courts", Candidate("b", DIGESTS["b"], None), forced)
+        assert state.releases.promote("courts").grounds == forced
+        back = state.releases.rollback("courts")
+        assert (back.adapter, back.grounds, back.restores, back.author) == ("a", SHIP, 1, "ann")
+
+
+def test_any_earlier_release_can_be_brought_back_by_its_number(state_url: str) -> None:
+    with State(state_url) as state:
+        for name in "abc":
+            state.releases.deploy("courts", name, DIGESTS[name], SHIP)
+        assert state.releases.rollback("courts", 1).adapter == "a"
+        with pytest.raises(UserError, match="already"):
+            state.releases.rollback("courts", 1)
+        assert state.releases.rollback("courts").adapter == "c"
+        with pytest.raises(UserError, match="releases 1 to 5"):
+            state.releases.rollback("courts", 6)
+
+
+def test_mistakes_are_told(state_url: str) -> None:
+    with State(state_url) as state:
+        with pytest.raises(UserError, match="no release that a candidate"):
+            state.releases.try_beside("courts", Candidate("a", DIGESTS["a"], 0.1), SHIP)
+        with pytest.raises(UserError, match="there is no alias 'courts'"):
+            state.releases.rollback("courts")
+        with pytest.raises(UserError, match="no name for an alias"):
+            state.releases.deploy("Courts/1", "a", DIGESTS["a"], SHIP)
+        state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        with pytest.raises(UserError, match="nothing else before"):
+            state.releases.rollback("courts")
+        with pytest.raises(UserError, match="has no candidate"):
+            state.releases.promote("courts")
+        for share in (0.0, 1.0, -0.1):
+            with pytest.raises(UserError, match="no share"):
+                state.releases.try_beside("courts", Candidate("b", DIGESTS["b"], share), SHIP)
+
+
+def test_two_who_deploy_at_once_are_put_in_order(state_url: str) -> None:
+    with State(state_url) as one, State(state_url) as two:
+        one.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+
+        def deploy(name: str) -> None:
+            (one if name in "bd" else two).releases.deploy("courts", name, DIGESTS[name], SHIP)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(deploy, "bcde"))
+        history = one.releases.history("courts")
+        assert [release.number for release in history] == [1, 2, 3, 4, 5]
+        assert two.releases.live()["courts"] == history[-1]
+        assert two.releases.newest() == history[-1].id
