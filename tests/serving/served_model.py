@@ -12,19 +12,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny import byte_tokenizer, chat_of
 from tunewright.data.examples import Message
+from tunewright.models.decoding import Request, generate
+from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import create_app
-from tunewright.serving.engine import Engine, ServedModel
+from tunewright.serving.engine import Engine
 from tunewright.serving.server import serving
 
 TOKENIZER = byte_tokenizer()
 CHAT = chat_of(TOKENIZER)
 STOPS = frozenset({TOKENIZER.eos_token_id})
-MODELS = (
-    ServedModel("base", None),
-    ServedModel("courts", "one"),
-    ServedModel("recipes", "two"),
-    ServedModel("tickets", "three"),
-)
+MODELS = {"base": None, "courts": "one", "recipes": "two", "tickets": "three"}
+"""Adapters by the names that clients ask for; here they are called otherwise than by digests."""
 # Far more than a test waits for: what has this much room and still ends was taken out.
 CONTEXT = 100_000
 NOT_A_TOKEN = 1_000_000
@@ -41,8 +39,8 @@ def decode(ids: Sequence[int]) -> str:
     return str(TOKENIZER.decode(ids, skip_special_tokens=True))
 
 
-def build_model() -> Any:
-    """Random weights that prefer printable ASCII and now and then stop; adapters that change the answers."""
+def build_base() -> Any:
+    """Random weights that prefer printable ASCII and now and then stop."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "hidden_size": 64,
@@ -57,21 +55,34 @@ def build_model() -> Any:
     unlikely = sorted(set(range(len(TOKENIZER))) - printable - STOPS)
     with torch.no_grad():
         model.lm_head.weight[unlikely] = 0
+    return model.eval()
+
+
+def build_model() -> Any:
+    """The base with adapters that change the answers."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    wrapped: Any = get_peft_model(model, config, "one")
+    wrapped: Any = get_peft_model(build_base(), config, "one")
     for name in ("two", "three"):
         wrapped.add_adapter(name, config)
+    torch.manual_seed(1)
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)
     return wrapped.eval()
 
 
+def expected_answer(model: Any, adapter: str | None, content: str, max_tokens: int) -> str:
+    """What the decoding loop alone answers."""
+    request = Request(render([Message("user", content)]), adapter, max_tokens)
+    (answer,) = generate(model, [request], stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, batch_size=1)
+    return decode(answer.ids)
+
+
 @contextmanager
 def running_engine(model: Any, max_batch: int = 8, stop_ids: frozenset[int] = STOPS) -> Iterator[Engine]:
     """An engine that is stopped at the end; without ``stop_ids`` an answer ends at its limit only."""
     engine = Engine(
-        model, MODELS, stop_ids=stop_ids, pad_id=TOKENIZER.pad_token_id, max_batch=max_batch, context_length=CONTEXT
+        model, stop_ids=stop_ids, pad_id=TOKENIZER.pad_token_id, max_batch=max_batch, context_length=CONTEXT
     )
     try:
         yield engine
@@ -86,6 +97,6 @@ def running_server(
     """The address of a server over the model, with stop strings of its own."""
     with (
         running_engine(model, max_batch, stop_ids) as engine,
-        serving(create_app(engine, render=render, decode=decode, stops=stops)) as url,
+        serving(create_app(engine, OpenAccess(MODELS), render=render, decode=decode, stops=stops)) as url,
     ):
         yield url

@@ -14,7 +14,7 @@ from served_model import CONTEXT, MODELS, TOKENIZER, build_model, decode, render
 from tunewright.data.examples import Message
 from tunewright.models.decoding import Request, generate
 
-NAMES = [served.name for served in MODELS]
+NAMES = list(MODELS)
 QUESTION: list[Any] = [{"role": "user", "content": "Which court is this?"}]
 
 
@@ -42,14 +42,16 @@ def test_the_models_are_listed_by_name(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == NAMES
 
 
-@pytest.mark.parametrize("served", MODELS, ids=NAMES)
-def test_an_answer_is_the_decoding_loops_answer_and_says_who_gave_it(client: openai.OpenAI, served: Any) -> None:
-    raw = client.chat.completions.with_raw_response.create(model=served.name, messages=QUESTION, max_tokens=30)
+@pytest.mark.parametrize(("name", "adapter"), MODELS.items(), ids=NAMES)
+def test_an_answer_is_the_decoding_loops_answer_and_says_who_gave_it(
+    client: openai.OpenAI, name: str, adapter: str | None
+) -> None:
+    raw = client.chat.completions.with_raw_response.create(model=name, messages=QUESTION, max_tokens=30)
     answer = raw.parse()
     prompt = render([Message("user", "Which court is this?")])
     (expected,) = generate(
         build_model(),
-        [Request(prompt, served.adapter, 30)],
+        [Request(prompt, adapter, 30)],
         stop_ids={TOKENIZER.eos_token_id},
         pad_id=TOKENIZER.pad_token_id,
         batch_size=1,
@@ -57,8 +59,8 @@ def test_an_answer_is_the_decoding_loops_answer_and_says_who_gave_it(client: ope
     (choice,) = answer.choices
     assert (choice.message.content, choice.finish_reason) == (decode(expected.ids), expected.finish)
     assert choice.message.role == "assistant"
-    assert answer.model == served.name
-    assert raw.headers["x-tunewright-adapter"] == ("none" if served.adapter is None else served.name)
+    assert answer.model == name
+    assert raw.headers["x-tunewright-adapter"] == (adapter or "none")
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(prompt)
     assert answer.usage.completion_tokens == len(expected.ids)

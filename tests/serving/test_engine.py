@@ -23,7 +23,7 @@ async def _collect(engine: Engine, request: Request) -> list[Delta]:
 def test_stopping_tells_who_runs_and_who_waits() -> None:
     async def run(engine: Engine) -> None:
         asking = [asyncio.create_task(_collect(engine, ENDLESS)) for _ in range(3)]
-        while engine.load != (1, 2):
+        while engine.under_way != (1, 2):
             await asyncio.sleep(0)
         await asyncio.to_thread(engine.stop)
         for outcome in await asyncio.gather(*asking, return_exceptions=True):
@@ -40,12 +40,12 @@ def test_who_waits_and_gives_up_is_forgotten() -> None:
         first, second, third = (
             asyncio.create_task(_collect(engine, request)) for request in (ENDLESS, ENDLESS, Request((4, 5), "one", 5))
         )
-        while engine.load != (1, 2):
+        while engine.under_way != (1, 2):
             await asyncio.sleep(0)
         second.cancel()
         first.cancel()
         assert (await third)[-1].finish
-        while engine.load != (0, 0):
+        while engine.under_way != (0, 0):
             await asyncio.sleep(0)
 
     model = build_model()
@@ -66,7 +66,7 @@ def test_a_listener_whose_event_loop_is_gone_is_dropped() -> None:
         loop.close()
         answer = asyncio.run(asyncio.wait_for(_collect(engine, Request((4, 5), None, 5)), 60))
         assert answer[-1].finish
-        while engine.load != (0, 0):
+        while engine.under_way != (0, 0):
             pass
         asyncio.run(stream.aclose())
 

@@ -91,6 +91,17 @@ class Batch:
         # attention mask alone; a cache that dropped what has left the window would count padding as text.
         self._cache = DynamicCache()
 
+    def replace_model(self, model: Any) -> None:
+        """Go on with the same base, with other adapters on it.
+
+        Raises:
+            ValueError: a row under way needs an adapter that is gone.
+            UserError: an adapter is of a kind that cannot share a batch.
+        """
+        adapters = RowAdapters(model, mixed=True)
+        adapters.require([row.request.adapter for row in self.rows])
+        self._model, self._adapters = model, adapters
+
     @torch.inference_mode()
     def prefix(self, ids: Sequence[int], adapter: str | None) -> Prefix:
         """Compute what prompts begin with, for :meth:`admit` to begin them from.

@@ -6,21 +6,16 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tunewright.models.decoding import Batch, Finish, Request, Row, prefill_groups
+from tunewright.models.loading import with_adapters
 
 log = logging.getLogger("tunewright")
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A name that clients ask for, and the PEFT adapter that answers to it (None: the base)."""
-
-    name: str
-    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +28,10 @@ class Delta:
 
 class RequestFailedError(Exception):
     """The model could not compute this one request; the engine goes on."""
+
+
+class AdapterFailedError(Exception):
+    """An adapter could not be put beside the others, or let go; the engine goes on without that change."""
 
 
 class EngineStoppedError(Exception):
@@ -74,8 +73,8 @@ class Engine:
     """Answers requests for the base and its adapters together, in one batch.
 
     Args:
-        model: see :class:`tunewright.models.decoding.Batch`; from here on only this engine may use it.
-        models: the names that clients may ask for.
+        model: see :class:`tunewright.models.decoding.Batch`; from here on only this engine may use it. Its adapters are
+            called by their digests, and further ones can be loaded later.
         stop_ids, pad_id: see :class:`tunewright.models.decoding.Batch`.
         max_batch: the most rows that decode at once; further requests wait in the order of their arrival.
         context_length: the most tokens that prompt and answer may have together.
@@ -87,7 +86,6 @@ class Engine:
     def __init__(
         self,
         model: Any,
-        models: Sequence[ServedModel],
         *,
         stop_ids: Collection[int],
         pad_id: int,
@@ -95,12 +93,12 @@ class Engine:
         context_length: int,
     ) -> None:
         assert max_batch >= 1
-        self.models = {served.name: served for served in models}
-        assert len(self.models) == len(models), "names of models are unique"
+        self.max_batch = max_batch
         self.context_length = context_length
+        self._model = model
         self._batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id)
-        self._max_batch = max_batch
         self._changed = threading.Condition()
+        self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._waiting: deque[_Ticket] = deque()
         self._running: list[_Ticket] = []
         self._stopped: str | None = None
@@ -113,7 +111,7 @@ class Engine:
         return self._stopped
 
     @property
-    def load(self) -> tuple[int, int]:
+    def under_way(self) -> tuple[int, int]:
         """Requests that decode now, and requests that wait."""
         with self._changed:
             return len(self._running), len(self._waiting)
@@ -144,12 +142,53 @@ class Engine:
         finally:
             self._cancel(ticket)
 
+    async def load(self, digest: str, folder: Path) -> None:
+        """Put an adapter beside those that are there; answers under way wait while its weights are read.
+
+        Raises:
+            AdapterFailedError: it could not be loaded.
+            EngineStoppedError: the engine has stopped.
+        """
+        await self._between_turns(lambda: self._replace(with_adapters(self._model, {digest: folder})))
+
+    async def unload(self, digest: str) -> None:
+        """Let an adapter's memory go; no request under way may need it.
+
+        Raises:
+            AdapterFailedError: it could not be let go.
+            EngineStoppedError: the engine has stopped.
+        """
+
+        def let_go() -> None:
+            # peft has no model with its layers wrapped and no adapter: the last one stays until another one comes.
+            others = [name for name in self._model.peft_config if name != digest]
+            if others:
+                self._model.set_adapter(others[0], inference_mode=True)
+                self._model.delete_adapter(digest)
+                self._replace(self._model)
+
+        await self._between_turns(let_go)
+
     def stop(self) -> None:
         """Stop at once: what waits or runs gets :class:`EngineStoppedError`. Returns when the thread has ended."""
         with self._changed:
             self._stopped = self._stopped or "The server is shutting down."
             self._changed.notify()
         self._thread.join()
+
+    async def _between_turns(self, errand: Callable[[], None]) -> None:
+        """Have the engine's thread, which alone may touch the model, do something while no pass is under way."""
+        done: Future[None] = Future()
+        with self._changed:
+            if self._stopped:
+                raise EngineStoppedError(self._stopped)
+            self._errands.append((errand, done))
+            self._changed.notify()
+        await asyncio.wrap_future(done)
+
+    def _replace(self, model: Any) -> None:
+        self._batch.replace_model(model)
+        self._model = model
 
     def _submit(self, ticket: _Ticket) -> None:
         with self._changed:
@@ -176,20 +215,25 @@ class Engine:
             for ticket in (*self._running, *self._waiting):
                 ticket.send(EngineStoppedError(self._stopped))
             self._running, self._waiting = [], deque()
+            for _, done in self._errands:
+                if done.set_running_or_notify_cancel():
+                    done.set_exception(EngineStoppedError(self._stopped))
+            self._errands.clear()
 
     def _wait_for_work(self) -> bool:
         """Sleep while there is nothing to do; False once the engine is to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._running or self._waiting)
+            self._changed.wait_for(lambda: self._stopped or self._running or self._waiting or self._errands)
             return self._stopped is None
 
     def _turn(self) -> None:
-        """Drop who has hung up, let newcomers in, move every row on by one token."""
+        """Do errands, drop who has hung up, let newcomers in, move every row on by one token."""
+        self._do_errands()
         with self._changed:
             gone = [ticket for ticket in self._running if ticket.cancelled]
             self._running = [ticket for ticket in self._running if not ticket.cancelled]
             self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
-            room = min(self._max_batch - len(self._running), len(self._waiting))
+            room = min(self.max_batch - len(self._running), len(self._waiting))
             newcomers = [self._waiting.popleft() for _ in range(room)]
             # They count as running from here on: whatever happens now, they hear of it.
             self._running += newcomers
@@ -204,6 +248,19 @@ class Engine:
             for ticket in self._running:
                 ticket.send_new_tokens()
             self._let_go_finished()
+
+    def _do_errands(self) -> None:
+        while self._errands:
+            errand, done = self._errands.popleft()
+            if not done.set_running_or_notify_cancel():
+                continue  # nobody waits for it any more
+            try:
+                errand()
+            except Exception as error:
+                log.exception("the adapters could not be changed")
+                done.set_exception(AdapterFailedError(f"The engine could not change its adapters: {error}"))
+            else:
+                done.set_result(None)
 
     def _admit(self, tickets: list[_Ticket]) -> None:
         """Prefill together; where that fails, one by one, so that only the request at fault fails."""

@@ -32,6 +32,8 @@ def serve(app: Starlette, host: str, port: int, *, on_ready: Callable[[str], Non
     except KeyboardInterrupt:
         # uvicorn has shut down in good order and hands the signal on.
         return
+    if not server.started:
+        raise RuntimeError("the server ended before it was ready; its log says why")
 
 
 @contextmanager
@@ -60,7 +62,7 @@ class _Server(uvicorn.Server):
     """uvicorn's server, which says when it is ready."""
 
     def __init__(self, app: Starlette, on_ready: Callable[[], None]) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=DRAIN_SECONDS))
+        super().__init__(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=DRAIN_SECONDS))
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

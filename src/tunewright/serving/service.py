@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, load_model, named, with_adapters
 from tunewright.progress import Reporter
 from tunewright.recipe import Quantize, Recipe
+from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import create_app
-from tunewright.serving.engine import Engine, ServedModel
+from tunewright.serving.engine import Engine
 from tunewright.serving.server import serve, serving
+from tunewright.serving.state import State
+from tunewright.serving.tenancy import TenantAccess
+
+
+@dataclass(frozen=True)
+class Tenancy:
+    """What a server needs to answer tenants.
+
+    Args:
+        state: tenants, keys and releases; the server closes it.
+        locate: a released adapter's folder, by its name and digest.
+    """
+
+    state: State
+    locate: Callable[[str, str], Path]
 
 
 class Service:
@@ -24,7 +42,8 @@ class Service:
     Args:
         recipe: gives precision, address, port and batch.
         quantize: how the base is held.
-        adapters: folders by the names that clients ask for.
+        served: folders of adapters by the names that everybody may ask for; or the tenants and their releases, whose
+            adapters are loaded when the server starts.
         host, port: in place of the recipe's.
     """
 
@@ -34,33 +53,43 @@ class Service:
         base: Base,
         chat: ChatFormat,
         quantize: Quantize,
-        adapters: Mapping[str, Path],
+        served: Mapping[str, Path] | Tenancy,
         reporter: Reporter,
         *,
         host: str | None = None,
         port: int | None = None,
     ) -> None:
+        adapters = {} if isinstance(served, Tenancy) else served
         reporter.say(
             f"Loading {named(base, quantize)}" + (f" with {len(adapters)} of its adapters" if adapters else "")
         )
         model: Any = load_model(base, recipe.train.dtype, quantize)
-        # peft makes module names of adapter names, which may hold no dot: inside, adapters are numbered.
-        inside = {f"adapter_{number}": name for number, name in enumerate(adapters)}
+        digests = {name: adapter_digest(folder) for name, folder in adapters.items()}
         if adapters:
-            model = with_adapters(model, {key: adapters[name] for key, name in inside.items()})
-        served = [ServedModel(base.spec, None), *(ServedModel(name, key) for key, name in inside.items())]
-        self.models = [model.name for model in served]
+            # By its digest, an adapter is there once under however many names.
+            model = with_adapters(model, {digests[name]: folder for name, folder in adapters.items()})
         self.host = recipe.serve.host if host is None else host
         self.port = recipe.serve.port if port is None else port
         self._engine = Engine(
             model,
-            served,
             stop_ids=chat.stop_ids,
             pad_id=chat.tokenizer.pad_token_id,
             max_batch=recipe.serve.max_batch,
             context_length=context_length(base),
         )
-        self._app = create_app(self._engine, render=chat.prompt, decode=chat.text, stops=stop_strings(recipe, chat))
+        self._access = (
+            TenantAccess(served.state, self._engine, served.locate, reporter)
+            if isinstance(served, Tenancy)
+            else OpenAccess({base.spec: None, **digests})
+        )
+        self._app = create_app(
+            self._engine, self._access, render=chat.prompt, decode=chat.text, stops=stop_strings(recipe, chat)
+        )
+
+    @property
+    def models(self) -> list[str]:
+        """What can be asked for by name, by whoever may; of tenants' aliases, those that are live."""
+        return self._access.names
 
     def run(self, on_ready: Callable[[str], None]) -> None:
         """Serve until Ctrl-C or SIGTERM; ``on_ready`` is told the address.

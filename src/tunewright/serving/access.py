@@ -1,0 +1,137 @@
+"""Who may ask for what: with tenants :mod:`tunewright.serving.tenancy` says so, without everybody may ask for all."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from tunewright.serving.protocol import ApiError, ChatRequest
+from tunewright.serving.state.meter import Used
+
+
+@dataclass(frozen=True)
+class Target:
+    """What answers a request."""
+
+    name: str
+    """As the client asks for it."""
+    digest: str | None
+    """The adapter's; None: the base."""
+    release_id: int | None = None
+    shadow: str | None = None
+    """The digest of an adapter that is asked the same, and not heard."""
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """An adapter that is to be asked the same once the answer is given, and is only recorded.
+
+    Args:
+        digest: the adapter's.
+        hold: keeps the adapter until ``let_go``, and says whether it is there still.
+        let_go: to be called once after a ``hold`` that said so.
+        record: to be told the answer, and the shadow's or why there is none.
+    """
+
+    digest: str
+    hold: Callable[[], bool]
+    let_go: Callable[[], None]
+    record: Callable[[str, str | None, str | None], None]
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A request that may be answered.
+
+    Args:
+        settle: to be told once what it came to.
+        shadow: who is to be asked the same afterwards.
+    """
+
+    settle: Callable[[Used], None]
+    shadow: Shadow | None = None
+
+
+class Visitor(Protocol):
+    """Who has sent a request."""
+
+    @property
+    def name(self) -> str:
+        """Whose turn it is in the fair queue."""
+
+    def models(self) -> list[str]:
+        """The names that it may ask for."""
+
+    def target(self, chat: ChatRequest) -> Target:
+        """What answers its request.
+
+        Raises:
+            ApiError: 404, nothing of that name does.
+        """
+
+    async def admit(self, target: Target, tokens: int) -> Admission:
+        """Take its request into account, which comes to so many tokens at most. Call it right after :meth:`target`.
+
+        Raises:
+            ApiError: 429 or 400, it may not have that.
+        """
+
+
+class Access(Protocol):
+    """The gateway's doorkeeper."""
+
+    tells_load: bool
+    """Whether `/health` says how much is under way."""
+
+    @property
+    def names(self) -> list[str]:
+        """All that can be asked for by whoever may."""
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """What has to run beside the server."""
+
+    async def enter(self, authorization: str | None) -> Visitor:
+        """Who it is, by the header ``Authorization``.
+
+        Raises:
+            ApiError: 401, nobody that may come in.
+        """
+
+
+class OpenAccess:
+    """Everybody may ask for everything: the base and adapters by name, on a machine of one's own.
+
+    Args:
+        models: digests of adapters (None: the base) by the names that clients ask for.
+    """
+
+    tells_load = True
+    name = "everybody"
+
+    def __init__(self, models: Mapping[str, str | None]) -> None:
+        self._models = dict(models)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        yield
+
+    async def enter(self, authorization: str | None) -> OpenAccess:  # noqa: ARG002 - clients send a key unasked
+        return self
+
+    def models(self) -> list[str]:
+        return list(self._models)
+
+    def target(self, chat: ChatRequest) -> Target:
+        if chat.model not in self._models:
+            message = f"The model {chat.model} does not exist; there are: {', '.join(self._models)}."
+            raise ApiError(message, status=404, param="model", code="model_not_found")
+        return Target(chat.model, self._models[chat.model])
+
+    async def admit(self, target: Target, tokens: int) -> Admission:  # noqa: ARG002 - nothing is counted here
+        return Admission(settle=lambda _used: None)

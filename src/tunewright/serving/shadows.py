@@ -1,0 +1,64 @@
+"""Candidates in the shadow: asked what the alias was asked, after its answer was given, and recorded only."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+from tunewright.models.text_stream import Decode
+from tunewright.serving.access import Admission, Shadow
+from tunewright.serving.answering import Answering
+from tunewright.serving.engine import Engine, EngineStoppedError, RequestFailedError
+from tunewright.serving.fairness import FairQueue
+
+AT_ONCE = 4
+"""Further requests are not asked of the shadow while so many are; the record says so."""
+
+_TURN = " shadows"
+"""In the fair queue all shadows together have the turn of one tenant; no tenant can be called so."""
+
+
+class Shadows:
+    """Asks candidates, a few at once; what goes wrong there goes wrong there only."""
+
+    def __init__(self, engine: Engine, queue: FairQueue, decode: Decode) -> None:
+        self._engine = engine
+        self._queue = queue
+        self._decode = decode
+        self._asking: set[asyncio.Task[None]] = set()
+
+    def ask(self, answered: Answering) -> None:
+        """Ask the candidate of a request that has its answer, if it has a candidate and an answer."""
+        shadow = answered.admission.shadow
+        if shadow is None or not answered.finished:
+            return
+        if len(self._asking) >= AT_ONCE:
+            shadow.record(answered.text, None, f"{AT_ONCE} others were being asked")
+        elif not shadow.hold():
+            shadow.record(answered.text, None, "the candidate had been let go")
+        else:
+            task = asyncio.create_task(self._ask(answered, shadow))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def close(self) -> None:
+        """Give up what is being asked."""
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+
+    async def _ask(self, answered: Answering, shadow: Shadow) -> None:
+        order = replace(answered.order, request=replace(answered.order.request, adapter=shadow.digest))
+        admission = Admission(settle=lambda _used: None)
+        asked = Answering(self._engine, self._queue, self._decode, order, admission, _TURN, time.monotonic())
+        why: str | None = None
+        try:
+            await asked.answer()
+        except asyncio.CancelledError:
+            why = "the server ended"
+        except (RequestFailedError, EngineStoppedError) as error:
+            why = str(error)
+        finally:
+            shadow.record(answered.text, None if why else asked.text, why)
+            shadow.let_go()

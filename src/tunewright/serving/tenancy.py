@@ -1,0 +1,336 @@
+"""Tenants at the gateway: their keys, their aliases, their limits; and the releases that aliases stand for.
+
+Keys, limits and usage are looked up and written for each request, so that a revoked key and a lowered limit hold from
+the next request on, on every server of the database. Releases are followed: the adapters of a new one are loaded first,
+then the alias is switched, and the old adapter is let go when its last answer has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import socket
+import uuid
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from tunewright.disk import canonical_json
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+from tunewright.serving.access import Admission, Shadow, Target
+from tunewright.serving.engine import AdapterFailedError, EngineStoppedError
+from tunewright.serving.protocol import ApiError, ChatRequest
+from tunewright.serving.state import (
+    Caller,
+    InvalidKeyError,
+    LimitExceededError,
+    Release,
+    State,
+    StateUnavailableError,
+    Used,
+    Wanted,
+)
+from tunewright.serving.state.database import ceil_seconds
+from tunewright.serving.state.meter import LOST_SECONDS
+
+log = logging.getLogger("tunewright")
+
+POLL_SECONDS = 0.5
+"""How soon a release is noticed."""
+_ALIVE_SECONDS = LOST_SECONDS / 4
+
+T = TypeVar("T")
+
+
+class Loader(Protocol):
+    """The part of an engine that changes which adapters it has."""
+
+    async def load(self, digest: str, folder: Path) -> None:
+        """Have an adapter ready, or raise AdapterFailedError or EngineStoppedError."""
+
+    async def unload(self, digest: str) -> None:
+        """Let it go, or raise AdapterFailedError or EngineStoppedError."""
+
+
+class TenantAccess:
+    """Tenants only, each with its keys, to the aliases that it may call.
+
+    Args:
+        state: closed when the server ends.
+        engine: which is told what to load.
+        locate: an adapter's folder by its name and digest; a UserError from it is told, and the release is not taken.
+        reporter: told which releases are live.
+    """
+
+    tells_load = False
+
+    def __init__(self, state: State, engine: Loader, locate: Callable[[str, str], Path], reporter: Reporter) -> None:
+        self._state = state
+        self._engine = engine
+        self._locate = locate
+        self._reporter = reporter
+        self.gateway = uuid.uuid4().hex
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._routes: dict[str, Release] = {}
+        self._loaded: set[str] = set()
+        self._held: Counter[str] = Counter()
+        self._seen = -1
+        self._refused: dict[str, tuple[int, str]] = {}
+        self._said: str | None = None
+        # SQLite has one writer at a time: more threads would only wait for each other.
+        self._threads = ThreadPoolExecutor(1 if state.is_sqlite else 8, thread_name_prefix="tunewright-state")
+        self._unwritten: deque[Callable[[], None]] = deque()
+
+    @property
+    def names(self) -> list[str]:
+        """The aliases that are live here."""
+        return sorted(self._routes)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Follow the releases while the server runs; those there are already are loaded before it begins."""
+        await self._catch_up()
+        await self._alive()
+        following = asyncio.create_task(self._follow())
+        try:
+            yield
+        finally:
+            following.cancel()
+            with suppress(asyncio.CancelledError):
+                await following
+            self._threads.submit(self._leave)
+            self._threads.shutdown(wait=True)
+            self._state.close()
+
+    async def enter(self, authorization: str | None) -> TenantVisitor:
+        """Who it is, by a Bearer key; every request asks the database, so that a revoked key opens nothing."""
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise _unauthorized("Send your API key in the header: Authorization: Bearer KEY.")
+        try:
+            caller = await self.ask(self._state.tenants.caller, key.strip())
+        except InvalidKeyError as error:
+            raise _unauthorized(str(error)) from None
+        return TenantVisitor(self, caller)
+
+    def route(self, alias: str) -> Release | None:
+        """What an alias stands for here, at this moment."""
+        return self._routes.get(alias)
+
+    async def ask(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call what asks the database, beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def reserve(self, wanted: Wanted) -> int:
+        """Reserve, and keep the adapter until the request is settled. Nothing may happen between route and this."""
+        self._held[wanted.digest] += 1
+        try:
+            return await self._reserved(wanted)
+        except BaseException:
+            self._let_go(wanted.digest)
+            raise
+
+    async def _reserved(self, wanted: Wanted) -> int:
+        reserving = self._threads.submit(self._state.meter.reserve, wanted, self.gateway)
+        try:
+            return await asyncio.wrap_future(reserving)
+        except asyncio.CancelledError:
+            # The client hung up meanwhile, and what may have been reserved is given back.
+            reserving.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, reserving: Future[int]) -> None:
+        if not reserving.cancelled() and reserving.exception() is None:
+            number = reserving.result()
+            self._write(lambda: self._state.meter.settle(number, Used(0, 0, 0.0, None, 0.0, "hung up")))
+
+    def settle(self, number: int, digest: str, used: Used) -> None:
+        """Write what a request came to, and let its adapter go if nothing needs it any more."""
+        self._let_go(digest)
+        self._write(lambda: self._state.meter.settle(number, used))
+
+    def shadow(self, number: int, release_id: int, digest: str) -> Shadow:
+        """The candidate that a request is to be asked of as well."""
+
+        def hold() -> bool:
+            if digest not in self._loaded:
+                return False
+            self._held[digest] += 1
+            return True
+
+        def record(answer: str, said: str | None, why_not: str | None) -> None:
+            self._write(lambda: self._state.meter.record_shadow(number, release_id, answer, said, why_not))
+
+        return Shadow(digest, hold, lambda: self._let_go(digest), record)
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write in the background; where the database does not answer it is tried again later."""
+
+        def attempt() -> None:
+            try:
+                write()
+            except StateUnavailableError as error:
+                log.warning("what a request used cannot be written now and is tried again: %s", error)
+                self._unwritten.append(write)
+
+        self._threads.submit(attempt)
+
+    def _let_go(self, digest: str) -> None:
+        self._held[digest] -= 1
+        if not self._held[digest]:
+            del self._held[digest]
+
+    async def _follow(self) -> None:
+        beat = asyncio.get_running_loop().time()
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            try:
+                if await self.ask(self._state.releases.newest) != self._seen:
+                    await self._catch_up()
+                await self._unload_unused()
+                while self._unwritten:
+                    await self.ask(self._unwritten.popleft())
+                if asyncio.get_running_loop().time() - beat > _ALIVE_SECONDS:
+                    if self._refused:  # an adapter's files may have come meanwhile
+                        await self._catch_up()
+                    await self._alive()
+                    beat = asyncio.get_running_loop().time()
+                self._tell(None)
+            except StateUnavailableError as error:
+                self._tell(str(error))
+            except EngineStoppedError:
+                return  # there is nothing to load into any more, and requests are told so
+            except AdapterFailedError:
+                pass  # an adapter that could not be let go; the engine's log says why
+
+    def _tell(self, trouble: str | None) -> None:
+        """Say once that the database is out of reach, and once that it is back."""
+        if trouble != self._said:
+            self._reporter.warn(trouble or "The serving state answers again.")
+            self._said = trouble
+
+    async def _alive(self) -> None:
+        taken = min((number - 1 for number, _ in self._refused.values()), default=self._seen)
+        await self.ask(self._state.meter.alive, self.gateway, self._name, taken)
+
+    def _leave(self) -> None:
+        with suppress(StateUnavailableError):
+            while self._unwritten:
+                self._unwritten.popleft()()
+            self._state.meter.gone(self.gateway)
+
+    async def _catch_up(self) -> None:
+        """Load what the live releases need, then switch; a release that cannot be loaded is not taken."""
+        live = await self.ask(self._state.releases.live)
+        for alias, release in live.items():
+            before = self._routes.get(alias)
+            if before is not None and before.id == release.id:
+                continue
+            try:
+                await self._load(release)
+            except (UserError, AdapterFailedError) as error:
+                if self._refused.get(alias) != (release.id, str(error)):
+                    still = f"it goes on with release {before.number}" if before else "it is not served"
+                    self._reporter.warn(f"{alias}: release {release.number} cannot be taken, {still}: {error}")
+                self._refused[alias] = (release.id, str(error))
+                continue
+            self._refused.pop(alias, None)
+            self._routes[alias] = release
+            tried = f", and {release.candidate.adapter} {release.candidate.told}" if release.candidate else ""
+            self._reporter.say(f"{alias}: release {release.number} is live: {release.adapter}{tried}")
+        self._seen = max((release.id for release in live.values()), default=0)
+        await self._alive()
+
+    async def _load(self, release: Release) -> None:
+        needed = {release.digest: release.adapter}
+        if release.candidate:
+            needed[release.candidate.digest] = release.candidate.adapter
+        for digest, adapter in needed.items():
+            if digest not in self._loaded:
+                folder = await self.ask(self._locate, adapter, digest)
+                await self._engine.load(digest, folder)
+                self._loaded.add(digest)
+
+    async def _unload_unused(self) -> None:
+        needed = {digest for release in self._routes.values() for digest in release.digests}
+        for digest in self._loaded - needed:
+            if digest not in self._held:
+                self._loaded.discard(digest)
+                await self._engine.unload(digest)
+
+
+@dataclass(frozen=True)
+class TenantVisitor:
+    """A tenant that has shown a valid key."""
+
+    access: TenantAccess
+    caller: Caller
+
+    @property
+    def name(self) -> str:
+        """Whose turn it is in the fair queue."""
+        return self.caller.tenant
+
+    def models(self) -> list[str]:
+        """The aliases that its key opens and that are live."""
+        return [alias for alias in self.access.names if alias in self.caller.aliases]
+
+    def target(self, chat: ChatRequest) -> Target:
+        """What its alias stands for; one that is not there and one that is another's look the same."""
+        release = self.access.route(chat.model) if chat.model in self.caller.aliases else None
+        if release is None:
+            message = f"The model {chat.model} does not exist, or you have no access to it."
+            raise ApiError(message, status=404, param="model", code="model_not_found")
+        digest, shadow = release.digest, None
+        if release.candidate is not None:
+            if release.candidate.share is None:
+                shadow = release.candidate.digest
+            elif falls_to(self.caller.tenant, chat, release.candidate.digest, release.candidate.share):
+                digest = release.candidate.digest
+        return Target(chat.model, digest, release.id, shadow)
+
+    async def admit(self, target: Target, tokens: int) -> Admission:
+        """Reserve what the request may come to."""
+        assert target.digest is not None and target.release_id is not None
+        caller, digest = self.caller, target.digest
+        wanted = Wanted(caller.tenant_id, caller.key_id, target.name, target.release_id, digest, tokens)
+        try:
+            number = await self.access.reserve(wanted)
+        except LimitExceededError as error:
+            raise _over_limit(error) from None
+        shadow = None if target.shadow is None else self.access.shadow(number, target.release_id, target.shadow)
+        return Admission(settle=lambda used: self.access.settle(number, digest, used), shadow=shadow)
+
+
+def falls_to(tenant: str, chat: ChatRequest, digest: str, share: float) -> bool:
+    """Whether a canary of this share answers: the same for all turns of a conversation, and on every server.
+
+    It goes by a hash of the conversation's beginning, up to the user's first turn. Whoever was in a share is in a
+    larger one of the same adapter, too.
+    """
+    beginning = []
+    for message in chat.messages:
+        beginning.append([message.role, message.as_message().content])
+        if message.role == "user":
+            break
+    hashed = hashlib.sha256(canonical_json([digest, tenant, beginning]).encode()).digest()
+    return int.from_bytes(hashed[:8]) < share * 2**64
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(message, status=401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _over_limit(error: LimitExceededError) -> ApiError:
+    if error.wait is None:
+        return ApiError(str(error), status=400, param="max_tokens", code="request_over_limit")
+    kind = "tokens" if error.limit == "tokens_per_minute" else "requests"
+    wait = {"Retry-After": str(ceil_seconds(error.wait))}
+    return ApiError(str(error), status=429, code="rate_limit_exceeded", kind=kind, headers=wait)

@@ -1,0 +1,107 @@
+"""Servers for tenants over the tiny base, with adapters on disk that are loaded as releases ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+from served_model import CONTEXT, STOPS, TOKENIZER, build_base, build_model, decode, render
+
+from tunewright.adapters.registry import adapter_digest
+from tunewright.errors import UserError
+from tunewright.progress import LogReporter
+from tunewright.serving.app import create_app
+from tunewright.serving.engine import Engine
+from tunewright.serving.server import serving
+from tunewright.serving.state import Grounds, State
+from tunewright.serving.tenancy import TenantAccess
+
+SHIP = Grounds("ship", "0123456789ab")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter on disk."""
+
+    name: str
+    folder: Path
+    digest: str
+
+
+def store_adapters(folder: Path) -> dict[str, Stored]:
+    """The three adapters of the served model, each in a folder of its own."""
+    build_model().save_pretrained(folder)
+    found = {}
+    for name in ("one", "two", "three"):
+        found[name] = Stored(name, folder / name, adapter_digest(folder / name))
+    return found
+
+
+class Told(LogReporter):
+    """A reporter that keeps what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.messages.append(message)
+
+    def warn(self, message: str) -> None:
+        self.messages.append(f"Warning: {message}")
+
+
+@dataclass
+class Running:
+    """A server under test."""
+
+    url: str
+    engine: Engine
+    told: Told
+    clients: list[Any] = field(default_factory=list)
+
+    @property
+    def loaded(self) -> set[str]:
+        """Digests of the adapters in memory."""
+        return set(getattr(self.engine._model, "peft_config", ()))
+
+    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        """OpenAI's own client."""
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
+        self.clients.append(made)
+        return made
+
+
+@contextmanager
+def tenant_server(
+    state_url: str, adapters: Mapping[str, Stored], *, stop_ids: frozenset[int] = STOPS, max_batch: int = 8
+) -> Iterator[Running]:
+    """A server that answers tenants by the state."""
+    folders = {stored.digest: stored.folder for stored in adapters.values()}
+
+    def locate(name: str, digest: str) -> Path:
+        if digest not in folders:
+            raise UserError(f"the released adapter {name} is not here")
+        return folders[digest]
+
+    pad = TOKENIZER.pad_token_id
+    engine = Engine(build_base(), stop_ids=stop_ids, pad_id=pad, max_batch=max_batch, context_length=CONTEXT)
+    told = Told()
+    access = TenantAccess(State(state_url), engine, locate, told)
+    try:
+        with serving(create_app(engine, access, render=render, decode=decode)) as url:
+            running = Running(url, engine, told)
+            yield running
+            for client in running.clients:
+                client.close()
+    finally:
+        engine.stop()
+
+
+def deploy(state: State, alias: str, stored: Stored) -> None:
+    """Release an adapter."""
+    state.releases.deploy(alias, stored.name, stored.digest, SHIP)
