@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -20,15 +22,24 @@ NO_VERBS = {"init", "recipe", "demo"}
 def test_each_command_is_a_verb_and_each_group_of_commands_has_its_own(tmp_path: Path, tiny_base_folder: Path) -> None:
     road = tunewright.open(tiny_project(tmp_path / "project", tiny_base_folder))
     lacking = []
-    for name, found in get_command(commands()).commands.items():  # type: ignore[attr-defined]
-        verbs = [f"{name}.{verb}" for verb in getattr(found, "commands", ())] or [name]
-        for path in verbs if name not in NO_VERBS else []:
-            place: object = road
-            for part in path.split("."):
-                place = getattr(place, part, None)
-            if not callable(place):
-                lacking.append(path)
+    for path in _paths(get_command(commands())):
+        place: object = road
+        for part in path.split("."):
+            place = getattr(place, part, None)
+        if not callable(place):
+            lacking.append(path)
     assert lacking == []
+
+
+def _paths(group: Any) -> Iterator[str]:
+    """The commands of a group, and of the groups in it."""
+    for name, found in group.commands.items():
+        if name in NO_VERBS:
+            continue
+        if hasattr(found, "commands"):
+            yield from (f"{name}.{path}" for path in _paths(found))
+        else:
+            yield name
 
 
 def test_versions_from_python_are_those_of_the_command_line(tmp_path: Path, tiny_base_folder: Path) -> None:

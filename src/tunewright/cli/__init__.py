@@ -14,7 +14,7 @@ def commands() -> typer.Typer:
     from tunewright.cli.app import app
 
     # Each registers its commands, in the order in which the help lists them.
-    groups = "project data versions review advise fit train measure judge general people serve"
+    groups = "project data versions review advise fit train measure judge general people serve tenants releases"
     for group in groups.split():
         import_module(f"tunewright.cli.{group}")
     return app

@@ -8,6 +8,7 @@ import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import session
+from tunewright.cli.state import StateUrl, road_at
 
 
 @app.command()
@@ -15,7 +16,7 @@ def serve(
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Adapters by name (or its beginning); NAME@step-N is an earlier checkpoint.",
+            help="Adapters by name (or its beginning), without tenants; NAME@step-N is an earlier checkpoint.",
             show_default="all that fit the base",
         ),
     ] = None,
@@ -23,14 +24,18 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0: any.", show_default="the recipe's")
     ] = None,
+    no_auth: Annotated[
+        bool,
+        typer.Option("--no-auth", help="Without tenants: answer everybody, on an address that others can reach, too."),
+    ] = False,
+    state: StateUrl = None,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
-    """Serve the base and adapters from one copy of the base, until Ctrl-C."""
-    import tunewright
-
+    """Serve from one copy of the base, until Ctrl-C: aliases to tenants, or without tenants all to this machine."""
     with session(json) as current:
-        service = tunewright.open(project, current.reporter).serve(adapters or (), host=host, port=port)
+        road = road_at(current, project, state)
+        service = road.serve(adapters or (), host=host, port=port, auth=not no_auth)
 
         current.tell_standing(project)
 

@@ -18,6 +18,7 @@ from tunewright.evaluation.openings import Design, Earlier, Opening
 from tunewright.evaluation.parts import ArmScore, Interval, Part
 from tunewright.evaluation.people.section import AnswerReview
 from tunewright.metrics import Kind
+from tunewright.progress import Reporter
 from tunewright.recipe import MetricName, RetrieverName
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -351,6 +352,25 @@ def find_evaluation(evaluations: Path, name: str | Path | None = None) -> Path:
         raise UserError("nothing has been evaluated yet", where=str(evaluations), fix="`tunewright evaluate` does it.")
     # Only the newest one has to be of this schema; older ones may lie beside it.
     return max(files, key=_created).parent
+
+
+def evidence_on(evaluations: Path, adapter: str, reporter: Reporter) -> Evidence | None:
+    """The newest evidence on one adapter, measured on rows held out from it; None where there is none.
+
+    Args:
+        evaluations: the project's folder of evaluations.
+        adapter: its digest.
+        reporter: told of evidence that cannot be read.
+    """
+    for file in sorted(evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"), key=_created, reverse=True):
+        try:
+            evidence = load_evidence(file)
+        except UserError as error:
+            reporter.warn(f"Evidence that is not looked at: {error}")
+            continue
+        if evidence.design == "held-out" and evidence.lineage["adapter"]["digest"] == adapter:
+            return evidence
+    return None
 
 
 def _created(file: Path) -> str:

@@ -24,6 +24,8 @@ from tunewright.road.adapters import AdaptersRoad
 from tunewright.road.data import DataRoad
 from tunewright.road.evaluations import EvaluationsRoad
 from tunewright.road.opened import OpenProject
+from tunewright.road.releases import ReleasesRoad
+from tunewright.road.tenants import AuditRoad, TenantRoad
 from tunewright.training.trackers import require_trackers
 
 if TYPE_CHECKING:
@@ -70,6 +72,11 @@ class Road(EvaluationsRoad):
         self.reporter = self._opened.reporter
         self.data = DataRoad(self._opened)
         self.adapters = AdaptersRoad(self._opened)
+        self.tenant = TenantRoad(self._opened)
+        self.audit = AuditRoad(self._opened)
+        releases = ReleasesRoad(self._opened, self.ledger)
+        self.deploy, self.promote, self.rollback = releases.deploy, releases.promote, releases.rollback
+        self.releases, self.shadow = releases.history, releases.shadow
 
     @property
     def base(self) -> Base:
@@ -311,20 +318,29 @@ class Road(EvaluationsRoad):
         version, chat = self.data.version(), self.chat
         return CrossFit(self.project, version, self.base, chat, self.reporter, folds=folds, force=force).run()
 
-    def serve(self, adapters: Sequence[str] = (), *, host: str | None = None, port: int | None = None) -> Service:
-        """A server for the base and adapters (all that fit the base by default), loaded but not yet started.
+    def serve(
+        self, adapters: Sequence[str] = (), *, host: str | None = None, port: int | None = None, auth: bool = True
+    ) -> Service:
+        """A server, loaded but not yet started.
 
+        Without tenants: for the base and adapters (all that fit the base by default), to everybody on this machine.
         ``NAME@step-N`` is an adapter's earlier checkpoint. Adapters that are named decide how the base is held (as
         they were trained on it), unless ``serve.quantize`` does; else the recipe decides.
 
-        Raises:
-            UserError: a named adapter that does not fit, or that cannot be served together with the others.
-        """
-        from tunewright.road.serving import choose_served
-        from tunewright.serving.service import Service
+        With tenants: for their keys alone, to the releases of their aliases.
 
-        held, folders = choose_served(self._opened, adapters)
-        return Service(self.project.recipe, self.base, self.chat, held, folders, self.reporter, host=host, port=port)
+        Args:
+            adapters: by name; none where there are tenants.
+            host, port: in place of the recipe's.
+            auth: False lets everybody who reaches the address ask, where there are no tenants.
+
+        Raises:
+            UserError: a named adapter that does not fit, or that cannot be served together with the others; an address
+                that others can reach, without tenants.
+        """
+        from tunewright.road.serving import open_service
+
+        return open_service(self._opened, adapters, host=host, port=port, auth=auth)
 
     def _refuse_up_front(self) -> None:
         """What no training by this recipe could end well with, before a base is fetched or anything measured."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tunewright.adapters.fit import require_fit, trained_quantize
 from tunewright.adapters.registry import Adapter
 from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.data.versions.author import current_author
 from tunewright.errors import UserError
 from tunewright.models.bases import Base, resolve_base
 from tunewright.progress import Reporter
@@ -17,6 +18,7 @@ from tunewright.project import Project
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.evaluation.measure import Measurement
+    from tunewright.serving.state import State
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class OpenProject:
         from tunewright.chat import open_chat
 
         return open_chat(self.base, self.project.recipe.chat, self.reporter)
+
+    def state(self) -> State:
+        """The serving state, made where there is none; the caller closes it.
+
+        Raises:
+            UserError: a database that cannot be reached, or of a newer tunewright.
+        """
+        from tunewright.serving.state import State
+
+        url = self.project.recipe.serve.state or f"sqlite:///{self.project.serving_state.resolve()}"
+        return State(url, current_author(self.project.root))
 
     def measurement(self, adapter: Adapter | None = None) -> Measurement:
         """The arms on the base as ``adapter`` was trained on it, or will be by the recipe; or as the recipe says.

@@ -1,9 +1,12 @@
-"""Which adapters a server holds, and how it holds the base under them."""
+"""Which adapters a server holds, how it holds the base under them, and who may ask it."""
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunewright.adapters.fit import require_fit, trained_quantize
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
@@ -11,6 +14,105 @@ from tunewright.adapters.servable import require_batchable
 from tunewright.errors import UserError
 from tunewright.recipe import Quantize
 from tunewright.road.opened import OpenProject
+
+if TYPE_CHECKING:
+    from tunewright.serving.service import Service
+    from tunewright.serving.state import State
+
+
+def open_service(
+    opened: OpenProject, names: Sequence[str], *, host: str | None, port: int | None, auth: bool
+) -> Service:
+    """A server for tenants where there are any, else for everybody; see ``Road.serve``."""
+    project = opened.project
+    if project.recipe.serve.state is not None or project.serving_state.exists():
+        state = opened.state()
+        try:
+            if state.tenants.any():
+                return _for_tenants(opened, state, names, host=host, port=port, auth=auth)
+        except BaseException:
+            state.close()
+            raise
+        state.close()
+    if auth:
+        _require_private(host or project.recipe.serve.host)
+    from tunewright.serving.service import Service
+
+    held, folders = choose_served(opened, names)
+    return Service(project.recipe, opened.base, opened.chat, held, folders, opened.reporter, host=host, port=port)
+
+
+def _for_tenants(
+    opened: OpenProject, state: State, names: Sequence[str], *, host: str | None, port: int | None, auth: bool
+) -> Service:
+    if not auth:
+        raise UserError("there are tenants, and whoever asks needs a key", where="--no-auth")
+    if names:
+        raise UserError(
+            "there are tenants, who ask for aliases and not for adapters",
+            where=" ".join(names),
+            fix="Name none: releases say what is served (`tunewright deploy ALIAS ADAPTER`).",
+        )
+    live = state.releases.live().values()
+    trained = []
+    for release in live:
+        try:
+            trained.append(adapter_of(opened, release.adapter, release.digest))
+        except UserError as error:  # told again by the server, which does without this release
+            opened.reporter.warn(f"{release.alias}: {error}")
+    recipe = opened.project.recipe
+    held = recipe.serve.quantize or (trained_quantize(trained) if trained else recipe.train.quantize)
+
+    def locate(name: str, digest: str) -> Path:
+        adapter = adapter_of(opened, name, digest)
+        _require_servable(opened, adapter)
+        if recipe.serve.quantize is None and trained_quantize([adapter]) != held:
+            raise UserError(
+                f"it was trained with train.quantize {trained_quantize([adapter])}, and this server holds the base "
+                f"with {held}",
+                where=name,
+                fix="Restart the server, or set serve.quantize.",
+            )
+        return adapter.folder
+
+    from tunewright.serving.service import Service, Tenancy
+
+    served = Tenancy(state, locate)
+    return Service(recipe, opened.base, opened.chat, held, served, opened.reporter, host=host, port=port)
+
+
+def adapter_of(opened: OpenProject, name: str, digest: str) -> Adapter:
+    """The adapter of a release, which is known by its digest; the name is for people.
+
+    Raises:
+        UserError: it is not here.
+    """
+    found = next((a for a in list_adapters(opened.project.adapters) if a.digest == digest), None)
+    if found is None:
+        raise UserError(
+            f"the released adapter {name} ({digest[:12]}) is not here",
+            where=str(opened.project.adapters),
+            fix="Copy its folder here from where it was trained.",
+        )
+    return found
+
+
+def _require_private(host: str) -> None:
+    """Refuse to answer everybody on an address that others can reach.
+
+    Raises:
+        UserError: it is one.
+    """
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return  # no address at all, which is told where it is listened on
+    if not all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
+        raise UserError(
+            f"others can reach {host}, and without tenants the server answers everybody who does",
+            where="serve.host",
+            fix="`tunewright tenant add NAME` makes a tenant, who needs a key; with --no-auth everybody is answered.",
+        )
 
 
 def choose_served(opened: OpenProject, names: Sequence[str]) -> tuple[Quantize, dict[str, Path]]:

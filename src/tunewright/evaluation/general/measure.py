@@ -11,7 +11,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.disk import digest, write_json
 from tunewright.errors import UserError
 from tunewright.evaluation.evaluating import EvaluateResult, evaluate
-from tunewright.evaluation.evidence import EVIDENCE_FILE, Advice, Evidence, amend, load_evidence
+from tunewright.evaluation.evidence import Advice, amend, evidence_on, load_evidence
 from tunewright.evaluation.general.bench import Bench, OpenSuite
 from tunewright.evaluation.general.choices import ChoicesSuite
 from tunewright.evaluation.general.instructions import InstructionsSuite
@@ -20,6 +20,7 @@ from tunewright.evaluation.general.rule import Standing, standing
 from tunewright.evaluation.general.samples import SamplesSuite
 from tunewright.evaluation.general.section import General, Suite
 from tunewright.evaluation.measure import Measurement
+from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.training.lineage import packages
 
@@ -92,7 +93,7 @@ def measure_general(measurement: Measurement, adapter: Adapter, suites: Sequence
         bench = Bench(project, measurement.version, generator, adapter, measurement.reporter)
         general = _measured(bench, suites, identity)
         write_json(file, general.model_dump(mode="json"))
-    folder = evaluation_of(project, adapter)
+    folder = evaluation_of(project, adapter, measurement.reporter)
     if folder is not None and load_evidence(folder).general != general:
         amend(folder, general=general)
     return GeneralResult(adapter, general, not known, folder)
@@ -112,16 +113,10 @@ def evaluate_with_general(
     return EvaluateResult(result.folder, evidence, result.evaluated or general.measured)
 
 
-def evaluation_of(project: Project, adapter: Adapter) -> Path | None:
+def evaluation_of(project: Project, adapter: Adapter, reporter: Reporter) -> Path | None:
     """The newest held-out evaluation of an adapter; None where there is none."""
-    found: list[Evidence] = []
-    for file in project.evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"):
-        evidence = load_evidence(file)
-        if evidence.design == "held-out" and evidence.lineage["adapter"]["digest"] == adapter.digest:
-            found.append(evidence)
-    if not found:
-        return None
-    return project.evaluations / max(found, key=lambda e: str(e.lineage["created"])).id
+    evidence = evidence_on(project.evaluations, adapter.digest, reporter)
+    return None if evidence is None else project.evaluations / evidence.id
 
 
 def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> General:

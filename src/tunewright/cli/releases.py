@@ -1,0 +1,109 @@
+"""``deploy``, ``promote``, ``rollback``, ``releases``: which adapter an alias answers with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tunewright.cli.app import HERE, Folder, Json, app
+from tunewright.cli.console import session
+from tunewright.cli.state import StateUrl, road_at
+
+Alias = Annotated[str, typer.Argument(help="The name that tenants ask for.")]
+
+
+@app.command()
+def deploy(
+    alias: Alias,
+    adapter: Annotated[str, typer.Argument(help="The adapter's name, or its beginning.")],
+    canary: Annotated[
+        str | None, typer.Option(help="Try it on this share of the traffic, such as 10%.", show_default="all")
+    ] = None,
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="Ask it too, and record what it says; it is not heard.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Whatever its verdict; needs --because.")] = False,
+    because: Annotated[str | None, typer.Option(help="Why, for the history.")] = None,
+    state: StateUrl = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Have an alias answer with an adapter whose verdict is to ship; running servers take it within a second.
+
+    Exit code 3 if the verdict is not to ship, 4 if it can't be told: then nothing has changed.
+    """
+    from tunewright.cli.tables import verdict_text
+    from tunewright.cli.tenant_tables import releases_tables
+    from tunewright.errors import UserError
+    from tunewright.serving.state.times import percent
+
+    with session(json, project) as current:
+        if force != (because is not None):
+            raise UserError("--force and --because go together", where="--force" if force else "--because")
+        share = None if canary is None else percent(canary, "--canary")
+        road = road_at(current, project, state)
+        result = road.deploy(alias, adapter, canary=share, shadow=shadow, because=because)
+        if result.release is None:
+            assert result.verdict is not None
+            current.show(result.as_dict(), verdict_text(result.verdict), f"{alias} is as it was.")
+            raise typer.Exit(result.verdict.exit_code)
+        running = (
+            f"{result.servers} running servers take it." if result.servers != 1 else "The running server takes it."
+        )
+        told = running if result.servers else "No server is running: `tunewright serve` starts one."
+        current.show(result.as_dict(), *releases_tables([result.release]), told)
+
+
+@app.command()
+def promote(alias: Alias, state: StateUrl = None, project: Folder = HERE, json: Json = False) -> None:
+    """Have an alias answer with its candidate from now on."""
+    from tunewright.cli.tenant_tables import releases_tables
+
+    with session(json) as current:
+        made = road_at(current, project, state).promote(alias)
+        current.show(made.as_dict(), *releases_tables([made]))
+
+
+@app.command()
+def rollback(
+    alias: Alias,
+    to: Annotated[
+        int | None, typer.Option(min=1, help="The release to bring back, by its number.", show_default="the one before")
+    ] = None,
+    state: StateUrl = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Let an alias's candidate go; where there is none, bring back what it answered with before."""
+    from tunewright.cli.tenant_tables import releases_tables
+
+    with session(json) as current:
+        made = road_at(current, project, state).rollback(alias, to)
+        current.show(made.as_dict(), *releases_tables([made]))
+
+
+@app.command()
+def shadow(alias: Alias, state: StateUrl = None, project: Folder = HERE, json: Json = False) -> None:
+    """What candidates in an alias's shadow would have answered, beside what was answered."""
+    from tunewright.cli.tenant_tables import shadow_tables
+
+    with session(json) as current:
+        lines = road_at(current, project, state).shadow(alias)
+        current.show({"asked": [line.as_dict() for line in lines]}, *shadow_tables(lines))
+
+
+@app.command()
+def releases(
+    alias: Annotated[str | None, typer.Argument(help="An alias.", show_default="all")] = None,
+    state: StateUrl = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """List the releases: what each alias answered with, from when on, and why it might."""
+    from tunewright.cli.tenant_tables import releases_tables
+
+    with session(json) as current:
+        known = road_at(current, project, state).releases(alias)
+        document = {"releases": [release.as_dict() for release in known]}
+        current.show(document, *(releases_tables(known) if known else ["Nothing has been released yet."]))

@@ -1,0 +1,168 @@
+"""Tenants, keys, usage, releases and audit as people read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from tunewright.road.tenants import NewKey
+from tunewright.serving.state import AuditLine, Key, Release, Tenant
+from tunewright.serving.state.meter import ShadowLine, UsageSum
+from tunewright.serving.state.times import iso
+
+_SHORT = 12  # digits of a digest
+
+
+def tenants_table(tenants: Sequence[Tenant]) -> Table:
+    """Tenants; a dash where there is no limit."""
+    table = Table()
+    for name in ("tenant", "aliases"):
+        table.add_column(name)
+    for name in ("requests/min", "tokens/min", "at once", "keys"):
+        table.add_column(name, justify="right")
+    for tenant in tenants:
+        limits = tenant.limits
+        table.add_row(
+            tenant.name,
+            ", ".join(tenant.aliases) or "none",
+            _count(limits.requests_per_minute),
+            _count(limits.tokens_per_minute),
+            _count(limits.concurrency),
+            str(tenant.keys),
+        )
+    return table
+
+
+def new_key_text(made: NewKey) -> str:
+    """A key, shown this once."""
+    scope = "all aliases of" if made.key.aliases is None else f"{', '.join(made.key.aliases)} of"
+    until = f" until {_minute(made.key.expires)}" if made.key.expires is not None else ""
+    return f"{made.secret}\nGood for {scope} {made.key.tenant}{until}. It is not shown again: only a hash is kept."
+
+
+def keys_table(keys: Sequence[Key]) -> Table:
+    """Keys by their prefixes."""
+    table = Table()
+    for name in ("key", "tenant", "aliases", "state", "made", "expires", "last used"):
+        table.add_column(name)
+    for key in keys:
+        state = key.state if key.replaced_by is None else f"{key.state}, replaced by {key.replaced_by}"
+        table.add_row(
+            key.prefix,
+            key.tenant,
+            "all" if key.aliases is None else ", ".join(key.aliases),
+            state,
+            _minute(key.created),
+            _minute(key.expires),
+            _minute(key.last_used),
+        )
+    return table
+
+
+def usage_table(sums: Sequence[UsageSum]) -> Table:
+    """Usage by tenant, alias and adapter; the time to the first token is the mean."""
+    table = Table()
+    for name in ("tenant", "alias", "adapter"):
+        table.add_column(name)
+    for name in ("requests", "under way", "prompt tokens", "answer tokens", "first token, s"):
+        table.add_column(name, justify="right")
+    for each in sums:
+        first = each.mean_first_token_s
+        table.add_row(
+            each.tenant,
+            each.alias,
+            each.digest[:_SHORT],
+            f"{each.requests:,}",
+            f"{each.under_way:,}",
+            f"{each.prompt_tokens:,}",
+            f"{each.completion_tokens:,}",
+            "-" if first is None else f"{first:.3f}",
+        )
+    return table
+
+
+def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
+    """Releases, with the candidate that was tried beside each, and why any was forced."""
+    table = Table()
+    table.add_column("alias")
+    table.add_column("release", justify="right")
+    for name in ("action", "answers with", "beside it", "verdict", "by", "when"):
+        table.add_column(name)
+    for release in releases:
+        candidate = release.candidate
+        verdict = release.grounds.verdict or "not evaluated"
+        restores = "" if release.restores is None else f" to {release.restores}"
+        table.add_row(
+            release.alias,
+            str(release.number),
+            f"{release.action}{restores}",
+            release.adapter,
+            "" if candidate is None else f"{candidate.adapter} {candidate.told}",
+            verdict if release.grounds.because is None else f"{verdict}, forced",
+            release.author or "",
+            _minute(release.created),
+        )
+    forced = [release for release in releases if release.grounds.because is not None and release.action != "rollback"]
+    return [table, *(f"Release {each.number} of {each.alias} was forced: {each.grounds.because}" for each in forced)]
+
+
+def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[RenderableType]:
+    """How often candidates would have said the same, and the newest answers that differ."""
+    if not lines:
+        return ["No candidate has been asked in the shadow yet."]
+    by_candidate: dict[str, list[ShadowLine]] = {}
+    for line in lines:
+        by_candidate.setdefault(line.candidate, []).append(line)
+    counts = Table()
+    counts.add_column("candidate")
+    for name in ("asked", "the same", "other", "no answer"):
+        counts.add_column(name, justify="right")
+    for candidate, asked in by_candidate.items():
+        answered = [line for line in asked if line.shadow_answer is not None]
+        same = sum(line.shadow_answer == line.answer for line in answered)
+        counts.add_row(candidate, *map(str, (len(asked), same, len(answered) - same, len(asked) - len(answered))))
+    others = [line for line in lines if line.shadow_answer not in (None, line.answer)]
+    if not others:
+        return [counts]
+    pairs = Table(title=f"The newest {min(differing, len(others))} that differ", title_justify="left", show_lines=True)
+    for name in ("request", "tenant", "answered", "in the shadow"):
+        pairs.add_column(name)
+    for line in others[-differing:]:
+        pairs.add_row(str(line.request), line.tenant, line.answer, line.shadow_answer)
+    return [counts, pairs]
+
+
+def audit_table(lines: Sequence[AuditLine]) -> Table:
+    """The log of changes."""
+    table = Table()
+    table.add_column("line", justify="right")
+    for name in ("when", "by", "what", "of", "details", "digest"):
+        table.add_column(name)
+    for line in lines:
+        details = {k: v for k, v in json.loads(line.details).items() if v not in (None, [], "")}
+        told = ", ".join(f"{name} {value}" for name, value in details.items() if name not in _TOLD_ALREADY)
+        table.add_row(
+            str(line.number),
+            line.time[:16].replace("T", " "),
+            line.actor or "",
+            line.action,
+            line.subject,
+            told,
+            line.digest[:_SHORT],
+        )
+    return table
+
+
+_TOLD_ALREADY = {"id", "alias", "author", "created", "action", "digest"}
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _minute(seconds: float | None) -> str:
+    told = iso(seconds)
+    return "-" if told is None else told[:16].replace("T", " ")

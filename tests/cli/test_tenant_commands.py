@@ -1,0 +1,299 @@
+"""Tenants, releases and audit through the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from sqlalchemy import create_engine, text
+
+from command_line import Ran, tiny_project, tunewright
+from factories import make_evidence, make_items, with_contrast
+from tunewright import open as open_project
+from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
+from tunewright.disk import write_json
+from tunewright.evaluation.evidence import Evidence
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project with two trained adapters."""
+    folder = tiny_project(tmp_path_factory.mktemp("tenants") / "project", tiny_base_folder)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    assert tunewright("train", "-p", folder).code == 0
+    recipe = folder / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 1"))
+    assert tunewright("train", "-p", folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def project(trained: Path, tmp_path: Path) -> Path:
+    """The trained project, without a serving state of others."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("tunewright.yaml", "adapters", "dataset"):
+        (folder / name).symlink_to(trained / name)
+    return folder
+
+
+def _adapters(project: Path) -> list[Adapter]:
+    return list_adapters(project / "adapters")
+
+
+def _evaluated(project: Path, adapter: Adapter, evidence: Evidence, number: int = 1) -> None:
+    """Evidence on an adapter, as `evaluate` leaves it."""
+    lineage = evidence.lineage | {
+        "created": f"2026-11-0{number}T10:00:00+00:00",
+        "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
+    }
+    stored = evidence.model_copy(update={"id": f"{number:012x}", "lineage": lineage})
+    write_json(project / "evaluations" / stored.id / "evidence.json", stored.model_dump(mode="json"))
+
+
+SHIPS = make_evidence(make_items())
+FAILS = with_contrast(SHIPS, difference=-0.2, low=-0.3, high=-0.1, p_value=0.001)
+OPEN = with_contrast(SHIPS, difference=0.02, low=-0.1, high=0.1, p_value=0.6)
+
+
+def _run(project: Path, *arguments: str) -> Ran:
+    return tunewright(*arguments, "-p", project)
+
+
+def _document(project: Path, *arguments: str) -> Any:
+    ran = _run(project, *arguments, "--json")
+    assert ran.code == 0, ran.stderr
+    return ran.document
+
+
+def test_a_tenant_its_limits_and_keys_by_command(project: Path) -> None:
+    made = _document(project, "tenant", "add", "acme", "--alias", "courts", "--requests", "60")
+    assert made["limits"] == {"requests_per_minute": 60, "tokens_per_minute": None, "concurrency": None}
+    changed = _document(project, "tenant", "limit", "acme", "--tokens", "10000", "--requests", "none")
+    assert changed["limits"] == {"requests_per_minute": None, "tokens_per_minute": 10000, "concurrency": None}
+    assert _document(project, "tenant", "limit", "acme") == changed
+    assert _document(project, "tenant", "allow", "acme", "recipes")["aliases"] == ["courts", "recipes"]
+    assert _document(project, "tenant", "deny", "acme", "recipes")["aliases"] == ["courts"]
+
+    key = _document(project, "tenant", "key", "add", "acme", "--expires", "30d", "--alias", "courts")
+    assert key["key"].startswith(key["prefix"])
+    listed = _run(project, "tenant", "key", "list", "acme", "--json")
+    assert key["key"] not in listed.stdout
+    assert listed.document["keys"][0]["aliases"] == ["courts"]
+    rotated = _document(project, "tenant", "key", "rotate", key["prefix"], "--overlap", "2h")
+    assert rotated["aliases"] == ["courts"]
+    assert _document(project, "tenant", "key", "revoke", rotated["prefix"])["state"] == "revoked"
+    states = {k["prefix"]: k["state"] for k in _document(project, "tenant", "key", "list")["keys"]}
+    assert states == {key["prefix"]: "valid", rotated["prefix"]: "revoked"}
+    assert [t["name"] for t in _document(project, "tenant", "list")["tenants"]] == ["acme"]
+    assert [line["action"] for line in _document(project, "audit", "show")["lines"]] == [
+        "tenant.add",
+        "tenant.limit",
+        "tenant.allow",
+        "tenant.deny",
+        "key.add",
+        "key.rotate",
+        "key.revoke",
+    ]
+
+
+def test_people_read_what_json_says(project: Path) -> None:
+    _run(project, "tenant", "add", "acme", "--alias", "courts")
+    key = _run(project, "tenant", "key", "add", "acme")
+    assert "It is not shown again" in key.stderr
+    assert key.stdout == ""
+    for command in (["tenant", "list"], ["tenant", "key", "list"], ["audit", "show"]):
+        ran = _run(project, *command)
+        assert (ran.code, "acme" in ran.stderr, ran.stdout) == (0, True, "")
+    assert "No requests yet" in _run(project, "tenant", "usage").stderr
+    assert "Nothing has been released" in _run(project, "releases").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tenant", "key", "add", "nobody"], "no tenant 'nobody'"),
+        (["tenant", "add", "Acme"], "no name for a tenant"),
+        (["tenant", "add", "acme", "--requests", "0"], "--requests: '0' is no limit"),
+        (["tenant", "key", "rotate", "tw_0", "--overlap", "soon"], "--overlap: 'soon' is no duration"),
+        (["tenant", "usage", "--since", "yesterday"], "--since: 'yesterday' is no date"),
+        (["tenant", "usage", "--csv", "--json"], "CSV or JSON"),
+        (["tenant", "list", "--state", "mysql://x/y"], "no database that the state can be in"),
+        (["promote", "courts"], "no alias 'courts'"),
+        (["rollback", "courts"], "no alias 'courts'"),
+        (["deploy", "courts", "nowhere"], "no adapter is called 'nowhere'"),
+        (["deploy", "courts", "tiny", "--canary", "110%"], "no share of the traffic"),
+        (["deploy", "courts", "tiny", "--force"], "--force and --because go together"),
+        (["deploy", "courts", "tiny", "--because", "x"], "--force and --because go together"),
+    ],
+)
+def test_mistakes_are_told_with_exit_code_2(project: Path, arguments: list[str], message: str) -> None:
+    ran = _run(project, *arguments)
+    assert ran.code == 2
+    assert message in ran.stderr + ran.stdout
+    assert not list((project / "serving").glob("*.sqlite")) or not _document(project, "audit", "show")["lines"]
+
+
+def test_only_an_adapter_whose_verdict_is_to_ship_is_deployed(project: Path) -> None:
+    first, second = _adapters(project)
+    ran = _run(project, "deploy", "courts", first.name)
+    assert (ran.code, "has not been evaluated" in ran.stderr) == (2, True)
+    _evaluated(project, first, FAILS)
+    ran = _run(project, "deploy", "courts", first.name)
+    assert (ran.code, "courts is as it was" in ran.stderr) == (3, True)
+    _evaluated(project, first, OPEN, 2)  # the newest evaluation decides
+    assert _run(project, "deploy", "courts", first.name).code == 4
+    assert "Nothing has been released" in _run(project, "releases").stderr
+    _evaluated(project, second, SHIPS, 3)
+    assert _run(project, "deploy", "courts", first.name).code == 4, "evidence on another adapter"
+    done = _document(project, "deploy", "courts", second.name)
+    assert (done["release"]["adapter"], done["verdict"]["decision"]) == (second.name, "ship")
+    assert done["release"]["grounds"] == {"verdict": "ship", "evaluation": f"{3:012x}", "because": None}
+
+
+def test_what_is_forced_is_kept_with_its_reason(project: Path) -> None:
+    first, second = _adapters(project)
+    _evaluated(project, first, FAILS)
+    forced = _document(project, "deploy", "courts", first.name, "--force", "--because", "the client insists")
+    assert forced["release"]["grounds"]["verdict"] == "don't ship"
+    _document(project, "deploy", "courts", second.name, "--force", "--because", "never evaluated")
+    history = _document(project, "releases", "courts")["releases"]
+    assert [release["grounds"]["because"] for release in history] == ["the client insists", "never evaluated"]
+    told = _run(project, "releases").stderr
+    assert "Release 1 of courts was forced: the client insists" in told
+    assert "Release 2 of courts was forced: never evaluated" in told
+    assert "the client insists" in _document(project, "audit", "show")["lines"][0]["details"]
+    assert _document(project, "audit", "verify")["ok"]
+
+
+def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
+    first, second = _adapters(project)
+    for adapter, number in ((first, 1), (second, 2)):
+        _evaluated(project, adapter, SHIPS, number)
+    _document(project, "deploy", "courts", first.name)
+    canary = _document(project, "deploy", "courts", second.name, "--canary", "10%")["release"]
+    assert canary["candidate"] == {"adapter": second.name, "digest": second.digest, "share": 0.1}
+    assert canary["adapter"] == first.name
+    assert _document(project, "rollback", "courts")["candidate"] is None
+    _document(project, "deploy", "courts", second.name, "--shadow")
+    assert _document(project, "promote", "courts")["adapter"] == second.name
+    assert _document(project, "rollback", "courts")["adapter"] == first.name
+    assert _document(project, "rollback", "courts", "--to", "5")["adapter"] == second.name
+    actions = [release["action"] for release in _document(project, "releases")["releases"]]
+    assert actions == ["deploy", "canary", "rollback", "shadow", "promote", "rollback", "rollback"]
+    assert "No candidate has been asked" in _run(project, "shadow", "courts").stderr
+
+
+def test_a_changed_line_of_the_audit_is_named_with_exit_code_1(project: Path) -> None:
+    for name in ("acme", "globex", "initech"):
+        _document(project, "tenant", "add", name)
+    head = _document(project, "audit", "verify")["head"]
+    assert _document(project, "audit", "verify", "--noted", head)["ok"]
+    engine = create_engine(f"sqlite:///{project}/serving/state.sqlite")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE audit SET subject = 'nobody' WHERE number = 2"))
+    engine.dispose()
+    ran = _run(project, "audit", "verify")
+    assert (ran.code, "line 2 was changed after it was written" in ran.stderr) == (1, True)
+
+
+def test_postgresql_by_option_or_recipe(project: Path, postgres: Path) -> None:
+    from postgres import new_schema
+
+    url = new_schema(postgres)
+    made = _document(project, "tenant", "add", "acme", "--state", url)
+    assert not (project / "serving").exists()
+    recipe = (project / "tunewright.yaml").read_text()
+    (project / "tunewright.yaml").unlink()
+    (project / "tunewright.yaml").write_text(f"{recipe}serve:\n  state: '{url}'\n")
+    assert _document(project, "tenant", "list")["tenants"] == [made]
+
+
+def test_without_tenants_only_this_machine_is_answered(project: Path) -> None:
+    for host in ("0.0.0.0", "::"):
+        ran = _run(project, "serve", "--host", host, "--port", "0")
+        assert (ran.code, "answers everybody" in ran.stderr) == (2, True)
+
+
+def test_whoever_reaches_the_address_is_answered_where_that_is_asked_for(project: Path) -> None:
+    service = open_project(project).serve(host="0.0.0.0", port=0, auth=False)
+    with service.running() as url:
+        port = url.rsplit(":", 1)[1]
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 200
+
+
+def test_with_tenants_adapters_are_not_named_and_keys_cannot_be_waived(project: Path) -> None:
+    _run(project, "tenant", "add", "acme")
+    name = find_adapter(project / "adapters").name
+    assert "ask for aliases" in _run(project, "serve", name).stderr
+    assert "needs a key" in _run(project, "serve", "--no-auth").stderr
+
+
+@pytest.fixture
+def server(project: Path) -> Iterator[tuple[subprocess.Popen[str], str, str, list[Adapter]]]:
+    """A server for acme's alias courts: the process, its address, acme's key, the adapters; the first is released."""
+    adapters = _adapters(project)
+    _evaluated(project, adapters[0], SHIPS)
+    _document(project, "tenant", "add", "acme", "--alias", "courts")
+    key = _document(project, "tenant", "key", "add", "acme")["key"]
+    _document(project, "deploy", "courts", adapters[0].name)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunewright", "serve", "--port", "0", "--json", "-p", str(project)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line == "}\n":
+            break
+    try:
+        yield process, json.loads(said)["url"], key, adapters
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_running_server_takes_a_deploy_by_command(
+    project: Path, server: tuple[subprocess.Popen[str], str, str, list[Adapter]]
+) -> None:
+    process, url, key, (first, second) = server
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    asked: list[Any] = [{"role": "user", "content": "red teal navy 7"}]
+
+    def answered_by() -> str | None:
+        raw = client.chat.completions.with_raw_response.create(model="courts", messages=asked, max_tokens=8)
+        return raw.headers["x-tunewright-adapter"]
+
+    assert [model.id for model in client.models.list()] == ["courts"]
+    assert answered_by() == first.digest
+    done = _document(project, "deploy", "courts", second.name, "--force", "--because", "to see it switch")
+    assert done["servers"] == 1
+    end = time.monotonic() + 60
+    while answered_by() != second.digest:
+        assert time.monotonic() < end
+    client.close()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    assert f"courts: release 2 is live: {second.name}" in stderr
+    (one, two) = _document(project, "tenant", "usage", "acme")["usage"]
+    assert {one["digest"], two["digest"]} == {first.digest, second.digest}
+    rows = list(csv.DictReader(io.StringIO(_run(project, "tenant", "usage", "--csv").stdout)))
+    assert len(rows) == one["requests"] + two["requests"]
+    assert {row["tenant"] for row in rows} == {"acme"}
+    assert sum(int(row["completion_tokens"]) for row in rows) == one["completion_tokens"] + two["completion_tokens"]
