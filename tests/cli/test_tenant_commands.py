@@ -171,8 +171,8 @@ def test_what_is_forced_is_kept_with_its_reason(project: Path) -> None:
     history = _document(project, "releases", "courts")["releases"]
     assert [release["grounds"]["because"] for release in history] == ["the client insists", "never evaluated"]
     told = _run(project, "releases").stderr
-    assert "Release 1 of courts was forced: the client insists" in told
-    assert "Release 2 of courts was forced: never evaluated" in told
+    assert "courts 1 was forced: the client insists" in told
+    assert "courts 2 was forced: never evaluated" in told
     assert "the client insists" in _document(project, "audit", "show")["lines"][0]["details"]
     assert _document(project, "audit", "verify")["ok"]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -47,9 +48,9 @@ def keys_table(keys: Sequence[Key]) -> Table:
     """Keys by their prefixes."""
     table = Table()
     for name in ("key", "tenant", "aliases", "state", "made", "expires", "last used"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for key in keys:
-        state = key.state if key.replaced_by is None else f"{key.state}, replaced by {key.replaced_by}"
+        state = key.state if key.replaced_by is None else f"{key.state}, replaced\nby {key.replaced_by}"
         table.add_row(
             key.prefix,
             key.tenant,
@@ -87,26 +88,23 @@ def usage_table(sums: Sequence[UsageSum]) -> Table:
 def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
     """Releases, with the candidate that was tried beside each, and why any was forced."""
     table = Table()
-    table.add_column("alias")
-    table.add_column("release", justify="right")
-    for name in ("action", "answers with", "beside it", "verdict", "by", "when"):
-        table.add_column(name)
+    for name in ("release", "action", "answers with", "verdict", "by", "when"):
+        table.add_column(name, overflow="fold")
     for release in releases:
-        candidate = release.candidate
+        candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.told}"
         verdict = release.grounds.verdict or "not evaluated"
         restores = "" if release.restores is None else f" to {release.restores}"
         table.add_row(
-            release.alias,
-            str(release.number),
+            f"{release.alias} {release.number}",
             f"{release.action}{restores}",
-            release.adapter,
-            "" if candidate is None else f"{candidate.adapter} {candidate.told}",
-            verdict if release.grounds.because is None else f"{verdict}, forced",
+            f"{release.adapter}{candidate}",
+            verdict if release.grounds.because is None else f"{verdict},\nforced",
             release.author or "",
             _minute(release.created),
         )
-    forced = [release for release in releases if release.grounds.because is not None and release.action != "rollback"]
-    return [table, *(f"Release {each.number} of {each.alias} was forced: {each.grounds.because}" for each in forced)]
+    made_known = ("deploy", "canary", "shadow")
+    forced = [each for each in releases if each.grounds.because is not None and each.action in made_known]
+    return [table, *(f"{each.alias} {each.number} was forced: {each.grounds.because}" for each in forced)]
 
 
 def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[RenderableType]:
@@ -139,24 +137,31 @@ def audit_table(lines: Sequence[AuditLine]) -> Table:
     """The log of changes."""
     table = Table()
     table.add_column("line", justify="right")
-    for name in ("when", "by", "what", "of", "details", "digest"):
-        table.add_column(name)
+    for name in ("when", "by", "what", "of", "details"):
+        table.add_column(name, overflow="fold")
     for line in lines:
-        details = {k: v for k, v in json.loads(line.details).items() if v not in (None, [], "")}
-        told = ", ".join(f"{name} {value}" for name, value in details.items() if name not in _TOLD_ALREADY)
+        told = ", ".join(_details(json.loads(line.details)))
         table.add_row(
-            str(line.number),
-            line.time[:16].replace("T", " "),
-            line.actor or "",
-            line.action,
-            line.subject,
-            told,
-            line.digest[:_SHORT],
+            str(line.number), line.time[:16].replace("T", " "), line.actor or "", line.action, line.subject, told
         )
     return table
 
 
 _TOLD_ALREADY = {"id", "alias", "author", "created", "action", "digest"}
+
+
+def _details(details: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """A line's details in words: what is empty, or told by the other columns, is left out."""
+    for name, value in details.items():
+        if value in (None, [], "") or name in _TOLD_ALREADY:
+            continue
+        words = prefix + name.replace("_", " ")
+        if isinstance(value, dict):
+            yield from _details(value, "" if name == "grounds" else f"{words} ")
+        elif name.endswith("expires"):
+            yield f"{words} {_minute(value)}"
+        else:
+            yield f"{words} {', '.join(value) if isinstance(value, list) else value}"
 
 
 def _count(number: int | None) -> str:
