@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,10 @@ MAX_TOKENS = 16
 class FirstCome(FairQueue):
     """The order in which engines take requests by themselves: everybody is one tenant."""
 
-    def place(self, tenant: str) -> AbstractAsyncContextManager[None]:  # noqa: ARG002
-        return super().place("everybody")
+    @asynccontextmanager
+    async def place(self, tenant: str) -> AsyncIterator[None]:  # noqa: ARG002
+        async with super().place("everybody"):
+            yield
 
 
 @dataclass(frozen=True)
