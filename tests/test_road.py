@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def test_each_command_is_a_verb_and_each_group_of_commands_has_its_own(tmp_path:
     for path in _paths(get_command(commands())):
         place: object = road
         for part in path.split("."):
-            place = getattr(place, part, None)
+            place = getattr(place, f"{part}_" if keyword.iskeyword(part) else part, None)
         if not callable(place):
             lacking.append(path)
     assert lacking == []

@@ -43,6 +43,11 @@ class Project:
         return self.root / "adapters"
 
     @property
+    def keys(self) -> Path:
+        """Public keys that the project trusts to sign adapters: made to be committed to git."""
+        return self.root / "keys"
+
+    @property
     def fold_adapters(self) -> Path:
         """The adapters of cross-fitted evaluations, apart from those that are served; all can be made again."""
         return self.root / ".tunewright" / "crossfit" / "adapters"

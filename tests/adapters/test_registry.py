@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, find_adapter, list_adapters, store_adapter
+from tunewright.disk import digest
 from tunewright.errors import UserError
 
 
@@ -26,7 +27,7 @@ def _store(tmp_path: Path, name: str, content: bytes, created: str = "2026-01-01
         name,
         weights,
         {"step-5": weights},
-        {"created": created, "inputs_digest": "inputs"},
+        {"created": created, "inputs_digest": digest("inputs")},
         [{"step": 1, "loss": 2.5}],
         servable=True,
     )

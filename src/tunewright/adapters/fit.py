@@ -55,8 +55,7 @@ def trained_quantize(adapters: Sequence[Adapter]) -> Quantize:
     Raises:
         UserError: not the same for all.
     """
-    # Before there was the key, every base was held whole.
-    by_kind: dict[Quantize, str] = {a.lineage["recipe"]["train"].get("quantize", "none"): a.name for a in adapters}
+    by_kind: dict[Quantize, str] = {a.quantize: a.name for a in adapters}
     if len(by_kind) > 1:
         told = ", ".join(f"{name} with train.quantize {kind}" for kind, name in by_kind.items())
         raise UserError(

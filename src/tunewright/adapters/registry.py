@@ -3,9 +3,11 @@
 NAME-DIGEST12/
   adapter_config.json, adapter_model.safetensors   what peft and vLLM load
   lineage.json                                     what it was made of, by digest
+  manifest.json, signature.json                    every file's digest, and who stands for them (manifest.py)
   metrics.jsonl                                    loss, dev loss, dev metric, speed by step
   replay.jsonl                                     what the base wrote and the adapter was trained on, where it was
   checkpoints/step-N/                              the adapter at other evaluations: the best and the last
+  local.json                                       what only this project knows of it; no part of the manifest
 """
 
 from __future__ import annotations
@@ -18,11 +20,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunewright.adapters.keys import PrivateKey
+from tunewright.adapters.manifest import LOCAL, MANIFEST, changes, make_manifest, read_manifest
 from tunewright.adapters.servable import CONFIG as CONFIG
 from tunewright.adapters.servable import WEIGHTS as WEIGHTS
 from tunewright.adapters.servable import check_adapter
+from tunewright.adapters.signing import sign
 from tunewright.disk import digest, file_digest, new_folder, text_lines, write_json, write_text
 from tunewright.errors import UserError
+from tunewright.recipe import Quantize
 
 LINEAGE = "lineage.json"
 HISTORY = "metrics.jsonl"
@@ -44,7 +50,13 @@ class Adapter:
     @cached_property
     def lineage(self) -> dict[str, Any]:
         """What the adapter was made of."""
-        lineage: dict[str, Any] = json.loads((self.folder / LINEAGE).read_text(encoding="utf-8"))
+        path = self.folder / LINEAGE
+        try:
+            lineage: Any = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"not a lineage that can be read: {error}", where=str(path)) from None
+        if not isinstance(lineage, dict) or not {"created", "digest"} <= lineage.keys():
+            raise UserError("not a lineage: it does not say when the adapter was made, or its digest", where=str(path))
         return lineage
 
     @property
@@ -52,19 +64,50 @@ class Adapter:
         """SHA-256 over the weights and the LoRA configuration."""
         return str(self.lineage["digest"])
 
+    @property
+    def dataset(self) -> str | None:
+        """The digest of the dataset version that it was trained on; None of a foreign adapter, which does not say."""
+        return str(self.lineage["dataset"]["digest"]) if "dataset" in self.lineage else None
+
+    @property
+    def quantize(self) -> Quantize:
+        """How the base was held while it was trained."""
+        # Before there was the key, every base was held whole.
+        held: Quantize = self.lineage.get("recipe", {}).get("train", self.lineage).get("quantize", "none")
+        return held
+
+    @property
+    def local(self) -> dict[str, Any]:
+        """What only this project knows of it: ``also_inputs`` that came to the same one, how it was ``imported``."""
+        path = self.folder / LOCAL
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return found
+
     def was_trained_by(self, inputs_digest: str) -> bool:
         """Whether these inputs (dataset, base, template, recipe, seed) made this adapter."""
-        return inputs_digest in (self.lineage["inputs_digest"], *self.lineage.get("also_inputs", []))
+        return inputs_digest in (*self._trained_by, *self.local.get("also_inputs", []))
+
+    @property
+    def imported(self) -> dict[str, Any] | None:
+        """Where and how it was imported; None of one that was trained here."""
+        found: dict[str, Any] | None = self.local.get("imported")
+        return found
+
+    @property
+    def _trained_by(self) -> tuple[str, ...]:
+        # What a stranger claims to have trained on must not keep the project from training.
+        believed = self.imported is None or self.imported["signed"]
+        return (self.lineage["inputs_digest"],) if believed and "inputs_digest" in self.lineage else ()
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """The run's metrics, oldest first: ``step``, ``epoch``, and a step's ``loss`` or an evaluation's ``eval_loss``.
 
         A step also has ``learning_rate``, ``grad_norm`` before clipping, and ``tokens_per_s``; an evaluation
-        ``eval_metric``, the share that the recipe's metric gives.
+        ``eval_metric``, the share that the recipe's metric gives. A foreign adapter has none.
         """
-        text = (self.folder / HISTORY).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        file = self.folder / HISTORY
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
     @property
     def replayed(self) -> list[list[dict[str, Any]]]:
@@ -91,18 +134,24 @@ class Adapter:
             raise UserError(f"it has no checkpoint {step!r}", where=self.name, fix=f"There are: {there}.")
         return self.checkpoints[step]
 
-    def verify(self) -> None:
-        """Check that weights and configuration are what they were when stored.
+    def verify(self, step: str | None = None) -> None:
+        """Check that weights, configuration and lineage (and a checkpoint's files) are what they were when stored.
+
+        All files and the signatures are what :func:`tunewright.adapters.standing.standing` looks at.
 
         Raises:
             UserError: a file is missing or has changed.
         """
-        missing = [name for name in (CONFIG, WEIGHTS) if not (self.folder / name).exists()]
+        folder = self.folder if step is None else self.checkpoint(step)
+        missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
         if missing:
-            raise UserError(f"missing: {', '.join(missing)}", where=str(self.folder))
-        if adapter_digest(self.folder) != self.digest:
+            raise UserError(f"missing: {', '.join(missing)}", where=str(folder))
+        manifest = read_manifest(self.folder)
+        within = "" if step is None else f"{CHECKPOINTS}/{step}/"
+        told = [] if manifest is None else changes(self.folder, manifest, (LINEAGE, within + CONFIG, within + WEIGHTS))
+        if told or (step is None and adapter_digest(self.folder) != self.digest):
             raise UserError(
-                "the adapter's files are not the ones that were stored",
+                f"the adapter's files are not the ones that were stored: {', '.join(told) or 'another digest'}",
                 where=str(self.folder),
                 fix="Remove the folder and train again; the training data and recipe are still there.",
             )
@@ -123,11 +172,12 @@ def store_adapter(
     *,
     servable: bool,
     texts: Mapping[str, str] | None = None,
+    signer: PrivateKey | None = None,
 ) -> Adapter:
     """Copy a trained adapter (and its earlier checkpoints) into a folder named by its digest.
 
-    Other inputs may come to the very same adapter: the one that is there keeps its lineage, which then names both.
-    ``texts`` are further files of the folder, by name.
+    Other inputs may come to the very same adapter: the one that is there keeps its lineage, and local.json names them.
+    ``texts`` are further files of the folder, by name; ``signer`` signs the manifest of them all.
 
     Raises:
         UserError: a weight that is no finite number, or (if it is to be ``servable``) what vLLM would not load.
@@ -146,11 +196,21 @@ def store_adapter(
         write_text(temporary / HISTORY, "".join(json.dumps(row) + "\n" for row in history))
         for file, text in (texts or {}).items():
             write_text(temporary / file, text)
+        write_manifest(temporary, folder.name)
+        if signer is not None:
+            sign(temporary, signer)
     stored = Adapter(folder)
     if not stored.was_trained_by(lineage["inputs_digest"]):
-        also = [*stored.lineage.get("also_inputs", []), lineage["inputs_digest"]]
-        write_json(folder / LINEAGE, {**stored.lineage, "also_inputs": also})
-    return Adapter(folder)
+        # No part of the manifest, which is signed: it only says which trainings need not be done again.
+        also = [*stored.local.get("also_inputs", []), lineage["inputs_digest"]]
+        write_json(folder / LOCAL, {**stored.local, "also_inputs": also})
+    return stored
+
+
+def write_manifest(folder: Path, name: str) -> None:
+    """Write the manifest of what is in ``folder`` now, as the adapter called ``name``."""
+    lineage = Adapter(folder).lineage
+    write_text(folder / MANIFEST, make_manifest(folder, name, lineage).text.decode())
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -160,7 +220,11 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def list_adapters(adapters: Path) -> list[Adapter]:
-    """All stored adapters, the newest last."""
+    """All stored adapters, the newest last.
+
+    Raises:
+        UserError: a lineage that cannot be read.
+    """
     found = [Adapter(lineage.parent) for lineage in adapters.glob(f"[!.]*/{LINEAGE}")]
     return sorted(found, key=lambda a: (a.lineage["created"], a.name))
 

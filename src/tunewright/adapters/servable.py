@@ -70,6 +70,23 @@ def vllm_refusals(config: Mapping[str, Any]) -> dict[str, str]:
     return refused
 
 
+def weight_faults(path: Path) -> list[str]:
+    """What is no finite number among an adapter's weights, a sentence for each tensor; empty where all are."""
+    from safetensors import SafetensorError, safe_open
+
+    faults = []
+    try:
+        with safe_open(path, framework="pt") as weights:
+            for name in sorted(weights.keys()):
+                tensor = weights.get_tensor(name)
+                bad = tensor.numel() - int(tensor.isfinite().sum())
+                if bad:
+                    faults.append(f"{bad:,} of {tensor.numel():,} weights of {name} are no finite numbers")
+    except SafetensorError as error:
+        faults.append(f"{path.name} cannot be read: {error}")
+    return faults
+
+
 def check_adapter(folder: Path, *, servable: bool) -> None:
     """Check a trained adapter before it is kept: that its weights are numbers, and (``servable``) that vLLM loads it.
 
@@ -79,20 +96,17 @@ def check_adapter(folder: Path, *, servable: bool) -> None:
     from safetensors import safe_open
 
     path = folder / WEIGHTS
-    with safe_open(path, framework="pt") as weights:
-        names = sorted(weights.keys())
-        for name in names:
-            tensor = weights.get_tensor(name)
-            bad = tensor.numel() - int(tensor.isfinite().sum())
-            if bad:
-                raise UserError(
-                    f"{bad:,} of {tensor.numel():,} weights of {name} are no finite numbers: the adapter is not kept",
-                    where=str(path),
-                    fix="Lower train.learning_rate, or train in float32 (train.dtype).",
-                )
+    for fault in weight_faults(path):
+        raise UserError(
+            f"{fault}: the adapter is not kept",
+            where=str(path),
+            fix="Lower train.learning_rate, or train in float32 (train.dtype).",
+        )
     if not servable:
         return
     refused = vllm_refusals(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    with safe_open(path, framework="pt") as weights:
+        names = sorted(weights.keys())
     others = [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if others and not refused:
         refused[others[0]] = f"{others[0]}, which is no weight of LoRA"

@@ -14,8 +14,8 @@ def commands() -> typer.Typer:
     from tunewright.cli.app import app
 
     # Each registers its commands, in the order in which the help lists them.
-    groups = "project data versions review advise fit train measure judge general people serve tenants releases"
-    for group in groups.split():
+    steps = "project data versions review advise fit train measure judge general people"
+    for group in f"{steps} adapters keys serve tenants releases".split():
         import_module(f"tunewright.cli.{group}")
     return app
 

@@ -1,4 +1,4 @@
-"""From an adapter to a decision: evaluate, crossfit, ledger, verdict, report; and the adapters."""
+"""From an adapter to a decision: evaluate, crossfit, ledger, verdict, and report."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from tunewright.cli.train import Force
 Evaluation = Annotated[
     Path | None, typer.Argument(help="An evaluation's ID, folder or evidence.json.", show_default="the newest")
 ]
-
-adapters_app = typer.Typer(help="Trained adapters.", no_args_is_help=True)
-app.add_typer(adapters_app, name="adapters")
 
 
 @app.command()
@@ -140,51 +137,3 @@ def report(evaluation: Evaluation = None, project: Folder = HERE, json: Json = F
     with session(json, project) as current:
         path = tunewright.open(project, current.reporter).report(evaluation)
         current.show({"report": str(path)}, f"Report: {path}")
-
-
-@adapters_app.command("list")
-def adapters_list(project: Folder = HERE, json: Json = False) -> None:
-    """List the trained adapters, the newest last."""
-    import tunewright
-    from tunewright.cli.tables import adapters_table
-
-    with session(json, project) as current:
-        known = tunewright.open(project).adapters.list()
-        rows = [
-            {
-                "name": a.name,
-                "digest": a.digest,
-                "created": a.lineage["created"],
-                "dataset": a.lineage["dataset"]["digest"],
-                "base": a.lineage["base"]["spec"],
-                "checkpoints": list(a.checkpoints),
-            }
-            for a in known
-        ]
-        current.show({"adapters": rows}, adapters_table(rows) if rows else "No adapter has been trained yet.")
-
-
-@adapters_app.command("scale")
-def adapters_scale(
-    adapter: Annotated[
-        str | None, typer.Argument(help="The adapter's name, or its beginning.", show_default="the newest")
-    ] = None,
-    factor: Annotated[
-        list[float] | None,
-        typer.Option(help="What the adapter's change is multiplied by; several.", show_default="0.25, 0.5, 0.75, 1"),
-    ] = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Against forgetting: keep less of an adapter, where that loses nothing on dev. Writes a new adapter.
-
-    Of the scales that lose less than evaluate.margin on dev against the best, the one is kept that forgets least.
-    """
-    import tunewright
-    from tunewright.cli.tables import scales_table
-
-    with session(json, project) as current:
-        result = tunewright.open(project, current.reporter).adapters.scale(adapter, factor)
-        new = f"New adapter: {result.adapter.folder}"
-        kept = f"{result.parent.name} is best as it is; no new adapter."
-        current.show(result.as_dict(), scales_table(result), new if result.adapter != result.parent else kept)

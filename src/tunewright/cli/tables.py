@@ -259,13 +259,3 @@ def scales_table(result: ScaleResult) -> Table:
             "chosen" if each == result.chosen else "",
         )
     return table
-
-
-def adapters_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Stored adapters."""
-    table = Table()
-    for name in ("adapter", "created", "dataset", "base", "checkpoints"):
-        table.add_column(name)
-    for row in rows:
-        table.add_row(row["name"], row["created"], row["dataset"][:12], row["base"], ", ".join(row["checkpoints"]))
-    return table

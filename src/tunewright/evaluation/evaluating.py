@@ -233,7 +233,12 @@ def _evidence(
         openings=earlier,
         lineage={
             **measured_with(recipe, generator.base, generator.chat, generator.quantize, measurement.limit),
-            "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
+            "adapter": {
+                "name": adapter.name,
+                "digest": adapter.digest,
+                "lineage": adapter.lineage,
+                **({"imported": adapter.imported} if adapter.imported else {}),
+            },
             "dataset": version.digest,
             "test_split": version.split_digest("test"),
             "dev_split": version.split_digest("dev"),

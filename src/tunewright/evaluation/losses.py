@@ -83,8 +83,14 @@ def _newest_fit(project: Project, base: Base, chat: ChatFormat, reporter: Report
 
 def _warn_of_seen(adapter: Adapter, dataset: Path, version: DatasetVersion, reporter: Reporter) -> None:
     """Warn of rows whose answers the adapter has learnt."""
-    trained_on = adapter.lineage["dataset"]["digest"]
+    trained_on = adapter.dataset
     without = "`tunewright crossfit` makes adapters that judge only rows they have not seen."
+    if trained_on is None:
+        reporter.warn(
+            f"{adapter.name} was imported, and what it was trained on is not known: its losses are too low for rows "
+            f"that it saw. {without}"
+        )
+        return
     if trained_on != version.digest and not (dataset / "versions" / short(trained_on)).is_dir():
         reporter.warn(
             f"{adapter.name} was trained on dataset version {short(trained_on)}, which is not here: its losses are too "

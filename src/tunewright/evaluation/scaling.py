@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tunewright.adapters.keys import PrivateKey
 from tunewright.adapters.registry import REPLAY, Adapter, store_adapter
 from tunewright.adapters.scaling import scale_weights
+from tunewright.adapters.signing import store_signer
 from tunewright.disk import digest
 from tunewright.errors import UserError
 from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
@@ -115,17 +117,24 @@ def _scaled(measurement: Measurement, parent: Adapter, factor: float, place: Pat
     scale_weights(parent.folder, factor, weights)
     identity = digest({"parent": parent.digest, "factor": factor})
     lineage = {**parent.lineage, "created": datetime.now(UTC).isoformat(timespec="seconds"), "inputs_digest": identity}
-    lineage.pop("also_inputs", None)
     return _store(measurement, place, weights, lineage, parent)
 
 
 def _keep(measurement: Measurement, parent: Adapter, trial: Adapter, how: dict[str, Any]) -> Adapter:
-    """The chosen trial as an adapter of the project, with what it was made of and why."""
+    """The chosen trial as an adapter of the project, with what it was made of and why, signed as all of them are."""
     lineage = {**trial.lineage, "scaled": {"parent": parent.name, "parent_digest": parent.digest, **how}}
-    return _store(measurement, measurement.project.adapters, trial.folder, lineage, parent)
+    signer = store_signer(measurement.project.keys, measurement.reporter)
+    return _store(measurement, measurement.project.adapters, trial.folder, lineage, parent, signer)
 
 
-def _store(measurement: Measurement, place: Path, weights: Path, lineage: dict[str, Any], parent: Adapter) -> Adapter:
+def _store(
+    measurement: Measurement,
+    place: Path,
+    weights: Path,
+    lineage: dict[str, Any],
+    parent: Adapter,
+    signer: PrivateKey | None = None,
+) -> Adapter:
     # What the parent was trained on besides the dataset stays known of the scaled one.
     replayed = parent.folder / REPLAY
     return store_adapter(
@@ -135,8 +144,9 @@ def _store(measurement: Measurement, place: Path, weights: Path, lineage: dict[s
         {},
         lineage,
         parent.history,
-        servable=parent.lineage["recipe"]["train"]["servable"],
+        servable=parent.lineage["recipe"]["train"]["servable"] if "recipe" in parent.lineage else True,
         texts={REPLAY: replayed.read_text(encoding="utf-8")} if replayed.exists() else None,
+        signer=signer,
     )
 
 

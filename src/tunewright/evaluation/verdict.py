@@ -214,7 +214,19 @@ def _cautions(evidence: Evidence, contrast: Contrast) -> list[str]:
         for arm, count in outside
         if count > _TOLD_SHARE * arm.items
     ]
-    return [*opened, *truncated, *none_of_the_choices]
+    return [*opened, *_unknown_training(evidence), *truncated, *none_of_the_choices]
+
+
+def _unknown_training(evidence: Evidence) -> list[str]:
+    """Whether somebody else trained the adapter, so that the test rows may have been among what it was trained on."""
+    adapter = evidence.lineage.get("adapter", {})
+    imported = adapter.get("imported")
+    if imported is None or imported["signed"]:
+        return []
+    told = "only claimed" if "dataset" in adapter["lineage"] else "not known"
+    return [
+        f"Caution: the adapter was imported, and what it was trained on is {told}: these test items may be among it."
+    ]
 
 
 def _scored(evidence: Evidence, arm: Arm) -> str:

@@ -23,6 +23,7 @@ from tunewright.recipe import TrainRecipe
 from tunewright.road.adapters import AdaptersRoad
 from tunewright.road.data import DataRoad
 from tunewright.road.evaluations import EvaluationsRoad
+from tunewright.road.keys import KeysRoad
 from tunewright.road.opened import OpenProject
 from tunewright.road.releases import ReleasesRoad
 from tunewright.road.tenants import AuditRoad, TenantRoad
@@ -77,6 +78,7 @@ class Road(EvaluationsRoad):
         releases = ReleasesRoad(self._opened, self.ledger)
         self.deploy, self.promote, self.rollback = releases.deploy, releases.promote, releases.rollback
         self.releases, self.shadow = releases.history, releases.shadow
+        self.keys = KeysRoad(self._opened)
 
     @property
     def base(self) -> Base:
@@ -283,8 +285,10 @@ class Road(EvaluationsRoad):
         tuned = find_adapter(self.project.adapters, adapter)
         measurement = self._opened.measurement(tuned)
         # Keys that there were not yet when it was trained had the effect of their defaults.
-        trained_by = TrainRecipe().deciding() | tuned.lineage["recipe"]["train"]
-        if any(trained_by[key] != value for key, value in self.project.recipe.train.deciding().items()):
+        trained_by = TrainRecipe().deciding() | tuned.lineage.get("recipe", {}).get("train", {})
+        if "recipe" in tuned.lineage and any(
+            trained_by[key] != value for key, value in self.project.recipe.train.deciding().items()
+        ):
             self.reporter.warn(
                 f"The recipe's train section has changed since {tuned.name} was trained, and that adapter is evaluated "
                 "as it is; `tunewright train` makes one by the recipe."

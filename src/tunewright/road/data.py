@@ -290,10 +290,15 @@ class DataRoad:
         return blame(self._dataset, version, find_row(self._dataset, version, row).key)
 
     def where(self, row: str) -> tuple[str, tuple[Sighting, ...]]:
-        """A row's key, and what each adapter's training did with it; ``row`` as in :meth:`show`."""
-        from tunewright.data.versions.changes import where
+        """A row's key, and what each adapter's training did with it.
 
-        key = self.show(row).key
+        Args:
+            row: as in :meth:`show`; also a key that only earlier versions have, since adapters may have seen it there.
+        """
+        from tunewright.data.versions.changes import where
+        from tunewright.data.versions.find import find_key
+
+        key = find_key(self._dataset, self.version(), row)
         return key, where(self._dataset, self._project.adapters, key)
 
     def checkout(self, version: str) -> Manifest:

@@ -65,17 +65,20 @@ class OpenProject:
         version = load_version(self.project.dataset)
         if adapter is not None:
             require_fit(adapter, self.base, self.chat)
-            _require_version(adapter, version)
+            self._require_version(adapter, version)
         trained = recipe.train.quantize if adapter is None else trained_quantize([adapter])
         generator = Generator.of(self.project, self.base, self.chat, recipe.evaluate.quantize or trained, self.reporter)
         return Measurement(self.project, version, generator, self.reporter)
 
-
-def _require_version(adapter: Adapter, version: DatasetVersion) -> None:
-    trained_on = adapter.lineage["dataset"]["digest"]
-    if trained_on != version.digest:
-        raise UserError(
-            f"{adapter.name} was trained on dataset version {trained_on[:12]}, the current one is "
-            f"{version.digest[:12]}: rows that it trained on may be held out there",
-            fix="Train on the current version first: tunewright train",
-        )
+    def _require_version(self, adapter: Adapter, version: DatasetVersion) -> None:
+        trained_on = adapter.dataset
+        if trained_on is None:
+            self.reporter.warn(
+                f"{adapter.name} was imported, and what it was trained on is not known: held-out rows may be among it."
+            )
+        elif trained_on != version.digest:
+            raise UserError(
+                f"{adapter.name} was trained on dataset version {trained_on[:12]}, the current one is "
+                f"{version.digest[:12]}: rows that it trained on may be held out there",
+                fix="Train on the current version first: tunewright train",
+            )

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.fit import require_fit, trained_quantize
+from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.servable import require_batchable
+from tunewright.adapters.standing import require_sound
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import evidence_on
 from tunewright.evaluation.verdict import Verdict, verdict
@@ -152,6 +154,7 @@ class ReleasesRoad:
         """Refuse what no server here could load beside the other releases."""
         require_fit(adapter, self._opened.base, self._opened.chat)
         require_batchable(adapter.folder)
+        require_sound(adapter, TrustedKeys(self._opened.project.keys))
         recipe = self._opened.project.recipe
         if recipe.serve.quantize is None:
             others = [release for name, release in state.releases.live().items() if name != alias]

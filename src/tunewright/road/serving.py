@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.adapters.fit import require_fit, trained_quantize
+from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.adapters.servable import require_batchable
+from tunewright.adapters.standing import require_sound
 from tunewright.errors import UserError
 from tunewright.recipe import Quantize
 from tunewright.road.opened import OpenProject
@@ -133,6 +135,7 @@ def choose_served(opened: OpenProject, names: Sequence[str]) -> tuple[Quantize, 
         _require_servable(opened, adapter)
         named.append(adapter)
         if step:
+            adapter.verify(step)
             folders[f"{adapter.name}@{step}"] = adapter.checkpoint(step)
         else:
             folders[adapter.name] = adapter.folder
@@ -159,3 +162,4 @@ def _all_that_fit(opened: OpenProject, held: Quantize) -> Iterator[Adapter]:
 def _require_servable(opened: OpenProject, adapter: Adapter) -> None:
     require_fit(adapter, opened.base, opened.chat)
     require_batchable(adapter.folder)
+    require_sound(adapter, TrustedKeys(opened.project.keys))

@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunewright.adapters.keys import PrivateKey
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.servable import require_servable
+from tunewright.adapters.signing import store_signer
 from tunewright.chat import ChatFormat
 from tunewright.chat.opening import refuse_untrained
 from tunewright.data.versions import DatasetVersion
@@ -131,10 +133,11 @@ def train(
         if processes.is_main():
             shutil.rmtree(work, ignore_errors=True)  # of a run that was killed when it had stored its adapter
         return TrainResult(there, trained=False)
+    signer = store_signer(project.keys, reporter) if adapters is None else None
     with working_folder(work), quiet_transformers(), writing(work):
         fitted = _fit(project, version, base, chat, reporter, work)
         inputs = {**training_lineage(recipe, version, base, chat), "inputs_digest": identity}
-        adapter = processes.by_main(lambda: _store(fitted, recipe, work, place, {**inputs, **(facts or {})}))
+        adapter = processes.by_main(lambda: _store(fitted, recipe, work, place, {**inputs, **(facts or {})}, signer))
     if processes.is_main():
         shutil.rmtree(work)
     evaluated = fitted.evaluated
@@ -218,7 +221,9 @@ def _fit(
     return _Fitted(splits, answered, replay, history, seconds, run.how())
 
 
-def _store(fitted: _Fitted, recipe: Recipe, work: Path, place: Path, inputs: Mapping[str, Any]) -> Adapter:
+def _store(
+    fitted: _Fitted, recipe: Recipe, work: Path, place: Path, inputs: Mapping[str, Any], signer: PrivateKey | None
+) -> Adapter:
     """Keep the best evaluation's adapter, with the others beside it.
 
     Args:
@@ -227,6 +232,7 @@ def _store(fitted: _Fitted, recipe: Recipe, work: Path, place: Path, inputs: Map
         work: its working folder.
         place: where adapters are kept.
         inputs: what the lineage says of all that went in.
+        signer: signs the adapter.
     """
     evaluated, answered = fitted.evaluated, fitted.answered
     best = best_of(evaluated)
@@ -253,6 +259,7 @@ def _store(fitted: _Fitted, recipe: Recipe, work: Path, place: Path, inputs: Map
         fitted.history,
         servable=recipe.train.servable,
         texts=fitted.replay.files,
+        signer=signer,
     )
 
 

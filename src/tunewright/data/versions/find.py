@@ -10,7 +10,8 @@ from typing import Any
 
 from tunewright.data.review.edits import replaced
 from tunewright.data.review.reviews import read_reviews
-from tunewright.data.versions import DatasetVersion, Member, import_files
+from tunewright.data.versions import DatasetVersion, Member, import_files, list_versions
+from tunewright.data.versions.members import read_places
 from tunewright.disk import text_lines
 from tunewright.errors import UserError
 
@@ -33,6 +34,23 @@ def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
         where="ROW",
         fix="Give the first digits of a row's key, or FILE:LINE of an added file.",
     )
+
+
+def find_key(dataset: Path, version: DatasetVersion, row: str) -> str:
+    """The key of the row that ``row`` names: of this version, else of any that is here, as of a row since taken out.
+
+    Raises:
+        UserError: as for :func:`find_row`.
+    """
+    known = {m.key for m in version.members}
+    if re.fullmatch("[0-9a-fA-F]{4,64}", row) and not any(key.startswith(row.lower()) for key in known):
+        digests = (manifest.digest for manifest in list_versions(dataset))
+        found = {key for digest in digests for key in read_places(dataset, digest) if key.startswith(row.lower())}
+        if len(found) > 1:
+            raise UserError(f"{len(found)} rows begin with {row!r}", where="ROW", fix="Give more digits.")
+        if found:
+            return found.pop()
+    return find_row(dataset, version, row).key
 
 
 def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str:

@@ -1,0 +1,177 @@
+"""Which ``adapter_config.json`` of a stranger is let in: plain LoRA on a Llama's or Mistral's linear layers.
+
+The keys are those of peft 0.21's ``LoraConfig``. Whatever makes peft import a module, match a regular expression, add
+layers or change the base is refused, by the key; so is every key that is not listed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tunewright.adapters.servable import MAX_RANK
+from tunewright.adapters.strict_json import strict_object
+from tunewright.errors import UserError
+from tunewright.models.fit.shape import ATTENTION, MLP, Shape
+from tunewright.recipe.train import Target
+
+_OFF: dict[str, tuple[tuple[Any, ...], str]] = {
+    "auto_mapping": ((None,), "names a class to import"),
+    "megatron_config": ((None,), "is for layers of Megatron"),
+    "megatron_core": ((None, "megatron.core"), "names a module to import"),
+    "layer_replication": ((None,), "replicates layers, which changes the base"),
+    "use_dora": ((False, None), "is DoRA, which is not served here"),
+    "bias": (("none",), "brings trained biases"),
+    "lora_bias": ((False, None), "brings biases beside the LoRA weights"),
+    "modules_to_save": ((None, []), "brings whole layers"),
+    "trainable_token_indices": ((None,), "brings embeddings of tokens"),
+    "target_parameters": ((None, []), "adapts bare parameters"),
+    "exclude_modules": ((None, []), "can be a regular expression"),
+    "layers_pattern": ((None, [], ""), "is a regular expression"),
+    "alora_invocation_tokens": ((None,), "is activated LoRA"),
+    "use_qalora": ((False, None), "is QALoRA"),
+    "use_bdlora": ((False, None), "is block-diagonal LoRA"),
+    "fan_in_fan_out": ((False,), "is for layers whose weights are stored the other way round"),
+    "ensure_weight_tying": ((False, None), "ties weights of layers that no adapter here has"),
+    "loftq_config": ((None, {}), "is a start that changes the base"),
+    "corda_config": ((None,), "is a start that changes the base"),
+    "eva_config": ((None,), "is a start that reads data"),
+    "lora_ga_config": ((None,), "is a start that reads data"),
+    "velora_config": ((None,), "is another kind of adapter"),
+    "monteclora_config": ((None,), "is another kind of adapter"),
+    "arrow_config": ((None,), "is another kind of adapter"),
+    "kasa_config": ((None,), "is another kind of adapter"),
+}
+"""Keys that may only have a value that does nothing; and what any other would do."""
+
+_MODULE = r"^(model\.)?(layers\.[0-9]{1,4}\.)?((self_attn|mlp)\.)?[a-z]{1,4}_proj$"
+
+Pattern = Annotated[str, Field(pattern=_MODULE)]
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+
+
+def _number(value: Any) -> Any:
+    """A whole number where a float is wanted; never true or false, or a text."""
+    return float(value) if type(value) is int else value
+
+
+class _Document(BaseModel):
+    """The keys that say something. peft's names, in peft's order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    task_type: Literal["CAUSAL_LM"] | None = None
+    peft_type: Literal["LORA"]
+    peft_version: Annotated[str, Field(max_length=64)] | None = None
+    base_model_name_or_path: Annotated[str, Field(max_length=1024)] | None = None
+    revision: Annotated[str, Field(max_length=256)] | None = None
+    inference_mode: bool = False
+    r: Rank
+    target_modules: Annotated[list[Target], Field(min_length=1, max_length=7)]
+    lora_alpha: Annotated[Alpha, BeforeValidator(_number)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_number)] = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True
+    layers_to_transform: int | list[Annotated[int, Field(ge=0)]] | None = None
+    rank_pattern: dict[Pattern, Rank] = {}
+    alpha_pattern: dict[Pattern, Annotated[Alpha, BeforeValidator(_number)]] = {}
+    qalora_group_size: int = 16
+
+
+_WHY = {
+    "target_modules": "a list of linear layers of a Llama or Mistral, and no regular expression",
+    "init_lora_weights": "true, false or gaussian; the weights are there, so that true does for any start that leaves "
+    "the base as it is",
+    "rank_pattern": f"names of linear layers to ranks up to {MAX_RANK}, and no regular expressions",
+    "alpha_pattern": "names of linear layers to numbers above 0, and no regular expressions",
+    "r": f"a rank from 1 to {MAX_RANK}",
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+}
+
+
+@dataclass(frozen=True)
+class ForeignConfig:
+    """A configuration that was let in."""
+
+    document: _Document
+    shape: Shape
+
+    @property
+    def names_base(self) -> str | None:
+        """What base it says that it was trained on: a name, which proves nothing."""
+        return self.document.base_model_name_or_path
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """The base's modules that it adapts, by their full names, to the names of their kinds."""
+        chosen = self.document.layers_to_transform
+        layers = {chosen} if isinstance(chosen, int) else set(chosen or range(self.shape.layers))
+        part = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}
+        targets = sorted(set(self.document.target_modules))
+        return {f"model.layers.{i}.{part[t]}.{t}": t for i in sorted(layers) for t in targets}
+
+    def rank(self, module: str) -> int:
+        """The rank of its weights on a module."""
+        return self.document.rank_pattern.get(_pattern_of(module, self.document.rank_pattern), self.document.r)
+
+    def scale(self, module: str) -> float:
+        """What the product of B and A is multiplied by on a module."""
+        document = self.document
+        alpha = document.alpha_pattern.get(_pattern_of(module, document.alpha_pattern), document.lora_alpha)
+        rank = self.rank(module)
+        return alpha / math.sqrt(rank) if document.use_rslora else alpha / rank
+
+
+def _pattern_of(module: str, patterns: dict[str, Any]) -> str:
+    from peft.utils.other import get_pattern_key
+
+    return str(get_pattern_key(list(patterns), module))
+
+
+def read_config(data: bytes, shape: Shape, where: str) -> ForeignConfig:
+    """The configuration that ``data`` spells, of an adapter for a base of this shape.
+
+    Raises:
+        UserError: naming the key that is not let in, and why.
+    """
+    given = strict_object(data, where)
+    for key, (allowed, why) in _OFF.items():
+        if key in given and not any(_same(given[key], value) for value in allowed):
+            raise UserError(f"it {why}", where=f"{where}, {key}")
+    said = {key: value for key, value in given.items() if key not in _OFF}
+    try:
+        document = _Document.model_validate(said)
+    except ValidationError as error:
+        raise _refusal(error, where) from None
+    config = ForeignConfig(document, shape)
+    outside = [layer for layer in _layers(document) if not 0 <= layer < shape.layers]
+    if outside:
+        told = f"layer {outside[0]}, and the base has layers 0 to {shape.layers - 1}"
+        raise UserError(told, where=f"{where}, layers_to_transform")
+    return config
+
+
+def _layers(document: _Document) -> list[int]:
+    chosen = document.layers_to_transform
+    return [chosen] if isinstance(chosen, int) else chosen or []
+
+
+def _same(given: Any, allowed: Any) -> bool:
+    """Equal and of one type: 0 is not false."""
+    return type(given) is type(allowed) and given == allowed
+
+
+def _refusal(error: ValidationError, where: str) -> UserError:
+    first = error.errors(include_url=False)[0]
+    key = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return UserError(f"{key[:60]!a} is no key that is let in", where=where, fix="Remove it, if it says nothing.")
+    if first["type"] == "missing":
+        return UserError("it is missing", where=f"{where}, {key}")
+    return UserError(f"it has to be {_WHY[key]}" if key in _WHY else str(first["msg"]), where=f"{where}, {key}")

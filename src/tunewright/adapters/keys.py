@@ -1,0 +1,283 @@
+"""Keys that adapters are signed with: private ones outside of any project, public ones that a project trusts within it.
+
+  DATA/keys/NAME.pem      private, PKCS #8, readable by its owner alone; DATA is the user's data folder for tunewright
+  PROJECT/keys/NAME.json  public, and who trusted it when; made to be committed to git
+
+Ed25519 (RFC 8032), as the package cryptography has it. A key's ID is the SHA-256 of its SubjectPublicKeyInfo (RFC 5280)
+in DER.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from tunewright.adapters.manifest import Digest, Name, Record, parse_record
+from tunewright.disk import write_json, writing
+from tunewright.errors import UserError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+class Act(Record):
+    """Who did something when (UTC, ISO 8601), and why where that was asked for."""
+
+    at: str
+    by: str | None
+    because: str | None = None
+
+
+class TrustedKey(Record):
+    """A public key as a project holds it; one that was revoked stays, so that nobody trusts it by mistake again."""
+
+    name: Name
+    id: Digest
+    public_key: str
+    """SubjectPublicKeyInfo, PEM."""
+    trusted: Act
+    revoked: Act | None = None
+
+    def verifies(self, signature: bytes, message: bytes) -> bool:
+        """Whether this key made the signature (64 bytes) over the message."""
+        from cryptography.exceptions import InvalidSignature
+
+        try:
+            _read_public(self.public_key, self.name).verify(signature, message)
+        except InvalidSignature:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class PrivateKey:
+    """A key of this user's own."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """As the user calls it."""
+        return self.path.stem
+
+    @cached_property
+    def _key(self) -> Ed25519PrivateKey:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+        try:
+            key = load_pem_private_key(_read_secret(self.path), password=None)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"not a private key: {error}", where=str(self.path)) from None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise UserError("not a key for Ed25519", where=str(self.path))
+        return key
+
+    @property
+    def public_key(self) -> str:
+        """The half that others may have: SubjectPublicKeyInfo, PEM."""
+        return _pem(self._key.public_key())
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the public half, 64 hex digits."""
+        return _identity(self._key.public_key())
+
+    def sign(self, message: bytes) -> bytes:
+        """The signature (64 bytes) over a message."""
+        return self._key.sign(message)
+
+
+def private_folder() -> Path:
+    """Where this user's private keys are: no project's folder, so that none is committed or copied with one."""
+    return platformdirs.user_data_path("tunewright") / "keys"
+
+
+def private_keys() -> list[PrivateKey]:
+    """This user's own keys, by name."""
+    return [PrivateKey(path) for path in sorted(private_folder().glob("*.pem"))]
+
+
+def private_key(name: str) -> PrivateKey:
+    """This user's key of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = {key.name: key for key in private_keys()}
+    if name not in known:
+        there = f"There are: {', '.join(known)}." if known else f"`tunewright keys new {name}` makes it."
+        raise UserError(f"you have no key {name!r}", where=str(private_folder()), fix=there)
+    return known[name]
+
+
+def new_private_key(name: str) -> PrivateKey:
+    """Make a key.
+
+    Raises:
+        UserError: a name that is none, or that a key has already.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    _require_name(name)
+    path = private_folder() / f"{name}.pem"
+    text = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.parent.chmod(0o700)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        # Never readable by others, not even for a moment: a mode set afterwards would leave one.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)  # unlike a rename, it replaces nothing
+        except FileExistsError:
+            raise UserError(f"you have a key {name!r} already", where=str(path), fix="Choose another name.") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    return PrivateKey(path)
+
+
+class TrustedKeys:
+    """The keys that a project trusts, or did.
+
+    Raises:
+        UserError: a file of them that is not as it was written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.all = [_read_trusted(path) for path in sorted(folder.glob("*.json"))]
+
+    @property
+    def valid(self) -> list[TrustedKey]:
+        """Those that were not revoked; with none, nothing has to be signed."""
+        return [key for key in self.all if key.revoked is None]
+
+    def find(self, identity: str) -> TrustedKey | None:
+        """The key of this ID."""
+        return next((key for key in self.all if key.id == identity), None)
+
+    def trust(self, name: str, public_key: str, by: str | None) -> TrustedKey:
+        """Add a key (PEM).
+
+        Raises:
+            UserError: no key, or the name or the key is known already.
+        """
+        _require_name(name)
+        identity = _identity(_read_public(public_key, name))
+        for known in self.all:
+            if known.id == identity and known.revoked:
+                raise UserError(
+                    f"this key was revoked on {known.revoked.at} as {known.name}: {known.revoked.because}",
+                    where=str(self.folder),
+                    fix="Make another: tunewright keys new NAME",
+                )
+            if known.id == identity or known.name == name:
+                what = "the project trusts this key already" if known.id == identity else "the name is another key's"
+                raise UserError(f"{what}, as {known.name}", where=str(self.folder / f"{known.name}.json"))
+        return self._write(
+            TrustedKey(name=name, id=identity, public_key=_normal(public_key, name), trusted=Act(at=_now(), by=by))
+        )
+
+    def revoke(self, name: str, because: str, by: str | None) -> TrustedKey:
+        """Trust a key no longer: what it signed counts for nothing from now on, whenever that was.
+
+        Raises:
+            UserError: no such key, no reason, or it was revoked before.
+        """
+        key = next((known for known in self.all if known.name == name), None)
+        if key is None:
+            there = ", ".join(known.name for known in self.all)
+            fix = f"There are: {there}." if there else "It trusts none."
+            raise UserError(f"the project trusts no key {name!r}", where=str(self.folder), fix=fix)
+        if key.revoked is not None:
+            raise UserError(f"it was revoked on {key.revoked.at}", where=str(self.folder / f"{name}.json"))
+        if not because.strip():
+            raise UserError("no reason is given", where="--because")
+        return self._write(key.model_copy(update={"revoked": Act(at=_now(), by=by, because=because.strip())}))
+
+    def _write(self, key: TrustedKey) -> TrustedKey:
+        write_json(self.folder / f"{key.name}.json", key.model_dump(mode="json"))
+        self.all = [*(known for known in self.all if known.id != key.id), key]
+        return key
+
+
+def _read_trusted(path: Path) -> TrustedKey:
+    fix = "Restore it, from git for example."
+    key = parse_record(TrustedKey, path.read_bytes(), str(path))
+    if key.name != path.stem or key.id != _identity(_read_public(key.public_key, str(path))):
+        raise UserError("its name or its ID is not that of the key in it", where=str(path), fix=fix)
+    return key
+
+
+def _read_secret(path: Path) -> bytes:
+    """A private key's file, if only its owner can read it (as ssh has it)."""
+    handle = os.open(path, os.O_RDONLY)
+    with os.fdopen(handle, "rb") as file:
+        facts = os.fstat(file.fileno())
+        if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
+            raise UserError(
+                f"others can read this private key (mode {stat.S_IMODE(facts.st_mode):o}): it is not used",
+                where=str(path),
+                fix=f"If nobody has: chmod 600 {path}. Else revoke it and make another.",
+            )
+        return file.read()
+
+
+def _read_public(pem: str, where: str) -> Ed25519PublicKey:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        key = load_pem_public_key(pem.encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        told = "this is the private half, which nobody else should have" if "PRIVATE KEY" in pem else f"{error}"
+        fix = "`tunewright keys show NAME` prints the public half."
+        raise UserError(f"not a public key: {told}", where=where, fix=fix) from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise UserError("not a key for Ed25519", where=where)
+    return key
+
+
+def _normal(pem: str, where: str) -> str:
+    return _pem(_read_public(pem, where))
+
+
+def _pem(key: Ed25519PublicKey) -> str:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def _identity(key: Ed25519PublicKey) -> str:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _require_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} is no name: small letters, digits, and . _ - after the first, 63 at most", where="NAME"
+        )

@@ -1,0 +1,157 @@
+"""Signatures over an adapter's manifest.
+
+``signature.json`` is a DSSE envelope (github.com/secure-systems-lab/dsse, v1.0.2) without its payload, which is the
+file ``manifest.json`` itself: payload type, and each signer's key ID and Ed25519 signature.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from tunewright.adapters.keys import PrivateKey, TrustedKeys, private_keys
+from tunewright.adapters.manifest import MANIFEST, SIGNATURE, Digest, Record, parse_record
+from tunewright.disk import write_json
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+
+PAYLOAD_TYPE: Final = "application/vnd.tunewright.adapter+json"
+
+
+class Signature(Record):
+    """One signer's: the key's ID, and 64 bytes in base64."""
+
+    keyid: Digest
+    sig: Annotated[str, Field(max_length=100)]
+
+
+class Envelope(Record):
+    """All signatures over one manifest, in the order in which they were made."""
+
+    payloadType: Literal["application/vnd.tunewright.adapter+json"] = PAYLOAD_TYPE  # noqa: N815 (DSSE spells it so)
+    signatures: Annotated[tuple[Signature, ...], Field(min_length=1, max_length=16)]
+
+
+@dataclass(frozen=True)
+class Signed:
+    """What one signature is worth to a project."""
+
+    key: str
+    """The key's name there, or the first digits of its ID if the project does not know it."""
+    worth: Literal["signed", "untrusted", "revoked", "tampered"]
+    why: str
+
+
+def signed_bytes(payload: bytes) -> bytes:
+    """What DSSE signs: the payload and its type, each with its length, so that neither passes for another."""
+    kind = PAYLOAD_TYPE.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+def sign(folder: Path, key: PrivateKey) -> bool:
+    """Add a signature over the manifest in ``folder``; False where this key's is there already.
+
+    Raises:
+        UserError: the signatures there, or the key, cannot be read.
+    """
+    there = read_signatures(folder)
+    if any(signature.keyid == key.id for signature in there):
+        return False
+    made = key.sign(signed_bytes((folder / MANIFEST).read_bytes()))
+    envelope = Envelope(signatures=(*there, Signature(keyid=key.id, sig=base64.b64encode(made).decode())))
+    write_json(folder / SIGNATURE, envelope.model_dump(mode="json"))
+    return True
+
+
+def read_signatures(folder: Path) -> tuple[Signature, ...]:
+    """The signatures in an adapter's folder; none where nobody signed.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    path = folder / SIGNATURE
+    if not path.is_file():
+        return ()
+    return parse_record(Envelope, path.read_bytes(), str(path)).signatures
+
+
+def weigh(folder: Path, trusted: TrustedKeys) -> list[Signed]:
+    """What each signature over the manifest in ``folder`` is worth to a project that trusts these keys.
+
+    Raises:
+        UserError: the signatures cannot be read.
+    """
+    return [_weighed(signature, (folder / MANIFEST).read_bytes(), trusted) for signature in read_signatures(folder)]
+
+
+def _weighed(signature: Signature, payload: bytes, trusted: TrustedKeys) -> Signed:
+    key = trusted.find(signature.keyid)
+    if key is None:
+        return Signed(
+            signature.keyid[:16], "untrusted", f"signed by key {signature.keyid[:16]}, which is not trusted here"
+        )
+    try:
+        holds = key.verifies(base64.b64decode(signature.sig, validate=True), signed_bytes(payload))
+    except binascii.Error:
+        holds = False
+    if not holds:
+        return Signed(key.name, "tampered", f"the signature of {key.name} is of another manifest")
+    if key.revoked is not None:
+        return Signed(key.name, "revoked", f"{key.name} was revoked on {key.revoked.at}: {key.revoked.because}")
+    return Signed(key.name, "signed", f"signed by {key.name}")
+
+
+def store_signer(keys: Path, reporter: Reporter) -> PrivateKey | None:
+    """The key that signs what is stored in a project without being asked to; said, and also why there is none.
+
+    Somebody without keys hears nothing: signing is not in use there.
+
+    Args:
+        keys: the project's folder of trusted keys.
+        reporter: hears it.
+    """
+    if not private_keys():
+        return None
+    try:
+        key = signing_key(TrustedKeys(keys))
+    except UserError as error:
+        reporter.say(f"The adapter will not be signed: {error.what}. {error.fix}")
+        return None
+    reporter.say(f"The adapter will be signed with your key {key.name}.")
+    return key
+
+
+def signing_key(trusted: TrustedKeys, name: str | None = None) -> PrivateKey:
+    """The key that signs in a project: the one so named, or the only one of the user's own that the project trusts.
+
+    Raises:
+        UserError: there is none, more than one, or it is one that the project does not trust.
+    """
+    from tunewright.adapters.keys import private_key
+
+    valid = {key.id: key.name for key in trusted.valid}
+    if name is not None:
+        key = private_key(name)
+        if key.id not in valid:
+            raise UserError(
+                f"this project does not trust your key {name!r}",
+                where=str(trusted.folder),
+                fix=f"Trust it first: tunewright keys trust {name}",
+            )
+        return key
+    own = private_keys()
+    if not own:
+        raise UserError("you have no key to sign with", fix="`tunewright keys new NAME` makes one.")
+    usable = [key for key in own if key.id in valid]
+    names = ", ".join(key.name for key in usable or own)
+    if not usable:
+        fix = f"Trust one: tunewright keys trust {own[0].name}"
+        raise UserError(f"this project trusts none of your keys ({names})", where=str(trusted.folder), fix=fix)
+    if len(usable) > 1:
+        raise UserError(f"several of your keys could sign ({names})", where="--key", fix="Name one.")
+    return usable[0]

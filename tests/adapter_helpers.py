@@ -1,0 +1,72 @@
+"""Adapters for tests of signatures and of admission: small, by hand, and every byte of them can be changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tunewright.adapters.registry import CONFIG, WEIGHTS
+
+SHAPES = {"q_proj": (64, 64), "v_proj": (64, 32)}
+"""Inputs and outputs in the tiny base."""
+
+
+def own_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder of the test's own; private keys go there."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data-home"))
+    return tmp_path / "data-home" / "tunewright" / "keys"
+
+
+def lora_weights(rank: int = 4, size: float = 0.01, seed: int = 0) -> dict[str, Any]:
+    """LoRA weights on q_proj and v_proj of the tiny base's two layers, float32."""
+    generator = np.random.default_rng(seed)
+    weights = {}
+    for layer in range(2):
+        for target, (inputs, outputs) in SHAPES.items():
+            for half, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                name = f"base_model.model.model.layers.{layer}.self_attn.{target}.lora_{half}.weight"
+                weights[name] = generator.normal(0, size, shape).astype(np.float32)
+    return weights
+
+
+def lora_config(**changes: Any) -> dict[str, Any]:
+    """An adapter_config.json of plain LoRA."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "somebody/some-base",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    return config | changes
+
+
+def write_adapter(
+    folder: Path, config: Mapping[str, Any] | None = None, weights: Mapping[str, Any] | None = None
+) -> Path:
+    """An adapter's two files in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(lora_config() if config is None else config))
+    save_file(dict(lora_weights() if weights is None else weights), folder / WEIGHTS)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder: files to their bytes, links to where they lead, folders to None."""
+    found: dict[str, bytes | None] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = str(path.readlink()).encode()
+        else:
+            found[name] = path.read_bytes() if path.is_file() else None
+    return found

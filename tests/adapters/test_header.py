@@ -1,0 +1,108 @@
+"""The strict reader of safetensors: whatever it lets through, the library reads as the same; the rest it refuses."""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from tunewright.adapters.admission.header import Entry, parse_header, read_header
+from tunewright.errors import UserError
+
+NAMES = st.text("abz_.019", min_size=1, max_size=12)
+DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
+
+
+def _read(data: bytes) -> dict[str, Entry]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights"
+        path.write_bytes(data)
+        return read_header(path, "weights")
+
+
+def _as_the_library_reads(data: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        path.write_bytes(data)
+        with safe_open(path, framework="numpy") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+
+
+@st.composite
+def files(draw: st.DrawFn) -> bytes:
+    """A file as the library writes it."""
+    shapes = st.lists(st.integers(1, 5), min_size=1, max_size=2)
+    tensors = draw(st.dictionaries(NAMES, st.tuples(shapes, st.sampled_from([*DTYPES])), min_size=1, max_size=5))
+    arrays = {name: np.ones(shape, DTYPES[dtype]) for name, (shape, dtype) in tensors.items()}
+    return save(arrays, draw(st.none() | st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2)))
+
+
+@given(files())
+def test_what_the_library_writes_is_read_as_the_library_reads_it(data: bytes) -> None:
+    assert {name: (e.dtype, e.shape) for name, e in _read(data).items()} == _as_the_library_reads(data)
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_refused_with_a_sentence_or_read(data: bytes) -> None:
+    try:
+        _read(data)
+    except UserError as error:
+        assert error.what
+
+
+@given(files(), st.data())
+def test_what_is_let_through_after_a_change_the_library_reads_as_the_same(data: bytes, draw: st.DataObject) -> None:
+    changed = bytearray(data)
+    for _ in range(draw.draw(st.integers(1, 3))):
+        changed[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
+    try:
+        found = _read(bytes(changed))
+    except UserError:
+        return
+    assert {name: (e.dtype, e.shape) for name, e in found.items()} == _as_the_library_reads(bytes(changed))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2**65) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F16", "BF16", "I8"]) | JSON,
+        "shape": st.lists(st.integers(-1, 4), max_size=3) | JSON,
+        "data_offsets": st.lists(st.integers(-4, 40), min_size=2, max_size=2) | JSON,
+    }
+)
+
+
+@given(st.dictionaries(NAMES | st.just("__metadata__"), ENTRIES | JSON, max_size=4), st.integers(0, 64))
+def test_any_described_tensors_are_refused_with_a_sentence_or_fill_the_file(described: Any, data: int) -> None:
+    text = json.dumps(described).encode()
+    try:
+        found = parse_header(text, data, "weights")
+    except UserError as error:
+        assert error.what
+        return
+    ends = sorted((entry.begin, entry.end) for entry in found.values())
+    assert [begin for begin, _ in ends] == [0, *(end for _, end in ends[:-1])]
+    assert ends[-1][1] == data
+    whole = struct.pack("<Q", len(text)) + text + bytes(data)
+    assert {name: (e.dtype, e.shape) for name, e in found.items()} == _as_the_library_reads(whole)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "I64", "U8", "BOOL", "F8_E4M3", "f32", ""])
+def test_other_numbers_are_refused_by_name(dtype: str) -> None:
+    text = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    with pytest.raises(UserError, match="let in are F16, BF16, F32"):
+        parse_header(text, 4, "weights")

@@ -1,0 +1,216 @@
+"""adapters list, show, verify, sign and keys, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunewright as api
+from adapter_helpers import own_keys
+from command_line import tiny_project, tunewright, write_jsonl
+from tunewright.adapters.registry import WEIGHTS
+from tunewright.data.versions import load_version
+
+
+@pytest.fixture(autouse=True)
+def _keys_of_my_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_keys(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path_factory.mktemp("trained") / "project", tiny_base_folder)
+    road = api.open(folder)
+    road.data.add([folder / "pairs.jsonl"])
+    road.train()
+    return folder
+
+
+@pytest.fixture
+def project(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "project"))
+
+
+def _name(project: Path) -> str:
+    (adapter,) = (project / "adapters").iterdir()
+    return adapter.name
+
+
+def test_show_follows_an_adapter_to_its_rows_and_the_rows_lead_back(project: Path) -> None:
+    name = _name(project)
+    ran = tunewright("adapters", "show", "-p", project)
+    assert ran.code == 0
+    version = load_version(project / "dataset")
+    train = version.examples("train")
+    assert f"{name}, made " in ran.stderr
+    assert f"dataset version {version.digest[:12]}: here, its rows as named" in ran.stderr
+    assert f"train: {len(train)} rows, trained on" in ran.stderr
+    assert ran.stdout == ""
+
+    lines = tunewright("adapters", "show", name[:8], "--rows", "-p", project).stdout.splitlines()
+    rows = [tuple(line.split("\t")) for line in lines]
+    assert rows == [
+        (split, {"train": "trained"}.get(split, split), member.key)
+        for split in ("train", "dev", "test")
+        for member in version.examples(split)
+    ]
+    for split, use, key in (rows[0], rows[-1]):
+        assert split in {"train", "test"}
+        found = tunewright("data", "where", key, "-p", project, "--json").document["adapters"]
+        assert [(each["adapter"], each["use"]) for each in found] == [(name, use)]
+
+
+def test_show_in_json_has_the_keys_only_where_asked_for(project: Path) -> None:
+    short = tunewright("adapters", "show", "--json", "-p", project).document
+    long = tunewright("adapters", "show", "--rows", "--json", "-p", project).document
+    assert all("keys" not in split for split in short["dataset"]["splits"])
+    assert [len(split["keys"]) for split in long["dataset"]["splits"]] == [
+        s["rows"] for s in short["dataset"]["splits"]
+    ]
+    assert short["standing"]["state"] == "unsigned"
+    assert short["evaluations"] == []
+
+
+def test_a_dataset_version_that_is_gone_or_changed_is_said(project: Path) -> None:
+    (rows,) = {path.parent for path in (project / "dataset" / "rows").glob("*.jsonl")}
+    path = sorted(rows.glob("*.jsonl"))[0]
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    ran = tunewright("adapters", "show", "--json", "-p", project)
+    assert ran.document["dataset"]["found"] is False
+    assert ran.document["dataset"]["why_not"]
+    shutil.rmtree(project / "dataset")
+    ran = tunewright("adapters", "show", "-p", project)
+    assert ran.code == 0
+    assert "it is not here" in ran.stderr
+
+
+def test_a_row_that_was_taken_out_since_is_still_found_in_what_was_trained_on_it(project: Path) -> None:
+    first = load_version(project / "dataset")
+    key = first.examples("train")[0].key
+    # A dataset begun anew, beside the version that the adapter was trained on.
+    write_jsonl(
+        project / "other.jsonl", [{"prompt": f"one of another kind {n * 7919}", "completion": "x"} for n in range(60)]
+    )
+    fresh = project.parent / "fresh"
+    shutil.copytree(project, fresh, ignore=shutil.ignore_patterns("dataset"))
+    assert tunewright("data", "add", fresh / "other.jsonl", "-p", fresh).code == 0
+    shutil.copytree(
+        project / "dataset", fresh / "dataset", dirs_exist_ok=True, ignore=shutil.ignore_patterns("HEAD", "rows")
+    )
+    for path in (project / "dataset" / "rows").glob("*.jsonl"):
+        with (fresh / "dataset" / "rows" / path.name).open("a", encoding="utf-8") as file:
+            file.write(path.read_text(encoding="utf-8"))
+    ran = tunewright("data", "where", key[:12], "-p", fresh, "--json")
+    assert ran.code == 0, ran.stdout
+    assert ran.document["trained_on"] == [_name(project)]
+    assert tunewright("data", "show", key, "-p", fresh).code == 2
+
+
+def test_verify_tells_unsigned_signed_revoked_and_changed_by_state_and_exit_code(project: Path) -> None:
+    def verify() -> tuple[int, str]:
+        ran = tunewright("adapters", "verify", "-p", project, "--json")
+        (found,) = ran.document["adapters"]
+        return ran.code, found["state"]
+
+    assert verify() == (4, "unsigned")
+    assert tunewright("adapters", "sign", "-p", project).code == 2  # no key yet
+    assert tunewright("keys", "new", "ann", "-p", project).code == 0
+    assert "keys trust ann" in tunewright("adapters", "sign", "-p", project).stderr
+    assert tunewright("keys", "trust", "ann", "-p", project).code == 0
+    ran = tunewright("adapters", "sign", "-p", project, "--json")
+    assert ran.document == {"adapter": _name(project), "key": "ann", "signed_now": True}
+    assert tunewright("adapters", "sign", "-p", project, "--json").document["signed_now"] is False
+    assert verify() == (0, "signed")
+    (project / "keys" / "ann.json").rename(project / "ann.json")
+    assert verify() == (4, "untrusted")
+    (project / "ann.json").rename(project / "keys" / "ann.json")
+    assert tunewright("keys", "revoke", "ann", "--because", "she left", "-p", project).code == 0
+    assert verify() == (1, "revoked")
+    weights = project / "adapters" / _name(project) / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert verify() == (1, "tampered")
+    assert tunewright("adapters", "sign", "-p", project).code == 2
+
+
+def test_an_adapter_that_lost_its_lineage_is_in_the_verification_all_the_same(project: Path) -> None:
+    (project / "adapters" / _name(project) / "lineage.json").unlink()
+    ran = tunewright("adapters", "verify", "-p", project, "--json")
+    assert (ran.code, ran.document["adapters"][0]["state"]) == (1, "tampered")
+
+
+def test_what_is_trained_with_a_trusted_key_is_signed_at_once_and_served(
+    tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    tunewright("keys", "new", "ann", "-p", folder)
+    tunewright("keys", "trust", "ann", "-p", folder)
+    tunewright("data", "add", folder / "pairs.jsonl", "-p", folder)
+    ran = tunewright("train", "-p", folder)
+    assert "The adapter will be signed with your key ann." in ran.stderr
+    assert tunewright("adapters", "verify", "-p", folder).code == 0
+    road = api.open(folder)
+    with road.serve().running():
+        pass
+    (folder / "adapters" / _name(folder) / "signature.json").unlink()
+    assert road.serve().models == [str(tiny_base_folder)]
+
+
+def test_where_keys_are_trusted_nothing_unsigned_is_released_whatever_the_reason(project: Path) -> None:
+    for arguments in (("keys", "new", "ann"), ("keys", "trust", "ann")):
+        assert tunewright(*arguments, "-p", project).code == 0
+    deploy = ("deploy", "colours", _name(project), "--force", "--because", "a try", "-p", project)
+    ran = tunewright(*deploy)
+    assert (ran.code, "it is unsigned" in ran.stderr) == (2, True)
+    assert tunewright("adapters", "sign", "-p", project).code == 0
+    assert tunewright(*deploy).code == 0
+
+
+def test_openssl_verifies_the_signature_with_what_the_documentation_says(project: Path, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    for arguments in (("keys", "new", "ann"), ("keys", "trust", "ann"), ("adapters", "sign")):
+        assert tunewright(*arguments, "-p", project).code == 0
+    adapter = project / "adapters" / _name(project)
+    (tmp_path / "ann.pem").write_text(tunewright("keys", "show", "ann", "-p", project).stdout)
+    manifest = (adapter / "manifest.json").read_bytes()
+    kind = "application/vnd.tunewright.adapter+json"
+    (tmp_path / "signed").write_bytes(f"DSSEv1 {len(kind)} {kind} {len(manifest)} ".encode() + manifest)
+    import base64
+
+    made: Any = json.loads((adapter / "signature.json").read_text())["signatures"][0]["sig"]
+    (tmp_path / "sig").write_bytes(base64.b64decode(made))
+    command = "openssl pkeyutl -verify -pubin -inkey ann.pem -rawin -in signed -sigfile sig"
+    assert subprocess.run(command.split(), cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    (tmp_path / "signed").write_bytes((tmp_path / "signed").read_bytes() + b" ")
+    assert subprocess.run(command.split(), cwd=tmp_path, capture_output=True, check=False).returncode == 1
+
+
+# Keys
+
+
+def test_keys_are_listed_with_whose_they_are_and_what_they_are_worth(project: Path) -> None:
+    assert "No key yet" in tunewright("keys", "list", "-p", project).stderr
+    tunewright("keys", "new", "ann", "-p", project)
+    public = tunewright("keys", "show", "ann", "-p", project).stdout
+    assert public.startswith("-----BEGIN PUBLIC KEY-----")
+    (project / "bob.pem").write_text(public)
+    assert tunewright("keys", "trust", project / "bob.pem", "--name", "ann-laptop", "-p", project).code == 0
+    (found,) = tunewright("keys", "list", "-p", project, "--json").document["keys"]
+    assert (found["name"], found["own"], found["trusted"]["name"]) == ("ann", True, "ann-laptop")
+    assert tunewright("keys", "trust", "ann", "-p", project).code == 2
+    assert tunewright("keys", "trust", "nobody", "-p", project).code == 2
+    assert tunewright("keys", "revoke", "ann-laptop", "--because", " ", "-p", project).code == 2
+    assert tunewright("keys", "revoke", "ann-laptop", "--because", "lost", "-p", project).code == 0
+    assert "lost" in tunewright("keys", "list", "-p", project).stderr
+
+
+def test_a_key_is_made_without_a_project(tmp_path: Path) -> None:
+    ran = tunewright("keys", "new", "ann", "-p", tmp_path, "--json")
+    assert ran.code == 0
+    assert "PRIVATE" not in ran.stdout
+    assert list(tmp_path.glob("*.json")) == []
