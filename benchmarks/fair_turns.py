@@ -2,7 +2,7 @@
 
     python benchmarks/fair_turns.py PROJECT [SECONDS]      (a project with a trained adapter)
 
-Two tenants ask at random moments (Poisson arrivals, which do not wait for answers), the quiet one always at a tenth of
+Two tenants ask at random moments (Poisson arrivals, which do not wait for answers), the quiet one always at a fifth of
 what the server can do. The loud one asks as much as it, then ten times as much: more than there is room for. Prints the
 quiet one's waits for a line of people and one JSON line.
 """
@@ -33,7 +33,7 @@ from tunewright.serving.fairness import FairQueue
 from tunewright.serving.state import Grounds, State
 
 TENANTS = ("quiet", "loud")
-SHARE = 0.1  # of the server's capacity, asked for by the quiet tenant
+SHARE = 0.2  # of the server's capacity, asked for by the quiet tenant
 MAX_TOKENS = 16
 
 
