@@ -88,6 +88,11 @@ class Project:
         return self.root / "serving" / "state.sqlite"
 
     @property
+    def exports(self) -> Path:
+        """What was exported, one folder each."""
+        return self.root / "exports"
+
+    @property
     def work(self) -> Path:
         """Checkpoints and cached generations, made at first use: git ignores it, all of it can be made again."""
         folder = self.root / ".tunewright"

@@ -52,7 +52,7 @@ class TextEncoder:
         backend.add_special_tokens([token for token in control.values() if not token.special])
         backend.encode_special_tokens = True
         # SentencePiece's space before a text's first word: here, every run but the first follows a control token.
-        self._space_first = _without_space_first(backend)
+        self.space_first = _without_space_first(backend)
         self._backend = backend
         self._unknown = tokenizer.unk_token_id  # what a tokenizer makes of characters that it has no token for
 
@@ -100,7 +100,7 @@ class TextEncoder:
             place = match.end()
         if place < len(text):
             pieces.append(text[place:])
-        if start and self._space_first and pieces and isinstance(pieces[0], str) and not pieces[0].startswith(" "):
+        if start and self.space_first and pieces and isinstance(pieces[0], str) and not pieces[0].startswith(" "):
             pieces[0] = " " + pieces[0]
         return [piece.translate(hidden) if isinstance(piece, str) else piece for piece in pieces] if hidden else pieces
 

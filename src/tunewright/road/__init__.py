@@ -23,6 +23,7 @@ from tunewright.recipe import TrainRecipe
 from tunewright.road.adapters import AdaptersRoad
 from tunewright.road.data import DataRoad
 from tunewright.road.evaluations import EvaluationsRoad
+from tunewright.road.export import ExportRoad
 from tunewright.road.keys import KeysRoad
 from tunewright.road.opened import OpenProject
 from tunewright.road.releases import ReleasesRoad
@@ -79,6 +80,7 @@ class Road(EvaluationsRoad):
         self.deploy, self.promote, self.rollback = releases.deploy, releases.promote, releases.rollback
         self.releases, self.shadow = releases.history, releases.shadow
         self.keys = KeysRoad(self._opened)
+        self.export = ExportRoad(self._opened)
 
     @property
     def base(self) -> Base:

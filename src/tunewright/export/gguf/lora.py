@@ -1,0 +1,64 @@
+"""An adapter alone as a GGUF file, for llama.cpp's ``--lora`` and Ollama's ``ADAPTER``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+from torch import Tensor
+
+from tunewright.adapters.registry import Adapter
+from tunewright.errors import UserError
+from tunewright.export.gguf.model import heads_of
+from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, gguf_name, interleaved
+from tunewright.export.weights import Weights
+from tunewright.models.bases import Base
+from tunewright.progress import Reporter
+
+
+def write_lora(
+    path: Path, adapter: Adapter, weights: Weights, base: Base, file_type: FileType, reporter: Reporter
+) -> list[str]:
+    """Write the adapter's change of ``weights``; the base stays apart.
+
+    llama.cpp scales by alpha / rank, with one alpha for all layers. What a layer's own scale is beyond that (rsLoRA's,
+    or that of a pattern) goes into its B.
+
+    Returns:
+        What whoever uses it has to know.
+
+    Raises:
+        UserError: DoRA, which llama.cpp does not have.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    if any(change.magnitude is not None for change in weights.changes.values()):
+        raise UserError("llama.cpp does not have DoRA", where=adapter.name, fix="Export it merged: --merged.")
+    first = next(iter(weights.changes.values()))
+    alpha = first.scale * first.a.shape[0]
+    file = TensorFile(path, file_type)
+    file.writer.add_type(gguf.GGUFType.ADAPTER)
+    file.writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    file.writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    file.writer.add_name(adapter.name)
+    file.writer.add_file_type(FILE_TYPES[file_type])
+    file.writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, change in weights.changes.items():
+        into = gguf_name(name, config.num_hidden_layers)
+        own = change.scale * change.a.shape[0] / alpha
+        file.add(f"{into}.lora_a", tuple(change.a.shape), _given(change.a))
+        heads = heads_of(name, config)
+        b = own * change.b
+        file.add(f"{into}.lora_b", tuple(b.shape), _given(b if heads is None else interleaved(b, heads)))
+    with reporter.task(f"writing {path.name}", 2 * len(weights.changes), "tensors") as task:
+        file.write(task.advance)
+    if not file.whole:
+        return []
+    return [f"{len(file.whole)} matrices are in f16: their rows are no multiple of 32 weights, as q8_0 needs"]
+
+
+def _given(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor

@@ -1,0 +1,118 @@
+"""A whole model as one GGUF file: the base, or the base with an adapter merged into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from tunewright.chat import ChatFormat
+from tunewright.errors import UserError
+from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, gguf_name, interleaved
+from tunewright.export.gguf.tokenizer import add_tokenizer
+from tunewright.export.weights import Weights
+from tunewright.models.bases import Base
+from tunewright.progress import Reporter
+
+
+def write_model(
+    path: Path, name: str, weights: Weights, base: Base, chat: ChatFormat, file_type: FileType, reporter: Reporter
+) -> list[str]:
+    """Write the model; from float32 to the file's type in one step.
+
+    Returns:
+        What whoever uses it has to know.
+
+    Raises:
+        UserError: positions or a tokenizer that llama.cpp does not have.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    file = TensorFile(path, file_type)
+    notes = _add_shape(file.writer, config)
+    file.writer.add_type(gguf.GGUFType.MODEL)
+    file.writer.add_name(name)
+    file.writer.add_file_type(FILE_TYPES[file_type])
+    file.writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_tokenizer(file.writer, chat, config.vocab_size)
+    frequencies = _rope_factors(config)
+    if frequencies is not None:
+        file.add("rope_freqs.weight", tuple(frequencies.shape), lambda: frequencies)
+    for tensor in weights:
+        if tensor.endswith("rotary_emb.inv_freq") or (tensor == "lm_head.weight" and config.tie_word_embeddings):
+            continue  # computed from the configuration; the output layer is the input embedding
+        shape = tuple(weights.base[tensor].shape)
+        file.add(gguf_name(tensor, config.num_hidden_layers), shape, _rotated(weights, tensor, config))
+    with reporter.task(f"writing {path.name}", len(weights.base), "tensors") as task:
+        file.write(task.advance)
+    if file.whole:
+        notes.append(f"{len(file.whole)} matrices are in f16: their rows are no multiple of 32 weights, as q8_0 needs")
+    return notes
+
+
+def heads_of(name: str, config: Any) -> int | None:
+    """How many heads the rows of a tensor are of, where llama.cpp has them in another order; else None."""
+    if ".q_proj." in name:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".k_proj." in name else None
+
+
+def _rotated(weights: Weights, name: str, config: Any) -> Callable[[], Tensor]:
+    heads = heads_of(name, config)
+    if heads is None:
+        return lambda: weights[name]
+    return lambda: interleaved(weights[name], heads)
+
+
+def _add_shape(writer: Any, config: Any) -> list[str]:
+    notes = []
+    context = int(config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < context:
+        notes.append(
+            f"its context is {window:,} tokens, not {context:,}: llama.cpp does not have the sliding window of "
+            "this architecture"
+        )
+        context = int(window)
+    head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    writer.add_context_length(context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_vocab_size(config.vocab_size)
+    if config.rope_parameters["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(config.rope_parameters["factor"]))
+    return notes
+
+
+def _rope_factors(config: Any) -> Tensor | None:
+    """What each of Llama 3.1's frequencies is divided by, [head / 2]; None where positions are not stretched so.
+
+    Raises:
+        UserError: positions that are stretched in another way.
+    """
+    kind = config.rope_parameters["rope_type"]
+    if kind in ("default", "linear"):
+        return None
+    if kind != "llama3":
+        raise UserError(f"rope_type {kind} is not exported to GGUF", where="config.json, rope_parameters")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    size = 2 * len(stretched)
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2).float() / size)
+    factors: Tensor = plain / stretched
+    return factors

@@ -1,0 +1,96 @@
+"""Weights as GGUF has them: other names, rows of queries and keys in another order, and other number types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+from torch import Tensor
+
+from tunewright.errors import UserError
+
+FileType = Literal["f16", "q8_0"]
+
+ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA]
+FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+_BLOCK = 32
+"""Weights of a row that Q8_0 gives one scale."""
+
+
+def gguf_name(name: str, layers: int) -> str:
+    """A tensor's name in GGUF.
+
+    Raises:
+        UserError: the architecture "llama" has no such tensor.
+    """
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise UserError(f"llama.cpp knows no tensor {name} of a Llama", where="GGUF")
+    return str(found)
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of queries or keys [heads * size, ...] in the order in which llama.cpp rotates them.
+
+    transformers rotates the first half of each head against the second; llama.cpp rotates neighbours, as Meta's own
+    code does::
+
+        transformers   x0 x1 .. | y0 y1 ..        llama.cpp   x0 y0 x1 y1 ..
+    """
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+@dataclass
+class TensorFile:
+    """A GGUF file under way: all names and sizes first, then the tensors one by one, so that one is in memory.
+
+    Args:
+        path: the file.
+        file_type: of matrices; vectors are float32 always.
+    """
+
+    path: Path
+    file_type: FileType
+    whole: list[str] = field(default_factory=list)
+    """Matrices that are in float16 as their rows are no multiple of 32 long, which q8_0 needs."""
+
+    def __post_init__(self) -> None:
+        self.writer: Any = gguf.GGUFWriter(self.path, ARCHITECTURE)
+        self._tensors: list[tuple[str, gguf.GGMLQuantizationType, Callable[[], Tensor]]] = []
+
+    def add(self, name: str, shape: tuple[int, ...], tensor: Callable[[], Tensor]) -> None:
+        """Announce a tensor that ``tensor`` will give in float32."""
+        kind = self._kind(name, shape)
+        self._tensors.append((name, kind, tensor))
+        if kind == gguf.GGMLQuantizationType.Q8_0:
+            byte_shape = gguf.quant_shape_to_byte_shape(shape, kind)
+            self.writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), int(np.prod(byte_shape)), raw_dtype=kind)
+        else:
+            dtype = np.dtype(np.float32 if kind == gguf.GGMLQuantizationType.F32 else np.float16)
+            self.writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+
+    def write(self, on_tensor: Callable[[], None]) -> None:
+        """Write the file; metadata must have been given to ``writer`` before."""
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_ti_data_to_file()
+        for _, kind, tensor in self._tensors:
+            self.writer.write_tensor_data(gguf.quants.quantize(tensor().contiguous().numpy(), kind))
+            on_tensor()
+        self.writer.close()
+
+    def _kind(self, name: str, shape: tuple[int, ...]) -> gguf.GGMLQuantizationType:
+        if len(shape) == 1:
+            return gguf.GGMLQuantizationType.F32
+        if self.file_type == "f16":
+            return gguf.GGMLQuantizationType.F16
+        if shape[-1] % _BLOCK:
+            self.whole.append(name)
+            return gguf.GGMLQuantizationType.F16
+        return gguf.GGMLQuantizationType.Q8_0

@@ -1,0 +1,125 @@
+"""A tokenizer as GGUF has it: vocabulary, kinds of tokens, merges or scores, and the chat template.
+
+llama.cpp has the rules by which a text is cut before it is encoded in its own code, by name. Which of them a base has
+is told from its tokenizer.json; that both come to the same ids is part of the comparison that every GGUF goes through.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gguf
+
+from tunewright.chat import ChatFormat
+from tunewright.errors import UserError
+from tunewright.export.templates import exported_template
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BY_PATTERN = {_LLAMA3: "llama-bpe", _TEKKEN: "tekken"}
+_FIX = "Export it merged (`tunewright export merge`), or use another base."
+
+
+def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int) -> None:
+    """Write the tokenizer and the chat template of ``chat`` as a model of ``vocabulary`` tokens has them.
+
+    Raises:
+        UserError: a tokenizer of a kind that llama.cpp does not have.
+    """
+    tokenizer = chat.tokenizer
+    stored: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    where = str(tokenizer.name_or_path)
+    if stored["model"]["type"] != "BPE":
+        raise UserError(f"llama.cpp has no tokenizer like this one ({stored['model']['type']})", where=where, fix=_FIX)
+    pieces = {i: piece for piece, i in stored["model"]["vocab"].items()}
+    added = {token["id"]: token for token in stored["added_tokens"]}
+    tokens, kinds = [], []
+    for i in range(vocabulary):
+        token = added.get(i)
+        tokens.append(token["content"] if token else pieces.get(i, f"[PAD{i}]"))
+        kinds.append(_kind(tokens[-1], token, known=i in pieces, byte_tokens=bool(stored["model"]["byte_fallback"])))
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in stored["model"]["merges"]]
+    if stored["model"]["byte_fallback"]:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_scores(_scores(tokens, merges))
+        # The chat template itself writes the space that sentencepiece puts before a text's first word.
+        writer.add_add_space_prefix(False)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(cutting_rule(stored, where))
+        writer.add_token_list(tokens)
+        # The writer leaves an empty list out, and llama.cpp wants one: a pair that stands in no text will do.
+        end = str(tokenizer.eos_token)
+        writer.add_token_merges(merges or [f"{end} {end}"])
+    writer.add_token_types(kinds)
+    _add_special(writer, chat)
+    writer.add_chat_template(exported_template(chat))
+
+
+def cutting_rule(stored: Mapping[str, Any], where: str) -> str:
+    """What llama.cpp calls the rule by which a tokenizer.json cuts texts into words.
+
+    Raises:
+        UserError: a rule that it does not have.
+    """
+    rule = stored["pre_tokenizer"] or {}
+    parts: Sequence[Mapping[str, Any]] = rule["pretokenizers"] if rule.get("type") == "Sequence" else [rule]
+    kinds = [part.get("type") for part in parts]
+    last = parts[-1]
+    plain = not stored["normalizer"] and kinds[-1] == "ByteLevel" and not last["add_prefix_space"]
+    if plain and kinds == ["ByteLevel"] and (last["use_regex"] or not stored["model"]["merges"]):
+        return "gpt-2"  # where nothing is merged, each byte is a token however the text is cut
+    if plain and kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and last["use_regex"]:
+        return "smollm"
+    if plain and kinds == ["Split", "ByteLevel"] and not last["use_regex"]:
+        pattern = parts[0]["pattern"].get("Regex")
+        if parts[0]["behavior"] == "Isolated" and not parts[0]["invert"] and pattern in _BY_PATTERN:
+            return _BY_PATTERN[pattern]
+    raise UserError("llama.cpp does not cut texts as this tokenizer does, as far as we know", where=where, fix=_FIX)
+
+
+def _kind(token: str, added: Mapping[str, Any] | None, *, known: bool, byte_tokens: bool) -> gguf.TokenType:
+    if added is not None:
+        if token == "<unk>" and byte_tokens:
+            return gguf.TokenType.UNKNOWN
+        return gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    if not known:
+        return gguf.TokenType.UNUSED
+    if byte_tokens and len(token) == 6 and token.startswith("<0x"):
+        return gguf.TokenType.BYTE
+    return gguf.TokenType.NORMAL
+
+
+def _scores(tokens: Sequence[str], merges: Sequence[str]) -> list[float]:
+    """What sentencepiece merges by: of two pairs, the one that makes the piece of the higher score comes first."""
+    first: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        first.setdefault(pair.replace(" ", "", 1), rank)
+    return [-float(first.get(token, len(merges))) for token in tokens]
+
+
+def _add_special(writer: Any, chat: ChatFormat) -> None:
+    tokenizer = chat.tokenizer
+    if chat.bos_id >= 0:
+        writer.add_bos_token_id(chat.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    if tokenizer.unk_token_id is not None:
+        writer.add_unk_token_id(tokenizer.unk_token_id)
+    # GGUF has names for two more tokens that end an answer; llama.cpp knows Llama 3's by their text besides.
+    others = sorted(chat.stop_ids - {tokenizer.eos_token_id})
+    for token, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(token)
+    writer.add_add_bos_token(chat.adds_bos)
+    writer.add_add_eos_token(False)

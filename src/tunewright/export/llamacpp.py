@@ -1,0 +1,172 @@
+"""GGUF files run by llama.cpp itself, which is what they are for: its answers, its distributions, its rendering."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from tunewright.data.examples import Message
+from tunewright.errors import UserError
+from tunewright.export.observing import Listed
+from tunewright.export.trained import Seen, Trained
+from tunewright.models.text_stream import TextStream
+from tunewright.progress import Reporter
+
+LISTED = 1000
+"""Likeliest tokens that llama.cpp is asked for at each place; all of a vocabulary would be 5 MB of JSON each time."""
+
+_ROOM = 64
+"""Tokens of context beyond the longest prompt and answer."""
+_ANSWER_S = 600.0
+_LOG_LINES = 3
+
+
+class EngineFailedError(Exception):
+    """llama.cpp did not take the file, or ended."""
+
+
+def require_llamacpp() -> None:
+    """Check that llama.cpp is at hand, before anything is written.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if find_spec("xllamacpp") is None:
+        raise UserError(
+            "a GGUF file is checked by running it, and llama.cpp is not installed",
+            where="xllamacpp",
+            fix="pip install 'tunewright[gguf]'",
+        )
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """A running llama.cpp."""
+
+    client: httpx.Client
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """What it makes of a conversation with the file's own chat template and tokenizer."""
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        text = self._ask("/apply-template", {"messages": turns})["prompt"]
+        body = {"content": text, "add_special": True, "parse_special": True}
+        ids: list[int] = self._ask("/tokenize", body)["tokens"]
+        return ids
+
+    def answer(self, prompt: Sequence[int], limit: int) -> tuple[int, ...]:
+        """The greedy answer."""
+        body = {"prompt": list(prompt), "n_predict": limit, "temperature": 0, "return_tokens": True}
+        return tuple(self._ask("/completion", {**body, "cache_prompt": False})["tokens"])
+
+    def next_token(self, ids: Sequence[int]) -> Listed:
+        """The likeliest next tokens after these, by the softmax over all of its logits."""
+        body = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "n_probs": LISTED, "cache_prompt": True}
+        found = self._ask("/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        # Of a logit of minus infinity there is no JSON number.
+        kept = [(token["id"], token["logprob"]) for token in found if token["logprob"] is not None]
+        ids_, log_probs = zip(*kept, strict=True)
+        return Listed(torch.tensor(ids_), torch.tensor(log_probs, dtype=torch.float64))
+
+    def _ask(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            reply = self.client.post(route, json=body)
+        except httpx.TransportError as error:
+            raise EngineFailedError(f"llama.cpp ended: {error}") from error
+        if reply.is_error:
+            raise EngineFailedError(f"llama.cpp refused: {reply.text[:500]}")
+        document: dict[str, Any] = reply.json()
+        return document
+
+
+@contextmanager
+def running(model: Path, context: int, lora: Path | None = None) -> Iterator[LlamaCpp]:
+    """llama.cpp with this file loaded, in a process of its own.
+
+    Raises:
+        EngineFailedError: it does not take the file.
+    """
+    key = secrets.token_hex(16)
+    arguments = [str(model), str(context), str(torch.get_num_threads()), key, *([str(lora)] if lora else [])]
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tunewright.export.llamacpp_child", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        try:
+            assert child.stdout is not None
+            address = child.stdout.readline().strip()
+            if not address:
+                child.wait()
+                log.seek(0)
+                raise EngineFailedError(f"llama.cpp does not take the file: {_told(log.read())}")
+            headers = {"Authorization": f"Bearer {key}"}
+            with httpx.Client(base_url=address, headers=headers, timeout=_ANSWER_S, trust_env=False) as client:
+                yield LlamaCpp(client)
+        finally:
+            child.kill()
+            child.communicate()
+
+
+def see_gguf(model: Path, trained: Trained, reporter: Reporter, lora: Path | None = None) -> Seen:
+    """What a GGUF file gives, with a LoRA file on it or not.
+
+    Raises:
+        EngineFailedError: llama.cpp does not take it.
+    """
+    probe, chat = trained.probe, trained.chat
+    with running(model, probe.context + _ROOM, lora) as engine:
+        rendered = 0
+        answers = []
+        with reporter.task(f"{(lora or model).name} in llama.cpp", len(probe.prompts), "prompts") as task:
+            for member, prompt in zip(probe.members, probe.prompts, strict=True):
+                rendered += engine.prompt_ids(member.example.prompt) == list(prompt)
+                answers.append(_cut(engine.answer(prompt, probe.limit), trained))
+                task.advance()
+        listed = []
+        with reporter.task("distributions in llama.cpp", len(trained.log_probs), "places") as task:
+            for ids, before in trained.contexts:
+                for place in before:
+                    listed.append(engine.next_token(ids[:place]))
+                    task.advance()
+    return Seen(
+        answers=[ids for ids, _ in answers],
+        texts=[text if text is not None else chat.text(ids) for ids, text in answers],
+        distributions=listed,
+        rendered=rendered,
+        arithmetic="llama.cpp",
+    )
+
+
+def _told(log: bytes) -> str:
+    """What llama.cpp's log says of an error."""
+    lines = log.decode("utf-8", "replace").strip().splitlines()
+    errors = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line]
+    return errors[0] if errors else " ".join(lines[-_LOG_LINES:])
+
+
+def _cut(ids: tuple[int, ...], trained: Trained) -> tuple[tuple[int, ...], str | None]:
+    """An answer without its end token, and ended by a stop string where there is one: then with the text before it."""
+    ends = [place for place, token in enumerate(ids) if token in trained.chat.stop_ids]
+    ids = ids[: ends[0]] if ends else ids
+    if not trained.probe.stop:
+        return ids, None
+    stream, text = TextStream(trained.chat.text, trained.probe.stop), ""
+    for place, token in enumerate(ids):
+        text += stream.push(token)
+        if stream.stopped:
+            return ids[: place + 1], text
+    return ids, text + stream.flush()

@@ -1,0 +1,34 @@
+"""A process of its own for llama.cpp: a file that it cannot take may end the process (``GGML_ASSERT``).
+
+Usage: python -m tunewright.export.llamacpp_child MODEL CONTEXT THREADS KEY [LORA]. It prints its address, and ends
+when its standard input does.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(model: str, context: str, threads: str, key: str, lora: str | None = None) -> None:
+    """Serve a GGUF file on loopback until standard input ends."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.n_ctx = int(context)
+    params.n_parallel = 1
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    params.api_keys = [key]
+    params.warmup = False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
+    if lora is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(lora, 1.0)]
+    server = xllamacpp.Server(params)
+    sys.stdout.write(f"{server.listening_address}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,103 @@
+"""Answers and distributions of a model of transformers, and how far two sets of distributions are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunewright.chat import ChatFormat
+from tunewright.export.parity import TOP
+from tunewright.export.probe import Probe
+from tunewright.models.decoding import Completion, Request, generate
+
+_BATCH = 8
+
+Context = tuple[tuple[int, ...], list[int]]
+"""Tokens, and for each place how many of them come before it."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The likeliest tokens at a place, as an engine lists them."""
+
+    ids: Tensor
+    """[listed]"""
+    log_probs: Tensor
+    """[listed], float32; they need not add up to 1, as the others are not listed."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Two sets of distributions beside each other, place by place; each [places]."""
+
+    kl: Tensor
+    max_logit: Tensor
+    same_top: Tensor
+
+
+def answer(
+    model: Any, probe: Probe, chat: ChatFormat, adapter: str | None, on_answer: Callable[[], None]
+) -> list[Completion]:
+    """The greedy answers to the probe's prompts."""
+    return generate(
+        model,
+        [Request(prompt, adapter, probe.limit, stop=probe.stop) for prompt in probe.prompts],
+        stop_ids=chat.stop_ids,
+        pad_id=chat.tokenizer.pad_token_id,
+        batch_size=_BATCH,
+        decode=chat.text,
+        on_finished=lambda _index, _completion: on_answer(),
+    )
+
+
+@torch.inference_mode()
+def distributions(model: Any, contexts: Sequence[Context]) -> Tensor:
+    """Log-probabilities [places, vocabulary] of the next token at every place of every context, float32, on the CPU."""
+    found = []
+    for ids, before in contexts:
+        kept = torch.tensor(before, device=model.device) - 1
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=kept).logits[
+            0
+        ]
+        found.append(logits.float().log_softmax(-1).cpu())
+    return torch.cat(found)
+
+
+def distance(trained: Tensor, seen: Tensor | Sequence[Listed]) -> Distance:
+    """From the trained model's log-probabilities [places, vocabulary] to what was seen of another.
+
+    Of tokens that are not listed only the sum counts: the divergence of the so grouped distributions, which is at most
+    that of the whole ones (the log sum inequality; Cover and Thomas 2006, theorem 2.7.1), and as good as that where a
+    thousand are listed. Such a token's own log-probability is at most the lowest listed one's.
+    """
+    if isinstance(seen, Tensor):
+        rows = [(row, other) for row, other in zip(trained, seen, strict=True)]
+        parts = [_whole(row, other) for row, other in rows]
+    else:
+        parts = [_listed(row, listed) for row, listed in zip(trained, seen, strict=True)]
+    kl, moved, same = zip(*parts, strict=True)
+    return Distance(torch.stack(kl), torch.stack(moved), torch.tensor(same))
+
+
+def _whole(trained: Tensor, other: Tensor) -> tuple[Tensor, Tensor, bool]:
+    kl = (trained.double().exp() * (trained.double() - other.double())).sum().clamp(min=0)
+    top = trained.topk(min(TOP, len(trained))).indices
+    return kl, (trained[top] - other[top]).abs().max(), bool(trained.argmax() == other.argmax())
+
+
+def _listed(trained: Tensor, listed: Listed) -> tuple[Tensor, Tensor, bool]:
+    theirs = listed.log_probs.double()
+    ours = trained[listed.ids].double()
+    kl = (ours.exp() * (ours - theirs)).sum()
+    our_rest, their_rest = (1 - ours.exp().sum()), (1 - theirs.exp().sum())
+    if len(listed.ids) < len(trained) and our_rest > 0:
+        kl = kl + our_rest * (our_rest.log() - their_rest.clamp(min=1e-12).log())
+    other = torch.full_like(trained, float(theirs.min()))
+    other[listed.ids] = listed.log_probs.to(trained.dtype)
+    top = trained.topk(min(TOP, len(trained))).indices
+    moved = (trained[top] - other[top]).abs().max()
+    return kl.clamp(min=0), moved, bool(trained.argmax() == listed.ids[listed.log_probs.argmax()])

@@ -1,0 +1,86 @@
+"""A folder for ``ollama create``: a Modelfile, and the GGUF files that it names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunewright.chat import ChatFormat
+from tunewright.chat.answers import stop_strings
+from tunewright.disk import write_text
+from tunewright.export.exporting import Built, ExportResult
+from tunewright.export.gguf.tensors import FileType
+from tunewright.export.go_template import go_template, strips
+from tunewright.recipe import Recipe
+
+MODELFILE = "Modelfile"
+
+
+def ollama_built(
+    folder: Path, parts: ExportResult, base: Path | None, chat: ChatFormat, recipe: Recipe, file_type: FileType
+) -> Built:
+    """Fill ``folder`` for Ollama from GGUF files that were measured: merged, or a LoRA file with ``base`` under it."""
+    assert parts.folder is not None
+    (file,) = (parts.folder / name for name in parts.record.files)
+    model, lora = (file, None) if base is None else (base, file)
+    notes = write_ollama(folder, chat, stop_strings(recipe, chat), model, lora, recipe.train.max_length)
+    told = (*parts.record.notes, *notes)
+    record = parts.record
+    return Built(record.figures, "16-bit" if file_type == "f16" else "8-bit", record.way, record.ways, told)
+
+
+def write_ollama(
+    folder: Path, chat: ChatFormat, stop: Sequence[str], model: Path, lora: Path | None, context: int
+) -> tuple[str, ...]:
+    """Write the Modelfile, and the files that it names beside it.
+
+    Returns:
+        What whoever uses it has to know.
+
+    Raises:
+        UserError: a chat format that no Go template can write.
+    """
+    template = go_template(chat)
+    for file in filter(None, (model, lora)):
+        _put(file, folder / file.name)
+    write_text(
+        folder / MODELFILE, modelfile(template.source, chat, stop, model.name, lora.name if lora else None, context)
+    )
+    notes = ["Ollama and llama.cpp take text that looks like a special token for that token; here it stays text"]
+    if strips(chat):
+        notes.append(
+            "the chat template strips messages of white space at both ends, and Ollama's does not: send them so"
+        )
+    if template.system_place == "none":
+        notes.append("the chat template takes no system text, and Ollama leaves one out without a word")
+    return tuple(notes)
+
+
+def modelfile(template: str, chat: ChatFormat, stop: Sequence[str], model: str, lora: str | None, context: int) -> str:
+    """The Modelfile's text."""
+    ends = sorted(str(chat.tokenizer.convert_ids_to_tokens(token)) for token in chat.stop_ids)
+    lines = [
+        f"FROM ./{model}",
+        *([f"ADAPTER ./{lora}"] if lora else []),
+        f'TEMPLATE """{template}"""',
+        *(f"PARAMETER stop {_quoted(text)}" for text in (*ends, *stop)),
+        # As it was measured: the likeliest token each time, whatever was written before.
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
+        f"PARAMETER num_ctx {context}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return f'"""{text}"""' if "\n" in text or '"' in text else f'"{text}"'
+
+
+def _put(source: Path, target: Path) -> None:
+    """The file under another name, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

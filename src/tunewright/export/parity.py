@@ -1,0 +1,111 @@
+"""How far an artefact is from the trained model, and how far it may be.
+
+Every artefact answers the same held-out prompts as the trained model (the base as it was held in training, with the
+adapter), and is shown the trained model's own answers token by token. What may differ is rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tunewright.evaluation.parts import Part
+from tunewright.metrics.text import score_text
+from tunewright.recipe import MetricName
+
+PROMPTS = 32
+"""Held-out prompts that are answered, or all where there are fewer."""
+
+PLACES = 8
+"""Places of each answer at which whole distributions are compared, spread evenly from its first token to its end."""
+
+TOP = 100
+"""The trained model's likeliest tokens at a place, whose log-probabilities are compared one by one: below them come
+tokens that no way of decoding takes, and of which an engine lists only so many."""
+
+Precision = Literal["16-bit", "8-bit"]
+
+
+class Figures(Part):
+    """What was measured of an artefact beside the trained model."""
+
+    prompts: Annotated[int, Field(description="Held-out prompts that were answered.")]
+    places: Annotated[int, Field(description="Places of the trained model's answers at which distributions compare.")]
+    arithmetic: Annotated[str, Field(description="What the artefact computed in.")]
+    max_logit: Annotated[
+        float,
+        Field(description="Largest change of a log-probability, among the 100 likeliest tokens of each place."),
+    ]
+    kl: Annotated[float, Field(description="Mean KL divergence from the trained model to the artefact, nats.")]
+    effect: Annotated[float, Field(description="The same from the trained model to its base: what the adapter does.")]
+    lost: Annotated[
+        float, Field(description="kl / effect: 0 where both agree, 1 for the base itself, or of no effect at all.")
+    ]
+    from_base: Annotated[float, Field(description="The same from the base to the artefact.")]
+    top1: Annotated[float, Field(description="Share of the places at which both find the same token likeliest.")]
+    greedy: Annotated[float, Field(description="Share of the prompts with the same greedy answer, token by token.")]
+    metric: MetricName
+    score: Annotated[float, Field(description="The artefact's score by the recipe's metric on these prompts.")]
+    trained_score: Annotated[float, Field(description="The trained model's.")]
+    rendered: Annotated[int, Field(description="Prompts that the artefact itself renders to the ids of training.")]
+
+
+class Limits(Part):
+    """How far an artefact may be from the trained model; docs/export.md has the reasons."""
+
+    max_logit: float
+    kl: float
+    lost: float
+    top1: float
+    greedy: float
+    score: float
+
+
+EFFECT = 1e-3
+"""Nats: an adapter that moves the base's distributions by less does nothing that could be lost or kept."""
+
+FEW = 2
+"""Places, or prompts, that may differ however few there are: of 30 places one near tie is 3%."""
+
+LIMITS: dict[Precision, Limits] = {
+    "16-bit": Limits(max_logit=1.0, kl=0.002, lost=0.02, top1=0.98, greedy=0.9, score=0.05),
+    "8-bit": Limits(max_logit=3.0, kl=0.02, lost=0.05, top1=0.95, greedy=0.8, score=0.1),
+}
+
+
+def shortcomings(figures: Figures, limits: Limits) -> list[str]:
+    """Why an artefact is not good, one sentence each; empty where it is."""
+    found = []
+    if figures.effect < EFFECT:
+        found.append(
+            f"the adapter itself changes nothing on these prompts (KL from the base {figures.effect:.1e} nats, "
+            f"{EFFECT:g} needed): there is nothing to keep"
+        )
+    elif figures.lost > limits.lost:
+        found.append(
+            f"it lost {100 * figures.lost:.1f}% of the adapter's effect (KL {figures.kl:.2g} of {figures.effect:.2g} "
+            f"nats; {100 * limits.lost:g}% allowed)" + (": it is the base" if figures.from_base < EFFECT else "")
+        )
+    if figures.kl > limits.kl:
+        found.append(f"mean KL {figures.kl:.2g} nats, {limits.kl:g} allowed")
+    if figures.max_logit > limits.max_logit:
+        found.append(f"a log-probability moved by {figures.max_logit:.2f}, {limits.max_logit:g} allowed")
+    if _too_many(figures.top1, limits.top1, figures.places):
+        found.append(f"the likeliest token is the same at {100 * figures.top1:.1f}%, {100 * limits.top1:g}% needed")
+    if _too_many(figures.greedy, limits.greedy, figures.prompts):
+        found.append(f"{100 * figures.greedy:.1f}% of the greedy answers are the same, {100 * limits.greedy:g}% needed")
+    if figures.trained_score - figures.score > limits.score:
+        told = [score_text(figures.metric, score) for score in (figures.score, figures.trained_score)]
+        found.append(f"it scores {told[0]} where the trained model scores {told[1]}")
+    if figures.rendered < figures.prompts:
+        found.append(
+            f"it renders {figures.prompts - figures.rendered} of {figures.prompts} prompts to other tokens than "
+            "training did"
+        )
+    return found
+
+
+def _too_many(same: float, needed: float, of: int) -> bool:
+    """Whether more differ than may."""
+    return round((1 - same) * of) > max((1 - needed) * of, FEW)

@@ -1,0 +1,80 @@
+"""What artefacts are asked: held-out prompts of the dev split, which chose the adapter and opens no ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tunewright.chat import ChatFormat
+from tunewright.chat.answers import answer_limit, stop_strings
+from tunewright.data.versions import DatasetVersion, Member
+from tunewright.disk import digest
+from tunewright.errors import UserError
+from tunewright.export.parity import PLACES, PROMPTS
+from tunewright.progress import Reporter
+from tunewright.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Prompts, and how they are answered."""
+
+    members: tuple[Member, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    limit: int
+    """Tokens of the longest answer."""
+    stop: tuple[str, ...]
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest prompt with the longest answer."""
+        return max(map(len, self.prompts)) + self.limit
+
+
+def draw_probe(version: DatasetVersion, chat: ChatFormat, recipe: Recipe, context: int, reporter: Reporter) -> Probe:
+    """Dev rows, of as many clusters as there are, in an order that the recipe's seed draws.
+
+    Raises:
+        UserError: no dev row fits the base's context.
+    """
+    limit = answer_limit(recipe, chat, version.domain_of("train"))
+    dev = sorted(version.domain_of("dev"), key=lambda m: digest([recipe.seed, m.key]))
+    seen: set[str] = set()
+    first: list[Member] = []
+    later: list[Member] = []
+    for member in dev:
+        (later if member.cluster in seen else first).append(member)
+        seen.add(member.cluster)
+    asked = [(member, chat.prompt(member.example.prompt)) for member in (*first, *later)[:PROMPTS]]
+    fitting = [(member, ids) for member, ids in asked if len(ids) + limit <= context]
+    if len(fitting) < len(asked):
+        reporter.warn(
+            f"{len(asked) - len(fitting)} of {len(asked)} dev prompts are left out of the comparison: with an answer "
+            f"of {limit} tokens they do not fit the base's context of {context:,}"
+        )
+    if not fitting:
+        raise UserError(
+            "there is no dev row to compare the exported model by",
+            where=f"dataset version {version.digest[:12]}",
+            fix="Give the split a dev part (data.split), and train on that version.",
+        )
+    members, prompts = zip(*fitting, strict=True)
+    return Probe(members, prompts, limit, stop_strings(recipe, chat))
+
+
+def places(tokens: int, *, ended: bool) -> list[int]:
+    """Tokens of an answer that come before each place: from none up to all but the last, or all where it ended."""
+    last = tokens if ended else tokens - 1
+    return sorted({round(place) for place in np.linspace(0, last, PLACES).tolist()})
+
+
+def contexts(
+    probe: Probe, answers: Sequence[tuple[int, ...]], ended: Sequence[bool]
+) -> list[tuple[tuple[int, ...], list[int]]]:
+    """For each prompt: the prompt with its answer, and how many of these tokens come before each place."""
+    return [
+        ((*prompt, *answer), [len(prompt) + place for place in places(len(answer), ended=end)])
+        for prompt, answer, end in zip(probe.prompts, answers, ended, strict=True)
+    ]

@@ -1,0 +1,198 @@
+"""``export`` through the command line, on a tiny trained project: what is kept, and what is not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from export_helpers import logits, peft_logits, read_json
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from command_line import tiny_project, tunewright
+from tiny import build_base
+from tunewright.export import merge as merging
+from tunewright.export import templates
+from tunewright.export.gguf import model as gguf_model
+from tunewright.export.gguf import tokenizer as gguf_tokenizer
+from tunewright.export.record import Export
+from tunewright.export.weights import Change, read_changes
+from tunewright.project import Project
+
+
+def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantize: str = "none") -> Path:
+    """A project on a bfloat16 base whose attention looks at something, with an adapter that has an effect."""
+    base = build_base(folder / "base", architecture)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= 30
+    model.save_pretrained(base)
+    project = tiny_project(folder / "project", base)
+    recipe = project / "tunewright.yaml"
+    text = recipe.read_text(encoding="utf-8").replace("dtype: float32", f"dtype: bfloat16\n  quantize: {quantize}")
+    text = text.replace("learning_rate: 0.003", "learning_rate: 0.01")
+    # Random weights find many tokens as good as equally likely: of a long answer, 8 bits would change a token.
+    recipe.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"), encoding="utf-8")
+    assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    assert tunewright("train", "-p", project).code == 0
+    return project
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _trained(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def project(trained: Path) -> Path:
+    shutil.rmtree(trained / "exports", ignore_errors=True)
+    return trained
+
+
+def _adapter(project: Path) -> Path:
+    (folder,) = Project(project).adapters.iterdir()
+    return folder
+
+
+def _ids(project: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(project.parent / "base")
+    return [tokenizer(text)["input_ids"] for text in ("What is as red as blue?", "navy teal coral 17")]
+
+
+def test_the_merged_folder_is_what_peft_computes_and_what_is_told_of_it_is_true(project: Path) -> None:
+    ran = tunewright("export", "merge", "-p", project, "--json")
+    assert ran.code == 0, ran.stderr
+    folder = Path(ran.document["folder"])
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base: Any = AutoModelForCausalLM.from_pretrained(project.parent / "base", dtype=torch.float32)
+    wanted = peft_logits(project.parent / "base", _adapter(project), _ids(project))
+    for found, tuned, plain in zip(logits(model, _ids(project)), wanted, logits(base, _ids(project)), strict=True):
+        assert float((found - tuned).abs().max()) < 0.1 * float((plain - tuned).abs().max())
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+    figures = ran.document["figures"]
+    assert figures["prompts"] == figures["rendered"] == 12
+    assert 0 < figures["kl"] < figures["lost"] < 0.02
+    assert figures["from_base"] == pytest.approx(figures["effect"], rel=0.5)
+    assert ran.document["shortcomings"] == []
+    assert ran.document["lineage"] == read_json(_adapter(project) / "lineage.json")
+    record = read_json(folder / "export.json")
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= record["files"].keys()
+    assert record == {key: ran.document[key] for key in record}
+
+
+def test_a_second_time_it_is_found_and_a_changed_or_foreign_folder_is_refused(project: Path) -> None:
+    folder = Path(tunewright("export", "merge", "-p", project, "--json").document["folder"])
+    again = tunewright("export", "merge", "-p", project, "--json")
+    assert (again.code, again.document["made"]) == (0, False)
+
+    record = folder / "export.json"
+    text = record.read_text(encoding="utf-8")
+    record.write_text(text.replace('"kind": "merged"', '"kind": "gguf"'), encoding="utf-8")
+    assert "cannot be read" in tunewright("export", "merge", "-p", project).stderr
+    record.write_text(text, encoding="utf-8")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    changed = tunewright("export", "merge", "-p", project)
+    assert changed.code == 2
+    assert "no longer what was exported: config.json" in changed.stderr
+
+    foreign = tunewright("export", "merge", "-p", project, "--to", project / "dataset")
+    assert foreign.code == 2
+    assert "nothing that was exported" in foreign.stderr
+
+
+def test_gguf_and_ollama_of_a_trained_adapter_are_run_and_kept(project: Path) -> None:
+    exports = project / "exports"
+    for arguments in (["gguf"], ["gguf", "--merged"], ["gguf", "--merged", "--type", "q8_0"]):
+        ran = tunewright("export", *arguments, "-p", project, "--json")
+        assert ran.code == 0, ran.stderr + ran.stdout
+        assert ran.document["figures"]["arithmetic"] == "llama.cpp"
+        assert ran.document["figures"]["greedy"] >= 0.9
+    ran = tunewright("export", "ollama", "--lora", "-p", project, "--json")
+    assert ran.code == 0, ran.stderr
+    folder = Path(ran.document["folder"])
+    lines = (folder / "Modelfile").read_text(encoding="utf-8").splitlines()
+    named = [line.split("./")[1] for line in lines if line.startswith(("FROM ", "ADAPTER "))]
+    assert len(named) == 2
+    assert {path.name for path in folder.iterdir()} == {"Modelfile", "export.json", *named}
+    assert len(list(exports.iterdir())) == 4
+
+
+FAULTS: dict[str, tuple[list[str], Callable[[pytest.MonkeyPatch], None], str]] = {}
+
+
+def _fault(arguments: list[str], told: str) -> Callable[[Callable[[pytest.MonkeyPatch], None]], None]:
+    def plant(fault: Callable[[pytest.MonkeyPatch], None]) -> None:
+        FAULTS[f"{fault.__name__}, {' '.join(arguments)}"] = arguments, fault, told
+
+    return plant
+
+
+@_fault(["merge"], "it is the base")
+def merged_with_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(merging, "read_changes", lambda folder: {})
+
+
+@_fault(["merge"], "of the adapter's effect")
+def twice_the_scale(patch: pytest.MonkeyPatch) -> None:
+    def doubled(folder: Path) -> dict[str, Change]:
+        return {name: replace(change, scale=2 * change.scale) for name, change in read_changes(folder).items()}
+
+    patch.setattr(merging, "read_changes", doubled)
+
+
+@_fault(["merge"], "to other tokens than training did")
+def another_template(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(merging, "exported_template", lambda chat: templates.exported_template(chat) + "\n ")
+
+
+@_fault(["gguf", "--merged"], "of the adapter's effect")
+def queries_and_keys_in_the_order_of_transformers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gguf_model, "interleaved", lambda rows, heads: rows)
+
+
+@_fault(["gguf", "--merged"], "to other tokens than training did")
+def another_template_in_the_file(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gguf_tokenizer, "exported_template", lambda chat: templates.exported_template(chat) + "\n ")
+
+
+@_fault(["gguf", "--merged"], "llama.cpp does not take the file")
+def a_file_that_is_none(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gguf_model, "add_tokenizer", lambda writer, chat, vocabulary: None)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_and_nothing_but_the_figures_is_left(
+    name: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, plant, told = FAULTS[name]
+    plant(monkeypatch)
+    ran = tunewright("export", *arguments, "-p", project, "--json")
+    assert ran.code == 3, ran.stderr
+    assert any(told in fault for fault in ran.document["shortcomings"]), ran.document["shortcomings"]
+    assert ran.document["folder"] is None
+    (left,) = (project / "exports").iterdir()
+    assert left.name.endswith(".failed.json")
+    assert Export.model_validate(read_json(left)).shortcomings
+
+    monkeypatch.undo()
+    if name.startswith("merged_with_nothing"):
+        mended = tunewright("export", *arguments, "-p", project)
+        assert mended.code == 0
+        assert [path.suffix for path in (project / "exports").iterdir()] != [".json"]
+
+
+def test_over_nf4_both_ways_are_measured_and_the_closer_one_is_taken(tmp_path: Path) -> None:
+    project = _trained(tmp_path, "llama", "nf4")
+    ran = tunewright("export", "merge", "-p", project, "--json")
+    ways = {way["way"]: way["kl"] for way in ran.document["ways"]}
+    assert ways.keys() == {"original", "dequantized"}
+    assert ran.document["way"] == min(ways, key=lambda way: ways[way]) == "dequantized"
+    assert ways["original"] > 2 * ways["dequantized"]
+    assert f"Merged on the {ran.document['way']} base" in ran.stderr
+    assert ran.code == 0, ran.document["shortcomings"]

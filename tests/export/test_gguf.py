@@ -1,0 +1,155 @@
+"""GGUF files: read back by transformers' own loader, and run by llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_helpers import CHATS, adapted, in_bfloat16, logits, open_base, peft_logits
+from transformers import AutoModelForCausalLM
+
+from makers import build_llama3_base, build_mistral_base, llama2_tokenizer
+from tiny import build_base
+from tunewright.chat import ChatFormat, open_chat
+from tunewright.errors import UserError
+from tunewright.export.gguf.lora import write_lora
+from tunewright.export.gguf.model import write_model
+from tunewright.export.gguf.tensors import FileType
+from tunewright.export.llamacpp import LlamaCpp, running
+from tunewright.export.weights import Weights, read_changes
+from tunewright.models.bases import Base
+from tunewright.progress import LogReporter
+
+
+def _build_llama2_like(folder: Path) -> Path:
+    build_mistral_base(folder, "v1")
+    llama2_tokenizer().save_pretrained(folder)
+    return folder
+
+
+BASES: dict[str, Callable[[Path], Path]] = {
+    "bytes": build_base,
+    "mistral": lambda folder: build_base(folder, "mistral"),
+    "llama 3.1": lambda folder: build_llama3_base(folder, "llama3_1"),
+    "mistral v1": lambda folder: build_mistral_base(folder, "v1"),
+    "mistral v3": lambda folder: build_mistral_base(folder, "v3"),
+    "mistral v7": lambda folder: build_mistral_base(folder, "v7"),
+    "tekken": lambda folder: build_mistral_base(folder, "v7-tekken"),
+    "llama 2": _build_llama2_like,
+}
+
+
+def _written(base: Base, path: Path, file_type: FileType = "f16", adapter: Path | None = None) -> ChatFormat:
+    chat = open_chat(base)
+    changes = read_changes(adapter) if adapter else {}
+    write_model(path, "tiny", Weights(base, "float32", changes), base, chat, file_type, LogReporter())
+    return chat
+
+
+def _log_probs(engine: LlamaCpp, ids: list[int], vocabulary: int) -> torch.Tensor:
+    listed = engine.next_token(ids)
+    found = torch.full((vocabulary,), float("nan"), dtype=torch.float64)
+    found[listed.ids] = listed.log_probs.double()
+    return found
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_llama_cpp_renders_conversations_to_the_ids_of_training_and_finds_the_same_tokens_likely(
+    name: str, tmp_path: Path
+) -> None:
+    base = open_base(BASES[name](tmp_path / "base"))
+    chat = _written(base, tmp_path / "model.gguf")
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    with running(tmp_path / "model.gguf", 512) as engine:
+        for messages in CHATS:
+            ids = list(chat.prompt(messages))
+            assert engine.prompt_ids(messages) == ids, messages
+        ours = logits(model, [ids])[0][-1].double().log_softmax(-1)
+        theirs = _log_probs(engine, ids, len(ours))
+    there = ~theirs.isnan()
+    assert int(there.sum()) == min(len(ours), 1000)
+    assert float((ours - theirs)[there].abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("file_type", ["f16", "q8_0"])
+def test_transformers_reads_the_merged_file_back_as_what_peft_computes(
+    architecture: Any, file_type: FileType, tmp_path: Path
+) -> None:
+    base = open_base(in_bfloat16(build_base(tmp_path / "base", architecture)))
+    adapter = adapted(base.folder, tmp_path / "adapter")
+    chat = _written(base, tmp_path / "model.gguf", file_type, adapter.folder)
+    ids = [chat.prompt(messages) for messages in CHATS]
+    back: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    plain = logits(AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32), ids)
+    allowed = 0.005 if file_type == "f16" else 0.1
+    for found, wanted, without in zip(
+        logits(back, ids), peft_logits(base.folder, adapter.folder, ids), plain, strict=True
+    ):
+        assert float((found - wanted).abs().max()) < allowed
+        assert float((without - wanted).abs().max()) > 3 * allowed
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3, "down_proj": 20}}])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_llama_cpp_puts_the_lora_file_on_the_base_as_peft_does(
+    architecture: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = open_base(in_bfloat16(build_base(tmp_path / "base", architecture)))
+    adapter = adapted(base.folder, tmp_path / "adapter", **settings)
+    chat = _written(base, tmp_path / "model.gguf")
+    weights = Weights(base, "bfloat16", read_changes(adapter.folder))
+    assert write_lora(tmp_path / "lora.gguf", adapter, weights, base, "f16", LogReporter()) == []
+    ids = list(chat.prompt(CHATS[0]))
+    wanted = peft_logits(base.folder, adapter.folder, [ids])[0][-1].double().log_softmax(-1)
+    plain = logits(AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32), [ids])[0][-1]
+    with running(tmp_path / "model.gguf", 512, tmp_path / "lora.gguf") as engine:
+        found = _log_probs(engine, ids, len(wanted))
+    assert float((found - wanted).abs().max()) < 0.02
+    assert float((plain.double().log_softmax(-1) - wanted).abs().max()) > 0.1
+
+
+def test_tied_embeddings_stay_tied_and_stretched_positions_are_those_of_transformers(tmp_path: Path) -> None:
+    import gguf
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = build_base(tmp_path / "base")
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(folder)
+    config.tie_word_embeddings = True
+    config.rope_parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    LlamaForCausalLM(config).save_pretrained(folder)
+    base = open_base(folder)
+    chat = _written(base, tmp_path / "model.gguf")
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert "output.weight" not in names
+    assert "rope_freqs.weight" in names
+    ids = list(chat.prompt(CHATS[0])) * 4
+    ours = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), [ids])[0][-1].double()
+    with running(tmp_path / "model.gguf", 1024) as engine:
+        theirs = _log_probs(engine, ids, len(ours))
+    assert float((ours.log_softmax(-1) - theirs).abs().max()) < 0.02
+
+
+def test_dora_has_no_lora_file_and_a_foreign_tokenizer_no_gguf(tmp_path: Path) -> None:
+    base = open_base(build_base(tmp_path / "base"))
+    adapter = adapted(base.folder, tmp_path / "adapter", use_dora=True)
+    weights = Weights(base, "float32", read_changes(adapter.folder))
+    with pytest.raises(UserError, match="does not have DoRA"):
+        write_lora(tmp_path / "lora.gguf", adapter, weights, base, "f16", LogReporter())
+    tokenizer = base.folder / "tokenizer.json"
+    text = tokenizer.read_text(encoding="utf-8")
+    assert '"add_prefix_space": false' in text
+    tokenizer.write_text(text.replace('"add_prefix_space": false', '"add_prefix_space": true', 1), encoding="utf-8")
+    with pytest.raises(UserError, match="does not cut texts"):
+        _written(open_base(base.folder), tmp_path / "model.gguf")

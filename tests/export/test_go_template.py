@@ -1,0 +1,210 @@
+"""Go templates of chat formats: what Go's own text/template makes of them, fed as Ollama feeds it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
+from tiny import byte_tokenizer, chat_of
+from tunewright.chat import ChatFormat
+from tunewright.data.examples import Message
+from tunewright.errors import UserError
+from tunewright.export.go_template import GoTemplate, check_go_template, conversations, go_template, strips
+from tunewright.export.ollama import modelfile
+
+# As template.Execute of Ollama does for a template that reads .Messages: neighbours of one role become one message,
+# the system texts are .System, and the messages (system ones too) are .Messages.
+PROGRAM = """
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"strings"
+	"text/template"
+)
+
+type Message struct {
+	Role    string
+	Content string
+}
+
+type Job struct {
+	Template      string
+	Conversations [][]Message
+}
+
+func main() {
+	var jobs []Job
+	if err := json.NewDecoder(os.Stdin).Decode(&jobs); err != nil {
+		panic(err)
+	}
+	rendered := [][]string{}
+	for _, job := range jobs {
+		parsed := template.Must(template.New("").Option("missingkey=zero").Parse(job.Template))
+		texts := []string{}
+		for _, messages := range job.Conversations {
+			var system []string
+			var merged []*Message
+			for i := range messages {
+				if messages[i].Role == "system" {
+					system = append(system, messages[i].Content)
+				}
+				if n := len(merged); n > 0 && merged[n-1].Role == messages[i].Role {
+					merged[n-1].Content += "\\n\\n" + messages[i].Content
+				} else {
+					merged = append(merged, &messages[i])
+				}
+			}
+			var text strings.Builder
+			values := map[string]any{"System": strings.Join(system, "\\n\\n"), "Messages": merged, "Response": ""}
+			if err := parsed.Execute(&text, values); err != nil {
+				panic(err)
+			}
+			texts = append(texts, text.String())
+		}
+		rendered = append(rendered, texts)
+	}
+	json.NewEncoder(os.Stdout).Encode(rendered)
+}
+"""
+
+SMOLLM = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+AWKWARD = (
+    "{% for m in messages %}{{ '{{' + m['role'] + '}}\"\"\"\u2028\\\\n' + m['content'] + '<|im_end|>{' }}{% endfor %}"
+    '{% if add_generation_prompt %}{{ \'{{assistant}}"""\u2028\\\\n\' }}{% endif %}'
+)
+
+
+def _with_template(source: str) -> ChatFormat:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = source
+    return chat_of(tokenizer)
+
+
+FORMATS: dict[str, Callable[[], ChatFormat]] = {
+    "ChatML": lambda: chat_of(byte_tokenizer()),
+    "ChatML with a system text of its own": lambda: _with_template(SMOLLM),
+    "plain": lambda: chat_of(byte_tokenizer(), "plain"),
+    "what Go and Modelfiles take for their own": lambda: _with_template(AWKWARD),
+    "Llama 3": lambda: chat_of(llama3_tokenizer("llama3")),
+    "Llama 3.1": lambda: chat_of(llama3_tokenizer("llama3_1")),
+    "Llama 2": lambda: chat_of(llama2_tokenizer()),
+    "Mistral v1": lambda: chat_of(mistral_tokenizer("v1")),
+    "Mistral v3": lambda: chat_of(mistral_tokenizer("v3")),
+    "Mistral v7": lambda: chat_of(mistral_tokenizer("v7")),
+    "Mistral v7-tekken": lambda: chat_of(mistral_tokenizer("v7-tekken")),
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, tuple[ChatFormat, GoTemplate]]:
+    chats = {name: build() for name, build in FORMATS.items()}
+    return {name: (chat, go_template(chat)) for name, chat in chats.items()}
+
+
+def _by_go(jobs: list[dict[str, Any]], folder: Path) -> list[list[str]]:
+    """What Go's text/template renders."""
+    program = folder / "main.go"
+    program.write_text(PROGRAM, encoding="utf-8")
+    go = Path(sys.executable).parent / "go"
+    ran = subprocess.run([go, "run", program], input=json.dumps(jobs), capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    rendered: list[list[str]] = json.loads(ran.stdout)
+    return rendered
+
+
+def test_go_renders_random_conversations_as_the_chat_templates_do(
+    found: dict[str, tuple[ChatFormat, GoTemplate]], tmp_path: Path
+) -> None:
+    asked = {
+        name: conversations(system=made.system_place != "none", count=60, seed=7) for name, (_, made) in found.items()
+    }
+    jobs = [
+        {
+            "Template": _template_of(modelfile(made.source, chat, (), "model.gguf", None, 2048)),
+            "Conversations": [[{"Role": m.role, "Content": m.content} for m in messages] for messages in asked[name]],
+        }
+        for name, (chat, made) in found.items()
+    ]
+    for name, texts in zip(found, _by_go(jobs, tmp_path), strict=True):
+        chat, _ = found[name]
+        bos = str(chat.tokenizer.bos_token) if chat.adds_bos else ""
+        wanted = [chat.template.render(m, generation_prompt=True).removeprefix(bos) for m in asked[name]]
+        assert texts == wanted, name
+
+
+def _template_of(text: str) -> str:
+    """A Modelfile's template as Ollama's parser reads it: what is printable or white space, between triple quotes."""
+    kept = "".join(c for c in text if c.isprintable() or c in "\n\t")
+    before, _, rest = kept.partition('TEMPLATE """')
+    template, _, _ = rest.partition('"""')
+    assert before.startswith("FROM ")
+    return template
+
+
+def test_where_the_system_text_goes_is_learnt(found: dict[str, tuple[ChatFormat, GoTemplate]]) -> None:
+    places = {name: made.system_place for name, (_, made) in found.items()}
+    assert places["Mistral v3"] == "end"
+    assert {place for name, place in places.items() if name != "Mistral v3"} == {"front"}
+    assert {name for name, (chat, _) in found.items() if strips(chat)} == {"Llama 3", "Llama 3.1", "Llama 2"}
+
+
+def test_a_wrong_text_anywhere_is_found(found: dict[str, tuple[ChatFormat, GoTemplate]]) -> None:
+    for chat, made in found.values():
+        for part in ("start", "between", "answer", "next", "ask"):
+            wrong = replace(made, **{part: getattr(made, part) + "x"})
+            with pytest.raises(UserError, match="cannot be told as a Go template"):
+                check_go_template(wrong, chat)
+
+
+@pytest.mark.parametrize(
+    "content", ["m['content'] ~ loop.index", "m['content'] ~ (m['content'] | length)", "m['content'].replace('a', 'b')"]
+)
+def test_a_format_that_looks_at_more_than_roles_and_order_is_refused(content: str) -> None:
+    chat = _with_template(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{{ " + content + " }}{{ '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    with pytest.raises(UserError, match="cannot be told as a Go template"):
+        go_template(chat)
+
+
+def test_a_modelfile_answers_greedily_and_stops_where_training_did() -> None:
+    chat = chat_of(byte_tokenizer())
+    lines = modelfile("T", chat, ("\n### Instruction",), "base.gguf", "lora.gguf", 2048).splitlines()
+    assert lines == [
+        "FROM ./base.gguf",
+        "ADAPTER ./lora.gguf",
+        'TEMPLATE """T"""',
+        'PARAMETER stop "<|im_end|>"',
+        'PARAMETER stop """',
+        '### Instruction"""',
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
+        "PARAMETER num_ctx 2048",
+    ]
+
+
+def test_a_system_text_may_be_refused() -> None:
+    chat = _with_template(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+    )
+    made = go_template(chat)
+    assert made.system_place == "none"
+    assert made.render([Message("user", "a")]) == "<|im_start|>a<|im_end|><|im_start|>"

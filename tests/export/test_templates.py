@@ -1,0 +1,49 @@
+"""The chat template that goes along with an exported model, rendered by transformers alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+from export_helpers import CHATS
+
+from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
+from tiny import byte_tokenizer, chat_of
+from tunewright.chat import ChatFormat
+from tunewright.export.templates import exported_template, rendered_alike
+
+
+def _without_bos() -> ChatFormat:
+    tokenizer = copy.deepcopy(mistral_tokenizer("v1"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m.role + ']\\n' + m.content + (eos_token if m.role == 'assistant' else '') }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]\\n' }}{% endif %}"
+    )
+    return chat_of(tokenizer)
+
+
+FORMATS: dict[str, Callable[[], ChatFormat]] = {
+    "ChatML": lambda: chat_of(byte_tokenizer()),
+    "plain": lambda: chat_of(byte_tokenizer(), "plain"),
+    "Llama 3.1, with its date": lambda: chat_of(llama3_tokenizer("llama3_1")),
+    "Llama 2": lambda: chat_of(llama2_tokenizer()),
+    "Mistral v1": lambda: chat_of(mistral_tokenizer("v1")),
+    "Mistral v7-tekken": lambda: chat_of(mistral_tokenizer("v7-tekken")),
+    "no beginning of text, which the tokenizer writes": _without_bos,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_transformers_renders_it_to_the_ids_of_training_on_any_day(name: str) -> None:
+    chat = FORMATS[name]()
+    ids = [chat.prompt(messages) for messages in CHATS]
+    tokenizer = chat.tokenizer
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = exported_template(chat)
+        assert rendered_alike(tokenizer, CHATS, ids) == len(CHATS)
+        if "date" in name:
+            assert "26 Jul 2024" in tokenizer.chat_template
+    finally:
+        tokenizer.chat_template = own  # the makers' tokenizers are shared

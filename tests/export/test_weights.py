@@ -1,0 +1,97 @@
+"""Merged weights: as peft merges them, in float32, and cast once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from export_helpers import adapted, in_bfloat16, open_base
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tiny import build_base
+from tunewright.errors import UserError
+from tunewright.export.weights import Weights, read_changes
+from tunewright.models.loading import load_model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3, "down_proj": 5}},
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_weights_are_those_that_peft_merges_in_float32(
+    kind: str, architecture: Literal["llama", "mistral"], tmp_path: Path
+) -> None:
+    base = open_base(build_base(tmp_path / "base", architecture))
+    adapter = adapted(base.folder, tmp_path / "adapter", **KINDS[kind])
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    merged = dict(PeftModel.from_pretrained(model, adapter.folder).merge_and_unload().named_parameters())
+    ours = Weights(base, "float32", read_changes(adapter.folder))
+    assert set(ours) == set(merged)
+    for name in ours:
+        torch.testing.assert_close(ours[name], merged[name].detach(), rtol=1e-5, atol=1e-6)
+    changed = [name for name in ours if not torch.equal(ours[name], ours.base[name])]
+    assert len(changed) == 14
+
+
+def test_what_is_stored_is_the_float32_sum_cast_once_and_the_rest_bit_for_bit(tmp_path: Path) -> None:
+    base = open_base(in_bfloat16(build_base(tmp_path / "base")))
+    adapter = adapted(base.folder, tmp_path / "adapter", target_modules=["q_proj"])
+    weights = Weights(base, "bfloat16", read_changes(adapter.folder))
+    for name in weights:
+        stored = weights.stored(name)
+        assert stored.dtype == torch.bfloat16
+        assert torch.equal(stored, weights[name].to(torch.bfloat16) if "q_proj" in name else weights.base[name])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dequantized_weights_are_those_that_bitsandbytes_holds_in_training(dtype: str, tmp_path: Path) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    base = open_base(build_base(tmp_path / "base"))
+    held = load_model(base, dtype, "nf4")
+    weights = Weights(base, dtype, {}, dequantized=True)
+    compared = 0
+    for name, parameter in held.named_parameters():
+        value: Any = parameter
+        if value.dtype == torch.uint8:
+            value, compared = dequantize_4bit(value, value.quant_state), compared + 1
+        assert torch.equal(weights.held(name), value), name
+    assert compared == 14
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"bias": "all"}, "trained biases"),
+        ({"modules_to_save": ["lm_head"]}, "whole layers"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "no LoRA weight of a linear layer"),
+        ({"target_modules": ["embed_tokens"]}, "no LoRA weight of a linear layer"),
+    ],
+)
+def test_what_is_more_than_lora_over_the_decoder_is_refused(
+    settings: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    base = build_base(tmp_path / "base")
+    adapter = adapted(base, tmp_path / "adapter", **settings)
+    with pytest.raises(UserError, match=told):
+        read_changes(adapter.folder)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    adapter = adapted(build_base(tmp_path / "base"), tmp_path / "adapter")
+    other: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = other.config
+    config.intermediate_size = 64
+    type(other)(config).save_pretrained(tmp_path / "other")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / file).write_bytes((tmp_path / "base" / file).read_bytes())
+    with pytest.raises(UserError, match=r"as a matrix of \(.*128.*\), and it is one of \(64, 64\)"):
+        Weights(open_base(tmp_path / "other"), "float32", read_changes(adapter.folder))
