@@ -68,6 +68,7 @@ def write_merged(folder: Path, weights: Weights, base: Base, chat: ChatFormat, r
                 tensors[name] = weights.stored(name).contiguous()
                 task.advance()
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # safetensors writes for the owner alone
     for name in ("config.json", INDEX):
         if (base.folder / name).exists():
             shutil.copyfile(base.folder / name, folder / name)
