@@ -64,6 +64,14 @@ def test_each_prompting_arm_has_a_held_one_behind_it() -> None:
     assert free == prompting_arms(EvaluateRecipe(shots=(2, 1)))
 
 
+def test_zero_shot_is_held_with_each_instruction_too() -> None:
+    settings = EvaluateRecipe(
+        shots=(1,), retrievers=(), instructions=("Say a or b.",), constrain=ConstrainRecipe(choices=("a", "b"))
+    )
+    held = [plan.name for plan in prompting_arms(settings) if plan.constrained]
+    assert held == ["zero-shot+constrained", "zero-shot-instruction-1+constrained"]
+
+
 def test_held_answers_are_choices_and_free_ones_of_a_random_base_are_not(evaluated: tuple[Path, Ran, Ran]) -> None:
     _, advised, told = evaluated
     prompting = advised.document["advice"]["prompting"]

@@ -105,7 +105,9 @@ def contrasts_table(title: str, evidence: Evidence | DevComparison) -> Table:
     words = changed_words(evidence, evidence.metric)
     names = ("contrast", *(["metric"] if several else []), "difference", "95% interval", "p", "adjusted p", *words)
     for name in (*names, "detectable"):
-        table.add_column(name, justify="left" if name in {"contrast", "metric"} else "right", no_wrap=True)
+        # Of the headings one has a blank to wrap at; without that, long names of arms would cut the others off.
+        wrapped = name == "adjusted p"
+        table.add_column(name, justify="left" if name in {"contrast", "metric"} else "right", no_wrap=not wrapped)
     for c in evidence.contrasts:
         table.add_row(
             f"{c.treatment} - {c.control}",

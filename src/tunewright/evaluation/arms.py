@@ -66,7 +66,8 @@ def plan_of(arm: Arm) -> ArmPlan:
 def prompting_arms(settings: EvaluateRecipe) -> list[ArmPlan]:
     """Every arm that needs no training, with the pairs' own instruction; then zero-shot with each other one.
 
-    Zero-shot and retrieved arms also held to the grammar, where the recipe has one.
+    Zero-shot (with each instruction: one of them may name what the grammar allows) and retrieved arms also held to the
+    grammar, where the recipe has one.
 
     Of arms of the same score an earlier one is taken: the cheaper is first.
     """
@@ -75,10 +76,11 @@ def prompting_arms(settings: EvaluateRecipe) -> list[ArmPlan]:
     retrieved = [
         ArmPlan("retrieved", k, retriever=retriever) for retriever in dict.fromkeys(settings.retrievers) for k in shots
     ]
-    free = [*_instructed(ZERO_SHOT, settings, own=True), *static, *retrieved]
+    zero_shot = _instructed(ZERO_SHOT, settings, own=True)
+    free = [*zero_shot, *static, *retrieved]
     if settings.constrain is None:
         return free
-    return [*free, *(replace(plan, constrained=True) for plan in [ZERO_SHOT, *retrieved])]
+    return [*free, *(replace(plan, constrained=True) for plan in [*zero_shot, *retrieved])]
 
 
 def other_instructions(plan: ArmPlan, settings: EvaluateRecipe) -> list[ArmPlan]:
