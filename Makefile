@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo
 
-.PHONY: demo test lint typecheck pytest fuzz test-demo check-clean clean
+.PHONY: demo test lint typecheck pytest fuzz test-vllm test-demo check-clean clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
@@ -25,6 +25,11 @@ pytest: $(VENV)/.installed
 # 10,000 cases for each reader of files, where `make test` tries 100.
 fuzz: $(VENV)/.installed
 	$(BIN)/pytest tests/data/test_reader_fuzz.py --hypothesis-profile=fuzz --durations=0
+
+# The engine vllm: its own environment (2.4 GB in build/vllm, made once), then every engine's tests on real vLLM.
+test-vllm: $(VENV)/.installed
+	$(BIN)/tunewright engine install vllm --to build/vllm
+	$(BIN)/pytest -m vllm tests/serving tests/cli
 
 # The whole demo, held to what the README says of it.
 test-demo: $(VENV)/.installed

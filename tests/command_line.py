@@ -70,14 +70,15 @@ def tiny_project(folder: Path, base: Path, count: int = 120) -> Path:
 def recorded_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A list that gets the prompt's ids of every request that an engine is asked from now on."""
     from tunewright.models.decoding import Request
-    from tunewright.serving.engine import Delta, Engine
+    from tunewright.serving.engines.peft import PeftEngine
+    from tunewright.serving.engines.protocol import Delta
 
     seen: list[tuple[int, ...]] = []
-    stream = Engine.stream
+    stream = PeftEngine.stream
 
-    def recording(self: Engine, request: Request) -> AsyncGenerator[Delta, None]:
+    def recording(self: PeftEngine, request: Request, **options: Any) -> AsyncGenerator[Delta, None]:
         seen.append(tuple(request.prompt_ids))
-        return stream(self, request)
+        return stream(self, request, **options)
 
-    monkeypatch.setattr(Engine, "stream", recording)
+    monkeypatch.setattr(PeftEngine, "stream", recording)
     return seen

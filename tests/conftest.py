@@ -32,6 +32,22 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama that every engine takes."""
+    from small_models import write_base
+
+    return write_base(tmp_path_factory.mktemp("engines") / "base")
+
+
+@pytest.fixture(scope="session")
+def small_adapters(small_base: Path) -> dict[str, Path]:
+    """Three adapters on it: folders by digest."""
+    from small_models import write_adapter
+
+    return dict(write_adapter(small_base, small_base.parent / f"adapter-{seed}", seed=seed) for seed in (1, 2, 3))
+
+
+@pytest.fixture(scope="session")
 def postgres() -> Iterator[Path]:
     """A PostgreSQL server, started when the first test needs it."""
     from postgres import postgres_server

@@ -15,7 +15,7 @@ from tunewright.data.examples import Message
 from tunewright.models.decoding import Request, generate
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import create_app
-from tunewright.serving.engine import Engine
+from tunewright.serving.engines.peft import PeftEngine
 from tunewright.serving.server import serving
 
 TOKENIZER = byte_tokenizer()
@@ -79,9 +79,9 @@ def expected_answer(model: Any, adapter: str | None, content: str, max_tokens: i
 
 
 @contextmanager
-def running_engine(model: Any, max_batch: int = 8, stop_ids: frozenset[int] = STOPS) -> Iterator[Engine]:
+def running_engine(model: Any, max_batch: int = 8, stop_ids: frozenset[int] = STOPS) -> Iterator[PeftEngine]:
     """An engine that is stopped at the end; without ``stop_ids`` an answer ends at its limit only."""
-    engine = Engine(
+    engine = PeftEngine(
         model, stop_ids=stop_ids, pad_id=TOKENIZER.pad_token_id, max_batch=max_batch, context_length=CONTEXT
     )
     try:

@@ -15,7 +15,7 @@ from tunewright.adapters.registry import adapter_digest
 from tunewright.errors import UserError
 from tunewright.progress import LogReporter
 from tunewright.serving.app import create_app
-from tunewright.serving.engine import Engine
+from tunewright.serving.engines.peft import PeftEngine
 from tunewright.serving.server import serving
 from tunewright.serving.state import Grounds, State
 from tunewright.serving.tenancy import TenantAccess
@@ -60,7 +60,7 @@ class Running:
     """A server under test."""
 
     url: str
-    engine: Engine
+    engine: PeftEngine
     told: Told
     clients: list[Any] = field(default_factory=list)
 
@@ -89,7 +89,7 @@ def tenant_server(
         return folders[digest]
 
     pad = TOKENIZER.pad_token_id
-    engine = Engine(build_base(), stop_ids=stop_ids, pad_id=pad, max_batch=max_batch, context_length=CONTEXT)
+    engine = PeftEngine(build_base(), stop_ids=stop_ids, pad_id=pad, max_batch=max_batch, context_length=CONTEXT)
     told = Told()
     access = TenantAccess(State(state_url), engine, locate, told)
     try:

@@ -11,17 +11,18 @@ import pytest
 from served_model import CONTEXT, build_model, running_engine, running_server
 
 from tunewright.models.decoding import Request
-from tunewright.serving.engine import Delta, Engine, EngineStoppedError
+from tunewright.serving.engines.peft import PeftEngine
+from tunewright.serving.engines.protocol import Delta, EngineStoppedError
 
 ENDLESS = Request((1, 2, 3), None, CONTEXT)
 
 
-async def _collect(engine: Engine, request: Request) -> list[Delta]:
+async def _collect(engine: PeftEngine, request: Request) -> list[Delta]:
     return [delta async for delta in engine.stream(request)]
 
 
 def test_stopping_tells_who_runs_and_who_waits() -> None:
-    async def run(engine: Engine) -> None:
+    async def run(engine: PeftEngine) -> None:
         asking = [asyncio.create_task(_collect(engine, ENDLESS)) for _ in range(3)]
         while engine.under_way != (1, 2):
             await asyncio.sleep(0)
@@ -36,7 +37,7 @@ def test_stopping_tells_who_runs_and_who_waits() -> None:
 
 
 def test_who_waits_and_gives_up_is_forgotten() -> None:
-    async def run(engine: Engine) -> None:
+    async def run(engine: PeftEngine) -> None:
         first, second, third = (
             asyncio.create_task(_collect(engine, request)) for request in (ENDLESS, ENDLESS, Request((4, 5), "one", 5))
         )

@@ -157,6 +157,20 @@ class Adapter:
             )
 
 
+def require_digest(folder: Path, expected: str) -> None:
+    """Check that an adapter's files are those that a digest was taken of.
+
+    Raises:
+        UserError: they are others.
+    """
+    if adapter_digest(folder) != expected:
+        raise UserError(
+            "the adapter's files have changed since they were stored",
+            where=str(folder),
+            fix="Copy the adapter here again from where it was trained, or train it again.",
+        )
+
+
 def adapter_digest(folder: Path) -> str:
     """SHA-256 over an adapter's weights and LoRA configuration."""
     return digest({name: file_digest(folder / name) for name in (CONFIG, WEIGHTS)})

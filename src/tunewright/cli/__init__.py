@@ -15,7 +15,7 @@ def commands() -> typer.Typer:
 
     # Each registers its commands, in the order in which the help lists them.
     steps = "project data versions review advise fit train measure judge general people"
-    for group in f"{steps} adapters keys export serve tenants releases".split():
+    for group in f"{steps} adapters keys export serve engine tenants releases".split():
         import_module(f"tunewright.cli.{group}")
     return app
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import session
+from tunewright.cli.isolation_tables import EXIT_CODES, isolation_table
 from tunewright.cli.state import StateUrl, road_at
+from tunewright.recipe import EngineName
+
+
+class Engine(StrEnum):
+    """What computes the answers."""
+
+    peft = "peft"
+    vllm = "vllm"
 
 
 @app.command()
@@ -28,6 +38,17 @@ def serve(
         bool,
         typer.Option("--no-auth", help="Without tenants: answer everybody, on an address that others can reach, too."),
     ] = False,
+    engine: Annotated[
+        Engine | None, typer.Option(help="What computes the answers.", show_default="the recipe's serve.engine")
+    ] = None,
+    self_test: Annotated[
+        bool,
+        typer.Option(
+            "--self-test",
+            help="Serve nobody: test that no request is answered by another adapter than its own; 3: one was, 4: "
+            "adapters that answer alike cannot be told apart.",
+        ),
+    ] = False,
     state: StateUrl = None,
     project: Folder = HERE,
     json: Json = False,
@@ -35,7 +56,12 @@ def serve(
     """Serve from one copy of the base, until Ctrl-C: aliases to tenants, or without tenants all to this machine."""
     with session(json) as current:
         road = road_at(current, project, state)
-        service = road.serve(adapters or (), host=host, port=port, auth=not no_auth)
+        kind: EngineName | None = engine.value if engine else None
+        if self_test:
+            result = road.self_test(adapters or (), engine=kind)
+            current.show(result.as_dict(), *isolation_table(result))
+            raise typer.Exit(EXIT_CODES[result.verdict])
+        service = road.serve(adapters or (), host=host, port=port, auth=not no_auth, engine=kind)
 
         current.tell_standing(project)
 

@@ -17,7 +17,7 @@ from tunewright.recipe.data import DataRecipe, Findable, MixRecipe
 from tunewright.recipe.general import GeneralRecipe
 from tunewright.recipe.judge import EndpointRecipe, JudgeRecipe, ReferenceModelRecipe
 from tunewright.recipe.metrics import Metric, MetricName, metric_name
-from tunewright.recipe.section import Quantize, RetrieverName, Section
+from tunewright.recipe.section import EngineName, Quantize, RetrieverName, Section
 from tunewright.recipe.train import PRESETS, ReplayRecipe, Tracker, TrainRecipe
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "ConstrainRecipe",
     "DataRecipe",
     "EndpointRecipe",
+    "EngineName",
     "EvaluateRecipe",
     "Findable",
     "GeneralRecipe",
@@ -199,7 +200,22 @@ class ServeRecipe(Section):
 
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on (0: any free one).")] = 8000
+    engine: Annotated[
+        EngineName,
+        Field(
+            description="What computes the answers: peft is built in; vllm runs beside it, once `tunewright engine "
+            "install vllm` has made its environment."
+        ),
+    ] = "peft"
     max_batch: Annotated[int, Field(ge=1, description="Conversations generated at once, over all adapters.")] = 16
+    spare_adapters: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="With tenants and the engine vllm: room for so many adapters beyond those that are live when "
+            "the server starts. A release in the making takes one until the adapter before it is let go.",
+        ),
+    ] = 4
     quantize: Annotated[
         Quantize | None, Field(description="How the base is held (null: as the adapters were trained on it).")
     ] = None

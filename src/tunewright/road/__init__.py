@@ -19,9 +19,10 @@ from tunewright.models.bases import Base
 from tunewright.models.quantized import require_bitsandbytes
 from tunewright.progress import LogReporter, Reporter
 from tunewright.project import Project
-from tunewright.recipe import TrainRecipe
+from tunewright.recipe import EngineName, TrainRecipe
 from tunewright.road.adapters import AdaptersRoad
 from tunewright.road.data import DataRoad
+from tunewright.road.engines import EnginesRoad
 from tunewright.road.evaluations import EvaluationsRoad
 from tunewright.road.export import ExportRoad
 from tunewright.road.keys import KeysRoad
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.measure import Measurement
     from tunewright.models.fit.plan import Plan
+    from tunewright.serving.isolation import IsolationResult
     from tunewright.serving.service import Service
     from tunewright.training.sweep import SweepResult
     from tunewright.training.train import TrainResult
@@ -74,6 +76,7 @@ class Road(EvaluationsRoad):
         self.reporter = self._opened.reporter
         self.data = DataRoad(self._opened)
         self.adapters = AdaptersRoad(self._opened)
+        self.engine = EnginesRoad(self.reporter)
         self.tenant = TenantRoad(self._opened)
         self.audit = AuditRoad(self._opened)
         releases = ReleasesRoad(self._opened, self.ledger)
@@ -325,7 +328,13 @@ class Road(EvaluationsRoad):
         return CrossFit(self.project, version, self.base, chat, self.reporter, folds=folds, force=force).run()
 
     def serve(
-        self, adapters: Sequence[str] = (), *, host: str | None = None, port: int | None = None, auth: bool = True
+        self,
+        adapters: Sequence[str] = (),
+        *,
+        host: str | None = None,
+        port: int | None = None,
+        auth: bool = True,
+        engine: EngineName | None = None,
     ) -> Service:
         """A server, loaded but not yet started.
 
@@ -337,7 +346,7 @@ class Road(EvaluationsRoad):
 
         Args:
             adapters: by name; none where there are tenants.
-            host, port: in place of the recipe's.
+            host, port, engine: in place of the recipe's.
             auth: False lets everybody who reaches the address ask, where there are no tenants.
 
         Raises:
@@ -346,7 +355,21 @@ class Road(EvaluationsRoad):
         """
         from tunewright.road.serving import open_service
 
-        return open_service(self._opened, adapters, host=host, port=port, auth=auth)
+        return open_service(self._opened, adapters, host=host, port=port, auth=auth, engine=engine)
+
+    def self_test(self, adapters: Sequence[str] = (), *, engine: EngineName | None = None) -> IsolationResult:
+        """Whether an engine keeps the base and the adapters apart that :meth:`serve` would serve.
+
+        The canaries are drawn from the current version's dev items.
+
+        Raises:
+            UserError: as for :meth:`serve`; no adapter, or no dataset version.
+        """
+        from tunewright.road.serving import canary_prompts, open_service
+
+        prompts = canary_prompts(self._opened, self.data.version())
+        service = open_service(self._opened, adapters, host=None, port=None, auth=True, engine=engine, testing=True)
+        return service.self_test(prompts)
 
     def _refuse_up_front(self) -> None:
         """What no training by this recipe could end well with, before a base is fetched or anything measured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.adapters.servable import require_batchable
 from tunewright.adapters.standing import require_sound
+from tunewright.data.versions import DatasetVersion
 from tunewright.errors import UserError
-from tunewright.recipe import Quantize
+from tunewright.recipe import EngineName, Quantize
 from tunewright.road.opened import OpenProject
 
 if TYPE_CHECKING:
@@ -22,8 +24,32 @@ if TYPE_CHECKING:
     from tunewright.serving.state import State
 
 
+CANARY_PROMPTS = 16
+"""Dev items from which the isolation test chooses; more of them tell more adapters apart, and take longer."""
+
+
+def canary_prompts(opened: OpenProject, version: DatasetVersion) -> list[tuple[int, ...]]:
+    """Prompts of the project's own task, for :meth:`tunewright.serving.service.Service.self_test`.
+
+    Raises:
+        UserError: the version has no dev items.
+    """
+    members = version.domain_of("dev")
+    if not members:
+        raise UserError("the current version has no dev items to ask", where="dataset", fix="Add more pairs.")
+    drawn = random.Random(opened.project.recipe.seed).sample(members, min(CANARY_PROMPTS, len(members)))
+    return [opened.chat.prompt(member.example.prompt) for member in drawn]
+
+
 def open_service(
-    opened: OpenProject, names: Sequence[str], *, host: str | None, port: int | None, auth: bool
+    opened: OpenProject,
+    names: Sequence[str],
+    *,
+    host: str | None,
+    port: int | None,
+    auth: bool,
+    engine: EngineName | None = None,
+    testing: bool = False,
 ) -> Service:
     """A server for tenants where there are any, else for everybody; see ``Road.serve``."""
     project = opened.project
@@ -31,21 +57,42 @@ def open_service(
         state = opened.state()
         try:
             if state.tenants.any():
-                return _for_tenants(opened, state, names, host=host, port=port, auth=auth)
+                return _for_tenants(
+                    opened, state, names, host=host, port=port, auth=auth, engine=engine, testing=testing
+                )
         except BaseException:
             state.close()
             raise
         state.close()
-    if auth:
+    if auth and not testing:
         _require_private(host or project.recipe.serve.host)
     from tunewright.serving.service import Service
 
     held, folders = choose_served(opened, names)
-    return Service(project.recipe, opened.base, opened.chat, held, folders, opened.reporter, host=host, port=port)
+    return Service(
+        project.recipe,
+        opened.base,
+        opened.chat,
+        held,
+        folders,
+        opened.reporter,
+        host=host,
+        port=port,
+        engine=engine,
+        testing=testing,
+    )
 
 
 def _for_tenants(
-    opened: OpenProject, state: State, names: Sequence[str], *, host: str | None, port: int | None, auth: bool
+    opened: OpenProject,
+    state: State,
+    names: Sequence[str],
+    *,
+    host: str | None,
+    port: int | None,
+    auth: bool,
+    engine: EngineName | None,
+    testing: bool,
 ) -> Service:
     if not auth:
         raise UserError("there are tenants, and whoever asks needs a key", where="--no-auth")
@@ -79,8 +126,19 @@ def _for_tenants(
 
     from tunewright.serving.service import Service, Tenancy
 
-    served = Tenancy(state, locate)
-    return Service(recipe, opened.base, opened.chat, held, served, opened.reporter, host=host, port=port)
+    served = Tenancy(state, locate, {adapter.name: adapter.folder for adapter in trained})
+    return Service(
+        recipe,
+        opened.base,
+        opened.chat,
+        held,
+        served,
+        opened.reporter,
+        host=host,
+        port=port,
+        engine=engine,
+        testing=testing,
+    )
 
 
 def adapter_of(opened: OpenProject, name: str, digest: str) -> Adapter:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tunewright.models.decoding import Finish, Request
 from tunewright.models.text_stream import Decode, TextStream
 from tunewright.serving.access import Admission, Target
-from tunewright.serving.engine import Delta, Engine, EngineStoppedError, RequestFailedError
+from tunewright.serving.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.protocol import Usage
 from tunewright.serving.state.meter import Outcome, Used
@@ -125,7 +125,7 @@ class Answering:
             async with self._queue.place(self._tenant):
                 self._turn = time.monotonic()
                 self._queue.charge(self._tenant, prompt=len(self.order.request.prompt_ids))
-                async with aclosing(self._engine.stream(self.order.request)) as stream:
+                async with aclosing(self._engine.stream(self.order.request, whose=self._tenant)) as stream:
                     async for delta in stream:
                         self._count(delta)
                         deltas.put_nowait(delta)

@@ -23,7 +23,7 @@ from tunewright.models.decoding import Request
 from tunewright.models.text_stream import Decode
 from tunewright.serving.access import Access, Target
 from tunewright.serving.answering import Answering, Order
-from tunewright.serving.engine import Engine, EngineStoppedError, RequestFailedError
+from tunewright.serving.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.protocol import ApiError, ChatRequest, Envelope, parse_request
 from tunewright.serving.shadows import Shadows

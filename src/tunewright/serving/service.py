@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
+from tunewright.errors import UserError
 from tunewright.models.bases import Base
-from tunewright.models.loading import context_length, load_model, named, with_adapters
 from tunewright.progress import Reporter
-from tunewright.recipe import Quantize, Recipe
+from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import create_app
-from tunewright.serving.engine import Engine
+from tunewright.serving.engines.start import Wanted, load_all, start_engine
+from tunewright.serving.isolation import TOLERANCE, Digest, Ids, IsolationResult, check_isolation
 from tunewright.serving.server import serve, serving
 from tunewright.serving.state import State
 from tunewright.serving.tenancy import TenantAccess
@@ -30,10 +31,12 @@ class Tenancy:
     Args:
         state: tenants, keys and releases; the server closes it.
         locate: a released adapter's folder, by its name and digest.
+        live: folders of the adapters that are released now, by name.
     """
 
     state: State
     locate: Callable[[str, str], Path]
+    live: Mapping[str, Path]
 
 
 class Service:
@@ -44,7 +47,11 @@ class Service:
         quantize: how the base is held.
         served: folders of adapters by the names that everybody may ask for; or the tenants and their releases, whose
             adapters are loaded when the server starts.
-        host, port: in place of the recipe's.
+        host, port, engine: in place of the recipe's.
+        testing: it is for :meth:`self_test`.
+
+    Raises:
+        UserError: the engine is not installed or does not start, or cannot hold the base or an adapter.
     """
 
     def __init__(
@@ -58,25 +65,27 @@ class Service:
         *,
         host: str | None = None,
         port: int | None = None,
+        engine: EngineName | None = None,
+        testing: bool = False,
     ) -> None:
         adapters = {} if isinstance(served, Tenancy) else served
-        reporter.say(
-            f"Loading {named(base, quantize)}" + (f" with {len(adapters)} of its adapters" if adapters else "")
-        )
-        model: Any = load_model(base, recipe.train.dtype, quantize)
         digests = {name: adapter_digest(folder) for name, folder in adapters.items()}
-        if adapters:
-            # By its digest, an adapter is there once under however many names.
-            model = with_adapters(model, {digests[name]: folder for name, folder in adapters.items()})
         self.host = recipe.serve.host if host is None else host
         self.port = recipe.serve.port if port is None else port
-        self._engine = Engine(
-            model,
-            stop_ids=chat.stop_ids,
-            pad_id=chat.tokenizer.pad_token_id,
-            max_batch=recipe.serve.max_batch,
-            context_length=context_length(base),
+        self._recipe = recipe
+        self._reporter = reporter
+        self._named = served.live if isinstance(served, Tenancy) else served
+        self._wanted = Wanted(
+            base,
+            chat,
+            quantize,
+            # By its digest, an adapter is there once under however many names.
+            {digests[name]: folder for name, folder in adapters.items()},
+            to_come=tuple(served.live.values()) if isinstance(served, Tenancy) else (),
+            spare=recipe.serve.spare_adapters if isinstance(served, Tenancy) else 0,
+            alone=not testing,
         )
+        self._engine = start_engine(engine or recipe.serve.engine, recipe, self._wanted, reporter)
         self._access = (
             TenantAccess(served.state, self._engine, served.locate, reporter)
             if isinstance(served, Tenancy)
@@ -90,6 +99,45 @@ class Service:
     def models(self) -> list[str]:
         """What can be asked for by name, by whoever may; of tenants' aliases, those that are live."""
         return self._access.names
+
+    def self_test(self, prompts: Sequence[Ids]) -> IsolationResult:
+        """Whether the engine keeps the base and all its adapters apart, in place of serving them; it ends the engine.
+
+        Args:
+            prompts: of the adapters' own tasks, so that they differ on them.
+
+        Raises:
+            UserError: there is no adapter.
+        """
+        from tunewright.serving.oracle import PeftOracle
+
+        try:
+            names: dict[Digest, str] = {None: self._wanted.base.spec}
+            folders: dict[str, Path] = {}
+            for name, folder in self._named.items():
+                digest = adapter_digest(folder)
+                folders[digest] = folder
+                names[digest] = name
+            if not folders:
+                raise UserError("there is no adapter that could be taken for another model", where="--self-test")
+            dtype, chat = self._recipe.train.dtype, self._wanted.chat
+            oracle = PeftOracle(self._wanted.base, dtype, self._wanted.quantize, folders, stop_ids=chat.stop_ids)
+
+            async def ask() -> IsolationResult:
+                await load_all(self._engine, folders)
+                return await check_isolation(
+                    self._engine,
+                    oracle,
+                    folders,
+                    prompts,
+                    tolerance=TOLERANCE[dtype],
+                    names=names,
+                    reporter=self._reporter,
+                )
+
+            return asyncio.run(ask())
+        finally:
+            self._engine.stop()
 
     def run(self, on_ready: Callable[[str], None]) -> None:
         """Serve until Ctrl-C or SIGTERM; ``on_ready`` is told the address.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from tunewright.models.text_stream import Decode
 from tunewright.serving.access import Admission, Shadow
 from tunewright.serving.answering import Answering
-from tunewright.serving.engine import Engine, EngineStoppedError, RequestFailedError
+from tunewright.serving.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.fairness import FairQueue
 
 AT_ONCE = 4

@@ -25,7 +25,7 @@ from tunewright.disk import canonical_json
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.serving.access import Admission, Shadow, Target
-from tunewright.serving.engine import AdapterFailedError, EngineStoppedError
+from tunewright.serving.engines.protocol import AdapterFailedError, EngineStoppedError
 from tunewright.serving.protocol import ApiError, ChatRequest
 from tunewright.serving.state import (
     Caller,
@@ -206,7 +206,7 @@ class TenantAccess:
             except StateUnavailableError as error:
                 self._tell(str(error))
             except EngineStoppedError:
-                return  # there is nothing to load into any more, and requests are told so
+                pass  # an engine that has died may be started again; requests are told so
             except AdapterFailedError:
                 pass  # an adapter that could not be let go; the engine's log says why
 

@@ -8,34 +8,15 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.models.decoding import Batch, Finish, Request, Row, prefill_groups
+from tunewright.adapters.registry import require_digest
+from tunewright.models.decoding import Batch, Request, Row, prefill_groups
 from tunewright.models.loading import with_adapters
+from tunewright.serving.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 
 log = logging.getLogger("tunewright")
-
-
-@dataclass(frozen=True)
-class Delta:
-    """The newest tokens of one answer; ``finish`` is set on the last delta (which may be without tokens)."""
-
-    ids: tuple[int, ...]
-    finish: Finish | None
-
-
-class RequestFailedError(Exception):
-    """The model could not compute this one request; the engine goes on."""
-
-
-class AdapterFailedError(Exception):
-    """An adapter could not be put beside the others, or let go; the engine goes on without that change."""
-
-
-class EngineStoppedError(Exception):
-    """The engine has stopped, on demand or because the model failed: it answers nothing any more."""
 
 
 _Outcome = Delta | RequestFailedError | EngineStoppedError
@@ -69,7 +50,7 @@ class _Ticket:
             self.cancelled = True
 
 
-class Engine:
+class PeftEngine:
     """Answers requests for the base and its adapters together, in one batch.
 
     Args:
@@ -82,6 +63,8 @@ class Engine:
     Raises:
         UserError: an adapter is of a kind that cannot share a batch.
     """
+
+    name = "peft"
 
     def __init__(
         self,
@@ -96,6 +79,7 @@ class Engine:
         self.max_batch = max_batch
         self.context_length = context_length
         self._model = model
+        self._loaded: set[str] = set(getattr(model, "peft_config", ()))
         self._batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id)
         self._changed = threading.Condition()
         self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
@@ -116,13 +100,17 @@ class Engine:
         with self._changed:
             return len(self._running), len(self._waiting)
 
-    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:  # noqa: ARG002
         """Tokens as they come; closing the iterator early (or cancelling its task) takes the request out.
+
+        Nothing is remembered from one request to another, so it makes no difference ``whose`` it is.
 
         Raises:
             RequestFailedError: this request could not be computed.
             EngineStoppedError: the engine has stopped, before or meanwhile.
         """
+        if request.adapter is not None and request.adapter not in self._loaded:
+            raise RequestFailedError(f"The adapter {request.adapter} is not loaded.")
         loop = asyncio.get_running_loop()
         outcomes: asyncio.Queue[_Outcome] = asyncio.Queue()
 
@@ -146,10 +134,21 @@ class Engine:
         """Put an adapter beside those that are there; answers under way wait while its weights are read.
 
         Raises:
+            UserError: its files are not those of the digest, or it cannot share a batch.
             AdapterFailedError: it could not be loaded.
             EngineStoppedError: the engine has stopped.
         """
-        await self._between_turns(lambda: self._replace(with_adapters(self._model, {digest: folder})))
+        await asyncio.to_thread(require_digest, folder, digest)
+
+        def put() -> None:
+            if digest in self._loaded:
+                return
+            if digest not in getattr(self._model, "peft_config", ()):
+                self._replace(with_adapters(self._model, {digest: folder}))
+            self._loaded.add(digest)
+            self._drop_unloaded()
+
+        await self._between_turns(put)
 
     async def unload(self, digest: str) -> None:
         """Let an adapter's memory go; no request under way may need it.
@@ -160,12 +159,8 @@ class Engine:
         """
 
         def let_go() -> None:
-            # peft has no model with its layers wrapped and no adapter: the last one stays until another one comes.
-            others = [name for name in self._model.peft_config if name != digest]
-            if others:
-                self._model.set_adapter(others[0], inference_mode=True)
-                self._model.delete_adapter(digest)
-                self._replace(self._model)
+            self._loaded.discard(digest)
+            self._drop_unloaded()
 
         await self._between_turns(let_go)
 
@@ -185,6 +180,18 @@ class Engine:
             self._errands.append((errand, done))
             self._changed.notify()
         await asyncio.wrap_future(done)
+
+    def _drop_unloaded(self) -> None:
+        """Free what is loaded no more; peft has no wrapped model without an adapter, so the last stays for a while."""
+        there = list(getattr(self._model, "peft_config", ()))
+        unloaded = [digest for digest in there if digest not in self._loaded]
+        kept = min(self._loaded, default=unloaded[0] if unloaded else None)
+        for digest in unloaded:
+            if digest != kept:
+                self._model.set_adapter(kept, inference_mode=True)
+                self._model.delete_adapter(digest)
+        if unloaded:
+            self._replace(self._model)
 
     def _replace(self, model: Any) -> None:
         self._batch.replace_model(model)

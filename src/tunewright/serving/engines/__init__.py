@@ -1,0 +1,1 @@
+"""The engines that a gateway can stand before: one protocol, and what speaks it."""

@@ -1,0 +1,98 @@
+"""Stands in for vLLM's API server where only its life and death matter: same options, same routes, no model.
+
+It answers with the tokens 1, 2, 3, …; a prompt of 66 kills it, one of 77 never ends. Its gate is the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+DIE, ENDLESS = 66, 77
+
+
+def main(options: list[str]) -> None:
+    """Serve on the socket of ``--uds``, as long as the file FAKE_VLLM names does not say otherwise."""
+    orders = Path(os.environ["FAKE_ORDERS"])
+    if orders.exists():
+        sys.exit(orders.read_text())
+    sys.path.insert(0, os.environ["PYTHONPATH"])
+    import tunewright_vllm  # type: ignore[import-not-found]  # the child writes it
+
+    tunewright_vllm._end_with_parent()
+    seen: dict[str, Any] = {"options": options, "environment": dict(os.environ), "hung_up": 0, "evicted": []}
+
+    async def health(_: Request) -> JSONResponse:
+        return JSONResponse({})
+
+    async def models(_: Request) -> JSONResponse:
+        return JSONResponse({"data": [{"id": "base", "max_model_len": 512}]})
+
+    async def metrics(_: Request) -> JSONResponse:
+        return JSONResponse(seen)
+
+    async def completions(http: Request) -> StreamingResponse | JSONResponse:
+        body = await http.json()
+        seen["body"] = body
+        if (
+            body["model"] != "base"
+            and tunewright_vllm.listed(Path(os.environ[tunewright_vllm.MANIFEST]), body["model"]) is None
+        ):
+            return JSONResponse({"error": {"message": "no such model"}}, 404)
+        state.openai_serving_models.lora_requests[body["model"]] = SimpleNamespace(lora_int_id=1)
+        return StreamingResponse(tokens(body), media_type="text/event-stream")
+
+    async def tokens(body: dict[str, Any]) -> AsyncIterator[str]:
+        for number in range(1, 10**6 if ENDLESS in body["prompt"] else body["max_tokens"] + 1):
+            last = number == body["max_tokens"] and ENDLESS not in body["prompt"]
+            choice = {"token_ids": [number], "finish_reason": "length" if last else None}
+            yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+            if DIE in body["prompt"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                await asyncio.sleep(0.005)
+            except asyncio.CancelledError:
+                seen["hung_up"] += 1
+                raise
+        yield "data: [DONE]\n\n"
+
+    async def remove_lora(number: int) -> None:
+        seen["evicted"].append(number)
+
+    async def dangerous(_: Request) -> JSONResponse:
+        return JSONResponse({"loaded": "anything"})
+
+    routes = [
+        Route("/health", health),
+        Route("/v1/models", models),
+        Route("/metrics", metrics),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/load_lora_adapter", dangerous, methods=["GET", "POST"]),
+        Route("/adapters", dangerous, methods=["GET", "POST"]),
+        Route("/invocations", dangerous, methods=["GET", "POST"]),
+    ]
+    app = Starlette(routes=routes, middleware=[Middleware(tunewright_vllm.Gate)])
+    state = app.state
+    locks = type("Locks", (dict,), {"__missing__": lambda _self, _key: asyncio.Lock()})()
+    state.openai_serving_models = SimpleNamespace(lora_requests={}, lora_resolver_lock=locks)
+    state.engine_client = SimpleNamespace(remove_lora=remove_lora)
+    uvicorn.run(app, uds=options[options.index("--uds") + 1], log_level="warning")
+
+
+if __name__ == "__main__":
+    # python -m vllm.entrypoints.openai.api_server OPTIONS
+    main(sys.argv[3:])

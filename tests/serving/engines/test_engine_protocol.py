@@ -1,0 +1,190 @@
+"""What every engine does, whichever it is: the same tests for all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_kinds import KINDS, STOPS, TOKENIZER
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+
+from tunewright.errors import UserError
+from tunewright.models.requests import Request
+from tunewright.serving.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError
+
+PROMPTS = [tuple(TOKENIZER(text).input_ids) for text in ("Mobile County", "Where is it?", "a", "The quick brown fox")]
+SOON = 120
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def engine(request: pytest.FixtureRequest, small_base: Path, small_adapters: dict[str, Path]) -> Iterator[Engine]:
+    with request.param(small_base) as engine:
+        asyncio.run(_load_all(engine, small_adapters))
+        yield engine
+
+
+async def _load_all(engine: Engine, adapters: dict[str, Path]) -> None:
+    for digest, folder in adapters.items():
+        await engine.load(digest, folder)
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(work, SOON))
+
+
+async def _deltas(engine: Engine, request: Request) -> list[Delta]:
+    async with aclosing(engine.stream(request)) as stream:
+        return [delta async for delta in stream]
+
+
+async def _answer(engine: Engine, request: Request) -> tuple[tuple[int, ...], str | None]:
+    deltas = await _deltas(engine, request)
+    assert [bool(delta.finish) for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+    return tuple(token for delta in deltas for token in delta.ids), deltas[-1].finish
+
+
+def _expected(base: Path, folder: Path | None, prompt: tuple[int, ...], tokens: int) -> tuple[tuple[int, ...], str]:
+    """transformers' own greedy answer."""
+    model: Any = LlamaForCausalLM.from_pretrained(base).eval()
+    if folder is not None:
+        model = PeftModel.from_pretrained(model, folder).eval()
+    ids = torch.tensor([prompt])
+    whole = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=list(STOPS),
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+    return (tuple(whole[:-1]), "stop") if whole[-1] in STOPS else (tuple(whole), "length")
+
+
+def test_each_model_answers_as_transformers_does(
+    engine: Engine, small_base: Path, small_adapters: dict[str, Path]
+) -> None:
+    models: list[tuple[str | None, Path | None]] = [(None, None), *small_adapters.items()]
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(
+            *(_answer(engine, Request(prompt, digest, 12)) for digest, _ in models for prompt in PROMPTS)
+        )
+
+    expected = [_expected(small_base, folder, prompt, 12) for _, folder in models for prompt in PROMPTS]
+    assert _run(ask()) == expected
+    assert len(set(expected)) > len(expected) * 0.9, "the models differ, or this would show nothing"
+
+
+def test_an_answer_ends_before_a_stop_token_and_says_so(
+    small_base: Path, small_adapters: dict[str, Path], engine: Engine
+) -> None:
+    async def ask() -> list[Any]:
+        asked = [Request(PROMPTS[seed % 4], None, 60, temperature=1.5, seed=seed) for seed in range(24)]
+        return await asyncio.gather(*(_answer(engine, request) for request in asked))
+
+    answers = _run(ask())
+    for ids, finish in answers:
+        assert not STOPS & set(ids)
+        assert (finish == "stop") == (len(ids) < 60)
+    assert {finish for _, finish in answers} == {"stop", "length"}
+
+
+def test_the_same_seed_samples_the_same_and_another_one_does_not(engine: Engine) -> None:
+    def sampled(seed: int) -> Any:
+        return _run(_answer(engine, Request(PROMPTS[0], None, 20, temperature=1.0, top_p=0.9, seed=seed)))
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(4)}) > 1
+
+
+def test_tokens_come_one_by_one_and_not_all_at_the_end(engine: Engine) -> None:
+    deltas = _run(_deltas(engine, Request(PROMPTS[0], None, 30)))
+    assert len(deltas) > 3
+
+
+def test_who_leaves_early_leaves_nothing_running(engine: Engine) -> None:
+    async def leave() -> None:
+        stream = engine.stream(Request(PROMPTS[1], None, 400))
+        await anext(stream)
+        assert sum(engine.under_way) == 1
+        await stream.aclose()
+        while sum(engine.under_way):
+            await asyncio.sleep(0.01)
+
+    _run(leave())
+
+
+def test_an_adapter_that_is_not_loaded_is_refused_and_never_answered_by_the_base(
+    engine: Engine, small_adapters: dict[str, Path]
+) -> None:
+    async def ask() -> None:
+        for digest in ("0" * 64, "../adapter-1", "base", str(next(iter(small_adapters.values())))):
+            with pytest.raises(RequestFailedError, match="not loaded"):
+                await _answer(engine, Request(PROMPTS[0], digest, 5))
+
+    _run(ask())
+
+
+def test_what_is_unloaded_is_gone_and_what_is_loaded_again_answers_as_before(
+    engine: Engine, small_adapters: dict[str, Path]
+) -> None:
+    digest, folder = next(iter(small_adapters.items()))
+    request = Request(PROMPTS[0], digest, 8)
+
+    async def there_and_gone() -> None:
+        before = await _answer(engine, request)
+        await engine.load(digest, folder)  # again: nothing happens
+        await engine.unload(digest)
+        with pytest.raises(RequestFailedError, match="not loaded"):
+            await _answer(engine, request)
+        await engine.unload(digest)  # again: nothing happens
+        await engine.load(digest, folder)
+        assert await _answer(engine, request) == before
+
+    _run(there_and_gone())
+
+
+def test_files_that_are_not_what_the_digest_says_are_refused_and_the_others_go_on(
+    engine: Engine, tmp_path: Path, small_adapters: dict[str, Path]
+) -> None:
+    digest, folder = next(iter(small_adapters.items()))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with (tmp_path / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+
+    async def ask() -> None:
+        # Room for it, so that it is refused for what it is.
+        await engine.unload(digest)
+        with pytest.raises(UserError, match="changed"):
+            await engine.load(digest, tmp_path)
+        with pytest.raises(RequestFailedError, match="not loaded"):
+            await _answer(engine, Request(PROMPTS[0], digest, 5))
+        await engine.load(digest, folder)
+        assert await _answer(engine, Request(PROMPTS[0], digest, 5))
+
+    _run(ask())
+
+
+def test_a_stopped_engine_tells_who_asks_and_who_was_waiting(engine: Engine, small_base: Path) -> None:
+    """The last test of this file: it ends the engine."""
+
+    async def ask() -> None:
+        asking = asyncio.create_task(_answer(engine, Request(PROMPTS[1], None, 480)))
+        while not sum(engine.under_way):
+            await asyncio.sleep(0)
+        await asyncio.to_thread(engine.stop)
+        with pytest.raises(EngineStoppedError):
+            await asking
+        assert engine.stopped
+        with pytest.raises(EngineStoppedError):
+            await _answer(engine, Request(PROMPTS[0], None, 5))
+
+    _run(ask())

@@ -1,0 +1,147 @@
+"""The isolation test finds nothing in an engine that keeps its adapters apart, and every planted way to mix them up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from engine_kinds import STOPS, TOKENIZER, peft_engine
+
+from small_models import write_adapter
+from tunewright.models.bases import Base
+from tunewright.models.requests import Request
+from tunewright.progress import LogReporter
+from tunewright.serving.engines.peft import PeftEngine
+from tunewright.serving.engines.protocol import Delta, Engine
+from tunewright.serving.isolation import TOLERANCE, Digest, IsolationResult, check_isolation
+from tunewright.serving.oracle import PeftOracle
+
+PROMPTS = tuple(
+    tuple(TOKENIZER(text).input_ids)
+    for text in ("Mobile County", "Where is it?", "a", "The quick brown fox", "Give the citation.", "42 U.S.C.")
+)
+
+
+@pytest.fixture(scope="module")
+def oracle(small_base: Path, small_adapters: dict[str, Path]) -> PeftOracle:
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    return PeftOracle(base, "float32", "none", small_adapters, stop_ids=STOPS)
+
+
+def result_of(engine: Engine, oracle: PeftOracle, adapters: dict[str, Path]) -> IsolationResult:
+    """The test's result on an engine that has nothing loaded yet."""
+
+    async def run() -> IsolationResult:
+        for digest, folder in adapters.items():
+            await engine.load(digest, folder)
+        names: dict[Digest, str] = {None: "base", **{digest: f"adapter {digest[:6]}" for digest in adapters}}
+        return await check_isolation(
+            engine, oracle, adapters, PROMPTS, tolerance=TOLERANCE["float32"], names=names, reporter=LogReporter()
+        )
+
+    return asyncio.run(asyncio.wait_for(run(), 300))
+
+
+@contextmanager
+def planted(kind: type[PeftEngine], base: Path) -> Iterator[PeftEngine]:
+    """An engine with a bug."""
+    with peft_engine(base) as engine:
+        assert isinstance(engine, PeftEngine)
+        engine.__class__ = kind
+        yield engine
+
+
+def failed(result: IsolationResult) -> set[str]:
+    """The checks that failed."""
+    return {check.name for check in result.checks if check.failures}
+
+
+def test_the_embedded_engine_keeps_adapters_apart(
+    small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
+) -> None:
+    with peft_engine(small_base) as engine:
+        result = result_of(engine, oracle, small_adapters)
+    assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())
+    assert all(check.asked >= 8 for check in result.checks)
+    # float32 with another order of additions: nothing that a tolerance of 0.05 nats has to forgive.
+    assert max(check.worst for check in result.checks) < 1e-3
+
+
+class LastSlot(PeftEngine):
+    """vLLM's bug without a GPU: beside others, the base is answered with the adapter of the last slot."""
+
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+        if request.adapter is None and sum(self.under_way) > 1 and self._loaded:
+            request = replace(request, adapter=max(self._loaded))
+        async for delta in super().stream(request):
+            yield delta
+
+
+class StaleCache(PeftEngine):
+    """llama.cpp's bug: what one adapter computed for a prompt is taken for another one's."""
+
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+        kept: dict[tuple[int, ...], list[Delta]] = self.__dict__.setdefault("kept", {})
+        if request.prompt_ids not in kept:
+            kept[request.prompt_ids] = [delta async for delta in super().stream(request)]
+        for delta in kept[request.prompt_ids]:
+            yield delta
+
+
+class OldVersion(PeftEngine):
+    """What is unloaded lies in its slot still, and the next adapter is taken for it."""
+
+    async def unload(self, digest: str) -> None:
+        self.__dict__.setdefault("left", []).append(digest)
+
+    async def load(self, digest: str, folder: Path) -> None:
+        left: list[str] = self.__dict__.setdefault("left", [])
+        stands: dict[str, str] = self.__dict__.setdefault("stands", {})
+        if left:
+            stands[digest] = left.pop(0)
+        await super().load(digest, folder)
+
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+        stands: dict[str | None, str] = self.__dict__.get("stands", {})
+        async for delta in super().stream(replace(request, adapter=stands.get(request.adapter, request.adapter))):
+            yield delta
+
+
+@pytest.mark.parametrize(
+    ("bug", "seen_by"),
+    [
+        (LastSlot, {"all mixed", "the base in the mix"}),
+        (StaleCache, {"prefixes warm", "a new version"}),
+        (OldVersion, {"evicted and reloaded", "a new version"}),
+    ],
+)
+def test_a_planted_bug_is_found_by_the_checks_that_are_for_it(
+    bug: type[PeftEngine], seen_by: set[str], small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
+) -> None:
+    with planted(bug, small_base) as engine:
+        result = result_of(engine, oracle, small_adapters)
+    assert result.verdict == "not isolated"
+    assert seen_by <= failed(result)
+    failures = [failure for check in result.checks for failure in check.failures]
+    assert any(failure.like is not None for failure in failures), "it says whose answer it was"
+
+
+def test_adapters_that_answer_alike_cannot_be_told_apart_and_it_says_so(
+    small_base: Path, tmp_path: Path, small_adapters: dict[str, Path]
+) -> None:
+    digest, folder = next(iter(small_adapters.items()))
+    again, twin = write_adapter(small_base, tmp_path / "twin", seed=1)
+    assert again == digest
+    (twin / "adapter_config.json").write_text((twin / "adapter_config.json").read_text() + "\n")
+    from tunewright.adapters.registry import adapter_digest
+
+    pair = {digest: folder, adapter_digest(twin): twin}
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    with peft_engine(small_base) as engine:
+        result = result_of(engine, PeftOracle(base, "float32", "none", pair, stop_ids=STOPS), pair)
+    assert (result.verdict, len(result.alike)) == ("can't tell", 1)
+    assert failed(result) == set()

@@ -1,0 +1,126 @@
+"""The isolation test on real vLLM: it passes as we start vLLM, and it finds vLLM's own bugs where we let them be."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_kinds import STOPS, vllm_engine
+from test_isolation import PROMPTS, failed, result_of
+
+from tunewright.models.bases import Base
+from tunewright.models.requests import Request
+from tunewright.serving.engines.protocol import Engine
+from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
+from tunewright.serving.oracle import PeftOracle
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def oracle(small_base: Path, small_adapters: dict[str, Path]) -> PeftOracle:
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    return PeftOracle(base, "float32", "none", small_adapters, stop_ids=STOPS)
+
+
+async def _ids(engine: Engine, request: Request) -> list[int]:
+    return [token async for delta in engine.stream(request) for token in delta.ids]
+
+
+def test_vllm_as_we_start_it_keeps_adapters_apart_and_answers_alike_after_it_was_killed(
+    small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
+) -> None:
+    with vllm_engine(small_base) as engine:
+        result = result_of(engine, oracle, small_adapters)
+        assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())
+
+        asked = [Request(PROMPTS[0], digest, 8) for digest in (None, *small_adapters)]
+        before = [asyncio.run(_ids(engine, request)) for request in asked]
+        assert engine.child.process_id is not None
+        os.kill(engine.child.process_id, signal.SIGKILL)
+        _wait_until(lambda: engine.stopped is not None)
+        _wait_until(lambda: engine.stopped is None)
+        # The resolver loads them again as they are asked for.
+        assert [asyncio.run(_ids(engine, request)) for request in asked] == before
+
+
+def _wait_until(true: Callable[[], bool], seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+class SlotsLikeAdapters(VllmSettings):
+    """Without the slot to spare."""
+
+    @property
+    def slots(self) -> int:
+        return self.room
+
+
+def test_the_bug_of_the_last_slot_is_found(
+    small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
+) -> None:
+    with vllm_engine(small_base, SlotsLikeAdapters, room=len(small_adapters)) as engine:
+        result = result_of(engine, oracle, small_adapters)
+    assert result.verdict == "not isolated"
+    assert "the base in the mix" in failed(result)
+    wrong = [failure for check in result.checks for failure in check.failures]
+    assert {failure.asked for failure in wrong} == {"base"}
+    assert all(failure.like is not None and failure.like.startswith("adapter") for failure in wrong if failure.like)
+
+
+class NamedByAlias(VllmEngine):
+    """Adapters called by an alias, from one folder, as is usual: a new version takes the old one's name and path."""
+
+    place: Path
+
+    async def load(self, digest: str, folder: Path) -> None:
+        alias = self.place / "alias"
+        await asyncio.to_thread(shutil.copytree, folder, alias, dirs_exist_ok=True)
+        self._listed[digest] = {}
+        self.child.list_adapters({"alias": {"path": str(alias), "files": {}}})
+
+    async def unload(self, digest: str) -> None:
+        self._listed.pop(digest, None)
+        (await self._client().delete("/tunewright/adapters/alias")).raise_for_status()
+
+    def _body(self, request: Request, whose: str) -> dict[str, Any]:
+        body = super()._body(request, whose)
+        return body if request.adapter is None else {**body, "model": "alias"}
+
+
+def test_what_a_version_before_left_in_the_prefix_cache_is_found(
+    small_base: Path, small_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """The keys of vLLM's prefix cache are name and path: with both the same, it takes the old version's."""
+    (old, first), (new, second), _ = small_adapters.items()
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    oracle = PeftOracle(base, "float32", "none", {old: first, new: second}, stop_ids=STOPS)
+    prompt = PROMPTS[3] * 12  # more than a block of the cache, which holds whole blocks only
+    with vllm_engine(small_base) as engine:
+        engine.__class__ = NamedByAlias
+        assert isinstance(engine, NamedByAlias)
+        engine.place = tmp_path
+
+        async def replace() -> tuple[list[int], list[int]]:
+            await engine.load(old, first)
+            before = await _ids(engine, Request(prompt, old, 8))
+            await engine.unload(old)
+            await engine.load(new, second)
+            return before, await _ids(engine, Request(prompt, new, 8))
+
+        before, after = asyncio.run(replace())
+        from tunewright.serving.isolation import TOLERANCE, Answer
+
+        (right,) = oracle.shortfalls(old, prompt, [Answer(tuple(before), "length" if len(before) == 8 else "stop")])
+        (wrong,) = oracle.shortfalls(new, prompt, [Answer(tuple(after), "length" if len(after) == 8 else "stop")])
+        assert right <= TOLERANCE["float32"] < wrong
