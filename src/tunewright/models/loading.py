@@ -25,8 +25,8 @@ def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(base: Base, dtype: str, quantize: Quantize) -> PreTrainedModel:
-    """The base's weights in ``dtype`` ("bfloat16" or "float32"), in evaluation mode.
+def load_model(base: Base, dtype: str, quantize: Quantize, place: str | None = None) -> PreTrainedModel:
+    """The base's weights in ``dtype`` ("bfloat16" or "float32"), in evaluation mode, on ``place`` (None: `device()`).
 
     With ``quantize`` "nf4" the linear layers are held in 4 bits and compute in ``dtype``; embeddings, norms and the
     output layer are in ``dtype`` still.
@@ -42,7 +42,7 @@ def load_model(base: Base, dtype: str, quantize: Quantize) -> PreTrainedModel:
             base.folder,
             dtype=getattr(torch, dtype),
             quantization_config=nf4_config(dtype) if quantize == "nf4" else None,
-            device_map=device(),
+            device_map=place or device(),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

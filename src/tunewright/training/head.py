@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
+from tunewright.training.sharded import whole_weight
+
 TILE_LOGITS = 1 << 25
 """Logits are computed for so many (token, vocabulary entry) pairs at once: 128 MiB in float32."""
 
@@ -56,7 +58,7 @@ def token_losses(states: Tensor, head: Any, targets: Tensor) -> Tensor:
     """
     if head.weight.requires_grad or head.bias is not None:
         return cross_entropy(head(states).float(), targets, reduction="none")
-    losses: Tensor = _FrozenHeadLoss.apply(states, head.weight, targets)
+    losses: Tensor = _FrozenHeadLoss.apply(states, whole_weight(head), targets)
     return losses
 
 

@@ -31,10 +31,13 @@ class RawRows:
 
     rows: tuple[Mapping[str, Any], ...]
 
-    def pieces(self, size: int) -> list[tuple[Mapping[str, Any], ...]]:
-        """The rows in pieces of at most ``size``, as even as can be."""
+    def pieces(self, size: int, as_of: int = 0) -> list[tuple[Mapping[str, Any], ...]]:
+        """The rows in pieces of at most ``size``, as even as can be.
+
+        Fewer rows than ``as_of`` make as many pieces as those would, some of them empty.
+        """
         # Without rows one empty piece: this process makes its pass with the others.
-        count = max(1, -(-len(self.rows) // size))
+        count = max(1, -(-max(len(self.rows), as_of) // size))
         ends = [len(self.rows) * place // count for place in range(count + 1)]
         return [self.rows[start:end] for start, end in pairwise(ends)]
 

@@ -16,7 +16,19 @@ from tunewright.errors import UserError
 Value = TypeVar("Value")
 
 _FAILED = "tunewright/failed"
-_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+_FSDP = "ACCELERATE_USE_FSDP"
+_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+_UNSUPPORTED = {
+    "FSDP_OFFLOAD_PARAMS": "offloading the pieces",
+    "FSDP_ACTIVATION_CHECKPOINTING": "FSDP's recomputing of activations (on cards they are recomputed anyway)",
+}
+_DECIDED = {
+    # Every process maps the base's file: its pages are in memory once, and there is nothing to send.
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    # An adapter is small and is stored whole; with cards this also gives processes a way to send what lies in memory.
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+"""What accelerate's settings say is decided here."""
 
 
 def count() -> int:
@@ -35,19 +47,44 @@ def join() -> None:
     Raises:
         UserError: they were started for a way of sharing work that is not had here.
     """
-    for key, engine in _ENGINES.items():
-        if os.environ.get(key, "").lower() == "true":
-            raise UserError(
-                f"{engine} was asked for, and a model in pieces is not trained here yet: every device holds the whole "
-                "base",
-                where="accelerate launch",
-                fix="Leave it out (`accelerate launch --multi_gpu`), or take a base that fits one device.",
-            )
+    if _asked(_DEEPSPEED):
+        raise UserError(
+            "DeepSpeed was asked for, and is not supported",
+            where="accelerate launch",
+            fix="Leave it out (`--multi_gpu`), or divide the base by FSDP2 (`--use_fsdp --fsdp_version 2`).",
+        )
+    if _asked(_FSDP):
+        _require_usable()
+        os.environ.update(_DECIDED)
     if count() > 1:
         import torch
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
+
+
+def _asked(key: str) -> bool:
+    return os.environ.get(key, "").lower() == "true"
+
+
+def _require_usable() -> None:
+    """Refuse what FSDP cannot be had with here."""
+    if count() == 1:
+        raise UserError(
+            "FSDP was asked for, and there is one process, with none to share the base with",
+            where="accelerate launch",
+            fix="Start several: `--num_processes N`, or without cards `torchrun --nproc-per-node N`.",
+        )
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP's first version is not supported", where="FSDP_VERSION", fix="Add `--fsdp_version 2`.")
+    for key, what in _UNSUPPORTED.items():
+        if _asked(key):
+            raise UserError(f"{what} is not supported", where=key, fix="Leave it out.")
+
+
+def in_pieces() -> bool:
+    """Whether the processes divide the base among them (FSDP), instead of holding it each."""
+    return count() > 1 and _asked(_FSDP)
 
 
 def leave() -> None:

@@ -200,6 +200,9 @@ def _fit(
 ) -> _Fitted:
     recipe = project.recipe
     require_bitsandbytes(recipe.train.quantize, "train.quantize")
+    if processes.in_pieces():
+        require_divisible(recipe.train)
+        reporter.say(f"FSDP: the base is divided among {processes.count()} processes; a layer is whole while it computes.")
     limit = min(recipe.train.max_length, context_length(base))
     splits = {
         name: training_rows(chat, version.examples(name), limit, recipe.train.too_long, reporter)
@@ -210,7 +213,9 @@ def _fit(
     dev = list({m.key: m for m in splits["dev"].members}.values())
     answered = dev_task(recipe, project.root, chat, version.domain_of("train"), dev, context_length(base), reporter)
     reporter.say(f"Loading {named(base, recipe.train.quantize)}")
-    model = load_model(base, recipe.train.dtype, recipe.train.quantize)
+    # A base that is to be divided need not fit on one card: it waits in memory, and goes there in pieces.
+    place = "cpu" if processes.in_pieces() else None
+    model = load_model(base, recipe.train.dtype, recipe.train.quantize, place)
     replay = draw_replay(project, version, base, chat, lambda: model, limit, reporter)
     run = Run(recipe, base, work, reporter)
     try:
@@ -292,6 +297,7 @@ def _account(encoded: EncodedRows, evaluated: Sequence[Evaluation], best: Evalua
         "seconds": round(seconds, 1),
         "device": device(),
         "processes": processes.count(),
+        "base_in_pieces": processes.in_pieces(),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
+from tunewright.training import processes, sharded
 from tunewright.training.adapter import keep_float32
 from tunewright.training.choosing import DEV_METRIC
 from tunewright.training.dev import DevTask
@@ -70,6 +72,20 @@ class Trainer(SFTTrainer):
         # The loss is a sum over tokens, divided by those of the whole step.
         self.model_accepts_loss_kwargs = True
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers does, and where a base in pieces was asked for, make sure that it comes to that."""
+        super().create_accelerator_and_postprocess()
+        if processes.in_pieces():
+            sharded.divide(self.accelerator, self.model)
+            self.is_fsdp_enabled = True
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, of a divided model too; transformers would gather the frozen base with it."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=sharded.adapter_weights(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows of the dataset as one packed batch; the labels are there for transformers to count.
 
@@ -91,6 +107,11 @@ class Trainer(SFTTrainer):
             "shift_labels": batch.targets,
         }
 
+    @property
+    def _evenly(self) -> int:
+        """As many rows as this are cut into as many pieces in every process, however few it has."""
+        return self.args.train_batch_size if self.is_fsdp_enabled else 0
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Any:
         """Forward and backward of one micro-batch, in the pieces that fit into memory; its part in the loss."""
         if self.micro_batch is None:
@@ -108,7 +129,7 @@ class Trainer(SFTTrainer):
 
     def _in_pieces(self, model: Any, rows: RawRows, size: int, items: Tensor | int | None) -> Tensor:
         """Add up the gradients of rows, ``size`` at once; their part in the loss."""
-        *others, last = rows.pieces(size)
+        *others, last = rows.pieces(size, self._evenly)
         total = torch.zeros((), device=self.accelerator.device)
         for piece in others:
             # Processes exchange gradients with the last piece alone.
@@ -147,10 +168,14 @@ class Trainer(SFTTrainer):
         longest = RawRows(tuple(rows[place] for place in places))
         size = len(places)
         devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
+        # A divided model keeps what it has not exchanged, whatever its gradients are set to: so it exchanges.
+        alone = nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
+        with torch.random.fork_rng(devices), alone:
             while True:
                 piece = RawRows(longest.pieces(size)[-1])
                 enough, _ = in_memory(partial(self._beside_moments, model, piece, size))
+                if not enough and self.is_fsdp_enabled:
+                    raise too_little_memory("with the base in pieces, a pass cannot be tried again")
                 model.zero_grad(set_to_none=True)
                 self._forget_parts()
                 if enough:
@@ -248,7 +273,7 @@ class Trainer(SFTTrainer):
         was_training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), sharded.keeping_step(model, self._idle_pass):
             for places in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
                 batch = self.collate([rows[place] for place in places])["packed"].to(self.accelerator.device)
                 losses = token_losses_of(model, batch)
@@ -267,8 +292,16 @@ class Trainer(SFTTrainer):
     def _worth_of_answers(self, task: DevTask) -> float:
         """The dev rows answered, each by one of the processes, and valued together."""
         mine = range(self.accelerator.process_index, len(task.requests), self.accelerator.num_processes)
-        answers: list[tuple[int, str]] = gather_object(list(zip(mine, task.answers(self.model, mine), strict=True)))
+        with sharded.keeping_step(self.model, self._idle_pass):
+            own = list(zip(mine, task.answers(self.model, mine), strict=True))
+        answers: list[tuple[int, str]] = gather_object(own)
         return task.worth([text for _, text in sorted(answers)])
+
+    @torch.no_grad()
+    def _idle_pass(self) -> None:
+        """A pass of which nothing is kept."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.accelerator.device)
+        self.model(input_ids=token, use_cache=False)
 
     def get_train_dataloader(self) -> Any:
         """This process's share of every step."""
