@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -71,6 +71,7 @@ class Server:
         killed_at: tuple[str, int] | None = None,
         file_limit: int | None = None,
         processes: int = 1,
+        environment: Mapping[str, str] | None = None,
     ) -> Command:
         """Start a command.
 
@@ -79,6 +80,7 @@ class Server:
             killed_at: (pattern, n): it is killed at its nth change of a path that fits the pattern.
             file_limit: the largest file that it may write, in bytes.
             processes: so many, as torchrun would start them; ``killed_at`` and ``file_limit`` are for the first.
+            environment: variables besides, as a launcher sets them.
         """
         self.count += 1
         folder = self.folder / f"command-{self.count}"
@@ -91,6 +93,7 @@ class Server:
             "killed_at": killed_at,
             "file_limit": file_limit,
             "processes": processes,
+            "environment": dict(environment or {}),
         }
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -103,9 +106,12 @@ class Server:
         killed_at: tuple[str, int] | None = None,
         file_limit: int | None = None,
         processes: int = 1,
+        environment: Mapping[str, str] | None = None,
     ) -> Ended:
         """Run a command to its end; the exit code is the first process's."""
-        return self.start(*arguments, killed_at=killed_at, file_limit=file_limit, processes=processes).wait()
+        return self.start(
+            *arguments, killed_at=killed_at, file_limit=file_limit, processes=processes, environment=environment
+        ).wait()
 
     def answer(self) -> int:
         """The server's next line."""
@@ -152,6 +158,7 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
     if request["processes"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= request["environment"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for handle, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_APPEND)

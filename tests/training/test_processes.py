@@ -183,9 +183,9 @@ def test_other_commands_run_in_one_process(tmp_path: Path, tiny_base_folder: Pat
     assert ended.stderr.count("this command runs in one process") == 1
 
 
-def test_a_model_in_pieces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP was asked for"):
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="DeepSpeed was asked for"):
         processes.join()
 
 

@@ -47,6 +47,8 @@ class Run:
         self.reporter = reporter
         self.micro_batch = MicroBatch(micro_batch(recipe.train), work, reporter)
         self.sharing: Sharing | None = None
+        self.held: list[int] | None = None
+        """Bytes of the model's weights in each process, where it is divided among them."""
 
     def fit(
         self,
@@ -71,6 +73,8 @@ class Run:
         # Before the adapter is made: its A matrices are drawn at random.
         set_seed(self.recipe.seed)
         checkpoint = processes.by_main(lambda: usable_checkpoint(self.work, self.base, self.reporter))
+        if checkpoint is not None:
+            _require_same_division(checkpoint)
         with (
             stop_on_signal(until) as stop,
             self.reporter.task(f"Training {self.recipe.name}", steps, "steps") as task,
@@ -86,6 +90,7 @@ class Run:
                 trainer.state = ended
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                self.held = trainer.bytes_held()
             seconds = time.monotonic() - began
             if until is not None and not stop.agreed():
                 _measure(trainer, checkpoint if ended else None)
@@ -99,6 +104,7 @@ class Run:
         return {
             "micro_batch": self.micro_batch.rows,
             "compiled": decided_in(self.work),
+            "bytes_held": self.held,
             **({} if self.sharing is None else {"prefix_sharing": self.sharing.as_dict()}),
         }
 
@@ -227,6 +233,44 @@ def micro_batch(settings: TrainRecipe) -> int:
             where="train.micro_batch",
         )
     return micro
+
+
+def require_divisible(settings: TrainRecipe) -> None:
+    """Check that a recipe's training can be done on a base that is divided among processes.
+
+    Raises:
+        UserError: it asks for what cannot be had with that.
+    """
+    asked = {
+        "train.quantize": (settings.quantize != "none", "weights in 4 bits cannot be divided"),
+        "train.replay": (settings.replay is not None, "replay needs passes of the base that processes make by themselves"),
+        "train.compile": (settings.compile == "on", "compiled parts have not been tried on a base in pieces"),
+    }
+    for key, (is_asked, why) in asked.items():
+        if is_asked:
+            raise UserError(
+                f"{why}, and FSDP was asked for",
+                where=key,
+                fix="Leave this out, or start without FSDP (`accelerate launch --multi_gpu`).",
+            )
+
+
+def _require_same_division(checkpoint: Path) -> None:
+    """Check that a run goes on as it began: with the base in pieces, or whole in every process.
+
+    Raises:
+        UserError: it does not.
+    """
+    from accelerate.utils.constants import FSDP_MODEL_NAME
+
+    was = (checkpoint / f"{FSDP_MODEL_NAME}.bin").exists()
+    if was != processes.in_pieces():
+        began, asked = ("with FSDP", "without") if was else ("without FSDP", "with it")
+        raise UserError(
+            f"this run began {began}, and is to go on {asked}",
+            where=str(checkpoint),
+            fix=f"Start it {began} again, or remove {checkpoint.parent} to train from the beginning.",
+        )
 
 
 def _ended(checkpoint: Path, patience: int | None, until: int | None) -> Any:

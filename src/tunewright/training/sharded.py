@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from tunewright.training import processes
 
@@ -52,6 +53,13 @@ def release(model: nn.Module) -> None:
             module.reshard()
 
 
+def bytes_held(model: nn.Module) -> int:
+    """Bytes of the weights that this process holds between passes, counted by what lies in memory for them."""
+    release(model)
+    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
+    return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in local}.values())
+
+
 def adapter_weights(model: nn.Module) -> dict[str, Any]:
     """The trained weights, whole, in the main process; all processes have to ask."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -60,7 +68,7 @@ def adapter_weights(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def keeping_step(model: nn.Module, idle_pass: Callable[[], Any]) -> Iterator[None]:
+def keeping_step(model: Any, idle_pass: Callable[[], Any]) -> Iterator[None]:
     """Passes of a divided model whose number differs from process to process: those done first go along.
 
     Before each pass the processes ask each other whether anyone has one left; who has none makes ``idle_pass`` with
@@ -69,7 +77,6 @@ def keeping_step(model: nn.Module, idle_pass: Callable[[], Any]) -> Iterator[Non
     if not isinstance(model, FSDPModule):
         yield
         return
-    assert isinstance(model, nn.Module)
 
     def announce(*_: Any) -> None:
         processes.any_of(True)

@@ -33,7 +33,7 @@ from tunewright.training.guard import BrokenRunError
 from tunewright.training.lineage import training_lineage
 from tunewright.training.replay import Replay, draw_replay, replay_inputs
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
-from tunewright.training.run import Run
+from tunewright.training.run import Run, require_divisible
 from tunewright.training.trackers import require_trackers, tracked_in
 
 
@@ -297,7 +297,6 @@ def _account(encoded: EncodedRows, evaluated: Sequence[Evaluation], best: Evalua
         "seconds": round(seconds, 1),
         "device": device(),
         "processes": processes.count(),
-        "base_in_pieces": processes.in_pieces(),
     }
 
 

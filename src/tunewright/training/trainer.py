@@ -303,6 +303,10 @@ class Trainer(SFTTrainer):
         token = torch.zeros(1, 1, dtype=torch.long, device=self.accelerator.device)
         self.model(input_ids=token, use_cache=False)
 
+    def bytes_held(self) -> list[int] | None:
+        """Bytes of weights, base and adapter, that each process holds between passes; None: all are in each of them."""
+        return gather_object([sharded.bytes_held(self.model)]) if self.is_fsdp_enabled else None
+
     def get_train_dataloader(self) -> Any:
         """This process's share of every step."""
         batches = StepBatches(
