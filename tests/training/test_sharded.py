@@ -36,11 +36,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def _project(folder: Path, base: Path, sharing: str = "on", also: str = "") -> Path:
-    tiny_project(folder, base, count=81)
+    tiny_project(folder, base, count=51)
     recipe = folder / "tunewright.yaml"
-    text = recipe.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch: 2").replace("epochs: 2", "epochs: 1")
+    text = (
+        recipe.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch: 2").replace("epochs: 2", "epochs: 1")
+    )
     settings = f"train:\n  evaluate_rows: 3\n  prefix_sharing: '{sharing}'\n{also}"
-    recipe.write_text(text.replace("train:\n", settings))
+    recipe.write_text(text.replace("train:\n", settings).replace("evaluate:\n", "evaluate:\n  max_new_tokens: 5\n"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     return folder
 
@@ -76,7 +78,7 @@ def _require_alike(whole: Adapter, pieces: Adapter) -> None:
 def test_half_a_base_in_each_process_gives_the_losses_and_the_adapter_of_a_whole_one(
     divided: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
-    """Prompts shared, an epoch's last step of a row alone, and dev rows answered: two in one process, one in the other."""
+    """Prompts shared, a last step of one row, and dev rows answered: two in one process, one in the other."""
     whole = _trained(server, _project(tmp_path / "project", tiny_base_folder))
     assert whole.lineage["training"]["rows"] % 8 == 1
     assert (whole.lineage["training"]["bytes_held"], divided.lineage["training"]["processes"]) == (None, 2)
@@ -105,7 +107,7 @@ def test_killed_while_it_saves_it_goes_on_to_the_same_adapter(
 ) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder)
     ended = server.run(
-        "train", "-p", folder, processes=2, environment=FSDP, killed_at=(f"*/checkpoint-9/*{MANIFEST}*", 1)
+        "train", "-p", folder, processes=2, environment=FSDP, killed_at=(f"*/checkpoint-6/*{MANIFEST}*", 1)
     )
     assert ended.code == -signal.SIGKILL
     (checkpoint,) = folder.glob(f".tunewright/training/*/checkpoint-*/{MANIFEST}")

@@ -243,7 +243,10 @@ def require_divisible(settings: TrainRecipe) -> None:
     """
     asked = {
         "train.quantize": (settings.quantize != "none", "weights in 4 bits cannot be divided"),
-        "train.replay": (settings.replay is not None, "replay needs passes of the base that processes make by themselves"),
+        "train.replay": (
+            settings.replay is not None,
+            "replay needs passes of the base that processes make by themselves",
+        ),
         "train.compile": (settings.compile == "on", "compiled parts have not been tried on a base in pieces"),
     }
     for key, (is_asked, why) in asked.items():

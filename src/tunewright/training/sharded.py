@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -38,6 +38,11 @@ def divide(accelerator: Any, model: Any) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
+def is_divided(model: Any) -> bool:
+    """Whether this model is in pieces."""
+    return isinstance(model, FSDPModule)
+
+
 def whole_weight(layer: Any) -> Tensor:
     """A layer's weight, put together where it is in pieces: for who uses it without calling the layer."""
     if isinstance(layer, FSDPModule):
@@ -46,21 +51,21 @@ def whole_weight(layer: Any) -> Tensor:
     return weight
 
 
-def release(model: nn.Module) -> None:
+def release(model: Any) -> None:
     """Let go of what other processes hold too."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def bytes_held(model: nn.Module) -> int:
+def bytes_held(model: Any) -> int:
     """Bytes of the weights that this process holds between passes, counted by what lies in memory for them."""
     release(model)
     local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
     return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in local}.values())
 
 
-def adapter_weights(model: nn.Module) -> dict[str, Any]:
+def adapter_weights(model: Any) -> dict[str, Any]:
     """The trained weights, whole, in the main process; all processes have to ask."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
@@ -74,7 +79,7 @@ def keeping_step(model: Any, idle_pass: Callable[[], Any]) -> Iterator[None]:
     Before each pass the processes ask each other whether anyone has one left; who has none makes ``idle_pass`` with
     the others. Nothing happens where the model is not divided.
     """
-    if not isinstance(model, FSDPModule):
+    if not is_divided(model):
         yield
         return
 

@@ -202,7 +202,9 @@ def _fit(
     require_bitsandbytes(recipe.train.quantize, "train.quantize")
     if processes.in_pieces():
         require_divisible(recipe.train)
-        reporter.say(f"FSDP: the base is divided among {processes.count()} processes; a layer is whole while it computes.")
+        reporter.say(
+            f"FSDP: the base is divided among {processes.count()} processes; a layer is whole while it computes."
+        )
     limit = min(recipe.train.max_length, context_length(base))
     splits = {
         name: training_rows(chat, version.examples(name), limit, recipe.train.too_long, reporter)

@@ -301,7 +301,8 @@ class Trainer(SFTTrainer):
     def _idle_pass(self) -> None:
         """A pass of which nothing is kept."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.accelerator.device)
-        self.model(input_ids=token, use_cache=False)
+        model: Any = self.model
+        model(input_ids=token, use_cache=False)
 
     def bytes_held(self) -> list[int] | None:
         """Bytes of weights, base and adapter, that each process holds between passes; None: all are in each of them."""
