@@ -24,6 +24,7 @@ def divide(accelerator: Any, model: Any) -> None:
     Weights are sent in the precision that they have, and gradients are added up in it: a bfloat16 base under float32
     adapters computes as it does in one process.
     """
+    from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
@@ -31,7 +32,7 @@ def divide(accelerator: Any, model: Any) -> None:
     if plugin is None:
         # accelerate 1.15 takes FSDP for a matter of cards: on processors it has read the request, and dropped it.
         plugin = accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     assert plugin.fsdp_version == 2, "required when the processes met"
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in model.get_decoder().layers})
@@ -70,6 +71,19 @@ def adapter_weights(model: Any) -> dict[str, Any]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
     return weights
+
+
+@contextmanager
+def exchanging(model: Any, afterwards: bool) -> Iterator[None]:
+    """Have the processes exchange gradients after each pass, whatever they do before and ``afterwards``.
+
+    A divided model keeps the gradients that it has not exchanged where ``zero_grad`` does not reach them.
+    """
+    model.set_requires_gradient_sync(True)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(afterwards)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -168,8 +167,11 @@ class Trainer(SFTTrainer):
         longest = RawRows(tuple(rows[place] for place in places))
         size = len(places)
         devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
-        # A divided model keeps what it has not exchanged, whatever its gradients are set to: so it exchanges.
-        alone = nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
+        alone = (
+            sharded.exchanging(model, self.accelerator.sync_gradients)
+            if self.is_fsdp_enabled
+            else self.accelerator.no_sync(model)
+        )
         with torch.random.fork_rng(devices), alone:
             while True:
                 piece = RawRows(longest.pieces(size)[-1])
