@@ -145,6 +145,7 @@ def test_what_a_base_in_pieces_cannot_have_is_refused_once(
     [
         ({"FSDP_VERSION": "1"}, "FSDP's first version is not supported"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "offloading the pieces is not supported"),
+        ({"FSDP_IGNORED_MODULES": "lm_head"}, "leaving modules out of the division is not supported"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "FSDP's recomputing of activations"),
         ({"WORLD_SIZE": "1", "RANK": "0"}, "there is one process"),
     ],

@@ -20,6 +20,7 @@ _FSDP = "ACCELERATE_USE_FSDP"
 _DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 _UNSUPPORTED = {
     "FSDP_OFFLOAD_PARAMS": "offloading the pieces",
+    "FSDP_IGNORED_MODULES": "leaving modules out of the division",
     "FSDP_ACTIVATION_CHECKPOINTING": "FSDP's recomputing of activations (on cards they are recomputed anyway)",
 }
 _DECIDED = {
@@ -78,7 +79,7 @@ def _require_usable() -> None:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("FSDP's first version is not supported", where="FSDP_VERSION", fix="Add `--fsdp_version 2`.")
     for key, what in _UNSUPPORTED.items():
-        if _asked(key):
+        if os.environ.get(key, "false").lower() not in ("false", ""):
             raise UserError(f"{what} is not supported", where=key, fix="Leave it out.")
 
 
