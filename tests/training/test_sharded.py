@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def _project(folder: Path, base: Path, sharing: str = "on", also: str = "") -> Path:
-    tiny_project(folder, base, count=51)
+    tiny_project(folder, base, count=71)
     recipe = folder / "tunewright.yaml"
     text = (
         recipe.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch: 2").replace("epochs: 2", "epochs: 1")
@@ -107,7 +107,7 @@ def test_killed_while_it_saves_it_goes_on_to_the_same_adapter(
 ) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder)
     ended = server.run(
-        "train", "-p", folder, processes=2, environment=FSDP, killed_at=(f"*/checkpoint-6/*{MANIFEST}*", 1)
+        "train", "-p", folder, processes=2, environment=FSDP, killed_at=(f"*/checkpoint-8/*{MANIFEST}*", 1)
     )
     assert ended.code == -signal.SIGKILL
     (checkpoint,) = folder.glob(f".tunewright/training/*/checkpoint-*/{MANIFEST}")
