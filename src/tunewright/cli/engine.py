@@ -38,9 +38,7 @@ def install(
     ] = None,
     torch_index: Annotated[
         str | None,
-        typer.Option(
-            help="Where PyTorch's builds without CUDA are, if pip's own places lack them.", show_default="PyTorch's own"
-        ),
+        typer.Option(help="Where PyTorch's builds without CUDA are.", show_default="where pip looks anyway"),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -105,8 +105,8 @@ def contrasts_table(title: str, evidence: Evidence | DevComparison) -> Table:
     words = changed_words(evidence, evidence.metric)
     names = ("contrast", *(["metric"] if several else []), "difference", "95% interval", "p", "adjusted p", *words)
     for name in (*names, "detectable"):
-        # Of the headings one has a blank to wrap at; without that, long names of arms would cut the others off.
-        wrapped = name == "adjusted p"
+        # These have blanks to wrap at; without that, long names of arms would cut numbers off.
+        wrapped = name in {"metric", "adjusted p"}
         table.add_column(name, justify="left" if name in {"contrast", "metric"} else "right", no_wrap=not wrapped)
     for c in evidence.contrasts:
         table.add_row(
@@ -128,7 +128,8 @@ def folds_table(evidence: Evidence) -> Table:
     table = Table(title=f"Folds, scores by {axis_label(evidence.metric)}", title_justify="left")
     scored = [arm.name for arm in evidence.arms]
     for name in ("fold", "train", "dev", "items", "best prompting", *scored, "dev loss by epoch"):
-        table.add_column(name, justify="left" if name == "best prompting" else "right", no_wrap=True)
+        wrapped = name == "dev loss by epoch"  # has blanks to wrap at, so that nothing else is cut off
+        table.add_column(name, justify="left" if name == "best prompting" else "right", no_wrap=not wrapped)
     for fold in evidence.folds:
         scores = ("none" if (score := fold.scores[name]) is None else f"{100 * score:.1f}" for name in scored)
         numbers = (fold.number, fold.train_items, fold.dev_items, fold.items)

@@ -27,15 +27,15 @@ class EnginesRoad:
             name: "vllm"; the other engines need none.
             to: its folder (None: in the user's cache).
             build: "cpu" or "cuda" (None: by whether there is a GPU).
-            torch_index: where PyTorch's builds without CUDA are (None: PyTorch's own index).
+            torch_index: where PyTorch's builds without CUDA are (None: where pip looks anyway).
 
         Raises:
             UserError: no such engine, no build of it for this machine, no room on the disk, or pip fails.
         """
-        from tunewright.serving.engines.vllm.environment import TORCH_INDEX, install
+        from tunewright.serving.engines.vllm.environment import install
 
         _require_vllm(name)
-        return install(self._reporter, to=to, build=build, torch_index=torch_index or TORCH_INDEX)
+        return install(self._reporter, to=to, build=build, torch_index=torch_index)
 
     def show(self, name: str) -> Environment:
         """The environment that is installed.

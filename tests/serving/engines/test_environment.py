@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for name, version in (("small_one", "1.0"), ("small_two", "2.0")):
         _wheel(folder, name, version)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -117,3 +119,10 @@ def test_every_package_of_a_build_has_one_version_and_vllm_is_of_the_release_tha
     if build == "cpu":
         assert not names & {"torchaudio", "torchcodec", "triton"}
         assert not any(name.startswith("nvidia") for name in names)
+
+
+def test_a_build_that_pip_does_not_find_is_named_with_the_option_that_helps(wheels: Path) -> None:
+    pins = (*PINS, "torch==1.0+cpu")
+    with pytest.raises(UserError, match=r"pip finds no torch==1\.0\+cpu") as caught:
+        environment.install(LogReporter(), build="cpu", requirements=pins, probe=PROBE)
+    assert "--torch-index" in (caught.value.fix or "")

@@ -23,8 +23,6 @@ from tunewright.progress import Reporter, Task
 
 Build = Literal["cpu", "cuda"]
 
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-"""PyTorch's own index of builds without CUDA: those called +cpu are there and nowhere else."""
 MARK = "tunewright-engine.json"
 """Written last: an environment without it is not whole."""
 GIGABYTES = {"cpu": (0.6, 2.4), "cuda": (5.0, 11.0)}
@@ -101,7 +99,7 @@ def install(
     *,
     to: Path | None = None,
     build: Build | None = None,
-    torch_index: str = TORCH_INDEX,
+    torch_index: str | None = None,
     requirements: Sequence[str] | None = None,
     probe: str = _PROBE,
 ) -> Environment:
@@ -110,7 +108,7 @@ def install(
     Args:
         to: its folder (None: in the user's cache).
         build: None: by whether there is a GPU.
-        torch_index: where PyTorch's builds without CUDA are, for pip's own places do not have them.
+        torch_index: where PyTorch's builds without CUDA are (None: where pip looks anyway, as it is set up).
         requirements, probe: other packages, and what imports them.
 
     Raises:
@@ -162,7 +160,7 @@ def _marked(folder: Path) -> Environment | None:
     return Environment(folder, mark["build"], mark["versions"])
 
 
-def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str, task: Task) -> None:
+def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | None, task: Task) -> None:
     there = _installed(folder)
     missing = [pin for pin in wanted if pin not in there]
     if len(missing) < len(wanted):
@@ -174,6 +172,13 @@ def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str, task
         except UserError as error:
             if "No matching distribution" not in error.what or not any("+cpu" in pin for pin in group):
                 raise
+            if torch_index is None:
+                raise UserError(
+                    f"pip finds no {' or '.join(group)}, a build without CUDA",
+                    where=str(folder),
+                    fix='PyTorch keeps these in an index of its own, which its page "Get started" names for the CPU: '
+                    "give its address with --torch-index.",
+                ) from None
             _run([*pip, "--extra-index-url", torch_index, *group], folder)
         task.advance(len(group), note=group[-1])
 
