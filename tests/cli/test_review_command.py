@@ -189,7 +189,7 @@ def test_one_whole_pass_on_a_terminal(project: Path) -> None:
         terminal.wait_for(shown)
     terminal.press("\x03")  # Ctrl-C: what was judged is kept
     terminal.wait_for("Stopped")
-    assert terminal.code() == 2
+    assert terminal.code() == 130
     again = Terminal("data", "review", "-p", project, "--reviewer", "ada")
     again.wait_for("0 of 2 wrong, at least 70 more to check, 1 unsettled")
     for number in range(2, 72):

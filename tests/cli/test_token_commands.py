@@ -236,8 +236,10 @@ def test_an_adapter_whose_base_has_another_template_now_is_refused_with_the_line
 
 def test_an_adapter_of_a_version_that_did_not_record_its_rendering_is_refused(project: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(project, tmp_path / "other"))
-    lineage = find_adapter(other / "adapters").folder / "lineage.json"
+    folder = find_adapter(other / "adapters").folder
+    lineage = folder / "lineage.json"
     lineage.write_text(json.dumps({k: v for k, v in json.loads(lineage.read_text()).items() if k != "chat"}))
+    (folder / "manifest.json").unlink()  # which such a version did not write either
     ran = tunewright("evaluate", "-p", other)
     assert (ran.code, "does not say how its conversations were written" in ran.stderr) == (2, True)
 

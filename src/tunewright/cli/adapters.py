@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
-from tunewright.recipe.section import Quantize
+from tunewright.cli.console import FAILED, session
 
-FAILED = 1
 CANT_TELL = 4
+# As in recipe.section, which is too heavy to import for --help.
+Quantize = Literal["none", "nf4"]
 
 Adapter = Annotated[str | None, typer.Argument(help="The adapter's name, or its beginning.", show_default="the newest")]
 

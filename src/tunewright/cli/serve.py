@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,9 @@ from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import session
 from tunewright.cli.isolation_tables import EXIT_CODES, isolation_table
 from tunewright.cli.state import StateUrl, road_at
-from tunewright.recipe import EngineName
+
+if TYPE_CHECKING:
+    from tunewright.recipe import EngineName
 
 
 class Engine(StrEnum):
