@@ -19,7 +19,7 @@ def isolation_table(result: IsolationResult) -> list[RenderableType]:
     """Each check, the failures, and what follows."""
     table = Table("engine asked", "answers", "worst shortfall", "wrong", title=f"Isolation of {result.engine}")
     for check in result.checks:
-        wrong = str(len(check.failures)) if check.failures else "none"
+        wrong = str(len(check.failures) or "none") if check.asked else "not asked: takes two adapters"
         table.add_row(check.name, str(check.asked), f"{check.worst:.3f} nats", wrong)
     lines = [
         f"{check.name}: {failure.asked} was asked, and the answer"
@@ -35,7 +35,8 @@ def isolation_table(result: IsolationResult) -> list[RenderableType]:
 
 
 def _conclusion(result: IsolationResult) -> str:
-    models = f"the base and {len(result.models) - 1} adapters"
+    adapters = len(result.models) - 1
+    models = f"the base and {adapters} adapter{'' if adapters == 1 else 's'}"
     if result.verdict == "isolated":
         return (
             f"Isolated: {result.engine} keeps {models} apart; no token fell short of the oracle's choice by over "
