@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import FAILED, session
+from tunewright.cli.console import CANT_TELL, FAILED, session
 
-CANT_TELL = 4
 # As in recipe.section, which is too heavy to import for --help.
 Quantize = Literal["none", "nf4"]
 

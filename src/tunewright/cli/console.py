@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 USER_ERROR = 2
+CANT_TELL = 4
 STOPPED = 128 + signal.SIGINT
 """As shells report what Ctrl-C ended."""
 _LOG_WIDTH = 120

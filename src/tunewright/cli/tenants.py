@@ -7,10 +7,8 @@ from typing import Annotated
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
+from tunewright.cli.console import FAILED, session
 from tunewright.cli.state import StateUrl, road_at
-
-FAILED = 1
 
 tenant_app = typer.Typer(help="Who may call which alias, and how much.", no_args_is_help=True)
 key_app = typer.Typer(help="A tenant's API keys.", no_args_is_help=True)

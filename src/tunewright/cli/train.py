@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import Session, session
+from tunewright.cli.console import CANT_TELL, Session, session
 from tunewright.errors import UserError
 
 if TYPE_CHECKING:
     from tunewright.road import Road
 
-CANT_TELL = 4
 
 Force = Annotated[bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")]
 

@@ -53,5 +53,5 @@ def _require_vllm(name: str) -> None:
     if name != "vllm":
         raise UserError(
             f"{name!r} has no environment of its own",
-            fix="`vllm` has. The engine peft is part of tunewright; llamacpp is the extra tunewright[llamacpp].",
+            fix="`vllm` has. The engine peft is part of tunewright, and needs none.",
         )
