@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from review_helpers import add_pairs, judge_next, review, reviewed_project, right, status
 
+from tunewright.clock import now
 from tunewright.data.review.acceptance import FixedPlan, SequentialPlan, sample_order
 from tunewright.data.review.passes import Review, check_options
-from tunewright.data.review.reviews import Judged, append_reviews, now, read_reviews
+from tunewright.data.review.reviews import Judged, append_reviews, read_reviews
 from tunewright.data.review.suspects import Suspect
 from tunewright.data.versions import load_version
 from tunewright.errors import UserError

@@ -14,7 +14,6 @@ import os
 import re
 import stat
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from tunewright.adapters.manifest import Digest, Name, Record, parse_record
+from tunewright.clock import now
 from tunewright.disk import write_json, writing
 from tunewright.errors import UserError
 
@@ -192,7 +192,7 @@ class TrustedKeys:
                 what = "the project trusts this key already" if known.id == identity else "the name is another key's"
                 raise UserError(f"{what}, as {known.name}", where=str(self.folder / f"{known.name}.json"))
         return self._write(
-            TrustedKey(name=name, id=identity, public_key=_normal(public_key, name), trusted=Act(at=_now(), by=by))
+            TrustedKey(name=name, id=identity, public_key=_normal(public_key, name), trusted=Act(at=now(), by=by))
         )
 
     def revoke(self, name: str, because: str, by: str | None) -> TrustedKey:
@@ -210,7 +210,7 @@ class TrustedKeys:
             raise UserError(f"it was revoked on {key.revoked.at}", where=str(self.folder / f"{name}.json"))
         if not because.strip():
             raise UserError("no reason is given", where="--because")
-        return self._write(key.model_copy(update={"revoked": Act(at=_now(), by=by, because=because.strip())}))
+        return self._write(key.model_copy(update={"revoked": Act(at=now(), by=by, because=because.strip())}))
 
     def _write(self, key: TrustedKey) -> TrustedKey:
         write_json(self.folder / f"{key.name}.json", key.model_dump(mode="json"))
@@ -270,10 +270,6 @@ def _identity(key: Ed25519PublicKey) -> str:
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _require_name(name: str) -> None:

@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from tunewright.clock import to_the_second
+
 if TYPE_CHECKING:
     from tunewright.adapters.lineage import DatasetTrace, Trace
     from tunewright.adapters.registry import Adapter
@@ -40,7 +42,7 @@ def adapters_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         dataset = row["dataset"][:_SHORT] if row["dataset"] else "not known"
         dataset += ", imported" if row["imported"] else ""
-        table.add_row(row["name"], row["created"], dataset, row["base"], ", ".join(row["checkpoints"]))
+        table.add_row(row["name"], to_the_second(row["created"]), dataset, row["base"], ", ".join(row["checkpoints"]))
     return table
 
 
@@ -57,12 +59,16 @@ def standings_table(found: Sequence[Standing]) -> Table:
 def lineage_tree(shown: Shown) -> Tree:
     """All that an adapter was made of."""
     trace = shown.trace
-    tree = Tree(Text(f"{trace.name}, made {trace.created}"))
+    tree = Tree(Text(f"{trace.name}, made {to_the_second(trace.created)}"))
     standing = _add(tree, f"digest {trace.digest[:_SHORT]}, {shown.standing.state}")
     for reason in shown.standing.reasons:
         _add(standing, reason)
     if trace.imported:
-        _add(tree, f"imported {trace.imported['at']} from {trace.imported['source']}" + _by(trace.imported["by"]))
+        _add(
+            tree,
+            f"imported {to_the_second(trace.imported['at'])} from {trace.imported['source']}"
+            + _by(trace.imported["by"]),
+        )
     if trace.scaled:
         _add(tree, f"{trace.scaled['parent']} times {trace.scaled['factor']:g}")
     if trace.recipe:
@@ -147,5 +153,5 @@ def _trust(key: KnownKey) -> str:
     called = f", as {key.trusted.name}" if key.trusted.name != key.name else ""
     if key.trusted.revoked:
         gone = key.trusted.revoked
-        return f"revoked {gone.at}{_by(gone.by)}: {gone.because}{called}"
-    return f"since {key.trusted.trusted.at}{_by(key.trusted.trusted.by)}{called}"
+        return f"revoked {to_the_second(gone.at)}{_by(gone.by)}: {gone.because}{called}"
+    return f"since {to_the_second(key.trusted.trusted.at)}{_by(key.trusted.trusted.by)}{called}"

@@ -10,6 +10,7 @@ import typer
 from tunewright.cli.app import HERE, Folder, Json
 from tunewright.cli.console import FAILED, session
 from tunewright.cli.data import data_app
+from tunewright.clock import to_the_second
 
 if TYPE_CHECKING:
     from tunewright.data.versions.changes import Blame
@@ -56,7 +57,7 @@ def data_blame(row: Row, project: Folder = HERE, json: Json = False) -> None:
 def _blame_text(found: Blame) -> str:
     version = found.version
     lines = [
-        f"row {found.key[:12]}, version {version.digest[:12]} of {version.created}"
+        f"row {found.key[:12]}, version {version.digest[:12]} of {to_the_second(version.created)}"
         + (f", by {version.author}" if version.author else "")
         + (f": {version.message}" if version.message else "")
     ]

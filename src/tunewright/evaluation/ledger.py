@@ -12,12 +12,12 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from tunewright.clock import now
 from tunewright.data.versions.members import read_places
 from tunewright.disk import canonical_json, text_lines, write_text, writing
 from tunewright.errors import UserError
@@ -56,7 +56,7 @@ class Ledger:
                 return known
             opening = Opening(
                 number=len(self.openings) + 1,
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                time=now(),
                 previous=self.openings[-1].digest if self.openings else "",
                 digest="",
                 **facts,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, stop_strings
+from tunewright.clock import now
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
@@ -246,7 +246,7 @@ def measured_arm(
 def measured_with(recipe: Recipe, base: Base, chat: ChatFormat, quantize: Quantize, limit: int) -> dict[str, Any]:
     """What the evidence's lineage says of the means; ``created`` is UTC, ISO 8601."""
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "base": {"spec": base.spec, "digest": base.digest},
         "template_digest": chat.digest,
         "decoding": {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tunewright.adapters.keys import PrivateKey
 from tunewright.adapters.registry import REPLAY, Adapter, store_adapter
 from tunewright.adapters.scaling import scale_weights
 from tunewright.adapters.signing import store_signer
+from tunewright.clock import now
 from tunewright.disk import digest
 from tunewright.errors import UserError
 from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
@@ -116,7 +116,7 @@ def _scaled(measurement: Measurement, parent: Adapter, factor: float, place: Pat
     weights = place / f".{parent.digest[:12]}-{factor:g}"
     scale_weights(parent.folder, factor, weights)
     identity = digest({"parent": parent.digest, "factor": factor})
-    lineage = {**parent.lineage, "created": datetime.now(UTC).isoformat(timespec="seconds"), "inputs_digest": identity}
+    lineage = {**parent.lineage, "created": now(), "inputs_digest": identity}
     return _store(measurement, place, weights, lineage, parent)
 
 

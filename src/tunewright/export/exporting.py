@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.fit import trained_quantize
 from tunewright.adapters.registry import Adapter
+from tunewright.clock import now
 from tunewright.disk import digest, file_digest, new_folder, write_json
 from tunewright.errors import UserError
 from tunewright.export.parity import LIMITS, Figures, Precision, shortcomings
@@ -138,7 +138,7 @@ def _record(kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], built: Bui
         notes=built.notes,
         files={path.relative_to(folder).as_posix(): file_digest(path) for path in files},
         packages=packages(trained_quantize([adapter])),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
     )
 
 

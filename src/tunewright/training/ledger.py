@@ -5,12 +5,12 @@ A line is added by writing the file whole, so that a kill leaves the ledger as i
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tunewright.clock import now
 from tunewright.disk import text_lines, write_text
 from tunewright.errors import UserError
 from tunewright.recipe import MetricName
@@ -105,7 +105,7 @@ class Ledger:
     def add(self, event: Event, trial: str, rung: int, step: int, **values: Any) -> Entry:
         """Write one more line."""
         entry = Entry(
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            time=now(),
             event=event,
             trial=trial,
             rung=rung,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from typing import Any
 
 from tunewright.chat import ChatFormat
+from tunewright.clock import now
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion
 from tunewright.models.bases import Base
@@ -26,7 +26,7 @@ def training_lineage(recipe: Recipe, version: DatasetVersion, base: Base, chat: 
     """Everything but the training's own numbers; ``created`` is UTC, ISO 8601."""
     return {
         "schema_version": 2,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "dataset": {
             "digest": version.digest,
             "splits": {s: {"digest": version.split_digest(s), "examples": len(version.examples(s))} for s in SPLITS},

@@ -7,7 +7,6 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +29,7 @@ from tunewright.adapters.registry import (
     write_manifest,
 )
 from tunewright.adapters.signing import weigh
+from tunewright.clock import now
 from tunewright.disk import new_folder, write_json, writing
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
@@ -120,7 +120,7 @@ class Admission:
                 raise UserError(f"its manifest is that of {manifest.name}, and it is {name}", where=str(source))
             if manifest is None:
                 write_manifest(files, name)
-            record = {"at": _now(), "by": said.by, "source": source.name, "signed": signed == "signed"}
+            record = {"at": now(), "by": said.by, "source": source.name, "signed": signed == "signed"}
             write_json(files / LOCAL, {"imported": record})
             target = self._adapters / name
             new = not target.exists()
@@ -267,7 +267,7 @@ class Admission:
         base = self._base
         return {
             "schema_version": 2,
-            "created": _now(),
+            "created": now(),
             "digest": adapter_digest(files),
             "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
             "template_digest": self._chat.digest,
@@ -302,7 +302,3 @@ def _copy_file(source: Path, target: Path) -> None:
             if copied > LARGEST + MEGABYTE:
                 raise UserError(f"over {LARGEST // MEGABYTE:,} MB: more than an adapter has", where=str(source))
             copy.write(chunk)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

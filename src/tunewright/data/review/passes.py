@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunewright.clock import now
 from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan, judge, sample_order
 from tunewright.data.review.reviews import (
     Drawn,
@@ -15,7 +16,6 @@ from tunewright.data.review.reviews import (
     Verdict,
     append_reviews,
     findings,
-    now,
     read_reviews,
     status_line,
 )

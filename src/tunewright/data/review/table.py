@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunewright.clock import now
 from tunewright.data.review.passes import Card, Review
-from tunewright.data.review.reviews import VERDICTS, Judged, Verdict, append_reviews, now, read_reviews
+from tunewright.data.review.reviews import VERDICTS, Judged, Verdict, append_reviews, read_reviews
 from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError

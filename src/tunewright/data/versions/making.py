@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
+from tunewright.clock import now
 from tunewright.data.examples import Example, in_conflict
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions.manifest import Counts, Manifest, Mix, Settings, Source
@@ -36,7 +36,7 @@ def new_manifest(
     return Manifest(
         digest=members_digest(members),
         parent=parent.digest if parent else None,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
         message=message,
         sources=tuple(sources),
         counts=_counts(members, left_out),

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunewright.clock import to_the_second
 from tunewright.data.examples import Example
 from tunewright.data.splits import Split
 from tunewright.data.versions.author import current_author
@@ -192,8 +193,8 @@ def _save(
     if version_folder(dataset, manifest.digest).exists():
         there = read_manifest(version_folder(dataset, manifest.digest))
         reporter.warn(
-            f"Version {short(there.digest)} was there already, made {there.created}: it is current again, with the "
-            "message, parent and imports that it has."
+            f"Version {short(there.digest)} was there already, made {to_the_second(there.created)}: it is current "
+            "again, with the message, parent and imports that it has."
         )
         sealed = there
     else:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from tunewright.adapters.registry import Adapter
+from tunewright.clock import now
 from tunewright.disk import digest, write_json
 from tunewright.errors import UserError
 from tunewright.evaluation.evaluating import EvaluateResult, evaluate
@@ -140,7 +140,7 @@ def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> Gener
         suites=tuple(measured),
         not_measured=tuple(not_measured),
         lineage={
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": now(),
             "base": {"spec": generator.base.spec, "digest": generator.base.digest},
             "template_digest": generator.chat.digest,
             "weights": generator.weights,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
+from tunewright.clock import now, to_the_second
 from tunewright.disk import write_text
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Evidence, amend, load_evidence, load_items
@@ -199,7 +199,7 @@ class Judge:
             parameters=self.settings.parameters,
             prompts=prompts_digest(self.settings.criteria),
             criteria=self.settings.criteria,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=now(),
             same_family=family,
             reference_model=None if reference is None else reference.model or reference.answers,
             controls=controls,
@@ -268,7 +268,7 @@ def _replaced(earlier: Judgement | None, new: Judgement) -> tuple[str, ...]:
         return ()
     if all(getattr(earlier, name) == getattr(new, name) for name in _IDENTITY):
         return earlier.replaced
-    told = f"{earlier.model}, {earlier.created}{', vetoed' if earlier.vetoed else ''}"
+    told = f"{earlier.model}, {to_the_second(earlier.created)}{', vetoed' if earlier.vetoed else ''}"
     return (*earlier.replaced, told)
 
 

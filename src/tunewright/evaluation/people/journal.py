@@ -10,7 +10,6 @@ import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 from urllib.parse import quote, unquote
@@ -88,11 +87,6 @@ class Journal:
         """The verdict given last, of those that stand."""
         alive = {id(judged) for judged in self.standing.values()}
         return next((e for e in reversed(self.events) if isinstance(e, Judged) and id(e) in alive), None)
-
-
-def now() -> str:
-    """This moment, as events have it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def journal_path(folder: Path, reviewer: str) -> Path:

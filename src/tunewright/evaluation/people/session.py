@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunewright.clock import now
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Evidence, Item, load_evidence, load_items
 from tunewright.evaluation.people.journal import (
@@ -16,7 +17,6 @@ from tunewright.evaluation.people.journal import (
     Side,
     Undone,
     append_events,
-    now,
     read_journal,
 )
 from tunewright.evaluation.people.sample import keep_sample, open_sample, treatment_is_a

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunewright.clock import now
 from tunewright.errors import UserError
-from tunewright.evaluation.people.journal import SIDES, Event, Noted, Shown, Side, now
+from tunewright.evaluation.people.journal import SIDES, Event, Noted, Shown, Side
 from tunewright.evaluation.people.session import BlindReview
 from tunewright.sheets import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
 
