@@ -19,8 +19,9 @@ lint: $(VENV)/.installed
 typecheck: $(VENV)/.installed
 	$(BIN)/mypy
 
+# A worker for each core, a file of tests to one worker, so that what its tests share is made once.
 pytest: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 # 10,000 cases for each reader of files, where `make test` tries 100.
 fuzz: $(VENV)/.installed
