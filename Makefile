@@ -5,10 +5,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo
 
-.PHONY: demo test lint typecheck pytest fuzz test-vllm test-demo check-clean clean
+.PHONY: demo demo-whole test lint typecheck pytest fuzz test-vllm test-demo check-clean clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
+
+# With a learning curve and a judge in its report: an hour more.
+demo-whole: $(VENV)/.installed
+	$(BIN)/tunewright demo --whole $(DEMO)
 
 test: lint typecheck pytest
 

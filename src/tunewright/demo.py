@@ -1,10 +1,13 @@
-"""The demo: an example project, the whole road, and one held-out question answered three ways by a real server."""
+"""The demo: an example project, the whole road, and one held-out question answered three ways by a real server.
+
+What takes longer than a demo may, a learning curve and a judge, is for the one who asks for it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -12,7 +15,16 @@ from tunewright.errors import UserError
 from tunewright.examples import legal_citations
 from tunewright.progress import Reporter
 from tunewright.project import RECIPE_FILE, Project, create_project
+from tunewright.recipe import JudgeRecipe
 from tunewright.road import Road, RunResult
+
+if TYPE_CHECKING:
+    from tunewright.evaluation.judge.measure import JudgeResult
+    from tunewright.evaluation.learning_curve import CurveResult
+
+
+_REPLY = {"temperature": 0, "max_tokens": 64}
+"""Of the demo's judge, which is no more reasonable in 512 tokens."""
 
 
 @dataclass(frozen=True)
@@ -67,3 +79,17 @@ def ask_three_ways(road: Road, result: RunResult) -> ThreeAnswers:
             reply.raise_for_status()
             answers[model] = reply.json()["choices"][0]["message"]["content"]
     return ThreeAnswers(member.example.input_text, member.example.output, answers)
+
+
+def measure_the_rest(road: Road) -> tuple[CurveResult, JudgeResult, Path]:
+    """The learning curve, the base as a judge of the newest evaluation, and the report with both.
+
+    The base is a judge that everybody has, and a poor one: its controls say so, and then it is not heard.
+    """
+    curve = road.curve()
+    service = road.serve([], port=0)
+    with service.running() as url:
+        judge = JudgeRecipe(url=f"{url}/v1", model=road.base.spec, parameters=_REPLY)
+        recipe = road.project.recipe.model_copy(update={"judge": judge})
+        judged = Road(Project(road.project.root, recipe), road.reporter).judge()
+    return curve, judged, road.report()

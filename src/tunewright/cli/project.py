@@ -77,17 +77,30 @@ def run(
 @app.command()
 def demo(
     directory: Annotated[Path, typer.Argument(help="Where the demo project goes.")] = Path("tunewright-demo"),
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Then a learning curve, and the base as a judge: about an hour more.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """The example project, the whole road, and a server that answers one held-out question three ways."""
+    from tunewright.cli.judge_tables import judgement_tables
     from tunewright.cli.tables import answers_table, run_document, run_tables
-    from tunewright.demo import ask_three_ways, open_demo
+    from tunewright.cli.training_tables import curve_tables
+    from tunewright.demo import ask_three_ways, measure_the_rest, open_demo
 
     with session(json, directory) as current:
         road = open_demo(directory, current.reporter)
         result = road.run()
         answered = ask_three_ways(road, result)
-        current.show(
-            {**run_document(result), "served": answered.as_dict()}, *run_tables(result), answers_table(answered)
-        )
+        document = {**run_document(result), "served": answered.as_dict()}
+        shown = [*run_tables(result), answers_table(answered)]
+        if whole:
+            curve, judged, report = measure_the_rest(road)
+            document |= {
+                "curve": curve.curve.model_dump(mode="json"),
+                "judge": judged.judgement.model_dump(mode="json"),
+                "report": str(report),
+            }
+            shown += [*curve_tables(curve.curve), *judgement_tables(judged.judgement), f"Report: {report}"]
+        current.show(document, *shown)
         raise typer.Exit(result.verdict.exit_code)
