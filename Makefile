@@ -10,7 +10,7 @@ DEMO   ?= build/demo
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
 
-# With a learning curve and a judge in its report: an hour more.
+# With a pilot, a learning curve and a judge in its report: an hour more.
 demo-whole: $(VENV)/.installed
 	$(BIN)/tunewright demo --whole $(DEMO)
 

@@ -1,6 +1,6 @@
 """The demo: an example project, the whole road, and one held-out question answered three ways by a real server.
 
-What takes longer than a demo may, a learning curve and a judge, is for the one who asks for it.
+What takes longer than a demo may (a pilot for the advice, a learning curve, a judge) is for the one who asks for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tunewright.recipe import JudgeRecipe
 from tunewright.road import Road, RunResult
 
 if TYPE_CHECKING:
+    from tunewright.advice.result import AdviceResult
     from tunewright.evaluation.judge.measure import JudgeResult
     from tunewright.evaluation.learning_curve import CurveResult
 
@@ -38,6 +39,25 @@ class ThreeAnswers:
     def as_dict(self) -> dict[str, Any]:
         """The answers as ``--json`` prints them."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What takes longer than a demo may; the report has all of it."""
+
+    advice: AdviceResult
+    curve: CurveResult
+    judged: JudgeResult
+    report: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """Advice, curve and judge as ``--json`` prints them."""
+        return {
+            "advised": self.advice.as_dict(),
+            "curve": self.curve.curve.model_dump(mode="json"),
+            "judge": self.judged.judgement.model_dump(mode="json"),
+            "report": str(self.report),
+        }
 
 
 def example_files(name: str) -> dict[str, str]:
@@ -81,15 +101,15 @@ def ask_three_ways(road: Road, result: RunResult) -> ThreeAnswers:
     return ThreeAnswers(member.example.input_text, member.example.output, answers)
 
 
-def measure_the_rest(road: Road) -> tuple[CurveResult, JudgeResult, Path]:
-    """The learning curve, the base as a judge of the newest evaluation, and the report with both.
+def measure_the_rest(road: Road) -> Rest:
+    """All else that the report can show of an evaluation but what people say.
 
     The base is a judge that everybody has, and a poor one: its controls say so, and then it is not heard.
     """
-    curve = road.curve()
+    advice, curve = road.advise(), road.curve()
     service = road.serve([], port=0)
     with service.running() as url:
         judge = JudgeRecipe(url=f"{url}/v1", model=road.base.spec, parameters=_REPLY)
         recipe = road.project.recipe.model_copy(update={"judge": judge})
         judged = Road(Project(road.project.root, recipe), road.reporter).judge()
-    return curve, judged, road.report()
+    return Rest(advice, curve, judged, road.report())

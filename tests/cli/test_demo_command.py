@@ -7,7 +7,7 @@ from pathlib import Path
 from command_line import tiny_project, tunewright
 
 
-def test_the_whole_demo_adds_a_curve_and_a_judge_to_the_report(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_the_whole_demo_adds_advice_a_curve_and_a_judge_to_the_report(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tiny_project(tmp_path / "demo", tiny_base_folder, count=270)
     recipe = project / "tunewright.yaml"
     recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 1").replace("[1, 2]", "[1]"))
@@ -18,6 +18,7 @@ def test_the_whole_demo_adds_a_curve_and_a_judge_to_the_report(tmp_path: Path, t
     assert [p["share"] for p in document["curve"]["points"]] == [0.25, 0.5, 1.0] * 3
     # A base of random weights can judge nothing, and is not heard.
     assert document["judge"]["vetoed"]
+    assert document["advised"]["signals"]
     assert document["evidence"]["id"] in document["report"]
     report = Path(document["report"]).read_text()
     for title in ("Would more data help?", "What a judge says", "What a call costs"):

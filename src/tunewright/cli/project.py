@@ -78,11 +78,12 @@ def run(
 def demo(
     directory: Annotated[Path, typer.Argument(help="Where the demo project goes.")] = Path("tunewright-demo"),
     whole: Annotated[
-        bool, typer.Option("--whole", help="Then a learning curve, and the base as a judge: about an hour more.")
+        bool, typer.Option("--whole", help="Then a pilot, a learning curve and a judge: an hour more.")
     ] = False,
     json: Json = False,
 ) -> None:
     """The example project, the whole road, and a server that answers one held-out question three ways."""
+    from tunewright.cli.advice_tables import advice_tables
     from tunewright.cli.judge_tables import judgement_tables
     from tunewright.cli.tables import answers_table, run_document, run_tables
     from tunewright.cli.training_tables import curve_tables
@@ -95,12 +96,9 @@ def demo(
         document = {**run_document(result), "served": answered.as_dict()}
         shown = [*run_tables(result), answers_table(answered)]
         if whole:
-            curve, judged, report = measure_the_rest(road)
-            document |= {
-                "curve": curve.curve.model_dump(mode="json"),
-                "judge": judged.judgement.model_dump(mode="json"),
-                "report": str(report),
-            }
-            shown += [*curve_tables(curve.curve), *judgement_tables(judged.judgement), f"Report: {report}"]
+            rest = measure_the_rest(road)
+            document |= rest.as_dict()
+            shown += [*advice_tables(rest.advice), *curve_tables(rest.curve.curve)]
+            shown += [*judgement_tables(rest.judged.judgement), f"Report: {rest.report}"]
         current.show(document, *shown)
         raise typer.Exit(result.verdict.exit_code)
