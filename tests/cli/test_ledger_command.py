@@ -86,6 +86,12 @@ def test_looking_again_is_no_opening_and_other_settings_are(project: Path) -> No
     assert (earlier["number"], earlier["shared_items"]) == (1, evidence["items"])
     reasons = tunewright("verdict", "-p", project, "--json").document["reasons"]
     assert any("had been opened once before this" in reason for reason in reasons)
+    # Back to the first margin: that evidence is there, and the newer one is what `verdict` would take.
+    recipe = project / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("  margin: 0.05\n", ""))
+    back = tunewright("evaluate", "-p", project)
+    assert f"{evidence['id']} is newer" in " ".join(back.stderr.split())
+    assert len(openings(project)) == 2
 
 
 def test_a_ledger_that_was_changed_stops_verdict_and_evaluate_with_its_line(project: Path) -> None:

@@ -22,6 +22,7 @@ from tunewright.evaluation.evidence import (
     DevComparison,
     Evidence,
     Item,
+    find_evaluation,
     load_evidence,
 )
 from tunewright.evaluation.ledger import LEDGER, Ledger
@@ -123,6 +124,16 @@ def _settle(measurement: Measurement, adapter: Adapter, advice: Advice) -> _Sett
     )
 
 
+def _tell_of_newer(folder: Path, reporter: Reporter) -> None:
+    """Say that the evidence that is there already is not what other commands take, if they are not told which."""
+    newest = find_evaluation(folder.parent)
+    if newest != folder:
+        reporter.warn(
+            f"Measured before: evaluation {folder.name}. {newest.name} is newer, and `tunewright verdict` and "
+            f"`tunewright report` take that one unless they are given {folder.name}."
+        )
+
+
 def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> EvaluateResult:
     """Open the test split: answer it zero-shot, with the best prompting arm and with the adapter, and compare.
 
@@ -136,6 +147,7 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
     ledger = Ledger(measurement.folder)
     folder = measurement.folder / settled.identity
     if (folder / EVIDENCE_FILE).exists():
+        _tell_of_newer(folder, measurement.reporter)
         return EvaluateResult(folder, load_evidence(folder), evaluated=False)
     test = version.examples("test")
     opening = ledger.open(
