@@ -101,8 +101,8 @@ def ask_three_ways(road: Road, result: RunResult) -> ThreeAnswers:
     return ThreeAnswers(member.example.input_text, member.example.output, answers)
 
 
-def measure_the_rest(road: Road) -> Rest:
-    """All else that the report can show of an evaluation but what people say.
+def measure_the_rest(road: Road, evaluation: Path) -> Rest:
+    """All else that the report can show of an evaluation (its folder) but what people say.
 
     The base is a judge that everybody has, and a poor one: its controls say so, and then it is not heard.
     """
@@ -111,5 +111,5 @@ def measure_the_rest(road: Road) -> Rest:
     with service.running() as url:
         judge = JudgeRecipe(url=f"{url}/v1", model=road.base.spec, parameters=_REPLY)
         recipe = road.project.recipe.model_copy(update={"judge": judge})
-        judged = Road(Project(road.project.root, recipe), road.reporter).judge()
-    return Rest(advice, curve, judged, road.report())
+        judged = Road(Project(road.project.root, recipe), road.reporter).judge(evaluation)
+    return Rest(advice, curve, judged, road.report(evaluation))

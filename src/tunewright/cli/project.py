@@ -96,7 +96,7 @@ def demo(
         document = {**run_document(result), "served": answered.as_dict()}
         shown = [*run_tables(result), answers_table(answered)]
         if whole:
-            rest = measure_the_rest(road)
+            rest = measure_the_rest(road, result.evaluated.folder)
             document |= rest.as_dict()
             shown += [*advice_tables(rest.advice), *curve_tables(rest.curve.curve)]
             shown += [*judgement_tables(rest.judged.judgement), f"Report: {rest.report}"]
