@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tunewright.adapters.registry import CONFIG, WEIGHTS
+from command_line import tunewright
+from tunewright.adapters.registry import CONFIG, LINEAGE, WEIGHTS, write_manifest
+from tunewright.disk import write_json
 
 SHAPES = {"q_proj": (64, 64), "v_proj": (64, 32)}
 """Inputs and outputs in the tiny base."""
@@ -70,3 +72,25 @@ def tree(folder: Path) -> dict[str, bytes | None]:
         else:
             found[name] = path.read_bytes() if path.is_file() else None
     return found
+
+
+def import_adapter(project: Path, source: Path, *options: str) -> Any:
+    """Import an adapter into a project; what was printed."""
+    return tunewright("adapters", "import", source, "-p", project, "--json", *options)
+
+
+def claim(folder: Path, *gone: str, **changes: Any) -> None:
+    """Change an adapter's lineage as somebody would who has no key: the manifest with it."""
+    lineage = {**json.loads((folder / LINEAGE).read_text()), **changes}
+    write_json(folder / LINEAGE, {key: value for key, value in lineage.items() if key not in gone})
+    write_manifest(folder, folder.name)
+
+
+def refused_import(project: Path, source: Path, *options: str) -> str:
+    """Import an adapter that has to be refused with nothing left behind; the error."""
+    before = tree(project)
+    ran = import_adapter(project, source, *options)
+    assert ran.code == 2
+    assert tree(project) == before
+    error = ran.document["error"]
+    return f"{error['where']}: {error['what']}\n{error['fix']}"

@@ -101,7 +101,7 @@ class _Scaled(_Claim):
 
 class _Lineage(_Claim):
     digest: Digest
-    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")]
+    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?\+00:00$")]
     base: _Base
     template_digest: Digest
     chat: _Chat

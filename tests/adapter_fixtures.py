@@ -1,0 +1,55 @@
+"""Adapters to be imported, and the projects they come from and go to."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import tunewright as api
+from command_line import tiny_project
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project with an adapter of its own."""
+    folder = tiny_project(tmp_path_factory.mktemp("trained") / "project", tiny_base_folder)
+    road = api.open(folder)
+    road.data.add([folder / "pairs.jsonl"])
+    road.train()
+    return folder
+
+
+@pytest.fixture
+def ours(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that adapter, to be changed and imported."""
+    (adapter,) = (trained / "adapters").iterdir()
+    return Path(shutil.copytree(adapter, tmp_path / "came" / adapter.name))
+
+
+@pytest.fixture
+def other(tmp_path: Path, tiny_base_folder: Path) -> Path:
+    """Another project on the same base, with the same pairs."""
+    folder = tiny_project(tmp_path / "other", tiny_base_folder)
+    api.open(folder).data.add([folder / "pairs.jsonl"])
+    return folder
+
+
+@pytest.fixture
+def stock(tmp_path: Path, tiny_base_folder: Path) -> Path:
+    """An adapter as peft saves it, with its README, and weights that change the answers."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base_folder, dtype=torch.float32)
+    tuned = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    tuned.save_pretrained(str(tmp_path / "stock"))
+    assert (tmp_path / "stock" / "README.md").exists()
+    return tmp_path / "stock"

@@ -1,0 +1,128 @@
+"""What a judge costs, and the reference model that answers beside the adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import tunewright as package
+from command_line import pairs, tunewright, write_jsonl
+from factories import make_items
+from scripted_judge import honest, read_prompt, scripted, write_project
+from tunewright.evaluation.evidence import load_evidence, load_items
+
+CONTROL_QUESTIONS = 14 * 6
+
+
+# What it costs
+
+
+PRICES = {"price_input": 10.0, "price_output": 100.0}  # 100 prompt and 10 reply tokens: 0.002 a reply
+
+
+def test_an_estimate_sends_nothing_and_counts_what_is_sent_later(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    with scripted(honest) as server:
+        write_project(project, {"url": server.url, "model": "scripted", **PRICES})
+        estimated = tunewright("judge", "--estimate", "-p", project, "--json").document
+        assert server.bodies == []
+        judged = tunewright("judge", "-p", project, "--json").document["judge"]
+        assert estimated["controls"] == CONTROL_QUESTIONS
+        assert estimated["controls"] + estimated["questions"] == len(server.bodies) == judged["spent"]["calls"]
+        characters = sum(len(prompt) for prompt in server.prompts)
+        assert estimated["prompt_tokens"] == pytest.approx(characters / 4, rel=0.01)
+        assert estimated["most_completion_tokens"] == 512 * len(server.bodies)
+        assert judged["spent"]["cost"] == pytest.approx(0.002 * len(server.bodies))
+        again = tunewright("judge", "--estimate", "-p", project, "--json").document
+        assert (again["known"], again["prompt_tokens"], again["most_cost"]) == (len(server.bodies), 0, 0)
+
+
+def test_the_budget_is_not_overdrawn_and_more_of_it_goes_on(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    with scripted(honest) as server:
+        settings = {"url": server.url, "model": "scripted", **PRICES, "budget": 0.3}
+        write_project(project, {**settings, "parameters": {"max_tokens": 10}})
+        ran = tunewright("judge", "-p", project, "--json")
+        assert ran.code == 2
+        assert ran.document["error"]["where"] == "judge.budget"
+        # The last reply leaves less than one more could cost: as many tokens as its prompt has bytes.
+        assert 0.3 - 10 * max(map(len, server.prompts)) / 1e6 - 0.003 < 0.002 * len(server.bodies) <= 0.3
+        recipe = project / "tunewright.yaml"
+        recipe.write_text(recipe.read_text().replace("budget: 0.3", "budget: 3.0"))
+        assert tunewright("judge", "-p", project).code == 0
+        assert len(server.prompts) == len(set(server.prompts))
+
+
+def test_replies_without_counts_are_guessed_and_said_so(tmp_path: Path) -> None:
+    with scripted(honest) as server:
+        server.usage = False
+        write_project(tmp_path / "project", {"url": server.url, "model": "scripted", **PRICES})
+        spent = tunewright("judge", "-p", tmp_path / "project", "--json").document["judge"]["spent"]
+        assert spent["estimated"] == spent["calls"] == len(server.bodies)
+        assert spent["prompt_tokens"] == sum(-(-len(prompt) // 4) for prompt in server.prompts)
+
+
+# The reference model
+
+
+def test_a_reference_models_answers_come_from_a_file_by_pair_key(tmp_path: Path) -> None:
+    items, project = make_items(), tmp_path / "project"
+    with scripted(honest) as server:
+        settings = {"url": server.url, "model": "scripted", "reference_model": {"answers": "others.jsonl"}}
+        evaluation = write_project(project, settings, items)
+        rows = [{"key": i.key, "answer": i.reference if n % 2 else f"**none** {n}"} for n, i in enumerate(items)]
+        write_jsonl(project / "others.jsonl", rows[1:])
+        ran = tunewright("judge", "-p", project, "--json")
+        assert (ran.code, server.bodies) == (2, [])
+        assert f"1 of 60 test items have no answer there, {items[0].key}" in ran.document["error"]["what"]
+        write_jsonl(project / "others.jsonl", [*rows, rows[3]])
+        assert "others.jsonl:61: the key" in tunewright("judge", "-p", project).stderr
+        write_jsonl(project / "others.jsonl", rows)
+        assert tunewright("judge", "-p", project).code == 0
+    section = load_evidence(evaluation).judge
+    assert section is not None
+    assert [(arm.name, arm.correct) for arm in section.arms][2] == ("reference model", 30)
+    against = section.preferences[1]
+    right = [i.answers["tuned"] == i.reference for i in items]
+    assert against.rate.wins == sum(r for n, r in enumerate(right) if n % 2 == 0)
+    assert against.rate.losses == sum(not r for n, r in enumerate(right) if n % 2)
+    assert against.stripped is not None
+    assert (section.reference_model, section.reference_spent) == ("others.jsonl", None)
+
+
+def test_a_reference_model_is_asked_the_test_prompts(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project = tmp_path / "project"
+    with scripted(honest) as server:
+        other = {"url": server.url, "model": "other", "parameters": {"max_tokens": 64}, **PRICES}
+        settings = {"url": server.url, "model": "scripted", "reference_model": other}
+        evaluation = write_project(project, settings)
+        rows = pairs(40)
+        recipe = f"base: {tiny_base_folder}\ndata:\n  system: Give the first word.\n"
+        (project / "tunewright.yaml").write_text(recipe + (project / "tunewright.yaml").read_text())
+        road = package.open(project)
+        road.data.add([write_jsonl(project / "pairs.jsonl", rows)])
+        version = road.data.version()
+        members = {m.example.input_text: m for m in version.members}
+        items = [
+            item.model_copy(update={"key": members[row["prompt"]].key, "input": row["prompt"], "reference": f"r{n}"})
+            for n, (item, row) in enumerate(zip(load_items(evaluation), rows, strict=False))
+        ]
+        write_jsonl(evaluation / "items.jsonl", [item.model_dump(mode="json") for item in items])
+        evidence = json.loads((evaluation / "evidence.json").read_text())
+        evidence["lineage"]["dataset"] = version.digest
+        (evaluation / "evidence.json").write_text(json.dumps(evidence))
+
+        estimated = road.estimate_judge()
+        assert (estimated.reference_answers, server.bodies) == (40, [])
+        section = road.judge().judgement
+        asked = [body for body in server.bodies if body["model"] == "other"]
+        assert sorted(body["messages"][1]["content"] for body in asked) == sorted(row["prompt"] for row in rows)
+        assert all(body["messages"][0] == {"role": "system", "content": "Give the first word."} for body in asked)
+        assert all(body["max_tokens"] == 64 for body in asked)
+        assert read_prompt(server.prompts[-1]).task.startswith("Give the first word.\n\n")
+        assert section.reference_spent is not None
+        assert section.reference_spent.calls == 40
+        assert section.reference_spent.cost == pytest.approx(40 * 0.002)
+        assert estimated.controls + estimated.questions == section.spent.calls
