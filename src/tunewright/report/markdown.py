@@ -6,7 +6,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from tunewright.clock import to_the_second
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence
 from tunewright.evaluation.general.rule import suite_text
 from tunewright.evaluation.general.section import Suite
@@ -139,5 +138,5 @@ def _made_with(evidence: Evidence) -> str:
         value = lineage.get(name)
         digest = value.get("digest") if isinstance(value, dict) else value
         if isinstance(digest, str):
-            told.append(f"{name} {plain(to_the_second(digest) if name == 'created' else digest[:12])}")
+            told.append(f"{name} {plain(digest if name == 'created' else digest[:12])}")
     return f"{', '.join(told)}; margin {100 * evidence.margin:g} points."
