@@ -13,9 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tiny import byte_tokenizer, chat_of
 from tunewright.data.examples import Message
 from tunewright.models.decoding import Request, generate
+from tunewright.recipe import GatewayRecipe
 from tunewright.serving.access import OpenAccess
-from tunewright.serving.app import create_app
+from tunewright.serving.app import Gateway
 from tunewright.serving.engines.peft import PeftEngine
+from tunewright.serving.orders import Texts
 from tunewright.serving.server import serving
 
 TOKENIZER = byte_tokenizer()
@@ -26,6 +28,7 @@ MODELS = {"base": None, "courts": "one", "recipes": "two", "tickets": "three"}
 # Far more than a test waits for: what has this much room and still ends was taken out.
 CONTEXT = 100_000
 NOT_A_TOKEN = 1_000_000
+LIMITS = GatewayRecipe()
 
 
 def render(messages: Sequence[Message]) -> tuple[int, ...]:
@@ -90,13 +93,22 @@ def running_engine(model: Any, max_batch: int = 8, stop_ids: frozenset[int] = ST
         engine.stop()
 
 
+def texts(stops: Sequence[str] = ()) -> Texts:
+    """Between text and ids, as a server has it."""
+    return Texts(render, CHAT.continuation, decode, tuple(stops))
+
+
 @contextmanager
 def running_server(
-    model: Any, max_batch: int = 8, stop_ids: frozenset[int] = STOPS, stops: Sequence[str] = ()
+    model: Any,
+    max_batch: int = 8,
+    stop_ids: frozenset[int] = STOPS,
+    stops: Sequence[str] = (),
+    limits: GatewayRecipe = LIMITS,
 ) -> Iterator[str]:
     """The address of a server over the model, with stop strings of its own."""
     with (
         running_engine(model, max_batch, stop_ids) as engine,
-        serving(create_app(engine, OpenAccess(MODELS), render=render, decode=decode, stops=stops)) as url,
+        serving(Gateway(engine, OpenAccess(MODELS), texts(stops), limits).app) as url,
     ):
         yield url

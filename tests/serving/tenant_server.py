@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from served_model import CONTEXT, STOPS, TOKENIZER, build_base, build_model, decode, render
+from served_model import CONTEXT, LIMITS, STOPS, TOKENIZER, build_base, build_model, texts
 
 from tunewright.adapters.registry import adapter_digest
 from tunewright.errors import UserError
 from tunewright.progress import LogReporter
-from tunewright.serving.app import create_app
+from tunewright.serving.app import Gateway
 from tunewright.serving.engines.peft import PeftEngine
 from tunewright.serving.server import serving
 from tunewright.serving.state import Grounds, State
@@ -93,7 +93,7 @@ def tenant_server(
     told = Told()
     access = TenantAccess(State(state_url), engine, locate, told)
     try:
-        with serving(create_app(engine, access, render=render, decode=decode)) as url:
+        with serving(Gateway(engine, access, texts(), LIMITS).app) as url:
             running = Running(url, engine, told)
             yield running
             for client in running.clients:

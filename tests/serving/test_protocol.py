@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tunewright.serving.protocol import ApiError, parse_request
+from tunewright.serving.protocol import ApiError, ChatRequest, parse_request
 
 TURN = {"role": "user", "content": "x"}
 LEAST = {"model": "m", "messages": [TURN]}
@@ -26,7 +26,7 @@ LEAST = {"model": "m", "messages": [TURN]}
     ],
 )
 def test_what_has_an_effect_is_taken(more: dict[str, Any]) -> None:
-    parse_request(json.dumps(LEAST | more).encode())
+    parse_request(ChatRequest, json.dumps(LEAST | more).encode())
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_what_has_an_effect_is_taken(more: dict[str, Any]) -> None:
 )
 def test_the_field_at_fault_is_named(more: dict[str, Any], param: str) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_request(json.dumps(LEAST | more).encode())
+        parse_request(ChatRequest, json.dumps(LEAST | more).encode())
     assert (caught.value.status, caught.value.param) == (400, param)
     assert param in caught.value.message
 
@@ -68,12 +68,12 @@ def test_the_field_at_fault_is_named(more: dict[str, Any], param: str) -> None:
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"null", b'"x"'])
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_request(body)
+        parse_request(ChatRequest, body)
     assert caught.value.status == 400
 
 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(ApiError) as caught:
-        parse_request(json.dumps({"tools": [], "n": 3, "model": "m"}).encode())
+        parse_request(ChatRequest, json.dumps({"tools": [], "n": 3, "model": "m"}).encode())
     for fault in ("tools is not supported here", "n: Input should be 1", "messages is missing"):
         assert fault in caught.value.message

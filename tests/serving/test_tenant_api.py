@@ -18,7 +18,7 @@ from served_model import CONTEXT, build_model, expected_answer
 from states import raw
 from tenant_server import SHIP, Running, Stored, deploy, store_adapters, tenant_server
 
-from tunewright.serving.protocol import parse_request
+from tunewright.serving.protocol import ChatRequest, parse_request
 from tunewright.serving.state import Candidate, Limits, State
 from tunewright.serving.tenancy import falls_to
 
@@ -329,7 +329,9 @@ def _conversation(first: str, turns: int = 0) -> Any:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": first}]
     for turn in range(turns):
         messages += [{"role": "assistant", "content": f"a{turn}"}, {"role": "user", "content": f"u{turn}"}]
-    return parse_request(httpx.Request("POST", "http://x", json={"model": "m", "messages": messages}).content)
+    return parse_request(
+        ChatRequest, httpx.Request("POST", "http://x", json={"model": "m", "messages": messages}).content
+    )
 
 
 @given(first=st.text(min_size=1), turns=st.integers(1, 3), low=st.floats(0.01, 0.5), more=st.floats(0, 0.4))

@@ -94,6 +94,16 @@ class ChatFormat:
         self._check_control(text, messages, generation_prompt=True)
         return self.tokens([self._layout(text, cuts, [], stands_for)])[0].ids
 
+    def continuation(self, text: str) -> tuple[int, ...]:
+        """Ids of text to go on from as it stands, without the template; what looks like a control token stays text.
+
+        Raises:
+            UserError: the tokenizer makes a control token out of plain text.
+        """
+        start = " " if self.encoder.space_first and not text.startswith(" ") else ""
+        ((_, ids),) = self.encoder.ids([start + text]).items()
+        return (self.bos_id, *ids) if self.adds_bos else tuple(ids)
+
     def user_turn(self) -> UserTurn:
         """How the first user turn begins and ends, after whatever system turn the template writes by itself."""
         mark = "\ue000"  # private use: no template writes it, and none takes it for white space

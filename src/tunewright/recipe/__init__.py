@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from tunewright.recipe.advise import AdviseRecipe, PriceRecipe
 from tunewright.recipe.constrain import ConstrainRecipe
 from tunewright.recipe.data import DataRecipe, Findable, MixRecipe
+from tunewright.recipe.gateway import GatewayRecipe
 from tunewright.recipe.general import GeneralRecipe
 from tunewright.recipe.judge import EndpointRecipe, JudgeRecipe, ReferenceModelRecipe
 from tunewright.recipe.metrics import Metric, MetricName, metric_name
@@ -30,6 +31,7 @@ __all__ = [
     "EngineName",
     "EvaluateRecipe",
     "Findable",
+    "GatewayRecipe",
     "GeneralRecipe",
     "JudgeRecipe",
     "Metric",
@@ -257,3 +259,4 @@ class Recipe(Section):
     general: GeneralRecipe = GeneralRecipe()
     judge: JudgeRecipe = JudgeRecipe()
     serve: ServeRecipe = ServeRecipe()
+    gateway: GatewayRecipe = GatewayRecipe()

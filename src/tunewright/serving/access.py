@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from tunewright.serving.protocol import ApiError, ChatRequest
+from tunewright.serving.protocol import AnyRequest, ApiError
 from tunewright.serving.state.meter import Used
 
 
@@ -64,7 +64,7 @@ class Visitor(Protocol):
     def models(self) -> list[str]:
         """The names that it may ask for."""
 
-    def target(self, chat: ChatRequest) -> Target:
+    def target(self, asked: AnyRequest) -> Target:
         """What answers its request.
 
         Raises:
@@ -127,11 +127,11 @@ class OpenAccess:
     def models(self) -> list[str]:
         return list(self._models)
 
-    def target(self, chat: ChatRequest) -> Target:
-        if chat.model not in self._models:
-            message = f"The model {chat.model} does not exist; there are: {', '.join(self._models)}."
+    def target(self, asked: AnyRequest) -> Target:
+        if asked.model not in self._models:
+            message = f"The model {asked.model} does not exist; there are: {', '.join(self._models)}."
             raise ApiError(message, status=404, param="model", code="model_not_found")
-        return Target(chat.model, self._models[chat.model])
+        return Target(asked.model, self._models[asked.model])
 
     async def admit(self, target: Target, tokens: int) -> Admission:  # noqa: ARG002 - nothing is counted here
         return Admission(settle=lambda _used: None)

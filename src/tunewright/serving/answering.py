@@ -8,15 +8,18 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from tunewright.models.decoding import Finish, Request
+from tunewright.models.requests import Finish
 from tunewright.models.text_stream import Decode, TextStream
-from tunewright.serving.access import Admission, Target
+from tunewright.recipe import GatewayRecipe
+from tunewright.serving.access import Admission
 from tunewright.serving.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.fairness import FairQueue
-from tunewright.serving.protocol import Usage
+from tunewright.serving.orders import Order
+from tunewright.serving.protocol import ApiError
 from tunewright.serving.state.meter import Outcome, Used
 
-_Outcome = Delta | RequestFailedError | EngineStoppedError
+_Event = Delta | RequestFailedError | EngineStoppedError | ApiError | None
+"""What happens to a request; None: its turn has come."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +32,28 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Order:
-    """A request that has passed all checks."""
+class _Late:
+    """A moment at which a request will have taken too long; by the monotonic clock."""
 
-    target: Target
-    request: Request
-    stops: tuple[str, ...]
-    include_usage: bool
+    at: float
+    code: str
+    message: str
 
-    def usage(self, last: Piece) -> Usage:
-        """OpenAI's ``usage`` of the whole answer."""
-        return Usage(len(self.request.prompt_ids), last.tokens)
+    @property
+    def error(self) -> ApiError:
+        """What its client is told: 503 where nothing has been done for it yet, so that it may as well ask again."""
+        if self.code == "queue_timeout":
+            return ApiError(self.message, status=503, code=self.code, headers={"Retry-After": "1"})
+        return ApiError(self.message, status=504, code=self.code)
 
 
 class Answering:
     """An admitted request.
 
     Args:
+        limits: how long it waits for what.
         tenant: whose turn it waits for.
-        arrived: by the monotonic clock.
+        arrived: by the monotonic clock, which event loops have, too.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class Answering:
         decode: Decode,
         order: Order,
         admission: Admission,
+        limits: GatewayRecipe,
         tenant: str,
         arrived: float,
     ) -> None:
@@ -65,10 +72,13 @@ class Answering:
         self._queue = queue
         self._decode = decode
         self.admission = admission
-        self._tenant = tenant
+        self._limits = limits
+        self.tenant = tenant
         self._arrived = arrived
         self._turn: float | None = None
         self._first: float | None = None
+        self._last: float | None = None
+        self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._tokens = 0
         self._outcome: Outcome = "hung up"
         self._settled = False
@@ -79,23 +89,29 @@ class Answering:
         """Whether there is a whole answer, in ``text``."""
         return self._outcome in ("stop", "length")
 
+    @property
+    def waits(self) -> bool:
+        """Whether its turn has not come yet."""
+        return self._turn is None
+
+    def abandon(self, error: ApiError) -> None:
+        """End it, once what has been computed has been given out; who waits for it is told why."""
+        self._events.put_nowait(error)
+
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answer's text as it comes; leaving early takes the row out of the batch.
 
         Raises:
             RequestFailedError: this request could not be computed.
             EngineStoppedError: the engine has stopped, before or meanwhile.
+            ApiError: 503 or 504, it has taken too long or was abandoned.
         """
-        deltas: asyncio.Queue[_Outcome] = asyncio.Queue()
         # A task of its own, so that a client that reads slowly does not keep its place at the engine.
-        asking = asyncio.create_task(self._ask(deltas))
+        asking = asyncio.create_task(self._ask())
         text, tokens = TextStream(self._decode, self.order.stops), 0
         try:
             while True:
-                delta = await deltas.get()
-                if not isinstance(delta, Delta):
-                    self._outcome = "failed"
-                    raise delta
+                delta = await self._next_delta()
                 new = ""
                 for token in delta.ids:
                     tokens += 1
@@ -120,23 +136,64 @@ class Answering:
         pieces = [piece async for piece in self.pieces()]
         return "".join(piece.text for piece in pieces), pieces[-1]
 
-    async def _ask(self, deltas: asyncio.Queue[_Outcome]) -> None:
+    async def _next_delta(self) -> Delta:
+        while True:
+            late = self._lateness()
+            try:
+                async with asyncio.timeout_at(late.at):
+                    event = await self._events.get()
+            except TimeoutError:
+                if self._lateness() != late:
+                    continue  # something has happened in that very moment
+                self._outcome = "timed out"
+                raise late.error from None
+            if isinstance(event, Delta):
+                return event
+            if event is not None:
+                self._outcome = "failed"
+                raise event
+
+    def _lateness(self) -> _Late:
+        """When it will have taken too long for what it waits for now."""
+        limits = self._limits
+        total = _Late(self._arrived + limits.total_s, "total_timeout", f"The answer took over {limits.total_s:g} s.")
+        if self._turn is None:
+            next_one = _Late(
+                self._arrived + limits.queue_s, "queue_timeout", f"Its turn did not come within {limits.queue_s:g} s."
+            )
+        elif self._last is None:
+            next_one = _Late(
+                self._turn + limits.first_token_s,
+                "first_token_timeout",
+                f"The first token did not come within {limits.first_token_s:g} s.",
+            )
+        else:
+            next_one = _Late(
+                self._last + limits.between_tokens_s,
+                "idle_timeout",
+                f"The next token did not come within {limits.between_tokens_s:g} s.",
+            )
+        return min(next_one, total, key=lambda late: late.at)
+
+    async def _ask(self) -> None:
         try:
-            async with self._queue.place(self._tenant):
+            async with self._queue.place(self.tenant):
                 self._turn = time.monotonic()
-                self._queue.charge(self._tenant, prompt=len(self.order.request.prompt_ids))
-                async with aclosing(self._engine.stream(self.order.request, whose=self._tenant)) as stream:
+                self._events.put_nowait(None)
+                self._queue.charge(self.tenant, prompt=len(self.order.request.prompt_ids))
+                async with aclosing(self._engine.stream(self.order.request, whose=self.tenant)) as stream:
                     async for delta in stream:
                         self._count(delta)
-                        deltas.put_nowait(delta)
+                        self._events.put_nowait(delta)
         except (RequestFailedError, EngineStoppedError) as error:
-            deltas.put_nowait(error)
+            self._events.put_nowait(error)
 
     def _count(self, delta: Delta) -> None:
-        if delta.ids and self._first is None:
-            self._first = time.monotonic()
+        if delta.ids:
+            self._last = time.monotonic()
+            self._first = self._first or self._last
         self._tokens += len(delta.ids)
-        self._queue.charge(self._tenant, answer=len(delta.ids))
+        self._queue.charge(self.tenant, answer=len(delta.ids))
 
     def settle(self) -> None:
         """Tell what the request came to; more calls than one tell nothing new."""

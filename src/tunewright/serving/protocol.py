@@ -1,16 +1,16 @@
-"""The part of OpenAI's chat completions protocol that is spoken here: requests in, answers and errors out.
+"""The part of OpenAI's protocol that is spoken here: requests in, errors out (answers: envelopes.py).
 
-https://platform.openai.com/docs/api-reference/chat. A field that would be ignored is refused by name instead.
+https://platform.openai.com/docs/api-reference/chat and /completions. Only the fields that are listed here are taken, by
+whichever engine. Any other is refused by name: one that would be ignored, and one that is the server's alone to set
+(``cache_salt``, ``priority``, ``lora_request``, …).
 """
 
 from __future__ import annotations
 
-import time
 import unicodedata
-import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -93,19 +93,17 @@ def _one_stop(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class ChatRequest(_Part):
-    """The body of ``POST /v1/chat/completions``.
+class _AnyRequest(_Part):
+    """What both routes take.
 
     Two defaults differ from OpenAI's: the temperature is 0 (a domain model gives its one best answer unless asked for
     variety), and so ``top_p`` says nothing without a temperature and is refused then.
     """
 
     model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -114,10 +112,7 @@ class ChatRequest(_Part):
     user: str | None = None  # the caller's own label: by definition without effect
 
     @model_validator(mode="after")
-    def _no_field_without_effect(self) -> ChatRequest:
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            message = "max_tokens and max_completion_tokens mean the same and differ here: give one of them."
-            raise ApiError(message, param="max_tokens", code="invalid_value")
+    def _no_field_without_effect(self) -> Self:
         if self.temperature is None and self.top_p not in (None, 1.0):
             message = "top_p has no effect without a temperature, which is 0 here unless given: give both."
             raise ApiError(message, param="top_p", code="invalid_value")
@@ -127,27 +122,99 @@ class ChatRequest(_Part):
         return self
 
     @property
+    def include_usage(self) -> bool:
+        """Whether a stream is to end with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(_AnyRequest):
+    """The body of ``POST /v1/chat/completions``."""
+
+    usual_tokens: ClassVar[None] = None
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            message = "max_tokens and max_completion_tokens mean the same and differ here: give one of them."
+            raise ApiError(message, param="max_tokens", code="invalid_value")
+        return self
+
+    @property
     def token_limit(self) -> int | None:
-        """The most tokens that the answer may have; None: as many as the context has room for."""
+        """The most tokens that the answer may have; None: as many as there is room for."""
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
+    @property
+    def beginning(self) -> list[list[str]]:
+        """The conversation up to the user's first turn: all its later requests have it in common."""
+        beginning = []
+        for message in self.messages:
+            beginning.append([message.role, message.as_message().content])
+            if message.role == "user":
+                break
+        return beginning
 
-def parse_request(body: bytes) -> ChatRequest:
+
+def _one_prompt(prompt: Any) -> Any:
+    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+
+
+class CompletionRequest(_AnyRequest):
+    """The body of ``POST /v1/completions``: text to go on from, without the chat template."""
+
+    usual_tokens: ClassVar[int] = 16
+    """As OpenAI's own, where the request does not say how many."""
+
+    prompt: Annotated[str, Field(min_length=1), BeforeValidator(_one_prompt)]
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens that the answer may have; None: :attr:`usual_tokens`."""
+        return self.max_tokens
+
+    @property
+    def text(self) -> str:
+        """The prompt in Unicode's composed form, as in datasets."""
+        return unicodedata.normalize("NFC", self.prompt)
+
+    @property
+    def beginning(self) -> list[list[str]]:
+        """All of it: nothing is known to go on from it."""
+        return [["prompt", self.text]]
+
+
+AnyRequest = ChatRequest | CompletionRequest
+
+R = TypeVar("R", ChatRequest, CompletionRequest)
+
+_TOLD_FAULTS = 10
+_TOLD_CHARACTERS = 100
+
+
+def parse_request(kind: type[R], body: bytes) -> R:
     """Validate a request's body.
 
     Raises:
         ApiError: 400, naming the fields at fault.
     """
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
-        faults = [_fault(details) for details in error.errors(include_url=False)]
+        errors = error.errors(include_url=False, include_input=False)
+        faults = [_fault(details) for details in errors[:_TOLD_FAULTS]]
         message = " ".join(fault.message for fault in faults)
+        if len(errors) > _TOLD_FAULTS:
+            message += f" And {len(errors) - _TOLD_FAULTS} more."
         raise ApiError(message, param=faults[0].param, code=faults[0].code) from error
 
 
 def _fault(details: ErrorDetails) -> ApiError:
     param = ".".join(map(str, details["loc"])) or None
+    if param is not None and len(param) > _TOLD_CHARACTERS:  # a client's own words: no answer is longer than it asked
+        param = f"{param[:_TOLD_CHARACTERS]}…"
     if details["type"] == "json_invalid":
         return ApiError(f"The body is not valid JSON: {details['msg']}.", code="invalid_json")
     if details["type"] == "extra_forbidden":
@@ -173,42 +240,4 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
-        }
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """What all documents about one answer have in common."""
-
-    model: str
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def completion(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
-        """A whole answer."""
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "logprobs": None,
-            "finish_reason": finish,
-        }
-        return self._document("chat.completion", [choice], usage=usage.as_dict())
-
-    def chunk(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
-        """One piece of a streamed answer."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return self._document("chat.completion.chunk", [choice])
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The piece after the last, for who asked for it."""
-        return self._document("chat.completion.chunk", [], usage=usage.as_dict())
-
-    def _document(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            **more,
         }

@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
 
 from tunewright.errors import UserError
 
-# How long answers under way may take to come to their end when the server stops; a second Ctrl-C does not wait.
 DRAIN_SECONDS = 30
+_FAREWELL_SECONDS = 5
+"""How long clients may take to read what they are told at the end."""
 
 
-def serve(app: Starlette, host: str, port: int, *, on_ready: Callable[[str], None] = lambda _url: None) -> None:
+class Drain(Protocol):
+    """What ends an application in good order."""
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have come and are not answered."""
+
+    def drain(self) -> None:
+        """Take no further requests. Called in a signal's handler."""
+
+    def abandon(self) -> None:
+        """End the requests under way."""
+
+
+def serve(
+    app: Starlette,
+    host: str,
+    port: int,
+    *,
+    drain: Drain | None = None,
+    drain_seconds: float = DRAIN_SECONDS,
+    on_ready: Callable[[str], None] = lambda _url: None,
+) -> None:
     """Serve until Ctrl-C or SIGTERM; answers under way are finished first. Call it from the main thread.
 
     Args:
+        drain: is told to stop, and the server goes on listening until nothing is under way, so that who asks meanwhile
+            is refused in words.
+        drain_seconds: how long answers under way may take to come to their end; the second signal ends them at once.
         on_ready: told the server's address once it takes connections.
 
     Raises:
         UserError: the address cannot be listened on.
     """
     listener = _listen(host, port)
-    server = _Server(app, lambda: on_ready(_url(listener)))
+    server = _Server(app, lambda: on_ready(_url(listener)), drain, drain_seconds)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
@@ -59,15 +89,45 @@ def serving(app: Starlette, host: str = "127.0.0.1", port: int = 0) -> Iterator[
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which says when it is ready."""
+    """uvicorn's server, which says when it is ready, and drains before it closes."""
 
-    def __init__(self, app: Starlette, on_ready: Callable[[], None]) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=DRAIN_SECONDS))
+    def __init__(
+        self,
+        app: Starlette,
+        on_ready: Callable[[], None],
+        drain: Drain | None = None,
+        drain_seconds: float = DRAIN_SECONDS,
+    ) -> None:
+        grace = math.ceil(drain_seconds) if drain is None else _FAREWELL_SECONDS
+        super().__init__(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=grace))
         self._on_ready = on_ready
+        self._drain = drain
+        self._drain_seconds = drain_seconds
+        self._until: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._drain is None or not self.started or self.should_exit:
+            super().handle_exit(sig, frame)
+            return
+        self._captured_signals.append(sig)
+        if self._until is None:
+            self._drain.drain()
+            self._until = time.monotonic() + self._drain_seconds
+        else:
+            self._until = time.monotonic()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._drain is not None and self._until is not None:
+            if not self._drain.under_way:
+                self.should_exit = True
+            elif time.monotonic() >= self._until:
+                self._drain.abandon()
+                self.should_exit = True
+        return await super().on_tick(counter)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -16,9 +16,10 @@ from tunewright.models.bases import Base
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.access import OpenAccess
-from tunewright.serving.app import create_app
+from tunewright.serving.app import Gateway
 from tunewright.serving.engines.start import Wanted, load_all, start_engine
 from tunewright.serving.isolation import TOLERANCE, Digest, Ids, IsolationResult, check_isolation
+from tunewright.serving.orders import Texts
 from tunewright.serving.server import serve, serving
 from tunewright.serving.state import State
 from tunewright.serving.tenancy import TenantAccess
@@ -91,9 +92,8 @@ class Service:
             if isinstance(served, Tenancy)
             else OpenAccess({base.spec: None, **digests})
         )
-        self._app = create_app(
-            self._engine, self._access, render=chat.prompt, decode=chat.text, stops=stop_strings(recipe, chat)
-        )
+        texts = Texts(chat.prompt, chat.continuation, chat.text, stop_strings(recipe, chat))
+        self._gateway = Gateway(self._engine, self._access, texts, recipe.gateway)
 
     @property
     def models(self) -> list[str]:
@@ -146,7 +146,14 @@ class Service:
             UserError: the address cannot be listened on.
         """
         try:
-            serve(self._app, self.host, self.port, on_ready=on_ready)
+            serve(
+                self._gateway.app,
+                self.host,
+                self.port,
+                drain=self._gateway,
+                drain_seconds=self._recipe.gateway.drain_s,
+                on_ready=on_ready,
+            )
         finally:
             self._engine.stop()
 
@@ -158,7 +165,7 @@ class Service:
             UserError: the address cannot be listened on.
         """
         try:
-            with serving(self._app, self.host, self.port) as url:
+            with serving(self._gateway.app, self.host, self.port) as url:
                 yield url
         finally:
             self._engine.stop()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import replace
 
 from tunewright.models.text_stream import Decode
+from tunewright.recipe import GatewayRecipe
 from tunewright.serving.access import Admission, Shadow
 from tunewright.serving.answering import Answering
 from tunewright.serving.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.fairness import FairQueue
+from tunewright.serving.protocol import ApiError
 
 AT_ONCE = 4
 """Further requests are not asked of the shadow while so many are; the record says so."""
@@ -22,10 +23,11 @@ _TURN = " shadows"
 class Shadows:
     """Asks candidates, a few at once; what goes wrong there goes wrong there only."""
 
-    def __init__(self, engine: Engine, queue: FairQueue, decode: Decode) -> None:
+    def __init__(self, engine: Engine, queue: FairQueue, decode: Decode, limits: GatewayRecipe) -> None:
         self._engine = engine
         self._queue = queue
         self._decode = decode
+        self._limits = limits
         self._asking: set[asyncio.Task[None]] = set()
 
     def ask(self, answered: Answering) -> None:
@@ -51,13 +53,14 @@ class Shadows:
     async def _ask(self, answered: Answering, shadow: Shadow) -> None:
         order = replace(answered.order, request=replace(answered.order.request, adapter=shadow.digest))
         admission = Admission(settle=lambda _used: None)
-        asked = Answering(self._engine, self._queue, self._decode, order, admission, _TURN, time.monotonic())
+        now = asyncio.get_running_loop().time()
+        asked = Answering(self._engine, self._queue, self._decode, order, admission, self._limits, _TURN, now)
         why: str | None = None
         try:
             await asked.answer()
         except asyncio.CancelledError:
             why = "the server ended"
-        except (RequestFailedError, EngineStoppedError) as error:
+        except (ApiError, RequestFailedError, EngineStoppedError) as error:
             why = str(error)
         finally:
             shadow.record(answered.text, None if why else asked.text, why)

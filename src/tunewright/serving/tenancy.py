@@ -26,7 +26,7 @@ from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.serving.access import Admission, Shadow, Target
 from tunewright.serving.engines.protocol import AdapterFailedError, EngineStoppedError
-from tunewright.serving.protocol import ApiError, ChatRequest
+from tunewright.serving.protocol import AnyRequest, ApiError
 from tunewright.serving.state import (
     Caller,
     InvalidKeyError,
@@ -282,19 +282,19 @@ class TenantVisitor:
         """The aliases that its key opens and that are live."""
         return [alias for alias in self.access.names if alias in self.caller.aliases]
 
-    def target(self, chat: ChatRequest) -> Target:
+    def target(self, asked: AnyRequest) -> Target:
         """What its alias stands for; one that is not there and one that is another's look the same."""
-        release = self.access.route(chat.model) if chat.model in self.caller.aliases else None
+        release = self.access.route(asked.model) if asked.model in self.caller.aliases else None
         if release is None:
-            message = f"The model {chat.model} does not exist, or you have no access to it."
+            message = f"The model {asked.model} does not exist, or you have no access to it."
             raise ApiError(message, status=404, param="model", code="model_not_found")
         digest, shadow = release.digest, None
         if release.candidate is not None:
             if release.candidate.share is None:
                 shadow = release.candidate.digest
-            elif falls_to(self.caller.tenant, chat, release.candidate.digest, release.candidate.share):
+            elif falls_to(self.caller.tenant, asked, release.candidate.digest, release.candidate.share):
                 digest = release.candidate.digest
-        return Target(chat.model, digest, release.id, shadow)
+        return Target(asked.model, digest, release.id, shadow)
 
     async def admit(self, target: Target, tokens: int) -> Admission:
         """Reserve what the request may come to."""
@@ -309,18 +309,13 @@ class TenantVisitor:
         return Admission(settle=lambda used: self.access.settle(number, digest, used), shadow=shadow)
 
 
-def falls_to(tenant: str, chat: ChatRequest, digest: str, share: float) -> bool:
+def falls_to(tenant: str, asked: AnyRequest, digest: str, share: float) -> bool:
     """Whether a canary of this share answers: the same for all turns of a conversation, and on every server.
 
     It goes by a hash of the conversation's beginning, up to the user's first turn. Whoever was in a share is in a
     larger one of the same adapter, too.
     """
-    beginning = []
-    for message in chat.messages:
-        beginning.append([message.role, message.as_message().content])
-        if message.role == "user":
-            break
-    hashed = hashlib.sha256(canonical_json([digest, tenant, beginning]).encode()).digest()
+    hashed = hashlib.sha256(canonical_json([digest, tenant, asked.beginning]).encode()).digest()
     return int.from_bytes(hashed[:8]) < share * 2**64
 
 

@@ -95,6 +95,11 @@ class PeftEngine:
         return self._stopped
 
     @property
+    def dead(self) -> bool:
+        """Whether it has stopped: it does not start again."""
+        return self._stopped is not None
+
+    @property
     def under_way(self) -> tuple[int, int]:
         """Requests that decode now, and requests that wait."""
         with self._changed:

@@ -51,6 +51,10 @@ class Engine(Protocol):
         """Why it answers nothing now, or None while it does."""
 
     @property
+    def dead(self) -> bool:
+        """Whether it stays stopped, so that the server has to be started again."""
+
+    @property
     def under_way(self) -> tuple[int, int]:
         """Requests at work, and requests that wait inside the engine."""
 

@@ -23,7 +23,7 @@ WINDOW_SECONDS = 60.0
 LOST_SECONDS = 45.0
 """A server that has not been seen for so long is dead, and what it had under way no longer counts."""
 
-Outcome = Literal["stop", "length", "hung up", "failed", "refused", "lost"]
+Outcome = Literal["stop", "length", "hung up", "timed out", "failed", "refused", "lost"]
 
 
 class LimitExceededError(Exception):

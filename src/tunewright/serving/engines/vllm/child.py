@@ -67,6 +67,7 @@ class Child:
         self._first_failure: str | None = None
         self._stopping = threading.Event()
         self.starts = 0
+        self.given_up = False
         # One thread starts it and waits for it: Linux ends the child when the *thread* that started it ends.
         self._thread = threading.Thread(target=self._keep_running, name="tunewright-vllm", daemon=True)
         self._thread.start()
@@ -140,6 +141,7 @@ class Child:
             failures = 1 if time.monotonic() - last > _CALM else failures + 1
             last = time.monotonic()
             if failures >= GIVE_UP:
+                self.given_up = True
                 self._set_trouble(f"vLLM has died {failures} times in a row and the server must be restarted.")
                 self._reporter.warn(f"{self._trouble} The end of its log:\n{self.said()}")
                 return

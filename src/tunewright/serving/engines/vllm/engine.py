@@ -134,6 +134,11 @@ class VllmEngine:
         return self.child.trouble
 
     @property
+    def dead(self) -> bool:
+        """Whether vLLM has died too often to be started again."""
+        return self.child.given_up
+
+    @property
     def under_way(self) -> tuple[int, int]:
         """Requests at the engine, and 0: which of them decode only vLLM knows."""
         return self._running, 0

@@ -1,0 +1,138 @@
+"""From a request to what an engine is asked: rendered to token ids, and no larger than the gateway takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from tunewright.data.examples import Message
+from tunewright.errors import UserError
+from tunewright.models.requests import Request
+from tunewright.models.text_stream import Decode
+from tunewright.recipe import GatewayRecipe
+from tunewright.serving.access import Target
+from tunewright.serving.fairness import FairQueue
+from tunewright.serving.protocol import AnyRequest, ApiError, ChatRequest, Usage
+
+Ids = tuple[int, ...]
+
+_BYTES_PER_TOKEN = 16
+_SPARE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How text becomes token ids and token ids text, on one base.
+
+    Args:
+        render: from messages to prompt ids with the base's chat template: the function that training uses. A UserError
+            from it is answered with 400.
+        continuation: from text to go on from to its ids, without the template. A UserError from it, too.
+        decode: from answer ids to text, special tokens left out.
+        stops: texts that end every answer to messages, beside those that a request names.
+    """
+
+    render: Callable[[Sequence[Message]], Ids]
+    continuation: Callable[[str], Ids]
+    decode: Decode
+    stops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request that has passed all checks."""
+
+    target: Target
+    request: Request
+    stops: tuple[str, ...]
+    include_usage: bool
+
+    def usage(self, tokens: int) -> Usage:
+        """OpenAI's ``usage`` of an answer of so many tokens."""
+        return Usage(len(self.request.prompt_ids), tokens)
+
+
+class Orders:
+    """Makes orders of requests.
+
+    Args:
+        context: the most tokens that prompt and answer may have together.
+    """
+
+    def __init__(self, texts: Texts, limits: GatewayRecipe, context: int) -> None:
+        self._texts = texts
+        self._limits = limits
+        self._context = context
+        self.body_bytes = limits.body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
+        # Half a second for a long prompt: beside the event loop, or everybody's answers would pause. One thread, since
+        # tokenizers are not made for several; and tenants in turn, so that nobody waits for another's many prompts.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunewright-render")
+        self._turns = FairQueue(1)
+
+    async def prompt(self, asked: AnyRequest, whose: str) -> Ids:
+        """The prompt's token ids.
+
+        Raises:
+            ApiError: 400, the template refuses the messages, or there are too many.
+        """
+        if isinstance(asked, ChatRequest) and len(asked.messages) > self._limits.messages:
+            message = f"There are {len(asked.messages)} messages, and at most {self._limits.messages} are taken."
+            raise ApiError(message, param="messages", code="too_many_messages")
+        async with self._turns.place(whose):
+            self._turns.charge(whose, prompt=_characters(asked))
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._thread, self._ids, asked)
+            except UserError as error:
+                subject = _subject(asked)
+                raise ApiError(str(error), param=subject, code=f"invalid_{subject}") from error
+
+    def order(self, asked: AnyRequest, target: Target, prompt: Ids) -> Order:
+        """What the engine is asked.
+
+        Raises:
+            ApiError: 400, prompt or answer would be longer than is taken.
+        """
+        self._require_short(asked, prompt)
+        room = max(1, self._context - len(prompt))
+        limit = asked.token_limit or min(room, self._limits.answer_tokens or room, asked.usual_tokens or room)
+        if len(prompt) + limit > self._context:
+            message = (
+                f"The context has room for {self._context} tokens; the prompt has {len(prompt)} and the answer may have"
+                f" {limit}."
+            )
+            raise ApiError(message, param=_subject(asked), code="context_length_exceeded")
+        request = Request(
+            prompt,
+            target.digest,
+            max_new_tokens=limit,
+            temperature=asked.temperature or 0.0,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            seed=asked.seed,
+        )
+        stops = self._texts.stops if isinstance(asked, ChatRequest) else ()
+        return Order(target, request, (*stops, *(asked.stop or ())), asked.include_usage)
+
+    def _ids(self, asked: AnyRequest) -> Ids:
+        if isinstance(asked, ChatRequest):
+            return self._texts.render([message.as_message() for message in asked.messages])
+        return self._texts.continuation(asked.text)
+
+    def _require_short(self, asked: AnyRequest, prompt: Ids) -> None:
+        if (most := self._limits.prompt_tokens) is not None and len(prompt) > most:
+            message = f"The prompt has {len(prompt)} tokens, and at most {most} are taken."
+            raise ApiError(message, param=_subject(asked), code="prompt_too_long")
+        if (most := self._limits.answer_tokens) is not None and (asked.token_limit or 0) > most:
+            message = f"max_tokens is {asked.token_limit}, and at most {most} are given."
+            raise ApiError(message, param="max_tokens", code="max_tokens_too_large")
+
+
+def _subject(asked: AnyRequest) -> str:
+    return "messages" if isinstance(asked, ChatRequest) else "prompt"
+
+
+def _characters(asked: AnyRequest) -> int:
+    if isinstance(asked, ChatRequest):
+        return sum(len(part.text) for message in asked.messages for part in message.content)
+    return len(asked.prompt)
