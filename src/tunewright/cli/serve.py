@@ -69,8 +69,10 @@ def serve(
 
         def started(url: str) -> None:
             models = "\n".join(f"  {name}" for name in service.models)
+            metrics = f"For Prometheus: {service.metrics_url}\n" if service.metrics_url else ""
             current.show(
-                {"url": url, "models": service.models}, f"Serving at {url}/v1\n{models}\nCtrl-C stops the server."
+                {"url": url, "models": service.models, "metrics": service.metrics_url},
+                f"Serving at {url}/v1\n{models}\n{metrics}Ctrl-C stops the server.",
             )
 
         service.run(started)

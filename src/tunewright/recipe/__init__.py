@@ -209,6 +209,16 @@ class ServeRecipe(Section):
             "install vllm` has made its environment."
         ),
     ] = "peft"
+    metrics_port: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65535,
+            description="A port of its own for Prometheus (0: any free one; null: none). Whoever reaches it reads the "
+            "names of all tenants.",
+        ),
+    ] = None
+    metrics_host: Annotated[str, Field(description="The address that Prometheus may ask on.")] = "127.0.0.1"
     max_batch: Annotated[int, Field(ge=1, description="Conversations generated at once, over all adapters.")] = 16
     spare_adapters: Annotated[
         int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tunewright.serving.protocol import AnyRequest, ApiError
 from tunewright.serving.state.meter import Used
@@ -22,6 +22,18 @@ class Target:
     release_id: int | None = None
     shadow: str | None = None
     """The digest of an adapter that is asked the same, and not heard."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """What answers to an alias, or is tried beside it."""
+
+    alias: str
+    digest: str | None
+    """None: the base."""
+    role: Literal["live", "canary", "shadow"]
+    number: int
+    """The release's; 0 where there are no releases."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,14 @@ class Access(Protocol):
     def names(self) -> list[str]:
         """All that can be asked for by whoever may."""
 
+    @property
+    def released(self) -> list[Released]:
+        """What they stand for at this moment; asked from any thread."""
+
+    @property
+    def resident(self) -> list[str]:
+        """Digests of the adapters that are loaded; asked from any thread."""
+
     def running(self) -> AbstractAsyncContextManager[None]:
         """What has to run beside the server."""
 
@@ -116,6 +136,14 @@ class OpenAccess:
     @property
     def names(self) -> list[str]:
         return list(self._models)
+
+    @property
+    def released(self) -> list[Released]:
+        return [Released(name, digest, "live", 0) for name, digest in self._models.items()]
+
+    @property
+    def resident(self) -> list[str]:
+        return sorted({digest for digest in self._models.values() if digest is not None})
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

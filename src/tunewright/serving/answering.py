@@ -195,19 +195,19 @@ class Answering:
         self._tokens += len(delta.ids)
         self._queue.charge(self.tenant, answer=len(delta.ids))
 
-    def settle(self) -> None:
-        """Tell what the request came to; more calls than one tell nothing new."""
+    def settle(self) -> Used | None:
+        """Tell what the request came to; more calls than one tell nothing new, and give None."""
         if self._settled:
-            return
+            return None
         self._settled = True
         now = time.monotonic()
-        self.admission.settle(
-            Used(
-                prompt_tokens=0 if self._turn is None else len(self.order.request.prompt_ids),
-                completion_tokens=self._tokens,
-                queued_s=(self._turn or now) - self._arrived,
-                first_token_s=None if self._first is None else self._first - self._arrived,
-                total_s=now - self._arrived,
-                outcome=self._outcome,
-            )
+        used = Used(
+            prompt_tokens=0 if self._turn is None else len(self.order.request.prompt_ids),
+            completion_tokens=self._tokens,
+            queued_s=(self._turn or now) - self._arrived,
+            first_token_s=None if self._first is None else self._first - self._arrived,
+            total_s=now - self._arrived,
+            outcome=self._outcome,
         )
+        self.admission.settle(used)
+        return used

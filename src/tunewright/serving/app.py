@@ -15,13 +15,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tunewright.recipe import GatewayRecipe
-from tunewright.serving.access import Access, Visitor
+from tunewright.serving.access import Access
 from tunewright.serving.answering import Answering
 from tunewright.serving.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.envelopes import ChatEnvelope, CompletionEnvelope, Envelope
 from tunewright.serving.fairness import FairQueue
-from tunewright.serving.orders import Order, Orders, Texts
-from tunewright.serving.protocol import ApiError, ChatRequest, CompletionRequest, parse_request
+from tunewright.serving.metrics import Metrics, Now
+from tunewright.serving.orders import Orders, Texts
+from tunewright.serving.protocol import AnyRequest, ApiError, ChatRequest, CompletionRequest, parse_request
 from tunewright.serving.sending import FAREWELL_SECONDS, Stream, as_api_error, events, read_body, unless_hung_up
 from tunewright.serving.shadows import Shadows
 from tunewright.serving.state import StateUnavailableError
@@ -52,6 +53,7 @@ class Gateway:
         self._entered = 0
         self._answering: set[Answering] = set()
         self._draining = False
+        self.metrics = Metrics(self._now)
         self.app = self._application()
 
     def drain(self) -> None:
@@ -68,6 +70,17 @@ class Gateway:
         for answering in self._answering:
             answering.abandon(_shutting_down())
 
+    def _now(self) -> Now:
+        """For Prometheus; read from another thread, and so from copies."""
+        under_way = self._answering.copy()
+        return Now(
+            ready=not self._draining and self._engine.stopped is None,
+            waiting=[answering.tenant for answering in under_way if answering.waits],
+            answering=[answering.tenant for answering in under_way if not answering.waits],
+            released=self._access.released,
+            resident=self._access.resident,
+        )
+
     def _application(self) -> Starlette:
         routes = [
             Route("/health", self._health),
@@ -81,7 +94,7 @@ class Gateway:
             HTTPException: _http_error,
             RequestFailedError: _api_error,
             EngineStoppedError: _api_error,
-            StateUnavailableError: _state_error,
+            StateUnavailableError: _api_error,
         }
 
         @asynccontextmanager
@@ -134,15 +147,8 @@ class Gateway:
 
     async def _respond(self, http: HttpRequest, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         arrived = asyncio.get_running_loop().time()
-        visitor = await self._access.enter(http.headers.get("authorization"))
-        if self._draining:
-            raise _shutting_down()
-        asked = parse_request(kind, await read_body(http, self._orders.body_bytes, self._limits.body_s))
-        visitor.target(asked)  # what is not there is not worth the time that the prompt takes
-        prompt = await self._orders.prompt(asked, visitor.name)
-        # Nothing may be awaited between target and admit: a release could take the adapter away.
-        order = self._orders.order(asked, visitor.target(asked), prompt)
-        answering = await self._admitted(visitor, order, arrived)
+        asked, answering = await self._let_in(http, kind, arrived)
+        order = answering.order
         headers = {ADAPTER_HEADER: order.target.digest or "none"}
         envelope: Envelope = (ChatEnvelope if kind is ChatRequest else CompletionEnvelope)(order.target.name)
         if asked.stream:
@@ -157,15 +163,32 @@ class Gateway:
         assert last.finish is not None
         return JSONResponse(envelope.whole(text, last.finish, order.usage(last.tokens)), headers=headers)
 
-    async def _admitted(self, visitor: Visitor, order: Order, arrived: float) -> Answering:
-        if self._engine.stopped:
-            raise EngineStoppedError(self._engine.stopped)
-        admission = await visitor.admit(order.target, len(order.request.prompt_ids) + order.request.max_new_tokens)
+    async def _let_in(
+        self, http: HttpRequest, kind: type[ChatRequest] | type[CompletionRequest], arrived: float
+    ) -> tuple[AnyRequest, Answering]:
+        who = ""
+        try:
+            visitor = await self._access.enter(http.headers.get("authorization"))
+            who = visitor.name
+            if self._draining:
+                raise _shutting_down()
+            asked = parse_request(kind, await read_body(http, self._orders.body_bytes, self._limits.body_s))
+            visitor.target(asked)  # what is not there is not worth the time that the prompt takes
+            prompt = await self._orders.prompt(asked, who)
+            # Nothing may be awaited between target and admit: a release could take the adapter away.
+            order = self._orders.order(asked, visitor.target(asked), prompt)
+            if self._engine.stopped:
+                raise EngineStoppedError(self._engine.stopped)
+            most = len(order.request.prompt_ids) + order.request.max_new_tokens
+            admission = await visitor.admit(order.target, most)
+        except (ApiError, EngineStoppedError, StateUnavailableError) as error:
+            self.metrics.refused(who, _refusal(error).code or "")
+            raise
         answering = Answering(
-            self._engine, self._queue, self._texts.decode, order, admission, self._limits, visitor.name, arrived
+            self._engine, self._queue, self._texts.decode, order, admission, self._limits, who, arrived
         )
         self._answering.add(answering)
-        return answering
+        return asked, answering
 
     async def _streamed(
         self, http: HttpRequest, answering: Answering, envelope: Envelope, headers: dict[str, str], arrived: float
@@ -191,7 +214,9 @@ class Gateway:
 
     def _end(self, answering: Answering) -> None:
         self._answering.discard(answering)
-        answering.settle()
+        used = answering.settle()
+        if used is not None:
+            self.metrics.settled(answering.tenant, answering.order.target.name, used)
         self._shadows.ask(answering)
 
 
@@ -200,15 +225,20 @@ def _shutting_down() -> ApiError:
     return ApiError("The server is shutting down.", status=503, code="shutting_down", headers=headers)
 
 
-async def _api_error(_http: HttpRequest, error: ApiError | RequestFailedError | EngineStoppedError) -> Response:
-    refusal = as_api_error(error)
+def _refusal(error: ApiError | RequestFailedError | EngineStoppedError | StateUnavailableError) -> ApiError:
+    """What a client is told."""
+    if isinstance(error, StateUnavailableError):
+        return ApiError("Keys and limits cannot be looked up now.", status=503, code="state_unavailable")
+    return as_api_error(error)
+
+
+async def _api_error(
+    _http: HttpRequest, error: ApiError | RequestFailedError | EngineStoppedError | StateUnavailableError
+) -> Response:
+    if isinstance(error, StateUnavailableError):
+        log.warning("a request is refused: %s", error)
+    refusal = _refusal(error)
     return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
-
-
-async def _state_error(_http: HttpRequest, error: StateUnavailableError) -> Response:
-    log.warning("a request is refused: %s", error)
-    refusal = ApiError("Keys and limits cannot be looked up now.", status=503, code="state_unavailable")
-    return JSONResponse(refusal.body, refusal.status)
 
 
 async def _http_error(http: HttpRequest, error: HTTPException) -> Response:

@@ -188,7 +188,7 @@ class CompletionRequest(_AnyRequest):
 
 AnyRequest = ChatRequest | CompletionRequest
 
-R = TypeVar("R", ChatRequest, CompletionRequest)
+R = TypeVar("R", bound=AnyRequest)
 
 _TOLD_FAULTS = 10
 _TOLD_CHARACTERS = 100

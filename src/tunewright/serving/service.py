@@ -19,6 +19,7 @@ from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.start import Wanted, load_all, start_engine
 from tunewright.serving.isolation import TOLERANCE, Digest, Ids, IsolationResult, check_isolation
+from tunewright.serving.metrics import exposed
 from tunewright.serving.orders import Texts
 from tunewright.serving.server import serve, serving
 from tunewright.serving.state import State
@@ -93,6 +94,8 @@ class Service:
             else OpenAccess({base.spec: None, **digests})
         )
         texts = Texts(chat.prompt, chat.continuation, chat.text, stop_strings(recipe, chat))
+        self.metrics_url: str | None = None
+        """Where Prometheus may ask while the server runs."""
         self._gateway = Gateway(self._engine, self._access, texts, recipe.gateway)
 
     @property
@@ -146,14 +149,15 @@ class Service:
             UserError: the address cannot be listened on.
         """
         try:
-            serve(
-                self._gateway.app,
-                self.host,
-                self.port,
-                drain=self._gateway,
-                drain_seconds=self._recipe.gateway.drain_s,
-                on_ready=on_ready,
-            )
+            with self._exposing():
+                serve(
+                    self._gateway.app,
+                    self.host,
+                    self.port,
+                    drain=self._gateway,
+                    drain_seconds=self._recipe.gateway.drain_s,
+                    on_ready=on_ready,
+                )
         finally:
             self._engine.stop()
 
@@ -165,7 +169,16 @@ class Service:
             UserError: the address cannot be listened on.
         """
         try:
-            with serving(self._gateway.app, self.host, self.port) as url:
+            with self._exposing(), serving(self._gateway.app, self.host, self.port) as url:
                 yield url
         finally:
             self._engine.stop()
+
+    @contextmanager
+    def _exposing(self) -> Iterator[None]:
+        recipe = self._recipe.serve
+        if recipe.metrics_port is None:
+            yield
+            return
+        with exposed(self._gateway.metrics, recipe.metrics_host, recipe.metrics_port) as self.metrics_url:
+            yield

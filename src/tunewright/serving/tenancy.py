@@ -19,12 +19,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from tunewright.disk import canonical_json
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
-from tunewright.serving.access import Admission, Shadow, Target
+from tunewright.serving.access import Admission, Released, Shadow, Target
 from tunewright.serving.engines.protocol import AdapterFailedError, EngineStoppedError
 from tunewright.serving.protocol import AnyRequest, ApiError
 from tunewright.serving.state import (
@@ -92,6 +92,22 @@ class TenantAccess:
     def names(self) -> list[str]:
         """The aliases that are live here."""
         return sorted(self._routes)
+
+    @property
+    def released(self) -> list[Released]:
+        """What they stand for, and what is tried beside."""
+        found = []
+        for alias, release in sorted(self._routes.copy().items()):
+            found.append(Released(alias, release.digest, "live", release.number))
+            if release.candidate is not None:
+                role: Literal["canary", "shadow"] = "shadow" if release.candidate.share is None else "canary"
+                found.append(Released(alias, release.candidate.digest, role, release.number))
+        return found
+
+    @property
+    def resident(self) -> list[str]:
+        """Digests of the adapters that are loaded."""
+        return sorted(self._loaded.copy())
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -1,0 +1,77 @@
+"""An engine that does what a test says, for what is told apart by the clock and not by the model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from served_model import MODELS, TOKENIZER, texts
+
+from tunewright.models.requests import Request
+from tunewright.recipe import GatewayRecipe
+from tunewright.serving.access import OpenAccess
+from tunewright.serving.app import Gateway
+from tunewright.serving.engines.protocol import Delta
+from tunewright.serving.server import serving
+
+A = TOKENIZER.convert_tokens_to_ids("a")
+
+
+class ScriptedEngine:
+    """Gives a token after each of ``waits`` seconds, then ends the answer.
+
+    Args:
+        waits: seconds before each token.
+        max_batch: requests that the gateway may send at once.
+    """
+
+    name = "scripted"
+
+    def __init__(self, waits: Sequence[float] = (0.0, 0.0), max_batch: int = 8, context: int = 2000) -> None:
+        self.waits = list(waits)
+        self.max_batch = max_batch
+        self.context_length = context
+        self.stopped: str | None = None
+        self.dead = False
+        self.asked: list[tuple[Request, str]] = []
+        self.begun = 0
+        self.aborted = 0
+
+    @property
+    def under_way(self) -> tuple[int, int]:
+        """Requests at work."""
+        return self.begun, 0
+
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+        """As the script says."""
+        self.asked.append((request, whose))
+        self.begun += 1
+        whole = False
+        try:
+            for number, wait in enumerate(self.waits, 1):
+                await asyncio.sleep(wait)
+                yield Delta((A,), "length" if number == len(self.waits) else None)
+            whole = True
+        finally:
+            self.begun -= 1
+            self.aborted += not whole
+
+    async def load(self, digest: str, folder: Path) -> None:
+        """Nothing."""
+
+    async def unload(self, digest: str) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def scripted_server(engine: ScriptedEngine, **limits: float | int) -> Iterator[httpx.Client]:
+    """A client of a server over the engine, within these limits."""
+    gateway = Gateway(engine, OpenAccess(MODELS), texts(), GatewayRecipe.model_validate(limits))
+    with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        yield client

@@ -1,0 +1,245 @@
+"""What the gateway does not take, and for how long it waits: by the answer that a client gets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from scripted_engine import ScriptedEngine, scripted_server
+from served_model import CHAT
+
+from tunewright.data.examples import Message
+
+CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+PROMPT = len(CHAT.prompt([Message("user", "hello")]))
+
+
+def ask(client: httpx.Client, url: str = CHAT_URL, **body: Any) -> httpx.Response:
+    subject = {"messages": HELLO} if url == CHAT_URL else {"prompt": "hello"}
+    return client.post(url, json={"model": "base", **subject, **body})
+
+
+def told(reply: httpx.Response) -> tuple[int, str, str | None]:
+    """Status, code and the field at fault."""
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("server_error" if reply.status_code >= 500 else "invalid_request_error")
+    return reply.status_code, error["code"], error["param"]
+
+
+def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it has not come about"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("url", [CHAT_URL, TEXT_URL])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "cache_salt",
+        "priority",
+        "lora_request",
+        "lora_name",
+        "lora",
+        "adapter_id",
+        "kv_transfer_params",
+        "vllm_xargs",
+        "prompt_token_ids",
+        "prompt_embeds",
+        "add_special_tokens",
+        "chat_template",
+        "chat_template_kwargs",
+        "guided_json",
+        "guided_grammar",
+        "structured_outputs",
+        "response_format",
+        "logit_bias",
+        "stop_token_ids",
+        "ignore_eos",
+        "min_tokens",
+        "logits_processors",
+        "best_of",
+        "echo",
+    ],
+)
+def test_what_is_not_a_clients_to_set_is_refused_by_name_and_never_reaches_the_engine(url: str, field: str) -> None:
+    engine = ScriptedEngine()
+    with scripted_server(engine) as client:
+        reply = ask(client, url, **{field: 1})
+        assert told(reply) == (400, "unsupported_parameter", field)
+        assert f"{field} is not supported here" in reply.json()["error"]["message"]
+    assert not engine.asked
+
+
+def test_a_refusal_is_no_longer_than_a_request_however_many_faults_it_has() -> None:
+    with scripted_server(ScriptedEngine()) as client:
+        reply = ask(client, **{f"unknown{number}": 1 for number in range(500)}, **{"x" * 5000: 1})
+    assert told(reply)[:2] == (400, "unsupported_parameter")
+    assert "And 491 more." in reply.json()["error"]["message"]
+    assert len(reply.content) < 2000
+
+
+@pytest.mark.parametrize(
+    ("limits", "body", "expected"),
+    [
+        ({"messages": 2}, {"messages": HELLO * 3}, (400, "too_many_messages", "messages")),
+        ({"prompt_tokens": PROMPT - 1}, {}, (400, "prompt_too_long", "messages")),
+        ({"answer_tokens": 5}, {"max_tokens": 6}, (400, "max_tokens_too_large", "max_tokens")),
+        ({}, {"max_tokens": 2001 - PROMPT}, (400, "context_length_exceeded", "messages")),
+        ({}, {"n": 2}, (400, "invalid_value", "n")),
+        ({}, {"stop": ["x"] * 5}, (400, "invalid_value", "stop")),
+        ({}, {"stop": "x" * 1001}, (400, "invalid_value", "stop.0")),
+        ({"body_bytes": 2000}, {"user": "x" * 2000}, (413, "body_too_large", None)),
+    ],
+)
+def test_what_is_too_large_is_refused_and_named(limits: Any, body: Any, expected: Any) -> None:
+    engine = ScriptedEngine()
+    with scripted_server(engine, **limits) as client:
+        assert told(ask(client, **body)) == expected
+    assert not engine.asked
+
+
+def test_what_is_just_small_enough_is_answered() -> None:
+    engine = ScriptedEngine()
+    with scripted_server(engine, messages=1, prompt_tokens=PROMPT, answer_tokens=5) as client:
+        assert ask(client, max_tokens=5, stop=["x" * 1000] * 4).status_code == 200
+        assert ask(client).status_code == 200
+    with scripted_server(engine) as client:
+        assert ask(client, max_tokens=2000 - PROMPT).status_code == 200
+        assert ask(client).status_code == 200
+        assert ask(client, TEXT_URL).status_code == 200
+    limits = [request.max_new_tokens for request, _ in engine.asked]
+    assert limits == [5, 5, 2000 - PROMPT, 2000 - PROMPT, 16]
+
+
+def test_the_largest_body_follows_the_context_and_is_read_no_further() -> None:
+    with scripted_server(ScriptedEngine(context=100)) as client:
+        most = 16 * 100 + (64 << 10)
+
+        def endless() -> Any:
+            while True:
+                yield b"x" * 4096
+
+        reply = client.post(CHAT_URL, content=endless())
+        assert told(reply) == (413, "body_too_large", None)
+        assert str(most) in reply.json()["error"]["message"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    with (
+        scripted_server(ScriptedEngine(), body_s=0.2) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port or 0)) as connection,
+    ):
+        connection.sendall(f"POST {CHAT_URL} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+        connection.settimeout(30)
+        said = b""
+        while chunk := connection.recv(4096):
+            said += chunk
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_timeout"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("waits", "limits", "status", "code"),
+    [
+        ((60,), {"first_token_s": 0.2}, 504, "first_token_timeout"),
+        ((60,), {"total_s": 0.2}, 504, "total_timeout"),
+    ],
+)
+def test_what_takes_too_long_to_begin_ends_with_a_status_and_is_aborted(
+    waits: Any, limits: Any, status: int, code: str, stream: bool
+) -> None:
+    engine = ScriptedEngine(waits)
+    with scripted_server(engine, **limits) as client:
+        assert told(ask(client, stream=stream)) == (status, code, None)
+        until(lambda: engine.aborted == 1)
+
+
+@pytest.mark.parametrize("url", [CHAT_URL, TEXT_URL])
+@pytest.mark.parametrize(
+    ("waits", "limits", "code"),
+    [
+        ((0, 0, 60), {"between_tokens_s": 0.3}, "idle_timeout"),
+        ((0.05,) * 100, {"total_s": 0.7}, "total_timeout"),
+    ],
+)
+def test_a_stream_that_takes_too_long_ends_with_an_error_event_and_is_aborted(
+    url: str, waits: Any, limits: Any, code: str
+) -> None:
+    engine = ScriptedEngine(waits)
+    with scripted_server(engine, **limits) as client:
+        reply = ask(client, url, stream=True)
+        assert reply.status_code == 200
+        *pieces, last = [json.loads(line[6:]) for line in reply.text.splitlines() if line]
+        assert pieces and all("choices" in piece for piece in pieces)
+        assert (last["error"]["code"], last["error"]["type"]) == (code, "server_error")
+        assert "[DONE]" not in reply.text
+        until(lambda: engine.aborted == 1)
+        assert told(ask(client, url))[:2] == (504, code)
+
+
+def test_who_waits_for_a_turn_too_long_may_ask_again_and_never_reaches_the_engine() -> None:
+    engine = ScriptedEngine((0, 60), max_batch=1)
+    with scripted_server(engine, queue_s=0.3) as client:
+        with client.stream("POST", CHAT_URL, json={"model": "base", "messages": HELLO, "stream": True}) as busy:
+            next(busy.iter_lines())
+            for stream in (False, True):
+                reply = ask(client, stream=stream)
+                assert told(reply) == (503, "queue_timeout", None)
+                assert reply.headers["retry-after"] == "1"
+        assert len(engine.asked) == 1
+        until(lambda: engine.begun == 0)
+        engine.waits = [0]
+        assert ask(client).status_code == 200
+
+
+def test_a_reader_that_is_too_slow_is_cut_off_and_its_answer_never_looks_whole() -> None:
+    engine = ScriptedEngine((0,) * 200_000)
+    with (
+        scripted_server(engine, total_s=1) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port or 0)) as connection,
+    ):
+        body = json.dumps({"model": "base", "messages": HELLO, "stream": True}).encode()
+        head = f"POST {CHAT_URL} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        until(lambda: client.get("/health").json()["running"] == 0 and len(engine.asked) == 1, 60)
+        time.sleep(6.5)
+        connection.settimeout(30)
+        said = b""
+        try:
+            while chunk := connection.recv(1 << 20):
+                said += chunk
+        except ConnectionResetError:
+            pass
+    assert said.startswith(b"HTTP/1.1 200 ")
+    assert b"[DONE]" not in said and not said.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("stopped", "dead", "health", "ready"),
+    [
+        (None, False, 200, 200),
+        ("it is started again", False, 200, 503),
+        ("it is broken", True, 503, 503),
+    ],
+)
+def test_alive_and_ready_are_two_things(stopped: str | None, dead: bool, health: int, ready: int) -> None:
+    engine = ScriptedEngine()
+    with scripted_server(engine) as client:
+        engine.stopped, engine.dead = stopped, dead
+        assert client.get("/health").status_code == health
+        reply = client.get("/ready")
+        assert reply.status_code == ready
+        if stopped:
+            assert reply.json() == {"status": "stopped", "reason": stopped}
+            for stream in (False, True):
+                assert told(ask(client, stream=stream)) == (503, "engine_stopped", None)

@@ -1,0 +1,167 @@
+"""What Prometheus reads, by its own parser, after requests of which it is known how they ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from scripted_engine import ScriptedEngine
+from served_model import LIMITS, MODELS, texts
+from states import SHIP
+from tenant_server import Stored, deploy, store_adapters
+
+from tunewright.errors import UserError
+from tunewright.progress import LogReporter
+from tunewright.recipe import GatewayRecipe
+from tunewright.serving.access import Access, OpenAccess
+from tunewright.serving.app import Gateway
+from tunewright.serving.metrics import exposed
+from tunewright.serving.server import serving
+from tunewright.serving.state import Candidate, Limits, State
+from tunewright.serving.tenancy import TenantAccess
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@contextmanager
+def server(
+    engine: ScriptedEngine, access: Access, limits: GatewayRecipe = LIMITS
+) -> Iterator[tuple[httpx.Client, str]]:
+    """A client, and where Prometheus asks."""
+    gateway = Gateway(engine, access, texts(), limits)
+    with (
+        exposed(gateway.metrics, "127.0.0.1", 0) as metrics,
+        serving(gateway.app) as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as client,
+    ):
+        yield client, metrics
+
+
+def scraped(url: str) -> Mapping[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every sample by its name and labels."""
+    page = httpx.get(url, trust_env=False).text
+    samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
+    return {
+        (sample.name.removeprefix("tunewright_"), frozenset(sample.labels.items())): sample.value for sample in samples
+    }
+
+
+def value(url: str, name: str, **labels: str) -> float | None:
+    return scraped(url).get((name, frozenset(labels.items())))
+
+
+def until(url: str, name: str, expected: float | None, **labels: str) -> None:
+    end = time.monotonic() + 30
+    while (found := value(url, name, **labels)) != expected:
+        assert time.monotonic() < end, found
+        time.sleep(0.02)
+
+
+def test_requests_tokens_and_times_are_counted_by_how_they_ended() -> None:
+    engine = ScriptedEngine((0.01, 0.2, 0))
+    whose = {"tenant": "everybody", "alias": "courts"}
+    with server(engine, OpenAccess(MODELS)) as (client, metrics):
+        for stream in (False, True):
+            reply = client.post("/v1/chat/completions", json={"model": "courts", "messages": HELLO, "stream": stream})
+            assert reply.status_code == 200
+        until(metrics, "requests_total", 2, **whose, outcome="length")
+        told = client.post("/v1/completions", json={"model": "base", "prompt": "hello"}).json()["usage"]
+        other = {"tenant": "everybody", "alias": "base"}
+        until(metrics, "requests_total", 1, **other, outcome="length")
+        assert value(metrics, "prompt_tokens_total", **other) == told["prompt_tokens"]
+        assert value(metrics, "completion_tokens_total", **other) == told["completion_tokens"] == 3
+        assert value(metrics, "completion_tokens_total", **whose) == 6
+        for name in ("first_token_seconds", "queue_seconds", "request_seconds"):
+            assert value(metrics, f"{name}_count", **whose) == 2
+        first, total = (value(metrics, f"{name}_seconds_sum", **whose) for name in ("first_token", "request"))
+        assert first is not None and total is not None
+        assert 0.02 <= first <= total - 0.4
+
+
+def test_refusals_are_counted_by_their_code_and_no_clients_word_becomes_a_label() -> None:
+    with server(ScriptedEngine(), OpenAccess(MODELS)) as (client, metrics):
+        bodies = [{"model": f"secret-{number}", "messages": HELLO} for number in range(3)]
+        for body in (*bodies, {"model": "base", "messages": HELLO, "secret-field": 1}):
+            assert client.post("/v1/chat/completions", json=body).status_code in (400, 404)
+        assert value(metrics, "refusals_total", tenant="everybody", code="model_not_found") == 3
+        assert value(metrics, "refusals_total", tenant="everybody", code="unsupported_parameter") == 1
+        assert "secret" not in httpx.get(metrics).text
+
+
+def test_what_waits_and_what_runs_is_told_and_forgotten() -> None:
+    engine = ScriptedEngine((0, 60), max_batch=1)
+    body = {"model": "base", "messages": HELLO, "stream": True}
+    whose = {"tenant": "everybody"}
+    with server(engine, OpenAccess(MODELS)) as (client, metrics):
+        assert value(metrics, "ready") == 1
+        with client.stream("POST", "/v1/chat/completions", json=body) as first:
+            next(first.iter_lines())
+            assert value(metrics, "running_requests", **whose) == 1
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/chat/completions", json=body, timeout=0.5)
+            until(metrics, "requests_total", 1, **whose, alias="base", outcome="hung up")
+        until(metrics, "running_requests", None, **whose)
+        assert value(metrics, "waiting_requests", **whose) is None
+        engine.stopped = "it is started again"
+        assert value(metrics, "ready") == 0
+
+
+def test_timeouts_are_an_outcome() -> None:
+    limits = GatewayRecipe(first_token_s=0.1)
+    with server(ScriptedEngine((60,)), OpenAccess(MODELS), limits) as (client, metrics):
+        assert client.post("/v1/completions", json={"model": "base", "prompt": "x"}).status_code == 504
+        until(metrics, "requests_total", 1, tenant="everybody", alias="base", outcome="timed out")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
+    return store_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+def test_tenants_aliases_and_releases_are_told_on_a_listener_of_their_own(
+    state_url: str, adapters: dict[str, Stored]
+) -> None:
+    with State(state_url, "ann") as state:
+        deploy(state, "courts", adapters["one"])
+        state.tenants.add("acme", ["courts"], Limits(requests_per_minute=1))
+        key, _ = state.tenants.add_key("acme")
+        engine = ScriptedEngine()
+        folders = {stored.digest: stored.folder for stored in adapters.values()}
+        access = TenantAccess(State(state_url), engine, lambda _, digest: folders[digest], LogReporter())
+        one, three = (adapters[name].digest[:12] for name in ("one", "three"))
+        with server(engine, access) as (client, metrics):
+            client.headers["Authorization"] = f"Bearer {key}"
+            body = {"model": "courts", "messages": HELLO}
+            codes = [client.post("/v1/chat/completions", json=body).status_code for _ in range(3)]
+            assert codes == [200, 429, 429]
+            client.headers["Authorization"] = "Bearer wrong"
+            assert client.post("/v1/chat/completions", json=body).status_code == 401
+            until(metrics, "requests_total", 1, tenant="acme", alias="courts", outcome="length")
+            assert value(metrics, "refusals_total", tenant="acme", code="rate_limit_exceeded") == 2
+            assert value(metrics, "refusals_total", tenant="", code="invalid_api_key") == 1
+            assert value(metrics, "release", alias="courts", digest=one, role="live") == 1
+            assert value(metrics, "resident_adapter", digest=one) == 1
+            state.releases.try_beside("courts", Candidate("three", adapters["three"].digest, 0.5), SHIP)
+            until(metrics, "release", 2, alias="courts", digest=three, role="canary")
+            assert value(metrics, "resident_adapter", digest=three) == 1
+            state.releases.promote("courts")
+            until(metrics, "release", 3, alias="courts", digest=three, role="live")
+            until(metrics, "release", None, alias="courts", digest=one, role="live")
+            until(metrics, "resident_adapter", None, digest=one)
+            for path in ("/metrics", "/v1/metrics"):
+                assert client.get(path).status_code == 404
+
+
+def test_an_address_in_use_is_told() -> None:
+    gateway = Gateway(ScriptedEngine(), OpenAccess(MODELS), texts(), LIMITS)
+    with exposed(gateway.metrics, "127.0.0.1", 0) as url:
+        port = int(url.rpartition(":")[2].partition("/")[0])
+        with (
+            pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}"),
+            exposed(gateway.metrics, "127.0.0.1", port),
+        ):
+            pass
