@@ -243,7 +243,8 @@ def test_the_servers_own_stop_strings_end_every_answer_beside_the_requests(clien
     [
         ("GET", "/", 404),
         ("GET", "/v1/chat/completions", 405),
-        ("POST", "/v1/completions", 404),
+        ("GET", "/v1/completions", 405),
+        ("GET", "/metrics", 404),
         ("POST", "/v1/load_lora_adapter", 404),
         ("POST", "/v1/models", 405),
     ],
