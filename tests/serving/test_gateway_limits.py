@@ -73,7 +73,8 @@ def until(holds: Callable[[], bool], seconds: float = 30) -> None:
 def test_what_is_not_a_clients_to_set_is_refused_by_name_and_never_reaches_the_engine(url: str, field: str) -> None:
     engine = ScriptedEngine()
     with scripted_server(engine) as client:
-        reply = ask(client, url, **{field: 1})
+        fields: Any = {field: 1}
+        reply = ask(client, url, **fields)
         assert told(reply) == (400, "unsupported_parameter", field)
         assert f"{field} is not supported here" in reply.json()["error"]["message"]
     assert not engine.asked
@@ -81,7 +82,8 @@ def test_what_is_not_a_clients_to_set_is_refused_by_name_and_never_reaches_the_e
 
 def test_a_refusal_is_no_longer_than_a_request_however_many_faults_it_has() -> None:
     with scripted_server(ScriptedEngine()) as client:
-        reply = ask(client, **{f"unknown{number}": 1 for number in range(500)}, **{"x" * 5000: 1})
+        fields: Any = {"x" * 5000: 1} | {f"unknown{number}": 1 for number in range(500)}
+        reply = ask(client, **fields)
     assert told(reply)[:2] == (400, "unsupported_parameter")
     assert "And 491 more." in reply.json()["error"]["message"]
     assert len(reply.content) < 2000

@@ -188,7 +188,7 @@ class CompletionRequest(_AnyRequest):
 
 AnyRequest = ChatRequest | CompletionRequest
 
-R = TypeVar("R", bound=AnyRequest)
+R = TypeVar("R", bound=_AnyRequest)
 
 _TOLD_FAULTS = 10
 _TOLD_CHARACTERS = 100
