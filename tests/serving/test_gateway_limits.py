@@ -40,11 +40,32 @@ def until(holds: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
-NOT_A_CLIENTS = (
-    "cache_salt priority lora_request lora_name lora adapter_id kv_transfer_params vllm_xargs prompt_token_ids "
-    "prompt_embeds add_special_tokens chat_template chat_template_kwargs guided_json guided_grammar structured_outputs "
-    "response_format logit_bias stop_token_ids ignore_eos min_tokens logits_processors best_of echo"
-).split()
+NOT_A_CLIENTS = [
+    "cache_salt",
+    "priority",
+    "lora_request",
+    "lora_name",
+    "lora",
+    "adapter_id",
+    "kv_transfer_params",
+    "vllm_xargs",
+    "prompt_token_ids",
+    "prompt_embeds",
+    "add_special_tokens",
+    "chat_template",
+    "chat_template_kwargs",
+    "guided_json",
+    "guided_grammar",
+    "structured_outputs",
+    "response_format",
+    "logit_bias",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "logits_processors",
+    "best_of",
+    "echo",
+]
 """What vLLM, SGLang, llama.cpp and LoRAX take in a body."""
 
 
