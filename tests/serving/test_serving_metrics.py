@@ -141,6 +141,7 @@ def test_tenants_aliases_and_releases_are_told_on_a_listener_of_their_own(
             client.headers["Authorization"] = "Bearer wrong"
             assert client.post("/v1/chat/completions", json=body).status_code == 401
             until(metrics, "requests_total", 1, tenant="acme", alias="courts", outcome="length")
+            assert [whose for _, whose in engine.asked] == ["acme"], "whose cache it is"
             assert value(metrics, "refusals_total", tenant="acme", code="rate_limit_exceeded") == 2
             assert value(metrics, "refusals_total", tenant="", code="invalid_api_key") == 1
             assert value(metrics, "release", alias="courts", digest=one, role="live") == 1

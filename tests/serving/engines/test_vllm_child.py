@@ -221,6 +221,7 @@ def test_when_vllm_dies_who_waits_is_told_and_it_is_started_again(engine: VllmEn
 
     asyncio.run(ask())
     _wait_until(lambda: engine.stopped is not None)
+    assert not engine.dead
     with pytest.raises(EngineStoppedError):
         asyncio.run(_ids(engine, Request((5,), None, 2)))
     _wait_until(lambda: engine.stopped is None)
@@ -238,6 +239,7 @@ def test_what_dies_again_and_again_is_given_up(
     os.kill(engine.child.process_id, signal.SIGKILL)
     _wait_until(lambda: "must be restarted" in (engine.stopped or ""))
     assert engine.child.starts == 5
+    assert engine.dead
     assert "it is broken" in reporter.warnings[-1]
 
 
