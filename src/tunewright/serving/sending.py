@@ -22,6 +22,9 @@ T = TypeVar("T")
 FAREWELL_SECONDS = 5.0
 """How long the last piece of a stream may take to be read, when its time is over."""
 
+_UNREAD = {"Connection": "close"}
+"""What is left of the body is not waited for."""
+
 
 async def read_body(http: HttpRequest, most: int, seconds: float) -> bytes:
     """The request's body.
@@ -35,10 +38,11 @@ async def read_body(http: HttpRequest, most: int, seconds: float) -> bytes:
             async for chunk in http.stream():
                 body += chunk
                 if len(body) > most:
-                    raise ApiError(f"The body is over {most} bytes.", status=413, code="body_too_large")
+                    message = f"The body is over {most} bytes."
+                    raise ApiError(message, status=413, code="body_too_large", headers=_UNREAD)
     except TimeoutError:
         message = f"The body did not come within {seconds:g} s."
-        raise ApiError(message, status=408, code="body_timeout", headers={"Connection": "close"}) from None
+        raise ApiError(message, status=408, code="body_timeout", headers=_UNREAD) from None
     return body
 
 
