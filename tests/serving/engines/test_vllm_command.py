@@ -58,6 +58,8 @@ def test_a_client_gets_from_vllm_what_it_gets_from_the_embedded_engine(project: 
                     assert streamed == whole.choices[0].message.content
                     header = reply.headers["x-tunewright-adapter"]
                     said.append((header, streamed, whole.choices[0].finish_reason, whole.usage.total_tokens))
+                    plain = client.completions.create(model=model, prompt=text, max_tokens=12)
+                    said.append((plain.choices[0].text, plain.choices[0].finish_reason))
             with pytest.raises(openai.NotFoundError):
                 client.chat.completions.create(model="../adapters", messages=messages)
         return said
