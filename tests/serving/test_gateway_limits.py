@@ -197,7 +197,8 @@ def test_who_waits_for_a_turn_too_long_may_ask_again_and_never_reaches_the_engin
     engine = ScriptedEngine((0, 60), max_batch=1)
     with scripted_server(engine, queue_s=0.3) as client:
         with client.stream("POST", CHAT_URL, json={"model": "base", "messages": HELLO, "stream": True}) as busy:
-            next(busy.iter_lines())
+            lines = busy.iter_lines()  # once it is gone, the connection is
+            next(lines)
             for stream in (False, True):
                 reply = ask(client, stream=stream)
                 assert told(reply) == (503, "queue_timeout", None)

@@ -99,7 +99,8 @@ def test_what_waits_and_what_runs_is_told_and_forgotten() -> None:
     with server(engine, OpenAccess(MODELS)) as (client, metrics):
         assert value(metrics, "ready") == 1
         with client.stream("POST", "/v1/chat/completions", json=body) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # once it is gone, the connection is
+            next(lines)
             assert value(metrics, "running_requests", **whose) == 1
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/chat/completions", json=body, timeout=0.5)
