@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,7 @@ from scripted_engine import ScriptedEngine, scripted_server
 from served_model import CHAT
 
 from tunewright.data.examples import Message
+from tunewright.serving.sending import Stream
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -210,25 +212,31 @@ def test_who_waits_for_a_turn_too_long_may_ask_again_and_never_reaches_the_engin
 
 
 def test_a_reader_that_is_too_slow_is_cut_off_and_its_answer_never_looks_whole() -> None:
-    engine = ScriptedEngine((0,) * 200_000)
-    with (
-        scripted_server(engine, total_s=1) as client,
-        socket.create_connection((client.base_url.host, client.base_url.port or 0)) as connection,
-    ):
-        body = json.dumps({"model": "base", "messages": HELLO, "stream": True}).encode()
-        head = f"POST {CHAT_URL} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        until(lambda: client.get("/health").json()["running"] == 0 and len(engine.asked) == 1, 60)
-        time.sleep(6.5)
-        connection.settimeout(30)
-        said = b""
-        try:
-            while chunk := connection.recv(1 << 20):
-                said += chunk
-        except ConnectionResetError:
-            pass
-    assert said.startswith(b"HTTP/1.1 200 ")
-    assert b"[DONE]" not in said and not said.endswith(b"0\r\n\r\n")
+    sent: list[Any] = []
+    ended: list[bool] = []
+
+    async def events() -> AsyncGenerator[str, None]:
+        while True:
+            yield "data: {}\n\n"
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 3:
+            await asyncio.Event().wait()  # what was sent is not read
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def on_end() -> None:
+        ended.append(True)
+
+    async def run() -> None:
+        until = asyncio.get_running_loop().time() + 0.2
+        await Stream(events(), {}, until=until, on_end=on_end)({"type": "http"}, receive, send)
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert ended == [True]
+    assert all(message.get("more_body", True) for message in sent)
 
 
 @pytest.mark.parametrize(

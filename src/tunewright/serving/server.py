@@ -113,7 +113,7 @@ class _Server(uvicorn.Server):
         if self._drain is None or not self.started or self.should_exit:
             super().handle_exit(sig, frame)
             return
-        self._captured_signals.append(sig)
+        # It is not handed on afterwards, as uvicorn would: it has been obeyed.
         if self._until is None:
             self._drain.drain()
             self._until = time.monotonic() + self._drain_seconds
