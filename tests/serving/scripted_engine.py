@@ -8,16 +8,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from served_model import MODELS, TOKENIZER, texts
 
+from tunewright.data.examples import Message
 from tunewright.models.requests import Request
 from tunewright.recipe import GatewayRecipe
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.protocol import Delta
+from tunewright.serving.orders import Texts
 from tunewright.serving.server import serving
 
-A = TOKENIZER.convert_tokens_to_ids("a")
+A = ord("a")
+MODELS = {"base": None, "courts": "one"}
+LIMITS = GatewayRecipe()
+
+
+def render(messages: Sequence[Message]) -> tuple[int, ...]:
+    """The bytes of what is said: no tokenizer is needed to wait for an answer."""
+    return tuple("\n".join(f"{message.role}: {message.content}" for message in messages).encode())
+
+
+TEXTS = Texts(render, lambda text: tuple(text.encode()), lambda ids: bytes(ids).decode(errors="replace"))
 
 
 class ScriptedEngine:
@@ -72,6 +83,6 @@ class ScriptedEngine:
 @contextmanager
 def scripted_server(engine: ScriptedEngine, **limits: float | int) -> Iterator[httpx.Client]:
     """A client of a server over the engine, within these limits."""
-    gateway = Gateway(engine, OpenAccess(MODELS), texts(), GatewayRecipe.model_validate(limits))
+    gateway = Gateway(engine, OpenAccess(MODELS), TEXTS, GatewayRecipe.model_validate(limits))
     with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         yield client

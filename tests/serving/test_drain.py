@@ -14,13 +14,12 @@ import httpx
 
 SERVER = """
 import sys
-from scripted_engine import ScriptedEngine
-from served_model import LIMITS, MODELS, texts
+from scripted_engine import LIMITS, MODELS, TEXTS, ScriptedEngine
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import Gateway
 from tunewright.serving.server import serve
 
-gateway = Gateway(ScriptedEngine([0.02] * int(sys.argv[1])), OpenAccess(MODELS), texts(), LIMITS)
+gateway = Gateway(ScriptedEngine([0.02] * int(sys.argv[1])), OpenAccess(MODELS), TEXTS, LIMITS)
 told = lambda url: print(url, flush=True)
 serve(gateway.app, "127.0.0.1", 0, drain=gateway, drain_seconds=float(sys.argv[2]), on_ready=told)
 print("in good order", flush=True)

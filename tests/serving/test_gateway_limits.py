@@ -12,15 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
-from scripted_engine import ScriptedEngine, scripted_server
-from served_model import CHAT
+from scripted_engine import ScriptedEngine, render, scripted_server
 
 from tunewright.data.examples import Message
 from tunewright.serving.sending import Stream
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
-PROMPT = len(CHAT.prompt([Message("user", "hello")]))
+PROMPT = len(render([Message("user", "hello")]))
 
 
 def ask(client: httpx.Client, url: str = CHAT_URL, **body: Any) -> httpx.Response:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_engine import ScriptedEngine
-from served_model import LIMITS, MODELS, texts
-from states import SHIP
-from tenant_server import Stored, deploy, store_adapters
+from scripted_engine import LIMITS, MODELS, TEXTS, ScriptedEngine
+from states import DIGESTS, SHIP
 
 from tunewright.errors import UserError
 from tunewright.progress import LogReporter
@@ -32,7 +31,7 @@ def server(
     engine: ScriptedEngine, access: Access, limits: GatewayRecipe = LIMITS
 ) -> Iterator[tuple[httpx.Client, str]]:
     """A client, and where Prometheus asks."""
-    gateway = Gateway(engine, access, texts(), limits)
+    gateway = Gateway(engine, access, TEXTS, limits)
     with (
         exposed(gateway.metrics, "127.0.0.1", 0) as metrics,
         serving(gateway.app) as url,
@@ -118,22 +117,14 @@ def test_timeouts_are_an_outcome() -> None:
         until(metrics, "requests_total", 1, tenant="everybody", alias="base", outcome="timed out")
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
-    return store_adapters(tmp_path_factory.mktemp("adapters"))
-
-
-def test_tenants_aliases_and_releases_are_told_on_a_listener_of_their_own(
-    state_url: str, adapters: dict[str, Stored]
-) -> None:
+def test_tenants_aliases_and_releases_are_told_on_a_listener_of_their_own(state_url: str, tmp_path: Path) -> None:
     with State(state_url, "ann") as state:
-        deploy(state, "courts", adapters["one"])
+        state.releases.deploy("courts", "courts-1", DIGESTS["a"], SHIP)
         state.tenants.add("acme", ["courts"], Limits(requests_per_minute=1))
         key, _ = state.tenants.add_key("acme")
         engine = ScriptedEngine()
-        folders = {stored.digest: stored.folder for stored in adapters.values()}
-        access = TenantAccess(State(state_url), engine, lambda _, digest: folders[digest], LogReporter())
-        one, three = (adapters[name].digest[:12] for name in ("one", "three"))
+        access = TenantAccess(State(state_url), engine, lambda _name, _digest: tmp_path, LogReporter())
+        one, three = DIGESTS["a"][:12], DIGESTS["c"][:12]
         with server(engine, access) as (client, metrics):
             client.headers["Authorization"] = f"Bearer {key}"
             body = {"model": "courts", "messages": HELLO}
@@ -147,7 +138,7 @@ def test_tenants_aliases_and_releases_are_told_on_a_listener_of_their_own(
             assert value(metrics, "refusals_total", tenant="", code="invalid_api_key") == 1
             assert value(metrics, "release", alias="courts", digest=one, role="live") == 1
             assert value(metrics, "resident_adapter", digest=one) == 1
-            state.releases.try_beside("courts", Candidate("three", adapters["three"].digest, 0.5), SHIP)
+            state.releases.try_beside("courts", Candidate("courts-3", DIGESTS["c"], 0.5), SHIP)
             until(metrics, "release", 2, alias="courts", digest=three, role="canary")
             assert value(metrics, "resident_adapter", digest=three) == 1
             state.releases.promote("courts")
@@ -159,7 +150,7 @@ def test_tenants_aliases_and_releases_are_told_on_a_listener_of_their_own(
 
 
 def test_an_address_in_use_is_told() -> None:
-    gateway = Gateway(ScriptedEngine(), OpenAccess(MODELS), texts(), LIMITS)
+    gateway = Gateway(ScriptedEngine(), OpenAccess(MODELS), TEXTS, LIMITS)
     with exposed(gateway.metrics, "127.0.0.1", 0) as url:
         port = int(url.rpartition(":")[2].partition("/")[0])
         with (
