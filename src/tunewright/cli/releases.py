@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import session
+from tunewright.cli.serve import Engine
 from tunewright.cli.state import StateUrl, road_at
 
+if TYPE_CHECKING:
+    from tunewright.cli.console import Session
+    from tunewright.road.releases import DeployResult
+
 Alias = Annotated[str, typer.Argument(help="The name that tenants ask for.")]
+TestedOn = Annotated[
+    Engine | None,
+    typer.Option("--engine", help="What the isolation test runs on.", show_default="the recipe's serve.engine"),
+]
+Untested = Annotated[
+    str | None,
+    typer.Option(help="Leave the isolation test out, for this reason, which is kept.", metavar="WHY"),
+]
 
 
 @app.command()
@@ -25,16 +38,18 @@ def deploy(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Whatever its verdict; needs --because.")] = False,
     because: Annotated[str | None, typer.Option(help="Why, for the history.")] = None,
+    engine: TestedOn = None,
+    untested: Untested = None,
     state: StateUrl = None,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
     """Have an alias answer with an adapter whose verdict is to ship; running servers take it within a second.
 
-    Exit code 3 if the verdict is not to ship, 4 if it can't be told: then nothing has changed.
+    First the isolation test runs with all that is live: is each request answered by its own adapter? Exit code 3 if the
+    verdict is not to ship or the test finds a wrong answer, 4 if it can't be told: then no alias has changed.
     """
     from tunewright.cli.tables import verdict_text
-    from tunewright.cli.tenant_tables import releases_tables
     from tunewright.errors import UserError
     from tunewright.serving.state.times import percent
 
@@ -43,26 +58,50 @@ def deploy(
             raise UserError("--force and --because go together", where="--force" if force else "--because")
         share = None if canary is None else percent(canary, "--canary")
         road = road_at(current, project, state)
-        result = road.deploy(alias, adapter, canary=share, shadow=shadow, because=because)
-        if result.release is None:
+        result = road.deploy(
+            alias,
+            adapter,
+            canary=share,
+            shadow=shadow,
+            because=because,
+            engine=engine.value if engine else None,
+            untested=untested,
+        )
+        if result.release is None and result.isolation is None:
             assert result.verdict is not None
             current.show(result.as_dict(), verdict_text(result.verdict), f"{alias} is as it was.")
-            raise typer.Exit(result.verdict.exit_code)
-        running = (
-            f"{result.servers} running servers take it." if result.servers != 1 else "The running server takes it."
-        )
-        told = running if result.servers else "No server is running: `tunewright serve` starts one."
-        current.show(result.as_dict(), *releases_tables([result.release]), told)
+            raise typer.Exit(result.exit_code)
+        _show(current, alias, result)
 
 
 @app.command()
-def promote(alias: Alias, state: StateUrl = None, project: Folder = HERE, json: Json = False) -> None:
-    """Have an alias answer with its candidate from now on."""
+def promote(
+    alias: Alias,
+    engine: TestedOn = None,
+    untested: Untested = None,
+    state: StateUrl = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Have an alias answer with its candidate from now on; what is live is tested together, if it has not been yet."""
+    with session(json) as current:
+        road = road_at(current, project, state)
+        _show(current, alias, road.promote(alias, engine=engine.value if engine else None, untested=untested))
+
+
+def _show(current: Session, alias: str, result: DeployResult) -> None:
+    """What became of it; ends with the exit code where it did not pass the isolation test."""
+    from tunewright.cli.isolation_tables import isolation_table
     from tunewright.cli.tenant_tables import releases_tables
 
-    with session(json) as current:
-        made = road_at(current, project, state).promote(alias)
-        current.show(made.as_dict(), *releases_tables([made]))
+    if result.release is None:
+        assert result.isolation is not None
+        table = isolation_table(result.isolation, len(result.isolation.adapters))
+        current.show(result.as_dict(), *table, f"{alias} is as it was.")
+        raise typer.Exit(result.exit_code)
+    running = f"{result.servers} running servers take it." if result.servers != 1 else "The running server takes it."
+    told = running if result.servers else "No server is running: `tunewright serve` starts one."
+    current.show(result.as_dict(), *releases_tables([result.release]), told)
 
 
 @app.command()

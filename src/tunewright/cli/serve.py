@@ -61,7 +61,7 @@ def serve(
         kind: EngineName | None = engine.value if engine else None
         if self_test:
             result = road.self_test(adapters or (), engine=kind)
-            current.show(result.as_dict(), *isolation_table(result))
+            current.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
             raise typer.Exit(EXIT_CODES[result.verdict])
         service = road.serve(adapters or (), host=host, port=port, auth=not no_auth, engine=kind)
 

@@ -88,7 +88,7 @@ def usage_table(sums: Sequence[UsageSum]) -> Table:
 def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
     """Releases, with the candidate that was tried beside each, and why any was forced."""
     table = Table()
-    for name in ("release", "action", "answers with", "verdict", "by", "when"):
+    for name in ("release", "action", "answers with", "verdict", "isolation test", "by", "when"):
         table.add_column(name, overflow="fold")
     for release in releases:
         candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.told}"
@@ -99,12 +99,25 @@ def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
             f"{release.action}{restores}",
             f"{release.adapter}{candidate}",
             verdict if release.grounds.because is None else f"{verdict},\nforced",
+            _isolation(release),
             release.author or "",
             _minute(release.created),
         )
     made_known = ("deploy", "canary", "shadow")
     forced = [each for each in releases if each.grounds.because is not None and each.action in made_known]
-    return [table, *(f"{each.alias} {each.number} was forced: {each.grounds.because}" for each in forced)]
+    untested = [each for each in releases if each.grounds.untested is not None and each.action != "rollback"]
+    return [
+        table,
+        *(f"{each.alias} {each.number} was forced: {each.grounds.because}" for each in forced),
+        *(f"{each.alias} {each.number} was not tested: {each.grounds.untested}" for each in untested),
+    ]
+
+
+def _isolation(release: Release) -> str:
+    test = release.grounds.isolation
+    if test is None:
+        return "none" if release.grounds.untested is None else "left out"
+    return f"{test.verdict}\non {test.engine},\n{test.tested[:16].replace('T', ' ')}"
 
 
 def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[RenderableType]:
@@ -156,7 +169,11 @@ def _details(details: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if value in (None, [], "") or name in _TOLD_ALREADY:
             continue
         words = prefix + name.replace("_", " ")
-        if isinstance(value, dict):
+        if name == "isolation":
+            yield f"isolation test: {value['verdict']} on {value['engine']}, {value['tested'][:16].replace('T', ' ')}"
+            if value["verdict"] != "isolated":
+                yield from value["reasons"]
+        elif isinstance(value, dict):
             yield from _details(value, "" if name == "grounds" else f"{words} ")
         elif name.endswith("expires"):
             yield f"{words} {_minute(value)}"

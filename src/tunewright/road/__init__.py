@@ -360,16 +360,14 @@ class Road(EvaluationsRoad):
     def self_test(self, adapters: Sequence[str] = (), *, engine: EngineName | None = None) -> IsolationResult:
         """Whether an engine keeps the base and the adapters apart that :meth:`serve` would serve.
 
-        The canaries are drawn from the current version's dev items.
+        Asked are dev items of the current version, if there is one, and general questions.
 
         Raises:
-            UserError: as for :meth:`serve`; no adapter, or no dataset version.
+            UserError: as for :meth:`serve`; no adapter.
         """
-        from tunewright.road.serving import canary_prompts, open_service
+        from tunewright.road.isolation import canary_prompts, open_self_test
 
-        prompts = canary_prompts(self._opened, self.data.version())
-        service = open_service(self._opened, adapters, host=None, port=None, auth=True, engine=engine, testing=True)
-        return service.self_test(prompts)
+        return open_self_test(self._opened, adapters, engine).run(canary_prompts(self._opened))
 
     def _refuse_up_front(self) -> None:
         """What no training by this recipe could end well with, before a base is fetched or anything measured."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from tunewright.adapters.fit import require_fit, trained_quantize
 from tunewright.adapters.keys import TrustedKeys
@@ -14,11 +14,12 @@ from tunewright.adapters.standing import require_sound
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import evidence_on
 from tunewright.evaluation.verdict import Verdict, verdict
+from tunewright.recipe import EngineName
 from tunewright.road.opened import OpenProject
 from tunewright.road.serving import adapter_of
 
 if TYPE_CHECKING:
-    from tunewright.serving.state import Grounds, Release, State
+    from tunewright.serving.state import IsolationTest, Release, State
     from tunewright.serving.state.meter import ShadowLine
 
 
@@ -27,17 +28,33 @@ class DeployResult:
     """What became of a wish to release an adapter."""
 
     release: Release | None
-    """None: its verdict is not to ship, and nothing has changed."""
-    verdict: Verdict | None
+    """None: its verdict is not to ship, or it did not pass the isolation test, and no alias has changed."""
+    verdict: Verdict | None = None
     """Of the adapter's newest evaluation; None: it has none, and was released all the same."""
-    servers: int
+    isolation: IsolationTest | None = None
+    """The test that decided; None: it was not run."""
+    servers: int = 0
     """That run on this state, and take it within a second."""
+
+    @property
+    def exit_code(self) -> int:
+        """0: released; 3: a measured no; 4: it can't be told."""
+        if self.release is not None:
+            return 0
+        if self.isolation is not None:
+            return 3 if self.isolation.verdict == "not isolated" else 4
+        assert self.verdict is not None
+        return self.verdict.exit_code
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
         decided = {"decision": self.verdict.decision, "reasons": list(self.verdict.reasons)} if self.verdict else None
-        release = self.release.as_dict() if self.release else None
-        return {"release": release, "verdict": decided, "servers": self.servers}
+        return {
+            "release": self.release.as_dict() if self.release else None,
+            "verdict": decided,
+            "isolation": asdict(self.isolation) if self.isolation else None,
+            "servers": self.servers,
+        }
 
 
 class ReleasesRoad:
@@ -59,8 +76,10 @@ class ReleasesRoad:
         canary: float | None = None,
         shadow: bool = False,
         because: str | None = None,
+        engine: EngineName | None = None,
+        untested: str | None = None,
     ) -> DeployResult:
-        """Have an alias answer with an adapter, of which an evaluation says *ship*.
+        """Have an alias answer with an adapter, of which an evaluation says *ship*, once the isolation test has passed.
 
         Args:
             alias: a name that tenants ask for; it is made where it is not there yet.
@@ -68,41 +87,88 @@ class ReleasesRoad:
             canary: the share of the traffic, above 0 and below 1, that it answers beside what is there.
             shadow: it is asked what the alias is asked, and its answers are recorded and not given.
             because: why it is released whatever the verdict, which is kept.
+            engine: on which the isolation test runs (None: the recipe's, which serves).
+            untested: why it is released without that test, which is kept.
 
         Raises:
-            UserError: no such adapter, one that does not fit or was never evaluated, or it is there already.
+            UserError: no such adapter, one that does not fit or was never evaluated, it is there already, or an engine
+                that is not installed or cannot hold it.
         """
-        from tunewright.serving.state import Candidate
+        from tunewright.serving.state import Candidate, Grounds
 
         if canary is not None and shadow:
             raise UserError("a candidate is a canary or a shadow", where="--shadow", fix="Leave one of them out.")
-        if because is not None and not because.strip():
-            raise UserError("the reason is empty", where="--because")
+        _require_reason(because, "--because")
+        _require_reason(untested, "--untested")
         chosen = find_adapter(self._opened.project.adapters, adapter)
         decided, evaluation = self._judge(chosen, because)
         if because is None and decided is not None and decided.decision != "ship":
-            return DeployResult(None, decided, 0)
+            return DeployResult(None, decided)
+        candidate = Candidate(chosen.name, chosen.digest, canary) if shadow or canary is not None else None
         with self._opened.state() as state:
+            # What would be refused anyway is refused before a test that takes its time.
+            if candidate is None:
+                state.releases.require_deployable(alias, chosen.name, chosen.digest)
+            else:
+                state.releases.require_triable(alias, candidate)
             self._require_servable(chosen, alias, state)
-            grounds = _grounds(decided, evaluation, because)
-            if canary is None and not shadow:
+            test, passes = self._tested(state, alias, chosen, engine, untested)
+            if not passes:
+                return DeployResult(None, decided, test)
+            grounds = Grounds(decided.decision if decided else None, evaluation, because, test, untested)
+            if candidate is None:
                 made = state.releases.deploy(alias, chosen.name, chosen.digest, grounds)
             else:
-                candidate = Candidate(chosen.name, chosen.digest, canary)
                 made = state.releases.try_beside(alias, candidate, grounds)
-            return DeployResult(made, decided, len(state.meter.servers()))
+            return DeployResult(made, decided, test, len(state.meter.servers()))
 
-    def promote(self, alias: str) -> Release:
-        """Have an alias answer with its candidate from now on.
+    def promote(self, alias: str, *, engine: EngineName | None = None, untested: str | None = None) -> DeployResult:
+        """Have an alias answer with its candidate from now on, once the isolation test has passed.
+
+        It has where nothing else was released since the candidate came, and is not run again then.
+
+        Args:
+            alias: whose.
+            engine: on which the isolation test runs (None: the one that the candidate passed it on, else the recipe's).
+            untested: why it is promoted without that test, which is kept.
 
         Raises:
-            UserError: no such alias, or it has no candidate.
+            UserError: no such alias, it has no candidate, one that is not here, or an engine that is not installed.
         """
+        _require_reason(untested, "--untested")
         with self._opened.state() as state:
-            return state.releases.promote(alias)
+            before, candidate = state.releases.promotable(alias)
+            chosen = adapter_of(self._opened, candidate.adapter, candidate.digest)
+            self._require_servable(chosen, alias, state)
+            passed = before.grounds.isolation
+            test, passes = self._tested(
+                state, alias, chosen, engine or (passed and cast(EngineName, passed.engine)), untested
+            )
+            if not passes:
+                return DeployResult(None, None, test)
+            made = state.releases.promote(alias, replace(before.grounds, isolation=test, untested=untested))
+            return DeployResult(made, None, test, len(state.meter.servers()))
+
+    def _tested(
+        self, state: State, alias: str, adapter: Adapter, engine: EngineName | None, untested: str | None
+    ) -> tuple[IsolationTest | None, bool]:
+        """The isolation test, unless it is left out, and whether the release may go live; if not, the audit has it."""
+        from tunewright.road.isolation import IsolationGate
+
+        gate = IsolationGate(self._opened, state, alias, adapter, engine)
+        if untested is not None:
+            gate.require_not_failed()
+            self._opened.reporter.warn(f"{alias} goes live without the isolation test.")
+            return None, True
+        test, passes = gate.pass_or_refuse()
+        if not passes:
+            state.releases.refuse(alias, adapter.name, adapter.digest, test)
+        return test, passes
 
     def rollback(self, alias: str, number: int | None = None) -> Release:
         """Let an alias's candidate go; where there is none, bring back what it answered with before.
+
+        That is the way out, and does not wait for an isolation test: what is brought back had its own.
 
         Args:
             alias: whose.
@@ -114,6 +180,11 @@ class ReleasesRoad:
         with self._opened.state() as state:
             back = state.releases.rollback_target(alias, number)
             adapter_of(self._opened, back.adapter, back.digest)
+            if back.grounds.isolation is None:
+                self._opened.reporter.warn(
+                    f"Release {back.number} went live without the isolation test, and a rollback does not wait for it: "
+                    "`tunewright serve --self-test` tests what is live then."
+                )
             return state.releases.rollback(alias, number)
 
     def history(self, alias: str | None = None) -> list[Release]:
@@ -162,7 +233,6 @@ class ReleasesRoad:
             trained_quantize([adapter, *beside])
 
 
-def _grounds(decided: Verdict | None, evaluation: str | None, because: str | None) -> Grounds:
-    from tunewright.serving.state import Grounds
-
-    return Grounds(decided.decision if decided else None, evaluation, because)
+def _require_reason(reason: str | None, where: str) -> None:
+    if reason is not None and not reason.strip():
+        raise UserError("the reason is empty", where=where)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import random
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.adapters.servable import require_batchable
 from tunewright.adapters.standing import require_sound
-from tunewright.data.versions import DatasetVersion
 from tunewright.errors import UserError
 from tunewright.recipe import EngineName, Quantize
 from tunewright.road.opened import OpenProject
@@ -22,23 +20,6 @@ from tunewright.road.opened import OpenProject
 if TYPE_CHECKING:
     from tunewright.serving.service import Service
     from tunewright.serving.state import State
-
-
-CANARY_PROMPTS = 16
-"""Dev items from which the isolation test chooses; more of them tell more adapters apart, and take longer."""
-
-
-def canary_prompts(opened: OpenProject, version: DatasetVersion) -> list[tuple[int, ...]]:
-    """Prompts of the project's own task, for :meth:`tunewright.serving.service.Service.self_test`.
-
-    Raises:
-        UserError: the version has no dev items.
-    """
-    members = version.domain_of("dev")
-    if not members:
-        raise UserError("the current version has no dev items to ask", where="dataset", fix="Add more pairs.")
-    drawn = random.Random(opened.project.recipe.seed).sample(members, min(CANARY_PROMPTS, len(members)))
-    return [opened.chat.prompt(member.example.prompt) for member in drawn]
 
 
 def open_service(
@@ -49,7 +30,6 @@ def open_service(
     port: int | None,
     auth: bool,
     engine: EngineName | None = None,
-    testing: bool = False,
 ) -> Service:
     """A server for tenants where there are any, else for everybody; see ``Road.serve``."""
     project = opened.project
@@ -57,14 +37,12 @@ def open_service(
         state = opened.state()
         try:
             if state.tenants.any():
-                return _for_tenants(
-                    opened, state, names, host=host, port=port, auth=auth, engine=engine, testing=testing
-                )
+                return _for_tenants(opened, state, names, host=host, port=port, auth=auth, engine=engine)
         except BaseException:
             state.close()
             raise
         state.close()
-    if auth and not testing:
+    if auth:
         _require_private(host or project.recipe.serve.host)
     from tunewright.serving.service import Service
 
@@ -79,7 +57,6 @@ def open_service(
         host=host,
         port=port,
         engine=engine,
-        testing=testing,
     )
 
 
@@ -92,25 +69,12 @@ def _for_tenants(
     port: int | None,
     auth: bool,
     engine: EngineName | None,
-    testing: bool,
 ) -> Service:
     if not auth:
         raise UserError("there are tenants, and whoever asks needs a key", where="--no-auth")
-    if names:
-        raise UserError(
-            "there are tenants, who ask for aliases and not for adapters",
-            where=" ".join(names),
-            fix="Name none: releases say what is served (`tunewright deploy ALIAS ADAPTER`).",
-        )
-    live = state.releases.live().values()
-    trained = []
-    for release in live:
-        try:
-            trained.append(adapter_of(opened, release.adapter, release.digest))
-        except UserError as error:  # told again by the server, which does without this release
-            opened.reporter.warn(f"{release.alias}: {error}")
+    refuse_names(names)
     recipe = opened.project.recipe
-    held = recipe.serve.quantize or (trained_quantize(trained) if trained else recipe.train.quantize)
+    held, trained = released(opened, state)
 
     def locate(name: str, digest: str) -> Path:
         adapter = adapter_of(opened, name, digest)
@@ -137,8 +101,37 @@ def _for_tenants(
         host=host,
         port=port,
         engine=engine,
-        testing=testing,
     )
+
+
+def refuse_names(names: Sequence[str]) -> None:
+    """Refuse names of adapters where there are tenants.
+
+    Raises:
+        UserError: there are some.
+    """
+    if names:
+        raise UserError(
+            "there are tenants, who ask for aliases and not for adapters",
+            where=" ".join(names),
+            fix="Name none: releases say what is served (`tunewright deploy ALIAS ADAPTER`).",
+        )
+
+
+def released(opened: OpenProject, state: State) -> tuple[Quantize, list[Adapter]]:
+    """How the base is held for the live releases, and the adapters that they need, as far as they are here.
+
+    Raises:
+        UserError: they were trained on it held in different ways, and the recipe does not choose.
+    """
+    adapters = []
+    for release in state.releases.live().values():
+        try:
+            adapters += [adapter_of(opened, name, digest) for name, digest in release.adapters]
+        except UserError as error:  # told again by the server, which does without this release
+            opened.reporter.warn(f"{release.alias}: {error}")
+    recipe = opened.project.recipe
+    return recipe.serve.quantize or (trained_quantize(adapters) if adapters else recipe.train.quantize), adapters
 
 
 def adapter_of(opened: OpenProject, name: str, digest: str) -> Adapter:

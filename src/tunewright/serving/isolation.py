@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,9 @@ LONG = 300
 """Tokens of a prompt that fills two blocks of a prefix cache, which keeps whole blocks: of 128 tokens in vLLM without
 a GPU, of 16 with one."""
 _ROUNDS = 2
+VERSION = 1
+"""Of the checks: what an earlier version of them passed is tested again."""
+_REASONS = 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ class Check:
     """The largest shortfall, in nats."""
     failures: tuple[Failure, ...]
 
+    @property
+    def wrong(self) -> int:
+        """Answers that are not their models'."""
+        return len(self.failures)
+
 
 @dataclass(frozen=True)
 class IsolationResult:
@@ -101,6 +109,22 @@ class IsolationResult:
         if any(check.failures for check in self.checks):
             return "not isolated"
         return "can't tell" if self.alike else "isolated"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it is not isolated, or cannot be told, a line each; of many alike the first few and how many more."""
+        lines = [
+            f"{check.name}: {failure.asked} was asked, and the answer"
+            + (f" is that of {failure.like}" if failure.like else f" falls short by {failure.shortfall:.1f} nats")
+            for check in self.checks
+            for failure in check.failures
+        ]
+        if len(lines) > _REASONS:
+            lines[_REASONS:] = [f"and {len(lines) - _REASONS} more"]
+        return (
+            *lines,
+            *(f"{one} and {other} answer alike here, and could not be told apart" for one, other in self.alike),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it."""
@@ -133,9 +157,18 @@ class Canaries:
     alike: frozenset[tuple[Digest, Digest]]
 
 
-def find_canaries(oracle: Oracle, models: Sequence[Digest], prompts: Sequence[Ids], tolerance: float) -> Canaries:
-    """For each model a few prompts, each of which tells it from some other that those before do not."""
-    answers = {prompt: {model: oracle.answer(model, prompt) for model in models} for prompt in prompts}
+def find_canaries(
+    oracle: Oracle,
+    models: Sequence[Digest],
+    prompts: Sequence[Ids],
+    tolerance: float,
+    advance: Callable[[], None] = lambda: None,
+) -> Canaries:
+    """For each model a few prompts, each of which tells it from some other that those before do not.
+
+    Prompts are tried in their order, and no more of them than it takes; ``advance`` is called after each model.
+    """
+    answers: dict[Ids, dict[Digest, Answer]] = {}
     found: dict[Digest, tuple[Ids, ...]] = {}
     alike = set()
     for model in models:
@@ -143,6 +176,8 @@ def find_canaries(oracle: Oracle, models: Sequence[Digest], prompts: Sequence[Id
         untold = set(others)
         chosen: list[Ids] = []
         for prompt in prompts:
+            if prompt not in answers:
+                answers[prompt] = {each: oracle.answer(each, prompt) for each in models}
             said = oracle.shortfalls(model, prompt, [answers[prompt][other] for other in others])
             told = {other for other, short in zip(others, said, strict=True) if short >= CANARY * tolerance}
             if told & untold or (told and len(chosen) < PER_MODEL):
@@ -152,6 +187,7 @@ def find_canaries(oracle: Oracle, models: Sequence[Digest], prompts: Sequence[Id
                 break
         found[model] = tuple(chosen or prompts[:1])
         alike |= {(model, other) for other in untold}
+        advance()
     return Canaries(found, frozenset(alike))
 
 
@@ -273,11 +309,9 @@ async def check_isolation(
     models: list[Digest] = [None, *folders]
     room = min(LONG, engine.context_length - TOKENS)
     longer = list(dict.fromkeys(_lengthened(prompt, room) for prompt in prompts))
-    with reporter.task("Looking for prompts that tell the models apart", 2, "rounds") as task:
-        canaries = find_canaries(oracle, models, prompts, tolerance)
-        task.advance()
-        long = find_canaries(oracle, models, longer, tolerance)
-        task.advance()
+    with reporter.task("Looking for prompts that tell the models apart", 2 * len(models), "models") as task:
+        canaries = find_canaries(oracle, models, prompts, tolerance, task.advance)
+        long = find_canaries(oracle, models, longer, tolerance, task.advance)
     asking = _Asking(engine, canaries, long, folders, random.Random(seed))
     checks = {
         "each alone": asking.alone,
@@ -291,7 +325,11 @@ async def check_isolation(
         for name, ask in checks.items():
             await ask(name)
             task.advance(note=name)
-    judged = [_judged(name, asking.asked, oracle, canaries, tolerance, names) for name in checks]
+    judged = []
+    with reporter.task("Judging its answers", len(checks), "checks") as task:
+        for name in checks:
+            judged.append(_judged(name, asking.asked, oracle, canaries, tolerance, names))
+            task.advance()
     alike = sorted({_sorted(names[one], names[other]) for one, other in canaries.alike & long.alike})
     return IsolationResult(
         engine.name,

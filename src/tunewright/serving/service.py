@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,12 @@ from pathlib import Path
 from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
-from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import Gateway
-from tunewright.serving.engines.start import Wanted, load_all, start_engine
-from tunewright.serving.isolation import TOLERANCE, Digest, Ids, IsolationResult, check_isolation
+from tunewright.serving.engines.start import Wanted, start_engine
 from tunewright.serving.metrics import exposed
 from tunewright.serving.orders import Texts
 from tunewright.serving.server import serve, serving
@@ -50,7 +47,6 @@ class Service:
         served: folders of adapters by the names that everybody may ask for; or the tenants and their releases, whose
             adapters are loaded when the server starts.
         host, port, engine: in place of the recipe's.
-        testing: it is for :meth:`self_test`.
 
     Raises:
         UserError: the engine is not installed or does not start, or cannot hold the base or an adapter.
@@ -68,16 +64,13 @@ class Service:
         host: str | None = None,
         port: int | None = None,
         engine: EngineName | None = None,
-        testing: bool = False,
     ) -> None:
         adapters = {} if isinstance(served, Tenancy) else served
         digests = {name: adapter_digest(folder) for name, folder in adapters.items()}
         self.host = recipe.serve.host if host is None else host
         self.port = recipe.serve.port if port is None else port
         self._recipe = recipe
-        self._reporter = reporter
-        self._named = served.live if isinstance(served, Tenancy) else served
-        self._wanted = Wanted(
+        wanted = Wanted(
             base,
             chat,
             quantize,
@@ -85,9 +78,8 @@ class Service:
             {digests[name]: folder for name, folder in adapters.items()},
             to_come=tuple(served.live.values()) if isinstance(served, Tenancy) else (),
             spare=recipe.serve.spare_adapters if isinstance(served, Tenancy) else 0,
-            alone=not testing,
         )
-        self._engine = start_engine(engine or recipe.serve.engine, recipe, self._wanted, reporter)
+        self._engine = start_engine(engine or recipe.serve.engine, recipe, wanted, reporter)
         self._access = (
             TenantAccess(served.state, self._engine, served.locate, reporter)
             if isinstance(served, Tenancy)
@@ -102,45 +94,6 @@ class Service:
     def models(self) -> list[str]:
         """What can be asked for by name, by whoever may; of tenants' aliases, those that are live."""
         return self._access.names
-
-    def self_test(self, prompts: Sequence[Ids]) -> IsolationResult:
-        """Whether the engine keeps the base and all its adapters apart, in place of serving them; it ends the engine.
-
-        Args:
-            prompts: of the adapters' own tasks, so that they differ on them.
-
-        Raises:
-            UserError: there is no adapter.
-        """
-        from tunewright.serving.oracle import PeftOracle
-
-        try:
-            names: dict[Digest, str] = {None: self._wanted.base.spec}
-            folders: dict[str, Path] = {}
-            for name, folder in self._named.items():
-                digest = adapter_digest(folder)
-                folders[digest] = folder
-                names[digest] = name
-            if not folders:
-                raise UserError("there is no adapter that could be taken for another model", where="--self-test")
-            dtype, chat = self._recipe.train.dtype, self._wanted.chat
-            oracle = PeftOracle(self._wanted.base, dtype, self._wanted.quantize, folders, stop_ids=chat.stop_ids)
-
-            async def ask() -> IsolationResult:
-                await load_all(self._engine, folders)
-                return await check_isolation(
-                    self._engine,
-                    oracle,
-                    folders,
-                    prompts,
-                    tolerance=TOLERANCE[dtype],
-                    names=names,
-                    reporter=self._reporter,
-                )
-
-            return asyncio.run(ask())
-        finally:
-            self._engine.stop()
 
     def run(self, on_ready: Callable[[str], None]) -> None:
         """Serve until Ctrl-C or SIGTERM; ``on_ready`` is told the address.

@@ -52,6 +52,8 @@ T = TypeVar("T")
 class Loader(Protocol):
     """The part of an engine that changes which adapters it has."""
 
+    name: str
+
     async def load(self, digest: str, folder: Path) -> None:
         """Have an adapter ready, or raise AdapterFailedError or EngineStoppedError."""
 
@@ -261,8 +263,19 @@ class TenantAccess:
             self._routes[alias] = release
             tried = f", and {release.candidate.adapter} {release.candidate.told}" if release.candidate else ""
             self._reporter.say(f"{alias}: release {release.number} is live: {release.adapter}{tried}")
+            self._tell_untested(release)
         self._seen = max((release.id for release in live.values()), default=0)
         await self._alive()
+
+    def _tell_untested(self, release: Release) -> None:
+        """Warn of a release that the isolation test has not let through on this kind of engine."""
+        test = release.grounds.isolation
+        if test is None or test.engine != self._engine.name:
+            was = f"on {test.engine} alone" if test else "not"
+            self._reporter.warn(
+                f"{release.alias}: release {release.number} was tested for isolation {was}, and {self._engine.name} "
+                f"answers here: `tunewright serve --engine {self._engine.name} --self-test` tests what is live."
+            )
 
     async def _load(self, release: Release) -> None:
         needed = {release.digest: release.adapter}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 from tunewright.disk import canonical_json
 from tunewright.serving.state.audit import Audit, AuditCheck, AuditLine
 from tunewright.serving.state.database import Database, StateUnavailableError
+from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
 from tunewright.serving.state.meter import LimitExceededError, Meter, Used, Wanted
 from tunewright.serving.state.releases import Candidate, Grounds, Release, Releases
 from tunewright.serving.state.tenants import Caller, InvalidKeyError, Key, Limits, Tenant, Tenants
+from tunewright.serving.state.upgrade import upgrade
 
 __all__ = [
     "Audit",
@@ -22,6 +25,8 @@ __all__ = [
     "Candidate",
     "Grounds",
     "InvalidKeyError",
+    "IsolationCheck",
+    "IsolationTest",
     "Key",
     "LimitExceededError",
     "Limits",
@@ -51,6 +56,11 @@ class State:
 
     def __init__(self, url: str, actor: str | None = None, clock: Callable[[], float] | None = None) -> None:
         self._database = Database(url, clock)
+        try:
+            upgrade(self._database, actor)
+        except BaseException:
+            self._database.close()
+            raise
         self.name = self._database.name
         self.is_sqlite = self._database.is_sqlite
         self.tenants = Tenants(self._database, actor)
@@ -65,14 +75,12 @@ class State:
             noted: a line's digest (or its beginning) that was noted before: it has to be in the chain still.
         """
         check = self.audit.verify(noted)
-        kept = {
-            (release.alias, release.number): canonical_json(release.as_dict()) for release in self.releases.history()
-        }
+        kept = {(release.alias, release.number): _comparable(release.as_dict()) for release in self.releases.history()}
         told = {}
         for line in self.audit.lines():
             if line.action.startswith("release.") and line.true_digest == line.digest:
                 details = json.loads(line.details)
-                told[details["alias"], details["number"]] = line.details
+                told[details["alias"], details["number"]] = _comparable(details)
         # Where lines are missing or changed, a release may be as it was without a line that tells of it.
         places = told.keys() if check.faults else told.keys() | kept.keys()
         differing = sorted(place for place in places if told.get(place) != kept.get(place))
@@ -90,3 +98,9 @@ class State:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _comparable(release: Mapping[str, Any]) -> str:
+    """A release as canonical JSON; grounds that there were not yet when it was made are as good as none."""
+    grounds = {name: value for name, value in release["grounds"].items() if value is not None}
+    return canonical_json({**release, "grounds": grounds})

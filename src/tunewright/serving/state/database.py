@@ -129,7 +129,7 @@ class Database:
 
     def _require_version(self, connection: Connection) -> None:
         version = connection.execute(select(schema.c.version)).scalar_one()
-        if version != SCHEMA_VERSION:
+        if version > SCHEMA_VERSION:
             raise UserError(
                 f"the serving state is of schema {version}; this tunewright knows schema {SCHEMA_VERSION}",
                 where=self.name,

@@ -6,6 +6,7 @@ live is the last one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,11 +16,13 @@ from sqlalchemy import Connection, Row, func, insert, select
 from tunewright.errors import UserError
 from tunewright.serving.state.audit import Change, changing
 from tunewright.serving.state.database import Database
-from tunewright.serving.state.tables import releases
+from tunewright.serving.state.isolation import IsolationTest
+from tunewright.serving.state.tables import audit, releases
 from tunewright.serving.state.tenants import check_name
 from tunewright.serving.state.times import iso
 
 Action = Literal["deploy", "canary", "shadow", "promote", "rollback"]
+_REFUSED = "isolation.refused"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Grounds:
     """That evaluation's ID."""
     because: str | None = None
     """Why it is released without a verdict to ship."""
+    isolation: IsolationTest | None = None
+    """The test that it passed, with all else that was live."""
+    untested: str | None = None
+    """Why it is released without that test."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,15 @@ class Release:
     created: float
 
     @property
+    def adapters(self) -> list[tuple[str, str]]:
+        """The adapters that it needs, by name and digest."""
+        beside = [(self.candidate.adapter, self.candidate.digest)] if self.candidate else []
+        return [(self.adapter, self.digest), *beside]
+
+    @property
     def digests(self) -> frozenset[str]:
         """The adapters that it needs."""
-        return frozenset({self.digest} | ({self.candidate.digest} if self.candidate else set()))
+        return frozenset(digest for _, digest in self.adapters)
 
     def as_dict(self) -> dict[str, Any]:
         """The release as ``--json`` prints it."""
@@ -91,10 +104,8 @@ class Releases:
 
     def live(self) -> dict[str, Release]:
         """Each alias's last release, by alias."""
-        last = select(func.max(releases.c.id)).group_by(releases.c.alias)
         with self._database.reading() as connection:
-            rows = connection.execute(select(releases).where(releases.c.id.in_(last)).order_by(releases.c.alias)).all()
-        return {row.alias: _release(row) for row in rows}
+            return {release.alias: release for release in _live(connection)}
 
     def newest(self) -> int:
         """The id of the newest release of all; 0 before the first."""
@@ -112,54 +123,86 @@ class Releases:
                 return _history(connection, alias)
             return [_release(row) for row in connection.execute(select(releases).order_by(releases.c.id))]
 
+    def passed(self, subject: str) -> IsolationTest | None:
+        """The newest isolation test of exactly this that a release went live by."""
+        tests = [release.grounds.isolation for release in self.history()]
+        return next((test for test in reversed(tests) if test is not None and test.subject == subject), None)
+
+    def refused(self, subject: str) -> IsolationTest | None:
+        """The newest isolation test of exactly this by which a release did not go live."""
+        query = select(audit.c.details).where(audit.c.action == _REFUSED).order_by(audit.c.number.desc())
+        with self._database.reading() as connection:
+            told = [json.loads(details)["isolation"] for details in connection.execute(query).scalars()]
+        return next((IsolationTest.of(test) for test in told if test["subject"] == subject), None)
+
+    def require_deployable(self, alias: str, adapter: str, digest: str) -> None:
+        """Refuse what :meth:`deploy` would refuse as things are.
+
+        Raises:
+            UserError: as of it.
+        """
+        with self._database.reading() as connection:
+            _require_new(connection, alias, adapter, digest)
+
+    def require_triable(self, alias: str, candidate: Candidate) -> None:
+        """Refuse what :meth:`try_beside` would refuse as things are.
+
+        Raises:
+            UserError: as of it.
+        """
+        with self._database.reading() as connection:
+            _require_candidate(connection, alias, candidate)
+
+    def promotable(self, alias: str) -> tuple[Release, Candidate]:
+        """What :meth:`promote` would go on from, and have the alias answer with.
+
+        Raises:
+            UserError: as of it.
+        """
+        with self._database.reading() as connection:
+            return _promotable(connection, alias)
+
+    def refuse(self, alias: str, adapter: str, digest: str, test: IsolationTest) -> None:
+        """Note in the audit that an adapter did not go live, and why; nothing else changes."""
+        with changing(self._database, self._actor) as change:
+            change.log(_REFUSED, alias, adapter=adapter, digest=digest, isolation=asdict(test))
+
     def deploy(self, alias: str, adapter: str, digest: str, grounds: Grounds) -> Release:
         """Have an alias answer with this adapter from now on; a candidate beside it is let go.
 
         Raises:
-            UserError: it does so already, or what is no name for an alias.
+            UserError: it does so already, what is no name for an alias, or what is live now has not been tested with
+                it.
         """
-        check_name(alias, "an alias")
         with changing(self._database, self._actor) as change:
-            before = _last(change.connection, alias)
-            if before is not None and before.digest == digest and before.candidate is None:
-                raise UserError(f"{alias} answers with {adapter} already, since its release {before.number}")
+            before = _require_new(change.connection, alias, adapter, digest)
             return _add(change, before, "deploy", alias, adapter, digest, None, grounds)
 
     def try_beside(self, alias: str, candidate: Candidate, grounds: Grounds) -> Release:
         """Try an adapter beside the one that the alias answers with: on a share of the traffic, or in the shadow.
 
         Raises:
-            UserError: the alias has no release, answers with this adapter already, or a share that is none.
+            UserError: the alias has no release, answers with this adapter already, a share that is none, or what is
+                live now has not been tested with it.
         """
-        if candidate.share is not None and not 0 < candidate.share < 1:
-            raise UserError(f"{candidate.share:g} is no share: it is above 0 and below 1")
         with changing(self._database, self._actor) as change:
-            before = _last(change.connection, alias)
-            if before is None:
-                raise UserError(
-                    f"{alias} has no release that a candidate could be tried beside", fix="Deploy one without it first."
-                )
-            if before.digest == candidate.digest:
-                raise UserError(f"{alias} answers with {candidate.adapter} already, since its release {before.number}")
-            if before.candidate == candidate:
-                raise UserError(f"{candidate.adapter} is tried {candidate.told} already, since release {before.number}")
+            before = _require_candidate(change.connection, alias, candidate)
             action: Action = "shadow" if candidate.share is None else "canary"
             return _add(change, before, action, alias, before.adapter, before.digest, candidate, grounds)
 
-    def promote(self, alias: str) -> Release:
+    def promote(self, alias: str, grounds: Grounds | None = None) -> Release:
         """Have an alias answer with its candidate.
 
+        Args:
+            grounds: in place of those that the candidate came by.
+
         Raises:
-            UserError: no such alias, or it has no candidate.
+            UserError: no such alias, it has no candidate, or what is live now has not been tested with it.
         """
         with changing(self._database, self._actor) as change:
-            before = _history(change.connection, alias)[-1]
-            chosen = before.candidate
-            if chosen is None:
-                raise UserError(
-                    f"{alias} has no candidate", fix=f"`tunewright deploy {alias} ADAPTER --canary 10%` makes one."
-                )
-            return _add(change, before, "promote", alias, chosen.adapter, chosen.digest, None, before.grounds)
+            before, chosen = _promotable(change.connection, alias)
+            by = before.grounds if grounds is None else grounds
+            return _add(change, before, "promote", alias, chosen.adapter, chosen.digest, None, by)
 
     def rollback_target(self, alias: str, number: int | None = None) -> Release:
         """The release that :meth:`rollback` would bring back.
@@ -184,6 +227,36 @@ class Releases:
             back = _target(history, number)
             grounds = back.grounds
             return _add(change, history[-1], "rollback", alias, back.adapter, back.digest, None, grounds, back.number)
+
+
+def _require_new(connection: Connection, alias: str, adapter: str, digest: str) -> Release | None:
+    check_name(alias, "an alias")
+    before = _last(connection, alias)
+    if before is not None and before.digest == digest and before.candidate is None:
+        raise UserError(f"{alias} answers with {adapter} already, since its release {before.number}")
+    return before
+
+
+def _require_candidate(connection: Connection, alias: str, candidate: Candidate) -> Release:
+    if candidate.share is not None and not 0 < candidate.share < 1:
+        raise UserError(f"{candidate.share:g} is no share: it is above 0 and below 1")
+    before = _last(connection, alias)
+    if before is None:
+        raise UserError(
+            f"{alias} has no release that a candidate could be tried beside", fix="Deploy one without it first."
+        )
+    if before.digest == candidate.digest:
+        raise UserError(f"{alias} answers with {candidate.adapter} already, since its release {before.number}")
+    if before.candidate == candidate:
+        raise UserError(f"{candidate.adapter} is tried {candidate.told} already, since release {before.number}")
+    return before
+
+
+def _promotable(connection: Connection, alias: str) -> tuple[Release, Candidate]:
+    before = _history(connection, alias)[-1]
+    if before.candidate is None:
+        raise UserError(f"{alias} has no candidate", fix=f"`tunewright deploy {alias} ADAPTER --canary 10%` makes one.")
+    return before, before.candidate
 
 
 def _target(history: Sequence[Release], number: int | None) -> Release:
@@ -228,6 +301,8 @@ def _add(
     grounds: Grounds,
     restores: int | None = None,
 ) -> Release:
+    if action != "rollback":
+        _require_tested(change.connection, alias, digest, candidate, grounds)
     row = change.connection.execute(
         insert(releases)
         .values(
@@ -242,13 +317,33 @@ def _add(
             restores=restores,
             author=change.actor,
             created=change.now,
-            **asdict(grounds),
+            **asdict(grounds),  # the isolation test as JSON
         )
         .returning(releases)
     ).one()
     made = _release(row)
     change.log(f"release.{action}", alias, **made.as_dict())
     return made
+
+
+def _require_tested(
+    connection: Connection, alias: str, digest: str, candidate: Candidate | None, grounds: Grounds
+) -> None:
+    """Refuse a release beside which something is live that was not there in its isolation test."""
+    if grounds.isolation is None:
+        return
+    beside = [release for release in _live(connection) if release.alias != alias]
+    needed = {digest, *({candidate.digest} if candidate else ())}.union(*(release.digests for release in beside))
+    if not needed <= set(grounds.isolation.adapters):
+        raise UserError(
+            f"another release has gone live while {alias}'s was tested", fix="Do it again: it is tested with that one."
+        )
+
+
+def _live(connection: Connection) -> list[Release]:
+    last = select(func.max(releases.c.id)).group_by(releases.c.alias)
+    query = select(releases).where(releases.c.id.in_(last)).order_by(releases.c.alias)
+    return [_release(row) for row in connection.execute(query)]
 
 
 def _release(row: Row[Any]) -> Release:
@@ -262,7 +357,13 @@ def _release(row: Row[Any]) -> Release:
         row.digest,
         candidate,
         row.restores,
-        Grounds(row.verdict, row.evaluation, row.because),
+        Grounds(
+            row.verdict,
+            row.evaluation,
+            row.because,
+            None if row.isolation is None else IsolationTest.of(row.isolation),
+            row.untested,
+        ),
         row.author,
         row.created,
     )

@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Text as LongText
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 NAME = String(63)
 DIGEST = String(64)
@@ -85,6 +85,8 @@ releases = Table(
     Column("verdict", String(16)),
     Column("evaluation", LongText),
     Column("because", LongText),  # why it was released without a verdict to ship
+    Column("isolation", JSON(none_as_null=True)),  # the test that it passed
+    Column("untested", LongText),  # why it was released without that test
     Column("author", LongText),
     Column("created", Double, nullable=False),
     UniqueConstraint("alias", "number"),

@@ -1,0 +1,144 @@
+"""The isolation test of a base and its adapters, on an engine that is started for it and serves nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from time import monotonic
+
+from tunewright.adapters.registry import adapter_digest
+from tunewright.chat import ChatFormat
+from tunewright.clock import now
+from tunewright.disk import digest
+from tunewright.errors import UserError
+from tunewright.models.bases import Base
+from tunewright.progress import Reporter
+from tunewright.recipe import EngineName, Quantize, Recipe
+from tunewright.serving.engines.start import Wanted, load_all, start_engine
+from tunewright.serving.isolation import TOLERANCE, VERSION, Digest, Ids, IsolationResult, check_isolation
+from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
+from tunewright.training.lineage import packages
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What is tested: an engine as the server has it, with the base and adapters.
+
+    Args:
+        quantize: how the base is held.
+        named: folders of the adapters, by what people call them.
+        engine: which one.
+        spare: how many further adapters it has room for, as the server's.
+    """
+
+    recipe: Recipe
+    base: Base
+    chat: ChatFormat
+    quantize: Quantize
+    named: Mapping[str, Path]
+    engine: EngineName
+    spare: int
+    reporter: Reporter
+
+    @cached_property
+    def folders(self) -> dict[str, Path]:
+        """The adapters by digest: one is there once under however many names."""
+        return {adapter_digest(folder): folder for folder in self.named.values()}
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Of the packages that decide numbers, here and in the engine's own environment."""
+        own = packages(self.quantize)
+        if self.engine != "vllm":
+            return own
+        from tunewright.serving.engines.vllm.environment import find
+
+        return {**own, **{f"vllm:{name}": str(version) for name, version in find().versions.items()}}
+
+    @cached_property
+    def device(self) -> str:
+        """What computes; an engine's bugs may be one kind's alone."""
+        import torch
+
+        if torch.cuda.is_available():
+            return str(torch.cuda.get_device_name())
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+    @cached_property
+    def subject(self) -> str:
+        """SHA-256 of all that the result depends on."""
+        return digest(
+            {
+                "checks": VERSION,
+                "base": self.base.digest,
+                "chat": self.chat.digest,
+                "quantize": self.quantize,
+                "dtype": self.recipe.train.dtype,
+                "adapters": sorted(self.folders),
+                "engine": self.engine,
+                "max_batch": self.recipe.serve.max_batch,
+                "spare": self.spare,
+                "versions": self.versions,
+                "device": self.device,
+                "tolerance": TOLERANCE[self.recipe.train.dtype],
+            }
+        )
+
+    def run(self, prompts: Sequence[Ids]) -> IsolationResult:
+        """Start the engine, test it and end it.
+
+        Args:
+            prompts: on which the models differ, the likeliest first.
+
+        Raises:
+            UserError: there is no adapter, or the engine is not installed or cannot hold these.
+        """
+        from tunewright.serving.oracle import PeftOracle
+
+        if not self.folders:
+            raise UserError("there is no adapter that could be taken for another model", where="the isolation test")
+        names: dict[Digest, str] = {None: self.base.spec}
+        names |= {adapter_digest(folder): name for name, folder in self.named.items()}
+        # Half of a GPU's memory is the oracle's.
+        wanted = Wanted(self.base, self.chat, self.quantize, self.folders, spare=self.spare, alone=False)
+        engine = start_engine(self.engine, self.recipe, wanted, self.reporter)
+        try:
+            dtype = self.recipe.train.dtype
+            oracle = PeftOracle(self.base, dtype, self.quantize, self.folders, stop_ids=self.chat.stop_ids)
+
+            async def ask() -> IsolationResult:
+                await load_all(engine, self.folders)
+                tolerance = TOLERANCE[dtype]
+                return await check_isolation(
+                    engine, oracle, self.folders, prompts, tolerance=tolerance, names=names, reporter=self.reporter
+                )
+
+            return asyncio.run(ask())
+        finally:
+            engine.stop()
+
+    def kept(self, prompts: Sequence[Ids]) -> IsolationTest:
+        """Run the test; the result is as a release keeps it."""
+        began = monotonic()
+        result = self.run(prompts)
+        seconds = round(monotonic() - began, 1)
+        checks = tuple(IsolationCheck(c.name, c.asked, c.wrong, round(c.worst, 4)) for c in result.checks)
+        return IsolationTest(
+            verdict=result.verdict,
+            subject=self.subject,
+            engine=self.engine,
+            device=self.device,
+            base=self.base.digest,
+            adapters=tuple(sorted(self.folders)),
+            versions=self.versions,
+            tolerance=result.tolerance,
+            checks=checks,
+            alike=result.alike,
+            reasons=result.reasons,
+            tested=now(),
+            seconds=seconds,
+        )
