@@ -140,8 +140,8 @@ def test_mistakes_are_told_and_change_nothing(state_url: str) -> None:
 def test_a_state_of_a_newer_tunewright_is_refused(state_url: str) -> None:
     State(state_url).close()
     with raw(state_url) as execute:
-        execute("UPDATE tunewright_schema SET version = 2")
-    with pytest.raises(UserError, match="schema 2; this tunewright knows schema 1"):
+        execute("UPDATE tunewright_schema SET version = 3")
+    with pytest.raises(UserError, match="schema 3; this tunewright knows schema 2"):
         State(state_url)
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from engine_kinds import STOPS, TOKENIZER, peft_engine
 
+from planted_bugs import LastSlot, OldVersion, StaleCache
 from small_models import write_adapter
 from tunewright.models.bases import Base
-from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
 from tunewright.serving.engines.peft import PeftEngine
-from tunewright.serving.engines.protocol import Delta, Engine
+from tunewright.serving.engines.protocol import Engine
 from tunewright.serving.isolation import TOLERANCE, Digest, IsolationResult, check_isolation
 from tunewright.serving.oracle import PeftOracle
 
@@ -69,46 +68,6 @@ def test_the_embedded_engine_keeps_adapters_apart(
     assert all(check.asked >= 8 for check in result.checks)
     # float32 with another order of additions: nothing that a tolerance of 0.05 nats has to forgive.
     assert max(check.worst for check in result.checks) < 1e-3
-
-
-class LastSlot(PeftEngine):
-    """vLLM's bug without a GPU: beside others, the base is answered with the adapter of the last slot."""
-
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
-        if request.adapter is None and sum(self.under_way) > 1 and self._loaded:
-            request = replace(request, adapter=max(self._loaded))
-        async for delta in super().stream(request):
-            yield delta
-
-
-class StaleCache(PeftEngine):
-    """llama.cpp's bug: what one adapter computed for a prompt is taken for another one's."""
-
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
-        kept: dict[tuple[int, ...], list[Delta]] = self.__dict__.setdefault("kept", {})
-        if request.prompt_ids not in kept:
-            kept[request.prompt_ids] = [delta async for delta in super().stream(request)]
-        for delta in kept[request.prompt_ids]:
-            yield delta
-
-
-class OldVersion(PeftEngine):
-    """What is unloaded lies in its slot still, and the next adapter is taken for it."""
-
-    async def unload(self, digest: str) -> None:
-        self.__dict__.setdefault("left", []).append(digest)
-
-    async def load(self, digest: str, folder: Path) -> None:
-        left: list[str] = self.__dict__.setdefault("left", [])
-        stands: dict[str, str] = self.__dict__.setdefault("stands", {})
-        if left:
-            stands[digest] = left.pop(0)
-        await super().load(digest, folder)
-
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
-        stands: dict[str | None, str] = self.__dict__.get("stands", {})
-        async for delta in super().stream(replace(request, adapter=stands.get(request.adapter, request.adapter))):
-            yield delta
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,225 @@
+"""Nothing goes live that does not pass the isolation test, beside all else that is live."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import Ran, tiny_project, tunewright
+from planted_bugs import LastSlot, StaleCache
+from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
+from tunewright.adapters.scaling import scale_weights
+from tunewright.serving.engines import peft
+from tunewright.serving.engines.peft import PeftEngine
+
+FORCED = ("--force", "--because", "what is tested here is isolation")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project with three trained adapters."""
+    folder = tiny_project(tmp_path_factory.mktemp("isolation") / "project", tiny_base_folder)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    recipe = folder / "tunewright.yaml"
+    text = recipe.read_text()
+    for rate in ("0.003", "0.006", "0.01"):
+        recipe.write_text(text.replace("0.003", rate))
+        assert tunewright("train", "-p", folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def project(trained: Path, tmp_path: Path) -> Path:
+    """The trained project, without a serving state of others."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("tunewright.yaml", "adapters", "dataset"):
+        (folder / name).symlink_to(trained / name)
+    return folder
+
+
+def _adapters(project: Path) -> list[Adapter]:
+    return list_adapters(project / "adapters")
+
+
+def _run(project: Path, *arguments: str) -> Ran:
+    return tunewright(*arguments, "-p", project)
+
+
+def _document(project: Path, *arguments: str) -> Any:
+    ran = _run(project, *arguments, "--json")
+    assert ran.code == 0, ran.stderr
+    return ran.document
+
+
+def _deploy(project: Path, alias: str, adapter: Adapter, *options: str) -> Ran:
+    return _run(project, "deploy", alias, adapter.name, *FORCED, *options, "--json")
+
+
+def _live(project: Path) -> dict[str, str]:
+    history = _document(project, "releases")["releases"]
+    return {release["alias"]: release["adapter"] for release in history}
+
+
+def test_a_release_is_tested_with_all_that_is_live_and_the_result_is_kept_with_it(project: Path) -> None:
+    first, second, third = _adapters(project)
+    assert _deploy(project, "courts", first).code == 0
+    done = _deploy(project, "recipes", second)
+    assert done.code == 0, done.stderr
+    test = done.document["release"]["grounds"]["isolation"]
+    assert test == done.document["isolation"]
+    assert (test["verdict"], test["engine"], test["tolerance"]) == ("isolated", "peft", 0.05)
+    assert set(test["adapters"]) == {first.digest, second.digest}
+    assert test["versions"]["torch"] == version("torch")
+    assert [check["name"] for check in test["checks"]] == [
+        "each alone",
+        "all mixed",
+        "the base in the mix",
+        "prefixes warm",
+        "evicted and reloaded",
+        "a new version",
+    ]
+    assert all(check["asked"] and not check["wrong"] for check in test["checks"])
+    # The candidate of a canary, what the alias answers with still, and the other alias's.
+    assert set(_deploy(project, "courts", third, "--canary", "10%").document["isolation"]["adapters"]) == {
+        first.digest,
+        second.digest,
+        third.digest,
+    }
+    told = _run(project, "releases").stderr
+    assert "isolated" in told
+    assert test["tested"][:16].replace("T", " ") in told
+    assert _document(project, "audit", "verify")["ok"]
+
+
+@pytest.mark.parametrize("bug", [LastSlot, StaleCache])
+@pytest.mark.parametrize("options", [(), ("--canary", "10%"), ("--shadow",)], ids=["deploy", "canary", "shadow"])
+def test_on_an_engine_that_mixes_adapters_up_nothing_goes_live(
+    project: Path, monkeypatch: pytest.MonkeyPatch, bug: type[PeftEngine], options: tuple[str, ...]
+) -> None:
+    first, second, _ = _adapters(project)
+    assert _deploy(project, "courts", first).code == 0
+    before = _document(project, "releases")
+    with monkeypatch.context() as planted:
+        planted.setattr(peft, "PeftEngine", bug)
+        ran = _deploy(project, "courts", second, *options)
+        assert (ran.code, ran.document["release"]) == (3, None)
+        assert ran.document["isolation"]["verdict"] == "not isolated"
+        assert any("was asked, and the answer is that of" in reason for reason in ran.document["isolation"]["reasons"])
+        assert _document(project, "releases") == before
+
+        # What has failed cannot be let through by leaving the test out.
+        ran = _run(project, "deploy", "courts", second.name, *FORCED, *options, "--untested", "no time")
+        assert (ran.code, "exactly this failed the isolation test" in ran.stderr) == (2, True)
+        assert _document(project, "releases") == before
+
+        ran = _run(project, "deploy", "courts", second.name, *FORCED, *options)
+        assert "NOT isolated" in ran.stderr
+        assert "courts is as it was" in ran.stderr
+    refused = [line for line in _document(project, "audit", "show")["lines"] if line["action"] == "isolation.refused"]
+    assert [line["subject"] for line in refused] == ["courts", "courts"]
+    assert json.loads(refused[0]["details"])["digest"] == second.digest
+    monkeypatch.setenv("COLUMNS", "400")
+    assert "isolation test: not isolated on peft" in _run(project, "audit", "show").stderr
+    assert _document(project, "audit", "verify")["ok"]
+    assert _deploy(project, "courts", second, *options).code == 0, "without the bug"
+
+
+def test_exactly_what_has_passed_is_not_tested_again_and_anything_else_is(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = _adapters(project)
+    _deploy(project, "courts", first)
+    once = _deploy(project, "courts", second)
+    monkeypatch.setattr(peft, "PeftEngine", LastSlot)  # whatever is tested from here on fails
+    again = _deploy(project, "recipes", first)
+    assert (again.code, "not run again" in again.stderr) == (0, True)
+    assert again.document["isolation"] == once.document["isolation"]
+    assert _deploy(project, "recipes", third).code == 3, "another adapter"
+    recipe = (project / "tunewright.yaml").read_text()
+    (project / "tunewright.yaml").unlink()
+    (project / "tunewright.yaml").write_text(f"{recipe}serve:\n  max_batch: 4\n")
+    assert _deploy(project, "tickets", second).code == 3, "another engine"
+    assert _live(project) == {"courts": second.name, "recipes": first.name}
+
+
+def test_a_promotion_counts_on_its_candidates_test_until_something_else_goes_live(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = _adapters(project)
+    _deploy(project, "courts", first)
+    canary = _deploy(project, "courts", second, "--canary", "10%").document
+    promoted = _document(project, "promote", "courts")
+    assert promoted["release"]["adapter"] == second.name
+    assert promoted["isolation"] == canary["isolation"]
+
+    _deploy(project, "courts", first, "--shadow")
+    _document(project, "deploy", "recipes", third.name, *FORCED, "--untested", "to have it untested")
+    before = _document(project, "releases")
+    with monkeypatch.context() as planted:
+        planted.setattr(peft, "PeftEngine", LastSlot)
+        ran = _run(project, "promote", "courts", "--json")
+        assert (ran.code, ran.document["release"]) == (3, None)
+        assert _document(project, "releases") == before
+        # The way back does not wait for a test.
+        assert _document(project, "rollback", "courts")["candidate"] is None
+        assert _document(project, "rollback", "courts")["adapter"] == first.name
+    _deploy(project, "courts", second, "--shadow")
+    assert _document(project, "promote", "courts")["release"]["adapter"] == second.name
+
+
+def test_what_goes_live_untested_says_why_for_ever(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, _ = _adapters(project)
+    monkeypatch.setattr(peft, "PeftEngine", LastSlot)
+    ran = _deploy(project, "courts", first, "--untested", "the GPU holds one copy")
+    assert (ran.code, ran.document["isolation"]) == (0, None)
+    assert ran.document["release"]["grounds"]["untested"] == "the GPU holds one copy"
+    assert "courts goes live without the isolation test" in ran.stderr
+    told = _run(project, "releases").stderr
+    assert "left out" in told
+    assert "courts 1 was not tested: the GPU holds one copy" in told
+    assert "the GPU holds one copy" in _document(project, "audit", "show")["lines"][0]["details"]
+    ran = _deploy(project, "courts", second, "--untested", " ")
+    assert (ran.code, "the reason is empty" in ran.stderr + ran.stdout) == (2, True)
+    monkeypatch.undo()
+    _deploy(project, "courts", second)
+    assert "went live without the isolation test" in _run(project, "rollback", "courts").stderr
+
+
+def test_adapters_that_answer_alike_may_share_an_alias_but_not_two(project: Path, trained: Path) -> None:
+    first, second, _ = _adapters(project)
+    # The same weights by other files: nobody can tell them apart.
+    twin = _twin(project, first, trained)
+    _deploy(project, "courts", first)
+    ran = _deploy(project, "recipes", twin)
+    assert (ran.code, ran.document["release"]) == (4, None)
+    assert ran.document["isolation"]["alike"] == [sorted([first.name, twin.name])]
+    assert _live(project) == {"courts": first.name}
+    ran = _deploy(project, "courts", twin)
+    assert ran.code == 0, ran.stderr
+    assert "answer alike on all that was asked" in ran.stderr
+    assert ran.document["isolation"]["verdict"] == "can't tell"
+    # The pair is known by now, and says nothing against another one.
+    assert _deploy(project, "recipes", second).code == 0
+
+
+def _twin(project: Path, adapter: Adapter, trained: Path) -> Adapter:
+    """An adapter of another digest that says the same: its weights times 0.9999."""
+    (project / "adapters").unlink()
+    shutil.copytree(trained / "adapters", project / "adapters")
+    scaled = project / "scaled"
+    scale_weights(adapter.folder, 0.9999, scaled)
+    lineage = {**adapter.lineage, "inputs_digest": "0" * 64}
+    return store_adapter(project / "adapters", "twin", scaled, {}, lineage, [], servable=True)
+
+
+def test_where_there_are_no_data_it_asks_general_questions(project: Path) -> None:
+    (project / "dataset").unlink()
+    ran = _deploy(project, "courts", _adapters(project)[0])
+    assert ran.code == 0, ran.stderr
+    assert "asks general questions" in ran.stderr

@@ -1,0 +1,51 @@
+"""Engines that mix their adapters up, each in a way in which a real one has."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from pathlib import Path
+
+from tunewright.models.requests import Request
+from tunewright.serving.engines.peft import PeftEngine
+from tunewright.serving.engines.protocol import Delta
+
+
+class LastSlot(PeftEngine):
+    """vLLM's bug without a GPU: beside others, the base is answered with the adapter of the last slot."""
+
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+        if request.adapter is None and sum(self.under_way) > 1 and self._loaded:
+            request = replace(request, adapter=max(self._loaded))
+        async for delta in super().stream(request):
+            yield delta
+
+
+class StaleCache(PeftEngine):
+    """llama.cpp's bug: what one adapter computed for a prompt is taken for another one's."""
+
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+        kept: dict[tuple[int, ...], list[Delta]] = self.__dict__.setdefault("kept", {})
+        if request.prompt_ids not in kept:
+            kept[request.prompt_ids] = [delta async for delta in super().stream(request)]
+        for delta in kept[request.prompt_ids]:
+            yield delta
+
+
+class OldVersion(PeftEngine):
+    """What is unloaded lies in its slot still, and the next adapter is taken for it."""
+
+    async def unload(self, digest: str) -> None:
+        self.__dict__.setdefault("left", []).append(digest)
+
+    async def load(self, digest: str, folder: Path) -> None:
+        left: list[str] = self.__dict__.setdefault("left", [])
+        stands: dict[str, str] = self.__dict__.setdefault("stands", {})
+        if left:
+            stands[digest] = left.pop(0)
+        await super().load(digest, folder)
+
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+        stands: dict[str | None, str] = self.__dict__.get("stands", {})
+        async for delta in super().stream(replace(request, adapter=stands.get(request.adapter, request.adapter))):
+            yield delta

@@ -1,0 +1,64 @@
+"""A state that an earlier tunewright made is brought up to date where it is opened, and nothing in it is lost."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from states import DIGESTS, SHIP, raw, with_tenant
+
+from tunewright.serving.state import State
+
+
+def _make_old(url: str) -> None:
+    """A state with a tenant and two releases, as the first schema had it."""
+    with State(url, "ann") as state:
+        with_tenant(state)
+        state.releases.deploy("recipes", "b", DIGESTS["b"], SHIP)
+    with raw(url) as execute:
+        for column in ("isolation", "untested"):
+            execute(f"ALTER TABLE releases DROP COLUMN {column}")
+        execute("UPDATE tunewright_schema SET version = 1")
+        # The audit's lines of that time had no word of isolation.
+        lines = execute("SELECT number, details FROM audit WHERE action LIKE 'release.%'").all()
+        assert all('"isolation":null,"untested":null,' in details for _, details in lines)
+
+
+def test_releases_and_audit_are_as_they_were_and_the_audit_tells_of_it(state_url: str) -> None:
+    _make_old(state_url)
+    with State(state_url, "bob") as state:
+        assert {alias: release.adapter for alias, release in state.releases.live().items()} == {
+            "courts-acme": "courts-1",
+            "recipes": "b",
+        }
+        assert all(release.grounds == SHIP for release in state.releases.history())
+        last = state.audit.lines()[-1]
+        assert (last.action, last.actor, last.details) == ("schema.upgrade", "bob", '{"after":2,"before":1}')
+        assert state.verify().faults == ()
+        state.releases.deploy("recipes", "c", DIGESTS["c"], SHIP)
+        assert state.verify().faults == ()
+    with State(state_url) as state:
+        assert [line.action for line in state.audit.lines()].count("schema.upgrade") == 1
+
+
+def test_two_who_open_it_at_once_upgrade_it_once(state_url: str) -> None:
+    _make_old(state_url)
+
+    def look(_: int) -> int:
+        with State(state_url) as state:
+            return len(state.releases.history())
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(look, range(4))) == [2] * 4
+    with State(state_url) as state:
+        assert [line.action for line in state.audit.lines()].count("schema.upgrade") == 1
+
+
+def test_a_release_of_that_time_is_held_to_an_audit_line_without_a_word_of_isolation(state_url: str) -> None:
+    with State(state_url) as state:
+        made = state.releases.deploy("recipes", "b", DIGESTS["b"], SHIP)
+        from tunewright.serving.state import _comparable
+
+        now = made.as_dict()
+        old = {**now, "grounds": {k: v for k, v in now["grounds"].items() if k not in ("isolation", "untested")}}
+        assert _comparable(old) == _comparable(now)
+        assert _comparable({**old, "digest": DIGESTS["c"]}) != _comparable(now)
