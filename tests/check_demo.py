@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(directory: str) -> None:
@@ -27,12 +28,30 @@ def main(directory: str) -> None:
     assert Path(result["report"]).stat().st_size > 10_000
     assert len(result["served"]["answers"]) == 3
     assert all(result["served"]["answers"].values())
+    check_tenants(result)
     tuned = next(arm for arm in evidence["arms"] if arm["name"] == "tuned")
     sys.stdout.write(
         f"tuned {tuned['scores'][evidence['metric']]['value']:.1%} of {tuned['items']}; tuned - {decisive['control']} "
         f"{100 * decisive['difference']:+.1f} points, 95% interval {100 * decisive['interval']['low']:+.1f} to "
         f"{100 * decisive['interval']['high']:+.1f}\n"
     )
+
+
+def check_tenants(result: dict[str, Any]) -> None:
+    """Two tenants on one base, each of whom sees and reaches only its own; both releases passed the isolation test."""
+    shown = result["tenants"]
+    first, second = shown["tenants"]
+    assert (first["sees"], second["sees"]) == (["legal"], ["legal-draft"]), shown
+    live = {release["alias"]: release for release in shown["releases"]}
+    for visit in (first, second):
+        assert visit["answered_by"] == live[visit["alias"]]["digest"], visit
+        assert (visit["others_alias"], visit["same_refusal"]) == (404, True), visit
+        assert visit["answer"] and visit["requests"] and visit["tokens"], visit
+    assert first["answered_by"] != second["answered_by"]
+    grounds = {alias: release["grounds"] for alias, release in live.items()}
+    assert all(each["isolation"]["verdict"] == "isolated" for each in grounds.values()), grounds
+    assert (grounds["legal"]["verdict"], grounds["legal"]["because"]) == ("ship", None), grounds
+    assert grounds["legal-draft"]["because"], "the second one is forced, and says why"
 
 
 if __name__ == "__main__":

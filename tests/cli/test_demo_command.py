@@ -23,3 +23,26 @@ def test_the_whole_demo_adds_advice_a_curve_and_a_judge_to_the_report(tmp_path: 
     report = Path(document["report"]).read_text()
     for title in ("Would more data help?", "What a judge says", "What a call costs"):
         assert f">{title}" in report, title
+
+
+def test_the_demo_ends_with_two_tenants_each_of_whom_sees_only_its_own(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project = tiny_project(tmp_path / "demo", tiny_base_folder)
+    document = tunewright("demo", project, "--json").document
+    shown = document["tenants"]
+    first, second = shown["tenants"]
+    assert (first["tenant"], first["sees"]) == ("acme", ["legal"])
+    assert (second["tenant"], second["sees"]) == ("globex", ["legal-draft"])
+    live = {release["alias"]: release for release in shown["releases"]}
+    for visit in (first, second):
+        assert visit["answered_by"] == live[visit["alias"]]["digest"]
+        assert (visit["others_alias"], visit["same_refusal"], visit["requests"]) == (404, True, 1)
+        # A tiny base's verdict is not to ship: both are forced, and say why.
+        assert live[visit["alias"]]["grounds"]["because"].startswith("for the demo")
+    assert live["legal"]["digest"] != live["legal-draft"]["digest"]
+    assert set(live["legal-draft"]["grounds"]["isolation"]["adapters"]) == {each["digest"] for each in live.values()}
+    assert not (project / "serving" / "state.sqlite").exists(), "the project itself has no tenants"
+
+    # A second run finds the releases, and asks again.
+    again = tunewright("demo", project, "--json").document["tenants"]
+    assert [visit["requests"] for visit in again["tenants"]] == [2, 2]
+    assert again["releases"] == shown["releases"]

@@ -97,8 +97,11 @@ def test_a_release_is_tested_with_all_that_is_live_and_the_result_is_kept_with_i
     assert _document(project, "audit", "verify")["ok"]
 
 
-@pytest.mark.parametrize("bug", [LastSlot, StaleCache])
-@pytest.mark.parametrize("options", [(), ("--canary", "10%"), ("--shadow",)], ids=["deploy", "canary", "shadow"])
+@pytest.mark.parametrize(
+    ("bug", "options"),
+    [(LastSlot, ()), (StaleCache, ()), (LastSlot, ("--canary", "10%")), (StaleCache, ("--shadow",))],
+    ids=["last slot", "stale cache", "last slot, canary", "stale cache, shadow"],
+)
 def test_on_an_engine_that_mixes_adapters_up_nothing_goes_live(
     project: Path, monkeypatch: pytest.MonkeyPatch, bug: type[PeftEngine], options: tuple[str, ...]
 ) -> None:

@@ -82,19 +82,26 @@ def demo(
     ] = False,
     json: Json = False,
 ) -> None:
-    """The example project, the whole road, and a server that answers one held-out question three ways."""
+    """The example project, the whole road, a held-out question answered three ways, and two tenants on one server."""
     from tunewright.cli.advice_tables import advice_tables
     from tunewright.cli.judge_tables import judgement_tables
     from tunewright.cli.tables import answers_table, run_document, run_tables
+    from tunewright.cli.tenant_tables import two_tenants_tables
     from tunewright.cli.training_tables import curve_tables
     from tunewright.demo import ask_three_ways, measure_the_rest, open_demo
+    from tunewright.demo_tenants import show_two_tenants
 
     with session(json, directory) as current:
         road = open_demo(directory, current.reporter)
         result = road.run()
         answered = ask_three_ways(road, result)
-        document = {**run_document(result), "served": answered.as_dict()}
-        shown = [*run_tables(result), answers_table(answered)]
+        tenants = show_two_tenants(road, result)
+        document = {
+            **run_document(result),
+            "served": answered.as_dict(),
+            "tenants": tenants.as_dict() if tenants else None,
+        }
+        shown = [*run_tables(result), answers_table(answered), *(two_tenants_tables(tenants) if tenants else [])]
         if whole:
             rest = measure_the_rest(road, result.evaluated.folder)
             document |= rest.as_dict()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from tunewright.road.tenants import NewKey
 from tunewright.serving.state import AuditLine, Key, Release, Tenant
 from tunewright.serving.state.meter import ShadowLine, UsageSum
 from tunewright.serving.state.times import iso
+
+if TYPE_CHECKING:
+    from tunewright.demo_tenants import TwoTenants
 
 _SHORT = 12  # digits of a digest
 
@@ -118,6 +122,29 @@ def _isolation(release: Release) -> str:
     if test is None:
         return "none" if release.grounds.untested is None else "left out"
     return f"{test.verdict}\non {test.engine},\n{test.tested[:16].replace('T', ' ')}"
+
+
+def two_tenants_tables(shown: TwoTenants) -> list[RenderableType]:
+    """Two tenants on one server: what each sees, gets and has used."""
+    told = f"Two tenants on one base, asked: {shown.question}\nReference: {shown.reference}"
+    table = Table(title=told, title_justify="left")
+    for name in ("tenant", "sees", "answered by", "answer", "the other's alias", "used"):
+        table.add_column(name, overflow="fold")
+    for visit in shown.visits:
+        refused = f"{visit.others_alias}, as one\nthat is not there" if visit.same_refusal else str(visit.others_alias)
+        table.add_row(
+            visit.tenant,
+            ", ".join(visit.sees),
+            visit.answered_by[:_SHORT],
+            Text(visit.answer),
+            refused,
+            f"{visit.requests} requests\n{visit.tokens} tokens",
+        )
+    return [
+        *releases_tables(shown.releases),
+        table,
+        f"All of it is in the state: tunewright releases --state {shown.state}",
+    ]
 
 
 def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[RenderableType]:

@@ -41,6 +41,8 @@ PER_MODEL = 2
 LONG = 300
 """Tokens of a prompt that fills two blocks of a prefix cache, which keeps whole blocks: of 128 tokens in vLLM without
 a GPU, of 16 with one."""
+SHORT = 64
+"""For an engine that keeps prefixes by the token, or none: what is longer only takes longer."""
 _ROUNDS = 2
 VERSION = 1
 """Of the checks: what an earlier version of them passed is tested again."""
@@ -292,6 +294,7 @@ async def check_isolation(
     tolerance: float,
     names: Mapping[Digest, str],
     reporter: Reporter,
+    long: int = LONG,
     seed: int = 0,
 ) -> IsolationResult:
     """Ask the engine for the base and all the adapters in every way in which they could be mixed up.
@@ -302,12 +305,13 @@ async def check_isolation(
         prompts: from which canaries are chosen: of the adapters' own tasks, on which they differ.
         tolerance: nats that a right answer's token may fall short: see :data:`TOLERANCE`.
         names: what people call the models.
+        long: tokens of the prompts by which caches of prefixes are tested: see :data:`LONG` and :data:`SHORT`.
 
     Raises:
         RequestFailedError, EngineStoppedError: the engine does not answer.
     """
     models: list[Digest] = [None, *folders]
-    room = min(LONG, engine.context_length - TOKENS)
+    room = min(long, engine.context_length - TOKENS)
     longer = list(dict.fromkeys(_lengthened(prompt, room) for prompt in prompts))
     with reporter.task("Looking for prompts that tell the models apart", 2 * len(models), "models") as task:
         canaries = find_canaries(oracle, models, prompts, tolerance, task.advance)

@@ -19,7 +19,7 @@ from tunewright.models.bases import Base
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.engines.start import Wanted, load_all, start_engine
-from tunewright.serving.isolation import TOLERANCE, VERSION, Digest, Ids, IsolationResult, check_isolation
+from tunewright.serving.isolation import LONG, SHORT, TOLERANCE, VERSION, Digest, Ids, IsolationResult, check_isolation
 from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
 from tunewright.training.lineage import packages
 
@@ -112,9 +112,15 @@ class SelfTest:
 
             async def ask() -> IsolationResult:
                 await load_all(engine, self.folders)
-                tolerance = TOLERANCE[dtype]
                 return await check_isolation(
-                    engine, oracle, self.folders, prompts, tolerance=tolerance, names=names, reporter=self.reporter
+                    engine,
+                    oracle,
+                    self.folders,
+                    prompts,
+                    tolerance=TOLERANCE[dtype],
+                    names=names,
+                    reporter=self.reporter,
+                    long=LONG if self.engine == "vllm" else SHORT,
                 )
 
             return asyncio.run(ask())

@@ -1,0 +1,155 @@
+"""The demo's end: two tenants on one base, each of whom sees only its own.
+
+The second one's adapter is the checkpoint after the first epoch: a real other adapter, which costs no training. Nobody
+has evaluated it, so its release is forced, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from tunewright.adapters.registry import Adapter
+from tunewright.project import Project
+from tunewright.road import Road, RunResult
+
+if TYPE_CHECKING:
+    from tunewright.serving.state import Release
+
+STATE = "two-tenants.sqlite"
+"""A serving state of its own: `tunewright serve` in the demo's folder answers without a key still."""
+TENANTS = {"acme": "legal", "globex": "legal-draft"}
+"""The alias that each may call."""
+_NOBODYS = "nobodys"
+_KEY_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one tenant saw of the server, with its key."""
+
+    tenant: str
+    alias: str
+    adapter: str
+    sees: tuple[str, ...]
+    """The models that the server lists for it."""
+    answer: str
+    answered_by: str
+    """The digest that came with the answer."""
+    others_alias: int
+    """The status that it got for the other tenant's alias."""
+    same_refusal: bool
+    """Whether that says what is said of an alias that nobody has, but for the name."""
+    requests: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TwoTenants:
+    """Two tenants on one server."""
+
+    question: str
+    reference: str
+    visits: tuple[Visit, ...]
+    releases: tuple[Release, ...]
+    """That are live."""
+    state: str
+    """The URL of the serving state, where all of it can be looked at."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        return {
+            "question": self.question,
+            "reference": self.reference,
+            "tenants": [asdict(visit) for visit in self.visits],
+            "releases": [release.as_dict() for release in self.releases],
+            "state": self.state,
+        }
+
+
+def show_two_tenants(road: Road, result: RunResult) -> TwoTenants | None:
+    """Release two adapters for two tenants, and ask one question as each.
+
+    None, and a warning, where there is no checkpoint or a release does not pass.
+    """
+    trained, project = result.trained.adapter, road.project
+    if not trained.checkpoints:
+        road.reporter.warn(f"{trained.name} has no earlier checkpoint, which would be the second tenant's adapter.")
+        return None
+    step, folder = next(iter(trained.checkpoints.items()))
+    state = f"sqlite:///{(project.serving_state.parent / STATE).resolve()}"
+    serve = project.recipe.serve.model_copy(update={"state": state})
+    own = Road(Project(project.root, project.recipe.model_copy(update={"serve": serve})), road.reporter)
+    draft = own.adapters.import_(folder, base_matches=True, name=f"{project.recipe.name}-{step}").adapter
+    decision = result.verdict.decision
+    wanted = {
+        "legal": (trained, None if decision == "ship" else f"for the demo, though its verdict is {decision}"),
+        "legal-draft": (draft, f"for the demo: {trained.name} after its first epoch, not evaluated"),
+    }
+    for alias, (adapter, because) in wanted.items():
+        if not _release(own, alias, adapter, because):
+            return None
+    return _visit(own, result, {alias: adapter.name for alias, (adapter, _) in wanted.items()})
+
+
+def _release(road: Road, alias: str, adapter: Adapter, because: str | None) -> bool:
+    """Have an alias answer with an adapter, if it does not yet; whether it does."""
+    if any(release.alias == alias and release.digest == adapter.digest for release in _live(road)):
+        return True
+    road.reporter.say(f"deploy {alias} {adapter.name}{'' if because is None else f': forced, {because}'}")
+    done = road.deploy(alias, adapter.name, because=because)
+    if done.release is None and done.isolation is not None:
+        road.reporter.warn(f"{alias} does not go live: {'; '.join(done.isolation.reasons)}")
+    return done.release is not None
+
+
+def _live(road: Road) -> list[Release]:
+    """The last release of each alias."""
+    return list({release.alias: release for release in road.releases()}.values())
+
+
+def _visit(road: Road, result: RunResult, adapters: Mapping[str, str]) -> TwoTenants:
+    """Serve, ask as each tenant with a key of an hour, and look up what they have used."""
+    known = {tenant.name for tenant in road.tenant.list()}
+    for tenant, alias in TENANTS.items():
+        if tenant not in known:
+            road.tenant.add(tenant, [alias])
+    keys = {tenant: road.tenant.key.add(tenant, lifetime=_KEY_SECONDS).secret for tenant in TENANTS}
+    member = road.data.version().examples("test")[0]
+    messages = [message.as_dict() for message in member.example.prompt]
+    body = {"messages": messages, "max_tokens": result.advised.advice.max_new_tokens}
+    seen = {}
+    with road.serve(port=0).running() as url:
+        for tenant, alias in TENANTS.items():
+            headers = {"Authorization": f"Bearer {keys[tenant]}"}
+            with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
+                seen[tenant] = _ask(client, alias, body)
+    visits = []
+    for tenant, alias in TENANTS.items():
+        used = road.tenant.usage(tenant)
+        tokens = sum(each.prompt_tokens + each.completion_tokens for each in used)
+        requests = sum(each.requests for each in used)
+        visits.append(Visit(tenant, alias, adapters[alias], requests=requests, tokens=tokens, **seen[tenant]))
+    state = road.project.recipe.serve.state
+    assert state is not None
+    return TwoTenants(member.example.input_text, member.example.output, tuple(visits), tuple(_live(road)), state)
+
+
+def _ask(client: httpx.Client, alias: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tenant gets for its own alias, for the other one's and for one that nobody has."""
+    (other,) = set(TENANTS.values()) - {alias}
+    listed = client.get("/v1/models").raise_for_status().json()["data"]
+    own, others, nobodys = (
+        client.post("/v1/chat/completions", json={**body, "model": model}) for model in (alias, other, _NOBODYS)
+    )
+    own.raise_for_status()
+    return {
+        "sees": tuple(model["id"] for model in listed),
+        "answer": own.json()["choices"][0]["message"]["content"],
+        "answered_by": own.headers["x-tunewright-adapter"],
+        "others_alias": others.status_code,
+        "same_refusal": others.text.replace(other, "") == nobodys.text.replace(_NOBODYS, ""),
+    }

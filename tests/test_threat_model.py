@@ -1,0 +1,35 @@
+"""Every test that the threat model's page names is there, and every threat names one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+DEFENDED, _, OPEN = PAGE.partition("## Not defended")
+
+
+def test_every_test_that_is_named_is_where_the_page_says() -> None:
+    named = 0
+    file = None
+    for token in re.findall(r"`((?:tests/[\w/]+\.py)|(?:test_\w+))`", PAGE):
+        if token.startswith("tests/"):
+            file = ROOT / token
+            assert file.is_file(), f"{token} is not there"
+            continue
+        assert file is not None, token
+        defined = re.search(rf"^(?:async )?def {token}\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert defined, f"{file.name} has no test {token}"
+        named += 1
+    assert named > 50
+
+
+def test_every_threat_that_is_defended_names_a_test() -> None:
+    threats = re.split(r"^#{2,3} ", DEFENDED, flags=re.MULTILINE)[1:]
+    # A heading over others has no text of its own.
+    told = [threat for threat in threats if threat.partition("\n")[2].strip()]
+    assert len(told) > 12
+    for threat in told:
+        held = threat.partition("Held by ")[2]
+        assert re.search(r"`tests/[\w/]+\.py`: `test_\w+`", held.replace("\n", " ")), threat.splitlines()[0]
