@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tunewright.adapters.fit import trained_quantize
 from tunewright.adapters.registry import Adapter
 from tunewright.data.examples import Message
-from tunewright.data.versions import has_version, load_version
+from tunewright.data.versions import Member, has_version, load_version
 from tunewright.errors import UserError
 from tunewright.progress import duration
 from tunewright.recipe import EngineName
@@ -37,7 +37,7 @@ GENERAL = (
 
 def canary_prompts(opened: OpenProject) -> list[tuple[int, ...]]:
     """Prompts on which the models probably differ, in the order in which they are to be tried."""
-    members = ()
+    members: Sequence[Member] = ()
     if has_version(opened.project.dataset):
         members = load_version(opened.project.dataset).domain_of("dev")
     if not members:
@@ -150,7 +150,8 @@ class IsolationGate:
 
     def _live(self) -> tuple[list[Adapter], list[Adapter]]:
         """The adapters that the alias answers with or tries now, as far as they are here, and those of the others."""
-        own, others = [], []
+        own: list[Adapter] = []
+        others: list[Adapter] = []
         for alias, release in self._state.releases.live().items():
             for name, digest in release.adapters:
                 try:

@@ -140,10 +140,9 @@ class ReleasesRoad:
             before, candidate = state.releases.promotable(alias)
             chosen = adapter_of(self._opened, candidate.adapter, candidate.digest)
             self._require_servable(chosen, alias, state)
-            passed = before.grounds.isolation
-            test, passes = self._tested(
-                state, alias, chosen, engine or (passed and cast(EngineName, passed.engine)), untested
-            )
+            if engine is None and before.grounds.isolation is not None:
+                engine = cast(EngineName, before.grounds.isolation.engine)
+            test, passes = self._tested(state, alias, chosen, engine, untested)
             if not passes:
                 return DeployResult(None, None, test)
             made = state.releases.promote(alias, replace(before.grounds, isolation=test, untested=untested))

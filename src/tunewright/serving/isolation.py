@@ -315,8 +315,8 @@ async def check_isolation(
     longer = list(dict.fromkeys(_lengthened(prompt, room) for prompt in prompts))
     with reporter.task("Looking for prompts that tell the models apart", 2 * len(models), "models") as task:
         canaries = find_canaries(oracle, models, prompts, tolerance, task.advance)
-        long = find_canaries(oracle, models, longer, tolerance, task.advance)
-    asking = _Asking(engine, canaries, long, folders, random.Random(seed))
+        lengthy = find_canaries(oracle, models, longer, tolerance, task.advance)
+    asking = _Asking(engine, canaries, lengthy, folders, random.Random(seed))
     checks = {
         "each alone": asking.alone,
         "all mixed": asking.mixed,
@@ -334,7 +334,7 @@ async def check_isolation(
         for name in checks:
             judged.append(_judged(name, asking.asked, oracle, canaries, tolerance, names))
             task.advance()
-    alike = sorted({_sorted(names[one], names[other]) for one, other in canaries.alike & long.alike})
+    alike = sorted({_sorted(names[one], names[other]) for one, other in canaries.alike & lengthy.alike})
     return IsolationResult(
         engine.name,
         tolerance,
