@@ -1,158 +1,164 @@
 """What a tenant at ten times its load does to another one: fair turns against first come, first served.
 
-    python benchmarks/fair_turns.py PROJECT [SECONDS]      (a project with a trained adapter)
+    python benchmarks/fair_turns.py PROJECT [--seconds 60] [--rounds 3] [--threads 1]
 
-Two tenants ask at random moments (Poisson arrivals, which do not wait for answers), the quiet one always at a fifth of
-what the server can do. The loud one asks as much as it, then ten times as much: more than there is room for. Prints the
-quiet one's waits for a line of people and one JSON line.
+PROJECT has a trained adapter. Two tenants ask at random moments (Poisson arrivals, which do not wait for answers), the
+quiet one always at a fifth of what the server can do. The loud one asks nothing, as much as the quiet one, or ten
+times as much, which is more than there is room for; the loads take turns, so that what else the machine does meets all
+of them. The bar: the quiet one's 99th percentiles with the loud one at ten times are less than twice those with it at
+once. Prints a table and writes benchmarks/results/fair_turns.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import json
 import random
-import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import httpx
-import numpy as np
+import torch
+from arrivals import Answer, Waits, burst, poisson
+from load_clients import Clients
+from load_host import patient
+from load_shown import machine
+from rich.console import Console
+from rich.table import Table
 
 from tunewright.adapters.registry import find_adapter
+from tunewright.disk import write_json
 from tunewright.progress import LogReporter
 from tunewright.project import Project
 from tunewright.road import Road
-from tunewright.serving.fairness import FairQueue
+from tunewright.serving.fairness import FairQueue, Place
 from tunewright.serving.state import Grounds, State
 
 TENANTS = ("quiet", "loud")
 SHARE = 0.2  # of the server's capacity, asked for by the quiet tenant
-MAX_TOKENS = 16
+TOKENS = 16
+LOADS = {"alone": 0, "loud at 1x": 1, "loud at 10x": 10}
+FIRST_COME = "loud at 10x, first come"
+RESULTS = Path(__file__).with_name("results") / "fair_turns.json"
 
 
 class FirstCome(FairQueue):
     """The order in which engines take requests by themselves: everybody is one tenant."""
 
     @asynccontextmanager
-    async def place(self, tenant: str) -> AsyncIterator[None]:  # noqa: ARG002
-        async with super().place("everybody"):
-            yield
+    async def place(self, tenant: str, prompt: int) -> AsyncIterator[Place]:  # noqa: ARG002
+        async with super().place("everybody", prompt) as place:
+            yield place
 
 
-@dataclass(frozen=True)
-class Waits:
-    """The quiet tenant's seconds to the first token and to the whole answer."""
-
-    first: list[float]
-    whole: list[float]
-
-    def told(self) -> dict[str, float]:
-        """Median and 99th percentile."""
-        pairs = {"first": self.first, "whole": self.whole}
-        return {f"{name}_p{p}": float(np.percentile(values, p)) for name, values in pairs.items() for p in (50, 99)}
-
-
-def main(folder: str, seconds: float) -> None:
-    """Measure what the server can do, then the three loads."""
-    project = Project(Path(folder))
+def main() -> None:
+    """Measure what the server can do, then the loads."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("project", type=Path)
+    parser.add_argument("--seconds", type=float, default=60, help="of each load in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    about = machine(options.threads)
+    project = Project(options.project)
+    answers: dict[str, list[Answer]] = {name: [] for name in (*LOADS, FIRST_COME)}
     with tempfile.TemporaryDirectory() as temporary:
-        url = f"sqlite:///{temporary}/state.sqlite"
-        serve = project.recipe.serve.model_copy(update={"state": url, "port": 0})
-        road = Road(Project(project.root, project.recipe.model_copy(update={"serve": serve})), LogReporter())
-        keys = _tenants(url, road)
-        prompts = [[m.as_dict() for m in row.example.prompt] for row in road.data.version().examples("test")]
-        with road.serve().running() as address:
-            capacity = asyncio.run(_capacity(address, keys, prompts, road.project.recipe.serve.max_batch))
-            print(f"capacity: {capacity:.2f} requests/s")
-            even = asyncio.run(_load(address, keys, prompts, capacity, 1, seconds))
-            fair = asyncio.run(_load(address, keys, prompts, capacity, 10, seconds))
-        with patch("tunewright.serving.app.FairQueue", FirstCome), road.serve().running() as address:
-            first_come = asyncio.run(_load(address, keys, prompts, capacity, 10, seconds))
-    sides = {"loud at 1x": even, "loud at 10x, fair turns": fair, "loud at 10x, first come": first_come}
-    for name, waits in sides.items():
-        told, base = waits.told(), even.told()
-        print(
-            f"{name}: {len(waits.whole)} answers to quiet; first token p50 {told['first_p50']:.2f} s, "
-            f"p99 {told['first_p99']:.2f} s ({told['first_p99'] / base['first_p99']:.1f}x); whole answer p50 "
-            f"{told['whole_p50']:.2f} s, p99 {told['whole_p99']:.2f} s ({told['whole_p99'] / base['whole_p99']:.1f}x)"
-        )
-    print(json.dumps({"capacity": capacity} | {name: waits.told() for name, waits in sides.items()}))
+        state = f"sqlite:///{temporary}/state.sqlite"
+        serve = project.recipe.serve.model_copy(update={"state": state, "port": 0})
+        road = Road(Project(project.root, patient(project.recipe).model_copy(update={"serve": serve})), LogReporter())
+        keys = tenants(state, road)
+        prompts = [row.example.prompt for row in road.data.version().examples("test")]
+        with road.serve().running() as url:
+            meter = Meter(Clients(url, keys, ["model"] * 2), prompts)
+            capacity = asyncio.run(meter.capacity(project.recipe.serve.max_batch))
+            for turn in range(options.rounds):
+                for name, times in LOADS.items():
+                    answers[name] += asyncio.run(meter.load(SHARE * capacity, times, options.seconds, turn))
+        with patch("tunewright.serving.app.FairQueue", FirstCome), road.serve().running() as url:
+            meter = Meter(Clients(url, keys, ["model"] * 2), prompts)
+            answers[FIRST_COME] = asyncio.run(meter.load(SHARE * capacity, 10, options.seconds, 0))
+    waits = {name: Waits.of(own) for name, own in answers.items()}
+    show(capacity, waits)
+    measured = {name: {"answers": one.answered, **one.told()} for name, one in waits.items()}
+    settings = {"seconds": options.seconds, "rounds": options.rounds, "tokens": TOKENS, "quiet_share": SHARE}
+    ratios = {name: ratio(waits, f"{name}_p99") for name in ("first", "whole")}
+    write_json(
+        RESULTS,
+        {"machine": about, "settings": settings, "capacity_per_s": capacity, "quiet": measured, "p99_ratios": ratios},
+    )
 
 
-def _tenants(url: str, road: Road) -> dict[str, str]:
+def tenants(url: str, road: Road) -> list[str]:
+    """Two tenants of one adapter, and their keys."""
     adapter = find_adapter(road.project.adapters)
     with State(url, "benchmark") as state:
         state.releases.deploy("model", adapter.name, adapter.digest, Grounds(None, None, "a benchmark"))
-        keys = {}
         for name in TENANTS:
             state.tenants.add(name, ["model"])
-            keys[name], _ = state.tenants.add_key(name)
-    return keys
+        return [state.tenants.add_key(name)[0] for name in TENANTS]
 
 
-async def _ask(client: httpx.AsyncClient, key: str, prompt: Any, waits: Waits | None) -> None:
-    body = {"model": "model", "messages": prompt, "max_tokens": MAX_TOKENS, "stream": True}
-    began, first = time.perf_counter(), None
-    headers = {"Authorization": f"Bearer {key}"}
-    async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
-        reply.raise_for_status()
-        async for line in _data(reply):
-            if first is None and '"content": ""' not in line:
-                first = time.perf_counter()
-    if waits is not None:
-        waits.whole.append(time.perf_counter() - began)
-        waits.first.append((first or time.perf_counter()) - began)
+class Meter:
+    """Asks a server as both tenants.
+
+    Args:
+        prompts: drawn from at random.
+    """
+
+    def __init__(self, clients: Clients, prompts: list[Any]) -> None:
+        self._clients = clients
+        self._prompts = prompts
+
+    async def capacity(self, batch: int) -> float:
+        """Requests a second with the batch always full."""
+        for count in (batch, 6 * batch):
+            asks = burst(count, [0.0, 1.0], 0)
+            answers, seconds = await self._clients.open_loop(asks, lambda n: self._prompts[n % 16], TOKENS)
+        return len(answers) / seconds
+
+    async def load(self, rate: float, times: int, seconds: float, seed: int) -> list[Answer]:
+        """The quiet tenant's answers, with the loud one at so many times its rate."""
+        draw = random.Random(seed)
+        drawn = [draw.choice(self._prompts) for _ in range(10_000)]
+        quiet = poisson(rate, seconds, [1.0, 0.0], seed)
+        loud = poisson(times * rate, seconds, [0.0, 1.0], seed + 1000) if times else []
+        noise = asyncio.create_task(self._clients.open_loop(loud, lambda n: drawn[n], TOKENS)) if loud else None
+        answers, _ = await self._clients.open_loop(quiet, lambda n: drawn[-n], TOKENS)
+        if noise is not None:
+            noise.cancel()
+            await asyncio.gather(noise, return_exceptions=True)
+        assert all(answer.status == 200 for answer in answers)
+        return answers
 
 
-async def _data(reply: httpx.Response) -> AsyncIterator[str]:
-    async for line in reply.aiter_lines():
-        if line.startswith("data: {"):
-            yield line
+def ratio(waits: Mapping[str, Waits], what: str) -> float:
+    """How many times a wait of the quiet tenant grows when the loud one goes from once to ten times."""
+    before, after = waits["loud at 1x"].told()[what], waits["loud at 10x"].told()[what]
+    assert before and after
+    return after / before
 
 
-async def _capacity(address: str, keys: dict[str, str], prompts: list[Any], batch: int) -> float:
-    """Requests a second with the batch always full."""
-    async with httpx.AsyncClient(base_url=address, timeout=None, limits=httpx.Limits(max_connections=None)) as client:
-        jobs = [prompts[number % len(prompts)] for number in range(6 * batch)]
-        await asyncio.gather(*(_ask(client, keys["loud"], prompt, None) for prompt in jobs[:batch]))
-        began = time.perf_counter()
-        await asyncio.gather(*(_ask(client, keys["loud"], prompt, None) for prompt in jobs))
-        return len(jobs) / (time.perf_counter() - began)
-
-
-async def _load(
-    address: str, keys: dict[str, str], prompts: list[Any], capacity: float, times: int, seconds: float
-) -> Waits:
-    """The quiet tenant's waits, with the loud one at so many times its rate."""
-    waits = Waits([], [])
-    loud: list[asyncio.Task[None]] = []
-    async with httpx.AsyncClient(base_url=address, timeout=None, limits=httpx.Limits(max_connections=None)) as client:
-
-        async def arrive(name: str, rate: float, seed: int) -> list[asyncio.Task[None]]:
-            draw, end = random.Random(seed), time.perf_counter() + seconds
-            asked: list[asyncio.Task[None]] = []
-            while time.perf_counter() < end:
-                await asyncio.sleep(draw.expovariate(rate))
-                told = waits if name == "quiet" else None
-                asked.append(asyncio.create_task(_ask(client, keys[name], draw.choice(prompts), told)))
-            return asked
-
-        quiet, loud = await asyncio.gather(
-            arrive("quiet", SHARE * capacity, 1), arrive("loud", times * SHARE * capacity, 2)
+def show(capacity: float, waits: Mapping[str, Waits]) -> None:
+    """The quiet tenant's waits under each load."""
+    table = Table("the quiet tenant", "answers", "first p50", "p99", "between p50", "p99", "whole p50", "p99")
+    for name, one in waits.items():
+        told = one.told()
+        table.add_row(
+            name,
+            str(one.answered),
+            *(f"{told[f'{what}_p{p}']:.2f} s" for what in ("first", "between", "whole") for p in (50, 99)),
         )
-        await asyncio.gather(*quiet)
-        for task in loud:
-            task.cancel()
-        await asyncio.gather(*loud, return_exceptions=True)
-    return waits
+    console = Console(width=120)
+    console.print(table)
+    console.print(
+        f"The server can do {capacity:.2f} requests/s. From 1x to 10x: first token p99 {ratio(waits, 'first_p99'):.2f} "
+        f"times, whole answer p99 {ratio(waits, 'whole_p99'):.2f} times (bar: less than 2)."
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 120)
+    main()

@@ -177,13 +177,13 @@ class Answering:
 
     async def _ask(self) -> None:
         try:
-            async with self._queue.place(self.tenant):
+            async with self._queue.place(self.tenant, len(self.order.request.prompt_ids)) as place:
                 self._turn = time.monotonic()
                 self._events.put_nowait(None)
-                self._queue.charge(self.tenant, prompt=len(self.order.request.prompt_ids))
                 async with aclosing(self._engine.stream(self.order.request, whose=self.tenant)) as stream:
                     async for delta in stream:
                         self._count(delta)
+                        place.came(len(delta.ids))
                         self._events.put_nowait(delta)
         except (RequestFailedError, EngineStoppedError) as error:
             self._events.put_nowait(error)
@@ -193,7 +193,6 @@ class Answering:
             self._last = time.monotonic()
             self._first = self._first or self._last
         self._tokens += len(delta.ids)
-        self._queue.charge(self.tenant, answer=len(delta.ids))
 
     def settle(self) -> Used | None:
         """Tell what the request came to; more calls than one tell nothing new, and give None."""

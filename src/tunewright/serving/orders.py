@@ -80,8 +80,7 @@ class Orders:
         if isinstance(asked, ChatRequest) and len(asked.messages) > self._limits.messages:
             message = f"There are {len(asked.messages)} messages, and at most {self._limits.messages} are taken."
             raise ApiError(message, param="messages", code="too_many_messages")
-        async with self._turns.place(whose):
-            self._turns.charge(whose, prompt=_characters(asked))
+        async with self._turns.place(whose, _characters(asked)):
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._thread, self._ids, asked)
             except UserError as error:

@@ -1,0 +1,64 @@
+"""The tenants of `serve_load.py`: each with a key, an alias, and an adapter of its own."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, find_adapter, store_adapter
+from tunewright.clock import now
+from tunewright.disk import digest
+from tunewright.road.opened import OpenProject
+from tunewright.serving.state import Grounds, State
+
+NOISE = 2.0
+"""Standard deviation of what each weight of the B matrices is multiplied by: far enough for answers of another kind."""
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """One tenant."""
+
+    name: str
+    key: str
+    alias: str
+    adapter: Adapter
+
+
+def make_tenants(opened: OpenProject, state: State, count: int, seed: int) -> list[Tenant]:
+    """Tenants with adapters that are not released yet; the first has the trained adapter itself."""
+    trained = find_adapter(opened.project.adapters)
+    made = []
+    for number in range(count):
+        adapter = trained if number == 0 else _disturbed(opened, trained, seed + number)
+        name, alias = f"tenant-{number:02}", f"model-{number:02}"
+        state.tenants.add(name, [alias])
+        key, _ = state.tenants.add_key(name)
+        made.append(Tenant(name, key, alias, adapter))
+    return made
+
+
+def release(state: State, tenant: Tenant) -> None:
+    """Have the tenant's alias answer with its adapter."""
+    state.releases.deploy(tenant.alias, tenant.adapter.name, tenant.adapter.digest, Grounds(None, None, "a benchmark"))
+
+
+def _disturbed(opened: OpenProject, trained: Adapter, seed: int) -> Adapter:
+    """An adapter of the same shape with other answers."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    draw = torch.Generator().manual_seed(seed)
+    weights = load_file(trained.folder / WEIGHTS)
+    for name, weight in weights.items():
+        if ".lora_B." in name:
+            weights[name] = weight * (1 + NOISE * torch.randn(weight.shape, generator=draw))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        shutil.copyfile(trained.folder / CONFIG, folder / CONFIG)
+        inputs = digest({"parent": trained.digest, "seed": seed})
+        lineage = {**trained.lineage, "created": now(), "inputs_digest": inputs}
+        return store_adapter(opened.project.adapters, "disturbed", folder, {}, lineage, [], servable=True)

@@ -1,0 +1,390 @@
+"""Many tenants on one base: waits by tenant under load, and what tenancy, adapters and the gateway cost.
+
+    python benchmarks/serve_load.py PROJECT [--tenants 32] [--seconds 300] [--requests 2000] [--threads N]
+
+PROJECT has a trained adapter, of which each tenant gets a version of its own (its weights disturbed by a seed), stored
+as any adapter and released under the tenant's alias. The server runs in a process of its own, the clients in this one.
+In one run, on the same server:
+
+    memory      of each further tenant, against its adapter's bytes
+    throughput  of all tenants (Zipf) against one tenant with one adapter, in turns
+    gateway     throughput and latency over HTTP, with keys, limits and fair turns, against the bare engine, in turns
+    load        Poisson arrivals, Zipf over tenants; new tenants' adapters are released meanwhile (cold loads)
+    isolation   requests of all tenants mixed; each answer is held to its adapter's own by peft and transformers alone
+
+Prints tables, writes benchmarks/results/serve_load.json and docs/images/serve-load.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arrivals import Answer, Ask, Bounds, Waits, burst, by_tenant, goodput_fairness, jain, poisson, zipf_shares
+from load_clients import Clients, cold_loads
+from load_shown import draw, machine, show
+from load_tenants import Tenant, make_tenants, release
+
+from tunewright.data.examples import Message
+from tunewright.data.versions import load_version
+from tunewright.disk import write_json
+from tunewright.progress import LogReporter
+from tunewright.project import Project
+from tunewright.road.opened import OpenProject
+from tunewright.serving.isolation import TOLERANCE
+from tunewright.serving.isolation import Answer as Said
+from tunewright.serving.state import State
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "serve_load.json"
+PLOT = ROOT / "docs" / "images" / "serve-load.png"
+SEED = 0
+LATECOMERS = 4
+"""Tenants whose adapters are released while there is load."""
+BUSY = 0.6
+"""The load's share of what the server can do."""
+TOLD_BY = 4
+"""Tokens of an answer by which its adapter is known."""
+
+
+def main() -> None:
+    """Measure all parts on one server."""
+    options = read_options()
+    parts: dict[str, Any] = {"machine": machine(options.threads), "options": {**vars(options), "project": None}}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary) / "project"
+        shutil.copytree(options.project, root)
+        opened = OpenProject(Project(root), LogReporter())
+        url = f"sqlite:///{temporary}/state.sqlite"
+        with State(url, "load") as state:
+            tenants = make_tenants(opened, state, options.tenants + LATECOMERS, SEED)
+            release(state, tenants[0])
+            load = Load(opened, state, tenants, options, Host(root, url, options.threads))
+            try:
+                for name in options.parts:
+                    parts[name] = getattr(load, name)()
+                    print(json.dumps({name: parts[name]}), file=sys.stderr)
+            finally:
+                load.host.stop()
+    show(parts)
+    if options.save:
+        write_json(RESULTS, parts)
+        if "load" in parts:
+            draw(parts["load"], PLOT)
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    names = ["memory", "throughput", "gateway", "load", "isolation"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("project", type=Path)
+    parser.add_argument("--tenants", type=int, default=32)
+    parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the tenants' shares")
+    parser.add_argument("--seconds", type=float, default=300, help="of the load")
+    parser.add_argument("--rounds", type=int, default=3, help="that the sides of a comparison take in turns")
+    parser.add_argument("--jobs", type=int, default=96, help="requests of one side in one round")
+    parser.add_argument("--tokens", type=int, default=16, help="of each answer")
+    parser.add_argument("--requests", type=int, default=2000, help="whose adapter is checked")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--parts", nargs="*", default=names, choices=names)
+    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some answers took: seconds by the clock, and of processors in the server's process."""
+
+    tokens: int
+    seconds: float
+    cpu: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
+def rounds(count: int, sides: dict[str, list[Cost]]) -> Iterator[int]:
+    """So many rounds, after one for warming up, which is forgotten."""
+    for turn in range(count + 1):
+        yield turn
+        if not turn:
+            for costs in sides.values():
+                costs.clear()
+
+
+def compared(sides: dict[str, list[Cost]]) -> dict[str, Any]:
+    """Medians over the rounds of both sides, and of the second's share of the first within a round.
+
+    By the clock is what the bars are about. By processor time is what other work on the machine does not blur, and
+    holds as if server and model had one core between them.
+    """
+    before, after = sides.values()
+    ratios = [b.rate / a.rate for a, b in zip(before, after, strict=True)]
+    by_cpu = [(b.tokens / b.cpu) / (a.tokens / a.cpu) for a, b in zip(before, after, strict=True)]
+    return {
+        "tokens_per_s": {name: statistics.median(c.rate for c in costs) for name, costs in sides.items()},
+        "tokens_per_cpu_s": {name: statistics.median(c.tokens / c.cpu for c in costs) for name, costs in sides.items()},
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "ratio_by_cpu": statistics.median(by_cpu),
+    }
+
+
+class Host:
+    """The server's process."""
+
+    def __init__(self, project: Path, state: str, threads: int) -> None:
+        script = Path(__file__).with_name("load_host.py")
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.url: str = self.tell(project=str(project), state=state, threads=threads)["url"]
+
+    def tell(self, **order: Any) -> Any:
+        """Have it do something, and wait for what it says."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the server has ended; what it printed says why")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        print(json.dumps({"do": "stop"}), file=self._process.stdin, flush=True)
+        self._process.wait(60)
+
+
+class Load:
+    """The parts of the measurement; each is a method that returns what goes into the results."""
+
+    def __init__(
+        self, opened: OpenProject, state: State, tenants: Sequence[Tenant], options: argparse.Namespace, host: Host
+    ) -> None:
+        self.host = host
+        self._opened = opened
+        self._state = state
+        self._tenants = tenants[: options.tenants]
+        self._late = tenants[options.tenants :]
+        self._options = options
+        self._shares = zipf_shares(options.tenants, options.zipf)
+        rows = load_version(opened.project.dataset).examples("test")
+        self._prompts: list[tuple[Message, ...]] = [tuple(row.example.prompt) for row in rows]
+        self._ids = [opened.chat.prompt(prompt) for prompt in self._prompts]
+        self._clients = Clients(host.url, [tenant.key for tenant in tenants], [tenant.alias for tenant in tenants])
+        self._capacity: float | None = None
+        self._all_released = False
+
+    def _prompt(self, number: int) -> tuple[Message, ...]:
+        return self._prompts[number % len(self._prompts)]
+
+    def _release_all(self) -> list[float]:
+        """Release the other tenants' adapters; the seconds that each took to be live."""
+        if self._all_released:
+            return []
+        self._all_released = True
+
+        async def one(tenant: int) -> None:
+            await asyncio.to_thread(release, self._state, self._tenants[tenant])
+
+        others = list(range(1, len(self._tenants)))
+        loads = asyncio.run(cold_loads(self._clients, others, one, 0.0, time.perf_counter()))
+        return [end - start for start, end in loads]
+
+    def _burst(self, tenants: Sequence[float], seed: int) -> tuple[list[Answer], Cost]:
+        """Requests that are all there at once, in the tenants' shares."""
+        asks, before = burst(self._options.jobs, tenants, seed), self.host.tell(do="cpu")
+        answers, seconds = asyncio.run(self._clients.open_loop(asks, self._prompt, self._options.tokens))
+        assert all(answer.status == 200 for answer in answers)
+        tokens = sum(answer.counted for answer in answers)
+        return answers, Cost(tokens, seconds, self.host.tell(do="cpu") - before)
+
+    def _bare(self, count: int, *, together: bool) -> tuple[list[float], Cost]:
+        """As many requests of the first tenant, asked of the engine alone; the seconds of each."""
+        tokens, digest = self._options.tokens, self._tenants[0].adapter.digest
+        asks = [[self._ids[n % len(self._ids)], digest, tokens] for n in range(count)]
+        before = self.host.tell(do="cpu")
+        done = self.host.tell(do="bare", asks=asks, together=together)
+        return done["each"], Cost(count * tokens, done["seconds"], self.host.tell(do="cpu") - before)
+
+    def memory(self) -> dict[str, Any]:
+        """What each further tenant adds to the server, against its adapter's file."""
+        self._burst([1.0], SEED)  # so that all that a first answer needs is there
+        one = self.host.tell(do="memory")
+        loads = self._release_all()
+        every = self.host.tell(do="memory")
+        size = (self._tenants[-1].adapter.folder / "adapter_model.safetensors").stat().st_size
+        each = (every - one) / (len(self._tenants) - 1)
+        return {
+            "one_tenant_bytes": one,
+            "all_tenants_bytes": every,
+            "each_further_bytes": each,
+            "adapter_bytes": size,
+            "ratio": each / size,
+            "seconds_to_live_p50": statistics.median(loads),
+        }
+
+    def throughput(self) -> dict[str, Any]:
+        """All tenants against one, each with more to do than fits."""
+        self._release_all()
+        sides: dict[str, list[Cost]] = {"one": [], "all": []}
+        served: Counter[int] = Counter()
+        for _ in rounds(self._options.rounds, sides):
+            for name, shares in (("one", [1.0]), ("all", list(self._shares))):
+                answers, cost = self._burst(shares, len(sides[name]))
+                sides[name].append(cost)
+                if name == "all":
+                    served.update(answer.tenant for answer in answers)
+        self._capacity = statistics.median(cost.rate for cost in sides["all"]) / self._options.tokens
+        return {**compared(sides), "adapters_asked": len(served)}
+
+    def gateway(self) -> dict[str, Any]:
+        """One tenant over HTTP against the engine alone, with the same requests."""
+        alone: dict[str, list[float]] = {"bare": [], "gateway": []}
+        full: dict[str, list[Cost]] = {"bare": [], "gateway": []}
+        few = max(4, self._options.jobs // 6)
+        for _ in rounds(self._options.rounds, full):
+            full["bare"].append(self._bare(self._options.jobs, together=True)[1])
+            full["gateway"].append(self._burst([1.0], SEED)[1])
+            alone["bare"] += self._bare(few, together=False)[0]
+            alone["gateway"] += asyncio.run(self._clients.one_by_one(few, self._prompt, self._options.tokens))
+        medians = {name: statistics.median(seconds[few:]) for name, seconds in alone.items()}
+        added = [b - a for a, b in zip(alone["bare"][few:], alone["gateway"][few:], strict=True)]
+        return {
+            **compared(full),
+            "alone_p50_s": medians,
+            "added_p50_s": medians["gateway"] - medians["bare"],
+            "added_pairwise_p50_s": statistics.median(added),
+        }
+
+    def load(self) -> dict[str, Any]:
+        """Traffic as tenants make it, with releases meanwhile."""
+        self._release_all()
+        if self._capacity is None:
+            self._capacity = self._burst(list(self._shares), SEED)[1].rate / self._options.tokens
+        rate = BUSY * self._capacity
+        asks = poisson(rate, self._options.seconds, self._shares, SEED)
+
+        async def both() -> tuple[list[Answer], list[tuple[float, float]]]:
+            async def late(tenant: int) -> None:
+                await asyncio.to_thread(release, self._state, self._late[tenant - len(self._tenants)])
+
+            numbers = range(len(self._tenants), len(self._tenants) + len(self._late))
+            every = self._options.seconds / (len(self._late) + 1)
+            (answers, _), loads = await asyncio.gather(
+                self._clients.open_loop(asks, self._prompt, self._options.tokens),
+                cold_loads(self._clients, list(numbers), late, every, time.perf_counter()),
+            )
+            return answers, loads
+
+        answers, loads = asyncio.run(both())
+        median = Waits.of(answers).told()
+        assert median["first_p50"] is not None and median["between_p50"] is not None
+        bounds = Bounds(first=5 * median["first_p50"], between=2 * median["between_p50"])
+        waits = {tenant: Waits.of(own, bounds) for tenant, own in by_tenant(answers).items()}
+        every_one = Waits.of(answers, bounds)
+        stalls = [max((gap for a in answers for gap in _gaps_within(a, load)), default=0.0) for load in loads]
+        return {
+            "requests": len(asks),
+            "seconds": self._options.seconds,
+            "requests_per_s": rate,
+            "share_of_capacity": BUSY,
+            "statuses": dict(Counter(str(answer.status) for answer in answers)),
+            "good_means": {"first_s": bounds.first, "between_mean_s": bounds.between},
+            "goodput_per_s": every_one.good / self._options.seconds,
+            "good_share": every_one.good / every_one.asked,
+            "jain_of_good_shares": goodput_fairness(waits),
+            "jain_of_first_p50": jain(t for one in waits.values() if (t := one.told()["first_p50"])),
+            "everybody": every_one.told(),
+            "tenants": {
+                self._tenants[n].name: {"requests": one.asked, "good": one.good, **one.told()}
+                for n, one in waits.items()
+            },
+            "cold_loads": {
+                "count": len(loads),
+                "seconds_to_live": [end - start for start, end in loads],
+                "longest_gap_of_others_s": stalls,
+            },
+        }
+
+    def isolation(self) -> dict[str, Any]:
+        """Many short requests of all tenants mixed; each answer has to be its own adapter's."""
+        from tunewright.serving.oracle import PeftOracle
+
+        self._release_all()
+        recipe, chat = self._opened.project.recipe, self._opened.chat
+        folders = {tenant.adapter.digest: tenant.adapter.folder for tenant in self._tenants}
+        oracle = PeftOracle(self._opened.base, recipe.train.dtype, "none", folders, stop_ids=())
+        chosen = sorted(range(len(self._ids)), key=lambda n: len(self._ids[n]))[:4]
+        right: dict[tuple[int, int], str] = {}  # by prompt and tenant
+        for prompt in chosen:
+            for number, tenant in enumerate(self._tenants):
+                said = oracle.answer(tenant.adapter.digest, self._ids[prompt])
+                right[prompt, number] = chat.text(said.ids[:TOLD_BY])
+        told = {n: [p for p in chosen if _only(right, p, n)] for n in range(len(self._tenants))}
+        known = [number for number, prompts in told.items() if prompts]
+        draw = random.Random(SEED)
+        asks = [Ask(0.0, draw.choice(known)) for _ in range(self._options.requests)]
+        prompts = [draw.choice(told[ask.tenant]) for ask in asks]
+        answers, seconds = asyncio.run(
+            self._clients.open_loop(asks, lambda n: self._prompts[prompts[n]], TOLD_BY, connections=64)
+        )
+        counts: Counter[str] = Counter()
+        for answer, prompt in zip(answers, prompts, strict=True):
+            own = self._tenants[answer.tenant].adapter.digest
+            if answer.status != 200:
+                counts[f"status {answer.status}"] += 1
+            elif answer.digest != own:
+                counts["another digest"] += 1
+            elif answer.text == right[prompt, answer.tenant]:
+                counts["its adapter's answer"] += 1
+            elif any(answer.text == right[prompt, n] for n in range(len(self._tenants))):
+                counts["another adapter's answer"] += 1
+            else:
+                ids = tuple(chat.tokenizer.encode(answer.text, add_special_tokens=False))
+                (short,) = oracle.shortfalls(own, self._ids[prompt], [Said(ids, "length")])
+                near = short <= TOLERANCE[recipe.train.dtype]
+                counts["within the tolerance of its adapter's" if near else "neither"] += 1
+        return {
+            "requests": len(asks),
+            "seconds": seconds,
+            "tenants_told_apart": len(known),
+            "tenants": len(self._tenants),
+            "tokens": TOLD_BY,
+            "dtype": recipe.train.dtype,
+            "answers": dict(counts),
+        }
+
+
+def _only(right: dict[tuple[int, int], str], prompt: int, tenant: int) -> bool:
+    """Whether no other tenant's adapter gives that answer."""
+    own = right[prompt, tenant]
+    return sum(text == own for (asked, _), text in right.items() if asked == prompt) == 1
+
+
+def _gaps_within(answer: Answer, span: tuple[float, float]) -> list[float]:
+    """The waits between an answer's tokens that reach into a span of time."""
+    pairs = zip(answer.tokens, answer.tokens[1:], strict=False)
+    return [b - a for a, b in pairs if b >= span[0] and a <= span[1]]
+
+
+if __name__ == "__main__":
+    main()

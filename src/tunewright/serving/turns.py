@@ -1,0 +1,162 @@
+"""Whose request goes to the engine next, and how much of the engine one tenant may have while others are about.
+
+Three rules, each for one way in which a loud tenant slows a quiet one down:
+
+*Order.* Of those that wait, the tenant that was served least is next, counted in tokens: Sheng et al. 2024, "Fairness
+in Serving Large Language Models" (OSDI, arXiv 2401.00588), algorithm 2. Two tenants that both always wait differ by a
+constant at most, however much more one of them asks for. Who comes back after a pause is lifted to a burst below the
+lowest counter of those that wait: idling saves up no more than that. (In the paper it saves up nothing; but then a
+tenant that asks for little takes turns with one that always waits, when it should go first.)
+
+*Places.* A place at the engine is kept to an answer's end. So the last quarter of them is only for tenants that have
+less than an equal share, and a newcomer does not wait for somebody's answer to end.
+
+*Reading.* A prompt is read in one pass, and everybody under way waits for it. So prompts are handed over for about one
+pass at a time (the token budget of Agrawal et al. 2024, Sarathi-Serve, OSDI, arXiv 2403.02310, of whole prompts), in
+the order of turns.
+
+The last two cost throughput, and a tenant alone is not held to them. It has company while another one has something
+here, or had it within the last minute.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+PROMPT_WEIGHT = 1.0
+ANSWER_WEIGHT = 2.0
+"""A token of an answer is a pass of its own, one of a prompt shares it: the paper's weights."""
+READING_TOKENS = 128
+"""Tokens of prompts that are read at once while there is company; a longer prompt is read alone."""
+BURST_TOKENS = 1000.0
+"""What a tenant that comes back may have been served less than those that wait, in weighted tokens."""
+COMPANY_SECONDS = 60.0
+"""How long a tenant keeps its share after its last answer has ended."""
+
+
+@dataclass(eq=False)
+class Turn:
+    """One request's way through the engine: it waits, has a place, has had its prompt read, is gone."""
+
+    tenant: str
+    prompt: int
+    """Tokens."""
+    inside: bool = False
+    reading: bool = False
+
+
+class Turns:
+    """Places at the engine, given to tenants in turn. It only decides: nothing in it waits.
+
+    Args:
+        room: requests that may be at the engine at once.
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, room: int, clock: Callable[[], float] = time.monotonic) -> None:
+        assert room >= 1
+        self._room = room
+        self._clock = clock
+        self._waiting: dict[str, deque[Turn]] = {}
+        self._inside: Counter[str] = Counter()
+        self._reading = 0
+        self._served: dict[str, float] = defaultdict(float)
+        self._gone: dict[str, float] = {}  # when whoever has nothing here any more had its last answer
+        self._left_last: str | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def free(self) -> int:
+        """Places that nobody has."""
+        return self._room - self._inside.total()
+
+    def ask(self, tenant: str, prompt: int) -> Turn:
+        """Queue a request whose prompt has so many tokens."""
+        if tenant not in self._waiting:
+            self._served[tenant] = max(self._served[tenant], self._floor() - BURST_TOKENS)
+            self._waiting[tenant] = deque()
+        self._gone.pop(tenant, None)
+        turn = Turn(tenant, prompt)
+        self._waiting[tenant].append(turn)
+        return turn
+
+    def let_in(self) -> list[Turn]:
+        """Who has a place from now on; call it after every change."""
+        entered = []
+        while (turn := self._next()) is not None:
+            self._stop_waiting(turn)
+            turn.inside = turn.reading = True
+            self._inside[turn.tenant] += 1
+            self._reading += turn.prompt
+            self.charge(turn.tenant, prompt=turn.prompt)
+            entered.append(turn)
+        return entered
+
+    def has_read(self, turn: Turn) -> None:
+        """The engine has read the prompt; to say so more than once changes nothing."""
+        if turn.reading:
+            turn.reading = False
+            self._reading -= turn.prompt
+
+    def leave(self, turn: Turn) -> None:
+        """Give up the place, or the wait for it."""
+        if turn.inside:
+            self.has_read(turn)
+            turn.inside = False
+            self._inside[turn.tenant] -= 1
+        else:
+            self._stop_waiting(turn)
+        if not self._inside[turn.tenant]:
+            del self._inside[turn.tenant]
+            if turn.tenant not in self._waiting:
+                self._gone[turn.tenant] = self._clock()
+
+    def charge(self, tenant: str, *, prompt: int = 0, answer: int = 0) -> None:
+        """Count tokens that a tenant was served."""
+        self._served[tenant] += PROMPT_WEIGHT * prompt + ANSWER_WEIGHT * answer
+
+    def _next(self) -> Turn | None:
+        if not self._waiting or not self.free:
+            return None
+        about = self._about()
+        # Of equals, the one that has less now; of those, the one whose oldest request came first: dicts keep order.
+        for tenant in sorted(self._waiting, key=lambda name: (self._served[name], self._inside[name])):
+            turn = self._waiting[tenant][0]
+            if about == 1:
+                return turn
+            if self._inside[tenant] < self._room // about or self._inside[tenant] == 0 or self.free > self._kept:
+                # Nobody with a shorter prompt goes before: many short ones would starve a long one.
+                fits = not self._reading or self._reading + turn.prompt <= READING_TOKENS
+                return turn if fits else None
+        return None
+
+    @property
+    def _kept(self) -> int:
+        """Places for tenants that have less than an equal share."""
+        return max(self._room // 4, min(1, self._room - 1))
+
+    def _about(self) -> int:
+        """Tenants that have something here, or had it lately."""
+        since = self._clock() - COMPANY_SECONDS
+        while self._gone and next(iter(self._gone.values())) < since:
+            del self._gone[next(iter(self._gone))]
+        return len(self._waiting.keys() | self._inside.keys() | self._gone.keys())
+
+    def _floor(self) -> float:
+        """What a newcomer's counter is lifted to."""
+        if self._waiting:
+            return min(self._served[tenant] for tenant in self._waiting)
+        return self._served[self._left_last] if self._left_last is not None else 0.0
+
+    def _stop_waiting(self, turn: Turn) -> None:
+        self._waiting[turn.tenant].remove(turn)
+        if not self._waiting[turn.tenant]:
+            del self._waiting[turn.tenant]
+            self._left_last = turn.tenant
