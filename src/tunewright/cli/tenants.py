@@ -136,6 +136,24 @@ def tenant_usage(
         current.show({"usage": [each.as_dict() for each in sums]}, usage_table(sums) if sums else "No requests yet.")
 
 
+@tenant_app.command("prune-usage")
+def tenant_prune_usage(
+    before: Annotated[str, typer.Option(help="A day, such as 2026-11-01: requests of earlier days are pruned.")],
+    state: StateUrl = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Make sums by day of old requests, whose lines go. `tenant usage` stays what it was."""
+    from tunewright.serving.state.times import moment
+
+    with session(json) as current:
+        pruned = road_at(current, project, state).tenant.prune_usage(before=moment(before, "--before"))
+        told = f"{pruned.requests:,} requests of {pruned.days:,} days are sums now."
+        if pruned.shadow_answers:
+            told += f" {pruned.shadow_answers:,} answers of candidates in the shadow went with them."
+        current.show(pruned.as_dict(), told)
+
+
 @key_app.command("add")
 def key_add(
     tenant: Annotated[str, typer.Argument(help="The tenant's name.")],

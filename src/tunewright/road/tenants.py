@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tunewright.road.opened import OpenProject
 
 if TYPE_CHECKING:
-    from tunewright.serving.state import AuditCheck, AuditLine, Key, Limits, Tenant
+    from tunewright.serving.state import AuditCheck, AuditLine, Key, Limits, Pruned, Tenant
     from tunewright.serving.state.meter import UsageLine, UsageSum
 
 
@@ -156,9 +156,29 @@ class TenantRoad:
             return state.meter.sums(name, since)
 
     def requests(self, name: str | None = None, *, since: float | None = None) -> Sequence[UsageLine]:
-        """Every request, the first one first; arguments as of :meth:`usage`."""
+        """Every request that has its line still, the first one first; arguments as of :meth:`usage`."""
         with self._opened.state() as state:
+            from tunewright.serving.state.times import iso
+
+            pruned = state.meter.pruned_until()
+            if pruned is not None and (since is None or since < pruned):
+                day = str(iso(pruned))[:10]
+                self._opened.reporter.warn(
+                    f"Requests before {day} were pruned: `tunewright tenant usage` has their sums."
+                )
             return state.meter.lines(name, since)
+
+    def prune_usage(self, *, before: float) -> Pruned:
+        """Make sums by day of old requests, whose lines go. Usage stays what it was; the audit tells of each day.
+
+        Args:
+            before: seconds since 1970, the beginning of a day in UTC.
+
+        Raises:
+            UserError: it is none, or to come.
+        """
+        with self._opened.state() as state:
+            return state.pruning.prune(before)
 
     def _tell_unreleased(self, aliases: Sequence[str], live: Iterable[str]) -> None:
         for alias in sorted(set(aliases) - set(live)):

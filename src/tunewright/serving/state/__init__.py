@@ -13,6 +13,7 @@ from tunewright.serving.state.audit import Audit, AuditCheck, AuditLine
 from tunewright.serving.state.database import Database, StateUnavailableError
 from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
 from tunewright.serving.state.meter import LimitExceededError, Meter, Used, Wanted
+from tunewright.serving.state.pruning import Pruned, Pruning
 from tunewright.serving.state.releases import Candidate, Grounds, Release, Releases
 from tunewright.serving.state.tenants import Caller, InvalidKeyError, Key, Limits, Tenant, Tenants
 from tunewright.serving.state.upgrade import upgrade
@@ -31,6 +32,8 @@ __all__ = [
     "LimitExceededError",
     "Limits",
     "Meter",
+    "Pruned",
+    "Pruning",
     "Release",
     "Releases",
     "State",
@@ -66,6 +69,7 @@ class State:
         self.tenants = Tenants(self._database, actor)
         self.releases = Releases(self._database, actor)
         self.meter = Meter(self._database)
+        self.pruning = Pruning(self._database, actor)
         self.audit = Audit(self._database)
 
     def verify(self, noted: str | None = None) -> AuditCheck:

@@ -8,7 +8,8 @@ anywhere, and not in each minute of the clock only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from tunewright.errors import UserError
 from tunewright.serving.state.database import Database
+from tunewright.serving.state.pruning import day_sums, pruned_until
 from tunewright.serving.state.tables import api_keys, gateways, releases, requests, shadow_answers, tenants
 from tunewright.serving.state.times import iso
 
@@ -255,26 +257,54 @@ class Meter:
         Raises:
             UserError: no such tenant.
         """
-        by = (tenants.c.name, requests.c.alias, requests.c.digest)
+        by = (requests.c.tenant_id, requests.c.alias, requests.c.digest)
         query = select(
             *by,
-            func.count(),
-            func.count() - func.count(requests.c.finished),
-            func.coalesce(func.sum(requests.c.prompt_tokens), 0),
-            func.coalesce(func.sum(requests.c.completion_tokens), 0),
-            func.avg(requests.c.first_token_s),
+            func.count().label("requests"),
+            (func.count() - func.count(requests.c.finished)).label("under_way"),
+            func.coalesce(func.sum(requests.c.prompt_tokens), 0).label("prompt_tokens"),
+            func.coalesce(func.sum(requests.c.completion_tokens), 0).label("completion_tokens"),
+            func.count(requests.c.first_token_s).label("first_tokens"),
+            func.coalesce(func.sum(requests.c.first_token_s), 0.0).label("first_token_s"),
         )
-        query = query.join(tenants, requests.c.tenant_id == tenants.c.id).group_by(*by).order_by(*by)
+        query = query.group_by(*by)
         if since is not None:
             query = query.where(requests.c.started >= since)
         with self._database.reading() as connection:
-            if tenant is not None:
-                query = query.where(requests.c.tenant_id == _tenant_id(connection, tenant))
-            rows = connection.execute(query).all()
-        return [
-            UsageSum(name, alias, digest, count, open_ones, int(prompt), int(answer), first)
-            for name, alias, digest, count, open_ones, prompt, answer, first in rows
-        ]
+            only = None if tenant is None else _tenant_id(connection, tenant)
+            if only is not None:
+                query = query.where(requests.c.tenant_id == only)
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+            rows += day_sums(connection, only, since)
+            names = dict(connection.execute(select(tenants.c.id, tenants.c.name)).all())
+        return _summed(rows, names)
+
+    def pruned_until(self) -> float | None:
+        """Before which time there may be sums by day only; None: every request has its line."""
+        with self._database.reading() as connection:
+            return pruned_until(connection)
+
+
+def _summed(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> list[UsageSum]:
+    """Rows of single requests and of pruned days together."""
+    sums: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        counted = {name: row.get(name, 0) for name in _SUMMED}
+        sums[names[row["tenant_id"]], row["alias"], row["digest"]].update(counted)
+    return [
+        UsageSum(
+            *by,
+            requests=of["requests"],
+            under_way=of["under_way"],
+            prompt_tokens=int(of["prompt_tokens"]),
+            completion_tokens=int(of["completion_tokens"]),
+            mean_first_token_s=of["first_token_s"] / of["first_tokens"] if of["first_tokens"] else None,
+        )
+        for by, of in sorted(sums.items())
+    ]
+
+
+_SUMMED = ("requests", "under_way", "prompt_tokens", "completion_tokens", "first_tokens", "first_token_s")
 
 
 def _tenant_id(connection: Connection, name: str) -> int:

@@ -2,7 +2,8 @@
 
 tenants --< tenant_aliases        who may call which alias
    |---< api_keys                 hashed; one may be narrower than its tenant
-   '---< requests >--- releases   one line for each request: what it reserved, then what it used
+   |---< requests >--- releases   one line for each request: what it reserved, then what it used
+   '---< usage_days               sums of requests whose lines are gone
 releases                          alias to adapter digest; lines are added, never changed
 audit, audit_head                 what was changed, by whom, chained by digests
 gateways                          the running servers, which share limits and releases
@@ -121,6 +122,31 @@ Index(
     sqlite_where=requests.c.finished.is_(None),
     postgresql_where=requests.c.finished.is_(None),
 )
+
+# What is left of pruned requests: sums, and when a key was last used.
+usage_days = Table(
+    "usage_days",
+    metadata,
+    Column("day", Integer, primary_key=True, autoincrement=False),  # since 1970, UTC
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("alias", NAME, primary_key=True),
+    Column("digest", DIGEST, primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("first_tokens", BigInteger, nullable=False),  # requests that had one
+    Column("first_token_s", Double, nullable=False),
+)
+
+key_uses = Table(
+    "key_uses",
+    metadata,
+    Column("key_id", ForeignKey("api_keys.id"), primary_key=True),
+    Column("last_used", Double, nullable=False),
+)
+
+LATER = (usage_days, key_uses)
+"""Tables that a state of this schema may lack still; they are made where it is opened."""
 
 shadow_answers = Table(
     "shadow_answers",

@@ -13,7 +13,7 @@ from tunewright.errors import UserError
 from tunewright.serving.state.audit import Change, changing
 from tunewright.serving.state.database import Database
 from tunewright.serving.state.keys import is_key, key_hash, new_key, prefix_of
-from tunewright.serving.state.tables import api_keys, requests, tenant_aliases, tenants
+from tunewright.serving.state.tables import api_keys, key_uses, requests, tenant_aliases, tenants
 from tunewright.serving.state.times import iso
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -304,6 +304,8 @@ class Tenants:
         if row is None:
             raise UserError(f"no key begins with {prefix!r}", fix="`tunewright tenant key list` shows them.")
         used = connection.execute(select(func.max(requests.c.started)).where(requests.c.key_id == row.id)).scalar()
+        if used is None:  # unless its requests were pruned
+            used = connection.execute(select(key_uses.c.last_used).where(key_uses.c.key_id == row.id)).scalar()
         aliases = None if row.aliases is None else tuple(row.aliases)
         return Key(
             row.prefix,
