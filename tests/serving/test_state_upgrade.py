@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+from sqlalchemy import inspect
 from states import DIGESTS, SHIP, raw, with_tenant
 
 from tunewright.serving.state import State
+from tunewright.serving.state.tables import SCHEMA_VERSION, metadata
 
 
 def _make_old(url: str) -> None:
@@ -17,6 +19,8 @@ def _make_old(url: str) -> None:
     with raw(url) as execute:
         for column in ("isolation", "untested"):
             execute(f"ALTER TABLE releases DROP COLUMN {column}")
+        for table in ("usage_days", "key_uses"):
+            execute(f"DROP TABLE {table}")
         execute("UPDATE tunewright_schema SET version = 1")
         # The audit's lines of that time had no word of isolation.
         lines = execute("SELECT number, details FROM audit WHERE action LIKE 'release.%'").all()
@@ -32,12 +36,38 @@ def test_releases_and_audit_are_as_they_were_and_the_audit_tells_of_it(state_url
         }
         assert all(release.grounds == SHIP for release in state.releases.history())
         last = state.audit.lines()[-1]
-        assert (last.action, last.actor, last.details) == ("schema.upgrade", "bob", '{"after":2,"before":1}')
+        assert (last.action, last.actor, last.details) == (
+            "schema.upgrade",
+            "bob",
+            f'{{"after":{SCHEMA_VERSION},"before":1}}',
+        )
         assert state.verify().faults == ()
         state.releases.deploy("recipes", "c", DIGESTS["c"], SHIP)
         assert state.verify().faults == ()
     with State(state_url) as state:
         assert [line.action for line in state.audit.lines()].count("schema.upgrade") == 1
+
+
+def test_tables_that_came_later_are_those_of_a_new_state(state_url: str) -> None:
+    """By what the database itself says of them; columns that came later stand last."""
+
+    def described() -> dict[str, object]:
+        with raw(state_url) as execute:
+            about = inspect(execute("SELECT 1").connection)
+            found = {}
+            for table in metadata.tables:
+                columns = {c["name"]: (str(c["type"]), c["nullable"]) for c in about.get_columns(table)}
+                found[table] = columns, about.get_pk_constraint(table)["constrained_columns"]
+        return found
+
+    with State(state_url):
+        new = described()
+    with raw(state_url) as execute:
+        for table in reversed(metadata.sorted_tables):
+            execute(f"DROP TABLE {table.name}")
+    _make_old(state_url)
+    with State(state_url):
+        assert described() == new
 
 
 def test_two_who_open_it_at_once_upgrade_it_once(state_url: str) -> None:

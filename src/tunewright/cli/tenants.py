@@ -148,9 +148,9 @@ def tenant_prune_usage(
 
     with session(json) as current:
         pruned = road_at(current, project, state).tenant.prune_usage(before=moment(before, "--before"))
-        told = f"{pruned.requests:,} requests of {pruned.days:,} days are sums now."
+        told = f"Requests that became sums: {pruned.requests:,}, of {pruned.days:,} days."
         if pruned.shadow_answers:
-            told += f" {pruned.shadow_answers:,} answers of candidates in the shadow went with them."
+            told += f" With them went what candidates in the shadow said: {pruned.shadow_answers:,} answers."
         current.show(pruned.as_dict(), told)
 
 

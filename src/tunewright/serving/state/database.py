@@ -14,7 +14,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityErr
 
 from tunewright.disk import write_text, writing
 from tunewright.errors import UserError
-from tunewright.serving.state.tables import LATER, SCHEMA_VERSION, audit_head, metadata, schema
+from tunewright.serving.state.tables import SCHEMA_VERSION, audit_head, metadata, schema
 
 BUSY_SECONDS = 10
 """How long a writer waits for others: each holds SQLite for well under a millisecond."""
@@ -115,7 +115,6 @@ class Database:
                 connection.execute(select(func.pg_advisory_xact_lock(_OURS)))
             if inspect(connection).has_table(schema.name):
                 self._require_version(connection)
-                metadata.create_all(connection, tables=LATER)
                 return
             foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
             if foreign:

@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Text as LongText
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 NAME = String(63)
 DIGEST = String(64)
@@ -144,9 +144,6 @@ key_uses = Table(
     Column("key_id", ForeignKey("api_keys.id"), primary_key=True),
     Column("last_used", Double, nullable=False),
 )
-
-LATER = (usage_days, key_uses)
-"""Tables that a state of this schema may lack still; they are made where it is opened."""
 
 shadow_answers = Table(
     "shadow_answers",

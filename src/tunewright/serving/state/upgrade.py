@@ -11,6 +11,15 @@ from tunewright.serving.state.tables import SCHEMA_VERSION, schema
 _STATEMENTS = {
     # What the isolation test found is kept with a release.
     1: ("ALTER TABLE releases ADD COLUMN isolation JSON", "ALTER TABLE releases ADD COLUMN untested TEXT"),
+    # What is left of requests that were pruned.
+    2: (
+        "CREATE TABLE usage_days (day INTEGER NOT NULL, tenant_id INTEGER NOT NULL REFERENCES tenants (id), "
+        "alias VARCHAR(63) NOT NULL, digest VARCHAR(64) NOT NULL, requests BIGINT NOT NULL, "
+        "prompt_tokens BIGINT NOT NULL, completion_tokens BIGINT NOT NULL, first_tokens BIGINT NOT NULL, "
+        "first_token_s DOUBLE PRECISION NOT NULL, PRIMARY KEY (day, tenant_id, alias, digest))",
+        "CREATE TABLE key_uses (key_id INTEGER NOT NULL PRIMARY KEY REFERENCES api_keys (id), "
+        "last_used DOUBLE PRECISION NOT NULL)",
+    ),
 }
 """What leads from each version to the next one; SQLite and PostgreSQL both understand it."""
 
