@@ -102,7 +102,7 @@ def test_llama_cpp_puts_the_lora_file_on_the_base_as_peft_does(
     adapter = adapted(base.folder, tmp_path / "adapter", **settings)
     chat = _written(base, tmp_path / "model.gguf")
     weights = Weights(base, "bfloat16", read_changes(adapter.folder))
-    assert write_lora(tmp_path / "lora.gguf", adapter, weights, base, "f16", LogReporter()) == []
+    assert write_lora(tmp_path / "lora.gguf", adapter.name, weights, base, "f16", LogReporter()) == []
     ids = list(chat.prompt(CHATS[0]))
     wanted = peft_logits(base.folder, adapter.folder, [ids])[0][-1].double().log_softmax(-1)
     plain = logits(AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32), [ids])[0][-1]
@@ -146,7 +146,7 @@ def test_dora_has_no_lora_file_and_a_foreign_tokenizer_no_gguf(tmp_path: Path) -
     adapter = adapted(base.folder, tmp_path / "adapter", use_dora=True)
     weights = Weights(base, "float32", read_changes(adapter.folder))
     with pytest.raises(UserError, match="does not have DoRA"):
-        write_lora(tmp_path / "lora.gguf", adapter, weights, base, "f16", LogReporter())
+        write_lora(tmp_path / "lora.gguf", adapter.name, weights, base, "f16", LogReporter())
     tokenizer = base.folder / "tokenizer.json"
     text = tokenizer.read_text(encoding="utf-8")
     assert '"add_prefix_space": false' in text

@@ -21,6 +21,7 @@ class Engine(StrEnum):
 
     peft = "peft"
     vllm = "vllm"
+    llamacpp = "llamacpp"
 
 
 @app.command()

@@ -206,7 +206,7 @@ class ServeRecipe(Section):
         EngineName,
         Field(
             description="What computes the answers: peft is built in; vllm runs beside it, once `tunewright engine "
-            "install vllm` has made its environment."
+            "install vllm` has made its environment; llamacpp takes tunewright[llamacpp]."
         ),
     ] = "peft"
     metrics_port: Annotated[
@@ -219,6 +219,13 @@ class ServeRecipe(Section):
         ),
     ] = None
     metrics_host: Annotated[str, Field(description="The address that Prometheus may ask on.")] = "127.0.0.1"
+    gguf: Annotated[
+        Literal["f16", "q8_0"],
+        Field(
+            description="How the engine llamacpp holds the base: f16 keeps 16-bit weights as they are; q8_0 takes half "
+            "the memory, and is another model by a little (docs/engines.md has by how much)."
+        ),
+    ] = "f16"
     max_batch: Annotated[int, Field(ge=1, description="Conversations generated at once, over all adapters.")] = 16
     spare_adapters: Annotated[
         int,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 RetrieverName = Literal["bm25", "tfidf"]
 """How demonstrations are found for a question."""
 
-EngineName = Literal["peft", "vllm"]
+EngineName = Literal["peft", "vllm", "llamacpp"]
 Quantize = Literal["none", "nf4"]
 """How a base is held in memory."""
 

@@ -157,7 +157,7 @@ class ExportRoad:
             else:
                 changed = Weights(opened.base, trained_dtype(tuned), read_changes(tuned.folder))
                 way, ways = "original", ()
-                notes = write_lora(path, tuned, changed, opened.base, file_type, reporter)
+                notes = write_lora(path, tuned.name, changed, opened.base, file_type, reporter)
                 model, lora = self._base_gguf(file_type), path
             figures, failure = None, None
             try:

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 
@@ -18,8 +19,8 @@ from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
-from tunewright.serving.engines.start import Wanted, load_all, start_engine
-from tunewright.serving.isolation import LONG, SHORT, TOLERANCE, VERSION, Digest, Ids, IsolationResult, check_isolation
+from tunewright.serving.engines.start import Wanted, load_all, require_llamacpp, start_engine, tolerance
+from tunewright.serving.isolation import LONG, SHORT, VERSION, Digest, Ids, IsolationResult, check_isolation
 from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
 from tunewright.training.lineage import packages
 
@@ -53,11 +54,14 @@ class SelfTest:
     def versions(self) -> dict[str, str]:
         """Of the packages that decide numbers, here and in the engine's own environment."""
         own = packages(self.quantize)
+        if self.engine == "llamacpp":
+            require_llamacpp()
+            return {**own, "xllamacpp": version("xllamacpp")}
         if self.engine != "vllm":
             return own
         from tunewright.serving.engines.vllm.environment import find
 
-        return {**own, **{f"vllm:{name}": str(version) for name, version in find().versions.items()}}
+        return {**own, **{f"vllm:{name}": str(found) for name, found in find().versions.items()}}
 
     @cached_property
     def device(self) -> str:
@@ -84,7 +88,8 @@ class SelfTest:
                 "spare": self.spare,
                 "versions": self.versions,
                 "device": self.device,
-                "tolerance": TOLERANCE[self.recipe.train.dtype],
+                "gguf": self.recipe.serve.gguf if self.engine == "llamacpp" else None,
+                "tolerance": tolerance(self.engine, self.recipe),
             }
         )
 
@@ -117,7 +122,7 @@ class SelfTest:
                     oracle,
                     self.folders,
                     prompts,
-                    tolerance=TOLERANCE[dtype],
+                    tolerance=tolerance(self.engine, self.recipe),
                     names=names,
                     reporter=self.reporter,
                     long=LONG if self.engine == "vllm" else SHORT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ import pytest
 
 from small_models import CONTEXT
 from tiny import byte_tokenizer
+from tunewright.models.bases import Base
 from tunewright.progress import LogReporter
+from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings
+from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 from tunewright.serving.engines.protocol import Engine
 from tunewright.serving.engines.vllm import environment
 from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
@@ -56,4 +59,32 @@ def vllm_engine(base: Path, kind: type[VllmSettings] = VllmSettings, **settings:
         engine.stop()
 
 
-KINDS = [pytest.param(peft_engine, id="peft"), pytest.param(vllm_engine, id="vllm", marks=pytest.mark.vllm)]
+@contextmanager
+def llamacpp_engine(
+    base: Path,
+    kind: type[LlamaCppEngine] = LlamaCppEngine,
+    started: type[LlamaCppSettings] = LlamaCppSettings,
+    stop_ids: Collection[int] = STOPS,
+    **settings: Any,
+) -> Iterator[Engine]:
+    """llama.cpp over the base in f16, with its files beside the base."""
+    opened = Base("small", base, None, "LlamaForCausalLM", {})
+    place, reporter = base.parent / "gguf", LogReporter()
+    asked: dict[str, Any] = {"max_batch": 16, "context": CONTEXT, "tokens": 16 * CONTEXT, "threads": 1, **settings}
+    of = started(
+        base=base_file(place, opened, stop_ids, "f16", reporter),
+        lora_file=lambda digest, folder: lora_file(place, opened, digest, folder, reporter),
+        **asked,
+    )
+    engine = kind(of, {}, stop_ids=stop_ids, reporter=reporter)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+KINDS = [
+    pytest.param(peft_engine, id="peft"),
+    pytest.param(llamacpp_engine, id="llamacpp"),
+    pytest.param(vllm_engine, id="vllm", marks=pytest.mark.vllm),
+]

@@ -19,6 +19,7 @@ from tunewright.models.bases import Base
 from tunewright.models.requests import Request
 from tunewright.serving.engines.protocol import Engine
 from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
+from tunewright.serving.engines.vllm.launch import list_adapters
 from tunewright.serving.oracle import PeftOracle
 
 pytestmark = pytest.mark.vllm
@@ -87,11 +88,11 @@ class NamedByAlias(VllmEngine):
         alias = self.place / "alias"
         await asyncio.to_thread(shutil.copytree, folder, alias, dirs_exist_ok=True)
         self._listed[digest] = {}
-        self.child.list_adapters({"alias": {"path": str(alias), "files": {}}})
+        list_adapters(self.child.folder, {"alias": {"path": str(alias), "files": {}}})
 
     async def unload(self, digest: str) -> None:
         self._listed.pop(digest, None)
-        (await self._client().delete("/tunewright/adapters/alias")).raise_for_status()
+        (await self.child.client().delete("/tunewright/adapters/alias")).raise_for_status()
 
     def _body(self, request: Request, whose: str) -> dict[str, Any]:
         body = super()._body(request, whose)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -19,6 +20,8 @@ import httpx
 import pytest
 from fake_vllm import DIE, ENDLESS
 
+from tunewright.adapters.registry import write_manifest
+from tunewright.disk import file_digest, write_json
 from tunewright.errors import UserError
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
@@ -193,6 +196,31 @@ def test_a_name_is_looked_up_and_never_taken_for_a_path(tmp_path: Path, small_ad
     assert inside.listed(manifest, digest) is None
 
 
+def test_files_are_held_to_the_manifest_that_was_admitted(
+    tmp_path: Path, engine: VllmEngine, small_adapters: dict[str, Path]
+) -> None:
+    digest, source = next(iter(small_adapters.items()))
+    folder = tmp_path / "signed-one"
+    shutil.copytree(source, folder)
+    write_json(folder / "lineage.json", {"digest": digest, "created": "2026-11-25T12:00:00+00:00"})
+    write_manifest(folder, "signed-one")
+    asyncio.run(engine.load(digest, folder))
+    manifest = engine.child.folder / "adapters.json"
+    assert json.loads(manifest.read_text())[digest]["manifest"] == file_digest(folder / "manifest.json")
+    assert inside.listed(manifest, digest) == str(folder.resolve())
+
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(weights[:-1] + b"\x7f")
+    assert inside.listed(manifest, digest) is None, "the file has changed"
+    # Nor does it help to change the manifest with it.
+    write_manifest(folder, "signed-one")
+    assert inside.listed(manifest, digest) is None
+    asyncio.run(engine.unload(digest))
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="its manifest is not of these files"):
+        asyncio.run(engine.load(digest, folder))
+
+
 def test_when_vllm_does_not_start_its_log_is_told(tmp_path: Path, orders: Path) -> None:
     orders.write_text("no kernel image is available for execution")
     with pytest.raises(UserError, match="no kernel image is available"):
@@ -230,10 +258,43 @@ def test_when_vllm_dies_who_waits_is_told_and_it_is_started_again(engine: VllmEn
     assert any("has died" in warning for warning in reporter.warnings)
 
 
+def test_vllm_that_hangs_is_killed_and_started_again_and_who_waits_is_told(
+    engine: VllmEngine, reporter: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("PROBE_SECONDS", 0.05), ("PATIENCE_SECONDS", 0.2)):
+        monkeypatch.setattr(f"tunewright.serving.engines.child.{name}", seconds)
+
+    async def ask() -> None:
+        waiting = asyncio.create_task(_ids(engine, Request((ENDLESS,), None, 500)))
+        await asyncio.sleep(0.1)
+        assert engine.child.process_id is not None
+        os.kill(engine.child.process_id, signal.SIGSTOP)
+        with pytest.raises(EngineStoppedError):
+            await asyncio.wait_for(waiting, 30)
+
+    asyncio.run(ask())
+    _wait_until(lambda: engine.child.starts == 2 and engine.stopped is None)
+    assert asyncio.run(_ids(engine, Request((5,), None, 2))) == [1, 2]
+    assert any("vLLM hangs" in warning for warning in reporter.warnings)
+
+
+def test_vllm_that_answers_probes_and_computes_nothing_hangs_too_but_not_while_nothing_is_asked_of_it(
+    engine: VllmEngine, reporter: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("PROBE_SECONDS", 0.05), ("STUCK_SECONDS", 0.5)):
+        monkeypatch.setattr(f"tunewright.serving.engines.child.{name}", seconds)
+    time.sleep(2)
+    assert (engine.child.starts, engine.stopped) == (1, None)
+    with pytest.raises(EngineStoppedError):
+        asyncio.run(_ids(engine, Request((ENDLESS,), None, 500)))
+    _wait_until(lambda: engine.child.starts == 2 and engine.stopped is None)
+    assert any("vLLM hangs" in warning for warning in reporter.warnings)
+
+
 def test_what_dies_again_and_again_is_given_up(
     engine: VllmEngine, orders: Path, reporter: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunewright.serving.engines.vllm.child._LONGEST_WAIT", 0.05)
+    monkeypatch.setattr("tunewright.serving.engines.child._LONGEST_WAIT", 0.05)
     orders.write_text("it is broken")
     assert engine.child.process_id is not None
     os.kill(engine.child.process_id, signal.SIGKILL)

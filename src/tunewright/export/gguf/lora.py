@@ -9,7 +9,6 @@ from typing import Any
 import gguf
 from torch import Tensor
 
-from tunewright.adapters.registry import Adapter
 from tunewright.errors import UserError
 from tunewright.export.gguf.model import heads_of
 from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, gguf_name, interleaved
@@ -19,7 +18,7 @@ from tunewright.progress import Reporter
 
 
 def write_lora(
-    path: Path, adapter: Adapter, weights: Weights, base: Base, file_type: FileType, reporter: Reporter
+    path: Path, name: str, weights: Weights, base: Base, file_type: FileType, reporter: Reporter
 ) -> list[str]:
     """Write the adapter's change of ``weights``; the base stays apart.
 
@@ -36,21 +35,21 @@ def write_lora(
 
     config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
     if any(change.magnitude is not None for change in weights.changes.values()):
-        raise UserError("llama.cpp does not have DoRA", where=adapter.name, fix="Export it merged: --merged.")
+        raise UserError("llama.cpp does not have DoRA", where=name, fix="Export it merged: --merged.")
     first = next(iter(weights.changes.values()))
     alpha = first.scale * first.a.shape[0]
     file = TensorFile(path, file_type)
     file.writer.add_type(gguf.GGUFType.ADAPTER)
     file.writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     file.writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    file.writer.add_name(adapter.name)
+    file.writer.add_name(name)
     file.writer.add_file_type(FILE_TYPES[file_type])
     file.writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, change in weights.changes.items():
-        into = gguf_name(name, config.num_hidden_layers)
+    for tensor, change in weights.changes.items():
+        into = gguf_name(tensor, config.num_hidden_layers)
         own = change.scale * change.a.shape[0] / alpha
         file.add(f"{into}.lora_a", tuple(change.a.shape), _given(change.a))
-        heads = heads_of(name, config)
+        heads = heads_of(tensor, config)
         b = own * change.b
         file.add(f"{into}.lora_b", tuple(b.shape), _given(b if heads is None else interleaved(b, heads)))
     with reporter.task(f"writing {path.name}", 2 * len(weights.changes), "tensors") as task:

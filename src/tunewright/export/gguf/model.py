@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tunewright.chat import ChatFormat
 from tunewright.errors import UserError
 from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, gguf_name, interleaved
-from tunewright.export.gguf.tokenizer import add_tokenizer
+from tunewright.export.gguf.tokenizer import add_numbers, add_tokenizer
 from tunewright.export.weights import Weights
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter
@@ -22,7 +22,7 @@ from tunewright.progress import Reporter
 def write_model(
     path: Path, name: str, weights: Weights, base: Base, chat: ChatFormat, file_type: FileType, reporter: Reporter
 ) -> list[str]:
-    """Write the model; from float32 to the file's type in one step.
+    """Write the model with its tokenizer; from float32 to the file's type in one step.
 
     Returns:
         What whoever uses it has to know.
@@ -30,6 +30,46 @@ def write_model(
     Raises:
         UserError: positions or a tokenizer that llama.cpp does not have.
     """
+
+    def add_tokens(writer: Any, vocabulary: int) -> None:
+        add_tokenizer(writer, chat, vocabulary)
+
+    return _write(path, name, weights, base, add_tokens, file_type, reporter)
+
+
+def write_model_of_numbers(
+    path: Path,
+    name: str,
+    weights: Weights,
+    base: Base,
+    stop_ids: Collection[int],
+    file_type: FileType,
+    reporter: Reporter,
+) -> list[str]:
+    """Write the model for whoever gives it token ids and takes token ids: see :func:`add_numbers`.
+
+    Returns:
+        What whoever uses it has to know.
+
+    Raises:
+        UserError: positions that llama.cpp does not have.
+    """
+
+    def add_tokens(writer: Any, vocabulary: int) -> None:
+        add_numbers(writer, stop_ids, vocabulary)
+
+    return _write(path, name, weights, base, add_tokens, file_type, reporter)
+
+
+def _write(
+    path: Path,
+    name: str,
+    weights: Weights,
+    base: Base,
+    add_tokens: Callable[[Any, int], None],
+    file_type: FileType,
+    reporter: Reporter,
+) -> list[str]:
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
@@ -39,7 +79,7 @@ def write_model(
     file.writer.add_name(name)
     file.writer.add_file_type(FILE_TYPES[file_type])
     file.writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(file.writer, chat, config.vocab_size)
+    add_tokens(file.writer, config.vocab_size)
     frequencies = _rope_factors(config)
     if frequencies is not None:
         file.add("rope_freqs.weight", tuple(frequencies.shape), lambda: frequencies)
@@ -53,6 +93,13 @@ def write_model(
     if file.whole:
         notes.append(f"{len(file.whole)} matrices are in f16: their rows are no multiple of 32 weights, as q8_0 needs")
     return notes
+
+
+def gguf_context(config: Any) -> int:
+    """The most tokens that llama.cpp can have of a base: it has no sliding window for this architecture."""
+    window = getattr(config, "sliding_window", None)
+    context = int(config.max_position_embeddings)
+    return context if window is None else min(int(window), context)
 
 
 def heads_of(name: str, config: Any) -> int | None:
@@ -71,14 +118,12 @@ def _rotated(weights: Weights, name: str, config: Any) -> Callable[[], Tensor]:
 
 def _add_shape(writer: Any, config: Any) -> list[str]:
     notes = []
-    context = int(config.max_position_embeddings)
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < context:
+    context = gguf_context(config)
+    if context < config.max_position_embeddings:
         notes.append(
-            f"its context is {window:,} tokens, not {context:,}: llama.cpp does not have the sliding window of "
-            "this architecture"
+            f"its context is {context:,} tokens, not {config.max_position_embeddings:,}: llama.cpp does not have the "
+            "sliding window of this architecture"
         )
-        context = int(window)
     head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)

@@ -7,7 +7,7 @@ is told from its tokenizer.json; that both come to the same ids is part of the c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import gguf
@@ -65,6 +65,29 @@ def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int) -> None:
     writer.add_token_types(kinds)
     _add_special(writer, chat)
     writer.add_chat_template(exported_template(chat))
+
+
+def add_numbers(writer: Any, stop_ids: Collection[int], vocabulary: int) -> None:
+    """Write a vocabulary whose tokens are called by their numbers, for a model that reads and writes ids alone.
+
+    With the tokens' own texts llama.cpp would end answers at whatever looks like an end to it (``<|endoftext|>``, say),
+    and it keeps a token back whose bytes are no whole character yet, and then tells the next one's id only.
+
+    Args:
+        stop_ids: tokens that end an answer, at least one. GGUF has names for three; of further ones llama.cpp does not
+            know that they do.
+    """
+    assert stop_ids
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([str(token) for token in range(vocabulary)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * vocabulary)
+    writer.add_token_merges(["0 0"])
+    add_end = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for token, add in zip(sorted(stop_ids), add_end, strict=False):
+        add(token)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
 
 
 def cutting_rule(stored: Mapping[str, Any], where: str) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 from tunewright.chat import ChatFormat
 from tunewright.errors import UserError
@@ -15,6 +18,7 @@ from tunewright.models.loading import context_length, load_model, named, with_ad
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.engines.protocol import Engine
+from tunewright.serving.isolation import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,31 @@ def start_engine(kind: EngineName, recipe: Recipe, wanted: Wanted, reporter: Rep
     """
     loaded = f" with {len(wanted.adapters)} of its adapters" if wanted.adapters else ""
     reporter.say(f"Loading {named(wanted.base, wanted.quantize)}{loaded}")
-    return _vllm(recipe, wanted, reporter) if kind == "vllm" else _peft(recipe, wanted)
+    match kind:
+        case "peft":
+            return _peft(recipe, wanted)
+        case "vllm":
+            return _vllm(recipe, wanted, reporter)
+        case "llamacpp":
+            return _llamacpp(recipe, wanted, reporter)
+
+
+def tolerance(kind: EngineName, recipe: Recipe) -> float:
+    """Nats by which an answer of this engine may fall short in the isolation test: by the rougher precision of two."""
+    own = TOLERANCE[recipe.train.dtype]
+    return max(own, TOLERANCE[recipe.serve.gguf]) if kind == "llamacpp" else own
+
+
+def require_llamacpp() -> None:
+    """Check that llama.cpp is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if find_spec("xllamacpp") is None:
+        raise UserError(
+            "the engine llamacpp is not installed", where="serve.engine", fix="pip install 'tunewright[llamacpp]'"
+        )
 
 
 def _peft(recipe: Recipe, wanted: Wanted) -> Engine:
@@ -100,6 +128,41 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
         engine.stop()
         raise
     return engine
+
+
+def _llamacpp(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
+    require_llamacpp()
+    if wanted.quantize == "nf4":
+        raise UserError(
+            "llama.cpp holds the base in f16 or q8_0, and it is asked for in NF4",
+            where="serve.quantize",
+            fix="Serve with the engine peft; or set serve.quantize: none, and measure the adapter on that base first "
+            "(evaluate.quantize: none), for it is another model.",
+        )
+    import torch
+    from transformers import AutoConfig
+
+    from tunewright.export.gguf.model import gguf_context
+    from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings, cache_tokens
+    from tunewright.serving.engines.llamacpp.files import base_file, lora_file
+
+    base, rows = wanted.base, recipe.serve.max_batch
+    place = platformdirs.user_cache_path("tunewright") / "gguf"
+    config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    longest = gguf_context(config)
+    tokens = cache_tokens(config.to_dict(), longest, rows)
+    context = min(longest, tokens)
+    if context < config.max_position_embeddings:
+        reporter.warn(f"llama.cpp has room for {context:,} tokens of a conversation; the base could have more")
+    settings = LlamaCppSettings(
+        base=base_file(place, base, wanted.chat.stop_ids, recipe.serve.gguf, reporter),
+        lora_file=lambda digest, folder: lora_file(place, base, digest, folder, reporter),
+        max_batch=rows,
+        context=context,
+        tokens=tokens,
+        threads=torch.get_num_threads(),
+    )
+    return LlamaCppEngine(settings, wanted.adapters, stop_ids=wanted.chat.stop_ids, reporter=reporter)
 
 
 async def load_all(engine: Engine, adapters: Mapping[str, Path]) -> None:

@@ -8,7 +8,6 @@ import hmac
 import json
 import math
 import secrets
-import weakref
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,17 @@ from typing import Any
 
 import httpx
 
+from tunewright.adapters.manifest import MANIFEST, Manifest, parse_record
 from tunewright.adapters.registry import require_digest
 from tunewright.adapters.servable import CONFIG, WEIGHTS, vllm_refusals
 from tunewright.disk import file_digest
 from tunewright.errors import UserError
 from tunewright.models.decoding import Finish, Request
 from tunewright.progress import Reporter
+from tunewright.serving.engines.child import Child
 from tunewright.serving.engines.protocol import Delta, EngineStoppedError, RequestFailedError
 from tunewright.serving.engines.vllm import inside
-from tunewright.serving.engines.vllm.child import PACKAGE, Child
+from tunewright.serving.engines.vllm.launch import PACKAGE, list_adapters, plan
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be (vLLM 0.32, MaxLoRARanks in vllm/config/lora.py)."""
@@ -120,12 +121,12 @@ class VllmEngine:
         self._listed: dict[str, dict[str, Any]] = {}
         self._running = 0
         self._secret = secrets.token_bytes(32)
-        # Connections belong to the event loop that opened them.
-        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
         variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if settings.cpu else {}
-        self.child = Child(settings.python, settings.options(), variables, reporter)
+        self.child = Child(
+            lambda folder: plan(folder, settings.python, settings.options(), variables),
+            lambda: self._running > 0,
+            reporter,
+        )
         self.context_length = self._ask_context()
 
     @property
@@ -160,7 +161,7 @@ class VllmEngine:
             raise RequestFailedError(f"The adapter {request.adapter} is not loaded.")
         self._running += 1
         try:
-            async with self._client().stream("POST", "/v1/completions", json=self._body(request, whose)) as reply:
+            async with self.child.post("/v1/completions", self._body(request, whose)) as reply:
                 if reply.status_code != 200:
                     raise RequestFailedError(_refusal(await reply.aread()))
                 async for line in reply.aiter_lines():
@@ -186,9 +187,8 @@ class VllmEngine:
             return
         self._require_room(folder)
         await asyncio.to_thread(require_digest, folder, digest)
-        files = await asyncio.to_thread(lambda: {name: file_digest(folder / name) for name in (CONFIG, WEIGHTS)})
-        self._listed[digest] = {"path": str(folder.resolve()), "files": files}
-        self.child.list_adapters(self._listed)
+        self._listed[digest] = await asyncio.to_thread(_entry, digest, folder)
+        list_adapters(self.child.folder, self._listed)
         try:
             async for _ in self.stream(Request((self._stop_ids[0] if self._stop_ids else 0,), digest, 1)):
                 pass
@@ -204,9 +204,9 @@ class VllmEngine:
         """
         if self._listed.pop(digest, None) is None:
             return
-        self.child.list_adapters(self._listed)
+        list_adapters(self.child.folder, self._listed)
         try:
-            (await self._client().delete(f"{inside.EVICT}{digest}")).raise_for_status()
+            (await self.child.client().delete(f"{inside.EVICT}{digest}")).raise_for_status()
         except httpx.TransportError as error:
             raise EngineStoppedError("vLLM has died and is being started again.") from error
 
@@ -249,17 +249,6 @@ class VllmEngine:
         ended: Finish | None = finish
         return Delta(ids, ended) if ids or ended else None
 
-    def _client(self) -> httpx.AsyncClient:
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            # A new connection over a Unix socket costs nothing, and none is left to an event loop that has ended.
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-            transport = httpx.AsyncHTTPTransport(uds=str(self.child.socket), limits=limits)
-            self._clients[loop] = httpx.AsyncClient(
-                transport=transport, base_url="http://vllm", timeout=httpx.Timeout(None, connect=5)
-            )
-        return self._clients[loop]
-
     def _ask_context(self) -> int:
         transport = httpx.HTTPTransport(uds=str(self.child.socket))
         with httpx.Client(transport=transport, base_url="http://vllm", timeout=30) as client:
@@ -289,6 +278,26 @@ class VllmEngine:
             if digest in line and "Failed to load" in line:
                 return line.partition("ListedAdapters: ")[2].removesuffix(" Trying next resolver.") or line
         return None
+
+
+def _entry(digest: str, folder: Path) -> dict[str, Any]:
+    """What vLLM's resolver holds an adapter to: see :data:`tunewright.serving.engines.vllm.inside.MANIFEST`.
+
+    Raises:
+        UserError: its manifest is not of these files.
+    """
+    entry: dict[str, Any] = {
+        "path": str(folder.resolve()),
+        "files": {name: file_digest(folder / name) for name in (CONFIG, WEIGHTS)},
+    }
+    if (folder / MANIFEST).exists():
+        text = (folder / MANIFEST).read_bytes()
+        manifest = parse_record(Manifest, text, str(folder / MANIFEST))
+        told = {name: manifest.files[name].sha256 for name in entry["files"] if name in manifest.files}
+        if manifest.digest != digest or told != entry["files"]:
+            raise UserError("its manifest is not of these files", where=str(folder / MANIFEST))
+        entry["manifest"] = hashlib.sha256(text).hexdigest()
+    return entry
 
 
 def adapter_rank(config: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
 """What runs inside vLLM's own processes: which adapters it may load, and which routes it answers.
 
-vLLM has an environment of its own, so this imports nothing of tunewright; :mod:`tunewright.serving.engines.vllm.child`
+vLLM has an environment of its own, so this imports nothing of tunewright; :mod:`tunewright.serving.engines.vllm.launch`
 copies it into the child's private folder as the package ``tunewright_vllm``.
 
 vLLM's own two resolvers take the name that a client sends for a path or for the name of a repository, and the variable
@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "TUNEWRIGHT_VLLM_MANIFEST"
-"""The environment variable that names the list: digests to ``{"path": folder, "files": {name: SHA-256}}``."""
+"""The environment variable that names the list: digests to ``{"path": folder, "files": {name: SHA-256}}``, and of an
+adapter with a manifest ``"manifest"``: the SHA-256 of the one whose signatures the gateway has checked."""
 GATEWAY = "TUNEWRIGHT_GATEWAY"
 """The environment variable that names the process that starts vLLM."""
+SIGNED = "manifest.json"
+"""In an adapter's folder: every file's digest, which signatures are over."""
 EVICT = "/tunewright/adapters/"
 ROUTES = frozenset({("GET", "/health"), ("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/completions")})
 
@@ -46,12 +49,23 @@ def register() -> None:
 
 
 def listed(manifest: Path, digest: str) -> str | None:
-    """The folder of the adapter with this digest; None if it is not listed, or its files are not the listed ones."""
+    """The folder of the adapter with this digest; None if it is not listed, or its files are not the listed ones.
+
+    Where it has a manifest, that has to be the one that was listed, and the files that vLLM loads are held to what is
+    written in it.
+    """
     entry = json.loads(manifest.read_text(encoding="utf-8")).get(digest)
     if entry is None:
         return None
     folder = Path(entry["path"])
-    for name, sha256 in entry["files"].items():
+    expected: dict[str, str] = entry["files"]
+    if "manifest" in entry:
+        text = (folder / SIGNED).read_bytes()
+        if hashlib.sha256(text).hexdigest() != entry["manifest"]:
+            log.error("adapter %s is refused: %s has changed", digest, folder / SIGNED)
+            return None
+        expected = {name: json.loads(text)["files"].get(name, {}).get("sha256") for name in expected}
+    for name, sha256 in expected.items():
         with (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 log.error("adapter %s is refused: %s has changed", digest, folder / name)

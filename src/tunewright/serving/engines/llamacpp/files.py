@@ -1,0 +1,58 @@
+"""GGUF files of a base and of its adapters, each made once and kept under its digest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from tunewright.disk import damage, digest, new_folder, seal
+from tunewright.errors import UserError
+from tunewright.export.gguf.lora import write_lora
+from tunewright.export.gguf.model import write_model_of_numbers
+from tunewright.export.gguf.tensors import FileType
+from tunewright.export.weights import Weights, read_changes
+from tunewright.models.bases import Base
+from tunewright.progress import Reporter
+
+_FORMAT = 1
+"""Another number where another tunewright writes the same weights otherwise."""
+
+
+def base_file(place: Path, base: Base, stop_ids: Collection[int], file_type: FileType, reporter: Reporter) -> Path:
+    """The base with a vocabulary of numbers: llama.cpp is given ids and gives ids.
+
+    Args:
+        place: the folder of all such files.
+
+    Raises:
+        UserError: a base that llama.cpp does not have, or no room on the disk.
+    """
+
+    def write(path: Path) -> None:
+        write_model_of_numbers(path, base.spec, Weights(base, "float32", {}), base, stop_ids, file_type, reporter)
+
+    made_of = {"base": base.digest, "stops": sorted(stop_ids), "type": file_type}
+    return _made(place / f"base-{digest([_FORMAT, made_of])[:24]}-{file_type}", write)
+
+
+def lora_file(place: Path, base: Base, adapter: str, folder: Path, reporter: Reporter) -> Path:
+    """The adapter with this digest as a GGUF file in 16 bits: 8 save little of what is small.
+
+    Raises:
+        UserError: an adapter that llama.cpp does not have, or of another base; or no room on the disk.
+    """
+
+    def write(path: Path) -> None:
+        write_lora(path, folder.name, Weights(base, "float32", read_changes(folder)), base, "f16", reporter)
+
+    return _made(place / f"lora-{digest([_FORMAT, {'base': base.digest, 'adapter': adapter}])[:24]}", write)
+
+
+def _made(folder: Path, write: Callable[[Path], None]) -> Path:
+    if not folder.exists():
+        with new_folder(folder) as temporary:
+            write(temporary / "weights.gguf")
+            seal(temporary)
+    for fault in damage(folder):
+        raise UserError(fault, where=str(folder), fix="Remove this folder: it is made again when it is needed.")
+    return folder / "weights.gguf"

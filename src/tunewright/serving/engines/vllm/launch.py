@@ -1,0 +1,65 @@
+"""How vLLM's API server is started: its private folder, our plugin in it, and its environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tunewright.serving.engines.child import Plan, socket_in
+from tunewright.serving.engines.vllm import inside
+
+PACKAGE = "tunewright_vllm"
+
+# What the caller's environment may not decide: vLLM's own switches (one of them answers unknown names with the base),
+# and where Python looks for packages.
+_NOT_HANDED_ON = ("VLLM_", "PYTHON", "VIRTUAL_ENV", "LORA_")
+
+
+def plan(folder: Path, python: Path, options: Sequence[str], variables: Mapping[str, str]) -> Plan:
+    """vLLM's API server on the socket of a private folder, which may load no adapter yet.
+
+    Args:
+        python: the interpreter of vLLM's environment.
+        options: of vLLM's API server, without the socket.
+        variables: for its environment.
+    """
+    list_adapters(folder, {})
+    _write_plugin(folder / "site")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_HANDED_ON)}
+    ours = {
+        "PYTHONPATH": str(folder / "site"),
+        inside.MANIFEST: str(_manifest(folder)),
+        inside.GATEWAY: str(os.getpid()),
+        "VLLM_PLUGINS": PACKAGE,  # and not vLLM's own resolvers
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # resolvers need it; the routes that it opens, the gate closes
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    server = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket_in(folder))]
+    return Plan("vLLM", [*server, *options], {**inherited, **ours, **variables}, "vllm:")
+
+
+def list_adapters(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
+    """Say which adapters vLLM may load: see :data:`tunewright.serving.engines.vllm.inside.MANIFEST`."""
+    manifest = _manifest(folder)
+    fresh = manifest.with_suffix(".new")
+    fresh.write_text(json.dumps(dict(entries)), encoding="utf-8")
+    fresh.replace(manifest)
+
+
+def _manifest(folder: Path) -> Path:
+    return folder / "adapters.json"
+
+
+def _write_plugin(site: Path) -> None:
+    """The package that vLLM finds by its entry point."""
+    package, info = site / PACKAGE, site / f"{PACKAGE}-1.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    shutil.copyfile(inside.__file__, package / "__init__.py")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1\n", encoding="utf-8")
+    entry = f"[vllm.general_plugins]\n{PACKAGE} = {PACKAGE}:register\n"
+    (info / "entry_points.txt").write_text(entry, encoding="utf-8")

@@ -1,0 +1,125 @@
+"""``tunewright serve --engine …`` over two trained adapters, as a user runs it, with tenants and without."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+import tunewright
+from command_line import tiny_project
+from command_line import tunewright as command
+from tunewright.adapters.registry import list_adapters
+
+KINDS = [pytest.param("llamacpp", id="llamacpp"), pytest.param("vllm", id="vllm", marks=pytest.mark.vllm)]
+
+
+@pytest.fixture(scope="module")
+def project(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters that were trained with other seeds."""
+    folder = tiny_project(tmp_path_factory.mktemp("vllm") / "project", small_base, count=80)
+    recipe = folder / "tunewright.yaml"
+    assert command("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    assert command("train", "-p", folder).code == 0
+    recipe.write_text(recipe.read_text() + "seed: 1\n")
+    assert command("train", "-p", folder).code == 0
+    assert len(list_adapters(folder / "adapters")) == 2
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_self_test_of_trained_adapters_passes(kind: Any, project: Path) -> None:
+    ran = command("serve", "--engine", kind, "--self-test", "--json", "-p", project)
+    assert ran.code == 0, (ran.stdout, ran.stderr)
+    told = ran.document
+    assert (told["verdict"], told["engine"], len(told["models"])) == ("isolated", kind, 3)
+    assert all(check["asked"] > 0 and not check["failures"] for check in told["checks"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_client_gets_from_it_what_it_gets_from_the_embedded_engine(kind: Any, project: Path) -> None:
+    road = tunewright.open(project)
+    asked = ["violet red teal 17", "navy green blue 4"]
+
+    def answers(engine: Any) -> list[Any]:
+        service = road.serve(port=0, engine=engine)
+        said: list[Any] = [service.models]
+        with service.running() as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            for model in service.models:
+                for text in asked:
+                    messages: Any = [{"role": "user", "content": text}]
+                    reply = client.chat.completions.with_raw_response.create(
+                        model=model, messages=messages, max_tokens=12
+                    )
+                    whole = reply.parse()
+                    assert whole.usage is not None
+                    pieces = client.chat.completions.create(model=model, messages=messages, max_tokens=12, stream=True)
+                    streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+                    assert streamed == whole.choices[0].message.content
+                    header = reply.headers["x-tunewright-adapter"]
+                    said.append((header, streamed, whole.choices[0].finish_reason, whole.usage.total_tokens))
+                    plain = client.completions.create(model=model, prompt=text, max_tokens=12)
+                    said.append((plain.choices[0].text, plain.choices[0].finish_reason))
+            with pytest.raises(openai.NotFoundError):
+                client.chat.completions.create(model="../adapters", messages=messages)
+        return said
+
+    assert answers(kind) == answers("peft")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_tenants_get_their_own_adapters_and_a_release_arrives_while_it_serves(
+    kind: Any, project: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(project, folder)
+    one, two = (adapter.name for adapter in list_adapters(folder / "adapters"))
+    digests = {adapter.name: adapter.digest for adapter in list_adapters(folder / "adapters")}
+    keys = {}
+    for tenant, alias, adapter in (("acme", "red", one), ("globex", "blue", two)):
+        _did("deploy", alias, adapter, "--force", "--because", "a test", "-p", folder)
+        _did("tenant", "add", tenant, "--alias", alias, "-p", folder)
+        keys[tenant] = _did("tenant", "key", "add", tenant, "-p", folder)["key"]
+    road = tunewright.open(folder)
+    service = road.serve(port=0, engine=kind)
+    with service.running() as url:
+        acme, globex, nobody = (
+            openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300)
+            for key in (keys["acme"], keys["globex"], "tw_0000000000_nothing")
+        )
+        with acme, globex, nobody:
+            assert [model.id for model in acme.models.list()] == ["red"]
+            assert [model.id for model in globex.models.list()] == ["blue"]
+            assert (_asked(acme, "red")[0], _asked(globex, "blue")[0]) == (digests[one], digests[two])
+            with pytest.raises(openai.NotFoundError) as forbidden:
+                _asked(acme, "blue")
+            with pytest.raises(openai.NotFoundError) as unknown:
+                _asked(acme, "green")
+            assert str(forbidden.value).replace("blue", "green") == str(unknown.value)
+            with pytest.raises(openai.AuthenticationError):
+                _asked(nobody, "red")
+
+            of_two = _asked(globex, "blue")
+            _did("deploy", "red", two, "--force", "--because", "a test", "-p", folder)
+            until = time.monotonic() + 120
+            while _asked(acme, "red")[0] != digests[two]:
+                assert time.monotonic() < until
+                time.sleep(0.2)
+            assert _asked(acme, "red") == of_two, "the same adapter under another alias"
+
+
+def _did(*arguments: str | Path) -> Any:
+    ran = command(*arguments, "--json")
+    assert ran.code == 0, (ran.stdout, ran.stderr)
+    return ran.document
+
+
+def _asked(client: openai.OpenAI, model: str) -> tuple[str, str]:
+    """Which adapter answered, and what."""
+    messages: Any = [{"role": "user", "content": "violet red teal 17"}]
+    reply = client.chat.completions.with_raw_response.create(model=model, messages=messages, max_tokens=12)
+    return reply.headers["x-tunewright-adapter"], reply.parse().choices[0].message.content or ""

@@ -1,0 +1,265 @@
+"""llama.cpp as an engine: what it would mix up by itself, its cache, its life and death, and its files."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from engine_kinds import STOPS, TOKENIZER, llamacpp_engine
+from test_isolation import PROMPTS, failed, result_of
+
+from small_models import write_adapter
+from tunewright.adapters.registry import adapter_digest
+from tunewright.errors import UserError
+from tunewright.models.bases import Base
+from tunewright.models.requests import Request
+from tunewright.progress import LogReporter
+from tunewright.recipe import Recipe
+from tunewright.serving.engines.child import Plan
+from tunewright.serving.engines.llamacpp.engine import BLOCK, LlamaCppEngine, LlamaCppSettings
+from tunewright.serving.engines.llamacpp.files import base_file
+from tunewright.serving.engines.protocol import Engine, EngineStoppedError
+from tunewright.serving.engines.start import Wanted, start_engine
+from tunewright.serving.isolation import TOLERANCE, Answer
+from tunewright.serving.oracle import PeftOracle
+
+
+@pytest.fixture(scope="module")
+def oracle(small_base: Path, small_adapters: dict[str, Path]) -> PeftOracle:
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    return PeftOracle(base, "float32", "none", small_adapters, stop_ids=STOPS)
+
+
+async def _ids(engine: Engine, request: Request) -> list[int]:
+    async with aclosing(engine.stream(request)) as deltas:
+        return [token async for delta in deltas for token in delta.ids]
+
+
+def _answer(ids: list[int], limit: int) -> Answer:
+    return Answer(tuple(ids), "length" if len(ids) == limit else "stop")
+
+
+def test_llama_cpp_as_we_start_it_keeps_adapters_apart(
+    small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
+) -> None:
+    with llamacpp_engine(small_base) as engine:
+        result = result_of(engine, oracle, small_adapters)
+    assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())
+    assert all(check.asked >= 8 for check in result.checks)
+
+
+class WithPromptCache(LlamaCppSettings):
+    """llama.cpp's cache of prompts on, as it is by default."""
+
+    def plan(self, folder: Path, loras: Any) -> Plan:
+        plan = super().plan(folder, loras)
+        program = (
+            "import sys, xllamacpp\n"
+            "from tunewright.serving.engines.llamacpp import inside\n"
+            "kept = {'cache_prompt', 'cache_ram_mib', 'cache_idle_slots', 'slot_prompt_similarity'}\n"
+            "class Default(xllamacpp.CommonParams):\n"
+            "    def __setattr__(self, name, value):\n"
+            "        if name not in kept:\n"
+            "            super().__setattr__(name, value)\n"
+            "xllamacpp.CommonParams = Default\n"
+            "inside.main(sys.argv[1])\n"
+        )
+        return replace(plan, command=[sys.executable, "-c", program, plan.command[-1]])
+
+
+class TakesFromCache(LlamaCppEngine):
+    """Requests take what is in the cache."""
+
+    def _body(self, *asked: Any) -> dict[str, Any]:
+        return {**super()._body(*asked), "cache_prompt": True}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_one_adapter_computed_is_taken_for_another_ones_by_llama_cpp_as_it_is_but_not_as_we_start_it(
+    ours: bool, small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
+) -> None:
+    """llama.cpp issue 26207: its cache of prompts does not know which adapter computed them."""
+    (one, first), (two, second), _ = small_adapters.items()
+    prompt, other, third = (prompt * 12 for prompt in (PROMPTS[3], PROMPTS[0], PROMPTS[1]))
+    kinds = (LlamaCppEngine, LlamaCppSettings) if ours else (TakesFromCache, WithPromptCache)
+    with llamacpp_engine(small_base, *kinds, max_batch=1) as engine:
+
+        async def ask() -> list[int]:
+            await engine.load(one, first)
+            await engine.load(two, second)
+            for digest, before in ((one, prompt), (one, other), (two, third)):
+                await _ids(engine, Request(before, digest, 8))
+            return await _ids(engine, Request(prompt, two, 8))
+
+        ids = asyncio.run(asyncio.wait_for(ask(), 300))
+    (short,) = oracle.shortfalls(two, prompt, [_answer(ids, 8)])
+    assert (short <= TOLERANCE["float32"]) == ours
+
+
+def test_answers_that_find_no_room_in_the_cache_wait_for_it_and_go_on(
+    small_base: Path, small_adapters: dict[str, Path]
+) -> None:
+    digest, folder = next(iter(small_adapters.items()))
+    asked = [Request((*PROMPTS[n % 6], 5 + n), digest, 500 - 24) for n in range(5)]
+    # Four of the five find room for what they begin with, and none of them for all that it becomes.
+    with llamacpp_engine(small_base, tokens=2 * 512 + 256, stop_ids={0}) as engine:
+
+        async def ask() -> list[list[int]]:
+            await engine.load(digest, folder)
+            return list(await asyncio.gather(*(_ids(engine, request) for request in asked)))
+
+        answers = asyncio.run(asyncio.wait_for(ask(), 300))
+    assert max(map(len, answers)) > BLOCK
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    oracle = PeftOracle(base, "float32", "none", {digest: folder}, stop_ids={0})
+    for request, ids in zip(asked, answers, strict=True):
+        # Tokens that are read again are added up in another order; one left out or said twice would be seen.
+        (short,) = oracle.shortfalls(digest, request.prompt_ids, [_answer(ids, 500 - 24)])
+        assert short <= TOLERANCE["float32"]
+
+
+def test_an_answer_goes_on_while_adapters_change_and_then_the_old_process_ends(
+    small_base: Path, small_adapters: dict[str, Path]
+) -> None:
+    (one, first), (two, second), _ = small_adapters.items()
+    with llamacpp_engine(small_base) as engine:
+        assert isinstance(engine, LlamaCppEngine)
+
+        async def change() -> None:
+            await engine.load(one, first)
+            request = Request(PROMPTS[1], one, 300)
+            expected = await _ids(engine, request)
+            old = engine._now.child.process_id
+            assert old is not None
+            stream = engine.stream(request)
+            ids = list((await anext(stream)).ids)
+            await engine.load(two, second)
+            assert engine._now.child.process_id != old
+            assert await _ids(engine, Request(PROMPTS[0], two, 4))
+            ids += [token async for delta in stream for token in delta.ids]
+            assert ids == expected
+            await asyncio.to_thread(_wait_until, lambda: not _alive(old))
+            assert engine.under_way == (0, 0)
+
+        asyncio.run(asyncio.wait_for(change(), 300))
+
+
+def test_when_llama_cpp_dies_who_waits_is_told_and_it_is_started_again(
+    small_base: Path, small_adapters: dict[str, Path]
+) -> None:
+    with llamacpp_engine(small_base) as engine:
+        assert isinstance(engine, LlamaCppEngine)
+
+        async def ask() -> None:
+            for digest, folder in small_adapters.items():
+                await engine.load(digest, folder)
+            request = Request(PROMPTS[1], next(iter(small_adapters)), 8)
+            before = await _ids(engine, request)
+            waiting = asyncio.create_task(_ids(engine, Request(PROMPTS[0], None, 400)))
+            while not engine.under_way[0]:
+                await asyncio.sleep(0)
+            assert engine._now.child.process_id is not None
+            os.kill(engine._now.child.process_id, signal.SIGKILL)
+            with pytest.raises(EngineStoppedError):
+                await waiting
+            await asyncio.to_thread(_wait_until, lambda: engine._now.child.starts == 2 and not engine.stopped)
+            assert await _ids(engine, request) == before
+
+        asyncio.run(asyncio.wait_for(ask(), 300))
+
+
+def test_the_file_of_the_base_has_numbers_for_tokens_and_ends_where_we_say(small_base: Path, tmp_path: Path) -> None:
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    path = base_file(tmp_path, base, {7, 3, 5, 9}, "q8_0", LogReporter())
+    reader = gguf.GGUFReader(path)
+
+    def field(name: str) -> Any:
+        return reader.fields[f"tokenizer.{name}"].contents()
+
+    assert field("ggml.tokens") == [str(token) for token in range(len(TOKENIZER))]
+    assert [field(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")] == [3, 5, 7]
+    assert "tokenizer.chat_template" not in reader.fields
+    assert base_file(tmp_path, base, {9, 7, 5, 3}, "q8_0", LogReporter()) == path, "it is made once"
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(UserError, match=r"weights\.gguf"):
+        base_file(tmp_path, base, {3, 5, 7, 9}, "q8_0", LogReporter())
+
+
+def test_a_stop_token_for_which_gguf_has_no_name_ends_an_answer_too(small_base: Path) -> None:
+    with llamacpp_engine(small_base, stop_ids={0}) as engine:
+        answers = {prompt: asyncio.run(_ids(engine, Request(prompt, None, 40))) for prompt in PROMPTS}
+    prompt = max(PROMPTS, key=lambda prompt: len(answers[prompt]))
+    whole = answers[prompt]
+    unused = sorted(set(range(len(TOKENIZER))) - set(whole))[:3]
+    fourth = max(whole)
+    with llamacpp_engine(small_base, stop_ids={*unused, fourth}) as engine:
+        cut = asyncio.run(_ids(engine, Request(prompt, None, 40)))
+    assert max(unused) < fourth
+    assert cut == whole[: whole.index(fourth)]
+
+
+def test_what_llama_cpp_does_not_take_is_refused_with_its_log_and_the_others_go_on(
+    small_base: Path, tmp_path: Path, small_adapters: dict[str, Path]
+) -> None:
+    digest, folder = next(iter(small_adapters.items()))
+    (tmp_path / "no.gguf").write_bytes(b"GGUF, or not")
+    with llamacpp_engine(small_base) as engine:
+        assert isinstance(engine, LlamaCppEngine)
+        engine._settings = replace(engine._settings, lora_file=lambda digest, folder: tmp_path / "no.gguf")
+
+        async def load() -> None:
+            with pytest.raises(UserError, match="does not take it") as caught:
+                await engine.load(digest, folder)
+            assert "no.gguf" in caught.value.what
+            assert await _ids(engine, Request(PROMPTS[0], None, 4))
+
+        asyncio.run(load())
+
+
+def test_what_gguf_does_not_have_is_refused_by_name_and_the_others_go_on(small_base: Path, tmp_path: Path) -> None:
+    _, folder = write_adapter(small_base, tmp_path / "biased", seed=1)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    with llamacpp_engine(small_base) as engine:
+
+        async def load() -> None:
+            with pytest.raises(UserError, match="bias"):
+                await engine.load(adapter_digest(folder), folder)
+            assert await _ids(engine, Request(PROMPTS[0], None, 4))
+
+        asyncio.run(load())
+
+
+def test_without_llama_cpp_it_says_what_to_install(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunewright.serving.engines.start.find_spec", lambda name: None)
+    wanted = Wanted(Base("small", small_base, None, "LlamaForCausalLM", {}), None, "none", {})  # type: ignore[arg-type]
+    with pytest.raises(UserError) as caught:
+        start_engine("llamacpp", Recipe(), wanted, LogReporter())
+    assert caught.value.fix == "pip install 'tunewright[llamacpp]'"
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
