@@ -48,7 +48,10 @@ def main(told: str) -> None:
     params.cache_idle_slots = False
     params.n_cache_reuse = 0
     params.slot_prompt_similarity = 0.0
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        sys.exit(f"{error}")  # its log, before this, says why
     sys.stdout.write(f"llama.cpp serves at {server.listening_address}\n")
     sys.stdout.flush()
     threading.Event().wait()
