@@ -182,7 +182,7 @@ def test_without_a_limit_an_answer_may_fill_the_context_but_a_prompt_must_fit(cl
 
 
 def test_a_body_that_is_too_large_is_refused(url: str) -> None:
-    reply = _post(url, messages=[{"role": "user", "content": "x" * (1 << 20)}])
+    reply = _post(url, messages=[{"role": "user", "content": "x" * (2 << 20)}])
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
 
 
