@@ -45,6 +45,7 @@ a GPU, of 16 with one."""
 SHORT = 64
 """For an engine that keeps prefixes by the token, or none: what is longer only takes longer."""
 _ROUNDS = 2
+_AT_ONCE = 4
 VERSION = 1
 """Of the checks: what an earlier version of them passed is tested again."""
 _REASONS = 8
@@ -61,8 +62,8 @@ class Answer:
 class Oracle(Protocol):
     """The right answers."""
 
-    def answer(self, model: Digest, prompt: Ids) -> Answer:
-        """Its greedy answer, of :data:`TOKENS` tokens at most."""
+    def answers(self, model: Digest, prompts: Sequence[Ids]) -> list[Answer]:
+        """Its greedy answers, of :data:`TOKENS` tokens at most."""
 
     def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
         """For each answer, by how many nats its worst token falls short of the model's likeliest one there."""
@@ -178,9 +179,11 @@ def find_canaries(
         others = [other for other in models if other != model]
         untold = set(others)
         chosen: list[Ids] = []
-        for prompt in prompts:
+        for place, prompt in enumerate(prompts):
             if prompt not in answers:
-                answers[prompt] = {each: oracle.answer(each, prompt) for each in models}
+                group = prompts[place : place + _AT_ONCE]
+                by_model = {each: oracle.answers(each, group) for each in models}
+                answers |= {p: {each: by_model[each][n] for each in models} for n, p in enumerate(group)}
             said = oracle.shortfalls(model, prompt, [answers[prompt][other] for other in others])
             told = {other for other, short in zip(others, said, strict=True) if short >= CANARY * tolerance}
             if told & untold or (told and len(chosen) < PER_MODEL):
@@ -254,9 +257,13 @@ class _Asking:
 
     async def warm_prefixes(self, check: str) -> None:
         """The same prompts asked of one model after the other, so that each finds what another one has computed."""
-        for prompt in dict.fromkeys(prompt for prompts in self.long.prompts.values() for prompt in prompts):
+
+        async def ask(prompt: Ids) -> None:
             for model in [*self.models, *reversed(self.models)]:
                 await self.one(check, model, prompt)
+
+        prompts = dict.fromkeys(prompt for prompts in self.long.prompts.values() for prompt in prompts)
+        await asyncio.gather(*map(ask, prompts))
 
     async def evict_and_reload(self, check: str) -> None:
         """All adapters let go, then loaded in another order, with the base asked in between."""

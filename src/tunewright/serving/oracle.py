@@ -32,33 +32,42 @@ class PeftOracle:
         self._stop_ids = sorted(stop_ids)
 
     @torch.inference_mode()
-    def answer(self, model: Digest, prompt: Ids) -> Answer:
-        """transformers' own greedy answer."""
-        ids = torch.tensor([prompt], device=self._model.device)
+    def answers(self, model: Digest, prompts: Sequence[Ids]) -> list[Answer]:
+        """transformers' own greedy answers, in one batch."""
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompt) for prompt in prompts]
+        ids = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+        mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
         with self._answering(model):
             whole = self._model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                input_ids=torch.tensor(ids, device=self._model.device),
+                attention_mask=torch.tensor(mask, device=self._model.device),
                 max_new_tokens=TOKENS,
                 do_sample=False,
                 eos_token_id=self._stop_ids or None,
                 pad_token_id=0,
             )
-        said = tuple(whole[0, len(prompt) :].tolist())
-        if said and said[-1] in self._stop_ids:
-            return Answer(said[:-1], "stop")
-        return Answer(said, "length")
+        return [self._ended(said) for said in whole[:, longest:].tolist()]
+
+    def _ended(self, said: list[int]) -> Answer:
+        """An answer without what follows its end."""
+        ends = [place for place, token in enumerate(said) if token in self._stop_ids]
+        return Answer(tuple(said[: ends[0]]), "stop") if ends else Answer(tuple(said), "length")
 
     @torch.inference_mode()
     def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
-        """One pass for each answer: rows of one length need no padding, and are computed as they would be alone."""
+        """One pass for all; what is put behind a shorter answer is seen by no token of it."""
+        longest = max(len(answer.ids) for answer in answers)
+        ids = [[*prompt, *answer.ids, *[0] * (longest - len(answer.ids))] for answer in answers]
         with self._answering(model):
-            return [self._shortfall(prompt, answer) for answer in answers]
+            found = self._model(
+                input_ids=torch.tensor(ids, device=self._model.device), use_cache=False, logits_to_keep=longest + 1
+            )
+        return [self._shortfall(logits, answer) for logits, answer in zip(found.logits.double(), answers, strict=True)]
 
-    def _shortfall(self, prompt: Ids, answer: Answer) -> float:
-        ids = torch.tensor([[*prompt, *answer.ids]], device=self._model.device)
-        logits = self._model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].double()
-        best = logits.max(-1).values  # [answer + 1]
+    def _shortfall(self, logits: torch.Tensor, answer: Answer) -> float:
+        """Of an answer by the logits of its places and the one behind it, [places + 1, vocabulary]."""
+        best = logits.max(-1).values
         count = len(answer.ids)
         chosen = logits[range(count), list(answer.ids)]
         short = (best[:count] - chosen).tolist()
