@@ -337,7 +337,7 @@ class Load:
         right: dict[tuple[int, int], str] = {}  # by prompt and tenant
         for prompt in chosen:
             for number, tenant in enumerate(self._tenants):
-                said = oracle.answer(tenant.adapter.digest, self._ids[prompt])
+                (said,) = oracle.answers(tenant.adapter.digest, [self._ids[prompt]])
                 right[prompt, number] = chat.text(said.ids[:TOLD_BY])
         told = {n: [p for p in chosen if _only(right, p, n)] for n in range(len(self._tenants))}
         known = [number for number, prompts in told.items() if prompts]

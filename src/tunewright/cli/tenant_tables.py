@@ -138,7 +138,7 @@ def two_tenants_tables(shown: TwoTenants) -> list[RenderableType]:
             visit.answered_by[:_SHORT],
             Text(visit.answer),
             refused,
-            f"{visit.requests} requests\n{visit.tokens} tokens",
+            f"{visit.requests} request{'' if visit.requests == 1 else 's'}\n{visit.tokens} tokens",
         )
     return [
         *releases_tables(shown.releases),

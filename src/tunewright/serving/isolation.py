@@ -353,8 +353,8 @@ async def check_isolation(
 
 
 def _lengthened(prompt: Ids, tokens: int) -> Ids:
-    """The prompt over and over, up to so many tokens."""
-    return (prompt * -(-tokens // len(prompt)))[:tokens]
+    """The last so many tokens of the prompt over and over: it ends as the prompt does, where models differ."""
+    return (prompt * -(-tokens // len(prompt)))[-tokens:]
 
 
 def _sorted(one: str, other: str) -> tuple[str, str]:
