@@ -119,13 +119,14 @@ class Cost:
         return self.tokens / self.seconds
 
 
-def rounds(count: int, sides: dict[str, list[Cost]]) -> Iterator[int]:
+def rounds(count: int, *measured: dict[str, list[Cost]]) -> Iterator[int]:
     """So many rounds, after one for warming up, which is forgotten."""
     for turn in range(count + 1):
         yield turn
         if not turn:
-            for costs in sides.values():
-                costs.clear()
+            for sides in measured:
+                for costs in sides.values():
+                    costs.clear()
 
 
 def compared(sides: dict[str, list[Cost]]) -> dict[str, Any]:
@@ -217,8 +218,15 @@ class Load:
         tokens = sum(answer.counted for answer in answers)
         return answers, Cost(tokens, seconds, self.host.tell(do="cpu") - before)
 
-    def _bare(self, count: int, *, together: bool) -> tuple[list[float], Cost]:
-        """As many requests of the first tenant, asked of the engine alone; the seconds of each."""
+    def _one_by_one(self, count: int) -> tuple[list[float], Cost]:
+        """Requests of the first tenant, each after the one before has its answer; the seconds of each."""
+        before, began = self.host.tell(do="cpu"), time.perf_counter()
+        each = asyncio.run(self._clients.one_by_one(count, self._prompt, self._options.tokens))
+        seconds = time.perf_counter() - began
+        return each, Cost(count * self._options.tokens, seconds, self.host.tell(do="cpu") - before)
+
+    def _bare(self, count: int, *, together: bool = False) -> tuple[list[float], Cost]:
+        """As many, asked of the engine alone."""
         tokens, digest = self._options.tokens, self._tenants[0].adapter.digest
         asks = [[self._ids[n % len(self._ids)], digest, tokens] for n in range(count)]
         before = self.host.tell(do="cpu")
@@ -258,21 +266,25 @@ class Load:
 
     def gateway(self) -> dict[str, Any]:
         """One tenant over HTTP against the engine alone, with the same requests."""
-        alone: dict[str, list[float]] = {"bare": [], "gateway": []}
         full: dict[str, list[Cost]] = {"bare": [], "gateway": []}
+        alone: dict[str, list[Cost]] = {"bare": [], "gateway": []}
+        each: dict[str, list[float]] = {"bare": [], "gateway": []}
         few = max(4, self._options.jobs // 6)
-        for _ in rounds(self._options.rounds, full):
+        for _ in rounds(self._options.rounds, full, alone):
             full["bare"].append(self._bare(self._options.jobs, together=True)[1])
             full["gateway"].append(self._burst([1.0], SEED)[1])
-            alone["bare"] += self._bare(few, together=False)[0]
-            alone["gateway"] += asyncio.run(self._clients.one_by_one(few, self._prompt, self._options.tokens))
-        medians = {name: statistics.median(seconds[few:]) for name, seconds in alone.items()}
-        added = [b - a for a, b in zip(alone["bare"][few:], alone["gateway"][few:], strict=True)]
+            for side, ask in (("bare", self._bare), ("gateway", self._one_by_one)):
+                seconds, cost = ask(few)
+                each[side] += seconds
+                alone[side].append(cost)
+        medians = {name: statistics.median(seconds[few:]) for name, seconds in each.items()}
+        by_cpu = {name: statistics.median(c.cpu for c in costs) / few for name, costs in alone.items()}
         return {
             **compared(full),
             "alone_p50_s": medians,
+            "alone_cpu_s": by_cpu,
             "added_p50_s": medians["gateway"] - medians["bare"],
-            "added_pairwise_p50_s": statistics.median(added),
+            "added_cpu_s": by_cpu["gateway"] - by_cpu["bare"],
         }
 
     def load(self) -> dict[str, Any]:
