@@ -88,8 +88,8 @@ class Clients:
         end = time.perf_counter() - began
         return Answer(ask.tenant, ask.at, tuple(pieces), end, text, digest, status, counted)
 
-    async def one_by_one(self, count: int, prompt: Callable[[int], Prompt], tokens: int) -> list[float]:
-        """The first tenant's requests, each after the one before has its answer: seconds of each."""
+    async def one_by_one(self, count: int, prompt: Callable[[int], Prompt], tokens: int) -> list[tuple[float, float]]:
+        """The first tenant's requests, each after the one before has its answer: seconds to first token and end."""
         seconds = []
         async with self.connected(1) as client:
             await client.get("/health")  # the connection is made
@@ -97,7 +97,7 @@ class Clients:
                 began = time.perf_counter()
                 answer = await self.ask(client, Ask(0.0, 0), prompt(number), tokens, began)
                 assert answer.status == 200
-                seconds.append(answer.end)
+                seconds.append((answer.first, answer.end))
         return seconds
 
 

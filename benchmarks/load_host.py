@@ -5,7 +5,8 @@ The first line says what to serve (``project``, ``state``, ``threads``); the ans
     {"do": "memory"}                            bytes that are this process's own
     {"do": "cpu"}                               seconds of processor time that it has used, all threads together
     {"do": "bare", "asks": [[prompt, digest, tokens], ...], "together": true}
-                                                the engine alone, without the gateway: seconds of each, and of all
+                                                the engine alone, without the gateway: seconds to the first token and
+                                                to the end of each, and to the end of all
     {"do": "stop"}
 
 Answers have no end but their limit, so that all sides do the same work.
@@ -92,13 +93,14 @@ def patient(recipe: Recipe) -> Recipe:
 async def ask_bare(engine: Engine, asks: list[tuple[list[int], str, int]], together: bool) -> dict[str, Any]:
     """The engine's own speed, for the requests at once or one after the other."""
 
-    async def ask(prompt: list[int], digest: str, tokens: int) -> float:
-        began, count = time.perf_counter(), 0
+    async def ask(prompt: list[int], digest: str, tokens: int) -> tuple[float, float]:
+        began, count, first = time.perf_counter(), 0, 0.0
         async with aclosing(engine.stream(Request(tuple(prompt), digest, tokens))) as deltas:
             async for delta in deltas:
                 count += len(delta.ids)
+                first = first or time.perf_counter() - began
         assert count == tokens
-        return time.perf_counter() - began
+        return first, time.perf_counter() - began
 
     began = time.perf_counter()
     each = await asyncio.gather(*(ask(*one) for one in asks)) if together else [await ask(*one) for one in asks]

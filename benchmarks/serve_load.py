@@ -64,7 +64,8 @@ TOLD_BY = 4
 def main() -> None:
     """Measure all parts on one server."""
     options = read_options()
-    parts: dict[str, Any] = {"machine": machine(options.threads), "options": {**vars(options), "project": None}}
+    about = machine(options.threads) | {"options": {**vars(options), "project": None, "parts": None, "save": None}}
+    parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "project"
         shutil.copytree(options.project, root)
@@ -76,13 +77,15 @@ def main() -> None:
             load = Load(opened, state, tenants, options, Host(root, url, options.threads))
             try:
                 for name in options.parts:
-                    parts[name] = getattr(load, name)()
+                    parts[name] = {"run": about, **getattr(load, name)()}
                     print(json.dumps({name: parts[name]}), file=sys.stderr)
             finally:
                 load.host.stop()
     show(parts)
     if options.save:
-        write_json(RESULTS, parts)
+        # Parts that were measured in another run stay, and say in which.
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        write_json(RESULTS, {**known, **parts})
         if "load" in parts:
             draw(parts["load"], PLOT)
 
@@ -103,6 +106,10 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="*", default=names, choices=names)
     parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
+
+
+Seconds = tuple[float, float]
+"""To an answer's first token, and to its end."""
 
 
 @dataclass(frozen=True)
@@ -218,14 +225,14 @@ class Load:
         tokens = sum(answer.counted for answer in answers)
         return answers, Cost(tokens, seconds, self.host.tell(do="cpu") - before)
 
-    def _one_by_one(self, count: int) -> tuple[list[float], Cost]:
-        """Requests of the first tenant, each after the one before has its answer; the seconds of each."""
+    def _one_by_one(self, count: int) -> tuple[list[Seconds], Cost]:
+        """Requests of the first tenant, each after the one before has its answer."""
         before, began = self.host.tell(do="cpu"), time.perf_counter()
         each = asyncio.run(self._clients.one_by_one(count, self._prompt, self._options.tokens))
         seconds = time.perf_counter() - began
         return each, Cost(count * self._options.tokens, seconds, self.host.tell(do="cpu") - before)
 
-    def _bare(self, count: int, *, together: bool = False) -> tuple[list[float], Cost]:
+    def _bare(self, count: int, *, together: bool = False) -> tuple[list[Seconds], Cost]:
         """As many, asked of the engine alone."""
         tokens, digest = self._options.tokens, self._tenants[0].adapter.digest
         asks = [[self._ids[n % len(self._ids)], digest, tokens] for n in range(count)]
@@ -268,7 +275,7 @@ class Load:
         """One tenant over HTTP against the engine alone, with the same requests."""
         full: dict[str, list[Cost]] = {"bare": [], "gateway": []}
         alone: dict[str, list[Cost]] = {"bare": [], "gateway": []}
-        each: dict[str, list[float]] = {"bare": [], "gateway": []}
+        each: dict[str, list[Seconds]] = {"bare": [], "gateway": []}
         few = max(4, self._options.jobs // 6)
         for _ in rounds(self._options.rounds, full, alone):
             full["bare"].append(self._bare(self._options.jobs, together=True)[1])
@@ -277,13 +284,18 @@ class Load:
                 seconds, cost = ask(few)
                 each[side] += seconds
                 alone[side].append(cost)
-        medians = {name: statistics.median(seconds[few:]) for name, seconds in each.items()}
+        first, whole = (
+            {name: statistics.median(one[place] for one in seconds[few:]) for name, seconds in each.items()}
+            for place in (0, 1)
+        )
         by_cpu = {name: statistics.median(c.cpu for c in costs) / few for name, costs in alone.items()}
         return {
             **compared(full),
-            "alone_p50_s": medians,
+            "alone_first_p50_s": first,
+            "alone_whole_p50_s": whole,
             "alone_cpu_s": by_cpu,
-            "added_p50_s": medians["gateway"] - medians["bare"],
+            "added_first_p50_s": first["gateway"] - first["bare"],
+            "added_whole_p50_s": whole["gateway"] - whole["bare"],
             "added_cpu_s": by_cpu["gateway"] - by_cpu["bare"],
         }
 
