@@ -13,9 +13,6 @@ from tunewright.disk import digest
 from tunewright.road.opened import OpenProject
 from tunewright.serving.state import Grounds, State
 
-NOISE = 2.0
-"""Standard deviation of what each weight of the B matrices is multiplied by: far enough for answers of another kind."""
-
 
 @dataclass(frozen=True)
 class Tenant:
@@ -27,12 +24,17 @@ class Tenant:
     adapter: Adapter
 
 
-def make_tenants(opened: OpenProject, state: State, count: int, seed: int) -> list[Tenant]:
-    """Tenants with adapters that are not released yet; the first has the trained adapter itself."""
+def make_tenants(opened: OpenProject, state: State, count: int, seed: int, noise: float) -> list[Tenant]:
+    """Tenants with adapters that are not released yet; the first has the trained adapter itself.
+
+    Args:
+        noise: standard deviation of what is added to 1, by which each weight of the others' B matrices is multiplied;
+            far enough from 0 for answers of another kind.
+    """
     trained = find_adapter(opened.project.adapters)
     made = []
     for number in range(count):
-        adapter = trained if number == 0 else _disturbed(opened, trained, seed + number)
+        adapter = trained if number == 0 else _disturbed(opened, trained, seed + number, noise)
         name, alias = f"tenant-{number:02}", f"model-{number:02}"
         state.tenants.add(name, [alias])
         key, _ = state.tenants.add_key(name)
@@ -45,7 +47,7 @@ def release(state: State, tenant: Tenant) -> None:
     state.releases.deploy(tenant.alias, tenant.adapter.name, tenant.adapter.digest, Grounds(None, None, "a benchmark"))
 
 
-def _disturbed(opened: OpenProject, trained: Adapter, seed: int) -> Adapter:
+def _disturbed(opened: OpenProject, trained: Adapter, seed: int, noise: float) -> Adapter:
     """An adapter of the same shape with other answers."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -54,11 +56,11 @@ def _disturbed(opened: OpenProject, trained: Adapter, seed: int) -> Adapter:
     weights = load_file(trained.folder / WEIGHTS)
     for name, weight in weights.items():
         if ".lora_B." in name:
-            weights[name] = weight * (1 + NOISE * torch.randn(weight.shape, generator=draw))
+            weights[name] = weight * (1 + noise * torch.randn(weight.shape, generator=draw))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         shutil.copyfile(trained.folder / CONFIG, folder / CONFIG)
-        inputs = digest({"parent": trained.digest, "seed": seed})
+        inputs = digest({"parent": trained.digest, "seed": seed, "noise": noise})
         lineage = {**trained.lineage, "created": now(), "inputs_digest": inputs}
         return store_adapter(opened.project.adapters, "disturbed", folder, {}, lineage, [], servable=True)

@@ -72,7 +72,7 @@ def main() -> None:
         opened = OpenProject(Project(root), LogReporter())
         url = f"sqlite:///{temporary}/state.sqlite"
         with State(url, "load") as state:
-            tenants = make_tenants(opened, state, options.tenants + LATECOMERS, SEED)
+            tenants = make_tenants(opened, state, options.tenants + LATECOMERS, SEED, options.noise)
             release(state, tenants[0])
             load = Load(opened, state, tenants, options, Host(root, url, options.threads))
             try:
@@ -102,6 +102,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=96, help="requests of one side in one round")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--requests", type=int, default=2000, help="whose adapter is checked")
+    parser.add_argument("--canaries", type=int, default=4, help="prompts, the shortest, that adapters are told by")
+    parser.add_argument("--noise", type=float, default=2.0, help="how far tenants' adapters are from the trained one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--parts", nargs="*", default=names, choices=names)
     parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True)
@@ -357,7 +359,8 @@ class Load:
         recipe, chat = self._opened.project.recipe, self._opened.chat
         folders = {tenant.adapter.digest: tenant.adapter.folder for tenant in self._tenants}
         oracle = PeftOracle(self._opened.base, recipe.train.dtype, "none", folders, stop_ids=())
-        chosen = sorted(range(len(self._ids)), key=lambda n: len(self._ids[n]))[:4]
+        chosen = sorted(range(len(self._ids)), key=lambda n: len(self._ids[n]))
+        chosen = chosen[: self._options.canaries]
         right: dict[tuple[int, int], str] = {}  # by prompt and tenant
         for prompt in chosen:
             for number, tenant in enumerate(self._tenants):
