@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from tunewright.errors import UserError
-from tunewright.serving.server import serve, serving
+from tunewright.serving.server import _listen, serve, serving
 
 
 async def _hello(_request: Request) -> Response:
@@ -87,3 +87,10 @@ def test_an_address_in_use_is_told_with_its_port() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}"):
             serve(APP, "127.0.0.1", port)
+
+
+def test_a_token_does_not_wait_for_the_client_to_acknowledge_the_one_before() -> None:
+    """Nagle's algorithm is off on the connections that come in."""
+    listener = _listen("127.0.0.1", 0)
+    with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
