@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _REPLY = {"temperature": 0, "max_tokens": 64}
-"""Of the demo's judge, which is no more reasonable in 512 tokens."""
+"""Of the demo's judge: room for a verdict and a sentence."""
 
 
 @dataclass(frozen=True)

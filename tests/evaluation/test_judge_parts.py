@@ -18,7 +18,7 @@ from tunewright.evaluation.judge.controls import FEWEST, REQUIRED, control_cases
 from tunewright.evaluation.judge.families import family, shared_family
 from tunewright.evaluation.judge.figures import exact_lower_limit, length_controlled, logistic, win_rate
 from tunewright.evaluation.judge.prompts import INJECTION, correctness, pairwise, read_verdict
-from tunewright.evaluation.judge.section import Judgement, Spent
+from tunewright.evaluation.judge.section import Control, Judgement, Spent
 from tunewright.evaluation.judge.style import without_markdown
 from tunewright.evaluation.judge.tasks import task_text
 from tunewright.evaluation.judge.votes import Vote, outcome
@@ -206,14 +206,17 @@ def test_at_equal_length_a_judge_that_ignores_length_finds_the_plain_win_rate() 
 def test_a_vetoed_judgement_holds_no_findings_and_no_decision_depends_on_it() -> None:
     evidence = make_evidence(make_items())
     spent = Spent(calls=0, prompt_tokens=0, completion_tokens=0, estimated=0, cost=None)
+    failed = Control(
+        name="gold is correct", expected="correct", items=20, passed=3, unscored={}, limit=0.04, required=0.8
+    )
     section = Judgement(
         model="m", url="http://x/v1", parameters={}, prompts="0", criteria=None, created="2026", same_family=None,
-        reference_model=None, controls=(), vetoed=("gold is correct: no",), spent=spent,
+        reference_model=None, controls=(failed,), vetoed=("gold is correct: no",), spent=spent,
     )  # fmt: skip
     without, told = verdict(evidence), verdict(evidence.model_copy(update={"judge": section}))
     assert told.decision == without.decision
     assert set(told.reasons) - set(without.reasons) == {
-        "Judge m: vetoed, so nothing it said counts. gold is correct: no."
+        "Judge m: vetoed, so nothing it said counts. Controls that it failed: gold is correct (3 of 20)."
     }
     arm = {"name": "tuned", "items": 1, "correct": 1, "exact": 0, "unscored": {}}
     share = {"value": 1.0, "interval": {"low": 0.2, "high": 1.0}, "method": "Wilson"}

@@ -167,7 +167,10 @@ def test_a_vetoed_judge_is_told_and_not_used() -> None:
     gone = vetoed(AGAINST)
     result = verdict(_with(SHIPS, judge=gone))
     assert result.decision == "ship"
-    assert "Judge fair-judge-70b: vetoed, so nothing it said counts. gold is correct: 3 of 20." in result.reasons
+    assert (
+        "Judge fair-judge-70b: vetoed, so nothing it said counts. Controls that it failed: gold is correct (3 of 20)."
+        in result.reasons
+    )
 
 
 def test_what_a_judge_finds_of_other_arms_is_no_objection() -> None:

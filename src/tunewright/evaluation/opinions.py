@@ -103,7 +103,8 @@ def _preference(judge: Judgement, contrast: Contrast) -> Preference | None:
 def judge_line(judge: Judgement) -> str:
     """What the judge found, against the arm that decides; of a vetoed one that it is not heard, and why."""
     if judge.vetoed:
-        return f"Judge {judge.model}: vetoed, so nothing it said counts. {'; '.join(judge.vetoed)}."
+        failed = ", ".join(f"{c.name} ({c.passed} of {c.items})" for c in judge.controls if not c.held)
+        return f"Judge {judge.model}: vetoed, so nothing it said counts. Controls that it failed: {failed}."
     if not judge.preferences:
         return f"Judge {judge.model}: passed its controls, and compared no answers."
     found, correct = judge.preferences[0], judge.contrast

@@ -174,7 +174,7 @@ def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metr
         if dev:
             axes.plot(*zip(*dev, strict=True), color=TUNED, linewidth=2, marker="o", markersize=6, label="dev")
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper right", labelcolor=INK)
+        axes.legend(loc="upper center", labelcolor=INK)
         panels = [axes]
         if scores:
             below = figure.add_axes((0.11, _FOOT / height, 0.87, (_METRIC_HEIGHT - _FOOT) / height), sharex=axes)

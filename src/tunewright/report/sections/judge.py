@@ -17,7 +17,8 @@ def section(evidence: Evidence) -> Section | None:
         return None
     title = "What a judge says"
     if judge.vetoed:
-        return Section("judge", title, (Lead(judge_line(judge)), _controls(judge.controls)))
+        told = f"Judge {judge.model}: vetoed, so nothing it said counts."
+        return Section("judge", title, (Lead(told), _controls(judge.controls), Notes(judge.vetoed)))
     blocks: list[Block] = [Lead(judge_line(judge)), _controls(judge.controls)]
     if judge.preferences:
         head = ("Preferred, both orders", "Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Changed with order")
