@@ -1,4 +1,4 @@
-"""Runs the whole demo through the command line and holds it to what the README says of it (16 minutes on two cores).
+"""Runs the whole demo through the command line and holds it to what the README says of it (18 minutes on two cores).
 
 python tests/check_demo.py DIRECTORY
 """
