@@ -26,7 +26,8 @@ def test_each_command_is_a_verb_and_each_group_of_commands_has_its_own(tmp_path:
     for path in _paths(get_command(commands())):
         place: object = road
         for part in path.split("."):
-            place = getattr(place, f"{part}_" if keyword.iskeyword(part) else part, None)
+            verb = part.replace("-", "_")
+            place = getattr(place, f"{verb}_" if keyword.iskeyword(verb) else verb, None)
         if not callable(place):
             lacking.append(path)
     assert lacking == []

@@ -11,6 +11,7 @@ from states import Clock, raw, with_tenant
 
 from tunewright.errors import UserError
 from tunewright.serving.state import InvalidKeyError, Limits, State
+from tunewright.serving.state.tables import SCHEMA_VERSION
 
 
 def test_a_key_opens_its_tenants_aliases_those_of_later_on_too(state_url: str) -> None:
@@ -140,8 +141,8 @@ def test_mistakes_are_told_and_change_nothing(state_url: str) -> None:
 def test_a_state_of_a_newer_tunewright_is_refused(state_url: str) -> None:
     State(state_url).close()
     with raw(state_url) as execute:
-        execute("UPDATE tunewright_schema SET version = 3")
-    with pytest.raises(UserError, match="schema 3; this tunewright knows schema 2"):
+        execute(f"UPDATE tunewright_schema SET version = {SCHEMA_VERSION + 1}")
+    with pytest.raises(UserError, match=f"schema {SCHEMA_VERSION + 1}; this tunewright knows schema {SCHEMA_VERSION}"):
         State(state_url)
 
 
