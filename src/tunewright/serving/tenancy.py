@@ -271,9 +271,9 @@ class TenantAccess:
         """Warn of a release that the isolation test has not let through on this kind of engine."""
         test = release.grounds.isolation
         if test is None or test.engine != self._engine.name:
-            was = f"on {test.engine} alone" if test else "not"
+            was = f"tested for isolation on {test.engine} alone" if test else "not tested for isolation"
             self._reporter.warn(
-                f"{release.alias}: release {release.number} was tested for isolation {was}, and {self._engine.name} "
+                f"{release.alias}: release {release.number} was {was}, and {self._engine.name} "
                 f"answers here: `tunewright serve --engine {self._engine.name} --self-test` tests what is live."
             )
 
