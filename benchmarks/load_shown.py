@@ -90,7 +90,7 @@ def draw(load: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel("first token, s")
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.legend(frameon=False, ncols=2, loc="upper left")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
         below.bar(places, [row["requests"] for row in rows], color="#999999")
         below.set_ylabel("requests")
         below.set_xlabel("tenant, by how much it asks")

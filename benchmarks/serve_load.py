@@ -102,7 +102,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=96, help="requests of one side in one round")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--requests", type=int, default=2000, help="whose adapter is checked")
-    parser.add_argument("--canaries", type=int, default=24, help="prompts, the shortest, that adapters are told by")
+    parser.add_argument("--canaries", type=int, default=8, help="prompts, the shortest, that adapters are told by")
     parser.add_argument("--noise", type=float, default=10.0, help="how far tenants' adapters are from the trained one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--parts", nargs="*", default=names, choices=names)
