@@ -67,6 +67,14 @@ def tiny_project(folder: Path, base: Path, count: int = 120) -> Path:
     return folder
 
 
+def without_state(project: Path, folder: Path) -> Path:
+    """The trained project in a new folder, without a serving state of others."""
+    folder.mkdir()
+    for name in ("tunewright.yaml", "adapters", "dataset"):
+        (folder / name).symlink_to(project / name)
+    return folder
+
+
 def recorded_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A list that gets the prompt's ids of every request that an engine is asked from now on."""
     from tunewright.models.decoding import Request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from command_line import tunewright
 from tunewright.adapters.admission import admit as admission
 from tunewright.adapters.admission.config import read_config
 from tunewright.adapters.admission.quarantine import take_folder
-from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, adapter_digest
+from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, adapter_digest, find_adapter, list_adapters
 from tunewright.data.examples import Message
 from tunewright.evaluation.evidence import load_evidence, load_items
 from tunewright.evaluation.verdict import verdict
@@ -256,3 +257,11 @@ def test_an_adapter_of_an_adapter_that_is_here_is_not_written_over(stock: Path, 
     assert (first["new"], second["new"]) == (True, False)
     assert tree(other) == before
     assert Adapter(Path(first["folder"])).imported is not None
+
+
+def test_without_a_name_the_one_that_was_trained_here_is_meant(stock: Path, trained: Path, tmp_path: Path) -> None:
+    project = Path(shutil.copytree(trained, tmp_path / "mixed"))
+    (own,) = list_adapters(project / "adapters")
+    assert import_adapter(project, stock, "--base-matches").code == 0
+    assert list_adapters(project / "adapters")[-1].imported is not None
+    assert find_adapter(project / "adapters").name == own.name

@@ -16,19 +16,12 @@ from command_line import tiny_project, tunewright, write_jsonl
 from tunewright.adapters.registry import WEIGHTS
 from tunewright.data.versions import load_version
 
+pytest_plugins = "adapter_fixtures"
+
 
 @pytest.fixture(autouse=True)
 def _keys_of_my_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own_keys(tmp_path, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    folder = tiny_project(tmp_path_factory.mktemp("trained") / "project", tiny_base_folder)
-    road = api.open(folder)
-    road.data.add([folder / "pairs.jsonl"])
-    road.train()
-    return folder
 
 
 @pytest.fixture

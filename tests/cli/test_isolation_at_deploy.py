@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from command_line import Ran, tiny_project, tunewright
+from command_line import Ran, tiny_project, tunewright, without_state
 from planted_bugs import LastSlot, StaleCache
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.scaling import scale_weights
@@ -35,12 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 
 @pytest.fixture
 def project(trained: Path, tmp_path: Path) -> Path:
-    """The trained project, without a serving state of others."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    for name in ("tunewright.yaml", "adapters", "dataset"):
-        (folder / name).symlink_to(trained / name)
-    return folder
+    return without_state(trained, tmp_path / "project")
 
 
 def _adapters(project: Path) -> list[Adapter]:

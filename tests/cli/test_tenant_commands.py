@@ -18,7 +18,7 @@ import openai
 import pytest
 from sqlalchemy import create_engine, text
 
-from command_line import Ran, tiny_project, tunewright
+from command_line import Ran, tiny_project, tunewright, without_state
 from factories import make_evidence, make_items, with_contrast
 from tunewright import open as open_project
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
@@ -40,12 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 
 @pytest.fixture
 def project(trained: Path, tmp_path: Path) -> Path:
-    """The trained project, without a serving state of others."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    for name in ("tunewright.yaml", "adapters", "dataset"):
-        (folder / name).symlink_to(trained / name)
-    return folder
+    return without_state(trained, tmp_path / "project")
 
 
 def _adapters(project: Path) -> list[Adapter]:

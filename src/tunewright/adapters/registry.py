@@ -246,6 +246,8 @@ def list_adapters(adapters: Path) -> list[Adapter]:
 def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
     """The adapter called ``name`` (a beginning that only one has will do); the newest where no name is given.
 
+    Of those trained here, if there is any: what came in by import is meant only where it is named.
+
     Raises:
         UserError: there is none, or more than one begins so.
     """
@@ -253,7 +255,7 @@ def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
     if not known:
         raise UserError("no adapter has been trained yet", where=str(adapters), fix="`tunewright train` makes one.")
     if name is None:
-        return known[-1]
+        return ([each for each in known if each.imported is None] or known)[-1]
     matches = [a for a in known if a.name == name] or [a for a in known if a.name.startswith(name)]
     if len(matches) != 1:
         what = f"{len(matches)} adapters begin with {name!r}" if matches else f"no adapter is called {name!r}"
