@@ -45,8 +45,8 @@ from tunewright.disk import write_json
 from tunewright.progress import LogReporter
 from tunewright.project import Project
 from tunewright.road.opened import OpenProject
+from tunewright.serving.canaries import Answer as Said
 from tunewright.serving.isolation import TOLERANCE
-from tunewright.serving.isolation import Answer as Said
 from tunewright.serving.state import State
 
 ROOT = Path(__file__).parents[1]

@@ -4,69 +4,45 @@ Engines do not ship such a test, and have had the bugs: vLLM's CPU build answers
 when its slots are full; llama.cpp and vLLM have reused the keys and values that another adapter computed. Nothing
 reports them, since the answers look like answers.
 
-An oracle (the base with one adapter at a time, whole sequences, nothing cached) first finds *canaries*: prompts on
-which the models differ, so that an answer from a wrong one is seen. Then the engine is asked in the ways in which such
-bugs show, and each of its tokens is judged by the oracle: how much less likely it is, in nats, than the token that the
-oracle finds the likeliest after the same text. An engine adds numbers up in another order, so that of two tokens that
-are about as likely it may take the other one; then it falls short by a trifle. The text of a wrong adapter falls short
-by whole nats somewhere.
+An oracle (the base with one adapter at a time, nothing kept from one prompt to another) first finds *canaries*: prompts
+on which the models differ, so that an answer from a wrong one is seen (:mod:`tunewright.serving.canaries`). Then the
+engine is asked in the ways in which such bugs show, and each of its tokens is judged by the oracle: how much less
+likely it is, in nats, than the token that the oracle finds the likeliest after the same text. An engine adds numbers up
+in another order, so that of two tokens that are about as likely it may take the other one; then it falls short by a
+trifle. The text of a wrong adapter falls short by whole nats somewhere.
+
+Requests and the oracle's passes grow with the adapters, and not with their pairs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import product, zip_longest
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tunewright.models.requests import Finish, Request
 from tunewright.progress import Reporter
+from tunewright.serving.canaries import TOKENS, Answer, Canaries, Digest, Ids, Oracle, find_canaries
 from tunewright.serving.engines.protocol import Engine
-
-Digest = str | None
-"""A model: an adapter's digest, or None for the base."""
-Ids = tuple[int, ...]
 
 TOLERANCE = {"bfloat16": 0.75, "float32": 0.05, "f16": 0.1, "q8_0": 1.5}
 """Nats that a token of the right model may fall short, by the precision of the arithmetic: in bfloat16, logits are
 rounded to 8 bits, which is up to 1/16 for logits of 8 to 16, in each of two models that are compared. The last two are
 llama.cpp's, see docs/engines.md: f16 has 11 bits, and q8_0 is another model by a little."""
-CANARY = 2.0
-"""A canary's wrong answer falls short by so many tolerances at least: what is over one is a failure."""
-TOKENS = 8
-"""Of an answer: enough to differ, few enough to be asked often."""
-PER_MODEL = 2
-LONG = 300
-"""Tokens of a prompt that fills two blocks of a prefix cache, which keeps whole blocks: of 128 tokens in vLLM without
-a GPU, of 16 with one."""
+LONG = 144
+"""Tokens of a prompt that fills a block of a prefix cache, which keeps whole blocks: of 128 tokens in vLLM without a
+GPU, of 16 with one. What comes after the last whole block is computed by whoever is asked, so there is little of it."""
 SHORT = 64
 """For an engine that keeps prefixes by the token, or none: what is longer only takes longer."""
 _ROUNDS = 2
-_AT_ONCE = 4
-VERSION = 1
+VERSION = 2
 """Of the checks: what an earlier version of them passed is tested again."""
 _REASONS = 8
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said."""
-
-    ids: Ids
-    finish: Finish
-
-
-class Oracle(Protocol):
-    """The right answers."""
-
-    def answers(self, model: Digest, prompts: Sequence[Ids]) -> list[Answer]:
-        """Its greedy answers, of :data:`TOKENS` tokens at most."""
-
-    def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
-        """For each answer, by how many nats its worst token falls short of the model's likeliest one there."""
 
 
 @dataclass(frozen=True)
@@ -154,50 +130,6 @@ class IsolationResult:
 
 
 @dataclass(frozen=True)
-class Canaries:
-    """Prompts by model that tell it from the others, and the pairs that none does."""
-
-    prompts: dict[Digest, tuple[Ids, ...]]
-    alike: frozenset[tuple[Digest, Digest]]
-
-
-def find_canaries(
-    oracle: Oracle,
-    models: Sequence[Digest],
-    prompts: Sequence[Ids],
-    tolerance: float,
-    advance: Callable[[], None] = lambda: None,
-) -> Canaries:
-    """For each model a few prompts, each of which tells it from some other that those before do not.
-
-    Prompts are tried in their order, and no more of them than it takes; ``advance`` is called after each model.
-    """
-    answers: dict[Ids, dict[Digest, Answer]] = {}
-    found: dict[Digest, tuple[Ids, ...]] = {}
-    alike = set()
-    for model in models:
-        others = [other for other in models if other != model]
-        untold = set(others)
-        chosen: list[Ids] = []
-        for place, prompt in enumerate(prompts):
-            if prompt not in answers:
-                group = prompts[place : place + _AT_ONCE]
-                by_model = {each: oracle.answers(each, group) for each in models}
-                answers |= {p: {each: by_model[each][n] for each in models} for n, p in enumerate(group)}
-            said = oracle.shortfalls(model, prompt, [answers[prompt][other] for other in others])
-            told = {other for other, short in zip(others, said, strict=True) if short >= CANARY * tolerance}
-            if told & untold or (told and len(chosen) < PER_MODEL):
-                chosen.append(prompt)
-                untold -= told
-            if len(chosen) >= PER_MODEL and not untold:
-                break
-        found[model] = tuple(chosen or prompts[:1])
-        alike |= {(model, other) for other in untold}
-        advance()
-    return Canaries(found, frozenset(alike))
-
-
-@dataclass
 class _Asked:
     check: str
     model: Digest
@@ -216,15 +148,6 @@ class _Asking:
     shuffle: random.Random
     asked: list[_Asked] = field(default_factory=list)
 
-    @property
-    def models(self) -> list[Digest]:
-        return list(self.canaries.prompts)
-
-    @property
-    def every(self) -> list[tuple[Digest, Ids]]:
-        """Each model with each of its canaries."""
-        return [(model, prompt) for model, prompts in self.canaries.prompts.items() for prompt in prompts]
-
     async def one(self, check: str, model: Digest, prompt: Ids) -> None:
         ids: list[int] = []
         finish: Finish | None = None
@@ -241,56 +164,76 @@ class _Asking:
         await asyncio.gather(*(self.one(check, model, prompt) for model, prompt in shuffled))
 
     async def alone(self, check: str) -> None:
-        for model, prompt in self.every:
+        for model, prompt in self.canaries.every:
             await self.one(check, model, prompt)
 
     async def mixed(self, check: str) -> None:
         for _ in range(_ROUNDS):
-            await self.together(check, self.every)
+            await self.together(check, self.canaries.every)
 
     async def base_in_the_mix(self, check: str) -> None:
         """As many requests for the base as for all adapters together, in one batch with them."""
         base = self.canaries.prompts[None]
-        adapters = [pair for pair in self.every if pair[0] is not None]
+        adapters = [pair for pair in self.canaries.every if pair[0] is not None]
         for _ in range(_ROUNDS):
             await self.together(check, [*adapters, *((None, base[n % len(base)]) for n in range(len(adapters)))])
 
     async def warm_prefixes(self, check: str) -> None:
-        """The same prompts asked of one model after the other, so that each finds what another one has computed."""
+        """Each long prompt asked of one model, then of all others, then of all in another order.
 
-        async def ask(prompt: Ids) -> None:
-            for model in [*self.models, *reversed(self.models)]:
-                await self.one(check, model, prompt)
-
-        prompts = dict.fromkeys(prompt for prompts in self.long.prompts.values() for prompt in prompts)
-        await asyncio.gather(*map(ask, prompts))
+        So everybody finds what another one has computed, and after the first round what all have. Whose requests come
+        in the same pass is not controlled: a cache that is wrong only for what *one* certain other has just left
+        would be seen if those two meet in this order, which each pair is not made to; a cache that does not tell two
+        models apart has one entry for both, and is wrong for one of them in the last round, whoever came first.
+        """
+        prompts, models = self.long.distinct, list(self.long.prompts)
+        first = {prompt: models[place % len(models)] for place, prompt in enumerate(prompts)}
+        everyone = list(product(models, prompts))
+        await self.together(check, [(model, prompt) for prompt, model in first.items()])
+        await self.together(check, [(model, prompt) for model, prompt in everyone if model != first[prompt]])
+        await self.together(check, everyone)
 
     async def evict_and_reload(self, check: str) -> None:
         """All adapters let go, then loaded in another order, with the base asked in between."""
-        for digest in self.folders:
-            await self.engine.unload(digest)
+        await self.unload(self.folders)
         await self.together(check, [(None, prompt) for prompt in self.canaries.prompts[None]])
         for digest in reversed(list(self.folders)):
-            await self.engine.load(digest, self.folders[digest])
-            await self.together(check, [(m, p) for m, p in self.every if m in (None, digest)])
+            await self.load([digest])
+            await self.together(check, [(m, p) for m, p in self.canaries.every if m in (None, digest)])
         await self.mixed(check)
 
     async def new_version(self, check: str) -> None:
-        """What a release does to an alias: one adapter takes another one's place, and the same prompts come again."""
-        digests = list(self.folders)
-        for old, new in zip(digests, [*digests[1:], digests[0]], strict=True):
-            if old == new:
-                continue
-            prompts = list(dict.fromkeys((*self.long.prompts[old], *self.long.prompts[new])))
-            for digest in (new, old):
-                await self.engine.unload(digest)
-            await self.engine.load(old, self.folders[old])
-            await self.together(check, [(old, prompt) for prompt in prompts])
-            await self.engine.load(new, self.folders[new])
-            await self.together(check, [(new, prompt) for prompt in prompts])
-            await self.engine.unload(old)
-            await self.together(check, [(model, prompt) for prompt in prompts for model in (new, None)])
-            await self.engine.load(old, self.folders[old])
+        """What releases do: an adapter takes the place of another one, or is loaded beside it before that is let go.
+
+        One half of the adapters takes the other half's places one by one, then that half comes beside them and stays
+        alone; the same prompts are asked before and after. So each comes once after another one that was asked the
+        same, and whichever free slot an engine takes first (the lowest, the oldest, the last left), some adapter comes
+        into one that another has left.
+        """
+        digests, prompts = list(self.folders), self.long.distinct
+        if len(digests) < 2:
+            return
+        one, other = digests[: len(digests) // 2], digests[len(digests) // 2 :]
+        await self.unload([*other, *one])
+        await self.load(one)
+        await self.together(check, product(one, prompts))
+        for old, new in zip_longest(one, other):
+            await self.unload([old] if old else [])
+            await self.load([new])
+        await self.together(check, product([*other, None], prompts))
+        await self.load(one)
+        await self.together(check, product(one, prompts))
+        await self.unload(other)
+        await self.together(check, product([*one, None], prompts))
+        await self.load(other)
+
+    async def load(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            await self.engine.load(digest, self.folders[digest])
+
+    async def unload(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            await self.engine.unload(digest)
 
 
 async def check_isolation(
@@ -337,17 +280,13 @@ async def check_isolation(
         for name, ask in checks.items():
             await ask(name)
             task.advance(note=name)
-    judged = []
-    with reporter.task("Judging its answers", len(checks), "checks") as task:
-        for name in checks:
-            judged.append(_judged(name, asking.asked, oracle, canaries, tolerance, names))
-            task.advance()
+    judged = _judged(list(checks), asking, oracle, tolerance, names, reporter)
     alike = sorted({_sorted(names[one], names[other]) for one, other in canaries.alike & lengthy.alike})
     return IsolationResult(
         engine.name,
         tolerance,
         tuple(names[model] for model in models),
-        tuple(judged),
+        judged,
         tuple(alike),
     )
 
@@ -361,30 +300,60 @@ def _sorted(one: str, other: str) -> tuple[str, str]:
     return (one, other) if one <= other else (other, one)
 
 
+class _Judge:
+    """How far answers fall short; each is looked at once, however often it was given."""
+
+    def __init__(self, oracle: Oracle, said: Mapping[tuple[Digest, Ids], Answer]) -> None:
+        self._oracle = oracle
+        self._said = said
+        # The oracle's own answers are right by what they are.
+        self._known = {(model, prompt, answer): 0.0 for (model, prompt), answer in said.items()}
+
+    def shortfalls(self, model: Digest, prompt: Ids, answers: Iterable[Answer]) -> list[float]:
+        """For each answer, by how many nats it falls short as the model's."""
+        answers = list(answers)
+        unknown = list(dict.fromkeys(a for a in answers if (model, prompt, a) not in self._known))
+        if unknown:
+            short = self._oracle.shortfalls(model, prompt, unknown)
+            self._known |= {(model, prompt, answer): nats for answer, nats in zip(unknown, short, strict=True)}
+        return [self._known[model, prompt, answer] for answer in answers]
+
+    def whose(self, one: _Asked, models: Iterable[Digest], tolerance: float) -> tuple[Digest] | None:
+        """The other model whose answer it could be."""
+        others = [model for model in models if model != one.model]
+        for model in others:
+            if self._said.get((model, one.prompt)) == one.answer:
+                return (model,)
+        short = {model: self.shortfalls(model, one.prompt, [one.answer])[0] for model in others}
+        best = min(short, key=lambda model: short[model], default=None)
+        return (best,) if short and short[best] <= tolerance else None
+
+
 def _judged(
-    name: str,
-    asked: Sequence[_Asked],
+    checks: Sequence[str],
+    asking: _Asking,
     oracle: Oracle,
-    canaries: Canaries,
     tolerance: float,
     names: Mapping[Digest, str],
-) -> Check:
-    mine = [one for one in asked if one.check == name]
-    known: dict[tuple[Digest, Ids, Answer], float] = {}
-    failures = []
-    for one in mine:
-        key = (one.model, one.prompt, one.answer)
-        if key not in known:
-            (known[key],) = oracle.shortfalls(one.model, one.prompt, [one.answer])
-        if known[key] > tolerance:
-            like = _whose(one, oracle, canaries, tolerance)
-            failures.append(Failure(names[one.model], known[key], None if like is None else names[like[0]]))
-    return Check(name, len(mine), max(known.values(), default=0.0), tuple(failures))
-
-
-def _whose(one: _Asked, oracle: Oracle, canaries: Canaries, tolerance: float) -> tuple[Digest] | None:
-    """The model whose answer it could be."""
-    others = [model for model in canaries.prompts if model != one.model]
-    short = {model: oracle.shortfalls(model, one.prompt, [one.answer])[0] for model in others}
-    best = min(short, key=lambda model: short[model], default=None)
-    return (best,) if short and short[best] <= tolerance else None
+    reporter: Reporter,
+) -> tuple[Check, ...]:
+    judge = _Judge(oracle, {**asking.canaries.said, **asking.long.said})
+    given: dict[Digest, dict[Ids, list[_Asked]]] = {}
+    for one in asking.asked:
+        given.setdefault(one.model, {}).setdefault(one.prompt, []).append(one)
+    short: dict[_Asked, float] = {}
+    with reporter.task("Judging its answers", len(given), "models") as task:
+        for model, by_prompt in given.items():
+            for prompt, asked in by_prompt.items():
+                short |= zip(asked, judge.shortfalls(model, prompt, [one.answer for one in asked]), strict=True)
+            task.advance()
+    judged = []
+    for name in checks:
+        mine = [one for one in asking.asked if one.check == name]
+        failures = []
+        for one in mine:
+            if short[one] > tolerance:
+                like = judge.whose(one, asking.canaries.prompts, tolerance)
+                failures.append(Failure(names[one.model], short[one], None if like is None else names[like[0]]))
+        judged.append(Check(name, len(mine), max((short[one] for one in mine), default=0.0), tuple(failures)))
+    return tuple(judged)

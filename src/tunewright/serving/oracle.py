@@ -12,7 +12,10 @@ import torch
 from tunewright.models.bases import Base
 from tunewright.models.loading import load_model, with_adapters
 from tunewright.recipe import Quantize
-from tunewright.serving.isolation import TOKENS, Answer, Digest, Ids
+from tunewright.serving.canaries import END, TOKENS, Answer, Digest, Ids, Own
+
+_LIKELIEST = 64
+"""Tokens of which an own answer tells how far behind they were."""
 
 
 class PeftOracle:
@@ -31,23 +34,43 @@ class PeftOracle:
         self._model = with_adapters(model, folders) if folders else model
         self._stop_ids = sorted(stop_ids)
 
-    @torch.inference_mode()
     def answers(self, model: Digest, prompts: Sequence[Ids]) -> list[Answer]:
         """transformers' own greedy answers, in one batch."""
+        return [own.answer for own in self.own(model, prompts)]
+
+    @torch.inference_mode()
+    def own(self, model: Digest, prompts: Sequence[Ids]) -> list[Own]:
+        """transformers' own greedy answers, in one batch, and how far other tokens were behind."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         ids = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
         mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
         with self._answering(model):
-            whole = self._model.generate(
+            made = self._model.generate(
                 input_ids=torch.tensor(ids, device=self._model.device),
                 attention_mask=torch.tensor(mask, device=self._model.device),
                 max_new_tokens=TOKENS,
                 do_sample=False,
                 eos_token_id=self._stop_ids or None,
                 pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
             )
-        return [self._ended(said) for said in whole[:, longest:].tolist()]
+        logits = torch.stack(made.logits, dim=1).float()  # [prompts, places, vocabulary]
+        answers = [self._ended(said) for said in made.sequences[:, longest:].tolist()]
+        return [Own(answer, self._behind(row, answer)) for answer, row in zip(answers, logits, strict=True)]
+
+    def _behind(self, logits: torch.Tensor, answer: Answer) -> tuple[dict[int, float], ...]:
+        """For each choice of an answer, the likeliest tokens and the end: by how many nats they fall short."""
+        found = []
+        for row in logits[: len(answer.chosen)]:
+            top = row.topk(min(_LIKELIEST, len(row)))
+            behind = (top.values[0] - top.values).tolist()
+            at = dict(zip(top.indices.tolist(), behind, strict=True))
+            if self._stop_ids:
+                at[END] = float(top.values[0] - row[self._stop_ids].max())
+            found.append(at)
+        return tuple(found)
 
     def _ended(self, said: list[int]) -> Answer:
         """An answer without what follows its end."""

@@ -19,8 +19,9 @@ from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
+from tunewright.serving.canaries import Digest, Ids
 from tunewright.serving.engines.start import Wanted, load_all, require_llamacpp, start_engine, tolerance
-from tunewright.serving.isolation import LONG, SHORT, VERSION, Digest, Ids, IsolationResult, check_isolation
+from tunewright.serving.isolation import LONG, SHORT, VERSION, IsolationResult, check_isolation
 from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
 from tunewright.training.lineage import packages
 

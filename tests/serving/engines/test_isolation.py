@@ -14,9 +14,10 @@ from planted_bugs import LastSlot, OldVersion, StaleCache
 from small_models import write_adapter
 from tunewright.models.bases import Base
 from tunewright.progress import LogReporter
+from tunewright.serving.canaries import Digest
 from tunewright.serving.engines.peft import PeftEngine
 from tunewright.serving.engines.protocol import Engine
-from tunewright.serving.isolation import TOLERANCE, Digest, IsolationResult, check_isolation
+from tunewright.serving.isolation import TOLERANCE, IsolationResult, check_isolation
 from tunewright.serving.oracle import PeftOracle
 
 PROMPTS = tuple(

@@ -26,12 +26,13 @@ from tunewright.models.bases import Base
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
 from tunewright.recipe import Recipe
+from tunewright.serving.canaries import Answer
 from tunewright.serving.engines.child import Plan
 from tunewright.serving.engines.llamacpp.engine import BLOCK, LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file
 from tunewright.serving.engines.protocol import Engine, EngineStoppedError
 from tunewright.serving.engines.start import Wanted, start_engine
-from tunewright.serving.isolation import TOLERANCE, Answer
+from tunewright.serving.isolation import TOLERANCE
 from tunewright.serving.oracle import PeftOracle
 
 

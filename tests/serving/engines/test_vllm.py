@@ -120,7 +120,8 @@ def test_what_a_version_before_left_in_the_prefix_cache_is_found(
             return before, await _ids(engine, Request(prompt, new, 8))
 
         before, after = asyncio.run(replace())
-        from tunewright.serving.isolation import TOLERANCE, Answer
+        from tunewright.serving.canaries import Answer
+        from tunewright.serving.isolation import TOLERANCE
 
         (right,) = oracle.shortfalls(old, prompt, [Answer(tuple(before), "length" if len(before) == 8 else "stop")])
         (wrong,) = oracle.shortfalls(new, prompt, [Answer(tuple(after), "length" if len(after) == 8 else "stop")])

@@ -1,0 +1,116 @@
+"""The prompts by which models are told apart, against every answer's shortfall counted out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.serving.canaries import CANARY, END, PER_MODEL, Answer, Digest, Ids, Own, find_canaries
+
+TOKENS, VOCABULARY, STOP = 4, 5, 0
+TOLERANCE = 0.5
+
+
+class TableOracle:
+    """Models whose logits are drawn by a seed for each text; some answer as another one does."""
+
+    def __init__(self, seed: int, spread: float, stands_for: dict[Digest, Digest] | None = None) -> None:
+        self._seed = seed
+        self._spread = spread
+        self._stands_for = stands_for or {}
+        self.answered = 0
+        self.judged = 0
+
+    def _logits(self, model: Digest, prompt: Ids, before: Ids) -> list[float]:
+        model = self._stands_for.get(model, model)
+        common = random.Random(f"{self._seed} {prompt} {before}")
+        own = random.Random(f"{self._seed} {model} {prompt} {before}")
+        return [common.gauss(0, 1) + own.gauss(0, self._spread) for _ in range(VOCABULARY)]
+
+    def own(self, model: Digest, prompts: Sequence[Ids]) -> list[Own]:
+        self.answered += len(prompts)
+        return [self._own(model, prompt) for prompt in prompts]
+
+    def _own(self, model: Digest, prompt: Ids) -> Own:
+        ids: list[int] = []
+        behind = []
+        while len(ids) < TOKENS:
+            logits = self._logits(model, prompt, tuple(ids))
+            best = max(logits)
+            gaps = {token: best - logit for token, logit in enumerate(logits)}
+            behind.append({**gaps, END: gaps[STOP]})
+            ids.append(logits.index(best))
+            if ids[-1] == STOP:
+                return Own(Answer(tuple(ids[:-1]), "stop"), tuple(behind))
+        return Own(Answer(tuple(ids), "length"), tuple(behind))
+
+    def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
+        self.judged += len(answers)
+        return [self.shortfall(model, prompt, answer) for answer in answers]
+
+    def shortfall(self, model: Digest, prompt: Ids, answer: Answer) -> float:
+        tokens = (*answer.ids, STOP) if answer.finish == "stop" else answer.ids
+        worst = 0.0
+        for place, token in enumerate(tokens):
+            logits = self._logits(model, prompt, tokens[:place])
+            worst = max(worst, max(logits) - logits[token])
+        return worst
+
+
+MODELS: list[Digest] = [None, "a", "b", "c", "d", "e", "f"]
+PROMPTS = [(number,) for number in range(12)]
+
+
+@given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.0, 0.2, 1.0, 3.0]), twins=st.booleans())
+def test_each_model_is_told_from_each_by_one_of_its_prompts_or_named_as_alike(
+    seed: int, spread: float, twins: bool
+) -> None:
+    oracle = TableOracle(seed, spread, {"d": "b", "e": None} if twins else None)
+    found = find_canaries(oracle, MODELS, PROMPTS, TOLERANCE)
+
+    def tells(model: Digest, other: Digest, prompt: Ids) -> bool:
+        return oracle.shortfall(model, prompt, oracle._own(other, prompt).answer) >= CANARY * TOLERANCE
+
+    for model in MODELS:
+        assert len(found.prompts[model]) >= 1
+        for other in set(MODELS) - {model}:
+            by_its_own = any(tells(model, other, prompt) for prompt in found.prompts[model])
+            by_any = any(tells(model, other, prompt) for prompt in PROMPTS)
+            assert by_its_own == by_any == ((model, other) not in found.alike)
+    assert all(answer == oracle._own(model, prompt).answer for (model, prompt), answer in found.said.items())
+    if twins:
+        assert {("b", "d"), ("d", "b"), (None, "e"), ("e", None)} <= found.alike
+
+
+@given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.2, 1.0, 3.0]))
+def test_where_an_answer_departs_it_falls_short_by_no_more_than_on_the_whole(seed: int, spread: float) -> None:
+    oracle = TableOracle(seed, spread)
+    for prompt in PROMPTS:
+        one, other = (oracle._own(model, prompt) for model in ("a", "b"))
+        short = one.shortfall(other.answer)
+        assert 0 <= short <= oracle.shortfall("a", prompt, other.answer) + 1e-12
+        assert (short > 0) == (one.answer != other.answer)
+
+
+def test_a_token_that_is_not_among_the_likeliest_is_at_least_as_far_behind_as_the_last_of_them() -> None:
+    own = Own(Answer((7,), "length"), ({7: 0.0, 8: 1.5, 9: 2.5, END: 30.0},))
+    shortfalls = [own.shortfall(Answer((token,), "length")) for token in (7, 8, 1)]
+    assert shortfalls == [0.0, 1.5, 2.5]
+    assert own.shortfall(Answer((), "stop")) == 30.0
+
+
+def test_passes_over_the_model_grow_with_the_models_and_not_with_their_pairs() -> None:
+    def passes(count: int) -> tuple[int, int]:
+        oracle = TableOracle(1, 6.0)
+        found = find_canaries(oracle, [None, *map(str, range(count - 1))], PROMPTS, 0.25)
+        assert not found.alike
+        assert all(len(prompts) >= PER_MODEL for prompts in found.prompts.values())
+        return oracle.answered, oracle.judged
+
+    (few, _), (many, judged) = passes(8), passes(64)
+    assert many <= 12 * 64
+    assert many <= 8 * few * 2
+    assert judged <= 64 * 2, "of 4,032 pairs"
