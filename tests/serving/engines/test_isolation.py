@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from engine_kinds import STOPS, TOKENIZER, peft_engine
 
-from planted_bugs import LastSlot, OldVersion, StaleCache
+from planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
 from small_models import write_adapter
 from tunewright.models.bases import Base
 from tunewright.progress import LogReporter
@@ -76,7 +76,9 @@ def test_the_embedded_engine_keeps_adapters_apart(
     [
         (LastSlot, {"all mixed", "the base in the mix"}),
         (StaleCache, {"prefixes warm", "a new version"}),
+        (CacheOfTwo, {"prefixes warm", "a new version"}),
         (OldVersion, {"evicted and reloaded", "a new version"}),
+        (LastVersion, {"a new version"}),
     ],
 )
 def test_a_planted_bug_is_found_by_the_checks_that_are_for_it(
