@@ -62,13 +62,31 @@ def test_a_client_gets_from_it_what_it_gets_from_the_embedded_engine(kind: Any, 
                     assert streamed == whole.choices[0].message.content
                     header = reply.headers["x-tunewright-adapter"]
                     said.append((header, streamed, whole.choices[0].finish_reason, whole.usage.total_tokens))
-                    plain = client.completions.create(model=model, prompt=text, max_tokens=12)
-                    said.append((plain.choices[0].text, plain.choices[0].finish_reason))
+                    said += _plain(client, model, text)
             with pytest.raises(openai.NotFoundError):
                 client.chat.completions.create(model="../adapters", messages=messages)
         return said
 
     assert answers(kind) == answers("peft")
+
+
+def _plain(client: openai.OpenAI, model: str, text: str) -> list[Any]:
+    """What text goes on with: whole, in pieces, and up to a stop string."""
+    reply = client.completions.with_raw_response.create(model=model, prompt=text, max_tokens=12)
+    whole = reply.parse()
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == len(text.encode()), "no template around it"
+    *pieces, last, usage = client.completions.create(
+        model=model, prompt=text, max_tokens=12, stream=True, stream_options={"include_usage": True}
+    )
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+    assert (last.choices[0].finish_reason, usage.usage) == (whole.choices[0].finish_reason, whole.usage)
+    stop = whole.choices[0].text[4:6]
+    cut = client.completions.create(model=model, prompt=text, max_tokens=12, stop=stop or None).choices[0]
+    if stop:
+        assert (cut.text, cut.finish_reason) == (whole.choices[0].text.partition(stop)[0], "stop")
+    header = reply.headers["x-tunewright-adapter"]
+    return [(header, whole.choices[0].text, whole.choices[0].finish_reason, whole.usage.total_tokens)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -25,6 +26,7 @@ from tunewright.disk import file_digest, write_json
 from tunewright.errors import UserError
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
+from tunewright.serving.engines.private_folder import PrivateFolder
 from tunewright.serving.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.serving.engines.vllm import inside
 from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
@@ -304,7 +306,9 @@ def test_what_dies_again_and_again_is_given_up(
     assert "it is broken" in reporter.warnings[-1]
 
 
-def test_vllm_does_not_outlive_a_gateway_that_is_killed(tmp_path: Path, orders: Path) -> None:
+def test_vllm_does_not_outlive_a_gateway_that_is_killed_though_it_hangs_nor_its_folder_the_next_start(
+    tmp_path: Path, orders: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
@@ -317,14 +321,40 @@ def test_vllm_does_not_outlive_a_gateway_that_is_killed(tmp_path: Path, orders: 
         "time.sleep(600)\n"
     )
     python = settings(tmp_path).python
-    gateway = subprocess.Popen([sys.executable, "-c", program, str(python)], stdout=subprocess.PIPE, text=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
+    gateway = subprocess.Popen(
+        [sys.executable, "-c", program, str(python)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(short_folder)},
+    )
     try:
         assert gateway.stdout is not None
         process = int(gateway.stdout.readline())
+        os.kill(process, signal.SIGSTOP)
+        (left,) = short_folder.iterdir()
+        PrivateFolder().remove()
+        assert (left / "engine.sock").exists(), "it is in use"
     finally:
         gateway.kill()
         gateway.communicate()
     _wait_until(lambda: not _alive(process))
+    (others := short_folder / "tunewright-engine-of-others").mkdir()
+    (link := short_folder / "tunewright-engine-link").symlink_to(tmp_path)
+    (tmp_path / "lock").touch()
+    fresh = PrivateFolder()
+    assert set(short_folder.iterdir()) == {fresh.path, others, link}
+    assert python.exists()
+    assert stat.S_IMODE(fresh.path.stat().st_mode) == 0o700
+    fresh.remove()
+    assert not fresh.path.exists()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For temporary files: the path of a Unix socket has 107 characters at most."""
+    with tempfile.TemporaryDirectory(prefix="tw-") as folder:
+        yield Path(folder)
 
 
 def _alive(process: int) -> bool:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 import weakref
@@ -21,6 +19,7 @@ import httpx
 
 from tunewright.errors import UserError
 from tunewright.progress import Reporter, duration
+from tunewright.serving.engines.private_folder import PrivateFolder
 
 START_SECONDS = 900
 """The most that a start may take: with a GPU vLLM compiles the model first."""
@@ -73,7 +72,8 @@ class Child:
     """
 
     def __init__(self, plan: Callable[[Path], Plan], busy: Callable[[], bool], reporter: Reporter) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="tunewright-engine-"))
+        self._private = PrivateFolder()
+        self.folder = self._private.path
         self.socket = socket_in(self.folder)
         self.log = self.folder / "log"
         self._plan = plan(self.folder)
@@ -153,7 +153,7 @@ class Child:
         """End it: politely, then not."""
         self._stopping.set()
         self._thread.join()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._private.remove()
 
     def _await_first_start(self) -> None:
         began = told = time.monotonic()

@@ -6,8 +6,10 @@ llama.cpp cannot take may end the process (``GGML_ASSERT``): it must not be the 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 from typing import Any
@@ -20,8 +22,7 @@ def main(told: str) -> None:
         told: ``model`` (a file), ``loras`` (files), ``socket``, ``rows``, ``tokens`` (of the key/value cache),
             ``threads``.
     """
-    # Whoever started this has died if it ends, however that was; it may do so while the model is being read.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _end_with_parent()
     import xllamacpp
 
     settings: dict[str, Any] = json.loads(told)
@@ -58,6 +59,14 @@ def main(told: str) -> None:
 
 
 def _end_with_parent() -> None:
+    """End when whoever started this has died, however that was; it may do so while the model is being read."""
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    if sys.platform == "linux":
+        # A process that hangs reads nothing any more: Linux kills it (PR_SET_PDEATHSIG).
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+def _end_with_stdin() -> None:
     # Not through sys.stdin, whose lock Python would wait for at its own end.
     while os.read(0, 4096):
         pass

@@ -106,8 +106,11 @@ async def _answer(send: Any, status: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have Linux end this process when the one that started it dies, however that dies (PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
+    """Have Linux kill this process when the one that started it dies, however that dies (PR_SET_PDEATHSIG).
+
+    A request to end would not reach one that hangs.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
     leads = os.getsid(0) == os.getpid()  # vLLM's first process; the others are started by it
     if leads and os.getppid() != int(os.environ[GATEWAY]):
         os._exit(1)  # it had died before it could be asked for
