@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunewright.serving.canaries import CANARY, END, PER_MODEL, Answer, Digest, Ids, Own, find_canaries
@@ -60,10 +60,11 @@ class TableOracle:
         return worst
 
 
-MODELS: list[Digest] = [None, "a", "b", "c", "d", "e", "f"]
+MODELS: list[Digest] = [None, "a", "b", "c", "d", "e"]
 PROMPTS = [(number,) for number in range(12)]
 
 
+@settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.0, 0.2, 1.0, 3.0]), twins=st.booleans())
 def test_each_model_is_told_from_each_by_one_of_its_prompts_or_named_as_alike(
     seed: int, spread: float, twins: bool
@@ -85,6 +86,7 @@ def test_each_model_is_told_from_each_by_one_of_its_prompts_or_named_as_alike(
         assert {("b", "d"), ("d", "b"), (None, "e"), ("e", None)} <= found.alike
 
 
+@settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.2, 1.0, 3.0]))
 def test_where_an_answer_departs_it_falls_short_by_no_more_than_on_the_whole(seed: int, spread: float) -> None:
     oracle = TableOracle(seed, spread)
