@@ -88,18 +88,6 @@ class Clients:
         end = time.perf_counter() - began
         return Answer(ask.tenant, ask.at, tuple(pieces), end, text, digest, status, counted)
 
-    async def one_by_one(self, count: int, prompt: Callable[[int], Prompt], tokens: int) -> list[tuple[float, float]]:
-        """The first tenant's requests, each after the one before has its answer: seconds to first token and end."""
-        seconds = []
-        async with self.connected(1) as client:
-            await client.get("/health")  # the connection is made
-            for number in range(count):
-                began = time.perf_counter()
-                answer = await self.ask(client, Ask(0.0, 0), prompt(number), tokens, began)
-                assert answer.status == 200
-                seconds.append((answer.first, answer.end))
-        return seconds
-
 
 async def cold_loads(
     clients: Clients, tenants: Sequence[int], release: Callable[[int], Awaitable[None]], every: float, began: float

@@ -39,9 +39,8 @@ def show(parts: Mapping[str, Any]) -> None:
         bars.add_row(f"{found['adapters_asked']} adapters against one", _rates(found, "all", "one"), ">= 0.8")
     if found := parts.get("gateway"):
         bars.add_row("throughput through the gateway", _rates(found, "gateway", "bare"), ">= 0.95")
-        first, whole = (1000 * found[f"added_{name}_p50_s"] for name in ("first", "whole"))
-        told = f"{first:+.1f} ms, whole answer {whole:+.1f} ms (processor time {1000 * found['added_cpu_s']:+.1f} ms)"
-        bars.add_row("p50 of the first token through the gateway", told, "<= 5 ms")
+        told = ", ".join(f"{name} {_added(found, name)}" for name in ("first", "whole", "cpu"))
+        bars.add_row(f"added by the gateway, p50 of {found['pairs']} pairs", told, "first <= 5 ms")
     if found := parts.get("isolation"):
         told = ", ".join(f"{count} {what}" for what, count in found["answers"].items())
         bars.add_row(f"{found['requests']} mixed requests", told, "0 of another")
@@ -54,6 +53,12 @@ def _rates(found: Mapping[str, Any], side: str, other: str) -> str:
     rates = found["tokens_per_s"]
     told = f"{rates[side]:.1f} against {rates[other]:.1f} tokens/s: {found['ratio']:.2f}"
     return f"{told} (by processor time {found['ratio_by_cpu']:.2f})"
+
+
+def _added(found: Mapping[str, Any], name: str) -> str:
+    """Milliseconds with their 95% interval."""
+    low, high = found["added_p50_interval_s"][name]
+    return f"{1000 * found['added_p50_s'][name]:+.1f} ms ({1000 * low:.1f} to {1000 * high:.1f})"
 
 
 def _show_load(console: Console, load: Mapping[str, Any]) -> None:

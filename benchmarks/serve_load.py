@@ -29,15 +29,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from arrivals import Answer, Ask, Bounds, Waits, burst, by_tenant, goodput_fairness, jain, poisson, zipf_shares
 from load_clients import Clients, cold_loads
 from load_shown import draw, machine, show
 from load_tenants import Tenant, make_tenants, release
+from scipy.stats import quantile_test
 
 from tunewright.data.examples import Message
 from tunewright.data.versions import load_version
@@ -99,6 +101,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the tenants' shares")
     parser.add_argument("--seconds", type=float, default=300, help="of the load")
     parser.add_argument("--rounds", type=int, default=3, help="that the sides of a comparison take in turns")
+    parser.add_argument("--pairs", type=int, default=100, help="of single requests, through the gateway and without")
     parser.add_argument("--jobs", type=int, default=96, help="requests of one side in one round")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--requests", type=int, default=2000, help="whose adapter is checked")
@@ -227,17 +230,47 @@ class Load:
         tokens = sum(answer.counted for answer in answers)
         return answers, Cost(tokens, seconds, self.host.tell(do="cpu") - before)
 
-    def _one_by_one(self, count: int) -> tuple[list[Seconds], Cost]:
-        """Requests of the first tenant, each after the one before has its answer."""
-        before, began = self.host.tell(do="cpu"), time.perf_counter()
-        each = asyncio.run(self._clients.one_by_one(count, self._prompt, self._options.tokens))
-        seconds = time.perf_counter() - began
-        return each, Cost(count * self._options.tokens, seconds, self.host.tell(do="cpu") - before)
+    def _pairs(self, count: int) -> list[dict[str, dict[str, float]]]:
+        """Requests of the first tenant, each alone, over HTTP and of the bare engine: seconds.
 
-    def _bare(self, count: int, *, together: bool = False) -> tuple[list[Seconds], Cost]:
-        """As many, asked of the engine alone."""
+        The same prompt for both, now one first and now the other: what else goes on in the machine meets both alike.
+        """
+
+        async def over_http(client: httpx.AsyncClient, number: int) -> Seconds:
+            answer = await self._clients.ask(
+                client, Ask(0.0, 0), self._prompt(number), self._options.tokens, time.perf_counter()
+            )
+            assert answer.status == 200
+            return answer.first, answer.end
+
+        async def bare(_client: httpx.AsyncClient, number: int) -> Seconds:
+            (seconds,) = self._bare(1, since=number)[0]
+            return seconds
+
+        async def measured(
+            ask: Callable[[httpx.AsyncClient, int], Awaitable[Seconds]], client: httpx.AsyncClient, number: int
+        ) -> dict[str, float]:
+            before = self.host.tell(do="cpu")
+            first, whole = await ask(client, number)
+            return {"first": first, "whole": whole, "cpu": self.host.tell(do="cpu") - before}
+
+        async def all_pairs() -> list[dict[str, dict[str, float]]]:
+            pairs = []
+            async with self._clients.connected(1) as client:
+                await client.get("/health")  # the connection is made
+                for number in range(count):
+                    sides = [("bare", bare), ("gateway", over_http)]
+                    if number % 2:
+                        sides.reverse()
+                    pairs.append({name: await measured(ask, client, number) for name, ask in sides})
+            return pairs
+
+        return asyncio.run(all_pairs())
+
+    def _bare(self, count: int, *, since: int = 0, together: bool = False) -> tuple[list[Seconds], Cost]:
+        """So many requests of the first tenant, asked of the engine alone."""
         tokens, digest = self._options.tokens, self._tenants[0].adapter.digest
-        asks = [[self._ids[n % len(self._ids)], digest, tokens] for n in range(count)]
+        asks = [[self._ids[n % len(self._ids)], digest, tokens] for n in range(since, since + count)]
         before = self.host.tell(do="cpu")
         done = self.host.tell(do="bare", asks=asks, together=together)
         return done["each"], Cost(count * tokens, done["seconds"], self.host.tell(do="cpu") - before)
@@ -276,29 +309,25 @@ class Load:
     def gateway(self) -> dict[str, Any]:
         """One tenant over HTTP against the engine alone, with the same requests."""
         full: dict[str, list[Cost]] = {"bare": [], "gateway": []}
-        alone: dict[str, list[Cost]] = {"bare": [], "gateway": []}
-        each: dict[str, list[Seconds]] = {"bare": [], "gateway": []}
-        few = max(4, self._options.jobs // 6)
-        for _ in rounds(self._options.rounds, full, alone):
+        for _ in rounds(self._options.rounds, full):
             full["bare"].append(self._bare(self._options.jobs, together=True)[1])
             full["gateway"].append(self._burst([1.0], SEED)[1])
-            for side, ask in (("bare", self._bare), ("gateway", self._one_by_one)):
-                seconds, cost = ask(few)
-                each[side] += seconds
-                alone[side].append(cost)
-        first, whole = (
-            {name: statistics.median(one[place] for one in seconds[few:]) for name, seconds in each.items()}
-            for place in (0, 1)
-        )
-        by_cpu = {name: statistics.median(c.cpu for c in costs) / few for name, costs in alone.items()}
+        self._pairs(self._options.pairs // 10)  # for warming up
+        pairs = self._pairs(self._options.pairs)
+        added = {
+            name: [pair["gateway"][name] - pair["bare"][name] for pair in pairs] for name in ("first", "whole", "cpu")
+        }
         return {
             **compared(full),
-            "alone_first_p50_s": first,
-            "alone_whole_p50_s": whole,
-            "alone_cpu_s": by_cpu,
-            "added_first_p50_s": first["gateway"] - first["bare"],
-            "added_whole_p50_s": whole["gateway"] - whole["bare"],
-            "added_cpu_s": by_cpu["gateway"] - by_cpu["bare"],
+            "pairs": len(pairs),
+            "alone_p50_s": {
+                side: {name: statistics.median(pair[side][name] for pair in pairs) for name in added}
+                for side in ("bare", "gateway")
+            },
+            "added_p50_s": {name: statistics.median(values) for name, values in added.items()},
+            "added_p50_interval_s": {
+                name: list(quantile_test(values, p=0.5).confidence_interval()) for name, values in added.items()
+            },
         }
 
     def load(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from tunewright.serving.state import Grounds, State
 from tunewright.serving.tenancy import TenantAccess
 
 SHIP = Grounds("ship", "0123456789ab")
+QUESTION = "Which court is this?"
+ASKED: list[Any] = [{"role": "user", "content": QUESTION}]
 
 
 @dataclass(frozen=True)
@@ -105,3 +108,23 @@ def tenant_server(
 def deploy(state: State, alias: str, stored: Stored) -> None:
     """Release an adapter."""
     state.releases.deploy(alias, stored.name, stored.digest, SHIP)
+
+
+def ask(
+    client: openai.OpenAI, alias: str, content: str = QUESTION, max_tokens: int = 12, **more: Any
+) -> tuple[str, str]:
+    """The answer, and the digest in its header."""
+    messages: list[Any] = [{"role": "user", "content": content}]
+    raw_answer = client.chat.completions.with_raw_response.create(
+        model=alias, messages=messages, max_tokens=max_tokens, **more
+    )
+    answer: Any = raw_answer.parse()
+    return answer.choices[0].message.content, raw_answer.headers["x-tunewright-adapter"]
+
+
+def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for what happens in the background."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it has not come about"
+        time.sleep(0.02)

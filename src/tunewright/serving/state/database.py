@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, create_engine, event, extract, func, insert, inspect, make_url, select, text
+from sqlalchemy import URL, Connection, create_engine, event, extract, func, insert, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError
 
 from tunewright.disk import write_text, writing
@@ -175,7 +175,7 @@ def _on_sqlite_connect(connection: Any, _record: Any) -> None:
 def _on_sqlite_begin(connection: Connection) -> None:
     writes = connection.get_execution_options().get(_WRITES, False)
     # IMMEDIATE: a transaction that only starts to write after it has read may find that it can't, and fail.
-    connection.execute(text("BEGIN IMMEDIATE" if writes else "BEGIN"))
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def ceil_seconds(seconds: float) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
 from tunewright.errors import UserError
 from tunewright.serving.state.database import Database
@@ -26,6 +26,12 @@ LOST_SECONDS = 45.0
 """A server that has not been seen for so long is dead, and what it had under way no longer counts."""
 
 Outcome = Literal["stop", "length", "hung up", "timed out", "failed", "refused", "lost"]
+
+
+# Asked by every request: made once.
+_LIMITS = select(tenants).where(tenants.c.id == bindparam("tenant_id")).with_for_update()
+_RESERVE = insert(requests).returning(requests.c.id)
+_SETTLE = update(requests).where(requests.c.id == bindparam("number"), requests.c.finished.is_(None))
 
 
 class LimitExceededError(Exception):
@@ -140,26 +146,17 @@ class Meter:
         """
         with self._database.writing() as connection:
             # Waits for whoever reserves for this tenant at this moment; SQLite has one writer anyway.
-            limits = connection.execute(select(tenants).where(tenants.c.id == wanted.tenant_id).with_for_update()).one()
+            limits = connection.execute(_LIMITS, {"tenant_id": wanted.tenant_id}).one()
             now = self._database.now(connection)
             _require_within(connection, limits, wanted, now)
-            made = connection.execute(
-                insert(requests).values(started=now, gateway=gateway, **asdict(wanted)).returning(requests.c.id)
-            )
+            made = connection.execute(_RESERVE, {"started": now, "gateway": gateway, **asdict(wanted)})
             return int(made.scalar_one())
 
     def settle(self, number: int, used: Used) -> None:
         """Replace what a request reserved by what it used. Once is enough: a second time changes nothing."""
         with self._database.writing() as connection:
-            connection.execute(
-                update(requests)
-                .where(requests.c.id == number, requests.c.finished.is_(None))
-                .values(
-                    **asdict(used),
-                    tokens=used.prompt_tokens + used.completion_tokens,
-                    finished=self._database.now(connection),
-                )
-            )
+            tokens, finished = used.prompt_tokens + used.completion_tokens, self._database.now(connection)
+            connection.execute(_SETTLE, {"number": number, "tokens": tokens, "finished": finished, **asdict(used)})
 
     def alive(self, gateway: str, name: str, release_id: int) -> None:
         """Say that a server lives and by which release it answers; what dead ones had under way is written off."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
 from tunewright.errors import UserError
 from tunewright.serving.state.audit import Change, changing
@@ -17,6 +17,15 @@ from tunewright.serving.state.tables import api_keys, key_uses, requests, tenant
 from tunewright.serving.state.times import iso
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+# Asked by every request: made once, and a line for each alias of the key's tenant.
+_KEY_WITH_ALIASES = (
+    select(api_keys, tenants.c.name, tenant_aliases.c.alias)
+    .select_from(api_keys)
+    .join(tenants)
+    .outerjoin(tenant_aliases, tenant_aliases.c.tenant_id == tenants.c.id)
+    .where(api_keys.c.prefix == bindparam("prefix"))
+)
 
 _UNKNOWN = "This API key is not known here."
 
@@ -286,15 +295,14 @@ class Tenants:
         if prefix is None:
             raise InvalidKeyError(_UNKNOWN)
         with self._database.reading() as connection:
-            row = connection.execute(
-                select(api_keys, tenants.c.name).join(tenants).where(api_keys.c.prefix == prefix)
-            ).first()
+            rows = connection.execute(_KEY_WITH_ALIASES, {"prefix": prefix}).all()
+            row = rows[0] if rows else None
             if not is_key(key, row.sha256 if row else None) or row is None:
                 raise InvalidKeyError(_UNKNOWN)
             state = _state(row, self._database.now(connection))
             if state != "valid":  # told to the holder of the right secret only
                 raise InvalidKeyError(f"This API key is {state}.")
-            own = frozenset(_aliases(connection, row.tenant_id))
+        own = frozenset(row.alias for row in rows if row.alias is not None)
         return Caller(row.tenant_id, row.name, row.id, own if row.aliases is None else own & frozenset(row.aliases))
 
     def _key(self, connection: Connection, prefix: str, now: float) -> Key:
