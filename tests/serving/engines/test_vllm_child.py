@@ -26,6 +26,7 @@ from tunewright.disk import file_digest, write_json
 from tunewright.errors import UserError
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
+from tunewright.serving.engines.child import _end
 from tunewright.serving.engines.private_folder import PrivateFolder
 from tunewright.serving.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.serving.engines.vllm import inside
@@ -278,6 +279,28 @@ def test_vllm_that_hangs_is_killed_and_started_again_and_who_waits_is_told(
     _wait_until(lambda: engine.child.starts == 2 and engine.stopped is None)
     assert asyncio.run(_ids(engine, Request((5,), None, 2))) == [1, 2]
     assert any("vLLM hangs" in warning for warning in reporter.warnings)
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_what_tidies_up_after_a_server_has_the_time_for_it_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignores: bool
+) -> None:
+    monkeypatch.setattr("tunewright.serving.engines.child.TIDY_SECONDS", 1.0 if ignores else 60.0)
+    (tmp_path / "shared-memory").touch()
+    tracker = "trap '' TERM; echo $$ > tracker; cat > /dev/null; sleep " + (
+        "600" if ignores else "0.3; rm shared-memory"
+    )
+    program = (
+        "import subprocess, sys, time\n"
+        "helper = subprocess.Popen(['sh', '-c', sys.argv[1]], stdin=subprocess.PIPE)\n"
+        "time.sleep(600)\n"
+    )
+    server = subprocess.Popen([sys.executable, "-c", program, tracker], cwd=tmp_path, start_new_session=True)
+    _wait_until(lambda: (tmp_path / "tracker").exists() and (tmp_path / "tracker").read_text())
+    _end(server)
+    assert server.poll() is not None
+    assert (tmp_path / "shared-memory").exists() == ignores
+    _wait_until(lambda: not _alive(int((tmp_path / "tracker").read_text())))
 
 
 def test_vllm_that_answers_probes_and_computes_nothing_hangs_too_but_not_while_nothing_is_asked_of_it(

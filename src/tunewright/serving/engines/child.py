@@ -24,6 +24,9 @@ from tunewright.serving.engines.private_folder import PrivateFolder
 START_SECONDS = 900
 """The most that a start may take: with a GPU vLLM compiles the model first."""
 STOP_SECONDS = 20
+TIDY_SECONDS = 5.0
+"""For what a server that has ended leaves behind to end by itself: Python's resource tracker is the last one, and frees
+the shared memory of all others (vLLM has hundreds of MB), which nobody would do in its place."""
 GIVE_UP = 5
 """Starts that may fail one after the other."""
 PROBE_SECONDS = 15.0
@@ -295,13 +298,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(patience)
-            if number == signal.SIGKILL or not _group_lives(process.pid):
+            if number == signal.SIGKILL or _group_ends(process.pid):
                 return
 
 
-def _group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _group_ends(group: int) -> bool:
+    until = time.monotonic() + TIDY_SECONDS
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
