@@ -1,6 +1,7 @@
 """Stands in for vLLM's API server where only its life and death matter: same options, same routes, no model.
 
-It answers with the tokens 1, 2, 3, …; a prompt of 66 kills it, one of 77 never ends. Its gate is the real one.
+It answers with the tokens 1, 2, 3, …; a prompt of 66 kills it, one of 77 never ends, one of 88 kills what computes
+behind it (vLLM's EngineCore), and one of 99 is not computed. Its gate is the real one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-DIE, ENDLESS = 66, 77
+DIE, ENDLESS, LOSE_CORE, FAIL = 66, 77, 88, 99
+CORE_LOST = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 
 
 def main(options: list[str]) -> None:
@@ -35,9 +37,10 @@ def main(options: list[str]) -> None:
 
     tunewright_vllm._end_with_parent()
     seen: dict[str, Any] = {"options": options, "environment": dict(os.environ), "hung_up": 0, "evicted": []}
+    lost = asyncio.Event()
 
     async def health(_: Request) -> JSONResponse:
-        return JSONResponse({})
+        return JSONResponse({}, 503 if lost.is_set() else 200)
 
     async def models(_: Request) -> JSONResponse:
         return JSONResponse({"data": [{"id": "base", "max_model_len": 512}]})
@@ -53,6 +56,8 @@ def main(options: list[str]) -> None:
             and tunewright_vllm.listed(Path(os.environ[tunewright_vllm.MANIFEST]), body["model"]) is None
         ):
             return JSONResponse({"error": {"message": "no such model"}}, 404)
+        if lost.is_set():
+            return JSONResponse({"error": {"message": CORE_LOST}}, 500)
         state.openai_serving_models.lora_requests[body["model"]] = SimpleNamespace(lora_int_id=1)
         return StreamingResponse(tokens(body), media_type="text/event-stream")
 
@@ -61,6 +66,12 @@ def main(options: list[str]) -> None:
             last = number == body["max_tokens"] and ENDLESS not in body["prompt"]
             choice = {"token_ids": [number], "finish_reason": "length" if last else None}
             yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+            if LOSE_CORE in body["prompt"]:
+                lost.set()
+                asyncio.get_running_loop().call_later(1, os.kill, os.getpid(), signal.SIGKILL)
+            if lost.is_set() or FAIL in body["prompt"]:
+                yield f"data: {json.dumps({'error': {'message': CORE_LOST if lost.is_set() else 'not this one'}})}\n\n"
+                return
             if DIE in body["prompt"]:
                 os.kill(os.getpid(), signal.SIGKILL)
             try:

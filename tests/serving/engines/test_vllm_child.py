@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_vllm import DIE, ENDLESS
+from fake_vllm import DIE, ENDLESS, FAIL, LOSE_CORE
 
 from tunewright.adapters.registry import write_manifest
 from tunewright.disk import file_digest, write_json
@@ -259,6 +259,23 @@ def test_when_vllm_dies_who_waits_is_told_and_it_is_started_again(engine: VllmEn
     assert asyncio.run(_ids(engine, Request((5,), None, 2))) == [1, 2]
     assert engine.child.starts == 2
     assert any("has died" in warning for warning in reporter.warnings)
+
+
+def test_when_what_computes_behind_vllms_server_dies_nobodys_request_is_at_fault(engine: VllmEngine) -> None:
+    async def ask() -> None:
+        with pytest.raises(RequestFailedError, match="not this one"):
+            await _ids(engine, Request((FAIL,), None, 5))
+        waiting = asyncio.create_task(_ids(engine, Request((ENDLESS,), None, 500)))
+        await asyncio.sleep(0.1)
+        for prompt in (LOSE_CORE, 5):
+            with pytest.raises(EngineStoppedError, match="being started again"):
+                await _ids(engine, Request((prompt,), None, 5))
+        with pytest.raises(EngineStoppedError, match="being started again"):
+            await waiting
+
+    asyncio.run(ask())
+    _wait_until(lambda: engine.child.starts == 2 and engine.stopped is None)
+    assert asyncio.run(_ids(engine, Request((5,), None, 2))) == [1, 2]
 
 
 def test_vllm_that_hangs_is_killed_and_started_again_and_who_waits_is_told(

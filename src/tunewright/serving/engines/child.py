@@ -146,6 +146,13 @@ class Child:
             closing.add_done_callback(self._closing.discard)
             await asyncio.shield(closing)
 
+    async def is_well(self) -> bool:
+        """Whether it says so now: one that has failed as a whole says it of each request, too, until it ends."""
+        try:
+            return (await self.client().get("/health", timeout=PATIENCE_SECONDS)).status_code == 200
+        except httpx.TransportError:
+            return False
+
     def said(self, lines: int = 12) -> str:
         """The end of its log."""
         with suppress(FileNotFoundError):

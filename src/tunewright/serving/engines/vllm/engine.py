@@ -31,6 +31,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be (vLLM 0.32, MaxLoRARanks in vllm/config/lora.py)."""
 BASE = "base"
 """What the base is called on the socket; adapters are called by their digests, which are longer."""
+_DIED = "vLLM has died while it answered and is being started again."
 CPU_BATCHED_TOKENS = 512
 """Without a GPU vLLM gathers a copy of the LoRA weights for each token of a pass: 2,048 tokens at rank 64 take 3.5 GiB
 for an 8B base."""
@@ -172,7 +173,12 @@ class VllmEngine:
                             return
                 raise EngineStoppedError("vLLM has ended an answer before it was whole.")
         except httpx.TransportError as error:
-            raise EngineStoppedError("vLLM has died while it answered and is being started again.") from error
+            raise EngineStoppedError(self.stopped or _DIED) from error
+        except RequestFailedError as error:
+            # Where a process behind the one that we ask has died, each request fails, and none is at fault.
+            if await self.child.is_well():
+                raise
+            raise EngineStoppedError(self.stopped or _DIED) from error
         finally:
             self._running -= 1
 
