@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from decoding_helpers import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, reference
 from tunewright.errors import UserError
-from tunewright.models.decoding import Batch, Completion, Request, Row, generate, prefill_groups
+from tunewright.models.decoding import Batch, Completion, Reading, Request, Row, generate, prefill_groups
 
 
 def _requests(count: int, *adapters: str | None, longest: int = 40, **how: Any) -> list[Request]:
@@ -86,10 +86,13 @@ def expected(tenants: Any) -> list[Completion]:
     return [reference(tenants, request) for request in POOL]
 
 
-# What to do next: admit so many requests, take a row out, or decode a token.
+# What to do next: admit so many requests, or begin to read them and read on, take a row out, or decode a token.
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("admit"), st.integers(1, 4)),
+        st.tuples(st.just("begin"), st.integers(1, 4)),
+        st.tuples(st.just("read"), st.integers(1, 30)),
+        st.tuples(st.just("drop"), st.integers(0, 3)),
         st.tuples(st.just("cancel"), st.integers(0, 5)),
         st.tuples(st.just("step"), st.integers(1, 6)),
     ),
@@ -103,11 +106,21 @@ def test_whoever_comes_and_goes_the_others_answers_stay_the_same(
     tenants: Any, expected: list[Completion], actions: list[tuple[str, int]], order: list[int]
 ) -> None:
     batch = Batch(tenants, stop_ids=STOPS, pad_id=PAD)
-    waiting, rows, cancelled = list(order), dict[int, Row](), set[int]()
-    for action, number in [*actions, ("admit", len(POOL)), ("step", 30)]:
-        if action == "admit" and waiting:
+    waiting, rows, cancelled, readings = list(order), dict[int, Row](), set[int](), list[Reading]()
+    for action, number in [*actions, *[("read", 1000)] * len(POOL), ("admit", len(POOL)), ("step", 30)]:
+        if action in ("admit", "begin") and waiting:
             coming, waiting = waiting[:number], waiting[number:]
-            rows |= zip(coming, batch.admit([POOL[index] for index in coming]), strict=True)
+            readings.append(batch.begin([POOL[index] for index in coming]))
+            rows |= zip(coming, readings[-1].rows, strict=True)
+            if action == "admit":
+                assert batch.read(readings.pop())
+        elif action == "read" and readings:
+            if batch.read(readings[0], number):
+                del readings[0]
+        elif action == "drop" and readings and number < len(readings[0].rows) and len(readings[0].rows) > 1:
+            leaving = readings[0].rows[number]
+            cancelled |= {index for index, row in rows.items() if row is leaving}
+            readings[0].drop(leaving)
         elif action == "cancel" and number < len(batch.rows):
             leaving = batch.rows[number]
             cancelled |= {index for index, row in rows.items() if row is leaving}
@@ -118,6 +131,7 @@ def test_whoever_comes_and_goes_the_others_answers_stay_the_same(
                 if batch.rows:
                     batch.step()
     assert not batch.rows
+    assert not readings
     for index, row in rows.items():
         if index in cancelled:
             assert row.finish is None

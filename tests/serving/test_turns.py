@@ -122,23 +122,32 @@ def test_no_place_stays_free_without_a_reason(room: int, arrivals: list[list[tup
         free = room - len(engine.inside)
         if not engine.waiting or not free:
             return
-        reading = sum(turn.prompt for turn in engine.inside if turn not in engine.read)
+        reading = [turn for turn in engine.inside if turn not in engine.read]
+        short = sum(turn.prompt for turn in reading if turn.prompt <= READING_TOKENS)
         heads = {turn.tenant: turn for turn in reversed(engine.waiting)}.values()
-        a_full_pass = reading and any(reading + turn.prompt > READING_TOKENS for turn in heads)
-        only_kept = free <= kept and all(engine.has(turn.tenant) for turn in heads)
-        assert a_full_pass or only_kept
+        a_full_pass = any(turn.prompt <= READING_TOKENS < short + turn.prompt for turn in heads)
+        a_long_one = any(turn.prompt > READING_TOKENS for turn in reading)
+
+        def waits(turn: Turn) -> bool:
+            behind_a_long_one = a_long_one and turn.prompt > READING_TOKENS
+            only_kept = free <= kept and engine.has(turn.tenant) > 0
+            return behind_a_long_one or only_kept
+
+        assert a_full_pass or all(map(waits, heads))
 
     _run(room, arrivals, check)
 
 
 @settings(max_examples=60, deadline=None)
 @given(ROOM, ARRIVALS)
-def test_in_company_a_pass_reads_the_budget_or_one_prompt(
+def test_in_company_a_pass_reads_the_budget_and_one_long_prompt(
     room: int, arrivals: list[list[tuple[str, int, int]]]
 ) -> None:
     both = [[*pass_, ("company", 1, 1)] for pass_ in arrivals]
     for prompts in _run(room, both).passes:
-        assert len(prompts) <= 1 or sum(turn.prompt for turn in prompts) <= READING_TOKENS
+        short = [turn.prompt for turn in prompts if turn.prompt <= READING_TOKENS]
+        assert sum(short) <= READING_TOKENS
+        assert len(prompts) - len(short) <= 1
 
 
 @settings(max_examples=60, deadline=None)

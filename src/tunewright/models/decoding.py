@@ -32,7 +32,7 @@ from tunewright.models.requests import Completion, Finish, Request, Row
 from tunewright.models.row_adapters import RowAdapters
 from tunewright.models.text_stream import Decode
 
-__all__ = ["Batch", "Completion", "Finish", "Prefix", "Request", "Row", "generate", "prefill_groups"]
+__all__ = ["Batch", "Completion", "Finish", "Prefix", "Reading", "Request", "Row", "generate", "prefill_groups"]
 
 # Tokens of one prefill, padding included: it bounds the memory that newcomers need for their activations.
 PREFILL_TOKENS = 8192
@@ -58,6 +58,32 @@ class Prefix:
         return (request.adapter, request.prompt_ids[:length]) == (self.adapter, self.ids) and len(
             request.prompt_ids
         ) > length
+
+
+class Reading:
+    """Newcomers to a batch whose prompts are being read: see :meth:`Batch.begin`.
+
+    Args:
+        rows: they have no token yet.
+        unread: their prompts, padded on the left, without what the cache holds [rows, columns].
+        cache: what has been read.
+    """
+
+    def __init__(self, rows: list[Row], unread: Tensor, cache: DynamicCache) -> None:
+        self.rows = rows
+        self.unread = unread
+        self.cache = cache
+
+    @property
+    def left(self) -> int:
+        """Tokens that are to be read yet, padding included."""
+        return self.unread.numel()
+
+    def drop(self, row: Row) -> None:
+        """Take a row out that is not the only one."""
+        kept = [index for index, other in enumerate(self.rows) if other is not row]
+        self.rows, self.unread = [self.rows[index] for index in kept], self.unread[kept]
+        select(self.cache, kept, self.cache.get_seq_length())
 
 
 class Batch:
@@ -114,9 +140,20 @@ class Batch:
         self._forward(torch.tensor([ids]), torch.tensor([[0]]), cache, [adapter])
         return Prefix(tuple(ids), adapter, cache)
 
-    @torch.inference_mode()
     def admit(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Row]:
-        """Prefill the newcomers in one pass, give each its first token, and let those that go on join.
+        """Read the newcomers' prompts in one pass, give each its first token, and let those that go on join.
+
+        If this raises (out of memory, say), the rows that were here before are untouched.
+
+        Raises:
+            ValueError: the model has no such adapter.
+        """
+        reading = self.begin(requests, prefix)
+        self.read(reading)
+        return reading.rows
+
+    def begin(self, requests: Sequence[Request], prefix: Prefix | None = None) -> Reading:
+        """Newcomers together, of whose prompts nothing is read before :meth:`read`.
 
         Prompts of unlike length waste work on padding: see :func:`prefill_groups`. With a ``prefix``, which each of
         them has to begin with and go beyond, only the columns after it are run::
@@ -124,31 +161,47 @@ class Batch:
             prefix a b c          . a b|c f g        what is left of the bar is copied from the prefix, each row
             prompts a b c f g     a b c|h i j        moved to the right by its padding; the right is run
                     a b c h i j
+        """
+        longest = max(len(request.prompt_ids) for request in requests)
+        ids = torch.full((len(requests), longest), self._pad_id)
+        for index, request in enumerate(requests):
+            ids[index, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+        cache = DynamicCache()
+        if prefix is not None:
+            assert all(prefix.begins(request) for request in requests)
+            cache = begun(prefix.cache, [longest - len(request.prompt_ids) for request in requests])
+            ids = ids[:, len(prefix.ids) :]
+        return Reading([Row(request, self._decode) for request in requests], ids, cache)
 
-        If this raises (out of memory, say), the rows that were here before are untouched.
+    @torch.inference_mode()
+    def read(self, reading: Reading, tokens: int | None = None) -> bool:
+        """Read on in one pass, about so many tokens (None: all that is left).
+
+        If this raises (out of memory, say), the rows that decode are untouched, and the reading cannot go on.
+
+        Returns:
+            Whether all is read. Then each row has its first token, and those that have not finished on it have joined.
 
         Raises:
             ValueError: the model has no such adapter.
         """
-        self._adapters.require([request.adapter for request in requests])
-        rows = [Row(request, self._decode) for request in requests]
-        longest = max(len(request.prompt_ids) for request in requests)
-        ids = torch.full((len(rows), longest), self._pad_id)
-        for index, request in enumerate(requests):
-            ids[index, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-        newcomers = DynamicCache()
-        if prefix is not None:
-            assert all(prefix.begins(request) for request in requests)
-            newcomers = begun(prefix.cache, [longest - len(request.prompt_ids) for request in requests])
-            ids = ids[:, len(prefix.ids) :]
-        self._advance(rows, ids, newcomers)
-        going_on = [index for index, row in enumerate(rows) if row.finish is None]
+        adapters = [row.request.adapter for row in reading.rows]
+        self._adapters.require(adapters)
+        columns = reading.unread.shape[1] if tokens is None else max(1, tokens // len(reading.rows))
+        piece, reading.unread = reading.unread[:, :columns], reading.unread[:, columns:]
+        if reading.left:
+            longest = reading.cache.get_seq_length() + piece.shape[1] + reading.unread.shape[1]
+            first = longest - torch.tensor([[_length(row)] for row in reading.rows])
+            self._forward(piece, first, reading.cache, adapters)
+            return False
+        self._advance(reading.rows, piece, reading.cache)
+        going_on = [index for index, row in enumerate(reading.rows) if row.finish is None]
         if going_on:
-            joining = [rows[index] for index in going_on]
-            select(newcomers, going_on, _cached(joining))
-            self._cache = merge(self._cache, newcomers) if self.rows else newcomers
+            joining = [reading.rows[index] for index in going_on]
+            select(reading.cache, going_on, _cached(joining))
+            self._cache = merge(self._cache, reading.cache) if self.rows else reading.cache
             self.rows += joining
-        return rows
+        return True
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -300,14 +353,18 @@ def _sharing(requests: Sequence[Request]) -> list[Shared]:
     return [*groups, Shared(alone, 0)] if alone else groups
 
 
-def prefill_groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Split prompts of these lengths into groups worth prefilling together: places in ``lengths``, longest first."""
+def prefill_groups(lengths: Sequence[int], tokens: int = PREFILL_TOKENS) -> list[list[int]]:
+    """Split prompts of these lengths into groups worth prefilling together: places in ``lengths``, longest first.
+
+    Args:
+        tokens: of a group at most, padding included; a longer prompt is a group of its own.
+    """
     groups: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         if groups:
             longest = lengths[groups[-1][0]]
             padding = longest - lengths[place]
-            fits = (len(groups[-1]) + 1) * longest <= PREFILL_TOKENS
+            fits = (len(groups[-1]) + 1) * longest <= tokens
             if fits and padding <= max(_CHEAP_PADDING, longest // 2):
                 groups[-1].append(place)
                 continue

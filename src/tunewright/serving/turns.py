@@ -11,9 +11,9 @@ tenant that asks for little takes turns with one that always waits, when it shou
 *Places.* A place at the engine is kept to an answer's end. So the last quarter of them is only for tenants that have
 less than an equal share, and a newcomer does not wait for somebody's answer to end.
 
-*Reading.* A prompt is read in one pass, and everybody under way waits for it. So prompts are handed over for about one
-pass at a time (the token budget of Agrawal et al. 2024, Sarathi-Serve, OSDI, arXiv 2403.02310, of whole prompts), in
-the order of turns.
+*Reading.* Prompts are read in passes, and everybody under way waits for each. So prompts are handed over for about one
+pass at a time (the token budget of Agrawal et al. 2024, Sarathi-Serve, OSDI, arXiv 2403.02310), in the order of turns.
+A longer one is read in pieces by the engine, and beside the short ones: one of them at a time.
 
 The last two cost throughput, and a tenant alone is not held to them. It has company while another one has something
 here, or had it within the last minute.
@@ -30,7 +30,7 @@ PROMPT_WEIGHT = 1.0
 ANSWER_WEIGHT = 2.0
 """A token of an answer is a pass of its own, one of a prompt shares it: the paper's weights."""
 READING_TOKENS = 128
-"""Tokens of prompts that are read at once while there is company; a longer prompt is read alone."""
+"""Tokens of prompts that are read at once while there is company, and of the longest prompt that counts as short."""
 BURST_TOKENS = 1000.0
 """What a tenant that comes back may have been served less than those that wait, in weighted tokens."""
 COMPANY_SECONDS = 60.0
@@ -47,6 +47,11 @@ class Turn:
     inside: bool = False
     reading: bool = False
 
+    @property
+    def short(self) -> bool:
+        """Whether its prompt is read together with others."""
+        return self.prompt <= READING_TOKENS
+
 
 class Turns:
     """Places at the engine, given to tenants in turn. It only decides: nothing in it waits.
@@ -62,7 +67,7 @@ class Turns:
         self._clock = clock
         self._waiting: dict[str, deque[Turn]] = {}
         self._inside: Counter[str] = Counter()
-        self._reading = 0
+        self._reading: set[Turn] = set()
         self._served: dict[str, float] = defaultdict(float)
         self._gone: dict[str, float] = {}  # when whoever has nothing here any more had its last answer
         self._left_last: str | None = None
@@ -94,7 +99,7 @@ class Turns:
             self._stop_waiting(turn)
             turn.inside = turn.reading = True
             self._inside[turn.tenant] += 1
-            self._reading += turn.prompt
+            self._reading.add(turn)
             self.charge(turn.tenant, prompt=turn.prompt)
             entered.append(turn)
         return entered
@@ -103,7 +108,7 @@ class Turns:
         """The engine has read the prompt; to say so more than once changes nothing."""
         if turn.reading:
             turn.reading = False
-            self._reading -= turn.prompt
+            self._reading.remove(turn)
 
     def leave(self, turn: Turn) -> None:
         """Give up the place, or the wait for it."""
@@ -132,9 +137,10 @@ class Turns:
             if about == 1:
                 return turn
             if self._inside[tenant] < self._room // about or self._inside[tenant] == 0 or self.free > self._kept:
-                # Nobody with a shorter prompt goes before: many short ones would starve a long one.
-                fits = not self._reading or self._reading + turn.prompt <= READING_TOKENS
-                return turn if fits else None
+                if turn.short and turn.prompt + sum(one.prompt for one in self._reading if one.short) > READING_TOKENS:
+                    return None  # nobody with a shorter prompt goes before: many of them would starve it
+                if turn.short or all(one.short for one in self._reading):
+                    return turn
         return None
 
     @property

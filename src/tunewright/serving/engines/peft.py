@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.registry import require_digest
-from tunewright.models.decoding import Batch, Request, Row, prefill_groups
+from tunewright.models.decoding import Batch, Reading, Request, Row, prefill_groups
 from tunewright.models.loading import with_adapters
 from tunewright.serving.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 
 log = logging.getLogger("tunewright")
 
+PIECE_TOKENS = 256
+"""Of prompts that are read in one pass: everybody's next token waits for it, and with longer pieces longer."""
 
 _Outcome = Delta | RequestFailedError | EngineStoppedError
 
@@ -40,7 +42,8 @@ class _Ticket:
         assert self.row is not None
         new = tuple(self.row.ids[self._delivered :])
         self._delivered += len(new)
-        self.send(Delta(new, self.row.finish))
+        if new or self.row.finish:
+            self.send(Delta(new, self.row.finish))
 
     def send(self, outcome: _Outcome) -> None:
         try:
@@ -85,6 +88,7 @@ class PeftEngine:
         self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._waiting: deque[_Ticket] = deque()
         self._running: list[_Ticket] = []
+        self._unread: dict[Reading, list[_Ticket]] = {}
         self._stopped: str | None = None
         self._thread = threading.Thread(target=self._run, name="tunewright-engine", daemon=True)
         self._thread.start()
@@ -239,7 +243,7 @@ class PeftEngine:
             return self._stopped is None
 
     def _turn(self) -> None:
-        """Do errands, drop who has hung up, let newcomers in, move every row on by one token."""
+        """Do errands, drop who has hung up, let newcomers in, read on, move every row on by one token."""
         self._do_errands()
         with self._changed:
             gone = [ticket for ticket in self._running if ticket.cancelled]
@@ -250,10 +254,12 @@ class PeftEngine:
             # They count as running from here on: whatever happens now, they hear of it.
             self._running += newcomers
         for ticket in gone:
-            if ticket.row is not None:
-                self._batch.cancel(ticket.row)
-        for group in prefill_groups([len(ticket.request.prompt_ids) for ticket in newcomers]):
-            self._admit([newcomers[place] for place in group])
+            self._drop(ticket)
+        for group in prefill_groups([len(ticket.request.prompt_ids) for ticket in newcomers], PIECE_TOKENS):
+            self._begin([newcomers[place] for place in group])
+        # A piece of the oldest, and one of what has least left: a long prompt holds nobody up, and nobody holds it up.
+        for reading in dict.fromkeys([*list(self._unread)[:1], *sorted(self._unread, key=lambda one: one.left)[:1]]):
+            self._read(reading)
         self._let_go_finished()
         if self._batch.rows:
             self._batch.step()
@@ -274,23 +280,42 @@ class PeftEngine:
             else:
                 done.set_result(None)
 
-    def _admit(self, tickets: list[_Ticket]) -> None:
-        """Prefill together; where that fails, one by one, so that only the request at fault fails."""
+    def _begin(self, tickets: list[_Ticket]) -> None:
+        reading = self._batch.begin([ticket.request for ticket in tickets])
+        for ticket, row in zip(tickets, reading.rows, strict=True):
+            ticket.row = row
+        self._unread[reading] = tickets
+
+    def _read(self, reading: Reading) -> None:
+        """Read on; where that fails, prompts read together are read alone, so that only the one at fault fails."""
+        tickets = self._unread[reading]
         try:
-            rows = self._batch.admit([ticket.request for ticket in tickets])
+            if not self._batch.read(reading, PIECE_TOKENS):
+                return
         except Exception as error:
+            del self._unread[reading]
             if len(tickets) > 1:
                 for ticket in tickets:
-                    self._admit([ticket])
+                    self._begin([ticket])
                 return
             log.exception("a request could not be computed")
             with self._changed:
                 self._running.remove(tickets[0])
             tickets[0].send(RequestFailedError(f"The model could not compute this request: {error}"))
             return
-        for ticket, row in zip(tickets, rows, strict=True):
-            ticket.row = row
+        del self._unread[reading]
+        for ticket in tickets:
             ticket.send_new_tokens()
+
+    def _drop(self, ticket: _Ticket) -> None:
+        assert ticket.row is not None
+        self._batch.cancel(ticket.row)
+        for reading, tickets in list(self._unread.items()):
+            if tickets == [ticket]:
+                del self._unread[reading]
+            elif ticket in tickets:
+                tickets.remove(ticket)
+                reading.drop(ticket.row)
 
     def _let_go_finished(self) -> None:
         with self._changed:
