@@ -34,7 +34,7 @@ def make_tenants(opened: OpenProject, state: State, count: int, seed: int, noise
     trained = find_adapter(opened.project.adapters)
     made = []
     for number in range(count):
-        adapter = trained if number == 0 else _disturbed(opened, trained, seed + number, noise)
+        adapter = trained if number == 0 else disturbed(opened.project.adapters, trained, seed + number, noise)
         name, alias = f"tenant-{number:02}", f"model-{number:02}"
         state.tenants.add(name, [alias])
         key, _ = state.tenants.add_key(name)
@@ -47,8 +47,8 @@ def release(state: State, tenant: Tenant) -> None:
     state.releases.deploy(tenant.alias, tenant.adapter.name, tenant.adapter.digest, Grounds(None, None, "a benchmark"))
 
 
-def _disturbed(opened: OpenProject, trained: Adapter, seed: int, noise: float) -> Adapter:
-    """An adapter of the same shape with other answers."""
+def disturbed(adapters: Path, trained: Adapter, seed: int, noise: float) -> Adapter:
+    """An adapter of the same shape with other answers, stored in ``adapters``; ``noise`` as above."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -63,4 +63,4 @@ def _disturbed(opened: OpenProject, trained: Adapter, seed: int, noise: float) -
         shutil.copyfile(trained.folder / CONFIG, folder / CONFIG)
         inputs = digest({"parent": trained.digest, "seed": seed, "noise": noise})
         lineage = {**trained.lineage, "created": now(), "inputs_digest": inputs}
-        return store_adapter(opened.project.adapters, "disturbed", folder, {}, lineage, [], servable=True)
+        return store_adapter(adapters, "disturbed", folder, {}, lineage, [], servable=True)

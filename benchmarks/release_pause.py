@@ -1,0 +1,178 @@
+"""How long answers under way pause while another adapter is loaded, or let go.
+
+    python benchmarks/release_pause.py PROJECT [--adapters 32] [--rounds 5] [--rows 4] [--threads N]
+
+PROJECT has a trained adapter. So many versions of it (its B matrices disturbed by a seed) are loaded in the engine
+``peft``, which then decodes rows of some of them without an end. In one run:
+
+    nothing   the gaps between an answer's tokens while nothing else is done
+    load      those that reach into the loading of one more adapter
+    unload    those that reach into letting it go
+    peft      what peft takes to load and delete an adapter beside as many: nothing can be decoded meanwhile
+
+Prints a table, and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from load_tenants import disturbed
+
+from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.models.loading import load_model, with_adapters
+from tunewright.models.requests import Request
+from tunewright.progress import LogReporter
+from tunewright.project import Project
+from tunewright.road.opened import OpenProject
+from tunewright.serving.engines.protocol import Engine
+from tunewright.serving.engines.start import Wanted, start_engine
+
+NOISE = 10.0
+PROMPT = 40
+"""Tokens before an answer."""
+
+
+def main() -> None:
+    """Measure both sides with the same adapters."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("project", type=Path)
+    parser.add_argument("--adapters", type=int, nargs="*", default=[1, 8, 32], help="resident ones")
+    parser.add_argument("--rounds", type=int, default=5, help="of loading and letting go")
+    parser.add_argument("--rows", type=int, default=4, help="answers under way, each of another adapter if there are")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+
+    import torch
+
+    torch.set_num_threads(options.threads)
+    found = OpenProject(Project(options.project), LogReporter())
+    trained = find_adapter(found.project.adapters)
+    with tempfile.TemporaryDirectory() as place:
+        made = [disturbed(Path(place), trained, seed, NOISE) for seed in range(max(options.adapters) + 1)]
+        for count in options.adapters:
+            ours = asyncio.run(measure(found, made[:count], made[count], options.rounds, options.rows))
+            gc.collect()
+            result = {"adapters": count, **ours, **by_peft(found, made[:count], made[count], options.rounds)}
+            gc.collect()
+            tell(result)
+            print(json.dumps(result), flush=True)
+
+
+def tell(result: dict[str, Any]) -> None:
+    """For people."""
+    print(f"{result['adapters']} adapters resident", file=sys.stderr)
+    for what in ("nothing", "load", "unload"):
+        gaps = result[f"gaps_{what}_s"]
+        print(
+            f"  {what:8} longest gap {1000 * max(gaps):6.0f} ms, median of the rounds' longest "
+            f"{1000 * statistics.median(gaps):6.0f} ms",
+            file=sys.stderr,
+        )
+    for what in ("load", "delete"):
+        taken = result[f"peft_{what}_s"]
+        print(f"  peft's {what}: {1000 * statistics.median(taken):6.0f} ms (median)", file=sys.stderr)
+
+
+async def measure(
+    found: OpenProject, resident: list[Adapter], late: Adapter, rounds: int, rows: int
+) -> dict[str, Any]:
+    """The longest gap of each round, by what was done meanwhile."""
+    recipe = found.project.recipe
+    wanted = Wanted(found.base, replace(found.chat, stop_ids=frozenset()), "none", {each.digest: each.folder for each in resident})
+    engine = await asyncio.to_thread(start_engine, "peft", recipe, wanted, found.reporter)
+    gaps: dict[str, list[float]] = {"nothing": [], "load": [], "unload": []}
+    seconds: dict[str, list[float]] = {"load": [], "unload": []}
+    try:
+        async with decoding(engine, [resident[n % len(resident)].digest for n in range(rows)]) as tokens:
+            await tokens.gap_within(1.0)
+            for _ in range(rounds):
+                gaps["nothing"].append(await tokens.gap_within(1.0))
+                for what in seconds:
+                    began = time.perf_counter()
+                    await (engine.load(late.digest, late.folder) if what == "load" else engine.unload(late.digest))
+                    ended = time.perf_counter()
+                    seconds[what].append(ended - began)
+                    await asyncio.sleep(0.5)
+                    gaps[what].append(tokens.longest(began, ended))
+                    await asyncio.sleep(0.3)
+    finally:
+        await asyncio.to_thread(engine.stop)
+    return {
+        "rows": rows,
+        **{f"gaps_{what}_s": values for what, values in gaps.items()},
+        **{f"{what}_s": values for what, values in seconds.items()},
+    }
+
+
+class Tokens:
+    """When each answer's tokens came."""
+
+    def __init__(self, rows: int) -> None:
+        self.times: list[list[float]] = [[] for _ in range(rows)]
+
+    def longest(self, began: float, ended: float) -> float:
+        """The longest gap between two tokens of an answer that reaches into a span of time."""
+        pairs = [pair for times in self.times for pair in zip(times, times[1:], strict=False)]
+        return max(b - a for a, b in pairs if b >= began and a <= ended)
+
+    async def gap_within(self, seconds: float) -> float:
+        """The longest gap while nothing is done."""
+        began = time.perf_counter()
+        await asyncio.sleep(seconds)
+        return self.longest(began, time.perf_counter())
+
+
+@asynccontextmanager
+async def decoding(engine: Engine, adapters: list[str]) -> AsyncIterator[Tokens]:
+    """Answers of these adapters under way all the time, each begun again when it is at its end."""
+    tokens = Tokens(len(adapters))
+
+    async def one(place: int) -> None:
+        while True:
+            prompt = tuple(1000 + place + n for n in range(PROMPT))
+            async for _ in engine.stream(Request(prompt, adapters[place], 4000)):
+                tokens.times[place].append(time.perf_counter())
+
+    tasks = [asyncio.create_task(one(place)) for place in range(len(adapters))]
+    try:
+        while not all(tokens.times):
+            await asyncio.sleep(0.01)
+        yield tokens
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def by_peft(found: OpenProject, resident: list[Adapter], late: Adapter, rounds: int) -> dict[str, list[float]]:
+    """Seconds that peft takes beside as many adapters."""
+    base = load_model(found.base, found.project.recipe.train.dtype, "none")
+    model = with_adapters(base, {each.digest: each.folder for each in resident})
+    taken: dict[str, list[float]] = {"peft_load_s": [], "peft_delete_s": []}
+    for _ in range(rounds):
+        began = time.perf_counter()
+        with_adapters(model, {late.digest: late.folder})
+        middle = time.perf_counter()
+        model.set_adapter(resident[0].digest, inference_mode=True)
+        model.delete_adapter(late.digest)
+        taken["peft_load_s"].append(middle - began)
+        taken["peft_delete_s"].append(time.perf_counter() - middle)
+    return taken
+
+
+if __name__ == "__main__":
+    main()
