@@ -27,6 +27,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,12 @@ def tell(result: dict[str, Any]) -> None:
         print(f"  peft's {what}: {1000 * statistics.median(taken):6.0f} ms (median)", file=sys.stderr)
 
 
-async def measure(
-    found: OpenProject, resident: list[Adapter], late: Adapter, rounds: int, rows: int
-) -> dict[str, Any]:
+async def measure(found: OpenProject, resident: list[Adapter], late: Adapter, rounds: int, rows: int) -> dict[str, Any]:
     """The longest gap of each round, by what was done meanwhile."""
     recipe = found.project.recipe
-    wanted = Wanted(found.base, replace(found.chat, stop_ids=frozenset()), "none", {each.digest: each.folder for each in resident})
+    wanted = Wanted(
+        found.base, replace(found.chat, stop_ids=frozenset()), "none", {each.digest: each.folder for each in resident}
+    )
     engine = await asyncio.to_thread(start_engine, "peft", recipe, wanted, found.reporter)
     gaps: dict[str, list[float]] = {"nothing": [], "load": [], "unload": []}
     seconds: dict[str, list[float]] = {"load": [], "unload": []}
@@ -106,9 +107,9 @@ async def measure(
                     await (engine.load(late.digest, late.folder) if what == "load" else engine.unload(late.digest))
                     ended = time.perf_counter()
                     seconds[what].append(ended - began)
-                    await asyncio.sleep(0.5)
+                    await tokens.after(ended)
                     gaps[what].append(tokens.longest(began, ended))
-                    await asyncio.sleep(0.3)
+                    await asyncio.sleep(0.5)
     finally:
         await asyncio.to_thread(engine.stop)
     return {
@@ -126,14 +127,21 @@ class Tokens:
 
     def longest(self, began: float, ended: float) -> float:
         """The longest gap between two tokens of an answer that reaches into a span of time."""
-        pairs = [pair for times in self.times for pair in zip(times, times[1:], strict=False)]
+        pairs = [pair for times in self.times for pair in pairwise(times)]
         return max(b - a for a, b in pairs if b >= began and a <= ended)
 
     async def gap_within(self, seconds: float) -> float:
         """The longest gap while nothing is done."""
         began = time.perf_counter()
         await asyncio.sleep(seconds)
-        return self.longest(began, time.perf_counter())
+        ended = time.perf_counter()
+        await self.after(ended)
+        return self.longest(began, ended)
+
+    async def after(self, moment: float) -> None:
+        """Wait until each answer has had a token after a moment."""
+        while any(times[-1] <= moment for times in self.times):
+            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

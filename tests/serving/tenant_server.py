@@ -70,7 +70,7 @@ class Running:
     @property
     def loaded(self) -> set[str]:
         """Digests of the adapters in memory."""
-        return set(getattr(self.engine._model, "peft_config", ()))
+        return set(self.engine._loaded)
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
         """OpenAI's own client."""

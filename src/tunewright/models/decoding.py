@@ -16,7 +16,7 @@ a near tie can fall the other way.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -29,7 +29,7 @@ from tunewright.models.caches import begun, merge, select
 from tunewright.models.constraints import only_allowed
 from tunewright.models.prefixes import PASS_TOKENS, Shared, shared_prefixes
 from tunewright.models.requests import Completion, Finish, Request, Row
-from tunewright.models.row_adapters import RowAdapters
+from tunewright.models.row_adapters import Lora, RowAdapters
 from tunewright.models.text_stream import Decode
 
 __all__ = ["Batch", "Completion", "Finish", "Prefix", "Reading", "Request", "Row", "generate", "prefill_groups"]
@@ -117,16 +117,19 @@ class Batch:
         # attention mask alone; a cache that dropped what has left the window would count padding as text.
         self._cache = DynamicCache()
 
-    def replace_model(self, model: Any) -> None:
-        """Go on with the same base, with other adapters on it.
+    def put(self, adapter: str, loras: Mapping[str, Lora]) -> None:
+        """Have one more adapter, by the names of the layers that it touches; the model has to have none itself."""
+        self._adapters.put(adapter, loras)
+
+    def drop(self, adapter: str) -> None:
+        """Forget an adapter; nothing happens if it is not (or no longer) here.
 
         Raises:
-            ValueError: a row under way needs an adapter that is gone.
-            UserError: an adapter is of a kind that cannot share a batch.
+            ValueError: a row under way needs it.
         """
-        adapters = RowAdapters(model, mixed=True)
-        adapters.require([row.request.adapter for row in self.rows])
-        self._model, self._adapters = model, adapters
+        if any(row.request.adapter == adapter for row in self.rows):
+            raise ValueError(f"an answer under way needs the adapter {adapter}")
+        self._adapters.drop(adapter)
 
     @torch.inference_mode()
     def prefix(self, ids: Sequence[int], adapter: str | None) -> Prefix:

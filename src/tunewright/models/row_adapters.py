@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,29 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunewright.errors import UserError
 
 BASE_ROW = "__base__"
 """PEFT's name for a row without an adapter."""
+_TOUCHED = (LoraLayer, AuxiliaryTrainingWrapper)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter's matrices of a layer, as they are multiplied with: [in, rank] and [rank, out]."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
 
 
 class RowAdapters:
-    """The LoRA layers of a model, and which adapter answers which row of a pass.
+    """The adapters of a model, and which of them answers which row of a pass.
+
+    They are those of a PeftModel, or are put beside a base that has none: then the model itself is never changed, and
+    one more is a few entries in a dictionary (:meth:`put`).
 
     PEFT's own ``forward(adapter_names=...)`` does the same, but looks for the layers anew in every pass (a quarter of
     the time of a short one), leaves its hooks behind when a pass fails, and needs ten operations a layer for each
@@ -36,7 +49,8 @@ class RowAdapters:
         self._model = model
         self._alone = False
         self._names: set[str] = set()
-        self._linear: list[_LinearLoras] = []
+        self._linear: dict[str, _LinearLoras] = {}
+        """By the layer's name."""
         self._layers: list[Any] = []
         if not isinstance(model, PeftModel):
             return
@@ -54,9 +68,24 @@ class RowAdapters:
         status = model.get_model_status()
         assert status.enabled is True and not status.merged_adapters, "adapters must be enabled and unmerged"
         self._names = set(configs)
-        layers = [part for part in model.modules() if isinstance(part, (LoraLayer, AuxiliaryTrainingWrapper))]
-        self._linear = [_LinearLoras(layer) for layer in layers if _is_plain(layer)]
-        self._layers = [layer for layer in layers if not _is_plain(layer)]
+        parts = {name: part for name, part in model.named_modules() if isinstance(part, _TOUCHED)}
+        self._linear = {name: _LinearLoras.of_peft(part) for name, part in parts.items() if _is_plain(part)}
+        self._layers = [part for part in parts.values() if not _is_plain(part)]
+
+    def put(self, name: str, loras: Mapping[str, Lora]) -> None:
+        """Have one more adapter of a base that has none of its own, by the names of the layers that it touches."""
+        assert not isinstance(self._model, PeftModel), "peft has its own layers there"
+        new = {layer: _LinearLoras.of_base(self._model.get_submodule(layer)) for layer in loras.keys() - self._linear}
+        self._linear |= new
+        for layer, lora in loras.items():
+            self._linear[layer].loras[name] = lora
+        self._names.add(name)
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter; nothing happens if it is not (or no longer) here."""
+        self._names.discard(name)
+        for layer in self._linear.values():
+            layer.loras.pop(name, None)
 
     def require(self, names: Sequence[str | None]) -> None:
         """A layer takes an unknown adapter for one that does not touch it, so the names are checked here."""
@@ -76,10 +105,10 @@ class RowAdapters:
             return
         with ExitStack() as stack:
             rows = _Rows(names, self._model.device)
-            for loras in self._linear:
-                stack.enter_context(loras.answering(rows))
-            for layer in self._layers:
-                stack.enter_context(_by_peft(layer, [BASE_ROW if name is None else name for name in names]))
+            for layer in self._linear.values():
+                stack.enter_context(layer.answering(rows))
+            for other in self._layers:
+                stack.enter_context(_by_peft(other, [BASE_ROW if name is None else name for name in names]))
             yield
 
 
@@ -95,7 +124,6 @@ class _Rows:
         counts = Counter(names[row] for row in order)
         self.names, self.sizes = list(counts), list(counts.values())
         """The adapters in that order, and how many rows each has."""
-        self.any = self.names != [None]
         self._moved = order != sorted(order)
         if self._moved:
             self._order = torch.tensor(order, device=device)
@@ -110,33 +138,48 @@ class _Rows:
         return states.index_select(0, self._back) if self._moved else states
 
 
-@dataclass(frozen=True)
-class _Lora:
-    """One adapter's matrices of a layer, as they are multiplied with: [in, rank] and [rank, out]."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-
 class _LinearLoras:
-    """A linear layer and the adapters that touch it."""
+    """A linear layer and the adapters that touch it.
 
-    def __init__(self, layer: Any) -> None:
+    Args:
+        layer: whose output it is.
+        inner: what the base makes of the layer's input.
+        loras: by their adapters; all of one type.
+        rounded: a change is rounded to the base's type before it is added, and not their sum.
+    """
+
+    def __init__(
+        self, layer: Any, inner: Callable[..., Tensor], loras: dict[str | None, Lora], *, rounded: bool
+    ) -> None:
+        assert "forward" not in vars(layer), "somebody else's way to compute it"
         self._layer = layer
-        self._loras: dict[str | None, _Lora] = {
-            name: _Lora(down.weight.detach().t(), layer.lora_B[name].weight.detach().t(), layer.scaling[name])
+        self._inner = inner
+        self._rounded = rounded
+        self.loras = loras
+
+    @classmethod
+    def of_peft(cls, layer: Any) -> _LinearLoras:
+        """Of peft's layer around the base's, and all adapters on it."""
+        loras: dict[str | None, Lora] = {
+            name: Lora(down.weight.detach().t(), layer.lora_B[name].weight.detach().t(), layer.scaling[name])
             for name, down in layer.lora_A.items()
         }
-        self._dtype = next(iter(self._loras.values())).down.dtype
+        return cls(layer, layer.base_layer, loras, rounded=False)
+
+    @classmethod
+    def of_base(cls, layer: nn.Module) -> _LinearLoras:
+        """Of the base's own layer, without adapters yet."""
+        # In 4 bits, whose weights are whole numbers, peft rounds so (peft/tuners/lora/bnb.py).
+        return cls(layer, layer.forward, {}, rounded=not layer.get_parameter("weight").is_floating_point())
 
     @contextmanager
     def answering(self, rows: _Rows) -> Iterator[None]:
         """While this is open, the layer answers so."""
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            result: Tensor = self._layer.base_layer(x, *args, **kwargs)
-            return self._changed(result, x, rows) if rows.any else result
+            result = self._inner(x, *args, **kwargs)
+            touched = any(name in self.loras for name in rows.names)
+            return self._changed(result, x, rows) if touched else result
 
         self._layer.forward = forward
         try:
@@ -147,17 +190,21 @@ class _LinearLoras:
     def _changed(self, result: Tensor, x: Tensor, rows: _Rows) -> Tensor:
         """What the base made of x [rows, ..., in], plus each row's adapter's change."""
         tokens = x[0].numel() // x.shape[-1]
-        own = rows.together(x).to(self._dtype).reshape(-1, x.shape[-1])
+        precision = next(iter(self.loras.values())).down.dtype
+        own = rows.together(x).to(precision).reshape(-1, x.shape[-1])
         change = own.new_empty(len(own), result.shape[-1])
         sizes = [size * tokens for size in rows.sizes]
         for name, part, inputs in zip(rows.names, change.split(sizes), own.split(sizes), strict=True):
-            lora = self._loras.get(name)
+            lora = self.loras.get(name)
             if lora is None:
                 part.zero_()
             else:
                 # With beta 0, what is in ``part`` before does not count.
                 torch.addmm(part, inputs.mm(lora.down), lora.up, beta=0, alpha=lora.scale, out=part)
-        return (result + rows.apart(change.view(result.shape))).to(result.dtype)
+        own_change = rows.apart(change.view(result.shape))
+        if self._rounded:
+            own_change = own_change.to(result.dtype)
+        return (result + own_change).to(result.dtype)
 
 
 @contextmanager

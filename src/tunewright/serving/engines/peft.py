@@ -11,9 +11,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from tunewright.adapters.matrices import read_matrices
 from tunewright.adapters.registry import require_digest
 from tunewright.models.decoding import Batch, Reading, Request, Row, prefill_groups
-from tunewright.models.loading import with_adapters
+from tunewright.models.row_adapters import Lora
 from tunewright.serving.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 
 log = logging.getLogger("tunewright")
@@ -56,9 +57,12 @@ class _Ticket:
 class PeftEngine:
     """Answers requests for the base and its adapters together, in one batch.
 
+    Adapters are loaded beside the model, which is not changed by it: they are read by another thread, and to have one
+    more takes the engine's own thread about a millisecond between two passes (docs/decisions/0024).
+
     Args:
-        model: see :class:`tunewright.models.decoding.Batch`; from here on only this engine may use it. Its adapters are
-            called by their digests, and further ones can be loaded later.
+        model: a base; from here on only this engine may use it. Or a PeftModel, whose own adapters can then be asked
+            for by their names, and no others: see :class:`tunewright.models.decoding.Batch`.
         stop_ids, pad_id: see :class:`tunewright.models.decoding.Batch`.
         max_batch: the most rows that decode at once; further requests wait in the order of their arrival.
         context_length: the most tokens that prompt and answer may have together.
@@ -140,22 +144,25 @@ class PeftEngine:
             self._cancel(ticket)
 
     async def load(self, digest: str, folder: Path) -> None:
-        """Put an adapter beside those that are there; answers under way wait while its weights are read.
+        """Put an adapter beside those that are there; answers under way go on while its weights are read.
 
         Raises:
             UserError: its files are not those of the digest, or it cannot share a batch.
             AdapterFailedError: it could not be loaded.
             EngineStoppedError: the engine has stopped.
         """
-        await asyncio.to_thread(require_digest, folder, digest)
+        if digest in self._loaded:
+            return
+
+        def read() -> dict[str, Lora]:
+            require_digest(folder, digest)
+            return read_matrices(folder, self._model)
+
+        loras = await asyncio.to_thread(read)
 
         def put() -> None:
-            if digest in self._loaded:
-                return
-            if digest not in getattr(self._model, "peft_config", ()):
-                self._replace(with_adapters(self._model, {digest: folder}))
+            self._batch.put(digest, loras)
             self._loaded.add(digest)
-            self._drop_unloaded()
 
         await self._between_turns(put)
 
@@ -168,8 +175,8 @@ class PeftEngine:
         """
 
         def let_go() -> None:
+            self._batch.drop(digest)
             self._loaded.discard(digest)
-            self._drop_unloaded()
 
         await self._between_turns(let_go)
 
@@ -189,22 +196,6 @@ class PeftEngine:
             self._errands.append((errand, done))
             self._changed.notify()
         await asyncio.wrap_future(done)
-
-    def _drop_unloaded(self) -> None:
-        """Free what is loaded no more; peft has no wrapped model without an adapter, so the last stays for a while."""
-        there = list(getattr(self._model, "peft_config", ()))
-        unloaded = [digest for digest in there if digest not in self._loaded]
-        kept = min(self._loaded, default=unloaded[0] if unloaded else None)
-        for digest in unloaded:
-            if digest != kept:
-                self._model.set_adapter(kept, inference_mode=True)
-                self._model.delete_adapter(digest)
-        if unloaded:
-            self._replace(self._model)
-
-    def _replace(self, model: Any) -> None:
-        self._batch.replace_model(model)
-        self._model = model
 
     def _submit(self, ticket: _Ticket) -> None:
         with self._changed:

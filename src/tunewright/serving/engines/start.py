@@ -14,7 +14,7 @@ import platformdirs
 from tunewright.chat import ChatFormat
 from tunewright.errors import UserError
 from tunewright.models.bases import Base, read_config
-from tunewright.models.loading import context_length, load_model, named, with_adapters
+from tunewright.models.loading import context_length, load_model, named
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.engines.protocol import Engine
@@ -80,16 +80,14 @@ def require_llamacpp() -> None:
 def _peft(recipe: Recipe, wanted: Wanted) -> Engine:
     from tunewright.serving.engines.peft import PeftEngine
 
-    model: Any = load_model(wanted.base, recipe.train.dtype, wanted.quantize)
-    if wanted.adapters:
-        model = with_adapters(model, wanted.adapters)
-    return PeftEngine(
-        model,
+    engine = PeftEngine(
+        load_model(wanted.base, recipe.train.dtype, wanted.quantize),
         stop_ids=wanted.chat.stop_ids,
         pad_id=wanted.chat.tokenizer.pad_token_id,
         max_batch=recipe.serve.max_batch,
         context_length=context_length(wanted.base),
     )
+    return _with_adapters(engine, wanted.adapters)
 
 
 def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
@@ -121,13 +119,7 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
         else None,
         gpu_share=None if cpu or wanted.alone else 0.45,
     )
-    engine = VllmEngine(settings, stop_ids=wanted.chat.stop_ids, reporter=reporter)
-    try:
-        asyncio.run(load_all(engine, wanted.adapters))
-    except BaseException:
-        engine.stop()
-        raise
-    return engine
+    return _with_adapters(VllmEngine(settings, stop_ids=wanted.chat.stop_ids, reporter=reporter), wanted.adapters)
 
 
 def _llamacpp(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
@@ -163,6 +155,16 @@ def _llamacpp(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
         threads=torch.get_num_threads(),
     )
     return LlamaCppEngine(settings, wanted.adapters, stop_ids=wanted.chat.stop_ids, reporter=reporter)
+
+
+def _with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
+    """The engine with these loaded; it is stopped if that fails."""
+    try:
+        asyncio.run(load_all(engine, adapters))
+    except BaseException:
+        engine.stop()
+        raise
+    return engine
 
 
 async def load_all(engine: Engine, adapters: Mapping[str, Path]) -> None:
