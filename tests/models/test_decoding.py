@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from decoding_helpers import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, reference
+from tunewright.adapters.matrices import read_matrices
 from tunewright.errors import UserError
 from tunewright.models.decoding import Batch, Completion, Reading, Request, Row, generate, prefill_groups
 
@@ -138,6 +140,45 @@ def test_whoever_comes_and_goes_the_others_answers_stay_the_same(
             assert row.ids == list(expected[index].ids[: len(row.ids)])
         else:
             assert row.completion == expected[index]
+
+
+@pytest.fixture(scope="module")
+def on_disk(tenants: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    tenants.save_pretrained(folder)
+    return folder
+
+
+@given(
+    actions=st.lists(st.tuples(st.sampled_from(["load", "unload", "step"]), st.sampled_from(ADAPTERS)), max_size=20),
+    order=st.permutations(range(len(POOL))),
+)
+@settings(max_examples=25, deadline=None)
+def test_whichever_adapters_come_and_go_answers_under_way_stay_the_same(
+    on_disk: Path, expected: list[Completion], actions: list[tuple[str, str]], order: list[int]
+) -> None:
+    base = llama()
+    batch = Batch(base, stop_ids=STOPS, pad_id=PAD)
+    loaded, waiting, rows = set[str | None]({None}), list(order), dict[int, Row]()
+    for action, adapter in [*actions, *(("load", name) for name in ADAPTERS), *[("step", "")] * 30]:
+        if action == "load":
+            batch.put(adapter, read_matrices(on_disk / adapter, base))
+            loaded.add(adapter)
+        elif action == "unload" and any(row.request.adapter == adapter for row in batch.rows):
+            with pytest.raises(ValueError, match=f"needs the adapter {adapter}"):
+                batch.drop(adapter)
+        elif action == "unload":
+            batch.drop(adapter)
+            loaded.discard(adapter)
+        elif batch.rows:
+            batch.step()
+        coming = [index for index in waiting if POOL[index].adapter in loaded][:2]
+        waiting = [index for index in waiting if index not in coming]
+        if coming:
+            rows |= zip(coming, batch.admit([POOL[index] for index in coming]), strict=True)
+    assert not batch.rows
+    assert not waiting
+    assert {index: row.completion for index, row in rows.items()} == dict(enumerate(expected))
 
 
 def test_a_seed_samples_the_same_answer_in_any_company(tenants: Any) -> None:

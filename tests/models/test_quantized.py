@@ -193,6 +193,25 @@ def test_rows_of_one_batch_with_different_adapters_answer_as_each_alone(base: Ba
     assert len({completion.ids for completion in together[:3]}) == 3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_beside_the_base_answers_as_peft_s_own_layers_do(dtype: str, base: Base, tmp_path: Path) -> None:
+    from tunewright.adapters.matrices import read_matrices
+    from tunewright.models.loading import with_adapters
+    from tunewright.models.row_adapters import RowAdapters
+
+    _tuned(base).save_pretrained(tmp_path)
+    model: Any = load_model(base, dtype, "nf4")
+    adapters = RowAdapters(model, mixed=True)
+    adapters.put("tuned", read_matrices(tmp_path, model))
+    wrapped: Any = with_adapters(load_model(base, dtype, "nf4"), {"tuned": tmp_path})
+    ids = torch.cat([IDS, IDS + 1])
+    with torch.inference_mode():
+        with adapters.answering(["tuned", None]):
+            found = model(input_ids=ids).logits
+        assert torch.equal(found, wrapped(input_ids=ids, adapter_names=["tuned", "__base__"]).logits)
+        assert not torch.equal(found, model(input_ids=ids).logits)
+
+
 def _installed(version: str | None) -> Any:
     def look(name: str) -> str:
         if version is None:

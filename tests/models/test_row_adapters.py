@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from decoding_helpers import llama
-from tunewright.models.row_adapters import BASE_ROW, RowAdapters
+from tunewright.models.row_adapters import BASE_ROW, Lora, RowAdapters
 
 CONFIGS = {
     "wide": LoraConfig(r=8, lora_alpha=20, target_modules=["q_proj", "v_proj", "down_proj", "o_proj"]),
@@ -69,3 +70,87 @@ def test_the_base_s_precision_is_kept_and_the_sum_is_rounded_once() -> None:
             found = wrapped(input_ids=ids).logits
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected)
+
+
+BESIDE = ["wide", "narrow", "scaled"]
+
+
+def _loras(model: Any, adapter: str) -> dict[str, Lora]:
+    """Copies of what an adapter of a PeftModel brings, by the names of the base's layers."""
+    return {
+        name.removeprefix("base_model.model."): Lora(
+            layer.lora_A[adapter].weight.detach().clone().t(),
+            layer.lora_B[adapter].weight.detach().clone().t(),
+            layer.scaling[adapter],
+        )
+        for name, layer in model.named_modules()
+        if adapter in getattr(layer, "lora_A", ())
+    }
+
+
+def _logits(model: Any, adapters: RowAdapters, names: list[str | None], ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(), adapters.answering(names):
+        found: torch.Tensor = model(input_ids=ids).logits
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    names=st.lists(st.sampled_from([None, *BESIDE]), min_size=1, max_size=9),
+    tokens=st.integers(1, 5),
+    others=st.lists(st.tuples(st.sampled_from(BESIDE), st.booleans()), max_size=8),
+)
+def test_adapters_beside_a_base_answer_as_peft_s_own_whatever_came_and_went_before(
+    model: Any, names: list[str | None], tokens: int, others: list[tuple[str, bool]]
+) -> None:
+    base = llama()
+    adapters = RowAdapters(base, mixed=True)
+    for name, put in [*others, *((name, True) for name in names if name is not None)]:
+        if put:
+            adapters.put(name, _loras(model, name))
+        else:
+            adapters.drop(name)
+    ids = torch.randint(8, 128, (len(names), tokens), generator=torch.Generator().manual_seed(tokens))
+    found = _logits(base, adapters, names, ids)
+    assert torch.equal(found, _logits(model, RowAdapters(model, mixed=True), names, ids))
+    with torch.inference_mode():
+        expected = model(input_ids=ids, adapter_names=[name or BASE_ROW for name in names]).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_base_is_the_same_before_with_and_after_adapters_beside_it_and_nothing_of_them_stays(model: Any) -> None:
+    base, ids = llama(), torch.tensor([[9, 10, 11]])
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    parts = [(name, type(part), sorted(vars(part))) for name, part in base.named_modules()]
+    plain = base(input_ids=ids).logits
+    adapters = RowAdapters(base, mixed=True)
+    loras = _loras(model, "wide")
+    held = [weakref.ref(lora.down) for lora in loras.values()]
+    adapters.put("wide", loras)
+    del loras
+    adapters.require(["wide"])
+    assert not torch.equal(_logits(base, adapters, ["wide"], ids), plain)
+    assert torch.equal(_logits(base, adapters, [None], ids), plain)
+    adapters.drop("wide")
+    adapters.drop("wide")  # once more does no harm
+    with pytest.raises(ValueError, match="no adapter wide"):
+        adapters.require(["wide"])
+    assert not any(ref() is not None for ref in held)
+    assert [(name, type(part), sorted(vars(part))) for name, part in base.named_modules()] == parts
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
+    assert torch.equal(base(input_ids=ids).logits, plain)
+
+
+def test_an_adapter_for_a_layer_that_the_base_has_not_leaves_everything_as_it_was(model: Any) -> None:
+    base, ids = llama(), torch.tensor([[9, 10, 11]])
+    adapters = RowAdapters(base, mixed=True)
+    adapters.put("wide", _loras(model, "wide"))
+    before = _logits(base, adapters, ["wide"], ids)
+    lora = next(iter(_loras(model, "narrow").values()))
+    for name in ("narrow", "wide"):
+        with pytest.raises(AttributeError):
+            adapters.put(name, {"model.layers.0.self_attn.q_proj": lora, "model.layers.9.self_attn.q_proj": lora})
+    assert torch.equal(_logits(base, adapters, ["wide"], ids), before)
+    with pytest.raises(ValueError, match="no adapter narrow"):
+        adapters.require(["narrow"])

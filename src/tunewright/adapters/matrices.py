@@ -98,7 +98,7 @@ def _plain_config(path: Path) -> LoraConfig:
             )
     try:
         return LoraConfig(**{key: value for key, value in said.items() if key in _HEEDED})
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"peft does not take this configuration: {error}", where=str(path)) from None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tunewright.adapters.matrices import read_matrices
 from tunewright.adapters.registry import require_digest
+from tunewright.errors import UserError
 from tunewright.models.decoding import Batch, Reading, Request, Row, prefill_groups
 from tunewright.models.row_adapters import Lora
 from tunewright.serving.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
@@ -158,7 +159,13 @@ class PeftEngine:
             require_digest(folder, digest)
             return read_matrices(folder, self._model)
 
-        loras = await asyncio.to_thread(read)
+        try:
+            loras = await asyncio.to_thread(read)
+        except UserError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            log.exception("an adapter could not be read")
+            raise AdapterFailedError(f"The adapter {digest} could not be read: {error}") from error
 
         def put() -> None:
             self._batch.put(digest, loras)
