@@ -102,11 +102,11 @@ def test_whatever_the_configuration_it_is_what_peft_loads_to_the_bit(
             assert ours.dtype == theirs.dtype
             assert torch.equal(ours, theirs.t())
             assert ours.stride() == theirs.t().stride()
-    ours = RowAdapters(base, mixed=True)
-    ours.put("default", read)
+    beside = RowAdapters(base, mixed=True)
+    beside.put("default", read)
     with torch.inference_mode():
         expected = wrapped(input_ids=IDS).logits
-        with ours.answering(["default", "default"]):
+        with beside.answering(["default", "default"]):
             found = base(input_ids=IDS).logits
         with RowAdapters(wrapped, mixed=True).answering(["default", "default"]):
             before = wrapped(input_ids=IDS).logits
@@ -137,7 +137,7 @@ PLAIN: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "
 def test_more_than_plain_lora_is_refused_and_what_it_is_is_named(
     more: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
-    get_peft_model(llama(), LoraConfig(**PLAIN | more)).save_pretrained(tmp_path)
+    get_peft_model(llama(), LoraConfig(**PLAIN | more)).save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match=named):
         read_matrices(tmp_path, llama())
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from contextlib import aclosing
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from served_model import CONTEXT, build_model, running_engine, running_server
+from served_model import CONTEXT, build_base, build_model, running_engine, running_server
+from tenant_server import store_adapters
 
+from tunewright.adapters.matrices import read_matrices
+from tunewright.adapters.registry import CONFIG, adapter_digest
+from tunewright.errors import UserError
 from tunewright.models.decoding import Request, generate
 from tunewright.serving.engines.peft import PIECE_TOKENS, PeftEngine
-from tunewright.serving.engines.protocol import Delta, EngineStoppedError
+from tunewright.serving.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 
 ENDLESS = Request((1, 2, 3), None, CONTEXT)
 
@@ -156,3 +163,99 @@ def test_when_the_model_fails_answers_under_way_and_later_ones_say_so() -> None:
         assert "out of memory" in health.json()["reason"]
         later = client.post("/v1/chat/completions", json=body)
         assert (later.status_code, later.json()["error"]["type"]) == (503, "server_error")
+
+
+def _ids(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.ids]
+
+
+def test_answers_go_on_while_an_adapter_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = store_adapters(tmp_path)["one"]
+    go_on = threading.Event()
+
+    def slowly(*arguments: Any) -> Any:
+        assert go_on.wait(60)
+        return read_matrices(*arguments)
+
+    async def run(engine: PeftEngine) -> None:
+        async with aclosing(engine.stream(ENDLESS)) as stream:
+            await anext(stream)
+            loading = asyncio.create_task(engine.load(stored.digest, stored.folder))
+            for _ in range(50):
+                await anext(stream)
+            assert not loading.done()
+            go_on.set()
+            await loading
+            await anext(stream)
+        assert await _collect(engine, Request((4, 5), stored.digest, 5))
+
+    monkeypatch.setattr("tunewright.serving.engines.peft.read_matrices", slowly)
+    with running_engine(build_base(), stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 120))
+
+
+def test_answers_under_way_are_the_same_whatever_is_loaded_and_let_go_meanwhile(tmp_path: Path) -> None:
+    one, two, three = store_adapters(tmp_path).values()
+    asked = [Request((4, 5 + n), digest, 60) for n, digest in enumerate((None, one.digest, one.digest))]
+
+    async def run(engine: PeftEngine) -> None:
+        await engine.load(one.digest, one.folder)
+        alone = [_ids(await _collect(engine, request)) for request in asked]
+        answering = [asyncio.create_task(_collect(engine, request)) for request in asked]
+        changes = 0
+        while not all(task.done() for task in answering):
+            for stored in (two, three):
+                await engine.load(stored.digest, stored.folder)
+                await engine.unload(stored.digest)
+                changes += 1
+        assert [_ids(await task) for task in answering] == alone
+        assert changes > 2
+
+    with running_engine(build_base(), stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 120))
+
+
+def test_an_adapter_that_cannot_be_loaded_leaves_all_as_it_was_and_the_next_one_can_be(tmp_path: Path) -> None:
+    one, two, three = store_adapters(tmp_path).values()
+    dora = json.loads((two.folder / CONFIG).read_text()) | {"use_dora": True}
+    (two.folder / CONFIG).write_text(json.dumps(dora))
+    broken = adapter_digest(two.folder)
+    request = Request((4, 5), one.digest, 30)
+
+    async def run(engine: PeftEngine) -> None:
+        await engine.load(one.digest, one.folder)
+        before = await _collect(engine, request)
+        answering = asyncio.create_task(_collect(engine, request))
+        with pytest.raises(UserError, match="use_dora"):
+            await engine.load(broken, two.folder)
+        (two.folder / CONFIG).write_text("[]")
+        with pytest.raises(AdapterFailedError, match="could not be read"):
+            await engine.load(adapter_digest(two.folder), two.folder)
+        assert _ids(await answering) == _ids(before)
+        with pytest.raises(RequestFailedError, match="not loaded"):
+            await _collect(engine, Request((4, 5), broken, 5))
+        await engine.load(three.digest, three.folder)
+        assert _ids(await _collect(engine, Request((4, 5), three.digest, 30))) != _ids(before)
+
+    with running_engine(build_base(), stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 120))
+
+
+def test_an_adapter_that_an_answer_under_way_needs_stays(tmp_path: Path) -> None:
+    one = store_adapters(tmp_path)["one"]
+
+    async def run(engine: PeftEngine) -> None:
+        await engine.load(one.digest, one.folder)
+        request = Request((4, 5), one.digest, 40)
+        async with aclosing(engine.stream(request)) as stream:
+            deltas = [await anext(stream)]
+            with pytest.raises(AdapterFailedError, match="needs the adapter"):
+                await engine.unload(one.digest)
+            deltas += [delta async for delta in stream]
+        assert _ids(deltas) == _ids(await _collect(engine, request))
+        await engine.unload(one.digest)
+        with pytest.raises(RequestFailedError, match="not loaded"):
+            await _collect(engine, request)
+
+    with running_engine(build_base(), stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 120))
