@@ -74,18 +74,15 @@ def main() -> None:
 
 
 def tell(result: dict[str, Any]) -> None:
-    """For people."""
-    print(f"{result['adapters']} adapters resident", file=sys.stderr)
+    """For people: medians over the rounds."""
+    print(f"{result['adapters']} adapters there, {result['rows']} answers under way", file=sys.stderr)
+    print(f"  a pass: {1000 * result['pass_s']:.0f} ms", file=sys.stderr)
     for what in ("nothing", "load", "unload"):
-        gaps = result[f"gaps_{what}_s"]
-        print(
-            f"  {what:8} longest gap {1000 * max(gaps):6.0f} ms, median of the rounds' longest "
-            f"{1000 * statistics.median(gaps):6.0f} ms",
-            file=sys.stderr,
-        )
+        gaps = [1000 * gap for gap in result[f"gaps_{what}_s"]]
+        told = f"{statistics.median(gaps):5.0f} ms (of {len(gaps)} rounds {min(gaps):.0f} to {max(gaps):.0f})"
+        print(f"  longest gap, {what:8}{told}", file=sys.stderr)
     for what in ("load", "delete"):
-        taken = result[f"peft_{what}_s"]
-        print(f"  peft's {what}: {1000 * statistics.median(taken):6.0f} ms (median)", file=sys.stderr)
+        print(f"  peft's {what:14}{1000 * statistics.median(result[f'peft_{what}_s']):5.0f} ms", file=sys.stderr)
 
 
 async def measure(found: OpenProject, resident: list[Adapter], late: Adapter, rounds: int, rows: int) -> dict[str, Any]:
@@ -114,6 +111,7 @@ async def measure(found: OpenProject, resident: list[Adapter], late: Adapter, ro
         await asyncio.to_thread(engine.stop)
     return {
         "rows": rows,
+        "pass_s": statistics.median(b - a for times in tokens.times for a, b in pairwise(times)),
         **{f"gaps_{what}_s": values for what, values in gaps.items()},
         **{f"{what}_s": values for what, values in seconds.items()},
     }
