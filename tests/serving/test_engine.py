@@ -241,7 +241,7 @@ def test_an_adapter_that_cannot_be_loaded_leaves_all_as_it_was_and_the_next_one_
         asyncio.run(asyncio.wait_for(run(engine), 120))
 
 
-def test_an_adapter_that_an_answer_under_way_needs_stays(tmp_path: Path) -> None:
+def test_an_adapter_that_an_answer_under_way_needs_stays_also_while_its_prompt_is_read(tmp_path: Path) -> None:
     one = store_adapters(tmp_path)["one"]
 
     async def run(engine: PeftEngine) -> None:
@@ -253,6 +253,12 @@ def test_an_adapter_that_an_answer_under_way_needs_stays(tmp_path: Path) -> None
                 await engine.unload(one.digest)
             deltas += [delta async for delta in stream]
         assert _ids(deltas) == _ids(await _collect(engine, request))
+        reading = asyncio.create_task(_collect(engine, Request(LONG.prompt_ids, one.digest, 2)))
+        while not engine._unread:
+            await asyncio.sleep(0)
+        with pytest.raises(AdapterFailedError, match="needs the adapter"):
+            await engine.unload(one.digest)
+        assert len(_ids(await reading)) == 2
         await engine.unload(one.digest)
         with pytest.raises(RequestFailedError, match="not loaded"):
             await _collect(engine, request)

@@ -182,6 +182,8 @@ class PeftEngine:
         """
 
         def let_go() -> None:
+            if any(ticket.request.adapter == digest for ticket in self._running):
+                raise ValueError(f"an answer under way needs the adapter {digest}")
             self._batch.drop(digest)
             self._loaded.discard(digest)
 
