@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_engine import ScriptedEngine
 
+from tunewright.models.requests import Request
+from tunewright.progress import LogReporter
 from tunewright.serving.canaries import CANARY, END, PER_MODEL, Answer, Digest, Ids, Own, find_canaries
+from tunewright.serving.engines.protocol import Delta
+from tunewright.serving.isolation import check_isolation
 
 TOKENS, VOCABULARY, STOP = 4, 5, 0
 TOLERANCE = 0.5
@@ -64,7 +71,7 @@ MODELS: list[Digest] = [None, "a", "b", "c", "d", "e"]
 PROMPTS = [(number,) for number in range(12)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.0, 0.2, 1.0, 3.0]), twins=st.booleans())
 def test_each_model_is_told_from_each_by_one_of_its_prompts_or_named_as_alike(
     seed: int, spread: float, twins: bool
@@ -86,7 +93,7 @@ def test_each_model_is_told_from_each_by_one_of_its_prompts_or_named_as_alike(
         assert {("b", "d"), ("d", "b"), (None, "e"), ("e", None)} <= found.alike
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.2, 1.0, 3.0]))
 def test_where_an_answer_departs_it_falls_short_by_no_more_than_on_the_whole(seed: int, spread: float) -> None:
     oracle = TableOracle(seed, spread)
@@ -116,3 +123,43 @@ def test_passes_over_the_model_grow_with_the_models_and_not_with_their_pairs() -
     assert many <= 12 * 64
     assert many <= 8 * few * 2
     assert judged <= 64 * 2, "of 4,032 pairs"
+
+
+class TableEngine(ScriptedEngine):
+    """Answers as the table says, and counts."""
+
+    def __init__(self, oracle: TableOracle) -> None:
+        super().__init__()
+        self._oracle = oracle
+        self.requests = self.changes = 0
+
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+        self.requests += 1
+        answer = self._oracle._own(request.adapter, request.prompt_ids).answer
+        yield Delta(answer.ids, answer.finish)
+
+    async def load(self, digest: str, folder: Path) -> None:
+        self.changes += 1
+
+    async def unload(self, digest: str) -> None:
+        self.changes += 1
+
+
+def test_what_the_isolation_test_asks_of_an_engine_grows_with_the_adapters_and_not_with_their_pairs() -> None:
+    def asked(adapters: int) -> tuple[int, int]:
+        oracle = TableOracle(1, 6.0)
+        engine = TableEngine(oracle)
+        folders = {str(number): Path(str(number)) for number in range(adapters)}
+        names: dict[Digest, str] = {digest: f"model {digest}" for digest in (None, *folders)}
+        done = check_isolation(
+            engine, oracle, folders, PROMPTS, tolerance=0.25, names=names, reporter=LogReporter(), long=3
+        )
+        result = asyncio.run(done)
+        assert result.verdict == "isolated"
+        assert min(check.asked for check in result.checks) > adapters
+        return engine.requests, engine.changes
+
+    (few, fewer), (many, more) = asked(8), asked(64)
+    assert more == 8 * fewer == 6 * 64
+    # Each further prompt that it takes to tell one of more adapters from the others is asked of all.
+    assert many <= 8 * few * 2

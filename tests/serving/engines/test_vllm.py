@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from test_isolation import PROMPTS, failed, result_of
 
 from tunewright.models.bases import Base
 from tunewright.models.requests import Request
-from tunewright.serving.engines.protocol import Engine
+from tunewright.serving.engines.protocol import Engine, EngineStoppedError
 from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.serving.engines.vllm.launch import list_adapters
 from tunewright.serving.oracle import PeftOracle
@@ -35,7 +36,7 @@ async def _ids(engine: Engine, request: Request) -> list[int]:
     return [token async for delta in engine.stream(request) for token in delta.ids]
 
 
-def test_vllm_as_we_start_it_keeps_adapters_apart_and_answers_alike_after_it_was_killed(
+def test_vllm_as_we_start_it_keeps_adapters_apart_and_answers_alike_after_its_core_was_killed(
     small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
 ) -> None:
     with vllm_engine(small_base) as engine:
@@ -44,12 +45,35 @@ def test_vllm_as_we_start_it_keeps_adapters_apart_and_answers_alike_after_it_was
 
         asked = [Request(PROMPTS[0], digest, 8) for digest in (None, *small_adapters)]
         before = [asyncio.run(_ids(engine, request)) for request in asked]
-        assert engine.child.process_id is not None
-        os.kill(engine.child.process_id, signal.SIGKILL)
-        _wait_until(lambda: engine.stopped is not None)
-        _wait_until(lambda: engine.stopped is None)
+        asyncio.run(_lose_core(engine))
+        _wait_until(lambda: engine.child.starts == 2 and engine.stopped is None)
         # The resolver loads them again as they are asked for.
         assert [asyncio.run(_ids(engine, request)) for request in asked] == before
+
+
+async def _lose_core(engine: VllmEngine) -> None:
+    """Kill the process that computes, behind the one that answers, while requests are under way."""
+    waiting = [asyncio.create_task(_ids(engine, Request(PROMPTS[0], None, 480))) for _ in range(2)]
+    while engine.under_way[0] < 2:
+        await asyncio.sleep(0)
+    assert engine.child.process_id is not None
+    os.kill(_engine_core(engine.child.process_id), signal.SIGKILL)
+    for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(outcome, EngineStoppedError), outcome
+    while True:
+        with pytest.raises(EngineStoppedError, match="being started again"):
+            await _ids(engine, Request(PROMPTS[0], None, 2))
+        if engine.stopped is not None:
+            return
+
+
+def _engine_core(server: int) -> int:
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            name, _, rest = status.read_text().partition("(")[2].rpartition(")")
+            if name.startswith("VLLM::EngineCor") and int(rest.split()[1]) == server:
+                return int(status.parent.name)
+    raise AssertionError("vLLM has no EngineCore")
 
 
 def _wait_until(true: Callable[[], bool], seconds: float = 300) -> None:
