@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,27 @@ def test_vllm_that_answers_probes_and_computes_nothing_hangs_too_but_not_while_n
         asyncio.run(_ids(engine, Request((ENDLESS,), None, 500)))
     _wait_until(lambda: engine.child.starts == 2 and engine.stopped is None)
     assert any("vLLM hangs" in warning for warning in reporter.warnings)
+
+
+def test_that_everybody_gives_up_waiting_does_not_make_vllm_that_computes_nothing_look_well(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("PROBE_SECONDS", 0.05), ("STUCK_SECONDS", 0.5)):
+        monkeypatch.setattr(f"tunewright.serving.engines.child.{name}", seconds)
+
+    async def ask_for_a_while() -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.4):
+                await _ids(engine, Request((ENDLESS,), None, 500))
+        await asyncio.sleep(0.3)
+
+    async def ask() -> None:
+        with pytest.raises(EngineStoppedError):
+            for _ in range(100):
+                await ask_for_a_while()
+
+    asyncio.run(ask())
+    _wait_until(lambda: engine.child.starts == 2 and engine.stopped is None)
 
 
 def test_what_dies_again_and_again_is_given_up(

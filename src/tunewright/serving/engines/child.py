@@ -35,8 +35,9 @@ PATIENCE_SECONDS = 5.0
 """For one such answer."""
 MISSED = 3
 """Looks without an answer, one after the other, of what hangs."""
-STUCK_SECONDS = 300.0
-"""Without a pass over the model while requests are under way; one over hundreds of tokens may take a minute."""
+STUCK_SECONDS = 180.0
+"""With requests under way, and without a pass over the model: one over hundreds of tokens may take a minute. Time
+without requests does not count, but ends nothing: whoever is not answered gives up."""
 _LONGEST_WAIT = 60.0
 _CALM = 300.0
 """After so many seconds without a failure the next one is a first one again."""
@@ -244,18 +245,21 @@ class Child:
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Wait until it ends, is to end, answers no more, or computes nothing though it has requests."""
-        looked = moved = time.monotonic()
-        missed, signs = 0, self._signs()
+        looked = time.monotonic()
+        missed, stuck, signs = 0, 0.0, self._signs()
         while process.poll() is None and not self._stopping.wait(0.2):
             now = time.monotonic()
             if now - looked < PROBE_SECONDS:
                 continue
+            since = min(now - looked, 2 * PROBE_SECONDS)  # while the machine slept nothing was stuck
             looked = now
             missed = 0 if self._answers() else missed + 1
             fresh = self._signs()
-            if not self._busy() or fresh not in (None, signs):
-                moved, signs = now, fresh
-            if missed >= MISSED or now - moved > STUCK_SECONDS:
+            if fresh not in (None, signs):
+                stuck, signs = 0.0, fresh
+            elif self._busy():
+                stuck += since
+            if missed >= MISSED or stuck > STUCK_SECONDS:
                 self._end = "hangs"
                 # Whoever waits for it hears of it now: its connections are closed as it is killed.
                 self._set_trouble(f"{self._plan.name} hangs and is being started again: try again in a minute.")
