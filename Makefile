@@ -29,7 +29,7 @@ pytest: $(VENV)/.installed
 
 # 10,000 cases for each reader of files, where `make test` tries 100.
 fuzz: $(VENV)/.installed
-	$(BIN)/pytest tests/data/test_reader_fuzz.py --hypothesis-profile=fuzz --durations=0
+	$(BIN)/pytest tests/data/test_reader_fuzz.py tests/adapters/test_header.py --hypothesis-profile=fuzz --durations=0
 
 # The engine vllm: its own environment (2.4 GB in build/vllm, made once), then every engine's tests on real vLLM.
 test-vllm: $(VENV)/.installed
