@@ -38,19 +38,18 @@ class Clients:
             yield client
 
     async def open_loop(
-        self, asks: Sequence[Ask], prompt: Callable[[int], Prompt], tokens: int, connections: int | None = None
+        self, asks: Sequence[Ask], prompt: Callable[[int], Prompt], tokens: int
     ) -> tuple[list[Answer], float]:
         """Each request when it is due, whatever became of those before.
 
         Args:
             prompt: of the n-th request.
             tokens: of each answer.
-            connections: the most requests under way; what is due then waits, and the wait counts.
 
         Returns:
             The answers in the requests' order, and the seconds until the last one's end.
         """
-        async with self.connected(connections) as client:
+        async with self.connected() as client:
             began = time.perf_counter()
 
             async def due(number: int, ask: Ask) -> Answer:

@@ -43,7 +43,10 @@ def show(parts: Mapping[str, Any]) -> None:
         bars.add_row(f"added by the gateway, p50 of {found['pairs']} pairs", told, "first <= 5 ms")
     if found := parts.get("isolation"):
         told = ", ".join(f"{count} {what}" for what, count in found["answers"].items())
-        bars.add_row(f"{found['requests']} mixed requests", told, "0 of another")
+        what = (
+            f"{found['requests']} mixed requests of {found['tenants']} tenants, {found['releases_meanwhile']} releases"
+        )
+        bars.add_row(what, told, "0 of another")
     console.print(bars)
     if "load" in parts:
         _show_load(console, parts["load"])

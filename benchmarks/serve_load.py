@@ -21,7 +21,6 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ from typing import Any
 import httpx
 from arrivals import Answer, Ask, Bounds, Waits, burst, by_tenant, goodput_fairness, jain, poisson, zipf_shares
 from load_clients import Clients, cold_loads
+from load_mixed import mixed
 from load_shown import draw, machine, show
 from load_tenants import Tenant, make_tenants, release
 from scipy.stats import quantile_test
@@ -47,8 +47,6 @@ from tunewright.disk import write_json
 from tunewright.progress import LogReporter
 from tunewright.project import Project
 from tunewright.road.opened import OpenProject
-from tunewright.serving.canaries import Answer as Said
-from tunewright.serving.isolation import TOLERANCE
 from tunewright.serving.state import State
 
 ROOT = Path(__file__).parents[1]
@@ -59,8 +57,6 @@ LATECOMERS = 4
 """Tenants whose adapters are released while there is load."""
 BUSY = 0.6
 """The load's share of what the server can do."""
-TOLD_BY = 4
-"""Tokens of an answer by which its adapter is known."""
 
 
 def main() -> None:
@@ -105,8 +101,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=96, help="requests of one side in one round")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--requests", type=int, default=2000, help="whose adapter is checked")
-    parser.add_argument("--canaries", type=int, default=8, help="prompts, the shortest, that adapters are told by")
-    parser.add_argument("--noise", type=float, default=10.0, help="how far tenants' adapters are from the trained one")
+    parser.add_argument("--canaries", type=int, default=48, help="the most prompts tried that tell adapters apart")
+    parser.add_argument("--noise", type=float, default=14.0, help="how far tenants' adapters are from the trained one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--parts", nargs="*", default=names, choices=names)
     parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True)
@@ -382,58 +378,10 @@ class Load:
 
     def isolation(self) -> dict[str, Any]:
         """Many short requests of all tenants mixed; each answer has to be its own adapter's."""
-        from tunewright.serving.oracle import PeftOracle
-
         self._release_all()
-        recipe, chat = self._opened.project.recipe, self._opened.chat
-        folders = {tenant.adapter.digest: tenant.adapter.folder for tenant in self._tenants}
-        oracle = PeftOracle(self._opened.base, recipe.train.dtype, "none", folders, stop_ids=())
-        chosen = sorted(range(len(self._ids)), key=lambda n: len(self._ids[n]))
-        chosen = chosen[: self._options.canaries]
-        right: dict[tuple[int, int], str] = {}  # by prompt and tenant
-        for prompt in chosen:
-            for number, tenant in enumerate(self._tenants):
-                (said,) = oracle.answers(tenant.adapter.digest, [self._ids[prompt]])
-                right[prompt, number] = chat.text(said.ids[:TOLD_BY])
-        told = {n: [p for p in chosen if _only(right, p, n)] for n in range(len(self._tenants))}
-        known = [number for number, prompts in told.items() if prompts]
-        draw = random.Random(SEED)
-        asks = [Ask(0.0, draw.choice(known)) for _ in range(self._options.requests)]
-        prompts = [draw.choice(told[ask.tenant]) for ask in asks]
-        answers, seconds = asyncio.run(
-            self._clients.open_loop(asks, lambda n: self._prompts[prompts[n]], TOLD_BY, connections=64)
-        )
-        counts: Counter[str] = Counter()
-        for answer, prompt in zip(answers, prompts, strict=True):
-            own = self._tenants[answer.tenant].adapter.digest
-            if answer.status != 200:
-                counts[f"status {answer.status}"] += 1
-            elif answer.digest != own:
-                counts["another digest"] += 1
-            elif answer.text == right[prompt, answer.tenant]:
-                counts["its adapter's answer"] += 1
-            elif any(answer.text == right[prompt, n] for n in range(len(self._tenants))):
-                counts["another adapter's answer"] += 1
-            else:
-                ids = tuple(chat.tokenizer.encode(answer.text, add_special_tokens=False))
-                (short,) = oracle.shortfalls(own, self._ids[prompt], [Said(ids, "length")])
-                near = short <= TOLERANCE[recipe.train.dtype]
-                counts["within the tolerance of its adapter's" if near else "neither"] += 1
-        return {
-            "requests": len(asks),
-            "seconds": seconds,
-            "tenants_told_apart": len(known),
-            "tenants": len(self._tenants),
-            "tokens": TOLD_BY,
-            "dtype": recipe.train.dtype,
-            "answers": dict(counts),
-        }
-
-
-def _only(right: dict[tuple[int, int], str], prompt: int, tenant: int) -> bool:
-    """Whether no other tenant's adapter gives that answer."""
-    own = right[prompt, tenant]
-    return sum(text == own for (asked, _), text in right.items() if asked == prompt) == 1
+        prompts = sorted(self._prompts, key=lambda prompt: len(self._opened.chat.prompt(prompt)))
+        few, of = prompts[: self._options.canaries], self._options.requests
+        return mixed(self._opened, self._state, self._clients, self._tenants, self._late, few, of, SEED)
 
 
 def _gaps_within(answer: Answer, span: tuple[float, float]) -> list[float]:

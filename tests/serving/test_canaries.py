@@ -37,14 +37,14 @@ class TableOracle:
         own = random.Random(f"{self._seed} {model} {prompt} {before}")
         return [common.gauss(0, 1) + own.gauss(0, self._spread) for _ in range(VOCABULARY)]
 
-    def own(self, model: Digest, prompts: Sequence[Ids]) -> list[Own]:
+    def own(self, model: Digest, prompts: Sequence[Ids], tokens: int = TOKENS) -> list[Own]:
         self.answered += len(prompts)
-        return [self._own(model, prompt) for prompt in prompts]
+        return [self._own(model, prompt, tokens) for prompt in prompts]
 
-    def _own(self, model: Digest, prompt: Ids) -> Own:
+    def _own(self, model: Digest, prompt: Ids, tokens: int = TOKENS) -> Own:
         ids: list[int] = []
         behind = []
-        while len(ids) < TOKENS:
+        while len(ids) < tokens:
             logits = self._logits(model, prompt, tuple(ids))
             best = max(logits)
             gaps = {token: best - logit for token, logit in enumerate(logits)}

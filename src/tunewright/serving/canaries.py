@@ -60,8 +60,8 @@ class Own:
 class Oracle(Protocol):
     """The right answers."""
 
-    def own(self, model: Digest, prompts: Sequence[Ids]) -> list[Own]:
-        """Its greedy answers, of :data:`TOKENS` tokens at most."""
+    def own(self, model: Digest, prompts: Sequence[Ids], tokens: int = TOKENS) -> list[Own]:
+        """Its greedy answers, of so many tokens at most."""
 
     def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
         """For each answer, by how many nats its worst token falls short of the model's likeliest one there."""

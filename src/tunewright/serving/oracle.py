@@ -39,7 +39,7 @@ class PeftOracle:
         return [own.answer for own in self.own(model, prompts)]
 
     @torch.inference_mode()
-    def own(self, model: Digest, prompts: Sequence[Ids]) -> list[Own]:
+    def own(self, model: Digest, prompts: Sequence[Ids], tokens: int = TOKENS) -> list[Own]:
         """transformers' own greedy answers, in one batch, and how far other tokens were behind."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
@@ -49,7 +49,7 @@ class PeftOracle:
             made = self._model.generate(
                 input_ids=torch.tensor(ids, device=self._model.device),
                 attention_mask=torch.tensor(mask, device=self._model.device),
-                max_new_tokens=TOKENS,
+                max_new_tokens=tokens,
                 do_sample=False,
                 eos_token_id=self._stop_ids or None,
                 pad_token_id=0,
@@ -101,7 +101,9 @@ class PeftOracle:
     @contextmanager
     def _answering(self, model: Digest) -> Iterator[None]:
         if model is not None:
-            self._model.set_adapter(model)
+            # PEFT walks through all layers and adapters for it: as long as a token takes, where there are many.
+            if self._model.active_adapter != model:
+                self._model.set_adapter(model)
             yield
         elif hasattr(self._model, "disable_adapter"):
             with self._model.disable_adapter():

@@ -1,0 +1,273 @@
+"""The part `isolation` of `serve_load.py`: requests of all tenants mixed, each answer held to its adapter's own.
+
+What is right is what peft and transformers answer with that adapter alone. A tenant is asked only what tells its
+adapter from all others and from the base: each of them answers with a token that this adapter finds less likely than
+its own, by more than rounding makes up for. So any wrong adapter's answer is seen. Meanwhile some tenants' aliases are
+switched to another adapter of theirs and back; the answer has to be of the adapter that its header names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from arrivals import Ask
+from load_clients import Clients, Prompt
+from load_tenants import Tenant, release
+
+from tunewright.errors import UserError
+from tunewright.road.opened import OpenProject
+from tunewright.serving.canaries import CANARY, Digest, Ids, Oracle, Own
+from tunewright.serving.isolation import TOLERANCE
+from tunewright.serving.state import State
+
+TOKENS = 4
+"""Of an answer: few, so that many can be asked for."""
+CONNECTIONS = 64
+"""Requests under way: more than there are places in the batch, so that it is full."""
+ENOUGH = 2
+"""Prompts that tell a tenant's adapters: then no more are tried."""
+TRIED = 8
+"""Prompts that are tried at once."""
+RIGHT, NEAR = "its adapter's answer", "within the tolerance of its adapter's"
+
+
+@dataclass(frozen=True)
+class Telling:
+    """Which prompts tell whose adapters from all others.
+
+    Args:
+        prompts: each tenant's, by their places.
+        right: by prompt and model, what it answers.
+    """
+
+    prompts: Mapping[int, Sequence[int]]
+    right: Mapping[tuple[int, Digest], str]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a request; many come to the same."""
+
+    tenant: int
+    prompt: int
+    status: int
+    digest: str
+    text: str
+
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def find_telling(
+    oracle: Oracle, owned: Sequence[Sequence[str]], prompts: Sequence[Ids], decode: Decode, tolerance: float
+) -> Telling:
+    """Try prompts in their order, until each tenant has enough; of more, those are taken that it answers most surely.
+
+    Args:
+        owned: digests of each tenant's adapters; a prompt has to tell each of them.
+        tolerance: nats that a right answer may fall short.
+
+    Raises:
+        UserError: no prompt tells the adapters of some tenants.
+    """
+    models: list[Digest] = [None, *dict.fromkeys(digest for own in owned for digest in own)]
+    right: dict[tuple[int, Digest], str] = {}
+    told: list[dict[int, float]] = [{} for _ in owned]
+    """By tenant, prompts and how sure its adapters are of their answers."""
+    for start in range(0, len(prompts), TRIED):
+        group = range(start, min(start + TRIED, len(prompts)))
+        by_model = {model: oracle.own(model, [prompts[n] for n in group], TOKENS) for model in models}
+        for place, n in enumerate(group):
+            said = {model: answers[place] for model, answers in by_model.items()}
+            texts = {model: decode(own.answer.ids) for model, own in said.items()}
+            right |= {(n, model): text for model, text in texts.items()}
+            telling = {model for model in models if _tells(model, said, texts, CANARY * tolerance)}
+            for tenant, own in enumerate(owned):
+                if telling.issuperset(own):
+                    told[tenant][n] = min(_surety(said[digest]) for digest in own)
+        few = sum(len(found) < ENOUGH for found in told)
+        _say(f"{group.stop} prompts tried on {len(models)} models: {few} of {len(owned)} tenants want more")
+        if not few:
+            break
+    if missing := [tenant for tenant, found in enumerate(told) if not found]:
+        raise UserError(
+            f"no prompt of {len(prompts)} tells the adapters of {len(missing)} of {len(owned)} tenants from all others",
+            where=f"tenants {', '.join(map(str, missing))}",
+            fix="Try more of them with --canaries, or adapters that are further apart with --noise.",
+        )
+    surest = [sorted(found, key=lambda n: -found[n])[:ENOUGH] for found in told]
+    return Telling(dict(enumerate(surest)), right)
+
+
+def _tells(model: Digest, said: Mapping[Digest, Own], texts: Mapping[Digest, str], enough: float) -> bool:
+    """Whether no other model says what could be this one's answer."""
+    others = [other for other in said if other != model]
+    return texts[model] not in {texts[other] for other in others} and all(
+        said[model].shortfall(said[other].answer) >= enough for other in others
+    )
+
+
+def _surety(own: Own) -> float:
+    """By how many nats the second likeliest token is behind, where it is least."""
+    return min(sorted(behind.values())[1] for behind in own.behind)
+
+
+def could_say(oracle: Oracle, model: Digest, prompt: Ids, text: str, decode: Decode, tolerance: float) -> bool:
+    """Whether the model comes to that text by tokens none of which falls short by more than the tolerance.
+
+    The tokens of a text are not known: of all that are likely enough, those are followed that spell it.
+    """
+    paths: list[Ids] = [()]
+    for _ in range(TOKENS):
+        steps = oracle.own(model, [(*prompt, *path) for path in paths], 1)
+        longer = [
+            (*path, token)
+            for path, own in zip(paths, steps, strict=True)
+            for token, short in own.behind[0].items()
+            if short <= tolerance
+        ]
+        # A character of which not all bytes are there yet is shown as this.
+        paths = [path for path in longer if text.startswith(decode(path).rstrip("\ufffd"))]
+        if not paths:
+            return False
+    return text in {decode(path) for path in paths}
+
+
+def judge(seen: Seen, owned: Sequence[Sequence[str]], telling: Telling, near: Callable[[Seen], bool]) -> str:
+    """Whose answer it is, in words that are counted.
+
+    Args:
+        near: whether the adapter that is named could say it.
+    """
+    if seen.status != 200:
+        return f"status {seen.status}"
+    if seen.digest not in owned[seen.tenant]:
+        return "another tenant's digest" if any(seen.digest in own for own in owned) else "an unknown digest"
+    if seen.text == telling.right[seen.prompt, seen.digest]:
+        return RIGHT
+    if any(seen.text == text for (prompt, _), text in telling.right.items() if prompt == seen.prompt):
+        return "another model's answer"
+    return NEAR if near(seen) else "no model's answer"
+
+
+@dataclass
+class Mix:
+    """The requests, and what has come of them.
+
+    Args:
+        asks: tenant and prompt of each.
+        switches: whose alias gets which adapter (the tenant with that one) after so many answers.
+    """
+
+    asks: Sequence[tuple[int, int]]
+    switches: dict[int, Tenant]
+    seen: Counter[Seen] = field(default_factory=Counter)
+
+    async def ask(self, clients: Clients, state: State, prompts: Sequence[Prompt]) -> float:
+        """Ask for all, so many at once; the seconds that it took."""
+        left, began = iter(self.asks), time.perf_counter()
+        due, every = dict(self.switches), max(1, len(self.asks) // 50)
+        async with clients.connected(CONNECTIONS) as client:
+
+            async def one_after_another() -> None:
+                for tenant, prompt in left:
+                    answer = await clients.ask(client, Ask(0.0, tenant), prompts[prompt], TOKENS, began)
+                    self.seen[Seen(tenant, prompt, answer.status, answer.digest, answer.text)] += 1
+                    done = self.seen.total()
+                    if done % every == 0:
+                        rate = done / (time.perf_counter() - began)
+                        _say(f"{done} of {len(self.asks)} answered, {rate:.1f} a second; {len(self.seen)} different")
+                    if switched := due.pop(done, None):
+                        await asyncio.to_thread(release, state, switched)
+                        _say(f"{switched.alias} is switched to {switched.adapter.name}")
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(CONNECTIONS):
+                    group.create_task(one_after_another())
+        return time.perf_counter() - began
+
+
+def switches(tenants: Sequence[Tenant], others: Sequence[Tenant], requests: int) -> dict[int, Tenant]:
+    """The first tenants' aliases switched one by one to others' adapters, then back, at equal distances."""
+    there = [replace(tenant, adapter=other.adapter) for tenant, other in zip(tenants, others, strict=False)]
+    turns = [*there, *tenants[: len(there)]]
+    return {requests * (n + 1) // (len(turns) + 1): tenant for n, tenant in enumerate(turns)}
+
+
+def mixed(
+    opened: OpenProject,
+    state: State,
+    clients: Clients,
+    tenants: Sequence[Tenant],
+    others: Sequence[Tenant],
+    prompts: Sequence[Prompt],
+    requests: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Ask, judge and count.
+
+    Args:
+        tenants: all that ask; their adapters are released.
+        others: whose adapters the first tenants' aliases are switched to meanwhile.
+        prompts: from which those are taken that tell adapters apart, the first if they will do.
+
+    Raises:
+        UserError: no prompt tells some tenant's adapter.
+    """
+    from tunewright.serving.oracle import PeftOracle
+
+    chat, dtype = opened.chat, opened.project.recipe.train.dtype
+    adapters = {one.adapter.digest: one.adapter.folder for one in (*tenants, *others)}
+    owned = [[tenant.adapter.digest] for tenant in tenants]
+    for own, other in zip(owned, others, strict=False):
+        own.append(other.adapter.digest)
+    _say(f"the oracle loads {len(adapters)} adapters")
+    oracle = PeftOracle(opened.base, dtype, "none", adapters, stop_ids=())
+    ids = [chat.prompt(prompt) for prompt in prompts]
+    telling = find_telling(oracle, owned, ids, chat.text, TOLERANCE[dtype])
+
+    draw = random.Random(seed)
+    drawn = [draw.randrange(len(tenants)) for _ in range(requests)]
+    asks = [(tenant, draw.choice(telling.prompts[tenant])) for tenant in drawn]
+    mix = Mix(asks, switches(tenants, others, requests))
+    seconds = asyncio.run(mix.ask(clients, state, prompts))
+
+    def near(seen: Seen) -> bool:
+        return could_say(oracle, seen.digest, ids[seen.prompt], seen.text, chat.text, TOLERANCE[dtype])
+
+    verdicts = {seen: judge(seen, owned, telling, near) for seen in mix.seen}
+    counts: Counter[str] = Counter()
+    by_adapter: Counter[str] = Counter()
+    for seen, count in mix.seen.items():
+        counts[verdicts[seen]] += count
+        by_adapter[seen.digest] += count
+    return {
+        "requests": requests,
+        "seconds": seconds,
+        "tenants": len(tenants),
+        "tenants_told_apart": len(telling.prompts),
+        "prompts": len({prompt for own in telling.prompts.values() for prompt in own}),
+        "told_by_nats": CANARY * TOLERANCE[dtype],
+        "releases_meanwhile": len(mix.switches),
+        "adapters_that_answered": len(by_adapter),
+        "fewest_answers_of_an_adapter": min(by_adapter.values()),
+        "tokens": TOKENS,
+        "dtype": dtype,
+        "answers": dict(counts.most_common()),
+        "wrong": [
+            {**vars(seen), "tenant": tenants[seen.tenant].name, "count": mix.seen[seen], "what": what}
+            for seen, what in verdicts.items()
+            if what not in (RIGHT, NEAR)
+        ],
+    }
+
+
+def _say(line: str) -> None:
+    print(f"isolation: {line}", file=sys.stderr, flush=True)
