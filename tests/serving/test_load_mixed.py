@@ -22,9 +22,12 @@ from arrivals import Answer as Came
 from load_mixed import CONNECTIONS, NEAR, RIGHT, TOKENS, Mix, Seen, Telling, could_say, find_telling, judge, switches
 from load_tenants import Tenant
 
+from tiny import byte_tokenizer
 from tunewright.adapters.registry import Adapter
 from tunewright.errors import UserError
+from tunewright.models.bases import Base
 from tunewright.serving.canaries import CANARY, Answer, Digest, Ids, Own
+from tunewright.serving.oracle import PeftOracle
 
 TOLERANCE = 0.5
 FAR, CLOSE = CANARY * TOLERANCE, CANARY * TOLERANCE - 0.1
@@ -133,6 +136,21 @@ def test_a_model_could_say_what_some_likely_tokens_spell_and_nothing_else(data: 
         if all(oracle.own("a", [(9, *ids[:n])], 1)[0].behind[0][ids[n]] <= TOLERANCE for n in range(TOKENS))
     }
     assert could_say(oracle, "a", (9,), spell(said), spell, TOLERANCE) == (spell(said) in likely)
+
+
+def test_an_adapter_could_say_its_own_answer_and_not_the_base_s(
+    small_base: Path, small_adapters: dict[str, Path]
+) -> None:
+    tokenizer = byte_tokenizer()
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    oracle = PeftOracle(base, "float32", "none", small_adapters, stop_ids=())
+    prompts = [tuple(tokenizer(text).input_ids) for text in ("Mobile County", "Where is it?", "a", "42 U.S.C.")]
+    telling = find_telling(oracle, [[digest] for digest in small_adapters], prompts, tokenizer.decode, 0.05)
+    for tenant, digest in enumerate(small_adapters):
+        for n in telling.prompts[tenant]:
+            for model in (None, *small_adapters):
+                said = could_say(oracle, digest, prompts[n], telling.right[n, model], tokenizer.decode, 0.05)
+                assert said == (model == digest)
 
 
 def tenants(count: int) -> list[Tenant]:
