@@ -245,20 +245,20 @@ class Child:
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Wait until it ends, is to end, answers no more, or computes nothing though it has requests."""
-        looked = time.monotonic()
+        looked = polled = time.monotonic()
         missed, stuck, signs = 0, 0.0, self._signs()
         while process.poll() is None and not self._stopping.wait(0.2):
             now = time.monotonic()
+            if self._busy():
+                stuck += min(now - polled, PROBE_SECONDS)  # while the machine slept nothing was stuck
+            polled = now
             if now - looked < PROBE_SECONDS:
                 continue
-            since = min(now - looked, 2 * PROBE_SECONDS)  # while the machine slept nothing was stuck
             looked = now
             missed = 0 if self._answers() else missed + 1
             fresh = self._signs()
             if fresh not in (None, signs):
                 stuck, signs = 0.0, fresh
-            elif self._busy():
-                stuck += since
             if missed >= MISSED or stuck > STUCK_SECONDS:
                 self._end = "hangs"
                 # Whoever waits for it hears of it now: its connections are closed as it is killed.
