@@ -31,8 +31,8 @@ TOKENS = 4
 """Of an answer: few, so that many can be asked for."""
 CONNECTIONS = 64
 """Requests under way: more than there are places in the batch, so that it is full."""
-ENOUGH = 2
-"""Prompts that tell a tenant's adapters: then no more are tried."""
+MOST = 2
+"""Prompts that a tenant is asked, if so many tell its adapters."""
 TRIED = 8
 """Prompts that are tried at once."""
 RIGHT, NEAR = "its adapter's answer", "within the tolerance of its adapter's"
@@ -68,7 +68,7 @@ Decode = Callable[[Sequence[int]], str]
 def find_telling(
     oracle: Oracle, owned: Sequence[Sequence[str]], prompts: Sequence[Ids], decode: Decode, tolerance: float
 ) -> Telling:
-    """Try prompts in their order, until each tenant has enough; of more, those are taken that it answers most surely.
+    """Try prompts in their order, until each tenant has one; of many, those are taken that it answers most surely.
 
     Args:
         owned: digests of each tenant's adapters; a prompt has to tell each of them.
@@ -79,8 +79,8 @@ def find_telling(
     """
     models: list[Digest] = [None, *dict.fromkeys(digest for own in owned for digest in own)]
     right: dict[tuple[int, Digest], str] = {}
-    told: list[dict[int, float]] = [{} for _ in owned]
-    """By tenant, prompts and how sure its adapters are of their answers."""
+    told: list[dict[int, float]] = [{} for _ in owned]  # prompts, and how sure a tenant's adapters are of their answers
+    missing = list(range(len(owned)))
     for start in range(0, len(prompts), TRIED):
         group = range(start, min(start + TRIED, len(prompts)))
         by_model = {model: oracle.own(model, [prompts[n] for n in group], TOKENS) for model in models}
@@ -92,17 +92,17 @@ def find_telling(
             for tenant, own in enumerate(owned):
                 if telling.issuperset(own):
                     told[tenant][n] = min(_surety(said[digest]) for digest in own)
-        few = sum(len(found) < ENOUGH for found in told)
-        _say(f"{group.stop} prompts tried on {len(models)} models: {few} of {len(owned)} tenants want more")
-        if not few:
+        missing = [tenant for tenant, found in enumerate(told) if not found]
+        _say(f"{group.stop} prompts tried on {len(models)} models: {len(missing)} of {len(owned)} tenants are not told")
+        if not missing:
             break
-    if missing := [tenant for tenant, found in enumerate(told) if not found]:
+    else:
         raise UserError(
             f"no prompt of {len(prompts)} tells the adapters of {len(missing)} of {len(owned)} tenants from all others",
             where=f"tenants {', '.join(map(str, missing))}",
             fix="Try more of them with --canaries, or adapters that are further apart with --noise.",
         )
-    surest = [sorted(found, key=lambda n: -found[n])[:ENOUGH] for found in told]
+    surest = [sorted(found, key=lambda n: -found[n])[:MOST] for found in told]
     return Telling(dict(enumerate(surest)), right)
 
 

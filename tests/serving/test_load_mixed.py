@@ -76,6 +76,13 @@ def test_a_tenant_is_asked_only_what_no_other_model_answers_alike() -> None:
     assert telling.right[1, "b"] == "abbb"
 
 
+def test_no_more_prompts_are_tried_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("load_mixed.TRIED", 1)
+    telling = found(Scripted(), [["a"], ["b"], ["c"]], (1, 2, 3))
+    assert telling.prompts == {0: [1], 1: [1], 2: [0, 1]}
+    assert {prompt for prompt, _ in telling.right} == {0, 1}
+
+
 def test_all_adapters_of_a_tenant_have_to_be_told_from_each_other_too() -> None:
     assert found(Scripted(), [["a", "b"], ["c"]], (1, 2)).prompts == {0: [1], 1: [0, 1]}
 
