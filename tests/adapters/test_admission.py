@@ -88,7 +88,7 @@ def test_pefts_own_is_served_as_peft_answers(stock: Path, other: Path, tiny_base
     tuned = PeftModel.from_pretrained(base, stock).generate(input_ids=prompt, max_new_tokens=12, do_sample=False)
     expected = tuned[0, prompt.shape[1] :]
     assert expected.tolist() != plain.tolist()
-    with road.serve([name]).running() as url:
+    with road.serve([name], port=0).running() as url:
         body = {"model": name, "messages": messages, "max_tokens": 12}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
     assert answer["choices"][0]["message"]["content"] == road.chat.text(expected.tolist())

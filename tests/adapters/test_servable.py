@@ -168,7 +168,7 @@ def test_dora_computes_what_its_paper_says(tmp_path: Path, tiny_base_folder: Pat
 def test_rslora_scales_by_the_root_of_the_rank_and_is_served(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder, rslora=True, rank=4, alpha=8)
     adapter = _same_logits_as(folder, tiny_base_folder, scale=8 / math.sqrt(4))
-    with api.open(folder).serve([adapter.name]).running():
+    with api.open(folder).serve([adapter.name], port=0).running():
         pass
 
 

@@ -147,7 +147,7 @@ def test_what_is_trained_with_a_trusted_key_is_signed_at_once_and_served(
     assert "The adapter will be signed with your key ann." in ran.stderr
     assert tunewright("adapters", "verify", "-p", folder).code == 0
     road = api.open(folder)
-    with road.serve().running():
+    with road.serve(port=0).running():
         pass
     (folder / "adapters" / _name(folder) / "signature.json").unlink()
     assert road.serve().models == [str(tiny_base_folder)]

@@ -243,15 +243,15 @@ def test_adapters_over_nf4_and_over_a_whole_base_are_two_and_are_not_served_toge
     assert other.digest != adapter.digest
     with pytest.raises(UserError, match=f"{adapter.name} with train.quantize nf4, {other.name} with"):
         road.serve([adapter.name, other.name])
-    with road.serve().running():
+    with road.serve(port=0).running():
         assert f"{adapter.name} is not served: it was trained with train.quantize nf4" in _warned(road)[-1]
     for name in (adapter.name, other.name):
-        service = road.serve([name])
+        service = road.serve([name], port=0)
         assert service.models[1:] == [name]
         with service.running():
             pass
     road = _set(project, "evaluate:\n", "serve:\n  quantize: nf4\nevaluate:\n")
-    service = road.serve()
+    service = road.serve(port=0)
     assert sorted(service.models[1:]) == sorted([adapter.name, other.name])
     with service.running():
         pass
