@@ -150,7 +150,7 @@ def test_what_is_trained_with_a_trusted_key_is_signed_at_once_and_served(
     with road.serve(port=0).running():
         pass
     (folder / "adapters" / _name(folder) / "signature.json").unlink()
-    assert road.serve().models == [str(tiny_base_folder)]
+    assert road.serve(port=0).models == [str(tiny_base_folder)]
 
 
 def test_where_keys_are_trusted_nothing_unsigned_is_released_whatever_the_reason(project: Path) -> None:

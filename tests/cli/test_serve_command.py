@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,15 @@ def test_base_adapter_and_checkpoint_answer_the_openai_client(
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
+
+
+def test_an_address_that_is_taken_is_told_before_the_base_is_loaded(project: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ran = tunewright("serve", "--port", str(port), "-p", project)
+    assert ran.code == 2
+    assert f"cannot listen on 127.0.0.1 port {port}" in ran.stderr
+    assert "Loading" not in ran.stderr
 
 
 def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(project: Path) -> None:

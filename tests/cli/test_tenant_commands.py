@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -107,7 +108,8 @@ def test_people_read_what_json_says(project: Path) -> None:
     _run(project, "tenant", "add", "acme", "--alias", "courts")
     key = _run(project, "tenant", "key", "add", "acme")
     assert "It is not shown again" in key.stderr
-    assert key.stdout == ""
+    assert re.fullmatch(r"tw_[0-9a-f]{10}_\S{43}\n", key.stdout)
+    assert key.stdout.strip() not in key.stderr
     for command in (["tenant", "list"], ["tenant", "key", "list"], ["audit", "show"]):
         ran = _run(project, *command)
         assert (ran.code, "acme" in ran.stderr, ran.stdout) == (0, True, "")
@@ -122,9 +124,14 @@ def test_people_read_what_json_says(project: Path) -> None:
         (["tenant", "add", "Acme"], "no name for a tenant"),
         (["tenant", "add", "acme", "--requests", "0"], "--requests: '0' is no limit"),
         (["tenant", "key", "rotate", "tw_0", "--overlap", "soon"], "--overlap: 'soon' is no duration"),
+        (["tenant", "key", "add", "acme", "--expires", "0d"], "--expires: a key that expires at once opens nothing"),
         (["tenant", "usage", "--since", "yesterday"], "--since: 'yesterday' is no date"),
         (["tenant", "usage", "--csv", "--json"], "CSV or JSON"),
         (["tenant", "list", "--state", "mysql://x/y"], "no database that the state can be in"),
+        (["tenant", "list", "--state", "sqlite:///no/such.sqlite"], "there is no serving state"),
+        (["audit", "verify", "--state", "sqlite:///no/such.sqlite"], "there is no serving state"),
+        (["serve", "--state", "sqlite:///no/such.sqlite"], "there is no serving state"),
+        (["audit", "verify", "--noted", ""], "'' is no digest"),
         (["promote", "courts"], "no alias 'courts'"),
         (["rollback", "courts"], "no alias 'courts'"),
         (["deploy", "courts", "nowhere"], "no adapter is called 'nowhere'"),
@@ -137,6 +144,7 @@ def test_mistakes_are_told_with_exit_code_2(project: Path, arguments: list[str],
     ran = _run(project, *arguments)
     assert ran.code == 2
     assert message in ran.stderr + ran.stdout
+    assert not Path("no").exists()
     assert not list((project / "serving").glob("*.sqlite")) or not _document(project, "audit", "show")["lines"]
 
 

@@ -20,16 +20,16 @@ from tunewright.serving.app import Gateway
 from tunewright.serving.server import serve
 
 gateway = Gateway(ScriptedEngine([0.02] * int(sys.argv[1])), OpenAccess(MODELS), TEXTS, LIMITS)
-told = lambda url: print(url, flush=True)
-serve(gateway.app, "127.0.0.1", 0, drain=gateway, drain_seconds=float(sys.argv[2]), on_ready=told)
+told = lambda what: print(what, flush=True)
+serve(gateway.app, "127.0.0.1", 0, drain=gateway, drain_seconds=float(sys.argv[2]), on_ready=told, say=told)
 print("in good order", flush=True)
 """
 ASKED = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "stream": True}
 
 
 @contextmanager
-def server(tokens: int, drain_seconds: float) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A server whose answers have so many tokens, fifty a second."""
+def server(tokens: int, drain_seconds: float, *, cut_off: bool) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A server whose answers have so many tokens, fifty a second; at its end it has said what became of the one."""
     command = [sys.executable, "-c", SERVER, str(tokens), str(drain_seconds)]
     paths = {"PYTHONPATH": ":".join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths) as process:
@@ -38,14 +38,16 @@ def server(tokens: int, drain_seconds: float) -> Iterator[tuple[subprocess.Popen
             with httpx.Client(base_url=process.stdout.readline().strip(), trust_env=False, timeout=60) as client:
                 yield process, client
             out, err = process.communicate(timeout=60)
-            assert (process.returncode, out.strip()) == (0, "in good order"), err
+            begun = f"Stopping: nobody is let in, and 1 request may take {drain_seconds:g} s to end."
+            ended = ["Time is up: cutting off 1 request."] if cut_off else []
+            assert (process.returncode, out.splitlines()) == (0, [begun, *ended, "Stopped.", "in good order"]), err
             assert "Traceback" not in err
         finally:
             process.kill()
 
 
 def test_answers_under_way_are_finished_and_whoever_comes_is_sent_elsewhere() -> None:
-    with server(tokens=100, drain_seconds=60) as (process, client):
+    with server(tokens=100, drain_seconds=60, cut_off=False) as (process, client):
         assert client.get("/ready").json() == {"status": "ready"}
         with client.stream("POST", "/v1/chat/completions", json=ASKED) as answer:
             lines = answer.iter_lines()
@@ -67,7 +69,7 @@ def test_answers_under_way_are_finished_and_whoever_comes_is_sent_elsewhere() ->
 
 def test_what_takes_longer_than_the_drain_may_take_ends_with_an_error_that_says_so() -> None:
     with (
-        server(tokens=100_000, drain_seconds=0.5) as (process, client),
+        server(tokens=100_000, drain_seconds=0.5, cut_off=True) as (process, client),
         client.stream("POST", "/v1/chat/completions", json=ASKED) as answer,
     ):
         lines = answer.iter_lines()
@@ -80,7 +82,7 @@ def test_what_takes_longer_than_the_drain_may_take_ends_with_an_error_that_says_
 
 def test_a_second_signal_does_not_wait() -> None:
     with (
-        server(tokens=100_000, drain_seconds=600) as (process, client),
+        server(tokens=100_000, drain_seconds=600, cut_off=True) as (process, client),
         client.stream("POST", "/v1/chat/completions", json=ASKED) as answer,
     ):
         lines = answer.iter_lines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from states import DIGESTS, SHIP, raw
 
 from tunewright.disk import digest
+from tunewright.errors import UserError
 from tunewright.serving.state import Limits, State
 
 COLUMNS = ("time", "actor", "action", "subject", "details", "previous", "digest")
@@ -166,3 +168,70 @@ def test_two_who_open_a_new_state_at_once_make_one(state_url: str, tmp_path: Pat
         list(threads.map(come, range(4)))
     with State(state_url) as state:
         assert len(state.tenants.list()) == 4
+
+
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [
+        ("UPDATE tenants SET tokens_per_minute = 5", "tenant acme"),
+        ("UPDATE tenants SET requests_per_minute = NULL", "tenant acme"),
+        ("DELETE FROM tenant_aliases", "tenant acme"),
+        ("UPDATE api_keys SET revoked = NULL", "key tw_"),
+        ("UPDATE api_keys SET expires = 1", "key tw_"),
+        ("UPDATE api_keys SET prefix = 'tw_0000000000'", "key tw_"),
+    ],
+)
+def test_a_tenant_or_key_that_is_changed_behind_the_logs_back_is_named(
+    state_url: str, statement: str, named: str
+) -> None:
+    with State(state_url, "ann") as state:
+        fill(state)
+        with raw(state_url) as execute:
+            execute(statement)
+        faults = state.verify().faults
+        assert faults
+        assert all(fault.startswith(named) and "not what the log tells" in fault for fault in faults)
+
+
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["allow", "deny", "limit", "key", "narrow key", "rotate", "revoke"]), st.integers(0, 3)),
+    max_size=12,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(changes=CHANGES)
+def test_whatever_is_changed_by_the_commands_is_what_the_log_tells(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[str, int]]
+) -> None:
+    url = f"sqlite:///{tmp_path_factory.mktemp('retold')}/state.sqlite"
+    with State(url, "ann") as state:
+        state.tenants.add("acme", ["a", "b"])
+        for what, number in changes:
+            with suppress(UserError):  # nothing to deny, no key to rotate: then nothing changes
+                _change(state, what, number)
+        assert not state.verify().faults
+
+
+def _change(state: State, what: str, number: int) -> None:
+    alias = "abcd"[number]
+    keys = [key.prefix for key in state.tenants.keys_of()]
+    match what:
+        case "allow" | "deny":
+            state.tenants.allow("acme", [alias], allowed=what == "allow")
+        case "limit":
+            state.tenants.limit("acme", Limits(requests_per_minute=number or None))
+        case "key":
+            state.tenants.add_key("acme", lifetime=number * 1000 or None)
+        case "narrow key":
+            state.tenants.add_key("acme", aliases=[alias])
+        case "rotate" if keys:
+            state.tenants.rotate_key(keys[number % len(keys)], overlap=1000)
+        case "revoke" if keys:
+            state.tenants.revoke_key(keys[number % len(keys)])
+
+
+@pytest.mark.parametrize("noted", ["", "xyz", "abc", "A" * 64])
+def test_what_is_no_digest_was_not_noted(state_url: str, noted: str) -> None:
+    with State(state_url) as state, pytest.raises(UserError, match="no digest"):
+        state.verify(noted)

@@ -55,7 +55,8 @@ def deploy(
 
     with session(json, project) as current:
         if force != (because is not None):
-            raise UserError("--force and --because go together", where="--force" if force else "--because")
+            where = "--force" if force else "--because"
+            raise UserError("--force and --because go together", where=where, fix="Give both, or neither of them.")
         share = None if canary is None else percent(canary, "--canary")
         road = road_at(current, project, state)
         result = road.deploy(

@@ -18,6 +18,7 @@ from tunewright.serving.state.times import iso
 if TYPE_CHECKING:
     from tunewright.demo_tenants import TwoTenants
 
+_AUTHOR = 16  # columns for a name as git has it, which may be long
 _SHORT = 12  # digits of a digest
 
 
@@ -42,10 +43,10 @@ def tenants_table(tenants: Sequence[Tenant]) -> Table:
 
 
 def new_key_text(made: NewKey) -> str:
-    """A key, shown this once."""
+    """What to know of a key that is shown this once."""
     scope = "all aliases of" if made.key.aliases is None else f"{', '.join(made.key.aliases)} of"
-    until = f" until {_minute(made.key.expires)}" if made.key.expires is not None else ""
-    return f"{made.secret}\nGood for {scope} {made.key.tenant}{until}. It is not shown again: only a hash is kept."
+    until = f" until {_minute(made.key.expires)} (UTC)" if made.key.expires is not None else ""
+    return f"Good for {scope} {made.key.tenant}{until}. It is not shown again: only a hash is kept."
 
 
 def keys_table(keys: Sequence[Key]) -> Table:
@@ -93,7 +94,7 @@ def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
     """Releases, with the candidate that was tried beside each, and why any was forced."""
     table = Table()
     for name in ("release", "action", "answers with", "verdict", "isolation test", "by", "when"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", max_width=_AUTHOR if name == "by" else None)
     for release in releases:
         candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.told}"
         verdict = release.grounds.verdict or "not evaluated"
@@ -178,7 +179,7 @@ def audit_table(lines: Sequence[AuditLine]) -> Table:
     table = Table()
     table.add_column("line", justify="right")
     for name in ("when", "by", "what", "of", "details"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", max_width=_AUTHOR if name == "by" else None)
     for line in lines:
         told = ", ".join(_details(json.loads(line.details)))
         table.add_row(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import FAILED, session
+from tunewright.cli.console import FAILED, Session, session
 from tunewright.cli.state import StateUrl, road_at
+
+if TYPE_CHECKING:
+    from tunewright.road.tenants import NewKey
 
 tenant_app = typer.Typer(help="Who may call which alias, and how much.", no_args_is_help=True)
 key_app = typer.Typer(help="A tenant's API keys.", no_args_is_help=True)
@@ -166,14 +169,13 @@ def key_add(
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
-    """Make a key. It is shown this once: only a hash of it is kept."""
-    from tunewright.cli.tenant_tables import new_key_text
+    """Make a key. It is shown this once (on standard output, alone): only a hash of it is kept."""
     from tunewright.serving.state.times import duration
 
     with session(json) as current:
         lifetime = None if expires is None else duration(expires, "--expires")
         made = road_at(current, project, state).tenant.key.add(tenant, aliases=alias, lifetime=lifetime)
-        current.show(made.as_dict(), new_key_text(made))
+        _show_key(current, made)
 
 
 @key_app.command("rotate")
@@ -186,14 +188,22 @@ def key_rotate(
     json: Json = False,
 ) -> None:
     """Make a key in another's place, with the same aliases; for a while both are good."""
-    from tunewright.cli.tenant_tables import new_key_text
     from tunewright.serving.state.times import duration
 
     with session(json) as current:
         lifetime = None if expires is None else duration(expires, "--expires")
         both = duration(overlap, "--overlap")
         made = road_at(current, project, state).tenant.key.rotate(key, overlap=both, lifetime=lifetime)
-        current.show(made.as_dict(), new_key_text(made), f"{key} is good for {overlap} more.")
+        _show_key(current, made, f"{key} is good for {overlap} more.")
+
+
+def _show_key(current: Session, made: NewKey, *more: str) -> None:
+    """The key alone on stdout, so that a script can take it and no log gets it."""
+    from tunewright.cli.tenant_tables import new_key_text
+
+    if not current.as_json:
+        current.print_out(f"{made.secret}\n")
+    current.show(made.as_dict(), new_key_text(made), *more)
 
 
 @key_app.command("revoke")

@@ -41,15 +41,24 @@ class OpenProject:
 
         return open_chat(self.base, self.project.recipe.chat, self.reporter)
 
-    def state(self) -> State:
-        """The serving state, made where there is none; the caller closes it.
+    def state(self, *, make: bool = False) -> State:
+        """The serving state; the caller closes it. The project's own is made where there is none.
+
+        Args:
+            make: one that is elsewhere, too. Else a path with a mistake in it would be an empty state.
 
         Raises:
-            UserError: a database that cannot be reached, or of a newer tunewright.
+            UserError: a database that is not there or cannot be reached, or of a newer tunewright.
         """
-        from tunewright.serving.state import State
+        from tunewright.serving.state import State, is_made
 
-        url = self.project.recipe.serve.state or f"sqlite:///{self.project.serving_state.resolve()}"
+        named = self.project.recipe.serve.state
+        url = named or f"sqlite:///{self.project.serving_state.resolve()}"
+        if named is not None and not is_made(named):
+            if not make:
+                fix = "Look at the path; or `tunewright tenant add` and `tunewright deploy` make a state there."
+                raise UserError("there is no serving state", where=named, fix=fix)
+            self.reporter.say(f"Making a serving state: {named}")
         return State(url, current_author(self.project.root))
 
     def measurement(self, adapter: Adapter | None = None) -> Measurement:

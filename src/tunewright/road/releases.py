@@ -105,7 +105,7 @@ class ReleasesRoad:
         if because is None and decided is not None and decided.decision != "ship":
             return DeployResult(None, decided)
         candidate = Candidate(chosen.name, chosen.digest, canary) if shadow or canary is not None else None
-        with self._opened.state() as state:
+        with self._opened.state(make=True) as state:
             # What would be refused anyway is refused before a test that takes its time.
             if candidate is None:
                 state.releases.require_deployable(alias, chosen.name, chosen.digest)
@@ -234,4 +234,4 @@ class ReleasesRoad:
 
 def _require_reason(reason: str | None, where: str) -> None:
     if reason is not None and not reason.strip():
-        raise UserError("the reason is empty", where=where)
+        raise UserError("the reason is empty", where=where, fix="Write why: it is kept with the release.")

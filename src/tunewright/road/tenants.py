@@ -94,7 +94,7 @@ class TenantRoad:
         """
         from tunewright.serving.state import Limits
 
-        with self._opened.state() as state:
+        with self._opened.state(make=True) as state:
             made = state.tenants.add(name, aliases, limits or Limits())
             self._tell_unreleased(aliases, state.releases.live())
             return made

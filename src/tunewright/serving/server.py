@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Protocol
 
@@ -43,6 +43,7 @@ def serve(
     drain: Drain | None = None,
     drain_seconds: float = DRAIN_SECONDS,
     on_ready: Callable[[str], None] = lambda _url: None,
+    say: Callable[[str], None] = lambda _message: None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; answers under way are finished first. Call it from the main thread.
 
@@ -51,19 +52,18 @@ def serve(
             is refused in words.
         drain_seconds: how long answers under way may take to come to their end; the second signal ends them at once.
         on_ready: told the server's address once it takes connections.
+        say: told how it ends.
 
     Raises:
         UserError: the address cannot be listened on.
     """
     listener = _listen(host, port)
-    server = _Server(app, lambda: on_ready(_url(listener)), drain, drain_seconds)
-    try:
+    server = _Server(app, lambda: on_ready(_url(listener)), drain, drain_seconds, say)
+    with suppress(KeyboardInterrupt):  # uvicorn has shut down in good order and hands the signal on
         server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        # uvicorn has shut down in good order and hands the signal on.
-        return
     if not server.started:
         raise RuntimeError("the server ended before it was ready; its log says why")
+    say("Stopped.")
 
 
 @contextmanager
@@ -97,6 +97,7 @@ class _Server(uvicorn.Server):
         on_ready: Callable[[], None],
         drain: Drain | None = None,
         drain_seconds: float = DRAIN_SECONDS,
+        say: Callable[[str], None] = lambda _message: None,
     ) -> None:
         grace = math.ceil(drain_seconds) if drain is None else _FAREWELL_SECONDS
         super().__init__(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=grace))
@@ -104,6 +105,8 @@ class _Server(uvicorn.Server):
         self._drain = drain
         self._drain_seconds = drain_seconds
         self._until: float | None = None
+        self._say = say
+        self._told = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -122,9 +125,14 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self._drain is not None and self._until is not None:
+            under_way = _requests(self._drain.under_way)
+            if not self._told:  # not in the signal's handler, which may interrupt what writes
+                self._say(f"Stopping: nobody is let in, and {under_way} may take {self._drain_seconds:g} s to end.")
+                self._told = True
             if not self._drain.under_way:
                 self.should_exit = True
-            elif time.monotonic() >= self._until:
+            elif time.monotonic() >= self._until and not self.should_exit:
+                self._say(f"Time is up: cutting off {under_way}.")
                 self._drain.abandon()
                 self.should_exit = True
         return await super().on_tick(counter)
@@ -143,6 +151,19 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port}: {error.strerror}",
             fix="Choose another address or port (0 takes a free one), or stop what uses it.",
         ) from error
+
+
+def require_free(host: str, port: int) -> None:
+    """Find out whether an address can be listened on, before what takes its time.
+
+    Raises:
+        UserError: it cannot.
+    """
+    _listen(host, port).close()
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count} requests"
 
 
 def _url(listener: socket.socket) -> str:

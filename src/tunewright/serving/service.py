@@ -18,7 +18,7 @@ from tunewright.serving.app import Gateway
 from tunewright.serving.engines.start import Wanted, start_engine
 from tunewright.serving.metrics import exposed
 from tunewright.serving.orders import Texts
-from tunewright.serving.server import serve, serving
+from tunewright.serving.server import require_free, serve, serving
 from tunewright.serving.state import State
 from tunewright.serving.tenancy import TenantAccess
 
@@ -49,7 +49,8 @@ class Service:
         host, port, engine: in place of the recipe's.
 
     Raises:
-        UserError: the engine is not installed or does not start, or cannot hold the base or an adapter.
+        UserError: an address cannot be listened on; the engine is not installed or does not start, or cannot hold the
+            base or an adapter.
     """
 
     def __init__(
@@ -70,6 +71,11 @@ class Service:
         self.host = recipe.serve.host if host is None else host
         self.port = recipe.serve.port if port is None else port
         self._recipe = recipe
+        self._reporter = reporter
+        # Before the base is loaded, which takes minutes where it is large.
+        require_free(self.host, self.port)
+        if recipe.serve.metrics_port is not None:
+            require_free(recipe.serve.metrics_host, recipe.serve.metrics_port)
         wanted = Wanted(
             base,
             chat,
@@ -110,6 +116,7 @@ class Service:
                     drain=self._gateway,
                     drain_seconds=self._recipe.gateway.drain_s,
                     on_ready=on_ready,
+                    say=self._reporter.say,
                 )
         finally:
             self._engine.stop()

@@ -10,11 +10,12 @@ from typing import Any
 
 from tunewright.disk import canonical_json
 from tunewright.serving.state.audit import Audit, AuditCheck, AuditLine
-from tunewright.serving.state.database import Database, StateUnavailableError
+from tunewright.serving.state.database import Database, StateUnavailableError, is_made
 from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
 from tunewright.serving.state.meter import LimitExceededError, Meter, Used, Wanted
 from tunewright.serving.state.pruning import Pruned, Pruning
 from tunewright.serving.state.releases import Candidate, Grounds, Release, Releases
+from tunewright.serving.state.retold import retold
 from tunewright.serving.state.tenants import Caller, InvalidKeyError, Key, Limits, Tenant, Tenants
 from tunewright.serving.state.upgrade import upgrade
 
@@ -42,6 +43,7 @@ __all__ = [
     "Tenants",
     "Used",
     "Wanted",
+    "is_made",
 ]
 
 
@@ -73,7 +75,7 @@ class State:
         self.audit = Audit(self._database)
 
     def verify(self, noted: str | None = None) -> AuditCheck:
-        """Hold the audit to its digests, and every release to the line that tells of it.
+        """Hold the audit to its digests, and releases, tenants and keys to the lines that tell of them.
 
         Args:
             noted: a line's digest (or its beginning) that was noted before: it has to be in the chain still.
@@ -89,6 +91,8 @@ class State:
         places = told.keys() if check.faults else told.keys() | kept.keys()
         differing = sorted(place for place in places if told.get(place) != kept.get(place))
         faults = [f"release {number} of {alias} is not what the log tells of it" for alias, number in differing]
+        if not check.faults:  # of a log with gaps nothing follows
+            faults += retold(self.audit.lines()).differing(self.tenants.list(), self.tenants.keys_of())
         return replace(check, faults=(*check.faults, *faults))
 
     def close(self) -> None:

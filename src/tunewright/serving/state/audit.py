@@ -6,6 +6,7 @@ A line is written in the transaction of the change that it tells of, so there is
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,8 +16,11 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 
 from tunewright.disk import canonical_json, digest
+from tunewright.errors import UserError
 from tunewright.serving.state.database import Database
 from tunewright.serving.state.tables import audit, audit_head
+
+_NOTED = re.compile(r"[0-9a-f]{8,64}")
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,21 @@ class Audit:
 
         Args:
             noted: a line's digest (or its beginning) that was noted before: it has to be in the chain still.
+
+        Raises:
+            UserError: what was noted is no digest.
         """
+        if noted is not None and not _NOTED.fullmatch(noted):
+            fix = "Give the 64 hexadecimal digits that `tunewright audit verify` printed, or the first 8 or more."
+            raise UserError(f"{noted!r} is no digest", where="--noted", fix=fix)
         lines, (head_number, head_digest) = self._read()
         faults = list(_faults(lines))
         last = lines[-1].number if lines else 0
         if head_number > last:
             faults.append(f"line {last + 1} is missing: lines up to {head_number} were written")
-        elif head_digest != (lines[-1].digest if lines else ""):
+        elif not lines and head_digest:
+            faults.append("there is no line any more, and the head of the log has a digest")
+        elif lines and head_digest != lines[-1].digest:
             faults.append(f"line {last} was changed, with its digest: the head of the log has another one")
         if noted is not None and not any(line.digest.startswith(noted) for line in lines):
             faults.append(f"no line has the digest {noted}, which was noted before: the log is another one")

@@ -137,6 +137,16 @@ class Database:
             )
 
 
+def is_made(url: str) -> bool:
+    """Whether SQLite's file is there; of a server's database, True.
+
+    Raises:
+        UserError: no such kind of database.
+    """
+    parsed = _checked(url)
+    return parsed.get_backend_name() != "sqlite" or Path(str(parsed.database)).exists()
+
+
 def _checked(url: str) -> URL:
     try:
         parsed = make_url(url)

@@ -26,5 +26,5 @@ def _limit(text: str, where: str) -> int | None:
     if text == _NONE:
         return None
     if not (text.isascii() and text.isdigit() and 1 <= int(text) < 2**53):
-        raise UserError(f"{text!r} is no limit", where=where, fix=f"Write a number from 1 on, or {_NONE}.")
+        raise UserError(f"{text!r} is no limit", where=where, fix=f"Write a number from 1 to 2^53 - 1, or {_NONE}.")
     return int(text)

@@ -339,10 +339,10 @@ def _require_within(connection: Connection, limits: Row[Any], wanted: Wanted, no
         if allowed is not None and sum(weights) + weight > allowed:
             wait = _wait([started for started, _ in rows], weights, sum(weights) + weight - allowed, now)
             what = limit.removesuffix("_per_minute")
-            message = (
-                f"The limit of {what} a minute ({allowed}) is reached: {sum(weights)} were used or reserved in the last"
-                f" one, and this request may need {weight}."
-            )
+            message = f"The limit of {what} a minute ({allowed}) is reached: the last 60 seconds had {sum(weights)}"
+            if what == "tokens":
+                message += f", used or reserved, and this request may need {weight}"
+            message += "."
             raise LimitExceededError(limit, message, wait)
 
 

@@ -58,7 +58,7 @@ class Pruning:
             first = connection.execute(select(func.min(requests.c.started))).scalar()
         if before % DAY_SECONDS or before > now:
             raise UserError(
-                f"{iso(before)} is no beginning of a day (UTC) up to today",
+                f"{iso(before)} {'is still to come' if before > now else 'is not the beginning of a day (UTC)'}",
                 where="--before",
                 fix="Requests are pruned by whole days: write it like 2026-11-25.",
             )

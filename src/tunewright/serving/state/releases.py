@@ -53,7 +53,7 @@ class Candidate:
     @property
     def told(self) -> str:
         """How it is tried, in words."""
-        return "in the shadow" if self.share is None else f"on {self.share:.4g} of the traffic"
+        return "in the shadow" if self.share is None else f"on {100 * self.share:.4g}% of the traffic"
 
 
 @dataclass(frozen=True)

@@ -219,8 +219,9 @@ class Tenants:
             lifetime: seconds until it expires (None: never).
 
         Raises:
-            UserError: no such tenant, or an alias that the tenant may not call.
+            UserError: no such tenant, an alias that the tenant may not call, or no time at all.
         """
+        _check_lifetime(lifetime)
         with changing(self._database, self._actor) as change:
             row = _find(change.connection, name)
             scope = None if aliases is None else sorted(set(aliases))
@@ -239,8 +240,9 @@ class Tenants:
         """Make a key that takes another's place, which is good for ``overlap`` seconds more.
 
         Raises:
-            UserError: no such key, or one that is not valid any more.
+            UserError: no such key, one that is not valid any more, or no time at all.
         """
+        _check_lifetime(lifetime)
         with changing(self._database, self._actor) as change:
             old = self._key(change.connection, prefix, change.now)
             if old.state != "valid":
@@ -368,6 +370,11 @@ def _tenant(connection: Connection, row: Row[Any], now: float) -> Tenant:
     limits = Limits(row.requests_per_minute, row.tokens_per_minute, row.concurrency)
     valid = sum(_state(key, now) == "valid" for key in theirs)
     return Tenant(row.name, tuple(_aliases(connection, row.id)), limits, valid)
+
+
+def _check_lifetime(lifetime: float | None) -> None:
+    if lifetime is not None and lifetime <= 0:
+        raise UserError("a key that expires at once opens nothing", where="--expires", fix="Write it like 90d.")
 
 
 def _check_limits(limits: Limits) -> None:
