@@ -55,6 +55,8 @@ PLOT = ROOT / "docs" / "images" / "serve-load.png"
 SEED = 0
 LATECOMERS = 4
 """Tenants whose adapters are released while there is load."""
+PAIR_TOKENS = 2
+"""Of an answer whose first token is timed: the engine goes on while it is sent, as with any."""
 BUSY = 0.6
 """The load's share of what the server can do."""
 
@@ -97,7 +99,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the tenants' shares")
     parser.add_argument("--seconds", type=float, default=300, help="of the load")
     parser.add_argument("--rounds", type=int, default=3, help="that the sides of a comparison take in turns")
-    parser.add_argument("--pairs", type=int, default=100, help="of single requests, through the gateway and without")
+    parser.add_argument("--pairs", type=int, default=300, help="of single requests, through the gateway and without")
     parser.add_argument("--jobs", type=int, default=96, help="requests of one side in one round")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--requests", type=int, default=2000, help="whose adapter is checked")
@@ -233,14 +235,13 @@ class Load:
         """
 
         async def over_http(client: httpx.AsyncClient, number: int) -> Seconds:
-            answer = await self._clients.ask(
-                client, Ask(0.0, 0), self._prompt(number), self._options.tokens, time.perf_counter()
-            )
+            began = time.perf_counter()
+            answer = await self._clients.ask(client, Ask(0.0, 0), self._prompt(number), PAIR_TOKENS, began)
             assert answer.status == 200
             return answer.first, answer.end
 
         async def bare(_client: httpx.AsyncClient, number: int) -> Seconds:
-            (seconds,) = self._bare(1, since=number)[0]
+            (seconds,) = self._bare(1, since=number, tokens=PAIR_TOKENS)[0]
             return seconds
 
         async def measured(
@@ -263,9 +264,11 @@ class Load:
 
         return asyncio.run(all_pairs())
 
-    def _bare(self, count: int, *, since: int = 0, together: bool = False) -> tuple[list[Seconds], Cost]:
+    def _bare(
+        self, count: int, *, since: int = 0, tokens: int | None = None, together: bool = False
+    ) -> tuple[list[Seconds], Cost]:
         """So many requests of the first tenant, asked of the engine alone."""
-        tokens, digest = self._options.tokens, self._tenants[0].adapter.digest
+        tokens, digest = tokens or self._options.tokens, self._tenants[0].adapter.digest
         asks = [[self._ids[n % len(self._ids)], digest, tokens] for n in range(since, since + count)]
         before = self.host.tell(do="cpu")
         done = self.host.tell(do="bare", asks=asks, together=together)

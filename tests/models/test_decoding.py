@@ -94,7 +94,6 @@ ACTIONS = st.lists(
         st.tuples(st.just("admit"), st.integers(1, 4)),
         st.tuples(st.just("begin"), st.integers(1, 4)),
         st.tuples(st.just("read"), st.integers(1, 30)),
-        st.tuples(st.just("drop"), st.integers(0, 3)),
         st.tuples(st.just("cancel"), st.integers(0, 5)),
         st.tuples(st.just("step"), st.integers(1, 6)),
     ),
@@ -119,10 +118,6 @@ def test_whoever_comes_and_goes_the_others_answers_stay_the_same(
         elif action == "read" and readings:
             if batch.read(readings[0], number):
                 del readings[0]
-        elif action == "drop" and readings and number < len(readings[0].rows) and len(readings[0].rows) > 1:
-            leaving = readings[0].rows[number]
-            cancelled |= {index for index, row in rows.items() if row is leaving}
-            readings[0].drop(leaving)
         elif action == "cancel" and number < len(batch.rows):
             leaving = batch.rows[number]
             cancelled |= {index for index, row in rows.items() if row is leaving}

@@ -79,12 +79,6 @@ class Reading:
         """Tokens that are to be read yet, padding included."""
         return self.unread.numel()
 
-    def drop(self, row: Row) -> None:
-        """Take a row out that is not the only one."""
-        kept = [index for index, other in enumerate(self.rows) if other is not row]
-        self.rows, self.unread = [self.rows[index] for index in kept], self.unread[kept]
-        select(self.cache, kept, self.cache.get_seq_length())
-
 
 class Batch:
     """The rows that decode together, and their key/value cache.
@@ -351,18 +345,14 @@ def _sharing(requests: Sequence[Request]) -> list[Shared]:
     return [*groups, Shared(alone, 0)] if alone else groups
 
 
-def prefill_groups(lengths: Sequence[int], tokens: int = PREFILL_TOKENS) -> list[list[int]]:
-    """Split prompts of these lengths into groups worth prefilling together: places in ``lengths``, longest first.
-
-    Args:
-        tokens: of a group at most, padding included; a longer prompt is a group of its own.
-    """
+def prefill_groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Split prompts of these lengths into groups worth prefilling together: places in ``lengths``, longest first."""
     groups: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         if groups:
             longest = lengths[groups[-1][0]]
             padding = longest - lengths[place]
-            fits = (len(groups[-1]) + 1) * longest <= tokens
+            fits = (len(groups[-1]) + 1) * longest <= PREFILL_TOKENS
             if fits and padding <= max(_CHEAP_PADDING, longest // 2):
                 groups[-1].append(place)
                 continue

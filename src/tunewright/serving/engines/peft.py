@@ -21,7 +21,7 @@ from tunewright.serving.engines.protocol import AdapterFailedError, Delta, Engin
 log = logging.getLogger("tunewright")
 
 PIECE_TOKENS = 256
-"""Of prompts that are read in one pass: everybody's next token waits for it, and with longer pieces longer."""
+"""Of a long prompt that are read in one pass: everybody's next token waits for it, and with longer pieces longer."""
 
 _Outcome = Delta | RequestFailedError | EngineStoppedError
 
@@ -44,8 +44,7 @@ class _Ticket:
         assert self.row is not None
         new = tuple(self.row.ids[self._delivered :])
         self._delivered += len(new)
-        if new or self.row.finish:
-            self.send(Delta(new, self.row.finish))
+        self.send(Delta(new, self.row.finish))
 
     def send(self, outcome: _Outcome) -> None:
         try:
@@ -93,7 +92,7 @@ class PeftEngine:
         self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._waiting: deque[_Ticket] = deque()
         self._running: list[_Ticket] = []
-        self._unread: dict[Reading, list[_Ticket]] = {}
+        self._unread: dict[_Ticket, Reading] = {}
         self._stopped: str | None = None
         self._thread = threading.Thread(target=self._run, name="tunewright-engine", daemon=True)
         self._thread.start()
@@ -255,16 +254,22 @@ class PeftEngine:
             self._running += newcomers
         for ticket in gone:
             self._drop(ticket)
-        for group in prefill_groups([len(ticket.request.prompt_ids) for ticket in newcomers], PIECE_TOKENS):
-            self._begin([newcomers[place] for place in group])
+        short = [ticket for ticket in newcomers if len(ticket.request.prompt_ids) <= PIECE_TOKENS]
+        for group in prefill_groups([len(ticket.request.prompt_ids) for ticket in short]):
+            self._admit([short[place] for place in group])
+        for ticket in newcomers:
+            if ticket not in short:
+                self._unread[ticket] = self._batch.begin([ticket.request])
         # A piece of the oldest, and one of what has least left: a long prompt holds nobody up, and nobody holds it up.
-        for reading in dict.fromkeys([*list(self._unread)[:1], *sorted(self._unread, key=lambda one: one.left)[:1]]):
-            self._read(reading)
+        least_left = sorted(self._unread, key=lambda ticket: self._unread[ticket].left)
+        for ticket in dict.fromkeys([*list(self._unread)[:1], *least_left[:1]]):
+            self._read_on(ticket)
         self._let_go_finished()
         if self._batch.rows:
             self._batch.step()
             for ticket in self._running:
-                ticket.send_new_tokens()
+                if ticket not in self._unread:
+                    ticket.send_new_tokens()
             self._let_go_finished()
 
     def _do_errands(self) -> None:
@@ -280,42 +285,45 @@ class PeftEngine:
             else:
                 done.set_result(None)
 
-    def _begin(self, tickets: list[_Ticket]) -> None:
-        reading = self._batch.begin([ticket.request for ticket in tickets])
-        for ticket, row in zip(tickets, reading.rows, strict=True):
+    def _admit(self, tickets: list[_Ticket]) -> None:
+        """Prefill together; where that fails, one by one, so that only the request at fault fails."""
+        try:
+            rows = self._batch.admit([ticket.request for ticket in tickets])
+        except Exception as error:
+            if len(tickets) > 1:
+                for ticket in tickets:
+                    self._admit([ticket])
+                return
+            log.exception("a request could not be computed")
+            self._fail(tickets[0], error)
+            return
+        for ticket, row in zip(tickets, rows, strict=True):
             ticket.row = row
-        self._unread[reading] = tickets
+            ticket.send_new_tokens()
 
-    def _read(self, reading: Reading) -> None:
-        """Read on; where that fails, prompts read together are read alone, so that only the one at fault fails."""
-        tickets = self._unread[reading]
+    def _read_on(self, ticket: _Ticket) -> None:
+        """Read a piece of a long prompt; after the last one its row decodes with the others."""
+        reading = self._unread[ticket]
         try:
             if not self._batch.read(reading, PIECE_TOKENS):
                 return
         except Exception as error:
-            del self._unread[reading]
-            if len(tickets) > 1:
-                for ticket in tickets:
-                    self._begin([ticket])
-                return
             log.exception("a request could not be computed")
-            with self._changed:
-                self._running.remove(tickets[0])
-            tickets[0].send(RequestFailedError(f"The model could not compute this request: {error}"))
-            return
-        del self._unread[reading]
-        for ticket in tickets:
+            self._fail(ticket, error)
+        else:
+            (ticket.row,) = reading.rows
             ticket.send_new_tokens()
+        del self._unread[ticket]
+
+    def _fail(self, ticket: _Ticket, error: Exception) -> None:
+        with self._changed:
+            self._running.remove(ticket)
+        ticket.send(RequestFailedError(f"The model could not compute this request: {error}"))
 
     def _drop(self, ticket: _Ticket) -> None:
-        assert ticket.row is not None
-        self._batch.cancel(ticket.row)
-        for reading, tickets in list(self._unread.items()):
-            if tickets == [ticket]:
-                del self._unread[reading]
-            elif ticket in tickets:
-                tickets.remove(ticket)
-                reading.drop(ticket.row)
+        self._unread.pop(ticket, None)
+        if ticket.row is not None:
+            self._batch.cancel(ticket.row)
 
     def _let_go_finished(self) -> None:
         with self._changed:
