@@ -48,6 +48,7 @@ from tunewright.progress import LogReporter
 from tunewright.project import Project
 from tunewright.road.opened import OpenProject
 from tunewright.serving.state import State
+from tunewright.serving.turns import COMPANY_SECONDS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "serve_load.json"
@@ -307,6 +308,8 @@ class Load:
 
     def gateway(self) -> dict[str, Any]:
         """One tenant over HTTP against the engine alone, with the same requests."""
+        if self._all_released:
+            time.sleep(COMPANY_SECONDS + 1)  # who has had company lately leaves places free for it
         full: dict[str, list[Cost]] = {"bare": [], "gateway": []}
         for _ in rounds(self._options.rounds, full):
             full["bare"].append(self._bare(self._options.jobs, together=True)[1])
