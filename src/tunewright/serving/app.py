@@ -48,8 +48,7 @@ class Gateway:
         self._texts = texts
         self._limits = limits
         self._orders = Orders(texts, limits, engine.context_length)
-        # A few more than it works on, so that the next one is there when an answer ends: else a pass has a row less.
-        self._queue = FairQueue(engine.max_batch + max(1, engine.max_batch // 8))
+        self._queue = FairQueue(engine.max_batch)
         self._shadows = Shadows(engine, self._queue, texts.decode, limits)
         self._entered = 0
         self._answering: set[Answering] = set()
