@@ -165,7 +165,7 @@ def test_what_was_reserved_and_not_used_is_given_back(state_url: str) -> None:
         caller, release = with_tenant(state, limits=Limits(tokens_per_minute=100))
         number = state.meter.reserve(wanted(caller, release, 90), "g")
         with pytest.raises(
-            LimitExceededError, match="90 were used or reserved in the last one, and this request may need 20"
+            LimitExceededError, match="the last 60 seconds had 90, used or reserved, and this request may need 20"
         ):
             state.meter.reserve(wanted(caller, release, 20), "g")
         state.meter.settle(number, used(10, 20))
