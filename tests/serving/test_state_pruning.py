@@ -97,7 +97,7 @@ def test_answers_of_shadows_go_with_their_requests_and_are_counted(state_url: st
 def test_only_whole_days_that_are_over_are_pruned(state_url: str, clock: Clock, before: float) -> None:
     with (
         State(state_url, "ann", clock) as state,
-        pytest.raises(UserError, match="not the beginning of a day|still to come"),
+        pytest.raises(UserError, match=r"not the beginning of a day|still to come"),
     ):
         state.pruning.prune(before)
 
