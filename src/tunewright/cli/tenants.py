@@ -253,6 +253,8 @@ def audit_verify(
     with session(json) as current:
         check = road_at(current, project, state).audit.verify(noted)
         whole = f"{check.lines} lines, all as written. The last one's digest, to be noted elsewhere: {check.head}"
+        if not check.lines:
+            whole = "Nothing has been changed yet: there is no line."
         current.show(check.as_dict(), "\n".join(check.faults) if check.faults else whole)
         if check.faults:
             raise typer.Exit(FAILED)
