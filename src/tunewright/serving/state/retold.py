@@ -18,7 +18,7 @@ Told = dict[str, dict[str, Any]]
 class Retold:
     """What follows from all lines together.
 
-    Attributes:
+    Args:
         tenants: aliases and limits by name.
         keys: whose, for what, until when, and whether revoked, by prefix.
     """
