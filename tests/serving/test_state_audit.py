@@ -235,3 +235,18 @@ def _change(state: State, what: str, number: int) -> None:
 def test_what_is_no_digest_was_not_noted(state_url: str, noted: str) -> None:
     with State(state_url) as state, pytest.raises(UserError, match="no digest"):
         state.verify(noted)
+
+
+def test_a_change_while_the_log_is_verified_is_no_fault(state_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with State(state_url, "ann") as state, State(state_url, "bob") as other:
+        fill(state)
+        untouched = state.tenants.list
+
+        def list_after_a_change() -> object:
+            monkeypatch.undo()
+            other.tenants.add("globex")
+            return untouched()
+
+        monkeypatch.setattr(state.tenants, "list", list_after_a_change)
+        check = state.verify()
+        assert (check.faults, check.lines) == ((), 7)

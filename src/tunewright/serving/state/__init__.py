@@ -79,7 +79,15 @@ class State:
 
         Args:
             noted: a line's digest (or its beginning) that was noted before: it has to be in the chain still.
+
+        Raises:
+            UserError: what was noted is no digest.
         """
+        check = self._verified(noted)
+        # What is changed between two looks would be taken for a change that no line tells of.
+        return check if self.audit.verify().head == check.head else self.verify(noted)
+
+    def _verified(self, noted: str | None) -> AuditCheck:
         check = self.audit.verify(noted)
         kept = {(release.alias, release.number): _comparable(release.as_dict()) for release in self.releases.history()}
         told = {}
