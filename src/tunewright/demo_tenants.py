@@ -75,12 +75,15 @@ def show_two_tenants(road: Road, result: RunResult) -> TwoTenants | None:
 
     None, and a warning, where there is no checkpoint or a release does not pass.
     """
+    from tunewright.serving.state import State
+
     trained, project = result.trained.adapter, road.project
     if not trained.checkpoints:
         road.reporter.warn(f"{trained.name} has no earlier checkpoint, which would be the second tenant's adapter.")
         return None
     step, folder = next(iter(trained.checkpoints.items()))
     state = f"sqlite:///{(project.serving_state.parent / STATE).resolve()}"
+    State(state).close()  # made here: a state that is named has to be there
     serve = project.recipe.serve.model_copy(update={"state": state})
     own = Road(Project(project.root, project.recipe.model_copy(update={"serve": serve})), road.reporter)
     draft = own.adapters.import_(folder, base_matches=True, name=f"{project.recipe.name}-{step}").adapter
