@@ -7,7 +7,8 @@ as any adapter and released under the tenant's alias. The server runs in a proce
 In one run, on the same server:
 
     memory      of each further tenant, against its adapter's bytes
-    throughput  of all tenants (Zipf) against one tenant with one adapter, in turns
+    throughput  of all tenants (Zipf) against one with one adapter, in turns: so that one has had company lately, and
+                leaves places free for it; what it makes when quite alone is the gateway's part
     gateway     throughput and latency over HTTP, with keys, limits and fair turns, against the bare engine, in turns
     load        Poisson arrivals, Zipf over tenants; new tenants' adapters are released meanwhile (cold loads)
     isolation   requests of all tenants mixed; each answer is held to its adapter's own by peft and transformers alone
