@@ -80,14 +80,14 @@ def open_service(settings: dict[str, Any]) -> Service:
         "none",
         Tenancy(state, lambda name, digest: adapter_of(opened, name, digest).folder, folders),
         opened.reporter,
-        port=0,
     )
 
 
 def patient(recipe: Recipe) -> Recipe:
-    """The recipe without the gateway's limits on waits, which are to be measured and not cut off."""
+    """The recipe on any port, and without the gateway's limits on waits, which are to be measured and not cut off."""
     waits = dict.fromkeys(("queue_s", "first_token_s", "between_tokens_s", "total_s"), 3600.0)
-    return recipe.model_copy(update={"gateway": recipe.gateway.model_copy(update=waits)})
+    gateway, serve = recipe.gateway.model_copy(update=waits), recipe.serve.model_copy(update={"port": 0})
+    return recipe.model_copy(update={"gateway": gateway, "serve": serve})
 
 
 async def ask_bare(engine: Engine, asks: list[tuple[list[int], str, int]], together: bool) -> dict[str, Any]:

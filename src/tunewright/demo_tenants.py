@@ -110,8 +110,9 @@ def _release(road: Road, alias: str, adapter: Adapter, because: str | None) -> b
 
 
 def _live(road: Road) -> list[Release]:
-    """The last release of each alias."""
-    return list({release.alias: release for release in road.releases()}.values())
+    """The last release of each alias that answers something."""
+    last = {release.alias: release for release in road.releases()}
+    return [release for release in last.values() if not release.withdrawn]
 
 
 def _visit(road: Road, result: RunResult, adapters: Mapping[str, str]) -> TwoTenants:

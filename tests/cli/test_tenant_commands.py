@@ -92,6 +92,8 @@ def test_a_tenant_its_limits_and_keys_by_command(project: Path) -> None:
     assert _document(project, "tenant", "key", "revoke", rotated["prefix"])["state"] == "revoked"
     states = {k["prefix"]: k["state"] for k in _document(project, "tenant", "key", "list")["keys"]}
     assert states == {key["prefix"]: "valid", rotated["prefix"]: "revoked"}
+    ended = _document(project, "tenant", "end", "acme")
+    assert (ended["aliases"], ended["keys"]) == ([], 0)
     assert [t["name"] for t in _document(project, "tenant", "list")["tenants"]] == ["acme"]
     assert [line["action"] for line in _document(project, "audit", "show")["lines"]] == [
         "tenant.add",
@@ -101,6 +103,8 @@ def test_a_tenant_its_limits_and_keys_by_command(project: Path) -> None:
         "key.add",
         "key.rotate",
         "key.revoke",
+        "key.revoke",
+        "tenant.deny",
     ]
 
 
@@ -134,6 +138,9 @@ def test_people_read_what_json_says(project: Path) -> None:
         (["audit", "verify", "--noted", ""], "'' is no digest"),
         (["promote", "courts"], "no alias 'courts'"),
         (["rollback", "courts"], "no alias 'courts'"),
+        (["withdraw", "courts"], "no alias 'courts'"),
+        (["withdraw", "courts", "--because", " "], "--because: the reason is empty"),
+        (["tenant", "end", "nobody"], "no tenant 'nobody'"),
         (["deploy", "courts", "nowhere"], "no adapter is called 'nowhere'"),
         (["deploy", "courts", "tiny", "--canary", "110%"], "no share of the traffic"),
         (["deploy", "courts", "tiny", "--force"], "--force and --because go together"),
@@ -194,8 +201,22 @@ def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
     assert _document(project, "promote", "courts")["release"]["adapter"] == second.name
     assert _document(project, "rollback", "courts")["adapter"] == first.name
     assert _document(project, "rollback", "courts", "--to", "5")["adapter"] == second.name
+    _document(project, "withdraw", "courts", "--because", "a typing mistake")
+    told = _run(project, "releases").stderr
+    assert "courts 8 was withdrawn: a typing mistake" in told
+    assert _document(project, "rollback", "courts")["adapter"] == second.name
     actions = [release["action"] for release in _document(project, "releases")["releases"]]
-    assert actions == ["deploy", "canary", "rollback", "shadow", "promote", "rollback", "rollback"]
+    assert actions == [
+        "deploy",
+        "canary",
+        "rollback",
+        "shadow",
+        "promote",
+        "rollback",
+        "rollback",
+        "withdraw",
+        "rollback",
+    ]
     assert "No candidate has been asked" in _run(project, "shadow", "courts").stderr
 
 
@@ -253,7 +274,19 @@ def server(project: Path) -> Iterator[tuple[subprocess.Popen[str], str, str, lis
     key = _document(project, "tenant", "key", "add", "acme")["key"]
     _document(project, "deploy", "courts", adapters[0].name)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tunewright", "serve", "--port", "0", "--json", "-p", str(project)],
+        [
+            sys.executable,
+            "-m",
+            "tunewright",
+            "serve",
+            "--port",
+            "0",
+            "--metrics-port",
+            "0",
+            "--json",
+            "-p",
+            str(project),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -265,7 +298,9 @@ def server(project: Path) -> Iterator[tuple[subprocess.Popen[str], str, str, lis
         if line == "}\n":
             break
     try:
-        yield process, json.loads(said)["url"], key, adapters
+        started = json.loads(said)
+        assert "tunewright_requests" in httpx.get(started["metrics"]).text
+        yield process, started["url"], key, adapters
     finally:
         process.kill()
         process.communicate()
@@ -289,12 +324,19 @@ def test_a_running_server_takes_a_deploy_by_command(
     end = time.monotonic() + 60
     while answered_by() != second.digest:
         assert time.monotonic() < end
+    _document(project, "withdraw", "courts")
+    end = time.monotonic() + 60
+    while client.models.list().data:
+        assert time.monotonic() < end
+    with pytest.raises(openai.NotFoundError):
+        answered_by()
     client.close()
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
     assert f"courts: release 2 is live: {second.name}" in stderr
+    assert "courts is withdrawn" in stderr
     (one, two) = _document(project, "tenant", "usage", "acme")["usage"]
     assert {one["digest"], two["digest"]} == {first.digest, second.digest}
     rows = list(csv.DictReader(io.StringIO(_run(project, "tenant", "usage", "--csv").stdout)))

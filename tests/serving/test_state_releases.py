@@ -17,7 +17,7 @@ STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("deploy"), st.sampled_from("abc")),
         st.tuples(st.just("canary"), st.sampled_from("abc")),
-        st.tuples(st.sampled_from(["promote", "rollback"]), st.just("")),
+        st.tuples(st.sampled_from(["promote", "rollback", "withdraw"]), st.just("")),
     ),
     max_size=12,
 )
@@ -36,23 +36,28 @@ class Stack:
         self.before: list[str] = []
         self.now: str | None = None
         self.candidate: str | None = None
+        self.withdrawn = False
 
     def take(self, step: str, name: str) -> bool:
         """Whether it can be done; then it is."""
         if step == "deploy":
-            if self.now == name and self.candidate is None:
+            if self.now == name and self.candidate is None and not self.withdrawn:
                 return False
             self._answer_with(name)
         elif step == "canary":
-            if self.now is None or name in (self.now, self.candidate):
+            if self.now is None or self.withdrawn or name in (self.now, self.candidate):
                 return False
             self.candidate = name
         elif step == "promote":
             if self.candidate is None:
                 return False
             self._answer_with(self.candidate)
-        elif self.candidate is not None:
-            self.candidate = None
+        elif step == "withdraw":
+            if self.now is None or self.withdrawn:
+                return False
+            self.withdrawn, self.candidate = True, None
+        elif self.candidate is not None or self.withdrawn:
+            self.candidate, self.withdrawn = None, False
         else:
             if not self.before:
                 return False
@@ -62,13 +67,13 @@ class Stack:
     def _answer_with(self, name: str) -> None:
         if self.now is not None and self.now != name:
             self.before.append(self.now)
-        self.now, self.candidate = name, None
+        self.now, self.candidate, self.withdrawn = name, None, False
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_after_any_steps_an_alias_answers_as_a_stack_says(shared: State, steps: list[tuple[str, str]]) -> None:
-    alias, stack, releases = f"alias-{len(shared.releases.live())}", Stack(), shared.releases
+    alias, stack, releases = f"alias-{shared.releases.newest()}", Stack(), shared.releases
     history: list[object] = []
     for step, name in steps:
         can = stack.take(step, name)
@@ -79,6 +84,8 @@ def test_after_any_steps_an_alias_answers_as_a_stack_says(shared: State, steps: 
                 releases.try_beside(alias, Candidate(name, DIGESTS[name], 0.1), SHIP)
             elif step == "promote":
                 releases.promote(alias)
+            elif step == "withdraw":
+                releases.withdraw(alias)
             else:
                 releases.rollback(alias)
         except UserError:
@@ -90,7 +97,7 @@ def test_after_any_steps_an_alias_answers_as_a_stack_says(shared: State, steps: 
             assert now[:-1] == history
             history = now
         live = releases.live().get(alias)
-        assert (None if live is None else live.adapter) == stack.now
+        assert (None if live is None else live.adapter) == (None if stack.withdrawn else stack.now)
         if live is not None:
             assert (live.candidate.adapter if live.candidate else None) == stack.candidate
 
@@ -103,6 +110,34 @@ def test_the_grounds_go_with_the_adapter(state_url: str) -> None:
         assert state.releases.promote("courts").grounds == forced
         back = state.releases.rollback("courts")
         assert (back.adapter, back.grounds, back.restores, back.author) == ("a", SHIP, 1, "ann")
+
+
+def test_without_its_candidate_an_adapter_has_its_own_grounds_again(state_url: str) -> None:
+    forced = Grounds("can't tell", "e2", "the client asked for it")
+    with State(state_url) as state:
+        state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        for name in "bc":
+            state.releases.try_beside("courts", Candidate(name, DIGESTS[name], 0.1), forced)
+        back = state.releases.rollback("courts")
+        assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
+
+
+def test_what_was_withdrawn_comes_back_with_its_grounds(state_url: str) -> None:
+    with State(state_url, "ann") as state:
+        state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        ended = state.releases.withdraw("courts", "a typing mistake")
+        assert (ended.adapter, ended.grounds.because, ended.author) == ("a", "a typing mistake", "ann")
+        assert state.releases.live() == {}
+        with pytest.raises(UserError, match="withdrawn already, since its release 2"):
+            state.releases.withdraw("courts")
+        with pytest.raises(UserError, match="no release that a candidate"):
+            state.releases.try_beside("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
+        with pytest.raises(UserError, match="answered nothing from its release 2 on"):
+            state.releases.rollback("courts", 2)
+        back = state.releases.rollback("courts")
+        assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
+        assert list(state.releases.live()) == ["courts"]
+        assert not state.verify().faults
 
 
 def test_any_earlier_release_can_be_brought_back_by_its_number(state_url: str) -> None:

@@ -90,6 +90,27 @@ def test_a_key_ends_when_it_expires_or_is_revoked(state_url: str) -> None:
         assert state.tenants.list()[0].keys == 0
 
 
+def test_a_tenant_that_is_ended_has_no_key_and_no_alias_and_others_have_theirs(state_url: str) -> None:
+    with State(state_url) as state:
+        for name, aliases in (("globex", ["courts"]), ("acme", ["courts", "recipes"])):
+            state.tenants.add(name, aliases)
+        state.tenants.add_key("globex")
+        keys = [state.tenants.add_key("acme")[0] for _ in range(2)]
+        state.tenants.revoke_key(state.tenants.keys_of("acme")[0].prefix)
+        before = len(state.audit.lines())
+        ended = state.tenants.end("acme")
+        assert (ended.aliases, ended.keys) == ((), 0)
+        for key in keys:
+            with pytest.raises(InvalidKeyError):
+                state.tenants.caller(key)
+        assert [line.action for line in state.audit.lines()[before:]] == ["key.revoke", "tenant.deny"]
+        assert not state.verify().faults
+        assert state.tenants.get("globex").aliases == ("courts",)
+        assert state.tenants.get("globex").keys == 1
+        with pytest.raises(UserError, match="nothing to end"):
+            state.tenants.end("acme")
+
+
 def test_while_a_key_is_rotated_both_are_good(state_url: str) -> None:
     clock = Clock()
     with State(state_url, clock=clock) as state:

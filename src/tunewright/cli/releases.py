@@ -1,4 +1,4 @@
-"""``deploy``, ``promote``, ``rollback``, ``releases``: which adapter an alias answers with."""
+"""``deploy``, ``promote``, ``rollback``, ``withdraw``, ``releases``: which adapter an alias answers with."""
 
 from __future__ import annotations
 
@@ -120,6 +120,22 @@ def rollback(
 
     with session(json) as current:
         made = road_at(current, project, state).rollback(alias, to)
+        current.show(made.as_dict(), *releases_tables([made]))
+
+
+@app.command()
+def withdraw(
+    alias: Alias,
+    because: Annotated[str | None, typer.Option(help="Why, for the history.")] = None,
+    state: StateUrl = None,
+    project: Folder = HERE,
+    json: Json = False,
+) -> None:
+    """Have an alias answer nothing any more, as one that is not there; `rollback` or `deploy` brings it back."""
+    from tunewright.cli.tenant_tables import releases_tables
+
+    with session(json) as current:
+        made = road_at(current, project, state).withdraw(alias, because=because)
         current.show(made.as_dict(), *releases_tables([made]))
 
 

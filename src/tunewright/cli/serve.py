@@ -37,6 +37,10 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0: any.", show_default="the recipe's")
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port for Prometheus; 0: any.", show_default="the recipe's, if any"),
+    ] = None,
     no_auth: Annotated[
         bool,
         typer.Option("--no-auth", help="Without tenants: answer everybody, on an address that others can reach, too."),
@@ -64,7 +68,9 @@ def serve(
             result = road.self_test(adapters or (), engine=kind)
             current.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
             raise typer.Exit(EXIT_CODES[result.verdict])
-        service = road.serve(adapters or (), host=host, port=port, auth=not no_auth, engine=kind)
+        service = road.serve(
+            adapters or (), host=host, port=port, metrics_port=metrics_port, auth=not no_auth, engine=kind
+        )
 
         current.tell_standing(project)
 

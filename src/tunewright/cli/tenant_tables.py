@@ -97,13 +97,13 @@ def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
         table.add_column(name, overflow="fold", max_width=_AUTHOR if name == "by" else None)
     for release in releases:
         candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.told}"
-        verdict = release.grounds.verdict or "not evaluated"
+        verdict = "" if release.withdrawn else release.grounds.verdict or "not evaluated"
         restores = "" if release.restores is None else f" to {release.restores}"
         table.add_row(
             f"{release.alias} {release.number}",
             f"{release.action}{restores}",
-            f"{release.adapter}{candidate}",
-            verdict if release.grounds.because is None else f"{verdict},\nforced",
+            f"nothing; was\n{release.adapter}" if release.withdrawn else f"{release.adapter}{candidate}",
+            f"{verdict},\nforced" if release.grounds.because is not None and not release.withdrawn else verdict,
             _isolation(release),
             release.author or "",
             _minute(release.created),
@@ -111,16 +111,20 @@ def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
     made_known = ("deploy", "canary", "shadow")
     forced = [each for each in releases if each.grounds.because is not None and each.action in made_known]
     untested = [each for each in releases if each.grounds.untested is not None and each.action != "rollback"]
+    ended = [each for each in releases if each.withdrawn and each.grounds.because is not None]
     return [
         table,
         *(f"{each.alias} {each.number} was forced: {each.grounds.because}" for each in forced),
         *(f"{each.alias} {each.number} was not tested: {each.grounds.untested}" for each in untested),
+        *(f"{each.alias} {each.number} was withdrawn: {each.grounds.because}" for each in ended),
     ]
 
 
 def _isolation(release: Release) -> str:
     test = release.grounds.isolation
     if test is None:
+        if release.withdrawn:
+            return ""
         return "none" if release.grounds.untested is None else "left out"
     return f"{test.verdict}\non {test.engine},\n{test.tested[:16].replace('T', ' ')}"
 

@@ -89,6 +89,17 @@ def tenant_deny(
         current.show(changed.as_dict(), tenants_table([changed]))
 
 
+@tenant_app.command("end")
+def tenant_end(name: Name, state: StateUrl = None, project: Folder = HERE, json: Json = False) -> None:
+    """Revoke all of a tenant's keys and take its aliases, from the next request on. Its usage stays."""
+    from tunewright.cli.tenant_tables import tenants_table
+
+    with session(json) as current:
+        ended = road_at(current, project, state).tenant.end(name)
+        told = f"What {name} could call answers on: `tunewright withdraw ALIAS` ends that."
+        current.show(ended.as_dict(), tenants_table([ended]), told)
+
+
 @tenant_app.command("limit")
 def tenant_limit(
     name: Name,

@@ -81,7 +81,7 @@ class Road(EvaluationsRoad):
         self.audit = AuditRoad(self._opened)
         releases = ReleasesRoad(self._opened, self.ledger)
         self.deploy, self.promote, self.rollback = releases.deploy, releases.promote, releases.rollback
-        self.releases, self.shadow = releases.history, releases.shadow
+        self.withdraw, self.releases, self.shadow = releases.withdraw, releases.history, releases.shadow
         self.keys = KeysRoad(self._opened)
         self.export = ExportRoad(self._opened)
 
@@ -333,6 +333,7 @@ class Road(EvaluationsRoad):
         *,
         host: str | None = None,
         port: int | None = None,
+        metrics_port: int | None = None,
         auth: bool = True,
         engine: EngineName | None = None,
     ) -> Service:
@@ -346,7 +347,7 @@ class Road(EvaluationsRoad):
 
         Args:
             adapters: by name; none where there are tenants.
-            host, port, engine: in place of the recipe's.
+            host, port, metrics_port, engine: in place of the recipe's.
             auth: False lets everybody who reaches the address ask, where there are no tenants.
 
         Raises:
@@ -355,7 +356,11 @@ class Road(EvaluationsRoad):
         """
         from tunewright.road.serving import open_service
 
-        return open_service(self._opened, adapters, host=host, port=port, auth=auth, engine=engine)
+        given = {"host": host, "port": port, "metrics_port": metrics_port, "engine": engine}
+        own = {name: value for name, value in given.items() if value is not None}
+        recipe = self.project.recipe
+        served = recipe.model_copy(update={"serve": recipe.serve.model_copy(update=own)})
+        return open_service(self._opened, adapters, served, auth=auth)
 
     def self_test(self, adapters: Sequence[str] = (), *, engine: EngineName | None = None) -> IsolationResult:
         """Whether an engine keeps the base and the adapters apart that :meth:`serve` would serve.

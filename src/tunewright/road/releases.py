@@ -1,4 +1,4 @@
-"""The verbs on releases: ``tunewright deploy``, ``promote``, ``rollback``, ``releases``."""
+"""The verbs on releases: ``tunewright deploy``, ``promote``, ``rollback``, ``withdraw``, ``releases``."""
 
 from __future__ import annotations
 
@@ -185,6 +185,20 @@ class ReleasesRoad:
                     "`tunewright serve --self-test` tests what is live then."
                 )
             return state.releases.rollback(alias, number)
+
+    def withdraw(self, alias: str, *, because: str | None = None) -> Release:
+        """Have an alias answer nothing from now on; a rollback or a deploy brings it back.
+
+        Args:
+            alias: whose.
+            because: why, which is kept.
+
+        Raises:
+            UserError: no such alias, it is withdrawn already, or an empty reason.
+        """
+        _require_reason(because, "--because")
+        with self._opened.state() as state:
+            return state.releases.withdraw(alias, because)
 
     def history(self, alias: str | None = None) -> list[Release]:
         """All releases (of one alias), the first one first.

@@ -14,7 +14,7 @@ from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.adapters.servable import require_batchable
 from tunewright.adapters.standing import require_sound
 from tunewright.errors import UserError
-from tunewright.recipe import EngineName, Quantize
+from tunewright.recipe import Quantize, Recipe
 from tunewright.road.opened import OpenProject
 
 if TYPE_CHECKING:
@@ -25,55 +25,36 @@ if TYPE_CHECKING:
 def open_service(
     opened: OpenProject,
     names: Sequence[str],
+    recipe: Recipe,
     *,
-    host: str | None,
-    port: int | None,
     auth: bool,
-    engine: EngineName | None = None,
 ) -> Service:
-    """A server for tenants where there are any, else for everybody; see ``Road.serve``."""
-    project = opened.project
-    if project.recipe.serve.state is not None or project.serving_state.exists():
+    """A server for tenants where there are any, else for everybody; see ``Road.serve``.
+
+    Args:
+        recipe: the project's, with what is to be otherwise about this server.
+    """
+    if recipe.serve.state is not None or opened.project.serving_state.exists():
         state = opened.state()
         try:
             if state.tenants.any():
-                return _for_tenants(opened, state, names, host=host, port=port, auth=auth, engine=engine)
+                if not auth:
+                    raise UserError("there are tenants, and whoever asks needs a key", where="--no-auth")
+                return _for_tenants(opened, state, names, recipe)
         except BaseException:
             state.close()
             raise
         state.close()
     if auth:
-        _require_private(host or project.recipe.serve.host)
+        _require_private(recipe.serve.host)
     from tunewright.serving.service import Service
 
     held, folders = choose_served(opened, names)
-    return Service(
-        project.recipe,
-        opened.base,
-        opened.chat,
-        held,
-        folders,
-        opened.reporter,
-        host=host,
-        port=port,
-        engine=engine,
-    )
+    return Service(recipe, opened.base, opened.chat, held, folders, opened.reporter)
 
 
-def _for_tenants(
-    opened: OpenProject,
-    state: State,
-    names: Sequence[str],
-    *,
-    host: str | None,
-    port: int | None,
-    auth: bool,
-    engine: EngineName | None,
-) -> Service:
-    if not auth:
-        raise UserError("there are tenants, and whoever asks needs a key", where="--no-auth")
+def _for_tenants(opened: OpenProject, state: State, names: Sequence[str], recipe: Recipe) -> Service:
     refuse_names(names)
-    recipe = opened.project.recipe
     held, trained = released(opened, state)
 
     def locate(name: str, digest: str) -> Path:
@@ -91,17 +72,7 @@ def _for_tenants(
     from tunewright.serving.service import Service, Tenancy
 
     served = Tenancy(state, locate, {adapter.name: adapter.folder for adapter in trained})
-    return Service(
-        recipe,
-        opened.base,
-        opened.chat,
-        held,
-        served,
-        opened.reporter,
-        host=host,
-        port=port,
-        engine=engine,
-    )
+    return Service(recipe, opened.base, opened.chat, held, served, opened.reporter)
 
 
 def refuse_names(names: Sequence[str]) -> None:

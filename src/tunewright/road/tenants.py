@@ -124,6 +124,15 @@ class TenantRoad:
         with self._opened.state() as state:
             return state.tenants.allow(name, aliases, allowed=False)
 
+    def end(self, name: str) -> Tenant:
+        """Revoke all of a tenant's keys and take its aliases, from the next request on; its usage stays.
+
+        Raises:
+            UserError: no such tenant, or it has neither keys nor aliases any more.
+        """
+        with self._opened.state() as state:
+            return state.tenants.end(name)
+
     def limit(self, name: str, limits: Limits) -> Tenant:
         """Set what a tenant may use, all three limits; they hold from the next request on.
 

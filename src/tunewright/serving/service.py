@@ -12,7 +12,7 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter
-from tunewright.recipe import EngineName, Quantize, Recipe
+from tunewright.recipe import Quantize, Recipe
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.start import Wanted, start_engine
@@ -42,11 +42,10 @@ class Service:
     """A base and adapters, loaded and ready to be served.
 
     Args:
-        recipe: gives precision, address, port and batch.
+        recipe: gives engine, precision, addresses, ports and batch.
         quantize: how the base is held.
         served: folders of adapters by the names that everybody may ask for; or the tenants and their releases, whose
             adapters are loaded when the server starts.
-        host, port, engine: in place of the recipe's.
 
     Raises:
         UserError: an address cannot be listened on; the engine is not installed or does not start, or cannot hold the
@@ -61,19 +60,13 @@ class Service:
         quantize: Quantize,
         served: Mapping[str, Path] | Tenancy,
         reporter: Reporter,
-        *,
-        host: str | None = None,
-        port: int | None = None,
-        engine: EngineName | None = None,
     ) -> None:
         adapters = {} if isinstance(served, Tenancy) else served
         digests = {name: adapter_digest(folder) for name, folder in adapters.items()}
-        self.host = recipe.serve.host if host is None else host
-        self.port = recipe.serve.port if port is None else port
         self._recipe = recipe
         self._reporter = reporter
         # Before the base is loaded, which takes minutes where it is large.
-        require_free(self.host, self.port)
+        require_free(recipe.serve.host, recipe.serve.port)
         if recipe.serve.metrics_port is not None:
             require_free(recipe.serve.metrics_host, recipe.serve.metrics_port)
         wanted = Wanted(
@@ -85,7 +78,7 @@ class Service:
             to_come=tuple(served.live.values()) if isinstance(served, Tenancy) else (),
             spare=recipe.serve.spare_adapters if isinstance(served, Tenancy) else 0,
         )
-        self._engine = start_engine(engine or recipe.serve.engine, recipe, wanted, reporter)
+        self._engine = start_engine(recipe.serve.engine, recipe, wanted, reporter)
         self._access = (
             TenantAccess(served.state, self._engine, served.locate, reporter)
             if isinstance(served, Tenancy)
@@ -111,8 +104,8 @@ class Service:
             with self._exposing():
                 serve(
                     self._gateway.app,
-                    self.host,
-                    self.port,
+                    self._recipe.serve.host,
+                    self._recipe.serve.port,
                     drain=self._gateway,
                     drain_seconds=self._recipe.gateway.drain_s,
                     on_ready=on_ready,
@@ -129,7 +122,8 @@ class Service:
             UserError: the address cannot be listened on.
         """
         try:
-            with self._exposing(), serving(self._gateway.app, self.host, self.port) as url:
+            listened = self._recipe.serve
+            with self._exposing(), serving(self._gateway.app, listened.host, listened.port) as url:
                 yield url
         finally:
             self._engine.stop()

@@ -250,7 +250,13 @@ class TenantAccess:
 
     async def _catch_up(self) -> None:
         """Load what the live releases need, then switch; a release that cannot be loaded is not taken."""
+        newest = await self._read(self._state.releases.newest)
         live = await self._read(self._state.releases.live)
+        for alias in self._routes.keys() - live.keys():
+            del self._routes[alias]
+            self._reporter.say(f"{alias} is withdrawn")
+        for alias in self._refused.keys() - live.keys():
+            del self._refused[alias]
         for alias, release in live.items():
             before = self._routes.get(alias)
             if before is not None and before.id == release.id:
@@ -268,7 +274,7 @@ class TenantAccess:
             tried = f", and {release.candidate.adapter} {release.candidate.told}" if release.candidate else ""
             self._reporter.say(f"{alias}: release {release.number} is live: {release.adapter}{tried}")
             self._tell_untested(release)
-        self._seen = max((release.id for release in live.values()), default=0)
+        self._seen = newest
         await self._alive()
 
     def _tell_untested(self, release: Release) -> None:

@@ -12,11 +12,12 @@ from tunewright.disk import canonical_json
 from tunewright.serving.state.audit import Audit, AuditCheck, AuditLine
 from tunewright.serving.state.database import Database, StateUnavailableError, is_made
 from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
+from tunewright.serving.state.limits import Limits
 from tunewright.serving.state.meter import LimitExceededError, Meter, Used, Wanted
 from tunewright.serving.state.pruning import Pruned, Pruning
 from tunewright.serving.state.releases import Candidate, Grounds, Release, Releases
 from tunewright.serving.state.retold import retold
-from tunewright.serving.state.tenants import Caller, InvalidKeyError, Key, Limits, Tenant, Tenants
+from tunewright.serving.state.tenants import Caller, InvalidKeyError, Key, Tenant, Tenants
 from tunewright.serving.state.upgrade import upgrade
 
 __all__ = [

@@ -21,20 +21,20 @@ from tunewright.serving.state.tables import audit, releases
 from tunewright.serving.state.tenants import check_name
 from tunewright.serving.state.times import iso
 
-Action = Literal["deploy", "canary", "shadow", "promote", "rollback"]
+Action = Literal["deploy", "canary", "shadow", "promote", "rollback", "withdraw"]
 _REFUSED = "isolation.refused"
 
 
 @dataclass(frozen=True)
 class Grounds:
-    """Why an adapter may be released."""
+    """Why an adapter may be released; of a withdrawal, why it may not any more."""
 
-    verdict: str | None
+    verdict: str | None = None
     """What its newest evaluation says; None: it has none."""
-    evaluation: str | None
+    evaluation: str | None = None
     """That evaluation's ID."""
     because: str | None = None
-    """Why it is released without a verdict to ship."""
+    """Why it is released without a verdict to ship, or withdrawn."""
     isolation: IsolationTest | None = None
     """The test that it passed, with all else that was live."""
     untested: str | None = None
@@ -67,6 +67,7 @@ class Release:
     """Within the alias, from 1."""
     action: Action
     adapter: str
+    """What the alias answers with from here on; of a withdrawal, what it does not answer with any more."""
     digest: str
     candidate: Candidate | None
     restores: int | None
@@ -74,6 +75,11 @@ class Release:
     grounds: Grounds
     author: str | None
     created: float
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether the alias answers nothing from here on."""
+        return self.action == "withdraw"
 
     @property
     def adapters(self) -> list[tuple[str, str]]:
@@ -103,7 +109,7 @@ class Releases:
         self._actor = actor
 
     def live(self) -> dict[str, Release]:
-        """Each alias's last release, by alias."""
+        """Each alias's last release, by alias, without those that are withdrawn."""
         with self._database.reading() as connection:
             return {release.alias: release for release in _live(connection)}
 
@@ -228,11 +234,24 @@ class Releases:
             grounds = back.grounds
             return _add(change, history[-1], "rollback", alias, back.adapter, back.digest, None, grounds, back.number)
 
+    def withdraw(self, alias: str, because: str | None = None) -> Release:
+        """Have an alias answer nothing from now on, until something is released under it again.
+
+        Raises:
+            UserError: no such alias, or it is withdrawn already.
+        """
+        with changing(self._database, self._actor) as change:
+            now = _history(change.connection, alias)[-1]
+            if now.withdrawn:
+                raise UserError(f"{alias} is withdrawn already, since its release {now.number}")
+            grounds = Grounds(because=because)
+            return _add(change, now, "withdraw", alias, now.adapter, now.digest, None, grounds)
+
 
 def _require_new(connection: Connection, alias: str, adapter: str, digest: str) -> Release | None:
     check_name(alias, "an alias")
     before = _last(connection, alias)
-    if before is not None and before.digest == digest and before.candidate is None:
+    if before is not None and before.digest == digest and before.candidate is None and not before.withdrawn:
         raise UserError(f"{alias} answers with {adapter} already, since its release {before.number}")
     return before
 
@@ -241,7 +260,7 @@ def _require_candidate(connection: Connection, alias: str, candidate: Candidate)
     if candidate.share is not None and not 0 < candidate.share < 1:
         raise UserError(f"{candidate.share:g} is no share: it is above 0 and below 1")
     before = _last(connection, alias)
-    if before is None:
+    if before is None or before.withdrawn:
         raise UserError(
             f"{alias} has no release that a candidate could be tried beside", fix="Deploy one without it first."
         )
@@ -261,14 +280,19 @@ def _promotable(connection: Connection, alias: str) -> tuple[Release, Candidate]
 
 def _target(history: Sequence[Release], number: int | None) -> Release:
     now = history[-1]
+    ends_something = now.candidate is not None or now.withdrawn  # what a rollback would end, whatever it brings back
     if number is not None:
         if not 1 <= number <= len(history):
             raise UserError(f"{now.alias} has no release {number}", fix=f"It has releases 1 to {len(history)}.")
-        if history[number - 1].digest == now.digest and now.candidate is None:
+        back = history[number - 1]
+        if back.withdrawn:
+            raise UserError(f"{now.alias} answered nothing from its release {number} on", fix="Name another one.")
+        if back.digest == now.digest and not ends_something:
             raise UserError(f"{now.alias} answers with {now.adapter}, as in its release {number}, already")
-        return history[number - 1]
-    if now.candidate is not None:
-        return now
+        return back
+    if ends_something:
+        # Not the candidate's own line: its grounds are the candidate's.
+        return next(line for line in reversed(history) if line.candidate is None and not line.withdrawn)
     before = _before(history)
     if not before:
         raise UserError(f"{now.alias} has answered with nothing else before {now.adapter}")
@@ -281,7 +305,7 @@ def _before(history: Sequence[Release]) -> list[Release]:
     current = history[0]
     for release in history[1:]:
         if release.digest == current.digest:
-            continue  # a candidate has come or gone beside it
+            continue  # a candidate has come or gone beside it, or it was withdrawn and is back
         if before and release.restores == before[-1].number:
             current = before.pop()
         else:
@@ -301,7 +325,7 @@ def _add(
     grounds: Grounds,
     restores: int | None = None,
 ) -> Release:
-    if action != "rollback":
+    if action not in ("rollback", "withdraw"):
         _require_tested(change.connection, alias, digest, candidate, grounds)
     row = change.connection.execute(
         insert(releases)
@@ -343,7 +367,8 @@ def _require_tested(
 def _live(connection: Connection) -> list[Release]:
     last = select(func.max(releases.c.id)).group_by(releases.c.alias)
     query = select(releases).where(releases.c.id.in_(last)).order_by(releases.c.alias)
-    return [_release(row) for row in connection.execute(query)]
+    found = [_release(row) for row in connection.execute(query)]
+    return [release for release in found if not release.withdrawn]
 
 
 def _release(row: Row[Any]) -> Release:

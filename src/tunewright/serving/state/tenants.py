@@ -13,6 +13,7 @@ from tunewright.errors import UserError
 from tunewright.serving.state.audit import Change, changing
 from tunewright.serving.state.database import Database
 from tunewright.serving.state.keys import is_key, key_hash, new_key, prefix_of
+from tunewright.serving.state.limits import UNLIMITED, Limits, check_limits
 from tunewright.serving.state.tables import api_keys, key_uses, requests, tenant_aliases, tenants
 from tunewright.serving.state.times import iso
 
@@ -30,22 +31,6 @@ _KEY_WITH_ALIASES = (
 _UNKNOWN = "This API key is not known here."
 
 KeyState = Literal["valid", "revoked", "expired"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a tenant may use; None is no limit."""
-
-    requests_per_minute: int | None = None
-    """That start within any 60 seconds."""
-    tokens_per_minute: int | None = None
-    """Of prompt and answer together, by the minute in which their request starts."""
-    concurrency: int | None = None
-    """Requests under way at once, those that wait for their turn included."""
-
-    def as_dict(self) -> dict[str, int | None]:
-        """The limits as ``--json`` prints them."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -122,7 +107,7 @@ class Tenants:
         self._database = database
         self._actor = actor
 
-    def add(self, name: str, aliases: Sequence[str] = (), limits: Limits = Limits()) -> Tenant:
+    def add(self, name: str, aliases: Sequence[str] = (), limits: Limits = UNLIMITED) -> Tenant:
         """Make a tenant.
 
         Raises:
@@ -131,7 +116,7 @@ class Tenants:
         check_name(name, "a tenant")
         for alias in aliases:
             check_name(alias, "an alias")
-        _check_limits(limits)
+        check_limits(limits)
         with changing(self._database, self._actor) as change:
             taken = change.connection.execute(select(tenants.c.id).where(tenants.c.name == name)).first()
             if taken:
@@ -185,13 +170,34 @@ class Tenants:
                 change.log("tenant.allow" if allowed else "tenant.deny", name, aliases=new)
             return _tenant(change.connection, row, change.now)
 
+    def end(self, name: str) -> Tenant:
+        """Revoke all keys of a tenant and take its aliases; itself it stays, as its usage and the audit name it.
+
+        Raises:
+            UserError: no such tenant, or it has neither keys nor aliases any more.
+        """
+        with changing(self._database, self._actor) as change:
+            row = _find(change.connection, name)
+            own = _aliases(change.connection, row.id)
+            unrevoked = api_keys.c.tenant_id == row.id, api_keys.c.revoked.is_(None)
+            prefixes = change.connection.execute(select(api_keys.c.prefix).where(*unrevoked)).scalars().all()
+            if not own and not prefixes:
+                raise UserError(f"{name} has neither keys nor aliases: there is nothing to end")
+            change.connection.execute(update(api_keys).where(*unrevoked).values(revoked=change.now))
+            for prefix in prefixes:
+                change.log("key.revoke", prefix, tenant=name)
+            change.connection.execute(delete(tenant_aliases).where(tenant_aliases.c.tenant_id == row.id))
+            if own:
+                change.log("tenant.deny", name, aliases=own)
+            return _tenant(change.connection, row, change.now)
+
     def limit(self, name: str, limits: Limits) -> Tenant:
         """Set a tenant's limits, all three of them.
 
         Raises:
             UserError: no such tenant, or a limit below 1.
         """
-        _check_limits(limits)
+        check_limits(limits)
         with changing(self._database, self._actor) as change:
             before = _tenant(change.connection, _find(change.connection, name), change.now)
             if limits != before.limits:
@@ -375,9 +381,3 @@ def _tenant(connection: Connection, row: Row[Any], now: float) -> Tenant:
 def _check_lifetime(lifetime: float | None) -> None:
     if lifetime is not None and lifetime <= 0:
         raise UserError("a key that expires at once opens nothing", where="--expires", fix="Write it like 90d.")
-
-
-def _check_limits(limits: Limits) -> None:
-    for name, value in limits.as_dict().items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} of {value}: a limit is at least 1", fix="Revoke its keys to shut a tenant out.")
