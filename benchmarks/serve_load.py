@@ -7,8 +7,7 @@ as any adapter and released under the tenant's alias. The server runs in a proce
 In one run, on the same server:
 
     memory      of each further tenant, against its adapter's bytes
-    throughput  of all tenants (Zipf) against one with one adapter, in turns: so that one has had company lately, and
-                leaves places free for it; what it makes when quite alone is the gateway's part
+    throughput  of all tenants (Zipf) against one that has the server to itself, with one adapter, in turns
     gateway     throughput and latency over HTTP, with keys, limits and fair turns, against the bare engine, in turns
     load        Poisson arrivals, Zipf over tenants; new tenants' adapters are released meanwhile (cold loads)
     isolation   requests of all tenants mixed; each answer is held to its adapter's own by peft and transformers alone
@@ -276,6 +275,10 @@ class Load:
         done = self.host.tell(do="bare", asks=asks, together=together)
         return done["each"], Cost(count * tokens, done["seconds"], self.host.tell(do="cpu") - before)
 
+    def _be_alone(self) -> None:
+        """Who has had company lately leaves places free for it."""
+        time.sleep(COMPANY_SECONDS + 1)
+
     def memory(self) -> dict[str, Any]:
         """What each further tenant adds to the server, against its adapter's file."""
         self._burst([1.0], SEED)  # so that all that a first answer needs is there
@@ -294,12 +297,14 @@ class Load:
         }
 
     def throughput(self) -> dict[str, Any]:
-        """All tenants against one, each with more to do than fits."""
+        """All tenants against one that is alone, each with more to do than fits."""
         self._release_all()
         sides: dict[str, list[Cost]] = {"one": [], "all": []}
         served: Counter[int] = Counter()
         for _ in rounds(self._options.rounds, sides):
             for name, shares in (("one", [1.0]), ("all", list(self._shares))):
+                if name == "one":
+                    self._be_alone()
                 answers, cost = self._burst(shares, len(sides[name]))
                 sides[name].append(cost)
                 if name == "all":
@@ -310,7 +315,7 @@ class Load:
     def gateway(self) -> dict[str, Any]:
         """One tenant over HTTP against the engine alone, with the same requests."""
         if self._all_released:
-            time.sleep(COMPANY_SECONDS + 1)  # who has had company lately leaves places free for it
+            self._be_alone()
         full: dict[str, list[Cost]] = {"bare": [], "gateway": []}
         for _ in rounds(self._options.rounds, full):
             full["bare"].append(self._bare(self._options.jobs, together=True)[1])

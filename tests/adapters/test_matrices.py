@@ -53,12 +53,12 @@ TARGETS = st.one_of(
 
 
 def _base(dtype: torch.dtype) -> Any:
-    return llama().to(dtype)
+    return llama().float().to(dtype)
 
 
 def _save(folder: Path, config: LoraConfig, weights_in: torch.dtype = torch.float32) -> None:
     """What peft writes of an adapter that has an effect."""
-    wrapped: Any = get_peft_model(llama(), config)
+    wrapped: Any = get_peft_model(llama().float(), config)
     torch.manual_seed(4)
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:
@@ -137,19 +137,19 @@ PLAIN: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "
 def test_more_than_plain_lora_is_refused_and_what_it_is_is_named(
     more: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
-    get_peft_model(llama(), LoraConfig(**PLAIN | more)).save_pretrained(str(tmp_path))
+    get_peft_model(llama().float(), LoraConfig(**PLAIN | more)).save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match=named):
-        read_matrices(tmp_path, llama())
+        read_matrices(tmp_path, llama().float())
 
 
 def test_a_key_that_this_peft_does_not_know_is_refused_unless_it_says_nothing(tmp_path: Path) -> None:
     _save(tmp_path, LoraConfig(**PLAIN))
     said = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(said | {"use_tomorrow": False}))
-    assert len(read_matrices(tmp_path, llama())) == 4
+    assert len(read_matrices(tmp_path, llama().float())) == 4
     (tmp_path / CONFIG).write_text(json.dumps(said | {"use_tomorrow": True}))
     with pytest.raises(UserError, match="use_tomorrow: true"):
-        read_matrices(tmp_path, llama())
+        read_matrices(tmp_path, llama().float())
 
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -172,24 +172,24 @@ def test_weights_that_peft_would_leave_out_or_make_up_are_refused(
     change(tensors)
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(UserError, match=told):
-        read_matrices(tmp_path, llama())
+        read_matrices(tmp_path, llama().float())
 
 
 def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     _save(tmp_path, LoraConfig(**PLAIN))
     (tmp_path / WEIGHTS).write_bytes(b"no safetensors")
     with pytest.raises(UserError, match="cannot be read"):
-        read_matrices(tmp_path, llama())
+        read_matrices(tmp_path, llama().float())
     said = {"peft_type": "LORA", "target_modules": ".*_proj", "layers_to_transform": [0]}
     (tmp_path / CONFIG).write_text(json.dumps(said))
     with pytest.raises(UserError, match="peft does not take"):
-        read_matrices(tmp_path, llama())
+        read_matrices(tmp_path, llama().float())
 
 
 def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
     """Reading maps the file; a write into it would otherwise be an answer of nobody's adapter."""
     _save(tmp_path, LoraConfig(**PLAIN))
-    read = read_matrices(tmp_path, llama())
+    read = read_matrices(tmp_path, llama().float())
     before = {name: lora.down.clone() for name, lora in read.items()}
     with (tmp_path / WEIGHTS).open("r+b") as file:
         size = file.seek(0, 2)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from decoding_helpers import llama
-from tunewright.models.row_adapters import BASE_ROW, Lora, RowAdapters
+from tunewright.models.lora_stack import Lora
+from tunewright.models.row_adapters import BASE_ROW, RowAdapters
 
 CONFIGS = {
     "wide": LoraConfig(r=8, lora_alpha=20, target_modules=["q_proj", "v_proj", "down_proj", "o_proj"]),
@@ -26,7 +27,7 @@ CONFIGS = {
 def model() -> Any:
     """Adapters of unlike rank, scale and layers."""
     names = list(CONFIGS)
-    wrapped: Any = get_peft_model(llama(), CONFIGS[names[0]], names[0])
+    wrapped: Any = get_peft_model(llama().float(), CONFIGS[names[0]], names[0])
     for name in names[1:]:
         wrapped.add_adapter(name, CONFIGS[name])
     torch.manual_seed(3)
@@ -103,7 +104,7 @@ def _logits(model: Any, adapters: RowAdapters, names: list[str | None], ids: tor
 def test_adapters_beside_a_base_answer_as_peft_s_own_whatever_came_and_went_before(
     model: Any, names: list[str | None], tokens: int, others: list[tuple[str, bool]]
 ) -> None:
-    base = llama()
+    base = llama().float()
     adapters = RowAdapters(base, mixed=True)
     for name, put in [*others, *((name, True) for name in names if name is not None)]:
         if put:
@@ -119,7 +120,7 @@ def test_adapters_beside_a_base_answer_as_peft_s_own_whatever_came_and_went_befo
 
 
 def test_a_base_is_the_same_before_with_and_after_adapters_beside_it_and_nothing_of_them_stays(model: Any) -> None:
-    base, ids = llama(), torch.tensor([[9, 10, 11]])
+    base, ids = llama().float(), torch.tensor([[9, 10, 11]])
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
     parts = [(name, type(part), sorted(vars(part))) for name, part in base.named_modules()]
     plain = base(input_ids=ids).logits
@@ -143,7 +144,7 @@ def test_a_base_is_the_same_before_with_and_after_adapters_beside_it_and_nothing
 
 
 def test_an_adapter_for_a_layer_that_the_base_has_not_leaves_everything_as_it_was(model: Any) -> None:
-    base, ids = llama(), torch.tensor([[9, 10, 11]])
+    base, ids = llama().float(), torch.tensor([[9, 10, 11]])
     adapters = RowAdapters(base, mixed=True)
     adapters.put("wide", _loras(model, "wide"))
     before = _logits(base, adapters, ["wide"], ids)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
-    from tunewright.models.row_adapters import Lora
+    from tunewright.models.lora_stack import Lora
 
 _HEEDED = {
     "r",
@@ -54,7 +54,7 @@ def read_matrices(folder: Path, base: nn.Module) -> dict[str, Lora]:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    from tunewright.models.row_adapters import Lora
+    from tunewright.models.lora_stack import Lora
 
     config = _plain_config(folder / CONFIG)
     layers = _targets(config, base, folder / CONFIG)

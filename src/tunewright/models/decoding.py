@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from tunewright.models.allocator import keep_freed_memory
 from tunewright.models.caches import begun, merge, select
 from tunewright.models.constraints import only_allowed
+from tunewright.models.lora_stack import Lora
 from tunewright.models.prefixes import PASS_TOKENS, Shared, shared_prefixes
 from tunewright.models.requests import Completion, Finish, Request, Row
-from tunewright.models.row_adapters import Lora, RowAdapters
+from tunewright.models.row_adapters import RowAdapters
 from tunewright.models.text_stream import Decode
 
 __all__ = ["Batch", "Completion", "Finish", "Prefix", "Reading", "Request", "Row", "generate", "prefill_groups"]
@@ -101,6 +103,7 @@ class Batch:
     def __init__(
         self, model: Any, *, stop_ids: Collection[int], pad_id: int, mixed: bool = True, decode: Decode | None = None
     ) -> None:
+        keep_freed_memory()
         self.rows: list[Row] = []
         self._model = model
         self._adapters = RowAdapters(model, mixed=mixed)

@@ -15,7 +15,9 @@ from tunewright.adapters.matrices import read_matrices
 from tunewright.adapters.registry import require_digest
 from tunewright.errors import UserError
 from tunewright.models.decoding import Batch, Reading, Request, Row, prefill_groups
-from tunewright.models.row_adapters import Lora
+from tunewright.models.lora_stack import Lora
+from tunewright.models.row_adapters import adapters_first
+from tunewright.models.threads import release_cores
 from tunewright.serving.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 
 log = logging.getLogger("tunewright")
@@ -94,6 +96,7 @@ class PeftEngine:
         self._running: list[_Ticket] = []
         self._unread: dict[_Ticket, Reading] = {}
         self._stopped: str | None = None
+        release_cores()  # whoever loaded the model has computed with them
         self._thread = threading.Thread(target=self._run, name="tunewright-engine", daemon=True)
         self._thread.start()
 
@@ -255,8 +258,10 @@ class PeftEngine:
         for ticket in gone:
             self._drop(ticket)
         short = [ticket for ticket in newcomers if len(ticket.request.prompt_ids) <= PIECE_TOKENS]
+        first = adapters_first([ticket.request.adapter for ticket in short])
         for group in prefill_groups([len(ticket.request.prompt_ids) for ticket in short]):
-            self._admit([short[place] for place in group])
+            # Rows that need not be put in order for each layer are read sooner.
+            self._admit([short[place] for place in sorted(group, key=first.__getitem__)])
         for ticket in newcomers:
             if ticket not in short:
                 self._unread[ticket] = self._batch.begin([ticket.request])
