@@ -1,21 +1,64 @@
-"""The clients of `serve_load.py`: requests over HTTP when they are due, and what came of them."""
+"""The clients of `serve_load.py`: requests over HTTP when they are due, and what came of them.
+
+They have the server's processors, so they do as little as can be: what comes is kept as it is with its time, and read
+when all is over.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import httpx
+import aiohttp
 from arrivals import Answer, Ask
 
 from tunewright.data.examples import Message
 from tunewright.serving.app import ADAPTER_HEADER
 
 Prompt = Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came over the wire.
+
+    Args:
+        chunks: each with its time.
+        end: when it was over.
+    """
+
+    ask: Ask
+    status: int
+    digest: str
+    chunks: Sequence[tuple[float, bytes]]
+    end: float
+
+    @property
+    def answer(self) -> Answer:
+        """What it says; a refusal is an answer with its status."""
+        times, text, counted, failed = [], "", 0, False
+        for at, event in self._events():
+            failed = failed or "error" in event  # a stream has its status before it is known how it ends
+            counted = (event.get("usage") or {}).get("completion_tokens", counted)
+            piece = event["choices"][0]["delta"].get("content") if event.get("choices") else None
+            if piece:
+                times.append(at)
+                text += piece
+        status = 503 if failed and self.status == 200 else self.status
+        return Answer(self.ask.tenant, self.ask.at, tuple(times), self.end, text, self.digest, status, counted)
+
+    def _events(self) -> Iterator[tuple[float, dict[str, Any]]]:
+        rest = b""
+        for at, chunk in self.chunks:
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    yield at, json.loads(line[6:])
 
 
 @dataclass(frozen=True)
@@ -31,11 +74,11 @@ class Clients:
     aliases: Sequence[str]
 
     @asynccontextmanager
-    async def connected(self, connections: int | None = None) -> AsyncIterator[httpx.AsyncClient]:
-        """Connections to the server, so many at most."""
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        async with httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False) as client:
-            yield client
+    async def connected(self, connections: int = 0) -> AsyncIterator[aiohttp.ClientSession]:
+        """Connections to the server, so many at most (0: any number)."""
+        connector, patient = aiohttp.TCPConnector(limit=connections), aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(self.url, connector=connector, timeout=patient) as session:
+            yield session
 
     async def open_loop(
         self, asks: Sequence[Ask], prompt: Callable[[int], Prompt], tokens: int
@@ -49,18 +92,18 @@ class Clients:
         Returns:
             The answers in the requests' order, and the seconds until the last one's end.
         """
-        async with self.connected() as client:
+        async with self.connected() as session:
             began = time.perf_counter()
 
-            async def due(number: int, ask: Ask) -> Answer:
+            async def due(number: int, ask: Ask) -> Reply:
                 await asyncio.sleep(max(0.0, began + ask.at - time.perf_counter()))
-                return await self.ask(client, ask, prompt(number), tokens, began)
+                return await self.ask(session, ask, prompt(number), tokens, began)
 
-            answers = await asyncio.gather(*(due(number, ask) for number, ask in enumerate(asks)))
-        return list(answers), max(answer.end for answer in answers)
+            replies = await asyncio.gather(*(due(number, ask) for number, ask in enumerate(asks)))
+        return [reply.answer for reply in replies], max(reply.end for reply in replies)
 
-    async def ask(self, client: httpx.AsyncClient, ask: Ask, prompt: Prompt, tokens: int, began: float) -> Answer:
-        """One answer, streamed; a refusal is an answer with its status."""
+    async def ask(self, session: aiohttp.ClientSession, ask: Ask, prompt: Prompt, tokens: int, began: float) -> Reply:
+        """Ask for one answer, streamed; its times count from ``began``."""
         body = {
             "model": self.aliases[ask.tenant],
             "messages": [message.as_dict() for message in prompt],
@@ -69,23 +112,12 @@ class Clients:
             "stream_options": {"include_usage": True},
         }
         headers = {"Authorization": f"Bearer {self.keys[ask.tenant]}"}
-        pieces, text, counted, failed = [], "", 0, False
-        async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
-            async for line in reply.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if "error" in event:  # a stream has its status before it is known how it ends
-                    failed = True
-                    break
-                counted = (event.get("usage") or {}).get("completion_tokens", counted)
-                piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
-                if piece:
-                    pieces.append(time.perf_counter() - began)
-                    text += piece
-            digest, status = reply.headers.get(ADAPTER_HEADER, ""), 503 if failed else reply.status_code
-        end = time.perf_counter() - began
-        return Answer(ask.tenant, ask.at, tuple(pieces), end, text, digest, status, counted)
+        chunks = []
+        async with session.post("/v1/chat/completions", json=body, headers=headers) as reply:
+            async for chunk in reply.content.iter_any():
+                chunks.append((time.perf_counter() - began, chunk))
+            digest = reply.headers.get(ADAPTER_HEADER, "")
+        return Reply(ask, reply.status, digest, chunks, time.perf_counter() - began)
 
 
 async def cold_loads(
@@ -93,13 +125,19 @@ async def cold_loads(
 ) -> list[tuple[float, float]]:
     """Release one tenant's adapter after the other, and wait until the server has it: from when to when."""
     loads = []
-    async with clients.connected() as client:
+    async with clients.connected() as session:
         for tenant in tenants:
             await asyncio.sleep(every)
             start = time.perf_counter()
             await release(tenant)
-            headers = {"Authorization": f"Bearer {clients.keys[tenant]}"}
-            while not (await client.get("/v1/models", headers=headers)).raise_for_status().json()["data"]:
+            while not await _models(session, clients.keys[tenant]):
                 await asyncio.sleep(0.02)
             loads.append((start - began, time.perf_counter() - began))
     return loads
+
+
+async def _models(session: aiohttp.ClientSession, key: str) -> list[Any]:
+    """What may be asked for with a key."""
+    async with session.get("/v1/models", headers={"Authorization": f"Bearer {key}"}, raise_for_status=True) as reply:
+        found: list[Any] = (await reply.json())["data"]
+    return found

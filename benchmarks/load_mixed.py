@@ -174,11 +174,12 @@ class Mix:
         """Ask for all, so many at once; the seconds that it took."""
         left, began = iter(self.asks), time.perf_counter()
         due, every = dict(self.switches), max(1, len(self.asks) // 50)
-        async with clients.connected(CONNECTIONS) as client:
+        async with clients.connected(CONNECTIONS) as session:
 
             async def one_after_another() -> None:
                 for tenant, prompt in left:
-                    answer = await clients.ask(client, Ask(0.0, tenant), prompts[prompt], TOKENS, began)
+                    reply = await clients.ask(session, Ask(0.0, tenant), prompts[prompt], TOKENS, began)
+                    answer = reply.answer
                     self.seen[Seen(tenant, prompt, answer.status, answer.digest, answer.text)] += 1
                     done = self.seen.total()
                     if done % every == 0:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 from arrivals import Answer, Ask, Bounds, Waits, burst, by_tenant, goodput_fairness, jain, poisson, zipf_shares
 from load_clients import Clients, cold_loads
 from load_mixed import mixed
@@ -235,32 +235,34 @@ class Load:
         The same prompt for both, now one first and now the other: what else goes on in the machine meets both alike.
         """
 
-        async def over_http(client: httpx.AsyncClient, number: int) -> Seconds:
+        async def over_http(session: aiohttp.ClientSession, number: int) -> Seconds:
             began = time.perf_counter()
-            answer = await self._clients.ask(client, Ask(0.0, 0), self._prompt(number), PAIR_TOKENS, began)
+            reply = await self._clients.ask(session, Ask(0.0, 0), self._prompt(number), PAIR_TOKENS, began)
+            answer = reply.answer
             assert answer.status == 200
             return answer.first, answer.end
 
-        async def bare(_client: httpx.AsyncClient, number: int) -> Seconds:
+        async def bare(_session: aiohttp.ClientSession, number: int) -> Seconds:
             (seconds,) = self._bare(1, since=number, tokens=PAIR_TOKENS)[0]
             return seconds
 
         async def measured(
-            ask: Callable[[httpx.AsyncClient, int], Awaitable[Seconds]], client: httpx.AsyncClient, number: int
+            ask: Callable[[aiohttp.ClientSession, int], Awaitable[Seconds]], session: aiohttp.ClientSession, number: int
         ) -> dict[str, float]:
             before = self.host.tell(do="cpu")
-            first, whole = await ask(client, number)
+            first, whole = await ask(session, number)
             return {"first": first, "whole": whole, "cpu": self.host.tell(do="cpu") - before}
 
         async def all_pairs() -> list[dict[str, dict[str, float]]]:
             pairs = []
-            async with self._clients.connected(1) as client:
-                await client.get("/health")  # the connection is made
+            async with self._clients.connected(1) as session:
+                async with session.get("/health") as reply:  # the connection is made
+                    await reply.read()
                 for number in range(count):
                     sides = [("bare", bare), ("gateway", over_http)]
                     if number % 2:
                         sides.reverse()
-                    pairs.append({name: await measured(ask, client, number) for name, ask in sides})
+                    pairs.append({name: await measured(ask, session, number) for name, ask in sides})
             return pairs
 
         return asyncio.run(all_pairs())

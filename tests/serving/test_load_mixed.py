@@ -191,13 +191,14 @@ def test_every_request_is_asked_once_and_switches_come_where_they_are_due() -> N
 
         async def __aexit__(self, *_: object) -> None: ...
 
-        async def ask(self, _: object, ask: Any, prompt: str, tokens: int, began: float) -> Came:
+        async def ask(self, _: object, ask: Any, prompt: str, tokens: int, began: float) -> Any:
             nonlocal under_way, most
             under_way += 1
             most = max(most, under_way)
             await asyncio.sleep(0)
             under_way -= 1
-            return Came(ask.tenant, 0.0, (), 1.0, f"{prompt} {tokens}", live[f"model-{ask.tenant}"])
+            came = Came(ask.tenant, 0.0, (), 1.0, f"{prompt} {tokens}", live[f"model-{ask.tenant}"])
+            return SimpleNamespace(answer=came)
 
     def deploy(alias: str, name: str, digest: str, grounds: object) -> None:
         live[alias] = digest

@@ -25,6 +25,11 @@ log = logging.getLogger("tunewright")
 PIECE_TOKENS = 256
 """Of a long prompt that are read in one pass: everybody's next token waits for it, and with longer pieces longer."""
 
+HELD_PASSES = 3
+"""The most that newcomers wait for each other in a batch that is nearly full."""
+_FEW = 4
+"""Fewer newcomers than such a part of the batch are few."""
+
 _Outcome = Delta | RequestFailedError | EngineStoppedError
 
 
@@ -95,6 +100,7 @@ class PeftEngine:
         self._waiting: deque[_Ticket] = deque()
         self._running: list[_Ticket] = []
         self._unread: dict[_Ticket, Reading] = {}
+        self._held = 0
         self._stopped: str | None = None
         release_cores()  # whoever loaded the model has computed with them
         self._thread = threading.Thread(target=self._run, name="tunewright-engine", daemon=True)
@@ -251,8 +257,7 @@ class PeftEngine:
             gone = [ticket for ticket in self._running if ticket.cancelled]
             self._running = [ticket for ticket in self._running if not ticket.cancelled]
             self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
-            room = min(self.max_batch - len(self._running), len(self._waiting))
-            newcomers = [self._waiting.popleft() for _ in range(room)]
+            newcomers = self._come_in()
             # They count as running from here on: whatever happens now, they hear of it.
             self._running += newcomers
         for ticket in gone:
@@ -276,6 +281,20 @@ class PeftEngine:
                 if ticket not in self._unread:
                     ticket.send_new_tokens()
             self._let_go_finished()
+
+    def _come_in(self) -> list[_Ticket]:
+        """Whose prompts are read now.
+
+        Reading one prompt takes nearly as long as reading four. So where the batch is nearly full, and nearly all of
+        it goes on, newcomers wait a few passes for others.
+        """
+        room = min(self.max_batch - len(self._running), len(self._waiting))
+        few = self.max_batch // _FEW
+        if 0 < room < few and len(self._running) > self.max_batch - 2 * few and self._held < HELD_PASSES:
+            self._held += 1
+            return []
+        self._held = 0
+        return [self._waiting.popleft() for _ in range(room)]
 
     def _do_errands(self) -> None:
         while self._errands:
