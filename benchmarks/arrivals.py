@@ -121,10 +121,12 @@ def poisson(rate: float, seconds: float, shares: Sequence[float] | np.ndarray, s
     return asks
 
 
-def burst(count: int, shares: Sequence[float] | np.ndarray, seed: int) -> list[Ask]:
-    """So many requests at once, of tenants drawn by their shares."""
+def burst(count: int, shares: Sequence[float] | np.ndarray, seed: int, rate: float | None = None) -> list[Ask]:
+    """So many requests, of tenants drawn by their shares: all at once, or at random moments, ``rate`` a second."""
     draw = np.random.default_rng(seed)
-    return [Ask(0.0, int(tenant)) for tenant in draw.choice(len(shares), size=count, p=shares)]
+    tenants = draw.choice(len(shares), size=count, p=shares)
+    times = np.zeros(count) if rate is None else np.cumsum(draw.exponential(1 / rate, size=count))
+    return [Ask(float(at), int(tenant)) for at, tenant in zip(times, tenants, strict=True)]
 
 
 def jain(served: Iterable[float]) -> float:

@@ -4,9 +4,9 @@ The first line says what to serve (``project``, ``state``, ``threads``); the ans
 
     {"do": "memory"}                            bytes that are this process's own
     {"do": "cpu"}                               seconds of processor time that it has used, all threads together
-    {"do": "bare", "asks": [[prompt, digest, tokens], ...], "together": true}
-                                                the engine alone, without the gateway: seconds to the first token and
-                                                to the end of each, and to the end of all
+    {"do": "bare", "asks": [[seconds, prompt, digest, tokens], ...]}
+                                                the engine alone, without the gateway, each asked when it is due:
+                                                seconds to the first token and to the end of each, and to the end of all
     {"do": "stop"}
 
 Answers have no end but their limit, so that all sides do the same work.
@@ -90,20 +90,22 @@ def patient(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"gateway": gateway, "serve": serve})
 
 
-async def ask_bare(engine: Engine, asks: list[tuple[list[int], str, int]], together: bool) -> dict[str, Any]:
-    """The engine's own speed, for the requests at once or one after the other."""
+async def ask_bare(engine: Engine, asks: list[tuple[float, list[int], str, int]]) -> dict[str, Any]:
+    """The engine's own speed."""
+    began = time.perf_counter()
 
-    async def ask(prompt: list[int], digest: str, tokens: int) -> tuple[float, float]:
-        began, count, first = time.perf_counter(), 0, 0.0
+    async def ask(due: float, prompt: list[int], digest: str, tokens: int) -> tuple[float, float]:
+        if (wait := began + due - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        asked, count, first = time.perf_counter(), 0, 0.0
         async with aclosing(engine.stream(Request(tuple(prompt), digest, tokens))) as deltas:
             async for delta in deltas:
                 count += len(delta.ids)
-                first = first or time.perf_counter() - began
+                first = first or time.perf_counter() - asked
         assert count == tokens
-        return first, time.perf_counter() - began
+        return first, time.perf_counter() - asked
 
-    began = time.perf_counter()
-    each = await asyncio.gather(*(ask(*one) for one in asks)) if together else [await ask(*one) for one in asks]
+    each = await asyncio.gather(*(ask(*one) for one in asks))
     return {"each": each, "seconds": time.perf_counter() - began}
 
 
