@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections import deque
 from contextlib import aclosing
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from tunewright.adapters.matrices import read_matrices
 from tunewright.adapters.registry import CONFIG, adapter_digest
 from tunewright.errors import UserError
 from tunewright.models.decoding import Request, generate
-from tunewright.serving.engines.peft import PIECE_TOKENS, PeftEngine
+from tunewright.serving.engines.peft import HELD_PASSES, PIECE_TOKENS, PeftEngine
 from tunewright.serving.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 
 ENDLESS = Request((1, 2, 3), None, CONTEXT)
@@ -122,6 +123,21 @@ def test_who_gives_up_while_its_prompt_is_read_is_forgotten() -> None:
     with running_engine(model, stop_ids=frozenset()) as engine:
         asyncio.run(asyncio.wait_for(run(engine), 60))
     assert sum(columns for _, columns in passes) < len(LONG.prompt_ids)
+
+
+def test_newcomers_to_a_nearly_full_batch_go_together_and_nobody_waits_for_long() -> None:
+    with running_engine(build_model(), max_batch=16) as engine:
+        engine.stop()
+
+        def come_in(under_way: int, waiting: int) -> int:
+            running: list[Any] = [object()] * under_way
+            engine._running, engine._waiting = running, deque([object()] * waiting)  # type: ignore[list-item]
+            return len(engine._come_in())
+
+        assert [come_in(15, 5) for _ in range(HELD_PASSES + 1)] == [0] * HELD_PASSES + [1]
+        assert [come_in(15, 5), come_in(12, 5), come_in(13, 5)] == [0, 4, 0]
+        assert [come_in(11, 1), come_in(0, 1), come_in(16, 3), come_in(13, 0)] == [1, 1, 0, 0]
+        engine._running, engine._waiting = [], deque()
 
 
 def test_a_listener_whose_event_loop_is_gone_is_dropped() -> None:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 PROMPT_WEIGHT = 1.0
 ANSWER_WEIGHT = 2.0
 """A token of an answer is a pass of its own, one of a prompt shares it: the paper's weights."""
-READING_TOKENS = 128
+READING_TOKENS = 192
 """Tokens of prompts that are read at once while there is company, and of the longest prompt that counts as short."""
 BURST_TOKENS = 1000.0
 """What a tenant that comes back may have been served less than those that wait, in weighted tokens."""

@@ -25,10 +25,10 @@ log = logging.getLogger("tunewright")
 PIECE_TOKENS = 256
 """Of a long prompt that are read in one pass: everybody's next token waits for it, and with longer pieces longer."""
 
-HELD_PASSES = 3
-"""The most that newcomers wait for each other in a batch that is nearly full."""
+HELD_PASSES = 2
+"""The most that newcomers to a batch that is nearly full wait for further places in it."""
 _FEW = 4
-"""Fewer newcomers than such a part of the batch are few."""
+"""Fewer places than such a part of the batch are few."""
 
 _Outcome = Delta | RequestFailedError | EngineStoppedError
 
@@ -285,16 +285,15 @@ class PeftEngine:
     def _come_in(self) -> list[_Ticket]:
         """Whose prompts are read now.
 
-        Reading one prompt takes nearly as long as reading four. So where the batch is nearly full, and nearly all of
-        it goes on, newcomers wait a few passes for others.
+        Reading one prompt takes nearly as long as reading four. So where few places are free, newcomers wait a few
+        passes for more of them, and go together.
         """
-        room = min(self.max_batch - len(self._running), len(self._waiting))
-        few = self.max_batch // _FEW
-        if 0 < room < few and len(self._running) > self.max_batch - 2 * few and self._held < HELD_PASSES:
+        free = self.max_batch - len(self._running)
+        if self._waiting and 0 < free < self.max_batch // _FEW and self._held < HELD_PASSES:
             self._held += 1
             return []
         self._held = 0
-        return [self._waiting.popleft() for _ in range(room)]
+        return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
 
     def _do_errands(self) -> None:
         while self._errands:
