@@ -1,0 +1,82 @@
+"""vLLM as a child with a stand-in for vLLM: fixtures, and what is asked of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tunewright.models.requests import Request
+from tunewright.progress import LogReporter
+from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
+
+FAKE = Path(__file__).with_name("fake_vllm.py")
+
+
+class Told(LogReporter):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.fixture
+def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file whose text the stand-in dies of when it starts, if it is there."""
+    monkeypatch.setenv("FAKE_ORDERS", str(tmp_path / "orders"))
+    return tmp_path / "orders"
+
+
+def settings(tmp_path: Path, **changes: Any) -> VllmSettings:
+    """Of the stand-in."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
+    python.chmod(0o755)
+    asked: dict[str, Any] = {"room": 2, "max_rank": 9, "max_batch": 4, "dtype": "float32", **changes}
+    return VllmSettings(python=python, cpu=True, base=tmp_path, **asked)
+
+
+@pytest.fixture
+def reporter() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def engine(tmp_path: Path, orders: Path, reporter: Told) -> Iterator[VllmEngine]:
+    engine = VllmEngine(settings(tmp_path), stop_ids={0}, reporter=reporter)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+async def ids(engine: VllmEngine, request: Request, whose: str = "") -> list[int]:
+    return [token async for delta in engine.stream(request, whose=whose) for token in delta.ids]
+
+
+def seen(engine: VllmEngine) -> dict[str, Any]:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(engine.child.socket))) as client:
+        seen: dict[str, Any] = client.get("http://vllm/metrics").json()
+        return seen
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(true: Any, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
