@@ -1,12 +1,11 @@
-"""What a pass takes by how many adapters answer its rows, and what each of three measures saves.
+"""What a pass takes by how many adapters answer its rows, and what each of two measures saves.
 
     python benchmarks/adapter_passes.py PROJECT [--rows 16] [--tokens 32] [--rounds 15] [--threads N]
 
 PROJECT has a trained adapter, of which each row may have a copy of its own. Each side runs in a process of its own, in
 a thread beside the one that loaded the base and has computed before, as in a server:
 
-    as it is        with all three
-    memory back     glibc gives freed memory back to the system (models/allocator.py left out)
+    as it is        with both
     one by one      each adapter is multiplied with by itself where rows decode, too (models/lora_stack.py left out)
     helpers kept    the loading thread's helpers stay beside the passes' own (models/threads.py left out)
 
@@ -45,7 +44,7 @@ from tunewright.progress import LogReporter
 from tunewright.project import Project
 from tunewright.road.opened import OpenProject
 
-SIDES = ("as it is", "memory back", "one by one", "helpers kept")
+SIDES = ("as it is", "one by one", "helpers kept")
 RESULTS = Path(__file__).with_name("results") / "adapter_passes.json"
 
 
@@ -61,8 +60,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         with ExitStack() as without:
-            if options.side == "memory back":
-                without.enter_context(patch("tunewright.models.decoding.keep_freed_memory"))
             if options.side == "one by one":
                 without.enter_context(patch("tunewright.models.row_adapters._MANY", options.rows + 1))
             print(json.dumps(measure(options)))

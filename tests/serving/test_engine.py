@@ -135,8 +135,8 @@ def test_newcomers_to_a_nearly_full_batch_go_together_and_nobody_waits_for_long(
             return len(engine._come_in())
 
         assert [come_in(15, 5) for _ in range(HELD_PASSES + 1)] == [0] * HELD_PASSES + [1]
-        assert [come_in(15, 5), come_in(12, 5), come_in(13, 5)] == [0, 4, 0]
-        assert [come_in(11, 1), come_in(0, 1), come_in(16, 3), come_in(13, 0)] == [1, 1, 0, 0]
+        assert [come_in(15, 5), come_in(14, 5), come_in(15, 5)] == [0, 2, 0]
+        assert [come_in(13, 1), come_in(0, 1), come_in(16, 3), come_in(13, 0)] == [1, 1, 0, 0]
         engine._running, engine._waiting = [], deque()
 
 

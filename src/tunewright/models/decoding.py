@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tunewright.models.allocator import keep_freed_memory
 from tunewright.models.caches import begun, merge, select
 from tunewright.models.constraints import only_allowed
 from tunewright.models.lora_stack import Lora
@@ -103,7 +102,6 @@ class Batch:
     def __init__(
         self, model: Any, *, stop_ids: Collection[int], pad_id: int, mixed: bool = True, decode: Decode | None = None
     ) -> None:
-        keep_freed_memory()
         self.rows: list[Row] = []
         self._model = model
         self._adapters = RowAdapters(model, mixed=mixed)

@@ -11,9 +11,10 @@ tenant that asks for little takes turns with one that always waits, when it shou
 *Places.* A place at the engine is kept to an answer's end. So the last quarter of them is only for tenants that have
 less than an equal share, and a newcomer does not wait for somebody's answer to end.
 
-*Reading.* Prompts are read in passes, and everybody under way waits for each. So prompts are handed over for about one
-pass at a time (the token budget of Agrawal et al. 2024, Sarathi-Serve, OSDI, arXiv 2403.02310), in the order of turns.
-A longer one is read in pieces by the engine, and beside the short ones: one of them at a time.
+*Reading.* Prompts are read in passes, and everybody under way waits for each. So each tenant's prompts are handed over
+for a pass at a time (the token budget of Agrawal et al. 2024, Sarathi-Serve, OSDI, arXiv 2403.02310). It is each
+tenant's own: who asks little does not wait until the others' prompts have been read. A longer prompt is read in pieces
+by the engine, and beside the short ones: one of them at a time, over all.
 
 The last two cost throughput, and a tenant alone is not held to them. It has company while another one has something
 here, or had it within the last minute.
@@ -29,8 +30,8 @@ from dataclasses import dataclass
 PROMPT_WEIGHT = 1.0
 ANSWER_WEIGHT = 2.0
 """A token of an answer is a pass of its own, one of a prompt shares it: the paper's weights."""
-READING_TOKENS = 192
-"""Tokens of prompts that are read at once while there is company, and of the longest prompt that counts as short."""
+READING_TOKENS = 128
+"""Tokens of one tenant's prompts that are read at once in company, and of the longest prompt that counts as short."""
 BURST_TOKENS = 1000.0
 """What a tenant that comes back may have been served less than those that wait, in weighted tokens."""
 COMPANY_SECONDS = 60.0
@@ -137,9 +138,11 @@ class Turns:
             if about == 1:
                 return turn
             if self._inside[tenant] < self._room // about or self._inside[tenant] == 0 or self.free > self._kept:
-                if turn.short and turn.prompt + sum(one.prompt for one in self._reading if one.short) > READING_TOKENS:
-                    return None  # nobody with a shorter prompt goes before: many of them would starve it
-                if turn.short or all(one.short for one in self._reading):
+                if turn.short:
+                    own = sum(one.prompt for one in self._reading if one.short and one.tenant == tenant)
+                    if own + turn.prompt <= READING_TOKENS:
+                        return turn
+                elif all(one.short for one in self._reading):
                     return turn
         return None
 

@@ -27,7 +27,7 @@ PIECE_TOKENS = 256
 
 HELD_PASSES = 2
 """The most that newcomers to a batch that is nearly full wait for further places in it."""
-_FEW = 4
+_FEW = 8
 """Fewer places than such a part of the batch are few."""
 
 _Outcome = Delta | RequestFailedError | EngineStoppedError
@@ -285,8 +285,9 @@ class PeftEngine:
     def _come_in(self) -> list[_Ticket]:
         """Whose prompts are read now.
 
-        Reading one prompt takes nearly as long as reading four. So where few places are free, newcomers wait a few
-        passes for more of them, and go together.
+        Reading one prompt takes nearly as long as reading two. So where the last place is free, newcomers wait a pass
+        or two for another one, and go together. (Of the last quarter the gateway's fair turns make use: it is for who
+        asks little, and is not to wait.)
         """
         free = self.max_batch - len(self._running)
         if self._waiting and 0 < free < self.max_batch // _FEW and self._held < HELD_PASSES:
