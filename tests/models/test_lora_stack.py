@@ -105,11 +105,16 @@ def test_an_adapter_that_has_changed_under_its_name_answers_as_it_is_now(model: 
     torch.testing.assert_close(after[2:3], expected)
 
 
-@given(passes=st.lists(st.sets(st.sampled_from("abcdefghij"), max_size=6), max_size=30), most=st.integers(0, 8))
-def test_each_adapter_has_one_place_and_keeps_it_while_it_is_asked_for(passes: list[set[str]], most: int) -> None:
+@given(
+    passes=st.lists(st.sets(st.sampled_from("abcdefghij"), max_size=6), max_size=30),
+    room=st.lists(st.integers(0, 8), min_size=1, max_size=3),
+)
+def test_each_adapter_has_one_place_and_keeps_it_while_it_is_asked_for(passes: list[set[str]], room: list[int]) -> None:
     places = Places()
     before: tuple[str | None, ...] = ()
-    for asked in map(sorted, passes):
+    rooms = sorted(room, reverse=True)  # it shrinks when a larger adapter comes
+    for number, asked in enumerate(map(sorted, passes)):
+        most = rooms[number * len(rooms) // len(passes)]
         placed = places.take(asked, most)
         if len(asked) > most:
             assert placed is None
@@ -119,6 +124,6 @@ def test_each_adapter_has_one_place_and_keeps_it_while_it_is_asked_for(passes: l
         there = [name for name in placed if name is not None]
         assert len(set(there)) == len(there)
         assert set(asked) <= set(there)
-        for name in set(asked) & set(before):
+        for name in set(asked) & set(before) if len(before) <= most else ():
             assert placed.index(name) == before.index(name)
         before = placed

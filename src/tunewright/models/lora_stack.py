@@ -45,6 +45,8 @@ class Places:
         """What lies at each place once these have one; None where there are not so many (``most``)."""
         if len(names) > most:
             return None
+        if len(self._names) > most:  # a larger adapter has come, of which fewer fit
+            self._names, self._asked = [], {}
         for name in names:
             self._asked.pop(name, None)
             self._asked[name] = None
@@ -84,9 +86,9 @@ class LoraStack:
         rank = max(lora.down.shape[1] for lora in own.values())
         if len(names) != len(self._held) or rank > self._down.shape[-1]:
             like = next(iter(own.values()))
-            self._held = [None] * len(names)
-            self._down = like.down.new_zeros(len(names), len(like.down), rank)
-            self._up = like.up.new_zeros(len(names), rank, like.up.shape[1])
+            down = like.down.new_zeros(len(names), len(like.down), rank)
+            up = like.up.new_zeros(len(names), rank, like.up.shape[1])
+            self._held, self._down, self._up = [None] * len(names), down, up  # all of it or, out of memory, nothing
         for place, name in enumerate(names):
             if name is not None and name != self._held[place]:
                 self._copy(place, own.get(name))

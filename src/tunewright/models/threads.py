@@ -11,7 +11,7 @@ def release_cores() -> None:
     """Let the helpers go that this thread computes with; they come again with its next computation.
 
     OpenMP gives each thread that computes helpers of its own, one for each further core, and keeps them. Once there are
-    more of them than cores it has all of them sleep between any two steps, a hundred times a pass: then a model that
+    more of them than cores it has all of them sleep between any two steps, some hundred times a pass: then a model that
     another thread runs takes twice as long (benchmarks/adapter_passes.py). So who hands a model over calls this.
     Nothing happens where there is no such function. Source: OpenMP 5.0, 3.2.44; libgomp, config/linux/wait.h.
     """
