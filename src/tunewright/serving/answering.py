@@ -18,9 +18,6 @@ from tunewright.serving.orders import Order
 from tunewright.serving.protocol import ApiError
 from tunewright.serving.state.meter import Outcome, Used
 
-_Event = Delta | RequestFailedError | EngineStoppedError | ApiError | None
-"""What happens to a request; None: its turn has come."""
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -45,6 +42,10 @@ class _Late:
         if self.code == "queue_timeout":
             return ApiError(self.message, status=503, code=self.code, headers={"Retry-After": "1"})
         return ApiError(self.message, status=504, code=self.code)
+
+
+_Event = Delta | RequestFailedError | EngineStoppedError | ApiError | _Late
+"""What happens to a request."""
 
 
 class Answering:
@@ -79,6 +80,7 @@ class Answering:
         self._first: float | None = None
         self._last: float | None = None
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
+        self._timer: asyncio.TimerHandle | None = None
         self._tokens = 0
         self._outcome: Outcome = "hung up"
         self._settled = False
@@ -108,6 +110,7 @@ class Answering:
         """
         # A task of its own, so that a client that reads slowly does not keep its place at the engine.
         asking = asyncio.create_task(self._ask())
+        self._watch()
         text, tokens = TextStream(self._decode, self.order.stops), 0
         try:
             while True:
@@ -130,6 +133,7 @@ class Answering:
                     yield Piece(new, None, tokens)
         finally:
             asking.cancel()
+            self._unwatch()
 
     async def answer(self) -> tuple[str, Piece]:
         """The whole text, and its last piece."""
@@ -137,21 +141,30 @@ class Answering:
         return "".join(piece.text for piece in pieces), pieces[-1]
 
     async def _next_delta(self) -> Delta:
-        while True:
-            late = self._lateness()
-            try:
-                async with asyncio.timeout_at(late.at):
-                    event = await self._events.get()
-            except TimeoutError:
-                if self._lateness() != late:
-                    continue  # something has happened in that very moment
-                self._outcome = "timed out"
-                raise late.error from None
-            if isinstance(event, Delta):
-                return event
-            if event is not None:
-                self._outcome = "failed"
-                raise event
+        event = await self._events.get()
+        if isinstance(event, Delta):
+            return event
+        if isinstance(event, _Late):
+            self._outcome = "timed out"
+            raise event.error
+        self._outcome = "failed"
+        raise event
+
+    def _watch(self) -> None:
+        """See to it that it ends once it has taken too long for what it waits for now.
+
+        One more token only moves that on, which the timer finds when it rings: none is set for each of them.
+        """
+        self._unwatch()
+        loop, late = asyncio.get_running_loop(), self._lateness()
+        if loop.time() >= late.at:
+            self._events.put_nowait(late)
+        else:
+            self._timer = loop.call_at(late.at, self._watch)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _lateness(self) -> _Late:
         """When it will have taken too long for what it waits for now."""
@@ -179,7 +192,7 @@ class Answering:
         try:
             async with self._queue.place(self.tenant, len(self.order.request.prompt_ids)) as place:
                 self._turn = time.monotonic()
-                self._events.put_nowait(None)
+                self._watch()
                 async with aclosing(self._engine.stream(self.order.request, whose=self.tenant)) as stream:
                     async for delta in stream:
                         self._count(delta)
@@ -191,7 +204,9 @@ class Answering:
     def _count(self, delta: Delta) -> None:
         if delta.ids:
             self._last = time.monotonic()
-            self._first = self._first or self._last
+            if self._first is None:
+                self._first = self._last
+                self._watch()
         self._tokens += len(delta.ids)
 
     def settle(self) -> Used | None:

@@ -38,6 +38,11 @@ class FairQueue:
         """Requests that wait for a place."""
         return self._turns.waiting
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody has a place or waits for one."""
+        return self._turns.idle
+
     @asynccontextmanager
     async def place(self, tenant: str, prompt: int) -> AsyncIterator[Place]:
         """Wait for a place, and have it while the block runs; leaving early gives up the wait or the place.

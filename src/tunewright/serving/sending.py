@@ -22,6 +22,8 @@ T = TypeVar("T")
 FAREWELL_SECONDS = 5.0
 """How long the last piece of a stream may take to be read, when its time is over."""
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for each event
+
 _UNREAD = {"Connection": "close"}
 """What is left of the body is not waited for."""
 
@@ -96,26 +98,29 @@ class Stream(StreamingResponse):
 async def events(
     first: Piece, rest: AsyncGenerator[Piece, None], answering: Answering, envelope: Envelope
 ) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events; a failure on the way is the last of them."""
+    """The answer as server-sent events, those of one moment together; a failure on the way is the last of them.
+
+    To send something takes longer than to make it, however little it is.
+    """
+    documents = envelope.opening()
     try:
-        for document in envelope.opening():
-            yield _event(document)
         piece: Piece | None = first
         while piece is not None:
             if piece.text:
-                yield _event(envelope.piece(piece.text))
+                documents.append(envelope.piece(piece.text))
             if piece.finish:
-                yield _event(envelope.end(piece.finish))
+                documents.append(envelope.end(piece.finish))
                 if answering.order.include_usage:
-                    yield _event(envelope.usage(answering.order.usage(piece.tokens)))
+                    documents.append(envelope.usage(answering.order.usage(piece.tokens)))
+            yield "".join(map(_event, documents)) + ("data: [DONE]\n\n" if piece.finish else "")
+            documents = []
             piece = await anext(rest, None)
-        yield "data: [DONE]\n\n"
     except (ApiError, RequestFailedError, EngineStoppedError) as error:
         yield _event(as_api_error(error).body)
 
 
 def _event(document: dict[str, Any]) -> str:
-    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
+    return f"data: {_ENCODER.encode(document)}\n\n"
 
 
 def as_api_error(error: ApiError | RequestFailedError | EngineStoppedError) -> ApiError:

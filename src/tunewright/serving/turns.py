@@ -8,16 +8,19 @@ constant at most, however much more one of them asks for. Who comes back after a
 lowest counter of those that wait: idling saves up no more than that. (In the paper it saves up nothing; but then a
 tenant that asks for little takes turns with one that always waits, when it should go first.)
 
-*Places.* A place at the engine is kept to an answer's end. So the last quarter of them is only for tenants that have
-less than an equal share, and a newcomer does not wait for somebody's answer to end.
+*Rows.* A row of the engine's batch is kept to an answer's end. So an eighth of them is only for tenants that have less
+than an equal share, and a newcomer does not wait for somebody's answer to end.
 
 *Reading.* Prompts are read in passes, and everybody under way waits for each. So each tenant's prompts are handed over
 for a pass at a time (the token budget of Agrawal et al. 2024, Sarathi-Serve, OSDI, arXiv 2403.02310). It is each
 tenant's own: who asks little does not wait until the others' prompts have been read. A longer prompt is read in pieces
 by the engine, and beside the short ones: one of them at a time, over all.
 
-The last two cost throughput, and a tenant alone is not held to them. It has company while another one has something
-here, or had it within the last minute.
+There are some more places than rows: when an answer ends, the next request is at the engine already, and the row does
+not stay empty for the pass in which it would be sent there. Whoever is there is answered in the order of coming.
+
+The last two rules cost throughput, and a tenant alone is not held to them. It has company while another one has
+something here, or had it within the last minute.
 """
 
 from __future__ import annotations
@@ -32,6 +35,10 @@ ANSWER_WEIGHT = 2.0
 """A token of an answer is a pass of its own, one of a prompt shares it: the paper's weights."""
 READING_TOKENS = 128
 """Tokens of one tenant's prompts that are read at once in company, and of the longest prompt that counts as short."""
+KEPT_PART = 8
+"""Such a part of the rows is kept for who has few."""
+AHEAD_PART = 4
+"""Such a part of the rows as many requests may be at the engine before there is a row for them."""
 BURST_TOKENS = 1000.0
 """What a tenant that comes back may have been served less than those that wait, in weighted tokens."""
 COMPANY_SECONDS = 60.0
@@ -58,13 +65,14 @@ class Turns:
     """Places at the engine, given to tenants in turn. It only decides: nothing in it waits.
 
     Args:
-        room: requests that may be at the engine at once.
+        rows: requests that the engine answers at once.
         clock: seconds that never go back.
     """
 
-    def __init__(self, room: int, clock: Callable[[], float] = time.monotonic) -> None:
-        assert room >= 1
-        self._room = room
+    def __init__(self, rows: int, clock: Callable[[], float] = time.monotonic) -> None:
+        assert rows >= 1
+        self._rows = rows
+        self._ahead = rows // AHEAD_PART
         self._clock = clock
         self._waiting: dict[str, deque[Turn]] = {}
         self._inside: Counter[str] = Counter()
@@ -81,7 +89,12 @@ class Turns:
     @property
     def free(self) -> int:
         """Places that nobody has."""
-        return self._room - self._inside.total()
+        return self._rows + self._ahead - self._inside.total()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is here."""
+        return not self._waiting and not self._inside
 
     def ask(self, tenant: str, prompt: int) -> Turn:
         """Queue a request whose prompt has so many tokens."""
@@ -137,7 +150,7 @@ class Turns:
             turn = self._waiting[tenant][0]
             if about == 1:
                 return turn
-            if self._inside[tenant] < self._room // about or self._inside[tenant] == 0 or self.free > self._kept:
+            if self._inside[tenant] < self._rows // about or self._inside[tenant] == 0 or self.free > self._kept:
                 if turn.short:
                     own = sum(one.prompt for one in self._reading if one.short and one.tenant == tenant)
                     if own + turn.prompt <= READING_TOKENS:
@@ -148,8 +161,8 @@ class Turns:
 
     @property
     def _kept(self) -> int:
-        """Places for tenants that have less than an equal share."""
-        return max(self._room // 4, min(1, self._room - 1))
+        """Places for tenants that have less than an equal share: some rows, and all places before there is a row."""
+        return self._ahead + max(self._rows // KEPT_PART, min(1, self._rows - 1))
 
     def _about(self) -> int:
         """Tenants that have something here, or had it lately."""

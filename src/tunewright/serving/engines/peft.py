@@ -18,6 +18,7 @@ from tunewright.models.decoding import Batch, Reading, Request, Row, prefill_gro
 from tunewright.models.lora_stack import Lora
 from tunewright.models.row_adapters import adapters_first
 from tunewright.models.threads import release_cores
+from tunewright.serving.engines.outbox import Inbox, Outbox
 from tunewright.serving.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 
 log = logging.getLogger("tunewright")
@@ -34,31 +35,30 @@ _Outcome = Delta | RequestFailedError | EngineStoppedError
 
 
 class _Ticket:
-    """One request's way through the engine; all of it but ``cancelled`` belongs to the engine's thread."""
+    """One request's way through the engine; all of it but ``left`` belongs to the engine's thread."""
 
-    def __init__(self, request: Request, deliver: Callable[[_Outcome], None]) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.cancelled = False
+        self.inbox = Inbox[_Outcome]()
+        self.left = False
+        """Who asked does not wait for the answer."""
         self.row: Row | None = None
-        self._deliver = deliver
-        self._delivered = 0
+        self._taken = 0
+
+    @property
+    def cancelled(self) -> bool:
+        return self.left or self.inbox.closed
 
     @property
     def finished(self) -> bool:
         return self.row is not None and self.row.finish is not None
 
-    def send_new_tokens(self) -> None:
+    def new_tokens(self) -> Delta:
+        """Those that have not been taken from here yet."""
         assert self.row is not None
-        new = tuple(self.row.ids[self._delivered :])
-        self._delivered += len(new)
-        self.send(Delta(new, self.row.finish))
-
-    def send(self, outcome: _Outcome) -> None:
-        try:
-            self._deliver(outcome)
-        except RuntimeError:
-            # The listener's event loop is closed: nobody waits for this answer any more.
-            self.cancelled = True
+        new = tuple(self.row.ids[self._taken :])
+        self._taken += len(new)
+        return Delta(new, self.row.finish)
 
 
 class PeftEngine:
@@ -101,6 +101,7 @@ class PeftEngine:
         self._running: list[_Ticket] = []
         self._unread: dict[_Ticket, Reading] = {}
         self._held = 0
+        self._outbox = Outbox[_Outcome]()
         self._stopped: str | None = None
         release_cores()  # whoever loaded the model has computed with them
         self._thread = threading.Thread(target=self._run, name="tunewright-engine", daemon=True)
@@ -133,17 +134,11 @@ class PeftEngine:
         """
         if request.adapter is not None and request.adapter not in self._loaded:
             raise RequestFailedError(f"The adapter {request.adapter} is not loaded.")
-        loop = asyncio.get_running_loop()
-        outcomes: asyncio.Queue[_Outcome] = asyncio.Queue()
-
-        def deliver(outcome: _Outcome) -> None:
-            loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
-
-        ticket = _Ticket(request, deliver)
+        ticket = _Ticket(request)
         self._submit(ticket)
         try:
             while True:
-                outcome = await outcomes.get()
+                outcome = await ticket.inbox.come.get()
                 if not isinstance(outcome, Delta):
                     raise outcome
                 yield outcome
@@ -223,7 +218,7 @@ class PeftEngine:
 
     def _cancel(self, ticket: _Ticket) -> None:
         with self._changed:
-            ticket.cancelled = True
+            ticket.left = True
             self._changed.notify()
 
     def _run(self) -> None:
@@ -237,7 +232,8 @@ class PeftEngine:
         with self._changed:
             assert self._stopped is not None
             for ticket in (*self._running, *self._waiting):
-                ticket.send(EngineStoppedError(self._stopped))
+                self._outbox.put(ticket.inbox, EngineStoppedError(self._stopped))
+            self._outbox.send()
             self._running, self._waiting = [], deque()
             for _, done in self._errands:
                 if done.set_running_or_notify_cancel():
@@ -275,12 +271,14 @@ class PeftEngine:
         for ticket in dict.fromkeys([*list(self._unread)[:1], *least_left[:1]]):
             self._read_on(ticket)
         self._let_go_finished()
+        self._outbox.send()
         if self._batch.rows:
             self._batch.step()
             for ticket in self._running:
                 if ticket not in self._unread:
-                    ticket.send_new_tokens()
+                    self._outbox.put(ticket.inbox, ticket.new_tokens())
             self._let_go_finished()
+            self._outbox.send()
 
     def _come_in(self) -> list[_Ticket]:
         """Whose prompts are read now.
@@ -323,7 +321,7 @@ class PeftEngine:
             return
         for ticket, row in zip(tickets, rows, strict=True):
             ticket.row = row
-            ticket.send_new_tokens()
+            self._outbox.put(ticket.inbox, ticket.new_tokens())
 
     def _read_on(self, ticket: _Ticket) -> None:
         """Read a piece of a long prompt; after the last one its row decodes with the others."""
@@ -336,13 +334,13 @@ class PeftEngine:
             self._fail(ticket, error)
         else:
             (ticket.row,) = reading.rows
-            ticket.send_new_tokens()
+            self._outbox.put(ticket.inbox, ticket.new_tokens())
         del self._unread[ticket]
 
     def _fail(self, ticket: _Ticket, error: Exception) -> None:
         with self._changed:
             self._running.remove(ticket)
-        ticket.send(RequestFailedError(f"The model could not compute this request: {error}"))
+        self._outbox.put(ticket.inbox, RequestFailedError(f"The model could not compute this request: {error}"))
 
     def _drop(self, ticket: _Ticket) -> None:
         self._unread.pop(ticket, None)
