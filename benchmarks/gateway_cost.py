@@ -1,0 +1,169 @@
+"""Processor time that the gateway itself takes for a request: keys, limits, fair turns, the prompt's ids, the stream.
+
+    python benchmarks/gateway_cost.py [--requests 200] [--rounds 4] [--turns 3] [--tokens 16]
+
+A tenant asks a server whose engine computes nothing: it gives each of sixteen rows a token every 18 ms. So the
+process's time is the gateway's. Both sides in turns, each turn in processes of its own, the clients in another one:
+
+    as it is       uvicorn with uvloop and httptools
+    pure Python    with asyncio's own loop and h11, which it takes where those are not installed
+
+Prints a table, and writes benchmarks/results/gateway_cost.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+
+from arrivals import Ask
+from load_clients import Clients
+from load_shown import machine
+from rich.console import Console
+from rich.table import Table
+
+from tunewright.chat import open_chat
+from tunewright.data.examples import Message
+from tunewright.disk import write_json
+from tunewright.models.bases import resolve_base
+from tunewright.models.requests import Request
+from tunewright.progress import LogReporter
+from tunewright.recipe import ChatRecipe, GatewayRecipe
+from tunewright.serving.app import Gateway
+from tunewright.serving.engines.outbox import Inbox, Outbox
+from tunewright.serving.engines.protocol import Delta
+from tunewright.serving.orders import Texts
+from tunewright.serving.server import serving
+from tunewright.serving.state import Grounds, State
+from tunewright.serving.tenancy import TenantAccess
+
+SIDES = ("as it is", "pure Python")
+RESULTS = Path(__file__).with_name("results") / "gateway_cost.json"
+PROMPT = (Message("user", "My landlord keeps the deposit and says that the carpet was stained. What is this about?"),)
+ALIAS, EVERY = "alias", 0.018
+"""A pass's seconds."""
+
+
+def main() -> None:
+    """Run the sides in turns, or be one, or its clients."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--ask", nargs=2, metavar=("URL", "KEY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ask:
+        url, key = options.ask
+        ask(url, key, options)
+        return
+    if options.side:
+        print(json.dumps(measure(options)))
+        return
+    sides: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(options.turns):
+        for side, found in sides.items():
+            ran = subprocess.run([sys.executable, *sys.argv, "--side", side], stdout=subprocess.PIPE, check=True)
+            found += json.loads(ran.stdout.splitlines()[-1])
+    show(sides)
+    settings = {name: getattr(options, name) for name in ("requests", "rounds", "turns", "tokens")}
+    write_json(RESULTS, {"machine": machine(0), "settings": settings, "ms_a_request": sides})
+
+
+class IdleEngine:
+    """Gives everybody the same tokens, and computes nothing."""
+
+    name = "peft"
+    max_batch, context_length = 16, 2048
+    stopped: str | None = None
+    dead = False
+    under_way = (0, 0)
+
+    def __init__(self) -> None:
+        self._rows: dict[Inbox[Delta], int] = {}
+        """What each has to come yet."""
+        self._changed = threading.Lock()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:  # noqa: ARG002
+        """A token with each pass."""
+        inbox = Inbox[Delta]()
+        with self._changed:
+            self._rows[inbox] = request.max_new_tokens
+        while True:
+            delta = await inbox.come.get()
+            yield delta
+            if delta.finish:
+                return
+
+    def _run(self) -> None:
+        box = Outbox[Delta]()
+        while True:
+            time.sleep(EVERY)
+            with self._changed:
+                for inbox, left in list(self._rows.items()):
+                    box.put(inbox, Delta((100 + left,), None if left > 1 else "length"))
+                    self._rows[inbox] -= 1
+                    if left == 1:
+                        del self._rows[inbox]
+            box.send()
+
+    async def load(self, digest: str, folder: Path) -> None:
+        """Nothing."""
+
+    async def unload(self, digest: str) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+def measure(options: argparse.Namespace) -> list[float]:
+    """Milliseconds a request in each round but the first."""
+    if options.side == "pure Python":
+        for name in ("uvloop", "httptools"):
+            sys.modules[name] = None  # type: ignore[assignment]  # as if it were not there
+    base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
+    chat = open_chat(base, ChatRecipe(), LogReporter())
+    texts, took = Texts(chat.prompt, chat.continuation, chat.text), []
+    with tempfile.TemporaryDirectory() as folder:
+        state, engine = State(f"sqlite:///{folder}/state.sqlite", "gateway_cost"), IdleEngine()
+        state.tenants.add("tenant", [ALIAS])
+        key, _ = state.tenants.add_key("tenant")
+        state.releases.deploy(ALIAS, "adapter", "0" * 64, Grounds(None, None, "a benchmark"))
+        access = TenantAccess(state, engine, lambda _name, _digest: Path(folder), LogReporter())
+        with serving(Gateway(engine, access, texts, GatewayRecipe()).app) as url:
+            for _ in range(options.rounds + 1):
+                before = time.process_time()
+                subprocess.run([sys.executable, *sys.argv, "--ask", url, key], check=True)
+                took.append(1000 * (time.process_time() - before) / options.requests)
+    return took[1:]
+
+
+def ask(url: str, key: str, options: argparse.Namespace) -> None:
+    """Have the requests answered, one due every 20 ms."""
+    asks = [Ask(0.02 * number, 0) for number in range(options.requests)]
+    answers, _ = asyncio.run(Clients(url, [key], [ALIAS]).open_loop(asks, lambda _: PROMPT, options.tokens))
+    assert all((answer.status, answer.counted) == (200, options.tokens) for answer in answers)
+
+
+def show(sides: Mapping[str, Sequence[float]]) -> None:
+    """What each side took."""
+    table = Table("processor time of a request", "median", "least", "most")
+    for side, found in sides.items():
+        table.add_row(side, *(f"{value:.2f} ms" for value in (statistics.median(found), min(found), max(found))))
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
