@@ -284,8 +284,8 @@ class PeftEngine:
         """Whose prompts are read now.
 
         Reading one prompt takes nearly as long as reading two. So where the last place is free, newcomers wait a pass
-        or two for another one, and go together. (Of the last quarter the gateway's fair turns make use: it is for who
-        asks little, and is not to wait.)
+        or two for another one, and go together. (Of more free places the gateway's fair turns make use: they are for
+        who asks little, and is not to wait.)
         """
         free = self.max_batch - len(self._running)
         if self._waiting and 0 < free < self.max_batch // _FEW and self._held < HELD_PASSES:

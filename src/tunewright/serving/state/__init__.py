@@ -15,7 +15,8 @@ from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
 from tunewright.serving.state.limits import Limits
 from tunewright.serving.state.meter import LimitExceededError, Meter, Used, Wanted
 from tunewright.serving.state.pruning import Pruned, Pruning
-from tunewright.serving.state.releases import Candidate, Grounds, Release, Releases
+from tunewright.serving.state.release import Candidate, Grounds, Release
+from tunewright.serving.state.releases import Releases
 from tunewright.serving.state.retold import retold
 from tunewright.serving.state.tenants import Caller, InvalidKeyError, Key, Tenant, Tenants
 from tunewright.serving.state.upgrade import upgrade

@@ -1,4 +1,4 @@
-"""Releases: which adapter an alias answers with, from when on, and why it may.
+"""The histories of aliases: what is released, and what may follow on which.
 
 An alias's history is a list of lines, each of which is the whole state from then on; none is changed later. What is
 live is the last one.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select
 
@@ -17,84 +17,11 @@ from tunewright.errors import UserError
 from tunewright.serving.state.audit import Change, changing
 from tunewright.serving.state.database import Database
 from tunewright.serving.state.isolation import IsolationTest
+from tunewright.serving.state.release import Action, Candidate, Grounds, Release
 from tunewright.serving.state.tables import audit, releases
 from tunewright.serving.state.tenants import check_name
-from tunewright.serving.state.times import iso
 
-Action = Literal["deploy", "canary", "shadow", "promote", "rollback", "withdraw"]
 _REFUSED = "isolation.refused"
-
-
-@dataclass(frozen=True)
-class Grounds:
-    """Why an adapter may be released; of a withdrawal, why it may not any more."""
-
-    verdict: str | None = None
-    """What its newest evaluation says; None: it has none."""
-    evaluation: str | None = None
-    """That evaluation's ID."""
-    because: str | None = None
-    """Why it is released without a verdict to ship, or withdrawn."""
-    isolation: IsolationTest | None = None
-    """The test that it passed, with all else that was live."""
-    untested: str | None = None
-    """Why it is released without that test."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An adapter that is tried beside the one that the alias answers with."""
-
-    adapter: str
-    digest: str
-    share: float | None
-    """Of the traffic, which it answers (a canary); None: it is asked too, but not heard (a shadow)."""
-
-    @property
-    def told(self) -> str:
-        """How it is tried, in words."""
-        return "in the shadow" if self.share is None else f"on {100 * self.share:.4g}% of the traffic"
-
-
-@dataclass(frozen=True)
-class Release:
-    """One line of an alias's history."""
-
-    id: int
-    """Over all aliases, in the order of time."""
-    alias: str
-    number: int
-    """Within the alias, from 1."""
-    action: Action
-    adapter: str
-    """What the alias answers with from here on; of a withdrawal, what it does not answer with any more."""
-    digest: str
-    candidate: Candidate | None
-    restores: int | None
-    """Of a rollback: the number of the release that it brings back."""
-    grounds: Grounds
-    author: str | None
-    created: float
-
-    @property
-    def withdrawn(self) -> bool:
-        """Whether the alias answers nothing from here on."""
-        return self.action == "withdraw"
-
-    @property
-    def adapters(self) -> list[tuple[str, str]]:
-        """The adapters that it needs, by name and digest."""
-        beside = [(self.candidate.adapter, self.candidate.digest)] if self.candidate else []
-        return [(self.adapter, self.digest), *beside]
-
-    @property
-    def digests(self) -> frozenset[str]:
-        """The adapters that it needs."""
-        return frozenset(digest for _, digest in self.adapters)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The release as ``--json`` prints it."""
-        return {**asdict(self), "created": iso(self.created)}
 
 
 class Releases:
