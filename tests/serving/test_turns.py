@@ -200,7 +200,7 @@ def test_after_a_minute_alone_a_tenant_has_all_places_again() -> None:
     engine.step()
     while engine.now <= COMPANY_SECONDS:
         engine.step()
-        assert engine.has("loud") == 6
+        assert engine.has("loud") == 7
     engine.ask("loud", 1, 1)
     engine.now += 1
     engine.let_in()

@@ -8,7 +8,7 @@ constant at most, however much more one of them asks for. Who comes back after a
 lowest counter of those that wait: idling saves up no more than that. (In the paper it saves up nothing; but then a
 tenant that asks for little takes turns with one that always waits, when it should go first.)
 
-*Rows.* A row of the engine's batch is kept to an answer's end. So a quarter of them is only for tenants that have less
+*Rows.* A row of the engine's batch is kept to an answer's end. So an eighth of them is only for tenants that have less
 than an equal share, and a newcomer does not wait for somebody's answer to end.
 
 *Reading.* Prompts are read in passes, and everybody under way waits for each. So each tenant's prompts are handed over
@@ -35,7 +35,7 @@ ANSWER_WEIGHT = 2.0
 """A token of an answer is a pass of its own, one of a prompt shares it: the paper's weights."""
 READING_TOKENS = 128
 """Tokens of one tenant's prompts that are read at once in company, and of the longest prompt that counts as short."""
-KEPT_PART = 4
+KEPT_PART = 8
 """Such a part of the rows is kept for who has few."""
 AHEAD_PART = 4
 """Such a part of the rows as many requests may be at the engine before there is a row for them."""
