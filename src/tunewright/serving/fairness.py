@@ -26,11 +26,11 @@ class FairQueue:
     """Places at the engine, given to tenants in turn. It belongs to one event loop.
 
     Args:
-        room: requests that may be at the engine at once.
+        rows: requests that the engine answers at once.
     """
 
-    def __init__(self, room: int) -> None:
-        self._turns = Turns(room)
+    def __init__(self, rows: int) -> None:
+        self._turns = Turns(rows)
         self._entrances: dict[Turn, asyncio.Future[None]] = {}
 
     @property

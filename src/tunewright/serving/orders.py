@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class Orders:
         # tokenizers are not made for several; and tenants in turn, so that nobody waits for another's many prompts.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunewright-render")
         self._turns = FairQueue(1)
+        # Prompts come one by one: to hand one to the tokenizer's own threads takes longer than it does itself.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     async def prompt(self, asked: AnyRequest, whose: str) -> Ids:
         """The prompt's token ids.

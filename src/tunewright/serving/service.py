@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,8 +65,6 @@ class Service:
         digests = {name: adapter_digest(folder) for name, folder in adapters.items()}
         self._recipe = recipe
         self._reporter = reporter
-        # Prompts come one by one: to hand one to the tokenizer's own threads takes longer than it does itself.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # Before the base is loaded, which takes minutes where it is large.
         require_free(recipe.serve.host, recipe.serve.port)
         if recipe.serve.metrics_port is not None:
