@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -159,7 +160,7 @@ def test_changes_at_once_make_one_chain(state_url: str) -> None:
         assert (check.faults, check.lines) == ((), 20)
 
 
-def test_two_who_open_a_new_state_at_once_make_one(state_url: str, tmp_path: Path) -> None:
+def test_those_who_open_a_new_state_at_once_make_one(state_url: str) -> None:
     def come(index: int) -> None:
         with State(state_url) as state:
             state.tenants.add(f"t{index}")
@@ -168,6 +169,18 @@ def test_two_who_open_a_new_state_at_once_make_one(state_url: str, tmp_path: Pat
         list(threads.map(come, range(4)))
     with State(state_url) as state:
         assert len(state.tenants.list()) == 4
+
+
+def test_who_opens_a_new_state_waits_for_another_who_has_just_begun_it(tmp_path: Path) -> None:
+    file = tmp_path / "state.sqlite"
+    with ThreadPoolExecutor(1) as threads, closing(sqlite3.connect(file)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        opened = threads.submit(lambda: State(f"sqlite:///{file}"))
+        with pytest.raises(TimeoutError):
+            opened.result(timeout=0.3)
+        other.rollback()
+        with opened.result() as state:
+            assert state.tenants.list() == []
 
 
 @pytest.mark.parametrize(

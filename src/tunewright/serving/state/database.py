@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,9 +178,23 @@ def _on_sqlite_connect(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver begins no transaction by itself
     # Readers go on while one writes. A commit survives the process's death at once, the machine's at the next
     # checkpoint: what is lost then is lost whole, the audit's line with the change that it tells of.
-    connection.execute("PRAGMA journal_mode=WAL")
+    _keep_a_log_ahead(connection)
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _keep_a_log_ahead(connection: Any) -> None:
+    """Write ahead (WAL). In a new file this alone does not wait for others that open it, but fails at once."""
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # SQLite's kinds of "busy" are in the higher bits.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.005)
 
 
 def _on_sqlite_begin(connection: Connection) -> None:
