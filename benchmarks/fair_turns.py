@@ -5,8 +5,9 @@
 PROJECT has a trained adapter. Two tenants ask at random moments (Poisson arrivals, which do not wait for answers), the
 quiet one always at a fifth of what the server can do. The loud one asks nothing, as much as the quiet one, or ten
 times as much, which is more than there is room for; the loads take turns, so that what else the machine does meets all
-of them. The bar: the quiet one's 99th percentiles with the loud one at ten times are less than twice those with it at
-once. Prints a table and writes benchmarks/results/fair_turns.json.
+of them. The server runs in a process of its own, the clients in this one. The bar: the quiet one's 99th percentiles
+with the loud one at ten times are less than twice those with it at once. Prints a table and writes
+benchmarks/results/fair_turns.json.
 """
 
 from __future__ import annotations
@@ -15,26 +16,23 @@ import argparse
 import asyncio
 import random
 import tempfile
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import torch
 from arrivals import Answer, Waits, burst, poisson
 from load_clients import Clients
-from load_host import patient
+from load_host import Host
 from load_shown import machine
 from rich.console import Console
 from rich.table import Table
 
 from tunewright.adapters.registry import find_adapter
+from tunewright.data.versions import load_version
 from tunewright.disk import write_json
 from tunewright.progress import LogReporter
 from tunewright.project import Project
-from tunewright.road import Road
-from tunewright.serving.fairness import FairQueue, Place
+from tunewright.road.opened import OpenProject
 from tunewright.serving.state import Grounds, State
 
 TENANTS = ("quiet", "loud")
@@ -45,15 +43,6 @@ FIRST_COME = "loud at 10x, first come"
 RESULTS = Path(__file__).with_name("results") / "fair_turns.json"
 
 
-class FirstCome(FairQueue):
-    """The order in which engines take requests by themselves: everybody is one tenant."""
-
-    @asynccontextmanager
-    async def place(self, tenant: str, prompt: int) -> AsyncIterator[Place]:  # noqa: ARG002
-        async with super().place("everybody", prompt) as place:
-            yield place
-
-
 def main() -> None:
     """Measure what the server can do, then the loads."""
     parser = argparse.ArgumentParser()
@@ -62,24 +51,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     about = machine(options.threads)
-    project = Project(options.project)
+    opened = OpenProject(Project(options.project), LogReporter())
     answers: dict[str, list[Answer]] = {name: [] for name in (*LOADS, FIRST_COME)}
     with tempfile.TemporaryDirectory() as temporary:
-        state = f"sqlite:///{temporary}/state.sqlite"
-        serve = project.recipe.serve.model_copy(update={"state": state, "port": 0})
-        road = Road(Project(project.root, patient(project.recipe).model_copy(update={"serve": serve})), LogReporter())
-        keys = tenants(state, road)
-        prompts = [row.example.prompt for row in road.data.version().examples("test")]
-        with road.serve().running() as url:
-            meter = Meter(Clients(url, keys, ["model"] * 2), prompts)
-            capacity = asyncio.run(meter.capacity(project.recipe.serve.max_batch))
+        url = f"sqlite:///{temporary}/state.sqlite"
+        keys = tenants(url, opened.project)
+        prompts = [row.example.prompt for row in load_version(opened.project.dataset).examples("test")]
+        with Host(options.project, url, options.threads) as host:
+            meter = Meter(Clients(host.url, keys, ["model"] * 2), prompts)
+            capacity = asyncio.run(meter.capacity(opened.project.recipe.serve.max_batch))
             for turn in range(options.rounds):
                 for name, times in LOADS.items():
                     answers[name] += asyncio.run(meter.load(SHARE * capacity, times, options.seconds, turn))
-        with patch("tunewright.serving.app.FairQueue", FirstCome), road.serve().running() as url:
-            meter = Meter(Clients(url, keys, ["model"] * 2), prompts)
+        with Host(options.project, url, options.threads, fair=False) as host:
+            meter = Meter(Clients(host.url, keys, ["model"] * 2), prompts)
             answers[FIRST_COME] = asyncio.run(meter.load(SHARE * capacity, 10, options.seconds, 0))
     waits = {name: Waits.of(own) for name, own in answers.items()}
     show(capacity, waits)
@@ -92,9 +78,9 @@ def main() -> None:
     )
 
 
-def tenants(url: str, road: Road) -> list[str]:
+def tenants(url: str, project: Project) -> list[str]:
     """Two tenants of one adapter, and their keys."""
-    adapter = find_adapter(road.project.adapters)
+    adapter = find_adapter(project.adapters)
     with State(url, "benchmark") as state:
         state.releases.deploy("model", adapter.name, adapter.digest, Grounds(None, None, "a benchmark"))
         for name in TENANTS:

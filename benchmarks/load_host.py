@@ -1,15 +1,15 @@
-"""The server of `serve_load.py`, in a process of its own: it is told by lines of JSON what to do beside answering.
+"""The server of `serve_load.py` and `fair_turns.py`, in a process of its own: :class:`Host` is who talks to it.
 
-The first line says what to serve (``project``, ``state``, ``threads``); the answer is its address. Then:
+By lines of JSON. The first one says what to serve (``project``, ``state``, ``threads``) and whether requests have
+turns (``fair``) or are taken as they come; the answer is its address. Then:
 
     {"do": "memory"}                            bytes that are this process's own
     {"do": "cpu"}                               seconds of processor time that it has used, all threads together
     {"do": "bare", "asks": [[seconds, prompt, digest, tokens], ...]}
                                                 the engine alone, without the gateway, each asked when it is due:
                                                 seconds to the first token and to the end of each, and to the end of all
-    {"do": "stop"}
 
-Answers have no end but their limit, so that all sides do the same work.
+It ends with the lines. Answers have no end but their limit, so that all sides do the same work.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import asyncio
 import ctypes
 import gc
 import json
+import os
+import subprocess
 import sys
 import time
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.models.requests import Request
@@ -33,23 +37,65 @@ from tunewright.recipe import Recipe
 from tunewright.road.opened import OpenProject
 from tunewright.road.serving import adapter_of
 from tunewright.serving.engines.protocol import Engine
+from tunewright.serving.fairness import FairQueue, Place
 from tunewright.serving.service import Service, Tenancy
 from tunewright.serving.state import State
 
 
+class Host:
+    """The server's process.
+
+    Args:
+        fair: requests have turns; else they are taken as they come.
+    """
+
+    def __init__(self, project: Path, state: str, threads: int, *, fair: bool = True) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.url: str = self.tell(project=str(project), state=state, threads=threads, fair=fair)["url"]
+
+    def tell(self, **order: Any) -> Any:
+        """Have it do something, and wait for what it says."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the server has ended; what it printed says why")
+        return json.loads(line)
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+class FirstCome(FairQueue):
+    """The order in which engines take requests by themselves: everybody is one tenant."""
+
+    @asynccontextmanager
+    async def place(self, tenant: str, prompt: int) -> AsyncIterator[Place]:  # noqa: ARG002
+        async with super().place("everybody", prompt) as place:
+            yield place
+
+
 def main() -> None:
-    """Serve until told to stop."""
+    """Serve for as long as lines may come."""
     # What the libraries print must not come between the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     settings = json.loads(sys.stdin.readline())
-    service = open_service(settings)
+    with nullcontext() if settings["fair"] else patch("tunewright.serving.app.FairQueue", FirstCome):
+        service = open_service(settings)
     engine: Engine = service._engine
     with service.running() as url:
         print(json.dumps({"url": url}), file=answers, flush=True)
         for line in sys.stdin:
             order = json.loads(line)
-            if order["do"] == "stop":
-                break
             print(json.dumps(obey(engine, **order)), file=answers, flush=True)
 
 

@@ -24,7 +24,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from typing import Any
 import aiohttp
 from arrivals import Answer, Ask, Bounds, Waits, burst, by_tenant, goodput_fairness, jain, poisson, zipf_shares
 from load_clients import Clients, cold_loads
+from load_host import Host
 from load_mixed import mixed
 from load_shown import draw, machine, show
 from load_tenants import Tenant, make_tenants, release
@@ -78,13 +78,11 @@ def main() -> None:
         with State(url, "load") as state:
             tenants = make_tenants(opened, state, options.tenants + LATECOMERS, SEED, options.noise)
             release(state, tenants[0])
-            load = Load(opened, state, tenants, options, Host(root, url, options.threads))
-            try:
+            with Host(root, url, options.threads) as host:
+                load = Load(opened, state, tenants, options, host)
                 for name in options.parts:
                     parts[name] = {"run": about, **getattr(load, name)()}
                     print(json.dumps({name: parts[name]}), file=sys.stderr)
-            finally:
-                load.host.stop()
     show(parts)
     if options.save:
         # Parts that were measured in another run stay, and say in which.
@@ -159,33 +157,6 @@ def compared(sides: dict[str, list[Cost]]) -> dict[str, Any]:
         "ratios": ratios,
         "ratio_by_cpu": statistics.median(by_cpu),
     }
-
-
-class Host:
-    """The server's process."""
-
-    def __init__(self, project: Path, state: str, threads: int) -> None:
-        script = Path(__file__).with_name("load_host.py")
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.url: str = self.tell(project=str(project), state=state, threads=threads)["url"]
-
-    def tell(self, **order: Any) -> Any:
-        """Have it do something, and wait for what it says."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(order), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the server has ended; what it printed says why")
-        return json.loads(line)
-
-    def stop(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        print(json.dumps({"do": "stop"}), file=self._process.stdin, flush=True)
-        self._process.wait(60)
 
 
 class Load:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import Future
 from pathlib import Path
@@ -27,9 +27,7 @@ PIECE_TOKENS = 256
 """Of a long prompt that are read in one pass: everybody's next token waits for it, and with longer pieces longer."""
 
 HELD_PASSES = 2
-"""The most that newcomers to a batch that is nearly full wait for further places in it."""
-_FEW = 8
-"""Fewer places than such a part of the batch are few."""
+"""The most that newcomers to a batch that is nearly full wait, to be read together with further ones."""
 
 _Outcome = Delta | RequestFailedError | EngineStoppedError
 
@@ -37,8 +35,9 @@ _Outcome = Delta | RequestFailedError | EngineStoppedError
 class _Ticket:
     """One request's way through the engine; all of it but ``left`` belongs to the engine's thread."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, whose: str) -> None:
         self.request = request
+        self.whose = whose
         self.inbox = Inbox[_Outcome]()
         self.left = False
         """Who asked does not wait for the answer."""
@@ -123,10 +122,10 @@ class PeftEngine:
         with self._changed:
             return len(self._running), len(self._waiting)
 
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:  # noqa: ARG002
+    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
         """Tokens as they come; closing the iterator early (or cancelling its task) takes the request out.
 
-        Nothing is remembered from one request to another, so it makes no difference ``whose`` it is.
+        Nothing is remembered from one request to another: ``whose`` it is decides only when its prompt is read.
 
         Raises:
             RequestFailedError: this request could not be computed.
@@ -134,7 +133,7 @@ class PeftEngine:
         """
         if request.adapter is not None and request.adapter not in self._loaded:
             raise RequestFailedError(f"The adapter {request.adapter} is not loaded.")
-        ticket = _Ticket(request)
+        ticket = _Ticket(request, whose)
         self._submit(ticket)
         try:
             while True:
@@ -281,18 +280,26 @@ class PeftEngine:
             self._outbox.send()
 
     def _come_in(self) -> list[_Ticket]:
-        """Whose prompts are read now.
-
-        Reading one prompt takes nearly as long as reading two. So where the last place is free, newcomers wait a pass
-        or two for another one, and go together. (Of more free places the gateway's fair turns make use: they are for
-        who asks little, and is not to wait.)
-        """
+        """Whose prompts are read now."""
         free = self.max_batch - len(self._running)
-        if self._waiting and 0 < free < self.max_batch // _FEW and self._held < HELD_PASSES:
+        if self._held < HELD_PASSES and self._can_wait(free):
             self._held += 1
             return []
         self._held = 0
         return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+
+    def _can_wait(self, free: int) -> bool:
+        """Whether newcomers lose little by being read some passes later, and with others.
+
+        Everybody under way waits for a pass in which prompts are read, and one prompt takes nearly as long as two. So
+        who is one of many for few places can wait, and who has more than an even part of the batch already.
+        """
+        if not self._waiting or not 0 < free < self.max_batch // 4:
+            return False
+        if free < min(self.max_batch // 8, len(self._waiting)):
+            return True
+        rows = Counter(ticket.whose for ticket in self._running)
+        return all(rows[ticket.whose] > len(self._running) / len(rows) for ticket in self._waiting)
 
     def _do_errands(self) -> None:
         while self._errands:
