@@ -6,9 +6,11 @@ import asyncio
 import json
 import threading
 from collections import deque
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -126,17 +128,40 @@ def test_who_gives_up_while_its_prompt_is_read_is_forgotten() -> None:
 
 
 def test_newcomers_to_a_nearly_full_batch_go_together_and_nobody_waits_for_long() -> None:
+    with stopped_engine() as come_in:
+        assert [come_in("a" * 15, "a" * 5) for _ in range(HELD_PASSES + 1)] == [0] * HELD_PASSES + [1]
+        assert [come_in("a" * 15, "a" * 5), come_in("a" * 14, "a" * 5), come_in("a" * 15, "a" * 5)] == [0, 2, 0]
+        assert [come_in("a" * 15, "a"), come_in("", "a"), come_in("a" * 16, "aaa"), come_in("a" * 13, "")] == [
+            1,
+            1,
+            0,
+            0,
+        ]
+
+
+def test_who_has_more_than_an_even_part_of_a_nearly_full_batch_waits_for_others_and_who_has_less_does_not() -> None:
+    with stopped_engine() as come_in:
+        much, little = "a" * 12 + "b", "a" * 7 + "b" * 6
+        assert [come_in(much, "a") for _ in range(HELD_PASSES + 1)] == [0] * HELD_PASSES + [1]
+        assert [come_in(much, "a"), come_in(much, "ab")] == [0, 2]
+        assert [come_in(much, "b"), come_in(much, "c"), come_in(little, "b")] == [1, 1, 1]
+        assert come_in("a" * 11 + "b", "a") == 1  # a quarter of the batch is free
+
+
+@contextmanager
+def stopped_engine() -> Iterator[Callable[[str, str], int]]:
+    """How many come in, beside whose requests are under way and of whose that wait: a letter for each request."""
     with running_engine(build_model(), max_batch=16) as engine:
         engine.stop()
 
-        def come_in(under_way: int, waiting: int) -> int:
-            running: list[Any] = [object()] * under_way
-            engine._running, engine._waiting = running, deque([object()] * waiting)  # type: ignore[list-item]
+        def tickets(whose: str) -> list[Any]:
+            return [SimpleNamespace(whose=tenant) for tenant in whose]
+
+        def come_in(under_way: str, waiting: str) -> int:
+            engine._running, engine._waiting = tickets(under_way), deque(tickets(waiting))
             return len(engine._come_in())
 
-        assert [come_in(15, 5) for _ in range(HELD_PASSES + 1)] == [0] * HELD_PASSES + [1]
-        assert [come_in(15, 5), come_in(14, 5), come_in(15, 5)] == [0, 2, 0]
-        assert [come_in(13, 1), come_in(0, 1), come_in(16, 3), come_in(13, 0)] == [1, 1, 0, 0]
+        yield come_in
         engine._running, engine._waiting = [], deque()
 
 
