@@ -101,14 +101,15 @@ def _packed(
 def _assert_equal(ours: tuple[Tensor, dict[str, Tensor]], reference: tuple[Tensor, dict[str, Tensor]]) -> None:
     """Within float32 rounding: relative 1e-5 for each LoRA matrix's gradient as a whole.
 
-    A gradient that cancels out (of the query's weights, where there is but one key) is held to the size of the whole.
+    A gradient that cancels out (of the query's weights, where there is but one key) is held to the size of the whole:
+    a tenth of it times 1e-5 is eight times float32's own step.
     """
     assert float(ours[0]) == pytest.approx(float(reference[0]), rel=1e-5)
     assert ours[1].keys() == reference[1].keys()
     whole = torch.stack([gradient.norm() for gradient in reference[1].values()]).norm()
     for name, gradient in ours[1].items():
         difference = (gradient - reference[1][name]).norm()
-        assert difference <= 1e-5 * max(reference[1][name].norm(), whole / 100), name
+        assert difference <= 1e-5 * max(reference[1][name].norm(), whole / 10), name
 
 
 def _rows(prefixes: Sequence[int], suffixes: Sequence[int], answers: Sequence[int], seed: int = 0) -> tuple[Rows, Rows]:
