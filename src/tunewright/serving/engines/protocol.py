@@ -63,8 +63,8 @@ class Engine(Protocol):
 
         Args:
             request: its ``adapter`` is the digest of one that is loaded, or None for the base; without stop strings.
-            whose: what one of them makes the engine remember (of prefixes, say) serves no other one. It may have a say in
-                when the prompt is read.
+            whose: what one of them makes the engine remember (of prefixes, say) serves no other one. It may count
+                for when the prompt is read.
 
         Raises:
             RequestFailedError: this request could not be computed.
