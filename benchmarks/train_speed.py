@@ -1,36 +1,40 @@
-"""Training speed beside trl's, on the same rows of a real task, with the bundled base in bfloat16.
+"""Time to the quality that trl ends with: whole training runs of both, on the same rows of a real task.
 
-    python benchmarks/train_speed.py [--steps 24] [--long-steps 6] [--only demo instruction long none] [--batch 16]
-                                    [--dtype bfloat16]
+    python benchmarks/train_speed.py [--only demo long instruction none] [--sides tunewright trl …] [--seeds 3]
+                                     [--epochs 2] [--rows N] [--dtype bfloat16] [--out FILE]
 
-Four data sets, made of the demo's rows (court names to citations): as they are ("demo"); with an instruction of usual
-length ("instruction"); with one that is 300 tokens longer ("long"); and without the shared tokens ("none"). Each side
-trains in a process of its own, so that peak memory is its own; rows, seed, LoRA, learning rate, batch and steps are
-the same. trl draws an order of its own; "in our order" has it take ours, so that each step is made of the same rows
-and the final losses can be compared. Speed is that of the steps after the second. The final loss is that of 64
-held-out rows after the last step, each computed alone by transformers; in bfloat16 rounding alone moves it by a few
-percent, so whether both sides train alike is for --dtype float32 to tell. Prints tables, and writes JSON to
-benchmarks/results/train_speed.json, one data set at a time.
+Each side trains the bundled base with LoRA on all linear layers: the same rows, seed, learning rate, schedule, batch
+and number of steps. Each process trains one side with one seed. The clock stops while dev is measured, at equal
+distances over the run: the mean loss of its trained tokens, each row computed alone by transformers, and the share of
+answers, decoded greedily, that match exactly.
+
+A side has reached trl's quality at its first measurement whose dev loss is at most 1% above the one that trl ends with
+and whose dev score is at most a point below (all of them means over the seeds). The first column is trl's whole time
+divided by the time to there. The data sets are the demo's rows (court names to citations): as they are ("demo"), with
+an instruction of usual length ("instruction"), with one that is 300 tokens longer ("long"), and without the shared
+tokens ("none"). Every finished run is written to the results file at once, and a second call does what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).with_name("results") / "train_speed.json"
-HELD_OUT = 64
 INSTRUCTION = "Give the abbreviation by which legal citations name this court, only the abbreviation, and nothing else."
 DATA = {
     "demo": "the demo's rows, 16 shared tokens",
@@ -41,76 +45,122 @@ DATA = {
 SIDES = {
     "tunewright": "tunewright",
     "trl": "trl, its defaults",
-    "trl-ordered": "trl, its defaults, in our order",
     "trl-plain": "trl, no checkpointing of activations",
     "trl-padding-free": "trl, padding-free, no checkpointing",
     "trl-packed": "trl, packed (bfd), no checkpointing",
 }
+BATCH = 16
+LEARNING_RATE = 1e-3
+NEAR_LOSS = 1.01
+NEAR_SCORE = 0.01
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+Rows = dict[str, list[list[int]]]
+Run = dict[str, Any]
 
 
 def main() -> None:
-    """Run every side on every data set."""
+    """Train every side with every seed on every data set, and print a table for each data set."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--long-steps", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--only", nargs="*", default=["demo", "long"], choices=list(DATA))
+    parser.add_argument("--sides", nargs="*", default=["tunewright", "trl"], choices=list(SIDES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rows", type=int, help="training rows (default: all)")
+    parser.add_argument("--dev-rows", type=int, help="dev rows (default: all)")
+    parser.add_argument("--measurements", type=int, default=8, help="of dev in each run, the one at its end included")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--only", nargs="*", default=list(DATA), choices=list(DATA))
-    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        print(json.dumps(run_side(**json.loads(options.job))))
+        print(json.dumps(train_one(**json.loads(options.job))))
         return
-    results: dict[str, Any] = {"machine": machine(), "batch": options.batch, "data": {}}
-    if RESULTS.exists():
-        results["data"] = json.loads(RESULTS.read_text())["data"]
-    for data in options.only:
-        steps = options.long_steps if data == "long" else options.steps
-        rows = {}
-        for side in options.sides:
-            told = {"side": side, "data": data, "steps": steps, "batch": options.batch, "dtype": options.dtype}
-            job = json.dumps(told)
-            command = [sys.executable, __file__, "--job", job]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rows[side] = json.loads(done.stdout.splitlines()[-1])
-            print(f"{data} {side}: {rows[side]['examples_s']:.2f} examples/s", file=sys.stderr, flush=True)
-        key = data if options.dtype == "bfloat16" else f"{data}, {options.dtype}"
-        results["data"][key] = {"steps": steps, "sides": rows}
-        Console(width=120).print(table(data, steps, rows, options.dtype))
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    settings = {"epochs": options.epochs, "rows": options.rows, "dev_rows": options.dev_rows, "dtype": options.dtype}
+    with tempfile.TemporaryDirectory() as folder:
+        for data in options.only:
+            file = Path(folder) / f"{data}.json"
+            write_rows(file, data, options.rows, options.dev_rows)
+            for seed in range(options.seeds):
+                # The sides of a seed follow each other, so that a change of the machine's speed meets both.
+                for side in options.sides:
+                    job = {"side": side, "rows_file": str(file), "seed": seed, "measurements": options.measurements}
+                    job |= {"epochs": options.epochs, "dtype": options.dtype}
+                    finish(options.out, data, settings, job)
+            shown = [run for run in runs_of(options.out, data, settings) if run["side"] in options.sides]
+            Console(width=150).print(table(data, settings, shown))
+
+
+def finish(out: Path, data: str, settings: dict[str, Any], job: dict[str, Any]) -> None:
+    """Do a run in a process of its own and write it down, unless that has been done."""
+    if any((run["side"], run["seed"]) == (job["side"], job["seed"]) for run in runs_of(out, data, settings)):
+        return
+    command = [sys.executable, __file__, "--job", json.dumps(job)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    run: Run = {**json.loads(done.stdout.splitlines()[-1]), "data": data, "settings": settings, "machine": machine()}
+    last = run["measured"][-1]
+    told = f"{run['seconds']:.0f} s, dev loss {last['loss']:.4f}, score {last['score']:.1%}"
+    print(f"{data} {run['side']} seed {run['seed']}: {told}", file=sys.stderr, flush=True)
+    runs = json.loads(out.read_text())["runs"] if out.exists() else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
+
+
+def runs_of(out: Path, data: str, settings: dict[str, Any]) -> list[Run]:
+    """Return the finished runs of a data set with these settings on this machine."""
+    runs = json.loads(out.read_text())["runs"] if out.exists() else []
+    wanted = (data, settings, machine())
+    return [run for run in runs if (run["data"], run["settings"], run["machine"]) == wanted]
 
 
 def machine() -> str:
-    """The processor, as the kernel names it."""
+    """Return the processor as the kernel names it."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     return f"{names[0]}, {len(names)} cores, Python {platform.python_version()}"
 
 
-def table(data: str, steps: int, rows: dict[str, dict[str, float]], dtype: str) -> Table:
-    """One data set's sides, and how many times as fast tunewright is as each."""
-    shown = Table(title=f"{data}: {DATA[data]}, {steps} steps, {dtype}")
-    for name in ("side", "examples/s", "tokens/s", "tunewright is", "peak GiB", "final loss"):
+def table(data: str, settings: dict[str, Any], runs: Sequence[Run]) -> Table:
+    """Return one data set's sides, each a mean over its seeds."""
+    by_side = {side: [run for run in runs if run["side"] == side] for side in SIDES}
+    by_side = {side: own for side, own in by_side.items() if own}
+    seeds, steps = len(by_side["trl"]), by_side["trl"][0]["steps"]
+    shown = Table(title=f"{data}: {DATA[data]}, {steps} steps, {settings['dtype']}, {seeds} seeds; {machine()}")
+    for name in ("side", "to trl's quality", "examples/s", "ratio", "dev loss", "of trl's", "dev score, %", "peak GiB"):
         shown.add_column(name, justify="left" if name == "side" else "right")
-    ours = rows.get("tunewright")
-    for side, row in rows.items():
-        ratio = "" if ours is None or side == "tunewright" else f"{ours['examples_s'] / row['examples_s']:.2f}x"
+    goal_loss, goal_score = (mean(run["measured"][-1][key] for run in by_side["trl"]) for key in ("loss", "score"))
+    trl_s = mean(run["seconds"] for run in by_side["trl"])
+    trl_speed = mean(run["examples_s"] for run in by_side["trl"])
+    for side, own in by_side.items():
+        reached = time_to(own, goal_loss * NEAR_LOSS, goal_score - NEAR_SCORE)
+        final = [run["measured"][-1] for run in own]
+        losses = [each["loss"] for each in final]
+        spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
+        speed = mean(run["examples_s"] for run in own)
         shown.add_row(
             SIDES[side],
-            f"{row['examples_s']:.2f}",
-            f"{row['tokens_s']:.0f}",
-            ratio,
-            f"{row['peak_gib']:.2f}",
-            f"{row['final_loss']:.4f}",
+            "not reached" if reached is None else f"{trl_s / reached:.2f}x ({reached:.0f} s)",
+            f"{speed:.2f}",
+            f"{speed / trl_speed:.2f}x",
+            f"{mean(losses):.4f}{spread}",
+            f"{mean(losses) / goal_loss:.3f}",
+            f"{100 * mean(each['score'] for each in final):.1f}",
+            f"{max(run['peak_gib'] for run in own):.2f}",
         )
     return shown
 
 
-def rows_of(data: str, count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The data set's first rows: ids and labels."""
+def time_to(runs: Sequence[Run], loss: float, score: float) -> float | None:
+    """Return the mean seconds of training to the first measurement that reaches both; None where none does."""
+    for at_step in zip(*(run["measured"] for run in runs), strict=True):
+        if mean(each["loss"] for each in at_step) <= loss and mean(each["score"] for each in at_step) >= score:
+            return mean(each["seconds"] for each in at_step)
+    return None
+
+
+def write_rows(file: Path, data: str, train_rows: int | None, dev_rows: int | None) -> None:
+    """Write the data set's train and dev rows, as ids and labels, and the tokens that end an answer."""
     import tunewright
     from tunewright.demo import example_files
     from tunewright.project import RECIPE_FILE, create_project
@@ -119,25 +169,30 @@ def rows_of(data: str, count: int) -> tuple[list[list[int]], list[list[int]]]:
     files = example_files("legal-citations")
     if data != "demo":
         files[RECIPE_FILE] = files[RECIPE_FILE].replace("Give the citation abbreviation of this court.", INSTRUCTION)
+    written: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         project = create_project(Path(folder) / "project", files)
         road = tunewright.open(project.root)
         road.data.add([project.root / "pairs.jsonl"])
-        columns = as_columns(encode_members(road.chat, road.data.version().examples("train"), 2048).rows)
         extra = road.chat.tokenizer("Courts are cited by the abbreviations of the Bluebook. " * 40)["input_ids"][:300]
-    ids, labels = columns["input_ids"][:count], columns["labels"][:count]
-    if data == "long":
-        ids = [[*row[:5], *extra, *row[5:]] for row in ids]
-        labels = [[IGNORED] * 300 + row for row in labels]
-    shared = sum(len(set(column)) == 1 for column in zip(*ids, strict=False))
-    if data == "none":
-        ids, labels = [row[shared:] for row in ids], [row[shared:] for row in labels]
-    return ids, labels
+        written["stop_ids"] = sorted(road.chat.stop_ids)
+        for split, count in (("train", train_rows), ("dev", dev_rows)):
+            columns = as_columns(encode_members(road.chat, road.data.version().examples(split), 2048).rows)
+            written[split] = {name: columns[name][:count] for name in ("input_ids", "labels")}
+    shared = sum(len(set(column)) == 1 for column in zip(*written["train"]["input_ids"], strict=False))
+    for split in ("train", "dev"):
+        ids, labels = written[split]["input_ids"], written[split]["labels"]
+        if data == "long":
+            ids = [[*row[:5], *extra, *row[5:]] for row in ids]
+            labels = [[IGNORED] * 300 + row for row in labels]
+        if data == "none":
+            ids, labels = [row[shared:] for row in ids], [row[shared:] for row in labels]
+        written[split] = {"input_ids": ids, "labels": labels}
+    file.write_text(json.dumps(written))
 
 
-def run_side(side: str, data: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
-    """Train one side in this process."""
-    import torch
+def train_one(side: str, rows_file: str, seed: int, epochs: int, measurements: int, dtype: str) -> Run:
+    """Train one side with one seed in this process."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import set_seed
@@ -148,45 +203,43 @@ def run_side(side: str, data: str, steps: int, batch: int, dtype: str) -> dict[s
     from tunewright.models.quiet import quiet_transformers
     from tunewright.progress import LogReporter
 
-    ids, labels = rows_of(data, steps * batch + HELD_OUT)
-    train, held_out = ({"input_ids": ids[a:b], "labels": labels[a:b]} for a, b in ((HELD_OUT, None), (0, HELD_OUT)))
+    rows = json.loads(Path(rows_file).read_text())
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
     model = load_model(base, dtype, "none")
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=targets)
-    set_seed(0)
-    times: list[float] = []
+    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=TARGETS)
+    set_seed(seed)
     with quiet_transformers(), tempfile.TemporaryDirectory() as out:
-        trainer = build(side, model, load_tokenizer(base), Dataset.from_dict(train), lora, out, batch, dtype)
+        steps = epochs * math.ceil(len(rows["train"]["input_ids"]) / BATCH)
+        arguments = settings(side, out, seed, epochs, steps, dtype)
+        trainer = build(side, model, load_tokenizer(base), Dataset.from_dict(rows["train"]), lora, arguments)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(step_clock(times))
+        stop_ids = rows["stop_ids"]
+        clock = Clock(lambda: measure(trainer.model, rows["dev"], stop_ids), measurements)
+        trainer.add_callback(clock.callback())
         trainer.train()
-        lengths = [len(row) for row in train["input_ids"]]
-        seconds = (times[-1] - times[1]) / (len(times) - 2)
-        # Packing makes its own batches: what a step holds is the same on average.
-        rows_a_step = len(lengths) / len(times)
-        return {
-            "examples_s": rows_a_step / seconds,
-            "tokens_s": rows_a_step / seconds * sum(lengths) / len(lengths),
-            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "final_loss": held_out_loss(trainer.model, held_out, torch),
-        }
+    return {
+        "side": side,
+        "seed": seed,
+        "steps": len(clock.step_s),
+        "seconds": sum(clock.step_s),
+        # Of the steps after the second, which are those of a warm machine. Packing makes its own batches.
+        "examples_s": epochs * len(rows["train"]["input_ids"]) / len(clock.step_s) / mean(clock.step_s[2:]),
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "measured": clock.measured,
+    }
 
 
-def build(side: str, model: Any, tokenizer: Any, rows: Any, lora: Any, out: str, batch: int, dtype: str) -> Any:
-    """The side's trainer; what is not named here is trl's default."""
-    from trl import SFTConfig, SFTTrainer
-
-    from tunewright.training.order import LikeLengths
-    from tunewright.training.trainer import Trainer
-
-    settings: dict[str, Any] = {
+def settings(side: str, out: str, seed: int, epochs: int, steps: int, dtype: str) -> dict[str, Any]:
+    """Return the arguments of trl's SFTConfig; what is not named here is trl's default."""
+    chosen: dict[str, Any] = {
         "output_dir": out,
-        "per_device_train_batch_size": batch,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "seed": 0,
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": epochs,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": math.ceil(0.1 * steps),
+        "weight_decay": 0.0,
+        "seed": seed,
         "use_cpu": True,
         "bf16": dtype == "bfloat16",
         "report_to": "none",
@@ -195,47 +248,91 @@ def build(side: str, model: Any, tokenizer: Any, rows: Any, lora: Any, out: str,
         "max_length": None,
         "disable_tqdm": True,
     }
-    if side not in ("trl", "trl-ordered"):
-        settings["gradient_checkpointing"] = False
+    if side != "trl":
+        chosen["gradient_checkpointing"] = False
     if side == "trl-padding-free":
-        settings["padding_free"] = True
-    if side == "trl-ordered":
-        settings["train_sampling_strategy"] = "sequential"
-        rows = rows.select(list(LikeLengths(rows["input_ids"], batch, 0)))
-    if side == "trl-packed":
-        longest = batch * sum(map(len, rows["input_ids"])) // len(rows)
-        settings |= {"packing": True, "max_length": longest, "per_device_train_batch_size": 1}
-    arguments: dict[str, Any] = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
+        chosen["padding_free"] = True
+    return chosen
+
+
+def build(side: str, model: Any, tokenizer: Any, rows: Any, lora: Any, arguments: dict[str, Any]) -> Any:
+    """Return the side's trainer."""
+    from trl import SFTConfig, SFTTrainer
+
     if side == "tunewright":
         from tunewright.training.lora import use_fused_lora
+        from tunewright.training.trainer import Trainer
 
         use_fused_lora(lora)
-        return Trainer(model, share=True, args=SFTConfig(**settings, remove_unused_columns=False), **arguments)
-    return SFTTrainer(model, args=SFTConfig(**settings), **arguments)
+        own = SFTConfig(**arguments, remove_unused_columns=False)
+        return Trainer(model, share=True, args=own, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    if side == "trl-packed":
+        longest = BATCH * sum(map(len, rows["input_ids"])) // len(rows)
+        arguments = {**arguments, "packing": True, "max_length": longest, "per_device_train_batch_size": 1}
+    config = SFTConfig(**arguments)
+    return SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
 
 
-def step_clock(times: list[float]) -> Any:
-    """Notes when each step ends."""
-    from transformers import TrainerCallback
+class Clock:
+    """Times each step, and measures dev between steps while the clock stands still.
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-            times.append(time.perf_counter())
+    Args:
+        measure: measures the model as it is.
+        measurements: how often in the run.
+    """
 
-    return Clock()
+    def __init__(self, measure: Callable[[], dict[str, float]], measurements: int) -> None:
+        self.measure = measure
+        self.measurements = measurements
+        self.step_s: list[float] = []
+        self.measured: list[dict[str, float]] = []
+
+    def callback(self) -> Any:
+        """Return the callback for transformers' trainer."""
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Timing(TrainerCallback):
+            began = 0.0
+
+            def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+                self.began = time.perf_counter()
+
+            def on_step_end(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
+                clock.step_s.append(time.perf_counter() - self.began)
+                done, steps = state.global_step, state.max_steps
+                if done * clock.measurements // steps > (done - 1) * clock.measurements // steps:
+                    clock.measured.append({"step": done, "seconds": sum(clock.step_s), **clock.measure()})
+                self.began = time.perf_counter()
+
+        return Timing()
 
 
-def held_out_loss(model: Any, rows: dict[str, list[list[int]]], torch: Any) -> float:
-    """Mean loss of the trained tokens of the held-out rows, one row at a time."""
+def measure(model: Any, rows: Rows, stop_ids: Sequence[int]) -> dict[str, float]:
+    """Return the mean loss of the rows' trained tokens, and the share of greedy answers that match exactly."""
+    import torch
+
+    from tunewright.models.decoding import Request, generate
+
+    was_training = model.training
     model.eval()
     total, count = 0.0, 0
+    requests, wanted = [], []
     with torch.inference_mode():
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
             logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-            wanted = torch.tensor(labels[1:])
-            total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-            count += int((wanted != -100).sum())
-    return total / count
+            targets = torch.tensor(labels[1:])
+            total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            count += int((targets != -100).sum())
+            first = next(place for place, label in enumerate(labels) if label != -100)
+            answer = [label for label in labels[first:] if label not in (-100, *stop_ids)]
+            requests.append(Request(tuple(ids[:first]), "default", len(answer) + 1))
+            wanted.append(tuple(answer))
+    answers = generate(model, requests, stop_ids=stop_ids, pad_id=stop_ids[0], batch_size=32)
+    model.train(was_training)
+    right = sum(a.ids == w and a.finish == "stop" for a, w in zip(answers, wanted, strict=True))
+    return {"loss": total / count, "score": right / len(wanted)}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tunewright.errors import UserError
 from tunewright.progress import LogReporter
 from tunewright.training import head
 from tunewright.training import trainer as trainer_module
-from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, longest_batch
+from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory
 
 Losses = Callable[..., torch.Tensor]
 
@@ -158,8 +158,3 @@ def test_other_faults_pass() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         in_memory(fail)
-
-
-def test_the_longest_batch_is_that_of_any_epoch() -> None:
-    assert longest_batch([1, 2, 3, 4], [[0, 1, 2, 3], [0, 3, 1, 2]], 2) == [2, 3]
-    assert longest_batch([1, 5, 3, 4], [[0, 1, 2, 3], [0, 2, 1, 3]], 2) == [1, 3]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
-from tunewright.training.order import DEEP, LikeLengths, deep_families
+from tunewright.training.order import StepBatches, longest_batch, random_order
 from tunewright.training.sharing import measure_sharing
 
 
@@ -18,59 +21,76 @@ def _rows(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
     return [[1, 2, *(luck.randrange(3, 99) for _ in range(luck.randrange(1, longest)))] for _ in range(count)]
 
 
+def _steps(rows: list[list[int]], seed: int, epoch: int = 0, step_rows: int = 16) -> list[set[int]]:
+    batches = StepBatches(rows, seed, step_rows=step_rows, micro_batch=step_rows)
+    batches.set_epoch(epoch)
+    return [set(batch) for batch in batches]
+
+
 @given(st.integers(1, 200), st.integers(1, 17), st.integers(0, 5), st.integers(0, 3))
-def test_each_epoch_has_every_row_once(count: int, batch_size: int, seed: int, epoch: int) -> None:
-    order = LikeLengths(_rows(count), batch_size, seed)
-    order.set_epoch(epoch)
-    assert sorted(order) == list(range(count))
+def test_epoch_contains_every_row_once(count: int, step_rows: int, seed: int, epoch: int) -> None:
+    batches = StepBatches(_rows(count), seed, step_rows=step_rows, micro_batch=step_rows)
+    batches.set_epoch(epoch)
+    assert sorted(row for batch in batches for row in batch) == list(range(count))
 
 
-def test_seed_and_epoch_alone_decide_the_order() -> None:
+def test_order_depends_on_seed_and_epoch_alone() -> None:
     rows = _rows(100)
-    first, again, other = LikeLengths(rows, 8, 1), LikeLengths(rows, 8, 1), LikeLengths(rows, 8, 2)
+    epochs = [_steps(rows, 1, epoch, 8) for epoch in range(3)]
     random.seed(7)
-    epochs = []
-    for epoch in range(3):
-        for each in (first, again, other):
-            each.set_epoch(epoch)
-        assert list(first) == list(again)
-        assert list(first) != list(other)
-        epochs.append(list(first))
+    torch.manual_seed(7)
+    assert [_steps(rows, 1, epoch, 8) for epoch in range(3)] == epochs
+    assert _steps(rows, 2, 0, 8) != epochs[0]
     assert epochs[0] != epochs[1] != epochs[2]
-    again.set_epoch(1)
-    assert list(again) == epochs[1]
 
 
-def test_a_batch_s_rows_are_of_like_length_and_batches_come_in_no_order_of_length() -> None:
-    rows = _rows(640)
-    order = list(LikeLengths(rows, 16, 0))
-    batches = [[len(rows[row]) for row in order[start : start + 16]] for start in range(0, 640, 16)]
-    spread = [max(lengths) - min(lengths) for lengths in batches]
-    assert sum(spread) / len(spread) < 10  # of lengths from 3 to 61
-    longest = [max(lengths) for lengths in batches]
-    assert longest != sorted(longest)
-    assert longest != sorted(longest, reverse=True)
+def test_step_is_a_random_sample_whatever_the_rows_lengths_and_prefixes() -> None:
+    """How often two rows meet in a step depends neither on their lengths nor on a document that they share."""
+    document = [5] * 90
+    rows = [
+        *([1] * 3 for _ in range(16)),
+        *([1, *document, n] for n in range(100, 116)),
+        *([1] * 40 for _ in range(16)),
+    ]
+    kinds = [0] * 16 + [1] * 16 + [2] * 16
+    same = drawn = 0
+    for seed in range(400):
+        for step in _steps(rows, seed, step_rows=4):
+            members = [kinds[row] for row in step]
+            pairs = list(combinations(members, 2))
+            same += sum(a == b for a, b in pairs)
+            drawn += len(pairs)
+    # Of the 47 other rows, 15 are of the same kind.
+    expected = drawn * 15 / 47
+    assert chisquare([same, drawn - same], [expected, drawn - expected]).pvalue > 0.01
 
 
-def test_rows_of_one_document_come_to_a_batch_a_few_at_a_time() -> None:
+def test_micro_batches_of_a_step_keep_shared_prefixes_together() -> None:
     luck = random.Random(0)
-    rows = []
-    for _ in range(20):
-        document = [luck.randrange(3, 99) for _ in range(DEEP + 10)]
-        rows += [[1, 2, *document, *(luck.randrange(3, 99) for _ in range(6))] for _ in range(8)]
-    luck.shuffle(rows)
-    families = deep_families(rows)
-    assert sorted(map(len, families)) == [8] * 20
-    of = {row: number for number, family in enumerate(families) for row in family}
-    order = list(LikeLengths(rows, 16, 0))
-    batches = [[of[row] for row in order[start : start + 16]] for start in range(0, 160, 16)]
-    for batch in batches:
-        assert 1 < len(set(batch)) <= 4  # four rows of a document at a time; two such fours may meet
+    documents = [[luck.randrange(3, 99) for _ in range(70)] for _ in range(4)]
+    rows = [[1, 2, *documents[n % 4], luck.randrange(3, 99)] for n in range(64)]
+    together = 0
+    for batch in StepBatches(rows, 0, step_rows=32, micro_batch=4):
+        together += len({tuple(rows[row][:72]) for row in batch}) == 1
+    assert together >= 8  # of 16; of batches of four random rows one in 64 would be of one document
 
 
-def test_a_shared_instruction_makes_no_family() -> None:
-    rows = [[*range(200), 300 + place] for place in range(9)]
-    assert all(len(family) == 1 for family in deep_families(rows))
+def test_processes_get_about_as_many_tokens_of_a_step() -> None:
+    rows = _rows(256, longest=400)
+    shares = [StepBatches(rows, 0, step_rows=64, micro_batch=16, process=rank, processes=4) for rank in range(4)]
+    tokens = [sum(len(rows[row]) for batch in share for row in batch) for share in shares]
+    assert max(tokens) < 1.1 * min(tokens)
+
+
+def test_longest_batch_is_the_one_with_most_tokens() -> None:
+    rows = [[0] * length for length in (1, 2, 3, 4)]
+    assert longest_batch(rows, [[0, 1], [2, 3], [1, 2]]) == [2, 3]
+
+
+def test_random_order_draws_from_no_global_generator() -> None:
+    before = torch.get_rng_state()
+    list(random_order(10, 3))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.disk import MANIFEST
 from tunewright.errors import UserError
 from tunewright.training import processes
-from tunewright.training.order import LikeLengths, StepBatches
+from tunewright.training.order import StepBatches, random_order
 
 
 @given(
@@ -32,15 +32,20 @@ def test_processes_share_each_step_and_every_row_is_trained_on_once(
     """Whatever is left for the last step, all make as many passes, and a step has the rows it has in one process."""
     count, micro = shape
     step = count * micro * passes
-    sampler = LikeLengths([[1] * (n % 7 + 1) for n in range(rows)], step, seed=3)
-    dealt = [StepBatches(sampler, micro, process, count) for process in range(count)]
+    ids = [[1] * (n % 7 + 1) for n in range(rows)]
+    dealt = [
+        StepBatches(ids, 3, step_rows=step, micro_batch=micro, process=process, processes=count)
+        for process in range(count)
+    ]
     for each in dealt:
         each.set_epoch(epoch)
     batches = [list(each) for each in dealt]
     assert {len(each) for each in batches} == {len(each) for each in dealt}
     assert len({len(each) for each in batches}) == 1
     assert max(len(batch) for each in batches for batch in each) <= micro
-    alone = list(sampler)
+    order = random_order(rows, 3)
+    order.set_epoch(epoch)
+    alone = list(order)
     for number, start in enumerate(range(0, rows, step)):
         here = [row for each in batches for batch in each[number * passes : (number + 1) * passes] for row in batch]
         assert sorted(here) == sorted(alone[start : start + step])

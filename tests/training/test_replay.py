@@ -302,23 +302,6 @@ def test_the_adapters_weights_are_trained_after_the_base_was_asked(tmp_path: Pat
     assert trainer.model.get_model_status().enabled is True
 
 
-@pytest.mark.parametrize(("own", "further"), [(40, 5), (3, 7), (10, 10), (17, 1)])
-def test_replayed_rows_come_evenly_among_the_others_and_each_row_once(own: int, further: int) -> None:
-    from tunewright.training.order import LikeLengths, Spread
-
-    rows = [[1] * (3 + n % 5) for n in range(own)]
-    sampler = Spread(LikeLengths(rows, 4, seed=3), further)
-    first = list(sampler)
-    assert sorted(first) == list(range(own + further)) == list(range(len(sampler)))
-    assert [r for r in first if r < own] == list(LikeLengths(rows, 4, seed=3))
-    seen = np.cumsum([r >= own for r in first])
-    due = further * (1 + np.arange(len(first))) / len(first)
-    assert np.abs(seen - due).max() <= 0.5
-    assert list(sampler) == first
-    sampler.set_epoch(1)
-    assert list(sampler) != first
-
-
 def test_a_divergence_is_never_negative_and_moves_only_the_adapters_side() -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False)

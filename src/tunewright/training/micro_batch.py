@@ -8,7 +8,7 @@ the step's.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -120,9 +120,3 @@ def _out_of_memory(error: Exception) -> bool:
         or should_reduce_batch_size(error)
         or "not enough memory" in str(error)  # the CPU's allocator, by its other name
     )
-
-
-def longest_batch(lengths: Sequence[int], orders: Sequence[Sequence[int]], size: int) -> list[int]:
-    """The rows of the micro-batch that has the most tokens, over the orders of all epochs."""
-    batches = (list(order[start : start + size]) for order in orders for start in range(0, len(order), size))
-    return max(batches, key=lambda batch: sum(lengths[row] for row in batch))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Literal
 
-from tunewright.training.order import LikeLengths
+from tunewright.training.order import StepBatches
 from tunewright.training.shared_prefix.plan import computed_tokens, plan_groups
 
 WORTH = 1.05
@@ -49,10 +50,9 @@ def measure_sharing(
     seed: int,
 ) -> Sharing:
     """Decide by the recipe's ``setting``, for rows of token ids and batches as they will be trained."""
-    order = list(LikeLengths(rows, batch_size, seed))[: _BATCHES * micro_batch]
     tokens = computed = 0
-    for start in range(0, len(order), micro_batch):
-        batch = [rows[place] for place in order[start : start + micro_batch]]
+    for places in islice(StepBatches(rows, seed, step_rows=batch_size, micro_batch=micro_batch), _BATCHES):
+        batch = [rows[place] for place in places]
         tokens += sum(map(len, batch))
         computed += computed_tokens(batch, plan_groups(batch))
     saves = f"rows of a batch share prompts: {tokens / computed:.1f} times fewer tokens to compute"

@@ -31,6 +31,7 @@ from tunewright.training.choosing import Evaluation, best_of, evaluations, place
 from tunewright.training.dev import DevTask, dev_task
 from tunewright.training.guard import BrokenRunError
 from tunewright.training.lineage import training_lineage
+from tunewright.training.order import ORDER
 from tunewright.training.replay import Replay, draw_replay, replay_inputs
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
 from tunewright.training.run import Run, require_divisible
@@ -71,6 +72,7 @@ def training_inputs(project: Project, version: DatasetVersion, base: Base, chat:
         "train": recipe.train.deciding(),
         "chosen_by": _choice(project),
         "seed": recipe.seed,
+        "order": ORDER,
         **replay_inputs(project),
     }
 

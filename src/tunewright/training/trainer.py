@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from trl import SFTTrainer
 
 from tunewright.training import processes, sharded
@@ -21,8 +21,8 @@ from tunewright.training.adapter import keep_float32
 from tunewright.training.choosing import DEV_METRIC
 from tunewright.training.dev import DevTask
 from tunewright.training.head import Reference, add_token_losses, token_losses_of
-from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, longest_batch, too_little_memory
-from tunewright.training.order import LikeLengths, Spread, StepBatches
+from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, too_little_memory
+from tunewright.training.order import StepBatches, longest_batch, random_order
 from tunewright.training.parts import LossParts
 from tunewright.training.rows import IGNORED
 from tunewright.training.shared_prefix import PackedBatch, attention, pack
@@ -158,12 +158,13 @@ class Trainer(SFTTrainer):
     def _try_longest(self, model: Any, micro: MicroBatch) -> int:
         """Choose the rows that go through at once by one forward and backward of the longest batch; nothing is kept."""
         rows: Any = self.train_dataset
-        sampler: Any = self._get_train_sampler()
-        orders = []
-        for epoch in range(math.ceil(self.args.num_train_epochs)):
-            sampler.set_epoch(epoch)
-            orders.append(list(sampler))
-        places = longest_batch([len(ids) for ids in rows["input_ids"]], orders, self.args.per_device_train_batch_size)
+        batches: list[list[int]] = []
+        # Of every process: all of them have to try the same one.
+        for own in map(self._step_batches, range(self.args.world_size)):
+            for epoch in range(math.ceil(self.args.num_train_epochs)):
+                own.set_epoch(epoch)
+                batches += own
+        places = longest_batch(rows["input_ids"], batches)
         longest = RawRows(tuple(rows[place] for place in places))
         size = len(places)
         devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
@@ -238,11 +239,11 @@ class Trainer(SFTTrainer):
 
     def rows_of_step(self, step: int) -> list[int]:
         """Places in the training set of the rows that optimizer step ``step``, from 1, is made of."""
-        sampler = self._get_train_sampler()
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        epoch, batch = divmod(step - 1, math.ceil(len(sampler) / size))
-        sampler.set_epoch(epoch)
-        return list(sampler)[batch * size : (batch + 1) * size]
+        order = self._get_train_sampler()
+        size = self._step_rows
+        epoch, batch = divmod(step - 1, math.ceil(len(order) / size))
+        order.set_epoch(epoch)
+        return list(order)[batch * size : (batch + 1) * size]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of a step's loss, and the tokens per second since the step before, which the first has not."""
@@ -312,9 +313,7 @@ class Trainer(SFTTrainer):
 
     def get_train_dataloader(self) -> Any:
         """This process's share of every step."""
-        batches = StepBatches(
-            self._get_train_sampler(), self.args.train_batch_size, self.args.process_index, self.args.world_size
-        )
+        batches = self._step_batches(self.args.process_index)
         rows: Any = self.train_dataset
         loader: Any = DataLoader(
             rows,
@@ -327,9 +326,21 @@ class Trainer(SFTTrainer):
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths | Spread:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        replayed = sum(rows["replayed"]) if "replayed" in rows.column_names else 0
-        order = LikeLengths(rows["input_ids"][: len(rows) - replayed], step, self.args.seed)
-        return Spread(order, replayed) if replayed else order
+    def _get_train_sampler(self, train_dataset: Any = None) -> DistributedSampler[int]:
+        return random_order(len(self.train_dataset if train_dataset is None else train_dataset), self.args.seed)
+
+    @property
+    def _step_rows(self) -> int:
+        rows: int = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return rows
+
+    def _step_batches(self, process: int) -> StepBatches:
+        rows: Any = self.train_dataset
+        return StepBatches(
+            rows["input_ids"][:],
+            self.args.seed,
+            step_rows=self._step_rows,
+            micro_batch=self.args.train_batch_size,
+            process=process,
+            processes=self.args.world_size,
+        )
