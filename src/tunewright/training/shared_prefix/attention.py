@@ -9,6 +9,7 @@ Shapes: H query heads, K key/value heads, T tokens, R rows of a block, S its lon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tunewright.training.shared_prefix.layout import Block, Layout
+from tunewright.training.shared_prefix.layout import Block, Layout, Piece
 
 NAME = "tunewright_shared_prefix"
 
@@ -68,39 +69,83 @@ def attend(
         return attended
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _ragged(query, key, value, layout, scaling, sliding_window), None
-    outputs: dict[int, Tensor] = {}
-    for prefix in layout.prefixes:
-        if prefix.length:
-            here = slice(prefix.start, prefix.start + prefix.length)
-            outputs[prefix.start] = _within(
-                query[:, :, here], key[:, :, here], value[:, :, here], 0, scaling, sliding_window
-            )[0]
-    for block in layout.blocks:
-        outputs[block.start] = _suffixes(query, key, value, block, scaling, sliding_window)
-    return torch.cat([outputs[start] for start in sorted(outputs)])[None], None
+    return _by_blocks(query, key, value, layout, scaling, sliding_window), None
 
 
-def _suffixes(query: Tensor, key: Tensor, value: Tensor, block: Block, scaling: float, window: int | None) -> Tensor:
-    """The suffixes of one block, each attending to the prefix and to itself: [tokens, H, D]."""
-    prefix = slice(block.prefix.start, block.prefix.start + block.prefix.length)
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None) -> Tensor:
+    """Attention prefix by prefix and block by block: [1, T, H, D]."""
+    parts = layout.parts
+    lengths = [part.tokens for part in parts]
+    # One split, whose gradient is one concatenation; that of each slice would be as large as the packed row.
+    queries, keys, values = (packed.split(lengths, dim=2) for packed in (query, key, value))
+    outputs: list[Tensor] = []
+    prefix = slice(0, 0)
+    for place, part in enumerate(parts):
+        if isinstance(part, Piece):
+            prefix = slice(place, place + 1)
+            outputs.append(_within(queries[place], keys[place], values[place], 0, scaling, window)[0])
+        else:
+            own = queries[place], keys[place], values[place]
+            # Of a group that shares nothing, both are empty.
+            before = (keys[prefix], values[prefix]) if part.prefix.length else ((), ())
+            outputs.append(_suffixes(part, *own, *before, scaling, window))
+    return torch.cat(outputs)[None]
+
+
+def _suffixes(
+    block: Block,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys_before: Sequence[Tensor],
+    values_before: Sequence[Tensor],
+    scaling: float,
+    window: int | None,
+) -> Tensor:
+    """The suffixes of one block, each attending to the prefix and to itself: [tokens, H, D].
+
+    Args:
+        block: which suffixes.
+        query: [1, H, tokens, D].
+        key, value: [1, K, tokens, D].
+        keys_before, values_before: those of the prefix [1, K, prefix, D], if there is one.
+    """
     rows = len(block.suffixes)
 
-    def suffixes(packed: Tensor) -> Tensor:
-        """[1, heads, T, D] to [R, heads, S, D]."""
-        own = packed[0, :, block.start : block.start + block.tokens]
-        if block.pick is not None:
-            own = own.index_select(1, block.pick)
-        return own.view(len(own), rows, block.longest, -1).transpose(0, 1)
+    def suffixes(own: Tensor) -> Tensor:
+        """[1, heads, tokens, D] to [R, heads, S, D]."""
+        padded = own[0]
+        if block.pick is not None and block.valid is not None:
+            padded = _Pad.apply(padded, block.pick, block.valid)
+        return padded.view(len(padded), rows, block.longest, -1).transpose(0, 1)
 
-    def seen(packed: Tensor) -> Tensor:
-        """[1, heads, T, D] to [R, heads, P, D]."""
-        if not block.prefix.length:
-            return suffixes(packed)
-        return torch.cat([packed[:, :, prefix].expand(rows, -1, -1, -1), suffixes(packed)], dim=2)
+    def seen(own: Tensor, before: Sequence[Tensor]) -> Tensor:
+        """[1, heads, tokens, D] to [R, heads, P, D]."""
+        return torch.cat([*(prefix.expand(rows, -1, -1, -1) for prefix in before), suffixes(own)], dim=2)
 
-    attended = _within(suffixes(query), seen(key), seen(value), block.prefix.length, scaling, window)
+    attended = _within(
+        suffixes(query), seen(key, keys_before), seen(value, values_before), block.prefix.length, scaling, window
+    )
     flat = attended.flatten(0, 1)
     return flat if block.valid is None else flat.index_select(0, block.valid)
+
+
+class _Pad(torch.autograd.Function):
+    """A block's tokens [heads, tokens, D] as rows of one length [heads, R * S, D], by the block's ``pick``.
+
+    Padding repeats a token, and sends no gradient back to it: it is seen by padding alone, which nothing is read from.
+    So the gradient is a choice, where index_select would add up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, pick: Tensor, valid: Tensor) -> Tensor:
+        ctx.save_for_backward(valid)
+        return own.index_select(1, pick)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (valid,) = ctx.saved_tensors
+        return grad.index_select(1, valid), None, None
 
 
 def _within(query: Tensor, key: Tensor, value: Tensor, before: int, scaling: float, window: int | None) -> Tensor:

@@ -35,6 +35,11 @@ class Piece:
     start: int
     """Where the first stands in the packed row."""
 
+    @property
+    def tokens(self) -> int:
+        """Its length, by the name that a block has for it."""
+        return self.length
+
 
 @dataclass(frozen=True)
 class Block:
@@ -76,6 +81,12 @@ class Layout:
         """All pieces in the order in which they stand."""
         pieces = [*self.prefixes, *(piece for block in self.blocks for piece in block.suffixes)]
         return sorted((piece for piece in pieces if piece.length), key=lambda piece: piece.start)
+
+    @cached_property
+    def parts(self) -> list[Piece | Block]:
+        """Prefixes and blocks in the order in which they stand; those without a token are left out."""
+        parts = [*(prefix for prefix in self.prefixes if prefix.length), *self.blocks]
+        return sorted(parts, key=lambda part: part.start)
 
     def places(self, row: int) -> Callable[[int], int]:
         """Where in the packed row each token of a row stands."""
