@@ -14,12 +14,10 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from train_speed import SIDES, build, rows_of, step_clock
+from train_speed import BATCH, TARGETS, Clock, build, settings, write_rows
 
 
 def main() -> None:
@@ -47,7 +45,7 @@ def main() -> None:
 
 
 def step_times(side: str, steps: int) -> list[float]:
-    """Seconds of each step; the first one's begin with the trainer's."""
+    """Return the seconds of each step."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import set_seed
@@ -56,24 +54,24 @@ def step_times(side: str, steps: int) -> list[float]:
     from tunewright.models.bases import resolve_base
     from tunewright.models.loading import load_model, load_tokenizer
     from tunewright.progress import LogReporter
-    from tunewright.recipe import PRESETS
     from tunewright.training.compiling import Compile
 
-    ids, labels = rows_of("demo", steps * 16)
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
     model = load_model(base, "bfloat16", "none")
-    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=list(PRESETS["all-linear"]["targets"]))
+    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=TARGETS)
     set_seed(0)
-    times: list[float] = []
     with tempfile.TemporaryDirectory() as out:
-        rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
-        trainer = build(next(iter(SIDES)), model, load_tokenizer(base), rows, lora, out, 16, "bfloat16")
+        file = Path(out) / "rows.json"
+        write_rows(file, "demo", steps * BATCH, 1)
+        rows = Dataset.from_dict(json.loads(file.read_text())["train"])
+        arguments = settings("tunewright", out, 0, 1, steps, "bfloat16")
+        trainer = build("tunewright", model, load_tokenizer(base), rows, lora, arguments)
         trainer.remove_callback(PrinterCallback)
+        clock = Clock(dict, 1)
         trainer.add_callback(Compile("on" if side == "on" else "off", Path(out), LogReporter()))
-        trainer.add_callback(step_clock(times))
-        times.append(time.perf_counter())
+        trainer.add_callback(clock.callback())
         trainer.train()
-    return [after - before for before, after in pairwise(times)]
+    return clock.step_s
 
 
 if __name__ == "__main__":

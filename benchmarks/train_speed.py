@@ -155,7 +155,7 @@ def time_to(runs: Sequence[Run], loss: float, score: float) -> float | None:
     """Return the mean seconds of training to the first measurement that reaches both; None where none does."""
     for at_step in zip(*(run["measured"] for run in runs), strict=True):
         if mean(each["loss"] for each in at_step) <= loss and mean(each["score"] for each in at_step) >= score:
-            return mean(each["seconds"] for each in at_step)
+            return float(mean(each["seconds"] for each in at_step))
     return None
 
 
@@ -176,8 +176,12 @@ def write_rows(file: Path, data: str, train_rows: int | None, dev_rows: int | No
         road.data.add([project.root / "pairs.jsonl"])
         extra = road.chat.tokenizer("Courts are cited by the abbreviations of the Bluebook. " * 40)["input_ids"][:300]
         written["stop_ids"] = sorted(road.chat.stop_ids)
-        for split, count in (("train", train_rows), ("dev", dev_rows)):
-            columns = as_columns(encode_members(road.chat, road.data.version().examples(split), 2048).rows)
+        version = road.data.version()
+        for split, members, count in (
+            ("train", version.examples("train"), train_rows),
+            ("dev", version.examples("dev"), dev_rows),
+        ):
+            columns = as_columns(encode_members(road.chat, members, 2048).rows)
             written[split] = {name: columns[name][:count] for name in ("input_ids", "labels")}
     shared = sum(len(set(column)) == 1 for column in zip(*written["train"]["input_ids"], strict=False))
     for split in ("train", "dev"):
@@ -296,10 +300,10 @@ class Clock:
         class Timing(TrainerCallback):
             began = 0.0
 
-            def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
                 self.began = time.perf_counter()
 
-            def on_step_end(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
                 clock.step_s.append(time.perf_counter() - self.began)
                 done, steps = state.global_step, state.max_steps
                 if done * clock.measurements // steps > (done - 1) * clock.measurements // steps:

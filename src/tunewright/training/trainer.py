@@ -327,7 +327,8 @@ class Trainer(SFTTrainer):
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> DistributedSampler[int]:
-        return random_order(len(self.train_dataset if train_dataset is None else train_dataset), self.args.seed)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return random_order(len(rows), self.args.seed)
 
     @property
     def _step_rows(self) -> int:
