@@ -100,6 +100,13 @@ class FakeCard(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # asks a tensor for its device, say
+            return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and func.namespace == "aten" and _is_taken_apart(func):
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         name = func._schema.name.split("::")[-1]
         tensors = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
         on_card = [each for each in tensors if isinstance(each, FakeTensor)]
@@ -165,6 +172,14 @@ class FakeCard(TorchDispatchMode):
             in_layer = in_layer or code.co_qualname.endswith("DecoderLayer.forward")
             frame = frame.f_back
         return Transfer(where, operation, count, blocking, in_layer)
+
+
+def _is_taken_apart(func: Any) -> bool:
+    """Return whether autograd, which inference mode leaves out, takes this operation apart before it comes here.
+
+    Attention is one kernel on a card; without one it would be taken for its plain arithmetic.
+    """
+    return "scaled_dot_product_attention" not in func._schema.name and func._can_decompose()
 
 
 def _as_fake(value: Any) -> Any:

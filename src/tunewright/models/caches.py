@@ -39,8 +39,9 @@ class GrowingLayer(DynamicLayer):
         if self._buffers is None or time > self._buffers[0].shape[-2]:
             roomy = _roomy(key_states, len(key_states), time), _roomy(value_states, len(value_states), time)
             if before:
-                for buffer, held in zip(roomy, (self.keys, self.values), strict=True):
-                    buffer[:, :, :before] = held
+                held: Any = (self.keys, self.values)
+                for buffer, states in zip(roomy, held, strict=True):
+                    buffer[:, :, :before] = states
             self._buffers = roomy
         keys, values = self._buffers
         keys[:, :, before:time] = key_states

@@ -380,14 +380,14 @@ def prefill_groups(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
+def _mask(*, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
     """SDPA's mask as transformers makes it, without looking at where the padding is.
 
     To leave out a mask that hides nothing, transformers reads the padding back from the device, and the host waits.
     Here no ``attention_mask`` says that there is no padding, so only then a mask is left out.
     """
     skip = allow_is_causal_skip and attention_mask is None
-    return sdpa_mask(*args, attention_mask=attention_mask, allow_is_causal_skip=skip, **kwargs)
+    return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=skip, **kwargs)
 
 
 _ATTENTION = "tunewright_decoding"

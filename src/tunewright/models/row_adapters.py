@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -21,20 +20,9 @@ from tunewright.models.lora_stack import MOST_BYTES, Lora, LoraStack, Places
 BASE_ROW = "__base__"
 """PEFT's name for a row without an adapter."""
 _TOUCHED = (LoraLayer, AuxiliaryTrainingWrapper)
-_MANY = 4
-"""Adapters from which on it takes less time to have their matrices beside each other."""
-
-
-def _linear_in_4_bits() -> tuple[type, ...]:
-    """peft's layer over bitsandbytes' weights, where that is installed."""
-    if not is_bnb_4bit_available():
-        return ()
-    from peft.tuners.lora.bnb import Linear4bit
-
-    return (Linear4bit,)
-
-
-_LINEAR_IN_4_BITS = _linear_in_4_bits()
+_MANY, _MANY_ON_A_CARD = 4, 2
+"""Adapters from which on it takes less time to have their matrices next to each other: on a processor by the clock, on
+a card by the launches (docs/decisions/0030)."""
 
 
 class RowAdapters:
@@ -163,7 +151,7 @@ class RowAdapters:
 
     def _arranged(self, names: Sequence[str | None]) -> _Rows:
         rows = _Rows(names, self._model.device)
-        if len(rows.adapters) >= _MANY:
+        if len(rows.adapters) >= (_MANY if self._model.device.type == "cpu" else _MANY_ON_A_CARD):
             rows.place(self._places.take(rows.adapters, MOST_BYTES // max(1, self._bytes)))
         return rows
 
@@ -201,7 +189,8 @@ class _Rows:
             self._order = torch.tensor(order, device=device)
             self._back = self._order.argsort()
         self._spread: dict[tuple[int, torch.dtype], Tensor] = {}
-        self.forget_inputs()
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._last_spread: tuple[Tensor, Tensor] | None = None
 
     def place(self, placed: tuple[str | None, ...] | None) -> None:
         """Have the adapters lie so."""
@@ -237,8 +226,7 @@ class _Rows:
 
     def forget_inputs(self) -> None:
         """Let go of what the layers of a pass were given."""
-        self._last: tuple[Tensor, Tensor] | None = None
-        self._last_spread: tuple[Tensor, Tensor] | None = None
+        self._last = self._last_spread = None
 
     def spread(self, inputs: Tensor) -> Tensor:
         """One token a row [rows, in] to where its adapter lies [places, slots, in]; made once, as they are."""
@@ -366,15 +354,18 @@ class _LinearLoras:
             part.add_(low.mm(lora.up), alpha=lora.scale)
 
 
-def _in_4_bits(layer: nn.Module) -> bool:
-    """Whether the weights are whole numbers: then peft rounds a change before it adds it (peft/tuners/lora/bnb.py)."""
-    return not layer.get_parameter("weight").is_floating_point()
+def _in_4_bits(layer: Any) -> bool:
+    """Whether it is a linear layer whose weights are whole numbers.
+
+    To what that makes of an input, peft adds a change only after rounding it (peft/tuners/lora/bnb.py).
+    """
+    return isinstance(layer, nn.Linear) and not layer.weight.is_floating_point()
 
 
 def _is_plain(layer: Any) -> bool:
     """Whether it is a linear layer, whole or in 4 bits, with nothing but two matrices for each adapter."""
     return (
-        isinstance(layer, (Linear, *_LINEAR_IN_4_BITS))
+        (isinstance(layer, Linear) or _in_4_bits(getattr(layer, "base_layer", None)))
         and not layer.lora_variant
         and not any(layer.lora_bias.values())
         and not layer.merged

@@ -33,7 +33,8 @@ def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     tokens = logits.argmax(-1)
     wanted = [(place, row) for place, row in enumerate(rows) if row.request.temperature > 0]
     if not wanted:
-        return tokens.tolist()  # type: ignore[no-any-return]
+        greedy: list[int] = tokens.tolist()
+        return greedy
     # One copy to the device for all that the rows want: [4, sampled rows].
     settings = torch.tensor(
         [(place, row.request.temperature, row.request.top_p, row.uniform()) for place, row in wanted],
@@ -49,8 +50,8 @@ def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     missed = [index for index, there in enumerate(found) if not there]
     if missed:
         again = torch.tensor(missed, device=logits.device)
-        picked = (part.index_select(0, again) for part in (own, temperatures, top_ps, uniforms))
-        drawn, _ = draw(*picked, logits.shape[-1])
+        scaled_by, held, numbers = (part.index_select(0, again) for part in (temperatures, top_ps, uniforms))
+        drawn, _ = draw(own.index_select(0, again), scaled_by, held, numbers, logits.shape[-1])
         for index, token in zip(missed, drawn.tolist(), strict=True):
             chosen[wanted[index][0]] = token
     if any(token >= logits.shape[-1] for token in chosen):
