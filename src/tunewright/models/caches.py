@@ -30,6 +30,12 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
         self._buffers: tuple[Tensor, Tensor] | None = None
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Begin without tokens; ``DynamicLayer`` makes its empty tensors on the host and copies them to a card."""
+        self.device = key_states.device
+        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
+        self.is_initialized = True
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append columns of tokens; all keys and values so far."""
         if not self.is_initialized:
