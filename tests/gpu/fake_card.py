@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
 
 CAPABILITY = (9, 0)
 """Compute capability of the fake card."""
@@ -58,12 +58,12 @@ class FakeCard(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes on the card, at the moment and at most. ``peak`` includes what kernels allocate for themselves
-            (`_workspace`); it may be set back to ``now``.
+            (`_flash_workspace`); it may be set back to ``now``.
         peak_at: the operation that reached the peak.
         largest: elements of the largest tensor made on the card, with its operation and shape.
         copies: from the host to the card.
         syncs: where the host reads from the card.
-        launches: operations that a card would launch kernels for, by name.
+        launches: operations that a card would launch kernels for, by name and type of their result.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class FakeCard(TorchDispatchMode):
         self.largest: tuple[int, str, tuple[int, ...]] = (0, "", ())
         self.copies: list[Transfer] = []
         self.syncs: list[Transfer] = []
-        self.launches: Counter[str] = Counter()
+        self.launches: Counter[tuple[str, torch.dtype | None]] = Counter()
         self._live: dict[int, int] = {}
         self._pinned: set[int] = set()
         self._contexts = ExitStack()
@@ -96,51 +96,64 @@ class FakeCard(TorchDispatchMode):
                 for part in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code):
                     self._see(part)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here, and the guard against it costs as much as an operation.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # asks a tensor for its device, say
-            return func(*args, **kwargs)
-        if torch.is_inference_mode_enabled() and func.namespace == "aten" and _is_taken_apart(func):
+        if torch.is_inference_mode_enabled() and _is_taken_apart(func):
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        name = func._schema.name.split("::")[-1]
-        tensors = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
-        on_card = [each for each in tensors if isinstance(each, FakeTensor)]
-        to_card = torch.device(kwargs.get("device") or "cpu").type == "cuda"
-        if not on_card and not to_card:
+        tensors = list(_tensors((*args, *kwargs.values())))
+        host = [each for each in tensors if not isinstance(each, FakeTensor)]
+        to = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
+        name: str = func._schema.name.split("::")[-1]
+        if len(host) == len(tensors) and to != "cuda":
             out = func(*args, **kwargs)
             if "pin_memory" in name:
                 self._pinned.add(out.untyped_storage().data_ptr())
             return out
-        if on_card and name == "_local_scalar_dense":
-            self.syncs.append(self._transfer(name, on_card[0].nbytes, blocking=True))
-            return torch.ones((), dtype=on_card[0].dtype).item()
-        if on_card and (name == "_to_copy" and torch.device(kwargs.get("device") or "cuda").type == "cpu"):
-            self.syncs.append(self._transfer(name, on_card[0].nbytes, blocking=True))
-            return torch.ones(on_card[0].shape, dtype=kwargs.get("dtype") or on_card[0].dtype)
-        if name == "copy_" and not isinstance(args[0], FakeTensor):
-            self.syncs.append(self._transfer(name, args[0].nbytes, blocking=True))
-            return args[0].fill_(1)
-        for host in tensors:
-            if not isinstance(host, FakeTensor) and (host.ndim or name in ("_to_copy", "copy_")):
-                pinned = host.untyped_storage().data_ptr() in self._pinned
+        if name in ("_local_scalar_dense", "_to_copy", "copy_") and (
+            name == "_local_scalar_dense" or to == "cpu" or (name == "copy_" and host and args[0] is host[0])
+        ):
+            return self._read(name, args, kwargs)
+        for each in host:
+            if each.ndim or name in ("_to_copy", "copy_"):
+                pinned = each.untyped_storage().data_ptr() in self._pinned
                 waits = not (pinned and (kwargs.get("non_blocking") or (name == "copy_" and True in args[2:])))
-                self.copies.append(self._transfer(name, host.nbytes, blocking=waits))
-        if name not in _VIEWS:
-            self.launches[name] += 1
-        with _FAKE:
-            args, kwargs = tree_map(_as_fake, (args, kwargs))
+                self.copies.append(self._transfer(name, each.nbytes, blocking=waits))
+        if len(host) == len(tensors):
+            with _FAKE:
+                out = func(*tree_map(_as_fake, args), **kwargs)
+        else:
+            if host:
+                with _FAKE:
+                    args, kwargs = tree_map(_as_fake, (args, kwargs))
             out = func(*args, **kwargs)
-        workspace = _workspace(name, args)
-        for each in tree_iter(out):
-            if isinstance(each, Tensor):
-                self._see(each, name)
-        self._reach(self.now + workspace, name)
+        for each in _tensors((out,)):
+            self._see(each, name)
+        if name not in _VIEWS:
+            self.launches[name, out.dtype if isinstance(out, Tensor) else None] += 1
+        if name == "_varlen_attn_backward":
+            self._reach(self.now + _flash_workspace(args), name)
         return out
+
+    def _read(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Copy from the card: ones."""
+        source: Tensor = args[1] if name == "copy_" else args[0]
+        self.syncs.append(self._transfer(name, source.nbytes, blocking=True))
+        if name == "copy_":
+            return args[0].fill_(1)
+        ones = torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        return ones.item() if name == "_local_scalar_dense" else ones
 
     def _see(self, tensor: Tensor, name: str = "") -> None:
         if tensor.device.type != "cuda":
@@ -164,7 +177,7 @@ class FakeCard(TorchDispatchMode):
 
     def _transfer(self, operation: str, count: int, blocking: bool) -> Transfer:
         where, in_layer = "", False
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
             if not where and not code.co_filename.startswith((_TORCH, __file__)):
@@ -174,12 +187,22 @@ class FakeCard(TorchDispatchMode):
         return Transfer(where, operation, count, blocking, in_layer)
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield tensors among an operation's arguments or results, and in the lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 def _is_taken_apart(func: Any) -> bool:
     """Return whether autograd, which inference mode leaves out, takes this operation apart before it comes here.
 
     Attention is one kernel on a card; without one it would be taken for its plain arithmetic.
     """
-    return "scaled_dot_product_attention" not in func._schema.name and func._can_decompose()
+    name: str = func._schema.name
+    return name.startswith("aten::") and "scaled_dot_product_attention" not in name and func._can_decompose()
 
 
 def _as_fake(value: Any) -> Any:
@@ -189,15 +212,13 @@ def _as_fake(value: Any) -> Any:
     return value
 
 
-def _workspace(name: str, args: tuple[Any, ...]) -> int:
-    """Return the bytes that a kernel allocates for itself, which no tensor of Python's shows.
+def _flash_workspace(args: tuple[Any, ...]) -> int:
+    """Return the bytes that FlashAttention's backward allocates for itself, which no tensor of Python's shows.
 
     FlashAttention 2's backward over ragged sequences (mha_varlen_bwd in PyTorch's
     aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp): the sum of dq and a number for each query and head
     in float32, with 128 further queries for each sequence, and where heads share keys, dk and dv of each query head.
     """
-    if name != "_varlen_attn_backward":
-        return 0
     query, key, ends = args[1], args[2], args[6]
     (queries, heads, size), (keys, kv_heads, _) = query.shape, key.shape
     padded: int = queries + 128 * (len(ends) - 1)
@@ -221,6 +242,8 @@ def pretend() -> None:
         "get_device_name": "fake card",
         "is_bf16_supported": True,
         "set_device": None,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
         "synchronize": None,
         "empty_cache": None,
         "manual_seed": None,
@@ -231,7 +254,7 @@ def pretend() -> None:
     for name, answer in answers.items():
         setattr(cuda, name, _answering(answer))
     cuda.get_device_capability = lambda device=None: CAPABILITY
-    cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
     cuda._initialized = True
     cuda._lazy_init = _answering(None)
     cuda.amp.common.amp_definitely_not_available = _answering(False)
@@ -240,6 +263,8 @@ def pretend() -> None:
     # A FakeTensor reads number by number; torch makes one copy of a tensor on a card.
     fake: Any = FakeTensor
     fake.tolist = lambda tensor: tensor.cpu().tolist()
+    save: Any = torch.save
+    torch.save = lambda saved, *args, **kwargs: save(tree_map(_on_host, saved), *args, **kwargs)
     every_module: Any = torch.nn.Module
     original = every_module.to
 
@@ -257,6 +282,10 @@ def pretend() -> None:
 
 def _answering(answer: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: answer
+
+
+def _on_host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, FakeTensor) else value
 
 
 def put_on_card(model: Any) -> Any:
@@ -284,6 +313,7 @@ def _pack_4bit(layer: Any) -> None:
     )
     weight: Any = torch.nn.Parameter(packed, requires_grad=False)
     weight.quant_state, weight.bnb_quantized = state, True
+    weight.compress_statistics, weight.quant_type = True, "nf4"
     layer._parameters["weight"], layer.quant_state = weight, state
 
 
