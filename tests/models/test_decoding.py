@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from decoding_helpers import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, reference
 from tunewright.adapters.matrices import read_matrices
@@ -53,6 +54,41 @@ def test_the_head_gets_one_column_that_is_whole_in_memory(plain: Any) -> None:
         hook.remove()
     assert len(seen) > 1
     assert all(shape[1] == 1 and whole for shape, whole in seen)
+
+
+class _Reads(TorchDispatchMode):
+    """Counts where the host reads a number from a tensor: on a card it waits there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_pass_of_padded_rows_reads_nothing_back_from_its_masks(kind: str) -> None:
+    model = llama() if kind == "llama" else mistral(8)
+    batch = Batch(model, stop_ids=STOPS, pad_id=PAD)
+    with _Reads() as reads:
+        batch.admit(_requests(5))
+        batch.step()
+    assert reads.count == 0
+    with _Reads() as reads:  # as transformers makes them, it does
+        model(input_ids=torch.ones(2, 3).long(), attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]))
+    assert kind == "mistral" or reads.count > 0
+
+
+def test_the_model_s_attention_is_its_own_again_after_each_pass(plain: Any) -> None:
+    before = plain.config._attn_implementation
+    batch = Batch(plain, stop_ids=STOPS, pad_id=PAD)
+    batch.admit(_requests(2))
+    assert plain.config._attn_implementation == before
+    with pytest.raises(IndexError):
+        batch.admit([Request((VOCABULARY,), None, 3)])
+    assert plain.config._attn_implementation == before
 
 
 def test_the_sliding_window_matters_for_these_prompts() -> None:

@@ -95,8 +95,7 @@ def test_fused_linear_4bit_is_as_near_to_float64_as_peft_in_bfloat16() -> None:
         exact.backward(case[1].double())
         wanted = {"out": exact.detach(), "x": x.grad, "lora_A": a.grad, "lora_B": b.grad}
         errors[fused] = {
-            name: float((found[name].double() - value).norm() / value.norm())
-            for name, value in wanted.items()
+            name: float((found[name].double() - value).norm() / value.norm()) for name, value in wanted.items()
         }
     for name, error in errors[True].items():
         assert error < 0.01, name

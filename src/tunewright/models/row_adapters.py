@@ -347,7 +347,7 @@ class _LinearLoras:
         if part.dtype == low.dtype:
             part.addmm_(low, lora.up, alpha=lora.scale)
         elif self._rounded:
-            change = torch.addmm(low.new_empty(()), low, lora.up, beta=0, alpha=lora.scale)
+            change = torch.addmm(low[0, 0], low, lora.up, beta=0, alpha=lora.scale)  # beta=0: the first is not read
             part.add_(change.to(part.dtype))
         else:
             # Added in the wider of the two types, and rounded once.
