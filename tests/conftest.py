@@ -80,3 +80,14 @@ def tenants() -> Any:
     from decoding_helpers import llama, with_adapters
 
     return with_adapters(llama())
+
+
+@pytest.fixture(scope="module")
+def card(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A process with a fake CUDA card, for the tests of one file in tests/gpu (see card_process.py)."""
+    from card_process import card_process, compiled, reason_to_skip
+
+    if (reason := reason_to_skip()) is not None:
+        pytest.skip(reason)
+    with card_process(compiled(request.config.cache.mkdir("fake_card"))) as process:
+        yield process

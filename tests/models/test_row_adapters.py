@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from decoding_helpers import llama
 from tunewright.models.lora_stack import Lora
 from tunewright.models.row_adapters import BASE_ROW, RowAdapters
+from tunewright.training.lora import use_fused_lora
 
 CONFIGS = {
     "wide": LoraConfig(r=8, lora_alpha=20, target_modules=["q_proj", "v_proj", "down_proj", "o_proj"]),
@@ -155,3 +156,61 @@ def test_an_adapter_for_a_layer_that_the_base_has_not_leaves_everything_as_it_wa
     assert torch.equal(_logits(base, adapters, ["wide"], ids), before)
     with pytest.raises(ValueError, match="no adapter narrow"):
         adapters.require(["narrow"])
+
+
+def _trained_as(fused: bool, dtype: torch.dtype) -> Any:
+    """A model with the layers that training has, or those that evaluation has; the numbers are the same."""
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "v_proj", "down_proj"])
+    if fused:
+        use_fused_lora(config)
+    wrapped: Any = get_peft_model(llama().to(dtype), config)
+    torch.manual_seed(4)
+    for name, weight in wrapped.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape) * 0.3
+    return wrapped.eval()
+
+
+def test_answers_while_training_are_those_of_the_evaluation_to_the_bit() -> None:
+    """Training's own layers, under the autocast that transformers' trainer has, against peft's without."""
+    ids = torch.tensor([[9, 10, 11], [12, 13, 14]])
+    names: list[str | None] = ["default", "default"]
+    training, evaluation = _trained_as(True, torch.bfloat16), _trained_as(False, torch.bfloat16)
+    adapters = RowAdapters(training, mixed=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _logits(training, adapters, names, ids)
+    assert torch.equal(found, _logits(evaluation, RowAdapters(evaluation, mixed=False), names, ids))
+
+
+def test_attached_layers_answer_pass_after_pass_and_are_the_model_s_own_afterwards(model: Any) -> None:
+    base, ids = llama().float(), torch.tensor([[9, 10, 11], [12, 13, 14]])
+    plain = base(input_ids=ids).logits
+    adapters = RowAdapters(base, mixed=True)
+    adapters.put("wide", _loras(model, "wide"))
+    passes: list[list[str | None]] = [["wide", None], ["wide", None], [None, None], ["narrow", "wide"], [None, "wide"]]
+    found = []
+    with pytest.raises(RuntimeError), adapters.attached():
+        for names in passes:
+            if "narrow" in names:
+                adapters.put("narrow", _loras(model, "narrow"))  # on layers that had none before
+            found.append(_logits(base, adapters, names, ids))
+        with pytest.raises(AssertionError):
+            base(input_ids=ids)  # whose rows are these?
+        raise RuntimeError
+    alone = RowAdapters(model, mixed=True)
+    for names, logits in zip(passes, found, strict=True):
+        torch.testing.assert_close(logits, _logits(model, alone, names, ids))
+    assert not any("forward" in vars(part) for part in base.modules())
+    assert torch.equal(base(input_ids=ids).logits, plain)
+
+
+def test_attached_layers_are_set_once_for_many_passes(model: Any) -> None:
+    base, ids = llama().float(), torch.tensor([[9, 10, 11]])
+    adapters = RowAdapters(base, mixed=True)
+    adapters.put("wide", _loras(model, "wide"))
+    layer = base.model.layers[0].self_attn.q_proj
+    with adapters.attached():
+        before = layer.forward
+        _logits(base, adapters, ["wide"], ids)
+        with adapters.answering([None]):
+            assert layer.forward is before

@@ -124,16 +124,21 @@ class Guide:
 
 def only_allowed(logits: Tensor, guides: Sequence[Guide | None]) -> Tensor:
     """The logits [rows, vocabulary], minus infinity where a row's guide forbids a token."""
-    guided = [row for row, guide in enumerate(guides) if guide is not None]
-    if not guided:
+    if all(guide is None for guide in guides):
         return logits
-    masks = [np.frombuffer(guide.allowed(), dtype=np.uint8) for guide in guides if guide is not None]
-    bits = np.unpackbits(np.stack(masks), axis=1, bitorder="little")[:, : logits.shape[1]]
-    # A model may have more logits than its tokenizer has tokens.
-    bits = np.pad(bits, ((0, 0), (0, logits.shape[1] - bits.shape[1])))
-    forbidden = torch.zeros(logits.shape, dtype=torch.bool)
-    forbidden[guided] = torch.from_numpy(bits == 0)
-    return logits.masked_fill(forbidden.to(logits.device), -torch.inf)
+    # A bit for each token goes to the device, in one copy for all rows. Rows without a guide may take any token; a
+    # model may have more logits than its tokenizer has tokens, and those no guide allows.
+    vocabulary = logits.shape[1]
+    bits = np.full((len(guides), -(-vocabulary // 8)), 255, dtype=np.uint8)
+    for row, guide in enumerate(guides):
+        if guide is not None:
+            own = np.frombuffer(guide.allowed(), dtype=np.uint8)[: bits.shape[1]]
+            bits[row] = 0
+            bits[row, : len(own)] = own
+    packed = torch.from_numpy(bits).to(logits.device, non_blocking=True)
+    places = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = (packed[:, :, None] >> places & 1).flatten(1)[:, :vocabulary]  # [rows, vocabulary]
+    return logits.masked_fill(allowed == 0, -torch.inf)
 
 
 def around_answers(tokenizer: Any, answer_ids: Sequence[int], text: str) -> tuple[str, str]:

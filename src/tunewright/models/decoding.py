@@ -16,21 +16,25 @@ a near tie can fall the other way.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from tunewright.models.caches import begun, merge, select
+from tunewright.models.caches import begun, merge, new_cache, select
 from tunewright.models.constraints import only_allowed
 from tunewright.models.lora_stack import Lora
 from tunewright.models.prefixes import PASS_TOKENS, Shared, shared_prefixes
 from tunewright.models.requests import Completion, Finish, Request, Row
 from tunewright.models.row_adapters import RowAdapters
+from tunewright.models.sampling import next_tokens
 from tunewright.models.text_stream import Decode
 
 __all__ = ["Batch", "Completion", "Finish", "Prefix", "Reading", "Request", "Row", "generate", "prefill_groups"]
@@ -50,7 +54,7 @@ class Prefix:
 
     ids: tuple[int, ...]
     adapter: str | None
-    cache: DynamicCache
+    cache: Cache
     """Of one row."""
 
     def begins(self, request: Request) -> bool:
@@ -70,7 +74,7 @@ class Reading:
         cache: what has been read.
     """
 
-    def __init__(self, rows: list[Row], unread: Tensor, cache: DynamicCache) -> None:
+    def __init__(self, rows: list[Row], unread: Tensor, cache: Cache) -> None:
         self.rows = rows
         self.unread = unread
         self.cache = cache
@@ -108,9 +112,12 @@ class Batch:
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
         self._decode = decode
-        # Without the model's config every layer keeps the whole past. A sliding window is then applied by the
-        # attention mask alone; a cache that dropped what has left the window would count padding as text.
-        self._cache = DynamicCache()
+        self._config = model.config.get_text_config()
+        self._cache = new_cache()
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Open around many passes, so that adapters are not attached and detached in each: see :class:`RowAdapters`."""
+        return self._adapters.attached()
 
     def put(self, adapter: str, loras: Mapping[str, Lora]) -> None:
         """Have one more adapter, by the names of the layers that it touches; the model has to have none itself."""
@@ -129,8 +136,8 @@ class Batch:
             ValueError: the model has no such adapter.
         """
         self._adapters.require([adapter])
-        cache = DynamicCache()
-        self._forward(torch.tensor([ids]), torch.tensor([[0]]), cache, [adapter])
+        cache = new_cache()
+        self._forward(torch.tensor([ids]), [0], cache, [adapter])
         return Prefix(tuple(ids), adapter, cache)
 
     def admit(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Row]:
@@ -159,7 +166,7 @@ class Batch:
         ids = torch.full((len(requests), longest), self._pad_id)
         for index, request in enumerate(requests):
             ids[index, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-        cache = DynamicCache()
+        cache = new_cache()
         if prefix is not None:
             assert all(prefix.begins(request) for request in requests)
             cache = begun(prefix.cache, [longest - len(request.prompt_ids) for request in requests])
@@ -184,8 +191,7 @@ class Batch:
         piece, reading.unread = reading.unread[:, :columns], reading.unread[:, columns:]
         if reading.left:
             longest = reading.cache.get_seq_length() + piece.shape[1] + reading.unread.shape[1]
-            first = longest - torch.tensor([[_length(row)] for row in reading.rows])
-            self._forward(piece, first, reading.cache, adapters)
+            self._forward(piece, [longest - _length(row) for row in reading.rows], reading.cache, adapters)
             return False
         self._advance(reading.rows, piece, reading.cache)
         going_on = [index for index, row in enumerate(reading.rows) if row.finish is None]
@@ -207,34 +213,46 @@ class Batch:
         """Take a row out before it has finished; nothing happens if it is not (or no longer) here."""
         self._keep([index for index, other in enumerate(self.rows) if other is not row])
 
-    def _advance(self, rows: list[Row], ids: Tensor, cache: DynamicCache) -> None:
+    def _advance(self, rows: list[Row], ids: Tensor, cache: Cache) -> None:
         """Run new columns of tokens [rows, time] through the model and give each row its next token."""
         total = cache.get_seq_length() + ids.shape[1]
-        first = total - torch.tensor([[_length(row)] for row in rows])
+        first = [total - _length(row) for row in rows]
         logits = self._forward(ids, first, cache, [row.request.adapter for row in rows])
         logits = only_allowed(logits, [row.guide for row in rows])
-        for row, own_logits, likeliest in zip(rows, logits, logits.argmax(-1).tolist(), strict=True):
-            row.take(row.sample(own_logits) if row.request.temperature > 0 else likeliest, self._stop_ids)
+        for row, token in zip(rows, next_tokens(logits, rows), strict=True):
+            row.take(token, self._stop_ids)
 
-    def _forward(self, ids: Tensor, first: Tensor, cache: DynamicCache, adapters: Sequence[str | None]) -> Tensor:
+    def _forward(self, ids: Tensor, first: list[int], cache: Cache, adapters: Sequence[str | None]) -> Tensor:
         """The next token's logits [rows, vocabulary] after new columns of tokens [rows, time], which go into the cache.
 
-        ``first`` [rows, 1] is the column where each row's text begins.
+        ``first`` is the column where each row's text begins. Both go to the device in one copy; all else is made there.
         """
-        columns = torch.arange(cache.get_seq_length() + ids.shape[1])
         device = self._model.device
+        new = ids.shape[1]
+        told = torch.cat([torch.tensor(first)[:, None], ids], dim=1).to(device, non_blocking=True)
+        begins, columns = told[:, :1], torch.arange(cache.get_seq_length() + new, device=device)
         arguments = {
-            "input_ids": ids.to(device),
-            "attention_mask": (columns >= first).long().to(device),
-            "position_ids": (columns - first).clamp(min=0)[:, -ids.shape[1] :].to(device),
+            "input_ids": told[:, 1:],
+            "attention_mask": (columns >= begins).long() if any(first) else None,
+            "position_ids": (columns[-new:] - begins).clamp(min=0),
             "cache": cache,
             "use_cache": True,
             # Not the number 1, a view into all columns: torch would multiply it by a copy of the head for each row.
-            "logits_to_keep": torch.tensor([ids.shape[1] - 1], device=device),
+            "logits_to_keep": 0 if new == 1 else torch.arange(new - 1, new, device=device),
         }
-        with self._adapters.answering(adapters):
+        with self._adapters.answering(adapters), self._masking():
             logits: Tensor = self._model(**arguments).logits[:, -1]
         return logits
+
+    @contextmanager
+    def _masking(self) -> Iterator[None]:
+        """Have masks made by :func:`_mask` for a pass."""
+        before = self._config._attn_implementation
+        self._config._attn_implementation = _ATTENTION
+        try:
+            yield
+        finally:
+            self._config._attn_implementation = before
 
     def _keep(self, indices: list[int]) -> None:
         if len(indices) == len(self.rows):
@@ -243,7 +261,7 @@ class Batch:
         if self.rows:
             select(self._cache, indices, _cached(self.rows))
         else:
-            self._cache = DynamicCache()
+            self._cache = new_cache()
 
 
 def generate(
@@ -273,15 +291,16 @@ def generate(
     queue = _Queue(requests, batch)
     completions: dict[int, Completion] = {}
     rows: dict[int, Row] = {}
-    while queue or rows:
-        room = batch_size - len(rows)
-        if room * _ENOUGH_ROOM >= batch_size:
-            rows |= queue.admit(room)
-        if batch.rows:
-            batch.step()
-        for index in [index for index, row in rows.items() if row.finish]:
-            completions[index] = rows.pop(index).completion
-            on_finished(index, completions[index])
+    with batch.attached():
+        while queue or rows:
+            room = batch_size - len(rows)
+            if room * _ENOUGH_ROOM >= batch_size:
+                rows |= queue.admit(room)
+            if batch.rows:
+                batch.step()
+            for index in [index for index, row in rows.items() if row.finish]:
+                completions[index] = rows.pop(index).completion
+                on_finished(index, completions[index])
     return [completions[index] for index in range(len(requests))]
 
 
@@ -359,6 +378,22 @@ def prefill_groups(lengths: Sequence[int]) -> list[list[int]]:
                 continue
         groups.append([place])
     return groups
+
+
+def _mask(*, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
+    """SDPA's mask as transformers makes it, without looking at where the padding is.
+
+    To leave out a mask that hides nothing, transformers reads the padding back from the device, and the host waits.
+    Here no ``attention_mask`` says that there is no padding, so only then a mask is left out.
+    """
+    skip = allow_is_causal_skip and attention_mask is None
+    return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=skip, **kwargs)
+
+
+_ATTENTION = "tunewright_decoding"
+"""SDPA, with masks that nobody reads back."""
+AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+AttentionMaskInterface.register(_ATTENTION, _mask)
 
 
 def _length(row: Row) -> int:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from tunewright.models.constraints import Constraint
 from tunewright.models.row_adapters import BASE_ROW
@@ -91,19 +90,13 @@ class Row:
         assert self.finish is not None
         return Completion(tuple(self.ids), self.finish, self._before_stop)
 
-    def sample(self, logits: Tensor) -> int:
-        """Draw the next token from logits [vocabulary]; on the CPU, so that a seed means the same on every device."""
-        assert self._generator is not None
-        logits = logits.double().cpu()
-        # Below their maximum, logits stay finite or become -inf (a probability of 0) at any temperature.
-        scaled = (logits - logits.max()) / self.request.temperature
-        probabilities: Tensor = scaled.softmax(-1)
-        if self.request.top_p == 1:  # nothing is cut off, and sorting a vocabulary takes longer than all the rest
-            return int(torch.multinomial(probabilities, 1, generator=self._generator))
-        probabilities, order = probabilities.sort(descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities[before >= self.request.top_p] = 0  # the likeliest always stays: nothing comes before it
-        return int(order[torch.multinomial(probabilities, 1, generator=self._generator)])
+    def uniform(self) -> float:
+        """The next number of the row's generator, from 0 up to 1, 1 not included: one for each token that it draws.
+
+        The generator is on the CPU, so that a seed means the same on every device.
+        """
+        assert self._generator is not None, "a greedy row draws nothing"
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
     def take(self, token: int, stop_ids: Collection[int]) -> None:
         """Append the next token, or finish on it."""

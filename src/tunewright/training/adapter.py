@@ -22,9 +22,7 @@ def lora_config(settings: TrainRecipe) -> Any:
         use_rslora=settings.rslora,
         use_dora=settings.dora,
     )
-    if settings.quantize == "none":
-        # A layer in 4 bits passes for a linear one, but its weight is no matrix: peft has a layer of its own for it.
-        use_fused_lora(config)
+    use_fused_lora(config, settings.quantize)
     return config
 
 

@@ -68,6 +68,8 @@ class Reference:
 
     places: Tensor
     """Which of the targets these are [N]."""
+    others: Tensor
+    """Which of the targets these are not: known to the host, which would have to wait for a card to find out."""
     states: Tensor
     """What the head sees there with the adapter off [N, hidden size]."""
     weight: float
@@ -83,9 +85,7 @@ def losses_against(reference: Reference, states: Tensor, head: Any, targets: Ten
         head: the LM head.
         targets: token ids [L].
     """
-    learnt = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
-    learnt[reference.places] = False
-    others = learnt.nonzero().flatten()
+    others = reference.others
     own = token_losses(states.index_select(0, others), head, targets.index_select(0, others))
     held = divergences(states.index_select(0, reference.places), reference.states, head)
     losses = torch.zeros(len(targets), device=targets.device)

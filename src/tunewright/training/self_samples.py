@@ -24,7 +24,7 @@ from tunewright.models.bases import Base
 from tunewright.models.decoding import Completion, Request, generate
 from tunewright.progress import Reporter, Task
 
-METHOD = "magpie-1"
+METHOD = "magpie-2"
 """Part of every key: to be counted up when a change here, or of the decoding loop, changes what is drawn."""
 
 TEMPERATURE, TOP_P = 1.0, 1.0

@@ -57,6 +57,8 @@ class Trainer(SFTTrainer):
         self.share = share
         self.dev_task = dev_task
         self.kl = kl
+        self._tokens = 0
+        """Of rows trained on in this process since the last log."""
         self._told: tuple[float, int] | None = None
         self._parts: LossParts | None = None
         attention.register()
@@ -106,6 +108,10 @@ class Trainer(SFTTrainer):
             "shift_labels": batch.targets,
         }
 
+    def _packed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return rows as one packed batch and nothing else: without the labels, which only transformers counts."""
+        return {"packed": self.collate(rows)["packed"]}
+
     @property
     def _evenly(self) -> int:
         """As many rows as this are cut into as many pieces in every process, however few it has."""
@@ -119,22 +125,37 @@ class Trainer(SFTTrainer):
             rows = self.micro_batch.rows or self._try_longest(model, self.micro_batch)
             if self.state.global_step != self._step:
                 self._step, self._done = self.state.global_step, []
-            enough, loss = in_memory(partial(self._in_pieces, model, inputs["rows"], rows, num_items_in_batch))
+            enough, loss = in_memory(partial(self._in_pieces, model, inputs["rows"], rows, num_items_in_batch, inputs))
             if not enough:
                 loss = self._again(model, inputs["rows"], rows, num_items_in_batch, self.micro_batch)
             self._done.append(inputs["rows"])
         self._count(inputs["packed"])
         return loss
 
-    def _in_pieces(self, model: Any, rows: RawRows, size: int, items: Tensor | int | None) -> Tensor:
-        """Add up the gradients of rows, ``size`` at once; their part in the loss."""
+    def _prepare_input(self, data: Any) -> Any:
+        """Move what transformers does not: a packed batch, which pieces of a micro-batch have on the CPU."""
+        if not isinstance(data, PackedBatch):
+            return super()._prepare_input(data)
+        device = self.accelerator.device
+        if device.type == "cuda" and not data.input_ids.is_cuda:
+            data = data.pin_memory()
+        return data.to(device, non_blocking=True)
+
+    def _in_pieces(
+        self, model: Any, rows: RawRows, size: int, items: Tensor | int | None, whole: dict[str, Any] | None = None
+    ) -> Tensor:
+        """Add up the gradients of rows, ``size`` at once; return their part in the loss.
+
+        ``whole`` is the batch of all rows, where it is made already.
+        """
         *others, last = rows.pieces(size, self._evenly)
         total = torch.zeros((), device=self.accelerator.device)
         for piece in others:
             # Processes exchange gradients with the last piece alone.
             with self.accelerator.no_sync(model):
-                total += super().training_step(model, self.collate(piece), items)
-        total += super().training_step(model, self.collate(last), items)
+                total += super().training_step(model, self._packed(piece), items)
+        batch = self._packed(last) if others or whole is None else whole
+        total += super().training_step(model, batch, items)
         return total
 
     def _again(self, model: Any, rows: RawRows, size: int, items: Tensor | int | None, micro: MicroBatch) -> Tensor:
@@ -224,17 +245,23 @@ class Trainer(SFTTrainer):
 
         Before the pass that is trained: PEFT's switch is also one of the weights' gradients.
         """
-        if batch.replayed is None or self.kl is None:
+        if batch.replayed is None or batch.learnt is None or self.kl is None:
             return None
         # Not through DDP, whose passes all processes have to make together: others may have no such row.
         own: Any = self.accelerator.unwrap_model(model)
         with torch.no_grad(), own.disable_adapter():
             states = own(**batch.model_inputs(), predict_from=batch.predict_from.index_select(0, batch.replayed))
-        return Reference(batch.replayed, states, self.kl)
+        return Reference(batch.replayed, batch.learnt, states, self.kl)
 
     def _count(self, batch: PackedBatch) -> None:
-        tokens = torch.tensor(batch.row_tokens, device=self.accelerator.device)
-        self._total_train_tokens += int(self.accelerator.reduce(tokens, "sum"))
+        """Count on the host; what other processes count is asked for once a step, in `log`."""
+        self._tokens += batch.row_tokens
+
+    def _add_counted(self) -> None:
+        tokens, self._tokens = self._tokens, 0
+        if self.accelerator.num_processes > 1:
+            tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=self.accelerator.device), "sum"))
+        self._total_train_tokens += tokens
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def rows_of_step(self, step: int) -> list[int]:
@@ -247,6 +274,8 @@ class Trainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of a step's loss, and the tokens per second since the step before, which the first has not."""
+        if "loss" in logs:
+            self._add_counted()
         if "loss" in logs and self._parts is not None:
             logs |= self._parts.means(partial(self.accelerator.reduce, reduction="sum"))
             self._parts.clear()
@@ -275,13 +304,16 @@ class Trainer(SFTTrainer):
         model: Any = self.model  # not as DDP wraps it: processes may have different numbers of batches here
         was_training = model.training
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        counted = 0
         with torch.no_grad(), self.compute_loss_context_manager(), sharded.keeping_step(model, self._idle_pass):
             for places in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-                batch = self.collate([rows[place] for place in places])["packed"].to(self.accelerator.device)
+                batch = self._prepare_input(self.collate([rows[place] for place in places])["packed"])
                 losses = token_losses_of(model, batch)
-                total += torch.stack([losses.double().sum(), total.new_tensor(losses.numel())])
-        loss, tokens = self.accelerator.reduce(total, "sum").tolist()
+                total += losses.double().sum()
+                counted += len(losses)
+        both = torch.stack([total, total.new_full((), counted)])
+        loss, tokens = self.accelerator.reduce(both, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": loss / tokens}
         if self.dev_task is not None:
             metrics[DEV_METRIC] = self._worth_of_answers(self.dev_task)
@@ -323,7 +355,7 @@ class Trainer(SFTTrainer):
         )
         # As accelerate prepares loaders, but for dealing out what is dealt out already.
         return prepare_data_loader(
-            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> DistributedSampler[int]:

@@ -63,11 +63,10 @@ class Way:
     def copies_inputs(self) -> bool:
         """Whether each adapted layer keeps an input of its own.
 
-        training.lora.FusedLinear keeps the input that the layers share. peft's own layers (over 4-bit weights, and with
-        dropout) turn it to the adapter's float32 and autocast turns it back, so that each keeps a copy; over 4-bit
-        weights on a card peft leaves that to autocast.
+        training.lora.FusedLinear and FusedLinear4bit keep the input that the layers share. peft's own layers, which
+        dropout needs, convert it to the adapter's float32 and autocast converts it back, so that each keeps a copy.
         """
-        return self.dropout or (self.dtype == "bfloat16" and self.nf4 and not self.card)
+        return self.dropout
 
     @property
     def number(self) -> int:
@@ -152,7 +151,7 @@ def adapter_copies(shape: Shape, way: Way) -> int:
     """Copies of the LoRA weights in the forward pass's precision; of B, scaled, even where that is float32."""
     if way.dtype == "bfloat16":
         return way.number * shape.adapter_parameters(way.targets, way.rank)
-    if way.nf4 or way.dropout:
+    if way.dropout:
         return 0
     return shape.layers * sum(FLOAT * way.rank * shape.linear(name)[1] for name in way.targets)
 

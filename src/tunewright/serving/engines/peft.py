@@ -222,8 +222,9 @@ class PeftEngine:
 
     def _run(self) -> None:
         try:
-            while self._wait_for_work():
-                self._turn()
+            with self._batch.attached():
+                while self._wait_for_work():
+                    self._turn()
         except Exception as error:
             log.exception("the engine has failed; the server answers 503 from now on")
             with self._changed:

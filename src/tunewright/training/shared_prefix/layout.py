@@ -12,9 +12,10 @@ token has no padding at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -69,18 +70,41 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """The same attention for kernels that take ragged batches: query sequence i sees the keys of key sequence i.
+
+    Query sequences stand in the packed row's order, one for each prefix and each suffix. The last query of one sees all
+    keys, the one before all but the last, and so on: causal, aligned at the ends.
+    """
+
+    ends_q: Tensor
+    """Where query sequences begin, and where the last one ends: int32 [N + 1]."""
+    ends_k: Tensor
+    """The same of key sequences."""
+    longest_q: int
+    longest_k: int
+    key_places: Tensor | None
+    """Where in the packed row each key comes from [sum of keys]; None: keys are the packed row's, in its order."""
+
+    @property
+    def count(self) -> int:
+        """How many sequences there are."""
+        return len(self.ends_q) - 1
+
+
+@dataclass(frozen=True)
 class Layout:
     """A packed row's prefixes and blocks, in their order."""
 
     prefixes: tuple[Piece, ...]
     """One for each group; of length 0 where its rows share nothing."""
     blocks: tuple[Block, ...]
+    sequences: Sequences
 
     @property
     def pieces(self) -> list[Piece]:
         """All pieces in the order in which they stand."""
-        pieces = [*self.prefixes, *(piece for block in self.blocks for piece in block.suffixes)]
-        return sorted((piece for piece in pieces if piece.length), key=lambda piece: piece.start)
+        return [piece for piece, _ in _sequences(self.prefixes, self.blocks)]
 
     @cached_property
     def parts(self) -> list[Piece | Block]:
@@ -104,40 +128,25 @@ class Layout:
         return {piece.row: (block, piece) for block in self.blocks for piece in block.suffixes}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
-        """The same layout with its indices on ``device``, as batches are moved."""
+        """Return the same layout with its indices on ``device``."""
+        return self._each(lambda index: index.to(device, non_blocking=non_blocking))
 
-        def moved(index: Tensor | None) -> Tensor | None:
-            return None if index is None else index.to(device, non_blocking=non_blocking)
+    def pin_memory(self) -> Layout:
+        """Return the same layout with its indices in pinned memory, from which copies to a card do not block."""
+        return self._each(Tensor.pin_memory)
 
-        blocks = tuple(replace(block, pick=moved(block.pick), valid=moved(block.valid)) for block in self.blocks)
-        return replace(self, blocks=blocks)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Layout:
+        def changed(index: Tensor | None) -> Tensor | None:
+            return None if index is None else change(index)
 
-    @cached_property
-    def sequences(self) -> Sequences:
-        """The same as sequences of queries and the keys that each sees, for kernels that take ragged batches."""
-        nothing = Piece(0, 0, 0, 0)
-        pairs = [(prefix, nothing) for prefix in self.prefixes if prefix.length]
-        pairs += [(suffix, block.prefix) for block in self.blocks for suffix in block.suffixes]
-        pairs.sort(key=lambda pair: pair[0].start)
-        queries = tuple(piece.length for piece, _ in pairs)
-        keys = tuple(before.length + piece.length for piece, before in pairs)
-        places = [
-            torch.arange(each.start, each.start + each.length) for piece, before in pairs for each in (before, piece)
-        ]
-        return Sequences(queries, keys, torch.cat(places))
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Ragged attention: query sequence i, in the packed row's order, sees the keys of key sequence i.
-
-    The last query sees all of them, the one before all but the last, and so on: causal, aligned at the ends.
-    """
-
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-    key_places: Tensor
-    """Where in the packed row each key comes from [sum of keys]."""
+        blocks = tuple(replace(block, pick=changed(block.pick), valid=changed(block.valid)) for block in self.blocks)
+        sequences = replace(
+            self.sequences,
+            ends_q=change(self.sequences.ends_q),
+            ends_k=change(self.sequences.ends_k),
+            key_places=changed(self.sequences.key_places),
+        )
+        return replace(self, blocks=blocks, sequences=sequences)
 
 
 def lay_out(groups: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> Layout:
@@ -155,7 +164,27 @@ def lay_out(groups: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> Layout:
                 suffixes.append(Piece(row, length, tokens, start))
                 start += tokens
             blocks.append(Block(prefix, tuple(suffixes), *_padding([tokens for _, tokens in like])))
-    return Layout(tuple(prefixes), tuple(blocks))
+    return Layout(tuple(prefixes), tuple(blocks), _ragged(_sequences(prefixes, blocks)))
+
+
+def _sequences(prefixes: Iterable[Piece], blocks: Iterable[Block]) -> list[tuple[Piece, Piece | None]]:
+    """Return every piece in the packed row's order, with the prefix that it sees before itself."""
+    pairs: list[tuple[Piece, Piece | None]] = [(prefix, None) for prefix in prefixes if prefix.length]
+    for block in blocks:
+        before = block.prefix if block.prefix.length else None
+        pairs += [(suffix, before) for suffix in block.suffixes]
+    return sorted(pairs, key=lambda pair: pair[0].start)
+
+
+def _ragged(pairs: Sequence[tuple[Piece, Piece | None]]) -> Sequences:
+    queries = [piece.length for piece, _ in pairs]
+    keys = [piece.length + (before.length if before else 0) for piece, before in pairs]
+    places = None
+    if any(before for _, before in pairs):
+        seen = [each for piece, before in pairs for each in ((before, piece) if before else (piece,))]
+        places = torch.cat([torch.arange(each.start, each.start + each.length) for each in seen])
+    ends_q, ends_k = (torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
+    return Sequences(ends_q, ends_k, max(queries), max(keys), places)
 
 
 def _alike(rows: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -31,16 +31,33 @@ class PackedBatch:
     """Tokens of the rows, shared ones counted once for each row."""
     replayed: Tensor | None = None
     """Which of the trained tokens are of rows that the adapter is held to the base on: places in L; None: none is."""
+    learnt: Tensor | None = None
+    """Which of them are not; None where ``replayed`` is."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same batch on ``device``."""
-        names = ["input_ids", "position_ids", "predict_from", "targets", "layout"]
-        names += [] if self.replayed is None else ["replayed"]
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+        """Return the same batch, all of its tensors on ``device``."""
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, layout=self.layout.to(device, non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """Return the same batch in pinned memory, from which copies to a card do not block; torch's loader asks."""
+        return replace(self._each(Tensor.pin_memory), layout=self.layout.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})
 
     def model_inputs(self) -> dict[str, Any]:
-        """What the model's forward takes, the targets apart."""
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "layout": self.layout}
+        """Return what the model's forward takes, the targets apart."""
+        # transformers takes positions that begin again for rows packed without a layout, and makes a mask [1, 1, T, T]
+        # of them; a mask that has four dimensions already is passed on, and attention by a layout does not look at it.
+        no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": no_mask,
+            "position_ids": self.position_ids,
+            "layout": self.layout,
+        }
 
 
 def pack(
@@ -72,13 +89,13 @@ def pack(
     predict_from: list[int] = []
     targets: list[int] = []
     held: list[int] = []
+    learnt: list[int] = []
     for place_in_batch, wanted in enumerate(labels):
         place_of = layout.places(place_in_batch)
         for place, label in enumerate(wanted):
             if label != IGNORED and place:
                 predict_from.append(place_of(place - 1))
-                if replayed and replayed[place_in_batch]:
-                    held.append(len(targets))
+                (held if replayed and replayed[place_in_batch] else learnt).append(len(targets))
                 targets.append(label)
     return PackedBatch(
         input_ids=torch.tensor([ids]),
@@ -88,4 +105,5 @@ def pack(
         layout=layout,
         row_tokens=sum(map(len, rows)),
         replayed=torch.tensor(held) if held else None,
+        learnt=torch.tensor(learnt, dtype=torch.long) if held else None,
     )

@@ -1,0 +1,167 @@
+"""The embedded engine on the fake card, at the size of an 8B: devices, launches, copies and host syncs of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from card_process import CardProcess
+
+LAYERS = 2
+
+BASE, ONE, ONE_IN_4_BITS, SEVERAL, SEVERAL_AND_BASE = 40, 65, 72, 76, 80
+"""Launches for each layer and token: of the base alone, with one adapter on all linear layers for all rows (also over
+NF4), with several, and with several for some rows and none for others."""
+AROUND = 40
+"""Launches of a greedy pass outside of its layers."""
+
+
+@dataclass
+class _Pass:
+    """What one pass did."""
+
+    launches: int
+    copies: list[str]
+    syncs: list[str]
+    in_layers: list[str]
+
+
+def _measured(work: Any) -> _Pass:
+    from fake_card import FakeCard
+
+    with FakeCard() as card:
+        work()
+    return _Pass(
+        sum(card.launches.values()),
+        [copy.where for copy in card.copies],
+        [sync.where for sync in card.syncs],
+        [each.where for each in (*card.copies, *card.syncs) if each.in_layer],
+    )
+
+
+def _loras(model: Any) -> dict[str, Any]:
+    """One adapter's float32 matrices on all linear layers, on the card."""
+    import torch
+
+    from tunewright.models.lora_stack import Lora
+
+    return {
+        name: Lora(
+            torch.empty(part.in_features, 16, device="cuda"), torch.empty(16, part.out_features, device="cuda"), 2.0
+        )
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.Linear) and name != "lm_head"
+    }
+
+
+def _decode(names: Sequence[str | None], layers: int = LAYERS, mistral: bool = False, **how: Any) -> dict[str, _Pass]:
+    """Read ragged prompts in two pieces and decode tokens, with these rows' adapters; a prefix is shared by some."""
+    from fake_card import FakeCard
+    from fake_models import SHAPES, build
+
+    from tunewright.models.decoding import Batch, Request
+
+    shape = replace(SHAPES["mistral-7b" if mistral else "llama-3-8b"], layers=layers)
+    model = build(shape, mistral=mistral, window=16 if mistral else None)
+    with FakeCard():
+        batch = Batch(model, stop_ids=[], pad_id=0)
+        for name in set(names) - {None}:
+            batch.put(str(name), _loras(model))
+    requests = [Request(tuple(range(5, 25 + index)), name, 50, **how) for index, name in enumerate(names)]
+    with batch.attached():
+        seen = {"prefix": _measured(lambda: batch.prefix(requests[0].prompt_ids[:9], names[0]))}
+        reading = batch.begin(requests)
+        seen["piece"] = _measured(lambda: batch.read(reading, 8 * len(requests)))
+        seen["prefill"] = _measured(lambda: batch.read(reading))
+        _measured(batch.step)  # makes what the following ones have
+        seen["token"] = _measured(batch.step)
+        others = [replace(request, adapter=names[0]) for request in requests[:2]]
+        with FakeCard():
+            shared = batch.prefix(requests[0].prompt_ids[:9], names[0])
+        seen["join"] = _measured(lambda: batch.admit(others, shared))
+        seen["together"] = _measured(batch.step)
+        seen["leave"] = _measured(lambda: batch.cancel(batch.rows[0]))
+    return seen
+
+
+MIXES: dict[str, tuple[list[str | None], int]] = {
+    "base": ([None] * 4, BASE),
+    "one": (["a"] * 4, ONE),
+    "two": (["a", "b"] * 2, SEVERAL),
+    "four": (["a", "b", "c", "d"], SEVERAL),
+    "two and the base": (["a", None, "b", None], SEVERAL_AND_BASE),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_decoding_an_8b_takes_a_bounded_number_of_launches_copies_and_syncs(card: CardProcess, mix: str) -> None:
+    names, a_layer = MIXES[mix]
+    seen = card.run(_decode, names)
+    assert seen["token"].launches <= LAYERS * a_layer + AROUND
+    for each in seen.values():
+        assert each.in_layers == []
+    # Tokens and where they begin go to the card in one copy; the next tokens are read once.
+    assert len(seen["token"].copies) == 1
+    assert len(seen["token"].syncs) == 1
+    assert (len(seen["prefill"].copies), len(seen["prefill"].syncs)) == (1, 1)
+    assert seen["piece"].syncs == seen["prefix"].syncs == []
+
+
+@pytest.mark.parametrize("how", [{"top_p": 1.0}, {"top_p": 0.9}])
+def test_sampling_on_the_card_adds_one_copy_and_no_sync(card: CardProcess, how: dict[str, float]) -> None:
+    greedy = card.run(_decode, ["a"] * 4, 2)
+    sampled = card.run(_decode, ["a"] * 4, 2, temperature=0.7, seed=1, **how)
+    assert len(sampled["token"].copies) == len(greedy["token"].copies) + 1
+    assert len(sampled["token"].syncs) == len(greedy["token"].syncs) == 1
+    assert sampled["token"].launches - greedy["token"].launches <= 40
+
+
+def test_decoding_a_mistral_with_a_sliding_window_stays_on_the_card(card: CardProcess) -> None:
+    seen = card.run(_decode, ["a", None, "b"], 2, True)
+    assert all(each.in_layers == [] for each in seen.values())
+    assert (len(seen["token"].copies), len(seen["token"].syncs)) == (1, 1)
+
+
+def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _Pass]:
+    """Answer dev rows as an evaluation does, with the layers that training has, under its autocast."""
+    import torch
+    from fake_card import FakeCard
+    from fake_models import SHAPES, build
+    from peft import get_peft_model
+
+    from tiny import byte_tokenizer, chat_of
+    from tunewright.models.decoding import Request
+    from tunewright.progress import LogReporter
+    from tunewright.recipe import TrainRecipe
+    from tunewright.training.adapter import keep_float32, lora_config
+    from tunewright.training.dev import DevTask
+
+    settings: Any = {"preset": "all-linear", "quantize": quantize, "dropout": dropout}
+    requests = tuple(Request(tuple(range(5, 15 + row)), "default", 6) for row in range(4))
+    scorer: Any = None  # answers are made here, and not valued
+    task = DevTask(scorer, requests, (), 4, chat_of(byte_tokenizer()), LogReporter())
+    answers: list[str] = []
+    with FakeCard():
+        model = build(replace(SHAPES["llama-3-8b"], layers=2), nf4=quantize == "nf4")
+        model = get_peft_model(model, lora_config(TrainRecipe(**settings)))
+        keep_float32(model)
+        model.eval()
+
+    def work() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            answers.extend(task.answers(model, range(4)))
+
+    return answers, _measured(work)
+
+
+@pytest.mark.parametrize(("quantize", "dropout"), [("nf4", 0.0), ("none", 0.0), ("none", 0.1), ("nf4", 0.1)])
+def test_dev_answers_while_training_stay_on_the_card(card: CardProcess, quantize: str, dropout: float) -> None:
+    answers, seen = card.run(_answers_while_training, quantize, dropout)
+    assert len(answers) == 4
+    assert seen.in_layers == []
+    # Six passes: the prompts' and five tokens' each copy once and wait once.
+    assert (len(seen.copies), len(seen.syncs)) == (6, 6)
+    a_layer = ONE_IN_4_BITS if quantize == "nf4" else ONE
+    assert seen.launches <= 6 * (2 * a_layer + AROUND) + 20

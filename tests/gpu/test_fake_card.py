@@ -1,0 +1,51 @@
+"""The fake card is worth trusting: devices are checked, bytes and transfers are counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from card_process import CardError, CardProcess
+from fake_card import FakeCard
+
+
+def _mix_devices() -> None:
+    with FakeCard():
+        torch.ones(3, device="cuda") @ torch.ones(3)
+
+
+def test_card_refuses_operations_on_two_devices(card: CardProcess) -> None:
+    with pytest.raises(CardError, match="FakeTensorDeviceMismatchError"):
+        card.run(_mix_devices)
+
+
+def _bytes_of_a_pass() -> tuple[int, int]:
+    with FakeCard() as card:
+        weight = torch.ones(1000, 1000, device="cuda", requires_grad=True)
+        (weight * 2).sin().sum().backward()
+        del weight
+    return card.now, card.peak
+
+
+def test_card_counts_bytes_of_a_backward_pass(card: CardProcess) -> None:
+    """The weight, its double, which sin keeps, and their gradients: five million floats at most, then none."""
+    now, peak = card.run(_bytes_of_a_pass)
+    assert now == 0
+    assert 16_000_000 <= peak <= 20_000_100
+
+
+def _transfers() -> tuple[list[tuple[int, bool]], list[tuple[int, str]]]:
+    with FakeCard() as card:
+        host = torch.arange(6)
+        there = host.to("cuda")
+        torch.tensor([1, 2], device="cuda")
+        host.pin_memory().to("cuda", non_blocking=True)
+        int(there.sum())
+        there.tolist()
+        there.cpu()
+    return [(copy.bytes, copy.blocking) for copy in card.copies], [(read.bytes, read.operation) for read in card.syncs]
+
+
+def test_card_counts_copies_to_it_and_reads_from_it(card: CardProcess) -> None:
+    copies, reads = card.run(_transfers)
+    assert copies == [(48, True), (16, True), (48, False)]
+    assert reads == [(8, "_local_scalar_dense"), (48, "_to_copy"), (48, "_to_copy")]
