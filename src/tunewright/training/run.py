@@ -142,13 +142,13 @@ class Run:
             train_dataset=Dataset.from_dict(train),
             eval_dataset=Dataset.from_dict(dev),
             processing_class=tokenizer,
-            peft_config=lora_config(settings),
+            peft_config=lora_config(settings, self.base.architecture),
             callbacks=[
                 Follow(
                     task,
                     self.work / HISTORY,
                     metric_name(self.recipe.evaluate.metric),
-                    model.config.vocab_size,
+                    model.config.get_text_config().vocab_size,
                     lambda step: trainer.rows_of_step(step),
                 ),
                 KeepCheckpoints(self.work, self.base, stop),

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from tunewright.models.fit.shape import ATTENTION, MLP, Shape
+from tunewright.models.families import MLP
+from tunewright.models.fit.shape import Shape
 
 FLOAT = 4
 """Bytes of a float32 number."""
@@ -144,7 +145,7 @@ def weight_bytes(shape: Shape, way: Way) -> int:
     count = shape.linear_parameters
     # A byte for each block's scale, a float32 for each 256 of those: Dettmers et al. 2023, section 3.
     scales = count // _NF4_BLOCK + FLOAT * count // (_NF4_BLOCK * _NF4_NESTED)
-    tables = shape.layers * len((*ATTENTION, *MLP)) * _NF4_TABLES
+    tables = shape.layers * len(shape.names) * _NF4_TABLES
     return count // 2 + scales + tables + shape.other_parameters * way.number
 
 

@@ -14,7 +14,7 @@ import platformdirs
 from tunewright.chat import ChatFormat
 from tunewright.errors import UserError
 from tunewright.models.bases import Base, read_config
-from tunewright.models.loading import context_length, load_model, named
+from tunewright.models.loading import context_length, load_model, named, text_settings
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.engines.protocol import Engine
@@ -132,15 +132,15 @@ def _llamacpp(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
             "(evaluate.quantize: none), for it is another model.",
         )
     import torch
-    from transformers import AutoConfig
 
-    from tunewright.export.gguf.model import gguf_context
+    from tunewright.export.gguf.model import gguf_context, require_gguf
     from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings, cache_tokens
     from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 
     base, rows = wanted.base, recipe.serve.max_batch
     place = platformdirs.user_cache_path("tunewright") / "gguf"
-    config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    require_gguf(base)
+    config = text_settings(base)
     longest = gguf_context(config)
     tokens = cache_tokens(config.to_dict(), longest, rows)
     context = min(longest, tokens)
