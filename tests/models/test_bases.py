@@ -52,7 +52,7 @@ def test_a_mistral_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM; supported are"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM is not supported"),
         ({"architectures": []}, "architecture unknown"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "run code of its own"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized .gptq."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from tiny import ARCHITECTURES, Kind, tiny_model
 from tunewright.models.bases import resolve_base
-from tunewright.models.loading import load_model
+from tunewright.models.families import ATTENTION, FAMILIES, MLP
+from tunewright.models.loading import drop_vision, load_model
 from tunewright.progress import LogReporter
 from tunewright.training.head import add_token_losses, token_losses_of
 from tunewright.training.lora import use_fused_lora
@@ -26,13 +27,13 @@ from tunewright.training.shared_prefix import Group, attention, pack, plan_group
 from tunewright.training.shared_prefix.plan import GROUP_COST, common_prefix, computed_tokens
 
 VOCABULARY = 61
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = (*ATTENTION, *MLP)
 
 Rows = list[list[int]]
 
 
 def _model(
-    kind: Literal["llama", "mistral"],
+    kind: Kind,
     *,
     heads: int = 4,
     key_heads: int = 2,
@@ -41,7 +42,6 @@ def _model(
     fused: bool = True,
 ) -> Any:
     """A random model with LoRA whose B matrices are not zero, so that A's gradients are not either."""
-    torch.manual_seed(0)
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 8 * heads,
@@ -49,18 +49,18 @@ def _model(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
+        **({"sliding_window": window} if window else {}),
     }
-    base: Any = (
-        LlamaForCausalLM(LlamaConfig(**shape))
-        if kind == "llama"
-        else MistralForCausalLM(MistralConfig(**shape, sliding_window=window))
-    )
+    base = tiny_model(kind, **shape)
+    family = FAMILIES[ARCHITECTURES[kind]]
+    if family.vision:
+        drop_vision(base)
     add_token_losses(base)
-    return _with_lora(base, fused=fused)
+    return _with_lora(base, fused=fused, targets=family.linear)
 
 
-def _with_lora(base: Any, *, fused: bool = True) -> Any:
-    lora = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=TARGETS)
+def _with_lora(base: Any, *, fused: bool = True, targets: Sequence[str] = TARGETS) -> Any:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=list(targets))
     if fused:
         use_fused_lora(lora)
     model: Any = get_peft_model(base, lora)
@@ -145,10 +145,16 @@ CASES = {
         ("llama", {"heads": 3, "key_heads": 3}),
         ("mistral", {}),
         ("mistral", {"window": 6}),
+        ("mistral3", {}),
+        ("mistral3-ministral3", {}),
+        ("ministral3", {}),
+        ("ministral3", {"window": 6}),
+        ("mixtral", {}),
+        ("mixtral", {"window": 6}),
     ],
 )
 def test_loss_and_every_gradient_equal_those_of_the_rows_one_by_one(
-    case: str, kind: Literal["llama", "mistral"], shape: dict[str, Any]
+    case: str, kind: Kind, shape: dict[str, Any]
 ) -> None:
     rows, labels = CASES[case]
     model = _model(kind, **shape)

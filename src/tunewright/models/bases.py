@@ -109,7 +109,7 @@ def check_base_folder(folder: Path) -> str:
     architecture = check_architecture(folder / "config.json")
     _check_weights(folder)
     if not any((folder / name).exists() for name in _TOKENIZERS):
-        raise UserError(f"no tokenizer: {', '.join(_TOKENIZERS)} are all missing", where=str(folder))
+        raise UserError(f"no {', no '.join(_TOKENIZERS)}: there is no tokenizer", where=str(folder))
     return architecture
 
 

@@ -57,7 +57,7 @@ def load_model(base: Base, dtype: str, quantize: Quantize, place: str | None = N
             use_safetensors=True,
         )
         if FAMILIES[base.architecture].vision:
-            _drop_vision(model)
+            drop_vision(model)
         if quantize == "nf4":
             held_in_nf4(model)
             # Embeddings and norms still lie in the mapped file, which would keep the 16-bit layers resident with them.
@@ -68,7 +68,7 @@ def load_model(base: Base, dtype: str, quantize: Quantize, place: str | None = N
     return model
 
 
-def _drop_vision(model: Any) -> None:
+def drop_vision(model: Any) -> None:
     """Free what reads images.
 
     The text layers keep their names in the whole model, which peft and vLLM look for in an adapter.

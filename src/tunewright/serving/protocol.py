@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tunewright.data.examples import Message, Role
 
@@ -66,6 +66,8 @@ class TextPart(_Part):
 
 
 def _one_part(content: Any) -> Any:
+    if isinstance(content, list) and any(isinstance(p, dict) and "image" in str(p.get("type")) for p in content):
+        raise PydanticCustomError("image", "images are not read here, only text: leave the image out")
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 

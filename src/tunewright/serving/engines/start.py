@@ -13,7 +13,8 @@ import platformdirs
 
 from tunewright.chat import ChatFormat
 from tunewright.errors import UserError
-from tunewright.models.bases import Base, read_config
+from tunewright.models.bases import Base
+from tunewright.models.families import FAMILIES
 from tunewright.models.loading import context_length, load_model, named, text_settings
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
@@ -114,10 +115,11 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
         # Of the adapters that will be trained, the recipe tells the rank.
         max_rank=max(max_rank(known), recipe.train.rank if wanted.spare else 1),
         max_batch=recipe.serve.max_batch,
-        kv_cache_bytes=kv_cache_bytes(read_config(wanted.base.folder / "config.json"), dtype, recipe.serve.max_batch)
+        kv_cache_bytes=kv_cache_bytes(text_settings(wanted.base).to_dict(), dtype, recipe.serve.max_batch)
         if cpu
         else None,
         gpu_share=None if cpu or wanted.alone else 0.45,
+        vision=FAMILIES[wanted.base.architecture].vision,
     )
     return _with_adapters(VllmEngine(settings, stop_ids=wanted.chat.stop_ids, reporter=reporter), wanted.adapters)
 
