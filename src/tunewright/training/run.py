@@ -193,6 +193,8 @@ class Run:
             # Rows come ready-made, and none is longer than the recipe's limit: nothing is left to cut.
             max_length=None,
             remove_unused_columns=False,
+            # Routers of experts are frozen, and the loss is that of the answers alone.
+            router_aux_loss_coef=0.0,
             # Every LoRA weight is used in every pass.
             ddp_find_unused_parameters=False,
             eval_strategy="steps",
