@@ -118,12 +118,18 @@ def _hub_tokenizer(folder: Path) -> Any:
 
 def _tekken_tokenizer(tekken: Path) -> Any:
     """Mistral's tokenizer, with the chat template that lies beside it; None where there is none."""
+    from tokenizers import processors
     from transformers.integrations.mistral import convert_tekken_tokenizer
 
     # Any text but None: without it transformers would write a template itself where mistral-common is installed.
     tokenizer = convert_tekken_tokenizer(str(tekken), chat_template="")
     tokenizer.chat_template = _template_beside(tekken.parent)
     tokenizer.name_or_path = str(tekken.parent)
+    # As Mistral's own encoder does, and its tokenizer.json files; the conversion leaves it out.
+    begin = str(tokenizer.bos_token)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.bos_token_id)]
+    )
     return tokenizer
 
 
