@@ -154,13 +154,13 @@ def written_tekken(version: Written) -> Path:
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     data = json.loads(_mistral_file("v7-tekken").read_text(encoding="utf-8"))
-    names = [str(token["token_str"].value) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    names = [
+        str(getattr(token["token_str"], "value", token["token_str"])) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS
+    ]
     names += [f"<SPECIAL_{place}>" for place in range(len(names), 32)]
     names += ["[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]"]
     kept = names[: {"v11": 34, "v13": 36, "v15": 38}[version]]
-    data["special_tokens"] = [
-        {"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(kept)
-    ]
+    data["special_tokens"] = [{"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(kept)]
     data["config"]["version"] = version
     if version == "v15":
         effort = {"type": "enum", "values": ["none", "high"], "accepts_none": True, "default": "none"}

@@ -204,6 +204,10 @@ def test_a_base_loads_with_the_tokenizer_it_was_written_with(name: str, tmp_path
     assert model.generation_config.eos_token_id == loaded.convert_tokens_to_ids(stops)
 
 
+HINDI = "नमस्ते दुनिया"
+"""Its vowels are marks, which Llama 3's rule cuts off their letters and Mistral's does not."""
+
+
 def _tekken_base(folder: Path, **files: str) -> Base:
     """A tiny Mistral with Mistral's own tokenizer file, as its repositories hold it, and other files beside it."""
     makers.build_mistral_base(folder, "v13")
@@ -241,10 +245,9 @@ def test_tekken_json_decides_over_a_tokenizer_json_with_another_rule(tmp_path: P
     """Mistral published tokenizer.json files whose rule cuts text otherwise than its own encoder."""
     folder = makers.build_mistral_base(tmp_path / "base", "v13")
     wrong = _with_llama3_rule(folder)
-    text = "Straße HTTPServer ÉCOLE 1234 d'été"
-    assert _encode(load_tokenizer(wrong), text) != makers.mistral_encoder("v13").encode(text, bos=False, eos=False)
+    assert _encode(load_tokenizer(wrong), HINDI) != makers.mistral_encoder("v13").encode(HINDI, bos=False, eos=False)
     shutil.copyfile(makers.written_tekken("v13"), folder / "tekken.json")
-    assert _encode(load_tokenizer(wrong), text) == makers.mistral_encoder("v13").encode(text, bos=False, eos=False)
+    assert _encode(load_tokenizer(wrong), HINDI) == makers.mistral_encoder("v13").encode(HINDI, bos=False, eos=False)
 
 
 def test_a_tokenizer_json_with_the_wrong_rule_is_mended_where_transformers_knows_it(tmp_path: Path) -> None:
@@ -252,8 +255,7 @@ def test_a_tokenizer_json_with_the_wrong_rule_is_mended_where_transformers_knows
     base = _with_llama3_rule(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.50.0"}))
-    text = "Straße HTTPServer ÉCOLE 1234 d'été"
-    assert _encode(load_tokenizer(base), text) == makers.mistral_encoder("v13").encode(text, bos=False, eos=False)
+    assert _encode(load_tokenizer(base), HINDI) == makers.mistral_encoder("v13").encode(HINDI, bos=False, eos=False)
 
 
 def _with_llama3_rule(folder: Path) -> Base:

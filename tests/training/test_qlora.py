@@ -180,7 +180,7 @@ def test_gradients_of_a_packed_batch_are_those_of_its_rows_one_by_one(tiny_base_
             model.set_attn_implementation(attention.NAME)
             add_token_losses(model)
         torch.manual_seed(0)
-        model = get_peft_model(model, lora_config(TrainRecipe(preset="all-linear", quantize="nf4"), "LlamaForCausalLM")).train()
+        model = get_peft_model(model, lora_config(TrainRecipe(preset="all-linear", quantize="nf4"))).train()
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.05)

@@ -102,9 +102,13 @@ def see_merged(folder: Path, trained: Trained, reporter: Reporter) -> Seen:
 
     with quiet_transformers():
         # The whole of it, vision tower included: it has to load for whoever uses it so.
-        model = getattr(transformers, trained.base.architecture).from_pretrained(
-            folder, dtype=trained.arithmetic, device_map=device(), local_files_only=True, use_safetensors=True
-        ).eval()
+        model = (
+            getattr(transformers, trained.base.architecture)
+            .from_pretrained(
+                folder, dtype=trained.arithmetic, device_map=device(), local_files_only=True, use_safetensors=True
+            )
+            .eval()
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     probe, chat = trained.probe, trained.chat
     with reporter.task("the merged model's answers", len(probe.prompts), "prompts") as task:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
 from tunewright.adapters.servable import vllm_refusals
 from tunewright.errors import UserError
-from tunewright.models.bases import INDEX, Base, tensor_files
+from tunewright.models.bases import Base, tensor_files
 from tunewright.models.families import ATTENTION, MLP, text_name
 
 Way = Literal["original", "dequantized"]
@@ -87,7 +87,11 @@ def _place(name: str, folder: Path) -> tuple[str, str]:
     """The layer and the part of it that a tensor of an adapter is."""
     module, _, part = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
     layer = text_name(module)
-    if part not in ("lora_A", "lora_B", "lora_magnitude_vector") or layer is None or layer.rpartition(".")[2] not in _LINEAR:
+    if (
+        part not in ("lora_A", "lora_B", "lora_magnitude_vector")
+        or layer is None
+        or layer.rpartition(".")[2] not in _LINEAR
+    ):
         raise UserError(
             f"{name} is no LoRA weight of a linear layer of the decoder",
             where=str(folder / WEIGHTS),

@@ -1,4 +1,4 @@
-"""The model families that tunewright takes, the reasons for those it refuses, and the names of a base's text weights."""
+"""The model families that tunewright takes, why it refuses others, and what a base's text weights are called."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from tunewright.errors import UserError
 from tunewright.recipe import Quantize
-
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -44,8 +43,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 _LLAMA_4 = (
-    "Llama 4 is not supported: vLLM does not load LoRA adapters on it, and its experts cannot be held in 4 bits, so its "
-    "smallest model needs 218 GB"
+    "Llama 4 is not supported: its experts cannot be held in 4 bits, so its smallest model needs 218 GB, and training "
+    "here does not compute its chunked attention"
 )
 REFUSED: Mapping[str, str] = {"Llama4ForConditionalGeneration": _LLAMA_4, "Llama4ForCausalLM": _LLAMA_4}
 """Llamas and Mistrals that are refused, with the reason (docs/models.md)."""
@@ -129,8 +128,8 @@ def require_targets(targets: Sequence[str], architecture: str) -> None:
     missing = [name for name in targets if name not in family.linear]
     if missing:
         raise UserError(
-            f"{family.name} has no linear layer {', '.join(missing)}: its experts are one tensor per layer, which is not "
-            "adapted",
+            f"{family.name} has no linear layer {', '.join(missing)}: its experts are one tensor per layer, which is "
+            "not adapted",
             where="train.targets",
             fix=f"Set train.targets to [{', '.join(family.linear)}], or to some of these.",
         )
@@ -145,8 +144,8 @@ def require_quantizable(quantize: Quantize, architecture: str, key: str = "quant
     family = FAMILIES[architecture]
     if quantize == "nf4" and family.experts:
         raise UserError(
-            f"{family.name} cannot be held in NF4: bitsandbytes quantizes linear layers, and nearly all weights of this "
-            "family are experts, which are not",
+            f"{family.name} cannot be held in NF4: bitsandbytes quantizes linear layers, and nearly all weights of "
+            "this family are experts, which are not",
             where=key,
             fix=f"Set {key} to none.",
         )

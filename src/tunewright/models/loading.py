@@ -119,7 +119,7 @@ def _hub_tokenizer(folder: Path) -> Any:
 def _tekken_tokenizer(tekken: Path) -> Any:
     """Mistral's tokenizer, with the chat template that lies beside it; None where there is none."""
     from tokenizers import processors
-    from transformers.integrations.mistral import convert_tekken_tokenizer
+    from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
     # Any text but None: without it transformers would write a template itself where mistral-common is installed.
     tokenizer = convert_tekken_tokenizer(str(tekken), chat_template="")

@@ -12,6 +12,7 @@ from tunewright.adapters.registry import HISTORY
 from tunewright.chat import Tokens
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
+from tunewright.models.families import FAMILIES
 from tunewright.progress import Reporter, Task
 from tunewright.recipe import Recipe, TrainRecipe, metric_name
 from tunewright.training import processes
@@ -142,7 +143,7 @@ class Run:
             train_dataset=Dataset.from_dict(train),
             eval_dataset=Dataset.from_dict(dev),
             processing_class=tokenizer,
-            peft_config=lora_config(settings, self.base.architecture),
+            peft_config=lora_config(settings, vision=FAMILIES[self.base.architecture].vision),
             callbacks=[
                 Follow(
                     task,

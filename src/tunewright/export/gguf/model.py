@@ -21,7 +21,6 @@ from tunewright.models.fit.shape import read_shape
 from tunewright.models.loading import text_settings
 from tunewright.progress import Reporter
 
-
 _KINDS = ("llama", "mistral")
 """To llama.cpp both are the architecture "llama"; of others neither tensors nor positions have been compared."""
 
