@@ -76,15 +76,15 @@ def tiny_model(kind: Kind, *, seed: int = 0, **changes: Any) -> Any:
     else:
         config = transformers.MistralConfig(**{"sliding_window": None, **shape})
     if kind.startswith("mistral3"):
-        sizes: dict[str, Any] = dict(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            head_dim=16,
-            image_size=28,
-            patch_size=14,
-        )
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "head_dim": 16,
+            "image_size": 28,
+            "patch_size": 14,
+        }
         vision = transformers.PixtralVisionConfig(**sizes)
         config = transformers.Mistral3Config(text_config=config, vision_config=vision, tie_word_embeddings=False)
     torch.manual_seed(seed)

@@ -22,7 +22,8 @@ from tunewright.errors import UserError
 from tunewright.models.bases import Base, resolve_base, tensor_files
 from tunewright.models.embeddings import untrained_tokens
 from tunewright.models.families import ATTENTION, FAMILIES, MLP, VISION, module_name, text_name
-from tunewright.models.loading import load_model
+from tunewright.models.loading import load_model, with_adapters
+from tunewright.models.row_adapters import RowAdapters
 from tunewright.progress import LogReporter
 from tunewright.project import Project
 from tunewright.serving.engines.vllm.engine import VllmSettings
@@ -171,6 +172,37 @@ def test_an_adapter_loads_in_peft_on_the_original_class_and_computes_what_it_doe
         torch.testing.assert_close(found, whole(input_ids=IDS).logits)
         with ours.disable_adapter():
             assert not torch.allclose(found, ours(input_ids=IDS).logits, atol=1e-3)
+
+
+def test_a_batch_of_base_and_adapter_answers_each_as_alone(project: Path) -> None:
+    """The engine peft serves tenants so: their matrices beside the base's layers, rows mixed."""
+    base = _open(project.parent / "base")
+    model = load_model(base, "float32", "none")
+    adapters = RowAdapters(model, mixed=True)
+    adapters.put("tuned", read_matrices(_adapter(project), model))
+    alone: Any = with_adapters(load_model(base, "float32", "none"), {"tuned": _adapter(project)})
+    with torch.inference_mode():
+        with adapters.answering(["tuned", None]):
+            mixed = model(input_ids=torch.cat([IDS, IDS])).logits
+        torch.testing.assert_close(mixed[0], alone(input_ids=IDS).logits[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mixed[1], model(input_ids=IDS).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_of_another_project_is_imported_by_the_names_of_its_family(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for name in ("tunewright.yaml", "dataset"):
+        (tmp_path / "other" / name).symlink_to(project / name)
+    stranger = shutil.copytree(_adapter(project), tmp_path / "stranger")
+    for path in stranger.iterdir():
+        if path.name not in ("adapter_config.json", "adapter_model.safetensors"):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    ran = run("adapters", "import", stranger, "--base-matches", "-p", tmp_path / "other", "--json")
+    assert ran.code == 0, ran.stdout
+    config = json.loads((stranger / "adapter_config.json").read_text())
+    (stranger / "adapter_config.json").write_text(json.dumps(config | {"exclude_modules": ".*(a+)+b"}))
+    ran = run("adapters", "import", stranger, "--base-matches", "-p", tmp_path / "other", "--json")
+    assert ran.code == 2
+    assert "exclude_modules" in ran.document["error"]["where"]
 
 
 def test_vllm_finds_each_of_an_adapters_layers(project: Path, kind: Kind) -> None:

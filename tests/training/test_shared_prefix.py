@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tiny import ARCHITECTURES, Kind, tiny_model
+from tiny import ARCHITECTURES, KINDS, Kind, tiny_model
 from tunewright.models.bases import resolve_base
 from tunewright.models.families import ATTENTION, FAMILIES, MLP
 from tunewright.models.loading import drop_vision, load_model
@@ -189,9 +189,10 @@ def test_trained_turns_within_a_shared_prefix_count_once_for_each_row() -> None:
     _assert_equal(_packed(model, rows, labels), _one_by_one(model, rows, labels))
 
 
-def test_checkpointing_of_activations_changes_no_gradient() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_of_activations_changes_no_gradient(kind: Kind) -> None:
     rows, labels = CASES["several prefixes"]
-    model = _model("llama")
+    model = _model(kind)
     plain = _packed(model, rows, labels)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
