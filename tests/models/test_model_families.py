@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,7 +207,7 @@ def test_an_adapter_of_another_project_is_imported_by_the_names_of_its_family(pr
 
 
 def test_vllm_finds_each_of_an_adapters_layers(project: Path, kind: Kind) -> None:
-    """By the names that vLLM 0.32 gives the layers of each class; vLLM itself is not run on these families here."""
+    """By the prefixes that vLLM's source maps (mistral3.py, hf_to_vllm_mapper); vLLM is not run on these families."""
     mapping = {"model.language_model.": "language_model.model.", "model.": "model."}
     with safe_open(_adapter(project) / "adapter_model.safetensors", "pt") as weights:
         names = [name.removeprefix("base_model.model.") for name in weights.keys()]  # noqa: SIM118
@@ -311,3 +312,13 @@ def test_an_image_in_an_example_is_refused_by_name(tmp_path: Path) -> None:
     ran = run("data", "add", tmp_path / "images.jsonl", "-p", tmp_path)
     assert ran.code == 2
     assert "holds an image, and only text is trained" in " ".join(ran.stderr.split())
+
+
+def test_every_test_that_the_table_names_exists() -> None:
+    root = Path(__file__).parents[2]
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "models.md").read_text(encoding="utf-8")))
+    there = {
+        name for file in (root / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert named
+    assert named <= there
