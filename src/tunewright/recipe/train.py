@@ -68,11 +68,7 @@ class TrainRecipe(Section):
     ] = "classic"
     targets: Annotated[
         tuple[Target, ...],
-        Field(
-            min_length=1,
-            description="The linear layers that get LoRA weights (Hu et al. 2021, section 7.1); of Mixtral, whose experts "
-            "are no linear layers, the first four only.",
-        ),
+        Field(min_length=1, description="The linear layers that get LoRA weights (Hu et al. 2021, section 7.1)."),
     ] = ("q_proj", "v_proj")
     rank: Annotated[int, Field(ge=1, description="LoRA rank (16: Alpaca-LoRA's published adapters).")] = 16
     alpha: Annotated[

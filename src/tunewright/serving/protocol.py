@@ -58,16 +58,20 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def _no_image(kind: Any) -> Any:
+    if "image" in str(kind):
+        raise PydanticCustomError("image", "images are not read here, only text: leave the image out")
+    return kind
+
+
 class TextPart(_Part):
     """One part of a message's content."""
 
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_no_image)]
     text: str
 
 
 def _one_part(content: Any) -> Any:
-    if isinstance(content, list) and any(isinstance(p, dict) and "image" in str(p.get("type")) for p in content):
-        raise PydanticCustomError("image", "images are not read here, only text: leave the image out")
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
