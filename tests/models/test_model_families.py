@@ -260,6 +260,27 @@ def test_a_merged_model_loads_with_the_original_class_and_is_base_and_adapter(
     assert (merged / "preprocessor_config.json").exists() == family.vision
 
 
+@pytest.mark.parametrize("each", ["mistral3", "mistral3-ministral3"])
+def test_an_adapter_trained_in_nf4_is_merged_and_leaves_the_vision_tower_as_it_was(each: Kind, tmp_path: Path) -> None:
+    """One of the two ways to merge quantizes the decoder's layers; those of the same name in the tower are not."""
+    pytest.importorskip("bitsandbytes")
+    base = build_base(tmp_path / "base", each)
+    project = tiny_project(tmp_path / "project", base, count=80)
+    recipe = project / "tunewright.yaml"
+    text = recipe.read_text().replace("epochs: 2", "epochs: 1\n  quantize: nf4").replace("0.003", "0.01")
+    recipe.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
+    for command in (["data", "add", project / "pairs.jsonl"], ["train"], ["export", "merge", "--json"]):
+        ran = run(*command, "-p", project)
+        assert ran.code == 0, ran.stderr
+    assert {way["way"] for way in ran.document["ways"]} == {"original", "dequantized"}
+    before = load_file(base / "model.safetensors")
+    after = load_file(Path(ran.document["folder"]) / "model.safetensors")
+    for name, weight in before.items():
+        changed = not torch.equal(weight, after[name])
+        text_of = text_name(name)
+        assert changed == (text_of is not None and text_of.split(".")[-2] in (*ATTENTION, *MLP)), name
+
+
 def test_gguf_is_exported_or_refused_by_name(project: Path, kind: Kind) -> None:
     pytest.importorskip("xllamacpp")
     ran = run("export", "gguf", "--merged", "-p", project, "--json")
