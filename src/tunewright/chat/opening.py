@@ -40,10 +40,10 @@ def open_chat(base: Base, settings: ChatRecipe | None = None, reporter: Reporter
 
 
 def _mistrals_template(base: Base, settings: ChatRecipe) -> str:
-    """The chat template that mistral-common writes for the base's tekken.json.
+    """Return the chat template that mistral-common writes for the base's tekken.json.
 
     Raises:
-        UserError: not asked for by name, since the file is the same for base models; or mistral-common is missing.
+        UserError: `chat.template` is auto, and the file does not say whether the model is instruction-tuned; or mistral-common is missing.
     """
     if settings.template == "auto":
         raise UserError(
@@ -57,7 +57,7 @@ def _mistrals_template(base: Base, settings: ChatRecipe) -> str:
         from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
     except ImportError:
         raise UserError(
-            f"there is no chat template beside {TEKKEN}, and mistral-common, which writes one, is not installed",
+            f"{TEKKEN} comes without a chat template, and mistral-common, which writes one, is not installed",
             where=str(base.folder),
             fix="pip install 'mistral-common>=1.13', or add the model's chat_template.jinja to the folder.",
         ) from None

@@ -101,7 +101,7 @@ def see_merged(folder: Path, trained: Trained, reporter: Reporter) -> Seen:
     from transformers import AutoTokenizer
 
     with quiet_transformers():
-        # The whole of it, vision tower included: it has to load for whoever uses it so.
+        # By its own class, vision tower included: the folder must load as the original base does.
         model = (
             getattr(transformers, trained.base.architecture)
             .from_pretrained(

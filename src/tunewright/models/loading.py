@@ -85,7 +85,7 @@ def named(base: Base, quantize: Quantize) -> str:
 def load_tokenizer(base: Base) -> Any:
     """The base's own tokenizer, with a padding token (the end of text, where it has none).
 
-    Mistral's tekken.json decides where there is one: tokenizer.json files beside it were published with another rule
+    Mistral's tekken.json decides where there is one: tokenizer.json files next to it were published with another rule
     for cutting text, which gives other tokens.
 
     Raises:
@@ -117,7 +117,7 @@ def _hub_tokenizer(folder: Path) -> Any:
 
 
 def _tekken_tokenizer(tekken: Path) -> Any:
-    """Mistral's tokenizer, with the chat template that lies beside it; None where there is none."""
+    """Return Mistral's tokenizer, with the chat template in the same folder, or without one."""
     from tokenizers import processors
     from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
@@ -134,7 +134,7 @@ def _tekken_tokenizer(tekken: Path) -> Any:
 
 
 def _template_beside(folder: Path) -> Any:
-    """The chat template in a folder's files, where transformers looks for one."""
+    """Return the chat template in a folder's files, where transformers looks for one; None if there is none."""
     written = folder / "chat_template.jinja"
     if written.exists():
         return written.read_text(encoding="utf-8")
@@ -161,7 +161,7 @@ def with_adapters(model: PreTrainedModel | PeftModel, folders: Mapping[str, Path
 
 
 def text_settings(base: Base) -> Any:
-    """The configuration of the base's text model, as transformers reads it."""
+    """Return the configuration of the base's text model, as transformers reads it."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(base.folder, local_files_only=True).get_text_config()
