@@ -43,7 +43,8 @@ def _mistrals_template(base: Base, settings: ChatRecipe) -> str:
     """Return the chat template that mistral-common writes for the base's tekken.json.
 
     Raises:
-        UserError: `chat.template` is auto, and the file does not say whether the model is instruction-tuned; or mistral-common is missing.
+        UserError: `chat.template` is auto, since the file does not say whether the model is instruction-tuned; or
+            mistral-common is missing.
     """
     if settings.template == "auto":
         raise UserError(
