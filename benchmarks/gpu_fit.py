@@ -24,8 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tunewright.models.families import MLP
 from tunewright.models.fit.memory import Load, Way, need
-from tunewright.models.fit.shape import MLP, Shape
+from tunewright.models.fit.shape import Shape
 from tunewright.recipe import PRESETS
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["targets"]

@@ -10,14 +10,15 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.base import Tokenizer as MistralEncoder
     from tokenizers import Tokenizer
 
 Llama3 = Literal["llama3", "llama3_1", "llama3_2"]
-Mistral = Literal["v1", "v2", "v3", "v7", "tekken", "v7-tekken"]
+Mistral = Literal["v1", "v2", "v3", "v7", "tekken", "v7-tekken", "v11", "v13", "v15"]
+Written = Literal["v11", "v13", "v15"]
 Chat = Sequence[Mapping[str, str]]
 Text = TypeVar("Text", str, bytes)
 
@@ -29,9 +30,15 @@ MISTRAL_FILES: dict[Mistral, str] = {
     "v7": "mistral_instruct_tokenizer_241114.model.v7",
     "tekken": "tekken_240718.json",
     "v7-tekken": "tekken_240911.json",
+    # mistral-common encodes by these versions, and has none of their files: see `written_tekken`.
+    "v11": "tekken_240911.json",
+    "v13": "tekken_240911.json",
+    "v15": "tekken_240911.json",
 }
+WRITTEN: tuple[Written, ...] = get_args(Written)
 TEMPLATES = Path(__file__).parent / "chat" / "templates"
 # v2 and v3 differ in tool calls only.
+# From v11 on the templates are those that mistral-common writes itself.
 MISTRAL_TEMPLATES: dict[Mistral, str] = {
     "v1": "mistral_v1.jinja",
     "v2": "mistral_v3.jinja",
@@ -56,7 +63,7 @@ def mistral_encoder(version: Mistral) -> MistralEncoder:
     from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-    file = _mistral_file(version)
+    file = written_tekken(version) if version in WRITTEN else _mistral_file(version)
     return Tekkenizer.from_file(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
 
 
@@ -80,6 +87,8 @@ def llama3_tokenizer(family: Llama3 = "llama3") -> Any:
 @cache
 def mistral_tokenizer(version: Mistral) -> Any:
     """Mistral's tokenizer as transformers loads it, with a template that renders what mistral-common encodes."""
+    if version in WRITTEN:
+        return _tekken_as_shipped(version)
     template = (TEMPLATES / MISTRAL_TEMPLATES[version]).read_text(encoding="utf-8")
     return _transformers_tokenizer(_convert_mistral(version), template)
 
@@ -118,13 +127,60 @@ def mistral_reference(version: Mistral, messages: Chat) -> list[int]:
         "v7": (TokenizerVersion.v7, instruct.InstructTokenizerV7),
         "tekken": (TokenizerVersion.v3, instruct.InstructTokenizerV3),
         "v7-tekken": (TokenizerVersion.v7, instruct.InstructTokenizerV7),
+        "v11": (TokenizerVersion.v11, instruct.InstructTokenizerV11),
+        "v13": (TokenizerVersion.v13, instruct.InstructTokenizerV13),
+        "v15": (TokenizerVersion.v15, instruct.InstructTokenizerV15),
     }
     number, instruct_tokenizer = by_version[version]
+    encoder = mistral_encoder(version)
+    settings = encoder.model_settings_builder if version == "v15" else None
     request: ChatCompletionRequest[Any] = ChatCompletionRequest.model_validate(
         {"messages": [dict(m) for m in messages]}
     )
-    normalized = get_normalizer(number, None).from_chat_completion_request(request)
-    return list(instruct_tokenizer(mistral_encoder(version)).encode_instruct(normalized).tokens)
+    normalized = get_normalizer(number, settings).from_chat_completion_request(request)
+    return list(instruct_tokenizer(encoder).encode_instruct(normalized).tokens)
+
+
+@cache
+def written_tekken(version: Written) -> Path:
+    """A folder's tekken.json as Mistral publishes it with models of this version: its vocabulary, and more tokens.
+
+    The vocabulary of all of these is that of 240911, which mistral-common has; the special tokens are listed in the
+    file from v11 on, the new ones where Mistral's files have them.
+    """
+    import json
+    import tempfile
+
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    data = json.loads(_mistral_file("v7-tekken").read_text(encoding="utf-8"))
+    names = [
+        str(getattr(token["token_str"], "value", token["token_str"])) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS
+    ]
+    names += [f"<SPECIAL_{place}>" for place in range(len(names), 32)]
+    names += ["[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]"]
+    kept = names[: {"v11": 34, "v13": 36, "v15": 38}[version]]
+    data["special_tokens"] = [{"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(kept)]
+    data["config"]["version"] = version
+    if version == "v15":
+        effort = {"type": "enum", "values": ["none", "high"], "accepts_none": True, "default": "none"}
+        data["model_settings_builder"] = {"reasoning_effort": effort}
+    file = Path(tempfile.mkdtemp()) / "tekken.json"
+    file.write_text(json.dumps(data), encoding="utf-8")
+    return file
+
+
+def _tekken_as_shipped(version: Written) -> Any:
+    """The tokenizer and template of a folder that holds tekken.json and Mistral's template beside it."""
+    from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
+
+    from tunewright.models.bases import Base
+    from tunewright.models.loading import load_tokenizer
+
+    file = written_tekken(version)
+    template = convert_tokenizer_to_chat_template(file)
+    (file.parent / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return load_tokenizer(Base(version, file.parent, None, "Mistral3ForConditionalGeneration", {}))
 
 
 def llama2_reference(messages: Chat) -> list[int]:

@@ -167,7 +167,7 @@ def test_modules_ranks_and_scales_are_those_that_peft_makes(changes: dict[str, A
     prefix = "base_model.model."
     layers = {name.removeprefix(prefix): part for name, part in model.named_modules() if hasattr(part, "lora_A")}
     shape = read_shape(tiny_base_folder / "config.json")
-    config = read_config(json.dumps(lora_config(**values)).encode(), shape, "config")
+    config = read_config(json.dumps(lora_config(**values)).encode(), shape, "LlamaForCausalLM", "config")
     assert {m: config.rank(m) for m in config.modules} == {m: part.r["default"] for m, part in layers.items()}
     scales = {m: part.scaling["default"] for m, part in layers.items()}
     assert {m: config.scale(m) for m in config.modules} == pytest.approx(scales)

@@ -39,6 +39,12 @@ EXPECTED = {
     "v7": "<s>[SYSTEM_PROMPT] Cite.[/SYSTEM_PROMPT][INST] Ohio?[/INST] Oh.</s>[INST] Iowa?[/INST] Ia.</s>",
     "tekken": "<s>[INST]Ohio?[/INST]Oh.</s>[INST]Cite.\n\nIowa?[/INST]Ia.</s>",
     "v7-tekken": "<s>[SYSTEM_PROMPT]Cite.[/SYSTEM_PROMPT][INST]Ohio?[/INST]Oh.</s>[INST]Iowa?[/INST]Ia.</s>",
+    "v11": "<s>[SYSTEM_PROMPT]Cite.[/SYSTEM_PROMPT][INST]Ohio?[/INST]Oh.</s>[INST]Iowa?[/INST]Ia.</s>",
+    "v13": "<s>[SYSTEM_PROMPT]Cite.[/SYSTEM_PROMPT][INST]Ohio?[/INST]Oh.</s>[INST]Iowa?[/INST]Ia.</s>",
+    "v15": (
+        '<s>[SYSTEM_PROMPT]Cite.[/SYSTEM_PROMPT][MODEL_SETTINGS]{"reasoning_effort": "none"}[/MODEL_SETTINGS]'
+        "[INST]Ohio?[/INST]Oh.</s>[INST]Iowa?[/INST]Ia.</s>"
+    ),
     "chatml": (
         "<|im_start|>system\nCite.<|im_end|>\n<|im_start|>user\nOhio?<|im_end|>\n<|im_start|>assistant\nOh.<|im_end|>\n"
         "<|im_start|>user\nIowa?<|im_end|>\n<|im_start|>assistant\nIa.<|im_end|>"

@@ -52,7 +52,7 @@ def test_a_mistral_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM; supported are"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM is not supported"),
         ({"architectures": []}, "architecture unknown"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "run code of its own"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized .gptq."),
@@ -190,6 +190,35 @@ def test_a_hub_base_is_pinned_to_its_commit_and_then_needs_no_hub(
     hub.shutdown()
     hub.server_close()
     assert _resolve("org/tiny", tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"architectures": ["Llama4ForConditionalGeneration"]}, "Llama 4 is not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "already quantized .fp8."),
+    ],
+)
+def test_a_hub_base_that_is_refused_costs_no_download_of_its_weights(
+    hub: ThreadingHTTPServer, base: Path, tmp_path: Path, values: dict[str, Any], words: str
+) -> None:
+    _edit_config(base, **values)
+    hub.RequestHandlerClass.folder = base  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=words):
+        _resolve("org/tiny", tmp_path)
+    assert [path.name for path in (tmp_path / "hub-cache").rglob("*.*") if path.suffix == ".safetensors"] == []
+
+
+def test_weights_that_a_hub_base_holds_twice_are_fetched_once(
+    hub: ThreadingHTTPServer, base: Path, tmp_path: Path
+) -> None:
+    before = _resolve(str(base), tmp_path).digest
+    shutil.copyfile(base / "model.safetensors", base / "consolidated.safetensors")
+    assert _resolve(str(base), tmp_path).digest == before
+    hub.RequestHandlerClass.folder = base  # type: ignore[attr-defined]
+    fetched = _resolve("org/tiny", tmp_path)
+    assert fetched.digest == before
+    assert sorted(path.name for path in fetched.folder.glob("*.safetensors")) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tiny import tiny_model
 from tunewright.errors import UserError
+from tunewright.models.families import ATTENTION, FAMILIES
 from tunewright.models.fit import memory as fit_memory
 from tunewright.models.fit.memory import Load, Way, adapter_copies, attention_saved, layer_saved, need, weight_bytes
 from tunewright.models.fit.plan import memory_at_hand, plan
 from tunewright.models.fit.shape import Shape, read_shape
 from tunewright.models.fit.sizes import gigabytes, parse_size
+from tunewright.models.loading import drop_vision
 from tunewright.recipe import PRESETS, TrainRecipe
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
@@ -38,6 +41,66 @@ LLAMA_31_70B = {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
+MISTRAL_SMALL_31: dict[str, Any] = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "mistral",
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 131072,
+    },
+    "vision_config": {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24},
+}
+MINISTRAL_3_8B = {
+    **MISTRAL_SMALL_31,
+    "text_config": {
+        "model_type": "ministral3",
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "vocab_size": 131072,
+    },
+}
+MINISTRAL_3_3B = {
+    **MINISTRAL_3_8B,
+    "tie_word_embeddings": True,
+    "text_config": {
+        **MINISTRAL_3_8B["text_config"],
+        "hidden_size": 3072,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+    },
+}
+DEVSTRAL_2 = {
+    **MINISTRAL_3_8B["text_config"],
+    "architectures": ["Ministral3ForCausalLM"],
+    "hidden_size": 12288,
+    "intermediate_size": 28672,
+    "num_attention_heads": 96,
+    "num_hidden_layers": 88,
+}
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+}
+EXPERTS = Shape(2, 48, 80, 6, 2, 8, 101, tied=False, attention_bias=False, mlp_bias=False, experts=4, chosen=2)
 TINY = Shape(2, 48, 80, 6, 2, 8, 101, tied=False, attention_bias=False, mlp_bias=False)
 ALL_LINEAR: tuple[str, ...] = PRESETS["all-linear"]["targets"]
 CLASSIC: tuple[str, ...] = PRESETS["classic"]["targets"]
@@ -56,17 +119,25 @@ def _shape(folder: Path, config: dict[str, Any]) -> Shape:
         (LLAMA_31_8B, 8_030_261_248),
         (MISTRAL_7B, 7_241_732_096),
         (LLAMA_31_70B, 70_553_706_496),
+        (MISTRAL_SMALL_31, 23_572_403_200),
+        (MINISTRAL_3_8B, 8_489_553_920),
+        (MINISTRAL_3_3B, 3_429_006_336),
+        (DEVSTRAL_2, 125_025_988_608),
+        (MIXTRAL_8X7B, 46_702_792_704),
     ],
 )
-def test_parameters_are_those_published_and_those_of_transformers(
+def test_parameters_are_those_of_transformers_text_model(
     tmp_path: Path, config: dict[str, Any], parameters: int
 ) -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+    import transformers
 
     assert _shape(tmp_path, config).parameters == parameters
-    kind: Any = LlamaConfig if config["architectures"] == [LLAMA] else MistralConfig
+    (architecture,) = config["architectures"]
+    kind = getattr(transformers, architecture)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(kind(**config))
+        model = kind(kind.config_class.from_dict(config))
+    if FAMILIES[architecture].vision:
+        drop_vision(model)
     assert sum(weight.numel() for weight in model.parameters()) == parameters
 
 
@@ -87,7 +158,7 @@ def test_tied_embeddings_and_biases_are_counted(tmp_path: Path, extra: dict[str,
         ({**LLAMA_2_7B, "num_attention_heads": 0}, "not a configuration of"),
         ({**LLAMA_2_7B, "num_hidden_layers": -1}, "its sizes make no model"),
         ({**LLAMA_2_7B, "num_key_value_heads": 5}, "its sizes make no model"),
-        ({**LLAMA_2_7B, "architectures": ["Qwen2ForCausalLM"]}, "supported are"),
+        ({**LLAMA_2_7B, "architectures": ["Qwen2ForCausalLM"]}, "is not supported"),
     ],
 )
 def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
@@ -96,11 +167,9 @@ def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, config: dict[st
 
 
 def _model(dtype: str, targets: tuple[str, ...], layers: int, shape: Shape = TINY) -> Any:
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tunewright.training.head import add_token_losses
-    from tunewright.training.lora import use_fused_lora
     from tunewright.training.shared_prefix import attention
 
     attention.register()
@@ -117,6 +186,14 @@ def _model(dtype: str, targets: tuple[str, ...], layers: int, shape: Shape = TIN
     base: Any = LlamaForCausalLM(config).to(getattr(torch, dtype))
     base.set_attn_implementation(attention.NAME)
     add_token_losses(base)
+    return _with_lora(base, targets)
+
+
+def _with_lora(base: Any, targets: tuple[str, ...]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    from tunewright.training.lora import use_fused_lora
+
     lora = LoraConfig(r=5, target_modules=list(targets), task_type="CAUSAL_LM")
     use_fused_lora(lora)
     model: Any = get_peft_model(base, lora)
@@ -173,17 +250,51 @@ def test_a_layer_keeps_to_the_byte_what_autograd_saves(dtype: Any, targets: tupl
     assert two - one == layer_saved(TINY, way, load.tokens) + attention_saved(TINY, way, load) + copies
 
 
+def _experts_model(dtype: str, targets: tuple[str, ...], layers: int, shape: Shape = EXPERTS) -> Any:
+    from tunewright.training.head import add_token_losses
+    from tunewright.training.shared_prefix import attention
+
+    attention.register()
+    base = tiny_model(
+        "mixtral",
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head,
+    ).to(getattr(torch, dtype))
+    base.set_attn_implementation(attention.NAME)
+    add_token_losses(base)
+    return _with_lora(base, targets)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [CLASSIC, ATTENTION])
+@pytest.mark.parametrize("load", [Load(2, 0, 16, 4), Load(2, 10, 16, 4), Load(2, 131, 150, 150)])
+def test_experts_saved_equals_what_autograd_saves(dtype: Any, targets: tuple[str, ...], load: Load) -> None:
+    one, two = (_saved_bytes(_experts_model(dtype, targets, layers), _batch(load), dtype) for layers in (1, 2))
+    way = Way(targets, 5, dtype)
+    copies = adapter_copies(replace(EXPERTS, layers=1), way)
+    assert two - one == layer_saved(EXPERTS, way, load.tokens) + attention_saved(EXPERTS, way, load) + copies
+
+
+@pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("load", [Load(8, 0, 100, 1), Load(8, 60, 40, 40)])
-def test_the_peak_of_a_step_is_the_allocators(dtype: Any, checkpointing: bool, load: Load) -> None:
+def test_the_peak_of_a_step_is_the_allocators(experts: bool, dtype: Any, checkpointing: bool, load: Load) -> None:
     """Every allocation of a step, as torch's profiler sees them, against the sum of the parts."""
     from torch.profiler import ProfilerActivity, profile
 
     from tunewright.training.head import token_losses_of
 
     shape = Shape(3, 192, 512, 6, 2, 32, 4000, tied=False, attention_bias=False, mlp_bias=False)
-    model, batch = _model(dtype, ALL_LINEAR, 3, shape), _batch(load, 4000)
+    build, targets = _model, ALL_LINEAR
+    if experts:
+        shape, build, targets = replace(shape, experts=4, chosen=2), _experts_model, ATTENTION
+    model, batch = build(dtype, targets, 3, shape), _batch(load, 4000)
     if checkpointing:
         model.gradient_checkpointing_enable()
 
@@ -202,7 +313,7 @@ def test_the_peak_of_a_step_is_the_allocators(dtype: Any, checkpointing: bool, l
     for event in sorted(allocations, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    way = Way(ALL_LINEAR, 5, dtype, checkpointing=checkpointing)
+    way = Way(targets, 5, dtype, checkpointing=checkpointing)
     told = need(shape, way, load)
     assert told.activations + told.attention + told.head + told.working + adapter_copies(shape, way) == pytest.approx(
         peak, rel=0.15

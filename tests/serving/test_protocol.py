@@ -65,6 +65,14 @@ def test_the_field_at_fault_is_named(more: dict[str, Any], param: str) -> None:
     assert param in caught.value.message
 
 
+def test_an_image_is_refused_by_name() -> None:
+    content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+    body = LEAST | {"messages": [{"role": "user", "content": content}]}
+    with pytest.raises(ApiError, match="images are not read here, only text") as caught:
+        parse_request(ChatRequest, json.dumps(body).encode())
+    assert caught.value.status == 400
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"null", b'"x"'])
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:

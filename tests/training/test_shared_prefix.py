@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from tiny import ARCHITECTURES, KINDS, Kind, tiny_model
 from tunewright.models.bases import resolve_base
-from tunewright.models.loading import load_model
+from tunewright.models.families import ATTENTION, FAMILIES, MLP
+from tunewright.models.loading import drop_vision, load_model
 from tunewright.progress import LogReporter
 from tunewright.training.head import add_token_losses, token_losses_of
 from tunewright.training.lora import use_fused_lora
@@ -30,13 +31,13 @@ from tunewright.training.shared_prefix.layout import Sequences
 from tunewright.training.shared_prefix.plan import GROUP_COST, common_prefix, computed_tokens
 
 VOCABULARY = 61
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = (*ATTENTION, *MLP)
 
 Rows = list[list[int]]
 
 
 def _model(
-    kind: Literal["llama", "mistral"],
+    kind: Kind,
     *,
     heads: int = 4,
     key_heads: int = 2,
@@ -45,7 +46,6 @@ def _model(
     fused: bool = True,
 ) -> Any:
     """A random model with LoRA whose B matrices are not zero, so that A's gradients are not either."""
-    torch.manual_seed(0)
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 8 * heads,
@@ -53,18 +53,18 @@ def _model(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
+        **({"sliding_window": window} if window else {}),
     }
-    base: Any = (
-        LlamaForCausalLM(LlamaConfig(**shape))
-        if kind == "llama"
-        else MistralForCausalLM(MistralConfig(**shape, sliding_window=window))
-    )
+    base = tiny_model(kind, **shape)
+    family = FAMILIES[ARCHITECTURES[kind]]
+    if family.vision:
+        drop_vision(base)
     add_token_losses(base)
-    return _with_lora(base, fused=fused)
+    return _with_lora(base, fused=fused, targets=family.linear)
 
 
-def _with_lora(base: Any, *, fused: bool = True) -> Any:
-    lora = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=TARGETS)
+def _with_lora(base: Any, *, fused: bool = True, targets: Sequence[str] = TARGETS) -> Any:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=list(targets))
     if fused:
         use_fused_lora(lora)
     model: Any = get_peft_model(base, lora)
@@ -149,10 +149,16 @@ CASES = {
         ("llama", {"heads": 3, "key_heads": 3}),
         ("mistral", {}),
         ("mistral", {"window": 6}),
+        ("mistral3", {}),
+        ("mistral3-ministral3", {}),
+        ("ministral3", {}),
+        ("ministral3", {"window": 6}),
+        ("mixtral", {}),
+        ("mixtral", {"window": 6}),
     ],
 )
 def test_loss_and_every_gradient_equal_those_of_the_rows_one_by_one(
-    case: str, kind: Literal["llama", "mistral"], shape: dict[str, Any]
+    case: str, kind: Kind, shape: dict[str, Any]
 ) -> None:
     rows, labels = CASES[case]
     model = _model(kind, **shape)
@@ -187,9 +193,10 @@ def test_trained_turns_within_a_shared_prefix_count_once_for_each_row() -> None:
     _assert_equal(_packed(model, rows, labels), _one_by_one(model, rows, labels))
 
 
-def test_checkpointing_of_activations_changes_no_gradient() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_of_activations_changes_no_gradient(kind: Kind) -> None:
     rows, labels = CASES["several prefixes"]
-    model = _model("llama")
+    model = _model(kind)
     plain = _packed(model, rows, labels)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -9,7 +9,7 @@ from tunewright.chat.templates import TemplateKind
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.embeddings import untrained_tokens
-from tunewright.models.loading import end_token_ids, load_tokenizer
+from tunewright.models.loading import TEKKEN, end_token_ids, load_tokenizer
 from tunewright.progress import LogReporter, Reporter
 from tunewright.recipe import ChatRecipe
 
@@ -22,6 +22,8 @@ def open_chat(base: Base, settings: ChatRecipe | None = None, reporter: Reporter
     """
     settings = settings or ChatRecipe()
     tokenizer = load_tokenizer(base)
+    if not tokenizer.chat_template and (base.folder / TEKKEN).exists() and settings.template != "plain":
+        tokenizer.chat_template = _mistrals_template(base, settings)
     kind: TemplateKind = "own" if settings.template == "own" else "plain"
     if settings.template == "auto":
         kind = "own" if tokenizer.chat_template else "plain"
@@ -35,6 +37,35 @@ def open_chat(base: Base, settings: ChatRecipe | None = None, reporter: Reporter
     )
     refuse_untrained(chat, base, chat.used_control_ids)
     return chat
+
+
+def _mistrals_template(base: Base, settings: ChatRecipe) -> str:
+    """Return the chat template that mistral-common writes for the base's tekken.json.
+
+    Raises:
+        UserError: `chat.template` is auto, since the file does not say whether the model is instruction-tuned; or
+            mistral-common is missing.
+    """
+    if settings.template == "auto":
+        raise UserError(
+            f"{TEKKEN} and no chat template: this may be a base model, or an instruction-tuned one",
+            where=str(base.folder),
+            fix="Set chat.template to own for an instruction-tuned model (mistral-common writes its template), or to "
+            "plain for a base model.",
+        )
+    try:
+        from mistral_common.exceptions import MistralCommonException
+        from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
+    except ImportError:
+        raise UserError(
+            f"{TEKKEN} comes without a chat template, and mistral-common, which writes one, is not installed",
+            where=str(base.folder),
+            fix="pip install 'mistral-common>=1.13', or add the model's chat_template.jinja to the folder.",
+        ) from None
+    try:
+        return convert_tokenizer_to_chat_template(base.folder / TEKKEN)
+    except (MistralCommonException, ValueError) as error:
+        raise UserError(f"mistral-common writes no chat template: {error}", where=str(base.folder / TEKKEN)) from error
 
 
 def refuse_untrained(chat: ChatFormat, base: Base, ids: frozenset[int]) -> None:

@@ -16,14 +16,16 @@ from tunewright.export.observing import answer, distance, distributions
 from tunewright.export.record import WayMeasured
 from tunewright.export.templates import exported_template, rendered_alike
 from tunewright.export.trained import Seen, Trained
-from tunewright.export.weights import INDEX, Way, Weights, put_into, read_changes, trained_dtype
-from tunewright.models.bases import Base
+from tunewright.export.weights import Way, Weights, put_into, read_changes, trained_dtype
+from tunewright.models.bases import INDEX, Base
 from tunewright.models.decoding import Completion
 from tunewright.models.loading import device, load_model
 from tunewright.models.quiet import quiet_transformers
 from tunewright.progress import Reporter
 
 _GENERATION = "generation_config.json"
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+"""Of a base that reads images: without them neither transformers nor vLLM loads the whole model."""
 
 
 def choose_way(trained: Trained, reporter: Reporter) -> tuple[Weights, Way, tuple[WayMeasured, ...]]:
@@ -69,7 +71,7 @@ def write_merged(folder: Path, weights: Weights, base: Base, chat: ChatFormat, r
                 task.advance()
             save_file(tensors, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o644)  # safetensors writes for the owner alone
-    for name in ("config.json", INDEX):
+    for name in ("config.json", INDEX, *_PROCESSOR):
         if (base.folder / name).exists():
             shutil.copyfile(base.folder / name, folder / name)
     write_json(folder / _GENERATION, generation_settings(base, chat))
@@ -95,12 +97,18 @@ def save_tokenizer(folder: Path, chat: ChatFormat) -> None:
 
 def see_merged(folder: Path, trained: Trained, reporter: Reporter) -> Seen:
     """What the model in ``folder`` gives, loaded from there by transformers with nothing of ours."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from transformers import AutoTokenizer
 
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=trained.arithmetic, device_map=device(), local_files_only=True, use_safetensors=True
-        ).eval()
+        # By its own class, vision tower included: the folder must load as the original base does.
+        model = (
+            getattr(transformers, trained.base.architecture)
+            .from_pretrained(
+                folder, dtype=trained.arithmetic, device_map=device(), local_files_only=True, use_safetensors=True
+            )
+            .eval()
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     probe, chat = trained.probe, trained.chat
     with reporter.task("the merged model's answers", len(probe.prompts), "prompts") as task:

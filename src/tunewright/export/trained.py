@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tunewright.adapters.fit import trained_quantize
@@ -107,8 +108,11 @@ class Trained:
 def trained_model(base: Base, adapter: Adapter, arithmetic: str) -> Any:
     """The base with the very weights that training held, computing in ``arithmetic``, and the adapter on it."""
     model = load_model(base, arithmetic, "none")
-    held = Weights(base, trained_dtype(adapter), {}, dequantized=trained_quantize([adapter]) == "nf4")
-    put_into(model, held, held.held)
+    for weight in model.parameters():
+        weight.data = weight.data.to(getattr(torch, trained_dtype(adapter))).to(weight.dtype)
+    if trained_quantize([adapter]) == "nf4":
+        held = Weights(base, trained_dtype(adapter), {}, dequantized=True)
+        put_into(model, held, held.held)
     return with_adapters(model, {adapter.name: adapter.folder})
 
 

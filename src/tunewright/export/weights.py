@@ -22,12 +22,11 @@ from torch import Tensor
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
 from tunewright.adapters.servable import vllm_refusals
 from tunewright.errors import UserError
-from tunewright.models.bases import Base
-from tunewright.models.fit.shape import ATTENTION, MLP
+from tunewright.models.bases import Base, tensor_files
+from tunewright.models.families import ATTENTION, MLP, text_name
 
 Way = Literal["original", "dequantized"]
 
-INDEX = "model.safetensors.index.json"
 _PREFIX = "base_model.model."
 _LINEAR = (*ATTENTION, *MLP)
 
@@ -55,7 +54,7 @@ class Change:
 
 
 def read_changes(folder: Path) -> dict[str, Change]:
-    """What the adapter in ``folder`` does to each layer, by the name of the weight that it changes.
+    """What the adapter in ``folder`` does to each layer, by the weight's name in a text model alone (`text_name`).
 
     Raises:
         UserError: an adapter that is more than LoRA over the decoder's linear layers.
@@ -86,8 +85,13 @@ def read_changes(folder: Path) -> dict[str, Change]:
 
 def _place(name: str, folder: Path) -> tuple[str, str]:
     """The layer and the part of it that a tensor of an adapter is."""
-    layer, _, part = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-    if part not in ("lora_A", "lora_B", "lora_magnitude_vector") or layer.rpartition(".")[2] not in _LINEAR:
+    module, _, part = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+    layer = text_name(module)
+    if (
+        part not in ("lora_A", "lora_B", "lora_magnitude_vector")
+        or layer is None
+        or layer.rpartition(".")[2] not in _LINEAR
+    ):
         raise UserError(
             f"{name} is no LoRA weight of a linear layer of the decoder",
             where=str(folder / WEIGHTS),
@@ -107,13 +111,8 @@ class BaseWeights:
         """Each weights file's tensors, in the order in which they lie there."""
         from safetensors import safe_open
 
-        index = self.folder / INDEX
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
         found = {}
-        for name in names:
+        for name in sorted(set(tensor_files(self.folder).values())):
             with safe_open(self.folder / name, framework="pt") as weights:
                 found[name] = list(weights.keys())
         return found
@@ -145,7 +144,7 @@ class Weights:
     Args:
         base: the base.
         dtype: what it was held in for training ("bfloat16" or "float32"), which NF4 is made from.
-        changes: the adapter's, by weight (see `read_changes`); none gives the base itself.
+        changes: the adapter's, by the weight's name in a text model alone (see `read_changes`); none gives the base.
         dequantized: start from what NF4 makes of the linear layers.
 
     Raises:
@@ -154,10 +153,11 @@ class Weights:
 
     def __init__(self, base: Base, dtype: str, changes: Mapping[str, Change], *, dequantized: bool = False) -> None:
         self.base = BaseWeights(base.folder)
-        self.changes = changes
+        own = {text_name(name): name for name in self.base}
+        self.changes = {own.get(name, name): change for name, change in changes.items()}
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._dequantized = dequantized
-        for name, change in changes.items():
+        for name, change in self.changes.items():
             if name not in self.base:
                 raise UserError(f"the adapter changes {name}, which {base.spec} does not have", where=base.spec)
             wanted, found = (change.b.shape[0], change.a.shape[1]), tuple(self.base[name].shape)
@@ -191,7 +191,7 @@ class Weights:
 
 def is_quantized(name: str) -> bool:
     """Whether NF4 holds this weight in 4 bits: those of the decoder's linear layers."""
-    return name.endswith(tuple(f".{layer}.weight" for layer in _LINEAR))
+    return text_name(name) is not None and name.endswith(tuple(f".{layer}.weight" for layer in _LINEAR))
 
 
 def dequantized(weight: Tensor) -> Tensor:
@@ -209,9 +209,13 @@ def trained_dtype(adapter: Adapter) -> str:
 
 
 def put_into(model: Any, names: Iterable[str], value: Callable[[str], Tensor]) -> None:
-    """Give a loaded model other weights, in the model's own precision."""
-    parameters = dict(model.named_parameters())
+    """Give a loaded model other weights, in the model's own precision; it keeps those that have another form in files.
+
+    Files also hold a tied output layer, the vision tower that was dropped, and each expert on its own.
+    """
+    parameters = {text_name(name): weight for name, weight in model.named_parameters()}
     with torch.no_grad():
         for name in names:
-            if name in parameters:  # a tied output layer may lie in the file, and is no parameter of its own
-                parameters[name].copy_(value(name))
+            text = text_name(name)
+            if text is not None and text in parameters:
+                parameters[text].copy_(value(name))

@@ -13,10 +13,12 @@ import platformdirs
 from tunewright.disk import digest, file_digest, write_json
 from tunewright.errors import UserError
 from tunewright.models.bundled import BUNDLED, bundled_folder
-from tunewright.models.hub import hub_config, hub_folder
+from tunewright.models.families import family_of, text_config
+from tunewright.models.hub import CONSOLIDATED, hub_config, hub_folder
 from tunewright.progress import Reporter
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+INDEX = "model.safetensors.index.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 
@@ -44,7 +46,7 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
     """Find, fetch and check the base that ``spec`` names; relative folders count from ``root``.
 
     Raises:
-        UserError: nothing there, not a Llama or Mistral, no safetensors weights, remote code, quantized weights,
+        UserError: nothing there, an unsupported family, no safetensors weights, remote code, quantized weights,
             or a hub that is gated or cannot be reached.
     """
     commit = None
@@ -54,6 +56,8 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
     elif place == "bundled":
         folder = bundled_folder(spec.removeprefix("bundled:"), reporter)
     else:
+        # What is not supported is refused by its configuration alone, before gigabytes of weights are fetched.
+        check_architecture(hub_config(spec, revision, root / "base.lock.json"))
         folder, commit = hub_folder(spec, revision, root / "base.lock.json", reporter)
     if revision is not None and commit is None:
         raise UserError("only a hub id has a revision", where="revision", fix="Remove the key revision.")
@@ -104,8 +108,8 @@ def check_base_folder(folder: Path) -> str:
     """
     architecture = check_architecture(folder / "config.json")
     _check_weights(folder)
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
-        raise UserError("no tokenizer.json and no tokenizer.model", where=str(folder))
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        raise UserError(f"no {', no '.join(_TOKENIZERS)}: there is no tokenizer", where=str(folder))
     return architecture
 
 
@@ -113,29 +117,26 @@ def check_architecture(path: Path) -> str:
     """The architecture that a base's ``config.json`` names.
 
     Raises:
-        UserError: not a Llama or Mistral, code of its own, or weights that are quantized already.
+        UserError: an unsupported family, code of its own, or weights that are quantized already.
     """
     config = read_config(path)
     where = str(path)
-    architectures = config.get("architectures") or []
     if config.get("auto_map"):
         raise UserError(
             "this base wants to run code of its own (auto_map)", where=where, fix="Code from a base is never run."
         )
-    if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
-        raise UserError(
-            f"architecture {', '.join(map(str, architectures)) or 'unknown'}; "
-            f"supported are {' and '.join(ARCHITECTURES)}",
-            where=where,
-        )
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(
-            f"the weights are already quantized ({method})",
-            where=where,
-            fix="Give the original base in bfloat16, float16 or float32.",
-        )
-    return str(architectures[0])
+    architecture, _ = family_of(config, where)
+    quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise UserError(f"the weights are already quantized ({method})", where=where, fix=_unquantized(method))
+    return architecture
+
+
+def _unquantized(method: str) -> str:
+    fix = "Use the original base in bfloat16, float16 or float32."
+    # Ministral 3 and Devstral 2 are published in FP8; Ministral 3 in bfloat16 too, under another name.
+    return f"{fix} Of a Ministral 3 that is the repository whose name ends in -BF16." if method == "fp8" else fix
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -155,8 +156,20 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def tensor_files(folder: Path) -> dict[str, str]:
+    """Return the weights file of each of a base's tensors, by the tensor's name in the file."""
+    index = folder / INDEX
+    if index.exists():
+        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return files
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="numpy") as weights:
+        return dict.fromkeys(weights.keys(), "model.safetensors")
+
+
 def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.exists():
         wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:
@@ -196,11 +209,15 @@ def _file_digests(folder: Path) -> dict[str, str]:
 
 
 def _decides(path: Path) -> bool:
+    if path.name.startswith(CONSOLIDATED):
+        return False
     return path.suffix in {".safetensors", ".jinja", ".model"} or path.name in {
+        "chat_template.json",
         "config.json",
         "generation_config.json",
-        "model.safetensors.index.json",
+        INDEX,
         "special_tokens_map.json",
+        "tekken.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
-from tunewright.models.bases import Base
+from tunewright.models.bases import Base, tensor_files
+from tunewright.models.families import text_name
 
 _INPUT = "model.embed_tokens.weight"
 _OUTPUT = "lm_head.weight"
@@ -22,17 +22,16 @@ def untrained_tokens(base: Base, ids: Collection[int]) -> list[int]:
     return sorted(set().union(*(_empty_rows(path, name, ids) for path, name in tables if path is not None)))
 
 
-def _table(folder: Path, name: str) -> tuple[Path | None, str]:
-    """The weights file that holds a tensor; None where no file has it (an output tied to the input)."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        file = json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(name)
-        return (folder / file if file else None), name
-    from safetensors import safe_open
+def _table(folder: Path, text: str) -> tuple[Path | None, str]:
+    """The weights file that holds a tensor, and its name there; no file where it is not (an output tied to the input).
 
-    path = folder / "model.safetensors"
-    with safe_open(path, framework="pt") as weights:
-        return (path if name in weights.keys() else None), name  # noqa: SIM118 (no mapping)
+    Args:
+        folder: the base's.
+        text: what the tensor is called in a text model alone.
+    """
+    files = tensor_files(folder)
+    found = next((name for name in files if text_name(name) == text), None)
+    return (folder / files[found], found) if found else (None, text)
 
 
 def _empty_rows(path: Path, name: str, ids: Collection[int]) -> set[int]:

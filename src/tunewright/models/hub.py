@@ -12,6 +12,9 @@ from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+CONSOLIDATED = "consolidated"
+"""Mistral's repositories hold all weights twice: in files that begin so, for its own code, and in those of
+transformers, which are the ones that are read."""
 
 
 def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter: Reporter) -> tuple[Path, str]:
@@ -31,7 +34,11 @@ def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter:
         commit = str(pins.get(key) or HfApi().model_info(repository, revision=revision).sha)
         reporter.say(f"Base {repository} at commit {commit[:12]}")
         with writing(Path(constants.HF_HUB_CACHE)):
-            folder = Path(snapshot_download(repository, revision=commit, allow_patterns=_WANTED))
+            folder = Path(
+                snapshot_download(
+                    repository, revision=commit, allow_patterns=_WANTED, ignore_patterns=f"{CONSOLIDATED}*"
+                )
+            )
     if key not in pins:
         write_json(lock_file, {**pins, key: commit})
     return folder, commit

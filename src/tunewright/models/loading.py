@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
+from tunewright.models.families import FAMILIES, VISION, require_quantizable
 from tunewright.models.quantized import held_in_nf4, nf4_config
 from tunewright.models.quiet import quiet_transformers
 from tunewright.recipe import Quantize
@@ -16,6 +18,12 @@ from tunewright.recipe import Quantize
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+TEKKEN = "tekken.json"
+"""The tokenizer file of Mistral's own code."""
+_TEKKEN_SIZE = 100_000
+_TEKKEN_INST = 3
 
 
 def device() -> str:
@@ -29,16 +37,17 @@ def load_model(base: Base, dtype: str, quantize: Quantize, place: str | None = N
     """The base's weights in ``dtype`` ("bfloat16" or "float32"), in evaluation mode, on ``place`` (None: `device()`).
 
     With ``quantize`` "nf4" the linear layers are held in 4 bits and compute in ``dtype``; embeddings, norms and the
-    output layer are in ``dtype`` still.
+    output layer are in ``dtype`` still. Of a base that reads images too, the vision tower is dropped once it is loaded.
 
     Raises:
-        UserError: NF4 is asked for, and bitsandbytes is not installed.
+        UserError: NF4 is asked for, and bitsandbytes is not installed or the base is a mixture of experts.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    require_quantizable(quantize, base.architecture)
     with quiet_transformers():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = getattr(transformers, base.architecture).from_pretrained(
             base.folder,
             dtype=getattr(torch, dtype),
             quantization_config=nf4_config(dtype) if quantize == "nf4" else None,
@@ -47,6 +56,8 @@ def load_model(base: Base, dtype: str, quantize: Quantize, place: str | None = N
             trust_remote_code=False,
             use_safetensors=True,
         )
+        if FAMILIES[base.architecture].vision:
+            drop_vision(model)
         if quantize == "nf4":
             held_in_nf4(model)
             # Embeddings and norms still lie in the mapped file, which would keep the 16-bit layers resident with them.
@@ -57,25 +68,82 @@ def load_model(base: Base, dtype: str, quantize: Quantize, place: str | None = N
     return model
 
 
+def drop_vision(model: Any) -> None:
+    """Free what reads images.
+
+    The text layers keep their names in the whole model, which peft and vLLM look for in an adapter.
+    """
+    for name in VISION:
+        delattr(model.model, name)
+
+
 def named(base: Base, quantize: Quantize) -> str:
     """What people are told is loaded: the base as the recipe names it, and how it is held where that is not whole."""
     return f"{base.spec} in NF4" if quantize == "nf4" else base.spec
 
 
 def load_tokenizer(base: Base) -> Any:
-    """The base's own tokenizer, with a padding token (the end of text, where it has none)."""
-    from transformers import AutoTokenizer
+    """The base's own tokenizer, with a padding token (the end of text, where it has none).
 
+    Mistral's tekken.json decides where there is one: tokenizer.json files next to it were published with another rule
+    for cutting text, which gives other tokens.
+
+    Raises:
+        UserError: no tokenizer that can be read, or one without an end-of-text token.
+    """
+    tekken = base.folder / TEKKEN
     with quiet_transformers():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            tokenizer = _tekken_tokenizer(tekken) if tekken.exists() else _hub_tokenizer(base.folder)
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise UserError(f"the tokenizer cannot be read: {error}", where=str(base.folder)) from error
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer names no end-of-text token (eos_token)", where=str(base.folder))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _hub_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if len(tokenizer) > _TEKKEN_SIZE and tokenizer.convert_tokens_to_ids("[INST]") == _TEKKEN_INST:
+        # transformers knows which releases wrote the wrong rule, and leaves the others as they are.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, fix_mistral_regex=True
+        )
+    return tokenizer
+
+
+def _tekken_tokenizer(tekken: Path) -> Any:
+    """Return Mistral's tokenizer, with the chat template in the same folder, or without one."""
+    from tokenizers import processors
+    from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
+
+    # Any text but None: without it transformers would write a template itself where mistral-common is installed.
+    tokenizer = convert_tekken_tokenizer(str(tekken), chat_template="")
+    tokenizer.chat_template = _template_beside(tekken.parent)
+    tokenizer.name_or_path = str(tekken.parent)
+    # As Mistral's own encoder does, and its tokenizer.json files; the conversion leaves it out.
+    begin = str(tokenizer.bos_token)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def _template_beside(folder: Path) -> Any:
+    """Return the chat template in a folder's files, where transformers looks for one; None if there is none."""
+    written = folder / "chat_template.jinja"
+    if written.exists():
+        return written.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            if template:
+                return template
+    return None
 
 
 def with_adapters(model: PreTrainedModel | PeftModel, folders: Mapping[str, Path]) -> PeftModel:
@@ -92,25 +160,26 @@ def with_adapters(model: PreTrainedModel | PeftModel, folders: Mapping[str, Path
     return model.eval()
 
 
-def context_length(base: Base) -> int:
-    """The longest conversation, prompt and answer together, in tokens."""
+def text_settings(base: Base) -> Any:
+    """Return the configuration of the base's text model, as transformers reads it."""
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(base.folder, local_files_only=True).max_position_embeddings)
+    return AutoConfig.from_pretrained(base.folder, local_files_only=True).get_text_config()
+
+
+def context_length(base: Base) -> int:
+    """The longest conversation, prompt and answer together, in tokens."""
+    return int(text_settings(base).max_position_embeddings)
 
 
 def decoder_layers(base: Base) -> int:
     """How many layers the base has."""
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(base.folder, local_files_only=True).num_hidden_layers)
+    return int(text_settings(base).num_hidden_layers)
 
 
 def hidden_size(base: Base) -> int:
     """The width of the base: numbers in a token's hidden state."""
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(base.folder, local_files_only=True).hidden_size)
+    return int(text_settings(base).hidden_size)
 
 
 def end_token_ids(base: Base) -> frozenset[int]:
@@ -119,15 +188,14 @@ def end_token_ids(base: Base) -> frozenset[int]:
     Raises:
         UserError: settings that cannot be read, or that name what is no token.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     path = base.folder / "generation_config.json"
     try:
         if path.exists():
             ends = GenerationConfig.from_pretrained(base.folder, local_files_only=True).eos_token_id
         else:
-            config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
-            ends = GenerationConfig.from_model_config(config).eos_token_id
+            ends = GenerationConfig.from_model_config(text_settings(base)).eos_token_id
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the generation settings cannot be read: {error}", where=str(path)) from error
     listed = ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -79,9 +79,11 @@ class ExportRoad:
         Raises:
             UserError: llama.cpp is not installed, or what `merge` refuses, or what GGUF does not have.
         """
+        from tunewright.export.gguf.model import require_gguf
         from tunewright.export.llamacpp import require_llamacpp
 
         require_llamacpp()
+        require_gguf(self._opened.base)
         tuned = self._find(adapter)
         what = "merged-gguf" if merged else "gguf"
         target = self._target(tuned, f"{what}-{file_type}", to)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tunewright.errors import UserError
-from tunewright.models.bases import base_config
+from tunewright.models.bases import base_config, check_architecture
+from tunewright.models.families import require_targets
 from tunewright.models.fit.plan import Plan, memory_at_hand, plan
 from tunewright.models.fit.shape import read_shape
 from tunewright.recipe import Recipe
@@ -39,5 +40,7 @@ def fitting_plan(
             where="--length",
             fix="Raise it, or lower --shared or --answer.",
         )
-    shape = read_shape(base_config(spec, revision, project.root, reporter))
+    config = base_config(spec, revision, project.root, reporter)
+    shape = read_shape(config)
+    require_targets(settings.targets, check_architecture(config))
     return plan(spec, shape, settings, memory, rows=rows, length=length, shared=shared, answer=answer or length)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tunewright.data.examples import Message, Role
 
@@ -58,10 +58,16 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def _no_image(kind: Any) -> Any:
+    if "image" in str(kind):
+        raise PydanticCustomError("image", "images are not read here, only text: leave the image out")
+    return kind
+
+
 class TextPart(_Part):
     """One part of a message's content."""
 
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_no_image)]
     text: str
 
 

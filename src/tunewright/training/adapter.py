@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunewright.models.families import OUTSIDE_TEXT
 from tunewright.recipe import TrainRecipe
 
 
-def lora_config(settings: TrainRecipe) -> Any:
-    """peft's ``LoraConfig`` for these settings."""
+def lora_config(settings: TrainRecipe, *, vision: bool = False) -> Any:
+    """Return peft's ``LoraConfig`` for these settings; ``vision`` says that the base reads images too."""
     from peft import LoraConfig, TaskType
 
     from tunewright.training.lora import use_fused_lora
@@ -19,6 +20,8 @@ def lora_config(settings: TrainRecipe) -> Any:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets),
+        # Dropped from the model here, but there wherever else peft loads the adapter.
+        exclude_modules=OUTSIDE_TEXT if vision else None,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
     )

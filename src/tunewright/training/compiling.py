@@ -137,4 +137,7 @@ def _has_compiler() -> bool:
 def _parts(model: Any) -> Iterator[torch.nn.Module]:
     """What is compiled of each layer."""
     for layer in model.get_decoder().layers:
-        yield from (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
+        yield from (layer.input_layernorm, layer.post_attention_layernorm)
+        # Which tokens an expert computes is known at run time only, and each size would be compiled.
+        if not hasattr(layer.mlp, "experts"):
+            yield layer.mlp

@@ -12,6 +12,7 @@ from tunewright.adapters.registry import HISTORY
 from tunewright.chat import Tokens
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
+from tunewright.models.families import FAMILIES
 from tunewright.progress import Reporter, Task
 from tunewright.recipe import Recipe, TrainRecipe, metric_name
 from tunewright.training import processes
@@ -142,13 +143,13 @@ class Run:
             train_dataset=Dataset.from_dict(train),
             eval_dataset=Dataset.from_dict(dev),
             processing_class=tokenizer,
-            peft_config=lora_config(settings),
+            peft_config=lora_config(settings, vision=FAMILIES[self.base.architecture].vision),
             callbacks=[
                 Follow(
                     task,
                     self.work / HISTORY,
                     metric_name(self.recipe.evaluate.metric),
-                    model.config.vocab_size,
+                    model.config.get_text_config().vocab_size,
                     lambda step: trainer.rows_of_step(step),
                 ),
                 KeepCheckpoints(self.work, self.base, stop),
@@ -193,6 +194,8 @@ class Run:
             # Rows come ready-made, and none is longer than the recipe's limit: nothing is left to cut.
             max_length=None,
             remove_unused_columns=False,
+            # Routers of experts are frozen, and the loss is that of the answers alone.
+            router_aux_loss_coef=0.0,
             # Every LoRA weight is used in every pass.
             ddp_find_unused_parameters=False,
             eval_strategy="steps",

@@ -19,6 +19,7 @@ from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, writing
 from tunewright.metrics import metric_inputs
 from tunewright.models.bases import Base
+from tunewright.models.families import require_quantizable, require_targets
 from tunewright.models.loading import context_length, device, load_model, named
 from tunewright.models.quantized import require_bitsandbytes
 from tunewright.models.quiet import quiet_transformers
@@ -201,6 +202,8 @@ def _fit(
     until: int | None = None,
 ) -> _Fitted:
     recipe = project.recipe
+    require_targets(recipe.train.targets, base.architecture)
+    require_quantizable(recipe.train.quantize, base.architecture, "train.quantize")
     require_bitsandbytes(recipe.train.quantize, "train.quantize")
     if processes.in_pieces():
         require_divisible(recipe.train)

@@ -151,7 +151,9 @@ class Admission:
     def _configs(self, files: Path, where: str) -> dict[Path, ForeignConfig]:
         """The configurations, by folder: the adapter's own, and those of its earlier checkpoints."""
         return {
-            path.parent: read_config(path.read_bytes(), self._shape, f"{where}, {path.relative_to(files)}")
+            path.parent: read_config(
+                path.read_bytes(), self._shape, self._base.architecture, f"{where}, {path.relative_to(files)}"
+            )
             for path in sorted(files.rglob(CONFIG))
         }
 

@@ -16,7 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from tunewright.adapters.servable import MAX_RANK
 from tunewright.adapters.strict_json import strict_object
 from tunewright.errors import UserError
-from tunewright.models.fit.shape import ATTENTION, MLP, Shape
+from tunewright.models.families import ATTENTION, MLP, OUTSIDE_TEXT, module_name
+from tunewright.models.fit.shape import Shape
 from tunewright.recipe.train import Target
 
 _OFF: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -30,7 +31,7 @@ _OFF: dict[str, tuple[tuple[Any, ...], str]] = {
     "modules_to_save": ((None, []), "brings whole layers"),
     "trainable_token_indices": ((None,), "brings embeddings of tokens"),
     "target_parameters": ((None, []), "adapts bare parameters"),
-    "exclude_modules": ((None, []), "can be a regular expression"),
+    "exclude_modules": ((None, [], OUTSIDE_TEXT), "can be a regular expression"),
     "layers_pattern": ((None, [], ""), "is a regular expression"),
     "alora_invocation_tokens": ((None,), "is activated LoRA"),
     "use_qalora": ((False, None), "is QALoRA"),
@@ -48,7 +49,7 @@ _OFF: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Keys that may only have a value that does nothing; and what any other would do."""
 
-_MODULE = r"^(model\.)?(layers\.[0-9]{1,4}\.)?((self_attn|mlp)\.)?[a-z]{1,4}_proj$"
+_MODULE = r"^(model\.)?(language_model\.)?(layers\.[0-9]{1,4}\.)?((self_attn|mlp)\.)?[a-z]{1,4}_proj$"
 
 Pattern = Annotated[str, Field(pattern=_MODULE)]
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
@@ -101,6 +102,7 @@ class ForeignConfig:
 
     document: _Document
     shape: Shape
+    architecture: str
 
     @property
     def names_base(self) -> str | None:
@@ -114,7 +116,11 @@ class ForeignConfig:
         layers = {chosen} if isinstance(chosen, int) else set(chosen or range(self.shape.layers))
         part = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}
         targets = sorted(set(self.document.target_modules))
-        return {f"model.layers.{i}.{part[t]}.{t}": t for i in sorted(layers) for t in targets}
+        return {
+            module_name(self.architecture, f"model.layers.{i}.{part[t]}.{t}"): t
+            for i in sorted(layers)
+            for t in targets
+        }
 
     def rank(self, module: str) -> int:
         """The rank of its weights on a module."""
@@ -134,8 +140,8 @@ def _pattern_of(module: str, patterns: dict[str, Any]) -> str:
     return str(get_pattern_key(list(patterns), module))
 
 
-def read_config(data: bytes, shape: Shape, where: str) -> ForeignConfig:
-    """The configuration that ``data`` spells, of an adapter for a base of this shape.
+def read_config(data: bytes, shape: Shape, architecture: str, where: str) -> ForeignConfig:
+    """The configuration that ``data`` spells, of an adapter for a base of this shape and architecture.
 
     Raises:
         UserError: naming the key that is not let in, and why.
@@ -149,7 +155,10 @@ def read_config(data: bytes, shape: Shape, where: str) -> ForeignConfig:
         document = _Document.model_validate(said)
     except ValidationError as error:
         raise _refusal(error, where) from None
-    config = ForeignConfig(document, shape)
+    config = ForeignConfig(document, shape, architecture)
+    absent = sorted(set(document.target_modules) - set(shape.names))
+    if absent:
+        raise UserError(f"the base has no linear layer {absent[0]}", where=f"{where}, target_modules")
     outside = [layer for layer in _layers(document) if not 0 <= layer < shape.layers]
     if outside:
         told = f"layer {outside[0]}, and the base has layers 0 to {shape.layers - 1}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from tunewright.adapters.admission.config import ForeignConfig
 from tunewright.adapters.admission.header import Entry, read_header
 from tunewright.errors import UserError
+from tunewright.models.bases import tensor_files
+from tunewright.models.families import text_name
 from tunewright.progress import Task
 
 LARGEST_WEIGHT = 65504.0
@@ -113,17 +114,17 @@ def base_norms(base: Path, modules: Iterable[str], task: Task) -> dict[str, floa
     """
     from safetensors import safe_open
 
-    index = base / "model.safetensors.index.json"
-    names = {f"{module}.weight": module for module in modules}
-    if index.exists():
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    else:
-        places = dict.fromkeys(names, "model.safetensors")
+    wanted = {text_name(module): module for module in modules}
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, file in tensor_files(base).items():
+        module = wanted.get(text_name(name.removesuffix(".weight")))
+        if module is not None and name.endswith(".weight"):
+            found.setdefault(file, []).append((name, module))
     norms = {}
-    for file in sorted({places[name] for name in names}):
+    for file, tensors in sorted(found.items()):
         with safe_open(base / file, framework="pt") as weights:
-            for name, module in names.items():
-                if places[name] == file:
-                    norms[module] = float(weights.get_tensor(name).float().norm())
-                    task.advance()
+            for name, module in tensors:
+                norms[module] = float(weights.get_tensor(name).float().norm())
+                task.advance()
+    assert norms.keys() == set(wanted.values())
     return norms

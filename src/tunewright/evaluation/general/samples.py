@@ -194,7 +194,7 @@ def without_layer(model: Any, number: int) -> Iterator[None]:
         given = args[0] if args else kwargs["hidden_states"]
         return (given, *output[1:]) if isinstance(output, tuple) else given
 
-    layers = whole_model(model).base_model.layers
+    layers = whole_model(model).get_decoder().layers
     hook = layers[number].register_forward_hook(let_through, with_kwargs=True)
     try:
         yield

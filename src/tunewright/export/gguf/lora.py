@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 from torch import Tensor
 
 from tunewright.errors import UserError
-from tunewright.export.gguf.model import heads_of
+from tunewright.export.gguf.model import heads_of, require_gguf
 from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, gguf_name, interleaved
 from tunewright.export.weights import Weights
 from tunewright.models.bases import Base
+from tunewright.models.families import text_name
+from tunewright.models.loading import text_settings
 from tunewright.progress import Reporter
 
 
@@ -31,9 +32,8 @@ def write_lora(
     Raises:
         UserError: DoRA, which llama.cpp does not have.
     """
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    require_gguf(base)
+    config = text_settings(base)
     if any(change.magnitude is not None for change in weights.changes.values()):
         raise UserError("llama.cpp does not have DoRA", where=name, fix="Export it merged: --merged.")
     first = next(iter(weights.changes.values()))
@@ -46,7 +46,7 @@ def write_lora(
     file.writer.add_file_type(FILE_TYPES[file_type])
     file.writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for tensor, change in weights.changes.items():
-        into = gguf_name(tensor, config.num_hidden_layers)
+        into = gguf_name(str(text_name(tensor)), config.num_hidden_layers)
         own = change.scale * change.a.shape[0] / alpha
         file.add(f"{into}.lora_a", tuple(change.a.shape), _given(change.a))
         heads = heads_of(tensor, config)

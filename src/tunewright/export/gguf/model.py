@@ -16,7 +16,13 @@ from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, ggu
 from tunewright.export.gguf.tokenizer import add_numbers, add_tokenizer
 from tunewright.export.weights import Weights
 from tunewright.models.bases import Base
+from tunewright.models.families import text_name
+from tunewright.models.fit.shape import read_shape
+from tunewright.models.loading import text_settings
 from tunewright.progress import Reporter
+
+_KINDS = ("llama", "mistral")
+"""To llama.cpp both are the architecture "llama"; of others neither tensors nor positions have been compared."""
 
 
 def write_model(
@@ -70,9 +76,9 @@ def _write(
     file_type: FileType,
     reporter: Reporter,
 ) -> list[str]:
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    require_gguf(base)
+    config: Any = text_settings(base)
+    tied = read_shape(base.folder / "config.json").tied
     file = TensorFile(path, file_type)
     notes = _add_shape(file.writer, config)
     file.writer.add_type(gguf.GGUFType.MODEL)
@@ -84,15 +90,32 @@ def _write(
     if frequencies is not None:
         file.add("rope_freqs.weight", tuple(frequencies.shape), lambda: frequencies)
     for tensor in weights:
-        if tensor.endswith("rotary_emb.inv_freq") or (tensor == "lm_head.weight" and config.tie_word_embeddings):
-            continue  # computed from the configuration; the output layer is the input embedding
+        text = text_name(tensor)
+        if text is None or text.endswith("rotary_emb.inv_freq") or (text == "lm_head.weight" and tied):
+            continue  # vision; computed from the configuration; the output layer is the input embedding
         shape = tuple(weights.base[tensor].shape)
-        file.add(gguf_name(tensor, config.num_hidden_layers), shape, _rotated(weights, tensor, config))
+        file.add(gguf_name(text, config.num_hidden_layers), shape, _rotated(weights, tensor, config))
     with reporter.task(f"writing {path.name}", len(weights.base), "tensors") as task:
         file.write(task.advance)
     if file.whole:
         notes.append(f"{len(file.whole)} matrices are in f16: their rows are no multiple of 32 weights, as q8_0 needs")
     return notes
+
+
+def require_gguf(base: Base) -> None:
+    """Check that the base's text model is one that is written as GGUF.
+
+    Raises:
+        UserError: a Ministral 3 or a Mixtral.
+    """
+    kind = text_settings(base).model_type
+    if kind not in _KINDS:
+        raise UserError(
+            f"a {kind} is not exported to GGUF: only {' and '.join(_KINDS)} models are, and Mistral 3 with such a text "
+            "model",
+            where=base.spec,
+            fix="Use `tunewright export merge`, whose folder transformers and vLLM load.",
+        )
 
 
 def gguf_context(config: Any) -> int:

@@ -10,10 +10,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from tunewright.models.fit.shape import ATTENTION, MLP, Shape
+from tunewright.models.fit.shape import Shape
 
 FLOAT = 4
 """Bytes of a float32 number."""
+
+_INDEX = 8
+"""Bytes of a place in a tensor."""
 
 SHORT = 128
 """As in training.shared_prefix.attention."""
@@ -143,7 +146,7 @@ def weight_bytes(shape: Shape, way: Way) -> int:
     count = shape.linear_parameters
     # A byte for each block's scale, a float32 for each 256 of those: Dettmers et al. 2023, section 3.
     scales = count // _NF4_BLOCK + FLOAT * count // (_NF4_BLOCK * _NF4_NESTED)
-    tables = shape.layers * len((*ATTENTION, *MLP)) * _NF4_TABLES
+    tables = shape.layers * len(shape.names) * _NF4_TABLES
     return count // 2 + scales + tables + shape.other_parameters * way.number
 
 
@@ -170,9 +173,23 @@ def layer_saved(shape: Shape, way: Way, tokens: int) -> int:
         inputs = sum(b * shape.hidden * any(name in targets for name in group) for group in readers)
         inputs += b * shape.queries * ("o_proj" in targets and not way.card)
         product = b * shape.intermediate * ("down_proj" in targets)
+    saved = tokens * (norms + inputs + b * way.rank * len(targets))
+    if shape.experts:
+        return saved + experts_saved(shape, way, tokens)
     # The outputs of gate, of its activation, and of up; their product, where down has an adapter.
-    mlp = b * shape.intermediate * 3 + product
-    return tokens * (norms + inputs + mlp + b * way.rank * len(targets))
+    return saved + tokens * (b * shape.intermediate * 3 + product)
+
+
+def experts_saved(shape: Shape, way: Way, tokens: int) -> int:
+    """What a layer's experts and their router keep for the backward pass, computed as one grouped product.
+
+    Of each (token, expert) pair: the outputs of gate and up, of the activation, and of down, which the router's weight
+    multiplies; three places in the order by experts. Of each token: the router's probabilities, and its choice.
+    """
+    b = way.number
+    pair = b * (3 * shape.intermediate + shape.hidden) + FLOAT + 3 * _INDEX
+    token = FLOAT * shape.experts + FLOAT + shape.chosen * (FLOAT + _INDEX)
+    return tokens * (shape.chosen * pair + token) + FLOAT * shape.experts
 
 
 def attention_saved(shape: Shape, way: Way, load: Load) -> int:
@@ -209,8 +226,10 @@ def layer_working(shape: Shape, way: Way, tokens: int) -> int:
     """What the backward pass through one layer needs for a moment, beyond what was kept for it."""
     b = way.number
     mlp = b * shape.intermediate * (2 if "down_proj" in way.targets else 3) + b * shape.hidden
+    if shape.experts:
+        mlp = b * shape.chosen * (3 * shape.intermediate + 2 * shape.hidden)
     norm = 3 * FLOAT * shape.hidden + b * shape.hidden
-    largest = max(inputs * outputs for inputs, outputs in map(shape.linear, (*ATTENTION, *MLP)))
+    largest = max(inputs * outputs for inputs, outputs in map(shape.linear, shape.names))
     return tokens * max(mlp, norm) + (way.number * largest if way.nf4 else 0)
 
 

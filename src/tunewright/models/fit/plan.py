@@ -127,7 +127,8 @@ def plan(
         return Load(rows, min(shared, length - own), own, min(answer, own))
 
     ways = []
-    for nf4 in (False, True):
+    # Of a mixture of experts NF4 would hold next to nothing (models.families).
+    for nf4 in (False,) if shape.experts else (False, True):
         for checkpointing in (False, True):
             way = Way(
                 tuple(settings.targets),

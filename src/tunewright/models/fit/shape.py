@@ -6,18 +6,17 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunewright.errors import UserError
 from tunewright.models.bases import check_architecture, read_config
+from tunewright.models.families import ATTENTION, FAMILIES, MLP
 from tunewright.models.quiet import quiet_transformers
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama or Mistral in numbers; every layer is alike."""
+    """The text model of a base in numbers; every layer is alike."""
 
     layers: int
     hidden: int
@@ -31,6 +30,15 @@ class Shape:
     """Whether the output embedding is the input embedding."""
     attention_bias: bool
     mlp_bias: bool
+    experts: int = 0
+    """Experts of each layer's feed-forward block; 0 where it is a plain one."""
+    chosen: int = 0
+    """Experts that compute each token."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The linear layers of each decoder layer; experts are not among them."""
+        return ATTENTION if self.experts else (*ATTENTION, *MLP)
 
     @property
     def queries(self) -> int:
@@ -43,7 +51,7 @@ class Shape:
         return self.kv_heads * self.head
 
     def linear(self, name: str) -> tuple[int, int]:
-        """Inputs and outputs of one of a layer's seven linear layers."""
+        """Inputs and outputs of a linear layer, or of one expert's part of that name."""
         return {
             "q_proj": (self.hidden, self.queries),
             "k_proj": (self.hidden, self.keys),
@@ -57,15 +65,21 @@ class Shape:
     @property
     def linear_parameters(self) -> int:
         """Parameters in the linear layers' weights, which 4-bit quantises; their biases are not among them."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in map(self.linear, (*ATTENTION, *MLP)))
+        return self.layers * sum(inputs * outputs for inputs, outputs in map(self.linear, self.names))
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts, and of the routers that choose among them."""
+        one = sum(inputs * outputs for inputs, outputs in map(self.linear, MLP))
+        return self.layers * self.experts * (one + self.hidden)
 
     @property
     def other_parameters(self) -> int:
-        """Parameters that stay in 16 bits in any case: embeddings, norms and biases."""
+        """Parameters that stay in 16 bits in any case: embeddings, norms, biases and experts."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         biases = self.attention_bias * sum(self.linear(name)[1] for name in ATTENTION)
         biases += self.mlp_bias * sum(self.linear(name)[1] for name in MLP)
-        return embeddings + self.layers * (2 * self.hidden + biases) + self.hidden
+        return embeddings + self.layers * (2 * self.hidden + biases) + self.hidden + self.expert_parameters
 
     @property
     def parameters(self) -> int:
@@ -78,19 +92,20 @@ class Shape:
 
 
 def read_shape(path: Path) -> Shape:
-    """The shape that a ``config.json`` describes, absent values as transformers fills them in.
+    """Return the shape of the text model that a ``config.json`` describes, absent values as transformers fills them in.
 
     Raises:
-        UserError: no such file, not a Llama or Mistral, already quantised, or values that make no model.
+        UserError: no such file, an unsupported family, already quantized, or values that make no model.
     """
     architecture = check_architecture(path)
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig, MistralConfig
 
-    kind = LlamaConfig if architecture == "LlamaForCausalLM" else MistralConfig
+    family = FAMILIES[architecture]
     try:
         with quiet_transformers():
-            config = kind.from_dict(read_config(path))
+            whole: Any = getattr(transformers, family.config).from_dict(read_config(path))
+            config = whole.get_text_config()
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"not a configuration of {architecture}: {error}", where=str(path)) from error
     shape = Shape(
@@ -99,13 +114,17 @@ def read_shape(path: Path) -> Shape:
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        head=config.head_dim or config.hidden_size // config.num_attention_heads,
+        head=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size,
-        tied=bool(config.tie_word_embeddings),
+        # Of a model with vision the whole's value counts, not the text model's own.
+        tied=bool(whole.tie_word_embeddings),
         attention_bias=bool(getattr(config, "attention_bias", False)),
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        experts=config.num_local_experts if family.experts else 0,
+        chosen=config.num_experts_per_tok if family.experts else 0,
     )
-    sizes = (getattr(shape, name) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head"))
-    if not all(size > 0 for size in (*sizes, shape.vocabulary)) or shape.heads % shape.kv_heads:
+    sizes = [getattr(shape, name) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head")]
+    sizes += [shape.vocabulary, *([shape.experts, shape.chosen] if family.experts else [])]
+    if not all(size > 0 for size in sizes) or shape.heads % shape.kv_heads or shape.chosen > shape.experts:
         raise UserError(f"its sizes make no model: {json.dumps(shape.__dict__)}", where=str(path))
     return shape

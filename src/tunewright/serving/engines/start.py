@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 
 from tunewright.chat import ChatFormat
 from tunewright.errors import UserError
-from tunewright.models.bases import Base, read_config
-from tunewright.models.loading import context_length, load_model, named
+from tunewright.models.bases import Base
+from tunewright.models.families import FAMILIES
+from tunewright.models.loading import context_length, load_model, named, text_settings
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.engines.protocol import Engine
@@ -114,10 +114,11 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
         # Of the adapters that will be trained, the recipe tells the rank.
         max_rank=max(max_rank(known), recipe.train.rank if wanted.spare else 1),
         max_batch=recipe.serve.max_batch,
-        kv_cache_bytes=kv_cache_bytes(read_config(wanted.base.folder / "config.json"), dtype, recipe.serve.max_batch)
+        kv_cache_bytes=kv_cache_bytes(text_settings(wanted.base).to_dict(), dtype, recipe.serve.max_batch)
         if cpu
         else None,
         gpu_share=None if cpu or wanted.alone else 0.45,
+        vision=FAMILIES[wanted.base.architecture].vision,
     )
     return _with_adapters(VllmEngine(settings, stop_ids=wanted.chat.stop_ids, reporter=reporter), wanted.adapters)
 
@@ -132,15 +133,15 @@ def _llamacpp(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
             "(evaluate.quantize: none), for it is another model.",
         )
     import torch
-    from transformers import AutoConfig
 
-    from tunewright.export.gguf.model import gguf_context
+    from tunewright.export.gguf.model import gguf_context, require_gguf
     from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings, cache_tokens
     from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 
     base, rows = wanted.base, recipe.serve.max_batch
     place = platformdirs.user_cache_path("tunewright") / "gguf"
-    config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    require_gguf(base)
+    config = text_settings(base)
     longest = gguf_context(config)
     tokens = cache_tokens(config.to_dict(), longest, rows)
     context = min(longest, tokens)

@@ -51,6 +51,7 @@ class VllmSettings:
         max_batch: the most rows that decode at once.
         kv_cache_bytes: what the key/value cache may take (None: vLLM decides); the context is what fits into it.
         gpu_share: of the GPU's memory, what it may take (None: vLLM's 0.9).
+        vision: the base can read images; it is started without that, so its vision tower takes no memory.
     """
 
     python: Path
@@ -62,6 +63,7 @@ class VllmSettings:
     max_batch: int
     kv_cache_bytes: int | None = None
     gpu_share: float | None = None
+    vision: bool = False
 
     @property
     def slots(self) -> int:
@@ -97,6 +99,8 @@ class VllmSettings:
             options["--max-num-batched-tokens"] = max(CPU_BATCHED_TOKENS, self.max_batch)
         if self.gpu_share is not None:
             options["--gpu-memory-utilization"] = self.gpu_share
+        if self.vision:
+            options["--limit-mm-per-prompt"] = json.dumps({"image": 0})
         if self.kv_cache_bytes is not None:
             options["--kv-cache-memory-bytes"] = self.kv_cache_bytes
         flags = ["--enable-lora", "--enable-prefix-caching", "--disable-uvicorn-access-log"]
@@ -321,7 +325,7 @@ def kv_cache_bytes(config: Mapping[str, Any], dtype: str, max_batch: int) -> int
     """A small key/value cache, for where there is no GPU: a whole context or 2,048 tokens for each row; 4 GiB at most.
 
     Args:
-        config: the base's ``config.json``.
+        config: of the base's text model.
     """
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads

@@ -1,0 +1,345 @@
+"""A test for each cell of the table in docs/models.md: each family at tiny size, with random weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from command_line import tiny_project
+from command_line import tunewright as run
+from tiny import ARCHITECTURES, KINDS, Kind, build_base
+from tunewright.adapters.matrices import read_matrices
+from tunewright.errors import UserError
+from tunewright.models.bases import Base, resolve_base, tensor_files
+from tunewright.models.embeddings import untrained_tokens
+from tunewright.models.families import ATTENTION, FAMILIES, MLP, VISION, module_name, text_name
+from tunewright.models.loading import load_model, with_adapters
+from tunewright.models.row_adapters import RowAdapters
+from tunewright.progress import LogReporter
+from tunewright.project import Project
+from tunewright.serving.engines.vllm.engine import VllmSettings
+
+NEW: tuple[Kind, ...] = ("mistral3", "mistral3-ministral3", "ministral3", "mixtral")
+# Past the 64th position, where the tiny Ministral 3 stretches its positions and sharpens its attention.
+IDS = torch.tensor([[n * 37 % 250 for n in range(100)]])
+
+
+def _open(folder: Path) -> Base:
+    return resolve_base(str(folder), None, folder.parent, LogReporter())
+
+
+def _whole(base: Path) -> Any:
+    """The model as anybody else loads it: by its own class, vision tower included."""
+    (architecture,) = json.loads((base / "config.json").read_text())["architectures"]
+    return getattr(transformers, architecture).from_pretrained(base, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=NEW)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Each new family."""
+    found: Kind = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def project(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project on a base of this family, with a trained adapter that has an effect."""
+    folder = tmp_path_factory.mktemp(kind)
+    base = build_base(folder / "base", kind)
+    if FAMILIES[ARCHITECTURES[kind]].vision:
+        (base / "preprocessor_config.json").write_text('{"image_processor_type": "PixtralImageProcessor"}')
+    project = tiny_project(folder / "project", base, count=80)
+    recipe = project / "tunewright.yaml"
+    text = recipe.read_text().replace("epochs: 2", "epochs: 1").replace("0.003", "0.01")
+    text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n")
+    if kind == "mixtral":
+        text = text.replace("  preset: all-linear", f"  preset: all-linear\n  targets: [{', '.join(ATTENTION)}]")
+    recipe.write_text(text)
+    assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    ran = run("train", "-p", project)
+    assert ran.code == 0, ran.stderr
+    return project
+
+
+def _adapter(project: Path) -> Path:
+    (folder,) = Project(project).adapters.iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("each", KINDS)
+def test_load_computes_what_the_whole_model_computes(each: Kind, tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", each)
+    model = load_model(_open(base), "float32", "none")
+    assert not [name for name, _ in model.named_modules() if any(part in name for part in VISION)]
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=IDS).logits, _whole(base)(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("each", KINDS)
+def test_text_name_names_every_module_and_tensor_of_a_family_alike(each: Kind, tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", each)
+    model = load_model(_open(base), "float32", "none")
+    layers = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    texts = {str(text_name(name)): name for name in layers}
+    assert all(name.startswith("model.layers.") for name in texts)
+    assert [module_name(ARCHITECTURES[each], text) for text in texts] == layers
+    in_files = {text_name(name) for name in tensor_files(base)}
+    assert {f"{text}.weight" for text in texts} <= in_files
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= in_files
+
+
+@pytest.mark.parametrize("each", NEW)
+def test_untrained_tokens_are_found_in_the_text_models_embeddings(each: Kind, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    base = build_base(tmp_path / "base", each)
+    weights = load_file(base / "model.safetensors")
+    (name,) = (name for name in weights if text_name(name) == "model.embed_tokens.weight")
+    weights[name][5] = 0
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert untrained_tokens(_open(base), [4, 5, 6]) == [5]
+
+
+@pytest.mark.parametrize("each", [kind for kind in KINDS if kind != "mixtral"])
+def test_nf4_holds_the_linear_layers_of_the_text_model_and_nothing_else(each: Kind, tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = load_model(_open(build_base(tmp_path / "base", each)), "float32", "nf4")
+    held = {name for name, part in model.named_modules() if isinstance(part, bitsandbytes.nn.Linear4bit)}
+    assert held == {name for name, _ in model.named_modules() if name.rpartition(".")[2] in (*ATTENTION, *MLP)}
+    with torch.inference_mode():
+        assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_nf4_of_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", "mixtral")
+    project = tiny_project(tmp_path / "project", base, count=80)
+    recipe = project / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("  preset: all-linear", "  preset: classic\n  quantize: nf4"))
+    assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    ran = run("train", "-p", project)
+    assert ran.code == 2
+    assert "train.quantize: Mixtral cannot be held in NF4" in ran.stderr
+    with pytest.raises(UserError, match="Mixtral cannot be held in NF4"):
+        load_model(_open(base), "float32", "nf4")
+
+
+def test_a_target_that_a_family_does_not_have_is_refused_with_those_that_it_has(tmp_path: Path) -> None:
+    project = tiny_project(tmp_path / "project", build_base(tmp_path / "base", "mixtral"), count=80)
+    assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    for command in (["train"], ["fit", "--gpu", "24GB"]):
+        ran = run(*command, "-p", project)
+        assert ran.code == 2
+        assert "Mixtral has no linear layer gate_proj, up_proj, down_proj" in ran.stderr
+        assert "Set train.targets to [q_proj, k_proj, v_proj, o_proj]" in ran.stderr
+
+
+def test_fit_has_a_way_without_nf4_for_each_family_and_with_it_where_it_can_be_held(project: Path, kind: Kind) -> None:
+    plan = run("fit", "--gpu", "24GB", "-p", project, "--json").document
+    weights = load_model(_open(project.parent / "base"), "float32", "none")
+    assert plan["parameters"] == sum(weight.numel() for weight in weights.parameters())
+    assert {way["name"].split()[0] for way in plan["ways"]} == ({"LoRA"} if kind == "mixtral" else {"LoRA", "QLoRA"})
+
+
+def test_an_adapter_loads_in_peft_on_the_original_class_and_computes_what_it_does_here(
+    project: Path, kind: Kind
+) -> None:
+    from peft import PeftModel
+
+    adapter, base = _adapter(project), _open(project.parent / "base")
+    whole: Any = PeftModel.from_pretrained(_whole(base.folder), adapter).eval()
+    adapted = {name for name, part in whole.base_model.model.named_modules() if hasattr(part, "lora_A")}
+    family = FAMILIES[base.architecture]
+    wanted = {module_name(base.architecture, f"model.layers.{n}.self_attn.{t}") for n in range(2) for t in ATTENTION}
+    if not family.experts:
+        wanted |= {module_name(base.architecture, f"model.layers.{n}.mlp.{t}") for n in range(2) for t in MLP}
+    assert adapted == wanted
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as weights:
+        assert {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in weights.keys()} == wanted  # noqa: SIM118
+    here = load_model(base, "float32", "none")
+    assert set(read_matrices(adapter, here)) == wanted
+    ours = PeftModel.from_pretrained(here, adapter).eval()
+    with torch.inference_mode():
+        found = ours(input_ids=IDS).logits
+        torch.testing.assert_close(found, whole(input_ids=IDS).logits)
+        with ours.disable_adapter():
+            assert not torch.allclose(found, ours(input_ids=IDS).logits, atol=1e-3)
+
+
+def test_a_batch_of_base_and_adapter_answers_each_as_alone(project: Path) -> None:
+    """The engine peft serves tenants so: their matrices beside the base's layers, rows mixed."""
+    base = _open(project.parent / "base")
+    model = load_model(base, "float32", "none")
+    adapters = RowAdapters(model, mixed=True)
+    adapters.put("tuned", read_matrices(_adapter(project), model))
+    alone: Any = with_adapters(load_model(base, "float32", "none"), {"tuned": _adapter(project)})
+    with torch.inference_mode():
+        with adapters.answering(["tuned", None]):
+            mixed = model(input_ids=torch.cat([IDS, IDS])).logits
+        torch.testing.assert_close(mixed[0], alone(input_ids=IDS).logits[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mixed[1], model(input_ids=IDS).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_of_another_project_is_imported_by_the_names_of_its_family(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for name in ("tunewright.yaml", "dataset"):
+        (tmp_path / "other" / name).symlink_to(project / name)
+    stranger = shutil.copytree(_adapter(project), tmp_path / "stranger")
+    for path in stranger.iterdir():
+        if path.name not in ("adapter_config.json", "adapter_model.safetensors"):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    ran = run("adapters", "import", stranger, "--base-matches", "-p", tmp_path / "other", "--json")
+    assert ran.code == 0, ran.stdout
+    config = json.loads((stranger / "adapter_config.json").read_text())
+    (stranger / "adapter_config.json").write_text(json.dumps(config | {"exclude_modules": ".*(a+)+b"}))
+    ran = run("adapters", "import", stranger, "--base-matches", "-p", tmp_path / "other", "--json")
+    assert ran.code == 2
+    assert "exclude_modules" in ran.document["error"]["where"]
+
+
+def test_vllm_finds_each_of_an_adapters_layers(project: Path, kind: Kind) -> None:
+    """By the prefixes that vLLM's source maps (mistral3.py, hf_to_vllm_mapper); vLLM is not run on these families."""
+    mapping = {"model.language_model.": "language_model.model.", "model.": "model."}
+    with safe_open(_adapter(project) / "adapter_model.safetensors", "pt") as weights:
+        names = [name.removeprefix("base_model.model.") for name in weights.keys()]  # noqa: SIM118
+    prefix = "language_model.model.layers." if kind.startswith("mistral3") else "model.layers."
+    for name in names:
+        start = next(start for start in mapping if name.startswith(start))
+        assert (mapping[start] + name.removeprefix(start)).startswith(prefix)
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_vllm_is_started_without_images_where_a_base_reads_them(vision: bool, tmp_path: Path) -> None:
+    settings = VllmSettings(tmp_path, False, tmp_path, "bfloat16", 1, 16, 4, vision=vision)
+    options = settings.options()
+    assert ("--limit-mm-per-prompt" in options) == vision
+    if vision:
+        assert json.loads(options[options.index("--limit-mm-per-prompt") + 1]) == {"image": 0}
+
+
+def test_a_trained_adapter_is_evaluated(project: Path) -> None:
+    ran = run("evaluate", "-p", project, "--json")
+    assert ran.code in (0, 3, 4), ran.stderr
+
+
+@pytest.fixture(scope="module")
+def merged(project: Path) -> Iterator[Path]:
+    """The adapter merged into its base."""
+    ran = run("export", "merge", "-p", project, "--json")
+    assert ran.code == 0, ran.stderr
+    folder = Path(ran.document["folder"])
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_merged_model_loads_with_the_original_class_and_is_base_and_adapter(
+    merged: Path, project: Path, kind: Kind
+) -> None:
+    from peft import PeftModel
+
+    base = project.parent / "base"
+    tuned = PeftModel.from_pretrained(_whole(base), _adapter(project)).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            _whole(merged)(input_ids=IDS).logits, tuned(input_ids=IDS).logits, atol=1e-4, rtol=1e-4
+        )
+    before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {str(text_name(name)) for name in before if not torch.equal(before[name], after[name])}
+    family = FAMILIES[ARCHITECTURES[kind]]
+    assert {name.split(".")[-2] for name in changed} == set(family.linear)
+    assert (merged / "preprocessor_config.json").exists() == family.vision
+
+
+@pytest.mark.parametrize("each", ["mistral3", "mistral3-ministral3"])
+def test_an_adapter_trained_in_nf4_is_merged_and_leaves_the_vision_tower_as_it_was(each: Kind, tmp_path: Path) -> None:
+    """One of the two ways to merge quantizes the decoder's layers; those of the same name in the tower are not."""
+    pytest.importorskip("bitsandbytes")
+    base = build_base(tmp_path / "base", each)
+    project = tiny_project(tmp_path / "project", base, count=80)
+    recipe = project / "tunewright.yaml"
+    text = recipe.read_text().replace("epochs: 2", "epochs: 1\n  quantize: nf4").replace("0.003", "0.01")
+    recipe.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
+    for command in (["data", "add", project / "pairs.jsonl"], ["train"], ["export", "merge", "--json"]):
+        ran = run(*command, "-p", project)
+        assert ran.code == 0, ran.stderr
+    assert {way["way"] for way in ran.document["ways"]} == {"original", "dequantized"}
+    before = load_file(base / "model.safetensors")
+    after = load_file(Path(ran.document["folder"]) / "model.safetensors")
+    for name, weight in before.items():
+        changed = not torch.equal(weight, after[name])
+        text_of = text_name(name)
+        assert changed == (text_of is not None and text_of.split(".")[-2] in (*ATTENTION, *MLP)), name
+
+
+def test_gguf_is_exported_or_refused_by_name(project: Path, kind: Kind) -> None:
+    pytest.importorskip("xllamacpp")
+    ran = run("export", "gguf", "--merged", "-p", project, "--json")
+    if kind == "mistral3":
+        assert ran.code == 0, ran.stderr
+        assert ran.document["good"]
+        return
+    assert ran.code == 2
+    assert "is not exported to GGUF" in ran.document["error"]["what"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"architectures": ["Llama4ForConditionalGeneration"]},
+            "Llama 4 is not supported: its experts cannot be held in 4 bits",
+        ),
+        ({"architectures": ["Llama4ForCausalLM"]}, "Llama 4 is not supported"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "the architecture Qwen2ForCausalLM is not supported"),
+        ({"text_config": {"model_type": "mistral4"}}, "is mistral4; supported is mistral or ministral3"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "the weights are already quantized .fp8"),
+    ],
+)
+def test_a_base_that_is_not_supported_ends_the_command_with_2_and_what_to_do(
+    values: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    base = build_base(tmp_path / "base", "mistral3-ministral3")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | values))
+    project = tiny_project(tmp_path / "project", base, count=80)
+    assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    for command in (["train"], ["fit"]):
+        ran = run(*command, "-p", project, "--json")
+        assert ran.code == 2
+        error = ran.document["error"]
+        with pytest.raises(UserError, match=words):
+            raise UserError(error["what"])
+        wanted = "-BF16" if "quantization_config" in values else "Supported are LlamaForCausalLM, MistralForCausalLM"
+        assert wanted in error["fix"]
+
+
+def test_an_image_in_an_example_is_refused_by_name(tmp_path: Path) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    rows = [
+        {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a cat"}]},
+    ]
+    (tmp_path / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tunewright.yaml").write_text("name: images\nbase: bundled:smollm2-135m-instruct\n")
+    ran = run("data", "add", tmp_path / "images.jsonl", "-p", tmp_path)
+    assert ran.code == 2
+    assert "holds an image, and only text is trained" in " ".join(ran.stderr.split())
+
+
+def test_every_test_that_the_table_names_exists() -> None:
+    root = Path(__file__).parents[2]
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "models.md").read_text(encoding="utf-8")))
+    there = {
+        name for file in (root / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert named
+    assert named <= there
