@@ -30,7 +30,6 @@ class Wanted:
         adapters: folders by digest, loaded from the start.
         to_come: folders of adapters that will be loaded later, as far as they are known.
         spare: how many further adapters there has to be room for.
-        alone: False where an oracle needs half of the memory of the GPU.
     """
 
     base: Base
@@ -39,7 +38,6 @@ class Wanted:
     adapters: Mapping[str, Path]
     to_come: tuple[Path, ...] = ()
     spare: int = 0
-    alone: bool = True
 
 
 def start_engine(kind: EngineName, recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
@@ -117,7 +115,6 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
         kv_cache_bytes=kv_cache_bytes(read_config(wanted.base.folder / "config.json"), dtype, recipe.serve.max_batch)
         if cpu
         else None,
-        gpu_share=None if cpu or wanted.alone else 0.45,
     )
     return _with_adapters(VllmEngine(settings, stop_ids=wanted.chat.stop_ids, reporter=reporter), wanted.adapters)
 

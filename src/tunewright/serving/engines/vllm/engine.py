@@ -50,7 +50,6 @@ class VllmSettings:
         max_rank: the highest LoRA rank of any adapter that will be loaded.
         max_batch: the most rows that decode at once.
         kv_cache_bytes: what the key/value cache may take (None: vLLM decides); the context is what fits into it.
-        gpu_share: of the GPU's memory, what it may take (None: vLLM's 0.9).
     """
 
     python: Path
@@ -61,7 +60,6 @@ class VllmSettings:
     max_rank: int
     max_batch: int
     kv_cache_bytes: int | None = None
-    gpu_share: float | None = None
 
     @property
     def slots(self) -> int:
@@ -95,8 +93,6 @@ class VllmSettings:
         }
         if self.cpu:
             options["--max-num-batched-tokens"] = max(CPU_BATCHED_TOKENS, self.max_batch)
-        if self.gpu_share is not None:
-            options["--gpu-memory-utilization"] = self.gpu_share
         if self.kv_cache_bytes is not None:
             options["--kv-cache-memory-bytes"] = self.kv_cache_bytes
         flags = ["--enable-lora", "--enable-prefix-caching", "--disable-uvicorn-access-log"]
