@@ -22,7 +22,7 @@ from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.canaries import Digest, Ids
 from tunewright.serving.engines.protocol import Engine
-from tunewright.serving.engines.start import Wanted, require_llamacpp, start_engine, tolerance
+from tunewright.serving.engines.start import Wanted, max_batch, require_llamacpp, start_engine, tolerance
 from tunewright.serving.isolation import LONG, SHORT, VERSION, IsolationResult, check_isolation
 from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
 from tunewright.training.lineage import packages
@@ -87,7 +87,7 @@ class SelfTest:
                 "dtype": self.recipe.train.dtype,
                 "adapters": sorted(self.folders),
                 "engine": self.engine,
-                "max_batch": self.recipe.serve.max_batch,
+                "max_batch": max_batch(self.engine, self.recipe),
                 "spare": self.spare,
                 "versions": self.versions,
                 "device": self.device,

@@ -21,6 +21,10 @@ from tunewright.serving.engines.protocol import Engine
 from tunewright.serving.isolation import TOLERANCE
 
 
+LARGE_CARD = 70 * 10**9
+"""Bytes of a card on which vLLM decodes 256 rows by default: an 80 GB card has room for their keys and values."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What an engine is to hold.
@@ -57,6 +61,25 @@ def start_engine(kind: EngineName, recipe: Recipe, wanted: Wanted, reporter: Rep
             return _llamacpp(recipe, wanted, reporter)
 
 
+def max_batch(kind: EngineName, recipe: Recipe) -> int:
+    """Return how many conversations the engine generates at once: the recipe's number, or the engine's default.
+
+    Raises:
+        UserError: the default of vLLM is asked for, and vLLM is not installed.
+    """
+    if recipe.serve.max_batch is not None:
+        return recipe.serve.max_batch
+    if kind == "vllm":
+        import torch
+
+        from tunewright.serving.engines.vllm import environment
+
+        if environment.find().build == "cuda":
+            large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= LARGE_CARD
+            return 256 if large else 128
+    return 16
+
+
 def tolerance(kind: EngineName, recipe: Recipe) -> float:
     """Nats by which an answer of this engine may fall short in the isolation test: by the rougher precision of two."""
     own = TOLERANCE[recipe.train.dtype]
@@ -82,7 +105,7 @@ def _peft(recipe: Recipe, wanted: Wanted) -> Engine:
         load_model(wanted.base, recipe.train.dtype, wanted.quantize),
         stop_ids=wanted.chat.stop_ids,
         pad_id=wanted.chat.tokenizer.pad_token_id,
-        max_batch=recipe.serve.max_batch,
+        max_batch=max_batch("peft", recipe),
         context_length=context_length(wanted.base),
     )
     return _with_adapters(engine, wanted.adapters)
@@ -102,7 +125,7 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
     found = environment.find()
     cpu = found.build == "cpu"
     known = [*wanted.adapters.values(), *wanted.to_come]
-    dtype = recipe.train.dtype
+    dtype, rows = recipe.train.dtype, max_batch("vllm", recipe)
     settings = VllmSettings(
         python=found.python,
         cpu=cpu,
@@ -111,10 +134,8 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
         room=max(1, len(known) + wanted.spare),
         # Of the adapters that will be trained, the recipe tells the rank.
         max_rank=max(max_rank(known), recipe.train.rank if wanted.spare else 1),
-        max_batch=recipe.serve.max_batch,
-        kv_cache_bytes=kv_cache_bytes(read_config(wanted.base.folder / "config.json"), dtype, recipe.serve.max_batch)
-        if cpu
-        else None,
+        max_batch=rows,
+        kv_cache_bytes=kv_cache_bytes(read_config(wanted.base.folder / "config.json"), dtype, rows) if cpu else None,
     )
     return _with_adapters(VllmEngine(settings, stop_ids=wanted.chat.stop_ids, reporter=reporter), wanted.adapters)
 
@@ -135,7 +156,7 @@ def _llamacpp(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
     from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings, cache_tokens
     from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 
-    base, rows = wanted.base, recipe.serve.max_batch
+    base, rows = wanted.base, max_batch("llamacpp", recipe)
     place = platformdirs.user_cache_path("tunewright") / "gguf"
     config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
     longest = gguf_context(config)
