@@ -12,8 +12,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
-"""Each batch has another number of tokens, so that blocks of fixed sizes would fragment a card's memory. Of torch 2.9 to
-2.13 all read this name; some 2.9 releases ignore the newer PYTORCH_ALLOC_CONF (pytorch issue 183387)."""
+"""Each batch has another number of tokens, so that blocks of fixed sizes would fragment a card's memory.
+
+torch 2.13 reads this name before the newer PYTORCH_ALLOC_CONF, which 2.9.1 ignores (pytorch issue 183387)."""
 
 _ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 

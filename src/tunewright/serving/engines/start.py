@@ -20,7 +20,6 @@ from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.engines.protocol import Engine
 from tunewright.serving.isolation import TOLERANCE
 
-
 LARGE_CARD = 70 * 10**9
 """Bytes of a card on which vLLM decodes 256 rows by default: an 80 GB card has room for their keys and values."""
 
