@@ -221,8 +221,9 @@ def _fit(
 
     def fitted() -> _Fitted | UserError:
         # A base that is to be divided need not fit on one card: it waits in memory, and goes there in pieces.
-        place = "cpu" if processes.in_pieces() else None
-        model = load_model(base, recipe.train.dtype, recipe.train.quantize, place)
+        in_pieces = processes.in_pieces()
+        place = "cpu" if in_pieces else None
+        model = load_model(base, recipe.train.dtype, recipe.train.quantize, place, divisible=in_pieces)
         replay = draw_replay(project, version, base, chat, lambda: model, limit, reporter)
         run = Run(recipe, base, work, reporter)
         try:
