@@ -168,8 +168,8 @@ def test_missing_names_what_a_card_needs(
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(compiling, "find_spec", lambda name: None if name in lacks else object())
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: None if name in lacks.split() else name)
-    monkeypatch.setattr(compiling.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr("shutil.which", lambda name: None if name in lacks.split() else name)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     if lacks != "Python.h":
         (tmp_path / "Python.h").touch()
     assert compiling.missing("cuda") == expected
