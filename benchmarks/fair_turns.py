@@ -34,6 +34,7 @@ from tunewright.disk import write_json
 from tunewright.progress import LogReporter
 from tunewright.project import Project
 from tunewright.road.opened import OpenProject
+from tunewright.serving.engines.start import max_batch
 from tunewright.serving.state import Grounds, State
 from tunewright.serving.turns import COMPANY_SECONDS
 
@@ -66,7 +67,8 @@ def main() -> None:
             for turn in range(options.rounds):
                 if turn:
                     time.sleep(COMPANY_SECONDS + 1)  # who has had company lately leaves places free for it
-                capacities.append(asyncio.run(meter.capacity(opened.project.recipe.serve.max_batch)))
+                recipe = opened.project.recipe
+                capacities.append(asyncio.run(meter.capacity(max_batch(recipe.serve.engine, recipe))))
                 for name, times in LOADS.items():
                     answers[name] += asyncio.run(meter.load(SHARE * capacities[-1], times, options.seconds, turn))
         with Host(options.project, url, options.threads, fair=False) as host:

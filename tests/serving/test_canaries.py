@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -57,6 +57,9 @@ class TableOracle:
     def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
         self.judged += len(answers)
         return [self.shortfall(model, prompt, answer) for answer in answers]
+
+    def rest(self) -> None:
+        pass
 
     def shortfall(self, model: Digest, prompt: Ids, answer: Answer) -> float:
         tokens = (*answer.ids, STOP) if answer.finish == "stop" else answer.ids
@@ -151,10 +154,17 @@ def test_what_the_isolation_test_asks_of_an_engine_grows_with_the_adapters_and_n
         engine = TableEngine(oracle)
         folders = {str(number): Path(str(number)) for number in range(adapters)}
         names: dict[Digest, str] = {digest: f"model {digest}" for digest in (None, *folders)}
-        done = check_isolation(
-            engine, oracle, folders, PROMPTS, tolerance=0.25, names=names, reporter=LogReporter(), long=3
+        result = check_isolation(
+            lambda: nullcontext(engine),
+            oracle,
+            folders,
+            PROMPTS,
+            context=engine.context_length,
+            tolerance=0.25,
+            names=names,
+            reporter=LogReporter(),
+            long=3,
         )
-        result = asyncio.run(done)
         assert result.verdict == "isolated"
         assert min(check.asked for check in result.checks) > adapters
         return engine.requests, engine.changes

@@ -65,6 +65,9 @@ class Scripted:
     def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
         raise AssertionError("own answers are enough")
 
+    def rest(self) -> None:
+        pass
+
 
 def found(oracle: Scripted, owned: list[list[str]], prompts: Sequence[int]) -> Telling:
     return find_telling(oracle, owned, [(prompt,) for prompt in prompts], decode, TOLERANCE)

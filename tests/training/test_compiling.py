@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,8 @@ class _Hears(LogReporter):
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     now = SimpleNamespace(s=0.0)
     monkeypatch.setattr("tunewright.training.compiling.time.monotonic", lambda: now.s)
-    monkeypatch.setattr(compiling, "_has_compiler", lambda: True)
+    monkeypatch.setattr(compiling, "missing", lambda _: [])
+    monkeypatch.setattr(compiling, "failure", lambda _: None)
     return now
 
 
@@ -102,14 +104,84 @@ def test_off_is_off_and_on_is_on_from_the_first_step(tmp_path: Path, model: Any,
 def test_without_a_compiler_auto_says_so_and_on_is_refused(
     tmp_path: Path, model: Any, clock: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compiling, "_has_compiler", lambda: False)
+    monkeypatch.setattr(compiling, "missing", lambda _: ["a C++ compiler (g++)"])
     assert not any(_run(Compile("auto", tmp_path, LogReporter()), model, clock, [1.0] * 30, steps=20_000))
     assert "for want of a C++ compiler" in caplog.text
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
         _run(Compile("on", tmp_path / "on", LogReporter()), model, clock, [1.0], steps=3)
 
 
-@pytest.mark.skipif(not compiling._has_compiler(), reason="no C++ compiler is installed")
+@pytest.fixture
+def broken_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A C++ compiler that is there and compiles nothing, and a clock for `_run`."""
+    import torch._inductor.config
+
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr("tunewright.training.compiling.time.monotonic", lambda: now.s)
+    monkeypatch.setattr(compiling, "missing", lambda _: [])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("/bin/false",)}):
+        yield now
+    torch._dynamo.reset()
+
+
+def test_auto_trains_on_without_compiling_when_the_compiler_fails(
+    tmp_path: Path, model: Any, broken_compiler: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = tmp_path / "run"
+    assert not any(_run(Compile("auto", work, LogReporter()), model, broken_compiler, [1.0] * 30, steps=20_000))
+    assert "Not compiled, since torch.compile fails here: " in caplog.text
+    assert compiling.decided_in(work) == {"from_step": None, "until_step": None}
+    assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_on_is_refused_before_the_first_step_when_the_compiler_fails(
+    tmp_path: Path, model: Any, broken_compiler: Any
+) -> None:
+    with pytest.raises(UserError, match=r"train\.compile: torch\.compile fails here"):
+        _run(Compile("on", tmp_path / "run", LogReporter()), model, broken_compiler, [1.0], steps=3)
+
+
+def test_auto_does_not_compile_on_a_card_and_says_so(tmp_path: Path) -> None:
+    hears = _Hears()
+    card = SimpleNamespace(device=torch.device("cuda"), get_decoder=lambda: SimpleNamespace(layers=[]))
+    callback = Compile("auto", tmp_path, hears)
+    for _ in range(2):
+        callback.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=10**6), None, model=card)
+    assert hears.said == [
+        "Not compiled: what compiling saves on a card has not been measured. train.compile: 'on' compiles."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lacks", "expected"),
+    [
+        ("triton", ["Triton"]),
+        ("gcc clang", ["a C compiler (gcc)"]),
+        ("Python.h", ["Python's header files (Python.h)"]),
+        ("nothing", []),
+    ],
+)
+def test_missing_names_what_a_card_needs(
+    lacks: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None if name in lacks else object())
+    monkeypatch.setattr("shutil.which", lambda name: None if name in lacks.split() else name)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    if lacks != "Python.h":
+        (tmp_path / "Python.h").touch()
+    assert compiling.missing("cuda") == expected
+
+
+@pytest.mark.skipif(bool(compiling.missing("cpu")), reason="no C++ compiler is installed")
+def test_failure_finds_nothing_when_the_compiler_works(model: Any) -> None:
+    assert compiling.failure(model) is None
+    assert not _compiled(model)
+
+
+@pytest.mark.skipif(bool(compiling.missing("cpu")), reason="no C++ compiler is installed")
 def test_compiled_blocks_compute_what_plain_ones_do(model: Any) -> None:
     ids = torch.arange(40)[None]
     with torch.inference_mode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,48 @@ def test_pieces_are_even_and_hold_every_row_once() -> None:
     assert [row for piece in pieces for row in piece] == list(rows.rows)
 
 
-def test_other_faults_pass() -> None:
-    def fail() -> None:
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+def _fail(message: str) -> None:
+    raise RuntimeError(message)
 
-    with pytest.raises(RuntimeError, match="shapes"):
-        in_memory(fail)
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_in_memory_reports_exhausted_memory_when_a_library_says_so(message: str) -> None:
+    assert in_memory(partial(_fail, message)) == (False, None)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "mat1 and mat2 shapes cannot be multiplied",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_in_memory_raises_other_errors(message: str) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        in_memory(partial(_fail, message))
+
+
+@pytest.mark.parametrize(("free", "is_full"), [(100 << 20, True), (4 << 30, False)])
+def test_in_memory_reports_exhausted_memory_when_no_handle_can_be_made_on_a_full_card(
+    free: int, is_full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 24 << 30))
+    work = partial(_fail, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
+    if not is_full:
+        with pytest.raises(RuntimeError, match="NOT_INITIALIZED"):
+            in_memory(work)
+        return
+    assert in_memory(work) == (False, None)

@@ -122,10 +122,53 @@ def test_killed_while_it_saves_it_goes_on_to_the_same_adapter(
     assert find_adapter(folder / "adapters").digest == divided.digest
 
 
+@pytest.fixture(scope="module")
+def divided_in_4_bits(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, server: Server) -> Adapter:
+    """What two processes with half of a base in NF4 each trained."""
+    folder = _project(tmp_path_factory.mktemp("divided") / "nf4", tiny_base_folder, also="  quantize: nf4\n")
+    return _trained(server, folder, processes=2, environment=FSDP)
+
+
+def test_fsdp_over_nf4_gives_the_losses_and_the_adapter_of_one_process(
+    divided_in_4_bits: Adapter, divided: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
+) -> None:
+    whole = _trained(server, _project(tmp_path / "project", tiny_base_folder, also="  quantize: nf4\n"))
+    _require_alike(whole, divided_in_4_bits)
+    losses = [row["loss"] for row in whole.history if "loss" in row]
+    in_full = [row["loss"] for row in divided.history if "loss" in row]
+    assert losses != pytest.approx(in_full, rel=1e-5), "the base is rounded to 4 bits"
+
+
+def test_fsdp_over_nf4_holds_half_of_the_4_bit_weights(divided_in_4_bits: Adapter, tiny_base_folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    numbers = {name: weight.numel() for name, weight in load_file(tiny_base_folder / "model.safetensors").items()}
+    linear = sum(count for name, count in numbers.items() if "_proj" in name)
+    adapter = sum(w.numel() for w in load_file(divided_in_4_bits.folder / "adapter_model.safetensors").values())
+    # Half a byte, and 4 bytes for embeddings, norms and adapter; a scale for 64 weights in each process.
+    half = (linear / 2 + 4 * (sum(numbers.values()) - linear + adapter)) / 2 + linear / 64
+    held = divided_in_4_bits.lineage["training"]["bytes_held"]
+    tables = 14 * 4 * (16 + 256 + 4)  # as bitsandbytes keeps them with each of the 14 matrices
+    assert all(half <= count <= half + 2 * tables for count in held), (held, half, tables)
+
+
+def test_fsdp_over_nf4_resumes_to_the_same_adapter_when_killed_while_saving(
+    divided_in_4_bits: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
+) -> None:
+    folder = _project(tmp_path / "project", tiny_base_folder, also="  quantize: nf4\n")
+    killed = server.run(
+        "train", "-p", folder, processes=2, environment=FSDP, killed_at=(f"*/checkpoint-8/*{MANIFEST}*", 1)
+    )
+    assert killed.code == -signal.SIGKILL
+    resumed = server.run("train", "-p", folder, processes=2, environment=FSDP)
+    assert resumed.code == 0, resumed.stderr
+    assert resumed.stderr.count("Going on from step 5") == 1
+    assert find_adapter(folder / "adapters").digest == divided_in_4_bits.digest
+
+
 @pytest.mark.parametrize(
     ("also", "words"),
     [
-        ("  quantize: nf4\n", "weights in 4 bits cannot be divided, and FSDP was asked for"),
         ("  replay: {samples: 6}\n", "replay needs passes of the base that processes make by themselves"),
         ("  compile: 'on'\n", "compiled parts have not been tried on a base in pieces"),
     ],

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tunewright.adapters.fit import trained_quantize
 from tunewright.chat import ChatFormat
 from tunewright.disk import write_json
@@ -45,9 +47,7 @@ def choose_way(trained: Trained, reporter: Reporter) -> tuple[Weights, Way, tupl
     measured = []
     with reporter.task("ways to merge", len(ways), "ways") as task:
         for way, weights in ways.items():
-            model = load_model(trained.base, trained.arithmetic, "none")
-            put_into(model, weights, weights.stored)
-            seen = distributions(model, trained.contexts)
+            seen = _distributions(trained, weights)
             measured.append(WayMeasured(way=way, kl=float(distance(trained.log_probs, seen).kl.mean())))
             task.advance(note=way)
     best = min(measured, key=lambda found: found.kl)
@@ -57,6 +57,13 @@ def choose_way(trained: Trained, reporter: Reporter) -> tuple[Weights, Way, tupl
         f"{other.kl:.2g} on the {other.way} one."
     )
     return ways[best.way], best.way, tuple(measured)
+
+
+def _distributions(trained: Trained, weights: Weights) -> Tensor:
+    """What a model with these weights predicts; it is freed when this returns, before another is loaded."""
+    model = load_model(trained.base, trained.arithmetic, "none")
+    put_into(model, weights, weights.stored)
+    return distributions(model, trained.contexts)
 
 
 def write_merged(folder: Path, weights: Weights, base: Base, chat: ChatFormat, reporter: Reporter) -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from tunewright.adapters.fit import trained_quantize
@@ -28,7 +29,9 @@ from tunewright.models.loading import load_model, with_adapters
 from tunewright.progress import Reporter
 
 _ROOM = 1.3
-"""Memory that a model needs while it is compared, in bytes of its weights: activations, adapter, one more layer."""
+"""Memory that a model needs while it is compared, in bytes of its weights: activations, adapter, one more layer.
+
+One model at a time is in memory: the trained one, each way to merge and the merged folder follow one another."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def measure_trained(
 
 def _arithmetic(base: Base, reporter: Reporter) -> str:
     """float32 where the base fits so: arithmetic in bfloat16 moves logits by more than a merge does."""
+    # What a model before this one has left in torch's cache counts as used otherwise.
+    clear_device_cache(garbage_collection=True)
     needed, memory = 4 * read_shape(base.folder / "config.json").parameters, memory_at_hand(None)
     if needed * _ROOM <= memory.bytes:
         return "float32"

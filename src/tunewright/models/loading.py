@@ -33,11 +33,14 @@ def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(base: Base, dtype: str, quantize: Quantize, place: str | None = None) -> PreTrainedModel:
+def load_model(
+    base: Base, dtype: str, quantize: Quantize, place: str | None = None, *, divisible: bool = False
+) -> PreTrainedModel:
     """The base's weights in ``dtype`` ("bfloat16" or "float32"), in evaluation mode, on ``place`` (None: `device()`).
 
     With ``quantize`` "nf4" the linear layers are held in 4 bits and compute in ``dtype``; embeddings, norms and the
-    output layer are in ``dtype`` still. Of a base that reads images too, the vision tower is dropped once it is loaded.
+    output layer are in ``dtype`` still. ``divisible``: FSDP can divide the 4-bit weights among processes. Of a base that
+    reads images too, the vision tower is dropped once it is loaded.
 
     Raises:
         UserError: NF4 is asked for, and bitsandbytes is not installed or the base is a mixture of experts.
@@ -50,7 +53,7 @@ def load_model(base: Base, dtype: str, quantize: Quantize, place: str | None = N
         model: PreTrainedModel = getattr(transformers, base.architecture).from_pretrained(
             base.folder,
             dtype=getattr(torch, dtype),
-            quantization_config=nf4_config(dtype) if quantize == "nf4" else None,
+            quantization_config=nf4_config(dtype, divisible=divisible) if quantize == "nf4" else None,
             device_map=place or device(),
             local_files_only=True,
             trust_remote_code=False,

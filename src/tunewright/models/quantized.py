@@ -46,8 +46,10 @@ def require_bitsandbytes(quantize: Quantize, key: str = "quantize") -> None:
         )
 
 
-def nf4_config(dtype: str) -> BitsAndBytesConfig:
+def nf4_config(dtype: str, *, divisible: bool = False) -> BitsAndBytesConfig:
     """NF4 with double quantization, blocks of 64 (Dettmers et al. 2023, section 3), computing in ``dtype``.
+
+    With ``divisible`` the same bytes are stored as numbers of ``dtype``: FSDP divides no weights of whole numbers.
 
     Raises:
         UserError: see `require_bitsandbytes`.
@@ -60,6 +62,7 @@ def nf4_config(dtype: str) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if divisible else "uint8",
     )
 
 

@@ -226,7 +226,14 @@ class ServeRecipe(Section):
             "the memory, and is another model by a little (docs/engines.md has by how much)."
         ),
     ] = "f16"
-    max_batch: Annotated[int, Field(ge=1, description="Conversations generated at once, over all adapters.")] = 16
+    max_batch: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Conversations generated at once, over all adapters (null: 16; with the engine vllm on a card "
+            "128, and 256 from 70 GB of memory on).",
+        ),
+    ] = None
     spare_adapters: Annotated[
         int,
         Field(

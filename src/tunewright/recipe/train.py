@@ -140,7 +140,7 @@ class TrainRecipe(Section):
         Switch,
         Field(
             description="torch.compile the feed-forward blocks: `auto` where the run is long enough to pay for it, "
-            "estimated from its first steps."
+            "estimated from its first steps, and never on a card, where the gain has not been measured."
         ),
     ] = "auto"
     max_length: Annotated[

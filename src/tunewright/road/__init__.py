@@ -379,6 +379,9 @@ class Road(EvaluationsRoad):
         settings = self.project.recipe.train
         require_servable(settings)
         require_bitsandbytes(settings.quantize, "train.quantize")
+        from tunewright.road.fitting import require_room
+
+        require_room(self._opened)
 
     def _forced(self, force: bool) -> str | None:
         from tunewright.training.few import forced_below

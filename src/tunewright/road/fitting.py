@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from tunewright.adapters.registry import list_adapters
 from tunewright.errors import UserError
 from tunewright.models.bases import base_config, check_architecture
+from tunewright.models.cards import unusable_card
 from tunewright.models.families import require_targets
-from tunewright.models.fit.plan import Plan, memory_at_hand, plan
-from tunewright.models.fit.shape import read_shape
+from tunewright.models.fit.plan import Memory, Plan, Planned, memory_at_hand, plan
+from tunewright.models.fit.shape import Shape, read_shape
+from tunewright.models.fit.sizes import gigabytes
 from tunewright.recipe import Recipe
 from tunewright.road.opened import OpenProject
+from tunewright.training import processes
+
+SHORT_ROW = 32
+"""Tokens of a short question with a short answer: a card with no room for one such row cannot train the base."""
+
+BY_MISTAKE = 1_000_000_000
+"""Parameters from which on a base is not trained on the processor only because the card cannot be used."""
 
 
 def fitting_plan(
@@ -44,3 +54,67 @@ def fitting_plan(
     shape = read_shape(config)
     require_targets(settings.targets, check_architecture(config))
     return plan(spec, shape, settings, memory, rows=rows, length=length, shared=shared, answer=answer or length)
+
+
+def require_room(opened: OpenProject) -> None:
+    """Check that the card here can train the recipe's base, from the base's config.json alone.
+
+    What may not fit is a warning. On the processor memory is never refused: it may be swapped out.
+
+    Raises:
+        UserError: torch is built for CUDA and can use no card, and the base is large; the card has no room for one row
+            of `SHORT_ROW` tokens; or a base that is not supported.
+    """
+    recipe, reporter = opened.project.recipe, opened.reporter
+    shape = read_shape(base_config(recipe.base, recipe.revision, opened.project.root, reporter))
+    _require_card(shape, opened)
+    if processes.in_pieces():
+        return  # each card holds a part of the base
+    memory, settings = memory_at_hand(None), recipe.train
+    least = plan(recipe.base, shape, settings, memory, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW)
+    # As `tunewright train` does it: activations are recomputed on a card.
+    ways = {planned.way.nf4: planned for planned in least.ways if planned.way.checkpointing == memory.card}
+    own = ways[settings.quantize == "nf4"]
+    short = (
+        f"{recipe.base} needs at least {gigabytes(own.least)} to train ({own.way.name}), and there are {memory.source}"
+    )
+    if own.least > memory.bytes:
+        # Where adapters were trained before, the command may have nothing to train.
+        trained = any(adapter.imported is None for adapter in list_adapters(opened.project.adapters))
+        if memory.card and not trained:
+            raise UserError(short, where="base", fix=_what_fits(ways[True], own, memory))
+        reporter.warn(f"{short}.")
+    elif own.longest < settings.max_length:
+        reporter.warn(
+            f"Rows of more than {own.longest:,} tokens may not fit: there are {memory.source}, and train.max_length is "
+            f"{settings.max_length:,}."
+        )
+
+
+def _require_card(shape: Shape, opened: OpenProject) -> None:
+    """Check that a torch for CUDA has a card, or that the base is small enough to do without."""
+    why = unusable_card()
+    if why is None:
+        return
+    unused = f"torch is built for CUDA and can use no card here: {why}"
+    if shape.parameters >= BY_MISTAKE:
+        raise UserError(
+            unused,
+            where="base",
+            fix="Update the driver, or start the container with its cards. To train "
+            f"{shape.parameters:,} parameters on the processor, set CUDA_VISIBLE_DEVICES=-1.",
+        )
+    opened.reporter.warn(f"{unused}. Training runs on the processor.")
+
+
+def _what_fits(nf4: Planned, own: Planned, memory: Memory) -> str:
+    """What to do where ``own`` does not fit."""
+    others = "take a smaller base, or divide this one among several cards (docs/recovery.md)"
+    if nf4 is own:
+        return f"{others[0].upper()}{others[1:]}."
+    if nf4.least > memory.bytes:
+        return f"train.quantize: nf4 needs {gigabytes(nf4.least)}, which does not fit either: {others}."
+    return (
+        f"Set train.quantize: nf4, which needs {gigabytes(nf4.least)} and fits rows of up to {nf4.longest:,} tokens "
+        "(`tunewright fit` shows more)."
+    )

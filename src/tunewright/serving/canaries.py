@@ -66,6 +66,9 @@ class Oracle(Protocol):
     def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
         """For each answer, by how many nats its worst token falls short of the model's likeliest one there."""
 
+    def rest(self) -> None:
+        """Free the memory that it holds until it is next asked."""
+
 
 @dataclass(frozen=True)
 class Canaries:

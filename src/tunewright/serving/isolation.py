@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from itertools import product, zip_longest
 from pathlib import Path
@@ -236,24 +236,29 @@ class _Asking:
             await self.engine.unload(digest)
 
 
-async def check_isolation(
-    engine: Engine,
+def check_isolation(
+    start: Callable[[], AbstractContextManager[Engine]],
     oracle: Oracle,
     folders: Mapping[str, Path],
     prompts: Sequence[Ids],
     *,
+    context: int,
     tolerance: float,
     names: Mapping[Digest, str],
     reporter: Reporter,
     long: int = LONG,
     seed: int = 0,
 ) -> IsolationResult:
-    """Ask the engine for the base and all the adapters in every way in which they could be mixed up.
+    """Ask an engine for the base and all the adapters in every way in which they could be mixed up.
+
+    The oracle and the engine are never in memory together: each holds the base.
 
     Args:
-        engine: with all of the adapters loaded; they are unloaded and loaded again. Nobody else may use it.
+        start: starts the engine with all of the adapters loaded; they are unloaded and loaded again. Nobody else may
+            use it. Its context ends the engine.
         folders: the adapters, by digest.
         prompts: from which canaries are chosen: of the adapters' own tasks, on which they differ.
+        context: tokens of the longest conversation that the engine takes.
         tolerance: nats that a right answer's token may fall short: see :data:`TOLERANCE`.
         names: what people call the models.
         long: tokens of the prompts by which caches of prefixes are tested: see :data:`LONG` and :data:`SHORT`.
@@ -262,33 +267,62 @@ async def check_isolation(
         RequestFailedError, EngineStoppedError: the engine does not answer.
     """
     models: list[Digest] = [None, *folders]
-    room = min(long, engine.context_length - TOKENS)
-    longer = list(dict.fromkeys(_lengthened(prompt, room) for prompt in prompts))
+    longer = list(dict.fromkeys(_lengthened(prompt, min(long, context - TOKENS)) for prompt in prompts))
     with reporter.task("Looking for prompts that tell the models apart", 2 * len(models), "models") as task:
         canaries = find_canaries(oracle, models, prompts, tolerance, task.advance)
         lengthy = find_canaries(oracle, models, longer, tolerance, task.advance)
-    asking = _Asking(engine, canaries, lengthy, folders, random.Random(seed))
-    checks = {
-        "each alone": asking.alone,
-        "all mixed": asking.mixed,
-        "the base in the mix": asking.base_in_the_mix,
-        "prefixes warm": asking.warm_prefixes,
-        "evicted and reloaded": asking.evict_and_reload,
-        "a new version": asking.new_version,
-    }
-    with reporter.task("Asking the engine", len(checks), "checks") as task:
-        for name, ask in checks.items():
-            await ask(name)
-            task.advance(note=name)
-    judged = _judged(list(checks), asking, oracle, tolerance, names, reporter)
+    oracle.rest()
+    asked = _ask(start, canaries, lengthy, folders, reporter, seed)
+    judge = _Judge(oracle, {**canaries.said, **lengthy.said})
+    judged = _judged(asked, canaries, judge, tolerance, names, reporter)
+    oracle.rest()
     alike = sorted({_sorted(names[one], names[other]) for one, other in canaries.alike & lengthy.alike})
     return IsolationResult(
-        engine.name,
+        asked.engine,
         tolerance,
         tuple(names[model] for model in models),
         judged,
         tuple(alike),
     )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What an engine said."""
+
+    engine: str
+    checks: tuple[str, ...]
+    asked: Sequence[_Asked]
+
+
+def _ask(
+    start: Callable[[], AbstractContextManager[Engine]],
+    canaries: Canaries,
+    lengthy: Canaries,
+    folders: Mapping[str, Path],
+    reporter: Reporter,
+    seed: int,
+) -> _Answers:
+    """Start the engine, ask it everything and end it."""
+    with start() as engine:
+        asking = _Asking(engine, canaries, lengthy, folders, random.Random(seed))
+        checks = {
+            "each alone": asking.alone,
+            "all mixed": asking.mixed,
+            "the base in the mix": asking.base_in_the_mix,
+            "prefixes warm": asking.warm_prefixes,
+            "evicted and reloaded": asking.evict_and_reload,
+            "a new version": asking.new_version,
+        }
+
+        async def ask_all() -> None:
+            with reporter.task("Asking the engine", len(checks), "checks") as task:
+                for name, ask in checks.items():
+                    await ask(name)
+                    task.advance(note=name)
+
+        asyncio.run(ask_all())
+        return _Answers(engine.name, tuple(checks), asking.asked)
 
 
 def _lengthened(prompt: Ids, tokens: int) -> Ids:
@@ -330,16 +364,15 @@ class _Judge:
 
 
 def _judged(
-    checks: Sequence[str],
-    asking: _Asking,
-    oracle: Oracle,
+    said: _Answers,
+    canaries: Canaries,
+    judge: _Judge,
     tolerance: float,
     names: Mapping[Digest, str],
     reporter: Reporter,
 ) -> tuple[Check, ...]:
-    judge = _Judge(oracle, {**asking.canaries.said, **asking.long.said})
     given: dict[Digest, dict[Ids, list[_Asked]]] = {}
-    for one in asking.asked:
+    for one in said.asked:
         given.setdefault(one.model, {}).setdefault(one.prompt, []).append(one)
     short: dict[_Asked, float] = {}
     with reporter.task("Judging its answers", len(given), "models") as task:
@@ -348,12 +381,12 @@ def _judged(
                 short |= zip(asked, judge.shortfalls(model, prompt, [one.answer for one in asked]), strict=True)
             task.advance()
     judged = []
-    for name in checks:
-        mine = [one for one in asking.asked if one.check == name]
+    for name in said.checks:
+        mine = [one for one in said.asked if one.check == name]
         failures = []
         for one in mine:
             if short[one] > tolerance:
-                like = judge.whose(one, asking.canaries.prompts, tolerance)
+                like = judge.whose(one, canaries.prompts, tolerance)
                 failures.append(Failure(names[one.model], short[one], None if like is None else names[like[0]]))
         judged.append(Check(name, len(mine), max((short[one] for one in mine), default=0.0), tuple(failures)))
     return tuple(judged)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from tunewright.models.bases import Base
 from tunewright.models.loading import load_model, with_adapters
@@ -19,20 +20,37 @@ _LIKELIEST = 64
 
 
 class PeftOracle:
-    """A model of its own beside the engine's; nothing that serving uses is used here.
+    """A model of its own; nothing that serving uses is used here. It is loaded when a question needs it.
 
     Args:
         base: the base, which is held as the engine holds it.
-        folders: adapters by digest; loaded one by one when asked for.
+        folders: adapters by digest.
         stop_ids: tokens that end an answer.
     """
 
     def __init__(
         self, base: Base, dtype: str, quantize: Quantize, folders: Mapping[str, Path], *, stop_ids: Collection[int]
     ) -> None:
-        model: Any = load_model(base, dtype, quantize)
-        self._model = with_adapters(model, folders) if folders else model
+        self._base = base
+        self._dtype = dtype
+        self._quantize = quantize
+        self._folders = folders
         self._stop_ids = sorted(stop_ids)
+        self._loaded: Any = None
+
+    @property
+    def _model(self) -> Any:
+        """The base with all adapters."""
+        if self._loaded is None:
+            clear_device_cache(garbage_collection=True)  # of an engine that has just ended
+            model: Any = load_model(self._base, self._dtype, self._quantize)
+            self._loaded = with_adapters(model, self._folders) if self._folders else model
+        return self._loaded
+
+    def rest(self) -> None:
+        """Free the model until it is next needed."""
+        self._loaded = None
+        clear_device_cache(garbage_collection=True)
 
     def answers(self, model: Digest, prompts: Sequence[Ids]) -> list[Answer]:
         """transformers' own greedy answers, in one batch."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -17,10 +17,12 @@ from tunewright.clock import now
 from tunewright.disk import digest
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
+from tunewright.models.loading import context_length
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.canaries import Digest, Ids
-from tunewright.serving.engines.start import Wanted, load_all, require_llamacpp, start_engine, tolerance
+from tunewright.serving.engines.protocol import Engine
+from tunewright.serving.engines.start import Wanted, max_batch, require_llamacpp, start_engine, tolerance
 from tunewright.serving.isolation import LONG, SHORT, VERSION, IsolationResult, check_isolation
 from tunewright.serving.state.isolation import IsolationCheck, IsolationTest
 from tunewright.training.lineage import packages
@@ -85,7 +87,7 @@ class SelfTest:
                 "dtype": self.recipe.train.dtype,
                 "adapters": sorted(self.folders),
                 "engine": self.engine,
-                "max_batch": self.recipe.serve.max_batch,
+                "max_batch": max_batch(self.engine, self.recipe),
                 "spare": self.spare,
                 "versions": self.versions,
                 "device": self.device,
@@ -109,27 +111,28 @@ class SelfTest:
             raise UserError("there is no adapter that could be taken for another model", where="the isolation test")
         names: dict[Digest, str] = {None: self.base.spec}
         names |= {adapter_digest(folder): name for name, folder in self.named.items()}
-        # Half of a GPU's memory is the oracle's.
-        wanted = Wanted(self.base, self.chat, self.quantize, self.folders, spare=self.spare, alone=False)
+        oracle = PeftOracle(
+            self.base, self.recipe.train.dtype, self.quantize, self.folders, stop_ids=self.chat.stop_ids
+        )
+        return check_isolation(
+            self._engine,
+            oracle,
+            self.folders,
+            prompts,
+            context=context_length(self.base),
+            tolerance=tolerance(self.engine, self.recipe),
+            names=names,
+            reporter=self.reporter,
+            long=LONG if self.engine == "vllm" else SHORT,
+        )
+
+    @contextmanager
+    def _engine(self) -> Iterator[Engine]:
+        """The engine while it is asked."""
+        wanted = Wanted(self.base, self.chat, self.quantize, self.folders, spare=self.spare)
         engine = start_engine(self.engine, self.recipe, wanted, self.reporter)
         try:
-            dtype = self.recipe.train.dtype
-            oracle = PeftOracle(self.base, dtype, self.quantize, self.folders, stop_ids=self.chat.stop_ids)
-
-            async def ask() -> IsolationResult:
-                await load_all(engine, self.folders)
-                return await check_isolation(
-                    engine,
-                    oracle,
-                    self.folders,
-                    prompts,
-                    tolerance=tolerance(self.engine, self.recipe),
-                    names=names,
-                    reporter=self.reporter,
-                    long=LONG if self.engine == "vllm" else SHORT,
-                )
-
-            return asyncio.run(ask())
+            yield engine
         finally:
             engine.stop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -25,19 +26,22 @@ def add_token_losses(model: Any) -> None:
     losses of its targets are divergences from that. Inside of forward, so that whatever wraps the model (PEFT, DDP,
     FSDP) sees an ordinary pass. Without these the forward is what it was. To be called before PEFT wraps the model.
     """
-    original = model.forward
+    original = type(model).forward
+    held = weakref.ref(model)
 
-    @functools.wraps(type(model).forward)
+    @functools.wraps(original)
     def forward(
-        self: Any,
+        _: Any,
         *args: Any,
         predict_from: Tensor | None = None,
         targets: Tensor | None = None,
         reference: Reference | None = None,
         **kwargs: Any,
     ) -> Any:
+        self = held()
+        assert self is not None, "called through the model"
         if predict_from is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         states = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state[0].index_select(0, predict_from)
         if targets is None:
             return states
@@ -45,7 +49,8 @@ def add_token_losses(model: Any) -> None:
             return token_losses(states, self.get_output_embeddings(), targets)
         return losses_against(reference, states, self.get_output_embeddings(), targets)
 
-    model.forward = MethodType(forward, model)
+    # Bound to a proxy: a model that refers to itself would stay in memory until the garbage collector finds it.
+    model.forward = MethodType(forward, weakref.proxy(model))
 
 
 def token_losses(states: Tensor, head: Any, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ the step's.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,9 @@ from tunewright.progress import Reporter
 from tunewright.training import processes
 
 _FILE = "micro_batch.json"
+
+_HANDLE = 256 << 20
+"""Free bytes below which a cuBLAS or cuDNN handle fails for want of memory: several of torch's workspaces (32 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,16 @@ def in_memory(work: Callable[[], Any]) -> tuple[bool, Any]:
 
 
 def _out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that an allocation failed, in any of the forms of torch's backends."""
+    text = str(error)
     return (
         isinstance(error, (torch.OutOfMemoryError, MemoryError))
         or should_reduce_batch_size(error)
-        or "not enough memory" in str(error)  # the CPU's allocator, by its other name
+        or "not enough memory" in text  # the CPU's allocator, by its other name
+        # The driver's own words, which torch's kernels and Triton pass on: "CUDA error: out of memory".
+        or "out of memory" in text
+        # cuBLAS, cuDNN and cuSOLVER allocate workspaces past torch's allocator.
+        or re.search(r"_STATUS_\w*ALLOC\w*_FAILED", text) is not None
+        # A handle that cannot be made says the same on a full card and with a broken driver.
+        or ("_STATUS_NOT_INITIALIZED" in text and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _HANDLE)
     )

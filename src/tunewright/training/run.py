@@ -245,7 +245,6 @@ def require_divisible(settings: TrainRecipe) -> None:
         UserError: it asks for what cannot be had with that.
     """
     asked = {
-        "train.quantize": (settings.quantize != "none", "weights in 4 bits cannot be divided"),
         "train.replay": (
             settings.replay is not None,
             "replay needs passes of the base that processes make by themselves",

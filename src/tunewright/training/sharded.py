@@ -60,9 +60,16 @@ def release(model: Any) -> None:
 
 
 def bytes_held(model: Any) -> int:
-    """Bytes of the weights that this process holds between passes, counted by what lies in memory for them."""
+    """Bytes of the weights that this process holds between passes, counted by what lies in memory for them.
+
+    The scales of 4-bit weights are among them: each process holds all of these.
+    """
     release(model)
     local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
+    for module in model.modules():
+        if (state := getattr(module, "quant_state", None)) is not None:
+            nested = [] if state.state2 is None else [state.state2.absmax, state.state2.code, state.offset]
+            local += [state.absmax, state.code, *nested]
     return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in local}.values())
 
 

@@ -10,7 +10,10 @@ import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from accelerate.utils.memory import clear_device_cache
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
@@ -97,10 +100,11 @@ class Sweep:
         limit = min(own.max_length, context_length(base))
         rows = training_rows(chat, version.examples("train"), limit, own.too_long, self.once)
         # Drawn here and found by every trial: how many there are decides how many steps a trial has.
+        load = cache(lambda: load_model(base, own.dtype, own.quantize))
         with quiet_transformers():
-            replay = draw_replay(
-                project, version, base, chat, lambda: load_model(base, own.dtype, own.quantize), limit, self.once
-            )
+            replay = draw_replay(project, version, base, chat, load, limit, self.once)
+        load.cache_clear()
+        clear_device_cache(garbage_collection=True)  # the first trial loads a base of its own
         self.steps = total_steps(own, len(rows.rows) + len(replay.rows))
         self.schedule = halving_schedule(len(self.trials), self.steps, evaluation_interval(own, self.steps))
         self.head = self._head()

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
+
 from tunewright.adapters.keys import PrivateKey
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.servable import require_servable
@@ -17,6 +19,7 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.opening import refuse_untrained
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, writing
+from tunewright.errors import UserError
 from tunewright.metrics import metric_inputs
 from tunewright.models.bases import Base
 from tunewright.models.families import require_quantizable, require_targets
@@ -220,17 +223,30 @@ def _fit(
     dev = list({m.key: m for m in splits["dev"].members}.values())
     answered = dev_task(recipe, project.root, chat, version.domain_of("train"), dev, context_length(base), reporter)
     reporter.say(f"Loading {named(base, recipe.train.quantize)}")
-    # A base that is to be divided need not fit on one card: it waits in memory, and goes there in pieces.
-    place = "cpu" if processes.in_pieces() else None
-    model = load_model(base, recipe.train.dtype, recipe.train.quantize, place)
-    replay = draw_replay(project, version, base, chat, lambda: model, limit, reporter)
-    run = Run(recipe, base, work, reporter)
-    try:
-        with tracked_in(project.work / "trackers", recipe.name, run.name):
-            history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered, until, replay.rows)
-    except BrokenRunError as broken:
-        raise broken.as_user_error([*splits["train"].members, *replay.members]) from None
-    return _Fitted(splits, answered, replay, history, seconds, run.how())
+
+    def fitted() -> _Fitted | UserError:
+        # A base that is to be divided need not fit on one card: it waits in memory, and goes there in pieces.
+        in_pieces = processes.in_pieces()
+        place = "cpu" if in_pieces else None
+        model = load_model(base, recipe.train.dtype, recipe.train.quantize, place, divisible=in_pieces)
+        replay = draw_replay(project, version, base, chat, lambda: model, limit, reporter)
+        run = Run(recipe, base, work, reporter)
+        try:
+            with tracked_in(project.work / "trackers", recipe.name, run.name):
+                history, seconds = run.fit(
+                    model, chat.tokenizer, encoded_train, encoded_dev, answered, until, replay.rows
+                )
+        except BrokenRunError as broken:
+            # Returned, not raised: a traceback would hold the model for as long as a sweep handles the error.
+            return broken.as_user_error([*splits["train"].members, *replay.members])
+        return _Fitted(splits, answered, replay, history, seconds, run.how())
+
+    ended = fitted()
+    # transformers' trainer and accelerate refer to the model in circles, and the next base needs its memory.
+    clear_device_cache(garbage_collection=True)
+    if isinstance(ended, UserError):
+        raise ended
+    return ended
 
 
 def _store(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -35,15 +35,22 @@ def oracle(small_base: Path, small_adapters: dict[str, Path]) -> PeftOracle:
 def result_of(engine: Engine, oracle: PeftOracle, adapters: dict[str, Path]) -> IsolationResult:
     """The test's result on an engine that has nothing loaded yet."""
 
-    async def run() -> IsolationResult:
+    async def load() -> None:
         for digest, folder in adapters.items():
             await engine.load(digest, folder)
-        names: dict[Digest, str] = {None: "base", **{digest: f"adapter {digest[:6]}" for digest in adapters}}
-        return await check_isolation(
-            engine, oracle, adapters, PROMPTS, tolerance=TOLERANCE["float32"], names=names, reporter=LogReporter()
-        )
 
-    return asyncio.run(asyncio.wait_for(run(), 300))
+    asyncio.run(load())
+    names: dict[Digest, str] = {None: "base", **{digest: f"adapter {digest[:6]}" for digest in adapters}}
+    return check_isolation(
+        lambda: nullcontext(engine),
+        oracle,
+        adapters,
+        PROMPTS,
+        context=engine.context_length,
+        tolerance=TOLERANCE["float32"],
+        names=names,
+        reporter=LogReporter(),
+    )
 
 
 @contextmanager

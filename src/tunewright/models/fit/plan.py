@@ -10,6 +10,7 @@ from typing import Any
 from tunewright.models.fit.memory import Load, Need, Way, need
 from tunewright.models.fit.shape import Shape
 from tunewright.models.fit.sizes import gigabytes, parse_size
+from tunewright.models.loading import device
 from tunewright.recipe import TrainRecipe
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -39,8 +40,11 @@ def memory_at_hand(gpu: str | None) -> Memory:
     import torch
 
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        return Memory(free, True, f"{gigabytes(free)} free on the card here, {torch.cuda.get_device_name()}")
+        own = device()
+        free, _ = torch.cuda.mem_get_info(own)
+        # What torch keeps of models that are gone counts as used with the driver, and goes to the next one.
+        free += torch.cuda.memory_reserved(own) - torch.cuda.memory_allocated(own)
+        return Memory(free, True, f"{gigabytes(free)} free on the card here, {torch.cuda.get_device_name(own)}")
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -69,6 +73,11 @@ class Planned:
     """Rows that fit, by their length in tokens; 0 where not even one does."""
     longest: int
     """Tokens of the longest single row that fits; 0 where none does."""
+
+    @property
+    def least(self) -> int:
+        """Bytes without which not even the asked batch can be trained: the runtime's own are an assumption."""
+        return self.asked.total - self.asked.runtime
 
 
 @dataclass(frozen=True)

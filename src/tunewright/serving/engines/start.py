@@ -20,6 +20,9 @@ from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.engines.protocol import Engine
 from tunewright.serving.isolation import TOLERANCE
 
+LARGE_CARD = 70 * 10**9
+"""Bytes of a card on which vLLM decodes 256 rows by default: an 80 GB card has room for their keys and values."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -30,7 +33,6 @@ class Wanted:
         adapters: folders by digest, loaded from the start.
         to_come: folders of adapters that will be loaded later, as far as they are known.
         spare: how many further adapters there has to be room for.
-        alone: False where an oracle needs half of the memory of the GPU.
     """
 
     base: Base
@@ -39,7 +41,6 @@ class Wanted:
     adapters: Mapping[str, Path]
     to_come: tuple[Path, ...] = ()
     spare: int = 0
-    alone: bool = True
 
 
 def start_engine(kind: EngineName, recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
@@ -57,6 +58,25 @@ def start_engine(kind: EngineName, recipe: Recipe, wanted: Wanted, reporter: Rep
             return _vllm(recipe, wanted, reporter)
         case "llamacpp":
             return _llamacpp(recipe, wanted, reporter)
+
+
+def max_batch(kind: EngineName, recipe: Recipe) -> int:
+    """Return how many conversations the engine generates at once: the recipe's number, or the engine's default.
+
+    Raises:
+        UserError: the default of vLLM is asked for, and vLLM is not installed.
+    """
+    if recipe.serve.max_batch is not None:
+        return recipe.serve.max_batch
+    if kind == "vllm":
+        import torch
+
+        from tunewright.serving.engines.vllm import environment
+
+        if environment.find().build == "cuda":
+            large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= LARGE_CARD
+            return 256 if large else 128
+    return 16
 
 
 def tolerance(kind: EngineName, recipe: Recipe) -> float:
@@ -84,7 +104,7 @@ def _peft(recipe: Recipe, wanted: Wanted) -> Engine:
         load_model(wanted.base, recipe.train.dtype, wanted.quantize),
         stop_ids=wanted.chat.stop_ids,
         pad_id=wanted.chat.tokenizer.pad_token_id,
-        max_batch=recipe.serve.max_batch,
+        max_batch=max_batch("peft", recipe),
         context_length=context_length(wanted.base),
     )
     return _with_adapters(engine, wanted.adapters)
@@ -104,7 +124,7 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
     found = environment.find()
     cpu = found.build == "cpu"
     known = [*wanted.adapters.values(), *wanted.to_come]
-    dtype = recipe.train.dtype
+    dtype, rows = recipe.train.dtype, max_batch("vllm", recipe)
     settings = VllmSettings(
         python=found.python,
         cpu=cpu,
@@ -113,11 +133,8 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
         room=max(1, len(known) + wanted.spare),
         # Of the adapters that will be trained, the recipe tells the rank.
         max_rank=max(max_rank(known), recipe.train.rank if wanted.spare else 1),
-        max_batch=recipe.serve.max_batch,
-        kv_cache_bytes=kv_cache_bytes(text_settings(wanted.base).to_dict(), dtype, recipe.serve.max_batch)
-        if cpu
-        else None,
-        gpu_share=None if cpu or wanted.alone else 0.45,
+        max_batch=rows,
+        kv_cache_bytes=kv_cache_bytes(text_settings(wanted.base).to_dict(), dtype, rows) if cpu else None,
         vision=FAMILIES[wanted.base.architecture].vision,
     )
     return _with_adapters(VllmEngine(settings, stop_ids=wanted.chat.stop_ids, reporter=reporter), wanted.adapters)
@@ -138,7 +155,7 @@ def _llamacpp(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
     from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings, cache_tokens
     from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 
-    base, rows = wanted.base, recipe.serve.max_batch
+    base, rows = wanted.base, max_batch("llamacpp", recipe)
     place = platformdirs.user_cache_path("tunewright") / "gguf"
     require_gguf(base)
     config = text_settings(base)

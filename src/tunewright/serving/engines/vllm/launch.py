@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tunewright.models import ALLOCATOR
 from tunewright.serving.engines.child import Plan, socket_in
 from tunewright.serving.engines.vllm import inside
 
@@ -28,7 +29,9 @@ def plan(folder: Path, python: Path, options: Sequence[str], variables: Mapping[
     """
     list_adapters(folder, {})
     _write_plugin(folder / "site")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_HANDED_ON)}
+    # The allocator's setting for training is not vLLM's, which reserves its memory at once.
+    environment = [each for each in os.environ.items() if each != ALLOCATOR]
+    inherited = {name: value for name, value in environment if not name.startswith(_NOT_HANDED_ON)}
     ours = {
         "PYTHONPATH": str(folder / "site"),
         inside.MANIFEST: str(_manifest(folder)),

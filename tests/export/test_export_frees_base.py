@@ -1,0 +1,27 @@
+"""Exports hold one base at a time, whichever ways to merge they measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from command_line import tiny_project
+from command_line import tunewright as command
+from one_base import counted_bases
+
+
+@pytest.mark.parametrize(("quantize", "bases"), [("none", 2), ("nf4", 4)])
+def test_merge_holds_one_base_at_a_time(
+    quantize: str, bases: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    """The trained model, over NF4 the two ways to merge, and the merged folder."""
+    project = tiny_project(tmp_path / "project", tiny_base_folder, count=80)
+    recipe = project / "tunewright.yaml"
+    text = recipe.read_text().replace("epochs: 2", f"epochs: 1\n  evaluate_rows: 0\n  quantize: {quantize}")
+    recipe.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
+    assert command("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    assert command("train", "-p", project).code == 0
+    with counted_bases(monkeypatch) as counts:
+        command("export", "merge", "-p", project)
+    assert counts == [0] * bases

@@ -1,0 +1,85 @@
+"""Which bases the card at hand has room for: what fits is never refused, what may not fit is a warning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import tiny_project
+from tunewright.disk import write_json
+from tunewright.errors import UserError
+from tunewright.models.fit.plan import memory_at_hand, plan
+from tunewright.models.fit.shape import read_shape
+from tunewright.progress import LogReporter
+from tunewright.project import Project
+from tunewright.road.fitting import SHORT_ROW, require_room
+from tunewright.road.opened import OpenProject
+
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+
+
+class _Heard(LogReporter):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def _opened(folder: Path, quantize: str) -> OpenProject:
+    base = folder / "llama-2-7b"
+    write_json(base / "config.json", LLAMA_2_7B)
+    project = tiny_project(folder / "project", base)
+    recipe = project / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("dtype: float32", f"dtype: bfloat16\n  quantize: {quantize}"))
+    return OpenProject(Project(project), _Heard())
+
+
+def _room(opened: OpenProject, monkeypatch: pytest.MonkeyPatch, free: int) -> list[str]:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
+    reporter = _Heard()
+    require_room(OpenProject(opened.project, reporter))
+    return reporter.warnings
+
+
+@pytest.mark.parametrize(("quantize", "gigabytes"), [("none", 24), ("nf4", 12)])
+def test_require_room_says_nothing_when_the_longest_rows_fit(
+    quantize: str, gigabytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _room(_opened(tmp_path, quantize), monkeypatch, gigabytes * 10**9) == []
+
+
+def test_require_room_refuses_exactly_where_one_short_row_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = _opened(tmp_path, "none")
+    shape = read_shape(tmp_path / "llama-2-7b" / "config.json")
+    settings = opened.project.recipe.train
+    card = memory_at_hand("24GB")
+    least = plan("7b", shape, settings, card, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW).ways[1].least
+    assert 13.5e9 < least < 15e9  # the weights alone are 13.5 GB
+    (warned,) = _room(opened, monkeypatch, least)
+    assert "may not fit" in warned
+    with pytest.raises(UserError, match=r"needs at least 1\d\.\d GB"):
+        _room(opened, monkeypatch, least - 1)
+
+
+def test_require_room_only_warns_when_an_adapter_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = _opened(tmp_path, "none")
+    folder = opened.project.adapters / "tiny-000000000000"
+    folder.mkdir(parents=True)
+    (folder / "lineage.json").write_text(json.dumps({"digest": "0", "created": "2026-01-01"}))
+    (warned,) = _room(opened, monkeypatch, 8 * 10**9)
+    assert "needs at least" in warned

@@ -1,0 +1,70 @@
+"""How many conversations an engine generates at once where the recipe does not say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tunewright.chat import open_chat
+from tunewright.models.bases import resolve_base
+from tunewright.progress import LogReporter
+from tunewright.recipe import ChatRecipe, EngineName, Recipe, ServeRecipe
+from tunewright.serving.engines.start import Wanted, max_batch, start_engine
+from tunewright.serving.engines.vllm import engine as vllm_engine
+from tunewright.serving.engines.vllm import environment
+from tunewright.serving.engines.vllm.environment import Build, Environment
+
+
+def _machine(monkeypatch: pytest.MonkeyPatch, build: Build, card: int | None) -> None:
+    """vLLM is installed in this build; a card with ``card`` bytes."""
+    found = Environment(Path("vllm"), build, {})
+    monkeypatch.setattr(environment, "find", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=card))
+
+
+@pytest.mark.parametrize(
+    ("engine", "build", "card", "expected"),
+    [
+        ("peft", "cuda", 80 << 30, 16),
+        ("llamacpp", "cuda", 80 << 30, 16),
+        ("vllm", "cpu", None, 16),
+        ("vllm", "cuda", 24 << 30, 128),
+        ("vllm", "cuda", 80 << 30, 256),
+        ("vllm", "cuda", None, 128),  # torch here is built without CUDA, vLLM's own is not
+    ],
+)
+def test_max_batch_is_the_engines_own_when_the_recipe_has_none(
+    engine: EngineName, build: Build, card: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _machine(monkeypatch, build, card)
+    assert max_batch(engine, Recipe()) == expected
+    assert max_batch(engine, Recipe(serve=ServeRecipe(max_batch=3))) == 3
+
+
+def test_start_engine_passes_max_batch_to_vllm(monkeypatch: pytest.MonkeyPatch, tiny_base_folder: Path) -> None:
+    _machine(monkeypatch, "cuda", 80 << 30)
+    started: list[Any] = []
+
+    def engine(settings: vllm_engine.VllmSettings, **_: Any) -> Any:
+        started.append(settings.options())
+        return SimpleNamespace()
+
+    monkeypatch.setattr(vllm_engine, "VllmEngine", engine)
+    base = resolve_base(str(tiny_base_folder), None, tiny_base_folder.parent, LogReporter())
+    wanted = Wanted(base, open_chat(base, ChatRecipe(), LogReporter()), "none", {})
+    start_engine("vllm", Recipe(), wanted, LogReporter())
+    (options,) = started
+    assert options[options.index("--max-num-seqs") + 1] == "256"
+
+
+def test_start_engine_starts_peft_with_sixteen(tiny_base_folder: Path) -> None:
+    base = resolve_base(str(tiny_base_folder), None, tiny_base_folder.parent, LogReporter())
+    wanted = Wanted(base, open_chat(base, ChatRecipe(), LogReporter()), "none", {})
+    engine = start_engine("peft", Recipe(), wanted, LogReporter())
+    engine.stop()
+    assert engine.max_batch == 16
