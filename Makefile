@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo
 
-.PHONY: demo demo-whole test lint typecheck pytest fuzz test-vllm test-demo check-clean clean
+.PHONY: demo demo-whole gpu-proof test lint typecheck pytest fuzz test-vllm test-demo check-clean clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
@@ -13,6 +13,11 @@ demo: $(VENV)/.installed
 # With a pilot, a learning curve and a judge in its report: an hour more.
 demo-whole: $(VENV)/.installed
 	$(BIN)/tunewright demo --whole $(DEMO)
+
+# Where there is a CUDA card: docs/gpu.md says what it runs. TOY: make gpu-proof ARGS=--toy
+gpu-proof: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_proof.py $(ARGS)
+	$(BIN)/python benchmarks/gpu_proof.py --page
 
 test: lint typecheck pytest
 
