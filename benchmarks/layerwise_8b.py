@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 from gpu_cases.bases import SHAPES, TOY, base_in_memory, build, tokenizer
 from gpu_cases.training import RANK, TARGETS, Clock, TimedRun, recipe_of, same_length_rows
+
 from tunewright.disk import write_json
 from tunewright.models.fit.memory import Load, Way, need
 from tunewright.models.fit.shape import Shape

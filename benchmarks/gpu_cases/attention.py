@@ -77,9 +77,7 @@ def measure(kind: Kind, head: int) -> tuple[dict[str, float], dict[str, float]]:
 
     def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         module = torch.nn.Module()
-        return attend(
-            module, query, key, value, None, layout=layout, scaling=head**-0.5, sliding_window=kind.window
-        )[0]
+        return attend(module, query, key, value, None, layout=layout, scaling=head**-0.5, sliding_window=kind.window)[0]
 
     def by_rows(one: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda query, key, value: row_by_row(one, query, key, value, layout, rows, kind.window)
@@ -120,7 +118,8 @@ def row_by_row(
 
 def _explicit(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
+    attended: Tensor = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
+    return attended
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:

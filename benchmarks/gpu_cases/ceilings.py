@@ -21,7 +21,7 @@ def run(report: Report, toy: bool) -> None:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    report("versions", **versions)
+    report("versions", None, **versions)
     place = device()
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory

@@ -279,9 +279,7 @@ def _sft(
 
     columns = {
         "input_ids": [list(row.ids) for row in rows],
-        "labels": [
-            [token if on else -100 for token, on in zip(row.ids, row.loss_mask, strict=True)] for row in rows
-        ],
+        "labels": [[token if on else -100 for token, on in zip(row.ids, row.loss_mask, strict=True)] for row in rows],
     }
     steps = len(rows) * epochs // batch
     on_card = torch.cuda.is_available()

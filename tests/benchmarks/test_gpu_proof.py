@@ -1,4 +1,4 @@
-"""benchmarks/gpu_proof.py at toy size: every case, cut by a kill and resumed, with the packages of docs/gpu.md alone."""
+"""benchmarks/gpu_proof.py at toy size: every case, killed and resumed, with the packages of docs/gpu.md alone."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory, without_others: dict[str, s
     """The results file of a run that was killed within a case."""
     folder = tmp_path_factory.mktemp("killed")
     command = [sys.executable, str(PROOF), "--toy", "--out", str(folder), "--only", *OTHERS]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=without_others)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=without_others
+    )
     until = time.monotonic() + 300
     while not only_document(folder)["cases"].get(CUT_IN, {}).get("measurements"):
         assert process.poll() is None, process.stderr and process.stderr.read()
