@@ -14,10 +14,9 @@ demo: $(VENV)/.installed
 demo-whole: $(VENV)/.installed
 	$(BIN)/tunewright demo --whole $(DEMO)
 
-# Where there is a CUDA card: docs/gpu.md says what it runs. TOY: make gpu-proof ARGS=--toy
+# What holds on a CUDA card, into docs/gpu.md, which explains it. ARGS=--toy needs no card.
 gpu-proof: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu_proof.py $(ARGS)
-	$(BIN)/python benchmarks/gpu_proof.py --page
 
 test: lint typecheck pytest
 

@@ -8,8 +8,8 @@ Each case is a process of its own with a time limit. A line is printed and the r
 measurement, so nothing is lost where a case or the whole is cut; ``--done`` takes such a file, keeps the cases that it
 has finished, and runs the others. Nothing is fetched: bases have random weights, and the tokenizer is made here.
 
-The results file is FOLDER/CARD-DATE.json (FOLDER: benchmarks/results/gpu). Exit codes: 0 every case ran and met its
-bar, 1 one did not, 2 wrong usage or no card, 4 cut by ``--minutes``.
+The results file is FOLDER/CARD-DATE.json; in the default FOLDER, benchmarks/results/gpu, docs/gpu.md is written from it
+too. Exit codes: 0 every case ran and met its bar, 1 one did not, 2 wrong usage or no card, 4 cut by ``--minutes``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,6 +33,8 @@ from gpu_cases.worker import work
 
 RESULTS = Path(__file__).with_name("results") / "gpu"
 TOY = "toy"
+LOG_CHARACTERS = 4000
+"""As much is kept of what a failed case's libraries printed last."""
 PRELOADED = [
     "tunewright.training.trainer",
     "tunewright.training.run",
@@ -66,6 +69,8 @@ def main() -> int:
     left = Run(document, file, deadline, toy=options.toy, forked=card is None).run(chosen)
     print(table_text(rows_of(document)))
     print(f"Results: {file}")
+    if options.out == RESULTS and not options.toy:
+        write_page(RESULTS)
     if left:
         print(f"Cut by --minutes {options.minutes:g} with {len(left)} of {len(chosen)} cases left: {', '.join(left)}")
         print(f"Continue with --done {file}")
@@ -171,20 +176,24 @@ class Run:
         state: dict[str, Any] = {"state": "cut", "date": datetime.date.today().isoformat(), "measurements": []}
         self.document["cases"][case.name] = state
         receiver, sender = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=work, args=(case, self.toy, sender))
         began = time.monotonic()
-        process.start()
-        sender.close()
         limit = began + case.seconds
-        try:
-            self._listen(case, state, receiver, min(limit, self.deadline))
-        finally:
-            _end(process)
-        state["seconds"] = round(time.monotonic() - began, 1)
-        if state["state"] == "cut" and time.monotonic() < self.deadline:
-            timed_out = time.monotonic() >= limit
-            why = f"not done within {case.seconds} s" if timed_out else f"its process ended with {process.exitcode}"
-            state |= {"state": "failed", "why": why}
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            process = self.context.Process(target=work, args=(case, self.toy, sender, log))
+            process.start()
+            sender.close()
+            try:
+                self._listen(case, state, receiver, min(limit, self.deadline))
+            finally:
+                _end(process)
+            state["seconds"] = round(time.monotonic() - began, 1)
+            if state["state"] == "cut" and time.monotonic() < self.deadline:
+                timed_out = time.monotonic() >= limit
+                why = f"not done within {case.seconds} s" if timed_out else f"its process ended with {process.exitcode}"
+                state |= {"state": "failed", "why": why}
+            if state["state"] == "failed":
+                state["log"] = log.read_text(errors="replace")[-LOG_CHARACTERS:] if log.exists() else ""
         self._write()
         reason = f": {state['why']}" if "why" in state else ""
         print(f"{case.name}: {state['state']} after {state['seconds']:.1f} s{reason}", flush=True)

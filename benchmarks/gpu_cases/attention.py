@@ -100,7 +100,8 @@ def row_by_row(
     window: int | None,
 ) -> Tensor:
     """Attend in each row by itself [1, T, H, D]; the prefix's outputs are the first row's."""
-    out: dict[int, Tensor] = {}
+    outputs: list[Tensor] = []
+    owned: list[int] = []  # where in T each of the outputs stands
     for row, ids in enumerate(rows):
         place_of = layout.places(row)
         places = [place_of(token) for token in range(len(ids))]
@@ -111,9 +112,12 @@ def row_by_row(
         q = query[0].index_select(1, index)  # [H, S, D]
         k, v = (t[0].index_select(1, index).repeat_interleave(repeat, 0) for t in (key, value))
         attended = one(q, k, v, seen).transpose(0, 1)  # [S, H, D]
-        for token, place in enumerate(places):
-            out.setdefault(place, attended[token])
-    return torch.stack([out[place] for place in range(len(out))])[None]
+        # The prefix comes first in every row, and is taken from one of them.
+        known = len(set(places) & set(owned))
+        outputs.append(attended[known:])
+        owned += places[known:]
+    order = torch.tensor(owned, device=query.device).argsort()
+    return torch.cat(outputs).index_select(0, order)[None]
 
 
 def _explicit(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from gpu_cases.training import RANK, TARGETS
 from tunewright.models.decoding import Batch
 from tunewright.models.requests import Request
 
-PROMPT, ANSWER = 256, 64
+PROMPT, ANSWER = 256, 32
 TOY_PROMPT, TOY_ANSWER = 12, 4
 ADAPTERS = 4
 

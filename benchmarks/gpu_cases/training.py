@@ -110,15 +110,22 @@ def run(report: Report, toy: bool, *, side: str, shape: str, nf4: bool, varied: 
         raise Skipped("unsloth is not installed" if find_spec("unsloth") is None else "unsloth needs a CUDA card")
     load, steps = (TOY_LOAD, TOY_STEPS) if toy else (LOAD, STEPS)
     size = shape_of(shape, toy)
+    _require_memory(size, load, nf4=nf4)
     rows = varied_rows(size, load, steps) if varied else same_length_rows(size, load)
     # The same rows in each step, so that losses can be compared; of varied lengths, other rows in each.
     epochs = 1 if varied else steps
-    if side.startswith("tunewright"):
-        trained = train_ours(size, rows, load.rows, epochs, nf4=nf4, liger=liger)
-    elif side == "unsloth":
-        trained = _train_unsloth(size, rows, load.rows, epochs, nf4=nf4)
-    else:
-        trained = _train_trl(size, rows, load.rows, epochs, nf4=nf4, padding_free=side == "trl-padding-free")
+    try:
+        if side.startswith("tunewright"):
+            trained = train_ours(size, rows, load.rows, epochs, nf4=nf4, liger=liger)
+        elif side == "unsloth":
+            trained = _train_unsloth(size, rows, load.rows, epochs, nf4=nf4)
+        else:
+            trained = _train_trl(size, rows, load.rows, epochs, nf4=nf4, padding_free=side == "trl-padding-free")
+    except torch.OutOfMemoryError as error:
+        if side.startswith("tunewright"):
+            raise
+        # Where tunewright fits, that is a result and not a failure of this script.
+        raise Skipped(f"{side} ran out of memory") from error
     row_tokens = sum(len(row.ids) for row in rows) * epochs / steps
     computed = (load.tokens if side.startswith("tunewright") else load.attended) if not varied else None
     report(
@@ -155,6 +162,19 @@ def account(size: Shape, trained: Trained, row_tokens: float, computed: int | No
         "host_syncs": trained.clock.host_syncs,
         "micro_batch": trained.micro_batch,
     }
+
+
+def _require_memory(size: Shape, load: Load, *, nf4: bool) -> None:
+    """Check that the card is large enough by the estimate.
+
+    Raises:
+        Skipped: it is not.
+    """
+    if torch.cuda.is_available():
+        needed = need(size, Way(TARGETS, RANK, nf4=nf4, checkpointing=True, card=True), load).total
+        there = torch.cuda.get_device_properties(0).total_memory
+        if needed > there:
+            raise Skipped(f"needs {needed / 1e9:.0f} GB, and the card has {there / 1e9:.0f} GB")
 
 
 def _finite(loss: float) -> bool:

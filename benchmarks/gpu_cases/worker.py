@@ -5,20 +5,26 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import tempfile
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from gpu_cases.plan import Case
 
 
-def work(case: Case, toy: bool, sender: Connection) -> None:
-    """Run a case; the last message is how it ended: done, skipped or failed, with the reason."""
+def work(case: Case, toy: bool, sender: Connection, log: Path) -> None:
+    """Run a case; the last message is how it ended: done, skipped or failed, with the reason.
+
+    Args:
+        case: what to run.
+        toy: at toy size.
+        sender: where measurements go.
+        log: takes what libraries print.
+    """
     os.setsid()  # what it starts can be ended with it
     os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **case.environment})
-    with tempfile.TemporaryFile("w+") as said:
-        # Other libraries' bars and hints; the end of it is kept where the case fails.
+    with log.open("w") as said:
         os.dup2(said.fileno(), sys.stdout.fileno())
         os.dup2(said.fileno(), sys.stderr.fileno())
         sender.send(_outcome(case, toy, sender))
