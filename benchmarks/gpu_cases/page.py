@@ -225,7 +225,7 @@ def _ratio(cases: Cases, ours: str, others: tuple[str, ...]) -> str:
 
 
 def _memory(cases: Cases, ours: str) -> str:
-    found = _training(cases, ours)
+    found = {**_training(cases, ours), **_values(cases, ours)["memory"]}
     if found["allocated_bytes"] is None:
         return f"predicted {_gb(found['predicted_bytes'])}; measured on a card only"
     off = found["predicted_bytes"] / found["allocated_bytes"] - 1

@@ -37,6 +37,8 @@ TARGETS: tuple[str, ...] = PRESETS["all-linear"]["targets"]
 RANK = 16
 STEPS = 10
 LOAD = Load(rows=8, shared=384, own=128, trained=32)
+MEMORY_BAR = 0.1
+"""The estimate may be this share off what was allocated."""
 TOY_STEPS = 4
 TOY_LOAD = Load(rows=4, shared=24, own=8, trained=4)
 
@@ -132,8 +134,12 @@ def run(report: Report, toy: bool, *, side: str, shape: str, nf4: bool, varied: 
         "training",
         all(map(_finite, trained.losses)) and (varied or trained.losses[-1] < trained.losses[0]),
         **account(size, trained, row_tokens, computed, nf4=nf4),
-        predicted_bytes=_predicted(size, load, nf4=nf4) if side == "tunewright" and not varied else None,
     )
+    if side == "tunewright" and not varied:
+        predicted = _predicted(size, load, nf4=nf4)
+        allocated = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        holds = None if allocated is None else abs(predicted / allocated - 1) <= MEMORY_BAR
+        report("memory", holds, predicted_bytes=predicted, allocated_bytes=allocated)
 
 
 def account(size: Shape, trained: Trained, row_tokens: float, computed: int | None, *, nf4: bool) -> dict[str, Any]:

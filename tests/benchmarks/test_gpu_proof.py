@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from gpu_cases.page import BEGIN, END, headlines, page_table, rows_of  # noqa: E402
 from gpu_cases.plan import cases  # noqa: E402
+from gpu_cases.reporting import PEAK_FLOPS  # noqa: E402
 
 PROOF = ROOT / "benchmarks" / "gpu_proof.py"
 COMMAND_LINE = "command-line"
@@ -210,6 +211,32 @@ def test_gpu_proof_refuses_results_of_another_card(tmp_path: Path) -> None:
     ended = proof("--toy", "--out", tmp_path, "--done", file)
     assert ended.returncode == 2
     assert "it has results of NVIDIA H100, and this run is on toy" in ended.stderr
+
+
+def test_peak_flops_finds_the_longest_name_of_a_card_first() -> None:
+    names = list(PEAK_FLOPS)
+    assert not [(a, b) for place, a in enumerate(names) for b in names[place + 1 :] if a in b]
+
+
+def test_gpu_page_shows_memory_and_the_faster_of_two_sides_of_a_card(resumed: Any) -> None:
+    _, document = resumed
+    document = json.loads(json.dumps(document))
+    ours = document["cases"]["8b-lora/tunewright"]["measurements"]
+    ours[0]["values"] |= {"row_tokens_s": 30.0, "allocated_bytes": 20 * 10**9, "reserved_bytes": 22 * 10**9, "mfu": 0.4}
+    ours[1] |= {"passed": True}
+    ours[1]["values"] |= {"allocated_bytes": 20 * 10**9, "predicted_bytes": 19 * 10**9}
+    for side, speed in (("trl-plain", 10.0), ("trl-padding-free", 15.0)):
+        values = document["cases"][f"8b-lora/{side}"]["measurements"][0]["values"]
+        values |= {"row_tokens_s": speed, "allocated_bytes": 30 * 10**9}
+    rows = {row.title: row for row in rows_of(document)}
+    ratio = rows["8B LoRA: against the faster of trl's plain and padding-free"]
+    assert ratio.measured.startswith("2.00 times as fast as trl-padding-free (15 tokens/s)")
+    assert ratio.measured.endswith("20 GB against 30 GB")
+    memory = rows["8B LoRA: memory"]
+    assert (memory.measured, memory.outcome) == ("predicted 19 GB, allocated 20 GB (-5.0%), reserved 22 GB", "met")
+    document["cases"]["8b-lora/trl-padding-free"] |= {"state": "skipped", "why": "trl-padding-free ran out of memory"}
+    (ratio,) = [row for row in rows_of(document) if row.title == ratio.title]
+    assert ratio.measured.startswith("3.00 times as fast as trl-plain")
 
 
 def test_gpu_page_is_what_the_results_say() -> None:
