@@ -98,7 +98,7 @@ def _options() -> argparse.Namespace:
         parser.error(f"--minutes must be greater than 0 (got {options.minutes:g})")
     if options.out is None:
         # Toy results are no evidence and are not kept with the others.
-        options.out = Path("build/gpu_proof") if options.toy else RESULTS
+        options.out = RESULTS.parents[2] / "build" / "gpu_proof" if options.toy else RESULTS
     if options.done is not None and not options.done.is_file():
         parser.error(f"--done: there is no file {options.done}")
     return options
