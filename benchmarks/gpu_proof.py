@@ -186,7 +186,8 @@ class Run:
             try:
                 self._listen(case, state, receiver, min(limit, self.deadline))
             finally:
-                _end(process)
+                # Without its last message it hangs or is dying already.
+                _end(process, grace_s=1 if state["state"] == "cut" else 10)
             state["seconds"] = round(time.monotonic() - began, 1)
             if state["state"] == "cut" and time.monotonic() < self.deadline:
                 timed_out = time.monotonic() >= limit
@@ -220,9 +221,9 @@ class Run:
         write_json(self.file, self.document)
 
 
-def _end(process: Any) -> None:
-    """End a case's process and whatever it started."""
-    process.join(0 if process.exitcode is not None else 5)
+def _end(process: Any, grace_s: float) -> None:
+    """End a case's process and whatever it started, after waiting a moment for it to end by itself."""
+    process.join(grace_s)
     if process.exitcode is None:
         try:
             os.killpg(process.pid, signal.SIGKILL)

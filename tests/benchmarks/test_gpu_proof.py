@@ -182,6 +182,27 @@ def test_gpu_proof_says_what_is_left_when_time_is_over(tmp_path: Path) -> None:
     assert "Cut by --minutes 1e-09 with 2 of 2 cases left: ceilings, nf4-bits" in ended.stdout
 
 
+def test_gpu_proof_ends_a_case_at_its_limit_and_runs_the_next(tmp_path: Path) -> None:
+    script = f"""
+import dataclasses, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(PROOF.parent)!r})
+from gpu_proof import Run, cases
+if __name__ == "__main__":
+    first = cases()[0]
+    listed = [dataclasses.replace(first, name="slow", seconds=0), dataclasses.replace(first, name="bad", module="no")]
+    document = {{"card": "toy", "date": "2026-01-01", "cases": {{}}}}
+    Run(document, Path({str(tmp_path / "out.json")!r}), time.monotonic() + 300, toy=True, forked=False).run(listed)
+"""
+    (tmp_path / "script.py").write_text(script)
+    subprocess.run([sys.executable, tmp_path / "script.py"], check=True)
+    states = only_document(tmp_path)["cases"]
+    assert (states["slow"]["state"], states["slow"]["why"]) == ("failed", "not done within 0 s")
+    assert states["bad"]["state"] == "failed"
+    assert states["bad"]["why"].startswith("ModuleNotFoundError")
+    assert "traceback" in states["bad"]
+
+
 def test_gpu_proof_without_a_card_says_so_and_what_toy_does(tmp_path: Path) -> None:
     ended = proof("--out", tmp_path)
     assert ended.returncode == 2
