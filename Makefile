@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo
 
-.PHONY: demo demo-whole test lint typecheck pytest fuzz test-vllm test-demo check-clean clean
+.PHONY: demo demo-whole gpu-proof test lint typecheck pytest fuzz test-vllm test-demo check-clean clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
@@ -13,6 +13,10 @@ demo: $(VENV)/.installed
 # With a pilot, a learning curve and a judge in its report: an hour more.
 demo-whole: $(VENV)/.installed
 	$(BIN)/tunewright demo --whole $(DEMO)
+
+# What holds on a CUDA card, into docs/gpu.md, which explains it. ARGS=--toy needs no card.
+gpu-proof: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_proof.py $(ARGS)
 
 test: lint typecheck pytest
 

@@ -169,6 +169,13 @@ class TrainRecipe(Section):
             "quantized: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), which needs tunewright[4bit]."
         ),
     ] = "none"
+    use_liger_kernel: Annotated[
+        bool,
+        Field(
+            description="Liger's fused rotary embedding, RMSNorm and SwiGLU on a card (Hsu et al. 2024, arXiv "
+            "2410.10989; false: transformers' default), which needs tunewright[liger]. The loss stays tunewright's."
+        ),
+    ] = False
     replay: Annotated[
         ReplayRecipe | None,
         BeforeValidator(_self_replay),

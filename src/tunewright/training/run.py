@@ -20,6 +20,7 @@ from tunewright.training.checkpoints import KeepCheckpoints, step_of, usable_che
 from tunewright.training.choosing import evaluations, history_rows, runs_out_of_patience
 from tunewright.training.compiling import Compile, decided_in
 from tunewright.training.dev import DevTask
+from tunewright.training.kernels import use_liger
 from tunewright.training.micro_batch import MicroBatch
 from tunewright.training.rows import as_columns
 from tunewright.training.sharing import Sharing, measure_sharing
@@ -126,6 +127,8 @@ class Run:
         from tunewright.training.trainer import Trainer
 
         settings = self.recipe.train
+        if settings.use_liger_kernel:
+            use_liger(model)
         self.sharing = measure_sharing(
             train["input_ids"],
             setting=settings.prefix_sharing,

@@ -34,6 +34,7 @@ from tunewright.training.checkpoints import require_whole, working_folder
 from tunewright.training.choosing import Evaluation, best_of, evaluations, place_text, worth_keeping
 from tunewright.training.dev import DevTask, dev_task
 from tunewright.training.guard import BrokenRunError
+from tunewright.training.kernels import require_liger
 from tunewright.training.lineage import training_lineage
 from tunewright.training.order import ORDER
 from tunewright.training.replay import Replay, draw_replay, replay_inputs
@@ -208,6 +209,7 @@ def _fit(
     require_targets(recipe.train.targets, base.architecture)
     require_quantizable(recipe.train.quantize, base.architecture, "train.quantize")
     require_bitsandbytes(recipe.train.quantize, "train.quantize")
+    require_liger(recipe.train.use_liger_kernel)
     if processes.in_pieces():
         require_divisible(recipe.train)
         reporter.say(

@@ -1,0 +1,120 @@
+"""`tunewright train`, killed and resumed, then `evaluate`, through the command line on a base that lies on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_cases.bases import shape_of, write_folder
+from gpu_cases.reporting import Report
+
+COLOURS = ("red", "green", "blue", "amber", "violet", "ochre", "teal", "navy", "olive", "coral")
+PAIRS = 72
+CONFIG = """
+name: gpu-proof
+base: {base}
+data:
+  sources: [pairs.jsonl]
+train:
+  preset: all-linear
+  batch_size: 4
+  epochs: 1
+  checkpoint_every: 2
+  evaluate_rows: 0
+  compile: "off"
+evaluate:
+  shots: [2]
+  max_new_tokens: 8
+general:
+  samples: 0
+"""
+
+
+def run(report: Report, toy: bool) -> None:
+    """Run the commands on an 8B-shaped folder, with a time for each."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        base = write_folder(shape_of("8b", toy), Path(folder) / "base")
+        size = sum(file.stat().st_size for file in base.iterdir())
+        report("base written", bytes=size, seconds=time.monotonic() - began)
+        project = Path(folder) / "project"
+        project.mkdir()
+        (project / "tunewright.yaml").write_text(CONFIG.format(base=base), encoding="utf-8")
+        (project / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in _pairs()), encoding="utf-8")
+        _command(project, "data", "add", str(project / "pairs.jsonl"))
+        step, seconds = _killed(project)
+        report("train, killed", step > 0, checkpoint=step, seconds=seconds)
+        began = time.monotonic()
+        ended = _command(project, "train", "--json")
+        trained = json.loads(ended.stdout)
+        resumed = any(f"step {step}" in line for line in ended.stderr.splitlines())
+        report("train, resumed", trained["trained"] and resumed, from_step=step, seconds=time.monotonic() - began)
+        began = time.monotonic()
+        # A measured "no" and "can't tell" are results too: what random weights are worth is not the question.
+        evidence = json.loads(_command(project, "evaluate", "--json").stdout)["evidence"]
+        arms = sorted(arm["name"] for arm in evidence["arms"])
+        report("evaluate", "tuned" in arms, arms=arms, seconds=time.monotonic() - began)
+
+
+def _pairs() -> list[dict[str, str]]:
+    generator = random.Random(0)
+    texts = [" ".join(generator.sample(COLOURS, 3)) + f" {number * 7919 % 10007}" for number in range(PAIRS)]
+    return [{"prompt": text, "completion": text.split()[0]} for text in texts]
+
+
+def _command(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end.
+
+    Raises:
+        RuntimeError: it failed; the last lines of what it said are in the error.
+    """
+    ended = subprocess.run(
+        [sys.executable, "-m", "tunewright", *arguments, "-p", str(project)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=_offline(),
+    )
+    if ended.returncode:
+        said = "\n".join(ended.stderr.splitlines()[-12:])
+        raise RuntimeError(f"tunewright {' '.join(arguments)} ended with {ended.returncode}:\n{said}")
+    return ended
+
+
+def _killed(project: Path) -> tuple[int, float]:
+    """Train until there is a whole checkpoint, kill the process, and return the checkpoint's step and the seconds."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunewright", "train", "-p", str(project)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_offline(),
+    )
+    while process.poll() is None and not _whole(project):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    _, said = process.communicate()
+    if process.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"tunewright train was to be killed, and ended by itself with {process.returncode}:\n{said}")
+    return max(_whole(project)), time.monotonic() - began
+
+
+def _whole(project: Path) -> list[int]:
+    """Steps of the checkpoints that have their manifest, which is written last."""
+    from tunewright.disk import MANIFEST
+
+    found = project.glob(f".tunewright/training/*/checkpoint-*/{MANIFEST}")
+    return [int(file.parent.name.removeprefix("checkpoint-")) for file in found]
+
+
+def _offline() -> dict[str, Any]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -1,0 +1,46 @@
+"""The largest micro-batch that `tunewright fit` says fits, and 10% more rows: does the border hold?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gpu_cases.bases import shape_of
+from gpu_cases.reporting import Report
+from gpu_cases.training import RANK, same_length_rows, train_ours
+from tunewright.models.fit.memory import PROCESS_RUNTIME, Load
+from tunewright.models.fit.plan import Memory, memory_at_hand, plan
+from tunewright.recipe import TrainRecipe
+
+LENGTH, TRAINED = 2048, 32
+TOY_LENGTH, TOY_TRAINED = 256, 8
+TOY_MEMORY = Memory(PROCESS_RUNTIME + (48 << 20), card=False, source="a limit that nothing enforces")
+
+
+def run(report: Report, toy: bool, *, beyond: bool) -> None:
+    """Train two steps with that many rows; `beyond` has no bar: what it shows is how much was kept back."""
+    length, trained = (TOY_LENGTH, TOY_TRAINED) if toy else (LENGTH, TRAINED)
+    shape = shape_of("8b", toy)
+    memory = TOY_MEMORY if toy else memory_at_hand(None)
+    settings = TrainRecipe(preset="all-linear", rank=RANK)
+    planned = plan("8b", shape, settings, memory, rows=1, length=length, shared=0, answer=trained)
+    ways = [each for each in planned.ways if not each.way.nf4 and each.way.checkpointing == torch.cuda.is_available()]
+    (way,) = ways
+    fits = way.largest[length]
+    assert fits, f"no row of {length} tokens fits into {memory.source}"
+    rows = math.ceil(1.1 * fits) if beyond else fits
+    asked = same_length_rows(shape, Load(rows, 0, length, trained))
+    trained_run = train_ours(shape, asked, rows, 2, nf4=False)
+    at_once = trained_run.micro_batch
+    report(
+        "one micro-batch",
+        None if beyond else at_once == rows,
+        memory_bytes=memory.bytes,
+        largest_predicted=fits,
+        rows=rows,
+        length=length,
+        rows_at_once=at_once,
+        allocated_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        reserved_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
+    )

@@ -1,0 +1,344 @@
+"""Training at real size: tunewright's own run next to trl and unsloth, on the same rows.
+
+tunewright trains through `tunewright.training.run.Run`, which is what `tunewright train` uses: micro-batches, the first
+pass over the longest batch, checkpoints and the dev evaluation are all in it.
+
+MFU counts 4 operations for each parameter of the linear layers and each token that goes through the model: 2 forward
+and 2 for the gradient of the input. The weights are frozen, and recomputing activations is not useful work.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from gpu_cases.bases import base_in_memory, build, shape_of, tokenizer, write_folder
+from gpu_cases.reporting import Report, Skipped, host_syncs, peak_flops, synchronize
+from tunewright.chat.format import Tokens
+from tunewright.models.fit.memory import Load, Way, need
+from tunewright.models.fit.shape import Shape
+from tunewright.models.quiet import quiet_transformers
+from tunewright.progress import LogReporter
+from tunewright.recipe import PRESETS, Recipe
+from tunewright.training.run import Run
+
+TARGETS: tuple[str, ...] = PRESETS["all-linear"]["targets"]
+RANK = 16
+STEPS = 10
+LOAD = Load(rows=8, shared=384, own=128, trained=32)
+MEMORY_BAR = 0.1
+"""The estimate may be this share off what was allocated."""
+TOY_STEPS = 4
+TOY_LOAD = Load(rows=4, shared=24, own=8, trained=4)
+
+
+@dataclass
+class Clock(TrainerCallback):
+    """The seconds of each step, and the host's waits for the card in the last one."""
+
+    steps: int
+    seconds: list[float] = field(default_factory=list)
+    _began: float = 0.0
+    _counting: ExitStack = field(default_factory=ExitStack)
+    _waits: list[str] = field(default_factory=list)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Start the step's clock; in the last step, count synchronizing calls."""
+        synchronize()
+        if state.global_step == self.steps - 1:
+            self._waits = self._counting.enter_context(host_syncs())
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Note the step's seconds."""
+        self._counting.close()
+        synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+
+    @property
+    def host_syncs(self) -> int | None:
+        """The host's waits in the last step; None without a card."""
+        return len(self._waits) if torch.cuda.is_available() else None
+
+    @property
+    def step_s(self) -> float:
+        """The median step, without the first two and the one whose waits were counted."""
+        return median(self.seconds[2:-1] or self.seconds)
+
+
+class TimedRun(Run):
+    """`Run` with a clock on its trainer."""
+
+    def __init__(self, *args: Any, clock: Clock, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.clock = clock
+
+    def _trainer(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = super()._trainer(*args, **kwargs)
+        trainer.add_callback(self.clock)
+        return trainer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one side's training measured."""
+
+    losses: list[float]
+    clock: Clock
+    micro_batch: int
+    """Rows that went through the model at once."""
+
+
+def run(report: Report, toy: bool, *, side: str, shape: str, nf4: bool, varied: bool = False) -> None:
+    """Train one side on one base and report its speed, memory and losses."""
+    liger = side == "tunewright-liger"
+    if liger:
+        from tunewright.training.kernels import missing_for_liger
+
+        if (missing := missing_for_liger()) is not None:
+            raise Skipped(missing)
+    if side == "unsloth" and (find_spec("unsloth") is None or not torch.cuda.is_available()):
+        raise Skipped("unsloth is not installed" if find_spec("unsloth") is None else "unsloth needs a CUDA card")
+    load, steps = (TOY_LOAD, TOY_STEPS) if toy else (LOAD, STEPS)
+    size = shape_of(shape, toy)
+    _require_memory(size, load, nf4=nf4)
+    rows = varied_rows(size, load, steps) if varied else same_length_rows(size, load)
+    # The same rows in each step, so that losses can be compared; of varied lengths, other rows in each.
+    epochs = 1 if varied else steps
+    try:
+        if side.startswith("tunewright"):
+            trained = train_ours(size, rows, load.rows, epochs, nf4=nf4, liger=liger)
+        elif side == "unsloth":
+            trained = _train_unsloth(size, rows, load.rows, epochs, nf4=nf4)
+        else:
+            trained = _train_trl(size, rows, load.rows, epochs, nf4=nf4, padding_free=side == "trl-padding-free")
+    except torch.OutOfMemoryError as error:
+        if side.startswith("tunewright"):
+            raise
+        # Where tunewright fits, that is a result and not a failure of this script.
+        raise Skipped(f"{side} ran out of memory") from error
+    row_tokens = sum(len(row.ids) for row in rows) * epochs / steps
+    computed = (load.tokens if side.startswith("tunewright") else load.attended) if not varied else None
+    report(
+        "training",
+        all(map(_finite, trained.losses)) and (varied or trained.losses[-1] < trained.losses[0]),
+        **account(size, trained, row_tokens, computed, nf4=nf4),
+    )
+    if side == "tunewright" and not varied:
+        predicted = _predicted(size, load, nf4=nf4)
+        allocated = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        holds = None if allocated is None else abs(predicted / allocated - 1) <= MEMORY_BAR
+        report("memory", holds, predicted_bytes=predicted, allocated_bytes=allocated)
+
+
+def account(size: Shape, trained: Trained, row_tokens: float, computed: int | None, *, nf4: bool) -> dict[str, Any]:
+    """Return the numbers of a finished training.
+
+    Args:
+        size: the base's shape.
+        trained: the run.
+        row_tokens: tokens of a step's rows, shared ones counted once per row.
+        computed: tokens of a step that go through the model; None where steps differ.
+        nf4: the base was quantized.
+    """
+    seconds, peak = trained.clock.step_s, peak_flops()
+    useful = None if computed is None else 4 * size.linear_parameters * computed / seconds
+    on_card = torch.cuda.is_available()
+    return {
+        "quantize": "nf4" if nf4 else "none",
+        "step_s": seconds,
+        "row_tokens_s": row_tokens / seconds,
+        "computed_tokens_s": None if computed is None else computed / seconds,
+        "mfu": useful / peak if useful and peak else None,
+        "allocated_bytes": torch.cuda.max_memory_allocated() if on_card else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if on_card else None,
+        "first_loss": trained.losses[0],
+        "last_loss": trained.losses[-1],
+        "host_syncs": trained.clock.host_syncs,
+        "micro_batch": trained.micro_batch,
+    }
+
+
+def _require_memory(size: Shape, load: Load, *, nf4: bool) -> None:
+    """Check that the card is large enough by the estimate.
+
+    Raises:
+        Skipped: it is not.
+    """
+    if torch.cuda.is_available():
+        needed = need(size, Way(TARGETS, RANK, nf4=nf4, checkpointing=True, card=True), load).total
+        there = torch.cuda.get_device_properties(0).total_memory
+        if needed > there:
+            raise Skipped(f"needs {needed / 1e9:.0f} GB, and the card has {there / 1e9:.0f} GB")
+
+
+def _finite(loss: float) -> bool:
+    return loss == loss and abs(loss) != float("inf")
+
+
+def _predicted(size: Shape, load: Load, *, nf4: bool) -> int:
+    """Bytes that the memory estimate expects the allocator to hand out: all parts but the runtime."""
+    on_card = torch.cuda.is_available()
+    needed = need(size, Way(TARGETS, RANK, nf4=nf4, checkpointing=on_card, card=on_card), load)
+    return needed.total - needed.runtime
+
+
+def same_length_rows(size: Shape, load: Load) -> list[Tokens]:
+    """Return the rows of one step: random ids with the same first tokens."""
+    drawn = torch.randint(5, size.vocabulary, (load.rows, load.shared + load.own), generator=_seeded()).tolist()
+    return [_row(drawn[0][: load.shared] + row[load.shared :], load.trained) for row in drawn]
+
+
+def varied_rows(size: Shape, load: Load, steps: int) -> list[Tokens]:
+    """Return rows for ``steps`` steps, of lengths from a quarter of the load's to four times that."""
+    generator = _seeded()
+    length = load.shared + load.own
+    lengths = torch.randint(length // 4, 4 * length, (steps * load.rows,), generator=generator).tolist()
+    return [
+        _row(torch.randint(5, size.vocabulary, (each,), generator=generator).tolist(), load.trained) for each in lengths
+    ]
+
+
+def _row(ids: list[int], trained: int) -> Tokens:
+    return Tokens(tuple(ids), (False,) * (len(ids) - trained) + (True,) * trained)
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def recipe_of(rows: int, epochs: int, *, nf4: bool, liger: bool = False) -> Recipe:
+    """Return the recipe of a tunewright run with ``rows`` rows in each step."""
+    train = {
+        "preset": "all-linear",
+        "rank": RANK,
+        "epochs": epochs,
+        "batch_size": rows,
+        "quantize": "nf4" if nf4 else "none",
+        # So few steps never pay for compiling, and deciding that takes steps too.
+        "compile": "off",
+        "evaluate_rows": 0,
+        "evaluate_every": 10**6,
+        "checkpoint_every": 10**6,
+        "use_liger_kernel": liger,
+    }
+    return Recipe.model_validate({"name": "gpu-proof", "train": train})
+
+
+def train_ours(
+    size: Shape, rows: Sequence[Tokens], batch: int, epochs: int, *, nf4: bool, liger: bool = False
+) -> Trained:
+    """Train as `tunewright train` does, on a base built here."""
+    set_seed(0)
+    clock = Clock(len(rows) * epochs // batch)
+    with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(batch, epochs, nf4=nf4, liger=liger)
+        run = TimedRun(recipe, base_in_memory(), Path(folder), LogReporter(), clock=clock)
+        model = build(size, nf4=nf4)
+        reset_peak()
+        history, _ = run.fit(model, tokenizer(), rows, rows[:1], None)
+        losses = [row["loss"] for row in history if "loss" in row]
+        return Trained(losses, clock, run.micro_batch.rows or batch)
+
+
+def reset_peak() -> None:
+    """Forget the peak of building: a 16-bit matrix beside its 4-bit one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _train_trl(
+    size: Shape, rows: Sequence[Tokens], batch: int, epochs: int, *, nf4: bool, padding_free: bool
+) -> Trained:
+    """Train with trl's SFTTrainer and peft's own layers, over FlashAttention where flash-attn is installed."""
+    from peft import LoraConfig
+
+    set_seed(0)
+    model = build(size, nf4=nf4)
+    if padding_free and find_spec("flash_attn") is not None:
+        model.set_attn_implementation("flash_attention_2")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS))
+    reset_peak()
+    return _sft(model, rows, batch, epochs, peft_config=lora, padding_free=padding_free)
+
+
+def _train_unsloth(size: Shape, rows: Sequence[Tokens], batch: int, epochs: int, *, nf4: bool) -> Trained:
+    """Train with unsloth's kernels and its own gradient checkpointing; it loads its base from a folder."""
+    from unsloth import FastLanguageModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        base = write_folder(size, Path(folder) / "base")
+        model, _ = FastLanguageModel.from_pretrained(
+            str(base), max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=nf4, local_files_only=True
+        )
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=RANK,
+            lora_alpha=2 * RANK,
+            target_modules=list(TARGETS),
+            use_gradient_checkpointing="unsloth",
+            random_state=0,
+        )
+        reset_peak()
+        return _sft(model, rows, batch, epochs)
+
+
+def _sft(
+    model: Any, rows: Sequence[Tokens], batch: int, epochs: int, *, padding_free: bool = False, **extra: Any
+) -> Trained:
+    """Train with trl's SFTTrainer, with the schedule, precision and checkpointing that tunewright uses."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    columns = {
+        "input_ids": [list(row.ids) for row in rows],
+        "labels": [[token if on else -100 for token, on in zip(row.ids, row.loss_mask, strict=True)] for row in rows],
+    }
+    steps = len(rows) * epochs // batch
+    on_card = torch.cuda.is_available()
+    clock = Clock(steps)
+    with quiet_transformers(), tempfile.TemporaryDirectory() as out:
+        arguments = SFTConfig(
+            output_dir=out,
+            per_device_train_batch_size=batch,
+            num_train_epochs=epochs,
+            learning_rate=2e-4,
+            lr_scheduler_type="cosine",
+            warmup_steps=-(-steps // 10),
+            weight_decay=0.0,
+            bf16=True,
+            use_cpu=not on_card,
+            gradient_checkpointing=on_card,
+            max_length=None,
+            padding_free=padding_free,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=0,
+        )
+        trainer = SFTTrainer(
+            model,
+            args=arguments,
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=tokenizer(),
+            callbacks=[clock],
+            **extra,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(losses, clock, batch)

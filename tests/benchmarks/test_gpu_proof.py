@@ -1,0 +1,285 @@
+"""benchmarks/gpu_proof.py at toy size: every case, killed and resumed, with the packages of docs/gpu.md alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from gpu_cases.page import BEGIN, END, headlines, page_table, rows_of  # noqa: E402
+from gpu_cases.plan import cases  # noqa: E402
+from gpu_cases.reporting import PEAK_FLOPS  # noqa: E402
+
+PROOF = ROOT / "benchmarks" / "gpu_proof.py"
+COMMAND_LINE = "command-line"
+OTHERS = [case.name for case in cases() if case.name != COMMAND_LINE]
+CUT_IN = "parity"
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="toy runs are compared with a machine without a card")
+
+
+def listed_packages() -> set[str]:
+    """Names of the distributions that docs/gpu.md says the cases need, and of those that these require."""
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    block = re.search(r"<!-- packages -->\n```text\n(.*?)```", text, re.DOTALL)
+    assert block, "docs/gpu.md lists the packages"
+    found: set[str] = set()
+    waiting = block[1].split()
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        found.add(name)
+        # What a listed package requires on other systems is not installed here.
+        with suppress(PackageNotFoundError):
+            needed = map(Requirement, requires(name) or [])
+            waiting += [each.name for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.fixture(scope="module")
+def without_others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which the tunewright dependencies that docs/gpu.md does not list cannot be imported."""
+    metadata = (ROOT / "pyproject.toml").read_text()
+    block = re.search(r"\ndependencies = \[\n(.*?)\n\]", metadata, re.DOTALL)
+    assert block
+    declared = {canonicalize_name(name) for name in re.findall(r'^    "([\w.-]+?)[>\[]', block[1], re.MULTILINE)}
+    others = declared - listed_packages()
+    hidden = sorted(
+        module
+        for module, owners in packages_distributions().items()
+        if others & {canonicalize_name(owner) for owner in owners}
+    )
+    assert {"sqlalchemy", "scipy", "sklearn"} <= set(hidden)
+    folder = tmp_path_factory.mktemp("hidden")
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        f"HIDDEN = {hidden!r}\n"
+        "class Hide:\n"
+        "    def __init__(self, finder): self.finder = finder\n"
+        "    def __getattr__(self, name): return getattr(self.finder, name)\n"
+        "    def find_spec(self, name, *more):\n"
+        "        return None if name.split('.')[0] in HIDDEN else self.finder.find_spec(name, *more)\n"
+        "sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]\n"
+    )
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "src")])}
+
+
+def proof(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the script to its end."""
+    command = [sys.executable, str(PROOF), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+
+def only_document(folder: Path) -> dict[str, Any]:
+    """The one results file in a folder; empty while there is none."""
+    files = list(folder.glob("*.json"))
+    document: dict[str, Any] = json.loads(files[0].read_text()) if files else {"cases": {}}
+    return document
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, without_others: dict[str, str]) -> Path:
+    """The results file of a run that was killed within a case."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, str(PROOF), "--toy", "--out", str(folder), "--only", *OTHERS]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=without_others
+    )
+    until = time.monotonic() + 300
+    while not only_document(folder)["cases"].get(CUT_IN, {}).get("measurements"):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return next(folder.glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def resumed(killed: Path, tmp_path_factory: pytest.TempPathFactory, without_others: dict[str, str]) -> Any:
+    """The rest of it: what the script printed, its exit code, and the results."""
+    folder = tmp_path_factory.mktemp("resumed")
+    ended = proof("--toy", "--out", folder, "--done", killed, "--only", *OTHERS, env=without_others)
+    return ended, only_document(folder)
+
+
+def test_gpu_proof_runs_every_case_with_the_listed_packages_alone(resumed: Any) -> None:
+    ended, document = resumed
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    states = {name: state["state"] for name, state in document["cases"].items()}
+    # Neither is installed here, or it needs a card.
+    skipped = {name for name in OTHERS if name.endswith(("/unsloth", "/tunewright-liger"))}
+    assert states == {name: "skipped" if name in skipped else "done" for name in OTHERS}
+    assert all(document["cases"][name]["why"] for name in skipped)
+
+
+def test_gpu_proof_keeps_what_was_done_and_repeats_what_was_cut(killed: Path, resumed: Any) -> None:
+    before = json.loads(killed.read_text())["cases"]
+    ended, document = resumed
+    finished = {name for name, state in before.items() if state["state"] == "done"}
+    assert finished >= set(OTHERS[: OTHERS.index(CUT_IN)])
+    assert finished < set(OTHERS)
+    for name in finished:
+        assert document["cases"][name] == before[name]
+        assert f"{name}: done before" in ended.stdout
+    for name in before.keys() - finished:
+        assert before[name]["state"] == "cut"
+        assert document["cases"][name]["state"] == "done"
+        assert f"{name}: done before" not in ended.stdout
+
+
+def test_gpu_proof_sides_start_from_the_same_loss(resumed: Any) -> None:
+    _, document = resumed
+    for model in ("8b-lora", "70b-qlora", "8b-qlora", "7b-lora"):
+        first = [
+            document["cases"][f"{model}/{side}"]["measurements"][0]["values"]["first_loss"]
+            for side in ("tunewright", "trl-plain", "trl-padding-free")
+        ]
+        # The same weights and the same rows; LoRA adds nothing before the first step.
+        assert max(first) / min(first) < 1.002
+
+
+def test_gpu_proof_prints_a_row_for_every_headline(resumed: Any) -> None:
+    ended, document = resumed
+    rows = rows_of(document)
+    assert [row.title for row in rows] == [headline.title for headline in headlines()]
+    assert all(row.title in ended.stdout for row in rows)
+    outcomes = {row.title: row.outcome for row in rows}
+    assert outcomes["LoRA gradients of a packed batch against rows one by one"] == "met"
+    assert outcomes["8B on disk: `train`, killed, resumed, `evaluate`"] == "not yet run"
+    assert all(row.measured for row in rows if row.outcome in ("met", "measured"))
+
+
+def test_gpu_proof_trains_kills_resumes_and_evaluates_by_the_command_line(tmp_path: Path) -> None:
+    ended = proof("--toy", "--out", tmp_path, "--only", COMMAND_LINE)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = {each["name"]: each for each in only_document(tmp_path)["cases"][COMMAND_LINE]["measurements"]}
+    assert all(found[name]["passed"] for name in ("train, killed", "train, resumed", "evaluate"))
+    assert found["train, resumed"]["values"]["from_step"] == found["train, killed"]["values"]["checkpoint"]
+    assert "tuned" in found["evaluate"]["values"]["arms"]
+
+
+def test_gpu_proof_says_what_is_left_when_time_is_over(tmp_path: Path) -> None:
+    ended = proof("--toy", "--minutes", "1e-9", "--out", tmp_path, "--only", "ceilings", "nf4-bits")
+    assert ended.returncode == 4, ended.stderr
+    assert "Cut by --minutes 1e-09 with 2 of 2 cases left: ceilings, nf4-bits" in ended.stdout
+
+
+def test_gpu_proof_ends_a_case_at_its_limit_and_runs_the_next(tmp_path: Path) -> None:
+    script = f"""
+import dataclasses, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(PROOF.parent)!r})
+from gpu_proof import Run, cases
+if __name__ == "__main__":
+    first = cases()[0]
+    listed = [dataclasses.replace(first, name="slow", seconds=0), dataclasses.replace(first, name="bad", module="no")]
+    document = {{"card": "toy", "date": "2026-01-01", "cases": {{}}}}
+    Run(document, Path({str(tmp_path / "out.json")!r}), time.monotonic() + 300, toy=True, forked=False).run(listed)
+"""
+    (tmp_path / "script.py").write_text(script)
+    subprocess.run([sys.executable, tmp_path / "script.py"], check=True)
+    states = only_document(tmp_path)["cases"]
+    assert (states["slow"]["state"], states["slow"]["why"]) == ("failed", "not done within 0 s")
+    assert states["bad"]["state"] == "failed"
+    assert states["bad"]["why"].startswith("ModuleNotFoundError")
+    assert "traceback" in states["bad"]
+
+
+def test_gpu_proof_without_a_card_says_so_and_what_toy_does(tmp_path: Path) -> None:
+    ended = proof("--out", tmp_path)
+    assert ended.returncode == 2
+    assert "there is no CUDA card here" in ended.stderr
+    assert "--toy runs every case at toy size" in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--minutes", "0"), "--minutes must be greater than 0 (got 0)"),
+        (("--done", "nowhere.json"), "--done: there is no file nowhere.json"),
+        (("--done", str(ROOT / "constraints.txt")), "is not a results file of gpu_proof"),
+    ],
+)
+def test_gpu_proof_refuses_wrong_usage(arguments: tuple[str, ...], what: str, tmp_path: Path) -> None:
+    ended = proof("--toy", "--out", tmp_path, *arguments)
+    assert ended.returncode == 2
+    assert what in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_gpu_proof_refuses_results_of_another_card(tmp_path: Path) -> None:
+    file = tmp_path / "H100.json"
+    file.write_text(json.dumps({"card": "NVIDIA H100", "date": "2026-01-01", "cases": {}}))
+    ended = proof("--toy", "--out", tmp_path, "--done", file)
+    assert ended.returncode == 2
+    assert "it has results of NVIDIA H100, and this run is on toy" in ended.stderr
+
+
+def test_peak_flops_finds_the_longest_name_of_a_card_first() -> None:
+    names = list(PEAK_FLOPS)
+    assert not [(a, b) for place, a in enumerate(names) for b in names[place + 1 :] if a in b]
+
+
+def test_gpu_page_shows_memory_and_the_faster_of_two_sides_of_a_card(resumed: Any) -> None:
+    _, document = resumed
+    document = json.loads(json.dumps(document))
+    ours = document["cases"]["8b-lora/tunewright"]["measurements"]
+    ours[0]["values"] |= {"row_tokens_s": 30.0, "allocated_bytes": 20 * 10**9, "reserved_bytes": 22 * 10**9, "mfu": 0.4}
+    ours[1] |= {"passed": True}
+    ours[1]["values"] |= {"allocated_bytes": 20 * 10**9, "predicted_bytes": 19 * 10**9}
+    for side, speed in (("trl-plain", 10.0), ("trl-padding-free", 15.0)):
+        values = document["cases"][f"8b-lora/{side}"]["measurements"][0]["values"]
+        values |= {"row_tokens_s": speed, "allocated_bytes": 30 * 10**9}
+    rows = {row.title: row for row in rows_of(document)}
+    ratio = rows["8B LoRA: against the faster of trl's plain and padding-free"]
+    assert ratio.measured.startswith("2.00 times as fast as trl-padding-free (15 tokens/s)")
+    assert ratio.measured.endswith("20 GB against 30 GB")
+    memory = rows["8B LoRA: memory"]
+    assert (memory.measured, memory.outcome) == ("predicted 19 GB, allocated 20 GB (-5.0%), reserved 22 GB", "met")
+    document["cases"]["8b-lora/trl-padding-free"] |= {"state": "skipped", "why": "trl-padding-free ran out of memory"}
+    (ratio,) = [row for row in rows_of(document) if row.title == ratio.title]
+    assert ratio.measured.startswith("3.00 times as fast as trl-plain")
+
+
+def test_gpu_page_is_what_the_results_say() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    _, _, rest = text.partition(BEGIN)
+    assert rest.partition(END)[0].strip() == page_table(ROOT / "benchmarks" / "results" / "gpu")
+
+
+def test_gpu_page_shows_the_newest_card_and_what_was_not_run(tmp_path: Path, resumed: Any) -> None:
+    _, document = resumed
+    (tmp_path / "a.json").write_text(json.dumps({**document, "card": "NVIDIA H100 80GB HBM3"}))
+    (tmp_path / "b.json").write_text(json.dumps({"card": "NVIDIA L4", "date": "2026-01-01", "cases": {}}))
+    lines = page_table(tmp_path).splitlines()
+    (speed,) = [line for line in lines if line.startswith("| 8B LoRA: speed")]
+    assert f"measured on NVIDIA H100 80GB HBM3, {document['cases']['8b-lora/tunewright']['date']}" in speed
+    (disk,) = [line for line in lines if line.startswith("| 8B on disk")]
+    assert disk.endswith("| not yet run |")
+
+
+def test_gpu_page_names_a_missed_bar(tmp_path: Path, resumed: Any) -> None:
+    _, document = resumed
+    document = json.loads(json.dumps(document))
+    document["cases"]["parity"]["measurements"][0]["passed"] = False
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    assert any("**MISSED**" in line for line in page_table(tmp_path).splitlines() if "LoRA gradients" in line)
