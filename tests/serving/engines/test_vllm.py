@@ -16,11 +16,11 @@ import pytest
 from engine_kinds import STOPS, vllm_engine
 from test_isolation import PROMPTS, failed, result_of
 
+from tunewright.engines.protocol import Engine, EngineStoppedError
+from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
+from tunewright.engines.vllm.launch import list_adapters
 from tunewright.models.bases import Base
 from tunewright.models.requests import Request
-from tunewright.serving.engines.protocol import Engine, EngineStoppedError
-from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
-from tunewright.serving.engines.vllm.launch import list_adapters
 from tunewright.serving.oracle import PeftOracle
 
 pytestmark = pytest.mark.vllm

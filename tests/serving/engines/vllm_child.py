@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
-from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 

@@ -19,13 +19,13 @@ from tunewright.adapters.manifest import MANIFEST, Manifest, parse_record
 from tunewright.adapters.registry import require_digest
 from tunewright.adapters.servable import CONFIG, WEIGHTS, vllm_refusals
 from tunewright.disk import file_digest
+from tunewright.engines.child import Child
+from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError
+from tunewright.engines.vllm import inside
+from tunewright.engines.vllm.launch import PACKAGE, list_adapters, plan
 from tunewright.errors import UserError
 from tunewright.models.decoding import Finish, Request
 from tunewright.progress import Reporter
-from tunewright.serving.engines.child import Child
-from tunewright.serving.engines.protocol import Delta, EngineStoppedError, RequestFailedError
-from tunewright.serving.engines.vllm import inside
-from tunewright.serving.engines.vllm.launch import PACKAGE, list_adapters, plan
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be (vLLM 0.32, MaxLoRARanks in vllm/config/lora.py)."""
@@ -287,7 +287,7 @@ class VllmEngine:
 
 
 def _entry(digest: str, folder: Path) -> dict[str, Any]:
-    """What vLLM's resolver holds an adapter to: see :data:`tunewright.serving.engines.vllm.inside.MANIFEST`.
+    """What vLLM's resolver holds an adapter to: see :data:`tunewright.engines.vllm.inside.MANIFEST`.
 
     Raises:
         UserError: its manifest is not of these files.
