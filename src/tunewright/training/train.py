@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -214,15 +214,22 @@ def _fit(
     refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
     dev = list({m.key: m for m in splits["dev"].members}.values())
     answered = dev_task(recipe, project.root, chat, version.domain_of("train"), dev, context_length(base), reporter)
-    reporter.say(f"Loading {named(base, recipe.train.quantize)}")
-    # A base that is to be divided need not fit on one card: it waits in memory, and goes there in pieces.
-    place = "cpu" if processes.in_pieces() else None
-    model = load_model(base, recipe.train.dtype, recipe.train.quantize, place)
-    replay = draw_replay(project, version, base, chat, lambda: model, limit, reporter)
+
+    @cache
+    def model() -> Any:
+        reporter.say(f"Loading {named(base, recipe.train.quantize)}")
+        # A base that is to be divided need not fit on one card: it waits in memory, and goes there in pieces.
+        place = "cpu" if processes.in_pieces() else None
+        return load_model(base, recipe.train.dtype, recipe.train.quantize, place)
+
+    # Before the base is loaded: where vLLM writes the samples, it has the card for itself.
+    replay = draw_replay(project, version, base, chat, model, limit, reporter)
     run = Run(recipe, base, work, reporter)
     try:
         with tracked_in(project.work / "trackers", recipe.name, run.name):
-            history, seconds = run.fit(model, chat.tokenizer, encoded_train, encoded_dev, answered, until, replay.rows)
+            history, seconds = run.fit(
+                model(), chat.tokenizer, encoded_train, encoded_dev, answered, until, replay.rows
+            )
     except BrokenRunError as broken:
         raise broken.as_user_error([*splits["train"].members, *replay.members]) from None
     return _Fitted(splits, answered, replay, history, seconds, run.how())

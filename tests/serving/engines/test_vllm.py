@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,8 @@ class NamedByAlias(VllmEngine):
         self._listed.pop(digest, None)
         (await self.child.client().delete("/tunewright/adapters/alias")).raise_for_status()
 
-    def _body(self, request: Request, whose: str) -> dict[str, Any]:
-        body = super()._body(request, whose)
+    def _body(self, request: Request, stop_ids: Collection[int], whose: str) -> dict[str, Any]:
+        body = super()._body(request, stop_ids, whose)
         return body if request.adapter is None else {**body, "model": "alias"}
 
 

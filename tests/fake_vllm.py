@@ -59,7 +59,25 @@ def main(options: list[str]) -> None:
         if lost.is_set():
             return JSONResponse({"error": {"message": CORE_LOST}}, 500)
         state.openai_serving_models.lora_requests[body["model"]] = SimpleNamespace(lora_int_id=1)
+        if not body.get("stream"):
+            return await whole(body)
         return StreamingResponse(tokens(body), media_type="text/event-stream")
+
+    async def whole(body: dict[str, Any]) -> JSONResponse:
+        seen["at_once"] = seen.get("at_once", 0) + 1
+        seen["most_at_once"] = max(seen.get("most_at_once", 0), seen["at_once"])
+        ids: list[int] = []
+        async for event in tokens(body):
+            if "error" in event:
+                return JSONResponse(json.loads(event.removeprefix("data: ")), 500)
+            if "choices" in event:
+                ids += json.loads(event.removeprefix("data: "))["choices"][0]["token_ids"]
+        seen["at_once"] -= 1
+        ends = [place for place, token in enumerate(ids) if token in body["stop_token_ids"]]
+        choice = {"token_ids": ids, "finish_reason": "length", "prompt_token_ids": body["prompt"]}
+        if ends:
+            choice |= {"token_ids": ids[: ends[0] + 1], "finish_reason": "stop"}
+        return JSONResponse({"choices": [choice]})
 
     async def tokens(body: dict[str, Any]) -> AsyncIterator[str]:
         for number in range(1, 10**6 if ENDLESS in body["prompt"] else body["max_tokens"] + 1):
