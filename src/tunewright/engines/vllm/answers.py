@@ -165,8 +165,9 @@ class VllmAnswers:
             raise UserError(f"vLLM could not answer: {error}", where=_WHERE, fix="Set it to peft.") from error
         except EngineStoppedError as error:
             said = self._engine.child.said() if self._engine else ""
+            self.stop()
             raise UserError(
-                f"{error} The end of its log:\n{said}",
+                f"vLLM stopped before it had answered everything. The end of its log:\n{said or 'The log is empty.'}",
                 where=_WHERE,
                 fix="Run the same command again: answers that are there are kept. Or set it to peft.",
             ) from error
