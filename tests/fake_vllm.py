@@ -1,7 +1,7 @@
 """Stands in for vLLM's API server where only its life and death matter: same options, same routes, no model.
 
-It answers with the tokens 1, 2, 3, …; a prompt of 66 kills it, one of 77 never ends, one of 88 kills what computes
-behind it (vLLM's EngineCore), and one of 99 is not computed. Its gate is the real one.
+It answers with the tokens 1, 2, 3, …; the prompt [66] kills it, [77] never ends, [88] kills what computes behind it
+(vLLM's EngineCore), and [99] is not computed. Its gate is the real one.
 """
 
 from __future__ import annotations
@@ -80,17 +80,17 @@ def main(options: list[str]) -> None:
         return JSONResponse({"choices": [choice]})
 
     async def tokens(body: dict[str, Any]) -> AsyncIterator[str]:
-        for number in range(1, 10**6 if ENDLESS in body["prompt"] else body["max_tokens"] + 1):
-            last = number == body["max_tokens"] and ENDLESS not in body["prompt"]
+        for number in range(1, 10**6 if body["prompt"] == [ENDLESS] else body["max_tokens"] + 1):
+            last = number == body["max_tokens"] and body["prompt"] != [ENDLESS]
             choice = {"token_ids": [number], "finish_reason": "length" if last else None}
             yield f"data: {json.dumps({'choices': [choice]})}\n\n"
-            if LOSE_CORE in body["prompt"]:
+            if body["prompt"] == [LOSE_CORE]:
                 lost.set()
                 asyncio.get_running_loop().call_later(1, os.kill, os.getpid(), signal.SIGKILL)
-            if lost.is_set() or FAIL in body["prompt"]:
+            if lost.is_set() or body["prompt"] == [FAIL]:
                 yield f"data: {json.dumps({'error': {'message': CORE_LOST if lost.is_set() else 'not this one'}})}\n\n"
                 return
-            if DIE in body["prompt"]:
+            if body["prompt"] == [DIE]:
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
                 await asyncio.sleep(0.005)

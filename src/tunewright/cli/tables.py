@@ -176,6 +176,7 @@ def dev_tables(compared: DevComparison) -> list[RenderableType]:
     return [
         arms_table(title, compared.arms, compared.metric, compared.metrics),
         contrasts_table("Contrasts on the dev split, in points", compared),
+        *([engine_text(compared.engine)] if compared.engine else []),
         "The dev split chose the adapter's step and the best prompting arm, so both look better here than they are. "
         "The test split stays closed.",
     ]
