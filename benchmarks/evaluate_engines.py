@@ -56,7 +56,7 @@ def main() -> None:
     recipe = road.project.recipe
     limit = answer_limit(recipe, road.chat, rows.domain_of("train"))
     engines = EMBEDDED, AnswerEngine("vllm", "it is measured", environment.find())
-    generators = {
+    generators: dict[str, Generator] = {
         engine.name: Generator(
             road.base,
             road.chat,
@@ -73,7 +73,7 @@ def main() -> None:
     }
     seconds: dict[str, dict[str, list[float]]] = {}
     answers: dict[str, dict[str, list[Completion]]] = {}
-    starts = {}
+    starts: dict[str, float] = {}
     for name, generator in generators.items():
         began = time.perf_counter()
         answer(generator, prompts[:2], limit, adapter, "start")

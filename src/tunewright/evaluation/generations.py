@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
+
+from accelerate.utils.memory import clear_device_cache
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
@@ -291,7 +292,8 @@ class Generator:
             return
         self._model = None
         self._loaded.clear()
-        free_memory()
+        # Models hold cycles, and torch keeps a card's memory for itself.
+        clear_device_cache(garbage_collection=True)
 
     def model_with(self, adapter: Adapter | None = None) -> Any:
         """The base in this process, with this adapter and those that were asked for before; vLLM ends first."""
@@ -370,15 +372,6 @@ class Generator:
             packages=packages,
             engine=engine,
         )
-
-
-def free_memory() -> None:
-    """Give memory back that nothing refers to: models hold cycles, and torch keeps a card's memory for itself."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def grammar_of(project: Project) -> Grammar | None:
