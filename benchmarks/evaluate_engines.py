@@ -146,7 +146,7 @@ def table(results: dict[str, Any]) -> Table:
     for arm, equal in results["equal"].items():
         ours, theirs = (results["engines"][name]["answers_s"][arm] for name in ("peft", "vllm"))
         shown.add_row(arm, f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}x", f"{equal:.1%}")
-    starts = ", ".join(f"{name} {told['start_s']:.0f} s" for name, told in results["engines"].items())
+    starts = ", ".join(f"{name} {each['start_s']:.0f} s" for name, each in results["engines"].items())
     shown.caption = f"Until the first answers: {starts}. {results['machine']}"
     return shown
 

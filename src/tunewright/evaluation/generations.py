@@ -164,7 +164,7 @@ class Generator:
         self._vllm: VllmAnswers | None = None
         if engine.environment is not None:
             self._vllm = VllmAnswers(base, dtype, engine.environment, batch_size, rank, reporter)
-        self._told = False
+        self._announced = False
 
     @property
     def rows(self) -> int:
@@ -249,7 +249,7 @@ class Generator:
             UserError: vLLM does not start, dies, or cannot answer one of them.
         """
         ends = self.chat.stop_ids if stop_ids is None else stop_ids
-        self._tell()
+        self._announce()
         if self._vllm is not None:
             self._drop_model()
             return self._vllm.generate(
@@ -281,9 +281,9 @@ class Generator:
         """What the engine calls it."""
         return adapter.name if self._vllm is None else adapter.digest
 
-    def _tell(self) -> None:
-        if not self._told:
-            self._told = True
+    def _announce(self) -> None:
+        if not self._announced:
+            self._announced = True
             self.reporter.say(f"Answers are computed by {self.engine.name}: {self.engine.why}.")
 
     def _drop_model(self) -> None:
