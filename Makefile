@@ -35,10 +35,10 @@ pytest: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	$(BIN)/pytest tests/data/test_reader_fuzz.py tests/adapters/test_header.py --hypothesis-profile=fuzz --durations=0
 
-# The engine vllm: its own environment (2.4 GB in build/vllm, made once), then every engine's tests on real vLLM.
+# The engine vllm: its own environment (2.4 GB in build/vllm, made once), then every engine's tests on real vLLM, and evaluation's.
 test-vllm: $(VENV)/.installed
 	$(BIN)/tunewright engine install vllm --to build/vllm
-	$(BIN)/pytest -m vllm tests/serving tests/cli
+	$(BIN)/pytest -m vllm tests/serving tests/cli tests/evaluation
 
 # The whole demo, held to what the README says of it.
 test-demo: $(VENV)/.installed

@@ -34,13 +34,13 @@ from rich.table import Table
 from tunewright.chat import open_chat
 from tunewright.data.examples import Message
 from tunewright.disk import write_json
+from tunewright.engines.protocol import Delta
 from tunewright.models.bases import resolve_base
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
 from tunewright.recipe import ChatRecipe, GatewayRecipe
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.outbox import Inbox, Outbox
-from tunewright.serving.engines.protocol import Delta
 from tunewright.serving.orders import Texts
 from tunewright.serving.server import serving
 from tunewright.serving.state import Grounds, State

@@ -30,13 +30,13 @@ from typing import Any
 from unittest.mock import patch
 
 from tunewright.adapters.registry import list_adapters
+from tunewright.engines.protocol import Engine
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
 from tunewright.road.opened import OpenProject
 from tunewright.road.serving import adapter_of
-from tunewright.serving.engines.protocol import Engine
 from tunewright.serving.fairness import FairQueue, Place
 from tunewright.serving.service import Service, Tenancy
 from tunewright.serving.state import State

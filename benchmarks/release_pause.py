@@ -34,12 +34,12 @@ from typing import Any
 from load_tenants import disturbed
 
 from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.engines.protocol import Engine
 from tunewright.models.loading import load_model, with_adapters
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
 from tunewright.project import Project
 from tunewright.road.opened import OpenProject
-from tunewright.serving.engines.protocol import Engine
 from tunewright.serving.engines.start import Wanted, start_engine
 
 NOISE = 10.0

@@ -77,9 +77,9 @@ def without_state(project: Path, folder: Path) -> Path:
 
 def recorded_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A list that gets the prompt's ids of every request that an engine is asked from now on."""
+    from tunewright.engines.protocol import Delta
     from tunewright.models.decoding import Request
     from tunewright.serving.engines.peft import PeftEngine
-    from tunewright.serving.engines.protocol import Delta
 
     seen: list[tuple[int, ...]] = []
     stream = PeftEngine.stream

@@ -6,9 +6,9 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 
+from tunewright.engines.protocol import Delta
 from tunewright.models.requests import Request
 from tunewright.serving.engines.peft import PeftEngine
-from tunewright.serving.engines.protocol import Delta
 
 
 class LastSlot(PeftEngine):

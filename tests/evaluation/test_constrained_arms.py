@@ -146,10 +146,10 @@ def test_changed_answers_are_counted_past_the_journal(generator: Generator, monk
     prompts = [generator.chat.prompt(member.example.prompt) for member in members]
     generate, sizes = generator.generate, list[int]()
 
-    def drifting(model: Any, requests: Any, on_finished: Any, batch_size: int) -> Any:
+    def drifting(requests: Any, on_finished: Any, *, at_once: int, company: str) -> Any:
         """The second time, what the first request was asked is answered otherwise."""
-        sizes.append(batch_size)
-        completions = generate(model, requests, on_finished, batch_size)
+        sizes.append(at_once)
+        completions = generate(requests, on_finished, at_once=at_once, company=company)
         if len(sizes) == 2:
             (place,) = [n for n, r in enumerate(requests) if r.prompt_ids == first[0].prompt_ids]
             completions[place] = type(completions[place])((65, 65), "stop")

@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 
 from tunewright.data.examples import Message
+from tunewright.engines.protocol import Delta
 from tunewright.models.requests import Request
 from tunewright.recipe import GatewayRecipe
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import Gateway
-from tunewright.serving.engines.protocol import Delta
 from tunewright.serving.orders import Texts
 from tunewright.serving.server import serving
 

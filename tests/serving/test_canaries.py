@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_engine import ScriptedEngine
 
+from tunewright.engines.protocol import Delta
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
 from tunewright.serving.canaries import CANARY, END, PER_MODEL, Answer, Digest, Ids, Own, find_canaries
-from tunewright.serving.engines.protocol import Delta
 from tunewright.serving.isolation import check_isolation
 
 TOKENS, VOCABULARY, STOP = 4, 5, 0

@@ -20,10 +20,10 @@ from tenant_server import store_adapters
 
 from tunewright.adapters.matrices import read_matrices
 from tunewright.adapters.registry import CONFIG, adapter_digest
+from tunewright.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 from tunewright.errors import UserError
 from tunewright.models.decoding import Request, generate
 from tunewright.serving.engines.peft import HELD_PASSES, PIECE_TOKENS, PeftEngine
-from tunewright.serving.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 
 ENDLESS = Request((1, 2, 3), None, CONTEXT)
 

@@ -22,11 +22,15 @@ from tiny import byte_tokenizer, chat_of
 from tunewright.adapters.registry import REPLAY
 from tunewright.chat import ChatFormat
 from tunewright.data.examples import Message
+from tunewright.errors import UserError
 from tunewright.progress import LogReporter, LogTask, Task
+from tunewright.project import Project
 from tunewright.training import self_samples
 from tunewright.training.head import divergences
+from tunewright.training.replay import draw_replay, replay_inputs
 from tunewright.training.sweep import Sweep
 from tunewright.training.train import TrainResult
+from vllm_child import alive, children_of, install_fake
 
 
 @pytest.fixture(autouse=True)
@@ -343,3 +347,32 @@ def _distance(folder: Path, replayed: TrainResult, chat: ChatFormat, base: Path)
         total += float((off.exp() * (off - on)).sum(-1)[places].sum())
         count += len(places)
     return total / count
+
+
+# By vLLM
+
+
+def test_replay_by_vllm_is_drawn_before_the_base_is_loaded_and_is_another_adapters(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fake(monkeypatch, tmp_path)
+    monkeypatch.setenv("FAKE_TOKEN_SECONDS", "0")
+    road = replay_road(tmp_path / "project", tiny_base_folder)
+    embedded = replay_inputs(road.project)
+    recipe = road.project.recipe
+    by_vllm = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"engine": "vllm"})})
+    project = Project(road.project.root, by_vllm)
+    assert replay_inputs(project) == {"replay": {**embedded["replay"], "engine": "vllm"}}
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert replay_inputs(project) == embedded, "each of several processes writes with the model that it trains"
+    monkeypatch.delenv("WORLD_SIZE")
+
+    def never() -> None:
+        raise AssertionError("the base was loaded")
+
+    # The stand-in writes turns that come to no end.
+    with pytest.raises(UserError, match=r"nothing that the base writes can be used: .* cut off at the token limit"):
+        draw_replay(project, road.data.version(), road.base, road.chat, never, 100, LogReporter())
+    assert not [child for child in children_of(os.getpid()) if alive(child)], "the training base has the memory"

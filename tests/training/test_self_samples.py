@@ -15,13 +15,13 @@ from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
 from tiny import byte_tokenizer, chat_of
 from tunewright.data.examples import Example, Message, normalised
 from tunewright.errors import UserError
-from tunewright.models.decoding import Completion
+from tunewright.models.decoding import Completion, generate
 from tunewright.models.loading import load_model
 from tunewright.progress import LogReporter
 from tunewright.road import Road
 from tunewright.training import self_samples
 from tunewright.training.replay import draw_replay, outsiders
-from tunewright.training.self_samples import Sampler, _answer, _instruction
+from tunewright.training.self_samples import BATCH, Sampler, _answer, _instruction
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,11 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _sampler(road: Road, load: Any, seed: int = 0, purpose: str = "replay") -> Sampler:
-    return Sampler(road.base, road.chat, {}, load, seed, purpose, road.project.work, road.reporter)
+    def complete(requests: Any, ends: Any, on_finished: Any) -> Any:
+        pad = road.chat.tokenizer.pad_token_id
+        return generate(load(), requests, stop_ids=ends, pad_id=pad, batch_size=BATCH, on_finished=on_finished)
+
+    return Sampler(road.base, road.chat, {}, complete, seed, purpose, road.project.work, road.reporter)
 
 
 # How a template's user turn begins and ends

@@ -12,7 +12,7 @@ from tunewright.cli.app import Json, app
 from tunewright.cli.console import session
 
 if TYPE_CHECKING:
-    from tunewright.serving.engines.vllm.environment import Environment
+    from tunewright.engines.vllm.environment import Environment
 
 engine = typer.Typer(help="Engines that are installed beside tunewright.", no_args_is_help=True)
 app.add_typer(engine, name="engine")

@@ -12,6 +12,7 @@ from rich.text import Text
 from tunewright.cli.general_tables import general_tables
 from tunewright.data.versions import Manifest
 from tunewright.demo import ThreeAnswers
+from tunewright.evaluation.engine_used import EngineUsed
 from tunewright.evaluation.evidence import Advice, Arm, DevComparison, Evidence, Measured
 from tunewright.evaluation.noise import NoiseFloor
 from tunewright.evaluation.openings import Opening
@@ -140,17 +141,25 @@ def folds_table(evidence: Evidence) -> Table:
 
 def evidence_tables(evidence: Evidence) -> list[RenderableType]:
     """The arms on the test items and their contrasts."""
+    engine = [engine_text(evidence.engine)] if evidence.engine else []
     if evidence.design == "cross-fitted":
         title = f"{evidence.items} items in {evidence.clusters} clusters, cross-fitted in {len(evidence.folds)} folds"
         arms = arms_table(title, evidence.arms, evidence.metric, evidence.metrics)
-        return [folds_table(evidence), arms, contrasts_table("Contrasts on all items, in points", evidence)]
+        contrasts = contrasts_table("Contrasts on all items, in points", evidence)
+        return [folds_table(evidence), arms, contrasts, *engine]
     title = f"{evidence.items} held-out test items in {evidence.clusters} clusters"
     return [
         arms_table(title, evidence.arms, evidence.metric, evidence.metrics),
         contrasts_table("Contrasts on the test split, in points", evidence),
+        *engine,
         *([noise_text(evidence.noise_floor)] if evidence.noise_floor else []),
         *(general_tables(evidence.general) if evidence.general else ()),
     ]
+
+
+def engine_text(engine: EngineUsed) -> str:
+    """What computed the answers, and why that engine."""
+    return f"Answered by {engine.text}: {engine.why}."
 
 
 def noise_text(noise: NoiseFloor) -> str:
@@ -167,6 +176,7 @@ def dev_tables(compared: DevComparison) -> list[RenderableType]:
     return [
         arms_table(title, compared.arms, compared.metric, compared.metrics),
         contrasts_table("Contrasts on the dev split, in points", compared),
+        *([engine_text(compared.engine)] if compared.engine else []),
         "The dev split chose the adapter's step and the best prompting arm, so both look better here than they are. "
         "The test split stays closed.",
     ]

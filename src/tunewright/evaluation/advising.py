@@ -116,6 +116,7 @@ class _Choice:
             static=self._spreads(entrants),
             left_out=tuple(LeftOut(name=name, why=why) for name, why in self._left_out.items()),
             max_new_tokens=self._measurement.limit,
+            engine=self._measurement.generator.used,
         )
 
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answered]]:

@@ -127,7 +127,12 @@ class CrossFit:
         self.limit = answer_limit(self.recipe, chat, version.domain)
         # The folds' adapters are all trained by this recipe.
         self.quantize = self.recipe.evaluate.quantize or self.recipe.train.quantize
+        self.generator()  # an engine that cannot answer is refused before anything is trained
         self.trainings = digest([training_inputs(project, v, base, chat) for v in self.versions])
+
+    def generator(self) -> Generator:
+        """Return a fresh generator: each fold has one, since the next fold trains on a base of its own."""
+        return Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
 
     @property
     def identity(self) -> str:
@@ -144,6 +149,7 @@ class CrossFit:
             "schema": SCHEMA_VERSION,
             **choosing_inputs(settings),
             "tuned_retrieved": settings.tuned_retrieved,
+            **self.generator().engine.identity,
         }
         return digest(decides)[:12]
 
@@ -223,10 +229,8 @@ class CrossFit:
             facts["forced"] = self.forced
         adapters = self.project.fold_adapters
         trained = train(self.project, version, self.base, self.chat, self.reporter, adapters=adapters, facts=facts)
-        # A generator for each fold: the next one trains on a copy of the base, and this one's need not lie beside it.
-        generator = Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
         measurement = Measurement(
-            self.project, version, generator, self.reporter, folder=adapters.parent, limit=self.limit
+            self.project, version, self.generator(), self.reporter, folder=adapters.parent, limit=self.limit
         )
         advice = advise(measurement).advice
         plans = contest(advice, with_retrieved=self.recipe.evaluate.tuned_retrieved)
@@ -281,6 +285,7 @@ class CrossFit:
                 for role in {role.name: role for role in roles}.values()
             ],
             contrasts=measured_contrasts(scored, declared, self.recipe.seed),
+            engine=self.generator().used,
             lineage={
                 **measured_with(self.recipe, self.base, self.chat, self.quantize, self.limit),
                 "dataset": self.version.digest,

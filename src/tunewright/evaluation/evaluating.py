@@ -209,6 +209,7 @@ def compare_on_dev(measurement: Measurement, adapter: Adapter, advice: Advice) -
         best_prompting=advice.best,
         arms=[measured_arm(plan.name, plan, answers[plan.name], scored, recipe.seed) for plan in settled.plans],
         contrasts=measured_contrasts(scored, settled.declared, recipe.seed),
+        engine=measurement.generator.used,
     )
     write_json(file, comparison.model_dump(mode="json"))
     return DevResult(file, comparison, measured=True)
@@ -243,6 +244,7 @@ def _evidence(
         contrasts=list(contrasts),
         opening=opening,
         openings=earlier,
+        engine=generator.used,
         lineage={
             **measured_with(recipe, generator.base, generator.chat, generator.quantize, measurement.limit),
             "adapter": {

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from tunewright.disk import write_json
 from tunewright.errors import UserError
+from tunewright.evaluation.engine_used import EngineUsed
 from tunewright.evaluation.general.section import General
 from tunewright.evaluation.judge.section import Judgement
 from tunewright.evaluation.nearness import Nearness
@@ -114,6 +115,7 @@ class Advice(Part):
     static: Annotated[tuple[SeedSpread, ...], Field(description="Static arms by number of demonstrations.")]
     left_out: tuple[LeftOut, ...]
     max_new_tokens: int
+    engine: Annotated[EngineUsed | None, Field(description="What computed the answers; null in older advice.")] = None
 
 
 class Contrast(Part):
@@ -164,6 +166,9 @@ class DevComparison(Part):
     best_prompting: str
     arms: list[Arm]
     contrasts: list[Contrast]
+    engine: Annotated[EngineUsed | None, Field(description="What computed the answers; null in older comparisons.")] = (
+        None
+    )
 
 
 class Fold(Part):
@@ -223,6 +228,9 @@ class Evidence(Part):
             "other metrics come last.",
         ),
     ]
+    engine: Annotated[
+        EngineUsed | None, Field(description="What computed the answers of all arms; null in older evidence.")
+    ] = None
     noise_floor: Annotated[
         NoiseFloor | None, Field(description="What changes when nothing is changed; null in a cross-fitted evaluation.")
     ] = None

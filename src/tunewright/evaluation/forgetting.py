@@ -82,8 +82,8 @@ class ForgettingMeter:
         sampler = Sampler(
             generator.base,
             generator.chat,
-            generator.weights,
-            generator.model_with,
+            generator.inputs,
+            generator.write,
             recipe.seed,
             "held-out",
             self.project.work,

@@ -11,10 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from accelerate.utils.memory import clear_device_cache
+
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text, constraint_on, stop_strings
 from tunewright.disk import digest, writing
+from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
+from tunewright.engines.vllm.answers import VllmAnswers
+from tunewright.evaluation.engine_used import EngineUsed
 from tunewright.models.bases import Base
 from tunewright.models.constraints import Constraint, Grammar
 from tunewright.models.decoding import Completion, Request, generate
@@ -22,9 +27,12 @@ from tunewright.models.loading import device, load_model, named, with_adapters
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Quantize
+from tunewright.training.self_samples import BATCH
 
 _ENGINE = "decoding-2"
-"""Part of every key: to be counted up when a change of the decoding loop changes answers."""
+"""Part of every key with peft: to be counted up when a change of the decoding loop changes answers."""
+_VLLM = "vllm-1"
+"""Part of every key with vLLM: to be counted up when a change of what vLLM is asked changes answers."""
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
 
@@ -62,6 +70,7 @@ class Decoding:
     packages: Mapping[str, str]
     """Versions of those that make logits and text."""
     engine: str = _ENGINE
+    """Which one computes, and how it is asked."""
 
     @property
     def key(self) -> str:
@@ -72,6 +81,9 @@ class Decoding:
 class Generator:
     """Answers prompts greedily with the base, adapter off or on; the base is loaded once, and only if needed.
 
+    With the engine vllm answers come from a process of its own, and the base is loaded here only for what needs logits
+    (losses). The two never hold the base at the same time: each frees the other's memory first.
+
     Args:
         base, dtype, quantize: the model, and how it is held.
         chat: the format of prompts and answers.
@@ -80,15 +92,34 @@ class Generator:
         reporter: shows progress.
         stop: texts that end an answer.
         grammar: what constrained answers have to be.
+        engine: what computes the answers.
+        rank: the highest LoRA rank that vLLM is started for, unless an adapter has a higher one.
 
     Raises:
         UserError: the grammar cannot be used with this base's tokenizer.
     """
 
     @classmethod
-    def of(cls, project: Project, base: Base, chat: ChatFormat, quantize: Quantize, reporter: Reporter) -> Generator:
-        """Answers as the project's recipe says."""
+    def of(
+        cls,
+        project: Project,
+        base: Base,
+        chat: ChatFormat,
+        quantize: Quantize,
+        reporter: Reporter,
+        adapter: Adapter | None = None,
+    ) -> Generator:
+        """Return a generator that answers as the project's recipe says.
+
+        Args:
+            adapter: the one that will answer; None where the recipe is yet to train it, if at all.
+
+        Raises:
+            UserError: ``evaluate.engine`` asks for vLLM, and it is not installed or cannot answer this.
+        """
         recipe = project.recipe
+        constrained = recipe.evaluate.constrain is not None
+        folder = None if adapter is None else adapter.folder
         return cls(
             base,
             chat,
@@ -99,6 +130,8 @@ class Generator:
             reporter,
             stop=stop_strings(recipe, chat),
             grammar=grammar_of(project),
+            engine=answer_engine(recipe, quantize, adapter=folder, constrained=constrained),
+            rank=recipe.train.rank,
         )
 
     def __init__(
@@ -113,6 +146,8 @@ class Generator:
         *,
         stop: tuple[str, ...] = (),
         grammar: Grammar | None = None,
+        engine: AnswerEngine = EMBEDDED,
+        rank: int = 1,
     ) -> None:
         self.base = base
         self.chat = chat
@@ -123,8 +158,18 @@ class Generator:
         self.reporter = reporter
         self.stop = stop
         self.grammar = grammar
+        self.engine = engine
         self._model: Any = None
         self._loaded: set[str] = set()
+        self._vllm: VllmAnswers | None = None
+        if engine.environment is not None:
+            self._vllm = VllmAnswers(base, dtype, engine.environment, batch_size, rank, reporter)
+        self._announced = False
+
+    @property
+    def rows(self) -> int:
+        """Rows that decode at once."""
+        return self.batch_size if self._vllm is None else self._vllm.rows
 
     @cached_property
     def constraint(self) -> Constraint | None:
@@ -154,7 +199,6 @@ class Generator:
                 _appending(journal) as file,
                 self.reporter.task(title, len(missing), "answers") as task,
             ):
-                model = self.model_with(adapter)
 
                 def keep(index: int, completion: Completion) -> None:
                     key = digest(missing[index])
@@ -164,7 +208,7 @@ class Generator:
                     task.advance()
 
                 requests = self.requests(missing, max_new_tokens, adapter, constrained=constrained)
-                self.generate(model, requests, keep, self.batch_size)
+                self.generate(requests, keep, adapter=adapter)
         return [known[digest(p)] for p in prompts]
 
     def requests(
@@ -177,33 +221,114 @@ class Generator:
     ) -> list[Request]:
         """What the decoding loop is asked for each prompt."""
         assert self.grammar or not constrained
-        name = adapter.name if adapter else None
+        name = None if adapter is None else self._name(adapter)
         held_to = self.constraint if constrained else None
         return [Request(p, name, max_new_tokens, stop=self.stop, constraint=held_to) for p in prompts]
 
     def generate(
-        self, model: Any, requests: Sequence[Request], on_finished: Callable[[int, Completion], None], batch_size: int
+        self,
+        requests: Sequence[Request],
+        on_finished: Callable[[int, Completion], None] = lambda _index, _completion: None,
+        *,
+        adapter: Adapter | None = None,
+        stop_ids: frozenset[int] | None = None,
+        at_once: int | None = None,
+        company: str = "",
     ) -> list[Completion]:
-        """Answer anew, whatever the journal has."""
+        """Answer again, whatever the journal has.
+
+        Args:
+            requests: as :meth:`requests` makes them.
+            on_finished: called with a request's index and its completion, in any order and on any one thread.
+            adapter: the one that the requests name.
+            stop_ids: tokens that end an answer (None: the chat format's).
+            at_once: rows that decode together (None: as many as the engine takes).
+            company: answers of one company may use what the engine remembers of each other's prompts.
+
+        Raises:
+            UserError: vLLM does not start, dies, or cannot answer one of them.
+        """
+        ends = self.chat.stop_ids if stop_ids is None else stop_ids
+        self._announce()
+        if self._vllm is not None:
+            self._drop_model()
+            return self._vllm.generate(
+                requests,
+                stop_ids=ends,
+                decode=self.chat.text,
+                adapters={} if adapter is None else {self._name(adapter): adapter.folder},
+                at_once=at_once,
+                whose=company,
+                on_finished=on_finished,
+            )
         return generate(
-            model,
+            self.model_with(adapter),
             requests,
-            stop_ids=self.chat.stop_ids,
+            stop_ids=ends,
             pad_id=self.chat.tokenizer.pad_token_id,
-            batch_size=batch_size,
+            batch_size=at_once or self.batch_size,
             decode=self.chat.text,
             on_finished=on_finished,
         )
 
-    def model_with(self, adapter: Adapter | None = None) -> Any:
-        """The base, with this adapter beside those that were asked for before."""
+    def write(
+        self, requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
+    ) -> list[Completion]:
+        """Complete requests of :class:`Sampler`; with peft in batches of the size that the samples' key names."""
+        return self.generate(requests, on_finished, stop_ids=ends, at_once=None if self._vllm else BATCH)
+
+    def _name(self, adapter: Adapter) -> str:
+        """What the engine calls it."""
+        return adapter.name if self._vllm is None else adapter.digest
+
+    def _announce(self) -> None:
+        if not self._announced:
+            self._announced = True
+            self.reporter.say(f"Answers are computed by {self.engine.name}: {self.engine.why}.")
+
+    def _drop_model(self) -> None:
+        """Free the base that was loaded here."""
         if self._model is None:
+            return
+        self._model = None
+        self._loaded.clear()
+        # Models hold cycles, and torch keeps a card's memory for itself.
+        clear_device_cache(garbage_collection=True)
+
+    def model_with(self, adapter: Adapter | None = None) -> Any:
+        """The base in this process, with this adapter and those that were asked for before; vLLM ends first."""
+        if self._model is None:
+            if self._vllm is not None:
+                self._vllm.stop()
             self.reporter.say(f"Loading {named(self.base, self.quantize)}")
             self._model = load_model(self.base, self.dtype, self.quantize)
         if adapter is not None and adapter.name not in self._loaded:
             self._model = with_adapters(self._model, {adapter.name: adapter.folder})
             self._loaded.add(adapter.name)
         return self._model
+
+    @property
+    def used(self) -> EngineUsed:
+        """What the evidence says of the engine."""
+        environment = self.engine.environment
+        if environment is None:
+            numbers, where = {name: version(name) for name in ("peft", "torch", "transformers")}, device().split(":")[0]
+        else:
+            numbers, where = self.engine.versions, environment.build
+        return EngineUsed(
+            name=self.engine.name,
+            version=numbers[self.engine.name],
+            packages=numbers,
+            device=where,
+            dtype=self.dtype,
+            rows=self.rows,
+            why=self.engine.why,
+        )
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What decides what is drawn from the base: its weights as they are held, and what computes."""
+        return {**self.weights, **self.engine.identity}
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -225,20 +350,27 @@ class Generator:
 
     def decoding(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool = False) -> Decoding:
         """What decides these answers; its key names their journal."""
-        names = [*_PACKAGES, *(["bitsandbytes"] if self.quantize == "nf4" else [])]
-        if constrained:
-            names.append("llguidance")
+        if self.engine.environment is None:
+            names = [*_PACKAGES, *(["bitsandbytes"] if self.quantize == "nf4" else [])]
+            if constrained:
+                names.append("llguidance")
+            engine, where, packages = _ENGINE, device().split(":")[0], {name: version(name) for name in names}
+        else:
+            # Tokens become text here, whichever engine has computed them.
+            text = {name: version(name) for name in ("transformers", "tokenizers")}
+            engine, where, packages = _VLLM, self.engine.environment.build, {**text, **self.engine.versions}
         return Decoding(
             base=self.base.digest,
             template=self.chat.digest,
             adapter=adapter.digest if adapter else None,
             dtype=self.dtype,
             quantize=self.quantize,
-            device=device().split(":")[0],
+            device=where,
             max_new_tokens=max_new_tokens,
             stop=self.stop,
             grammar=self.grammar.rule if self.grammar and constrained else None,
-            packages={name: version(name) for name in names},
+            packages=packages,
+            engine=engine,
         )
 
 

@@ -92,6 +92,10 @@ class LearningCurve:
         # Of all training rows, so that no part's answers are cut where another's are not.
         self.limit = answer_limit(project.recipe, chat, version.domain_of("train"))
 
+    def generator(self) -> Generator:
+        """Return a fresh generator: each adapter has one, since the next training loads a base of its own."""
+        return Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
+
     @property
     def identity(self) -> str:
         """12 hex digits: a digest of all that decides the curve."""
@@ -105,6 +109,7 @@ class LearningCurve:
             "metric": metric_inputs(settings.metric, self.project.root),
             "margin": settings.margin,
             "quantize": self.quantize,
+            **self.generator().engine.identity,
         }
         return digest(decides)[:12]
 
@@ -156,8 +161,7 @@ class LearningCurve:
 
     def _scores(self, adapter: Adapter) -> Scores:
         """The dev rows' answers, scored."""
-        # A generator for each adapter: the next training loads a base of its own, and this one need not lie beside it.
-        generator = Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
+        generator = self.generator()
         examples = [m.example for m in self.version.examples("dev")]
         answers = generator.answer("answering dev", [self.chat.prompt(e.prompt) for e in examples], self.limit, adapter)
         return score_all(self.scorer, [g.text for g in answers], examples)
@@ -192,6 +196,7 @@ class LearningCurve:
             method=slope.method,
             lineage={
                 **measured_with(recipe, self.base, self.chat, self.quantize, self.limit),
+                "engine": self.generator().used.model_dump(mode="json"),
                 "dataset": self.version.digest,
                 "dev_split": self.version.split_digest("dev"),
                 "recipe": recipe.model_dump(mode="json"),

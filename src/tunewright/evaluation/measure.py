@@ -107,6 +107,7 @@ class Measurement:
             "metrics": [metric_inputs(metric, self.project.root) for metric in self.settings.metrics],
             "seed": self.project.recipe.seed,
             "schema": SCHEMA_VERSION,
+            **self.generator.engine.identity,
         }
 
     def misfit(self, plan: ArmPlan, members: Sequence[Member]) -> str | None:

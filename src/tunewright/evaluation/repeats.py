@@ -17,10 +17,10 @@ MOST_ITEMS = 100
 def noise_floor(
     generator: Generator, members: Sequence[Member], prompts: Sequence[Prompt], limit: int, scorer: Scorer, seed: int
 ) -> NoiseFloor:
-    """Have the base answer up to 100 of these items, drawn by the seed, twice.
+    """Have the base answer up to 100 of these items, drawn by the seed, twice, with the engine that answers all arms.
 
     Args:
-        generator: its journal is neither read nor written.
+        generator: its engine answers; its journal is neither read nor written.
         members: the items; their outputs are the references.
         prompts: one for each item.
         limit: the longest answer in tokens.
@@ -32,14 +32,21 @@ def noise_floor(
     """
     draw = random.Random(f"{seed}:noise")
     places = sorted(draw.sample(range(len(members)), min(MOST_ITEMS, len(members))))
-    sizes = generator.batch_size, max(2, generator.batch_size // 2) if generator.batch_size > 1 else 2
+    # Of no more than there are items: or both times every item would be in the company of all others.
+    most = min(generator.rows, len(places))
+    sizes = most, max(2, most // 2) if most > 1 else 2
     shuffled = draw.sample(places, len(places))
     with generator.reporter.task("noise floor", 2 * len(places), "answers") as task:
         answers = []
         for order, size in zip((places, shuffled), sizes, strict=True):
             requests = generator.requests([prompts[place] for place in order], limit)
-            model = generator.model_with()
-            completions = generator.generate(model, requests, lambda _index, _completion: task.advance(), size)
+            completions = generator.generate(
+                requests,
+                lambda _index, _completion: task.advance(),
+                at_once=size,
+                # Or the second answers would take the first ones' keys and values from vLLM's cache of prefixes.
+                company=f"noise floor, {size} at once",
+            )
             texts = (answer_text(generator.chat, completion) for completion in completions)
             answers.append(dict(zip(order, texts, strict=True)))
     first, second = ([given[place] for place in places] for given in answers)
@@ -49,5 +56,6 @@ def noise_floor(
         items=len(places),
         changed=sum(a != b for a, b in zip(first, second, strict=True)),
         score_difference=scores[1] - scores[0],
-        how=f"zero-shot by the base in {generator.dtype}: batches of {sizes[0]}, then of {sizes[1]} in another order",
+        how=f"zero-shot by the base in {generator.dtype} with {generator.engine.name}: batches of {sizes[0]}, then of "
+        f"{sizes[1]} in another order",
     )

@@ -18,12 +18,13 @@ from tunewright.recipe.gateway import GatewayRecipe
 from tunewright.recipe.general import GeneralRecipe
 from tunewright.recipe.judge import EndpointRecipe, JudgeRecipe, ReferenceModelRecipe
 from tunewright.recipe.metrics import Metric, MetricName, metric_name
-from tunewright.recipe.section import EngineName, Quantize, RetrieverName, Section
+from tunewright.recipe.section import AnswerEngineName, EngineName, Quantize, RetrieverName, Section
 from tunewright.recipe.train import PRESETS, ReplayRecipe, Tracker, TrainRecipe
 
 __all__ = [
     "PRESETS",
     "AdviseRecipe",
+    "AnswerEngineName",
     "ChatRecipe",
     "ConstrainRecipe",
     "DataRecipe",
@@ -167,7 +168,18 @@ class EvaluateRecipe(Section):
             "free ones: {choices: [a, b]}, {regex: PATTERN} or {json_schema: FILE}."
         ),
     ] = None
-    batch_size: Annotated[int, Field(ge=1, description="Conversations generated at once.")] = 32
+    engine: Annotated[
+        AnswerEngineName,
+        Field(
+            description="What computes the answers of all arms: peft is built in; vllm needs the environment that "
+            "`tunewright engine install vllm` makes; auto takes vllm where a CUDA card and that environment are there, "
+            "else peft, and says why."
+        ),
+    ] = "auto"
+    batch_size: Annotated[
+        int,
+        Field(ge=1, description="Conversations generated at once; vllm on a card takes as many as fit (up to 256)."),
+    ] = 32
     quantize: Annotated[
         Quantize | None,
         Field(description="How the base is held, for all arms alike (null: as the adapter was trained on it)."),

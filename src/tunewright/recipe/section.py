@@ -10,6 +10,8 @@ RetrieverName = Literal["bm25", "tfidf"]
 """How demonstrations are found for a question."""
 
 EngineName = Literal["peft", "vllm", "llamacpp"]
+AnswerEngineName = Literal["auto", "peft", "vllm"]
+"""What computes an evaluation's answers."""
 Quantize = Literal["none", "nf4"]
 """How a base is held in memory."""
 

@@ -139,4 +139,6 @@ def _made_with(evidence: Evidence) -> str:
         digest = value.get("digest") if isinstance(value, dict) else value
         if isinstance(digest, str):
             told.append(f"{name} {plain(digest if name == 'created' else digest[:12])}")
+    if evidence.engine is not None:
+        told.append(f"engine {plain(evidence.engine.text)}")
     return f"{', '.join(told)}; margin {100 * evidence.margin:g} points."

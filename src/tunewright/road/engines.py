@@ -9,7 +9,7 @@ from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
 if TYPE_CHECKING:
-    from tunewright.serving.engines.vllm.environment import Build, Environment
+    from tunewright.engines.vllm.environment import Build, Environment
 
 
 class EnginesRoad:
@@ -32,7 +32,7 @@ class EnginesRoad:
         Raises:
             UserError: no such engine, no build of it for this machine, no room on the disk, or pip fails.
         """
-        from tunewright.serving.engines.vllm.environment import install
+        from tunewright.engines.vllm.environment import install
 
         _require_vllm(name)
         return install(self._reporter, to=to, build=build, torch_index=torch_index)
@@ -43,7 +43,7 @@ class EnginesRoad:
         Raises:
             UserError: no such engine, or it is not installed.
         """
-        from tunewright.serving.engines.vllm.environment import find
+        from tunewright.engines.vllm.environment import find
 
         _require_vllm(name)
         return find()

@@ -76,7 +76,8 @@ class OpenProject:
             require_fit(adapter, self.base, self.chat)
             self._require_version(adapter, version)
         trained = recipe.train.quantize if adapter is None else trained_quantize([adapter])
-        generator = Generator.of(self.project, self.base, self.chat, recipe.evaluate.quantize or trained, self.reporter)
+        quantize = recipe.evaluate.quantize or trained
+        generator = Generator.of(self.project, self.base, self.chat, quantize, self.reporter, adapter)
         return Measurement(self.project, version, generator, self.reporter)
 
     def _require_version(self, adapter: Adapter, version: DatasetVersion) -> None:

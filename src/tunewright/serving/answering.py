@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError
 from tunewright.models.requests import Finish
 from tunewright.models.text_stream import Decode, TextStream
 from tunewright.recipe import GatewayRecipe
 from tunewright.serving.access import Admission
-from tunewright.serving.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.orders import Order
 from tunewright.serving.protocol import ApiError

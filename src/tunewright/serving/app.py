@@ -14,10 +14,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.recipe import GatewayRecipe
 from tunewright.serving.access import Access
 from tunewright.serving.answering import Answering
-from tunewright.serving.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.envelopes import ChatEnvelope, CompletionEnvelope, Envelope
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.metrics import Metrics, Now

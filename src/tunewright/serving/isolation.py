@@ -25,10 +25,10 @@ from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
+from tunewright.engines.protocol import Engine
 from tunewright.models.requests import Finish, Request
 from tunewright.progress import Reporter
 from tunewright.serving.canaries import TOKENS, Answer, Canaries, Digest, Ids, Oracle, find_canaries
-from tunewright.serving.engines.protocol import Engine
 
 TOLERANCE = {"bfloat16": 0.75, "float32": 0.05, "f16": 0.1, "q8_0": 1.5}
 """Nats that a token of the right model may fall short, by the precision of the arithmetic: in bfloat16, logits are

@@ -62,7 +62,7 @@ class SelfTest:
             return {**own, "xllamacpp": version("xllamacpp")}
         if self.engine != "vllm":
             return own
-        from tunewright.serving.engines.vllm.environment import find
+        from tunewright.engines.vllm.environment import find
 
         return {**own, **{f"vllm:{name}": str(found) for name, found in find().versions.items()}}
 

@@ -12,8 +12,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.serving.answering import Answering, Piece
-from tunewright.serving.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.serving.envelopes import Envelope
 from tunewright.serving.protocol import ApiError
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.models.text_stream import Decode
 from tunewright.recipe import GatewayRecipe
 from tunewright.serving.access import Admission, Shadow
 from tunewright.serving.answering import Answering
-from tunewright.serving.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.protocol import ApiError
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from tunewright.disk import canonical_json
+from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.serving.access import Admission, Released, Shadow, Target
-from tunewright.serving.engines.protocol import AdapterFailedError, EngineStoppedError
 from tunewright.serving.protocol import AnyRequest, ApiError
 from tunewright.serving.state import (
     Caller,

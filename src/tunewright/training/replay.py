@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from tunewright.adapters.registry import REPLAY
@@ -13,11 +14,15 @@ from tunewright.data.neighbours.decontaminate import read_items
 from tunewright.data.outsiders import unfit
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.disk import digest
+from tunewright.engines.choice import AnswerEngine, answer_engine
+from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.models.bases import Base
+from tunewright.models.decoding import Completion, Request, generate
 from tunewright.progress import Reporter
 from tunewright.project import Project
+from tunewright.training import processes
 from tunewright.training.rows import encode_members, render_digest
-from tunewright.training.self_samples import METHOD, Sampler, Screen
+from tunewright.training.self_samples import BATCH, METHOD, Sampler, Screen
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,23 @@ def replay_inputs(project: Project) -> dict[str, Any]:
     """What decides the replayed rows beside version, base, template, seed and train section; empty without replay.
 
     Raises:
-        UserError: a benchmark's file cannot be read.
+        UserError: a benchmark's file cannot be read, or vLLM is asked for and is not installed.
     """
     if project.recipe.train.replay is None:
         return {}
     data = project.recipe.data
     screened = {"similarity": data.similarity, "allow": data.allow, "benchmarks": digest(_benchmarks(project))}
-    return {"replay": {"method": METHOD, **screened}}
+    return {"replay": {"method": METHOD, **screened, **_engine(project).identity}}
+
+
+def _engine(project: Project) -> AnswerEngine:
+    """What lets the base write: the engine of evaluation, where it can hold the base as training does."""
+    recipe = project.recipe
+    if processes.count() > 1:
+        return AnswerEngine("peft", "several processes train together, each on a card of its own")
+    if recipe.train.quantize == "nf4":
+        return AnswerEngine("peft", "the base is held in NF4")
+    return answer_engine(recipe, recipe.train.quantize)
 
 
 def draw_replay(
@@ -59,7 +74,7 @@ def draw_replay(
         project: its recipe says how many; its working folder keeps what was drawn.
         version: the domain, which no row may be near to.
         base, chat: who writes.
-        load: gives the loaded base; asked only if the samples are yet to be drawn.
+        load: gives the loaded base; called only if samples are missing and vLLM does not write them.
         limit: the longest row in tokens.
         reporter: hears how many samples were drawn and used.
 
@@ -69,9 +84,12 @@ def draw_replay(
     recipe = project.recipe
     if recipe.train.replay is None:
         return Replay([], [], {}, {})
-    weights = {"dtype": recipe.train.dtype, "quantize": recipe.train.quantize}
-    sampler = Sampler(base, chat, weights, load, recipe.seed, "replay", project.work, reporter)
-    drawn = sampler.draw(recipe.train.replay.samples, outsiders(project, version, chat, limit, reporter), finished=True)
+    screen = outsiders(project, version, chat, limit, reporter)
+    sampler, stop = _sampler(project, base, chat, load, reporter)
+    try:
+        drawn = sampler.draw(recipe.train.replay.samples, screen, finished=True)
+    finally:
+        stop()
     reporter.say(f"Replay: {drawn.told()}.")
     encoded = encode_members(chat, [_member(sample.example) for sample in drawn.used], limit)
     rows = encoded.rows
@@ -85,6 +103,29 @@ def draw_replay(
         "left_out": {str(number): reason for number, reason in drawn.left_out.items()},
     }
     return Replay(rows, encoded.members, {"replay": lineage}, {REPLAY: drawn.text})
+
+
+def _sampler(
+    project: Project, base: Base, chat: ChatFormat, load: Callable[[], Any], reporter: Reporter
+) -> tuple[Sampler, Callable[[], None]]:
+    """A sampler, and what frees the memory of the engine that writes for it."""
+    recipe, engine, loaded = project.recipe, _engine(project), cache(load)
+    vllm: VllmAnswers | None = None
+    if engine.environment is not None:
+        size = recipe.evaluate.batch_size
+        vllm = VllmAnswers(base, recipe.train.dtype, engine.environment, size, recipe.train.rank, reporter)
+
+    def complete(
+        requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
+    ) -> list[Completion]:
+        if vllm is not None:
+            return vllm.generate(requests, stop_ids=ends, on_finished=on_finished)
+        pad = chat.tokenizer.pad_token_id
+        return generate(loaded(), requests, stop_ids=ends, pad_id=pad, batch_size=BATCH, on_finished=on_finished)
+
+    inputs = {"dtype": recipe.train.dtype, "quantize": recipe.train.quantize, **engine.identity}
+    sampler = Sampler(base, chat, inputs, complete, recipe.seed, "replay", project.work, reporter)
+    return sampler, (lambda: None) if vllm is None else vllm.stop
 
 
 def outsiders(project: Project, version: DatasetVersion, chat: ChatFormat, limit: int, reporter: Reporter) -> Screen:

@@ -21,7 +21,7 @@ from tunewright.data.examples import Example, Message, normalised
 from tunewright.disk import digest, write_json
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
-from tunewright.models.decoding import Completion, Request, generate
+from tunewright.models.decoding import Completion, Request
 from tunewright.progress import Reporter, Task
 
 METHOD = "magpie-2"
@@ -32,10 +32,14 @@ INSTRUCTION_TOKENS = 128
 ANSWER_TOKENS = 256
 
 _CHUNK = 64  # samples drawn together and kept together: a draw that goes on has the company that it had
-_BATCH = 32
+BATCH = 32
+"""Samples that the embedded loop decodes together."""
 _MOST_DRAWN, _FEWEST_CHUNKS = 8, 4  # the first for each sample that is wanted; then it is given up
 
 EMPTY, CUT_OFF, REPEATED = "empty", "cut off at the token limit", "repeats an earlier one"
+
+Complete = Callable[[Sequence[Request], frozenset[int], Callable[[int, Completion], None]], list[Completion]]
+"""Completes the base's requests, given the tokens that end them and what to call as each is done; in their order."""
 
 Screen = Callable[[Mapping[str, Example]], Mapping[str, str]]
 """Examples by pair key, to why some of them may not be used."""
@@ -93,8 +97,8 @@ class Sampler:
 
     Args:
         base, chat: who writes, and how conversations are written.
-        weights: what else decides the base's predictions, such as its dtype.
-        load: gives the loaded base, in evaluation mode with any adapter that it has enabled; asked only if needed.
+        weights: what else decides what is drawn, such as the base's dtype and the engine.
+        complete: has the base write, with any adapter disabled; called only if samples are missing.
         seed: decides the draw.
         purpose: "replay" or "held-out": draws of one seed for different purposes are independent.
         work: the project's working folder.
@@ -106,14 +110,14 @@ class Sampler:
         base: Base,
         chat: ChatFormat,
         weights: Mapping[str, Any],
-        load: Callable[[], Any],
+        complete: Complete,
         seed: int,
         purpose: str,
         work: Path,
         reporter: Reporter,
     ) -> None:
         self.chat = chat
-        self.load = load
+        self.complete = complete
         self.seed = f"{seed}:{purpose}"
         self.reporter = reporter
         self.turn = chat.user_turn()
@@ -128,7 +132,7 @@ class Sampler:
             "instruction_tokens": INSTRUCTION_TOKENS,
             "answer_tokens": ANSWER_TOKENS,
             "chunk": _CHUNK,
-            "batch": _BATCH,
+            "batch": BATCH,
         }
         self.folder = work / "self-samples" / digest(self.about)[:16]
 
@@ -225,14 +229,7 @@ class Sampler:
         ]
         if not requests:
             return {}
-        completions = generate(
-            self.load(),
-            requests,
-            stop_ids=ends,
-            pad_id=self.chat.tokenizer.pad_token_id,
-            batch_size=_BATCH,
-            on_finished=lambda _index, _completion: task.advance(),
-        )
+        completions = self.complete(requests, ends, lambda _index, _completion: task.advance())
         return dict(zip(prompts, completions, strict=True))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -224,19 +224,23 @@ def _fit(
     refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
     dev = list({m.key: m for m in splits["dev"].members}.values())
     answered = dev_task(recipe, project.root, chat, version.domain_of("train"), dev, context_length(base), reporter)
-    reporter.say(f"Loading {named(base, recipe.train.quantize)}")
 
     def fitted() -> _Fitted | UserError:
-        # A base that is to be divided need not fit on one card: it waits in memory, and goes there in pieces.
-        in_pieces = processes.in_pieces()
-        place = "cpu" if in_pieces else None
-        model = load_model(base, recipe.train.dtype, recipe.train.quantize, place, divisible=in_pieces)
-        replay = draw_replay(project, version, base, chat, lambda: model, limit, reporter)
+        @cache
+        def model() -> Any:
+            reporter.say(f"Loading {named(base, recipe.train.quantize)}")
+            # A base that is to be divided need not fit on one card: it waits in memory, and goes there in pieces.
+            in_pieces = processes.in_pieces()
+            place = "cpu" if in_pieces else None
+            return load_model(base, recipe.train.dtype, recipe.train.quantize, place, divisible=in_pieces)
+
+        # Before the base is loaded: where vLLM writes the samples, it has the card for itself.
+        replay = draw_replay(project, version, base, chat, model, limit, reporter)
         run = Run(recipe, base, work, reporter)
         try:
             with tracked_in(project.work / "trackers", recipe.name, run.name):
                 history, seconds = run.fit(
-                    model, chat.tokenizer, encoded_train, encoded_dev, answered, until, replay.rows
+                    model(), chat.tokenizer, encoded_train, encoded_dev, answered, until, replay.rows
                 )
         except BrokenRunError as broken:
             # Returned, not raised: a traceback would hold the model for as long as a sweep handles the error.

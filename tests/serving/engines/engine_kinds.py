@@ -11,13 +11,13 @@ import pytest
 
 from small_models import CONTEXT
 from tiny import byte_tokenizer
+from tunewright.engines.protocol import Engine
+from tunewright.engines.vllm import environment
+from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.models.bases import Base
 from tunewright.progress import LogReporter
 from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file, lora_file
-from tunewright.serving.engines.protocol import Engine
-from tunewright.serving.engines.vllm import environment
-from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
 
 TOKENIZER = byte_tokenizer()
 STOPS = frozenset({TOKENIZER.eos_token_id})

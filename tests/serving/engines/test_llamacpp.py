@@ -21,16 +21,16 @@ from test_isolation import PROMPTS, failed, result_of
 
 from small_models import write_adapter
 from tunewright.adapters.registry import adapter_digest
+from tunewright.engines.child import Plan
+from tunewright.engines.protocol import Engine, EngineStoppedError
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
 from tunewright.recipe import Recipe
 from tunewright.serving.canaries import Answer
-from tunewright.serving.engines.child import Plan
 from tunewright.serving.engines.llamacpp.engine import BLOCK, LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file
-from tunewright.serving.engines.protocol import Engine, EngineStoppedError
 from tunewright.serving.engines.start import Wanted, start_engine
 from tunewright.serving.isolation import TOLERANCE
 from tunewright.serving.oracle import PeftOracle

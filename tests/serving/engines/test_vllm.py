@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import pytest
 from engine_kinds import STOPS, vllm_engine
 from test_isolation import PROMPTS, failed, result_of
 
+from tunewright.engines.protocol import Engine, EngineStoppedError
+from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
+from tunewright.engines.vllm.launch import list_adapters
 from tunewright.models.bases import Base
 from tunewright.models.requests import Request
-from tunewright.serving.engines.protocol import Engine, EngineStoppedError
-from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
-from tunewright.serving.engines.vllm.launch import list_adapters
 from tunewright.serving.oracle import PeftOracle
 
 pytestmark = pytest.mark.vllm
@@ -118,8 +118,8 @@ class NamedByAlias(VllmEngine):
         self._listed.pop(digest, None)
         (await self.child.client().delete("/tunewright/adapters/alias")).raise_for_status()
 
-    def _body(self, request: Request, whose: str) -> dict[str, Any]:
-        body = super()._body(request, whose)
+    def _body(self, request: Request, stop_ids: Collection[int], whose: str) -> dict[str, Any]:
+        body = super()._body(request, stop_ids, whose)
         return body if request.adapter is None else {**body, "model": "alias"}
 
 

@@ -16,12 +16,12 @@ from vllm_child import ids, seen, settings, wait_until
 
 from tunewright.adapters.registry import write_manifest
 from tunewright.disk import file_digest, write_json
+from tunewright.engines.protocol import RequestFailedError
+from tunewright.engines.vllm import inside
+from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.errors import UserError
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
-from tunewright.serving.engines.protocol import RequestFailedError
-from tunewright.serving.engines.vllm import inside
-from tunewright.serving.engines.vllm.engine import VllmEngine
 
 pytest_plugins = ["vllm_child"]
 

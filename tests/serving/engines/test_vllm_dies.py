@@ -18,11 +18,11 @@ import pytest
 from fake_vllm import DIE, ENDLESS, FAIL, LOSE_CORE
 from vllm_child import Told, alive, ids, settings, wait_until
 
+from tunewright.engines.child import _end
+from tunewright.engines.private_folder import PrivateFolder
+from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
+from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.models.requests import Request
-from tunewright.serving.engines.child import _end
-from tunewright.serving.engines.private_folder import PrivateFolder
-from tunewright.serving.engines.protocol import EngineStoppedError, RequestFailedError
-from tunewright.serving.engines.vllm.engine import VllmEngine
 
 pytest_plugins = ["vllm_child"]
 
@@ -68,7 +68,7 @@ def test_vllm_that_hangs_is_killed_and_started_again_and_who_waits_is_told(
     engine: VllmEngine, reporter: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, seconds in (("PROBE_SECONDS", 0.05), ("PATIENCE_SECONDS", 0.2)):
-        monkeypatch.setattr(f"tunewright.serving.engines.child.{name}", seconds)
+        monkeypatch.setattr(f"tunewright.engines.child.{name}", seconds)
 
     async def ask() -> None:
         waiting = asyncio.create_task(ids(engine, Request((ENDLESS,), None, 500)))
@@ -88,7 +88,7 @@ def test_vllm_that_hangs_is_killed_and_started_again_and_who_waits_is_told(
 def test_what_tidies_up_after_a_server_has_the_time_for_it_and_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignores: bool
 ) -> None:
-    monkeypatch.setattr("tunewright.serving.engines.child.TIDY_SECONDS", 1.0 if ignores else 60.0)
+    monkeypatch.setattr("tunewright.engines.child.TIDY_SECONDS", 1.0 if ignores else 60.0)
     (tmp_path / "shared-memory").touch()
     tracker = "trap '' TERM; echo $$ > tracker; cat > /dev/null; sleep " + (
         "600" if ignores else "0.3; rm shared-memory"
@@ -110,7 +110,7 @@ def test_vllm_that_answers_probes_and_computes_nothing_hangs_too_but_not_while_n
     engine: VllmEngine, reporter: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, seconds in (("PROBE_SECONDS", 0.05), ("STUCK_SECONDS", 0.5)):
-        monkeypatch.setattr(f"tunewright.serving.engines.child.{name}", seconds)
+        monkeypatch.setattr(f"tunewright.engines.child.{name}", seconds)
     time.sleep(2)
     assert (engine.child.starts, engine.stopped) == (1, None)
     with pytest.raises(EngineStoppedError):
@@ -123,7 +123,7 @@ def test_that_everybody_gives_up_waiting_does_not_make_vllm_that_computes_nothin
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, seconds in (("PROBE_SECONDS", 0.05), ("STUCK_SECONDS", 0.5)):
-        monkeypatch.setattr(f"tunewright.serving.engines.child.{name}", seconds)
+        monkeypatch.setattr(f"tunewright.engines.child.{name}", seconds)
 
     async def ask_for_a_while() -> None:
         with suppress(TimeoutError):
@@ -143,7 +143,7 @@ def test_that_everybody_gives_up_waiting_does_not_make_vllm_that_computes_nothin
 def test_what_dies_again_and_again_is_given_up(
     engine: VllmEngine, orders: Path, reporter: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunewright.serving.engines.child._LONGEST_WAIT", 0.05)
+    monkeypatch.setattr("tunewright.engines.child._LONGEST_WAIT", 0.05)
     orders.write_text("it is broken")
     assert engine.child.process_id is not None
     os.kill(engine.child.process_id, signal.SIGKILL)
@@ -160,7 +160,7 @@ def test_vllm_does_not_outlive_a_gateway_that_is_killed_though_it_hangs_nor_its_
         "import sys, time\n"
         "from pathlib import Path\n"
         "from tunewright.progress import LogReporter\n"
-        "from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings\n"
+        "from tunewright.engines.vllm.engine import VllmEngine, VllmSettings\n"
         "numbers = dict(room=1, max_rank=1, max_batch=1)\n"
         "of = VllmSettings(python=Path(sys.argv[1]), cpu=True, base=Path('/'), dtype='float32', **numbers)\n"
         "engine = VllmEngine(of, stop_ids={0}, reporter=LogReporter())\n"

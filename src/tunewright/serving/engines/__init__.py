@@ -1,1 +1,1 @@
-"""The engines that a gateway can stand before: one protocol, and what speaks it."""
+"""The embedded engine, llama.cpp, and starting an engine of each kind."""

@@ -13,13 +13,13 @@ from typing import Any
 
 from tunewright.adapters.matrices import read_matrices
 from tunewright.adapters.registry import require_digest
+from tunewright.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 from tunewright.errors import UserError
 from tunewright.models.decoding import Batch, Reading, Request, Row, prefill_groups
 from tunewright.models.lora_stack import Lora
 from tunewright.models.row_adapters import adapters_first
 from tunewright.models.threads import release_cores
 from tunewright.serving.engines.outbox import Inbox, Outbox
-from tunewright.serving.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
 
 log = logging.getLogger("tunewright")
 

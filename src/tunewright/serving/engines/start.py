@@ -11,13 +11,13 @@ from pathlib import Path
 import platformdirs
 
 from tunewright.chat import ChatFormat
+from tunewright.engines.protocol import Engine
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.models.loading import context_length, load_model, named, text_settings
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
-from tunewright.serving.engines.protocol import Engine
 from tunewright.serving.isolation import TOLERANCE
 
 LARGE_CARD = 70 * 10**9
@@ -111,8 +111,8 @@ def _peft(recipe: Recipe, wanted: Wanted) -> Engine:
 
 
 def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
-    from tunewright.serving.engines.vllm import environment
-    from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings, kv_cache_bytes, max_rank
+    from tunewright.engines.vllm import environment
+    from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, kv_cache_bytes, max_rank
 
     if wanted.quantize == "nf4":
         raise UserError(

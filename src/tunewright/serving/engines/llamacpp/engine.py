@@ -28,12 +28,12 @@ from typing import Any
 import httpx
 
 from tunewright.adapters.registry import require_digest
+from tunewright.engines.child import Child, Plan, socket_in
+from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError
 from tunewright.errors import UserError
 from tunewright.models.requests import Finish, Request
 from tunewright.progress import Reporter
-from tunewright.serving.engines.child import Child, Plan, socket_in
 from tunewright.serving.engines.llamacpp.turns import AdapterTurns, Turn
-from tunewright.serving.engines.protocol import Delta, EngineStoppedError, RequestFailedError
 
 BLOCK = 256
 """Tokens of an answer for which room is kept ahead."""

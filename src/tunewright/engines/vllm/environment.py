@@ -59,7 +59,7 @@ class Environment:
 
 def pins(build: Build) -> tuple[str, ...]:
     """The requirements of a build that hold on this machine, each with its version."""
-    text = resources.files("tunewright.serving.engines.vllm").joinpath(f"{build}.txt").read_text(encoding="utf-8")
+    text = resources.files("tunewright.engines.vllm").joinpath(f"{build}.txt").read_text(encoding="utf-8")
     wanted = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
     return tuple(f"{w.name}{w.specifier}" for w in wanted if w.marker is None or w.marker.evaluate())
 

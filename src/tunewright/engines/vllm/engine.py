@@ -8,7 +8,8 @@ import hmac
 import json
 import math
 import secrets
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from tunewright.adapters.manifest import MANIFEST, Manifest, parse_record
 from tunewright.adapters.registry import require_digest
 from tunewright.adapters.servable import CONFIG, WEIGHTS, vllm_refusals
 from tunewright.disk import file_digest
+from tunewright.engines.child import Child
+from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError
+from tunewright.engines.vllm import inside
+from tunewright.engines.vllm.launch import PACKAGE, list_adapters, plan
 from tunewright.errors import UserError
 from tunewright.models.decoding import Finish, Request
 from tunewright.progress import Reporter
-from tunewright.serving.engines.child import Child
-from tunewright.serving.engines.protocol import Delta, EngineStoppedError, RequestFailedError
-from tunewright.serving.engines.vllm import inside
-from tunewright.serving.engines.vllm.launch import PACKAGE, list_adapters, plan
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be (vLLM 0.32, MaxLoRARanks in vllm/config/lora.py)."""
@@ -145,33 +146,59 @@ class VllmEngine:
         """Requests at the engine, and 0: which of them decode only vLLM knows."""
         return self._running, 0
 
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+    async def stream(
+        self, request: Request, *, whose: str = "", stop_ids: Collection[int] | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """Tokens as they come; closing the iterator early ends the request in vLLM, too.
 
         Prefixes are shared among requests of one ``whose`` only, so that nobody can tell by the time to the first token
         what another one has asked (CVE-2025-46570).
 
+        Args:
+            request, whose: as every engine takes them.
+            stop_ids: the tokens that end this answer (None: those of the engine).
+
         Raises:
             RequestFailedError: this request could not be computed.
             EngineStoppedError: vLLM has died, or is being started again.
         """
-        assert request.constraint is None and not request.stop, "the gateway looks for stop strings itself"
+        ends = self._stop_ids if stop_ids is None else stop_ids
+        async with self._asked(request, {**self._body(request, ends, whose), "stream": True}) as reply:
+            async for line in reply.aiter_lines():
+                delta = _streamed(line, ends)
+                if delta is not None:
+                    yield delta
+                    if delta.finish:
+                        return
+            raise EngineStoppedError("vLLM has ended an answer before it was whole.")
+
+    async def answer(self, request: Request, stop_ids: Collection[int], *, whose: str = "") -> Delta:
+        """Return the whole answer in one reply, which costs this process far less than an event for each token.
+
+        Raises:
+            RequestFailedError: this request could not be computed, or vLLM read other token ids than it was given.
+            EngineStoppedError: vLLM has died, or is being started again.
+        """
+        async with self._asked(request, self._body(request, stop_ids, whose)) as reply:
+            choice = _only_choice(json.loads(await reply.aread()))
+            if tuple(choice["prompt_token_ids"]) != request.prompt_ids:
+                raise RequestFailedError("vLLM has read other token ids than it was given.")
+            return _delta(choice, stop_ids)
+
+    @asynccontextmanager
+    async def _asked(self, request: Request, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
+        """The reply to a request, which counts as running until the block ends."""
+        assert request.constraint is None and not request.stop, "the caller looks for stop strings itself"
         if self.stopped:
             raise EngineStoppedError(self.stopped)
         if request.adapter is not None and request.adapter not in self._listed:
             raise RequestFailedError(f"The adapter {request.adapter} is not loaded.")
         self._running += 1
         try:
-            async with self.child.post("/v1/completions", self._body(request, whose)) as reply:
+            async with self.child.post("/v1/completions", body) as reply:
                 if reply.status_code != 200:
                     raise RequestFailedError(_refusal(await reply.aread()))
-                async for line in reply.aiter_lines():
-                    delta = self._delta(line)
-                    if delta is not None:
-                        yield delta
-                        if delta.finish:
-                            return
-                raise EngineStoppedError("vLLM has ended an answer before it was whole.")
+                yield reply
         except httpx.TransportError as error:
             raise EngineStoppedError(self.stopped or _DIED) from error
         except RequestFailedError as error:
@@ -220,40 +247,22 @@ class VllmEngine:
         """End vLLM; what is under way gets :class:`EngineStoppedError`."""
         self.child.stop()
 
-    def _body(self, request: Request, whose: str) -> dict[str, Any]:
+    def _body(self, request: Request, stop_ids: Collection[int], whose: str) -> dict[str, Any]:
         body = {
             "model": request.adapter or BASE,
             "prompt": list(request.prompt_ids),
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
-            "stop_token_ids": self._stop_ids,
+            "stop_token_ids": sorted(stop_ids),
             "ignore_eos": True,  # what ends an answer is said by stop_token_ids alone
             "add_special_tokens": False,
-            "stream": True,
             "return_token_ids": True,
             "cache_salt": hmac.new(self._secret, whose.encode(), hashlib.sha256).hexdigest(),
         }
         if request.temperature > 0 and request.seed is not None:
             body["seed"] = request.seed
         return body
-
-    def _delta(self, line: str) -> Delta | None:
-        """What a line of the event stream brings; None if nothing."""
-        if not line.startswith("data: {"):
-            return None
-        event = json.loads(line.removeprefix("data: "))
-        if "error" in event:
-            raise RequestFailedError(f"vLLM could not compute this request: {event['error'].get('message')}")
-        (choice,) = event["choices"]
-        ids = tuple(choice["token_ids"] or ())
-        finish = choice["finish_reason"]
-        if finish not in (None, "stop", "length"):
-            raise RequestFailedError(f"vLLM ended this request early ({finish}).")
-        if finish == "stop" and ids and ids[-1] in self._stop_ids:
-            ids = ids[:-1]
-        ended: Finish | None = finish
-        return Delta(ids, ended) if ids or ended else None
 
     def _ask_context(self) -> int:
         transport = httpx.HTTPTransport(uds=str(self.child.socket))
@@ -286,8 +295,40 @@ class VllmEngine:
         return None
 
 
+def _streamed(line: str, stop_ids: Collection[int]) -> Delta | None:
+    """What a line of the event stream brings; None if nothing."""
+    if not line.startswith("data: {"):
+        return None
+    delta = _delta(_only_choice(json.loads(line.removeprefix("data: "))), stop_ids)
+    return delta if delta.ids or delta.finish else None
+
+
+def _only_choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The one choice of a reply or an event.
+
+    Raises:
+        RequestFailedError: it holds an error instead.
+    """
+    if "error" in reply:
+        raise RequestFailedError(f"vLLM could not compute this request: {reply['error'].get('message')}")
+    (choice,) = reply["choices"]
+    return dict(choice)
+
+
+def _delta(choice: Mapping[str, Any], stop_ids: Collection[int]) -> Delta:
+    """A choice's tokens without the one that ended it."""
+    ids = tuple(choice["token_ids"] or ())
+    finish = choice["finish_reason"]
+    if finish not in (None, "stop", "length"):
+        raise RequestFailedError(f"vLLM ended this request early ({finish}).")
+    if finish == "stop" and ids and ids[-1] in stop_ids:
+        ids = ids[:-1]
+    ended: Finish | None = finish
+    return Delta(ids, ended)
+
+
 def _entry(digest: str, folder: Path) -> dict[str, Any]:
-    """What vLLM's resolver holds an adapter to: see :data:`tunewright.serving.engines.vllm.inside.MANIFEST`.
+    """What vLLM's resolver holds an adapter to: see :data:`tunewright.engines.vllm.inside.MANIFEST`.
 
     Raises:
         UserError: its manifest is not of these files.

@@ -1,6 +1,6 @@
 """What runs inside vLLM's own processes: which adapters it may load, and which routes it answers.
 
-vLLM has an environment of its own, so this imports nothing of tunewright; :mod:`tunewright.serving.engines.vllm.launch`
+vLLM has an environment of its own, so this imports nothing of tunewright; :mod:`tunewright.engines.vllm.launch`
 copies it into the child's private folder as the package ``tunewright_vllm``.
 
 vLLM's own two resolvers take the name that a client sends for a path or for the name of a repository, and the variable

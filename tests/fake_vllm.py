@@ -1,7 +1,7 @@
 """Stands in for vLLM's API server where only its life and death matter: same options, same routes, no model.
 
-It answers with the tokens 1, 2, 3, …; a prompt of 66 kills it, one of 77 never ends, one of 88 kills what computes
-behind it (vLLM's EngineCore), and one of 99 is not computed. Its gate is the real one.
+It answers with the tokens 1, 2, 3, …; the prompt [66] kills it, [77] never ends, [88] kills what computes behind it
+(vLLM's EngineCore), and [99] is not computed. Its gate is the real one.
 """
 
 from __future__ import annotations
@@ -59,23 +59,41 @@ def main(options: list[str]) -> None:
         if lost.is_set():
             return JSONResponse({"error": {"message": CORE_LOST}}, 500)
         state.openai_serving_models.lora_requests[body["model"]] = SimpleNamespace(lora_int_id=1)
+        if not body.get("stream"):
+            return await whole(body)
         return StreamingResponse(tokens(body), media_type="text/event-stream")
 
+    async def whole(body: dict[str, Any]) -> JSONResponse:
+        seen["at_once"] = seen.get("at_once", 0) + 1
+        seen["most_at_once"] = max(seen.get("most_at_once", 0), seen["at_once"])
+        ids: list[int] = []
+        async for event in tokens(body):
+            if "error" in event:
+                return JSONResponse(json.loads(event.removeprefix("data: ")), 500)
+            if "choices" in event:
+                ids += json.loads(event.removeprefix("data: "))["choices"][0]["token_ids"]
+        seen["at_once"] -= 1
+        ends = [place for place, token in enumerate(ids) if token in body["stop_token_ids"]]
+        choice = {"token_ids": ids, "finish_reason": "length", "prompt_token_ids": body["prompt"]}
+        if ends:
+            choice |= {"token_ids": ids[: ends[0] + 1], "finish_reason": "stop"}
+        return JSONResponse({"choices": [choice]})
+
     async def tokens(body: dict[str, Any]) -> AsyncIterator[str]:
-        for number in range(1, 10**6 if ENDLESS in body["prompt"] else body["max_tokens"] + 1):
-            last = number == body["max_tokens"] and ENDLESS not in body["prompt"]
+        for number in range(1, 10**6 if body["prompt"] == [ENDLESS] else body["max_tokens"] + 1):
+            last = number == body["max_tokens"] and body["prompt"] != [ENDLESS]
             choice = {"token_ids": [number], "finish_reason": "length" if last else None}
             yield f"data: {json.dumps({'choices': [choice]})}\n\n"
-            if LOSE_CORE in body["prompt"]:
+            if body["prompt"] == [LOSE_CORE]:
                 lost.set()
                 asyncio.get_running_loop().call_later(1, os.kill, os.getpid(), signal.SIGKILL)
-            if lost.is_set() or FAIL in body["prompt"]:
+            if lost.is_set() or body["prompt"] == [FAIL]:
                 yield f"data: {json.dumps({'error': {'message': CORE_LOST if lost.is_set() else 'not this one'}})}\n\n"
                 return
-            if DIE in body["prompt"]:
+            if body["prompt"] == [DIE]:
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(float(os.environ.get("FAKE_TOKEN_SECONDS", "0.005")))
             except asyncio.CancelledError:
                 seen["hung_up"] += 1
                 raise

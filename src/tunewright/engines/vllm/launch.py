@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tunewright.engines.child import Plan, socket_in
+from tunewright.engines.vllm import inside
 from tunewright.models import ALLOCATOR
-from tunewright.serving.engines.child import Plan, socket_in
-from tunewright.serving.engines.vllm import inside
 
 PACKAGE = "tunewright_vllm"
 
@@ -46,7 +46,7 @@ def plan(folder: Path, python: Path, options: Sequence[str], variables: Mapping[
 
 
 def list_adapters(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
-    """Say which adapters vLLM may load: see :data:`tunewright.serving.engines.vllm.inside.MANIFEST`."""
+    """Say which adapters vLLM may load: see :data:`tunewright.engines.vllm.inside.MANIFEST`."""
     manifest = _manifest(folder)
     fresh = manifest.with_suffix(".new")
     fresh.write_text(json.dumps(dict(entries)), encoding="utf-8")

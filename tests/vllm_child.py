@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tunewright.disk import write_json
+from tunewright.engines.vllm import environment
+from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
-from tunewright.serving.engines.vllm.engine import VllmEngine, VllmSettings
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 
@@ -38,8 +41,7 @@ def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def settings(tmp_path: Path, **changes: Any) -> VllmSettings:
     """Of the stand-in."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
-    python.chmod(0o755)
+    _write_python(python)
     asked: dict[str, Any] = {"room": 2, "max_rank": 9, "max_batch": 4, "dtype": "float32", **changes}
     return VllmSettings(python=python, cpu=True, base=tmp_path, **asked)
 
@@ -80,3 +82,29 @@ def wait_until(true: Any, seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+def install_fake(monkeypatch: pytest.MonkeyPatch, folder: Path, build: environment.Build = "cpu") -> None:
+    """Have the stand-in found as vLLM's environment of this build, and no other one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setenv("FAKE_ORDERS", str(folder / "orders"))
+    place = environment.default_folder(build)
+    (place / "bin").mkdir(parents=True)
+    _write_python(place / "bin" / "python")
+    versions = {"vllm": "0.32.0", "torch": "2.13.0+fake", "cuda": build == "cuda"}
+    write_json(place / environment.MARK, {"build": build, "pins": "", "versions": versions})
+
+
+def _write_python(path: Path) -> None:
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
+    path.chmod(0o755)
+
+
+def children_of(parent: int) -> list[int]:
+    """Processes that this one has started and that are there."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(status.parent.name))
+    return found

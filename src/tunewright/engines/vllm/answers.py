@@ -1,0 +1,270 @@
+"""vLLM answering whole lists of requests: what evaluation and self-samples ask, with nobody waiting for one token."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
+from tunewright.engines.vllm.engine import RANKS, VllmEngine, VllmSettings, kv_cache_bytes, max_rank
+from tunewright.engines.vllm.environment import Environment
+from tunewright.errors import UserError
+from tunewright.models.bases import Base, read_config
+from tunewright.models.decoding import Completion, Request, Row
+from tunewright.models.text_stream import Decode
+from tunewright.progress import Reporter
+
+_GIB = 1 << 30
+_ROWS_BY_CARD = ((20, 64), (40, 128))
+_MOST_ROWS = 256
+_SPARE_SHARE = 0.05
+_WHERE = "evaluate.engine"
+
+T = TypeVar("T")
+
+
+class VllmAnswers:
+    """vLLM for lists of requests, started by the first one; at most one adapter is loaded at a time.
+
+    The process ends with :meth:`stop`, when this object is dropped, and when the interpreter exits.
+
+    Args:
+        base: the base that answers, alone or with an adapter.
+        dtype: "bfloat16" or "float32".
+        environment: vLLM's.
+        batch_size: rows that decode at once without a card; with one, its memory decides.
+        rank: adapters of up to this LoRA rank are loaded without starting vLLM again.
+        reporter: hears that vLLM starts.
+    """
+
+    def __init__(
+        self, base: Base, dtype: str, environment: Environment, batch_size: int, rank: int, reporter: Reporter
+    ) -> None:
+        self._base = base
+        self._dtype = dtype
+        self._environment = environment
+        self._rank = rank
+        self._reporter = reporter
+        self._batch_size = batch_size
+        self._engine: VllmEngine | None = None
+        self._loaded: str | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows that decode at once."""
+        return self._batch_size if self._environment.build == "cpu" else rows_at_once(_card_memory()[1])
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        stop_ids: Collection[int],
+        decode: Decode | None = None,
+        adapters: Mapping[str, Path] | None = None,
+        at_once: int | None = None,
+        whose: str = "",
+        on_finished: Callable[[int, Completion], None] = lambda _index, _completion: None,
+    ) -> list[Completion]:
+        """Answer all requests, and return the completions in the requests' order.
+
+        Args:
+            requests: without constraints; an adapter is named by its digest.
+            stop_ids: tokens that end an answer; they are not part of it.
+            decode: tokens to text, needed where requests have stop strings.
+            adapters: the folder of the adapter that the requests name, by digest; one at most.
+            at_once: requests that vLLM has at the same time (None: enough to keep it full).
+            whose: prefixes computed under another name are computed again.
+            on_finished: called with a request's index and its completion as soon as it is there (not in order, and on
+                another thread than this one).
+
+        Raises:
+            UserError: vLLM does not start, dies, or cannot answer one of the requests.
+        """
+        named = adapters or {}
+        assert len(named) <= 1
+        engine = self._started(max([self._rank, max_rank(list(named.values()))]))
+        for digest, folder in named.items():
+            self._load(engine, digest, folder)
+        longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
+        if longest > engine.context_length:
+            raise UserError(
+                f"a prompt and its answer have {longest:,} tokens, and vLLM has room for {engine.context_length:,}",
+                where=_WHERE,
+                fix="Set it to peft, or lower evaluate.max_new_tokens or evaluate.shots.",
+            )
+
+        async def one(request: Request) -> Completion:
+            return await _completed(engine, request, stop_ids, decode, whose)
+
+        # Twice as many as decode at once: the next ones are there when a row becomes free.
+        workers = 2 * self.rows if at_once is None else at_once
+        return self._run(_all_answered(requests, workers, one, on_finished))
+
+    def stop(self) -> None:
+        """End vLLM and free its memory; the next :meth:`generate` starts it again."""
+        self._end()
+        self._engine, self._loaded = None, None
+
+    def _started(self, rank: int) -> VllmEngine:
+        if self._engine is not None and rank <= self._rank:
+            return self._engine
+        self.stop()
+        self._rank = rank
+        cpu = self._environment.build == "cpu"
+        config = read_config(self._base.folder / "config.json")
+        settings = VllmSettings(
+            python=self._environment.python,
+            cpu=cpu,
+            base=self._base.folder,
+            dtype=self._dtype,
+            room=1,
+            max_rank=min(rank, RANKS[-1]),
+            max_batch=self.rows,
+            # A fourth of the cache that a server has: rows that it cannot hold wait, and nobody waits for them.
+            kv_cache_bytes=kv_cache_bytes(config, self._dtype, max(1, self.rows // 4)) if cpu else None,
+            gpu_share=None if cpu else gpu_share(*_card_memory()),
+        )
+        version = self._environment.versions["vllm"]
+        self._reporter.say(f"Starting vLLM {version} ({self._environment.build}) on {self._base.spec}")
+        engine = VllmEngine(settings, stop_ids=(), reporter=self._reporter)
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="tunewright-answers", daemon=True)
+        thread.start()
+        self._engine, self._loop = engine, loop
+        self._end = weakref.finalize(self, _ended, engine, loop, thread)
+        return engine
+
+    def _load(self, engine: VllmEngine, digest: str, folder: Path) -> None:
+        if digest == self._loaded:
+            return
+        if self._loaded is not None:
+            self._run(engine.unload(self._loaded))
+            self._loaded = None
+        self._run(engine.load(digest, folder))
+        self._loaded = digest
+
+    def _run(self, coroutine: Awaitable[T]) -> T:
+        """Run on the engine's own event loop: this thread may have a loop of its own, as in a notebook."""
+
+        async def awaited() -> T:
+            return await coroutine
+
+        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+        try:
+            return future.result()
+        except RequestFailedError as error:
+            raise UserError(f"vLLM could not answer: {error}", where=_WHERE, fix="Set it to peft.") from error
+        except EngineStoppedError as error:
+            said = self._engine.child.said() if self._engine else ""
+            self.stop()
+            raise UserError(
+                f"vLLM stopped before it had answered everything. The end of its log:\n{said or 'The log is empty.'}",
+                where=_WHERE,
+                fix="Run the same command again: answers that are there are kept. Or set it to peft.",
+            ) from error
+        except BaseException:
+            future.cancel()
+            raise
+
+
+async def _completed(
+    engine: VllmEngine, request: Request, stop_ids: Collection[int], decode: Decode | None, whose: str
+) -> Completion:
+    """One answer, ended where the embedded loop ends it: both feed their tokens to the same :class:`Row`."""
+    assert request.constraint is None
+    row, asked = Row(request, decode), replace(request, stop=())
+    if not request.stop:
+        delta = await engine.answer(asked, stop_ids, whose=whose)
+        _take(row, delta.ids, ended=delta.finish == "stop")
+        return row.completion
+    # With stop strings tokens are looked at as they come: what follows the first one need not be computed.
+    async with aclosing(engine.stream(asked, whose=whose, stop_ids=stop_ids)) as deltas:
+        async for delta in deltas:
+            _take(row, delta.ids, ended=delta.finish == "stop")
+            if row.finish is not None:
+                break
+    return row.completion
+
+
+def _take(row: Row, ids: Sequence[int], *, ended: bool) -> None:
+    for token in ids:
+        row.take(token, ())
+        if row.finish is not None:
+            return
+    if ended:
+        row.take(-1, (-1,))  # whichever end token it was: it is not part of the answer
+
+
+async def _all_answered(
+    requests: Sequence[Request],
+    workers: int,
+    one: Callable[[Request], Awaitable[Completion]],
+    on_finished: Callable[[int, Completion], None],
+) -> list[Completion]:
+    waiting = deque(range(len(requests)))
+    completions: dict[int, Completion] = {}
+
+    async def work() -> None:
+        while waiting:
+            index = waiting.popleft()
+            completions[index] = await one(requests[index])
+            on_finished(index, completions[index])
+
+    working = [asyncio.ensure_future(work()) for _ in range(min(workers, len(requests)))]
+    try:
+        await asyncio.gather(*working)
+    finally:
+        for worker in working:
+            worker.cancel()
+    return [completions[index] for index in range(len(requests))]
+
+
+def _ended(engine: VllmEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    engine.stop()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def rows_at_once(memory: int) -> int:
+    """``--max-num-seqs`` for a card of this many bytes: what graphs and LoRA buffers leave room for.
+
+    256 is vLLM's own default for cards of 40 GiB and more; a smaller card holds the keys and values of fewer rows.
+    """
+    return next((rows for gib, rows in _ROWS_BY_CARD if memory < gib * _GIB), _MOST_ROWS)
+
+
+def gpu_share(free: int, total: int) -> float:
+    """``--gpu-memory-utilization``: of the card's ``total`` bytes, those that are ``free`` now, less 5% of all.
+
+    vLLM does not start where less than this share is free, and other programs may hold some of the card.
+
+    Raises:
+        UserError: less than a tenth of the card is left.
+    """
+    share = min(0.9, int(100 * (free / total - _SPARE_SHARE)) / 100)
+    if share < 0.1:
+        raise UserError(
+            f"{free / _GIB:.1f} of the card's {total / _GIB:.1f} GiB are free, which is too little for vLLM",
+            where=_WHERE,
+            fix="End what else runs on the card, or set it to peft.",
+        )
+    return share
+
+
+def _card_memory() -> tuple[int, int]:
+    """Free and total bytes of this process's card."""
+    import torch
+
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return free, total

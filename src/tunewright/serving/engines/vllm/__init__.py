@@ -1,1 +1,0 @@
-"""The engine ``vllm``: vLLM in an environment of its own, kept running as a child of the gateway."""
