@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from command_line import tiny_project
+from tunewright.engines.vllm.launch import plan
 from tunewright.models import ALLOCATOR
-from tunewright.serving.engines.vllm.launch import plan
 
 WATCH = """
 import os, sys

@@ -19,6 +19,7 @@ from command_line import tiny_project
 from command_line import tunewright as run
 from tiny import ARCHITECTURES, KINDS, Kind, build_base
 from tunewright.adapters.matrices import read_matrices
+from tunewright.engines.vllm.engine import VllmSettings
 from tunewright.errors import UserError
 from tunewright.models.bases import Base, resolve_base, tensor_files
 from tunewright.models.embeddings import untrained_tokens
@@ -27,7 +28,6 @@ from tunewright.models.loading import load_model, with_adapters
 from tunewright.models.row_adapters import RowAdapters
 from tunewright.progress import LogReporter
 from tunewright.project import Project
-from tunewright.serving.engines.vllm.engine import VllmSettings
 
 NEW: tuple[Kind, ...] = ("mistral3", "mistral3-ministral3", "ministral3", "mixtral")
 # Past the 64th position, where the tiny Ministral 3 stretches its positions and sharpens its attention.

@@ -39,8 +39,8 @@ def load_model(
     """The base's weights in ``dtype`` ("bfloat16" or "float32"), in evaluation mode, on ``place`` (None: `device()`).
 
     With ``quantize`` "nf4" the linear layers are held in 4 bits and compute in ``dtype``; embeddings, norms and the
-    output layer are in ``dtype`` still. ``divisible``: FSDP can divide the 4-bit weights among processes. A vision tower
-    is dropped once the base is loaded.
+    output layer are in ``dtype`` still. ``divisible``: FSDP can divide the 4-bit weights among processes. A vision
+    tower is dropped once the base is loaded.
 
     Raises:
         UserError: NF4 is asked for, and bitsandbytes is not installed or the base is a mixture of experts.

@@ -15,13 +15,13 @@ from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
 from tunewright.clock import now
 from tunewright.disk import digest
+from tunewright.engines.protocol import Engine
 from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.progress import Reporter
 from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.canaries import Digest, Ids
-from tunewright.serving.engines.protocol import Engine
 from tunewright.serving.engines.start import Wanted, max_batch, require_llamacpp, start_engine, tolerance
 from tunewright.serving.isolation import LONG, SHORT, VERSION, IsolationResult, check_isolation
 from tunewright.serving.state.isolation import IsolationCheck, IsolationTest

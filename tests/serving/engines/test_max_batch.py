@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tunewright.chat import open_chat
+from tunewright.engines.vllm import engine as vllm_engine
+from tunewright.engines.vllm import environment
+from tunewright.engines.vllm.environment import Build, Environment
 from tunewright.models.bases import resolve_base
 from tunewright.progress import LogReporter
 from tunewright.recipe import ChatRecipe, EngineName, Recipe, ServeRecipe
 from tunewright.serving.engines.start import Wanted, max_batch, start_engine
-from tunewright.serving.engines.vllm import engine as vllm_engine
-from tunewright.serving.engines.vllm import environment
-from tunewright.serving.engines.vllm.environment import Build, Environment
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, build: Build, card: int | None) -> None:

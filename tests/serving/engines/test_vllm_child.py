@@ -11,9 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_vllm import ENDLESS
-from vllm_child import ids, seen, settings, wait_until
 
+from fake_vllm import ENDLESS
 from tunewright.adapters.registry import write_manifest
 from tunewright.disk import file_digest, write_json
 from tunewright.engines.protocol import RequestFailedError
@@ -22,6 +21,7 @@ from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.errors import UserError
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
+from vllm_child import ids, seen, settings, wait_until
 
 pytest_plugins = ["vllm_child"]
 

@@ -15,14 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from fake_vllm import DIE, ENDLESS, FAIL, LOSE_CORE
-from vllm_child import Told, alive, ids, settings, wait_until
 
+from fake_vllm import DIE, ENDLESS, FAIL, LOSE_CORE
 from tunewright.engines.child import _end
 from tunewright.engines.private_folder import PrivateFolder
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.models.requests import Request
+from vllm_child import Told, alive, ids, settings, wait_until
 
 pytest_plugins = ["vllm_child"]
 

@@ -51,6 +51,7 @@ class VllmSettings:
         max_rank: the highest LoRA rank of any adapter that will be loaded.
         max_batch: the most rows that decode at once.
         kv_cache_bytes: what the key/value cache may take (None: vLLM decides); the context is what fits into it.
+        gpu_share: of the GPU's memory, what it may take (None: vLLM's 0.9).
         vision: the base can read images; it is started without that, so its vision tower takes no memory.
     """
 
@@ -62,6 +63,7 @@ class VllmSettings:
     max_rank: int
     max_batch: int
     kv_cache_bytes: int | None = None
+    gpu_share: float | None = None
     vision: bool = False
 
     @property
@@ -96,6 +98,8 @@ class VllmSettings:
         }
         if self.cpu:
             options["--max-num-batched-tokens"] = max(CPU_BATCHED_TOKENS, self.max_batch)
+        if self.gpu_share is not None:
+            options["--gpu-memory-utilization"] = self.gpu_share
         if self.vision:
             options["--limit-mm-per-prompt"] = json.dumps({"image": 0})
         if self.kv_cache_bytes is not None:

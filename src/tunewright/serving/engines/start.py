@@ -71,7 +71,7 @@ def max_batch(kind: EngineName, recipe: Recipe) -> int:
     if kind == "vllm":
         import torch
 
-        from tunewright.serving.engines.vllm import environment
+        from tunewright.engines.vllm import environment
 
         if environment.find().build == "cuda":
             large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= LARGE_CARD
