@@ -214,6 +214,9 @@ def _flash_workspace(args: tuple[Any, ...]) -> int:
     return sums + expanded
 
 
+_LIBRARY = torch.library.Library("aten", "IMPL")
+
+
 def pretend() -> None:
     """Let torch and its libraries believe in the card; once for a process."""
     # bitsandbytes computes this table when it first needs it, and would do so on fake tensors.
@@ -246,6 +249,8 @@ def pretend() -> None:
     cuda.amp.common.amp_definitely_not_available = _answering(False)
     # Numbers and lists become tensors on the host first, whose copy to the card is then seen.
     torch._C._set_only_lift_cpu_tensors(True)
+    # A build without CUDA computes this from five others, which allocate; on a card it is one kernel.
+    _LIBRARY.impl("silu_backward", torch.library.fallthrough_kernel, "AutogradCUDA")
     # A FakeTensor reads number by number; torch makes one copy of a tensor on a card.
     fake: Any = FakeTensor
     fake.tolist = lambda tensor: tensor.cpu().tolist()
