@@ -23,9 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-CAPABILITY = (9, 0)
-"""Compute capability of the fake card."""
-
 _TORCH = str(Path(torch.__file__).parent)
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 """One for the whole process: tensors of two modes do not mix."""
@@ -56,6 +53,9 @@ class FakeCard(TorchDispatchMode):
 
     Reading a number from the card gives 1, and copying a tensor from it gives ones; both are host syncs.
 
+    Args:
+        capability: the card's compute capability.
+
     Attributes:
         now, peak: bytes on the card, at the moment and at most. ``peak`` includes what kernels allocate for themselves
             (`_flash_workspace`); it may be set back to ``now``.
@@ -66,8 +66,10 @@ class FakeCard(TorchDispatchMode):
         launches: operations that a card would launch kernels for, by name and type of their result.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
         super().__init__()
+        cuda: Any = torch.cuda
+        cuda.get_device_capability = lambda device=None: capability
         self.now = self.peak = 0
         self.peak_at = ""
         self.largest: tuple[int, str, tuple[int, ...]] = (0, "", ())
@@ -242,7 +244,6 @@ def pretend() -> None:
     }
     for name, answer in answers.items():
         setattr(cuda, name, _answering(answer))
-    cuda.get_device_capability = lambda device=None: CAPABILITY
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
     cuda._initialized = True
     cuda._lazy_init = _answering(None)

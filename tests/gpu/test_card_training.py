@@ -12,7 +12,10 @@ from card_process import CardProcess
 from fake_card import FakeCard, Transfer
 from fake_models import SHAPES, build, rows, train
 
+from tunewright.errors import UserError
 from tunewright.models.fit.memory import Load
+from tunewright.recipe import TrainRecipe
+from tunewright.training.adapter import require_precision
 
 BATCH, MICRO = 4, 2
 LOAD = Load(rows=BATCH, shared=24, own=12, trained=4)
@@ -38,6 +41,7 @@ def _run(
     window: int | None = None,
     layers: int = 2,
     load: Load = LOAD,
+    capability: tuple[int, int] = (9, 0),
     **settings: Any,
 ) -> Report:
     """Train a base of this shape's real width for some steps of two micro-batches each."""
@@ -50,8 +54,10 @@ def _run(
         "quantize": "nf4" if nf4 else "none",
         **settings,
     }
-    with FakeCard() as card:
-        model = build(replace(SHAPES[name], layers=layers), nf4=nf4, mistral=mistral, window=window)
+    dtype = getattr(torch, settings.get("dtype", "bfloat16"))
+    with FakeCard(capability) as card:
+        shape = replace(SHAPES[name], layers=layers)
+        model = build(shape, nf4=nf4, mistral=mistral, window=window, dtype=dtype)
         card.largest = (0, "", ())
         own = [row for step in range(steps) for row in rows(load, seed=step)][: steps * load.rows - len(replayed)]
         history, _ = train(model, settings, own, rows(load)[:2], replay=replayed)
@@ -135,3 +141,30 @@ def test_gradients_of_what_rows_share_are_summed_in_float32(card: CardProcess) -
     launches = card.run(_run, "tiny").launches
     sums = ("index_add", "index_add_", "index_put", "index_put_")
     assert {dtype for name, dtype in launches if name in sums} == {torch.float32}
+
+
+@pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
+def test_card_before_ampere_trains_in_float32_without_flash_attention(
+    card: CardProcess, options: dict[str, Any]
+) -> None:
+    report = card.run(_run, "tiny", dtype="float32", capability=(7, 5), **options)
+    assert "loss" in report.history[0]
+    assert ("_varlen_attn", None) not in report.launches
+    assert not [copy for copy in report.copies if copy.in_layer]
+
+
+def _precision(dtype: str, capability: tuple[int, int]) -> str | None:
+    with FakeCard(capability):
+        try:
+            require_precision(TrainRecipe.model_validate({"dtype": dtype}))
+        except UserError as error:
+            return f"{error.where}: {error.what}"
+    return None
+
+
+def test_bfloat16_is_refused_on_a_card_before_ampere(card: CardProcess) -> None:
+    assert card.run(_precision, "bfloat16", (7, 5)) == (
+        "train.dtype: bfloat16 needs a card of compute capability 8.0 (Ampere) or later, and fake card has 7.5"
+    )
+    assert card.run(_precision, "bfloat16", (8, 0)) is None
+    assert card.run(_precision, "float32", (7, 5)) is None

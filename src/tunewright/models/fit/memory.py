@@ -25,14 +25,14 @@ CARD_RUNTIME = 1 << 30
 """Assumed, not measured: the CUDA context and cuBLAS's workspaces."""
 
 CARD_SLACK = 0.05
-"""Assumed, not measured: share of what comes and goes that the card's allocator holds beyond it. Every step has other
-sizes, so that freed blocks do not fit the next ones exactly; expandable segments, whose unit is 2 MiB, keep it small."""
+"""Assumed, not measured: share of what comes and goes that the card's allocator holds beyond it. Steps differ in size,
+so that freed blocks do not fit the next ones exactly; with expandable segments, whose unit is 2 MiB, little is lost."""
 
 _FLASH_PADDING = 128
 """Queries that FlashAttention's backward adds to each sequence, where it sums up dq."""
 
 PROCESS_SLACK = 0.15
-"""Share of what comes and goes that malloc holds beyond it, measured by benchmarks/fit_memory.py (SmolLM2-135M, glibc)."""
+"""Share of what comes and goes that malloc holds beyond it: benchmarks/fit_memory.py (SmolLM2-135M, glibc)."""
 
 PROCESS_SLACK_NF4 = 0.30
 """The same over 4-bit weights: each matrix that is unpacked for a moment leaves a gap between what is kept."""
