@@ -59,7 +59,7 @@ def _largest(shape: Shape, way: Way, length: int) -> Load:
         ("llama-3-8b", LORA, Load(64, 2000, 64, 64)),
         ("llama-3-8b", replace(LORA, targets=("q_proj", "v_proj")), Load(8, 0, 2048, 512)),
         ("llama-3-8b", QLORA, Load(2, 0, 2048, 2048)),
-        ("llama-3-8b", QLORA, Load(10, 0, 4096, 512)),
+        ("llama-3-8b", QLORA, Load(65, 0, 2048, 2048)),
         ("llama-2-7b", LORA, Load(16, 1000, 200, 64)),
         ("llama-3-70b", LORA, Load(4, 0, 2048, 64)),
         ("llama-3-70b", QLORA, Load(1, 0, 2048, 2048)),
@@ -71,7 +71,7 @@ def test_estimate_is_within_5_percent_of_the_bytes_counted(card: CardProcess, na
     assert _predicted(shape, way, load) == pytest.approx(card.run(_counted, shape, way, load), rel=0.05)
 
 
-@pytest.mark.parametrize(("name", "way"), [("llama-3-8b", LORA), ("llama-3-8b", QLORA), ("llama-3-70b", QLORA)])
+@pytest.mark.parametrize(("name", "way"), [("llama-3-8b", LORA), ("llama-3-70b", QLORA)])
 def test_largest_micro_batch_for_80_gb_is_within_5_percent_and_fits(card: CardProcess, name: str, way: Way) -> None:
     """At full depth."""
     shape = SHAPES[name]

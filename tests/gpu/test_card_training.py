@@ -107,6 +107,12 @@ def test_step_reads_from_the_card_only_what_it_logs(
     assert _blocking(more) == _blocking(fewer)
 
 
+def test_dev_loss_is_read_from_the_card_once(card: CardProcess) -> None:
+    report = card.run(_run, "tiny")
+    assert [read.where.split()[-1] for read in report.syncs].count("evaluate") == 1
+    assert not [copy for copy in report.copies if copy.blocking and copy.where.endswith("evaluate")]
+
+
 def test_pieces_of_a_micro_batch_go_to_the_card_without_waiting(card: CardProcess) -> None:
     fewer, more = (card.run(_in_smaller_pieces, steps) for steps in (2, 3))
     assert len(more.syncs) - len(fewer.syncs) == 2
