@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.models.bases import Base
-from tunewright.models.fit.shape import ATTENTION, MLP, Shape
+from tunewright.models.families import ATTENTION, MLP
+from tunewright.models.fit.shape import Shape
 from tunewright.models.loading import device
 
 SHAPES = {

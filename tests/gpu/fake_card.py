@@ -23,9 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-CAPABILITY = (9, 0)
-"""Compute capability of the fake card."""
-
 _TORCH = str(Path(torch.__file__).parent)
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 """One for the whole process: tensors of two modes do not mix."""
@@ -56,6 +53,9 @@ class FakeCard(TorchDispatchMode):
 
     Reading a number from the card gives 1, and copying a tensor from it gives ones; both are host syncs.
 
+    Args:
+        capability: the card's compute capability.
+
     Attributes:
         now, peak: bytes on the card, at the moment and at most. ``peak`` includes what kernels allocate for themselves
             (`_flash_workspace`); it may be set back to ``now``.
@@ -66,8 +66,10 @@ class FakeCard(TorchDispatchMode):
         launches: operations that a card would launch kernels for, by name and type of their result.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
         super().__init__()
+        cuda: Any = torch.cuda
+        cuda.get_device_capability = lambda device=None: capability
         self.now = self.peak = 0
         self.peak_at = ""
         self.largest: tuple[int, str, tuple[int, ...]] = (0, "", ())
@@ -228,6 +230,9 @@ def _flash_workspace(args: tuple[Any, ...]) -> int:
     return sums + expanded
 
 
+_LIBRARY = torch.library.Library("aten", "IMPL")
+
+
 def pretend() -> None:
     """Let torch and its libraries believe in the card; once for a process."""
     # bitsandbytes computes this table when it first needs it, and would do so on fake tensors.
@@ -253,13 +258,14 @@ def pretend() -> None:
     }
     for name, answer in answers.items():
         setattr(cuda, name, _answering(answer))
-    cuda.get_device_capability = lambda device=None: CAPABILITY
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
     cuda._initialized = True
     cuda._lazy_init = _answering(None)
     cuda.amp.common.amp_definitely_not_available = _answering(False)
     # Numbers and lists become tensors on the host first, whose copy to the card is then seen.
     torch._C._set_only_lift_cpu_tensors(True)
+    # A build without CUDA computes this from five others, which allocate; on a card it is one kernel.
+    _LIBRARY.impl("silu_backward", torch.library.fallthrough_kernel, "AutogradCUDA")
     # A FakeTensor reads number by number; torch makes one copy of a tensor on a card.
     fake: Any = FakeTensor
     fake.tolist = lambda tensor: tensor.cpu().tolist()

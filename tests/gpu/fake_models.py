@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from tiny import byte_tokenizer
 from tunewright.chat import Tokens
 from tunewright.models.bases import Base
+from tunewright.models.families import ATTENTION, MLP
 from tunewright.models.fit.memory import Load
-from tunewright.models.fit.shape import ATTENTION, MLP, Shape
+from tunewright.models.fit.shape import Shape
 from tunewright.progress import LogReporter
 from tunewright.recipe import Recipe
 from tunewright.training.run import Run

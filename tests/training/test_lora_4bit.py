@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunewright.models.bases import resolve_base
+from tunewright.models.families import ATTENTION, MLP
 from tunewright.models.fit.memory import Load, Way, adapter_copies, attention_saved, layer_saved
-from tunewright.models.fit.shape import ATTENTION, MLP, Shape
+from tunewright.models.fit.shape import Shape
 from tunewright.models.loading import load_model
 from tunewright.models.quantized import held_in_nf4
 from tunewright.progress import LogReporter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -272,8 +273,8 @@ def test_ragged_sequences_attend_as_the_blocks_do_with_the_same_gradients(
     wanted = torch.randn(1, tokens, 4, 8, dtype=torch.float64)
     inputs = [each.requires_grad_() for each in (query, key, value)]
 
-    blocks = attention.attend(None, *inputs, None, layout=batch.layout, scaling=0.3, sliding_window=window)[0]
-    sequences = attention.ragged(*inputs, batch.layout.sequences, 0.3, window, _sequence_by_sequence)[None]
+    blocks = attention.attend(None, query, key, value, None, layout=batch.layout, scaling=0.3, sliding_window=window)[0]
+    sequences = attention.ragged(query, key, value, batch.layout.sequences, 0.3, window, _sequence_by_sequence)[None]
 
     torch.testing.assert_close(sequences, blocks)
     gradients = [torch.autograd.grad((each * wanted).sum(), inputs) for each in (sequences, blocks)]
@@ -314,6 +315,26 @@ def test_options_of_varlen_attn_are_those_of_the_torch_that_is_installed(window:
     bound = signature(varlen_attn).bind(*range(7), **options).arguments
     assert bound["window_size"] == ((-1, 0) if window is None else (4095, 0))
     assert bound["scale"] == 0.1
+
+
+def _all_tensors(value: Any) -> list[Tensor]:
+    """Every tensor of a batch, whatever it is nested in."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for each in value for tensor in _all_tensors(each)]
+    if is_dataclass(value):
+        return [tensor for field in fields(value) for tensor in _all_tensors(getattr(value, field.name))]
+    return []
+
+
+def test_packed_batch_moves_all_of_its_tensors() -> None:
+    """Those of replay and of padded blocks too; DDP moves none of them."""
+    rows, labels = CASES["several prefixes"]
+    batch = pack(rows, labels, share=True, replayed=[place % 2 == 0 for place in range(len(rows))])
+    here, there = _all_tensors(batch), _all_tensors(batch.to("meta"))
+    assert len(here) == len(there) >= 11
+    assert {tensor.device.type for tensor in there} == {"meta"}
 
 
 def test_packed_batch_makes_no_mask_of_the_square_of_its_tokens() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunewright.errors import UserError
 from tunewright.models.families import OUTSIDE_TEXT
+from tunewright.models.loading import device
 from tunewright.recipe import TrainRecipe
 
 
@@ -27,6 +29,27 @@ def lora_config(settings: TrainRecipe, *, vision: bool = False) -> Any:
     )
     use_fused_lora(config, settings.quantize)
     return config
+
+
+def require_precision(settings: TrainRecipe) -> None:
+    """Check that the card, where there is one, computes in the recipe's precision.
+
+    Raises:
+        UserError: bfloat16 on a card before Ampere, which only emulates it; FlashAttention refuses such a card.
+    """
+    import torch
+
+    if settings.dtype != "bfloat16" or not torch.cuda.is_available():
+        return
+    place = device()
+    major, minor = torch.cuda.get_device_capability(place)
+    if (major, minor) < (8, 0):
+        name = torch.cuda.get_device_name(place)
+        raise UserError(
+            f"bfloat16 needs a card of compute capability 8.0 (Ampere) or later, and {name} has {major}.{minor}",
+            where="train.dtype",
+            fix="Set train.dtype: float32; with train.quantize: nf4 the base still takes half a byte for each weight.",
+        )
 
 
 def keep_float32(model: Any) -> None:

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
 from tunewright.training.sharded import whole_weight
+from tunewright.training.shared_prefix.attention import gather
 
 TILE_LOGITS = 1 << 25
 """Logits are computed for so many (token, vocabulary entry) pairs at once: 128 MiB in float32."""
@@ -42,7 +43,8 @@ def add_token_losses(model: Any) -> None:
         assert self is not None, "called through the model"
         if predict_from is None:
             return original(self, *args, **kwargs)
-        states = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state[0].index_select(0, predict_from)
+        # Of a prompt that rows share whole, one state predicts the first token of each answer.
+        states = gather(self.base_model(*args, use_cache=False, **kwargs).last_hidden_state[0], predict_from)
         if targets is None:
             return states
         if reference is None:

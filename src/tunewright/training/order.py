@@ -75,7 +75,7 @@ class StepBatches:
             share = self._share(len(step))
             # Dealt out by length, so that no process waits long for another.
             dealt = sorted(step, key=lambda place: -len(self.rows[place]))[self.process :: self.processes]
-            mine = sorted(dealt, key=lambda place: self.rows[place])
+            mine = sorted(dealt, key=lambda place: list(self.rows[place]))
             for first in range(0, share, self.micro_batch):
                 yield mine[first : first + self.micro_batch]
 

@@ -30,6 +30,7 @@ from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
 from tunewright.training import processes
+from tunewright.training.adapter import require_precision
 from tunewright.training.checkpoints import require_whole, working_folder
 from tunewright.training.choosing import Evaluation, best_of, evaluations, place_text, worth_keeping
 from tunewright.training.dev import DevTask, dev_task
@@ -210,6 +211,7 @@ def _fit(
     require_quantizable(recipe.train.quantize, base.architecture, "train.quantize")
     require_bitsandbytes(recipe.train.quantize, "train.quantize")
     require_liger(recipe.train.use_liger_kernel)
+    require_precision(recipe.train)
     if processes.in_pieces():
         require_divisible(recipe.train)
         reporter.say(

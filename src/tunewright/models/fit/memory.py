@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from tunewright.models.families import ATTENTION, MLP
 from tunewright.models.fit.shape import Shape
 
 FLOAT = 4
@@ -25,11 +26,17 @@ TILE_LOGITS = 1 << 25
 """As in training.head."""
 
 CARD_RUNTIME = 1 << 30
-"""Assumed, not measured: the CUDA context, cuBLAS's workspaces and what the allocator cannot reuse."""
+"""Assumed, not measured: the CUDA context and cuBLAS's workspaces."""
+
+CARD_SLACK = 0.05
+"""Assumed, not measured: share of what comes and goes that the card's allocator holds beyond it. Steps differ in size,
+so that freed blocks do not fit the next ones exactly; with expandable segments, whose unit is 2 MiB, little is lost."""
+
+_FLASH_PADDING = 128
+"""Queries that FlashAttention's backward adds to each sequence, where it sums up dq."""
 
 PROCESS_SLACK = 0.15
-"""Share of what comes and goes that malloc holds beyond it, measured by benchmarks/fit_memory.py (SmolLM2-135M, glibc);
-a card's allocator is in CARD_RUNTIME."""
+"""Share of what comes and goes that malloc holds beyond it: benchmarks/fit_memory.py (SmolLM2-135M, glibc)."""
 
 PROCESS_SLACK_NF4 = 0.30
 """The same over 4-bit weights: each matrix that is unpacked for a moment leaves a gap between what is kept."""
@@ -72,6 +79,11 @@ class Way:
         return self.dropout
 
     @property
+    def flash(self) -> bool:
+        """Whether attention is FlashAttention, which takes 16 bits only."""
+        return self.card and self.dtype == "bfloat16"
+
+    @property
     def number(self) -> int:
         """Bytes of a number in the forward pass."""
         return 2 if self.dtype == "bfloat16" else FLOAT
@@ -105,9 +117,25 @@ class Load:
         return self.shared + self.rows * self.own
 
     @property
+    def blocks(self) -> list[tuple[int, int, int]]:
+        """Rows, queries and keys before those, of the prefix and of what follows it."""
+        blocks = ((1, self.shared, 0), (self.rows, self.own, self.shared))
+        return [block for block in blocks if block[1]]
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of queries in a ragged batch: the prefix, and each row."""
+        return self.rows + bool(self.shared)
+
+    @property
     def attended(self) -> int:
-        """Keys that attention reads, the prefix's once for each row."""
+        """Tokens of the rows, the prefix's once for each."""
         return self.rows * (self.shared + self.own)
+
+    @property
+    def keys(self) -> int:
+        """Keys that attention reads: the prefix's for itself, and each row's."""
+        return self.shared + self.attended
 
 
 @dataclass(frozen=True)
@@ -129,7 +157,7 @@ class Need:
     working: int
     """Needed for a moment only, by the layer at work."""
     allocator: int
-    """On the processor, what the allocator holds beyond what was asked for."""
+    """What the allocator holds beyond what was asked for."""
     runtime: int
     """The libraries' and the driver's own, before any model."""
 
@@ -161,23 +189,45 @@ def adapter_copies(shape: Shape, way: Way) -> int:
 
 def layer_saved(shape: Shape, way: Way, tokens: int) -> int:
     """What one layer keeps for the backward pass, attention apart."""
-    b, targets = way.number, way.targets
-    # Each norm keeps its input in float32, and one number for its scale.
-    norms = 2 * (FLOAT * shape.hidden + FLOAT)
+    return _attention_half_saved(shape, way, tokens) + _mlp_half_saved(shape, way, tokens)
+
+
+def _norm(shape: Shape) -> int:
+    """What a norm keeps of each token: its input in float32, and one number for its scale."""
+    return FLOAT * shape.hidden + FLOAT
+
+
+def _inputs(shape: Shape, way: Way, names: tuple[str, ...]) -> int:
+    """What adapted layers that read the same keep of it, for each token."""
+    adapted = [name for name in names if name in way.targets]
     if way.copies_inputs:
         # Its own copy for each; a dropped one also has a mask.
-        inputs = sum((b + way.dropout) * shape.linear(name)[0] for name in targets if name != "down_proj")
-        product = (b + way.dropout) * shape.intermediate * ("down_proj" in targets)
-    else:
-        readers = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-        inputs = sum(b * shape.hidden * any(name in targets for name in group) for group in readers)
-        inputs += b * shape.queries * ("o_proj" in targets and not way.card)
-        product = b * shape.intermediate * ("down_proj" in targets)
-    saved = tokens * (norms + inputs + b * way.rank * len(targets))
+        return sum((way.number + way.dropout) * shape.linear(name)[0] for name in adapted)
+    return way.number * shape.hidden * bool(adapted)
+
+
+def _attention_half_saved(shape: Shape, way: Way, tokens: int) -> int:
+    """What a layer's first half keeps: its norm and its four linear layers."""
+    b = way.number
+    inputs = _inputs(shape, way, ("q_proj", "k_proj", "v_proj"))
+    if way.copies_inputs:
+        inputs += _inputs(shape, way, ("o_proj",))
+    elif not way.flash:
+        # What FlashAttention returns, and keeps itself, is what the output layer reads.
+        inputs += b * shape.queries * ("o_proj" in way.targets)
+    return tokens * (_norm(shape) + inputs + b * way.rank * sum(name in way.targets for name in ATTENTION))
+
+
+def _mlp_half_saved(shape: Shape, way: Way, tokens: int) -> int:
+    """What a layer's second half keeps: its norm and its three linear layers."""
     if shape.experts:
-        return saved + experts_saved(shape, way, tokens)
+        return tokens * _norm(shape) + experts_saved(shape, way, tokens)
+    b = way.number
+    inputs = _inputs(shape, way, ("gate_proj", "up_proj"))
     # The outputs of gate, of its activation, and of up; their product, where down has an adapter.
-    return saved + tokens * (b * shape.intermediate * 3 + product)
+    product = (b + way.dropout * way.copies_inputs) * shape.intermediate * ("down_proj" in way.targets)
+    mlp = b * shape.intermediate * 3 + product
+    return tokens * (_norm(shape) + inputs + mlp + b * way.rank * sum(name in way.targets for name in MLP))
 
 
 def experts_saved(shape: Shape, way: Way, tokens: int) -> int:
@@ -195,14 +245,13 @@ def experts_saved(shape: Shape, way: Way, tokens: int) -> int:
 def attention_saved(shape: Shape, way: Way, load: Load) -> int:
     """What one layer's attention keeps for the backward pass."""
     b = way.number
+    if way.flash:
+        # Queries, output and a number for each head; keys and values, gathered for each row where rows share a prefix.
+        return load.tokens * (2 * b * shape.queries + FLOAT * shape.heads) + 2 * b * shape.keys * load.keys
     if way.card:
-        # FlashAttention: queries, output and a number for each head; keys and values gathered for each row.
-        keys = load.shared + load.attended
-        return load.tokens * (2 * b * shape.queries + FLOAT * shape.heads) + 2 * b * shape.keys * keys
+        return _efficient_saved(shape, way, load)
     kept, queries_whole, keys_whole = 0, False, False
-    for rows, queries, before in ((1, load.shared, 0), (load.rows, load.own, load.shared)):
-        if not queries:
-            continue
+    for rows, queries, before in load.blocks:
         keys = rows * (before + queries)
         if way.dtype == "bfloat16" and queries <= SHORT:
             # Matrix products: the attention weights, and copies of queries, keys and values where views don't do.
@@ -222,15 +271,47 @@ def attention_saved(shape: Shape, way: Way, load: Load) -> int:
     return kept + load.tokens * b * (shape.queries * queries_whole + 2 * shape.keys * keys_whole)
 
 
-def layer_working(shape: Shape, way: Way, tokens: int) -> int:
-    """What the backward pass through one layer needs for a moment, beyond what was kept for it."""
+def _efficient_saved(shape: Shape, way: Way, load: Load) -> int:
+    """What SDPA's memory-efficient kernel keeps on a card, which float32 is left to; not measured."""
     b = way.number
+    kept = load.tokens * (2 * b * shape.queries + FLOAT * shape.heads)
+    for rows, queries, before in load.blocks:
+        # Keys and values for each query head, and where there is a prefix the mask, also as what is added to scores.
+        kept += 2 * b * rows * (before + queries) * shape.queries
+        kept += (1 + b) * queries * (before + queries) * bool(before)
+    return kept
+
+
+def attention_working(shape: Shape, way: Way, load: Load) -> int:
+    """What the backward pass through one layer's attention needs for a moment, beyond what was kept for it."""
+    b, tokens = way.number, load.tokens
+    # The gradients of the layer's and of attention's output, and of queries, keys and values.
+    gradients = tokens * b * (shape.hidden + 2 * shape.queries) + 2 * b * load.keys * shape.keys
+    if not way.flash:
+        return gradients + 2 * b * load.keys * (shape.queries - shape.keys)
+    # FlashAttention 2 (mha_varlen_bwd in PyTorch's flash_attn/flash_api.cpp) sums dq in float32, heads rounded up to 32
+    # numbers, and where heads share keys has dk and dv of each query head.
+    padded = tokens + _FLASH_PADDING * load.sequences
+    sums = FLOAT * padded * shape.heads * (-(-shape.head // 32) * 32 + 1)
+    expanded = 2 * b * load.keys * shape.queries * (shape.heads != shape.kv_heads)
+    # Then the gradients of gathered keys, and of values, are summed in float32 (training.shared_prefix.attention).
+    gathered = FLOAT * shape.keys * (load.keys + tokens) * bool(load.shared)
+    return gradients + max(sums + expanded, gathered)
+
+
+def layer_working(shape: Shape, way: Way, load: Load) -> int:
+    """What the backward pass through one layer needs for a moment, beyond what was kept for it."""
+    b, tokens = way.number, load.tokens
     mlp = b * shape.intermediate * (2 if "down_proj" in way.targets else 3) + b * shape.hidden
     if shape.experts:
         mlp = b * shape.chosen * (3 * shape.intermediate + 2 * shape.hidden)
     norm = 3 * FLOAT * shape.hidden + b * shape.hidden
     largest = max(inputs * outputs for inputs, outputs in map(shape.linear, shape.names))
-    return tokens * max(mlp, norm) + (way.number * largest if way.nf4 else 0)
+    working = tokens * max(mlp, norm) + (way.number * largest if way.nf4 else 0)
+    if not way.card:
+        return working
+    # By the time of attention what the second half kept is free again.
+    return max(working, attention_working(shape, way, load) - _mlp_half_saved(shape, way, tokens))
 
 
 def head_bytes(shape: Shape, way: Way, trained: int) -> int:
@@ -249,16 +330,16 @@ def need(shape: Shape, way: Way, load: Load) -> Need:
     b, tokens = way.number, load.tokens
     adapter = shape.adapter_parameters(way.targets, way.rank)
     layer, attention = layer_saved(shape, way, tokens), attention_saved(shape, way, load)
-    working, head = layer_working(shape, way, tokens), head_bytes(shape, way, load.rows * load.trained)
-    # The last norm's input and the positions' rotations, which all layers share.
-    around = tokens * (FLOAT * shape.hidden + FLOAT + 2 * b * shape.head)
+    working, head = layer_working(shape, way, load), head_bytes(shape, way, load.rows * load.trained)
+    # The positions' rotations, which all layers share, and the last norm's input, which is free after the head.
+    rotations, last_norm = tokens * 2 * b * shape.head, tokens * _norm(shape)
     if way.checkpointing:
         # The head is done before the first layer is computed again.
         inputs = shape.layers * b * shape.hidden * tokens
-        activations, kept_attention = around + inputs + layer, attention
-        head = max(0, head - working - layer - attention)
+        activations, kept_attention = rotations + inputs + layer, attention
+        head = max(0, head + last_norm - working - layer - attention)
     else:
-        activations, kept_attention = around + shape.layers * layer, shape.layers * attention
+        activations, kept_attention = rotations + last_norm + shape.layers * layer, shape.layers * attention
         head = max(0, head - working)
     passing = activations + kept_attention + head + working
     return Need(
@@ -270,6 +351,6 @@ def need(shape: Shape, way: Way, load: Load) -> Need:
         attention=kept_attention,
         head=head,
         working=working,
-        allocator=0 if way.card else malloc_bytes(way, passing),
+        allocator=int(CARD_SLACK * passing) if way.card else malloc_bytes(way, passing),
         runtime=CARD_RUNTIME if way.card else PROCESS_RUNTIME,
     )

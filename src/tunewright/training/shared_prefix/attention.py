@@ -88,8 +88,8 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scalin
         else:
             own = queries[place], keys[place], values[place]
             # Of a group that shares nothing, both are empty.
-            before = (keys[prefix], values[prefix]) if part.prefix.length else ((), ())
-            outputs.append(_suffixes(part, *own, *before, scaling, window))
+            seen = prefix if part.prefix.length else slice(0, 0)
+            outputs.append(_suffixes(part, *own, keys[seen], values[seen], scaling, window))
     return torch.cat(outputs)[None]
 
 

@@ -109,7 +109,7 @@ class Layout:
     @cached_property
     def parts(self) -> list[Piece | Block]:
         """Prefixes and blocks in the order in which they stand; those without a token are left out."""
-        parts = [*(prefix for prefix in self.prefixes if prefix.length), *self.blocks]
+        parts: list[Piece | Block] = [*(prefix for prefix in self.prefixes if prefix.length), *self.blocks]
         return sorted(parts, key=lambda part: part.start)
 
     def places(self, row: int) -> Callable[[int], int]:

@@ -44,8 +44,9 @@ class PackedBatch:
         return replace(self._each(Tensor.pin_memory), layout=self.layout.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
     def model_inputs(self) -> dict[str, Any]:
         """Return what the model's forward takes, the targets apart."""

@@ -1,0 +1,176 @@
+"""``tunewright train`` on a card: everything on it, nothing of the square of the tokens, and few waits for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from card_process import CardProcess
+from fake_card import FakeCard, Transfer
+from fake_models import SHAPES, build, rows, train
+
+from tunewright.errors import UserError
+from tunewright.models.fit.memory import Load
+from tunewright.recipe import TrainRecipe
+from tunewright.training.adapter import require_precision
+
+BATCH, MICRO = 4, 2
+LOAD = Load(rows=BATCH, shared=24, own=12, trained=4)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was counted over a whole run: training, one evaluation, one checkpoint."""
+
+    history: list[dict[str, Any]]
+    copies: list[Transfer]
+    syncs: list[Transfer]
+    largest: tuple[int, str, tuple[int, ...]]
+    launches: Counter[tuple[str, torch.dtype | None]]
+
+
+def _run(
+    name: str,
+    steps: int = 1,
+    *,
+    nf4: bool = False,
+    mistral: bool = False,
+    window: int | None = None,
+    layers: int = 2,
+    load: Load = LOAD,
+    capability: tuple[int, int] = (9, 0),
+    **settings: Any,
+) -> Report:
+    """Train a base of this shape's real width for some steps of two micro-batches each."""
+    replayed = rows(load, seed=9) if "replay" in settings else []
+    settings = {
+        "preset": "all-linear",
+        "epochs": 1,
+        "batch_size": load.rows,
+        "micro_batch": load.rows // 2,
+        "quantize": "nf4" if nf4 else "none",
+        **settings,
+    }
+    dtype = getattr(torch, settings.get("dtype", "bfloat16"))
+    with FakeCard(capability) as card:
+        shape = replace(SHAPES[name], layers=layers)
+        model = build(shape, nf4=nf4, mistral=mistral, window=window, dtype=dtype)
+        card.largest = (0, "", ())
+        own = [row for step in range(steps) for row in rows(load, seed=step)][: steps * load.rows - len(replayed)]
+        history, _ = train(model, settings, own, rows(load)[:2], replay=replayed)
+    return Report(history, card.copies, card.syncs, card.largest, card.launches)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama-2-7b", {}),
+        ("mistral-7b", {"mistral": True}),
+        ("mistral-7b", {"mistral": True, "window": 8, "nf4": True}),
+        ("llama-3-8b", {}),
+        ("llama-3-8b", {"nf4": True}),
+        ("llama-3-70b", {}),
+        ("llama-3-70b", {"nf4": True}),
+    ],
+)
+def test_training_is_on_the_card_whole(card: CardProcess, name: str, options: dict[str, Any]) -> None:
+    """The choice of the micro-batch, steps of two pieces with a checkpointed backward pass, dev loss, checkpoint."""
+    report = card.run(_run, name, **options)
+    assert [sorted({"loss", "eval_loss"} & row.keys()) for row in report.history] == [["loss"], ["eval_loss"]]
+    assert not [copy for copy in report.copies if copy.in_layer]
+    # FlashAttention ran, also backward: two layers, and each pass with its recomputation.
+    assert report.launches["_varlen_attn", None] > report.launches["_varlen_attn_backward", None] > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
+def test_replay_with_divergences_is_on_the_card_whole(card: CardProcess, options: dict[str, Any]) -> None:
+    report = card.run(_run, "tiny", 3, replay={"samples": 4, "kl": 0.5}, **options)
+    assert {"loss", "pair_loss", "replay_kl"} <= report.history[0].keys()
+    assert not [copy for copy in report.copies if copy.in_layer]
+
+
+@pytest.mark.parametrize(("replay", "reads"), [(None, 2), ({"samples": 4, "kl": 0.5}, 3)])
+def test_step_reads_from_the_card_only_what_it_logs(
+    card: CardProcess, replay: dict[str, Any] | None, reads: int
+) -> None:
+    """The loss and the gradient's norm, which transformers logs, and with replay the parts of the loss in one read.
+
+    No copy to the card has the host wait, in a step of two micro-batches.
+    """
+    settings = {} if replay is None else {"replay": replay}
+    fewer, more = (card.run(_run, "tiny", steps, **settings) for steps in (3, 4))
+    assert len(more.history) == len(fewer.history) + 1
+    assert len(more.syncs) - len(fewer.syncs) == reads
+    assert _blocking(more) == _blocking(fewer)
+
+
+def test_dev_loss_is_read_from_the_card_once(card: CardProcess) -> None:
+    report = card.run(_run, "tiny")
+    assert [read.where.split()[-1] for read in report.syncs].count("evaluate") == 1
+    assert not [copy for copy in report.copies if copy.blocking and copy.where.endswith("evaluate")]
+
+
+def test_pieces_of_a_micro_batch_go_to_the_card_without_waiting(card: CardProcess) -> None:
+    fewer, more = (card.run(_in_smaller_pieces, steps) for steps in (2, 3))
+    assert len(more.syncs) - len(fewer.syncs) == 2
+    assert _blocking(more) == _blocking(fewer)
+
+
+def _in_smaller_pieces(steps: int) -> Report:
+    """Micro-batches of four rows, of which memory holds one at once."""
+    from tunewright.training import micro_batch
+
+    choose = micro_batch.MicroBatch.choose
+    micro_batch.MicroBatch.choose = lambda self, rows, tokens: self._keep(1)  # type: ignore[method-assign]
+    try:
+        return _run("tiny", steps, micro_batch=BATCH)
+    finally:
+        micro_batch.MicroBatch.choose = choose  # type: ignore[method-assign]
+
+
+def _blocking(report: Report) -> Counter[str]:
+    return Counter(copy.where for copy in report.copies if copy.blocking)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_no_tensor_has_the_square_of_the_tokens(card: CardProcess, nf4: bool) -> None:
+    load = Load(rows=32, shared=100, own=120, trained=4)
+    report = card.run(_run, "tiny", nf4=nf4, load=load, micro_batch=load.rows)
+    assert report.largest[0] < load.tokens**2 / 8, report.largest
+
+
+def test_gradients_of_what_rows_share_are_summed_in_float32(card: CardProcess) -> None:
+    """Keys and values of a prefix, and states that several answers begin from."""
+    launches = card.run(_run, "tiny").launches
+    sums = ("index_add", "index_add_", "index_put", "index_put_")
+    assert {dtype for name, dtype in launches if name in sums} == {torch.float32}
+
+
+@pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
+def test_card_before_ampere_trains_in_float32_without_flash_attention(
+    card: CardProcess, options: dict[str, Any]
+) -> None:
+    report = card.run(_run, "tiny", dtype="float32", capability=(7, 5), **options)
+    assert "loss" in report.history[0]
+    assert ("_varlen_attn", None) not in report.launches
+    assert not [copy for copy in report.copies if copy.in_layer]
+
+
+def _precision(dtype: str, capability: tuple[int, int]) -> str | None:
+    with FakeCard(capability):
+        try:
+            require_precision(TrainRecipe.model_validate({"dtype": dtype}))
+        except UserError as error:
+            return f"{error.where}: {error.what}"
+    return None
+
+
+def test_bfloat16_is_refused_on_a_card_before_ampere(card: CardProcess) -> None:
+    assert card.run(_precision, "bfloat16", (7, 5)) == (
+        "train.dtype: bfloat16 needs a card of compute capability 8.0 (Ampere) or later, and fake card has 7.5"
+    )
+    assert card.run(_precision, "bfloat16", (8, 0)) is None
+    assert card.run(_precision, "float32", (7, 5)) is None
