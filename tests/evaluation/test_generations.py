@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunewright.chat import open_chat
 from tunewright.data.examples import Message
+from tunewright.errors import UserError
 from tunewright.evaluation import generations
 from tunewright.evaluation.generations import Decoding, Generator
 from tunewright.models.bases import resolve_base
@@ -35,6 +37,39 @@ def test_answers_come_in_the_order_of_the_prompts_and_repeated_prompts_share_one
     assert backward == forward[::-1] + forward
     (journal,) = generator.folder.iterdir()
     assert len([line for line in journal.read_text().split("\n") if line]) == 6
+
+
+def _run_out_of_memory(model: Any, most_rows: int) -> None:
+    """Have passes of more rows than that fail as a full card does."""
+
+    def fail(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if len(kwargs["input_ids"]) > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+
+
+def test_answers_are_decoded_with_fewer_rows_when_memory_runs_out(
+    generator: Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = _prompts(generator, 6)
+    whole = generator.answer("x", prompts, 8)
+    again = Generator(
+        generator.base, generator.chat, "float32", "none", 4, generator.folder.parent / "again", LogReporter()
+    )
+    _run_out_of_memory(again.model_with(), 1)
+    assert again.answer("x", prompts, 8) == whole
+    assert again.batch_size == 1
+    assert [message for message in caplog.messages if "Memory" in message] == [
+        "Memory ran out with 4 rows at once. Decoding continues with 2.",
+        "Memory ran out with 2 rows at once. Decoding continues with 1.",
+    ]
+
+
+def test_one_answer_that_does_not_fit_is_an_error_of_the_users(generator: Generator) -> None:
+    _run_out_of_memory(generator.model_with(), 0)
+    with pytest.raises(UserError, match="too little memory to decode a single answer"):
+        generator.answer("x", _prompts(generator, 2), 8)
 
 
 def test_known_answers_need_no_model(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:

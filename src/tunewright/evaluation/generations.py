@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +19,7 @@ from tunewright.chat.answers import answer_text, constraint_on, stop_strings
 from tunewright.disk import digest, writing
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
+from tunewright.errors import UserError
 from tunewright.evaluation.engine_used import EngineUsed
 from tunewright.models.bases import Base
 from tunewright.models.constraints import Constraint, Grammar
@@ -27,6 +28,7 @@ from tunewright.models.loading import device, load_model, named, with_adapters
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Quantize
+from tunewright.training.micro_batch import in_memory
 from tunewright.training.self_samples import BATCH
 
 _ENGINE = "decoding-2"
@@ -261,15 +263,48 @@ class Generator:
                 whose=company,
                 on_finished=on_finished,
             )
-        return generate(
-            self.model_with(adapter),
-            requests,
-            stop_ids=ends,
-            pad_id=self.chat.tokenizer.pad_token_id,
-            batch_size=at_once or self.batch_size,
-            decode=self.chat.text,
-            on_finished=on_finished,
-        )
+        return self._decode(self.model_with(adapter), requests, on_finished, ends, at_once)
+
+    def _decode(
+        self,
+        model: Any,
+        requests: Sequence[Request],
+        on_finished: Callable[[int, Completion], None],
+        ends: frozenset[int],
+        at_once: int | None,
+    ) -> list[Completion]:
+        """Answer with the embedded loop; where memory runs out, what is left with half the rows at once."""
+        done: dict[int, Completion] = {}
+        rows = at_once or self.batch_size
+        while True:
+            left = [index for index in range(len(requests)) if index not in done]
+
+            def keep(place: int, completion: Completion, left: list[int] = left) -> None:
+                done[left[place]] = completion
+                on_finished(left[place], completion)
+
+            decoded = partial(
+                generate,
+                model,
+                [requests[index] for index in left],
+                stop_ids=ends,
+                pad_id=self.chat.tokenizer.pad_token_id,
+                batch_size=rows,
+                decode=self.chat.text,
+                on_finished=keep,
+            )
+            if in_memory(decoded)[0]:
+                return [done[index] for index in range(len(requests))]
+            if rows == 1:
+                raise UserError(
+                    "there is too little memory to decode a single answer",
+                    where="evaluate.batch_size",
+                    fix="Free memory, take a shorter prompt or evaluate.max_new_tokens, or set train.quantize: nf4.",
+                )
+            rows //= 2
+            self.reporter.warn(f"Memory ran out with {2 * rows} rows at once. Decoding continues with {rows}.")
+            if at_once is None:
+                self.batch_size = rows
 
     def write(
         self, requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
