@@ -76,7 +76,8 @@ def main() -> None:
     if options.job:
         print(json.dumps(train_one(**json.loads(options.job))))
         return
-    settings = {"epochs": options.epochs, "rows": options.rows, "dev_rows": options.dev_rows, "dtype": options.dtype}
+    names = ("epochs", "rows", "dev_rows", "measurements", "dtype")
+    settings = {name: getattr(options, name) for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for data in options.only:
             file = Path(folder) / f"{data}.json"
