@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -20,13 +20,13 @@ def counted_bases(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """
     known = set(map(id, _bases()))
     counts: list[int] = []
-    load = AutoModelForCausalLM.from_pretrained
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
+    def counting(cls: Any, *args: Any, **kwargs: Any) -> Any:
         counts.append(sum(id(base) not in known for base in _bases()))
-        return load(*args, **kwargs)
+        return load(cls, *args, **kwargs)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counting))
     gc.collect()
     gc.disable()
     try:

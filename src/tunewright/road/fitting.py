@@ -6,7 +6,7 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.errors import UserError
 from tunewright.models.bases import base_config, check_architecture
 from tunewright.models.cards import unusable_card
-from tunewright.models.families import require_targets
+from tunewright.models.families import require_quantizable, require_targets
 from tunewright.models.fit.plan import Memory, Plan, Planned, memory_at_hand, plan
 from tunewright.models.fit.shape import Shape, read_shape
 from tunewright.models.fit.sizes import gigabytes
@@ -63,10 +63,13 @@ def require_room(opened: OpenProject) -> None:
 
     Raises:
         UserError: torch is built for CUDA and can use no card, and the base is large; the card has no room for one row
-            of `SHORT_ROW` tokens; or a base that is not supported.
+            of `SHORT_ROW` tokens; or a base that is not supported, or not with these targets or in 4 bits.
     """
     recipe, reporter = opened.project.recipe, opened.reporter
-    shape = read_shape(base_config(recipe.base, recipe.revision, opened.project.root, reporter))
+    config = base_config(recipe.base, recipe.revision, opened.project.root, reporter)
+    architecture, shape = check_architecture(config), read_shape(config)
+    require_targets(recipe.train.targets, architecture)
+    require_quantizable(recipe.train.quantize, architecture, "train.quantize")
     _require_card(shape, opened)
     if processes.in_pieces():
         return  # each card holds a part of the base
@@ -82,7 +85,7 @@ def require_room(opened: OpenProject) -> None:
         # Where adapters were trained before, the command may have nothing to train.
         trained = any(adapter.imported is None for adapter in list_adapters(opened.project.adapters))
         if memory.card and not trained:
-            raise UserError(short, where="base", fix=_what_fits(ways[True], own, memory))
+            raise UserError(short, where="base", fix=_what_fits(ways.get(True), own, memory))
         reporter.warn(f"{short}.")
     elif own.longest < settings.max_length:
         reporter.warn(
@@ -107,10 +110,10 @@ def _require_card(shape: Shape, opened: OpenProject) -> None:
     opened.reporter.warn(f"{unused}. Training runs on the processor.")
 
 
-def _what_fits(nf4: Planned, own: Planned, memory: Memory) -> str:
-    """What to do where ``own`` does not fit."""
+def _what_fits(nf4: Planned | None, own: Planned, memory: Memory) -> str:
+    """What to do where ``own`` does not fit; ``nf4`` is None where the family cannot be held so."""
     others = "take a smaller base, or divide this one among several cards (docs/recovery.md)"
-    if nf4 is own:
+    if nf4 is None or nf4 is own:
         return f"{others[0].upper()}{others[1:]}."
     if nf4.least > memory.bytes:
         return f"train.quantize: nf4 needs {gigabytes(nf4.least)}, which does not fit either: {others}."

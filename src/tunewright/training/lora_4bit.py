@@ -21,7 +21,8 @@ class FusedLinear4bit(Linear4bit):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output for x [..., in]: [..., out]."""
         base: Any = self.get_base_layer()
-        packed = base.weight.quant_state
+        # FSDP puts another parameter in the weight's place for each pass; bitsandbytes gives that its state then.
+        packed = None if base.weight.is_floating_point() else base.weight.quant_state
         # An input of another type is cast by bitsandbytes, and one repacked for the CPU cannot be unpacked as it is.
         usual = x.dtype == base.compute_dtype and not getattr(packed, "packing_format_for_cpu", False)
         if args or kwargs or not usual or packed is None or not adds_one_adapter(self):
