@@ -327,7 +327,7 @@ class _LinearLoras:
         elif rows.placed is not None and tokens == 1:
             self._stack.hold(rows.placed, self.loras)
             changes = rows.gathered(self._stack.changes(rows.spread(rows.inputs(x, dtype, together=False))))
-            flat.add_(changes.to(flat.dtype) if self._rounded else changes)
+            self._add_changes(flat, changes)
         else:
             inputs = rows.inputs(x, dtype, together=True)
             # [tokens, out] in the adapters' order
@@ -338,8 +338,7 @@ class _LinearLoras:
                 if lora is not None:
                     self._add(part, own, lora)
             if rows.moved:
-                changes = rows.apart(ordered.view(len(result), -1)).view(flat.shape)
-                flat.add_(changes.to(flat.dtype) if self._rounded else changes)
+                self._add_changes(flat, rows.apart(ordered.view(len(result), -1)).view(flat.shape))
 
     def _add(self, part: Tensor, own: Tensor, lora: Lora) -> None:
         """Add one adapter's change of its tokens [tokens, in] to them [tokens, out]."""
@@ -349,9 +348,25 @@ class _LinearLoras:
         elif self._rounded:
             change = torch.addmm(low[0, 0], low, lora.up, beta=0, alpha=lora.scale)  # beta=0: the first is not read
             part.add_(change.to(part.dtype))
+        elif _by_the_number(part):
+            part.copy_(torch.addmm(part.to(low.dtype), low, lora.up, alpha=lora.scale))
         else:
             # Added in the wider of the two types, and rounded once.
             part.add_(low.mm(lora.up), alpha=lora.scale)
+
+    def _add_changes(self, flat: Tensor, changes: Tensor) -> None:
+        """Add changes that are nobody else's to what the base made of the same tokens: both [tokens, out]."""
+        if self._rounded:
+            flat.add_(changes.to(flat.dtype))
+        elif flat.dtype != changes.dtype and _by_the_number(flat):
+            flat.copy_(changes.add_(flat.to(changes.dtype)))
+        else:
+            flat.add_(changes)
+
+
+def _by_the_number(sums: Tensor) -> bool:
+    """Whether torch adds tensors of two types number by number, as on a processor; on a card it is one launch."""
+    return sums.device.type == "cpu"
 
 
 def _in_4_bits(layer: Any) -> bool:
