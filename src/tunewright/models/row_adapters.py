@@ -35,7 +35,7 @@ class RowAdapters:
     time of a short one), leaves its hooks behind when a pass fails, and needs ten operations a layer for each adapter.
     Here the layers compute in their own way from the first pass to the last (:meth:`attached`), and which rows are
     whose is worked out once for all passes with the same rows. Where all rows have one adapter a layer needs two or
-    three operations; where rows of several decode, four for all of them together (tests/models/test_operations.py).
+    three operations; where rows of several decode, four for all of them together (tests/gpu/test_decoding_gpu.py).
 
     Rows of one pass cannot be told apart where DoRA is involved (peft refuses). Rows that are not ``mixed`` need not
     be: then the one adapter is switched on for the pass, or all are off.
