@@ -16,7 +16,8 @@ from fold_helpers import version_of
 from tunewright.data.versions import Member
 from tunewright.errors import UserError
 from tunewright.evaluation.advising import first_items
-from tunewright.evaluation.generations import Generation, Generator
+from tunewright.evaluation.answer_journal import Generation
+from tunewright.evaluation.generations import Generator
 from tunewright.road import Road
 
 # The first items

@@ -15,7 +15,8 @@ from tunewright.chat import open_chat
 from tunewright.data.examples import Message
 from tunewright.errors import UserError
 from tunewright.evaluation import generations
-from tunewright.evaluation.generations import Decoding, Generator
+from tunewright.evaluation.answer_journal import Decoding
+from tunewright.evaluation.generations import Generator
 from tunewright.models.bases import resolve_base
 from tunewright.progress import LogReporter
 

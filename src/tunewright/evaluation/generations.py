@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 
@@ -20,6 +20,7 @@ from tunewright.disk import digest, writing
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.errors import UserError
+from tunewright.evaluation.answer_journal import ENGINE, VLLM, Decoding, Generation, appending, read_answers
 from tunewright.evaluation.engine_used import EngineUsed
 from tunewright.models.bases import Base
 from tunewright.models.constraints import Constraint, Grammar
@@ -31,53 +32,9 @@ from tunewright.recipe import Quantize
 from tunewright.training.micro_batch import in_memory
 from tunewright.training.self_samples import BATCH
 
-_ENGINE = "decoding-2"
-"""Part of every key with peft: to be counted up when a change of the decoding loop changes answers."""
-_VLLM = "vllm-1"
-"""Part of every key with vLLM: to be counted up when a change of what vLLM is asked changes answers."""
-
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
 
 Prompt = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer."""
-
-    text: str
-    truncated: bool
-    """It ran into the token limit."""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """All that decides an answer beside its prompt.
-
-    Not the batch size: which rows share a batch differs from run to run anyway, as stopped ones go on, and moves an
-    answer only where two tokens all but tie.
-    """
-
-    base: str
-    template: str
-    adapter: str | None
-    """Digests of each."""
-    dtype: str
-    quantize: Quantize
-    device: str
-    """cpu or cuda: their kernels add up in different orders."""
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    grammar: str | None
-    packages: Mapping[str, str]
-    """Versions of those that make logits and text."""
-    engine: str = _ENGINE
-    """Which one computes, and how it is asked."""
-
-    @property
-    def key(self) -> str:
-        """SHA-256 over all of it."""
-        return digest(asdict(self))
 
 
 class Generator:
@@ -193,12 +150,12 @@ class Generator:
     ) -> list[Generation]:
         """Answers in the prompts' order, held to the grammar or free."""
         journal = self.folder / f"{self.decoding(max_new_tokens, adapter, constrained=constrained).key[:16]}.jsonl"
-        known = dict(_read(journal))
+        known = dict(read_answers(journal))
         missing = sorted({p for p in prompts if digest(p) not in known})
         if missing:
             with (
                 writing(journal),
-                _appending(journal) as file,
+                appending(journal) as file,
                 self.reporter.task(title, len(missing), "answers") as task,
             ):
 
@@ -389,11 +346,11 @@ class Generator:
             names = [*_PACKAGES, *(["bitsandbytes"] if self.quantize == "nf4" else [])]
             if constrained:
                 names.append("llguidance")
-            engine, where, packages = _ENGINE, device().split(":")[0], {name: version(name) for name in names}
+            engine, where, packages = ENGINE, device().split(":")[0], {name: version(name) for name in names}
         else:
             # Tokens become text here, whichever engine has computed them.
             text = {name: version(name) for name in ("transformers", "tokenizers")}
-            engine, where, packages = _VLLM, self.engine.environment.build, {**text, **self.engine.versions}
+            engine, where, packages = VLLM, self.engine.environment.build, {**text, **self.engine.versions}
         return Decoding(
             base=self.base.digest,
             template=self.chat.digest,
@@ -417,24 +374,3 @@ def grammar_of(project: Project) -> Grammar | None:
     """
     constrain = project.recipe.evaluate.constrain
     return Grammar.of(constrain, project.root) if constrain else None
-
-
-def _read(journal: Path) -> Iterator[tuple[str, Generation]]:
-    if not journal.exists():
-        return
-    for line in journal.read_text(encoding="utf-8").split("\n"):
-        try:
-            row: Mapping[str, Any] = json.loads(line)
-            yield row["prompt"], Generation(row["text"], row["truncated"])
-        except json.JSONDecodeError:
-            # The last line of a run that was killed while writing it: that answer is made again.
-            continue
-
-
-@contextmanager
-def _appending(journal: Path) -> Iterator[TextIO]:
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a", encoding="utf-8") as file:
-        # Ends a half-written line, if there is one.
-        file.write("\n")
-        yield file

@@ -11,6 +11,7 @@ import numpy as np
 from tunewright.adapters.registry import Adapter
 from tunewright.data.examples import Message
 from tunewright.errors import UserError
+from tunewright.evaluation.answer_journal import Generation
 from tunewright.evaluation.general.bench import (
     Bench,
     above_floor,
@@ -23,7 +24,7 @@ from tunewright.evaluation.general.bench import (
 )
 from tunewright.evaluation.general.ifeval import Instruction, read_instructions, unsupported_text
 from tunewright.evaluation.general.section import Control, Suite
-from tunewright.evaluation.generations import Generation, Prompt
+from tunewright.evaluation.generations import Prompt
 from tunewright.models.loading import context_length
 from tunewright.recipe.general import InstructionsSuite as Settings
 
