@@ -256,7 +256,7 @@ def gpu_share(free: int, total: int) -> float:
         raise UserError(
             f"{free / _GIB:.1f} of the card's {total / _GIB:.1f} GiB are free, which is too little for vLLM",
             where=_WHERE,
-            fix="End what else runs on the card, or set it to peft.",
+            fix="Stop other programs that use the card, or set it to peft.",
         )
     return share
 
