@@ -89,44 +89,18 @@ def add(
     recipe = project.recipe
     given = _read(files, recipe, reporter, skip_bad=skip_bad)
     screened = screen(given.rows, recipe.data.allow, reporter, redact=redact, presidio=presidio)
-    rows = screened.rows
     with locked(project.dataset):
-        merged = merge(project.dataset, rows, recipe.data.similarity, reporter)
-        conflicts = _settled(merged, recipe)
-        duplicates = merged.duplicates(rows)
-        if duplicates:
-            reporter.warn(notices.duplicates(duplicates))
-        if merged.reweighted:
-            reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
-        found = contents(project, merged, rows, reporter)
-        created = merged.parent is None or merged.parent.digest != members_digest(found.members)
-        if created:
-            _warn(merged, found, conflicts, reporter)
-            sources = _sources(given, project.root)
-            version = new_manifest(
-                found.members,
-                merged.parent,
-                _settings(recipe),
-                message=message,
-                sources=list(sources.values()),
-                left_out=LeftOut(len(duplicates), len(given.faults), len(found.moved)),
-                mix=found.mixed.about if found.mixed else None,
-            )
-            imports = _imports(rows, given.faults, sources, merged, found)
-            version = save_version(project.dataset, version, found.members, imports, reporter)
-        else:
-            assert merged.parent is not None
-            version = merged.parent.manifest
-            if message:
-                reporter.warn("Nothing is new, so there is no version to keep the message with.")
+        planned = plan(project, screened.rows, reporter)
+        version = _save(project, given, planned, reporter, message=message)
+    rows, merged, found = planned.rows, planned.merged, planned.found
     fates = Counter(found.fate(row, merged)["fate"] for row in rows)
     return AddResult(
         version=version,
-        created=created,
+        created=planned.created,
         added=fates["added"],
         known=fates["known"],
-        duplicates=duplicates,
-        conflicts=conflicts,
+        duplicates=planned.duplicates,
+        conflicts=planned.conflicts,
         moved=found.moved,
         skipped=tuple(given.faults),
         redacted=screened.redacted,
@@ -134,6 +108,69 @@ def add(
         contaminated=found.hits,
         largest=found.largest,
     )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The version that some rows would make; nothing is written yet."""
+
+    rows: Sequence[SourceRow]
+    merged: Merge
+    conflicts: tuple[Conflict, ...]
+    duplicates: tuple[Duplicate, ...]
+    found: Contents
+
+    @property
+    def created(self) -> bool:
+        """Whether it differs from the current version."""
+        return self.merged.parent is None or self.merged.parent.digest != members_digest(self.found.members)
+
+
+def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter) -> Plan:
+    """Merge screened rows into the current version, cluster and split them, without writing anything.
+
+    Args:
+        project: as for ``add``.
+        rows: the rows to add.
+        reporter: is warned of all that would be left out, moved or doubtful.
+
+    Raises:
+        UserError: new conflicts (unless data.conflicts accepts them), too few rows to split, a dataset that was
+            changed by hand.
+    """
+    merged = merge(project.dataset, rows, project.recipe.data.similarity, reporter)
+    conflicts = _settled(merged, project.recipe)
+    duplicates = merged.duplicates(rows)
+    if duplicates:
+        reporter.warn(notices.duplicates(duplicates))
+    if merged.reweighted:
+        reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
+    planned = Plan(rows, merged, conflicts, duplicates, contents(project, merged, rows, reporter))
+    if planned.created:
+        _warn(merged, planned.found, conflicts, reporter)
+    return planned
+
+
+def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *, message: str) -> Manifest:
+    """Write the planned version, unless it is the current one already."""
+    merged, found = planned.merged, planned.found
+    if not planned.created:
+        assert merged.parent is not None
+        if message:
+            reporter.warn("Nothing is new, so there is no version to keep the message with.")
+        return merged.parent.manifest
+    sources = _sources(given, project.root)
+    version = new_manifest(
+        found.members,
+        merged.parent,
+        _settings(project.recipe),
+        message=message,
+        sources=list(sources.values()),
+        left_out=LeftOut(len(planned.duplicates), len(given.faults), len(found.moved)),
+        mix=found.mixed.about if found.mixed else None,
+    )
+    imports = _imports(planned.rows, given.faults, sources, merged, found)
+    return save_version(project.dataset, version, found.members, imports, reporter)
 
 
 @dataclass(frozen=True)
