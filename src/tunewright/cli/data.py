@@ -10,6 +10,7 @@ import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import USER_ERROR, session
+from tunewright.disk import canonical_json
 from tunewright.errors import UserError
 
 data_app = typer.Typer(help="Pairs, versions and splits.", no_args_is_help=True)
@@ -32,7 +33,10 @@ Output = Annotated[
 @data_app.command("add")
 def data_add(
     files: Annotated[
-        list[Path], typer.Argument(help="Files of pairs: JSON, CSV, Parquet; or saved `datasets` folders.")
+        list[Path],
+        typer.Argument(
+            help="Files of pairs: JSON, CSV, Parquet, saved `datasets` folders; folders or patterns of these."
+        ),
     ],
     rows: Rows = None,
     input_column: Input = None,
@@ -88,7 +92,10 @@ def data_show(
         road = tunewright.open(project, current.reporter)
         member = road.data.show(row)
         if not tokens:
-            current.show(row_document(member), row_heading(member), conversation_text(member))
+            metadata = road.data.metadata(member.key)
+            told = [f"{key}: {canonical_json(value)}" for key, value in metadata.items()]
+            document = {**row_document(member), "metadata": metadata}
+            current.show(document, row_heading(member), *told, conversation_text(member))
             return
         from tunewright.chat.view import view
         from tunewright.training.rows import row_faults, told_by
@@ -124,22 +131,26 @@ def data_check(
     rows: Rows = None,
     input_column: Input = None,
     output_column: Output = None,
+    accept_conflicts: Annotated[
+        bool, typer.Option("--accept-conflicts", help="As for `data add`: inputs may have different outputs.")
+    ] = False,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
-    """All faults of all rows of files; or, without files, what training will see of the current version.
+    """Say what `data add` would do with files; without files, what training will see of the current version.
 
-    That is every row encoded: lengths, trained share, rows too long, rows that cannot be trained on.
+    Of files: faults, duplicates, conflicts, secrets, splits; exit code 2 if `data add` would refuse. Of the version: every
+    row encoded: lengths, trained share, rows too long, rows that cannot be trained on.
     """
     import tunewright
-    from tunewright.cli.data_texts import file_check_text
+    from tunewright.cli.data_texts import preview_text
     from tunewright.cli.token_tables import check_tables
 
     with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         mapped = {"rows": rows, "input_column": input_column, "output_column": output_column}
-        if files is None and any(mapped.values()):
-            what = "--rows, --input and --output say how files are read, and none is named"
+        if files is None and (any(mapped.values()) or accept_conflicts):
+            what = "--rows, --input, --output and --accept-conflicts are about files, and none is named"
             raise UserError(what, fix="Name the files.")
         if fix is not None:
             if files is None or len(files) != 1:
@@ -151,8 +162,8 @@ def data_check(
             current.show(document, "\n".join([*map(str, changes), told]))
             return
         if files is not None:
-            checked = road.data.check_files(files, **mapped)
-            current.show(checked.as_dict(), file_check_text(checked))
+            checked = road.data.check_files(files, **mapped, accept_conflicts=accept_conflicts)
+            current.show(checked.as_dict(), preview_text(checked))
             if not checked.ok:
                 raise typer.Exit(USER_ERROR)
             return

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from tunewright.data.formats.file_check import FileCheck
+from tunewright.data.formats.metadata import counted
 from tunewright.data.neighbours.contamination import Contamination
 from tunewright.data.neighbours.leak import BandScore, LeakReport
 from tunewright.data.notices import HOLDS
+from tunewright.data.preview import Effect, Preview
 from tunewright.data.versions import short
 
 _BAR = 40
 _MOST_HELD = 10
 
 
-def file_check_text(checked: FileCheck) -> str:
-    """Every fault with what to do, and how many there are of each code."""
+def preview_text(preview: Preview) -> str:
+    """Return what is in the files, each reason why `data add` would refuse them, and what it would do otherwise."""
+    checked = preview.files
     lines = [note for file in checked.files for note in file.notes]
+    if preview.metadata:
+        lines.append(f"Kept as metadata: {counted(Counter(preview.metadata))}")
     for refusal in (file.unreadable for file in checked.files if file.unreadable):
         lines.append(f"{refusal['where']}: {refusal['what']}")
         lines += [f"  {refusal['fix']}"] if refusal["fix"] else []
-    for fault in checked.faults:
-        lines.append(f"{fault} [{fault.code} {fault.path}]")
-        lines += [f"  {fault.fix}"] if fault.fix else []
-    return "\n".join([*lines, checked.summary])
+    lines += [str(refusal) for refusal in preview.refusals]
+    lines.append(checked.summary)
+    if preview.effect is not None:
+        lines += _effect_lines(preview.effect, preview.ok)
+    verdict = "would add these files" if preview.ok else "would refuse these files (exit code 2)"
+    return "\n".join([*lines, f"`tunewright data add` {verdict}. Nothing was written."])
+
+
+def _effect_lines(effect: Effect, ok: bool) -> list[str]:
+    of = "" if ok else "Of the rows without faults: "
+    lines = [
+        f"{of}new {effect.added:,}, known before {effect.known:,}, exact duplicates {effect.exact_duplicates:,}, "
+        f"near-duplicates with the same output {effect.near_duplicates:,}; inputs with different outputs "
+        f"{effect.conflicts:,}; training rows that hold a test or benchmark item {effect.contaminated:,}; "
+        f"rows that change their split {effect.moved:,}",
+    ]
+    for size in effect.splits:
+        lines.append(f"  {size.split:<5} {size.rows:>8,} rows ({size.new:,} new) in {size.clusters:,} clusters")
+    return lines
 
 
 def leak_text(report: LeakReport, bands: Sequence[BandScore]) -> str:

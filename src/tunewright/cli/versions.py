@@ -107,6 +107,9 @@ def data_export(
     form: Annotated[Format, typer.Option("--format", help="What the other tool reads.")] = "chat",
     split: Annotated[Split | None, typer.Option(help="One split.", show_default="all")] = None,
     version: Version = None,
+    metadata: Annotated[
+        bool, typer.Option("--metadata", help="With chat: the keys that the rows' files had besides.")
+    ] = False,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
@@ -114,7 +117,8 @@ def data_export(
     import tunewright
 
     with session(json, project) as current:
-        written = tunewright.open(project, current.reporter).data.export(out, form, split=split, version=version)
+        data = tunewright.open(project, current.reporter).data
+        written = data.export(out, form, split=split, version=version, metadata=metadata)
         current.show(written.as_dict(), f"Wrote {written.rows:,} rows of version {written.version[:12]} to {out}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from tunewright.data import notices
 from tunewright.data.contents import Contents, contents
 from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
+from tunewright.data.formats.metadata import counted
 from tunewright.data.merge import Merge, merge
 from tunewright.data.neighbours.decontaminate import Hit
 from tunewright.data.notices import Conflict, Duplicate, Largest, Move
@@ -25,6 +26,7 @@ from tunewright.data.versions import (
     save_version,
 )
 from tunewright.data.versions.making import LeftOut, new_manifest
+from tunewright.data.versions.origins import metadata_by_key
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -121,6 +123,11 @@ class Plan:
     found: Contents
 
     @property
+    def fresh_conflicts(self) -> list[Conflict]:
+        """The conflicts that a new row is part of."""
+        return [conflict for conflict in self.conflicts if any(key in self.merged.first for key in conflict.keys)]
+
+    @property
     def created(self) -> bool:
         """Whether it differs from the current version."""
         return self.merged.parent is None or self.merged.parent.digest != members_digest(self.found.members)
@@ -158,6 +165,13 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
         assert merged.parent is not None
         if message:
             reporter.warn("Nothing is new, so there is no version to keep the message with.")
+        known = metadata_by_key(project.dataset, merged.parent.manifest)
+        other = sum(bool(row.metadata) and known.get(row.example.pair_key) != row.metadata for row in planned.rows)
+        if other:
+            reporter.warn(
+                f"The metadata of {other:,} known rows is not kept: nothing else is new, so there is no new version to "
+                "keep it with."
+            )
         return merged.parent.manifest
     sources = _sources(given, project.root)
     version = new_manifest(
@@ -198,6 +212,9 @@ def _read(files: Sequence[Path], recipe: Recipe, reporter: Reporter, *, skip_bad
     for reading in given.readings:
         for note in reading.notes:
             reporter.say(note)
+    extra = Counter(key for row in given.rows for key in row.metadata)
+    if extra:
+        reporter.say(f"Kept as metadata: {counted(extra)}")
     if given.faults and not skip_bad:
         raise notices.faulty(given.faults)
     if given.faults:
@@ -264,7 +281,15 @@ def _imports(
     contents: Contents,
 ) -> list[dict[str, Any]]:
     """The lines of imports.jsonl: one for each row of each file, in the files' order of names and lines."""
-    lines = [{"source": sources[row.source].name, "line": row.line, **contents.fate(row, merged)} for row in rows]
+    lines = [
+        {
+            "source": sources[row.source].name,
+            "line": row.line,
+            **contents.fate(row, merged),
+            **({"metadata": row.metadata} if row.metadata else {}),
+        }
+        for row in rows
+    ]
     lines += [
         {"source": sources[f.source].name, "line": f.line, "fate": "skipped", "code": f.code, "reason": f.reason}
         for f in skipped

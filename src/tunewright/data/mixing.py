@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunewright.data import notices
 from tunewright.data.formats import SourceRow, read_pairs, source_digest, source_size
+from tunewright.data.formats.metadata import counted
 from tunewright.data.outsiders import unfit
 from tunewright.data.versions import Member, Mix, Source
 from tunewright.errors import UserError
@@ -97,6 +99,9 @@ def _read(path: Path, data: DataRecipe, mix: MixRecipe, seed: int, reporter: Rep
         reading = read_pairs(path, own, task)
     if reading.faults:
         raise notices.faulty(reading.faults)
+    extra = Counter(key for row in reading.rows for key in row.metadata)
+    if extra:
+        reporter.say(f"{path}: not kept with the rows that are mixed in: {counted(extra)}")
     first: dict[str, SourceRow] = {}
     for row in reading.rows:
         first.setdefault(row.example.pair_key, row)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tunewright.data.examples import Example, Message
 from tunewright.data.formats import Fault
+from tunewright.data.formats.row_errors import CODES
 from tunewright.data.neighbours.decontaminate import How
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
@@ -19,6 +21,9 @@ FEW_TRAINING_PAIRS = 500
 LARGE_CLUSTER = 0.05
 _MOST_FAULTS = 50
 _MOST_EXAMPLES = 10
+_MOST_PLACES = 3
+_MOST_REASONS = 3
+_NUMBER = re.compile(r"\d[\d,.]*")
 
 
 @dataclass(frozen=True)
@@ -67,17 +72,48 @@ class Largest:
 
 def faulty(faults: Sequence[Fault]) -> UserError:
     """The refusal of files with faulty rows."""
-    told = listed((str(fault) for fault in faults), len(faults), _MOST_FAULTS, "--skip-bad names each of them")
     return UserError(
-        f"{_count(len(faults), 'faulty row')}, nothing was added\n{told}",
-        fix="Mend them, or add the others with --skip-bad.",
+        f"{_count(len(faults), 'faulty row')}, nothing was added\n{by_cause(faults)}",
+        fix="Correct them, or add the others with --skip-bad. `tunewright data check FILE --json` lists every one.",
     )
 
 
 def skipped(faults: Sequence[Fault]) -> str:
-    """The warning of faulty rows left out: all of them, because nothing else names them before they are gone."""
-    told = listed((str(fault) for fault in faults), len(faults), len(faults), "")
-    return f"{_count(len(faults), 'faulty row')} left out:\n{told}"
+    """The warning of faulty rows left out; imports.jsonl of the version has each of them."""
+    return f"{_count(len(faults), 'faulty row')} left out (imports.jsonl lists every one):\n{by_cause(faults)}"
+
+
+def by_cause(faults: Sequence[Fault]) -> str:
+    """Faults by cause, the most frequent first: how many, three places, and what to do.
+
+    Reasons that differ in numbers only are one cause; a code with many reasons is one cause as a whole.
+    """
+    alike: dict[str, dict[str, list[Fault]]] = {}
+    for fault in faults:
+        alike.setdefault(fault.code, {}).setdefault(_NUMBER.sub("#", fault.reason), []).append(fault)
+    causes: list[tuple[str | None, list[Fault]]] = []
+    for code, reasons in alike.items():
+        if len(reasons) > _MOST_REASONS:
+            causes.append((f"{CODES[code][0]} [{code}]", [fault for same in reasons.values() for fault in same]))
+        else:
+            causes += [(None, same) for same in reasons.values()]
+    lines: list[str] = []
+    for title, same in sorted(causes, key=lambda cause: -len(cause[1])):
+        lines += _cause(title, same)
+    return "\n".join(lines)
+
+
+def _cause(title: str | None, faults: Sequence[Fault]) -> list[str]:
+    first, fix = faults[0], faults[0].fix
+    if len(faults) == 1:
+        return [f"  {first} [{first.code} {first.path}]", f"    {fix}"]
+    shown = faults[:_MOST_PLACES]
+    more = f" and {len(faults) - len(shown):,} more" if len(faults) > len(shown) else ""
+    if title is None:
+        places = ", ".join(f"{fault.source}:{fault.line}" for fault in shown) + more
+        return [f"  {len(faults):,} rows: {first.reason} [{first.code} {first.path}]", f"    {places}", f"    {fix}"]
+    places = "; ".join(map(str, shown)) + more
+    return [f"  {len(faults):,} rows: {title}", f"    {places}", f"    {fix}"]
 
 
 def duplicates(dropped: Sequence[Duplicate]) -> str:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 
 from tunewright.data import secrets
 from tunewright.data.formats import SourceRow
+from tunewright.data.formats.metadata import texts_of
 from tunewright.data.notices import listed
 from tunewright.data.secrets.findings import Finder, Finding
 from tunewright.data.secrets.names import open_presidio
+from tunewright.disk import canonical_json
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
@@ -44,7 +46,7 @@ def screen(
     redacted: Counter[str] = Counter()
     if redact:
         rows, redacted = _redacted(rows, also, allow, reporter)
-    rows = _with_clean_groups(rows, also, allow, reporter, redact=redact)
+    rows = _with_clean_values(rows, also, allow, reporter, redact=redact)
     placed = [(f"{row.source}:{row.line}", row.example) for row in rows]
     found = secrets.scan(placed, reporter, also=also, allow=allow)
     if told := secrets.let_through(found):
@@ -73,46 +75,58 @@ def _redacted(
     return done, counts
 
 
-def _with_clean_groups(
+def _with_clean_values(
     rows: list[SourceRow], also: Finder | None, allow: Sequence[str], reporter: Reporter, *, redact: bool
 ) -> list[SourceRow]:
-    """The rows with no secret as a group's value, for these are kept with the version as they are.
+    """The rows with no secret as a value of a group or of metadata, for these are kept with the version as they are.
 
-    A value is replaced as a whole, by a digest of it, so that rows of one group still share it.
+    A text is replaced as a whole, by a digest of it, so that rows of one group still share it.
 
     Raises:
         UserError: a value holds a secret, and is not to be replaced.
     """
     found: dict[str, list[Finding]] = {}
     told: dict[str, list[str]] = {"secret": [], "personal": []}
+
+    def looked_at(text: str, row: SourceRow, name: str) -> bool:
+        if text not in found:
+            found[text] = [f for f in secrets.find(text, also) if f.kind not in allow]
+        for finding in found[text]:
+            told[finding.category].append(f"{row.source}:{row.line}: {secrets.LABELS[finding.kind]} in {name}")
+        return bool(found[text])
+
     clean = []
     for row in rows:
-        groups = dict(row.groups)
-        for name, value in row.groups.items():
-            if value not in found:
-                found[value] = [f for f in secrets.find(value, also) if f.kind not in allow]
-            for finding in found[value]:
-                place = f"{row.source}:{row.line}: {secrets.LABELS[finding.kind]} in the group {name}"
-                told[finding.category].append(place)
-            if found[value] and redact:
-                groups[name] = f"redacted-{hashlib.sha256(value.encode()).hexdigest()[:16]}"
-        clean.append(replace(row, groups=groups))
+        bad_groups = [name for name, value in row.groups.items() if looked_at(value, row, f"the group {name}")]
+        texts = [(key, text) for key, value in row.metadata.items() for text in texts_of(value)]
+        bad_keys = {key for key, text in texts if looked_at(text, row, f"the key {key}")}
+        if redact and (bad_groups or bad_keys):
+            groups = {**row.groups, **{name: _digested(row.groups[name]) for name in bad_groups}}
+            metadata = {**row.metadata, **{key: _digested(canonical_json(row.metadata[key])) for key in bad_keys}}
+            row = replace(row, groups=groups, metadata=metadata)
+        clean.append(row)
     if redact:
         values = sum(bool(findings) for findings in found.values())
         if values:
-            reporter.say(f"Digests put for {values:,} values of groups")
+            reporter.say(f"Digests put for {values:,} values of groups and metadata")
         return clean
     if told["secret"]:
         raise UserError(
-            f"{len(told['secret']):,} secrets as values of groups, nothing was added\n{_places(told['secret'])}",
-            fix="Group by something else, or add the rows with --redact, which puts a digest in the value's place.",
+            f"{len(told['secret']):,} secrets as values of groups or metadata, nothing was added\n"
+            f"{_places(told['secret'])}",
+            fix="Name the key in data.ignore (a group: group by something else), or add the rows with --redact, which "
+            "puts a digest in the value's place.",
         )
     if told["personal"]:
         reporter.warn(
-            f"personal data as values of groups, which are kept with the version as they are; --redact puts digests in "
-            f"their place.\n{_places(told['personal'])}"
+            "personal data as values of groups or metadata, which are kept with the version as they are; --redact puts "
+            f"digests in their place, data.ignore leaves a key out.\n{_places(told['personal'])}"
         )
     return clean
+
+
+def _digested(value: str) -> str:
+    return f"redacted-{hashlib.sha256(value.encode()).hexdigest()[:16]}"
 
 
 def _places(told: Sequence[str]) -> str:

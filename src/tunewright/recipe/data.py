@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tunewright.recipe.section import Section
 
-# As data.secrets names what it finds: the first 21 are secrets, the next 5 personal data, the last 3 need --presidio.
+# As data.secrets names what it finds: the first 22 are secrets, the next 5 personal data, the last 3 need --presidio.
 Findable = Literal[
     "private_key",
     "github_token",
@@ -30,6 +30,7 @@ Findable = Literal[
     "digitalocean_token",
     "jwt",
     "url_credentials",
+    "password",
     "card",
     "iban",
     "email",
@@ -72,7 +73,7 @@ class DataRecipe(Section):
         tuple[str, ...],
         Field(
             description="Files of pairs (JSON, CSV, Parquet or a saved `datasets` folder, relative to this file) that "
-            "`tunewright run` adds."
+            "`tunewright run` adds; also folders of such files, and patterns such as data/*.jsonl."
         ),
     ] = ()
     rows: Annotated[
@@ -108,7 +109,10 @@ class DataRecipe(Section):
     ] = ()
     ignore: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
-        Field(description="Columns or keys that are left out, such as id or source; any other is a fault."),
+        Field(
+            description="Columns or keys to leave out, such as id or source; others that nothing uses are kept as "
+            "metadata."
+        ),
     ] = ()
     system: Annotated[
         str | None,

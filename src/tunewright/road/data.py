@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tunewright.adapters.registry import list_adapters
 from tunewright.data.add import AddResult, add
 from tunewright.data.formats import uses_columns
+from tunewright.data.formats.files import source_files
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
 from tunewright.data.versions.find import find_row
 from tunewright.errors import UserError
@@ -19,9 +20,10 @@ from tunewright.recipe import DataRecipe
 from tunewright.road.opened import OpenProject
 
 if TYPE_CHECKING:
-    from tunewright.data.formats.file_check import Change, FileCheck
+    from tunewright.data.formats.file_check import Change
     from tunewright.data.neighbours.contamination import Contamination
     from tunewright.data.neighbours.leak import BandScore, LeakReport
+    from tunewright.data.preview import Preview
     from tunewright.data.review.edits import EditResult
     from tunewright.data.review.passes import Review
     from tunewright.data.review.report import ReviewReport
@@ -81,11 +83,9 @@ class DataRoad:
         data.output; ``accept_conflicts`` keeps inputs with different outputs, as data.conflicts: accept does;
         ``presidio`` names a spaCy model to look for names and places with.
         """
-        paths = [Path(f) for f in files]
+        paths = source_files(files, self._reporter)
         data = self._mapped(paths, rows, input_column, output_column)
-        if accept_conflicts:
-            data = data.model_copy(update={"conflicts": "accept"})
-        project = Project(self._project.root, self._project.recipe.model_copy(update={"data": data}))
+        project = self._with(data, accept_conflicts=accept_conflicts)
         return add(project, paths, self._reporter, skip_bad=skip_bad, redact=redact, presidio=presidio, message=message)
 
     def check_files(
@@ -95,12 +95,14 @@ class DataRoad:
         rows: str | None = None,
         input_column: str | None = None,
         output_column: str | None = None,
-    ) -> FileCheck:
-        """All faults of all rows of files of pairs, before they are added; options as for ``add``."""
-        from tunewright.data.formats.file_check import check_files
+        accept_conflicts: bool = False,
+    ) -> Preview:
+        """Return what :meth:`add` would do with files of pairs, every fault included; options as for ``add``."""
+        from tunewright.data.preview import preview
 
-        paths = [Path(f) for f in files]
-        return check_files(paths, self._mapped(paths, rows, input_column, output_column), self._reporter)
+        paths = source_files(files, self._reporter)
+        data = self._mapped(paths, rows, input_column, output_column)
+        return preview(self._with(data, accept_conflicts=accept_conflicts), paths, self._reporter)
 
     def fix_file(
         self,
@@ -118,6 +120,12 @@ class DataRoad:
         data = self._mapped([Path(file)], rows, input_column, output_column)
         with self._reporter.task("correcting", source_size(Path(file)), "bytes") as task:
             return fix_file(Path(file), Path(out), data, task)
+
+    def _with(self, data: DataRecipe, *, accept_conflicts: bool) -> Project:
+        """The project with this data section."""
+        if accept_conflicts:
+            data = data.model_copy(update={"conflicts": "accept"})
+        return Project(self._project.root, self._project.recipe.model_copy(update={"data": data}))
 
     def _mapped(self, paths: Sequence[Path], rows: str | None, input_: str | None, output: str | None) -> DataRecipe:
         """The recipe's data section with a command's options in it.
@@ -151,6 +159,12 @@ class DataRoad:
     def show(self, row: str) -> Member:
         """One row of the current version, by the beginning of its key or by ``FILE:LINE``."""
         return find_row(self._dataset, self.version(), row)
+
+    def metadata(self, key: str) -> dict[str, Any]:
+        """Return the metadata that the file of a row of the current version had, by the row's whole key."""
+        from tunewright.data.versions.origins import metadata_by_key
+
+        return metadata_by_key(self._dataset, self.version().manifest).get(key, {})
 
     def check(self) -> LengthReport:
         """Encode every row of the current version as training would, and measure."""
@@ -306,12 +320,24 @@ class DataRoad:
         return checkout(self._dataset, version)
 
     def export(
-        self, out: str | Path, form: Format = "chat", *, split: Split | None = None, version: str | None = None
+        self,
+        out: str | Path,
+        form: Format = "chat",
+        *,
+        split: Split | None = None,
+        version: str | None = None,
+        metadata: bool = False,
     ) -> Exported:
-        """Write a version (the current one by default), or one split of it, as a file for other tools."""
-        from tunewright.data.versions.export import export
+        """Write a version (the current one by default), or one split of it, as a file for other tools.
 
-        return export(self.version(version), Path(out), form, self._reporter, split=split)
+        ``metadata`` puts the keys that the rows' files had besides into chat rows.
+        """
+        from tunewright.data.versions.export import export
+        from tunewright.data.versions.origins import metadata_by_key
+
+        chosen = self.version(version)
+        extra = metadata_by_key(self._dataset, chosen.manifest) if metadata else None
+        return export(chosen, Path(out), form, self._reporter, split=split, metadata=extra)
 
     def push(self, url: str) -> Transfer:
         """Copy the current version, those that it was made from, and reviews to a folder or bucket."""

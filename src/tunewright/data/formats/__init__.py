@@ -11,7 +11,7 @@ from typing import Any
 
 from tunewright.data.examples import Example
 from tunewright.data.formats.checks import RowError, example_from_turns, groups_of
-from tunewright.data.formats.mapping import UnusedKeys
+from tunewright.data.formats.metadata import MOST_CHARACTERS, counted, metadata_of
 from tunewright.data.formats.row_errors import json_path
 from tunewright.data.formats.shapes import conversation_of
 from tunewright.data.formats.sources import check_mapping, open_source, uses_columns
@@ -41,13 +41,14 @@ class SourceRow:
 
     ``source`` is the file as the user named it, ``line`` the line (from 1) that the row starts at, in Parquet and saved
     datasets the number of the row (from 1), as it is for rows that data.rows makes anew. ``groups`` has the row's
-    values of the recipe's data.groups.
+    values of the recipe's data.groups, ``metadata`` those of keys that nothing uses.
     """
 
     example: Example
     source: str
     line: int
     groups: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def scan_pairs(path: Path, data: DataRecipe, notes: list[str], task: Task | None
 
     Args:
         data: the recipe's names of columns and keys, its system turn and its limit of characters.
-        notes: gets what the user should know: what kind of rows were found and why, encoding, unused columns and keys.
+        notes: gets what the user should know: what kind of rows were found and why, encoding, keys that are not kept.
         task: advanced by the bytes that are read, ``source_size(path)`` in all.
 
     Raises:
@@ -100,7 +101,7 @@ def scan_pairs(path: Path, data: DataRecipe, notes: list[str], task: Task | None
     """
     source = open_source(path, data, notes, task)
     kinds: Counter[tuple[str, str]] = Counter()
-    unused = UnusedKeys(data)
+    left_out: Counter[str] = Counter()
     ignored: set[str] = set()
     count = 0
     for line, row, above in source.rows:
@@ -109,17 +110,20 @@ def scan_pairs(path: Path, data: DataRecipe, notes: list[str], task: Task | None
             if isinstance(row, RowError):
                 raise row
             ignored.update(row.keys() & data.ignore)
-            unused.see(row)
             conversation = conversation_of(row, data, above)
             kinds[conversation.kind, conversation.reason] += 1
-            yield SourceRow(example_from_turns(conversation.turns, data), str(path), line, groups_of(row, data))
+            example = example_from_turns(conversation.turns, data)
+            metadata, too_long = metadata_of(row, conversation, data)
+            left_out.update(too_long)
+            yield SourceRow(example, str(path), line, groups_of(row, data), metadata)
         except RowError as fault:
             yield fault_of(fault, path, line)
     if not count:
         raise UserError("the file is empty: there is no row in it", where=str(path))
     notes.extend(_told(path, source.kind, kinds))
-    if unused.told:
-        notes.append(f"{path}: {unused.told}")
+    if left_out:
+        what = f"no text or number, or longer than {MOST_CHARACTERS:,} characters"
+        notes.append(f"{path}: not kept as metadata, because a value is {what}: {counted(left_out)}")
     if ignored:
         names = ", ".join(name for name in data.ignore if name in ignored)
         notes.append(f"{path}: left out, as data.ignore says: {names}")

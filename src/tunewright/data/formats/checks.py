@@ -177,8 +177,8 @@ def _weight(turn: Turn) -> Literal[0, 1]:
 def _not_text(turn: Turn) -> RowError:
     value, name = turn.content, place(turn.content_path)
     if isinstance(value, list) and any(isinstance(p, dict) and "image" in str(p.get("type")) for p in value):
-        reason = f"{name} holds an image, and only text is trained: take the image out, or leave the example out"
-        return RowError("E306", reason, turn.content_path)
+        reason = f"images are not supported: {name} holds one; take it out, or leave the example out"
+        return RowError("E208", reason, turn.content_path)
     if isinstance(value, list):
         return RowError("E306", f"{name} is a list of parts, not text: join the texts of its parts", turn.content_path)
     kind = "null" if value is None else type(value).__name__

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunewright.data.formats import Fault, check_mapping, scan_pairs, source_size
+from tunewright.data.formats import Fault, SourceRow, check_mapping, scan_pairs, source_size
 from tunewright.data.formats.checks import RowError, example_from_turns, groups_of
-from tunewright.data.formats.mapping import UnusedKeys
 from tunewright.data.formats.mends import mend
-from tunewright.data.formats.row_errors import CODES
+from tunewright.data.formats.metadata import metadata_of, texts_of
 from tunewright.data.formats.shapes import Conversation, Turn, conversation_of
 from tunewright.data.formats.sources import Source, open_source
 from tunewright.data.secrets import LABELS, find
@@ -59,7 +58,7 @@ class FileCheck:
 
     @property
     def summary(self) -> str:
-        """All in one sentence, and a line for each code that occurs."""
+        """Rows and faults in one sentence, and secrets by kind in another."""
         examples = sum(file.examples for file in self.files)
         unreadable = sum(file.unreadable is not None for file in self.files)
         told = [f"{examples:,} examples and {len(self.faults):,} faulty rows in {_files(len(self.files))}"]
@@ -68,9 +67,7 @@ class FileCheck:
         if self.secrets:
             kinds = ", ".join(f"{LABELS[kind]}: {count:,}" for kind, count in self.secrets.items())
             told.append(f"secrets ({kinds}): `tunewright data add` refuses them, by line, unless it has --redact")
-        return "\n".join(
-            told + [f"{code}  {n:>7,}  {CODES[code][0]}: {CODES[code][1]}" for code, n in self.counts.items()]
-        )
+        return "\n".join(told)
 
     def as_dict(self) -> dict[str, Any]:
         """The check as ``--json`` prints it."""
@@ -81,9 +78,12 @@ def _files(count: int) -> str:
     return f"{count:,} file{'' if count == 1 else 's'}"
 
 
-def check_files(paths: Sequence[Path], data: DataRecipe, reporter: Reporter) -> FileCheck:
-    """Read files row by row and collect every fault; rows are not held, so that files of any length can be checked.
+def check_files(
+    paths: Sequence[Path], data: DataRecipe, reporter: Reporter, rows: list[SourceRow] | None = None
+) -> FileCheck:
+    """Read files row by row and collect every fault.
 
+    ``rows`` gets the rows that are examples; without it they are not held, so that files of any length can be checked.
     A file that cannot be read is told in the result, and the others are checked all the same.
 
     Raises:
@@ -93,11 +93,18 @@ def check_files(paths: Sequence[Path], data: DataRecipe, reporter: Reporter) -> 
     faults: list[Fault] = []
     secrets: Counter[str] = Counter()
     with reporter.task("checking", sum(source_size(path) for path in paths), "bytes") as task:
-        files = tuple(_checked(path, data, faults, secrets, task) for path in paths)
+        files = tuple(_checked(path, data, faults, secrets, task, rows) for path in paths)
     return FileCheck(files, tuple(faults), dict(secrets.most_common()))
 
 
-def _checked(path: Path, data: DataRecipe, faults: list[Fault], secrets: Counter[str], task: Task) -> CheckedFile:
+def _checked(
+    path: Path,
+    data: DataRecipe,
+    faults: list[Fault],
+    secrets: Counter[str],
+    task: Task,
+    rows: list[SourceRow] | None,
+) -> CheckedFile:
     notes: list[str] = []
     examples, before, unreadable = 0, len(faults), None
     try:
@@ -106,7 +113,9 @@ def _checked(path: Path, data: DataRecipe, faults: list[Fault], secrets: Counter
                 faults.append(row)
             else:
                 examples += 1
-                texts = [*(m.content for m in row.example.messages), *row.groups.values()]
+                if rows is not None:
+                    rows.append(row)
+                texts = [*(m.content for m in row.example.messages), *row.groups.values(), *texts_of(row.metadata)]
                 found = (f for text in texts for f in find(text))
                 secrets.update(f.kind for f in found if f.category == "secret" and f.kind not in data.allow)
     except UserError as error:
@@ -147,15 +156,13 @@ def fix_file(path: Path, out: Path, data: DataRecipe, task: Task | None = None) 
     source = open_source(path, data, notes, task)
     changes: list[Change] = []
     plain = data.model_copy(update={"system": None})
-    unused = UnusedKeys(plain)
     with _new_file(out) as copy:
         written = 0
-        for row in _fixed_rows(path, source, plain, changes, unused):
+        for row in _fixed_rows(path, source, plain, changes):
             copy.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
         if not written:
             raise UserError("no row is left to copy", where=str(path), fix="Check the file: each row has a fault.")
-    notes += [unused.told] if unused.told else []
     return _changes_of_the_whole(path, source, notes) + changes
 
 
@@ -167,18 +174,16 @@ def _changes_of_the_whole(path: Path, source: Source, notes: Sequence[str]) -> l
     return changes
 
 
-def _fixed_rows(
-    path: Path, source: Source, data: DataRecipe, changes: list[Change], unused: UnusedKeys
-) -> Iterator[dict[str, Any]]:
+def _fixed_rows(path: Path, source: Source, data: DataRecipe, changes: list[Change]) -> Iterator[dict[str, Any]]:
     kinds: set[str] = set()
     for line, row, above in source.rows:
         try:
             if isinstance(row, RowError):
                 raise row
-            unused.see(row)
             groups = groups_of(row, data)
             conversation = conversation_of(row, data, above)
             turns, done = _mended(conversation, data)
+            metadata, lost = metadata_of(row, conversation, data)
         except RowError as fault:
             changes.append(Change(str(path), line, fault.code, f"left out: {fault}", left_out=True))
             continue
@@ -190,7 +195,12 @@ def _fixed_rows(
         if dropped:
             changes.append(Change(str(path), line, None, f"left out, as data.ignore says: {', '.join(dropped)}"))
         changes += [Change(str(path), line, code, what) for code, what in done]
-        yield {**{key: groups.get(key) for key in data.groups}, "messages": [_written(turn) for turn in turns]}
+        lost += [key for key in metadata if key in _CHAT_KEYS]  # in a chat row they would mean something
+        if lost:
+            changes.append(Change(str(path), line, None, f"keys that are not in the copy: {', '.join(lost)}"))
+            metadata = {key: value for key, value in metadata.items() if key not in lost}
+        plain = {key: groups.get(key) for key in data.groups}
+        yield {**metadata, **plain, "messages": [_written(turn) for turn in turns]}
 
 
 def _mended(conversation: Conversation, data: DataRecipe) -> tuple[list[Turn], list[tuple[str, str]]]:
@@ -212,6 +222,9 @@ def _mended(conversation: Conversation, data: DataRecipe) -> tuple[list[Turn], l
 def _written(turn: Turn) -> dict[str, Any]:
     weight = {"weight": 0} if turn.rest.get("weight") == 0 else {}
     return {"role": turn.role, "content": turn.content, **weight}
+
+
+_CHAT_KEYS = {"messages", "system", "system_prompt", "only_last"}
 
 
 @contextmanager

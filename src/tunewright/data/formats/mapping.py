@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping as AnyMapping
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, lru_cache
 from typing import Any
@@ -20,7 +20,6 @@ from tunewright.errors import UserError
 from tunewright.recipe import DataRecipe
 
 _ROW, _ABOVE = "row", "above"
-_MOST_KEYS = 8  # named in one note
 _PLAIN = (str, int, float, Decimal, datetime.date, datetime.time)
 # What a template's own operations raise over values that they were not written for.
 _FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
@@ -91,7 +90,7 @@ class Mapping:
         return "the recipe maps " + " and ".join(f"{_named(side)} to the {name}" for side, name in sides)
 
     def columns(self, header: Sequence[str]) -> list[str]:
-        """The columns of a table that are read."""
+        """The columns of a table that are used."""
         named = list(dict.fromkeys((*self.input.keys, *self.output.keys)))
         return [*named, *(name for name in header if self.whole_row and name not in named)]
 
@@ -206,28 +205,3 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 _ENVIRONMENT = _environment()
-
-
-@dataclass
-class UnusedKeys:
-    """The keys of rows that no template, group or data.ignore uses: not faults, but told."""
-
-    data: DataRecipe
-    first: dict[str, None] = field(default_factory=dict)
-
-    def see(self, row: AnyMapping[str, Any]) -> None:
-        """Remember the row's unused keys, the first few."""
-        mapping = mapping_of(self.data)
-        if mapping is None or not mapping.templated or mapping.whole_row or len(self.first) > _MOST_KEYS:
-            return
-        for key in row.keys() - mapping.keys:
-            if key not in self.data.groups and key not in self.data.ignore:
-                self.first.setdefault(key)
-
-    @property
-    def told(self) -> str | None:
-        """Their names, if there are any."""
-        if not self.first:
-            return None
-        more = " and others" if len(self.first) > _MOST_KEYS else ""
-        return f"keys that are not used: {', '.join(sorted(self.first)[:_MOST_KEYS])}{more}"

@@ -14,7 +14,7 @@ CODES: dict[str, tuple[str, str]] = {
     "E105": ("NaN or Infinity, which JSON does not have", "Write text, or leave the row out."),
     "E106": ("lists or objects nested too deep to be read", "Leave the row out, or flatten it."),
     "E107": ("a CSV row with more or fewer fields than the header", "Put fields with delimiters or quotes in quotes."),
-    "E201": ("a key that no known kind of row has", "Name it in data.ignore or data.groups, or take it out."),
+    "E201": ("a key that no known kind of row has", "Correct its spelling, or name it in data.ignore."),
     "E202": (
         "a key that this kind of row needs is missing",
         "Add it, or name your keys by data.input and data.output.",
@@ -30,6 +30,7 @@ CODES: dict[str, tuple[str, str]] = {
         "a row that lacks what data.input or data.output uses",
         "Add it, or have the template provide for rows without it: is defined, default.",
     ),
+    "E208": ("an image, and only text is trained", "Leave such rows out, or name the key in data.ignore."),
     "E301": ("a turn that is not an object", "Write each turn as an object with a role and its content."),
     "E302": ("a turn without role or content", "Give the turn both."),
     "E303": ("a key that a turn does not have", "Take it out: a turn is a role, its content and perhaps a weight."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from tunewright.recipe import DataRecipe
 ROW_SHAPES = '{"messages": [...]} or {"prompt": "...", "completion": "..."}'
 
 _MOST_KEYS = 8  # named in one fault: an object of a thousand rows has a thousand keys
+_NEAR = 0.8  # of 1: "mesages", "promt" and "imput" reach it, "context" does not
 _SHARE_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _TOOL_ROLES = ("tool", "function", "function_call", "observation")
 _TOOL_KEYS = ("tools", "available_tools", "functions", "tool_calls", "function_call")
@@ -44,11 +46,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of a row, the kind of row (as people call it) and the keys that told."""
+    """The turns of a row, the kind of row (as people call it), the keys that told, and all keys that it uses."""
 
     kind: str
     reason: str
     turns: tuple[Turn, ...]
+    keys: frozenset[str] = frozenset()
 
 
 def conversation_of(row: Mapping[str, Any], data: DataRecipe, above: JsonPath = ()) -> Conversation:
@@ -58,7 +61,8 @@ def conversation_of(row: Mapping[str, Any], data: DataRecipe, above: JsonPath = 
         above: the keys and indices that lead to the row in a document, for templates of the recipe.
 
     Raises:
-        RowError: no known kind, unknown or missing keys, turns that are no list of objects, a template that fails.
+        RowError: no known kind, missing keys, a key that a known one was mistyped for, turns that are no list of
+            objects, a template that fails. Other keys are no faults: ``metadata_of`` keeps them.
     """
     if data.ignore:
         row = {key: value for key, value in row.items() if key not in data.ignore}
@@ -66,12 +70,15 @@ def conversation_of(row: Mapping[str, Any], data: DataRecipe, above: JsonPath = 
     if mapping is not None and mapping.templated:
         sides = (("user", mapping.input), ("assistant", mapping.output))
         turns = tuple(Turn(role, side.value(row, above), side.path, side.path) for role, side in sides)
-        return Conversation("mapped pairs", mapping.reason, turns)
+        return Conversation(
+            "mapped pairs", mapping.reason, turns, frozenset(row) if mapping.whole_row else mapping.keys
+        )
     if data.input in row and data.output in row:
         assert data.input is not None and data.output is not None
-        _only(row, {data.input, data.output}, (), data)
+        keys = _used(row, {data.input, data.output}, (), data)
         reason = f"the recipe names {data.input} as input and {data.output} as output"
-        return Conversation("mapped pairs", reason, _pair(row, data.input, data.output))
+        return Conversation("mapped pairs", reason, _pair(row, data.input, data.output), keys)
+    _refuse_images(row, data)
     for key in ("messages", "interactions", "conversation"):
         if key in row:
             return _chat(row, key, data)
@@ -80,30 +87,50 @@ def conversation_of(row: Mapping[str, Any], data: DataRecipe, above: JsonPath = 
     _refuse_untrainable(row, data)
     if "instruction" in row:
         return _alpaca(row, data)
-    _only(row, {"prompt", "completion"}, (), data)
+    keys = _used(row, {"prompt", "completion"}, (), data)
     return Conversation(
-        "prompt/completion pairs", "rows have prompt and completion", _pair(row, "prompt", "completion")
+        "prompt/completion pairs", "rows have prompt and completion", _pair(row, "prompt", "completion"), keys
     )
 
 
-def _only(row: Mapping[str, Any], needed: set[str], also: Collection[str], data: DataRecipe) -> None:
-    """Refuse other keys than these and the groups', and missing ones."""
+def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data: DataRecipe) -> frozenset[str]:
+    """The keys that this kind of row uses; refuse a row without a needed one, or with a mistyped one."""
+    used = frozenset((*needed, *also, *_TOOL_KEYS))
     if row.keys() == needed:
-        return
+        return used
     for key in row:
         if key in _TOOL_KEYS and key not in {*needed, *also, *data.groups}:
             if row[key] in (None, [], "", "[]"):
                 continue
             raise RowError("E204", f'the row has "{key}": tools cannot be trained', (key,))
-    unknown = [key for key in row if key not in {*needed, *also, *data.groups, *_TOOL_KEYS}]
-    missing = [key for key in sorted(needed) if key not in row]
-    told = [f"unknown key {_quoted(unknown)}"] if unknown else []
-    told += [f"missing key {_quoted(missing)}"] if missing else []
-    if told:
+    unknown = [key for key in row if key not in used and key not in data.groups]
+    meant = {key: known for key in unknown if (known := _meant(key, (*needed, *also)))}
+    told = [f'unknown key "{key}", did you mean "{known}"?' for key, known in list(meant.items())[:_MOST_KEYS]]
+    missing = [key for key in sorted(needed) if key not in row and key not in meant.values()]
+    if missing:
+        others = [key for key in unknown if key not in meant]
+        told = [f"unknown key {_quoted(others)}"] * bool(others) + told + [f"missing key {_quoted(missing)}"]
         of = ROW_SHAPES if needed <= {"messages", "prompt", "completion"} else _quoted([*sorted(needed), *also])
-        raise RowError(
-            "E201" if unknown else "E202", f"{' and '.join(told)}: a row is {of}", (unknown[0],) if unknown else ()
-        )
+        told[-1] += f": a row is {of}"
+    if told:
+        first = (next(iter(meant or unknown)),) if unknown else ()
+        raise RowError("E201" if unknown else "E202", " and ".join(told).replace("? and ", " and "), first)
+    return used
+
+
+def _meant(key: str, known: Collection[str]) -> str | None:
+    """The known key that this one seems to be a misspelling of; ``prompt_id`` is none of ``prompt``."""
+    plain = key.strip().lower()
+    if plain in known:
+        return plain
+    near = difflib.get_close_matches(plain, known, n=1, cutoff=_NEAR)
+    return near[0] if near and plain.count("_") == near[0].count("_") else None
+
+
+def _refuse_images(row: Mapping[str, Any], data: DataRecipe) -> None:
+    for key in ("image", "images"):
+        if row.get(key) and key not in data.groups:
+            raise RowError("E208", f'images are not supported: the row has "{key}"', (key,))
 
 
 def _quoted(keys: Sequence[str]) -> str:
@@ -126,7 +153,7 @@ def _pair(row: Mapping[str, Any], prompt: str, completion: str) -> tuple[Turn, .
 
 def _alpaca(row: Mapping[str, Any], data: DataRecipe) -> Conversation:
     """Stanford Alpaca's row, with LLaMA-Factory's system and history (its data/README.md): input below instruction."""
-    _only(row, {"instruction", "output"}, ("input", "system", "history"), data)
+    keys = _used(row, {"instruction", "output"}, ("input", "system", "history"), data)
     history = row.get("history")
     if history is None:
         history = []
@@ -146,7 +173,7 @@ def _alpaca(row: Mapping[str, Any], data: DataRecipe) -> Conversation:
         asked = f"{asked}\n{more}"
     turns.append(Turn("user", asked, ("instruction",), ("instruction",)))
     turns.append(Turn("assistant", row["output"], ("output",), ("output",)))
-    return Conversation("Alpaca instructions", "rows have instruction and output", tuple(turns))
+    return Conversation("Alpaca instructions", "rows have instruction and output", tuple(turns), keys)
 
 
 def _system(row: Mapping[str, Any], *keys: str) -> list[Turn]:
@@ -155,12 +182,12 @@ def _system(row: Mapping[str, Any], *keys: str) -> list[Turn]:
 
 
 def _share_gpt(row: Mapping[str, Any], data: DataRecipe) -> Conversation:
-    _only(row, {"conversations"}, ("system",), data)
+    keys = _used(row, {"conversations"}, ("system",), data)
     turns = _listed(row, "conversations", ("from", "role"), ("value", "content"))
     named = [_renamed(turn) for turn in turns]
     first = turns[0].content_path[-1]
     reason = f"rows have conversations[].{'from' if first == 'value' else 'role'}/{first}"
-    return Conversation("ShareGPT conversations", reason, (*_system(row, "system"), *named))
+    return Conversation("ShareGPT conversations", reason, (*_system(row, "system"), *named), keys)
 
 
 def _renamed(turn: Turn) -> Turn:
@@ -174,7 +201,7 @@ def _renamed(turn: Turn) -> Turn:
 def _chat(row: Mapping[str, Any], key: str, data: DataRecipe) -> Conversation:
     """OpenAI's and Together's rows, and Mistral's: interactions for messages, text for content, a system_prompt."""
     mistral = key == "interactions" or not {"system", "system_prompt", "only_last"}.isdisjoint(row)
-    _only(row, {key}, ("system", "system_prompt", "only_last") if mistral else (), data)
+    used = _used(row, {key}, ("system", "system_prompt", "only_last"), data)
     turns = _listed(row, key, ("role",), ("content", "text"))
     first = turns[0].content_path[-1]
     mistral = mistral or first == "text"
@@ -185,8 +212,8 @@ def _chat(row: Mapping[str, Any], key: str, data: DataRecipe) -> Conversation:
     kind = "Mistral conversations" if mistral else "OpenAI chats"
     if key == "conversation":
         kind = "Together conversations"
-    keys = f"{key}[].role/{first}"
-    return Conversation(kind, f"rows have {keys}", (*_system(row, "system", "system_prompt"), *turns))
+    reason = f"rows have {key}[].role/{first}"
+    return Conversation(kind, reason, (*_system(row, "system", "system_prompt"), *turns), used)
 
 
 def _flag(row: Mapping[str, Any], key: str) -> bool:

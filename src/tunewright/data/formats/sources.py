@@ -21,7 +21,9 @@ from tunewright.progress import Task
 from tunewright.recipe import DataRecipe
 
 _KINDS = "What is read: JSON Lines, a JSON array, CSV or TSV, Parquet, a folder that datasets' save_to_disk wrote."
-_JSON_NAMES = (".jsonl", ".ndjson", ".json")
+JSON_NAMES = (".jsonl", ".ndjson", ".json")
+SAVED = ("state.json", "dataset_dict.json")
+"""A folder with one of these was written by ``Dataset.save_to_disk``."""
 _TABLE_NAMES = (".csv", ".tsv", ".tab", ".txt", ".psv", "")
 _PARQUET = b"PAR1"
 _ARCHIVES = {
@@ -103,7 +105,7 @@ def _refuse_rows(data: DataRecipe, kind: str, path: Path) -> None:
 
 
 def _open_folder(path: Path, data: DataRecipe, notes: list[str], task: Task | None) -> Source:
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not any((path / name).is_file() for name in SAVED):
         raise UserError("a folder, not a file", where=str(path), fix="Name the files in it.")
     _refuse_rows(data, "a saved dataset", path)
     return Source("a saved dataset", saved_rows(path, data, notes, task), table=True)
@@ -121,7 +123,7 @@ def _text_reader(head: str, path: Path, data: DataRecipe, notes: list[str]) -> t
     suffix = path.suffix.lower()
     start = head.lstrip()
     lines = [line for line in start.split("\n") if line.strip()]
-    named_json = suffix in _JSON_NAMES
+    named_json = suffix in JSON_NAMES
     expression = data.rows
     if expression is not None and (named_json or start.startswith(("{", "["))):
         return f"rows at {expression} of a JSON document", lambda text: document_rows(text, path, expression, notes)

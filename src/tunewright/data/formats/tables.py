@@ -37,8 +37,10 @@ _KNOWN_COLUMNS = (
 )
 
 
-def columns(header: Sequence[str], where: str, data: DataRecipe, notes: list[str], *, nested: bool) -> list[str]:
-    """The names of the columns to read: what input and output use, or those of a known kind of row, and the groups'.
+def columns(
+    header: Sequence[str], where: str, data: DataRecipe, notes: list[str], *, nested: bool
+) -> tuple[list[str], list[str]]:
+    """The columns that are used (by input and output, or a known kind of row, and the groups'), and others to keep.
 
     Args:
         nested: whether a cell can hold lists.
@@ -65,10 +67,16 @@ def columns(header: Sequence[str], where: str, data: DataRecipe, notes: list[str
             what = "no column" if name not in header else "more than one column"
             why = ", which data.groups names" if name in data.groups else ""
             raise UserError(f'{what} named "{name}"{why}', where=where, fix=there)
-    unused = [name for name in header if name not in names and name not in data.ignore]
+    others = [name for name in header if name not in names and name not in data.ignore]
+    # A CSV's cell holds no list of turns; of columns of one name, or of none, nobody could say which is which.
+    kept = [name for name in others if name and header.count(name) == 1 and (nested or name != "history")]
+    unused = list(dict.fromkeys(name or "(without a name)" for name in others if name not in kept))
     if unused:
         notes.append(f"{where.rsplit(':', 1)[0]}: columns that are not used: {', '.join(unused)}")
-    return names
+    ignored = [name for name in header if name in data.ignore]
+    if ignored:
+        notes.append(f"{where.rsplit(':', 1)[0]}: left out, as data.ignore says: {', '.join(ignored)}")
+    return names, kept
 
 
 def _known(header: Sequence[str], nested: bool) -> list[str] | None:
@@ -120,6 +128,7 @@ def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataRecipe, notes: 
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     places: dict[str, int] = {}
+    used: list[str] = []
     start = 1
     try:
         for fields in reader:
@@ -127,10 +136,10 @@ def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataRecipe, notes: 
                 header = fields
                 if any(escaped(name) is not None for name in header):
                     raise UserError("not UTF-8", where=f"{path}:{start}", fix="Save the file as UTF-8.")
-                names = columns(header, f"{path}:{start}", data, notes, nested=False)
-                places = {name: header.index(name) for name in names}
+                used, others = columns(header, f"{path}:{start}", data, notes, nested=False)
+                places = {name: header.index(name) for name in (*used, *others)}
             elif header is not None and fields:
-                yield RawRow(start, _csv_row(fields, len(header), places))
+                yield RawRow(start, _csv_row(fields, len(header), places, used))
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
@@ -140,12 +149,12 @@ def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataRecipe, notes: 
         ) from None
 
 
-def _csv_row(fields: list[str], width: int, places: dict[str, int]) -> dict[str, Any] | RowError:
+def _csv_row(fields: list[str], width: int, places: dict[str, int], used: Sequence[str]) -> dict[str, Any] | RowError:
     if len(fields) != width:
         return RowError("E107", f"{len(fields)} fields where the header has {width}")
     row = {name: fields[at] for name, at in places.items()}
-    for name, text in row.items():
-        if escaped(text) is not None:
+    for name in used:
+        if escaped(row[name]) is not None:
             return RowError("E101", "not UTF-8", (name,))
     return row
 
@@ -173,8 +182,8 @@ def parquet_rows(path: Path, data: DataRecipe, notes: list[str], task: Task | No
 
     with _reading(path, "Parquet"), pq.ParquetFile(path) as file:
         schema = file.schema_arrow
-        names = columns(schema.names, f"{path}:1", data, notes, nested=True)
-        batches = file.iter_batches(_BATCH, columns=names)
+        used, others = columns(schema.names, f"{path}:1", data, notes, nested=True)
+        batches = file.iter_batches(_BATCH, columns=[*used, *others])
         yield from _arrow_rows(batches, schema, file.metadata.num_rows, path.stat().st_size, task)
 
 
@@ -195,8 +204,8 @@ def saved_rows(folder: Path, data: DataRecipe, notes: list[str], task: Task | No
             splits = ", ".join(str(folder / name) for name in saved)
             fix = f"Name those you want: {splits}."
             raise UserError("a saved dataset of several splits", where=str(folder), fix=fix)
-        names = columns(saved.column_names, f"{folder}:1", data, notes, nested=True)
-        table = saved.select_columns(names).with_format("arrow")
+        used, others = columns(saved.column_names, f"{folder}:1", data, notes, nested=True)
+        table = saved.select_columns([*used, *others]).with_format("arrow")
         batches = (batch for part in table.iter(_BATCH) for batch in part.to_batches())
         yield from _arrow_rows(batches, saved.features.arrow_schema, len(saved), source_size(folder), task)
 

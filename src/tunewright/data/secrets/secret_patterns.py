@@ -124,6 +124,20 @@ def _real_password(match: re.Match[str]) -> bool:
     return not stands_for_one and _HOSTS_OF_NOBODY.match(match.string, match.end()) is None
 
 
+_NO_PASSWORD = re.compile(
+    r"passw|passphrase|pwd|char|digit|letter|://|^[~./\\]|^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+$", re.I
+)
+_MAIL = re.compile(r"[\w.+-]+@[\w-]+\.[\w.]+")
+
+
+def _plain_password(match: re.Match[str]) -> bool:
+    """Letters with a digit, or a sign among them: prose ("password: required") and code (os.environ) have neither."""
+    token = match["value"]
+    mixed = re.search("[A-Za-z]", token) and re.search(r"\d|[@#$%^&*!+=~](?=.)", token)
+    placeholder = token.lower() in _PASSWORDS_OF_NOBODY or _VARIABLE.fullmatch(token) or _NO_PASSWORD.search(token)
+    return bool(mixed) and not placeholder and not _MAIL.fullmatch(token) and _MADE_UP.search(token) is None
+
+
 def _key_after_name(match: re.Match[str]) -> bool:
     """Azure's storage keys are 64 random bytes."""
     return len(base64.b64decode(match["value"])) == 64 and not made_up(match["value"])
@@ -150,6 +164,9 @@ _OPENAI = (
 _GITLAB = r"gl(?:pat|dt|rt)-(?:[\w-]{27,300}\.[0-9a-z]{2}(?:\.[0-9a-z]{2})?[0-9a-z]{7}|[\w-]{20})"
 _PYPI = r"pypi-(?:AgEIcHlwaS5vcmc|AgENdGVzdC5weXBpLm9yZw)[\w-]{50,400}"  # a macaroon for pypi.org or test.pypi.org
 _AZURE = r"(?:account|storage|access)[ _-]?key[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?P<value>[A-Za-z0-9+/]{86}==)(?![=\w])"
+
+_PASSWORD_NAMES = ("assword", "asswd", "assphrase", "asscode", "asswort", "pwd")
+_PASSWORD_CUES = tuple(spelled for name in _PASSWORD_NAMES for spelled in (name, name.upper(), name.title()))
 
 SECRETS: tuple[Pattern, ...] = (
     Pattern("private_key", "private key", "secret", _PEM, ("-----BEGIN ",), _private_key),
@@ -209,5 +226,18 @@ SECRETS: tuple[Pattern, ...] = (
         ("://",),
         _real_password,
         rank=1,
+    ),
+    Pattern(
+        "password",
+        "password",
+        "secret",
+        re.compile(
+            r"(?<![A-Za-z])(?:pass(?:word|wd|phrase|code|wort)|pwd)(?![A-Za-z])[\"'*]{0,3}\s{0,3}[:=][\s\"'`*]{0,5}"
+            r"(?P<value>[^\s\"'`<>(){}\[\],;]{5,63}[A-Za-z0-9!@#$%^&*+=~-])(?![^\s\"'`<,;.:?)])",
+            re.IGNORECASE,
+        ),
+        _PASSWORD_CUES,
+        _plain_password,
+        rank=2,
     ),
 )

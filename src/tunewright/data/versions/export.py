@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,13 @@ class Exported:
 
 
 def export(
-    version: DatasetVersion, path: Path, form: Format, reporter: Reporter, *, split: Split | None = None
+    version: DatasetVersion,
+    path: Path,
+    form: Format,
+    reporter: Reporter,
+    *,
+    split: Split | None = None,
+    metadata: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Exported:
     """Write a version, or one split of it, as a file; it is written whole or not at all.
 
@@ -57,19 +63,26 @@ def export(
     empty), output and, where a row has a system turn, system. csv: the columns prompt and completion. parquet: the
     column messages, zstd, with the version's digest in the schema's metadata.
 
+    Args:
+        metadata: by pair key, keys to put into a row of chat before its messages; None: rows have messages only.
+
     Raises:
-        UserError: rows that the format cannot hold (named, nothing is written), a file that is there already, an empty
-            split, an unknown format or split, a full disk.
+        UserError: metadata in another format than chat, rows that the format cannot hold (named, nothing is written),
+            a file that is there already, an empty split, an unknown format or split, a full disk.
     """
     _check(path, form, split)
+    if metadata is not None and form != "chat":
+        raise UserError(f"{form} has no place for metadata", where="--metadata", fix="Export as chat.")
     members = [m for m in version.members if split in (None, m.split)]
     if not members:
         raise UserError(f"version {short(version.digest)} has no {split} rows", where="--split")
     system = _fit(members, form)
     examples = [m.example for m in members]
     with reporter.task("exporting", 1, "files") as task:
-        write = {"chat": _write_chat, "alpaca": _write_alpaca, "csv": _write_csv}.get(form)
-        if write is None:
+        write = {"alpaca": _write_alpaca, "csv": _write_csv}.get(form)
+        if form == "chat":
+            _write_chat(path, members, metadata or {})
+        elif write is None:
             _write_parquet(path, examples, {"tunewright.version": version.digest, "tunewright.split": split or "all"})
         else:
             write(path, examples)
@@ -133,8 +146,11 @@ def _refuse(members: Sequence[Member], form: Format, what: str, wrong: Callable[
         )
 
 
-def _write_chat(path: Path, examples: Sequence[Example]) -> None:
-    lines = (canonical_json({"messages": [m.as_dict() for m in e.messages]}) for e in examples)
+def _write_chat(path: Path, members: Sequence[Member], metadata: Mapping[str, Mapping[str, Any]]) -> None:
+    lines = (
+        canonical_json({**metadata.get(m.key, {}), "messages": [turn.as_dict() for turn in m.example.messages]})
+        for m in members
+    )
     write_text(path, "".join(line + "\n" for line in lines))
 
 

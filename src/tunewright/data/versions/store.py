@@ -218,14 +218,17 @@ def _news(dataset: Path, parent: str | None, imports: Sequence[Mapping[str, Any]
         yield from imports
         return
     told: dict[tuple[str, int], tuple[str, str]] = {}
+    metadata: dict[tuple[str, int], Any] = {}
     for path in reversed(import_files(dataset, manifest)):
         for line in text_lines(path.read_text(encoding="utf-8")):
             record = json.loads(line)
             told[record["source"], record["line"]] = record["fate"], record.get("of", record.get("key", ""))
+            metadata[record["source"], record["line"]] = record.get("metadata")
     mixed = {key for key, place in read_places(dataset, manifest.digest).items() if place.mixed}
     for record in imports:
         fate, before = record["fate"], told.get((record["source"], record["line"]))
         known = fate == "known" and before is not None and before[1] == record["key"]
+        known = known and metadata.get((record["source"], record["line"])) == record.get("metadata")
         again = fate in ("contaminated", "not mixed") and before == (fate, record.get("of", record["key"]))
         if not (known or again or (fate == "mixed" and record["key"] in mixed)):
             yield record

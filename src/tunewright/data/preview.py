@@ -1,0 +1,128 @@
+"""What adding files would do, without writing anything: the same steps as ``add``, every refusal collected."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.data import notices
+from tunewright.data.add import Plan, plan
+from tunewright.data.formats import SourceRow
+from tunewright.data.formats.file_check import FileCheck, check_files
+from tunewright.data.screening import screen
+from tunewright.data.splits import SPLITS
+from tunewright.errors import UserError
+from tunewright.progress import Reporter
+from tunewright.project import Project
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """One split of the version that would be made: its rows, how many of them are new, and its clusters."""
+
+    split: str
+    rows: int
+    new: int
+    clusters: int
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What would become of the rows without faults; rows in ``contaminated`` hold a test row or a benchmark item."""
+
+    added: int
+    known: int
+    exact_duplicates: int
+    near_duplicates: int
+    conflicts: int
+    contaminated: int
+    moved: int
+    splits: tuple[SplitSize, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is in some files, and what `data add` would do with them; ``effect`` is None where it could not be told."""
+
+    files: FileCheck
+    metadata: dict[str, int]
+    """Keys that would be kept as metadata, with their rows."""
+    refusals: tuple[UserError, ...]
+    """Why `data add` would add nothing."""
+    effect: Effect | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether `data add` would add the files as they stand."""
+        return self.files.ok and not self.refusals
+
+    def as_dict(self) -> dict[str, Any]:
+        """The preview as ``--json`` prints it."""
+        return {
+            **self.files.as_dict(),
+            "ok": self.ok,
+            "metadata": self.metadata,
+            "refusals": [refusal.as_dict() for refusal in self.refusals],
+            "effect": asdict(self.effect) if self.effect else None,
+        }
+
+
+def preview(project: Project, paths: Sequence[Path], reporter: Reporter) -> Preview:
+    """Check files against the current version; rows are held in memory, as by ``add``.
+
+    Args:
+        project: as for ``add``.
+        paths: the files.
+        reporter: is warned as by ``add``.
+
+    Raises:
+        UserError: the recipe's templates or JMESPath are invalid, or the dataset was changed by hand.
+    """
+    rows: list[SourceRow] = []
+    checked = check_files(paths, project.recipe.data, reporter, rows)
+    refusals: list[UserError] = []
+    if checked.faults:
+        refusals.append(notices.faulty(checked.faults))
+    try:
+        rows = screen(rows, project.recipe.data.allow, reporter, redact=False, presidio=None).rows
+    except UserError as refusal:
+        refusals.append(refusal)
+    effect = None
+    metadata = Counter(key for row in rows for key in row.metadata)
+    if rows:
+        accepting = project.recipe.data.model_copy(update={"conflicts": "accept"})
+        recipe = project.recipe.model_copy(update={"data": accepting})
+        try:
+            planned = plan(Project(project.root, recipe), rows, reporter)
+        except UserError as refusal:
+            refusals.append(refusal)
+        else:
+            effect = _effect(planned)
+            if planned.fresh_conflicts and project.recipe.data.conflicts == "error":
+                refusals.append(notices.conflicting(planned.fresh_conflicts))
+    return Preview(checked, dict(metadata.most_common()), tuple(refusals), effect)
+
+
+def _effect(planned: Plan) -> Effect:
+    merged, found = planned.merged, planned.found
+    fates = [found.fate(row, merged) for row in planned.rows]
+    counts = Counter(fate["fate"] for fate in fates)
+    exact = sum(fate["fate"] == "duplicate" and fate["key"] == fate["of"] for fate in fates)
+    sizes = []
+    for split in SPLITS:
+        members = [member for member in found.members if member.split == split]
+        new = sum(member.key in merged.first for member in members)
+        sizes.append(SplitSize(split, len(members), new, len({member.cluster for member in members})))
+    return Effect(
+        added=counts["added"],
+        known=counts["known"],
+        exact_duplicates=exact,
+        near_duplicates=counts["duplicate"] - exact,
+        conflicts=len(planned.fresh_conflicts),
+        contaminated=len({hit.row for hit in found.hits}),
+        moved=len(found.moved),
+        splits=tuple(sizes),
+    )
