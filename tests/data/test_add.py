@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tunewright.data.add import AddResult, add
 from tunewright.data.neighbours import comparison_texts
-from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.data.versions import DatasetVersion, load_version, version_folder
 from tunewright.errors import UserError
 from tunewright.project import Project
 from tunewright.recipe import DataRecipe
@@ -220,28 +220,35 @@ def test_all_faulty_rows_are_listed_and_nothing_is_added(tmp_path: Path) -> None
     bad = write_jsonl(tmp_path / "bad.jsonl", [("a", ""), *unlike_pairs(3, seed=2), ("b", "")])
     with pytest.raises(UserError, match="2 faulty rows, nothing was added") as caught:
         add(project, [good, bad], Listener())
-    assert f"{bad}:1: an empty answer" in str(caught.value)
-    assert f"{bad}:5: an empty answer" in str(caught.value)
+    assert f"2 rows: an empty answer [E401 $.completion]\n    {bad}:1, {bad}:5\n" in str(caught.value)
     assert "--skip-bad" in str(caught.value)
     assert not project.dataset.exists()
 
 
-def test_of_very_many_faulty_rows_the_first_fifty_are_listed(tmp_path: Path) -> None:
+def test_faults_are_listed_by_cause_with_three_places(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     with pytest.raises(UserError) as caught:
-        _add(project, *[("a", "")] * 70)
-    assert ":50: an empty answer" in caught.value.what
-    assert ":51: an empty answer" not in caught.value.what
-    assert "and 20 more: --skip-bad" in caught.value.what
+        _add(project, *[("a", "")] * 70, ("", "b"))
+    path = project.root / "pairs.jsonl"
+    lines = caught.value.what.splitlines()
+    assert lines[:3] == [
+        "71 faulty rows, nothing was added",
+        "  70 rows: an empty answer [E401 $.completion]",
+        f"    {path}:1, {path}:2, {path}:3 and 67 more",
+    ]
+    assert lines[4] == f"  {path}:71: an empty user turn [E401 $.prompt]"
 
 
-def test_skipped_rows_are_all_named(tmp_path: Path) -> None:
+def test_skipped_rows_are_counted_by_cause_and_all_in_the_record(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     path = write_jsonl(tmp_path / "pairs.jsonl", [*unlike_pairs(20), *[("a", "")] * 70])
     listener = Listener()
     result = add(project, [path], listener, skip_bad=True)
     assert len(result.skipped) == 70
-    assert all(any(f"{path}:{line}: an empty answer" in w for w in listener.warned) for line in range(21, 91))
+    assert any(f"70 rows: an empty answer [E401 $.completion]\n    {path}:21, {path}:22" in w for w in listener.warned)
+    record = (version_folder(project.dataset, result.version.digest) / "imports.jsonl").read_text(encoding="utf-8")
+    skipped = [json.loads(line)["line"] for line in record.splitlines() if '"skipped"' in line]
+    assert skipped == list(range(21, 91))
 
 
 def test_three_rows_are_too_few_and_leave_no_version(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_document_that_holds_the_rows_is_refused_with_the_option_that_finds_th
 def test_one_row_of_a_known_kind_is_a_row_though_it_holds_objects(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert len(_read(tmp_path, {"messages": turns}, None).rows) == 1
-    assert [fault.code for fault in _read(tmp_path, {"messages": turns, "id": 4}, None).faults] == ["E201"]
+    assert [fault.code for fault in _read(tmp_path, {"messages": turns, "sytem": "x"}, None).faults] == ["E201"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])

@@ -53,7 +53,7 @@ def test_all_faults_of_all_files_are_told_and_counted_by_code(tmp_path: Path) ->
     assert check.counts == {"E103": 1, "E202": 2, "E401": 1, "E407": 1}
     assert [(f.examples, f.faulty) for f in check.files] == [(1, 3), (2, 2)]
     assert not check.ok
-    assert check.summary.startswith("3 examples and 5 faulty rows in 2 files\nE103")
+    assert check.summary.startswith("3 examples and 5 faulty rows in 2 files")
     size = source_size(first) + source_size(second)
     assert listener.steps["checking"] == (size, size)
 
@@ -130,9 +130,9 @@ def test_what_leaves_no_choice_is_mended_and_listed(
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "E305"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"id": "x"}]}]}, "E204"),
         ({"messages": [USER, {**ANSWER, "weight": 2}]}, "E307"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "E306"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "E208"),
         ({"messages": [{**USER, "topic": "law"}, ANSWER]}, "E303"),
-        ({**GOOD, "id": 4}, "E201"),
+        ({**GOOD, "sytem": "x"}, "E201"),
         ({"prompt": "a", "completion": ""}, "E401"),
         (7, "E103"),
     ],

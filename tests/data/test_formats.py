@@ -83,7 +83,7 @@ def test_the_recipe_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> No
         (b'["a", "b"]', "a row is an object"),
         (b"{}", 'missing key "completion", "prompt"'),
         (b'{"question": "a", "answer": "b"}', 'unknown key "question", "answer"'),
-        (b'{"prompt": "a", "completion": "b", "weight": 1}', 'unknown key "weight"'),
+        (b'{"prompt": "a", "completion": "b", "prompts": 1}', 'unknown key "prompts", did you mean "prompt"?'),
         (b'{"prompt": "a", "completion": "b", "completion": "c"}', '"completion" stands twice'),
         (b'{"prompt": "a", "completion": ""}', "an empty answer"),
         (b'{"prompt": "a", "completion": " \\n"}', "an empty answer"),
@@ -209,9 +209,10 @@ def test_csv_fields_with_commas_quotes_and_line_breaks_and_the_line_that_each_ro
     assert _faults(reading) == [(6, "1 fields where the header has 2"), (7, "an empty answer"), (8, "not UTF-8")]
 
 
-def test_csv_columns_that_are_not_used_are_told(tmp_path: Path) -> None:
-    reading = _read(tmp_path, b"id,q,a,when\n1,hi,ho,now\n", "pairs.csv")
-    assert f"{tmp_path / 'pairs.csv'}: columns that are not used: id, when" in reading.notes
+def test_csv_columns_without_a_name_of_their_own_are_told(tmp_path: Path) -> None:
+    reading = _read(tmp_path, b"id,q,a,when,when,\n1,hi,ho,now,then,x\n", "pairs.csv")
+    assert f"{tmp_path / 'pairs.csv'}: columns that are not used: when, (without a name)" in reading.notes
+    assert reading.rows[0].metadata == {"id": "1"}
 
 
 def test_a_csv_field_longer_than_python_s_own_limit_is_one_faulty_row(tmp_path: Path) -> None:

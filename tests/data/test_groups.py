@@ -149,7 +149,7 @@ def test_a_secret_as_a_group_s_value_is_refused_and_redaction_keeps_the_group(tm
     rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(40, 7, 1))])
     rows[3]["customer"] = rows[9]["customer"] = card
     rows[5]["customer"] = "maria.lopez@uni-bonn.de"
-    with pytest.raises(UserError, match="2 secrets as values of groups, nothing was added") as caught:
+    with pytest.raises(UserError, match="2 secrets as values of groups or metadata, nothing was added") as caught:
         _add(project, rows)
     assert "rows.jsonl:4: payment card number in the group customer" in caught.value.what
     assert card not in str(caught.value)

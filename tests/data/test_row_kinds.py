@@ -116,7 +116,11 @@ def test_mistral_s_only_last_trains_the_last_answer_alone() -> None:
         ({"input_ids": [1], "attention_mask": [1], "labels": [1]}, "E203", "$.input_ids", "tokenizer"),
         ({"messages": CHAT, "tools": [{"type": "function"}]}, "E204", "$.tools", "tools cannot be trained"),
         ({"conversations": [{"from": "observation", "value": "a"}]}, "E204", "$.conversations[0]", "observation"),
-        ({"messages": CHAT, "id": 7}, "E201", "$.id", 'unknown key "id"'),
+        ({"messages": CHAT, "sytem": "x"}, "E201", "$.sytem", 'unknown key "sytem", did you mean "system"?'),
+        ({"mesages": CHAT}, "E201", "$.mesages", 'did you mean "messages"?'),
+        ({"promt": "a", "completion": "b"}, "E201", "$.promt", 'unknown key "promt", did you mean "prompt"?'),
+        ({"prompt": "a", "completion": "b", "Completions": "c"}, "E201", "$.Completions", 'did you mean "completion"?'),
+        ({"messages": CHAT, "images": ["a.png"]}, "E208", "$.images", "images are not supported"),
         ({"instruction": "a"}, "E202", "$", 'missing key "output"'),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "E206", "$.history[0]", "[input, output]"),
         ({"instruction": "a", "output": "b", "input": 4}, "E305", "$.input", "int, not text"),
@@ -152,7 +156,10 @@ def test_keys_that_the_recipe_names_are_input_and_output(tmp_path: Path) -> None
     reading = _read(tmp_path, [{"question": ASKED, "answer": ANSWERED}], data)
     assert reading.rows[0].example.output == ANSWERED
     assert "the recipe names question as input" in reading.notes[0]
-    assert _fault(tmp_path, {"question": ASKED, "answer": ANSWERED, "topic": "law"}, data).code == "E201"
+    assert _read(tmp_path, [{"question": ASKED, "answer": ANSWERED, "topic": "law"}], data).rows[0].metadata == {
+        "topic": "law"
+    }
+    assert _fault(tmp_path, {"question": ASKED, "answer": ANSWERED, "answers": "law"}, data).code == "E201"
 
 
 def test_groups_travel_with_their_rows_and_null_is_no_group(tmp_path: Path) -> None:

@@ -332,7 +332,7 @@ def test_an_image_in_an_example_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "tunewright.yaml").write_text("name: images\nbase: bundled:smollm2-135m-instruct\n")
     ran = run("data", "add", tmp_path / "images.jsonl", "-p", tmp_path)
     assert ran.code == 2
-    assert "holds an image, and only text is trained" in " ".join(ran.stderr.split())
+    assert "images are not supported: messages[0].content holds one" in " ".join(ran.stderr.split())
 
 
 def test_every_test_that_the_table_names_exists() -> None:

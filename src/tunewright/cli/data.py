@@ -139,8 +139,8 @@ def data_check(
 ) -> None:
     """Say what `data add` would do with files; without files, what training will see of the current version.
 
-    Of files: faults, duplicates, conflicts, secrets, splits; exit code 2 if `data add` would refuse. Of the version: every
-    row encoded: lengths, trained share, rows too long, rows that cannot be trained on.
+    Of files: faults, duplicates, conflicts, secrets, splits; exit code 2 if it would refuse. Of the version: every row
+    encoded: lengths, trained share, rows too long, rows that cannot be trained on.
     """
     import tunewright
     from tunewright.cli.data_texts import preview_text

@@ -16,6 +16,7 @@ from tunewright.recipe import DataRecipe
 MOST_CHARACTERS = 1_000
 """Of a value as JSON: a longer one is a text of its own, and would make a version's files heavy in git."""
 
+_MOST_KEYS = 12  # named in one line
 _ABSENT = (None, "")  # a table has an empty cell or null where JSON has no key
 
 
@@ -68,10 +69,11 @@ def counted(keys: Counter[str]) -> str:
     """Keys with how many rows have each: ``id (8,776 rows), source (12)``."""
     unit = " rows"
     parts = []
-    for key, count in keys.most_common():
+    for key, count in keys.most_common(_MOST_KEYS):
         parts.append(f"{key} ({count:,}{unit if count != 1 else ' row'})")
         unit = ""
-    return ", ".join(parts)
+    more = f" and {len(keys) - _MOST_KEYS:,} more keys" if len(keys) > _MOST_KEYS else ""
+    return ", ".join(parts) + more
 
 
 def texts_of(value: Any) -> Iterable[str]:

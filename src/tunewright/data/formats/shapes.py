@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,6 +87,9 @@ def conversation_of(row: Mapping[str, Any], data: DataRecipe, above: JsonPath = 
     _refuse_untrainable(row, data)
     if "instruction" in row:
         return _alpaca(row, data)
+    if meant := mistyped(row):
+        key, known = next(iter(meant.items()))
+        raise RowError("E201", f'unknown key "{key}", did you mean "{known}"?', (key,))
     keys = _used(row, {"prompt", "completion"}, (), data)
     return Conversation(
         "prompt/completion pairs", "rows have prompt and completion", _pair(row, "prompt", "completion"), keys
@@ -118,12 +121,18 @@ def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data:
     return used
 
 
-def _meant(key: str, known: Collection[str]) -> str | None:
+def mistyped(row: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of a row without any known key that seem to be misspellings of one, and which."""
+    if not KNOWN_KEYS.isdisjoint(row):
+        return {}
+    known = KNOWN_KEYS - _UNTRAINABLE.keys()
+    return {key: near for key in row if (near := _meant(key, known))}
+
+
+def _meant(key: str, known: Iterable[str]) -> str | None:
     """The known key that this one seems to be a misspelling of; ``prompt_id`` is none of ``prompt``."""
     plain = key.strip().lower()
-    if plain in known:
-        return plain
-    near = difflib.get_close_matches(plain, known, n=1, cutoff=_NEAR)
+    near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=_NEAR)
     return near[0] if near and plain.count("_") == near[0].count("_") else None
 
 

@@ -14,7 +14,7 @@ from tunewright.data.formats.documents import check_expression, document_rows, r
 from tunewright.data.formats.encodings import Encoding, find_encoding, note_on, open_text
 from tunewright.data.formats.json_rows import RawRow, json_array, json_lines, json_objects
 from tunewright.data.formats.mapping import mapping_of
-from tunewright.data.formats.shapes import KNOWN_KEYS, conversation_of
+from tunewright.data.formats.shapes import KNOWN_KEYS, conversation_of, mistyped
 from tunewright.data.formats.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows
 from tunewright.errors import UserError
 from tunewright.progress import Task
@@ -151,7 +151,8 @@ def _no_document(rows: Iterator[RawRow], path: Path, data: DataRecipe) -> Iterat
     """The rows, unless the only one is no row itself but seems to hold them."""
     first = list(islice(rows, 2))
     document = first[0].row if len(first) == 1 else None
-    hint = rows_hint(document) if isinstance(document, dict) and document.keys().isdisjoint(KNOWN_KEYS) else None
+    unknown = isinstance(document, dict) and document.keys().isdisjoint(KNOWN_KEYS) and not mistyped(document)
+    hint = rows_hint(document) if unknown and isinstance(document, dict) else None
     if hint is not None:
         assert isinstance(document, dict)
         try:

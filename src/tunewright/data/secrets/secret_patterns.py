@@ -125,7 +125,7 @@ def _real_password(match: re.Match[str]) -> bool:
 
 
 _NO_PASSWORD = re.compile(
-    r"passw|passphrase|pwd|char|digit|letter|://|^[~./\\]|^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+$", re.I
+    r"p[a@4][s$5]{2}w|passphrase|pwd|char|digit|letter|://|^[~./\\]|^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+$", re.I
 )
 _MAIL = re.compile(r"[\w.+-]+@[\w-]+\.[\w.]+")
 
