@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +34,7 @@ Judge = Annotated[
     str | None,
     typer.Option(
         "--adapter",
-        help="For free text: whose loss ranks the suspects.",
+        help='For free text: whose loss ranks the suspects; "base": the base without an adapter.',
         show_default="cross-fitted adapters, else the newest that fits",
     ),
 ]
@@ -54,7 +54,7 @@ def data_suspects(
         result = tunewright.open(project, current.reporter).data.suspects(adapter)
         shown = result.suspects[:top]
         told = f"{len(shown):,} of {len(result.suspects):,}"
-        current.show(result.as_dict(), _suspects_table(shown, result.version), told)
+        current.show(result.as_dict(), _suspects_table(shown, result.version, result.places), told)
 
 
 @data_app.command("review")
@@ -170,7 +170,7 @@ def _screen(review: Review, card: Card, nearest: Nearest, note: str) -> list[Ren
     return [*parts, Text(note, style="yellow")] if note else parts
 
 
-def _suspects_table(found: Sequence[Suspect], version: DatasetVersion) -> RenderableType:
+def _suspects_table(found: Sequence[Suspect], version: DatasetVersion, places: Mapping[str, str]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
@@ -178,12 +178,12 @@ def _suspects_table(found: Sequence[Suspect], version: DatasetVersion) -> Render
 
     by_key = {m.key: m for m in version.members}
     table = Table()
-    for name in ("row", "input", "answer", "reason", "why"):
+    for name in ("row", "from", "input", "answer", "reason", "why"):
         table.add_column(name, no_wrap=name in {"row", "reason"})
     for suspect in found:
         example = by_key[suspect.key].example
         texts = (excerpt(example.input_text), excerpt(example.output), suspect.reason, suspect.detail)
-        table.add_row(suspect.key[:12], *map(Text, texts))
+        table.add_row(suspect.key[:12], Text(places.get(suspect.key, ""), overflow="fold"), *map(Text, texts))
     return table
 
 

@@ -177,7 +177,7 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
     version = new_manifest(
         found.members,
         merged.parent,
-        _settings(project.recipe),
+        _settings(project.recipe, merged.parent),
         message=message,
         sources=list(sources.values()),
         left_out=LeftOut(len(planned.duplicates), len(given.faults), len(found.moved)),
@@ -231,9 +231,17 @@ def _settled(merged: Merge, recipe: Recipe) -> tuple[Conflict, ...]:
     return conflicts
 
 
-def _settings(recipe: Recipe) -> Settings:
+def _settings(recipe: Recipe, parent: DatasetVersion | None) -> Settings:
     data = recipe.data
-    return Settings(similarity=data.similarity, dev=data.dev, test=data.test, seed=recipe.seed, groups=data.groups)
+    before = parent is not None and parent.manifest.settings.conflicts == "accept"
+    return Settings(
+        similarity=data.similarity,
+        dev=data.dev,
+        test=data.test,
+        seed=recipe.seed,
+        groups=data.groups,
+        conflicts="accept" if before else data.conflicts,
+    )
 
 
 def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], reporter: Reporter) -> None:

@@ -28,37 +28,46 @@ _MOST_LOGITS = 1 << 25  # computed at once: 128 MiB in float32
 
 Name = TypeVar("Name")
 
-Judge = tuple[Adapter, Sequence[Member]]
-"""An adapter, and the rows whose answers it judges."""
+Judge = tuple[Adapter | None, Sequence[Member]]
+"""An adapter (None: the base without one), and the rows whose answers it judges."""
+
+BASE = "base"
+"""In place of an adapter's name: the base without an adapter."""
 
 
 @dataclass(frozen=True)
-class RowLosses:
-    """Mean negative log-likelihood per token of each row's last answer, in nats, by pair key."""
+class Judging:
+    """Who judges the answers of a version's rows by their loss."""
 
-    by_key: Mapping[str, float]
+    judges: Sequence[Judge]
     judged_by: str
-    """Whose they are, in words."""
+    """The same in words."""
+    digest: str
+    """Of all that decides the losses, the rows apart."""
 
 
-def row_losses(
+def judging(
     project: Project, version: DatasetVersion, base: Base, chat: ChatFormat, reporter: Reporter, name: str | None = None
-) -> RowLosses | None:
-    """The losses of a version's rows, under adapters that did not see them where there are such.
+) -> Judging | None:
+    """Choose who judges a version's rows: adapters that did not see them where there are such.
 
     That is the version's newest complete cross-fit; else the newest adapter that fits base and chat format; or the one
-    called ``name``. Rows that an adapter was trained on have low losses whatever their answers: how many is told.
+    called ``name``, or with ``BASE`` the base alone. Rows that an adapter was trained on have low losses whatever their
+    answers: how many is a warning.
 
     Returns:
-        None where there is no adapter that fits. Rows that cannot be judged are named, and have no loss.
+        None where there is no adapter that fits.
 
     Raises:
         UserError: no adapter of that name, or one that does not fit.
     """
     folds = out_of_fold(project, version, base, chat) if name is None else []
+    judges: list[Judge]
     if folds:
         told = f"{len(folds)} cross-fitted adapters, each row by the one that saw no row of its cluster"
-        judges: list[Judge] = [*folds]
+        judges = [*folds]
+    elif name == BASE:
+        told, judges = f"{base.spec} without an adapter", [(None, version.domain)]
     else:
         adapter = _newest_fit(project, base, chat, reporter) if name is None else find_adapter(project.adapters, name)
         if adapter is None:
@@ -67,7 +76,45 @@ def row_losses(
         _warn_of_seen(adapter, project.dataset, version, reporter)
         told, judges = adapter.name, [(adapter, version.domain)]
     reporter.say(f"The answers are judged by their loss under {told}.")
-    return RowLosses(_losses(project, base, chat, judges, reporter), told)
+    return Judging(judges, told, digest([_decides(project, base, chat, adapter) for adapter, _ in judges]))
+
+
+def row_losses(
+    project: Project, base: Base, chat: ChatFormat, judging: Judging, reporter: Reporter
+) -> dict[str, float]:
+    """Return the mean negative log-likelihood per token of each row's last answer, in nats, by pair key.
+
+    Those of earlier calls are kept in the working folder. Rows that cannot be judged are named, and have no loss.
+    """
+    losses: dict[str, float] = {}
+    waiting: list[tuple[Adapter | None, dict[str, Tokens]]] = []
+    for adapter, members in judging.judges:
+        known = _read(_file(project, base, chat, adapter))
+        losses |= {m.key: known[m.key] for m in members if m.key in known}
+        rows = answer_rows(chat, [m for m in members if m.key not in known], context_length(base), reporter)
+        if rows:
+            waiting.append((adapter, rows))
+    if not waiting:
+        return losses
+    # The folds' adapters come from one recipe: all were trained on the base held in the same way.
+    adapters = [adapter for adapter, _ in waiting if adapter is not None]
+    quantize = trained_quantize(adapters) if adapters else project.recipe.train.quantize
+    reporter.say(f"Loading {named(base, quantize)}")
+    model: Any = load_model(base, project.recipe.train.dtype, quantize)
+    if adapters:
+        model = with_adapters(model, {adapter.name: adapter.folder for adapter in adapters})
+    with reporter.task("judging answers", sum(len(rows) for _, rows in waiting), "rows") as task:
+        for adapter, rows in waiting:
+            if adapter is not None:
+                model.set_adapter(adapter.name)
+            found: dict[str, float] = {}
+            for part in answer_losses(model, rows, chat.tokenizer.pad_token_id):
+                found |= part
+                task.advance(len(part))
+            losses |= found
+            file = _file(project, base, chat, adapter)
+            write_json(file, {**_read(file), **found})
+    return losses
 
 
 def _newest_fit(project: Project, base: Base, chat: ChatFormat, reporter: Reporter) -> Adapter | None:
@@ -106,38 +153,6 @@ def _warn_of_seen(adapter: Adapter, dataset: Path, version: DatasetVersion, repo
             f"{adapter.name} was trained on {seen:,} of the {len(version.domain):,} rows: their losses are too low "
             f"beside those of the others, and a wrong answer that it learnt by heart is not found. {without}"
         )
-
-
-def _losses(
-    project: Project, base: Base, chat: ChatFormat, judges: Sequence[Judge], reporter: Reporter
-) -> dict[str, float]:
-    """The losses by pair key; those of earlier calls are kept in the working folder."""
-    losses: dict[str, float] = {}
-    waiting: list[tuple[Adapter, dict[str, Tokens]]] = []
-    for adapter, members in judges:
-        known = _read(_file(project, adapter, chat))
-        losses |= {m.key: known[m.key] for m in members if m.key in known}
-        rows = answer_rows(chat, [m for m in members if m.key not in known], context_length(base), reporter)
-        if rows:
-            waiting.append((adapter, rows))
-    if not waiting:
-        return losses
-    # The folds' adapters come from one recipe: all were trained on the base held in the same way.
-    quantize = trained_quantize([adapter for adapter, _ in waiting])
-    reporter.say(f"Loading {named(base, quantize)}")
-    loaded = load_model(base, project.recipe.train.dtype, quantize)
-    model = with_adapters(loaded, {adapter.name: adapter.folder for adapter, _ in waiting})
-    with reporter.task("judging answers", sum(len(rows) for _, rows in waiting), "rows") as task:
-        for adapter, rows in waiting:
-            model.set_adapter(adapter.name)
-            found: dict[str, float] = {}
-            for part in answer_losses(model, rows, chat.tokenizer.pad_token_id):
-                found |= part
-                task.advance(len(part))
-            losses |= found
-            file = _file(project, adapter, chat)
-            write_json(file, {**_read(file), **found})
-    return losses
 
 
 def answer_rows(chat: ChatFormat, members: Sequence[Member], context: int, reporter: Reporter) -> dict[str, Tokens]:
@@ -250,9 +265,15 @@ def whole_model(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _file(project: Project, adapter: Adapter, chat: ChatFormat) -> Path:
-    decides = {"adapter": adapter.digest, "template": chat.digest, "dtype": project.recipe.train.dtype}
-    return project.work / "losses" / f"{digest(decides)[:16]}.json"
+def _decides(project: Project, base: Base, chat: ChatFormat, adapter: Adapter | None) -> dict[str, Any]:
+    if adapter is not None:
+        return {"adapter": adapter.digest, "template": chat.digest, "dtype": project.recipe.train.dtype}
+    train = project.recipe.train
+    return {"base": base.digest, "quantize": train.quantize, "template": chat.digest, "dtype": train.dtype}
+
+
+def _file(project: Project, base: Base, chat: ChatFormat, adapter: Adapter | None) -> Path:
+    return project.work / "losses" / f"{digest(_decides(project, base, chat, adapter))[:16]}.json"
 
 
 def _read(file: Path) -> dict[str, float]:

@@ -13,8 +13,10 @@ from tunewright.data.formats import uses_columns
 from tunewright.data.formats.files import source_files
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
 from tunewright.data.versions.find import find_row
+from tunewright.disk import digest
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import find_evaluation, load_evidence, load_items
+from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import DataRecipe
 from tunewright.road.opened import OpenProject
@@ -45,13 +47,15 @@ class SuspectsResult:
     suspects: list[Suspect]
     judged_by: str | None
     """Whose losses ranked the answers, in words; None where no losses did."""
+    places: dict[str, str]
+    """``FILE:LINE`` by pair key."""
 
     def as_dict(self) -> dict[str, Any]:
         """The suspects as ``--json`` prints them."""
         return {
             "version": self.version.digest,
             "judged_by": self.judged_by,
-            "suspects": [suspect.as_dict() for suspect in self.suspects],
+            "suspects": [{**suspect.as_dict(), "place": self.places.get(suspect.key)} for suspect in self.suspects],
         }
 
 
@@ -205,19 +209,21 @@ class DataRoad:
         return contamination(self._project, self.version(), [Path(f) for f in files], self._reporter)
 
     def suspects(self, adapter: str | None = None) -> SuspectsResult:
-        """The current version's rows whose answer is most likely wrong.
+        """The current version's rows whose answer is most likely wrong; those of the same rows and settings are kept.
 
         Free text is ranked by each answer's loss: under cross-fitted adapters where the version has them, else the
-        newest adapter that fits; or under the one that is named.
+        newest adapter that fits; or under the one that is named, where "base" is the base without an adapter.
 
         Raises:
             UserError: an adapter is named where answers are classes, which a model of other rows judges better.
         """
-        from tunewright.data.review.suspects import class_like, suspects
+        from tunewright.data.review.kept import kept_suspects
+        from tunewright.data.review.suspects import METHOD, class_like, suspects
+        from tunewright.data.versions.origins import places_by_key
 
         version = self.version()
         project = self._project
-        losses = None
+        who = None
         if class_like([m.example.output.strip() for m in version.domain]):
             if adapter is not None:
                 raise UserError(
@@ -226,11 +232,26 @@ class DataRoad:
                     fix="Leave it out.",
                 )
         elif adapter is not None or list_adapters(project.fold_adapters) or list_adapters(project.adapters):
-            from tunewright.evaluation.losses import row_losses
+            from tunewright.evaluation.losses import judging, row_losses
 
-            losses = row_losses(project, version, self._opened.base, self._opened.chat, self._reporter, adapter)
-        found = suspects(version, self._reporter, losses=losses.by_key if losses else None)
-        return SuspectsResult(version, found, losses.judged_by if losses else None)
+            who = judging(project, version, self._opened.base, self._opened.chat, self._reporter, adapter)
+
+        def find(reporter: Reporter) -> list[Suspect]:
+            losses = None
+            if who is not None:
+                losses = row_losses(project, self._opened.base, self._opened.chat, who, reporter)
+            return suspects(version, reporter, losses=losses)
+
+        decides = {
+            "version": version.digest,
+            "settings": version.manifest.settings.model_dump(mode="json"),
+            "judges": who.digest if who else None,
+            "method": METHOD,
+        }
+        file = project.work / "suspects" / f"{digest(decides)[:16]}.json"
+        found = kept_suspects(file, find, self._reporter)
+        places = places_by_key(self._dataset, version.manifest)
+        return SuspectsResult(version, found, who.judged_by if who else None, places)
 
     def review(
         self,

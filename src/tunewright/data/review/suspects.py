@@ -1,7 +1,8 @@
 """Rows whose answer is likely wrong, the most suspicious first, each with its reason.
 
 Where answers are classes, a row is suspicious when a model of *other* rows gives it another class (Northcutt et al.
-2021, "Confident Learning", arXiv 1911.00068; by cleanlab's normalised margin). Free text has no classes to compare:
+2021, "Confident Learning", arXiv 1911.00068; by cleanlab's normalised margin). Where answers repeat, but are too many
+for such a model, each is compared with the centroid of its answer's other rows. Free text has nothing to compare:
 there a trained adapter's loss ranks the rows, if the caller has it.
 """
 
@@ -28,9 +29,17 @@ Reason = Literal["conflict", "near-duplicate", "label", "loss"]
 SHARE = 0.1
 """Of the rows, the share worth looking at: benchmarks/label_errors.py says what is in it."""
 
+METHOD = 2
+"""Goes up with each change of what ``suspects`` finds in the same rows: lists that are kept are then found again."""
+
+REPEATED = 0.5
+"""Share of the rows that have to share their answer with another, for answers to be judged by their other rows."""
+
 MOST_CLASSES = 200
 ROWS_PER_CLASS = 5
 FOLDS = 5
+_BLOCK = 1024  # rows whose similarity to all answers is held at once
+_NOTHING = 1e-4  # what is left of a sum of unit rows when all of them are taken away
 
 # Of 1e-4 to 1e-5, the weakest regularisation ranks best: with 77 classes the stronger ones leave all margins alike.
 _REGULARISATION = 1e-5
@@ -56,6 +65,24 @@ def class_like(outputs: Sequence[str]) -> bool:
     return 1 < different <= MOST_CLASSES and len(outputs) >= ROWS_PER_CLASS * different
 
 
+def answers_repeat(outputs: Sequence[str]) -> bool:
+    """Whether at least half of the rows share their answer with another row, as with a thousand labels."""
+    counts = Counter(outputs)
+    return len(counts) > 1 and sum(n for n in counts.values() if n > 1) >= REPEATED * len(outputs)
+
+
+def conflicts_accepted(version: DatasetVersion) -> bool:
+    """Whether several outputs of one input are meant.
+
+    Versions of earlier releases do not say. They too have only conflicts that were accepted, but in classes these stay
+    suspects.
+    """
+    recorded = version.manifest.settings.conflicts
+    if recorded is None:
+        return not class_like([_answer(m) for m in version.domain])
+    return recorded == "accept"
+
+
 def suspects(
     version: DatasetVersion,
     reporter: Reporter,
@@ -66,8 +93,9 @@ def suspects(
 ) -> list[Suspect]:
     """The most suspicious rows of a version, each once, the worst first.
 
-    Conflicts come first (the same input, another answer), then near-duplicates of another class, then classes that a
-    model of other rows doubts; free text is ranked by loss instead of the last two.
+    Conflicts come first (the same input, another answer) unless the version accepts them, then near-duplicates of
+    another class, then classes that a model of other rows doubts. Answers that repeat without being classes are ranked
+    by their answer's other rows, free text by loss; of rows of both kinds, the first of each come first.
 
     Args:
         version: the rows.
@@ -82,25 +110,91 @@ def suspects(
     if not 0 < share <= 1:
         raise UserError(f"the share of rows to list is {share}", fix="Give a number above 0 and at most 1.")
     members = version.domain
-    found = _conflicts(members)
+    accepted = conflicts_accepted(version)
+    found = [] if accepted else conflicts(members)
     most = max(round(share * len(members)), len(found))
     answers = [_answer(m) for m in members]
     if class_like(answers):
         if losses is not None:
             reporter.warn("Losses are not used: the answers are classes, and a model of other rows judges them better.")
         margins, doubts = _doubts(members, answers, seed, reporter)
-        found += _near_duplicates(version, margins, reporter) + doubts
-    elif losses is not None:
-        found += _by_loss(members, losses, reporter)
+        found += _near_duplicates(version, margins, reporter, accepted=accepted) + doubts
     else:
-        reporter.say(
-            f"The answers are free text ({len(set(answers)):,} different ones in {len(answers):,} rows), so that only "
-            "conflicts can be told; the loss of a trained adapter would rank the rest."
-        )
+        found += _of_many_answers(members, answers, losses, reporter)
     first: dict[str, Suspect] = {}
     for suspect in found:
         first.setdefault(suspect.key, suspect)
     return list(first.values())[:most]
+
+
+def _of_many_answers(
+    members: Sequence[Member], answers: Sequence[str], losses: Mapping[str, float] | None, reporter: Reporter
+) -> list[Suspect]:
+    """Rows whose answer repeats by their answer's other rows, the others by their loss, if there is one."""
+    repeating = _by_centroids(members, answers, reporter) if answers_repeat(answers) else []
+    judged = {suspect.key for suspect in repeating}
+    rest = [m for m in members if m.key not in judged]
+    if losses is None:
+        if rest:
+            reporter.say(
+                f"{len(rest):,} of {len(members):,} rows are not judged: their answers are free text that no other row "
+                "has, and the loss of a trained adapter would rank them. --adapter base ranks by the base's own loss."
+            )
+        return repeating
+    by_loss = _by_loss(rest, losses, reporter)
+    ranked = [(rank / len(group), suspect) for group in (repeating, by_loss) for rank, suspect in enumerate(group)]
+    return [suspect for _, suspect in sorted(ranked, key=lambda each: each[0])]
+
+
+def _by_centroids(members: Sequence[Member], answers: Sequence[str], reporter: Reporter) -> list[Suspect]:
+    """Rows whose answer another cluster has too, the worst first: how much nearer another answer's rows are.
+
+    The score is s' / (s + s'): the cosine similarity s to the centroid of the other clusters' rows with the same
+    answer, s' to the nearest centroid of another answer.
+    """
+    from scipy.sparse import csr_matrix, diags
+
+    names, labels = np.unique(answers, return_inverse=True)
+    clusters = np.unique([m.cluster for m in members], return_inverse=True)[1]
+    own_part = np.unique(np.stack([labels, clusters], axis=1), axis=0, return_inverse=True)[1].ravel()
+    features = text_features(_texts(members))  # [rows, pieces]
+
+    def sums(groups: NDArray[np.int64]) -> Any:
+        ones = np.ones(len(groups), dtype=np.float32)
+        return csr_matrix((ones, (groups, np.arange(len(groups))))) @ features  # [groups, pieces]
+
+    by_label, by_part = sums(labels), sums(own_part)
+    norms = np.sqrt(np.asarray(by_label.multiply(by_label).sum(axis=1)).ravel())
+    centroids = (diags(1 / norms) @ by_label).T.tocsr()  # [pieces, labels]
+    scores = np.full(len(members), -1.0)
+    likes = np.zeros((len(members), 2))
+    nearest = np.zeros(len(members), dtype=np.int64)
+    with reporter.task("judging answers by other rows", len(members), "rows") as task:
+        for start in range(0, len(members), _BLOCK):
+            rows = np.arange(start, min(start + _BLOCK, len(members)))
+            others = by_label[labels[rows]] - by_part[own_part[rows]]  # without the row's own cluster
+            size = np.sqrt(np.asarray(others.multiply(others).sum(axis=1)).ravel())
+            own = np.asarray(others.multiply(features[rows]).sum(axis=1)).ravel() / np.maximum(size, 1e-9)
+            to_all = (features[rows] @ centroids).toarray()  # [rows, labels]
+            to_all[np.arange(len(rows)), labels[rows]] = -1
+            nearest[rows] = to_all.argmax(axis=1)
+            other = to_all.max(axis=1)
+            judged = (size > _NOTHING) & (own + other > 0)
+            scores[rows] = np.where(judged, other / np.maximum(own + other, 1e-9), -1)
+            likes[rows] = np.stack([own, other], axis=1)
+            task.advance(len(rows))
+    found = []
+    for row in np.lexsort((np.arange(len(members)), -scores)).tolist():
+        if scores[row] < 0:
+            break
+        detail = (
+            f"rows with {excerpt(str(names[nearest[row]]))} are more like it ({likes[row, 1]:.2f}) than the others "
+            f"with its answer ({likes[row, 0]:.2f})"
+            if likes[row, 1] > likes[row, 0]
+            else f"the others with its answer are not much like it ({likes[row, 0]:.2f})"
+        )
+        found.append(Suspect(members[row].key, float(scores[row]), "label", detail))
+    return found
 
 
 def _answer(member: Member) -> str:
@@ -113,7 +207,7 @@ def excerpt(text: str, most: int = 60) -> str:
     return f'"{line if len(line) <= most else line[: most - 1] + "…"}"'
 
 
-def _conflicts(members: Sequence[Member]) -> list[Suspect]:
+def conflicts(members: Sequence[Member]) -> list[Suspect]:
     """Rows with the same input as another; among them, the rarer an answer the worse."""
     by_input: dict[str, list[Member]] = defaultdict(list)
     for member in members:
@@ -133,8 +227,13 @@ def _conflicts(members: Sequence[Member]) -> list[Suspect]:
     return sorted(found, key=lambda s: (-s.score, s.key))
 
 
-def _near_duplicates(version: DatasetVersion, margins: Mapping[str, float], reporter: Reporter) -> list[Suspect]:
-    """Rows that have, of the rows nearly equal to them, more with another class than with their own (or as many)."""
+def _near_duplicates(
+    version: DatasetVersion, margins: Mapping[str, float], reporter: Reporter, *, accepted: bool
+) -> list[Suspect]:
+    """Rows that have, of the rows nearly equal to them, more with another class than with their own (or as many).
+
+    With ``accepted`` conflicts, rows of the same input do not contradict each other.
+    """
     answers: dict[str, set[str]] = defaultdict(set)
     for member in version.domain:
         answers[member.cluster].add(_answer(member))
@@ -157,7 +256,7 @@ def _near_duplicates(version: DatasetVersion, margins: Mapping[str, float], repo
         for a, b, j in zip(block.first.tolist(), block.second.tolist(), block.similarity.tolist(), strict=True):
             if _answer(members[a]) == _answer(members[b]):
                 same.update((a, b))
-            else:
+            elif not (accepted and members[a].example.asked == members[b].example.asked):
                 other[a].append((j, b))
                 other[b].append((j, a))
     found = []

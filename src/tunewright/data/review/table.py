@@ -11,10 +11,11 @@ from tunewright.data.review.passes import Card, Review
 from tunewright.data.review.reviews import VERDICTS, Judged, Verdict, append_reviews, read_reviews
 from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import DatasetVersion, Member
+from tunewright.data.versions.origins import places_by_key
 from tunewright.errors import UserError
 from tunewright.sheets import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
 
-COLUMNS = ("row", "draw", "why", "input", "answer", "verdict", "new_output")
+COLUMNS = ("row", "from", "draw", "why", "input", "answer", "verdict", "new_output")
 _NEEDED = ("row", "draw", "answer", "verdict", "new_output")
 
 
@@ -39,9 +40,11 @@ def export_csv(path: Path, review: Review, most: int) -> int:
             "no row is left to judge", fix="`tunewright data review --status` says where the review stands."
         )
     rows = []
+    places = places_by_key(review.dataset, review.version.manifest)
     draw = "" if review.drawn is None else str(review.drawn.draw)
     for card in cards:
-        rows.append([card.member.key, draw, card.why or "", _prompt(card), card.member.example.output, "", ""])
+        key, output = card.member.key, card.member.example.output
+        rows.append([key, places.get(key, ""), draw, card.why or "", _prompt(card), output, "", ""])
     write_sheet(path, COLUMNS, rows)
     return len(cards)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -52,13 +52,17 @@ class Counts(_Record):
 
 
 class Settings(_Record):
-    """The settings that decided clusters and splits."""
+    """The settings that decided clusters and splits, and whether inputs may have several outputs.
+
+    ``conflicts`` is "accept" from the first import on that accepted them; None in versions of earlier releases.
+    """
 
     similarity: float
     dev: float
     test: float
     seed: int
     groups: tuple[str, ...] = ()
+    conflicts: Literal["error", "accept"] | None = None
 
 
 class Mix(_Record):

@@ -1,0 +1,79 @@
+"""Wrong answers in free text with several references per input: precision of the first 5% of `data suspects`.
+
+    python benchmarks/suspects_references.py E2E.csv [INPUTS]
+
+The file is devset.csv of the E2E set (columns mr and ref, some eight references for each input; not part of the
+project). Takes so many inputs (60 by default) with all their references and lets one row in twenty have a reference of
+another input. Prints, for each way of ranking, how many of the first 5% of the rows are such rows, and one JSON line.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import tunewright
+from tunewright.data.review.suspects import conflicts
+from tunewright.project import RECIPE_FILE
+from tunewright.road import Road
+
+NOISE = 0.05
+
+
+def main(file: Path, inputs: int) -> None:
+    """Rank one noisy set in each way."""
+    logging.getLogger("tunewright").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        road, wrong = _noisy_project(Path(folder), file, inputs)
+        version = road.data.version()
+        pairs = {m.key: (m.example.input_text, m.example.output) for m in version.members}
+        most = round(NOISE * len(pairs))
+        print(f"{len(pairs)} rows of {inputs} inputs, {len(wrong)} with a reference of another input")
+        results = []
+
+        def show(name: str, keys: Sequence[str], seconds: float) -> None:
+            found = sum(pairs[key] in wrong for key in keys[:most])
+            print(f"{name:<34} {found:>3} of the first {most} ({found / most:.0%}), {seconds:.0f} s")
+            results.append({"ranking": name, "found": found, "listed": most, "seconds": round(seconds)})
+
+        show("conflicts first", [s.key for s in conflicts(version.domain)], 0)
+        for name in ("base", road.train().adapter.name):
+            for call in ("", ", again"):
+                began = time.perf_counter()
+                result = road.data.suspects(name)
+                show(f"loss under {name[:10]}{call}", [s.key for s in result.suspects], time.perf_counter() - began)
+        print(json.dumps(results))
+
+
+def _noisy_project(folder: Path, file: Path, inputs: int) -> tuple[Road, set[tuple[str, str]]]:
+    """The project, and the pairs that are wrong."""
+    generator = random.Random(0)
+    with file.open(encoding="utf-8", newline="") as text:
+        rows = list(csv.DictReader(text))
+    chosen = set(generator.sample(sorted({row["mr"] for row in rows}), inputs))
+    pairs = sorted({(row["mr"], row["ref"]) for row in rows if row["mr"] in chosen})
+    bad = generator.sample(range(len(pairs)), round(NOISE * len(pairs)))
+    given = dict(zip(bad, [*bad[1:], bad[0]], strict=True))
+    noisy = [(mr, pairs[given.get(i, i)][1]) for i, (mr, _) in enumerate(pairs)]
+    wrong = {pair for pair in noisy if pair not in set(pairs)}
+    lines = (json.dumps({"prompt": mr, "completion": ref}) for mr, ref in noisy)
+    (folder / "pairs.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(
+        "data:\n  system: Describe the restaurant in a sentence.\n  conflicts: accept\n"
+        "train:\n  preset: all-linear\n  learning_rate: 0.001\n  epochs: 1\n",
+        encoding="utf-8",
+    )
+    road = tunewright.open(folder)
+    road.data.add([folder / "pairs.jsonl"])
+    return road, wrong
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 60)

@@ -1,0 +1,57 @@
+"""Suspects that were found before: kept by the content of all that decides them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunewright.data.review.suspects import Suspect
+from tunewright.disk import write_json
+from tunewright.progress import Reporter, Task
+
+
+class _Recorder:
+    """Passes everything on, and remembers messages and warnings."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.said: list[str] = []
+        self.warned: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+        self._reporter.say(message)
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
+        self._reporter.warn(message)
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        with self._reporter.task(title, total, unit) as task:
+            yield task
+
+
+def kept_suspects(file: Path, find: Callable[[Reporter], list[Suspect]], reporter: Reporter) -> list[Suspect]:
+    """Return the suspects in a file, with the messages of the call that found them; else find and keep them.
+
+    Args:
+        file: named by the content of all that decides the list; it is written whole or not at all.
+        find: finds the suspects; what it tells the reporter is kept too.
+        reporter: is told that the list was kept.
+    """
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        reporter.say(f"Suspects of an earlier call with the same rows and settings, kept in {file}")
+        for message in kept["said"]:
+            reporter.say(message)
+        for message in kept["warned"]:
+            reporter.warn(message)
+        return [Suspect(**suspect) for suspect in kept["suspects"]]
+    recorder = _Recorder(reporter)
+    found = find(recorder)
+    document = {"said": recorder.said, "warned": recorder.warned, "suspects": [each.as_dict() for each in found]}
+    write_json(file, document)
+    return found
