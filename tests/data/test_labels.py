@@ -7,14 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data_helpers import Listener, Pair, unlike_pairs
+from data_helpers import WORDS, Listener, Pair, unlike_pairs, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from review_helpers import reviewed_project
 
+from tunewright.data.add import add
+from tunewright.data.review.kept import kept_suspects
 from tunewright.data.review.suspects import Nearest, Suspect, class_like, suspects
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.errors import UserError
+from tunewright.progress import Reporter
+from tunewright.project import Project
 
 TOPICS = {
     "card lost": ["lost", "card", "stolen", "block", "wallet", "missing"],
@@ -91,16 +95,111 @@ def test_wrong_rows_of_one_cluster_do_not_vouch_for_each_other(tmp_path: Path) -
     assert max(apart) < min(together)
 
 
+def _unaccepted(version: DatasetVersion) -> DatasetVersion:
+    """The version as an earlier release would have recorded it."""
+    settings = version.manifest.settings.model_copy(update={"conflicts": None})
+    return replace(version, manifest=version.manifest.model_copy(update={"settings": settings}))
+
+
 def test_conflicts_come_first_and_name_the_other_row(tmp_path: Path) -> None:
     pairs, _ = _topical(200, 0)
     other = next(t for t in TOPICS if t != pairs[0][1])
-    version = _version(tmp_path / "p", [*pairs, (pairs[0][0], other)])
+    version = _unaccepted(_version(tmp_path / "p", [*pairs, (pairs[0][0], other)]))
     found = suspects(version, Listener())
     assert [s.reason for s in found[:2]] == ["conflict", "conflict"]
     assert set(_inputs(version, found[:2])) == {pairs[0][0]}
     assert found[1].key[:12] in found[0].detail
     assert all(s.reason != "conflict" for s in found[2:])
     assert len({s.key for s in found}) == len(found)
+
+
+def test_accepted_conflicts_are_no_suspects_as_such(tmp_path: Path) -> None:
+    pairs, _ = _topical(200, 0)
+    other = next(t for t in TOPICS if t != pairs[0][1])
+    version = _version(tmp_path / "p", [*pairs, (pairs[0][0], other)])
+    assert version.manifest.settings.conflicts == "accept"
+    assert {s.reason for s in suspects(version, Listener())} == {"label"}
+
+
+def test_accepting_conflicts_once_is_remembered_by_later_versions(tmp_path: Path) -> None:
+    project = reviewed_project(tmp_path / "p", pairs=unlike_pairs(40))
+    strict = project.recipe.model_copy(update={"data": project.recipe.data.model_copy(update={"conflicts": "error"})})
+    more = write_jsonl(project.root / "more.jsonl", unlike_pairs(20, seed=9))
+    add(Project(project.root, strict), [more], Listener())
+    assert load_version(project.dataset).manifest.settings.conflicts == "accept"
+
+
+@pytest.mark.parametrize("recorded", ["accept", None])
+def test_references_of_one_input_are_ranked_by_loss_and_not_as_conflicts(tmp_path: Path, recorded: str | None) -> None:
+    pairs = [(question, f"{answer} {n}") for question, answer in unlike_pairs(40) for n in range(3)]
+    version = _version(tmp_path / "p", pairs)
+    version = version if recorded else _unaccepted(version)
+    losses = {m.key: number / 10 for number, m in enumerate(version.members)}
+    found = suspects(version, Listener(), losses=losses)
+    assert [s.key for s in found] == [m.key for m in version.members[::-1][:12]]
+    assert suspects(version, Listener()) == []
+
+
+def _many_labels(wrong: int) -> tuple[list[Pair], set[str]]:
+    """Four questions for each of 300 labels, too many for a model; the inputs of those that have another's label."""
+    draw = random.Random(3)
+    words = [f"{a}{b}" for a in WORDS for b in WORDS]
+    about = {f"label {n}": draw.sample(words, 4) for n in range(300)}
+    pairs = [
+        (" ".join([*draw.sample(topic, 3), f"{draw.getrandbits(32):x}"]), label)
+        for label, topic in about.items()
+        for _ in range(4)
+    ]
+    bad = draw.sample(range(len(pairs)), wrong)
+    labels = {i: pairs[bad[(n + 1) % wrong]][1] for n, i in enumerate(bad)} if wrong else {}
+    return [(q, labels.get(i, label)) for i, (q, label) in enumerate(pairs)], {pairs[i][0] for i in bad}
+
+
+def test_answers_that_repeat_are_judged_by_their_other_rows(tmp_path: Path) -> None:
+    pairs, bad = _many_labels(60)
+    version = _version(tmp_path / "p", pairs)
+    assert not class_like([pair[1] for pair in pairs])
+    found = suspects(version, Listener())
+    assert {s.reason for s in found} == {"label"}
+    assert len(set(_inputs(version, found[:60])) & bad) >= 54
+    assert all(0 <= s.score <= 1 for s in found)
+
+
+def test_rows_of_one_cluster_do_not_vouch_for_their_answer(tmp_path: Path) -> None:
+    pairs, _ = _many_labels(0)
+    words = pairs[0][0].split()[:3]
+    twins = [(f"{words[i]} {words[(i + 1) % 3]} {words[(i + 2) % 3]} {n}", "label 299") for i, n in enumerate("xyz")]
+    version = _version(tmp_path / "p", [*pairs, *twins])
+    inputs = {question for question, _ in twins}
+    members = [m if m.example.input_text not in inputs else replace(m, cluster="one") for m in version.members]
+    assert sum(m.cluster == "one" for m in members) == 3
+    found = suspects(replace(version, members=tuple(members)), Listener())
+    assert set(_inputs(version, found[:3])) == inputs
+
+
+def test_free_text_and_labels_in_one_set_are_both_ranked(tmp_path: Path) -> None:
+    pairs, _ = _many_labels(20)
+    version = _version(tmp_path / "p", [*pairs, *unlike_pairs(100, seed=5)])
+    losses = {m.key: 1.0 if m.example.output.startswith("label") else 2.0 + n for n, m in enumerate(version.members)}
+    found = suspects(version, Listener(), losses=losses)
+    assert {s.reason for s in found[:6]} == {"label", "loss"}
+    told = Listener()
+    suspects(version, told)
+    assert any("100 of 1,300 rows are not judged" in said for said in told.said)
+
+
+def test_suspects_that_are_kept_are_not_found_again_and_say_what_the_first_call_said(tmp_path: Path) -> None:
+    def find(reporter: Reporter) -> list[Suspect]:
+        reporter.warn("3 rows are not judged")
+        reporter.say("looked")
+        return [Suspect("ab", 0.5, "label", "why")]
+
+    file, listener = tmp_path / "kept" / "x.json", Listener()
+    first = kept_suspects(file, find, Listener())
+    again = kept_suspects(file, lambda _: pytest.fail("found again"), listener)
+    assert again == first
+    assert listener.warned == ["3 rows are not judged"]
+    assert str(file) in listener.said[0]
 
 
 def test_near_equal_rows_of_another_class_come_next_the_doubtful_one_of_them_first(tmp_path: Path) -> None:
