@@ -1,0 +1,180 @@
+"""Keys that nothing uses: kept alike from every kind of file, screened, shown and exported; never part of a digest."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs
+
+from command_line import tunewright
+from tunewright.data.add import add
+from tunewright.data.formats import read_pairs
+from tunewright.data.formats.file_check import fix_file
+from tunewright.data.formats.metadata import MOST_CHARACTERS
+from tunewright.data.versions import load_version, version_folder
+from tunewright.data.versions.origins import metadata_by_key, places_by_key
+from tunewright.errors import UserError
+from tunewright.project import Project
+from tunewright.recipe import DataRecipe
+
+Row = dict[str, Any]
+
+
+def _jsonl(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _array(path: Path, rows: list[Row]) -> Path:
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def _csv(path: Path, rows: list[Row]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _parquet(path: Path, rows: list[Row]) -> Path:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def _rows(count: int = 20, **more: Any) -> list[Row]:
+    return [{"prompt": q, "completion": a, **more} for q, a in unlike_pairs(count)]
+
+
+def _record(project: Project) -> list[Row]:
+    digest = load_version(project.dataset).digest
+    lines = (version_folder(project.dataset, digest) / "imports.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(_jsonl, "a.jsonl"), (_array, "a.json"), (_csv, "a.csv"), (_parquet, "a.parquet")]
+)
+def test_extra_keys_are_metadata_in_every_kind_of_file(
+    tmp_path: Path, write: Callable[[Path, list[Row]], Path], name: str
+) -> None:
+    rows = [{"prompt": "a", "completion": "b", "id": "r1", "source": "mail", "empty": ""}]
+    reading = read_pairs(write(tmp_path / name, rows), DataRecipe())
+    assert reading.faults == []
+    assert [row.metadata for row in reading.rows] == [{"id": "r1", "source": "mail"}]
+    ignoring = read_pairs(tmp_path / name, DataRecipe(ignore=("source",)))
+    assert [row.metadata for row in ignoring.rows] == [{"id": "r1"}]
+    assert any("left out, as data.ignore says: source" in note for note in ignoring.notes)
+
+
+def test_values_of_tables_become_json_and_what_json_lacks_is_told(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b", "day": datetime.date(2026, 1, 2), "n": {"x": [1, None]}, "raw": b"\xff"}
+    path = _parquet(tmp_path / "a.parquet", [row])
+    reading = read_pairs(path, DataRecipe())
+    assert reading.rows[0].metadata == {"day": "2026-01-02", "n": {"x": [1, None]}}
+    assert any("not kept as metadata" in note and note.endswith("raw (1 row)") for note in reading.notes)
+
+
+def test_a_long_value_is_not_kept_and_counted(tmp_path: Path) -> None:
+    reading = read_pairs(_jsonl(tmp_path / "a.jsonl", _rows(3, text="x" * MOST_CHARACTERS)), DataRecipe())
+    assert [row.metadata for row in reading.rows] == [{}] * 3
+    assert any(note.endswith("longer than 1,000 characters: text (3 rows)") for note in reading.notes)
+
+
+def test_a_foreign_byte_in_a_column_that_is_not_used_costs_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("prompt,completion,note\né,b,".encode() + b"\xff\n")
+    assert [row.metadata for row in read_pairs(path, DataRecipe()).rows] == [{}]
+
+
+def test_metadata_is_in_the_record_and_in_no_digest(tmp_path: Path) -> None:
+    plain, project = new_project(tmp_path / "plain"), new_project(tmp_path / "p")
+    rows = _rows()
+    first = add(plain, [_jsonl(tmp_path / "a.jsonl", rows)], Listener())
+    listener = Listener()
+    with_ids = [{**row, "id": n, "metadata": {"lang": "en"}} for n, row in enumerate(rows)]
+    second = add(project, [_jsonl(tmp_path / "a.jsonl", with_ids)], listener)
+    assert second.version.digest == first.version.digest
+    assert [said for said in listener.said if said.startswith("Kept")] == ["Kept as metadata: id (20 rows), metadata (20)"]
+    assert [line["metadata"] for line in _record(project)] == [{"id": n, "metadata": {"lang": "en"}} for n in range(20)]
+    version = load_version(project.dataset)
+    found, places = metadata_by_key(project.dataset, version.manifest), places_by_key(project.dataset, version.manifest)
+    for member in version.members:
+        number = found[member.key]["id"]
+        assert with_ids[number]["prompt"] == member.example.input_text
+        assert places[member.key] == f"a.jsonl:{number + 1}"
+
+
+def test_newer_metadata_of_a_known_row_is_kept_with_the_next_version(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    rows = _rows(20, rating=1)
+    path = _jsonl(tmp_path / "a.jsonl", rows)
+    add(project, [path], Listener())
+    listener = Listener()
+    again = [{**row, "rating": 2} for row in rows]
+    assert not add(project, [_jsonl(path, again)], listener).created
+    assert any("metadata of 20 known rows is not kept" in warned for warned in listener.warned)
+    more = [{"prompt": q, "completion": a, "rating": 3} for q, a in unlike_pairs(5, seed=4)]
+    add(project, [_jsonl(path, [*again, *more])], Listener())
+    found = metadata_by_key(project.dataset, load_version(project.dataset).manifest)
+    assert sorted(value["rating"] for value in found.values()) == [2] * 20 + [3] * 5
+    unchanged = Listener()
+    add(project, [path], unchanged)
+    assert not any("not kept" in warned for warned in unchanged.warned)
+
+
+@pytest.mark.parametrize("value", ["4539148803436467", 4539148803436467, {"pay": ["4539 1488 0343 6467"]}])
+def test_a_secret_in_metadata_is_refused_by_place_and_redacted(tmp_path: Path, value: Any) -> None:
+    project = new_project(tmp_path / "p")
+    rows = _rows()
+    rows[3]["note"] = value
+    path = _jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match="1 secrets as values of groups or metadata, nothing was added") as caught:
+        add(project, [path], Listener())
+    assert f"{path}:4: payment card number in the key note" in str(caught.value)
+    assert "4539" not in str(caught.value)
+    add(project, [path], Listener(), redact=True)
+    [line] = [line for line in _record(project) if "metadata" in line]
+    assert line["metadata"]["note"].startswith("redacted-")
+    assert not any("4539" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
+
+
+def test_personal_data_in_metadata_is_a_warning(tmp_path: Path) -> None:
+    listener = Listener()
+    path = _jsonl(tmp_path / "a.jsonl", _rows(20, by="maria@uni-bonn.de"))
+    add(new_project(tmp_path / "p"), [path], listener)
+    assert any("e-mail address in the key by" in warned for warned in listener.warned)
+
+
+def test_a_corrected_copy_has_the_metadata_but_no_key_that_would_change_the_row(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path / "a.jsonl", [{"q": "a", "r": "b", "id": 7, "system": "x"}])
+    changes = fix_file(path, tmp_path / "out.jsonl", DataRecipe(input="q", output="r"))
+    [row] = read_pairs(tmp_path / "out.jsonl", DataRecipe()).rows
+    assert (row.metadata, len(row.example.messages)) == ({"id": 7}, 2)
+    assert any(change.what == "keys that are not in the copy: system" for change in changes)
+
+
+def test_metadata_is_shown_and_exported_on_request(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    path = _jsonl(project.root / "a.jsonl", [{**row, "id": n} for n, row in enumerate(_rows())])
+    add(project, [path], Listener())
+    shown = tunewright("data", "show", "a.jsonl:3", "-p", project.root)
+    assert "id: 2\n" in shown.stderr + shown.stdout
+    assert tunewright("data", "show", "a.jsonl:3", "-p", project.root, "--json").document["metadata"] == {"id": 2}
+    plain, out = tmp_path / "plain.jsonl", tmp_path / "out.jsonl"
+    assert tunewright("data", "export", plain, "-p", project.root).code == 0
+    assert {tuple(json.loads(line)) for line in plain.read_text().splitlines()} == {("messages",)}
+    assert tunewright("data", "export", out, "--metadata", "-p", project.root).code == 0
+    assert sorted(row.metadata["id"] for row in read_pairs(out, DataRecipe()).rows) == list(range(20))
+    refused = tunewright("data", "export", tmp_path / "x.csv", "--format", "csv", "--metadata", "-p", project.root)
+    assert (refused.code, "csv has no place for metadata" in refused.stderr) == (2, True)

@@ -1,0 +1,122 @@
+"""`data check FILE` says what `data add` would do, reason for reason and number for number, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs
+
+from command_line import tunewright
+from tunewright.data.add import add
+from tunewright.data.preview import Effect, preview
+from tunewright.data.versions import load_version
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+
+def _file(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    return [{"prompt": q, "completion": a} for q, a in unlike_pairs(count, seed=seed)]
+
+
+def _effect(project: Project, path: Path) -> Effect:
+    effect = preview(project, [path], Listener()).effect
+    assert effect is not None
+    return effect
+
+
+def _everything(root: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_the_preview_has_the_numbers_that_adding_has_and_writes_nothing(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    rows = _rows(60)
+    add(project, [_file(tmp_path / "old.jsonl", rows[:40])], Listener())
+    near = {**rows[50], "prompt": rows[50]["prompt"] + "s"}
+    path = _file(tmp_path / "new.jsonl", [*rows[30:], rows[45], near])
+    before = _everything(project.root)
+    found = preview(project, [path], Listener())
+    assert _everything(project.root) == before
+    assert found.ok
+    effect = _effect(project, path)
+    result = add(project, [path], Listener())
+    assert (effect.added, effect.known, effect.conflicts) == (result.added, result.known, 0) == (20, 10, 0)
+    assert (effect.exact_duplicates, effect.near_duplicates) == (1, 1)
+    version = load_version(project.dataset)
+    for size in effect.splits:
+        members = [m for m in version.members if m.split == size.split]
+        assert (size.rows, size.clusters) == (len(members), len({m.cluster for m in members}))
+    assert sum(size.new for size in effect.splits) == 20
+
+
+def test_every_refusal_of_adding_is_in_the_preview(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    rows = [*_rows(30), {"promt": "a", "completion": "b"}, {"prompt": "x", "completion": "password: hunter2"}]
+    rows.append({**rows[0], "completion": "another"})
+    path = _file(tmp_path / "new.jsonl", rows)
+    found = preview(project, [path], Listener())
+    assert not found.ok
+    told = [refusal.what.splitlines()[0] for refusal in found.refusals]
+    assert told == [
+        "1 faulty row, nothing was added",
+        "1 secret in 1 row, nothing was added (password: 1)",
+        "1 input with different outputs, nothing was added; which is right?",
+    ]
+    assert found.effect is not None
+    assert found.effect.conflicts == 1
+    for refusal, skip, cut in zip(
+        found.refusals, (False, True, True), (rows, rows, [*rows[:31], rows[32]]), strict=True
+    ):
+        with pytest.raises(UserError) as caught:
+            add(project, [_file(path, cut)], Listener(), skip_bad=skip)
+        assert caught.value.what.splitlines()[0] == refusal.what.splitlines()[0]
+    assert not project.dataset.exists() or not list(project.dataset.glob("versions/*"))
+
+
+def test_too_few_rows_are_a_refusal_of_the_preview_too(tmp_path: Path) -> None:
+    found = preview(new_project(tmp_path / "p"), [_file(tmp_path / "a.jsonl", _rows(3))], Listener())
+    assert (found.ok, found.effect) == (False, None)
+    assert "3 independent clusters" in found.refusals[0].what
+
+
+def test_the_command_prints_causes_and_splits_and_its_exit_code_is_that_of_adding(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    bad = _file(tmp_path / "bad.jsonl", [*_rows(30), *[{"promt": "a", "completion": "b"}] * 5])
+    told = tunewright("data", "check", bad, "-p", project.root)
+    text = " ".join((told.stderr + told.stdout).split())
+    assert told.code == 2
+    assert '5 rows: unknown key "promt", did you mean "prompt"? [E201 $.promt]' in text
+    assert f"{bad}:31, {bad}:32, {bad}:33 and 2 more" in text
+    assert "would refuse these files (exit code 2). Nothing was written." in text
+    document = tunewright("data", "check", bad, "-p", project.root, "--json").document
+    assert len(document["faults"]) == 5
+    assert [split["rows"] for split in document["effect"]["splits"]] == [24, 3, 3]
+    good = _file(tmp_path / "good.jsonl", _rows(30))
+    told = tunewright("data", "check", good, "-p", project.root)
+    assert (told.code, "would add these files" in told.stderr + told.stdout) == (0, True)
+    assert not project.dataset.exists()
+
+
+def test_conflicts_may_be_accepted_for_the_preview(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    rows = _rows(30)
+    path = _file(tmp_path / "a.jsonl", [*rows, {**rows[0], "completion": "another"}])
+    assert tunewright("data", "check", path, "-p", project.root).code == 2
+    assert tunewright("data", "check", path, "--accept-conflicts", "-p", project.root).code == 0
+
+
+def test_images_are_one_cause(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    turns = [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]
+    path = _file(tmp_path / "a.jsonl", [*_rows(20), *[{"messages": turns}] * 4])
+    [refusal] = preview(project, [path], Listener()).refusals
+    assert refusal.what.count("images are not supported") == 1
+    assert f"{path}:21, {path}:22, {path}:23 and 1 more" in refusal.what
