@@ -264,6 +264,10 @@ def _named(kind: str, rng: Random) -> Sample:
         number = rng.choice([f"{area}{exchange}{line}", f"{area} {exchange} {line}", f"0{area} {exchange}{line}"])
         lead = rng.choice(["Call me at ", "phone: ", "Tel. ", "My phone number is ", "Text us on ", "Fax "])
         return Sample(kind, f"{lead}{number}.", (("phone", number),))
+    if kind == "password":
+        word = f"{pick(rng, ALNUM + '!#%&+', 9)}7k"
+        lead = rng.choice(["password: ", "Password=", '"password": "', "my passwd : ", "PWD=", "**Password:** "])
+        return Sample(kind, f"Log in as bob, {lead}{word}, then go on", ((kind, word),))
     user = rng.choice(["bob", "svc", "", "app%40corp"])
     pair = f"{user}:{pick(rng, ALNUM + '!$._-@', 11)}Z"
     scheme = rng.choice(["https", "postgres", "mongodb+srv", "redis", "amqp", "ftp"])
@@ -280,7 +284,7 @@ def positives(seed: int, each: int) -> list[Sample]:
         for number in range(each):
             found = make(rng)
             samples.append(Sample(kind, CONTEXTS[number % len(CONTEXTS)].format(found), ((kind, found),)))
-    for kind in ("aws_secret", "azure_key", "url_credentials", "phone_named"):
+    for kind in ("aws_secret", "azure_key", "url_credentials", "phone_named", "password"):
         samples += [_named(kind, rng) for _ in range(each)]
     return samples
 

@@ -14,7 +14,7 @@ from review_helpers import reviewed_project
 
 from tunewright.data.add import add
 from tunewright.data.review.kept import kept_suspects
-from tunewright.data.review.suspects import Nearest, Suspect, class_like, suspects
+from tunewright.data.review.suspects import AnswerLoss, Nearest, Suspect, class_like, suspects
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
@@ -134,7 +134,7 @@ def test_references_of_one_input_are_ranked_by_loss_and_not_as_conflicts(tmp_pat
     pairs = [(question, f"{answer} {n}") for question, answer in unlike_pairs(40) for n in range(3)]
     version = _version(tmp_path / "p", pairs)
     version = version if recorded else _unaccepted(version)
-    losses = {m.key: number / 10 for number, m in enumerate(version.members)}
+    losses = {m.key: AnswerLoss(5, 5 - number / 10) for number, m in enumerate(version.members)}
     found = suspects(version, Listener(), losses=losses)
     assert [s.key for s in found] == [m.key for m in version.members[::-1][:12]]
     assert suspects(version, Listener()) == []
@@ -180,7 +180,7 @@ def test_rows_of_one_cluster_do_not_vouch_for_their_answer(tmp_path: Path) -> No
 def test_free_text_and_labels_in_one_set_are_both_ranked(tmp_path: Path) -> None:
     pairs, _ = _many_labels(20)
     version = _version(tmp_path / "p", [*pairs, *unlike_pairs(100, seed=5)])
-    losses = {m.key: 1.0 if m.example.output.startswith("label") else 2.0 + n for n, m in enumerate(version.members)}
+    losses = {m.key: AnswerLoss(n, 0) for n, m in enumerate(version.members)}
     found = suspects(version, Listener(), losses=losses)
     assert {s.reason for s in found[:6]} == {"label", "loss"}
     told = Listener()
@@ -223,20 +223,20 @@ def test_families_of_free_text_are_no_suspects(tmp_path: Path) -> None:
 
 def test_free_text_is_ranked_by_loss_where_it_is_known(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", unlike_pairs(60))
-    losses = {m.key: number / 10 for number, m in enumerate(version.members[:50])}
+    losses = {m.key: AnswerLoss(number / 10, 1) for number, m in enumerate(version.members[:50])}
     listener = Listener()
     found = suspects(version, listener, losses=losses)
     assert [s.key for s in found] == [m.key for m in version.members[49:43:-1]]
-    assert "loss 4.90" in found[0].detail
+    assert "loss 4.90 per token of the answer, 1.00 without its input" in found[0].detail
     assert any("10 rows of 60 have no loss" in warned for warned in listener.warned)
     with pytest.raises(UserError, match="the loss of row"):
-        suspects(version, Listener(), losses={version.members[0].key: float("nan")})
+        suspects(version, Listener(), losses={version.members[0].key: AnswerLoss(float("nan"), 0)})
 
 
 def test_losses_that_are_not_used_are_told(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", _topical(200, 0)[0])
     listener = Listener()
-    suspects(version, listener, losses={version.members[0].key: 1.0})
+    suspects(version, listener, losses={version.members[0].key: AnswerLoss(1, 1)})
     assert any("Losses are not used" in warned for warned in listener.warned)
 
 

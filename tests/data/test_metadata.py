@@ -105,7 +105,9 @@ def test_metadata_is_in_the_record_and_in_no_digest(tmp_path: Path) -> None:
     with_ids = [{**row, "id": n, "metadata": {"lang": "en"}} for n, row in enumerate(rows)]
     second = add(project, [_jsonl(tmp_path / "a.jsonl", with_ids)], listener)
     assert second.version.digest == first.version.digest
-    assert [said for said in listener.said if said.startswith("Kept")] == ["Kept as metadata: id (20 rows), metadata (20)"]
+    assert [said for said in listener.said if said.startswith("Kept")] == [
+        "Kept as metadata: id (20 rows), metadata (20)"
+    ]
     assert [line["metadata"] for line in _record(project)] == [{"id": n, "metadata": {"lang": "en"}} for n in range(20)]
     version = load_version(project.dataset)
     found, places = metadata_by_key(project.dataset, version.manifest), places_by_key(project.dataset, version.manifest)

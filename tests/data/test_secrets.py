@@ -95,6 +95,51 @@ def test_the_surroundings_decide(text: str, kinds: list[str]) -> None:
     assert [kind for kind, _ in _found(text)] == kinds
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "password: hunter2",
+        "Password: Tr0ub4dor&3",
+        "the login is bob, pwd=hunter2 thanks",
+        '{"user": "bob", "password": "correct7horse"}',
+        "**Password:** Xk29!pqa.",
+        "Passwort: Sommer2024!",
+        "password: Blue#Moon",
+    ],
+)
+def test_a_plain_password_is_found_by_its_name(text: str) -> None:
+    assert [kind for kind, _ in _found(text)] == ["password"]
+    redacted, _ = redact(_example("x", text, "ok"))
+    assert "<PASSWORD_1>" in redacted.messages[1].content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "password: the one you chose",
+        "Password: required!",
+        "password: ********",
+        "password=${DB_PASSWORD}",
+        "password: <PASSWORD_1>",
+        "password: {{ vault.pw1 }}",
+        "password: your-password-1",
+        "password: changeme123",
+        "password: P@ssw0rd",
+        "password = os.environ['X1']",
+        "password = getpass.getpass()",
+        "password: config.db.pw1",
+        "password=request.form.pw1",
+        "password: string;",
+        "password: at least 8 characters",
+        "pwd: /home/u1/x",
+        "Password Recovery: step2",
+        "password: https://x.io/a1b2c3",
+    ],
+)
+def test_what_only_speaks_of_a_password_is_no_password(text: str) -> None:
+    assert "password" not in [kind for kind, _ in _found(text)]
+
+
 def test_a_token_in_a_url_is_named_as_the_token_and_a_password_is_no_e_mail_address() -> None:
     ((_, token),) = _sample("gitlab_token").expected
     assert _found(f"git clone https://oauth2:{token}@gitlab.com/a/b.git") == [("gitlab_token", token)]

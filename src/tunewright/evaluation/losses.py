@@ -1,16 +1,18 @@
-"""How hard an adapter finds each row's answer: what ranks the suspects where answers are free text."""
+"""How hard a model finds each row's answer, with its input and without: what ranks suspects among free text."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tunewright.adapters.fit import require_fit, trained_quantize
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.chat import ChatFormat, Tokens
+from tunewright.data.examples import Example, Message
+from tunewright.data.review.suspects import AnswerLoss
 from tunewright.data.versions import DatasetVersion, Member, short
 from tunewright.data.versions.members import read_places
 from tunewright.disk import digest, write_json
@@ -81,40 +83,50 @@ def judging(
 
 def row_losses(
     project: Project, base: Base, chat: ChatFormat, judging: Judging, reporter: Reporter
-) -> dict[str, float]:
-    """Return the mean negative log-likelihood per token of each row's last answer, in nats, by pair key.
+) -> dict[str, AnswerLoss]:
+    """Return the loss of each row's last answer after its conversation, and with no input, by pair key.
 
     Those of earlier calls are kept in the working folder. Rows that cannot be judged are named, and have no loss.
     """
-    losses: dict[str, float] = {}
-    waiting: list[tuple[Adapter | None, dict[str, Tokens]]] = []
+    losses: dict[str, AnswerLoss] = {}
+    waiting: list[tuple[Adapter | None, dict[str, Tokens], dict[str, Tokens]]] = []
     for adapter, members in judging.judges:
         known = _read(_file(project, base, chat, adapter))
         losses |= {m.key: known[m.key] for m in members if m.key in known}
         rows = answer_rows(chat, [m for m in members if m.key not in known], context_length(base), reporter)
         if rows:
-            waiting.append((adapter, rows))
+            alone = [_without_input(m) for m in members if m.key in rows]
+            waiting.append((adapter, rows, answer_rows(chat, alone, context_length(base), reporter)))
     if not waiting:
         return losses
     # The folds' adapters come from one recipe: all were trained on the base held in the same way.
-    adapters = [adapter for adapter, _ in waiting if adapter is not None]
+    adapters = [adapter for adapter, _, _ in waiting if adapter is not None]
     quantize = trained_quantize(adapters) if adapters else project.recipe.train.quantize
     reporter.say(f"Loading {named(base, quantize)}")
     model: Any = load_model(base, project.recipe.train.dtype, quantize)
     if adapters:
         model = with_adapters(model, {adapter.name: adapter.folder for adapter in adapters})
-    with reporter.task("judging answers", sum(len(rows) for _, rows in waiting), "rows") as task:
-        for adapter, rows in waiting:
+    with reporter.task("judging answers", sum(len(rows) for _, rows, _ in waiting), "rows") as task:
+        for adapter, rows, alone_rows in waiting:
             if adapter is not None:
                 model.set_adapter(adapter.name)
-            found: dict[str, float] = {}
+            without: dict[str, float] = {}
+            for part in answer_losses(model, alone_rows, chat.tokenizer.pad_token_id):
+                without |= part
+            found: dict[str, AnswerLoss] = {}
             for part in answer_losses(model, rows, chat.tokenizer.pad_token_id):
-                found |= part
+                found |= {key: AnswerLoss(loss, without[key]) for key, loss in part.items()}
                 task.advance(len(part))
             losses |= found
             file = _file(project, base, chat, adapter)
-            write_json(file, {**_read(file), **found})
+            write_json(file, {key: asdict(loss) for key, loss in {**_read(file), **found}.items()})
     return losses
+
+
+def _without_input(member: Member) -> Member:
+    """The member's answer after a dash in place of its conversation; its system turn stays."""
+    system = [turn for turn in member.example.messages if turn.role == "system"]
+    return replace(member, example=Example((*system, Message("user", "-"), member.example.messages[-1])))
 
 
 def _newest_fit(project: Project, base: Base, chat: ChatFormat, reporter: Reporter) -> Adapter | None:
@@ -266,18 +278,18 @@ def whole_model(model: Any) -> Any:
 
 
 def _decides(project: Project, base: Base, chat: ChatFormat, adapter: Adapter | None) -> dict[str, Any]:
-    if adapter is not None:
-        return {"adapter": adapter.digest, "template": chat.digest, "dtype": project.recipe.train.dtype}
     train = project.recipe.train
-    return {"base": base.digest, "quantize": train.quantize, "template": chat.digest, "dtype": train.dtype}
+    how = {"template": chat.digest, "dtype": train.dtype, "losses": "given and alone"}
+    if adapter is not None:
+        return {"adapter": adapter.digest, **how}
+    return {"base": base.digest, "quantize": train.quantize, **how}
 
 
 def _file(project: Project, base: Base, chat: ChatFormat, adapter: Adapter | None) -> Path:
     return project.work / "losses" / f"{digest(_decides(project, base, chat, adapter))[:16]}.json"
 
 
-def _read(file: Path) -> dict[str, float]:
+def _read(file: Path) -> dict[str, AnswerLoss]:
     if not file.exists():
         return {}
-    losses: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-    return losses
+    return {key: AnswerLoss(**loss) for key, loss in json.loads(file.read_text(encoding="utf-8")).items()}

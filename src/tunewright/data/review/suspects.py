@@ -46,8 +46,27 @@ _REGULARISATION = 1e-5
 
 
 @dataclass(frozen=True)
+class AnswerLoss:
+    """Mean negative log-likelihood per token of an answer, in nats: ``given`` its conversation, and ``alone``."""
+
+    given: float
+    alone: float
+
+    @property
+    def unexplained(self) -> float:
+        """How little the input explains of the answer: the negative of their mutual information per token.
+
+        The loss itself says as much of how rare an answer's words are as of how well it fits its input.
+        """
+        return self.given - self.alone
+
+
+@dataclass(frozen=True)
 class Suspect:
-    """A doubtful row. ``score`` is from 0 to 1 within its reason, and for a loss that loss; higher is worse."""
+    """A doubtful row; of higher scores the worse.
+
+    ``score`` is from 0 to 1 within its reason, and for a loss its ``unexplained`` part.
+    """
 
     key: str
     score: float
@@ -87,7 +106,7 @@ def suspects(
     version: DatasetVersion,
     reporter: Reporter,
     *,
-    losses: Mapping[str, float] | None = None,
+    losses: Mapping[str, AnswerLoss] | None = None,
     share: float = SHARE,
     seed: int = 0,
 ) -> list[Suspect]:
@@ -100,7 +119,7 @@ def suspects(
     Args:
         version: the rows.
         reporter: shows progress, and is told what could not be looked at.
-        losses: for free text: pair key to the mean negative log-likelihood per token of the answer, in nats.
+        losses: for free text, by pair key.
         share: how many to return, as a share of all rows; conflicts are never cut off.
         seed: decides folds and training order.
 
@@ -128,7 +147,7 @@ def suspects(
 
 
 def _of_many_answers(
-    members: Sequence[Member], answers: Sequence[str], losses: Mapping[str, float] | None, reporter: Reporter
+    members: Sequence[Member], answers: Sequence[str], losses: Mapping[str, AnswerLoss] | None, reporter: Reporter
 ) -> list[Suspect]:
     """Rows whose answer repeats by their answer's other rows, the others by their loss, if there is one."""
     repeating = _by_centroids(members, answers, reporter) if answers_repeat(answers) else []
@@ -351,20 +370,25 @@ def text_features(texts: Sequence[str]) -> Any:
     return pieces.fit_transform([text or " " for text in texts])
 
 
-def _by_loss(members: Sequence[Member], losses: Mapping[str, float], reporter: Reporter) -> list[Suspect]:
+def _by_loss(members: Sequence[Member], losses: Mapping[str, AnswerLoss], reporter: Reporter) -> list[Suspect]:
     known = [m for m in members if m.key in losses]
-    bad = [m.key for m in known if not np.isfinite(losses[m.key])]
+    bad = [m.key for m in known if not np.isfinite(losses[m.key].unexplained)]
     if bad:
         raise UserError(f"the loss of row {short(bad[0])} is {losses[bad[0]]}", fix="Losses are finite numbers.")
     if len(known) < len(members):
         reporter.warn(f"{len(members) - len(known):,} rows of {len(members):,} have no loss, so they are not ranked.")
     if not known:
         return []
-    median = float(np.median([losses[m.key] for m in known]))
-    return [
-        Suspect(m.key, losses[m.key], "loss", f"loss {losses[m.key]:.2f} per token of the answer; median {median:.2f}")
-        for m in sorted(known, key=lambda m: (-losses[m.key], m.key))
-    ]
+    median = float(np.median([losses[m.key].unexplained for m in known]))
+    found = []
+    for member in sorted(known, key=lambda m: (-losses[m.key].unexplained, m.key)):
+        loss = losses[member.key]
+        detail = (
+            f"loss {loss.given:.2f} per token of the answer, {loss.alone:.2f} without its input: difference "
+            f"{loss.unexplained:+.2f}, median {median:+.2f}"
+        )
+        found.append(Suspect(member.key, loss.unexplained, "loss", detail))
+    return found
 
 
 class Nearest:
