@@ -26,7 +26,7 @@ def preview_text(preview: Preview) -> str:
         lines.append(f"{refusal['where']}: {refusal['what']}")
         lines += [f"  {refusal['fix']}"] if refusal["fix"] else []
     lines += [str(refusal) for refusal in preview.refusals]
-    lines.append(checked.summary)
+    lines.append(checked.summary.splitlines()[0])  # secrets are among the refusals, by place
     if preview.effect is not None:
         lines += _effect_lines(preview.effect, preview.ok)
     verdict = "would add these files" if preview.ok else "would refuse these files (exit code 2)"
