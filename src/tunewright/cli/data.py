@@ -67,6 +67,10 @@ def data_add(
             message=message,
         )
         what = f"{result.added:,} examples added, {result.known:,} known before, {len(result.duplicates):,} duplicates"
+        if result.skipped:
+            what += f", {len(result.skipped):,} left out as faulty"
+        if result.left_out:
+            what += f", {result.left_out:,} left out as holding a test input or a benchmark item"
         status = "New version" if result.created else "Nothing new: still version"
         current.show(
             result.as_dict(), f"{status} {result.version.digest[:12]}: {what}", version_table([result.version])

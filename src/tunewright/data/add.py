@@ -52,6 +52,8 @@ class AddResult:
     """How much personal data, by kind, was left in, with secrets that ``data.allow`` let through."""
     contaminated: tuple[Hit, ...]
     """Training rows that hold a test row or a benchmark item; left out where data.contaminated is "drop"."""
+    left_out: int
+    """How many of them were left out."""
     largest: tuple[Largest, ...]
     """The largest clusters."""
 
@@ -132,6 +134,7 @@ def add(
         redacted=screened.redacted,
         personal=screened.personal,
         contaminated=found.hits,
+        left_out=len(found.left_out),
         largest=found.largest,
     )
 

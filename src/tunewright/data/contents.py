@@ -14,6 +14,7 @@ from tunewright.data.mixing import Mixed, mix_in
 from tunewright.data.neighbours import find_clusters, largest_clusters
 from tunewright.data.neighbours.decontaminate import TEST, Hit, How, contaminated, item_names, read_items, training_hits
 from tunewright.data.notices import Largest, Move
+from tunewright.data.outputs import labels_among
 from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import Split, assign_splits, join_groups
 from tunewright.data.versions import Member
@@ -66,6 +67,7 @@ def contents(project: Project, merged: Merge, rows: Sequence[SourceRow], reporte
     if hits and dropping:
         reporter.warn(notices.contaminated(held, dropping=True))
         left_out = frozenset(hit.row for hit in hits)
+        notices.warn_of_lost_classes(domain, left_out, reporter)
         domain = renamed([m for m in domain if m.key not in left_out])
     former = merged.former
     moved = tuple(Move(m.key, former[m.key], m.split) for m in domain if former.get(m.key, m.split) != m.split)
@@ -87,7 +89,8 @@ def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: 
     """
     new = {key: merged.kept[key] for key in merged.first if key in merged.kept}
     tests = [m.example.input_text for m in merged.parent.domain_of("test")] if merged.parent else []
-    hits = contaminated(new, {TEST: tests, **benchmarks}, reporter)
+    labels = labels_among([example.output for example in merged.kept.values()])
+    hits = contaminated(new, {TEST: tests, **benchmarks}, reporter, labels)
     return frozenset(hit.row for hit in hits if hit.how != "overlap")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tunewright.data.examples import Example, Message
 from tunewright.data.formats import Fault
 from tunewright.data.neighbours.decontaminate import How
+from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
@@ -116,6 +117,21 @@ def _holds(items: Sequence[tuple[How, str]]) -> str:
 
 
 HOLDS: dict[How, str] = {"equal": "is", "contained": "holds or is a piece of", "overlap": "shares words with"}
+
+
+def warn_of_lost_classes(members: Sequence[Member], left_out: Collection[str], reporter: Reporter) -> None:
+    """Warn of each class that loses more than half of its training rows, where outputs are class-like."""
+    if not class_like([m.example.output.strip() for m in members]):
+        return
+    training = [m for m in members if m.split == "train"]
+    rows = Counter(m.example.output.strip() for m in training)
+    lost = Counter(m.example.output.strip() for m in training if m.key in left_out)
+    for label, count in lost.most_common():
+        if 2 * count > rows[label]:
+            reporter.warn(
+                f"The class {_excerpt(label)} loses {count:,} of its {_count(rows[label], 'training row')}: they hold "
+                "a test input or a benchmark item. Read some of them above; data.contaminated: warn keeps them."
+            )
 
 
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:

@@ -1,0 +1,49 @@
+"""Outputs compared with each other: which are labels, and what is left of one when its literals are masked."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from tunewright.data.examples import normalised
+from tunewright.data.review.suspects import ROWS_PER_CLASS, class_like
+
+# A string in double or single quotes, where a doubled or escaped quote is a part of it; or a number. An apostrophe
+# inside a word opens no string, and a digit inside a name ("t1", "city_name0") begins no number. Every repetition is
+# possessive: unpaired quotes cost one look at the rest of the text, not one for each way to divide it.
+_LITERAL = re.compile(
+    r"""
+    (?P<string> "(?:[^"\\]|\\.|"")*+" | (?<!\w)'(?:[^'\\]|\\.|'')*+'(?!\w) )
+    | (?<!\w)[-+]?\d++(?:[.,:/-]\d++)*+
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_COLON = re.compile(r"\s*:(?!:)")
+
+
+def output_template(output: str) -> str:
+    """Return the output with its literals masked: ``where city = "austin"`` gives ``where city = <string>``.
+
+    Masked are strings in double or single quotes (``<string>``) and numbers, dates and times among them
+    (``<number>``). A string before a colon is a key, as in JSON, and stays; ``::`` is a cast, not a colon. Case and
+    white space are set aside, as for inputs. Free text without quotes and digits is its own template.
+    """
+    text = normalised(output)
+
+    def masked(match: re.Match[str]) -> str:
+        if match["string"] is None:
+            return "<number>"
+        return match[0] if _COLON.match(text, match.end()) else "<string>"
+
+    return _LITERAL.sub(masked, text)
+
+
+def labels_among(outputs: Sequence[str]) -> frozenset[str]:
+    """Return the outputs that are labels, without outer white space.
+
+    These are all of them where the outputs are class-like, and else those of at least 5 rows, such as a standard reply.
+    """
+    counts = Counter(output.strip() for output in outputs)
+    everything = class_like(list(counts.elements()))
+    return frozenset(output for output, rows in counts.items() if everything or rows >= ROWS_PER_CLASS)
