@@ -74,7 +74,7 @@ def test_the_random_leak_is_near_what_pairs_of_copies_make_likely() -> None:
 def test_the_histogram_counts_every_measured_row_in_its_tenth() -> None:
     at = [0.0, 0.05, 0.1, 0.3, 0.7, 0.79, 0.9, 1.0]
     nearest = tuple(Nearest(str(i), "test", None, s) for i, s in enumerate(at))
-    report = LeakReport("d", len(at), (*nearest, Nearest("dev", "dev", None, 0.5)), ())
+    report = LeakReport("d", len(at), (*nearest, Nearest("dev", "dev", None, 0.5)), (), NO_OUTPUTS)
     assert report.histogram("test") == [2, 1, 0, 1, 0, 0, 0, 2, 0, 2]
     assert report.histogram("dev") == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
     assert json.loads(json.dumps(report.as_dict()))["histogram"]["dev"] == report.histogram("dev")

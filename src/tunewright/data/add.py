@@ -13,6 +13,7 @@ from tunewright.data.contents import Contents, contents
 from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
 from tunewright.data.merge import Merge, merge
 from tunewright.data.neighbours.decontaminate import Hit
+from tunewright.data.neighbours.output_leak import OutputLeak
 from tunewright.data.notices import Conflict, Duplicate, Largest, Move
 from tunewright.data.screening import screen
 from tunewright.data.versions import (
@@ -56,10 +57,13 @@ class AddResult:
     """How many of them were left out."""
     largest: tuple[Largest, ...]
     """The largest clusters."""
+    outputs: OutputLeak
+    """How many test rows have an output, or its template, that training rows have too."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
-        return {**asdict(self), "version": self.version.model_dump(mode="json")}
+        outputs, version = self.outputs.as_dict(), self.version.model_dump(mode="json")
+        return {**asdict(self), "outputs": outputs, "version": version}
 
 
 def add(
@@ -136,6 +140,7 @@ def add(
         contaminated=found.hits,
         left_out=len(found.left_out),
         largest=found.largest,
+        outputs=found.outputs,
     )
 
 
@@ -182,7 +187,14 @@ def _settled(merged: Merge, recipe: Recipe) -> tuple[Conflict, ...]:
 
 def _settings(recipe: Recipe) -> Settings:
     data = recipe.data
-    return Settings(similarity=data.similarity, dev=data.dev, test=data.test, seed=recipe.seed, groups=data.groups)
+    return Settings(
+        similarity=data.similarity,
+        dev=data.dev,
+        test=data.test,
+        seed=recipe.seed,
+        groups=data.groups,
+        split_by=data.split_by,
+    )
 
 
 def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], reporter: Reporter) -> None:
@@ -198,6 +210,8 @@ def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], repo
         reporter.say(notices.largest(contents.largest))
     if contents.held and not contents.left_out:
         reporter.warn(notices.contaminated(contents.held, dropping=False))
+    if contents.outputs.high:
+        reporter.warn(notices.known_outputs(contents.outputs))
     if contents.mixed:
         about, wanted, left_out = contents.mixed.about, contents.mixed.wanted, contents.mixed.left_out
         if about.drawn < wanted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tunewright.data.examples import normalised
 from tunewright.data.review.suspects import ROWS_PER_CLASS, class_like
@@ -37,6 +37,13 @@ def output_template(output: str) -> str:
         return match[0] if _COLON.match(text, match.end()) else "<string>"
 
     return _LITERAL.sub(masked, text)
+
+
+def template_groups(outputs: Mapping[str, str]) -> dict[str, str]:
+    """Return the template of each output that shares it with another, by the same keys, as a group's value."""
+    templates = {key: output_template(output) for key, output in outputs.items()}
+    counts = Counter(templates.values())
+    return {key: f"output_template={template}" for key, template in templates.items() if counts[template] > 1}
 
 
 def labels_among(outputs: Sequence[str]) -> frozenset[str]:

@@ -103,16 +103,17 @@ def scan_pairs(path: Path, data: DataRecipe, notes: list[str], task: Task | None
     unused = UnusedKeys(data)
     ignored: set[str] = set()
     count = 0
-    for line, row, above in source.rows:
+    for line, row, above, parent in source.rows:
         count += 1
         try:
             if isinstance(row, RowError):
                 raise row
             ignored.update(row.keys() & data.ignore)
             unused.see(row)
-            conversation = conversation_of(row, data, above)
+            conversation = conversation_of(row, data, above, parent)
             kinds[conversation.kind, conversation.reason] += 1
-            yield SourceRow(example_from_turns(conversation.turns, data), str(path), line, groups_of(row, data))
+            example = example_from_turns(conversation.turns, data)
+            yield SourceRow(example, str(path), line, groups_of(row, data, parent))
         except RowError as fault:
             yield fault_of(fault, path, line)
     if not count:

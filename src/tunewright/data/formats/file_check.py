@@ -171,13 +171,13 @@ def _fixed_rows(
     path: Path, source: Source, data: DataRecipe, changes: list[Change], unused: UnusedKeys
 ) -> Iterator[dict[str, Any]]:
     kinds: set[str] = set()
-    for line, row, above in source.rows:
+    for line, row, above, parent in source.rows:
         try:
             if isinstance(row, RowError):
                 raise row
             unused.see(row)
-            groups = groups_of(row, data)
-            conversation = conversation_of(row, data, above)
+            groups = groups_of(row, data, parent)
+            conversation = conversation_of(row, data, above, parent)
             turns, done = _mended(conversation, data)
         except RowError as fault:
             changes.append(Change(str(path), line, fault.code, f"left out: {fault}", left_out=True))

@@ -96,9 +96,9 @@ def contaminated(
     pieces: dict[Words, list[str]] = defaultdict(list)
     with reporter.task("looking for test items", len(rows), "examples") as task:
         for key, example in rows.items():
-            asked = [_words(m.content) for m in example.messages if m.role == "user"]
+            asked = [words_of(m.content) for m in example.messages if m.role == "user"]
             replies = [m.content for m in example.messages if m.role == "assistant"]
-            said = [_words(reply) for reply in replies if reply.strip() not in labels]
+            said = [words_of(reply) for reply in replies if reply.strip() not in labels]
             turns = [*asked, *(turn for turn in said if len(turn) >= FEWEST)]
             for turn in asked:
                 if FEWEST <= len(turn) < RUN:
@@ -176,7 +176,8 @@ def _item(line: str, field: str | None, where: str) -> str:
     return value
 
 
-def _words(text: str) -> Words:
+def words_of(text: str) -> Words:
+    """Return a text as words: NFKC, case folded, without punctuation."""
     return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
@@ -185,7 +186,7 @@ def _runs(words: Words, length: int) -> Iterator[Words]:
 
 
 def _source(name: str, texts: Sequence[str]) -> _Source:
-    whole = [_words(text) for text in texts]
+    whole = [words_of(text) for text in texts]
     # "Question:" before every item, or an instruction: a copy may well come without it.
     head = _common_head(set(whole))
     items = [words[head:] for words in whole]

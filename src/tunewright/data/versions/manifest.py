@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -59,6 +59,7 @@ class Settings(_Record):
     test: float
     seed: int
     groups: tuple[str, ...] = ()
+    split_by: Literal["input", "output_template"] = "input"
 
 
 class Mix(_Record):
