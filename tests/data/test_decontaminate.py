@@ -176,4 +176,6 @@ def test_an_output_is_no_hit_when_it_is_a_piece_of_a_longer_item() -> None:
 def test_an_earlier_reply_is_no_hit_when_it_is_short() -> None:
     turns = (Message("user", "a question"), Message("assistant", "weather"), Message("user", "more"))
     row = Example((*turns, Message("assistant", "yes")))
-    assert contaminated({"row": row}, {"suite": ["weather", "more"]}, Listener()) == [Hit("row", "suite", 1, "equal", 1.0)]
+    assert contaminated({"row": row}, {"suite": ["weather", "more"]}, Listener()) == [
+        Hit("row", "suite", 1, "equal", 1.0)
+    ]

@@ -67,8 +67,9 @@ def document_rows(
 ) -> Iterator[RawRow]:
     """The objects that an expression finds in a JSON document; the whole document is held in memory.
 
-    A row that stands in the document as it is has its line, and the keys and objects above it. If an item is anything else, such as
-    an object that the expression makes, every row is told by its number in the result (from 1), and a note says so.
+    A row that stands in the document as it is has its line, and the keys and objects above it. If an item is anything
+    else, such as an object that the expression makes, every row is told by its number in the result (from 1), and a
+    note says so.
 
     Args:
         groups: those of data.groups that stand above the rows.
@@ -173,9 +174,7 @@ def _shape(value: Any) -> str:
     return f"The document's keys: {', '.join(keys[:_MOST_KEYS])}{more}."
 
 
-def _placed(
-    document: _Document, found: list[Any], places: dict[int, int], groups: Sequence[str]
-) -> Iterator[RawRow]:
+def _placed(document: _Document, found: list[Any], places: dict[int, int], groups: Sequence[str]) -> Iterator[RawRow]:
     spans = [document.spans[places[id(item)]] for item in found]
     covered: set[int] = set()
     for start, end in spans:

@@ -127,7 +127,9 @@ def _text_reader(head: str, path: Path, data: DataRecipe, notes: list[str]) -> t
     expression = data.rows
     if expression is not None and (named_json or start.startswith(("{", "["))):
         above = [group for group in data.groups if names_parent(group, data)]
-        return f"rows at {expression} of a JSON document", lambda text: document_rows(text, path, expression, notes, above)
+        return f"rows at {expression} of a JSON document", lambda text: document_rows(
+            text, path, expression, notes, above
+        )
     if start.startswith("[") and (named_json or start[1:].lstrip().startswith("{")):
         return "a JSON array", lambda text: json_array(text, path)
     if any(_is_object(line) for line in lines[: 20 if named_json else 1]):

@@ -142,7 +142,10 @@ def _chance(others: Indices, domain: Sequence[Member]) -> float:
 
     Of n - 1 other rows, T are training rows: none of k is among them with probability C(n-1-k, T) / C(n-1, T).
     """
-    rest, training = len(domain) - 1, sum(m.split == "train" for m in domain)
+    if len(domain) < 2:
+        return 0.0
+    rest = len(domain) - 1
+    training = min(sum(m.split == "train" for m in domain), rest)
     outside = np.minimum(others, rest - training)  # more than that cannot all be outside
     none = gammaln(rest - outside + 1) - gammaln(rest - outside - training + 1)
     none -= gammaln(rest + 1) - gammaln(rest - training + 1)
@@ -155,7 +158,7 @@ def _mean(values: Iterable[float] | npt.NDArray[Any]) -> float:
 
 
 def near_overlap(members: Sequence[Member], threshold: float, seed: int, reporter: Reporter) -> Overlap:
-    """Measure near-equal outputs, exactly, of a random sample of 500 test rows and 500 rows of all where there are more.
+    """Measure near-equal outputs exactly, on random samples of at most 500 test rows and 500 rows of all.
 
     Args:
         members: the rows of a version; the generic mix-in does not count.
