@@ -33,7 +33,7 @@ def _queries(count: int, templates: int, seed: int = 0, asked: int = 0) -> Pairs
 
 def _members(count: int, templates: int, seed: int = 0) -> list[Member]:
     draw = random.Random(seed)
-    splits: list[Split] = ["train"] * 6 + ["dev", "test", "test"]
+    splits: list[Split] = ["train", "train", "train", "train", "train", "train", "dev", "test", "test"]
     rows = [example(*pair) for pair in _queries(count, templates, seed)]
     return [Member(row, row.pair_key, draw.choice(splits), row.pair_key) for row in rows]
 
