@@ -17,7 +17,7 @@ from scipy.special import gammaln
 from tunewright.data.examples import normalised
 from tunewright.data.neighbours.decontaminate import FEWEST, words_of
 from tunewright.data.neighbours.partition import Indices
-from tunewright.data.neighbours.similarity import shingle_matrix, similarities
+from tunewright.data.neighbours.similarity import shingle_matrix
 from tunewright.data.outputs import output_template
 from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import MINIMUM_CLUSTERS
@@ -29,6 +29,7 @@ HIGH = 0.5
 
 _SAMPLE = 500  # rows compared with all others
 _CELLS = 4_000_000  # similarities held at once: bounds the memory, not the result
+_ROUNDING = 1e-6
 
 How = Literal["identical", "template", "near"]
 
@@ -200,19 +201,22 @@ def _near_rows(texts: Sequence[str], asked: Indices, weights: Indices, threshold
     sizes = np.diff(matrix.indptr)
     order = np.argsort(sizes, kind="stable")
     place = np.argsort(order)
-    matrix, sizes, weights = matrix[order], sizes[order], weights[order]
+    matrix, sizes, weights = matrix[order].astype(np.float32), sizes[order], weights[order].astype(np.float64)
     by_size = np.argsort(place[asked])
-    block = max(1, _CELLS // len(texts))
+    # What no text that is asked for has is in no intersection.
+    matrix = matrix[:, np.unique(matrix[place[asked]].indices)]
+    block = max(1, _CELLS // max(matrix.shape))
     sums = np.zeros((len(asked), weights.shape[1]), dtype=np.int64)
     with reporter.task("comparing outputs", len(asked), "outputs") as task:
         for start in range(0, len(asked), block):
             some = by_size[start : start + block]
             mine = place[asked[some]]
             # Sets whose sizes differ by more than the threshold cannot be near-equal.
-            low = int(np.searchsorted(sizes, threshold * sizes[mine[0]] - 1e-6))
-            high = int(np.searchsorted(sizes, sizes[mine[-1]] / threshold + 1e-6, side="right"))
-            found = similarities(matrix[mine], matrix[low:high])
-            found.data = (found.data >= threshold).astype(np.int64)
-            sums[some] = found @ weights[low:high]
+            low = int(np.searchsorted(sizes, threshold * sizes[mine[0]] - _ROUNDING))
+            high = int(np.searchsorted(sizes, sizes[mine[-1]] / threshold + _ROUNDING, side="right"))
+            # Dense on one side: where outputs are made from templates, nearly all of them share some shingle.
+            shared = (matrix[low:high] @ matrix[mine].toarray().T).astype(np.float64)  # [texts, some]
+            near = shared / (sizes[low:high, None] + sizes[mine] - shared) >= threshold
+            sums[some] = near.T.astype(np.float64) @ weights[low:high]
             task.advance(len(some))
     return sums
