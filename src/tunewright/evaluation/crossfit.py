@@ -185,8 +185,12 @@ class CrossFit:
         near = [nearest[m.key] for m in self.version.domain]
         nearness = scores_by_distance(scored, near, evidence.contrasts[0], self.recipe.seed)
         new = self._new_templates()
-        templates = new and scores_by_template(
-            scored, [new[m.key] for m in self.version.domain], evidence.contrasts[0], self.recipe.seed
+        templates = (
+            new
+            if new is None
+            else scores_by_template(
+                scored, [new[m.key] for m in self.version.domain], evidence.contrasts[0], self.recipe.seed
+            )
         )
         evidence = evidence.model_copy(
             update={"opening": opening, "openings": earlier, "nearness": nearness, "output_templates": templates}

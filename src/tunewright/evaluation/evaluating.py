@@ -173,7 +173,9 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
     nearest = nearest_training(version, measurement.reporter)
     nearness = scores_by_distance(scored, [nearest[m.key] for m in test], contrasts[0], recipe.seed)
     new = new_templates(version.members)
-    templates = new and scores_by_template(scored, [new[m.key] for m in test], contrasts[0], recipe.seed)
+    templates = (
+        new if new is None else scores_by_template(scored, [new[m.key] for m in test], contrasts[0], recipe.seed)
+    )
     evidence = _evidence(measurement, adapter, advice, arms, contrasts, opening, earlier)
     prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
     noise = noise_floor(measurement.generator, test, prompts, measurement.limit, measurement.scorers[0], recipe.seed)
