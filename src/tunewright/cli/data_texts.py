@@ -52,12 +52,14 @@ _OVERLAPS = {"identical": "an identical output", "template": "the same output te
 
 
 def _output_lines(found: OutputLeak) -> list[str]:
+    about = f"{found.outputs:,} different outputs, {found.templates:,} different templates"
+    if found.natural is not None:
+        return [f"Outputs in training and test are alike by nature: {found.natural} ({about})"]
     lines = [
         f"Test rows with {_OVERLAPS[each.how]} in training: {each.here:.1%} here, {each.random:.1%} in a random split"
         for each in found.overlaps
     ]
-    about = f"{found.outputs:,} different outputs, {found.templates:,} different templates"
-    return [*lines, f"  ({about}{f'; natural here: {found.natural}' if found.natural else ''})"]
+    return [*lines, f"  ({about})"]
 
 
 def contamination_text(found: Contamination) -> str:

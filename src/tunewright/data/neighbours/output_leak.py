@@ -25,7 +25,7 @@ from tunewright.data.versions import Member
 from tunewright.progress import Reporter
 
 HIGH = 0.5
-"""Share of the test rows from which on a known output or template is worth a warning."""
+"""Share of the test rows from which on known output templates are worth a warning."""
 
 _SAMPLE = 500  # rows compared with all others
 _CELLS = 4_000_000  # similarities held at once: bounds the memory, not the result
@@ -75,7 +75,7 @@ class OutputLeak:
     @property
     def high(self) -> bool:
         """Whether it is worth a warning."""
-        return self.natural is None and max(self.share("identical"), self.share("template")) >= HIGH
+        return self.natural is None and self.share("template") >= HIGH
 
     def as_dict(self) -> dict[str, Any]:
         """The measurement as ``--json`` prints it."""
