@@ -181,7 +181,8 @@ def data_leak(
 ) -> None:
     """How near held-out rows are to training rows, what a random split would have leaked, and what training rows hold.
 
-    Training rows, those mixed in included, are searched for test inputs and benchmark items.
+    Outputs are compared too: identical, of one template, near-equal. Training rows, those mixed in included, are
+    searched for test inputs and benchmark items.
     """
     import tunewright
     from tunewright.cli.data_texts import contamination_text, leak_text
