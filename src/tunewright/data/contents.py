@@ -100,7 +100,7 @@ def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: 
 def _domain(
     merged: Merge, rows: Sequence[SourceRow], recipe: Recipe, training: Collection[str], reporter: Reporter
 ) -> list[Member]:
-    """The rows of the domain with clusters, joined where they share a group, and splits.
+    """The rows of the domain with clusters, joined where they share a group (or an output template), and splits.
 
     Rows of ``training`` are not dealt out: they are for training, unless their cluster is held out already.
     """
@@ -121,7 +121,7 @@ def _domain(
     class_of = outputs if class_like(list(outputs.values())) else None
     former: dict[str, Split] = {**dict.fromkeys(training, "train"), **merged.former}
     if merged.parent is not None:
-        _refuse_another_split(merged.parent, clusters, former, recipe)
+        _refuse_another_split(merged.parent, clusters, merged.former, recipe)
     splits = assign_splits(clusters, former, recipe.data, recipe.seed, class_of)
     return [
         Member(merged.kept[key], key, splits[cluster_of[key]], cluster_of[key], groups.get(key, ())) for key in keys
