@@ -141,8 +141,9 @@ def _templates_by_split(project: Project) -> dict[str, set[str]]:
     return {s: {output_template(m.example.output) for m in members if m.split == s} for s in ("train", "dev", "test")}
 
 
-def test_split_by_output_template_keeps_templates_apart_in_later_versions_too(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", "data: {split_by: output_template}\n")
+@pytest.mark.parametrize("seed", range(3))
+def test_split_by_output_template_keeps_templates_apart_in_later_versions_too(tmp_path: Path, seed: int) -> None:
+    project = new_project(tmp_path / "p", f"seed: {seed}\ndata: {{split_by: output_template}}\n")
     first = _add(project, _queries(300, 40))
     assert first.version.settings.split_by == "output_template"
     assert first.outputs.share("template") == 0
