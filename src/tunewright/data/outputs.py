@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from tunewright.data.examples import normalised
-from tunewright.data.review.suspects import ROWS_PER_CLASS, class_like
+from tunewright.data.review.suspects import class_like
 
 # A string in double or single quotes, where a doubled or escaped quote is a part of it; or a number. An apostrophe
 # inside a word opens no string, and a digit inside a name ("t1", "city_name0") begins no number. Every repetition is
@@ -47,10 +47,6 @@ def template_groups(outputs: Mapping[str, str]) -> dict[str, str]:
 
 
 def labels_among(outputs: Sequence[str]) -> frozenset[str]:
-    """Return the outputs that are labels, without outer white space.
-
-    These are all of them where the outputs are class-like, and else those of at least 5 rows, such as a standard reply.
-    """
-    counts = Counter(output.strip() for output in outputs)
-    everything = class_like(list(counts.elements()))
-    return frozenset(output for output, rows in counts.items() if everything or rows >= ROWS_PER_CLASS)
+    """Return the different outputs, without outer white space, if they are labels (``class_like``); else none."""
+    stripped = [output.strip() for output in outputs]
+    return frozenset(stripped) if class_like(stripped) else frozenset()
