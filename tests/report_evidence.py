@@ -7,7 +7,7 @@ import math
 from factories import make_evidence, make_items, scored_items
 from tunewright.disk import digest
 from tunewright.evaluation.curve import Curve, Point
-from tunewright.evaluation.distance import scores_by_distance
+from tunewright.evaluation.distance import scores_by_distance, scores_by_template
 from tunewright.evaluation.evidence import Evidence, LeftOut, Narrowing, SeedSpread
 from tunewright.evaluation.general.section import Control as SuiteControl
 from tunewright.evaluation.general.section import General, Suite
@@ -209,6 +209,7 @@ REVIEW = AnswerReview(
 
 ITEMS = make_items(60)
 _SIMILAR = [(7 * n % 60) / 60 for n in range(60)]
+_NEW_TEMPLATE = [n % 4 == 0 for n in range(len(ITEMS))]
 
 
 def _point(share: float, seed: int, rows: int, score: float) -> Point:
@@ -269,6 +270,9 @@ def full_evidence() -> Evidence:
             "judge": JUDGE,
             "review": REVIEW,
             "nearness": scores_by_distance(scored_items(ITEMS), _SIMILAR, evidence.contrasts[0], seed=0, resamples=500),
+            "output_templates": scores_by_template(
+                scored_items(ITEMS), _NEW_TEMPLATE, evidence.contrasts[0], seed=0, resamples=500
+            ),
             "noise_floor": NoiseFloor(items=50, changed=3, score_difference=-0.02, how="batches of 8, then of 5"),
             "opening": OPENING,
             "openings": (

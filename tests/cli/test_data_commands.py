@@ -210,3 +210,35 @@ def test_show_tells_a_row_s_groups_and_the_mix_in(tmp_path: Path, tiny_base_fold
     shown = [ran.document for ran in lines if ran.code == 0]
     assert sum(document["mixed"] for document in shown) == drawn == 5
     assert "mixed in" in tunewright("data", "log", "-p", folder).stderr
+
+
+def _queries(count: int, templates: int) -> list[Any]:
+    texts = [row["prompt"] for row in pairs(count)]
+    return [
+        {"prompt": text, "completion": f'select c{"xyzuvw"[i % 6] * (1 + i % templates // 6)} from t where a = "{i}"'}
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_leak_tells_output_and_template_overlap_against_chance(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    added = _run(folder, "add", write_jsonl(folder / "queries.jsonl", _queries(240, 24)))
+    assert added["outputs"]["high"]
+    document = _run(folder, "leak")["outputs"]
+    assert [each["how"] for each in document["overlaps"]] == ["identical", "template", "near"]
+    assert (document["templates"], document["natural"], document["high"]) == (24, None, True)
+    assert document["overlaps"][1]["here"] == 1
+    shown = tunewright("data", "leak", "-p", folder).stderr
+    assert "Test rows with the same output template in training: 100.0% here, 100.0% in a random split" in shown
+
+
+def test_add_says_last_what_was_left_out_and_why(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    (folder / "items.jsonl").write_text(json.dumps(pairs(120)[5]["prompt"]) + "\n")
+    recipe = folder / "tunewright.yaml"
+    recipe.write_text(
+        recipe.read_text().replace("data:\n", "data:\n  contaminated: drop\n  benchmarks: [items.jsonl]\n")
+    )
+    ran = tunewright("data", "add", folder / "pairs.jsonl", "-p", folder)
+    assert ran.code == 0
+    assert "1 left out as holding a test input or a benchmark item" in " ".join(ran.stderr.split())

@@ -87,3 +87,36 @@ def test_a_benchmark_that_cannot_be_read_is_named_and_nothing_is_written(tmp_pat
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         add(project, [write_jsonl(tmp_path / "pairs.jsonl", PAIRS)], Listener())
     assert not (project.dataset / "HEAD").exists()
+
+
+def _intents(rows: int = 40) -> list[tuple[str, str]]:
+    """Utterances of several intents, of each one utterance that is the intent's name."""
+    names = ["cancel", "weather", "timer", "balance", "transfer"]
+    said = iter(unlike_pairs(rows * len(names), seed=7))
+    return [pair for name in names for pair in [(name, name), *((next(said)[0], name) for _ in range(rows))]]
+
+
+def test_drop_keeps_all_rows_of_a_label_that_equals_a_test_input(tmp_path: Path) -> None:
+    pairs = _intents()
+    for seed in range(200):  # until a one-word input is a test row
+        project = new_project(tmp_path / f"p{seed}", f"seed: {seed}\ndata: {{contaminated: drop}}\n")
+        result = add(project, [write_jsonl(tmp_path / "intents.jsonl", pairs)], Listener())
+        version = load_version(project.dataset)
+        assert (result.left_out, len(version.members)) == (0, len(pairs))
+        if any(" " not in m.example.input_text for m in version.examples("test")):
+            return
+    pytest.fail("no one-word input was ever a test row")
+
+
+def test_a_class_that_loses_most_of_its_rows_is_named_with_counts(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {contaminated: drop, benchmarks: [items.jsonl]}\n")
+    pairs = _intents()
+    items = [json.dumps(prompt) + "\n" for prompt, intent in pairs if intent == "timer"]
+    (tmp_path / "p" / "items.jsonl").write_text("".join(items))
+    listener = Listener()
+    result = add(project, [write_jsonl(tmp_path / "intents.jsonl", pairs)], listener)
+    told = [w for w in listener.warned if w.startswith("The class")]
+    assert len(told) == 1
+    assert told[0].startswith(f'The class "timer" loses {result.left_out} of its {result.left_out} training rows')
+    assert result.left_out == len(items)
+    assert not any(m.example.output == "timer" for m in load_version(project.dataset).members)

@@ -156,3 +156,26 @@ def test_a_line_without_a_text_is_refused_with_its_place(tmp_path: Path, text: s
 def test_a_file_that_is_not_there_is_a_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_items(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("output", ["cancel", "Cancel my order", "cancel my order, please now"])
+def test_an_output_is_no_hit_when_it_is_short_or_a_label(output: str) -> None:
+    rows = {"row": example("something else entirely", output)}
+    assert contaminated(rows, {"suite": [output]}, Listener(), labels={output}) == []
+    long = len(output.split()) >= 5
+    assert bool(contaminated(rows, {"suite": [output]}, Listener())) == long
+
+
+def test_an_output_is_no_hit_when_it_is_a_piece_of_a_longer_item() -> None:
+    clause = "terminate this agreement on thirty days notice"
+    item = f"The parties agree that either of them may {clause} to the other side"
+    assert _hits("which clause is it", [item], output=clause) == []
+    assert _hits(clause, [item]) == [(0, "contained")]
+
+
+def test_an_earlier_reply_is_no_hit_when_it_is_short() -> None:
+    turns = (Message("user", "a question"), Message("assistant", "weather"), Message("user", "more"))
+    row = Example((*turns, Message("assistant", "yes")))
+    assert contaminated({"row": row}, {"suite": ["weather", "more"]}, Listener()) == [
+        Hit("row", "suite", 1, "equal", 1.0)
+    ]

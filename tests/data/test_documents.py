@@ -221,3 +221,73 @@ def test_data_rows_is_refused_for_tables_that_have_none(tmp_path: Path, kind: st
     table.to_parquet(str(tmp_path / "rows")) if kind == "parquet" else table.save_to_disk(str(tmp_path / "rows"))
     with pytest.raises(UserError, match=r"data\.rows finds rows in a JSON document"):
         read_pairs(tmp_path / "rows", DataRecipe(rows="data"))
+
+
+QUERIES = [
+    {"sql": ["select 1"], "id": 7, "sentences": [{"text": "a"}, {"text": "b"}]},
+    {"sql": ["select 2"], "id": 8, "sentences": [{"text": "c"}]},
+]
+FROM_PARENT = {"input": "{{ text }}", "output": "{{ parent.sql[0] }}"}
+
+
+def test_the_object_above_a_row_is_for_templates_and_groups(tmp_path: Path) -> None:
+    groups = ("parent.sql[0]", "parent.id", "parent.parent.name")
+    document = {"name": "geo", "queries": QUERIES}
+    reading = _read(tmp_path, document, "queries[].sentences[]", groups=groups, **FROM_PARENT)
+    assert [(row.example.input_text, row.example.output) for row in reading.rows] == [
+        ("a", "select 1"),
+        ("b", "select 1"),
+        ("c", "select 2"),
+    ]
+    assert [tuple(row.groups.values()) for row in reading.rows] == [
+        ("select 1", "7", "geo"),
+        ("select 1", "7", "geo"),
+        ("select 2", "8", "geo"),
+    ]
+
+
+def test_a_group_above_the_rows_is_refused_when_no_row_has_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'parent.sqls\[0\]' finds nothing above any row") as refusal:
+        _read(tmp_path, QUERIES, "[].sentences[]", groups=("parent.sqls[0]",), **FROM_PARENT)
+    assert (refusal.value.where, refusal.value.fix) == (
+        "data.groups",
+        "Keys of the object above a row: sql, id, sentences.",
+    )
+    with pytest.raises(UserError, match="finds nothing above any row") as refusal:
+        _read(tmp_path, [{"prompt": "a", "completion": "b"}], "[]", groups=("parent.id",))
+    assert refusal.value.fix == "data.rows finds rows below no object."
+    with pytest.raises(UserError, match="finds nothing above any row"):  # rows that the expression makes
+        _read(tmp_path, QUERIES, "[].{prompt: sql[0], completion: 'x'}", groups=("parent.id",))
+
+
+def test_a_group_above_the_rows_is_a_fault_of_each_row_that_lacks_it(tmp_path: Path) -> None:
+    document = [QUERIES[0], {**QUERIES[1], "id": None}, {**QUERIES[1], "id": ["x"]}]
+    reading = _read(tmp_path, document, "[].sentences[]", groups=("parent.id",), **FROM_PARENT)
+    assert len(reading.rows) == 2
+    assert [(fault.code, fault.reason) for fault in reading.faults] == [
+        ("E205", "data.groups: 'parent.id' finds nothing above the row"),
+        ("E205", "parent.id is list, not text or a number"),
+    ]
+    provided = _read(tmp_path, document[:2], "[].sentences[]", groups=("parent.id || ''",), **FROM_PARENT)
+    assert [row.groups for row in provided.rows] == [{"parent.id || ''": "7"}, {"parent.id || ''": "7"}, {}]
+
+
+def test_a_group_above_the_rows_is_refused_when_it_is_no_expression(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a JMESPath expression") as refusal:
+        _read(tmp_path, QUERIES, "[].sentences[]", groups=("parent.sql[0",), **FROM_PARENT)
+    assert refusal.value.where == "data.groups"
+
+
+def test_parent_is_a_plain_key_when_there_is_no_document(tmp_path: Path) -> None:
+    rows = '{"t": "a", "parent": {"n": "x"}, "parent.id": "1"}\n{"t": "b", "parent": {"n": "y"}, "parent.id": "2"}\n'
+    recipe = {"input": "{{ t }}", "output": "{{ parent.n }}", "groups": ("parent.id",)}
+    reading = _read(tmp_path, rows, None, "rows.jsonl", **recipe)
+    assert [(row.example.output, row.groups) for row in reading.rows] == [
+        ("x", {"parent.id": "1"}),
+        ("y", {"parent.id": "2"}),
+    ]
+
+
+def test_a_template_with_parent_is_a_fault_when_no_object_stands_above(tmp_path: Path) -> None:
+    reading = _read(tmp_path, [{"text": "a"}], "[]", **FROM_PARENT)
+    assert [fault.reason for fault in reading.faults] == ["data.output uses parent, and no object stands above the row"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,32 @@ def test_personal_data_as_a_group_s_value_is_told(tmp_path: Path) -> None:
     [told] = [warning for warning in listener.warned if "values of groups" in warning]
     assert "and 30 more" in told
     assert "@" not in told
+
+
+@pytest.mark.parametrize(
+    ("customer", "words"),
+    [
+        (lambda i: "ACME", "all 60 rows with a customer have the same one"),
+        (lambda i: f"c{i}", "customer has 60 different values in 60 rows"),
+        (lambda i: f"c{i // 2}", None),
+    ],
+)
+def test_a_group_that_separates_nothing_is_warned_of(
+    tmp_path: Path, customer: Callable[[int], str], words: str | None
+) -> None:
+    project = new_project(tmp_path / "p", "data: {groups: [customer]}\n")
+    rows = [
+        {"prompt": text, "completion": answer, "customer": customer(i)}
+        for i, (text, answer) in enumerate(unlike_pairs(60))
+    ]
+    listener = Listener()
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if words is not None and words.startswith("all"):
+        with pytest.raises(UserError, match="too few to split") as refusal:
+            add(project, [path], listener)
+        assert "data.groups (customer) joins rows that share a value" in str(refusal.value.fix)
+    else:
+        add(project, [path], listener)
+    told = [w for w in listener.warned if w.startswith("data.groups:")]
+    assert [words in w for w in told] == [True] if words is not None else not told

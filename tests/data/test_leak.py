@@ -13,11 +13,14 @@ import real_data
 from tunewright.data.examples import Example
 from tunewright.data.neighbours import comparison_texts
 from tunewright.data.neighbours.leak import LeakReport, Nearest, leak, nearest_training, score_by_distance
+from tunewright.data.neighbours.output_leak import output_leak
 from tunewright.data.splits import Split
 from tunewright.data.versions import Counts, DatasetVersion, Manifest, Member, Settings
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Item
 from tunewright.evaluation.statistics import wilson
+
+NO_OUTPUTS = output_leak([])
 
 
 def _version(rows: Sequence[tuple[Example, Split]]) -> DatasetVersion:
@@ -74,7 +77,7 @@ def test_the_random_leak_is_near_what_pairs_of_copies_make_likely() -> None:
 def test_the_histogram_counts_every_measured_row_in_its_tenth() -> None:
     at = [0.0, 0.05, 0.1, 0.3, 0.7, 0.79, 0.9, 1.0]
     nearest = tuple(Nearest(str(i), "test", None, s) for i, s in enumerate(at))
-    report = LeakReport("d", len(at), (*nearest, Nearest("dev", "dev", None, 0.5)), ())
+    report = LeakReport("d", len(at), (*nearest, Nearest("dev", "dev", None, 0.5)), (), NO_OUTPUTS)
     assert report.histogram("test") == [2, 1, 0, 1, 0, 0, 0, 2, 0, 2]
     assert report.histogram("dev") == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
     assert json.loads(json.dumps(report.as_dict()))["histogram"]["dev"] == report.histogram("dev")
@@ -107,7 +110,7 @@ def test_a_random_tenth_of_banking77_leaks_one_row_in_seven_at_0_7() -> None:
 
 def test_scores_by_distance_are_wilson_intervals_of_each_band() -> None:
     near = [0.1] * 40 + [0.75] * 60
-    report = LeakReport("d", 100, tuple(Nearest(str(i), "test", None, s) for i, s in enumerate(near)), ())
+    report = LeakReport("d", 100, tuple(Nearest(str(i), "test", None, s) for i, s in enumerate(near)), (), NO_OUTPUTS)
     items = [
         Item(
             key=str(i),
@@ -129,7 +132,7 @@ def test_scores_by_distance_are_wilson_intervals_of_each_band() -> None:
 
 
 def test_every_arm_is_scored_and_a_foreign_item_is_refused() -> None:
-    report = LeakReport("d", 1, (Nearest("k", "test", None, 1.0),), ())
+    report = LeakReport("d", 1, (Nearest("k", "test", None, 1.0),), (), NO_OUTPUTS)
     item = Item(key="k", cluster="c", input="i", reference="r", answers={"tuned": "r", "zero-shot": "s"}, scores={})
     assert [(s.arm, s.exact) for s in score_by_distance([item], report)] == [("tuned", 1), ("zero-shot", 0)]
     with pytest.raises(UserError, match="not among the measured rows"):

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from factories import make_evidence, make_items, scored_items
-from tunewright.evaluation.distance import scores_by_distance
+from tunewright.evaluation.distance import scores_by_distance, scores_by_template
 from tunewright.evaluation.scoring import contrast
 
 ITEMS = make_items(60)
@@ -65,3 +65,20 @@ def test_a_band_without_items_is_left_out_and_one_that_cannot_be_scored_has_no_s
     assert "tuned" not in far.scores
     assert far.difference is None
     assert same.scores["tuned"].scored == 30
+
+
+def test_items_with_a_new_template_are_scored_apart() -> None:
+    new = [n % 5 == 0 for n in range(60)]
+    found = scores_by_template(scored_items(ITEMS), new, EVIDENCE.contrasts[0], seed=0, resamples=500)
+    assert (found.treatment, found.control) == ("tuned", "retrieved-4")
+    assert found.new is not None
+    assert found.seen is not None
+    for part, wanted in ((found.new, True), (found.seen, False)):
+        items = [item for item, is_new in zip(ITEMS, new, strict=True) if is_new == wanted]
+        assert (part.items, part.clusters) == (len(items), len({item.cluster for item in items}))
+        for name, score in part.scores.items():
+            assert score.value == pytest.approx(sum(i.scores["exact_match"][name] for i in items) / len(items))
+    known = scores_by_template(scored_items(ITEMS), [False] * 60, EVIDENCE.contrasts[0], seed=0, resamples=500)
+    assert known.new is None
+    assert known.seen is not None
+    assert known.seen.items == 60

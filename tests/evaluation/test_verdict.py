@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factories import cross_fitted, make_evidence, make_items, with_contrast
+from factories import cross_fitted, make_evidence, make_items, scored_items, with_contrast
+from tunewright.evaluation.distance import scores_by_template
 from tunewright.evaluation.evidence import Contrast, Evidence
 from tunewright.evaluation.statistics import difference_interval, exact_mcnemar, holm
 from tunewright.evaluation.verdict import SIGNIFICANT, fewest_clusters, verdict
@@ -225,3 +226,32 @@ def _project(rng: np.random.Generator, clusters: int, size: int, margin: float, 
     return EVIDENCE.model_copy(
         update={"contrasts": [measured], "margin": margin, "clusters": clusters, "items": len(changes)}
     )
+
+
+def _with_templates(new: list[bool]) -> Evidence:
+    items = make_items(60)
+    found = scores_by_template(scored_items(items), new, EVIDENCE.contrasts[0], seed=0, resamples=500)
+    return EVIDENCE.model_copy(update={"output_templates": found})
+
+
+def test_known_output_templates_are_a_caution() -> None:
+    evidence = _with_templates([n % 10 == 0 for n in range(60)])
+    assert evidence.output_templates is not None
+    assert evidence.output_templates.new is not None
+    scores = evidence.output_templates.new.scores
+    told = [r for r in verdict(evidence).reasons if "template" in r]
+    assert told == [
+        "Caution: 90% of the test items have an output template seen in training; on the 6 items with a new template: "
+        f"tuned {100 * scores['tuned'].value:.1f}% and retrieved-4 {100 * scores['retrieved-4'].value:.1f}%."
+    ]
+    assert verdict(evidence).decision == verdict(EVIDENCE).decision
+
+
+def test_a_test_of_known_output_templates_alone_is_a_caution() -> None:
+    told = [r for r in verdict(_with_templates([False] * 60)).reasons if "template" in r]
+    assert len(told) == 1
+    assert told[0].startswith("Caution: every test item has an output template seen in training")
+
+
+def test_new_output_templates_are_no_caution() -> None:
+    assert not any("template" in r for r in verdict(_with_templates([n % 5 > 0 for n in range(60)])).reasons)

@@ -117,6 +117,23 @@ def test_scores_by_distance_are_those_of_the_evidence() -> None:
         assert row[-1].startswith(points_text(band.difference))
 
 
+def test_scores_by_output_template_are_those_of_the_evidence() -> None:
+    found = FULL.output_templates
+    assert found is not None
+    rows = READ.tables["Table of scores by output template"][1:]
+    for name, part, row in zip(("seen template", "new template"), (found.seen, found.new), rows, strict=True):
+        assert part is not None
+        assert row[:2] == [name, f"{part.items} {part.clusters} clusters"]
+        for arm, cell in zip(FULL.arms, row[2:], strict=False):
+            own = part.scores[arm.name]
+            assert cell == f"{100 * own.value:.1f} {100 * own.interval.low:.1f} to {100 * own.interval.high:.1f}"
+        assert part.difference is not None
+        assert row[-1].startswith(points_text(part.difference))
+    assert "15 of 60 have a new template" in READ.sections["output-templates"]
+    known = FULL.model_copy(update={"output_templates": found.model_copy(update={"new": None})})
+    assert "this cannot be told" in _read(known).sections["output-templates"]
+
+
 @pytest.mark.parametrize(
     ("low", "high", "answer"),
     [
@@ -262,7 +279,7 @@ def test_the_noise_floor_stands_by_the_differences() -> None:
 
 def test_what_was_not_measured_has_no_section_and_the_contents_name_what_is_there() -> None:
     bare = _read(BARE)
-    gone = {"nearness", "general", "judge", "people", "ledger", "more-data"}
+    gone = {"nearness", "output-templates", "general", "judge", "people", "ledger", "more-data"}
     assert gone <= set(READ.sections)
     assert not gone & set(bare.sections)
     for read in (READ, bare):

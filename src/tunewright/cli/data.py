@@ -71,6 +71,10 @@ def data_add(
             message=message,
         )
         what = f"{result.added:,} examples added, {result.known:,} known before, {len(result.duplicates):,} duplicates"
+        if result.skipped:
+            what += f", {len(result.skipped):,} left out as faulty"
+        if result.left_out:
+            what += f", {result.left_out:,} left out as holding a test input or a benchmark item"
         status = "New version" if result.created else "Nothing new: still version"
         current.show(
             result.as_dict(), f"{status} {result.version.digest[:12]}: {what}", version_table([result.version])
@@ -188,7 +192,8 @@ def data_leak(
 ) -> None:
     """How near held-out rows are to training rows, what a random split would have leaked, and what training rows hold.
 
-    Training rows, those mixed in included, are searched for test inputs and benchmark items.
+    Outputs are compared too: identical, of one template, near-equal. Training rows, those mixed in included, are
+    searched for test inputs and benchmark items.
     """
     import tunewright
     from tunewright.cli.data_texts import contamination_text, leak_text

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tunewright.data.formats.metadata import counted
 from tunewright.data.neighbours.contamination import Contamination
 from tunewright.data.neighbours.leak import BandScore, LeakReport
+from tunewright.data.neighbours.output_leak import OutputLeak
 from tunewright.data.notices import HOLDS
 from tunewright.data.preview import Effect, Preview
 from tunewright.data.versions import short
@@ -58,12 +59,27 @@ def leak_text(report: LeakReport, bands: Sequence[BandScore]) -> str:
         f"{each.random:.1%} in a random split"
         for each in report.leaks
     ]
+    lines += _output_lines(report.outputs)
     lines += [
         f"{band.arm}, nearest {band.low:.1f} to {band.high:.1f}: {band.exact} of {band.items} exact "
         f"({band.interval[0]:.1%} to {band.interval[1]:.1%})"
         for band in bands
     ]
     return "\n".join(lines)
+
+
+_OVERLAPS = {"identical": "an identical output", "template": "the same output template", "near": "a near-equal output"}
+
+
+def _output_lines(found: OutputLeak) -> list[str]:
+    about = f"{found.outputs:,} different outputs, {found.templates:,} different templates"
+    if found.natural is not None:
+        return [f"Outputs in training and test are alike by nature: {found.natural} ({about})"]
+    lines = [
+        f"Test rows with {_OVERLAPS[each.how]} in training: {each.here:.1%} here, {each.random:.1%} in a random split"
+        for each in found.overlaps
+    ]
+    return [*lines, f"  ({about})"]
 
 
 def contamination_text(found: Contamination) -> str:

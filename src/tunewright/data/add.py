@@ -14,6 +14,7 @@ from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, sourc
 from tunewright.data.formats.metadata import counted
 from tunewright.data.merge import Merge, merge
 from tunewright.data.neighbours.decontaminate import Hit
+from tunewright.data.neighbours.output_leak import OutputLeak
 from tunewright.data.notices import Conflict, Duplicate, Largest, Move
 from tunewright.data.screening import screen
 from tunewright.data.versions import (
@@ -54,12 +55,17 @@ class AddResult:
     """How much personal data, by kind, was left in, with secrets that ``data.allow`` let through."""
     contaminated: tuple[Hit, ...]
     """Training rows that hold a test row or a benchmark item; left out where data.contaminated is "drop"."""
+    left_out: int
+    """How many of them were left out."""
     largest: tuple[Largest, ...]
     """The largest clusters."""
+    outputs: OutputLeak
+    """How many test rows have an output, or its template, that training rows have too."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
-        return {**asdict(self), "version": self.version.model_dump(mode="json")}
+        outputs, version = self.outputs.as_dict(), self.version.model_dump(mode="json")
+        return {**asdict(self), "outputs": outputs, "version": version}
 
 
 def add(
@@ -108,7 +114,9 @@ def add(
         redacted=screened.redacted,
         personal=screened.personal,
         contaminated=found.hits,
+        left_out=len(found.left_out),
         largest=found.largest,
+        outputs=found.outputs,
     )
 
 
@@ -241,6 +249,7 @@ def _settings(recipe: Recipe, parent: DatasetVersion | None) -> Settings:
         seed=recipe.seed,
         groups=data.groups,
         conflicts="accept" if before else data.conflicts,
+        split_by=data.split_by,
     )
 
 
@@ -257,6 +266,8 @@ def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], repo
         reporter.say(notices.largest(contents.largest))
     if contents.held and not contents.left_out:
         reporter.warn(notices.contaminated(contents.held, dropping=False))
+    if contents.outputs.high:
+        reporter.warn(notices.known_outputs(contents.outputs))
     if contents.mixed:
         about, wanted, left_out = contents.mixed.about, contents.mixed.wanted, contents.mixed.left_out
         if about.drawn < wanted:

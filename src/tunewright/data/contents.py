@@ -13,11 +13,14 @@ from tunewright.data.merge import Merge
 from tunewright.data.mixing import Mixed, mix_in
 from tunewright.data.neighbours import find_clusters, largest_clusters
 from tunewright.data.neighbours.decontaminate import TEST, Hit, How, contaminated, item_names, read_items, training_hits
+from tunewright.data.neighbours.output_leak import OutputLeak, output_leak
 from tunewright.data.notices import Largest, Move
+from tunewright.data.outputs import labels_among, template_groups
 from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import Split, assign_splits, join_groups
-from tunewright.data.versions import Member
+from tunewright.data.versions import DatasetVersion, Member
 from tunewright.data.versions.making import renamed
+from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
@@ -36,6 +39,7 @@ class Contents:
     left_out: frozenset[str]  # pair keys of training rows that hold an item of a test or benchmark
     mixed: Mixed | None
     largest: tuple[Largest, ...]
+    outputs: OutputLeak
 
     def fate(self, row: SourceRow, merged: Merge) -> dict[str, Any]:
         """What became of a row that was read."""
@@ -66,6 +70,7 @@ def contents(project: Project, merged: Merge, rows: Sequence[SourceRow], reporte
     if hits and dropping:
         reporter.warn(notices.contaminated(held, dropping=True))
         left_out = frozenset(hit.row for hit in hits)
+        notices.warn_of_lost_classes(domain, left_out, reporter)
         domain = renamed([m for m in domain if m.key not in left_out])
     former = merged.former
     moved = tuple(Move(m.key, former[m.key], m.split) for m in domain if former.get(m.key, m.split) != m.split)
@@ -77,7 +82,7 @@ def contents(project: Project, merged: Merge, rows: Sequence[SourceRow], reporte
         for f in families
     )
     members = sorted([*domain, *(mixed.members if mixed else [])], key=lambda m: m.key)
-    return Contents(members, moved, hits, held, left_out, mixed, largest)
+    return Contents(members, moved, hits, held, left_out, mixed, largest, output_leak(domain))
 
 
 def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: Reporter) -> frozenset[str]:
@@ -87,14 +92,15 @@ def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: 
     """
     new = {key: merged.kept[key] for key in merged.first if key in merged.kept}
     tests = [m.example.input_text for m in merged.parent.domain_of("test")] if merged.parent else []
-    hits = contaminated(new, {TEST: tests, **benchmarks}, reporter)
+    labels = labels_among([example.output for example in merged.kept.values()])
+    hits = contaminated(new, {TEST: tests, **benchmarks}, reporter, labels)
     return frozenset(hit.row for hit in hits if hit.how != "overlap")
 
 
 def _domain(
     merged: Merge, rows: Sequence[SourceRow], recipe: Recipe, training: Collection[str], reporter: Reporter
 ) -> list[Member]:
-    """The rows of the domain with clusters, joined where they share a group, and splits.
+    """The rows of the domain with clusters, joined where they share a group (or an output template), and splits.
 
     Rows of ``training`` are not dealt out: they are for training, unless their cluster is held out already.
     """
@@ -106,12 +112,37 @@ def _domain(
     groups = merged.groups(rows)
     read = {merged.stands_for(row.example.pair_key) for row in rows}
     notices.warn_of_missing_groups(recipe.data.groups, merged.parent, groups, read, reporter)
-    clusters = join_groups(clusters, groups)
-    cluster_of = {key: name for name, members in clusters.items() for key in members}
+    notices.warn_of_idle_groups(recipe.data.groups, groups, reporter)
     outputs = {key: merged.kept[key].output.strip() for key in keys}
+    by_template = template_groups(outputs) if recipe.data.split_by == "output_template" else {}
+    together = {key: (*groups.get(key, ()), *([by_template[key]] if key in by_template else ())) for key in keys}
+    clusters = join_groups(clusters, together)
+    cluster_of = {key: name for name, members in clusters.items() for key in members}
     class_of = outputs if class_like(list(outputs.values())) else None
     former: dict[str, Split] = {**dict.fromkeys(training, "train"), **merged.former}
+    if merged.parent is not None:
+        _refuse_another_split(merged.parent, clusters, merged.former, recipe)
     splits = assign_splits(clusters, former, recipe.data, recipe.seed, class_of)
     return [
         Member(merged.kept[key], key, splits[cluster_of[key]], cluster_of[key], groups.get(key, ())) for key in keys
     ]
+
+
+def _refuse_another_split(
+    parent: DatasetVersion, clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split], recipe: Recipe
+) -> None:
+    """Refuse to split by templates what was split by inputs, where templates lie on both sides.
+
+    All rows of such a template would follow one of them into the test, most of the training rows among them.
+    """
+    if parent.manifest.settings.split_by == recipe.data.split_by or recipe.data.split_by == "input":
+        return
+    torn = [keys for keys in clusters.values() if len({former[key] for key in keys if key in former}) > 1]
+    if torn:
+        raise UserError(
+            f"the dataset was split by input, and {sum(map(len, torn)):,} of its {len(former):,} rows have output "
+            "templates on both sides",
+            where="data.split_by",
+            fix="Move the dataset folder away and add the files again: a new dataset is split by template from the "
+            "start. Or set data.split_by: input.",
+        )

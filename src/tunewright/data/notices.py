@@ -11,6 +11,8 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.formats import Fault
 from tunewright.data.formats.row_errors import CODES
 from tunewright.data.neighbours.decontaminate import How
+from tunewright.data.neighbours.output_leak import OutputLeak
+from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
@@ -154,6 +156,21 @@ def _holds(items: Sequence[tuple[How, str]]) -> str:
 HOLDS: dict[How, str] = {"equal": "is", "contained": "holds or is a piece of", "overlap": "shares words with"}
 
 
+def warn_of_lost_classes(members: Sequence[Member], left_out: Collection[str], reporter: Reporter) -> None:
+    """Warn of each class that loses more than half of its training rows, where outputs are class-like."""
+    if not class_like([m.example.output.strip() for m in members]):
+        return
+    training = [m for m in members if m.split == "train"]
+    rows = Counter(m.example.output.strip() for m in training)
+    lost = Counter(m.example.output.strip() for m in training if m.key in left_out)
+    for label, count in lost.most_common():
+        if 2 * count > rows[label]:
+            reporter.warn(
+                f"The class {_excerpt(label)} loses {count:,} of its {_count(rows[label], 'training row')}: they hold "
+                "a test input or a benchmark item. Read some of them above; data.contaminated: warn keeps them."
+            )
+
+
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:
     """The warning of rows that came up in the draw of the mix-in and were passed over."""
     lines = listed(
@@ -189,6 +206,41 @@ def warn_of_missing_groups(
                 f"{_count(lacking, 'row')} of the version before without a {name}: they were added before data.groups "
                 "named it, so nothing keeps them with the others of theirs. Add their files again to tell it."
             )
+
+
+def warn_of_idle_groups(names: Sequence[str], groups: Mapping[str, Sequence[str]], reporter: Reporter) -> None:
+    """Warn of each group that joins no rows, because no two share a value, or joins them all.
+
+    Args:
+        names: the groups' keys.
+        groups: each row's values by its pair key, such as "customer=ACME".
+    """
+    for name in names:
+        of_row = [[v for v in values if v.startswith(f"{name}=")] for values in groups.values()]
+        counts = Counter(value for values in of_row for value in values)
+        rows = sum(map(bool, of_row))
+        if rows < 2:
+            continue
+        if len(counts) == 1:
+            reporter.warn(
+                f"data.groups: all {rows:,} rows with a {name} have the same one, so that it joins them into one "
+                "cluster. Name a key whose value differs between independent rows."
+            )
+        elif counts.most_common(1)[0][1] == 1:
+            reporter.warn(
+                f"data.groups: {name} has {len(counts):,} different values in {rows:,} rows, so that it joins no two "
+                "rows. Name a key that related rows share."
+            )
+
+
+def known_outputs(found: OutputLeak) -> str:
+    """The warning of a test whose outputs, or their templates, are in training."""
+    return (
+        f"{found.share('template'):.0%} of the test rows have an output template that training rows have "
+        f"({found.share('identical'):.0%} an identical output): scores on them do not show what happens with a new "
+        "template. Set data.split_by: output_template in a new dataset, or name the key that rows of one template "
+        "share in data.groups. `tunewright data leak` has the numbers."
+    )
 
 
 def reweighted(examples: Sequence[Example]) -> str:

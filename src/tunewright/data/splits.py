@@ -73,7 +73,7 @@ def assign_splits(
         UserError: too few clusters for three splits.
     """
     if len(clusters) < MINIMUM_CLUSTERS:
-        raise _too_few(clusters)
+        raise _too_few(clusters, data)
     splits = _settled(clusters, former)
     free = sorted(clusters.keys() - splits.keys(), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     total = sum(len(keys) for keys in clusters.values())
@@ -186,7 +186,7 @@ def _fill_by_class(
     return taken
 
 
-def _too_few(clusters: Mapping[str, Sequence[str]]) -> UserError:
+def _too_few(clusters: Mapping[str, Sequence[str]], data: DataRecipe) -> UserError:
     total = sum(len(keys) for keys in clusters.values())
     largest = max((len(keys) for keys in clusters.values()), default=0)
     what = (
@@ -194,7 +194,17 @@ def _too_few(clusters: Mapping[str, Sequence[str]]) -> UserError:
         f"need at least {MINIMUM_CLUSTERS}"
     )
     fix = "Add more pairs: some hundreds are a fair start."
-    if largest > total / 2 and total >= MINIMUM_CLUSTERS:
+    if data.split_by == "output_template" and total >= MINIMUM_CLUSTERS:
+        fix = (
+            f"data.split_by: output_template joins rows whose outputs differ only in quoted strings and numbers, here "
+            f"up to {largest} of them. Set data.split_by: input, or add pairs whose outputs have other forms."
+        )
+    elif data.groups and total >= MINIMUM_CLUSTERS:
+        fix = (
+            f"One cluster holds {largest} rows. data.groups ({', '.join(data.groups)}) joins rows that share a value: "
+            "group by something smaller, or add pairs of other groups."
+        )
+    elif largest > total / 2 and total >= MINIMUM_CLUSTERS:
         fix = (
             f"One cluster holds {largest} rows, because their inputs are nearly equal. If that is an instruction "
             "written into each of them, move it to data.system; else add pairs with other inputs."

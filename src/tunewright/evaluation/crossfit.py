@@ -18,13 +18,14 @@ from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, stop_strings
 from tunewright.data.neighbours.leak import nearest_training
+from tunewright.data.neighbours.output_leak import new_templates
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.data.versions.author import current_author
 from tunewright.disk import digest
 from tunewright.evaluation.advising import advise, choosing_inputs
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
-from tunewright.evaluation.distance import scores_by_distance
+from tunewright.evaluation.distance import Distances, scores_by_distance, scores_by_template
 from tunewright.evaluation.evaluating import (
     EvaluateResult,
     contest,
@@ -183,10 +184,25 @@ class CrossFit:
         nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
         near = [nearest[m.key] for m in self.version.domain]
         nearness = scores_by_distance(scored, near, evidence.contrasts[0], self.recipe.seed)
-        evidence = evidence.model_copy(update={"opening": opening, "openings": earlier, "nearness": nearness})
+        new = self._new_templates()
+        templates = (
+            new
+            if new is None
+            else scores_by_template(
+                scored, [new[m.key] for m in self.version.domain], evidence.contrasts[0], self.recipe.seed
+            )
+        )
+        evidence = evidence.model_copy(
+            update={"opening": opening, "openings": earlier, "nearness": nearness, "output_templates": templates}
+        )
         fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
-        save_evaluation(folder, evidence, self.version.domain, answers, scored, nearest, fold_of)
+        save_evaluation(folder, evidence, self.version.domain, answers, scored, Distances(nearest, new), fold_of)
         return EvaluateResult(folder, evidence, evaluated=True)
+
+    def _new_templates(self) -> dict[str, bool] | None:
+        """Whether no row that an item's own fold trained on has its output template; None where that says nothing."""
+        by_fold = [new_templates(version.members) for version in self.versions]
+        return {key: new for fold in by_fold for key, new in (fold or {}).items()} if all(by_fold) else None
 
     def _open(self, ledger: Ledger) -> Opening:
         """The line in the ledger; what prompting arm each fold will choose is not known yet."""

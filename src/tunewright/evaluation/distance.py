@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tunewright.data.neighbours.leak import BANDS, band_of
 from tunewright.evaluation.evidence import Contrast
-from tunewright.evaluation.nearness import Band, BandScore, Nearness
+from tunewright.evaluation.nearness import Band, BandScore, Nearness, OutputTemplates, Subset
 from tunewright.evaluation.scoring import ScoredArms, contrast, score_of
 from tunewright.evaluation.statistics import RESAMPLES
 from tunewright.metrics import Scores
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How near items are to the training rows, by pair key."""
+
+    nearest: Mapping[str, float]
+    """The similarity of the nearest training input."""
+    new_template: Mapping[str, bool] | None
+    """Whether no training row has the item's output template; None where that says nothing."""
+
 
 SIMILARITY = "Jaccard similarity of the inputs' character 4-grams, without what all inputs begin and end with"
 
@@ -31,27 +43,42 @@ def scores_by_distance(
     """
     place = np.array([band_of(similarity) for similarity in nearest])
     median = float(np.median(nearest))
+    far = np.array(nearest) <= median
     return Nearness(
         similarity=SIMILARITY,
         treatment=deciding.treatment,
         control=deciding.control,
-        farther=_band((0.0, median), np.array(nearest) <= median, scored, deciding, seed, resamples),
+        farther=Band(low=0.0, high=median, **dict(_subset(far, scored, deciding, seed, resamples))),
         bands=tuple(
-            _band(ends, place == number, scored, deciding, seed, resamples)
-            for number, ends in enumerate(BANDS)
+            Band(low=low, high=high, **dict(_subset(place == number, scored, deciding, seed, resamples)))
+            for number, (low, high) in enumerate(BANDS)
             if (place == number).any()
         ),
     )
 
 
-def _band(
-    ends: tuple[float, float],
+def scores_by_template(
+    scored: ScoredArms, new: Sequence[bool], deciding: Contrast, seed: int, resamples: int = RESAMPLES
+) -> OutputTemplates:
+    """Each arm's score by the deciding metric on items with a new output template, and on the others.
+
+    Args:
+        scored: the arms on the test items.
+        new: of each item whether no training row has its output template.
+        deciding, seed, resamples: as for ``scores_by_distance``.
+    """
+    here = np.array(new, dtype=bool)
+    seen, unseen = (_subset(part, scored, deciding, seed, resamples) if part.any() else None for part in (~here, here))
+    return OutputTemplates(treatment=deciding.treatment, control=deciding.control, seen=seen, new=unseen)
+
+
+def _subset(
     here: NDArray[np.bool_],
     scored: ScoredArms,
     deciding: Contrast,
     seed: int,
     resamples: int,
-) -> Band:
+) -> Subset:
     clusters = [name for name, inside in zip(scored.clusters, here, strict=True) if inside]
     arms = {name: _part(scores, here) for name, scores in scored.by_metric[deciding.metric].items()}
     ours, theirs = arms[deciding.treatment], arms[deciding.control]
@@ -67,10 +94,7 @@ def _band(
             resamples=resamples,
         )
         difference, interval = measured.difference, measured.interval
-    low, high = ends
-    return Band(
-        low=low,
-        high=high,
+    return Subset(
         items=len(clusters),
         clusters=len(set(clusters)),
         scores={

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from tunewright.adapters.registry import Adapter
 from tunewright.data.neighbours.leak import nearest_training
+from tunewright.data.neighbours.output_leak import new_templates
 from tunewright.data.versions import Member
 from tunewright.data.versions.author import current_author
 from tunewright.disk import digest, new_folder, write_json, write_text
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
-from tunewright.evaluation.distance import scores_by_distance
+from tunewright.evaluation.distance import Distances, scores_by_distance, scores_by_template
 from tunewright.evaluation.evidence import (
     EVIDENCE_FILE,
     ITEMS_FILE,
@@ -171,11 +172,15 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
     contrasts = measured_contrasts(scored, opening.declared, recipe.seed)
     nearest = nearest_training(version, measurement.reporter)
     nearness = scores_by_distance(scored, [nearest[m.key] for m in test], contrasts[0], recipe.seed)
+    new = new_templates(version.members)
+    templates = (
+        new if new is None else scores_by_template(scored, [new[m.key] for m in test], contrasts[0], recipe.seed)
+    )
     evidence = _evidence(measurement, adapter, advice, arms, contrasts, opening, earlier)
     prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
     noise = noise_floor(measurement.generator, test, prompts, measurement.limit, measurement.scorers[0], recipe.seed)
-    evidence = evidence.model_copy(update={"noise_floor": noise, "nearness": nearness})
-    save_evaluation(folder, evidence, test, answers, scored, nearest)
+    evidence = evidence.model_copy(update={"noise_floor": noise, "nearness": nearness, "output_templates": templates})
+    save_evaluation(folder, evidence, test, answers, scored, Distances(nearest, new))
     return EvaluateResult(folder, evidence, evaluated=True)
 
 
@@ -267,12 +272,12 @@ def save_evaluation(
     members: Sequence[Member],
     answers: Mapping[str, Sequence[Answered]],
     scored: ScoredArms,
-    nearest: Mapping[str, float],
+    distances: Distances,
     fold_of: Mapping[str, int] | None = None,
 ) -> None:
     """Write evidence and items, whole or not at all.
 
-    ``nearest`` maps pair keys to the nearest training input's similarity, ``fold_of`` to folds.
+    ``distances`` has how near each item is to the training rows, ``fold_of`` maps pair keys to folds.
     """
     items = [
         Item(
@@ -283,7 +288,8 @@ def save_evaluation(
             answers={name: given[i].text for name, given in answers.items()},
             scores=scored.of_item(i),
             unscored=scored.why_not(i),
-            nearest=nearest[m.key],
+            nearest=distances.nearest[m.key],
+            new_template=None if distances.new_template is None else distances.new_template[m.key],
             fold=None if fold_of is None else fold_of[m.key],
         )
         for i, m in enumerate(members)

@@ -13,7 +13,7 @@ from tunewright.errors import UserError
 from tunewright.evaluation.engine_used import EngineUsed
 from tunewright.evaluation.general.section import General
 from tunewright.evaluation.judge.section import Judgement
-from tunewright.evaluation.nearness import Nearness
+from tunewright.evaluation.nearness import Nearness, OutputTemplates
 from tunewright.evaluation.noise import NoiseFloor
 from tunewright.evaluation.openings import Design, Earlier, Opening
 from tunewright.evaluation.parts import ArmScore, Interval, Part
@@ -243,6 +243,12 @@ class Evidence(Part):
     nearness: Annotated[
         Nearness | None, Field(description="Scores by distance from the training data; null in older evidence.")
     ] = None
+    output_templates: Annotated[
+        OutputTemplates | None,
+        Field(
+            description="Scores by whether the output template was trained on; null: labels, short or alike outputs."
+        ),
+    ] = None
     lineage: Annotated[
         dict[str, Any],
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),
@@ -281,6 +287,9 @@ class Item(Part):
     ] = None
     nearest: Annotated[
         float | None, Field(description="Similarity of the nearest training input, from 0 to 1; null: not measured.")
+    ] = None
+    new_template: Annotated[
+        bool | None, Field(description="Whether no training row has its output template; null: says nothing here.")
     ] = None
     fold: Annotated[int | None, Field(description="Whose adapter answered, of a cross-fitted evaluation.")] = None
 

@@ -1,4 +1,4 @@
-"""The evidence's section ``nearness``: scores by how near the test items are to what was trained on."""
+"""The evidence's sections of scores by how near the test items are to what was trained on."""
 
 from __future__ import annotations
 
@@ -15,14 +15,9 @@ class BandScore(Score):
     scored: Annotated[int, Field(description="Items of the band that are scored for this arm.")]
 
 
-class Band(Part):
-    """Test items by the similarity of their nearest training input: from low to below high; the last one has 1 in it.
+class Subset(Part):
+    """Some of the test items, and what each arm scores on them."""
 
-    The farther half has its high in it.
-    """
-
-    low: float
-    high: float
     items: int
     clusters: int
     scores: Annotated[dict[str, BandScore], Field(description="By arm; without those that have no scored item here.")]
@@ -32,6 +27,16 @@ class Band(Part):
     interval: Annotated[Interval | None, Field(description="95%, of the difference; not adjusted for the bands.")] = (
         None
     )
+
+
+class Band(Subset):
+    """Test items by the similarity of their nearest training input: from low to below high; the last one has 1 in it.
+
+    The farther half has its high in it.
+    """
+
+    low: float
+    high: float
 
 
 class Nearness(Part):
@@ -44,3 +49,12 @@ class Nearness(Part):
         Band, Field(description="The farther half of the items: those up to the median similarity, which is its high.")
     ]
     bands: Annotated[tuple[Band, ...], Field(description="Those with items in them, the farthest first.")]
+
+
+class OutputTemplates(Part):
+    """Scores on test items whose output template (quoted strings and numbers masked) is, or is not, in training."""
+
+    treatment: str
+    control: str
+    seen: Annotated[Subset | None, Field(description="Items whose template training rows have; null: there are none.")]
+    new: Annotated[Subset | None, Field(description="Items whose template no training row has; null: there are none.")]

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from tunewright.data.neighbours.output_leak import HIGH
 from tunewright.evaluation.evidence import Arm, Contrast, DevComparison, Evidence
 from tunewright.evaluation.general.rule import standing
 from tunewright.evaluation.openings import openings_text
@@ -214,7 +215,30 @@ def _cautions(evidence: Evidence, contrast: Contrast) -> list[str]:
         for arm, count in outside
         if count > _TOLD_SHARE * arm.items
     ]
-    return [*opened, *_unknown_training(evidence), *truncated, *none_of_the_choices]
+    return [*opened, *_unknown_training(evidence), *_known_templates(evidence), *truncated, *none_of_the_choices]
+
+
+def _known_templates(evidence: Evidence) -> list[str]:
+    """Say how much of the score comes from outputs whose template was trained on."""
+    found = evidence.output_templates
+    seen = found.seen.items if found is not None and found.seen is not None else 0
+    if found is None or seen < HIGH * evidence.items:
+        return []
+    if found.new is None:
+        return [
+            "Caution: every test item has an output template seen in training, so the score does not show what happens "
+            "with a new one. data.split_by: output_template, in a new dataset, keeps templates apart."
+        ]
+    scores = [
+        f"{name} {score_text(evidence.metric, score.value)}"
+        for name in (found.treatment, found.control)
+        if (score := found.new.scores.get(name)) is not None
+    ]
+    told = " and ".join(scores) if scores else "nothing is scored"
+    return [
+        f"Caution: {seen / evidence.items:.0%} of the test items have an output template seen in training; on the "
+        f"{_count(found.new.items, 'item')} with a new template: {told}."
+    ]
 
 
 def _unknown_training(evidence: Evidence) -> list[str]:

@@ -104,7 +104,8 @@ class DataRecipe(Section):
         tuple[Annotated[str, Field(min_length=1)], ...],
         Field(
             description="Columns or keys, such as customer or document: rows that share a value of one are not "
-            "independent, and stay on one side of the split."
+            "independent, and stay on one side of the split. With data.rows, also a JMESPath from the object above a "
+            "row, such as parent.id or parent.sql[0]; parent.parent is the next object above."
         ),
     ] = ()
     ignore: Annotated[
@@ -141,6 +142,13 @@ class DataRecipe(Section):
             "never straddles the split (0.8: Lee et al. 2021, arXiv 2107.06499).",
         ),
     ] = 0.8
+    split_by: Annotated[
+        Literal["input", "output_template"],
+        Field(
+            description="Rows that share a cluster: those with near-equal inputs, or also those whose outputs are "
+            "equal but for quoted strings and numbers, such as queries made from one template."
+        ),
+    ] = "input"
     dev: Annotated[float, Field(gt=0, lt=0.5, description="Share of examples for choosing (prompts, checkpoints).")] = (
         0.1
     )

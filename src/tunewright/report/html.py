@@ -86,6 +86,7 @@ def page_sections(
         contrasts.section(evidence),
         arms.section(evidence),
         nearness.section(evidence),
+        nearness.templates_section(evidence),
         *items.sections(evidence, test_items),
         general.section(evidence),
         people.section(evidence),

@@ -104,18 +104,18 @@ def scan_pairs(path: Path, data: DataRecipe, notes: list[str], task: Task | None
     left_out: Counter[str] = Counter()
     ignored: set[str] = set()
     count = 0
-    for line, row, above in source.rows:
+    for line, row, above, parent in source.rows:
         count += 1
         try:
             if isinstance(row, RowError):
                 raise row
             ignored.update(row.keys() & data.ignore)
-            conversation = conversation_of(row, data, above)
+            conversation = conversation_of(row, data, above, parent)
             kinds[conversation.kind, conversation.reason] += 1
             example = example_from_turns(conversation.turns, data)
             metadata, too_long = metadata_of(row, conversation, data)
             left_out.update(too_long)
-            yield SourceRow(example, str(path), line, groups_of(row, data), metadata)
+            yield SourceRow(example, str(path), line, groups_of(row, data, parent), metadata)
         except RowError as fault:
             yield fault_of(fault, path, line)
     if not count:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from tunewright.data.examples import ROLES, Example, Message
+from tunewright.data.formats.parents import Parent, names_parent, value_above
 from tunewright.data.formats.row_errors import RowError, place
 from tunewright.data.formats.shapes import ROW_SHAPES, Turn, conversation_of
 from tunewright.recipe import DataRecipe
@@ -81,21 +82,27 @@ def example_from_object(row: Mapping[str, Any], data: DataRecipe) -> Example:
     return example_from_turns(conversation_of(row, data).turns, data)
 
 
-def groups_of(row: Mapping[str, Any], data: DataRecipe) -> dict[str, str]:
+def groups_of(row: Mapping[str, Any], data: DataRecipe, parent: Parent | None = None) -> dict[str, str]:
     """The values of the recipe's data.groups in a row, as text; a null or empty value is no group.
+
+    Args:
+        parent: the objects above the row in its document, for groups that stand there.
 
     Raises:
         RowError: a key of data.groups that the row does not have, or a list or an object in it.
     """
     groups = {}
     for key in data.groups:
-        if key not in row:
+        above = names_parent(key, data)
+        if not above and key not in row:
             raise RowError("E205", f'missing key "{key}", which data.groups names')
-        value = row[key]
+        value = value_above(key, parent) if above else row[key]
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # tables write whole numbers as 12.0 where the column has gaps
         if isinstance(value, bool | dict | list | bytes):
-            raise RowError("E205", f"{place((key,))} is {type(value).__name__}, not text or a number", (key,))
+            path = () if above else (key,)
+            what = key if above else place(path)
+            raise RowError("E205", f"{what} is {type(value).__name__}, not text or a number", path)
         if value not in (None, ""):
             groups[key] = unicodedata.normalize("NFC", str(value))
     return groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +16,7 @@ from jmespath.exceptions import JMESPathError
 from tunewright.data.formats.checks import RowError, row_object
 from tunewright.data.formats.encodings import foreign_places
 from tunewright.data.formats.json_rows import RawRow
+from tunewright.data.formats.parents import PARENT, Parent, compiled, refuse_unfound
 from tunewright.data.formats.row_errors import CODES, JsonPath
 from tunewright.errors import UserError
 
@@ -58,21 +59,24 @@ def check_expression(expression: str) -> jmespath.parser.ParsedResult:
     Raises:
         UserError: it is no JMESPath.
     """
-    try:
-        return jmespath.compile(expression)
-    except (JMESPathError, RecursionError) as error:
-        what = f"not a JMESPath expression: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        raise UserError(what, where=_WHERE, fix="Such as values(@), *[] or data.rows: docs/formats.md.") from None
+    return compiled(expression, _WHERE, "Such as values(@), *[] or data.rows: docs/formats.md.")
 
 
-def document_rows(text: TextIO, path: Path, expression: str, notes: list[str]) -> Iterator[RawRow]:
+def document_rows(
+    text: TextIO, path: Path, expression: str, notes: list[str], groups: Sequence[str] = ()
+) -> Iterator[RawRow]:
     """The objects that an expression finds in a JSON document; the whole document is held in memory.
 
-    A row that stands in the document as it is has its line and the keys above it. If an item is anything else, such as
-    an object that the expression makes, every row is told by its number in the result (from 1), and a note says so.
+    A row that stands in the document as it is has its line, and the keys and objects above it. If an item is anything
+    else, such as an object that the expression makes, every row is told by its number in the result (from 1), and a
+    note says so.
+
+    Args:
+        groups: those of data.groups that stand above the rows.
 
     Raises:
-        UserError: not one JSON document, by file and line; an expression that fails on it or finds no list.
+        UserError: not one JSON document, by file and line; an expression that fails on it or finds no list; a group
+            that is found above no row.
     """
     whole = text.read()
     if not whole.strip():
@@ -81,8 +85,9 @@ def document_rows(text: TextIO, path: Path, expression: str, notes: list[str]) -
     found = _found(document, expression)
     places = {id(each): number for number, each in enumerate(document.objects)}
     if all(id(item) in places for item in found):
-        yield from _placed(document, found, places)
+        yield from _placed(document, found, places, groups)
         return
+    refuse_unfound(groups, [None], path)
     if document.faults:
         place, fault = document.faults[0]
         raise _refused(document, place, fault)
@@ -169,7 +174,7 @@ def _shape(value: Any) -> str:
     return f"The document's keys: {', '.join(keys[:_MOST_KEYS])}{more}."
 
 
-def _placed(document: _Document, found: list[Any], places: dict[int, int]) -> Iterator[RawRow]:
+def _placed(document: _Document, found: list[Any], places: dict[int, int], groups: Sequence[str]) -> Iterator[RawRow]:
     spans = [document.spans[places[id(item)]] for item in found]
     covered: set[int] = set()
     for start, end in spans:
@@ -181,20 +186,26 @@ def _placed(document: _Document, found: list[Any], places: dict[int, int]) -> It
         if number not in covered:  # a key of the document that stands twice may have cost rows
             raise _refused(document, place, fault)
     ways = _ways(document.value, {id(item) for item in found})
+    refuse_unfound(groups, (parent for _, parent in ways.values()), document.path)
     for item, (start, end) in zip(found, spans, strict=True):
-        yield RawRow(document.line(start), document.fault_in(start, end) or item, ways[id(item)])
+        yield RawRow(document.line(start), document.fault_in(start, end) or item, *ways[id(item)])
 
 
-def _ways(value: Any, wanted: set[int]) -> dict[int, JsonPath]:
-    """The keys and indices from the document down to each wanted object."""
-    ways: dict[int, JsonPath] = {}
-    ahead: list[tuple[JsonPath, Any]] = [((), value)]
+def _ways(value: Any, wanted: set[int]) -> dict[int, tuple[JsonPath, Parent | None]]:
+    """The keys and indices from the document down to each wanted object, and the objects above it."""
+    ways: dict[int, tuple[JsonPath, Parent | None]] = {}
+    ahead: list[tuple[JsonPath, Parent | None, Any]] = [((), None, value)]
     while ahead:
-        way, inner = ahead.pop()
+        way, parent, inner = ahead.pop()
         if id(inner) in wanted:
-            ways[id(inner)] = way
-        items = inner.items() if isinstance(inner, dict) else enumerate(inner)
-        ahead += [((*way, key), each) for key, each in items if isinstance(each, dict | list)]
+            ways[id(inner)] = way, parent
+        if isinstance(inner, dict):
+            # Copied, so that "parent" is no key of the document; its values are not.
+            above: Parent | None = {**inner, PARENT: parent}
+            items: Iterable[tuple[str | int, Any]] = inner.items()
+        else:
+            above, items = parent, enumerate(inner)
+        ahead += [((*way, key), above, each) for key, each in items if isinstance(each, dict | list)]
     return ways
 
 

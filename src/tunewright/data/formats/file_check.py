@@ -176,12 +176,12 @@ def _changes_of_the_whole(path: Path, source: Source, notes: Sequence[str]) -> l
 
 def _fixed_rows(path: Path, source: Source, data: DataRecipe, changes: list[Change]) -> Iterator[dict[str, Any]]:
     kinds: set[str] = set()
-    for line, row, above in source.rows:
+    for line, row, above, parent in source.rows:
         try:
             if isinstance(row, RowError):
                 raise row
-            groups = groups_of(row, data)
-            conversation = conversation_of(row, data, above)
+            groups = groups_of(row, data, parent)
+            conversation = conversation_of(row, data, above, parent)
             turns, done = _mended(conversation, data)
             metadata, lost = metadata_of(row, conversation, data)
         except RowError as fault:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TextIO
 
 from tunewright.data.formats.checks import RowError, json_decoder, parse_json_row, row_object
 from tunewright.data.formats.encodings import escaped
+from tunewright.data.formats.parents import Parent
 from tunewright.data.formats.row_errors import JsonPath
 from tunewright.errors import UserError
 
@@ -21,6 +22,8 @@ class RawRow(NamedTuple):
     row: dict[str, Any] | RowError
     above: JsonPath = ()
     """In a document that holds rows, the keys and indices that lead to this one."""
+    parent: Parent | None = None
+    """In a document that holds rows, the objects above this one."""
 
 
 _CHUNK = 1 << 16

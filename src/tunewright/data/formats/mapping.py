@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, Undefined, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tunewright.data.formats.parents import PARENT, Parent
 from tunewright.data.formats.row_errors import JsonPath, RowError
 from tunewright.errors import UserError
 from tunewright.recipe import DataRecipe
@@ -37,13 +38,15 @@ class Side:
     """The row's keys that are used, in order."""
     whole_row: bool = False
     """The template takes ``row`` as a whole, so that any key may be used."""
+    from_parent: bool = False
+    """The template takes ``parent``, the object above the row."""
 
     @property
     def path(self) -> JsonPath:
         """The place in the row that faults of this side name: its key, or for a template the row."""
         return (self.text,) if self.template is None else ()
 
-    def value(self, row: AnyMapping[str, Any], above: JsonPath) -> Any:
+    def value(self, row: AnyMapping[str, Any], above: JsonPath, parent: Parent | None = None) -> Any:
         """What stands there: a key's value as it is, or a template's text.
 
         Raises:
@@ -53,8 +56,11 @@ class Side:
             if self.text not in row:
                 raise RowError("E207", f'missing key "{self.text}", which {self.field} names')
             return row[self.text]
+        if self.from_parent and parent is None:
+            raise RowError("E207", f"{self.field} uses parent, and no object stands above the row")
+        from_above = {PARENT: parent} if self.from_parent else {}
         try:
-            return self.template.render({**row, _ROW: row, _ABOVE: above})
+            return self.template.render({**row, _ROW: row, _ABOVE: above, **from_above})
         except RowError as error:
             raise RowError(error.code, f"{self.field}: {error}") from None
         except _FAILURES as error:
@@ -160,8 +166,9 @@ def _side(name: str, text: str, in_document: bool) -> Side:
         if _is_row(each.node) and isinstance(each.arg, nodes.Const) and isinstance(each.arg.value, str)
     ]
     whole = sum(map(_is_row, tree.find_all(nodes.Name))) > len(picked)
-    keys = dict.fromkeys([*_in_order(tree, names - {_ROW, _ABOVE}), *picked])
-    return Side(f"data.{name}", text, template, tuple(keys), whole)
+    from_above = {_ROW, _ABOVE, PARENT} if in_document else {_ROW, _ABOVE}
+    keys = dict.fromkeys([*_in_order(tree, names - from_above), *picked])
+    return Side(f"data.{name}", text, template, tuple(keys), whole, in_document and PARENT in names)
 
 
 def _is_row(node: nodes.Node) -> bool:

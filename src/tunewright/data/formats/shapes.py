@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunewright.data.formats.mapping import mapping_of
+from tunewright.data.formats.parents import Parent
 from tunewright.data.formats.row_errors import JsonPath, RowError, place
 from tunewright.recipe import DataRecipe
 
@@ -54,11 +55,14 @@ class Conversation:
     keys: frozenset[str] = frozenset()
 
 
-def conversation_of(row: Mapping[str, Any], data: DataRecipe, above: JsonPath = ()) -> Conversation:
+def conversation_of(
+    row: Mapping[str, Any], data: DataRecipe, above: JsonPath = (), parent: Parent | None = None
+) -> Conversation:
     """The unchecked turns of a row of any known kind; keys in data.ignore are not looked at.
 
     Args:
         above: the keys and indices that lead to the row in a document, for templates of the recipe.
+        parent: the objects above the row in a document, for the same.
 
     Raises:
         RowError: no known kind, missing keys, a key that a known one was mistyped for, turns that are no list of
@@ -69,7 +73,7 @@ def conversation_of(row: Mapping[str, Any], data: DataRecipe, above: JsonPath = 
     mapping = mapping_of(data)
     if mapping is not None and mapping.templated:
         sides = (("user", mapping.input), ("assistant", mapping.output))
-        turns = tuple(Turn(role, side.value(row, above), side.path, side.path) for role, side in sides)
+        turns = tuple(Turn(role, side.value(row, above, parent), side.path, side.path) for role, side in sides)
         return Conversation(
             "mapped pairs", mapping.reason, turns, frozenset(row) if mapping.whole_row else mapping.keys
         )

@@ -14,6 +14,7 @@ from tunewright.data.formats.documents import check_expression, document_rows, r
 from tunewright.data.formats.encodings import Encoding, find_encoding, note_on, open_text
 from tunewright.data.formats.json_rows import RawRow, json_array, json_lines, json_objects
 from tunewright.data.formats.mapping import mapping_of
+from tunewright.data.formats.parents import check_groups, names_parent
 from tunewright.data.formats.shapes import KNOWN_KEYS, conversation_of, mistyped
 from tunewright.data.formats.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows
 from tunewright.errors import UserError
@@ -91,9 +92,10 @@ def check_mapping(data: DataRecipe) -> None:
     """Refuse what the recipe maps rows by, before any file is read.
 
     Raises:
-        UserError: data.input or data.output is a template that is none, data.rows no JMESPath.
+        UserError: data.input or data.output is a template that is none, data.rows or a group above it no JMESPath.
     """
     mapping_of(data)
+    check_groups(data)
     if data.rows is not None:
         check_expression(data.rows)
 
@@ -126,7 +128,10 @@ def _text_reader(head: str, path: Path, data: DataRecipe, notes: list[str]) -> t
     named_json = suffix in JSON_NAMES
     expression = data.rows
     if expression is not None and (named_json or start.startswith(("{", "["))):
-        return f"rows at {expression} of a JSON document", lambda text: document_rows(text, path, expression, notes)
+        above = [group for group in data.groups if names_parent(group, data)]
+        return f"rows at {expression} of a JSON document", lambda text: document_rows(
+            text, path, expression, notes, above
+        )
     if start.startswith("[") and (named_json or start[1:].lstrip().startswith("{")):
         return "a JSON array", lambda text: json_array(text, path)
     if any(_is_object(line) for line in lines[: 20 if named_json else 1]):

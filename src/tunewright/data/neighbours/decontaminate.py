@@ -4,6 +4,13 @@ After GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C): texts are compare
 punctuation, a shared run of 13 words is a hit, and runs that many items have are boilerplate and count for nothing.
 Most rows of a domain are shorter than 13 words, so a text with fewer is looked for as a whole; and one with fewer than
 5 words, which may stand anywhere by chance, counts only where it is the whole row.
+
+An assistant turn counts only where it holds an item, since a text that quotes a benchmark teaches it. It does not count
+
+- with fewer than 5 words, or as a label: ``cancel`` as an output says nothing of the test input ``cancel``;
+- as a piece of an item: an answer that quotes its own input (a name, a clause) may well stand in another input too.
+
+Outputs are compared with outputs in ``output_leak``.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunewright.data.examples import Example
+from tunewright.data.outputs import labels_among
 from tunewright.data.versions import Member, short
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
@@ -42,7 +50,7 @@ class Hit:
         source: the name of the source.
         item: the item's number in it, from 0.
         how: equal (one of the row's turns is the item), contained (the row holds at least 80% of the item's runs of
-            words, or is itself a piece of the item), overlap (it holds some of them).
+            words, or its input is itself a piece of the item), overlap (it holds some of them).
         score: for equal and contained the share of the runs that is shared; for overlap the longest shared run of
             words, as a share of the item's words.
     """
@@ -69,21 +77,30 @@ class _Source:
     counted: Counter[int]  # how many of these runs an item has
 
 
-def contaminated(rows: Mapping[str, Example], against: Mapping[str, Sequence[str]], reporter: Reporter) -> list[Hit]:
+def contaminated(
+    rows: Mapping[str, Example],
+    against: Mapping[str, Sequence[str]],
+    reporter: Reporter,
+    labels: Collection[str] = frozenset(),
+) -> list[Hit]:
     """The rows that hold an item of any source, each with its best hit per item, in order of row, source and item.
 
     Args:
-        rows: training rows (or a generic mix-in) by key; all turns but system turns count.
+        rows: training rows (or a generic mix-in) by key; user turns count, and assistant turns that are not short.
         against: the name of each source, such as "test split" or a file's, to the texts of its items.
         reporter: shows the progress.
+        labels: outputs that are labels (``labels_among``): as assistant turns they do not count.
     """
     sources = [_source(name, texts) for name, texts in against.items()]
     hits: dict[tuple[str, str, int], Hit] = {}
     pieces: dict[Words, list[str]] = defaultdict(list)
     with reporter.task("looking for test items", len(rows), "examples") as task:
         for key, example in rows.items():
-            turns = [_words(m.content) for m in example.messages if m.role != "system"]
-            for turn in turns:
+            asked = [words_of(m.content) for m in example.messages if m.role == "user"]
+            replies = [m.content for m in example.messages if m.role == "assistant"]
+            said = [words_of(reply) for reply in replies if reply.strip() not in labels]
+            turns = [*asked, *(turn for turn in said if len(turn) >= FEWEST)]
+            for turn in asked:
                 if FEWEST <= len(turn) < RUN:
                     pieces[turn].append(key)
             for source in sources:
@@ -108,7 +125,8 @@ def training_hits(members: Sequence[Member], benchmarks: Mapping[str, Sequence[s
         reporter: shows the progress.
     """
     training = {m.key: m.example for m in members if m.split == "train"}
-    return contaminated(training, {TEST: [m.example.input_text for m in _tests(members)], **benchmarks}, reporter)
+    against = {TEST: [m.example.input_text for m in _tests(members)], **benchmarks}
+    return contaminated(training, against, reporter, labels_among([m.example.output for m in members]))
 
 
 def item_names(hits: Sequence[Hit], members: Sequence[Member]) -> list[str]:
@@ -158,7 +176,8 @@ def _item(line: str, field: str | None, where: str) -> str:
     return value
 
 
-def _words(text: str) -> Words:
+def words_of(text: str) -> Words:
+    """Return a text as words: NFKC, case folded, without punctuation."""
     return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
@@ -167,7 +186,7 @@ def _runs(words: Words, length: int) -> Iterator[Words]:
 
 
 def _source(name: str, texts: Sequence[str]) -> _Source:
-    whole = [_words(text) for text in texts]
+    whole = [words_of(text) for text in texts]
     # "Question:" before every item, or an instruction: a copy may well come without it.
     head = _common_head(set(whole))
     items = [words[head:] for words in whole]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tunewright.data.neighbours import comparison_texts
+from tunewright.data.neighbours.output_leak import OutputLeak, near_overlap, output_leak
 from tunewright.data.neighbours.partition import Indices, Mask
 from tunewright.data.neighbours.similarity import near_pairs, shingle_matrix, similarities
 from tunewright.data.splits import Split
@@ -57,12 +58,14 @@ class LeakReport:
         held_out: how many rows dev and test have; ``nearest`` has as many, or a random sample of them.
         nearest: the measured rows, sorted by key.
         leaks: at 0.7, 0.8 and 0.9; the random splits have the sizes of this one, and their shares are a mean.
+        outputs: how many test rows have an output, or its template, that training rows have too.
     """
 
     version: str
     held_out: int
     nearest: tuple[Nearest, ...]
     leaks: tuple[Leak, ...]
+    outputs: OutputLeak
 
     def histogram(self, split: Split) -> list[int]:
         """Counts of a split's measured rows with nearest similarity in [0, 0.1), [0.1, 0.2) … [0.9, 1]."""
@@ -74,7 +77,8 @@ class LeakReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
-        return {**asdict(self), "histogram": {split: self.histogram(split) for split in ("dev", "test")}}
+        histogram = {split: self.histogram(split) for split in ("dev", "test")}
+        return {**asdict(self), "outputs": self.outputs.as_dict(), "histogram": histogram}
 
 
 class Answered(Protocol):
@@ -132,7 +136,10 @@ def leak(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOS
         Leak(threshold, float(np.mean([s >= threshold for s in of_test])) if of_test else 0.0, chance)
         for threshold, chance in zip(THRESHOLDS, chances, strict=True)
     )
-    return LeakReport(version.digest, len(held_out), tuple(nearest), leaks)
+    outputs = output_leak(members)
+    near = near_overlap(members, version.manifest.settings.similarity, seed, reporter)
+    outputs = replace(outputs, overlaps=(*outputs.overlaps, near))
+    return LeakReport(version.digest, len(held_out), tuple(nearest), leaks, outputs)
 
 
 def nearest_training(version: DatasetVersion, reporter: Reporter) -> dict[str, float]:

@@ -66,7 +66,8 @@ class EditResult:
 def apply_edits(project: Project, reporter: Reporter, *, message: str = "") -> EditResult:
     """Make a version of the current one in which edited rows have their new answer; splits stay as they are.
 
-    A row's cluster depends on its input alone, so an edit moves nothing. Where the pair with the new answer is there
+    A row keeps its cluster: that depends on its input, and only where data.split_by says so on its output, which the
+    next `data add` looks at again. Where the pair with the new answer is there
     already, the two rows become one, and this is told.
 
     Raises:

@@ -63,6 +63,7 @@ class Settings(_Record):
     seed: int
     groups: tuple[str, ...] = ()
     conflicts: Literal["error", "accept"] | None = None
+    split_by: Literal["input", "output_template"] = "input"
 
 
 class Mix(_Record):

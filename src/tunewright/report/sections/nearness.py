@@ -1,11 +1,13 @@
-"""Scores by distance from the training data: does it only work on near copies?"""
+"""Scores by distance from the training data: does it only work on near copies, or on outputs of a known form?"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
 from tunewright.evaluation.evidence import Evidence
-from tunewright.evaluation.nearness import Band, BandScore, Nearness
+from tunewright.evaluation.nearness import Band, BandScore, Nearness, OutputTemplates, Subset
 from tunewright.metrics import axis_label, points_text
 from tunewright.report.bands import Series, bands_plot
 from tunewright.report.blocks import Cell, Figure, Lead, Row, Section, Table, cells
@@ -18,23 +20,11 @@ def section(evidence: Evidence) -> Section | None:
     found = evidence.nearness
     if found is None:
         return None
-    series = [
-        Series(
-            arm.name,
-            COLOURS[arm.kind],
-            tuple(
-                (place, 100 * score.value, 100 * score.interval.low, 100 * score.interval.high)
-                for place, band in enumerate(found.bands)
-                if (score := band.scores.get(arm.name)) is not None
-            ),
-        )
-        for arm in evidence.arms
-    ]
     drawn = bands_plot(
         "nearness",
         f"Arms by {axis_label(evidence.metric)} in bands of similarity to the nearest training input",
         [f"{_name(band)}\n{counted(band.items, 'item')}" for band in found.bands],
-        series,
+        _series(evidence, found.bands),
         axis=axis_label(evidence.metric),
         below="similarity of the nearest training input",
     )
@@ -48,6 +38,65 @@ def section(evidence: Evidence) -> Section | None:
         "Does it only work on near copies?",
         (Lead(lead), Figure(Markup(drawn)), _table(evidence, found)),
     )
+
+
+def templates_section(evidence: Evidence) -> Section | None:
+    """Each arm's score on items whose output template is in training, and on those with a new one."""
+    found = evidence.output_templates
+    if found is None:
+        return None
+    named = {"seen template": found.seen, "new template": found.new}
+    bands = {name: part for name, part in named.items() if part is not None}
+    drawn = bands_plot(
+        "output-templates",
+        f"Arms by {axis_label(evidence.metric)} on items with a seen and with a new output template",
+        [f"{name}\n{counted(part.items, 'item')}" for name, part in bands.items()],
+        _series(evidence, list(bands.values())),
+        axis=axis_label(evidence.metric),
+        below="output template: quoted strings and numbers masked",
+    )
+    arms = [arm.name for arm in evidence.arms]
+    head = ("Output template", "Items", *arms, f"{found.treatment} − {found.control}, points")
+    rows = tuple(_row(name, part, arms) for name, part in bands.items())
+    return Section(
+        "output-templates",
+        "Does it only work on outputs of a known form?",
+        (
+            Lead(
+                "The test items by whether a training row has the same output once quoted strings and numbers are "
+                f"masked. {_template_answer(found, evidence.items)} These bands decide nothing."
+            ),
+            Figure(Markup(drawn)),
+            Table("Table of scores by output template", head, rows),
+        ),
+    )
+
+
+def _template_answer(found: OutputTemplates, items: int) -> str:
+    if found.new is None:
+        return "Every item has a template that was trained on, so this cannot be told."
+    share = f"{found.new.items:,} of {items:,} have a new template"
+    if found.new.difference is None or found.new.interval is None:
+        return f"{share}, and none of them is scored in both arms."
+    return (
+        f"{share}: there {found.treatment} minus {found.control} is {points_text(found.new.difference)} points, 95% "
+        f"interval {points_interval(found.new.interval)}."
+    )
+
+
+def _series(evidence: Evidence, bands: Sequence[Subset]) -> list[Series]:
+    return [
+        Series(
+            arm.name,
+            COLOURS[arm.kind],
+            tuple(
+                (place, 100 * score.value, 100 * score.interval.low, 100 * score.interval.high)
+                for place, band in enumerate(bands)
+                if (score := band.scores.get(arm.name)) is not None
+            ),
+        )
+        for arm in evidence.arms
+    ]
 
 
 def _answer(evidence: Evidence, found: Nearness) -> str:
@@ -71,17 +120,17 @@ def _name(band: Band) -> str:
 def _table(evidence: Evidence, found: Nearness) -> Table:
     arms = [arm.name for arm in evidence.arms]
     head = ("Similarity", "Items", *arms, f"{found.treatment} − {found.control}, points")
-    return Table("Table of scores by distance", head, tuple(_row(band, arms) for band in found.bands))
+    return Table("Table of scores by distance", head, tuple(_row(_name(band), band, arms) for band in found.bands))
 
 
-def _row(band: Band, arms: list[str]) -> Row:
+def _row(name: str, band: Subset, arms: list[str]) -> Row:
     scores = [band.scores.get(name) for name in arms]
     difference = Cell("none scored")
     if band.difference is not None and band.interval is not None:
         difference = Cell(points_text(band.difference), points_interval(band.interval))
     return Row(
         cells(
-            _name(band),
+            name,
             Cell(f"{band.items:,}", counted(band.clusters, "cluster")),
             *map(_score, scores),
             difference,
