@@ -75,7 +75,7 @@ def templates_section(evidence: Evidence) -> Section | None:
 def _template_answer(found: OutputTemplates, items: int) -> str:
     if found.new is None:
         return "Every item has a template that was trained on, so this cannot be told."
-    share = f"{found.new.items:,} of {items:,} have a new template"
+    share = f"{found.new.items:,} of {items:,} {'has' if found.new.items == 1 else 'have'} a new template"
     if found.new.difference is None or found.new.interval is None:
         return f"{share}, and none of them is scored in both arms."
     return (
