@@ -67,6 +67,8 @@ def data_add(
             message=message,
         )
         what = f"{result.added:,} examples added, {result.known:,} known before, {len(result.duplicates):,} duplicates"
+        if near := result.version.counts.near_duplicates:
+            what += f"; {near:,} near-duplicates in the version, each in one cluster with the row it is like"
         status = "New version" if result.created else "Nothing new: still version"
         current.show(
             result.as_dict(), f"{status} {result.version.digest[:12]}: {what}", version_table([result.version])
@@ -88,7 +90,8 @@ def data_show(
         road = tunewright.open(project, current.reporter)
         member = road.data.show(row)
         if not tokens:
-            current.show(row_document(member), row_heading(member), conversation_text(member))
+            counts = road.data.cluster_counts(member)
+            current.show(row_document(member, counts), row_heading(member, counts), conversation_text(member))
             return
         from tunewright.chat.view import view
         from tunewright.training.rows import row_faults, told_by

@@ -54,6 +54,8 @@ class AddResult:
     """Training rows that hold a test row or a benchmark item; left out where data.contaminated is "drop"."""
     largest: tuple[Largest, ...]
     """The largest clusters."""
+    near_duplicates: tuple[Duplicate, ...] = ()
+    """New rows with nearly the input and the output of another: kept, in its cluster."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
@@ -91,14 +93,17 @@ def add(
     screened = screen(given.rows, recipe.data.allow, reporter, redact=redact, presidio=presidio)
     rows = screened.rows
     with locked(project.dataset):
-        merged = merge(project.dataset, rows, recipe.data.similarity, reporter)
+        merged = merge(project.dataset, rows, recipe.data.similarity, reporter, duplicates=recipe.data.duplicates)
         conflicts = _settled(merged, recipe)
         duplicates = merged.duplicates(rows)
         if duplicates:
-            reporter.warn(notices.duplicates(duplicates))
+            reporter.warn(notices.duplicates(duplicates, recipe.data.duplicates))
         if merged.reweighted:
             reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
         found = contents(project, merged, rows, reporter)
+        near = merged.near_duplicates({m.key for m in found.members})
+        if near:
+            reporter.say(notices.near_duplicates(near))
         created = merged.parent is None or merged.parent.digest != members_digest(found.members)
         if created:
             _warn(merged, found, conflicts, reporter)
@@ -111,6 +116,7 @@ def add(
                 sources=list(sources.values()),
                 left_out=LeftOut(len(duplicates), len(given.faults), len(found.moved)),
                 mix=found.mixed.about if found.mixed else None,
+                near_duplicates=_near_count(merged, found, recipe),
             )
             imports = _imports(rows, given.faults, sources, merged, found)
             version = save_version(project.dataset, version, found.members, imports, reporter)
@@ -133,6 +139,7 @@ def add(
         personal=screened.personal,
         contaminated=found.hits,
         largest=found.largest,
+        near_duplicates=near,
     )
 
 
@@ -179,7 +186,20 @@ def _settled(merged: Merge, recipe: Recipe) -> tuple[Conflict, ...]:
 
 def _settings(recipe: Recipe) -> Settings:
     data = recipe.data
-    return Settings(similarity=data.similarity, dev=data.dev, test=data.test, seed=recipe.seed, groups=data.groups)
+    return Settings(
+        similarity=data.similarity,
+        dev=data.dev,
+        test=data.test,
+        seed=recipe.seed,
+        groups=data.groups,
+        duplicates=data.duplicates,
+    )
+
+
+def _near_count(merged: Merge, found: Contents, recipe: Recipe) -> int:
+    if recipe.data.duplicates == "drop":  # new ones are left out, so those of the version before are all there are
+        return merged.parent.manifest.counts.near_duplicates if merged.parent else 0
+    return sum(m.key in merged.near for m in found.members)
 
 
 def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], reporter: Reporter) -> None:

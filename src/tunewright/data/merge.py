@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from tunewright.data.examples import Example, in_conflict
 from tunewright.data.formats import SourceRow
 from tunewright.data.neighbours import find_duplicates
 from tunewright.data.notices import Conflict, Duplicate
+from tunewright.data.repeats import exact_repeats, near_repeats
 from tunewright.data.review.edits import replaced
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, has_version, load_version, short
 from tunewright.progress import Reporter
+from tunewright.recipe import Duplicates
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Merge:
     """New pair key: the parent's one of the same turns, other weights, that it replaces."""
     edited: dict[str, str]
     """Pair key that an edit has replaced since: what came of it."""
+    near: dict[str, tuple[str, float]]
+    """Kept pair key: the kept one that it nearly repeats, and their similarity."""
 
     @property
     def former(self) -> dict[str, Split]:
@@ -59,8 +63,23 @@ class Merge:
             of, similarity = self.dropped[key]
             return {"fate": "duplicate", "key": key, "of": of, "similarity": round(similarity, 4)}
         if self.first[key] is row:
-            return {"fate": "added", "key": key}
+            return {"fate": "added", "key": key, **self._near(key)}
         return {"fate": "duplicate", "key": key, "of": key, "similarity": 1.0}
+
+    def _near(self, key: str) -> dict[str, Any]:
+        if key not in self.near:
+            return {}
+        like, similarity = self.near[key]
+        return {"near": like, "similarity": round(similarity, 4)}
+
+    def near_duplicates(self, keys: Collection[str]) -> tuple[Duplicate, ...]:
+        """Return the new rows among ``keys`` that nearly repeat a kept one, in the order of files and lines."""
+        found = [
+            Duplicate(row.source, row.line, key, of, self.place(of), similarity)
+            for key, (of, similarity) in self.near.items()
+            if key in keys and (row := self.first.get(key)) is not None
+        ]
+        return tuple(sorted(found, key=lambda d: (d.source, d.line)))
 
     def duplicates(self, rows: Sequence[SourceRow]) -> tuple[Duplicate, ...]:
         """The rows that were dropped, with those that they repeat."""
@@ -97,11 +116,19 @@ class Merge:
         return {key: tuple(sorted(found)) for key, found in values.items() if found and key in self.kept}
 
 
-def merge(dataset: Path, rows: Sequence[SourceRow], similarity: float, reporter: Reporter) -> Merge:
+def merge(
+    dataset: Path,
+    rows: Sequence[SourceRow],
+    similarity: float,
+    reporter: Reporter,
+    *,
+    duplicates: Duplicates = "keep",
+) -> Merge:
     """Merge the rows that were read into the current version, if there is one.
 
     Args:
-        similarity: inputs at or above it, with the same output, are duplicates: the first, or the known one, is kept.
+        similarity: inputs at or above it, with the same output, are near-duplicates.
+        duplicates: ``drop`` keeps the first of near-duplicates, or the known one; ``keep`` leaves out exact ones alone.
     """
     parent = load_version(dataset) if has_version(dataset) else None
     known = {m.key: m.example for m in parent.domain} if parent else {}
@@ -123,10 +150,19 @@ def merge(dataset: Path, rows: Sequence[SourceRow], similarity: float, reporter:
             del known[old]
     keys = [*known, *reweighted, *(key for key in new if key not in reweighted)]
     examples = [known[key] if key in known else first[key].example for key in keys]
-    repeats = find_duplicates(examples, len(known) + len(reweighted), similarity, reporter)
+    stay = len(known) + len(reweighted)
+    if duplicates == "drop":
+        repeats = find_duplicates(examples, stay, similarity, reporter)
+    else:
+        repeats = exact_repeats(examples, stay)
     dropped = {keys[row]: (keys[repeat.of], repeat.similarity) for row, repeat in repeats.items()}
     kept = {key: example for key, example in zip(keys, examples, strict=True) if key not in dropped}
-    return Merge(parent, kept, first, dropped, reweighted, edited)
+    near: dict[str, tuple[str, float]] = {}
+    if duplicates == "keep":
+        names = list(kept)
+        found = near_repeats(list(kept.values()), similarity, reporter)
+        near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
+    return Merge(parent, kept, first, dropped, reweighted, edited, near)
 
 
 def _turns(example: Example) -> tuple[tuple[str, str], ...]:

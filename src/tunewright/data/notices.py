@@ -13,6 +13,7 @@ from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
+from tunewright.recipe import Duplicates
 
 FEWEST_TRAINING_PAIRS = 50
 FEW_TRAINING_PAIRS = 500
@@ -80,11 +81,22 @@ def skipped(faults: Sequence[Fault]) -> str:
     return f"{_count(len(faults), 'faulty row')} left out:\n{told}"
 
 
-def duplicates(dropped: Sequence[Duplicate]) -> str:
+def near_duplicates(kept: Sequence[Duplicate]) -> str:
+    """Return the notice of new rows that nearly repeat another one and are kept."""
+    told = (f"{d.source}:{d.line} is like {d.of_place} (similarity {d.similarity:.2f})" for d in kept)
+    lines = listed(told, len(kept), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
+    return (
+        f"{_count(len(kept), 'near-duplicate')} kept: nearly the input and the output of another row, in its cluster "
+        f"(data.duplicates: drop leaves them out):\n{lines}"
+    )
+
+
+def duplicates(dropped: Sequence[Duplicate], setting: Duplicates) -> str:
     """The warning of dropped duplicates."""
     told = (f"{d.source}:{d.line} repeats {d.of_place} (similarity {d.similarity:.2f})" for d in dropped)
     lines = listed(told, len(dropped), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
-    return f"{_count(len(dropped), 'row')} left out, with the input (nearly) and the output of another:\n{lines}"
+    alike = "the input (nearly)" if setting == "drop" else "the input"
+    return f"{_count(len(dropped), 'row')} left out, with {alike} and the output of another:\n{lines}"
 
 
 def conflicting(conflicts: Sequence[Conflict]) -> UserError:

@@ -42,6 +42,9 @@ Findable = Literal[
 ]
 
 
+Duplicates = Literal["keep", "drop"]
+
+
 class MixRecipe(Section):
     """Generic instruction data among the training rows, against forgetting what the base could do."""
 
@@ -137,6 +140,13 @@ class DataRecipe(Section):
             "never straddles the split (0.8: Lee et al. 2021, arXiv 2107.06499).",
         ),
     ] = 0.8
+    duplicates: Annotated[
+        Duplicates,
+        Field(
+            description="Rows with nearly the input (data.similarity) and the output of another are kept in its "
+            "cluster, or left out; counted, always. Exact duplicates are left out."
+        ),
+    ] = "keep"
     dev: Annotated[float, Field(gt=0, lt=0.5, description="Share of examples for choosing (prompts, checkpoints).")] = (
         0.1
     )

@@ -152,6 +152,12 @@ class DataRoad:
         """One row of the current version, by the beginning of its key or by ``FILE:LINE``."""
         return find_row(self._dataset, self.version(), row)
 
+    def cluster_counts(self, member: Member) -> tuple[int, int]:
+        """Return how many rows of the current version share a row's cluster, and how many of those its output."""
+        from tunewright.data.repeats import cluster_counts
+
+        return cluster_counts(self.version(), member)
+
     def check(self) -> LengthReport:
         """Encode every row of the current version as training would, and measure."""
         from tunewright.models.loading import context_length

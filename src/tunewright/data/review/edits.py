@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data.examples import Example
+from tunewright.data.repeats import count_near_repeats
 from tunewright.data.review.reviews import REVIEWS_FILE, Judged, Reviews, event_digest, read_reviews
 from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import (
@@ -105,6 +106,7 @@ def apply_edits(project: Project, reporter: Reporter, *, message: str = "") -> E
             sources=[source],
             left_out=LeftOut(duplicates=len(collapsed)),
             mix=parent.manifest.mix,
+            near_duplicates=count_near_repeats(members, parent.manifest.settings.similarity, reporter),
         )
         version = save_version(dataset, version, members, _imports(edited, source), reporter)
     return EditResult(version, tuple(edited), tuple(disputed))

@@ -31,6 +31,7 @@ def new_manifest(
     sources: Sequence[Source],
     left_out: LeftOut,
     mix: Mix | None,
+    near_duplicates: int = 0,
 ) -> Manifest:
     """The manifest of a version of these members, made now; author, imports and seal come when it is saved."""
     return Manifest(
@@ -39,14 +40,14 @@ def new_manifest(
         created=now(),
         message=message,
         sources=tuple(sources),
-        counts=_counts(members, left_out),
+        counts=_counts(members, left_out, near_duplicates),
         splits={split: keys_digest(m.key for m in members if m.split == split) for split in SPLITS},
         settings=settings,
         mix=mix,
     )
 
 
-def _counts(members: Sequence[Member], left_out: LeftOut) -> Counts:
+def _counts(members: Sequence[Member], left_out: LeftOut, near_duplicates: int) -> Counts:
     sizes = Counter(m.cluster for m in members)
     asked: dict[str, list[Example]] = defaultdict(list)
     for member in members:
@@ -62,6 +63,7 @@ def _counts(members: Sequence[Member], left_out: LeftOut) -> Counts:
         skipped=left_out.skipped,
         moved=left_out.moved,
         mixed=sum(m.mixed for m in members),
+        near_duplicates=near_duplicates,
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tunewright.data.splits import Split
 from tunewright.disk import digest as json_digest
 from tunewright.errors import UserError
+from tunewright.recipe import Duplicates
 
 MANIFEST = "manifest.json"
 
@@ -35,7 +36,8 @@ class Counts(_Record):
     """What is in a version (rows to conflicts, mixed), and what its import left out or moved (the others).
 
     A family is a cluster of several rows; a conflict is one input with several outputs. ``mixed`` rows are of the
-    generic mix-in: they are counted in rows, train and clusters too.
+    generic mix-in: they are counted in rows, train and clusters too. ``near_duplicates`` are rows of the version with
+    nearly the input and the output of another one: what ``data.duplicates: drop`` leaves out.
     """
 
     rows: int
@@ -49,6 +51,7 @@ class Counts(_Record):
     skipped: int
     moved: int
     mixed: int = 0
+    near_duplicates: int = 0
 
 
 class Settings(_Record):
@@ -59,6 +62,7 @@ class Settings(_Record):
     test: float
     seed: int
     groups: tuple[str, ...] = ()
+    duplicates: Duplicates = "drop"  # versions of earlier releases have no such setting: they dropped them
 
 
 class Mix(_Record):
