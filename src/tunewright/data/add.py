@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data import notices
+from tunewright.data.arrivals import held_out, lifted, restored
 from tunewright.data.contents import Contents, contents
 from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
 from tunewright.data.merge import Merge, merge
 from tunewright.data.neighbours.decontaminate import Hit
-from tunewright.data.notices import Conflict, Duplicate, Largest, Move
+from tunewright.data.notices import Conflict, Duplicate, Largest, Move, Replaced
 from tunewright.data.screening import screen
 from tunewright.data.versions import (
     DatasetVersion,
@@ -25,6 +26,7 @@ from tunewright.data.versions import (
     save_version,
 )
 from tunewright.data.versions.making import LeftOut, new_manifest
+from tunewright.data.versions.removals import append_removals
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -56,6 +58,10 @@ class AddResult:
     """The largest clusters."""
     near_duplicates: tuple[Duplicate, ...] = ()
     """New rows with nearly the input and the output of another: kept, in its cluster."""
+    replaced: tuple[Replaced, ...] = ()
+    """Rows that took the place of known ones with their input and another output."""
+    removed: tuple[str, ...] = ()
+    """Where the rows were read that were removed earlier and stay out."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
@@ -71,6 +77,9 @@ def add(
     redact: bool = False,
     presidio: str | None = None,
     message: str = "",
+    replace: bool = False,
+    restore: bool = False,
+    split_from: Path | None = None,
 ) -> AddResult:
     """Add files of pairs to the project's dataset; rows that it has already change nothing.
 
@@ -82,6 +91,9 @@ def add(
         redact: put placeholders for secrets and personal data, instead of refusing secrets.
         presidio: a spaCy model with which presidio looks for names and places too (``open_presidio``).
         message: kept with the version.
+        replace: the output of a known input supersedes the one that the dataset has; its split is kept.
+        restore: take rows in again that were removed earlier.
+        split_from: a project or dataset folder whose rows keep their split in this new dataset.
 
     Raises:
         UserError: faulty rows (all are listed), secrets (named by place, never by value), new conflicts (unless
@@ -93,17 +105,32 @@ def add(
     screened = screen(given.rows, recipe.data.allow, reporter, redact=redact, presidio=presidio)
     rows = screened.rows
     with locked(project.dataset):
-        merged = merge(project.dataset, rows, recipe.data.similarity, reporter, duplicates=recipe.data.duplicates)
+        merged = merge(
+            project.dataset,
+            rows,
+            recipe.data.similarity,
+            reporter,
+            duplicates=recipe.data.duplicates,
+            replace=replace,
+            restore=restore,
+        )
         conflicts = _settled(merged, recipe)
         duplicates = merged.duplicates(rows)
         if duplicates:
             reporter.warn(notices.duplicates(duplicates, recipe.data.duplicates))
+        if merged.withheld:
+            reporter.warn(held_out(rows, merged.withheld))
+        if merged.replacement.standing:
+            reporter.warn(notices.standing(merged.replacement.standing))
+        if merged.replacement.olds:
+            reporter.say(notices.replaced(merged.replaced()))
         if merged.reweighted:
             reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
         found = contents(project, merged, rows, reporter)
         near = merged.near_duplicates({m.key for m in found.members})
         if near:
             reporter.say(notices.near_duplicates(near))
+        back = restored(project.dataset, [merged.first[key] for key in merged.first if key in merged.kept])
         created = merged.parent is None or merged.parent.digest != members_digest(found.members)
         if created:
             _warn(merged, found, conflicts, reporter)
@@ -120,6 +147,7 @@ def add(
             )
             imports = _imports(rows, given.faults, sources, merged, found)
             version = save_version(project.dataset, version, found.members, imports, reporter)
+            append_removals(project.dataset, [lifted(removal, project.root) for removal in back])
         else:
             assert merged.parent is not None
             version = merged.parent.manifest
@@ -140,6 +168,8 @@ def add(
         contaminated=found.hits,
         largest=found.largest,
         near_duplicates=near,
+        replaced=merged.replaced(),
+        removed=tuple(f"{row.source}:{row.line}" for row in rows if row.example.pair_key in merged.withheld),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tunewright.data.examples import Example, Message
-from tunewright.data.formats import Fault
+from tunewright.data.formats import Fault, SourceRow
 from tunewright.data.neighbours.decontaminate import How
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
@@ -42,6 +42,18 @@ class Conflict:
     outputs: tuple[str, ...]
     keys: tuple[str, ...]
     places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A row that took the place of one or more with its input: where it was read, keys and outputs."""
+
+    source: str
+    line: int
+    key: str
+    output: str
+    before: tuple[str, ...]
+    outputs_before: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,19 @@ def warn_of_missing_groups(
                 f"{_count(lacking, 'row')} of the version before without a {name}: they were added before data.groups "
                 "named it, so nothing keeps them with the others of theirs. Add their files again to tell it."
             )
+
+
+def replaced(rows: Sequence[Replaced]) -> str:
+    """Return the notice of rows that took the place of others with their input."""
+    told = (f"{r.source}:{r.line}: {'; '.join(map(_excerpt, r.outputs_before))} → {_excerpt(r.output)}" for r in rows)
+    lines = listed(told, len(rows), _MOST_EXAMPLES, "`tunewright data diff` shows all")
+    return f"{_count(len(rows), 'row')} replaced: the same input, the file's output, the split as before\n{lines}"
+
+
+def standing(rows: Sequence[SourceRow]) -> str:
+    """Return the warning of rows that replace nothing, because a reviewer edited their answer."""
+    lines = listed((f"{r.source}:{r.line}" for r in rows), len(rows), _MOST_EXAMPLES, "`tunewright data blame` tells")
+    return f"{_count(len(rows), 'row')} not replaced: a reviewer edited the answer, and the edit stands\n{lines}"
 
 
 def reweighted(examples: Sequence[Example]) -> str:

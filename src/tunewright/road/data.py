@@ -286,7 +286,8 @@ class DataRoad:
         """What differs between two versions (the second: the current one by default)."""
         from tunewright.data.versions.changes import diff
 
-        return diff(self.version(a), self.version(b))
+        before, after = (load_version(self._dataset, digest, without_purged=True) for digest in (a, b))
+        return diff(before, after)
 
     def blame(self, row: str) -> Blame:
         """How a row of the current version came into the dataset; ``row`` as in :meth:`show`."""
