@@ -42,6 +42,16 @@ def data_add(
     accept_conflicts: Annotated[
         bool, typer.Option("--accept-conflicts", help="Keep inputs with different outputs, instead of refusing.")
     ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let an output supersede the one that the dataset has for its input.")
+    ] = False,
+    restore: Annotated[bool, typer.Option("--restore", help="Take rows in again that were removed.")] = False,
+    split_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="A project whose split the rows of this new dataset keep.", show_default="a split of its own"
+        ),
+    ] = None,
     presidio: Annotated[
         str | None,
         typer.Option(help="Look for names and places too, with this spaCy model.", show_default="patterns only"),
@@ -65,8 +75,13 @@ def data_add(
             accept_conflicts=accept_conflicts,
             presidio=presidio,
             message=message,
+            replace=replace,
+            restore=restore,
+            split_from=split_from,
         )
         what = f"{result.added:,} examples added, {result.known:,} known before, {len(result.duplicates):,} duplicates"
+        what += f", {len(result.replaced):,} replaced" if result.replaced else ""
+        what += f", {len(result.removed):,} removed earlier and left out" if result.removed else ""
         if near := result.version.counts.near_duplicates:
             what += f"; {near:,} near-duplicates in the version, each in one cluster with the row it is like"
         status = "New version" if result.created else "Nothing new: still version"

@@ -12,6 +12,7 @@ from tunewright.data import notices
 from tunewright.data.arrivals import held_out, lifted, restored
 from tunewright.data.contents import Contents, contents
 from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
+from tunewright.data.inheriting import inherit, told
 from tunewright.data.merge import Merge, merge
 from tunewright.data.neighbours.decontaminate import Hit
 from tunewright.data.notices import Conflict, Duplicate, Largest, Move, Replaced
@@ -126,7 +127,10 @@ def add(
             reporter.say(notices.replaced(merged.replaced()))
         if merged.reweighted:
             reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
-        found = contents(project, merged, rows, reporter)
+        inherited = inherit(split_from, merged.parent, merged.kept) if split_from is not None else None
+        found = contents(project, merged, rows, reporter, inherited.splits if inherited else None)
+        if inherited:
+            reporter.say(told(inherited, found.members))
         near = merged.near_duplicates({m.key for m in found.members})
         if near:
             reporter.say(notices.near_duplicates(near))
@@ -144,6 +148,7 @@ def add(
                 left_out=LeftOut(len(duplicates), len(given.faults), len(found.moved)),
                 mix=found.mixed.about if found.mixed else None,
                 near_duplicates=_near_count(merged, found, recipe),
+                split_from=inherited.about if inherited else None,
             )
             imports = _imports(rows, given.faults, sources, merged, found)
             version = save_version(project.dataset, version, found.members, imports, reporter)

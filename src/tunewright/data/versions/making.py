@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tunewright.clock import now
 from tunewright.data.examples import Example, in_conflict
 from tunewright.data.splits import SPLITS
-from tunewright.data.versions.manifest import Counts, Manifest, Mix, Settings, Source
+from tunewright.data.versions.manifest import Counts, Manifest, Mix, Settings, Source, SplitFrom
 from tunewright.data.versions.store import DatasetVersion, Member, keys_digest, members_digest
 
 
@@ -32,6 +32,7 @@ def new_manifest(
     left_out: LeftOut,
     mix: Mix | None,
     near_duplicates: int = 0,
+    split_from: SplitFrom | None = None,
 ) -> Manifest:
     """The manifest of a version of these members, made now; author, imports and seal come when it is saved."""
     return Manifest(
@@ -44,6 +45,7 @@ def new_manifest(
         splits={split: keys_digest(m.key for m in members if m.split == split) for split in SPLITS},
         settings=settings,
         mix=mix,
+        split_from=split_from,
     )
 
 

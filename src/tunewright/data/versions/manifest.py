@@ -77,6 +77,14 @@ class Mix(_Record):
     left_out: int
 
 
+class SplitFrom(_Record):
+    """The version whose split this one inherited: its project's folder, its digest, and how many rows had it there."""
+
+    name: str
+    digest: Digest
+    rows: int
+
+
 class Manifest(_Record):
     """What a version says of itself. ``created`` is UTC, ISO 8601; ``splits`` maps each split to its digest.
 
@@ -93,6 +101,7 @@ class Manifest(_Record):
     splits: dict[Split, str]
     settings: Settings
     mix: Mix | None = None
+    split_from: SplitFrom | None = None
     author: str | None = None
     imports: Digest | None = None
     seal: Digest | None = None
