@@ -110,7 +110,7 @@ def select(
         named = _named(selection.keys, members, set(former))
         found = {key: member for key, member in found.items() if key in named}
     if selection.source is not None:
-        source = source_name(selection.source, origins.sources, dataset.parent)
+        source = source_name(selection.source, origins.sources, dataset.parent, "--source")
         found = {key: member for key, member in found.items() if origins.first.get(key, ("", 0))[0] == source}
     if selection.groups:
         groups = _checked(selection.groups, members.values())
@@ -125,7 +125,7 @@ def read_elsewhere_first(selection: Selection, members: Iterable[Member], origin
     """Return how many rows ``--source`` leaves, because another file brought them before that one had them too."""
     if selection.source is None:
         return 0
-    source = source_name(selection.source, origins.sources, dataset.parent)
+    source = source_name(selection.source, origins.sources, dataset.parent, "--source")
     return sum(
         source in origins.again.get(m.key, ()) and origins.first.get(m.key, ("", 0))[0] != source for m in members
     )

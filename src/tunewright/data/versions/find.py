@@ -73,7 +73,7 @@ def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str
     return replaced(dataset, version.manifest).get(key, key)
 
 
-def source_name(file: str, sources: Sequence[str], root: Path) -> str:
+def source_name(file: str, sources: Sequence[str], root: Path, where: str = "ROW") -> str:
     """The added file that ``file`` means: its name in the project, a path to it, or its bare name."""
     path = Path(file).resolve()
     within = path.relative_to(root.resolve()).as_posix() if path.is_relative_to(root.resolve()) else None
@@ -84,7 +84,7 @@ def source_name(file: str, sources: Sequence[str], root: Path) -> str:
     if len(same) == 1:
         return same[0]
     what = f"{len(same)} added files are called {path.name}" if same else f"no row came from a file {file}"
-    raise UserError(what, where="ROW", fix=f"Added files: {', '.join(sources)}.")
+    raise UserError(what, where=where, fix=f"Added files: {', '.join(sources)}.")
 
 
 def _imported(dataset: Path, version: DatasetVersion) -> Iterator[dict[str, Any]]:
