@@ -45,7 +45,8 @@ def test_shared_inputs_keep_their_split_under_another_system_turn_seed_and_outpu
     assert any("55 of 75 rows are there too" in said for said in listener.said)
     # What comes later keeps it too.
     add(new, [write_jsonl(tmp_path / "more.jsonl", unlike_pairs(20, seed=4))], Listener())
-    assert {k: v for k, v in _splits(new).items() if k.strip().casefold() in shared}.keys()
+    later = {text.strip().casefold(): split for text, split in _splits(new).items()}
+    assert {text: later[text] for text in shared} == shared
 
 
 def test_a_cluster_follows_the_row_in_it_that_is_held_out_and_the_move_is_told(tmp_path: Path, old: Project) -> None:

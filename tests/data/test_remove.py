@@ -250,6 +250,52 @@ def test_remove_counts_adapters_and_evaluations_that_saw_the_rows(project: Proje
     assert result.evaluations == {"0123456789ab": 1}
 
 
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), which=st.sets(st.integers(0, 59), min_size=1, max_size=20))
+def test_what_is_left_keeps_its_place_and_what_went_does_not_come_back(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, which: set[int]
+) -> None:
+    project = new_project(tmp_path_factory.mktemp("left") / "p", "data: {conflicts: accept}\n")
+    rows = unlike_pairs(50, seed)
+    rows += [(text + "?", answer if n % 2 else "another") for n, (text, answer) in enumerate(rows[:10])]
+    write_jsonl(project.root / "all.jsonl", rows)
+    _add(project, "all.jsonl")
+    before = load_version(project.dataset)
+    gone = {before.members[n].key for n in which}
+    kept = {m.key: m.split for m in before.members if m.key not in gone}
+    names = project.root / "keys.txt"
+    names.write_text("".join(f"{key}\n" for key in sorted(gone)))
+    if set(kept.values()) != {"train", "dev", "test"}:
+        with pytest.raises(UserError, match="row would be left"):
+            _remove(project, keys=names)
+        return
+    _remove(project, keys=names)
+    after = load_version(project.dataset)
+    assert {m.key: m.split for m in after.members} == kept
+    clusters: dict[str, set[str]] = {}
+    for member in after.members:
+        clusters.setdefault(member.cluster, set()).add(member.key)
+    assert all(name == min(keys) for name, keys in clusters.items())
+    assert verify(project.dataset, Listener()).damage == ()
+    again = _add(project, "all.jsonl")
+    assert (again.added, len(again.removed)) == (0, len(gone))
+    assert _keys(project) == kept.keys()
+
+
+def test_a_removed_row_of_the_mix_in_is_not_drawn_again(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {mix: {source: generic.jsonl, fraction: 0.1}}\n")
+    write_jsonl(project.root / "generic.jsonl", unlike_pairs(20, seed=5))
+    write_jsonl(project.root / "all.jsonl", unlike_pairs(60))
+    _add(project, "all.jsonl")
+    gone = {row.key for row in _remove(project, where="mixed").rows}
+    assert gone
+    assert load_version(project.dataset).manifest.counts.mixed == 0
+    _add(project, "all.jsonl")
+    mixed = {m.key for m in load_version(project.dataset).members if m.mixed}
+    assert mixed
+    assert not mixed & gone
+
+
 # Purge
 
 

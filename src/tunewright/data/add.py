@@ -121,6 +121,8 @@ def add(
             reporter.warn(notices.duplicates(duplicates, recipe.data.duplicates))
         if merged.withheld:
             reporter.warn(held_out(rows, merged.withheld))
+        if replace and not merged.replacement.olds:
+            reporter.say("Nothing to replace: no input of these files is in the dataset with another output.")
         if merged.replacement.standing:
             reporter.warn(notices.standing(merged.replacement.standing))
         if merged.replacement.olds:
@@ -135,6 +137,8 @@ def add(
         if near:
             reporter.say(notices.near_duplicates(near))
         back = restored(project.dataset, [merged.first[key] for key in merged.first if key in merged.kept])
+        if restore and not back:
+            reporter.say("Nothing to restore: no row of these files was removed earlier.")
         created = merged.parent is None or merged.parent.digest != members_digest(found.members)
         if created:
             _warn(merged, found, conflicts, reporter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ def _named(path: Path, members: Mapping[str, Member], former: set[str]) -> set[s
         if not line.strip():
             continue
         name = _key_on(line.strip(), f"{path}:{number}")
-        matching = [key for key in keys if key.startswith(name)]
+        matching = keys[bisect_left(keys, name) : bisect_right(keys, name + "g")]
         if len(matching) == 1:
             found.add(matching[0])
         else:

@@ -20,10 +20,10 @@ from tunewright.progress import Reporter
 
 REVIEWS = "reviews"
 REMOVED = "removed"
+ALL_REMOVED = "removed/all.jsonl"
 ERASED = "erased"
 AGAIN = "Restore the file, or push the version again from a side that has it whole, after removing its folder there."
 
-_KINDS = {REVIEWS: "reviews", REMOVED: "removals"}
 _ROW_KEY = re.compile(rb'{"key":"([0-9a-f]{64})"')
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile that AWS_PROFILE names"
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}
@@ -160,7 +160,8 @@ class Place:
         Raises:
             UserError: naming the file: it was changed.
         """
-        events: list[Removal] = []
+        # A web server that lists no files has all of them in one.
+        events = removals_in(self.read_if_there(ALL_REMOVED) or b"", f"{self.url}/{ALL_REMOVED}")
         for name in self._names(REMOVED, reporter):
             path = f"{REMOVED}/{name}"
             data = self.read(path)
@@ -261,8 +262,8 @@ class Place:
             try:
                 listed = self.fs.ls(f"{self.root}/{folder}", detail=False)
             except FileNotFoundError:
-                if self.is_web:
-                    reporter.warn(f"No {_KINDS[folder]} were copied: {self.url} has none, or does not list its files.")
+                if self.is_web and folder == REVIEWS:
+                    reporter.warn(f"No reviews were copied: {self.url} has none, or does not list its files.")
                 return []
         names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
         return sorted(name for name in names if re.fullmatch(r"[0-9a-f]{12}\.jsonl", name))

@@ -4,7 +4,7 @@ URL/HEAD                            the digest of the version that was pushed la
 URL/versions/DIGEST12/rows.jsonl    the rows that the version's parent does not have
                       members.tsv, imports.jsonl, manifest.json   as in the dataset folder; the manifest comes last
 URL/reviews/SHA12.jsonl             what each push brought of the log of reviews; all of them together are the log
-URL/removed/SHA12.jsonl             likewise of the log of removals
+URL/removed/SHA12.jsonl             likewise of the log of removals; all.jsonl is their union
 URL/erased/SHA12                    which purges were carried out there, by the digest of their keys
 
 No file but HEAD is ever written again, unless a purge takes text out of it, so two who push at once cannot spoil each
@@ -47,7 +47,7 @@ from tunewright.data.versions import (
     write_head,
 )
 from tunewright.data.versions.members import MEMBERS, places_of, read_members, read_places
-from tunewright.data.versions.place import AGAIN, REMOVED, REVIEWS, Place
+from tunewright.data.versions.place import AGAIN, ALL_REMOVED, REMOVED, REVIEWS, Place
 from tunewright.data.versions.removals import Removals, read_removals
 from tunewright.data.versions.rows import parse_rows, rows_text, write_rows
 from tunewright.disk import new_folder
@@ -223,6 +223,7 @@ def _push_removals(dataset: Path, place: Place, reporter: Reporter) -> set[str]:
     if new := theirs.lacking(mine.events):
         data = "".join(event.line for event in new).encode()
         place.write(f"{REMOVED}/{short(hashlib.sha256(data).hexdigest())}.jsonl", data)
+        place.write(ALL_REMOVED, "".join(event.line for event in (*dict.fromkeys(theirs.events), *new)).encode())
     if unknown := theirs.purged.keys() - mine.purged.keys():
         reporter.warn(f"{len(unknown):,} rows were purged by somebody else: `tunewright data pull` purges them here.")
     return {*mine.purged, *theirs.purged}
