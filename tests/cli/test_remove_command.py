@@ -62,7 +62,7 @@ def test_a_purge_is_told_by_verify_and_by_what_still_has_the_text(project: Path)
     ran = tunewright("data", "remove", "--keys", keys, "--purge", "--because", "customer ACME asked", "-p", project)
     assert ran.code == 0
     assert "pairs.jsonl: text of 1 row" in ran.stderr
-    assert "The text of 1 rows is erased from all versions" in ran.stderr
+    assert "Text erased from all versions: 1 rows" in ran.stderr
     text = row["messages"][0]["content"].encode()
     assert not any(text in path.read_bytes() for path in (project / "dataset").rglob("*") if path.is_file())
     verified = tunewright("data", "verify", "-p", project)

@@ -141,7 +141,9 @@ def test_remove_says_which_rows_of_a_file_another_one_brought(project: Project) 
     _add(project, "c.jsonl")
     listener = Listener()
     assert len(_remove(project, listener, source="c.jsonl").rows) == 4
-    assert any(warned.startswith("3 rows of c.jsonl came from another file first") for warned in listener.warned)
+    assert any(
+        warned.startswith("Rows of c.jsonl that stay: 3 came from another file first") for warned in listener.warned
+    )
 
 
 def test_remove_takes_rows_of_any_named_group_that_match_the_other_options(project: Project) -> None:
@@ -358,7 +360,7 @@ def test_a_purged_row_stays_out_and_cannot_be_restored(tmp_path: Path) -> None:
     listener = Listener()
     assert _add(project, "all.jsonl", listener=listener).added == 0
     assert any("purged on" in warned and "she asked" in warned for warned in listener.warned)
-    with pytest.raises(UserError, match="1 rows were purged, nothing was added"):
+    with pytest.raises(UserError, match="nothing was added: purged rows cannot be restored"):
         _add(project, "all.jsonl", restore=True)
 
 

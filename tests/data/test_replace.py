@@ -96,7 +96,9 @@ def test_a_file_with_two_outputs_for_one_input_replaces_nothing(tmp_path: Path) 
     project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
     pairs = unlike_pairs(40)
     first, _ = _add(project, pairs)
-    with pytest.raises(UserError, match="1 inputs with several outputs, nothing was replaced") as caught:
+    with pytest.raises(
+        UserError, match="nothing was replaced: the files have several outputs for 1 known inputs"
+    ) as caught:
         _add(project, [(pairs[3][0], "one"), (pairs[3][0], "two")], replace=True)
     assert "pairs.jsonl:1" in caught.value.what
     assert load_version(project.dataset).digest == first.version.digest

@@ -83,7 +83,7 @@ def data_add(
         what += f", {len(result.replaced):,} replaced" if result.replaced else ""
         what += f", {len(result.removed):,} removed earlier and left out" if result.removed else ""
         if near := result.version.counts.near_duplicates:
-            what += f"; {near:,} near-duplicates in the version, each in one cluster with the row it is like"
+            what += f"; near-duplicates in the version: {near:,}, each in one cluster with the row that it is like"
         status = "New version" if result.created else "Nothing new: still version"
         current.show(
             result.as_dict(), f"{status} {result.version.digest[:12]}: {what}", version_table([result.version])

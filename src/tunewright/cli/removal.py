@@ -72,20 +72,22 @@ def _text(done: RemoveResult, *, purging: bool) -> Iterator[str]:
             yield f"  and {len(done.rows) - _MOST:,} more: --json lists all"
     if done.earlier:
         would = "would be" if done.dry_run else "was"
-        yield f"{done.earlier:,} rows of earlier versions with these inputs: their text {would} purged too"
+        yield f"Former rows with these inputs, in earlier versions: {done.earlier:,}; their text {would} purged too"
     if done.splits["test"]:
-        yield f"{done.splits['test']:,} test rows go: scores of the two versions cannot be compared"
+        yield f"Of the test, {done.splits['test']:,} go: scores of the two versions cannot be compared"
     yield from _seen(done)
     if done.same_input:
         named = ", ".join(key[:12] for key in done.same_input[:_MOST])
-        yield f"{len(done.same_input):,} rows with the same input stay: {named}"
+        yield f"Rows with the same input that stay: {len(done.same_input):,}: {named}"
     if done.purged:
-        yield f"The text of {done.purged:,} rows is erased from all versions; their digests stay as tombstones."
+        yield f"Text erased from all versions: {done.purged:,} rows; their digests stay as tombstones."
         yield "Where versions were pushed, the next `tunewright data push` erases it too."
     if done.dry_run:
         yield f"Nothing has changed{'; --purge cannot be undone' if purging else ''}."
     elif done.created:
         yield f"New version {done.version.digest[:12]}: {done.version.counts.rows:,} rows"
+    elif not done.purged:
+        yield f"No row was removed: version {done.version.digest[:12]} stays current."
 
 
 def _seen(done: RemoveResult) -> Iterator[str]:

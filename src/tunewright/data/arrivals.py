@@ -63,7 +63,7 @@ def withhold(
     if purged:
         places = listed((f"{r.source}:{r.line}" for r in purged), len(purged), _MOST, "leave out --restore to see all")
         raise UserError(
-            f"{len(purged):,} rows were purged, nothing was added\n{places}",
+            f"nothing was added: purged rows cannot be restored, and the files have {len(purged):,} of them\n{places}",
             where="--restore",
             fix="A purge is final. Take the rows out of the file, or leave out --restore: they then stay out.",
         )
@@ -76,7 +76,8 @@ def held_out(rows: Sequence[SourceRow], held: Mapping[str, Removal]) -> str:
     told = (f"{row.source}:{row.line} ({e.event} on {e.day}: {e.because})" for row, e in found)
     lines = listed(told, len(found), _MOST, "the version's imports.jsonl lists all")
     back = " --restore adds those again that were not purged." if any(e.event == "removed" for _, e in found) else ""
-    return f"{len(found):,} rows were removed earlier and stay out.{back}\n{lines}"
+    were = "row was removed earlier and stays" if len(found) == 1 else "rows were removed earlier and stay"
+    return f"{len(found):,} {were} out.{back}\n{lines}"
 
 
 def restored(dataset: Path, rows: Sequence[SourceRow]) -> list[Removal]:
@@ -161,7 +162,7 @@ def _refuse_several(read: Mapping[str, Sequence[SourceRow]], there: Mapping[str,
     if several:
         told = ("; ".join(f'"{r.example.output[:60]}" ({r.source}:{r.line})' for r in group) for group in several)
         raise UserError(
-            f"{len(several):,} inputs with several outputs, nothing was replaced; which one is right?\n"
+            f"nothing was replaced: the files have several outputs for {len(several):,} known inputs; which is right?\n"
             f"{listed(told, len(several), _MOST, 'tunewright data check lists all')}",
             where="--replace",
             fix="Keep the right output of each in the file.",

@@ -125,7 +125,7 @@ def remove(
             reporter.say(f"Nothing more to purge: {purge_told(before)}")
         if stay := read_elsewhere_first(selection, current.values(), origins, dataset):
             reporter.warn(
-                f"{stay:,} rows of {selection.source} came from another file first: they stay. Name that file too, or "
+                f"Rows of {selection.source} that stay: {stay:,} came from another file first. Name that file too, or "
                 "the rows by --keys."
             )
         going = [m for m in chosen if m.key in current]
