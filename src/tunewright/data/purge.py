@@ -20,7 +20,7 @@ from tunewright.data.examples import Example
 from tunewright.data.notices import listed
 from tunewright.data.review.reviews import redact_reviews
 from tunewright.data.versions import Member, erase_purged
-from tunewright.data.versions.removals import Removal, append_removals, read_removals
+from tunewright.data.versions.removals import Removal, append_removals, purge_told, read_removals
 from tunewright.data.versions.rows import has_rows, read_rows
 from tunewright.progress import Reporter
 
@@ -31,6 +31,7 @@ _LONGEST = 400  # characters of a text that are searched for
 _ANCHOR = 8  # bytes
 _CHUNK = 1 << 20
 _MOST = 20
+_GROUPS = 5
 _WEIGHTS = (".safetensors", ".gguf", ".pt", ".bin")
 _COMPRESSED = (b"PK\x03\x04", b"\x1f\x8b", b"(\xb5/\xfd", b"PAR1", b"BZh", b"\xfd7zXZ")
 
@@ -64,7 +65,17 @@ def purge(
     Returns:
         The files that still have some of the text.
     """
-    return _erase(root, dataset, events, {key: m.example for key, m in rows.items()}, reporter)
+    return _erase(root, dataset, events, {key: m.example for key, m in rows.items()}, _grouped(rows), reporter)
+
+
+def _grouped(rows: Mapping[str, Member]) -> tuple[Holder, ...]:
+    """The groups of purged rows stay: the digests of versions are made of them."""
+    values = sorted({value for m in rows.values() for value in m.groups})
+    if not values:
+        return ()
+    named = ", ".join(values[:_GROUPS]) + (f" and {len(values) - _GROUPS:,} more" if len(values) > _GROUPS else "")
+    note = f"only their groups, of which the versions' digests are made: {named}"
+    return (Holder("dataset/versions/*/members.tsv", sum(bool(m.groups) for m in rows.values()), note),)
 
 
 def take_over(dataset: Path, events: Sequence[Removal], reporter: Reporter) -> tuple[Holder, ...]:
@@ -72,15 +83,23 @@ def take_over(dataset: Path, events: Sequence[Removal], reporter: Reporter) -> t
     new = read_removals(dataset).lacking(events)
     purged = [event.key for event in new if event.event == "purged"]
     there = has_rows(dataset / "rows", purged)
-    return _erase(dataset.parent, dataset, new, read_rows(dataset / "rows", there), reporter)
+    if new:
+        told = purge_told([event for event in new if event.event == "purged"])
+        reporter.say(f"{len(new):,} records of removals are new here{f'; {told}' if told else ''}.")
+    return _erase(dataset.parent, dataset, new, read_rows(dataset / "rows", there), (), reporter)
 
 
 def _erase(
-    root: Path, dataset: Path, events: Sequence[Removal], rows: Mapping[str, Example], reporter: Reporter
+    root: Path,
+    dataset: Path,
+    events: Sequence[Removal],
+    rows: Mapping[str, Example],
+    grouped: tuple[Holder, ...],
+    reporter: Reporter,
 ) -> tuple[Holder, ...]:
     redact_reviews(dataset, {event.key for event in events if event.event == "purged"})
     # Looked for while the text is still known, and told before it is erased: after that nobody could.
-    holders = tuple(find_holders(root, dataset, rows.values(), reporter)) if rows else ()
+    holders = (*grouped, *find_holders(root, dataset, rows.values(), reporter)) if rows else ()
     if holders:
         told = listed(map(str, holders), len(holders), _MOST, "--json lists all")
         reporter.warn(f"The purge does not reach these files, which are yours to erase or to keep:\n{told}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,10 +31,11 @@ from tunewright.data.versions.making import LeftOut, new_manifest, renamed
 from tunewright.data.versions.members import Place, read_places
 from tunewright.data.versions.removals import Removal, append_removals, purge_told, read_removals
 from tunewright.data.versions.rows import read_rows
-from tunewright.disk import text_lines
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
+
+_ITEM_KEY = re.compile(rb'^\{"key": ?"([0-9a-f]{64})"', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,7 @@ def _measured(evaluations: Path, keys: Collection[str]) -> dict[str, int]:
     """How many of these rows each evaluation measured on, by its folder's name."""
     found: dict[str, int] = {}
     for path in sorted(evaluations.glob("[!.]*/items.jsonl")):
-        lines = text_lines(path.read_text(encoding="utf-8"))
-        if count := sum(json.loads(line).get("key") in keys for line in lines):
+        if count := sum(key.decode() in keys for key in _ITEM_KEY.findall(path.read_bytes())):
             found[path.parent.name] = count
     return found
 

@@ -194,11 +194,10 @@ class Place:
         for name in self._names(REVIEWS, reporter):
             changed += self._redact(f"{REVIEWS}/{name}", purged)
         self.write(marker, b"")
+        if changed:
+            reporter.say(f"Erased the text of purged rows from {changed:,} files of {self.url}.")
         if changed and not self.has_folders:
-            reporter.warn(
-                f"The text of purged rows is erased from {changed:,} objects of {self.url}. A bucket with versioning "
-                "keeps their former content until you delete it there."
-            )
+            reporter.warn("A bucket with versioning keeps the files' former content until you delete it there.")
         return changed
 
     def _redact(self, name: str, purged: Collection[str]) -> int:

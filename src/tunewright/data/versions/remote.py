@@ -223,6 +223,7 @@ def _push_removals(dataset: Path, place: Place, reporter: Reporter) -> set[str]:
     if new := theirs.lacking(mine.events):
         data = "".join(event.line for event in new).encode()
         place.write(f"{REMOVED}/{short(hashlib.sha256(data).hexdigest())}.jsonl", data)
+        reporter.say(f"Copied {len(new):,} records of removals to {place.url}.")
         place.write(ALL_REMOVED, "".join(event.line for event in (*dict.fromkeys(theirs.events), *new)).encode())
     if unknown := theirs.purged.keys() - mine.purged.keys():
         reporter.warn(f"{len(unknown):,} rows were purged by somebody else: `tunewright data pull` purges them here.")
