@@ -405,6 +405,14 @@ def test_a_purge_names_the_files_that_still_have_the_text(tmp_path: Path) -> Non
     assert any("all.jsonl: text of 1 row" in warned for warned in listener.warned)
 
 
+def test_a_purge_names_the_groups_that_stay_in_the_members_of_old_versions(project: Project) -> None:
+    listener = Listener()
+    result = _remove(project, listener, groups=("customer=C3",), because="C3 asked", purge_text=True)
+    [holder] = [h for h in result.holders if "members.tsv" in h.path]
+    assert (holder.rows, "customer=C3" in holder.note) == (1, True)
+    assert any("customer=C3" in warned for warned in listener.warned)
+
+
 def test_a_purge_names_the_rows_that_stay_with_the_same_input(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
     write_jsonl(
