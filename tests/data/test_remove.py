@@ -409,7 +409,7 @@ def test_a_purge_names_the_groups_that_stay_in_the_members_of_old_versions(proje
     listener = Listener()
     result = _remove(project, listener, groups=("customer=C3",), because="C3 asked", purge_text=True)
     [holder] = [h for h in result.holders if "members.tsv" in h.path]
-    assert (holder.rows, "customer=C3" in holder.note) == (1, True)
+    assert (holder.rows, "customer=C3" in holder.note) == (2, True)
     assert any("customer=C3" in warned for warned in listener.warned)
 
 
