@@ -154,6 +154,26 @@ def test_a_changed_log_of_removals_is_refused_there_and_named_by_verify_here(
     assert any("removed.jsonl:1" in damage.where for damage in found.damage)
 
 
+def test_a_pull_that_fails_leaves_the_current_version_whole_though_its_rows_are_purged_there(
+    one: Project, two: Project, tmp_path: Path
+) -> None:
+    place = Place(str(tmp_path / "there"))
+    _with_secret(one)
+    push_to(one, place)
+    pull_from(two, place)
+    before = load_version(two.dataset).digest
+    new = _purge(one).version.digest[:12]
+    push_to(one, place)
+    members = place.files[f"versions/{new}/members.tsv"]
+    place.remove(f"versions/{new}/members.tsv")
+    with pytest.raises(UserError, match="the file is missing"):
+        pull_from(two, place)
+    assert load_version(two.dataset).digest == before
+    place.write(f"versions/{new}/members.tsv", members)
+    pull_from(two, place)
+    assert not _has_text(two)
+
+
 def test_text_that_comes_back_by_hand_is_named_by_verify(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     write_jsonl(tmp_path / "all.jsonl", [*unlike_pairs(40), (SECRET, "sorry")])

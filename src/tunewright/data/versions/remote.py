@@ -165,23 +165,27 @@ def pull(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
         if head in {m.digest for m in mine}:
             removals = place.removals(reporter)
             take_over(dataset, removals, reporter)
-            brought = _Reviews.of(unite_reviews(dataset, _reviews_there(dataset, place, reporter)))
+            gone = read_removals(dataset).purged
+            theirs_now = [without_purged(event, gone) for event in place.reviews(reporter)]
+            brought = _Reviews.of(unite_reviews(dataset, theirs_now))
             return Transfer(url, (), 0, brought.bytes, mine[0].digest, _position(mine, head), *brought.counts)
         theirs = place.line(head, stop={m.digest for m in mine})
         if current is not None and theirs[-1].parent != current.digest:
             raise _diverged(mine, place.line(head), url)
         new_ones = [m for m in reversed(theirs) if not (version_folder(dataset, m.digest) / MANIFEST).is_file()]
         removals = place.removals(reporter)
-        take_over(dataset, removals, reporter)
-        events = _reviews_there(dataset, place, reporter)
+        purged = read_removals(dataset).purged.keys() | {e.key for e in removals if e.event == "purged"}
+        events = [without_purged(event, purged) for event in place.reviews(reporter)]
         rows: dict[str, Example] = {}
         size = 0
         with unfinished(dataset, ()), reporter.task("pulling", len(new_ones) * _FILES, "files") as task:
             for manifest in new_ones:
-                new, read = _unpack(dataset, place, manifest, reporter)
+                new, read = _unpack(dataset, place, manifest, purged, reporter)
                 task.advance(_FILES, note=short(manifest.digest))
                 rows |= new
                 size += read
+            # Not before all is here: the version that is current until then may have purged rows.
+            take_over(dataset, removals, reporter)
             load_version(dataset, head)
             brought = _Reviews.of(unite_reviews(dataset, events))
             write_head(dataset, head)
@@ -230,12 +234,6 @@ def _push_removals(dataset: Path, place: Place, reporter: Reporter) -> set[str]:
     return {*mine.purged, *theirs.purged}
 
 
-def _reviews_there(dataset: Path, place: Place, reporter: Reporter) -> list[Event]:
-    """The reviews of the other side, without the text of purged rows."""
-    purged = read_removals(dataset).purged
-    return [without_purged(event, purged) for event in place.reviews(reporter)]
-
-
 def _position(line: Sequence[Manifest], digest: str | None) -> int:
     """How many versions of a line, newest first, come after the one with this digest; all if none has it."""
     return next((i for i, m in enumerate(line) if m.digest == digest), len(line))
@@ -276,18 +274,19 @@ def _parents_rows(dataset: Path, manifest: Manifest) -> Mapping[str, Any]:
     return read_places(dataset, manifest.parent)
 
 
-def _unpack(dataset: Path, place: Place, manifest: Manifest, reporter: Reporter) -> tuple[dict[str, Example], int]:
+def _unpack(
+    dataset: Path, place: Place, manifest: Manifest, purged: Collection[str], reporter: Reporter
+) -> tuple[dict[str, Example], int]:
     """Bring one version here, its parent being here; the rows that it brought, and the bytes read."""
     base = f"versions/{short(manifest.digest)}"
     files = {name: place.read(f"{base}/{name}") for name in VERSION_FILES}
     _check_files(manifest, files, f"{place.url}/{base}")
     data = place.read(f"{base}/{_ROWS}")
     where = f"{place.url}/{base}/{_ROWS}"
-    purged = read_removals(dataset).purged
     rows = {key: row for key, row in parse_rows(data, where).items() if key not in purged}
     members = read_members(dataset, manifest.digest, files[MEMBERS], f"{place.url}/{base}/{MEMBERS}")
     missing = places_of(members).keys() - rows.keys()
-    missing -= _parents_rows(dataset, manifest).keys() | purged.keys()
+    missing -= _parents_rows(dataset, manifest).keys() | purged
     if missing:
         raise UserError(f"the row {min(missing)} is missing", where=where, fix=AGAIN)
     write_rows(dataset / "rows", rows, reporter)
