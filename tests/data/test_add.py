@@ -159,7 +159,7 @@ def test_every_row_of_the_files_is_accounted_for(tmp_path: Path) -> None:
 
 
 def test_a_dropped_row_is_told_with_the_row_it_repeats(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
+    project = new_project(tmp_path / "p", "data: {duplicates: drop}\n")
     text = "what is the monthly fee for a late card payment"
     pairs = unlike_pairs(20)
     _add(project, *pairs, (text, "fees"))

@@ -16,6 +16,8 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
 from tunewright.data.add import add
+from tunewright.data.remove import remove
+from tunewright.data.selecting import Selection
 from tunewright.data.versions import checkout, load_version, locked
 from tunewright.data.versions.verify import verify
 from tunewright.errors import UserError
@@ -181,3 +183,55 @@ def test_a_missing_head_is_damage_and_nothing_is_added_beside_the_versions(templ
         _add_second(project)
     checkout(project.dataset, old)
     assert _add_second(project) == new
+
+
+# A purge
+
+
+def _purge(project: Project) -> None:
+    remove(project, Selection(where="contains(output, 'answer 1')"), "asked", Listener(), purge_text=True)
+
+
+def _purge_and_die_at(project: Project, call: int) -> None:
+    calls = 0
+
+    def count(event: str, _: tuple[Any, ...]) -> None:
+        nonlocal calls
+        if event in FILE_CALLS:
+            calls += 1
+            if calls == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    _purge(project)
+
+
+def test_a_purge_killed_at_any_of_its_file_calls_is_finished_when_it_is_repeated(
+    template: Path, tmp_path: Path
+) -> None:
+    """The version stays whole meanwhile: what is damaged is at most text that the log says is purged."""
+    project = _fresh(template, tmp_path / "w")
+    _add_second(project)
+    shutil.copytree(tmp_path / "w", tmp_path / "t")
+    texts = [m.example.input_text for m in load_version(project.dataset).members if "answer 1" in m.example.output]
+    assert texts
+    call = 1
+    while True:
+        shutil.rmtree(tmp_path / "w")
+        shutil.copytree(tmp_path / "t", tmp_path / "w")
+        child = FORK.Process(target=_purge_and_die_at, args=(project, call))
+        child.start()
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        load_version(project.dataset)
+        damage = verify(project.dataset, Listener()).damage
+        assert all("was purged on" in each.what for each in damage), damage
+        _purge(project)
+        assert verify(project.dataset, Listener()).damage == ()
+        kept = b"".join(path.read_bytes() for path in project.dataset.rglob("*") if path.is_file())
+        assert not any(text.encode() in kept for text in texts)
+        assert list(project.dataset.rglob(".*")) == []
+        call += 7  # every seventh: a purge makes some hundred and fifty
+    assert call > 70

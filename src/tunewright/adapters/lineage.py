@@ -9,7 +9,8 @@ from typing import Any
 
 from tunewright.adapters.registry import Adapter
 from tunewright.data.splits import SPLITS, Split
-from tunewright.data.versions import DatasetVersion, list_versions, load_version
+from tunewright.data.versions import keys_digest, list_versions, load_version
+from tunewright.data.versions.members import Places, read_places
 from tunewright.errors import UserError
 
 
@@ -97,26 +98,28 @@ def trace(adapter: Adapter, dataset: Path) -> Trace:
 
 def _dataset(lineage: Mapping[str, Any], dataset: Path) -> DatasetTrace:
     named = lineage["dataset"]
-    version, why_not = _find(dataset, named["digest"])
+    places, why_not = _find(dataset, named["digest"])
     left_out = {
         name: tuple(row["key"] for row in told["left_out"]) for name, told in lineage.get("rendering", {}).items()
     }
     splits = []
     for split in SPLITS:
         told = named["splits"][split]
-        same = version is not None and version.split_digest(split) == told["digest"]
-        if version is not None and not same:
+        there = sorted(key for key, place in places.items() if place.split == split) if places is not None else []
+        same = places is not None and keys_digest(there) == told["digest"]
+        if places is not None and not same:
             why_not = f"its {split} split has other rows than the lineage says"
-        keys = tuple(member.key for member in version.examples(split)) if version is not None and same else None
+        keys = tuple(there) if same else None
         splits.append(SplitTrace(split, told["digest"], told["examples"], left_out.get(split, ()), keys))
     return DatasetTrace(named["digest"], not why_not, why_not, tuple(splits), named.get("mix"))
 
 
-def _find(dataset: Path, digest: str) -> tuple[DatasetVersion | None, str]:
-    """The version of that digest, or why there is none."""
+def _find(dataset: Path, digest: str) -> tuple[Places | None, str]:
+    """The places of the rows of the version with that digest, purged ones included, or why there is none."""
     if digest not in {manifest.digest for manifest in list_versions(dataset)}:
         return None, "it is not here"
     try:
-        return load_version(dataset, digest), ""
+        load_version(dataset, digest, without_purged=True)
+        return read_places(dataset, digest), ""
     except UserError as error:
         return None, error.what

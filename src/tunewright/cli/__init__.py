@@ -14,7 +14,7 @@ def commands() -> typer.Typer:
     from tunewright.cli.app import app
 
     # Each registers its commands, in the order in which the help lists them.
-    steps = "project data versions review advise fit train measure judge general people"
+    steps = "project data removal versions review advise fit train measure judge general people"
     for group in f"{steps} adapters keys export serve engine tenants releases".split():
         import_module(f"tunewright.cli.{group}")
     return app

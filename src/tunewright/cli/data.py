@@ -46,6 +46,16 @@ def data_add(
     accept_conflicts: Annotated[
         bool, typer.Option("--accept-conflicts", help="Keep inputs with different outputs, instead of refusing.")
     ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let an output supersede the one that the dataset has for its input.")
+    ] = False,
+    restore: Annotated[bool, typer.Option("--restore", help="Take rows in again that were removed.")] = False,
+    split_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="A project whose split the rows of this new dataset keep.", show_default="a split of its own"
+        ),
+    ] = None,
     presidio: Annotated[
         str | None,
         typer.Option(help="Look for names and places too, with this spaCy model.", show_default="patterns only"),
@@ -69,12 +79,19 @@ def data_add(
             accept_conflicts=accept_conflicts,
             presidio=presidio,
             message=message,
+            replace=replace,
+            restore=restore,
+            split_from=split_from,
         )
         what = f"{result.added:,} examples added, {result.known:,} known before, {len(result.duplicates):,} duplicates"
         if result.skipped:
             what += f", {len(result.skipped):,} left out as faulty"
         if result.left_out:
             what += f", {result.left_out:,} left out as holding a test input or a benchmark item"
+        what += f", {len(result.replaced):,} replaced" if result.replaced else ""
+        what += f", {len(result.removed):,} removed earlier and left out" if result.removed else ""
+        if near := result.version.counts.near_duplicates:
+            what += f"; near-duplicates in the version: {near:,}, each in one cluster with the row that it is like"
         status = "New version" if result.created else "Nothing new: still version"
         current.show(
             result.as_dict(), f"{status} {result.version.digest[:12]}: {what}", version_table([result.version])
@@ -97,9 +114,10 @@ def data_show(
         member = road.data.show(row)
         if not tokens:
             metadata = road.data.metadata(member.key)
+            counts = road.data.cluster_counts(member)
             told = [f"{key}: {canonical_json(value)}" for key, value in metadata.items()]
-            document = {**row_document(member), "metadata": metadata}
-            current.show(document, row_heading(member), *told, conversation_text(member))
+            document = {**row_document(member, counts), "metadata": metadata}
+            current.show(document, row_heading(member, counts), *told, conversation_text(member))
             return
         from tunewright.chat.view import view
         from tunewright.training.rows import row_faults, told_by

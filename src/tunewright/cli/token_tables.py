@@ -18,9 +18,10 @@ _BAR = 40
 _MOST_NAMED = 20
 
 
-def row_document(member: Member) -> dict[str, Any]:
-    """A row as JSON."""
+def row_document(member: Member, counts: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Return a row as JSON, with the rows of its cluster and those of them with its output where they are counted."""
     return {
+        **({"cluster_rows": counts[0], "same_output": counts[1]} if counts else {}),
         "key": member.key,
         "split": member.split,
         "cluster": member.cluster,
@@ -30,9 +31,11 @@ def row_document(member: Member) -> dict[str, Any]:
     }
 
 
-def row_heading(member: Member) -> str:
+def row_heading(member: Member, counts: tuple[int, int] | None = None) -> str:
     """Which row it is, and where it belongs."""
     more = ["generic mix-in"] if member.mixed else list(member.groups)
+    if counts is not None and counts[0] > 1:
+        more = [f"of {counts[0]:,} rows, {counts[1]:,} with this output", *more]
     return ", ".join([f"row {member.key[:12]}, split {member.split}, cluster {member.cluster[:12]}", *more])
 
 

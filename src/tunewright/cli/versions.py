@@ -159,6 +159,7 @@ def _transfer_text(done: Transfer, other: str) -> str:
 def data_verify(project: Folder = HERE, json: Json = False) -> None:
     """Check every row, version and review against its digest. Exit code 1 where something is not as it was written."""
     import tunewright
+    from tunewright.data.versions.removals import purge_told
 
     with session(json, project) as current:
         found = tunewright.open(project, current.reporter).data.verify()
@@ -171,6 +172,8 @@ def data_verify(project: Folder = HERE, json: Json = False) -> None:
             current.reporter.warn(
                 f"{found.unneeded:,} rows that no version has; what a stopped command left, the next one clears."
             )
+        if found.purges:
+            current.reporter.say(f"{purge_told(found.purges)}. Their text is gone, their digests are in place.")
         told = f"{found.rows:,} rows, {found.versions:,} versions, {found.reviews:,} records of reviews"
         current.show(
             found.as_dict(), f"{told}: all as written." if found.ok else "\n".join([told, *map(str, found.damage)])

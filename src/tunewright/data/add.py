@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data import notices
+from tunewright.data.arrivals import held_out, lifted, restored
 from tunewright.data.contents import Contents, contents
 from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
 from tunewright.data.formats.metadata import counted
+from tunewright.data.inheriting import Inherited, inherit, told
 from tunewright.data.merge import Merge, merge
 from tunewright.data.neighbours.decontaminate import Hit
 from tunewright.data.neighbours.output_leak import OutputLeak
-from tunewright.data.notices import Conflict, Duplicate, Largest, Move
+from tunewright.data.notices import Conflict, Duplicate, Largest, Move, Replaced
 from tunewright.data.screening import screen
 from tunewright.data.versions import (
     DatasetVersion,
@@ -28,6 +30,7 @@ from tunewright.data.versions import (
 )
 from tunewright.data.versions.making import LeftOut, new_manifest
 from tunewright.data.versions.origins import metadata_by_key
+from tunewright.data.versions.removals import Removal, append_removals
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -61,6 +64,12 @@ class AddResult:
     """The largest clusters."""
     outputs: OutputLeak
     """How many test rows have an output, or its template, that training rows have too."""
+    near_duplicates: tuple[Duplicate, ...] = ()
+    """New rows with nearly the input and the output of another: kept, in its cluster."""
+    replaced: tuple[Replaced, ...] = ()
+    """Rows that took the place of known ones with their input and another output."""
+    removed: tuple[str, ...] = ()
+    """Where the rows were read that were removed earlier and stay out."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
@@ -77,6 +86,9 @@ def add(
     redact: bool = False,
     presidio: str | None = None,
     message: str = "",
+    replace: bool = False,
+    restore: bool = False,
+    split_from: Path | None = None,
 ) -> AddResult:
     """Add files of pairs to the project's dataset; rows that it has already change nothing.
 
@@ -88,6 +100,9 @@ def add(
         redact: put placeholders for secrets and personal data, instead of refusing secrets.
         presidio: a spaCy model with which presidio looks for names and places too (``open_presidio``).
         message: kept with the version.
+        replace: the output of a known input supersedes the one that the dataset has; its split is kept.
+        restore: take rows in again that were removed earlier.
+        split_from: a project or dataset folder whose rows keep their split in this new dataset.
 
     Raises:
         UserError: faulty rows (all are listed), secrets (named by place, never by value), new conflicts (unless
@@ -98,7 +113,7 @@ def add(
     given = _read(files, recipe, reporter, skip_bad=skip_bad)
     screened = screen(given.rows, recipe.data.allow, reporter, redact=redact, presidio=presidio)
     with locked(project.dataset):
-        planned = plan(project, screened.rows, reporter)
+        planned = plan(project, screened.rows, reporter, Arrival(replace, restore, split_from))
         version = _save(project, given, planned, reporter, message=message)
     rows, merged, found = planned.rows, planned.merged, planned.found
     fates = Counter(found.fate(row, merged)["fate"] for row in rows)
@@ -117,7 +132,19 @@ def add(
         left_out=len(found.left_out),
         largest=found.largest,
         outputs=found.outputs,
+        near_duplicates=planned.near,
+        replaced=merged.replaced(),
+        removed=tuple(f"{row.source}:{row.line}" for row in rows if row.example.pair_key in merged.withheld),
     )
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """How rows come in: see :func:`add`."""
+
+    replace: bool = False
+    restore: bool = False
+    split_from: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +155,10 @@ class Plan:
     merged: Merge
     conflicts: tuple[Conflict, ...]
     duplicates: tuple[Duplicate, ...]
+    near: tuple[Duplicate, ...]
     found: Contents
+    inherited: Inherited | None
+    restored: Sequence[Removal]
 
     @property
     def fresh_conflicts(self) -> list[Conflict]:
@@ -141,29 +171,62 @@ class Plan:
         return self.merged.parent is None or self.merged.parent.digest != members_digest(self.found.members)
 
 
-def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter) -> Plan:
+def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter, arrival: Arrival) -> Plan:
     """Merge screened rows into the current version, cluster and split them, without writing anything.
 
     Args:
         project: as for ``add``.
         rows: the rows to add.
         reporter: is warned of all that would be left out, moved or doubtful.
+        arrival: as for ``add``.
 
     Raises:
         UserError: new conflicts (unless data.conflicts accepts them), too few rows to split, a dataset that was
             changed by hand.
     """
-    merged = merge(project.dataset, rows, project.recipe.data.similarity, reporter)
+    data = project.recipe.data
+    merged = merge(
+        project.dataset,
+        rows,
+        data.similarity,
+        reporter,
+        duplicates=data.duplicates,
+        replace=arrival.replace,
+        restore=arrival.restore,
+    )
     conflicts = _settled(merged, project.recipe)
     duplicates = merged.duplicates(rows)
     if duplicates:
-        reporter.warn(notices.duplicates(duplicates))
+        reporter.warn(notices.duplicates(duplicates, data.duplicates))
+    _tell_of_arrivals(merged, rows, arrival, reporter)
+    inherited = inherit(arrival.split_from, merged.parent, merged.kept) if arrival.split_from is not None else None
+    found = contents(project, merged, rows, reporter, inherited.splits if inherited else None)
+    if inherited:
+        reporter.say(told(inherited, found.members))
+    near = merged.near_duplicates({m.key for m in found.members})
+    if near:
+        reporter.say(notices.near_duplicates(near))
+    back = restored(project.dataset, [merged.first[key] for key in merged.first if key in merged.kept])
+    if arrival.restore and not back:
+        reporter.say("Nothing to restore: no row of these files was removed earlier.")
+    planned = Plan(rows, merged, conflicts, duplicates, near, found, inherited, back)
+    if planned.created:
+        _warn(merged, found, conflicts, reporter)
+    return planned
+
+
+def _tell_of_arrivals(merged: Merge, rows: Sequence[SourceRow], arrival: Arrival, reporter: Reporter) -> None:
+    """Report rows that stay out, replace others or have other weights."""
+    if merged.withheld:
+        reporter.warn(held_out(rows, merged.withheld))
+    if arrival.replace and not merged.replacement.olds:
+        reporter.say("Nothing to replace: no input of these files is in the dataset with another output.")
+    if merged.replacement.standing:
+        reporter.warn(notices.standing(merged.replacement.standing))
+    if merged.replacement.olds:
+        reporter.say(notices.replaced(merged.replaced()))
     if merged.reweighted:
         reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
-    planned = Plan(rows, merged, conflicts, duplicates, contents(project, merged, rows, reporter))
-    if planned.created:
-        _warn(merged, planned.found, conflicts, reporter)
-    return planned
 
 
 def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *, message: str) -> Manifest:
@@ -190,9 +253,13 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
         sources=list(sources.values()),
         left_out=LeftOut(len(planned.duplicates), len(given.faults), len(found.moved)),
         mix=found.mixed.about if found.mixed else None,
+        near_duplicates=_near_count(merged, found, project.recipe),
+        split_from=planned.inherited.about if planned.inherited else None,
     )
     imports = _imports(planned.rows, given.faults, sources, merged, found)
-    return save_version(project.dataset, version, found.members, imports, reporter)
+    version = save_version(project.dataset, version, found.members, imports, reporter)
+    append_removals(project.dataset, [lifted(removal, project.root) for removal in planned.restored])
+    return version
 
 
 @dataclass(frozen=True)
@@ -250,7 +317,14 @@ def _settings(recipe: Recipe, parent: DatasetVersion | None) -> Settings:
         groups=data.groups,
         conflicts="accept" if before else data.conflicts,
         split_by=data.split_by,
+        duplicates=data.duplicates,
     )
+
+
+def _near_count(merged: Merge, found: Contents, recipe: Recipe) -> int:
+    if recipe.data.duplicates == "drop":  # new ones are left out, so those of the version before are all there are
+        return merged.parent.manifest.counts.near_duplicates if merged.parent else 0
+    return sum(m.key in merged.near for m in found.members)
 
 
 def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], reporter: Reporter) -> None:

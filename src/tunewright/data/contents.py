@@ -20,6 +20,7 @@ from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import Split, assign_splits, join_groups
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.data.versions.making import renamed
+from tunewright.data.versions.removals import read_removals
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -47,12 +48,19 @@ class Contents:
         return {**fate, "fate": "contaminated"} if fate.get("of", fate["key"]) in self.left_out else fate
 
 
-def contents(project: Project, merged: Merge, rows: Sequence[SourceRow], reporter: Reporter) -> Contents:
+def contents(
+    project: Project,
+    merged: Merge,
+    rows: Sequence[SourceRow],
+    reporter: Reporter,
+    inherited: Mapping[str, Split] | None = None,
+) -> Contents:
     """Cluster, split, search and mix.
 
     Args:
         merged: the rows that the version keeps.
         rows: those that were read, with their groups.
+        inherited: the split that rows of a new dataset had in another one.
 
     Raises:
         UserError: too few rows to split, or a file of benchmark items or the mix-in that cannot be used.
@@ -61,7 +69,7 @@ def contents(project: Project, merged: Merge, rows: Sequence[SourceRow], reporte
     benchmarks = {name: read_items(project.root / name) for name in recipe.data.benchmarks}
     dropping = recipe.data.contaminated == "drop"
     training = _to_train(merged, benchmarks, reporter) if dropping else frozenset()
-    domain = _domain(merged, rows, recipe, training, reporter)
+    domain = _domain(merged, rows, recipe, training, reporter, inherited or {})
     # Phrases that rows share with an item are left to `data leak`.
     hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter) if hit.how != "overlap")
     items = item_names(hits, domain)
@@ -75,7 +83,8 @@ def contents(project: Project, merged: Merge, rows: Sequence[SourceRow], reporte
     former = merged.former
     moved = tuple(Move(m.key, former[m.key], m.split) for m in domain if former.get(m.key, m.split) != m.split)
     mix = recipe.data.mix
-    mixed = mix_in(project.root, recipe, mix, domain, benchmarks, reporter) if mix else None
+    removed = read_removals(project.dataset).out
+    mixed = mix_in(project.root, recipe, mix, domain, benchmarks, reporter, removed) if mix else None
     families = largest_clusters([m.example for m in domain], [m.cluster for m in domain], _LARGEST)
     largest = tuple(
         Largest(f.rows, domain[f.ends[0]].example.input_text, domain[f.ends[1]].example.input_text, f.similarity)
@@ -98,7 +107,12 @@ def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: 
 
 
 def _domain(
-    merged: Merge, rows: Sequence[SourceRow], recipe: Recipe, training: Collection[str], reporter: Reporter
+    merged: Merge,
+    rows: Sequence[SourceRow],
+    recipe: Recipe,
+    training: Collection[str],
+    reporter: Reporter,
+    inherited: Mapping[str, Split],
 ) -> list[Member]:
     """The rows of the domain with clusters, joined where they share a group (or an output template), and splits.
 
@@ -119,7 +133,7 @@ def _domain(
     clusters = join_groups(clusters, together)
     cluster_of = {key: name for name, members in clusters.items() for key in members}
     class_of = outputs if class_like(list(outputs.values())) else None
-    former: dict[str, Split] = {**dict.fromkeys(training, "train"), **merged.former}
+    former: dict[str, Split] = {**dict.fromkeys(training, "train"), **inherited, **merged.former}
     if merged.parent is not None:
         _refuse_another_split(merged.parent, clusters, merged.former, recipe)
     splits = assign_splits(clusters, former, recipe.data, recipe.seed, class_of)

@@ -65,6 +65,19 @@ class Example:
         """SHA-256 of the prompt with case and white space set aside (see ``in_conflict``)."""
         return digest([[m.role, normalised(m.content)] for m in self.prompt])
 
+    @cached_property
+    def question(self) -> str:
+        """SHA-256 of the prompt without system turns, case and white space set aside."""
+        return digest(self._question())
+
+    @cached_property
+    def said(self) -> str:
+        """SHA-256 of the question as in ``question`` and the output without the white space around it."""
+        return digest([*self._question(), self.output.strip()])
+
+    def _question(self) -> list[list[str]]:
+        return [[m.role, normalised(m.content)] for m in self.prompt if m.role != "system"]
+
     @classmethod
     def from_dicts(cls, messages: list[dict[str, Any]]) -> Example:
         """Rebuild an example from the JSON that this package wrote itself."""

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.data.arrivals import Replacement, supersede, withhold
 from tunewright.data.examples import Example, in_conflict
 from tunewright.data.formats import SourceRow
 from tunewright.data.neighbours import find_duplicates
-from tunewright.data.notices import Conflict, Duplicate
+from tunewright.data.notices import Conflict, Duplicate, Replaced
+from tunewright.data.repeats import exact_repeats, near_repeats
 from tunewright.data.review.edits import replaced
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, has_version, load_version, short
+from tunewright.data.versions.removals import Removal
 from tunewright.progress import Reporter
+from tunewright.recipe import Duplicates
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,19 @@ class Merge:
     """New pair key: the parent's one of the same turns, other weights, that it replaces."""
     edited: dict[str, str]
     """Pair key that an edit has replaced since: what came of it."""
+    replacement: Replacement
+    """Kept rows that take the place of the parent's ones of the same input, other outputs, because that was asked."""
+    withheld: dict[str, Removal]
+    """Pair key that was read and stays out, because it was removed earlier: its removal."""
+    near: dict[str, tuple[str, float]]
+    """Kept pair key: the kept one that it nearly repeats, and their similarity."""
 
     @property
     def former(self) -> dict[str, Split]:
         """The split that each row had in the parent, mix-in apart."""
         splits = {m.key: m.split for m in self.parent.domain} if self.parent else {}
-        return splits | {new: splits[old] for new, old in self.reweighted.items() if old in splits}
+        splits |= {new: splits[old] for new, old in self.reweighted.items() if old in splits}
+        return splits | {new: splits[olds[0]] for new, olds in self.replacement.olds.items() if olds[0] in splits}
 
     def place(self, key: str) -> str:
         """Where people find a row: file:line, or the version that has it."""
@@ -53,14 +64,44 @@ class Merge:
     def fate(self, row: SourceRow) -> dict[str, Any]:
         """What became of a row, as imports.jsonl tells it: known, duplicate (of which, how similar) or added."""
         key = row.example.pair_key
+        if key in self.withheld:
+            return {"fate": "removed", "key": key, "reason": self.withheld[key].because}
+        if self.replacement.rows.get(key) is row:
+            before, *besides = self.replacement.olds[key]
+            return {"fate": "replaced", "key": key, "before": before, **({"besides": besides} if besides else {})}
         if key not in self.first:
             return {"fate": "known", "key": self.edited.get(key, key)}
         if key in self.dropped:
             of, similarity = self.dropped[key]
             return {"fate": "duplicate", "key": key, "of": of, "similarity": round(similarity, 4)}
         if self.first[key] is row:
-            return {"fate": "added", "key": key}
+            return {"fate": "added", "key": key, **self._near(key)}
         return {"fate": "duplicate", "key": key, "of": key, "similarity": 1.0}
+
+    def _near(self, key: str) -> dict[str, Any]:
+        if key not in self.near:
+            return {}
+        like, similarity = self.near[key]
+        return {"near": like, "similarity": round(similarity, 4)}
+
+    def near_duplicates(self, keys: Collection[str]) -> tuple[Duplicate, ...]:
+        """Return the new rows among ``keys`` that nearly repeat a kept one, in the order of files and lines."""
+        found = [
+            Duplicate(row.source, row.line, key, of, self.place(of), similarity)
+            for key, (of, similarity) in self.near.items()
+            if key in keys and (row := self.first.get(key)) is not None
+        ]
+        return tuple(sorted(found, key=lambda d: (d.source, d.line)))
+
+    def replaced(self) -> tuple[Replaced, ...]:
+        """Return the rows that took the place of others, in the order of files and lines."""
+        before = {m.key: m.example for m in self.parent.domain} if self.parent else {}
+        found = [
+            Replaced(row.source, row.line, key, row.example.output, olds, tuple(before[old].output for old in olds))
+            for key, olds in self.replacement.olds.items()
+            for row in (self.replacement.rows[key],)
+        ]
+        return tuple(sorted(found, key=lambda r: (r.source, r.line)))
 
     def duplicates(self, rows: Sequence[SourceRow]) -> tuple[Duplicate, ...]:
         """The rows that were dropped, with those that they repeat."""
@@ -90,6 +131,7 @@ class Merge:
         """The group values of each kept row, sorted: those that it had, and those of the rows that it stands for."""
         values: dict[str, set[str]] = defaultdict(set)
         replacing = {old: new for new, old in self.reweighted.items()}
+        replacing |= {old: new for new, olds in self.replacement.olds.items() for old in olds}
         for member in self.parent.domain if self.parent else ():
             values[replacing.get(member.key, member.key)].update(member.groups)
         for row in rows:
@@ -97,16 +139,38 @@ class Merge:
         return {key: tuple(sorted(found)) for key, found in values.items() if found and key in self.kept}
 
 
-def merge(dataset: Path, rows: Sequence[SourceRow], similarity: float, reporter: Reporter) -> Merge:
+def merge(
+    dataset: Path,
+    rows: Sequence[SourceRow],
+    similarity: float,
+    reporter: Reporter,
+    *,
+    duplicates: Duplicates = "keep",
+    replace: bool = False,
+    restore: bool = False,
+) -> Merge:
     """Merge the rows that were read into the current version, if there is one.
 
     Args:
-        similarity: inputs at or above it, with the same output, are duplicates: the first, or the known one, is kept.
+        similarity: inputs at or above it, with the same output, are near-duplicates.
+        duplicates: ``drop`` keeps the first of near-duplicates, or the known one; ``keep`` leaves out exact ones alone.
+        replace: a row takes the place of known ones with its input and another output.
+        restore: take rows in that were removed earlier.
+
+    Raises:
+        UserError: a row that was purged is to be restored, or rows with one input and several outputs are to replace.
     """
     parent = load_version(dataset) if has_version(dataset) else None
     known = {m.key: m.example for m in parent.domain} if parent else {}
     replacing = replaced(dataset, parent.manifest) if parent else {}
     edited = {old: now for old, now in replacing.items() if old not in known and now in known}
+    rows, withheld = withhold(dataset, rows, known.keys() | edited.keys(), replacing, restore=restore)
+    replacement = Replacement()
+    if replace and parent:
+        replacement = supersede(dataset, parent, rows, known, edited)
+        became = {old: new for new, olds in replacement.olds.items() for old in olds}
+        known = {key: example for key, example in known.items() if key not in became}
+        edited = {old: became.get(now, now) for old, now in edited.items() if old not in replacement.olds}
     first: dict[str, SourceRow] = {}
     for row in rows:
         if row.example.pair_key not in known and row.example.pair_key not in edited:
@@ -121,12 +185,22 @@ def merge(dataset: Path, rows: Sequence[SourceRow], similarity: float, reporter:
         if old is not None:
             reweighted[key] = old
             del known[old]
-    keys = [*known, *reweighted, *(key for key in new if key not in reweighted)]
+    stay = [*known, *reweighted, *(key for key in replacement.olds if key not in known and key not in reweighted)]
+    staying = set(stay)
+    keys = [*stay, *(key for key in new if key not in staying)]
     examples = [known[key] if key in known else first[key].example for key in keys]
-    repeats = find_duplicates(examples, len(known) + len(reweighted), similarity, reporter)
+    if duplicates == "drop":
+        repeats = find_duplicates(examples, len(stay), similarity, reporter)
+    else:
+        repeats = exact_repeats(examples, len(stay))
     dropped = {keys[row]: (keys[repeat.of], repeat.similarity) for row, repeat in repeats.items()}
     kept = {key: example for key, example in zip(keys, examples, strict=True) if key not in dropped}
-    return Merge(parent, kept, first, dropped, reweighted, edited)
+    near: dict[str, tuple[str, float]] = {}
+    if duplicates == "keep":
+        names = list(kept)
+        found = near_repeats(list(kept.values()), similarity, reporter)
+        near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
+    return Merge(parent, kept, first, dropped, reweighted, edited, replacement, withheld, near)
 
 
 def _turns(example: Example) -> tuple[tuple[str, str], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ def mix_in(
     domain: Sequence[Member],
     benchmarks: dict[str, list[str]],
     reporter: Reporter,
+    removed: Collection[str] = (),
 ) -> Mixed:
     """Draw the mix-in for a version of these domain rows.
 
@@ -49,6 +50,7 @@ def mix_in(
         root: the project's folder, from which the source is named.
         domain: all rows of the domain with their splits.
         benchmarks: file name to the texts of its items.
+        removed: pair keys of rows that were removed earlier.
 
     Raises:
         UserError: the source cannot be read, has faulty rows, or nothing in it may be used.
@@ -58,8 +60,10 @@ def mix_in(
     training = sum(m.split == "train" for m in domain)
     wanted = max(1, round(training * mix.fraction / (1 - mix.fraction)))
     inputs = {m.example.input_text for m in domain}
+    rows, gone = ([row for row in rows if (row.example.pair_key in removed) is out] for out in (False, True))
     fresh = [row for row in rows if row.example.input_text not in inputs]
     left_out = [(row, "an input of the domain") for row in rows if row.example.input_text in inputs]
+    left_out += [(row, "removed earlier") for row in gone]
     drawn: list[SourceRow] = []
     looked = 0
     while len(drawn) < wanted and looked < len(fresh):

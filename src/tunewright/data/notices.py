@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tunewright.data.examples import Example, Message
-from tunewright.data.formats import Fault
+from tunewright.data.formats import Fault, SourceRow
 from tunewright.data.formats.row_errors import CODES
 from tunewright.data.neighbours.decontaminate import How
 from tunewright.data.neighbours.output_leak import OutputLeak
@@ -17,6 +17,7 @@ from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
+from tunewright.recipe import Duplicates
 
 FEWEST_TRAINING_PAIRS = 50
 FEW_TRAINING_PAIRS = 500
@@ -48,6 +49,18 @@ class Conflict:
     outputs: tuple[str, ...]
     keys: tuple[str, ...]
     places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A row that took the place of one or more with its input: where it was read, keys and outputs."""
+
+    source: str
+    line: int
+    key: str
+    output: str
+    before: tuple[str, ...]
+    outputs_before: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -118,11 +131,22 @@ def _cause(title: str | None, faults: Sequence[Fault]) -> list[str]:
     return [f"  {len(faults):,} rows: {title}", f"    {places}", f"    {fix}"]
 
 
-def duplicates(dropped: Sequence[Duplicate]) -> str:
+def near_duplicates(kept: Sequence[Duplicate]) -> str:
+    """Return the notice of new rows that nearly repeat another one and are kept."""
+    told = (f"{d.source}:{d.line} is like {d.of_place} (similarity {d.similarity:.2f})" for d in kept)
+    lines = listed(told, len(kept), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
+    return (
+        f"{_count(len(kept), 'near-duplicate')} kept: nearly the input and the output of another row, in its cluster "
+        f"(data.duplicates: drop leaves them out):\n{lines}"
+    )
+
+
+def duplicates(dropped: Sequence[Duplicate], setting: Duplicates) -> str:
     """The warning of dropped duplicates."""
     told = (f"{d.source}:{d.line} repeats {d.of_place} (similarity {d.similarity:.2f})" for d in dropped)
     lines = listed(told, len(dropped), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
-    return f"{_count(len(dropped), 'row')} left out, with the input (nearly) and the output of another:\n{lines}"
+    alike = "the input (nearly)" if setting == "drop" else "the input"
+    return f"{_count(len(dropped), 'row')} left out, with {alike} and the output of another:\n{lines}"
 
 
 def conflicting(conflicts: Sequence[Conflict]) -> UserError:
@@ -241,6 +265,19 @@ def known_outputs(found: OutputLeak) -> str:
         "template. Set data.split_by: output_template in a new dataset, or name the key that rows of one template "
         "share in data.groups. `tunewright data leak` has the numbers."
     )
+
+
+def replaced(rows: Sequence[Replaced]) -> str:
+    """Return the notice of rows that took the place of others with their input."""
+    told = (f"{r.source}:{r.line}: {'; '.join(map(_excerpt, r.outputs_before))} → {_excerpt(r.output)}" for r in rows)
+    lines = listed(told, len(rows), _MOST_EXAMPLES, "`tunewright data diff` shows all")
+    return f"{_count(len(rows), 'row')} replaced: the same input, the file's output, the split as before\n{lines}"
+
+
+def standing(rows: Sequence[SourceRow]) -> str:
+    """Return the warning of rows that replace nothing, because a reviewer edited their answer."""
+    lines = listed((f"{r.source}:{r.line}" for r in rows), len(rows), _MOST_EXAMPLES, "`tunewright data blame` tells")
+    return f"{_count(len(rows), 'row')} not replaced: a reviewer edited the answer, and the edit stands\n{lines}"
 
 
 def reweighted(examples: Sequence[Example]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data import notices
-from tunewright.data.add import Plan, plan
+from tunewright.data.add import Arrival, Plan, plan
 from tunewright.data.formats import SourceRow
 from tunewright.data.formats.file_check import FileCheck, check_files
 from tunewright.data.screening import screen
@@ -96,7 +96,7 @@ def preview(project: Project, paths: Sequence[Path], reporter: Reporter) -> Prev
         accepting = project.recipe.data.model_copy(update={"conflicts": "accept"})
         recipe = project.recipe.model_copy(update={"data": accepting})
         try:
-            planned = plan(Project(project.root, recipe), rows, reporter)
+            planned = plan(Project(project.root, recipe), rows, reporter, Arrival())
         except UserError as refusal:
             refusals.append(refusal)
         else:

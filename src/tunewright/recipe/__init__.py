@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from tunewright.recipe.advise import AdviseRecipe, PriceRecipe
 from tunewright.recipe.constrain import ConstrainRecipe
-from tunewright.recipe.data import DataRecipe, Findable, MixRecipe
+from tunewright.recipe.data import DataRecipe, Duplicates, Findable, MixRecipe
 from tunewright.recipe.gateway import GatewayRecipe
 from tunewright.recipe.general import GeneralRecipe
 from tunewright.recipe.judge import EndpointRecipe, JudgeRecipe, ReferenceModelRecipe
@@ -28,6 +28,7 @@ __all__ = [
     "ChatRecipe",
     "ConstrainRecipe",
     "DataRecipe",
+    "Duplicates",
     "EndpointRecipe",
     "EngineName",
     "EvaluateRecipe",

@@ -43,6 +43,9 @@ Findable = Literal[
 ]
 
 
+Duplicates = Literal["keep", "drop"]
+
+
 class MixRecipe(Section):
     """Generic instruction data among the training rows, against forgetting what the base could do."""
 
@@ -149,6 +152,13 @@ class DataRecipe(Section):
             "equal but for quoted strings and numbers, such as queries made from one template."
         ),
     ] = "input"
+    duplicates: Annotated[
+        Duplicates,
+        Field(
+            description="Rows with nearly the input (data.similarity) and the output of another are kept in its "
+            "cluster, or left out; counted, always. Exact duplicates are left out."
+        ),
+    ] = "keep"
     dev: Annotated[float, Field(gt=0, lt=0.5, description="Share of examples for choosing (prompts, checkpoints).")] = (
         0.1
     )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tunewright.data.neighbours.contamination import Contamination
     from tunewright.data.neighbours.leak import BandScore, LeakReport
     from tunewright.data.preview import Preview
+    from tunewright.data.remove import RemoveResult
     from tunewright.data.review.edits import EditResult
     from tunewright.data.review.passes import Review
     from tunewright.data.review.report import ReviewReport
@@ -80,17 +81,64 @@ class DataRoad:
         accept_conflicts: bool = False,
         presidio: str | None = None,
         message: str = "",
+        replace: bool = False,
+        restore: bool = False,
+        split_from: str | Path | None = None,
     ) -> AddResult:
         """Add files of pairs to the dataset: a new version, unless nothing in them is new.
 
         ``rows``, ``input_column`` and ``output_column`` take the place of the recipe's data.rows, data.input and
         data.output; ``accept_conflicts`` keeps inputs with different outputs, as data.conflicts: accept does;
-        ``presidio`` names a spaCy model to look for names and places with.
+        ``presidio`` names a spaCy model to look for names and places with. ``replace`` lets an output supersede that of
+        its input; ``restore`` takes rows in again that were removed; ``split_from`` is a project whose split a new
+        dataset inherits.
         """
         paths = source_files(files, self._reporter)
         data = self._mapped(paths, rows, input_column, output_column)
         project = self._with(data, accept_conflicts=accept_conflicts)
-        return add(project, paths, self._reporter, skip_bad=skip_bad, redact=redact, presidio=presidio, message=message)
+        return add(
+            project,
+            paths,
+            self._reporter,
+            skip_bad=skip_bad,
+            redact=redact,
+            presidio=presidio,
+            message=message,
+            replace=replace,
+            restore=restore,
+            split_from=None if split_from is None else Path(split_from),
+        )
+
+    def remove(
+        self,
+        *,
+        because: str,
+        keys: str | Path | None = None,
+        where: str | None = None,
+        source: str | None = None,
+        groups: Iterable[str] = (),
+        dry_run: bool = False,
+        purge: bool = False,
+    ) -> RemoveResult:
+        """Remove the rows that match all that is given, which makes a new version.
+
+        Args:
+            because: the reason.
+            keys: a file with a row's key, or its first digits, on each line.
+            where: a JMESPath condition on a row's document.
+            source: the added file that rows came from.
+            groups: groups such as ``customer=ACME``, of which a row needs one.
+            dry_run: only say what would be removed.
+            purge: erase the rows' text from all versions too.
+
+        Raises:
+            UserError: no row matches, or too few would be left.
+        """
+        from tunewright.data.remove import remove
+        from tunewright.data.selecting import Selection
+
+        selection = Selection(None if keys is None else Path(keys), where, source, tuple(groups))
+        return remove(self._project, selection, because, self._reporter, dry_run=dry_run, purge_text=purge)
 
     def check_files(
         self,
@@ -169,6 +217,12 @@ class DataRoad:
         from tunewright.data.versions.origins import metadata_by_key
 
         return metadata_by_key(self._dataset, self.version().manifest).get(key, {})
+
+    def cluster_counts(self, member: Member) -> tuple[int, int]:
+        """Return how many rows of the current version share a row's cluster, and how many of those its output."""
+        from tunewright.data.repeats import cluster_counts
+
+        return cluster_counts(self.version(), member)
 
     def check(self) -> LengthReport:
         """Encode every row of the current version as training would, and measure."""
@@ -315,7 +369,8 @@ class DataRoad:
         """What differs between two versions (the second: the current one by default)."""
         from tunewright.data.versions.changes import diff
 
-        return diff(self.version(a), self.version(b))
+        before, after = (load_version(self._dataset, digest, without_purged=True) for digest in (a, b))
+        return diff(before, after)
 
     def blame(self, row: str) -> Blame:
         """How a row of the current version came into the dataset; ``row`` as in :meth:`show`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data.examples import Example
+from tunewright.data.repeats import count_near_repeats
 from tunewright.data.review.reviews import REVIEWS_FILE, Judged, Reviews, event_digest, read_reviews
 from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import (
@@ -106,6 +107,7 @@ def apply_edits(project: Project, reporter: Reporter, *, message: str = "") -> E
             sources=[source],
             left_out=LeftOut(duplicates=len(collapsed)),
             mix=parent.manifest.mix,
+            near_duplicates=count_near_repeats(members, parent.manifest.settings.similarity, reporter),
         )
         version = save_version(dataset, version, members, _imports(edited, source), reporter)
     return EditResult(version, tuple(edited), tuple(disputed))
@@ -177,15 +179,17 @@ def _imports(edited: Sequence[Edited], source: Source) -> list[dict[str, Any]]:
 def replaced(dataset: Path, manifest: Manifest) -> dict[str, str]:
     """The rows that edits took out of a version or those before it: former pair key to the one that came of it.
 
-    A file with the former row may be added again; the row is then known, and its edit stands.
+    A file with the former row may be added again; the row is then known, and its edit stands. Rows that
+    `data add --replace` put in another's place count as edits.
     """
     steps: dict[str, str] = {}
     for path in reversed(import_files(dataset, manifest)):
         for line in text_lines(path.read_text(encoding="utf-8")):
-            if '"fate":"edited"' in line:  # canonical JSON; most lines need no parsing
+            if '"fate":"edited"' in line or '"fate":"replaced"' in line:  # canonical JSON; most lines need no parsing
                 entry = json.loads(line)
-                steps = {before: entry["key"] if now == entry["before"] else now for before, now in steps.items()}
-                steps[entry["before"]] = entry["key"]
+                for gone in (entry["before"], *entry.get("besides", ())):
+                    steps = {before: entry["key"] if now == gone else now for before, now in steps.items()}
+                    steps[gone] = entry["key"]
                 steps.pop(entry["key"], None)
     return steps
 

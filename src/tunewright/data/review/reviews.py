@@ -12,21 +12,24 @@ from __future__ import annotations
 import fcntl
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tunewright.data.review.acceptance import Finding, FixedPlan, Outcome, Plan, SequentialPlan, judge, sample_order
 from tunewright.data.versions import DatasetVersion
-from tunewright.disk import canonical_json, writing
+from tunewright.disk import canonical_json, write_text, writing
 from tunewright.disk import digest as json_digest
 from tunewright.errors import UserError
 
 REVIEWS_FILE = "reviews.jsonl"
 Verdict = Literal["right", "wrong", "edit", "skip"]
+PURGED = "[purged]"
+"""What stands where a reviewer's answer was whose row was purged."""
 VERDICTS: tuple[Verdict, ...] = ("right", "wrong", "edit", "skip")
 
 _DIGITS = 16
@@ -275,8 +278,7 @@ def lacking(events: Sequence[Event], known: Sequence[Event]) -> list[Event]:
 def _extend(dataset: Path, news: Callable[[Sequence[Event]], list[Event]]) -> list[Event]:
     """Add to the log what ``news`` makes of the events in it, before anybody else writes."""
     path = dataset / REVIEWS_FILE
-    with writing(path), path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with writing(path), _held(path) as file:
         file.seek(0)
         data = file.read()
         whole, _ = whole_lines(data)
@@ -289,6 +291,47 @@ def _extend(dataset: Path, news: Callable[[Sequence[Event]], list[Event]]) -> li
             file.flush()
             os.fsync(file.fileno())
     return added
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[BinaryIO]:
+    """Open the log for reading and appending while nobody else writes it."""
+    while True:
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # A purge may have put another file in its place while this one was waited for.
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                yield file
+                return
+
+
+def without_purged(event: Event, purged: Collection[str]) -> Event:
+    """Return an event as it is kept once these pair keys are purged: an edit of one keeps its place, not its text."""
+    if isinstance(event, Judged) and event.output is not None and event.key in purged:
+        return event.model_copy(update={"output": PURGED, "digest": None})
+    return event
+
+
+def redact_reviews(dataset: Path, purged: Collection[str]) -> None:
+    """Take the answers that reviewers wrote for purged rows out of the log; every event stays on its line.
+
+    Raises:
+        UserError: the disk is full or refuses, or the log was changed by hand.
+    """
+    path = dataset / REVIEWS_FILE
+    if not purged or not path.is_file():
+        return
+    with writing(path), _held(path) as file:
+        file.seek(0)
+        lines, torn = whole_lines(file.read())
+        done = []
+        for number, line in enumerate(lines.split(b"\n")[:-1], start=1):
+            event = parse_event(line, f"{path}:{number}") if line.strip() else None
+            kept = event and without_purged(event, purged)
+            done.append(line.decode() + "\n" if kept is None or kept == event else event_line(kept))
+        text = "".join(done)
+        if torn or text.encode() != lines:
+            write_text(path, text)
 
 
 def outcome(reviews: Reviews, version: DatasetVersion) -> Outcome | None:

@@ -2,6 +2,7 @@
 
 dataset/HEAD                           the current version's digest
 dataset/rows/AB.jsonl                  the rows of all versions (see ``rows``)
+dataset/removed.jsonl                  rows taken out on purpose (see ``removals``)
 dataset/versions/DIGEST12/members.tsv  pair key, split, cluster: the version's digest is theirs (see ``members``)
                           manifest.json  where the version came from, what is in it, under which settings
                           imports.jsonl  what became of every row of the files that were added
@@ -26,6 +27,7 @@ from tunewright.data.versions.store import (
     ancestry,
     checkout,
     current_manifest,
+    erase_purged,
     has_version,
     import_files,
     keys_digest,
@@ -54,6 +56,7 @@ __all__ = [
     "ancestry",
     "checkout",
     "current_manifest",
+    "erase_purged",
     "has_version",
     "import_files",
     "keys_digest",

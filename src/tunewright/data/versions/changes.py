@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,8 @@ class Diff:
     moved: tuple[Moved, ...]
     regrouped: int
     """Rows of both versions whose cluster has another name: rows came or went that are like them."""
+    purged: tuple[str, ...] = ()
+    """Pair keys of rows of either version whose text was purged: they are compared by nothing here."""
 
     @cached_property
     def test_changes(self) -> dict[str, tuple[str, ...]]:
@@ -115,6 +117,7 @@ class Diff:
             "edited": [e.as_dict() for e in self.edited],
             "moved": [m.as_dict() for m in self.moved],
             "regrouped": self.regrouped,
+            "purged": list(self.purged),
             "test_changes": {kind: list(keys) for kind, keys in self.test_changes.items()},
             "comparable": self.comparable,
             "metadata": {name: list(pair) for name, pair in self.metadata.items()},
@@ -141,6 +144,7 @@ def diff(a: DatasetVersion, b: DatasetVersion) -> Diff:
         edited=tuple(sorted(edited, key=lambda e: e.after.key)),
         moved=tuple(Moved(after[k], before[k].split) for k in sorted(both) if before[k].split != after[k].split),
         regrouped=sum(before[key].cluster != after[key].cluster for key in both),
+        purged=tuple(sorted({*a.purged, *b.purged})),
     )
 
 
@@ -234,7 +238,8 @@ def _same_input(
     if parent is None:
         return (), ()
     asked = next(m.example.input_key for m in version.members if m.key == key)
-    before = [m.key for m in load_version(dataset, parent.digest).members if m.example.input_key == asked]
+    former = load_version(dataset, parent.digest, without_purged=True)
+    before = [m.key for m in former.members if m.example.input_key == asked]
     there = read_places(dataset, brought.digest)
     return tuple(k for k in before if k not in there), tuple(k for k in before if k in there)
 
@@ -248,7 +253,7 @@ def _import_of(dataset: Path, manifest: Manifest, key: str) -> dict[str, Any] | 
             record: dict[str, Any] = json.loads(text)
         except json.JSONDecodeError:
             raise UserError("not an import's record", where=f"{path}:{number}", fix="Restore the file.") from None
-        if record.get("fate") in ("added", "edited", "mixed") and record.get("key") == key:
+        if record.get("fate") in ("added", "edited", "replaced", "mixed") and record.get("key") == key:
             return record
     return None
 
@@ -284,21 +289,32 @@ def where(dataset: Path, adapters: Path, key: str) -> tuple[Sighting, ...]:
     Raises:
         UserError: a lineage or a version that cannot be read.
     """
+    return next(iter(sightings(dataset, adapters, [key]).values()))
+
+
+def sightings(dataset: Path, adapters: Path, keys: Iterable[str]) -> dict[str, tuple[Sighting, ...]]:
+    """Return what every adapter did with each of these rows, as :func:`where` does for one."""
     digests = {m.digest for m in list_versions(dataset)}
+    lineages = list(_lineages(adapters))
     places: dict[str, Places] = {}
-    found: list[Sighting] = []
-    for name, lineage in _lineages(adapters):
-        version = (lineage.get("dataset") or {}).get("digest")
-        if version not in digests:
-            reason = (
-                f"dataset version {short(version)} is not here" if version else "its lineage names no dataset version"
-            )
-            found.append(Sighting(name, version, "unknown", reason))
-            continue
-        if version not in places:
-            places[version] = read_places(dataset, version)
-        found.append(_sighting(name, version, places[version].get(key), lineage, key))
-    return tuple(found)
+    found: dict[str, tuple[Sighting, ...]] = {}
+    for key in keys:
+        row: list[Sighting] = []
+        for name, lineage in lineages:
+            version = (lineage.get("dataset") or {}).get("digest")
+            if version not in digests:
+                reason = (
+                    f"dataset version {short(version)} is not here"
+                    if version
+                    else "its lineage names no dataset version"
+                )
+                row.append(Sighting(name, version, "unknown", reason))
+                continue
+            if version not in places:
+                places[version] = read_places(dataset, version)
+            row.append(_sighting(name, version, places[version].get(key), lineage, key))
+        found[key] = tuple(row)
+    return found
 
 
 def _sighting(name: str, version: str, place: Place | None, lineage: dict[str, Any], key: str) -> Sighting:
@@ -324,6 +340,34 @@ def _lineages(adapters: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(lineage, dict):
             raise UserError("not a lineage: a JSON object is expected", where=str(path))
         yield path.parent.name, lineage
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How many of some rows one adapter was trained on, chosen on (dev), and had in its test.
+
+    ``unknown`` rows are those of which its lineage or its dataset version says nothing.
+    """
+
+    adapter: str
+    version: str | None
+    trained: int
+    dev: int
+    test: int
+    unknown: int
+
+
+def seen_by(dataset: Path, adapters: Path, keys: Iterable[str]) -> tuple[Seen, ...]:
+    """Return the adapters whose training had any of these rows, or may have had, in the order of their names."""
+    counts: dict[tuple[str, str | None], Counter[Use]] = defaultdict(Counter)
+    for row in sightings(dataset, adapters, keys).values():
+        for found in row:
+            counts[found.adapter, found.version][found.use] += 1
+    return tuple(
+        Seen(name, version, uses["trained"], uses["dev"], uses["test"], uses["unknown"])
+        for (name, version), uses in counts.items()
+        if uses.keys() & {"trained", "dev", "test", "unknown"}
+    )
 
 
 def trained_on(sightings: Sequence[Sighting]) -> list[str]:

@@ -55,13 +55,15 @@ def find_key(dataset: Path, version: DatasetVersion, row: str) -> str:
 
 def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str:
     imports = list(_imported(dataset, version))
-    source = _source(file, sorted({row["source"] for row in imports}), dataset.parent)
+    source = source_name(file, sorted({row["source"] for row in imports}), dataset.parent)
     found = next((row for row in imports if row["source"] == source and row["line"] == line), None)
     if found is None:
         last = max(row["line"] for row in imports if row["source"] == source)
         raise UserError(f"no row came from line {line} of {source}; its last row is at line {last}", where="ROW")
     if found["fate"] == "skipped":
         raise UserError(f"the row was left out: {found['reason']}", where=f"{file}:{line}")
+    if found["fate"] == "removed":
+        raise UserError(f"the row was removed: {found['reason']}", where=f"{file}:{line}")
     if found["fate"] == "not mixed":
         raise UserError(f"the row was not mixed in: {found['reason']}", where=f"{file}:{line}")
     if found["fate"] == "contaminated":
@@ -71,7 +73,7 @@ def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str
     return replaced(dataset, version.manifest).get(key, key)
 
 
-def _source(file: str, sources: Sequence[str], root: Path) -> str:
+def source_name(file: str, sources: Sequence[str], root: Path, where: str = "ROW") -> str:
     """The added file that ``file`` means: its name in the project, a path to it, or its bare name."""
     path = Path(file).resolve()
     within = path.relative_to(root.resolve()).as_posix() if path.is_relative_to(root.resolve()) else None
@@ -82,7 +84,7 @@ def _source(file: str, sources: Sequence[str], root: Path) -> str:
     if len(same) == 1:
         return same[0]
     what = f"{len(same)} added files are called {path.name}" if same else f"no row came from a file {file}"
-    raise UserError(what, where="ROW", fix=f"Added files: {', '.join(sources)}.")
+    raise UserError(what, where=where, fix=f"Added files: {', '.join(sources)}.")
 
 
 def _imported(dataset: Path, version: DatasetVersion) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tunewright.clock import now
 from tunewright.data.examples import Example, in_conflict
 from tunewright.data.splits import SPLITS
-from tunewright.data.versions.manifest import Counts, Manifest, Mix, Settings, Source
+from tunewright.data.versions.manifest import Counts, Manifest, Mix, Settings, Source, SplitFrom
 from tunewright.data.versions.store import DatasetVersion, Member, keys_digest, members_digest
 
 
@@ -31,6 +31,8 @@ def new_manifest(
     sources: Sequence[Source],
     left_out: LeftOut,
     mix: Mix | None,
+    near_duplicates: int = 0,
+    split_from: SplitFrom | None = None,
 ) -> Manifest:
     """The manifest of a version of these members, made now; author, imports and seal come when it is saved."""
     return Manifest(
@@ -39,14 +41,15 @@ def new_manifest(
         created=now(),
         message=message,
         sources=tuple(sources),
-        counts=_counts(members, left_out),
+        counts=_counts(members, left_out, near_duplicates),
         splits={split: keys_digest(m.key for m in members if m.split == split) for split in SPLITS},
         settings=settings,
         mix=mix,
+        split_from=split_from,
     )
 
 
-def _counts(members: Sequence[Member], left_out: LeftOut) -> Counts:
+def _counts(members: Sequence[Member], left_out: LeftOut, near_duplicates: int) -> Counts:
     sizes = Counter(m.cluster for m in members)
     asked: dict[str, list[Example]] = defaultdict(list)
     for member in members:
@@ -62,6 +65,7 @@ def _counts(members: Sequence[Member], left_out: LeftOut) -> Counts:
         skipped=left_out.skipped,
         moved=left_out.moved,
         mixed=sum(m.mixed for m in members),
+        near_duplicates=near_duplicates,
     )
 
 

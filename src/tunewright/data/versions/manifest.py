@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tunewright.data.splits import Split
 from tunewright.disk import digest as json_digest
 from tunewright.errors import UserError
+from tunewright.recipe import Duplicates
 
 MANIFEST = "manifest.json"
 
@@ -35,7 +36,8 @@ class Counts(_Record):
     """What is in a version (rows to conflicts, mixed), and what its import left out or moved (the others).
 
     A family is a cluster of several rows; a conflict is one input with several outputs. ``mixed`` rows are of the
-    generic mix-in: they are counted in rows, train and clusters too.
+    generic mix-in: they are counted in rows, train and clusters too. ``near_duplicates`` are rows of the version with
+    nearly the input and the output of another one: what ``data.duplicates: drop`` leaves out.
     """
 
     rows: int
@@ -49,6 +51,7 @@ class Counts(_Record):
     skipped: int
     moved: int
     mixed: int = 0
+    near_duplicates: int = 0
 
 
 class Settings(_Record):
@@ -64,6 +67,7 @@ class Settings(_Record):
     groups: tuple[str, ...] = ()
     conflicts: Literal["error", "accept"] | None = None
     split_by: Literal["input", "output_template"] = "input"
+    duplicates: Duplicates = "drop"  # versions of earlier releases have no such setting: they dropped them
 
 
 class Mix(_Record):
@@ -76,6 +80,14 @@ class Mix(_Record):
     fraction: float
     drawn: int
     left_out: int
+
+
+class SplitFrom(_Record):
+    """The version whose split this one inherited: its project's folder, its digest, and how many rows had it there."""
+
+    name: str
+    digest: Digest
+    rows: int
 
 
 class Manifest(_Record):
@@ -94,6 +106,7 @@ class Manifest(_Record):
     splits: dict[Split, str]
     settings: Settings
     mix: Mix | None = None
+    split_from: SplitFrom | None = None
     author: str | None = None
     imports: Digest | None = None
     seal: Digest | None = None

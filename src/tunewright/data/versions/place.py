@@ -11,14 +11,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tunewright.data.review.reviews import Event, events_in
-from tunewright.data.versions import MANIFEST, Manifest, short
+from tunewright.data.review.reviews import Event, event_line, events_in, without_purged
+from tunewright.data.versions import MANIFEST, Manifest, keys_digest, short
+from tunewright.data.versions.removals import Removal
+from tunewright.data.versions.removals import events_in as removals_in
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
 REVIEWS = "reviews"
+REMOVED = "removed"
+ALL_REMOVED = "removed/all.jsonl"
+ERASED = "erased"
 AGAIN = "Restore the file, or push the version again from a side that has it whole, after removing its folder there."
 
+_ROW_KEY = re.compile(rb'{"key":"([0-9a-f]{64})"')
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile that AWS_PROFILE names"
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}
 
@@ -133,6 +139,88 @@ class Place:
             with self.fs.transaction, self.fs.open(path, "wb") as file:
                 file.write(data)
 
+    def remove(self, name: str) -> None:
+        """Delete a file."""
+        with self._refusals():
+            self.fs.rm_file(f"{self.root}/{name}")
+
+    def versions(self) -> list[str]:
+        """The names of the folders of all versions there, of whichever branch."""
+        with self._refusals():
+            try:
+                listed = self.fs.ls(f"{self.root}/versions", detail=False)
+            except FileNotFoundError:
+                return []
+        names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
+        return sorted(name for name in names if re.fullmatch("[0-9a-f]{12}", name))
+
+    def removals(self, reporter: Reporter) -> list[Removal]:
+        """All events of the logs of removals there.
+
+        Raises:
+            UserError: naming the file: it was changed.
+        """
+        # A web server that lists no files has all of them in one.
+        events = removals_in(self.read_if_there(ALL_REMOVED) or b"", f"{self.url}/{ALL_REMOVED}")
+        for name in self._names(REMOVED, reporter):
+            path = f"{REMOVED}/{name}"
+            data = self.read(path)
+            events += removals_in(data, f"{self.url}/{path}")
+            if short(hashlib.sha256(data).hexdigest()) != name.removesuffix(".jsonl"):
+                what = "it was changed: it does not have its digest"
+                raise UserError(what, where=f"{self.url}/{path}", fix="Restore the file.")
+        return events
+
+    def erase(self, purged: Collection[str], reporter: Reporter) -> int:
+        """Erase the text of purged rows from all versions and reviews there; return from how many files.
+
+        Which purges were carried out is marked, so that the next push does not look through everything again.
+
+        Raises:
+            UserError: a file cannot be written: it still has the text, and is named.
+        """
+        marker = f"{ERASED}/{short(keys_digest(purged))}"
+        if not purged or self.read_if_there(marker) is not None:
+            return 0
+        wanted = {key.encode() for key in purged}
+        changed = 0
+        for name in (f"versions/{version}/rows.jsonl" for version in self.versions()):
+            data = self.read_if_there(name) or b""
+            lines = data.splitlines(keepends=True)
+            kept = b"".join(line for line in lines if not (match := _ROW_KEY.match(line)) or match[1] not in wanted)
+            if kept != data:
+                self._rewrite(name, kept)
+                changed += 1
+        for name in self._names(REVIEWS, reporter):
+            changed += self._redact(f"{REVIEWS}/{name}", purged)
+        self.write(marker, b"")
+        if changed:
+            reporter.say(f"Erased the text of purged rows from {changed:,} files of {self.url}.")
+        if changed and not self.has_folders:
+            reporter.warn("A bucket with versioning keeps the files' former content until you delete it there.")
+        return changed
+
+    def _redact(self, name: str, purged: Collection[str]) -> int:
+        data = self.read(name)
+        events = [event for _, event in events_in(data, f"{self.url}/{name}")]
+        kept = [without_purged(event, purged) for event in events]
+        if kept == events:
+            return 0
+        text = "".join(map(event_line, kept)).encode()
+        self._rewrite(f"{REVIEWS}/{short(hashlib.sha256(text).hexdigest())}.jsonl", text)
+        self.remove(name)
+        return 1
+
+    def _rewrite(self, name: str, data: bytes) -> None:
+        try:
+            self.write(name, data)
+        except UserError as error:
+            raise UserError(
+                f"the text of purged rows could not be erased there: {error.what}",
+                where=f"{self.url}/{name}",
+                fix=f"It still has them. {error.fix or ''} Then push again.",
+            ) from error
+
     def head(self) -> str | None:
         """The digest of the version that was pushed last.
 
@@ -173,7 +261,7 @@ class Place:
             try:
                 listed = self.fs.ls(f"{self.root}/{folder}", detail=False)
             except FileNotFoundError:
-                if self.is_web:
+                if self.is_web and folder == REVIEWS:
                     reporter.warn(f"No reviews were copied: {self.url} has none, or does not list its files.")
                 return []
         names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)

@@ -4,22 +4,33 @@ URL/HEAD                            the digest of the version that was pushed la
 URL/versions/DIGEST12/rows.jsonl    the rows that the version's parent does not have
                       members.tsv, imports.jsonl, manifest.json   as in the dataset folder; the manifest comes last
 URL/reviews/SHA12.jsonl             what each push brought of the log of reviews; all of them together are the log
+URL/removed/SHA12.jsonl             likewise of the log of removals; all.jsonl is their union
+URL/erased/SHA12                    which purges were carried out there, by the digest of their keys
 
-No file but HEAD is ever written again, so two who push at once cannot spoil each other's versions or lose each other's
-verdicts, and a version whose manifest is there is whole.
+No file but HEAD is ever written again, unless a purge takes text out of it, so two who push at once cannot spoil each
+other's versions or lose each other's verdicts, and a version whose manifest is there is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunewright.data.examples import Example
-from tunewright.data.review.reviews import Event, Judged, event_line, lacking, read_reviews, unite_reviews
+from tunewright.data.purge import take_over
+from tunewright.data.review.reviews import (
+    Event,
+    Judged,
+    event_line,
+    lacking,
+    read_reviews,
+    unite_reviews,
+    without_purged,
+)
 from tunewright.data.versions import (
     IMPORTS,
     MANIFEST,
@@ -36,7 +47,8 @@ from tunewright.data.versions import (
     write_head,
 )
 from tunewright.data.versions.members import MEMBERS, places_of, read_members, read_places
-from tunewright.data.versions.place import AGAIN, REVIEWS, Place
+from tunewright.data.versions.place import AGAIN, ALL_REMOVED, REMOVED, REVIEWS, Place
+from tunewright.data.versions.removals import Removals, read_removals
 from tunewright.data.versions.rows import parse_rows, rows_text, write_rows
 from tunewright.disk import new_folder
 from tunewright.errors import UserError
@@ -108,13 +120,15 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
             if head.digest not in {m.digest for m in theirs}:
                 raise _diverged(mine, theirs, url)
             told = _push_reviews(dataset, place, reporter)
+            place.erase(_push_removals(dataset, place, reporter), reporter)
             return Transfer(url, (), 0, told.bytes, before, _position(theirs, head.digest), *told.counts)
         new_ones = [m for m in reversed(mine[: _position(mine, before)]) if not place.has(m.digest)]
         told = _push_reviews(dataset, place, reporter)
+        purged = _push_removals(dataset, place, reporter)
         rows, size = 0, told.bytes
         with reporter.task("pushing", len(new_ones) * _FILES, "files") as task:
             for manifest in new_ones:
-                new, files = _packed(dataset, manifest)
+                new, files = _packed(dataset, manifest, purged)
                 for name, data in files.items():
                     place.write(f"versions/{short(manifest.digest)}/{name}", data)
                     task.advance(note=f"{short(manifest.digest)}/{name}")
@@ -124,6 +138,7 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
             raise UserError("somebody else pushed at the same time", where=url, fix="Run the push again.")
         if before != head.digest:
             place.write("HEAD", f"{head.digest}\n".encode())
+        place.erase(purged, reporter)
     return Transfer(url, tuple(m.digest for m in new_ones), rows, size, head.digest, 0, *told.counts)
 
 
@@ -148,21 +163,29 @@ def pull(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
         if head is None:
             raise UserError("no dataset was pushed there", where=url, fix=f"Push one: tunewright data push {url}")
         if head in {m.digest for m in mine}:
-            brought = _Reviews.of(unite_reviews(dataset, place.reviews(reporter)))
+            removals = place.removals(reporter)
+            take_over(dataset, removals, reporter)
+            gone = read_removals(dataset).purged
+            theirs_now = [without_purged(event, gone) for event in place.reviews(reporter)]
+            brought = _Reviews.of(unite_reviews(dataset, theirs_now))
             return Transfer(url, (), 0, brought.bytes, mine[0].digest, _position(mine, head), *brought.counts)
         theirs = place.line(head, stop={m.digest for m in mine})
         if current is not None and theirs[-1].parent != current.digest:
             raise _diverged(mine, place.line(head), url)
         new_ones = [m for m in reversed(theirs) if not (version_folder(dataset, m.digest) / MANIFEST).is_file()]
-        events = place.reviews(reporter)
+        removals = place.removals(reporter)
+        purged = read_removals(dataset).purged.keys() | {e.key for e in removals if e.event == "purged"}
+        events = [without_purged(event, purged) for event in place.reviews(reporter)]
         rows: dict[str, Example] = {}
         size = 0
         with unfinished(dataset, ()), reporter.task("pulling", len(new_ones) * _FILES, "files") as task:
             for manifest in new_ones:
-                new, read = _unpack(dataset, place, manifest, reporter)
+                new, read = _unpack(dataset, place, manifest, purged, reporter)
                 task.advance(_FILES, note=short(manifest.digest))
                 rows |= new
                 size += read
+            # Not before all is here: the version that is current until then may have purged rows.
+            take_over(dataset, removals, reporter)
             load_version(dataset, head)
             brought = _Reviews.of(unite_reviews(dataset, events))
             write_head(dataset, head)
@@ -185,15 +208,30 @@ class _Reviews:
 def _push_reviews(dataset: Path, place: Place, reporter: Reporter) -> _Reviews:
     """Copy the events that the other side lacks, as one file of their own."""
     reviews = read_reviews(dataset)
+    purged = read_removals(dataset).purged.keys() | {e.key for e in place.removals(reporter) if e.event == "purged"}
     if reviews.torn:
         reporter.warn("The last review in reviews.jsonl was cut off by a crash: it is not copied.")
     if not reviews.events:
         return _Reviews.of(())
-    new = lacking(reviews.events, place.reviews(reporter))
+    mine, theirs = ([without_purged(e, purged) for e in log] for log in (reviews.events, place.reviews(reporter)))
+    new = lacking(mine, theirs)
     if new:
         data = "".join(map(event_line, new)).encode()
         place.write(f"{REVIEWS}/{short(hashlib.sha256(data).hexdigest())}.jsonl", data)
     return _Reviews.of(new)
+
+
+def _push_removals(dataset: Path, place: Place, reporter: Reporter) -> set[str]:
+    """Copy the removals that the other side lacks, as one file; return the pair keys that either side has purged."""
+    mine, theirs = read_removals(dataset), Removals(tuple(place.removals(reporter)))
+    if new := theirs.lacking(mine.events):
+        data = "".join(event.line for event in new).encode()
+        place.write(f"{REMOVED}/{short(hashlib.sha256(data).hexdigest())}.jsonl", data)
+        reporter.say(f"Copied {len(new):,} records of removals to {place.url}.")
+        place.write(ALL_REMOVED, "".join(event.line for event in (*dict.fromkeys(theirs.events), *new)).encode())
+    if unknown := theirs.purged.keys() - mine.purged.keys():
+        reporter.warn(f"{len(unknown):,} rows were purged by somebody else: `tunewright data pull` purges them here.")
+    return {*mine.purged, *theirs.purged}
 
 
 def _position(line: Sequence[Manifest], digest: str | None) -> int:
@@ -218,11 +256,11 @@ def _diverged(here: Sequence[Manifest], there: Sequence[Manifest], url: str) -> 
     )
 
 
-def _packed(dataset: Path, manifest: Manifest) -> tuple[int, dict[str, bytes]]:
+def _packed(dataset: Path, manifest: Manifest, purged: Collection[str]) -> tuple[int, dict[str, bytes]]:
     """How many rows a version brought, and its files as they are pushed, the manifest last."""
-    version = load_version(dataset, manifest.digest)
+    version = load_version(dataset, manifest.digest, without_purged=True)
     known = _parents_rows(dataset, manifest)
-    new = {m.key: m.example for m in version.members if m.key not in known}
+    new = {m.key: m.example for m in version.members if m.key not in known and m.key not in purged}
     folder = version_folder(dataset, manifest.digest)
     files = {name: (folder / name).read_bytes() for name in VERSION_FILES}
     _check_files(manifest, files, str(folder))
@@ -236,17 +274,19 @@ def _parents_rows(dataset: Path, manifest: Manifest) -> Mapping[str, Any]:
     return read_places(dataset, manifest.parent)
 
 
-def _unpack(dataset: Path, place: Place, manifest: Manifest, reporter: Reporter) -> tuple[dict[str, Example], int]:
+def _unpack(
+    dataset: Path, place: Place, manifest: Manifest, purged: Collection[str], reporter: Reporter
+) -> tuple[dict[str, Example], int]:
     """Bring one version here, its parent being here; the rows that it brought, and the bytes read."""
     base = f"versions/{short(manifest.digest)}"
     files = {name: place.read(f"{base}/{name}") for name in VERSION_FILES}
     _check_files(manifest, files, f"{place.url}/{base}")
     data = place.read(f"{base}/{_ROWS}")
     where = f"{place.url}/{base}/{_ROWS}"
-    rows = parse_rows(data, where)
+    rows = {key: row for key, row in parse_rows(data, where).items() if key not in purged}
     members = read_members(dataset, manifest.digest, files[MEMBERS], f"{place.url}/{base}/{MEMBERS}")
     missing = places_of(members).keys() - rows.keys()
-    missing -= _parents_rows(dataset, manifest).keys()
+    missing -= _parents_rows(dataset, manifest).keys() | purged
     if missing:
         raise UserError(f"the row {min(missing)} is missing", where=where, fix=AGAIN)
     write_rows(dataset / "rows", rows, reporter)

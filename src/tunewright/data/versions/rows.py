@@ -103,6 +103,19 @@ def write_rows(folder: Path, examples: Mapping[str, Example], reporter: Reporter
             task.advance()
 
 
+def has_rows(folder: Path, keys: Iterable[str]) -> set[str]:
+    """Return which of these pair keys have a row in the files."""
+    shards: dict[str, set[str]] = defaultdict(set)
+    for key in keys:
+        shards[key[:2]].add(key)
+    found: set[str] = set()
+    for prefix, wanted in shards.items():
+        path = folder / f"{prefix}.jsonl"
+        if path.is_file():
+            found |= wanted & {key.decode() for key in _KEY.findall(path.read_bytes())}
+    return found
+
+
 def remove_rows(folder: Path, keys: Iterable[str]) -> None:
     """Take rows out that no version has; those that are not there are none the less gone."""
     shards: dict[str, set[str]] = defaultdict(set)

@@ -22,7 +22,8 @@ from tunewright.data.splits import Split
 from tunewright.data.versions.author import current_author
 from tunewright.data.versions.manifest import MANIFEST, Manifest, manifest_seal, read_manifest, short
 from tunewright.data.versions.members import MEMBERS, Place, member_line, members_file, members_sha256, read_places
-from tunewright.data.versions.rows import read_rows, remove_rows, write_rows
+from tunewright.data.versions.removals import REMOVED_FILE, purge_told, read_removals
+from tunewright.data.versions.rows import has_rows, read_rows, remove_rows, write_rows
 from tunewright.disk import canonical_json, new_folder, text_lines, write_json, write_text, writing
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
@@ -54,6 +55,8 @@ class DatasetVersion:
 
     manifest: Manifest
     members: tuple[Member, ...]
+    purged: tuple[str, ...] = ()
+    """Pair keys of its rows whose text was purged since: they are not among the members."""
 
     @property
     def digest(self) -> str:
@@ -147,13 +150,31 @@ def _clear_unfinished(dataset: Path) -> None:
         marker.unlink()
 
 
+def erase_purged(dataset: Path) -> int:
+    """Erase the text of purged rows that is still in the dataset's files of rows; return how many rows had some."""
+    purged = read_removals(dataset).purged
+    there = has_rows(dataset / "rows", purged) if purged else set()
+    with writing(dataset):
+        remove_rows(dataset / "rows", there)
+    return len(there)
+
+
 def _clear_leftovers(dataset: Path) -> None:
     """Remove what writers that were killed left: whoever holds the lock has nothing of its own there yet."""
     _clear_unfinished(dataset)
+    erase_purged(dataset)
     marker = dataset.glob(f"{Path(UNFINISHED).parent}/.{Path(UNFINISHED).name}.*")
     folders = f"versions/.{'[0-9a-f]' * 12}.*"
     with writing(dataset):
-        for path in (*dataset.glob(".HEAD.*"), *dataset.glob("rows/.??.jsonl.*"), *dataset.glob(folders), *marker):
+        logs = dataset.glob(f".{REMOVED_FILE}.*"), dataset.glob(".reviews.jsonl.*")
+        for path in (
+            *logs[0],
+            *logs[1],
+            *dataset.glob(".HEAD.*"),
+            *dataset.glob("rows/.??.jsonl.*"),
+            *dataset.glob(folders),
+            *marker,
+        ):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -229,7 +250,7 @@ def _news(dataset: Path, parent: str | None, imports: Sequence[Mapping[str, Any]
         fate, before = record["fate"], told.get((record["source"], record["line"]))
         known = fate == "known" and before is not None and before[1] == record["key"]
         known = known and metadata.get((record["source"], record["line"])) == record.get("metadata")
-        again = fate in ("contaminated", "not mixed") and before == (fate, record.get("of", record["key"]))
+        again = fate in ("contaminated", "not mixed", "removed") and before == (fate, record.get("of", record["key"]))
         if not (known or again or (fate == "mixed" and record["key"] in mixed)):
             yield record
 
@@ -262,23 +283,32 @@ def checkout(dataset: Path, digest: str) -> Manifest:
     return version.manifest
 
 
-def load_version(dataset: Path, digest: str | None = None) -> DatasetVersion:
+def load_version(dataset: Path, digest: str | None = None, *, without_purged: bool = False) -> DatasetVersion:
     """Load a version and verify it: every row against its key, all members against the digest.
 
     Args:
         dataset: the project's dataset folder.
         digest: a version's digest or the beginning of it; None: the current version.
+        without_purged: leave rows out whose text was purged, instead of refusing the version.
 
     Raises:
-        UserError: there is none, several begin so, or something in it was changed (naming file and key).
+        UserError: there is none, several begin so, something in it was changed (naming file and key), or text of it
+            was purged.
     """
     manifest = current_manifest(dataset) if digest is None else _find(dataset, digest)
     if manifest is None:
         raise _none_yet(dataset)
     places = read_places(dataset, manifest.digest)
-    rows = read_rows(dataset / "rows", places)
-    members = tuple(Member(rows[key], key, *place) for key, place in sorted(places.items()))
-    return DatasetVersion(manifest, members)
+    purged = {key: purge for key, purge in read_removals(dataset).purged.items() if key in places}
+    if purged and not without_purged:
+        raise UserError(
+            f"version {short(manifest.digest)} is no longer whole: {purge_told(purged.values())}",
+            where=str(dataset / REMOVED_FILE),
+            fix="Use a later version: `tunewright data log` lists them.",
+        )
+    rows = read_rows(dataset / "rows", places.keys() - purged.keys())
+    members = tuple(Member(rows[key], key, *places[key]) for key in sorted(rows))
+    return DatasetVersion(manifest, members, tuple(sorted(purged)))
 
 
 def _none_yet(dataset: Path) -> UserError:

@@ -24,6 +24,7 @@ from tunewright.data.versions import (
     short,
 )
 from tunewright.data.versions.members import MEMBERS, places_of, read_members
+from tunewright.data.versions.removals import REMOVED_FILE, Removal, Removals, parse_removal
 from tunewright.data.versions.rows import BadRow, scan_rows
 from tunewright.disk import canonical_json, text_lines
 from tunewright.errors import UserError
@@ -64,6 +65,8 @@ class Verification:
     unsealed: tuple[str, ...]
     unneeded: int
     """Rows that no version has: a stopped command left them, or a version's folder is gone."""
+    purges: tuple[Removal, ...] = ()
+    """The rows of versions whose text was purged."""
 
     @property
     def ok(self) -> bool:
@@ -72,7 +75,8 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
-        return {"ok": self.ok, **asdict(self)}
+        document = {**asdict(self), "purges": [purge.model_dump(mode="json") for purge in self.purges]}
+        return {"ok": self.ok, **document}
 
 
 def verify(dataset: Path, reporter: Reporter) -> Verification:
@@ -86,6 +90,7 @@ def verify(dataset: Path, reporter: Reporter) -> Verification:
     if not shards and not folders:
         raise UserError("there is no dataset version yet", where=str(dataset), fix="`tunewright data add` makes one.")
     store = _Store()
+    damage, store.purged = _check_removals(dataset / REMOVED_FILE)
     with reporter.task("verifying", len(shards) + len(folders), "files and versions") as task:
         for path in shards:
             store.read(path)
@@ -94,7 +99,7 @@ def verify(dataset: Path, reporter: Reporter) -> Verification:
         for folder in folders:
             checks.append(_VersionCheck(folder, store, {f.name for f in folders}))
             task.advance(note=folder.name)
-    damage = [
+    damage += [
         Damage(where, bad.reason, bad.keys, tuple(sorted({d for key in bad.keys for d in store.needed[key]})))
         for where, bad in store.bad
     ]
@@ -109,7 +114,8 @@ def verify(dataset: Path, reporter: Reporter) -> Verification:
     damage += bad_reviews
     unsealed = tuple(c.manifest.digest for c in checks if c.manifest is not None and c.manifest.seal is None)
     unneeded = len(store.good - store.needed.keys())
-    return Verification(len(store.good), len(folders), reviews, undigested, tuple(damage), unsealed, unneeded)
+    purges = tuple(purge for key, purge in sorted(store.purged.items()) if key in store.needed)
+    return Verification(len(store.good), len(folders), reviews, undigested, tuple(damage), unsealed, unneeded, purges)
 
 
 def _check_reviews(path: Path) -> tuple[int, int, list[Damage]]:
@@ -134,6 +140,19 @@ def _check_reviews(path: Path) -> tuple[int, int, list[Damage]]:
     return good, undigested, damage
 
 
+def _check_removals(path: Path) -> tuple[list[Damage], dict[str, Removal]]:
+    """The lines of the log of removals that are not as they were written, and the purges of the others."""
+    if not path.is_file():
+        return [], {}
+    damage, events = [], []
+    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+        try:
+            events += [parse_removal(line, f"{path}:{number}")] if line.strip() else []
+        except UserError as error:
+            damage.append(Damage(error.where or str(path), error.what))
+    return damage, Removals(tuple(events)).purged
+
+
 def _merged(damage: list[Damage]) -> list[Damage]:
     """Damage to a file that several versions build on is one damage that concerns them all."""
     whom: dict[Damage, set[str]] = defaultdict(set)
@@ -150,6 +169,7 @@ class _Store:
     bad: list[tuple[str, BadRow]] = field(default_factory=list)
     bad_keys: set[str] = field(default_factory=set)
     needed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    purged: dict[str, Removal] = field(default_factory=dict)
 
     def read(self, path: Path) -> None:
         for row in scan_rows(_read(path)):
@@ -159,6 +179,9 @@ class _Store:
             elif row.key[:2] != path.stem:
                 bad = BadRow(row.line, (row.key,), f"the row {row.key} does not belong in this file")
                 self.bad.append((f"{path}:{row.line}", bad))
+            elif row.key in self.purged:
+                reason = f"the row {row.key} was purged on {self.purged[row.key].day}, and its text is here"
+                self.bad.append((f"{path}:{row.line}", BadRow(row.line, (row.key,), reason)))
             else:
                 self.good.add(row.key)
 
@@ -204,7 +227,7 @@ class _VersionCheck:
         there = store.good | store.bad_keys
         for key in places:
             store.needed[key].append(self.manifest.digest)
-            if key not in there:
+            if key not in there and key not in store.purged:
                 self._add(path, f"a row is missing in rows/{key[:2]}.jsonl", key)
         for split in SPLITS:
             if self.manifest.splits.get(split) != keys_digest(k for k, place in places.items() if place.split == split):
@@ -255,7 +278,7 @@ def _odd_lines(data: bytes, store: _Store) -> Iterator[tuple[int, str, str]]:
         if row[0] == "from":
             continue
         key, split, cluster = row[:3] if whole else row[1:4]
-        if key not in store.good and key not in store.bad_keys:
+        if key not in store.good and key not in store.bad_keys and key not in store.purged:
             yield number, "no row has this key", key
         elif whole and cluster not in splits:
             yield number, "no member names this cluster", key

@@ -1,0 +1,179 @@
+"""What was decided of rows before they are read again: removed ones stay out, replacing ones take another's place."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tunewright.clock import now
+from tunewright.data.examples import Example, in_conflict
+from tunewright.data.formats import SourceRow
+from tunewright.data.notices import listed
+from tunewright.data.versions import DatasetVersion, import_files
+from tunewright.data.versions.author import current_author
+from tunewright.data.versions.removals import Removal, read_removals
+from tunewright.disk import text_lines
+from tunewright.errors import UserError
+
+_MOST = 10
+
+
+def withhold(
+    dataset: Path,
+    rows: Sequence[SourceRow],
+    known: Collection[str],
+    replacing: Mapping[str, str],
+    *,
+    restore: bool,
+) -> tuple[list[SourceRow], dict[str, Removal]]:
+    """Divide the rows that were read into those that may come in and those that were removed earlier.
+
+    A row is held out by its own removal, by that of the row that an edit made of it, or by that of one that says the
+    same: case and white space of the input and the system turn make no difference.
+
+    Args:
+        known: pair keys that the version has; they are never held out.
+        replacing: pair key to the one that an edit made of it.
+        restore: let removed rows in; purged ones are refused.
+
+    Returns:
+        The rows that may come in, and the removal of each pair key that may not.
+
+    Raises:
+        UserError: a purged row is to be restored.
+    """
+    log = read_removals(dataset)
+    if not log.out:
+        return list(rows), {}
+    coming: list[SourceRow] = []
+    held: dict[str, Removal] = {}
+    purged: list[SourceRow] = []
+    for row in rows:
+        key = row.example.pair_key
+        removal = None if key in known else log.holding(replacing.get(key, key), row.example.said) or log.out.get(key)
+        if removal is None or (restore and removal.event == "removed"):
+            coming.append(row)
+        else:
+            held[key] = removal
+            if restore:
+                purged.append(row)
+    if purged:
+        places = listed((f"{r.source}:{r.line}" for r in purged), len(purged), _MOST, "leave out --restore to see all")
+        raise UserError(
+            f"nothing was added: purged rows cannot be restored, and the files have {len(purged):,} of them\n{places}",
+            where="--restore",
+            fix="A purge is final. Take the rows out of the file, or leave out --restore: they then stay out.",
+        )
+    return coming, held
+
+
+def held_out(rows: Sequence[SourceRow], held: Mapping[str, Removal]) -> str:
+    """Return the warning of rows that stay out because they were removed earlier."""
+    found = [(row, held[row.example.pair_key]) for row in rows if row.example.pair_key in held]
+    told = (f"{row.source}:{row.line} ({e.event} on {e.day}: {e.because})" for row, e in found)
+    lines = listed(told, len(found), _MOST, "the version's imports.jsonl lists all")
+    back = " --restore adds those again that were not purged." if any(e.event == "removed" for _, e in found) else ""
+    were = "row was removed earlier and stays" if len(found) == 1 else "rows were removed earlier and stay"
+    return f"{len(found):,} {were} out.{back}\n{lines}"
+
+
+def restored(dataset: Path, rows: Sequence[SourceRow]) -> list[Removal]:
+    """Return the removals that these rows, which have come in, end."""
+    log = read_removals(dataset)
+    found = (log.holding(row.example.pair_key, row.example.said) for row in rows)
+    return list(dict.fromkeys(removal for removal in found if removal is not None and removal.event == "removed"))
+
+
+def lifted(removal: Removal, folder: Path) -> Removal:
+    """Return the event that ends a removal, made now."""
+    return removal.model_copy(update={"event": "restored", "when": now(), "by": current_author(folder)})
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Rows that take the place of known ones: pair key to the keys that go, and the row as it was read.
+
+    ``standing`` are rows that were read whose answer was edited in review: the edit stands.
+    """
+
+    olds: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: dict[str, SourceRow] = field(default_factory=dict)
+    standing: tuple[SourceRow, ...] = ()
+
+
+def supersede(
+    dataset: Path,
+    parent: DatasetVersion,
+    rows: Sequence[SourceRow],
+    known: Mapping[str, Example],
+    edited: Mapping[str, str],
+) -> Replacement:
+    """Find the known rows whose input was read with another output.
+
+    The input is the prompt with case and white space set aside, system turn included, as for conflicts.
+
+    Args:
+        known: the rows of the domain by pair key.
+        edited: pair key that a known one has replaced, in review or by an earlier replacement.
+
+    Raises:
+        UserError: rows that were read have one input and several outputs.
+    """
+    made = _made_by_replacement(dataset, parent)
+    standing = [row for row in rows if (now := edited.get(row.example.pair_key)) is not None and now not in made]
+    left = {row.example.pair_key for row in standing}
+    read: dict[str, list[SourceRow]] = defaultdict(list)
+    for row in rows:
+        if row.example.pair_key not in left:
+            read[row.example.asked].append(row)
+    there: dict[str, list[str]] = defaultdict(list)
+    for key, example in known.items():
+        there[example.asked].append(key)
+    _refuse_several(read, there)
+    olds: dict[str, tuple[str, ...]] = {}
+    by: dict[str, SourceRow] = {}
+    for asked, group in read.items():
+        free = list(there.get(asked, ()))
+        # A known row that was read again goes before a new one with the same words in other spacing.
+        for row in sorted(group, key=lambda row: row.example.pair_key not in known):
+            gone = [key for key in free if _another_answer(known[key], row.example)]
+            if gone:
+                olds[row.example.pair_key] = tuple(gone)
+                by[row.example.pair_key] = row
+                free = [key for key in free if key not in gone]
+    return Replacement(olds, by, tuple(standing))
+
+
+def _another_answer(old: Example, new: Example) -> bool:
+    if old.output.strip() == new.output.strip():
+        return False
+    return old.input_key == new.input_key or in_conflict([old, new])
+
+
+def _refuse_several(read: Mapping[str, Sequence[SourceRow]], there: Mapping[str, Sequence[str]]) -> None:
+    several = []
+    for asked, group in read.items():
+        different = {row.example.pair_key: row for row in group}
+        if asked in there and in_conflict([row.example for row in different.values()]):
+            several.append(list(different.values()))
+    if several:
+        told = ("; ".join(f'"{r.example.output[:60]}" ({r.source}:{r.line})' for r in group) for group in several)
+        raise UserError(
+            f"nothing was replaced: the files have several outputs for {len(several):,} known inputs; which is right?\n"
+            f"{listed(told, len(several), _MOST, 'tunewright data check lists all')}",
+            where="--replace",
+            fix="Keep the right output of each in the file.",
+        )
+
+
+def _made_by_replacement(dataset: Path, parent: DatasetVersion) -> set[str]:
+    """Return the pair keys that a replacement, and not a reviewer, put in another's place."""
+    found: set[str] = set()
+    for path in import_files(dataset, parent.manifest):
+        for line in text_lines(path.read_text(encoding="utf-8")):
+            if '"fate":"replaced"' in line:
+                found.add(json.loads(line)["key"])
+    return found

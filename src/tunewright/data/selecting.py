@@ -1,0 +1,211 @@
+"""Which rows to take out of a dataset: by key, by query, by the file that they came from, by group."""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jmespath
+from jmespath.exceptions import JMESPathError
+
+from tunewright.data.versions import IMPORTS, Member, list_versions, short, version_folder
+from tunewright.data.versions.find import source_name
+from tunewright.disk import text_lines
+from tunewright.errors import UserError
+
+_FEWEST_DIGITS = 4
+_MOST = 10
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows: those that every option given here matches; of several groups, a row needs one."""
+
+    keys: Path | None = None
+    where: str | None = None
+    source: str | None = None
+    groups: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> str:
+        """The selection as the command line spells it."""
+        options = {"--keys": self.keys, "--where": self.where, "--source": self.source}
+        parts = [f"{name} {value}" for name, value in options.items() if value is not None]
+        return " ".join([*parts, *(f"--group {group}" for group in self.groups)])
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where rows were read: first, and in which other files again."""
+
+    first: dict[str, tuple[str, int]] = field(default_factory=dict)
+    again: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Pair key to all files that have it, the first one included."""
+
+    @property
+    def sources(self) -> list[str]:
+        """All files that rows came from."""
+        return sorted({source for names in self.again.values() for source in names})
+
+
+def read_origins(dataset: Path) -> Origins:
+    """Return where each row of any version was read, by pair key; a row that was edited, where its former one was."""
+    origins = Origins()
+    for manifest in list_versions(dataset):
+        path = version_folder(dataset, manifest.digest) / IMPORTS
+        for line in text_lines(path.read_text(encoding="utf-8")):
+            record = json.loads(line)
+            if record["fate"] not in ("added", "mixed", "known", "replaced", "edited"):
+                continue
+            key = record["key"]
+            if record["fate"] == "edited":
+                if record["before"] in origins.first:
+                    origins.first.setdefault(key, origins.first[record["before"]])
+                    origins.again[key] |= origins.again[record["before"]]
+                continue
+            origins.first.setdefault(key, (record["source"], record["line"]))
+            origins.again[key].add(record["source"])
+    return origins
+
+
+def row_document(member: Member, origins: Origins) -> dict[str, Any]:
+    """Return a row as ``--where`` sees it and ``data remove --json`` prints it."""
+    source, line = origins.first.get(member.key, (None, None))
+    return {
+        "key": member.key,
+        "input": member.example.input_text,
+        "output": member.example.output,
+        "split": member.split,
+        "source": source,
+        "line": line,
+        "groups": list(member.groups),
+        "mixed": member.mixed,
+        "messages": [message.as_dict() for message in member.example.messages],
+    }
+
+
+def select(
+    selection: Selection, members: Mapping[str, Member], former: Iterable[str], origins: Origins, dataset: Path
+) -> list[Member]:
+    """Return the members that a selection matches, in the order of their keys.
+
+    Args:
+        members: those to choose from, by pair key.
+        former: keys that a file of keys may name though their rows are gone already.
+
+    Raises:
+        UserError: no option is given, or one cannot be read or names nothing.
+    """
+    if not selection.told:
+        raise UserError(
+            "no rows are named", where="data remove", fix="Name them by --keys, --where, --source or --group."
+        )
+    found = dict(members)
+    if selection.keys is not None:
+        named = _named(selection.keys, members, set(former))
+        found = {key: member for key, member in found.items() if key in named}
+    if selection.source is not None:
+        source = source_name(selection.source, origins.sources, dataset.parent, "--source")
+        found = {key: member for key, member in found.items() if origins.first.get(key, ("", 0))[0] == source}
+    if selection.groups:
+        groups = _checked(selection.groups, members.values())
+        found = {key: member for key, member in found.items() if groups & set(member.groups)}
+    if selection.where is not None:
+        matches = _query(selection.where)
+        found = {key: member for key, member in found.items() if matches(row_document(member, origins))}
+    return [found[key] for key in sorted(found)]
+
+
+def read_elsewhere_first(selection: Selection, members: Iterable[Member], origins: Origins, dataset: Path) -> int:
+    """Return how many rows ``--source`` leaves, because another file brought them before that one had them too."""
+    if selection.source is None:
+        return 0
+    source = source_name(selection.source, origins.sources, dataset.parent, "--source")
+    return sum(
+        source in origins.again.get(m.key, ()) and origins.first.get(m.key, ("", 0))[0] != source for m in members
+    )
+
+
+def _named(path: Path, members: Mapping[str, Member], former: set[str]) -> set[str]:
+    """The keys that a file names: one a line, whole or the first digits, or JSON objects with one as ``key``."""
+    try:
+        lines = text_lines(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"cannot be read: {reason}", where=str(path)) from None
+    keys = sorted(members.keys() | former)
+    found: set[str] = set()
+    wrong: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name = _key_on(line.strip(), f"{path}:{number}")
+        matching = keys[bisect_left(keys, name) : bisect_right(keys, name + "g")]
+        if len(matching) == 1:
+            found.add(matching[0])
+        else:
+            what = f"{len(matching)} rows begin with" if matching else "no row has the key"
+            wrong.append(f"  {path}:{number}: {what} {name}")
+    if wrong:
+        more = f"\n  and {len(wrong) - _MOST:,} more" if len(wrong) > _MOST else ""
+        lines_told = "\n".join(wrong[:_MOST])
+        raise UserError(f"{len(wrong):,} keys name no row, nothing was removed\n{lines_told}{more}", where="--keys")
+    if not found:
+        raise UserError("there is no key in it", where=str(path))
+    return found
+
+
+def _key_on(line: str, where: str) -> str:
+    name: Any = line
+    if line.startswith("{"):
+        try:
+            name = json.loads(line).get("key")
+        except ValueError:
+            raise UserError("not a JSON object", where=where) from None
+    if not isinstance(name, str) or not re.fullmatch(f"[0-9a-fA-F]{{{_FEWEST_DIGITS},64}}", name):
+        raise UserError(
+            f"not a row's key: {str(name)[:80]!r}",
+            where=where,
+            fix=f"Write a key on each line, or at least {_FEWEST_DIGITS} of its first digits, or an object with `key`.",
+        )
+    return name.lower()
+
+
+def _checked(groups: Sequence[str], members: Iterable[Member]) -> set[str]:
+    there = {value for member in members for value in member.groups}
+    missing = [group for group in groups if group not in there]
+    if missing:
+        names = sorted({value.partition("=")[0] for value in there})
+        fix = f"Groups here: {', '.join(f'{n}=…' for n in names)}." if names else "No row has a group (data.groups)."
+        raise UserError(f"no row has the group {missing[0]!r}", where="--group", fix=fix)
+    return set(groups)
+
+
+def _query(expression: str) -> Any:
+    try:
+        compiled = jmespath.compile(expression)
+    except JMESPathError as error:
+        what = str(error).splitlines()[0]
+        raise UserError(f"not a JMESPath expression: {what}", where="--where", fix=_EXAMPLES) from None
+
+    def matches(document: dict[str, Any]) -> bool:
+        try:
+            value = compiled.search(document)
+        except JMESPathError as error:
+            what = f"it fails on row {short(document['key'])}: {error}"
+            raise UserError(what, where="--where", fix=_EXAMPLES) from None
+        return value is not None and value is not False and value not in ("", [], {})
+
+    return matches
+
+
+_EXAMPLES = (
+    "Examples: \"output == 'cancel'\", \"contains(input, 'ACME')\", "
+    "\"split == 'train' && starts_with(source, 'old/')\"."
+)

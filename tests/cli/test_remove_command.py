@@ -1,0 +1,113 @@
+"""`data remove`, `data add --replace`, `--restore` and `--split-from` through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from command_line import pairs, tiny_project, tunewright, write_jsonl
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_base_folder: Path) -> Path:
+    """A project with one version of 120 rows."""
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    return folder
+
+
+def test_remove_shows_what_would_go_then_removes_it_and_keeps_it_out(project: Path) -> None:
+    command = ("data", "remove", "--where", "split == 'train' && output == 'red'", "--because", "red was retired")
+    dry = tunewright(*command, "--dry-run", "-p", project)
+    assert dry.code == 0
+    assert "would go" in dry.stderr
+    assert "Nothing has changed." in dry.stderr
+    done = tunewright(*command, "-p", project, "--json").document
+    assert done["created"]
+    assert {row["document"]["output"] for row in done["rows"]} == {"red"}
+    log = tunewright("data", "log", "-p", project, "--json").document["versions"]
+    assert log[-1]["message"] == f"{len(done['rows'])} rows removed: red was retired"
+    again = tunewright("data", "add", project / "pairs.jsonl", "-p", project)
+    assert f"{len(done['rows']):,} removed earlier and left out" in again.stderr
+    back = tunewright("data", "add", project / "pairs.jsonl", "--restore", "-p", project, "--json").document
+    assert back["added"] == len(done["rows"])
+
+
+def test_remove_says_which_adapters_were_trained_on_the_rows(project: Path) -> None:
+    assert tunewright("train", "-p", project).code == 0
+    trained = tunewright(
+        "data", "remove", "--where", "split != 'dev' && output == 'red'", "--because", "x", "-p", project
+    )
+    assert trained.code == 0
+    assert "trained on" in trained.stderr
+
+
+def test_the_lineage_of_an_adapter_is_followed_through_a_purge(project: Path) -> None:
+    assert tunewright("train", "-p", project).code == 0
+    options = ("--where", "split == 'train' && output == 'red'", "--because", "asked", "--purge")
+    done = tunewright("data", "remove", *options, "-p", project, "--json").document
+    traced = tunewright("adapters", "show", "--rows", "-p", project, "--json").document
+    keys = {key for split in traced["dataset"]["splits"] if split["split"] == "train" for key in split["keys"]}
+    assert {row["key"] for row in done["rows"]} <= keys
+    place = tunewright("data", "where", done["rows"][0]["key"], "-p", project, "--json").document
+    assert len(place["trained_on"]) == 1
+
+
+def test_a_purge_is_told_by_verify_and_by_what_still_has_the_text(project: Path) -> None:
+    row = tunewright("data", "show", "pairs.jsonl:7", "-p", project, "--json").document
+    keys = project / "keys.txt"
+    keys.write_text(row["key"][:20] + "\n")
+    ran = tunewright("data", "remove", "--keys", keys, "--purge", "--because", "customer ACME asked", "-p", project)
+    assert ran.code == 0
+    assert "pairs.jsonl: text of 1 row" in ran.stderr
+    assert "Text erased from all versions: 1 rows" in ran.stderr
+    text = row["messages"][0]["content"].encode()
+    assert not any(text in path.read_bytes() for path in (project / "dataset").rglob("*") if path.is_file())
+    verified = tunewright("data", "verify", "-p", project)
+    assert verified.code == 0
+    assert "1 row purged on" in verified.stderr
+    assert "customer ACME asked" in verified.stderr
+    old = tunewright("data", "log", "-p", project, "--json").document["versions"][0]["digest"]
+    refused = tunewright("data", "checkout", old, "-p", project)
+    assert (refused.code, "no longer whole" in refused.stderr) == (2, True)
+    compared = tunewright("data", "diff", old, "-p", project)
+    assert (compared.code, "1 rows were purged since" in compared.stderr + compared.stdout) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--because", "x"), "no rows are named"),
+        (("--where", "output == 'no such'", "--because", "x"), "no row of version"),
+        (("--where", "output ==", "--because", "x"), "not a JMESPath expression"),
+        (("--source", "no.jsonl", "--because", "x"), "no row came from a file no.jsonl"),
+        (("--keys", "no.txt", "--because", "x"), "cannot be read"),
+        (("--group", "customer=x", "--because", "x"), "no row has the group"),
+        (("--where", "output == 'red'", "--because", " "), "a removal needs a reason"),
+    ],
+)
+def test_a_removal_that_names_nothing_is_a_user_error(project: Path, options: tuple[str, ...], words: str) -> None:
+    ran = tunewright("data", "remove", *options, "-p", project)
+    assert (ran.code, words in ran.stderr) == (2, True), ran.stderr
+
+
+def test_replace_takes_the_mended_file(project: Path) -> None:
+    rows = pairs(120)
+    rows[4] = {**rows[4], "completion": "mended"}
+    path = write_jsonl(project / "mended.jsonl", rows)
+    assert tunewright("data", "add", path, "-p", project).code == 2
+    done = tunewright("data", "add", path, "--replace", "-p", project, "--json").document
+    assert [(row["line"], row["output"]) for row in done["replaced"]] == [(5, "mended")]
+    assert "mended" in json.dumps(tunewright("data", "show", "pairs.jsonl:5", "-p", project, "--json").document)
+
+
+def test_a_fresh_project_inherits_a_split(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
+    other = tiny_project(tmp_path / "other", tiny_base_folder)
+    (other / "tunewright.yaml").write_text((other / "tunewright.yaml").read_text() + "\nseed: 5\n")
+    ran = tunewright("data", "add", other / "pairs.jsonl", "--split-from", project, "-p", other, "--json")
+    assert ran.code == 0, ran.stderr
+    first = tunewright("data", "log", "-p", project, "--json").document["versions"][0]
+    assert ran.document["version"]["splits"] == first["splits"]
+    assert ran.document["version"]["split_from"]["digest"] == first["digest"]

@@ -1,0 +1,90 @@
+"""A fresh dataset that keeps the split of another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+
+from tunewright.data.add import add
+from tunewright.data.versions import load_version
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Project:
+    """A project with 60 rows and a system turn."""
+    project = new_project(tmp_path / "old", "data: {system: Be kind.}\n")
+    add(project, [write_jsonl(tmp_path / "old.jsonl", unlike_pairs(60))], Listener())
+    return project
+
+
+def _splits(project: Project) -> dict[str, str]:
+    return {m.example.input_text: m.split for m in load_version(project.dataset).members}
+
+
+@pytest.mark.parametrize("named", [".", "dataset"])
+def test_shared_inputs_keep_their_split_under_another_system_turn_seed_and_output(
+    tmp_path: Path, old: Project, named: str
+) -> None:
+    new = new_project(tmp_path / "new", "seed: 7\ndata: {system: Be terse.}\n")
+    rows = [(f" {text.upper()}", f"new {answer}") for text, answer in unlike_pairs(60)[5:]]
+    listener = Listener()
+    path = write_jsonl(tmp_path / "new.jsonl", [*rows, *unlike_pairs(20, seed=3)])
+    result = add(new, [path], listener, split_from=old.root / named)
+    before = _splits(old)
+    now = {text.strip().casefold(): split for text, split in _splits(new).items()}
+    shared = {text: split for text, split in before.items() if text in now}
+    assert len(shared) == 55
+    assert {text: now[text] for text in shared} == shared
+    about = result.version.split_from
+    assert about is not None
+    assert (about.name, about.digest, about.rows) == ("old", load_version(old.dataset).digest, 55)
+    assert any("55 of 75 rows are there too" in said for said in listener.said)
+    # What comes later keeps it too.
+    add(new, [write_jsonl(tmp_path / "more.jsonl", unlike_pairs(20, seed=4))], Listener())
+    later = {text.strip().casefold(): split for text, split in _splits(new).items()}
+    assert {text: later[text] for text in shared} == shared
+
+
+def test_a_cluster_follows_the_row_in_it_that_is_held_out_and_the_move_is_told(tmp_path: Path, old: Project) -> None:
+    before = _splits(old)
+    test = next(text for text, split in before.items() if split == "test")
+    new = new_project(tmp_path / "new")
+    rows = [*unlike_pairs(60), (test + "?", "a near one")]
+    add(new, [write_jsonl(tmp_path / "new.jsonl", rows)], Listener(), split_from=old.root)
+    now = _splits(new)
+    assert now[test + "?"] == "test"
+    assert {text: now[text] for text in before} == before
+
+
+def test_rows_that_change_sides_because_a_cluster_joins_them_are_counted(tmp_path: Path) -> None:
+    text = "what is the monthly fee for a late payment by credit card in {} if I pay it by hand"
+    old = new_project(tmp_path / "old", "data: {similarity: 0.99}\n")
+    family = [(text.format(f"{n:02}"), f"answer {n}") for n in range(10, 40)]
+    add(old, [write_jsonl(tmp_path / "a.jsonl", [*family, *unlike_pairs(20)])], Listener())
+    assert {split for t, split in _splits(old).items() if t.startswith("what")} >= {"train", "test"}
+    new = new_project(tmp_path / "new")
+    listener = Listener()
+    add(new, [tmp_path / "a.jsonl"], listener, split_from=old.root)
+    [told] = [said for said in listener.said if said.startswith("Split from old")]
+    assert "changed sides" in told
+    assert {split for t, split in _splits(new).items() if t.startswith("what")} == {"test"}
+
+
+@pytest.mark.parametrize("case", ["nothing there", "nothing shared", "not fresh"])
+def test_a_split_that_cannot_be_inherited_is_refused(tmp_path: Path, old: Project, case: str) -> None:
+    new = new_project(tmp_path / "new")
+    other = write_jsonl(tmp_path / "other.jsonl", unlike_pairs(30, seed=8))
+    words = {
+        "nothing there": "no dataset there",
+        "nothing shared": "no row of version",
+        "not fresh": "split of its own",
+    }
+    if case == "not fresh":
+        add(new, [other], Listener())
+    path = tmp_path if case == "nothing there" else old.root
+    with pytest.raises(UserError, match=words[case]):
+        add(new, [other], Listener(), split_from=path)

@@ -1,0 +1,188 @@
+"""Removals and purges travel: no pull brings text back, a push erases it there, whoever comes first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+from remote_helpers import Place, add_rows, one, place, pull_from, push_to, s3_endpoint, two
+
+from tunewright.data.add import add
+from tunewright.data.remove import RemoveResult, remove
+from tunewright.data.review.reviews import Judged, append_reviews
+from tunewright.data.selecting import Selection
+from tunewright.data.versions import load_version
+from tunewright.data.versions.place import Place as There
+from tunewright.data.versions.removals import read_removals
+from tunewright.data.versions.verify import verify
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+__all__ = ["one", "place", "s3_endpoint", "two"]
+
+SECRET = "my name is Ada Lovelace and I lost my card"
+
+
+def _with_secret(project: Project) -> str:
+    path = write_jsonl(project.root.parent / "secret.jsonl", [(SECRET, "sorry to hear that"), *unlike_pairs(10, 9)])
+    add(project, [path], Listener(), message="with a name")
+    return next(m.key for m in load_version(project.dataset).members if m.example.input_text == SECRET)
+
+
+def _purge(project: Project) -> RemoveResult:
+    selection = Selection(where="contains(input, 'Lovelace')")
+    return remove(project, selection, "she asked", Listener(), purge_text=True)
+
+
+def _has_text(project: Project) -> bool:
+    return any(b"Lovelace" in path.read_bytes() for path in project.dataset.rglob("*") if path.is_file())
+
+
+def _edit(project: Project, key: str) -> None:
+    when = "2026-11-25T10:00:00.000+00:00"
+    output = "sorry, Countess Lovelace"
+    edit = Judged(key=key, verdict="edit", output=output, version="0" * 64, reviewer="ada", when=when)
+    append_reviews(project.dataset, [edit])
+
+
+def test_a_push_erases_the_text_there_and_a_pull_erases_it_on_the_other_side(
+    one: Project, two: Project, place: Place
+) -> None:
+    _edit(one, _with_secret(one))
+    push_to(one, place)
+    pull_from(two, place)
+    assert _has_text(two)
+    assert any(b"Lovelace" in data for data in place.files.values())
+    _purge(one)
+    push_to(one, place)
+    assert [name for name, data in place.files.items() if b"Lovelace" in data] == []
+    pull_from(two, place)
+    assert not _has_text(two)
+    for project in (one, two):
+        found = verify(project.dataset, Listener())
+        assert (found.damage, len(found.purges)) == ((), 1)
+    assert load_version(two.dataset).digest == load_version(one.dataset).digest
+    files = place.files
+    push_to(two, place)
+    assert place.files == files
+
+
+def test_a_fresh_pull_after_a_purge_is_whole_and_has_no_text(one: Project, two: Project, place: Place) -> None:
+    _with_secret(one)
+    _purge(one)
+    add_rows(one, 20, 5)
+    push_to(one, place)
+    pull_from(two, place)
+    assert not _has_text(two)
+    assert verify(two.dataset, Listener()).ok
+    path = one.root.parent / "secret.jsonl"
+    assert add(two, [path], Listener()).added == 0
+
+
+def test_a_side_that_has_not_pulled_the_purge_does_not_push_the_text_again(
+    one: Project, two: Project, place: Place
+) -> None:
+    key = _with_secret(one)
+    push_to(one, place)
+    pull_from(two, place)
+    names = one.root / "keys.txt"
+    names.write_text(key)
+    remove(one, Selection(keys=names), "wrong", Listener())
+    push_to(one, place)
+    pull_from(two, place)
+    _edit(two, key)
+    # Purged without a new version: the row is in none that is current.
+    _purge(one)
+    push_to(one, place)
+    add_rows(two, 20, 6)
+    assert _has_text(two)
+    push_to(two, place)
+    assert [name for name, data in place.files.items() if b"Lovelace" in data] == []
+    pull_from(two, place)
+    assert not _has_text(two)
+
+
+def test_a_removed_row_stays_out_on_the_other_side(one: Project, two: Project, place: Place) -> None:
+    key = _with_secret(one)
+    names = one.root / "keys.txt"
+    names.write_text(key)
+    remove(one, Selection(keys=names), "wrong", Listener())
+    push_to(one, place)
+    pull_from(two, place)
+    assert read_removals(two.dataset).out.keys() == {key}
+    assert add(two, [one.root.parent / "secret.jsonl"], Listener()).added == 0
+
+
+def test_an_interrupted_erasure_is_finished_by_the_next_push(
+    one: Project, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_secret(one)
+    push_to(one, place)
+    _purge(one)
+    write = There.write
+
+    def refuse(self: There, name: str, data: bytes) -> None:
+        if name.endswith("rows.jsonl") and b'"key"' in data and name in before:
+            raise UserError("permission denied", where=name, fix="Ask for the right to write.")
+        write(self, name, data)
+
+    before = set(place.files)
+    with monkeypatch.context() as patch:
+        patch.setattr(There, "write", refuse)
+        with pytest.raises(UserError, match="text of purged rows could not be erased there: permission denied"):
+            push_to(one, place)
+    assert any(b"Lovelace" in data for data in place.files.values())
+    push_to(one, place)
+    assert [name for name, data in place.files.items() if b"Lovelace" in data] == []
+
+
+def test_a_changed_log_of_removals_is_refused_there_and_named_by_verify_here(
+    one: Project, two: Project, tmp_path: Path
+) -> None:
+    place = Place(str(tmp_path / "there"))
+    _with_secret(one)
+    _purge(one)
+    push_to(one, place)
+    [name] = [name for name in place.files if name.startswith("removed/") and "all" not in name]
+    place.write(name, place.files[name].replace(b"she asked", b"he asked"))
+    with pytest.raises(UserError, match="the removal was changed"):
+        pull_from(two, place)
+    log = one.dataset / "removed.jsonl"
+    log.write_bytes(log.read_bytes().replace(b"she asked", b"he asked"))
+    found = verify(one.dataset, Listener())
+    assert any("removed.jsonl:1" in damage.where for damage in found.damage)
+
+
+def test_a_pull_that_fails_leaves_the_current_version_whole_though_its_rows_are_purged_there(
+    one: Project, two: Project, tmp_path: Path
+) -> None:
+    place = Place(str(tmp_path / "there"))
+    _with_secret(one)
+    push_to(one, place)
+    pull_from(two, place)
+    before = load_version(two.dataset).digest
+    new = _purge(one).version.digest[:12]
+    push_to(one, place)
+    members = place.files[f"versions/{new}/members.tsv"]
+    place.remove(f"versions/{new}/members.tsv")
+    with pytest.raises(UserError, match="the file is missing"):
+        pull_from(two, place)
+    assert load_version(two.dataset).digest == before
+    place.write(f"versions/{new}/members.tsv", members)
+    pull_from(two, place)
+    assert not _has_text(two)
+
+
+def test_text_that_comes_back_by_hand_is_named_by_verify(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    write_jsonl(tmp_path / "all.jsonl", [*unlike_pairs(40), (SECRET, "sorry")])
+    add(project, [tmp_path / "all.jsonl"], Listener())
+    key = next(m.key for m in load_version(project.dataset).members if m.example.input_text == SECRET)
+    shard = project.dataset / "rows" / f"{key[:2]}.jsonl"
+    before = shard.read_bytes()
+    _purge(project)
+    shard.write_bytes(before)
+    [damage] = verify(project.dataset, Listener()).damage
+    assert "was purged on" in damage.what
+    assert damage.rows == (key,)

@@ -1,0 +1,435 @@
+"""Removing rows: which go, what keeps them out, who saw them, and what a purge leaves of their text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import WORDS, Listener, new_project, unlike_pairs, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunewright.data.add import AddResult, add
+from tunewright.data.purge import find_holders
+from tunewright.data.remove import RemoveResult, remove
+from tunewright.data.review.edits import apply_edits
+from tunewright.data.review.reviews import PURGED, Judged, append_reviews, read_reviews
+from tunewright.data.selecting import Selection
+from tunewright.data.versions import checkout, list_versions, load_version
+from tunewright.data.versions.changes import diff
+from tunewright.data.versions.find import find_row
+from tunewright.data.versions.removals import read_removals
+from tunewright.data.versions.verify import verify
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+WHEN = "2026-11-25T10:00:00.000+00:00"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Hundreds of small files are written here, and no machine loses power meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project with 40 rows of two customers in a.jsonl and 10 more in b.jsonl."""
+    project = new_project(tmp_path / "p", "data: {groups: [customer], conflicts: accept}\n")
+    rows = unlike_pairs(50)
+    for name, part in (("a.jsonl", rows[:40]), ("b.jsonl", rows[40:])):
+        lines = [
+            {"prompt": p, "completion": c, "customer": f"C{i}" if i < 30 else None} for i, (p, c) in enumerate(part)
+        ]
+        (project.root / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _add(project, "a.jsonl")
+    _add(project, "b.jsonl")
+    return project
+
+
+def _add(project: Project, *names: str, listener: Listener | None = None, **options: Any) -> AddResult:
+    return add(project, [project.root / name for name in names], listener or Listener(), **options)
+
+
+def _remove(
+    project: Project, listener: Listener | None = None, because: str = "mislabelled", **which: Any
+) -> RemoveResult:
+    options = {name: which.pop(name) for name in ("dry_run", "purge_text") if name in which}
+    return remove(project, Selection(**which), because, listener or Listener(), **options)
+
+
+def _keys(project: Project) -> set[str]:
+    return {m.key for m in load_version(project.dataset).members}
+
+
+def _snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _train_rows(project: Project, count: int) -> list[str]:
+    return [m.key for m in load_version(project.dataset).examples("train")][:count]
+
+
+def test_remove_takes_out_the_rows_that_a_file_names_by_key_prefix_or_object(project: Project) -> None:
+    one, two, three = _train_rows(project, 3)
+    names = project.root / "keys.txt"
+    names.write_text(f"{one}\n\n{two[:16].upper()}\n" + json.dumps({"key": three, "note": "x"}) + "\n")
+    before = _keys(project)
+    result = _remove(project, keys=names)
+    assert _keys(project) == before - {one, two, three}
+    assert (result.created, result.splits) == (True, {"train": 3, "dev": 0, "test": 0})
+    assert result.version.message == "3 rows removed: mislabelled"
+    assert verify(project.dataset, Listener()).ok
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("0123456789abcdef\n", "no row has the key"),
+        ("not hex\n", "not a row's key"),
+        ('{"id": 3}\n', "not a row's key"),
+        ("{broken\n", "not a JSON object"),
+        ("\n", "there is no key in it"),
+    ],
+)
+def test_remove_refuses_a_file_of_keys_that_names_no_row(project: Project, lines: str, words: str) -> None:
+    names = project.root / "keys.txt"
+    names.write_text(lines)
+    before = _snapshot(project.dataset)
+    with pytest.raises(UserError, match=words):
+        _remove(project, keys=names)
+    assert _snapshot(project.dataset) == before
+
+
+def test_remove_takes_rows_by_query(project: Project) -> None:
+    result = _remove(project, where="split == 'train' && starts_with(output, 'answer 1') && source == 'a.jsonl'")
+    expected = {f"answer {i}" for i in (1, *range(10, 20))}
+    assert {row.document["output"] for row in result.rows} <= expected
+    assert all(m.split != "train" or m.example.output not in expected for m in load_version(project.dataset).members)
+    assert result.rows
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("output ==", "not a JMESPath"), ("contains(line, 'a')", "it fails on row"), ("a", "no row of")],
+)
+def test_remove_refuses_a_query_that_fails_or_matches_nothing(project: Project, where: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _remove(project, where=where)
+
+
+def test_remove_takes_rows_by_the_file_that_brought_them(project: Project) -> None:
+    (project.root / "c.jsonl").write_bytes((project.root / "b.jsonl").read_bytes())
+    _add(project, "c.jsonl")
+    with pytest.raises(UserError, match=r"no row came from a file c\.jsonl"):
+        _remove(project, source="c.jsonl")
+    removed = _remove(project, source=str(project.root / "b.jsonl"))
+    assert {row.source for row in removed.rows} == {"b.jsonl"}
+    assert len(removed.rows) == 10
+
+
+def test_remove_says_which_rows_of_a_file_another_one_brought(project: Project) -> None:
+    both = (project.root / "b.jsonl").read_text().splitlines()[:3]
+    more = [json.dumps({"prompt": p, "completion": c, "customer": None}) for p, c in unlike_pairs(4, seed=7)]
+    (project.root / "c.jsonl").write_text("\n".join([*both, *more]) + "\n")
+    _add(project, "c.jsonl")
+    listener = Listener()
+    assert len(_remove(project, listener, source="c.jsonl").rows) == 4
+    assert any(
+        warned.startswith("Rows of c.jsonl that stay: 3 came from another file first") for warned in listener.warned
+    )
+
+
+def test_remove_takes_rows_of_any_named_group_that_match_the_other_options(project: Project) -> None:
+    result = _remove(project, groups=("customer=C3", "customer=C4"), source="a.jsonl")
+    assert sorted(group for row in result.rows for group in row.document["groups"]) == ["customer=C3", "customer=C4"]
+    with pytest.raises(UserError, match="no row has the group 'customer=Nobody'"):
+        _remove(project, groups=("customer=Nobody",))
+
+
+def test_remove_needs_a_reason_and_a_selection(project: Project) -> None:
+    with pytest.raises(UserError, match="needs a reason"):
+        _remove(project, because=" ", source="b.jsonl")
+    with pytest.raises(UserError, match="no rows are named"):
+        _remove(project)
+
+
+def test_a_dry_run_says_what_would_go_and_changes_nothing(project: Project) -> None:
+    before = _snapshot(project.dataset)
+    result = _remove(project, source="b.jsonl", dry_run=True, purge_text=True)
+    assert (result.dry_run, result.created, len(result.rows), result.purged) == (True, False, 10, 0)
+    assert all(row.document["input"] for row in result.rows)
+    assert _snapshot(project.dataset) == before
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("split == 'test'", "no test row would be left"), ("line > `1`", "clusters would be left|no .* row")],
+)
+def test_remove_refuses_to_leave_too_little(project: Project, where: str, words: str) -> None:
+    before = _snapshot(project.dataset)
+    with pytest.raises(UserError, match=words):
+        _remove(project, where=where)
+    assert _snapshot(project.dataset) == before
+
+
+def test_a_removed_row_stays_out_when_its_file_is_added_again(project: Project) -> None:
+    [key] = _train_rows(project, 1)
+    place = find_row(project.dataset, load_version(project.dataset), key)
+    names = project.root / "keys.txt"
+    names.write_text(key)
+    _remove(project, keys=names)
+    listener = Listener()
+    again = _add(project, "a.jsonl", "b.jsonl", listener=listener)
+    assert (again.added, again.created, len(again.removed)) == (0, False, 1)
+    assert key not in _keys(project)
+    [told] = [w for w in listener.warned if "removed earlier" in w]
+    assert "--restore" in told
+    assert "mislabelled" in told
+    with pytest.raises(UserError, match="the row was removed: mislabelled"):
+        find_row(project.dataset, load_version(project.dataset), again.removed[0].rpartition("/")[2])
+    # Also where nothing but case, white space and the system turn differ.
+    same = {"prompt": f" {place.example.input_text.upper()} ", "completion": place.example.output, "customer": None}
+    (project.root / "same.jsonl").write_text(json.dumps(same))
+    assert _add(project, "same.jsonl").added == 0
+    # With its label mended it is another row.
+    (project.root / "mended.jsonl").write_text(json.dumps({**same, "completion": "the right answer"}))
+    assert _add(project, "mended.jsonl").added == 1
+
+
+def test_restore_brings_removed_rows_back_for_good(project: Project) -> None:
+    removed = _remove(project, source="b.jsonl")
+    assert len(_keys(project)) == 40
+    back = _add(project, "b.jsonl", restore=True)
+    assert (back.added, back.removed) == (10, ())
+    assert read_removals(project.dataset).out == {}
+    names = project.root / "keys.txt"
+    names.write_text(removed.rows[0].key)
+    _remove(project, keys=names)
+    assert _add(project, "b.jsonl").removed != ()
+
+
+def test_a_removal_that_leads_back_to_an_earlier_version_still_keeps_the_rows_out(project: Project) -> None:
+    first = list_versions(project.dataset)[0].digest
+    if _remove(project, source="b.jsonl").version.digest != first:
+        pytest.skip("the rows of b.jsonl changed clusters of the others")
+    assert _add(project, "b.jsonl").added == 0
+
+
+def test_the_row_that_an_edit_replaced_does_not_come_back_for_the_removed_one(project: Project) -> None:
+    [key] = _train_rows(project, 1)
+    edit = Judged(key=key, verdict="edit", output="better", version="0" * 64, reviewer="ada", when=WHEN)
+    append_reviews(project.dataset, [edit])
+    apply_edits(project, Listener())
+    _remove(project, where="output == 'better'")
+    assert _add(project, "a.jsonl", "b.jsonl").added == 0
+
+
+def test_remove_counts_adapters_and_evaluations_that_saw_the_rows(project: Project) -> None:
+    version = load_version(project.dataset)
+    for name, left_out in (("one-0123456789ab", []), ("two-0123456789ab", ["x"])):
+        folder = project.adapters / name
+        folder.mkdir(parents=True)
+        digest = version.digest if not left_out else "f" * 64
+        lineage = {"dataset": {"digest": digest}, "rendering": {"train": {"left_out": []}}}
+        (folder / "lineage.json").write_text(json.dumps(lineage))
+    tested = [m.key for m in version.examples("test")][:1]
+    measured = project.evaluations / "0123456789ab"
+    measured.mkdir(parents=True)
+    (measured / "items.jsonl").write_text("".join(json.dumps({"key": key}) + "\n" for key in tested))
+    names = project.root / "keys.txt"
+    names.write_text("\n".join([*_train_rows(project, 2), *tested]))
+    result = _remove(project, keys=names)
+    one, two = result.adapters
+    assert (one.adapter, one.trained, one.dev, one.test, one.unknown) == ("one-0123456789ab", 2, 0, 1, 0)
+    assert (two.adapter, two.unknown) == ("two-0123456789ab", 3)
+    assert result.evaluations == {"0123456789ab": 1}
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), which=st.sets(st.integers(0, 59), min_size=1, max_size=20))
+def test_what_is_left_keeps_its_place_and_what_went_does_not_come_back(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, which: set[int]
+) -> None:
+    project = new_project(tmp_path_factory.mktemp("left") / "p", "data: {conflicts: accept}\n")
+    rows = unlike_pairs(50, seed)
+    rows += [(text + "?", answer if n % 2 else "another") for n, (text, answer) in enumerate(rows[:10])]
+    write_jsonl(project.root / "all.jsonl", rows)
+    _add(project, "all.jsonl")
+    before = load_version(project.dataset)
+    gone = {before.members[n].key for n in which}
+    kept = {m.key: m.split for m in before.members if m.key not in gone}
+    names = project.root / "keys.txt"
+    names.write_text("".join(f"{key}\n" for key in sorted(gone)))
+    if set(kept.values()) != {"train", "dev", "test"}:
+        with pytest.raises(UserError, match="row would be left"):
+            _remove(project, keys=names)
+        return
+    _remove(project, keys=names)
+    after = load_version(project.dataset)
+    assert {m.key: m.split for m in after.members} == kept
+    clusters: dict[str, set[str]] = {}
+    for member in after.members:
+        clusters.setdefault(member.cluster, set()).add(member.key)
+    assert all(name == min(keys) for name, keys in clusters.items())
+    assert verify(project.dataset, Listener()).damage == ()
+    again = _add(project, "all.jsonl")
+    assert (again.added, len(again.removed)) == (0, len(gone))
+    assert _keys(project) == kept.keys()
+
+
+def test_a_removed_row_of_the_mix_in_is_not_drawn_again(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {mix: {source: generic.jsonl, fraction: 0.1}}\n")
+    write_jsonl(project.root / "generic.jsonl", unlike_pairs(20, seed=5))
+    write_jsonl(project.root / "all.jsonl", unlike_pairs(60))
+    _add(project, "all.jsonl")
+    gone = {row.key for row in _remove(project, where="mixed").rows}
+    assert gone
+    assert load_version(project.dataset).manifest.counts.mixed == 0
+    _add(project, "all.jsonl")
+    mixed = {m.key for m in load_version(project.dataset).members if m.mixed}
+    assert mixed
+    assert not mixed & gone
+
+
+# Purge
+
+
+def _secret_project(root: Path, secrets: list[str], seed: int = 0) -> Project:
+    project = new_project(root, "data: {conflicts: accept}\n")
+    rows = [
+        *unlike_pairs(40, seed),
+        *((f"my name is {secret} and I lost it", f"sorry, {secret}!") for secret in secrets),
+    ]
+    write_jsonl(project.root / "all.jsonl", rows)
+    _add(project, "all.jsonl")
+    return project
+
+
+def _holding(root: Path, secret: str) -> list[str]:
+    return [name for name, data in _snapshot(root).items() if secret.encode() in data]
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), count=st.integers(1, 4), step=st.sampled_from(["edit", "replace", "removed before"]))
+def test_after_a_purge_no_file_has_the_text_and_all_digests_hold(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, count: int, step: str
+) -> None:
+    """The row's former texts included: of an edit, of a replacement, or of a version that no longer has it."""
+    secrets = [f"Zoë-{seed}-{n}-{WORDS[n]}" for n in range(count)]
+    project = _secret_project(tmp_path_factory.mktemp("purge") / "p", secrets, seed)
+    rows = {m.example.input_text: m for m in load_version(project.dataset).members}
+    gone = [m for text, m in rows.items() if "Zoë" in text]
+    if step == "edit":
+        said = [
+            Judged(
+                key=m.key, verdict="edit", output=f"an edit for {m.key}", version="0" * 64, reviewer="ada", when=WHEN
+            )
+            for m in gone
+        ]
+        append_reviews(project.dataset, said)
+        apply_edits(project, Listener())
+    elif step == "replace":
+        write_jsonl(project.root / "new.jsonl", [(m.example.input_text, f"new for {m.key}") for m in gone])
+        _add(project, "new.jsonl", replace=True)
+        (project.root / "new.jsonl").unlink()
+    elif all(m.split == "train" for m in gone):
+        _remove(project, where="contains(input, 'Zoë')")
+    (project.root / "all.jsonl").unlink()
+    before = [m.digest for m in list_versions(project.dataset)]
+    result = _remove(project, where="contains(input, 'Zoë')", because="she asked", purge_text=True)
+    assert result.purged >= count
+    assert result.holders == ()
+    for word in ("Zoë", "Zo\\u00eb", *(f"an edit for {m.key}" for m in gone), *(f"new for {m.key}" for m in gone)):
+        assert _holding(project.root, word) == []
+    found = verify(project.dataset, Listener())
+    assert found.damage == ()
+    assert {purge.key for purge in found.purges} >= {m.key for m in gone}
+    assert [m.digest for m in list_versions(project.dataset)][: len(before)] == before
+
+
+def test_a_purged_row_stays_out_and_cannot_be_restored(tmp_path: Path) -> None:
+    project = _secret_project(tmp_path / "p", ["Ada-Lovelace-1815"])
+    _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
+    listener = Listener()
+    assert _add(project, "all.jsonl", listener=listener).added == 0
+    assert any("purged on" in warned and "she asked" in warned for warned in listener.warned)
+    with pytest.raises(UserError, match="nothing was added: purged rows cannot be restored"):
+        _add(project, "all.jsonl", restore=True)
+
+
+def test_a_version_with_purged_rows_is_refused_and_still_compared(tmp_path: Path) -> None:
+    project = _secret_project(tmp_path / "p", ["Ada-Lovelace-1815"])
+    old = load_version(project.dataset).digest
+    _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
+    with pytest.raises(UserError, match=r"no longer whole: 1 row purged on .*: she asked"):
+        checkout(project.dataset, old)
+    before = load_version(project.dataset, old, without_purged=True)
+    found = diff(before, load_version(project.dataset))
+    assert (len(found.removed), len(found.purged)) == (0, 1)
+
+
+def test_a_purge_takes_the_text_of_edits_that_wait_out_of_the_reviews(tmp_path: Path) -> None:
+    project = _secret_project(tmp_path / "p", ["Ada-Lovelace-1815"])
+    row = next(m for m in load_version(project.dataset).members if "Lovelace" in m.example.input_text)
+    other = next(m for m in load_version(project.dataset).members if m.key != row.key)
+    for key, output in ((other.key, "kept"), (row.key, "sorry, Countess Lovelace")):
+        edit = Judged(key=key, verdict="edit", output=output, version="0" * 64, reviewer="ada", when=WHEN)
+        append_reviews(project.dataset, [edit])
+    _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
+    reviews = read_reviews(project.dataset)
+    assert [reviews.standing(key)["ada"].output for key in (other.key, row.key)] == ["kept", PURGED]
+    assert reviews.lines == (1, 2)
+    assert verify(project.dataset, Listener()).ok
+
+
+def test_a_purge_names_the_files_that_still_have_the_text(tmp_path: Path) -> None:
+    project = _secret_project(tmp_path / "p", ['Ada "Countess" Lovelace'])
+    (project.root / "evaluations").mkdir()
+    (project.root / "evaluations" / "report.html").write_text(
+        "<p>my name is Ada &quot;Countess&quot; Lovelace and I lost it"
+    )
+    (project.root / "old.csv").write_text('"my name is Ada ""Countess"" Lovelace and I lost it",x\n')
+    (project.root / "copy.parquet").write_bytes(b"PAR1 anything")
+    (project.root / "other.txt").write_text("my name is Ada")
+    listener = Listener()
+    result = _remove(project, listener, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
+    found = {holder.path: holder.rows for holder in result.holders if ".git" not in holder.path}
+    assert found == {"all.jsonl": 1, "copy.parquet": None, "evaluations/report.html": 1, "old.csv": 1}
+    assert any("all.jsonl: text of 1 row" in warned for warned in listener.warned)
+
+
+def test_a_purge_names_the_groups_that_stay_in_the_members_of_old_versions(project: Project) -> None:
+    listener = Listener()
+    result = _remove(project, listener, groups=("customer=C3",), because="C3 asked", purge_text=True)
+    [holder] = [h for h in result.holders if "members.tsv" in h.path]
+    assert (holder.rows, "customer=C3" in holder.note) == (2, True)
+    assert any("customer=C3" in warned for warned in listener.warned)
+
+
+def test_a_purge_names_the_rows_that_stay_with_the_same_input(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
+    write_jsonl(
+        project.root / "all.jsonl",
+        [*unlike_pairs(40), ("the same question as ever", "yes"), ("the same question as ever", "no")],
+    )
+    _add(project, "all.jsonl")
+    result = _remove(project, where="output == 'yes'", because="asked", purge_text=True)
+    assert [m.example.output for m in load_version(project.dataset).members if m.key in result.same_input] == ["no"]
+
+
+def test_find_holders_agrees_with_a_plain_search_across_the_ends_of_chunks(tmp_path: Path) -> None:
+    project = _secret_project(tmp_path / "p", ["Grace-Hopper-1906"])
+    row = next(m for m in load_version(project.dataset).members if "Hopper" in m.example.input_text)
+    text = row.example.input_text.encode()
+    for shift in range(-len(text), 2):
+        (project.root / f"big{shift}.txt").write_bytes(b"x" * ((1 << 20) + shift) + text)
+    (project.root / "all.jsonl").unlink()
+    found = [h for h in find_holders(project.root, project.dataset, [row.example], Listener()) if h.rows]
+    assert len(found) == len(text) + 2

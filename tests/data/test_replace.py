@@ -1,0 +1,143 @@
+"""Mended labels: `data add --replace` puts a file's outputs in the place of those that the dataset has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunewright.data.add import AddResult, add
+from tunewright.data.review.edits import apply_edits
+from tunewright.data.review.reviews import Judged, append_reviews
+from tunewright.data.versions import load_version
+from tunewright.data.versions.changes import blame, diff
+from tunewright.data.versions.find import find_row
+from tunewright.data.versions.verify import verify
+from tunewright.errors import UserError
+from tunewright.project import Project
+
+
+def _add(project: Project, pairs: list[Pair], name: str = "pairs.jsonl", **options: Any) -> tuple[AddResult, Listener]:
+    listener = Listener()
+    return add(project, [write_jsonl(project.root / name, pairs)], listener, **options), listener
+
+
+def _answers(project: Project) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for member in load_version(project.dataset).members:
+        found.setdefault(member.example.input_text, []).append(member.example.output)
+    return found
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), changed=st.sets(st.integers(0, 39), min_size=1))
+def test_replace_takes_the_file_s_outputs_and_keeps_every_split(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, changed: set[int]
+) -> None:
+    project = new_project(tmp_path_factory.mktemp("replace") / "p")
+    pairs = unlike_pairs(40, seed)
+    _add(project, pairs)
+    before = load_version(project.dataset)
+    mended = [(text, f"mended {i}" if i in changed else answer) for i, (text, answer) in enumerate(pairs)]
+    result, _ = _add(project, mended, "mended.jsonl", replace=True)
+    after = load_version(project.dataset)
+    assert (len(result.replaced), result.added, result.known) == (len(changed), 0, 40 - len(changed))
+    assert _answers(project) == {text: [answer] for text, answer in mended}
+    splits = [{m.example.input_text: m.split for m in version.members} for version in (before, after)]
+    assert splits[0] == splits[1]
+    assert len(diff(before, after).edited) == len(changed)
+    assert verify(project.dataset, Listener()).ok
+    # The old file is known, and so is the new one.
+    for rows, name in ((pairs, "pairs.jsonl"), (mended, "mended.jsonl")):
+        again, _ = _add(project, rows, name)
+        assert (again.created, again.known) == (False, 40)
+
+
+def test_without_replace_a_mended_file_is_refused_as_before(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    _add(project, unlike_pairs(40))
+    with pytest.raises(UserError, match="40 inputs with different outputs"):
+        _add(project, [(text, "another") for text, _ in unlike_pairs(40)])
+
+
+def test_a_replacement_is_told_with_both_outputs_and_blamed_on_its_line(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    pairs = unlike_pairs(40)
+    _add(project, pairs)
+    result, listener = _add(project, [("  " + pairs[3][0].upper(), "mended")], "mended.jsonl", replace=True)
+    [row] = result.replaced
+    assert (row.line, row.output, row.outputs_before) == (1, "mended", ("answer 3",))
+    assert any('mended.jsonl:1: "answer 3" → "mended"' in said for said in listener.said)
+    version = load_version(project.dataset)
+    found = blame(project.dataset, version, row.key)
+    assert (found.source, found.line) == ("mended.jsonl", 1)
+    assert find_row(project.dataset, version, "pairs.jsonl:4").key == row.key
+
+
+def test_a_replacement_can_be_replaced_back(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    pairs = unlike_pairs(40)
+    _add(project, pairs)
+    mended = [(pairs[3][0], "mended"), *unlike_pairs(3, 5)]
+    _add(project, mended, "mended.jsonl", replace=True)
+    assert _answers(project)[pairs[3][0]] == ["mended"]
+    _add(project, pairs, replace=True)
+    assert _answers(project)[pairs[3][0]] == ["answer 3"]
+    again, _ = _add(project, mended, "mended.jsonl")
+    assert not again.created
+
+
+def test_a_file_with_two_outputs_for_one_input_replaces_nothing(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
+    pairs = unlike_pairs(40)
+    first, _ = _add(project, pairs)
+    with pytest.raises(
+        UserError, match="nothing was replaced: the files have several outputs for 1 known inputs"
+    ) as caught:
+        _add(project, [(pairs[3][0], "one"), (pairs[3][0], "two")], replace=True)
+    assert "pairs.jsonl:1" in caught.value.what
+    assert load_version(project.dataset).digest == first.version.digest
+
+
+def test_replace_supersedes_all_outputs_of_an_accepted_conflict(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
+    pairs = [*unlike_pairs(40), ("the same question as ever", "yes"), ("the same question as ever", "no")]
+    _add(project, pairs)
+    result, _ = _add(project, [("the same question as ever", "no")], "mended.jsonl", replace=True)
+    [row] = result.replaced
+    assert row.outputs_before == ("yes",)
+    assert _answers(project)["the same question as ever"] == ["no"]
+    assert result.version.counts.conflicts == 0
+    again, _ = _add(project, pairs)
+    assert not again.created
+
+
+def test_an_edit_of_a_reviewer_outlives_the_file_that_it_mended(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    pairs = unlike_pairs(40)
+    _add(project, pairs)
+    row = next(m for m in load_version(project.dataset).members if m.example.output == "answer 3")
+    when = "2026-11-25T10:00:00.000+00:00"
+    edit = Judged(key=row.key, verdict="edit", output="reviewed", version="0" * 64, reviewer="ada", when=when)
+    append_reviews(project.dataset, [edit])
+    apply_edits(project, Listener())
+    result, listener = _add(project, pairs, replace=True)
+    assert (result.created, result.replaced) == (False, ())
+    assert any("1 row not replaced: a reviewer edited the answer" in warned for warned in listener.warned)
+
+
+def test_groups_go_to_the_row_that_replaces(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {groups: [customer]}\n")
+    rows = [{"prompt": p, "completion": c, "customer": f"C{i}"} for i, (p, c) in enumerate(unlike_pairs(40))]
+    path = project.root / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    add(project, [path], Listener())
+    path.write_text(json.dumps({**rows[3], "completion": "mended", "customer": None}) + "\n")
+    add(project, [path], Listener(), replace=True)
+    mended = next(m for m in load_version(project.dataset).members if m.example.output == "mended")
+    assert mended.groups == ("customer=C3",)
