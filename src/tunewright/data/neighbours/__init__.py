@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from tunewright.data.examples import Example, normalised
-from tunewright.data.neighbours.partition import Indices, Mask
-from tunewright.data.neighbours.similarity import near_pairs, shingle_matrix, similarities
+from tunewright.data.neighbours.similarity import link, near_pairs, shingle_matrix, similarities
+from tunewright.data.neighbours.sketches import Indices, Mask
 from tunewright.progress import Reporter
 
 
@@ -106,33 +104,10 @@ def find_clusters(examples: Sequence[Example], threshold: float, reporter: Repor
         threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
     """
     names: dict[int, str] = {}
-    labels = link(comparison_texts(examples), threshold, reporter).tolist()
+    labels = link(comparison_texts(examples), threshold, reporter, "clustering").tolist()
     for label, example in zip(labels, examples, strict=True):
         names[label] = min(names.get(label, example.pair_key), example.pair_key)
     return [names[label] for label in labels]
-
-
-def link(texts: Sequence[str], threshold: float, reporter: Reporter) -> Indices:
-    """For each text the number of the first one that it is linked with by any chain of near-equal texts, [texts].
-
-    Args:
-        texts: as :func:`comparison_texts` or :func:`distinctive` gives them.
-        threshold: Jaccard similarity of the texts' character 4-grams, in (0, 1].
-    """
-    count = len(texts)
-    labels: Indices = np.arange(count, dtype=np.int64)
-
-    def wanted(first: Indices, second: Indices) -> Mask:
-        mask: Mask = labels[first] != labels[second]  # already linked: one link more changes nothing
-        return mask
-
-    for pairs in near_pairs(texts, threshold, wanted, reporter, "clustering", links_first=True):
-        # A label is the number of a row in the cluster; a link to it stands for all links of earlier blocks.
-        ends = (np.concatenate([np.arange(count), pairs.first]), np.concatenate([labels, pairs.second]))
-        links = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(count, count))
-        components = connected_components(links, directed=False)[1]
-        labels = np.unique(components, return_index=True)[1][components].astype(np.int64)
-    return labels
 
 
 @dataclass(frozen=True)

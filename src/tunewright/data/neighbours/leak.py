@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tunewright.data.neighbours import comparison_texts
-from tunewright.data.neighbours.partition import Indices, Mask
+from tunewright.data.neighbours.sketches import Indices, Mask
 from tunewright.data.neighbours.similarity import near_pairs, shingle_matrix, similarities
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
