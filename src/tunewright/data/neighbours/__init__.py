@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from tunewright.data.examples import Example, normalised
-from tunewright.data.neighbours.similarity import link, near_pairs, shingle_matrix, similarities
-from tunewright.data.neighbours.sketches import Indices, Mask
+from tunewright.data.neighbours.similarity import link, nearest_kept, shingle_matrix, similarities
 from tunewright.progress import Reporter
 
 
@@ -69,24 +68,14 @@ def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, re
     """
     numbers: dict[tuple[tuple[str, ...], str], int] = {}
     answers = np.array([numbers.setdefault(_answer(e), len(numbers)) for e in examples], dtype=np.int64)
-    gone = np.zeros(len(examples), dtype=bool)
-    dropped: dict[int, Repeat] = {}
-
-    def wanted(first: Indices, second: Indices) -> Mask:
-        mask: Mask = (answers[first] == answers[second]) & (first >= kept) & ~gone[second]
-        return mask
-
-    for pairs in near_pairs(comparison_texts(examples), threshold, wanted, reporter, "looking for duplicates"):
-        rows, starts = np.unique(pairs.first, return_index=True)
-        ends = np.append(starts, len(pairs.first))[1:]
-        for row, start, end in zip(rows.tolist(), starts, ends, strict=True):
-            # A row of the same block may have gone since the pairs were asked for: its similarity no longer counts.
-            similarity = np.where(gone[pairs.second[start:end]], 0, pairs.similarity[start:end])
-            best = int(np.argmax(similarity))
-            if similarity[best]:
-                dropped[row] = Repeat(int(pairs.second[start + best]), float(similarity[best]))
-                gone[row] = True
-    return dropped
+    texts = comparison_texts(examples)
+    pairs = nearest_kept(texts, answers, kept, threshold, reporter, "looking for duplicates")
+    return {
+        row: Repeat(of, similarity)
+        for row, of, similarity in zip(
+            pairs.first.tolist(), pairs.second.tolist(), pairs.similarity.tolist(), strict=True
+        )
+    }
 
 
 def _answer(example: Example) -> tuple[tuple[str, ...], str]:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tunewright.data.neighbours.sketches import ROUNDING, Indices, Mask, Sketches, mixed
 from tunewright.progress import Task
@@ -32,6 +31,7 @@ _SPREAD = 1.1  # sizes handled together: a wider spread makes weaker signatures
 _CELLS = 4_000_000  # pairs held at once: bounds the memory, not the result
 _MANY = 1 << 14  # pairs of one signature from which on their sketches are compared in a block
 _DEAR = 20  # a pair that is looked up takes as long as this many that are compared in a block
+_GAIN = 2  # how much less work signatures must make than comparing all with all
 _LINKED = 0.2  # share of texts with one label from which on leaving out their pairs pays
 
 Pairs = tuple[Indices, Indices]
@@ -142,7 +142,7 @@ class SizeClass:
         if signed is not None and labels is not None:
             yield from self._in_line(signed)
             signed = signed.apart(labels[self._texts])
-        if signed is None or 2 * signed.work > len(every) * np.count_nonzero(self._large):
+        if signed is None or _GAIN * signed.work > len(every) * np.count_nonzero(self._large):
             steps.work = len(every) ** 2
             yield from self._all_with_all(every, labels, steps)
             return

@@ -17,15 +17,19 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 from tunewright.data.neighbours.partition import size_classes
-from tunewright.data.neighbours.sketches import Indices, Mask, Wanted
-from tunewright.progress import Reporter
+from tunewright.data.neighbours.sketches import Indices, Mask, Sketches, Wanted
+from tunewright.progress import Reporter, Task
 
 Similarities = npt.NDArray[np.float64]
+Near = tuple[Indices, Indices, Similarities]
 
 SHINGLE = 4  # characters: of a word's inflections and typing errors, most 4-grams survive
+_MANY_IN_GROUP = 128  # texts from which on a group is compared with its kept texts only
+_BLOCK = 512  # texts of a group whose order matters, compared at once
 _BATCH = 50_000  # candidates verified at once: what one batch links, the next one need not look at
 _CELLS = 4_000_000  # shingles held at once while pairs are verified: bounds the memory, not the result
 _TABLE = 1 << 24  # entries: some 130 MB
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -58,7 +62,7 @@ def near_pairs(
     with reporter.task(title, len(texts), "examples") as task:
         for group in size_classes(rows, sizes, threshold):
             candidates = _batches(group.candidates(None, task), wanted)
-            found = [_near(rows, sizes, first, second, threshold) for first, second in candidates]
+            found = [verified(rows, sizes, first, second, threshold) for first, second in candidates]
             if found:
                 first, second, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
                 _, once = np.unique(first * len(texts) + second, return_index=True)
@@ -87,10 +91,120 @@ def link(texts: Sequence[str], threshold: float, reporter: Reporter, title: str)
     with reporter.task(title, len(numbers), "different texts") as task:
         for group in size_classes(rows, sizes, threshold):
             for pairs in _batches(group.candidates(labels, task), wanted):
-                first, second, _ = _near(rows, sizes, *pairs, threshold)
+                first, second, _ = verified(rows, sizes, *pairs, threshold)
                 _join(labels, first, second)
     first_of = np.unique(same, return_index=True)[1]
     return first_of[labels[same]].astype(np.int64)
+
+
+def nearest_kept(
+    texts: Sequence[str], groups: Indices, kept: int, threshold: float, reporter: Reporter, title: str
+) -> Pairs:
+    """Each text that is near one before it in its group that is kept, with the most similar of those; ascending.
+
+    A text is kept unless it is near one that is; of equally similar ones the first is taken.
+
+    Args:
+        texts: the texts, the most deserving first.
+        groups: of each text, [texts]; only texts of one group are compared.
+        kept: the first ``kept`` texts are, whatever they resemble.
+        threshold: in (0, 1].
+        reporter: shows the progress.
+        title: what the progress is called.
+    """
+    sizes = np.bincount(groups)[groups]
+    used = np.flatnonzero(sizes > 1)
+    order = used[np.argsort(groups[used], kind="stable")]
+    with reporter.task(title, len(texts), "examples") as task:
+        task.advance(len(texts) - len(used), f"{len(texts) - len(used):,} with an output of their own")
+        search = _KeptSearch([texts[i] for i in order.tolist()], order < kept, threshold)
+        begins = np.flatnonzero(np.diff(groups[order], prepend=-1))
+        many = sizes[order[begins]] > _MANY_IN_GROUP
+        found: list[Near] = []
+        few = np.flatnonzero(sizes[order] <= _MANY_IN_GROUP)
+        if len(few):
+            begin_of = np.repeat(begins, sizes[order[begins]])
+            found += search.small_groups(few, begin_of[few], task)
+        for begin in begins[many].tolist():
+            found += search.large_group(np.arange(begin, begin + sizes[order[begin]]), task)
+    if not found:
+        return Pairs(*(np.empty(0, dtype=np.int64),) * 2, np.empty(0))
+    first, second, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    ascending = np.argsort(order[first])
+    return Pairs(order[first[ascending]], order[second[ascending]], similarity[ascending])
+
+
+class _KeptSearch:
+    """The search of :func:`nearest_kept`, over texts in order of group and number; pairs are of places in it."""
+
+    def __init__(self, texts: Sequence[str], always: Mask, threshold: float) -> None:
+        self._rows, self._threshold, self._always = shingle_matrix(texts), threshold, always
+        self._sizes = np.diff(self._rows.indptr).astype(np.int64)
+        typical = int(np.quantile(self._sizes, 0.9)) if len(texts) else 1
+        self._sketches = Sketches(self._rows, self._sizes, threshold, typical)
+        self._gone = np.zeros(len(texts), dtype=bool)
+
+    def small_groups(self, places: Indices, begins: Indices, task: Task) -> Iterator[Near]:
+        """Of small groups all pairs, many groups at once; each place comes with where its group begins."""
+        pairs = np.concatenate([[0], np.cumsum(places - begins)])
+        at = 0
+        while at < len(places):
+            to = max(at + 1, int(np.searchsorted(pairs, pairs[at] + _CELLS, side="right")) - 1)
+            entry = np.repeat(np.arange(at, to), np.diff(pairs[at : to + 1]))
+            first = places[entry]
+            yield self._settled(*self._near(first, np.arange(pairs[at], pairs[to]) - pairs[entry] + begins[entry]))
+            task.advance(to - at)
+            at = to
+
+    def large_group(self, places: Indices, task: Task) -> Iterator[Near]:
+        """Of a large group each text with those that are kept: few, where most are near-equal."""
+        new = np.flatnonzero(~self._always[places])
+        kept = [places[self._always[places]]]
+        task.advance(len(places) - len(new))
+        for some in np.array_split(places[new], math.ceil(len(new) / _BLOCK)) if len(new) else ():
+            near = self._met(some, np.concatenate(kept))
+            # Those that are near a kept one are not kept, so only the others have to be compared with each other.
+            self._gone[near[0]] = True
+            own = self._settled(*self._met(some[~self._gone[some]], None))
+            yield own
+            added = some[~self._gone[some]]
+            later = self._met(np.unique(near[0]), added)
+            yield _best(*(np.concatenate(parts) for parts in zip(near, later, strict=True)))
+            kept.append(added)
+            task.advance(len(some), f"{sum(map(len, kept)):,} kept of an output with {len(places):,} rows")
+
+    def _met(self, places: Indices, others: Indices | None) -> Near:
+        """Near pairs of these places with others that come before, or with each other."""
+        pairs = [(first, second) for first, second, _ in self._sketches.meetings(places, others)]
+        if not pairs:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0)
+        first, second = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        if others is None:
+            first, second = np.maximum(first, second), np.minimum(first, second)
+        before = second < first
+        return verified(self._rows, self._sizes, first[before], second[before], self._threshold)
+
+    def _near(self, first: Indices, second: Indices) -> Near:
+        ask = ~self._always[first]
+        ask[ask] = self._sketches.likely(first[ask], second[ask])
+        return verified(self._rows, self._sizes, first[ask], second[ask], self._threshold)
+
+    def _settled(self, first: Indices, second: Indices, similarity: Similarities) -> Near:
+        """Decide in order which of these texts go, given all near pairs that they are the later text of."""
+        order = np.argsort(first, kind="stable")
+        first, second, similarity = first[order], second[order], similarity[order]
+        begins = np.flatnonzero(np.diff(first, prepend=-1))
+        for place, begin, end in zip(first[begins].tolist(), begins, np.append(begins, len(first))[1:], strict=True):
+            self._gone[place] = not self._gone[second[begin:end]].all()
+        left = ~self._gone[second]
+        return _best(first[left], second[left], similarity[left])
+
+
+def _best(first: Indices, second: Indices, similarity: Similarities) -> Near:
+    """Of each first text the most similar second one."""
+    order = np.lexsort((second, -similarity, first))
+    order = order[np.flatnonzero(np.diff(first[order], prepend=-1))]
+    return first[order], second[order], similarity[order]
 
 
 def _join(labels: Indices, first: Indices, second: Indices) -> None:
@@ -129,7 +243,7 @@ def _wanted_still(held: Sequence[tuple[Indices, Indices]], wanted: Wanted) -> It
         yield np.maximum(a, b)[ask], np.minimum(a, b)[ask]
 
 
-def _near(
+def verified(
     rows: Any, sizes: Indices, first: Indices, second: Indices, threshold: float
 ) -> tuple[Indices, Indices, Similarities]:
     """Those of the pairs that are at or above the threshold."""

@@ -64,7 +64,9 @@ class Sketches:
         return mask
 
     def meetings(self, rows: Indices, columns: Indices | None = None) -> Iterator[tuple[Indices, Indices, int]]:
-        """All pairs of a row and a column that may be near-equal; without columns all pairs of rows, each once.
+        """All pairs of a row and another set among the columns that may be near-equal.
+
+        Without columns: all pairs of rows, each once.
 
         Yields:
             The rows and columns of some pairs, and how many pairs were compared for that.
@@ -91,7 +93,7 @@ class Sketches:
                     once = other < place + at
                     place, other = place[once], other[once]
                 first, second = some[place], others[other]
-                near = self.likely(first, second)
+                near = self.likely(first, second) & (first != second)
                 yield first[near], second[near], len(some) * (end - start)
 
 
