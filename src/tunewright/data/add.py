@@ -15,6 +15,7 @@ from tunewright.data.merge import Merge, merge
 from tunewright.data.neighbours.decontaminate import Hit
 from tunewright.data.notices import Conflict, Duplicate, Largest, Move
 from tunewright.data.screening import screen
+from tunewright.data.splits import Split
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -24,7 +25,7 @@ from tunewright.data.versions import (
     members_digest,
     save_version,
 )
-from tunewright.data.versions.making import LeftOut, new_manifest
+from tunewright.data.versions.making import LeftOut, clusters_by_split, new_manifest
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -54,6 +55,8 @@ class AddResult:
     """Training rows that hold a test row or a benchmark item; left out where data.contaminated is "drop"."""
     largest: tuple[Largest, ...]
     """The largest clusters."""
+    clusters: dict[Split, int]
+    """How many independent clusters each split has, mix-in apart."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
@@ -133,6 +136,7 @@ def add(
         personal=screened.personal,
         contaminated=found.hits,
         largest=found.largest,
+        clusters=clusters_by_split(found.members),
     )
 
 

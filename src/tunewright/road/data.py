@@ -12,8 +12,10 @@ from tunewright.data.add import AddResult, add
 from tunewright.data.formats import uses_columns
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
 from tunewright.data.versions.find import find_row
+from tunewright.data.versions.making import clusters_by_split
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import find_evaluation, load_evidence, load_items
+from tunewright.evaluation.foresight import Foresight, foresee, tell_foresight
 from tunewright.project import Project
 from tunewright.recipe import DataRecipe
 from tunewright.road.opened import OpenProject
@@ -86,7 +88,17 @@ class DataRoad:
         if accept_conflicts:
             data = data.model_copy(update={"conflicts": "accept"})
         project = Project(self._project.root, self._project.recipe.model_copy(update={"data": data}))
-        return add(project, paths, self._reporter, skip_bad=skip_bad, redact=redact, presidio=presidio, message=message)
+        added = add(
+            project, paths, self._reporter, skip_bad=skip_bad, redact=redact, presidio=presidio, message=message
+        )
+        tell_foresight(foresee(added.version.counts.domain, added.clusters, data.test), self._reporter)
+        return added
+
+    def foresight(self) -> Foresight:
+        """What a comparison on the current version's test split can show."""
+        version = self.version()
+        clusters = clusters_by_split(version.members)
+        return foresee(version.manifest.counts.domain, clusters, self._project.recipe.data.test)
 
     def check_files(
         self,
