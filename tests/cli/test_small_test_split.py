@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from command_line import tunewright, write_jsonl
 
 TOO_FEW = "no difference can be significant"
@@ -12,7 +13,7 @@ TOO_FEW = "no difference can be significant"
 
 @pytest.fixture
 def few_clusters(tmp_path: Path) -> Path:
-    """A project with 480 rows in 40 groups of 12, which leave four clusters for the test, and a base that is nowhere."""
+    """A project with 480 rows in 40 groups of 12, which leave four test clusters, and no base."""
     rows = [
         {"prompt": f"{'abcdefghij'[g % 10] * 3} {g * 7919 % 10007} question {g}-{k}", "completion": f"{g} {k}", "g": g}
         for g in range(40)
@@ -42,7 +43,7 @@ def test_run_stops_before_the_base_is_looked_for_unless_forced(few_clusters: Pat
     assert "nowhere" not in ran.stderr
     forced = tunewright("run", "--force", "-p", few_clusters)
     assert forced.code == 2
-    assert "the verdict will be \"can't tell\"" in " ".join(forced.stderr.split())
+    assert 'the verdict will be "can\'t tell"' in " ".join(forced.stderr.split())
     assert "nowhere" in forced.stderr
 
 
