@@ -3,7 +3,7 @@
     python benchmarks/encode_speed.py [BASE] [banking77/train.csv ...]
 
 BASE is a base as a recipe names it (the bundled one by default). Without files the rows are the example project's
-pairs. All are numbered, so that no two are the same. Then one call of ``tunewright.chat.encode`` with a tokenizer, whose
+pairs. All are numbered, so that no two are the same. Then one call of ``tunewright.chat.encode`` with a tokenizer whose
 format is kept from the call before, and the same with the format made for each call. Prints a table and one JSON line;
 the best of three runs counts.
 """

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tunewright.data.neighbours.sketches import ROUNDING, Indices, Mask, Sketches, mixed
 from tunewright.progress import Task
@@ -32,7 +33,7 @@ _CELLS = 4_000_000  # pairs held at once: bounds the memory, not the result
 _MANY = 1 << 14  # pairs of one signature from which on their sketches are compared in a block
 _DEAR = 20  # a pair that is looked up takes as long as this many that are compared in a block
 _GAIN = 2  # how much less work signatures must make than comparing all with all
-_LINKED = 0.2  # share of texts with one label from which on leaving out their pairs pays
+_LARGE_LABEL = 0.02  # share of texts with one label from which on leaving out their pairs pays
 
 Pairs = tuple[Indices, Indices]
 
@@ -49,16 +50,20 @@ class _Signed:
     smaller: Indices
     smaller_begins: Indices
 
-    @property
-    def pairs(self) -> Indices:
-        """How many pairs each signature makes."""
+    def pairs(self, large: _Large | None = None) -> Indices:
+        """How many pairs each signature makes, without those of texts that have one of the large labels."""
         pairs: Indices = np.diff(self.larger_begins) * np.diff(self.smaller_begins)
+        for number in range(large.count if large else 0):
+            assert large is not None
+            ends = ((self.larger, self.larger_begins), (self.smaller, self.smaller_begins))
+            one, other = (np.add.reduceat((large.number == number)[p], b[:-1], dtype=np.int64) for p, b in ends)
+            pairs -= one * other
         return pairs
 
-    @property
-    def work(self) -> int:
-        """What comparing all pairs takes, in pairs that are compared in a block."""
-        return int(np.sum(np.where(self.pairs >= _MANY, self.pairs + _MANY, _DEAR * self.pairs)))
+    def work(self, large: _Large | None = None) -> int:
+        """What comparing all these pairs takes, in pairs that are compared in a block."""
+        pairs = self.pairs(large)
+        return int(np.sum(np.where(pairs >= _MANY, pairs + _MANY, _DEAR * pairs)))
 
     def where(self, mask: Mask) -> _Signed:
         """The signatures for which the mask is true."""
@@ -69,7 +74,7 @@ class _Signed:
 
     def apart(self, labels: Indices) -> _Signed:
         """The signatures of texts that do not all have one label."""
-        if not len(self.pairs):
+        if len(self.larger_begins) < 2:
             return self
         one, other = labels[self.larger], labels[self.smaller]
         lows = [np.minimum.reduceat(v, b[:-1]) for v, b in ((one, self.larger_begins), (other, self.smaller_begins))]
@@ -83,6 +88,28 @@ class _Signed:
                 self.larger[self.larger_begins[i] : self.larger_begins[i + 1]],
                 self.smaller[self.smaller_begins[i] : self.smaller_begins[i + 1]],
             )
+
+
+@dataclass(frozen=True)
+class _Large:
+    """The labels that many texts have: of each text the number of its label, -1: none of these."""
+
+    number: npt.NDArray[np.int64]
+    count: int
+
+    def split(self, rows: Indices, columns: Indices) -> Iterator[Pairs]:
+        """All pairs of rows and columns, but those that have one of these labels."""
+        mine, theirs = self.number[rows], self.number[columns]
+        for number in np.unique(mine).tolist():
+            yield rows[mine == number], columns if number < 0 else columns[theirs != number]
+
+
+def _large_labels(labels: Indices) -> _Large:
+    names, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    large = counts >= max(_LARGE_LABEL * len(labels), 2)
+    numbers = np.full(len(names), -1, dtype=np.int64)
+    numbers[large] = np.arange(np.count_nonzero(large))
+    return _Large(numbers[number], int(np.count_nonzero(large)))
 
 
 def _cut(places: Indices, begins: Indices, mask: Mask) -> Pairs:
@@ -101,7 +128,7 @@ def _by_signature(signatures: Indices, places: Indices, larger: Mask, smaller: M
     count = int(number[-1]) + 1 if len(number) else 0
     begins = [np.concatenate([[0], np.cumsum(np.bincount(number[of], minlength=count))]) for of in (larger, smaller)]
     signed = _Signed(places[larger], begins[0], places[smaller], begins[1])
-    return signed.where((signed.pairs > 0) & (np.bincount(number, minlength=count) > 1))
+    return signed.where((signed.pairs() > 0) & (np.bincount(number, minlength=count) > 1))
 
 
 class SizeClass:
@@ -137,51 +164,62 @@ class SizeClass:
 
     def _meetings(self, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
         """The same as places in the class."""
+        signed = self._signed() if len(self._texts) > _FEW else None
+        if labels is None:
+            large = _Large(np.full(len(self._texts), -1), 0)
+        else:
+            yield from self._in_line(np.arange(len(self._texts)), np.array([0]))
+            if signed is not None:
+                yield from self._in_line(signed.larger, signed.larger_begins)
+                yield from self._in_line(signed.smaller, signed.smaller_begins)
+                signed = signed.apart(labels[self._texts])
+            large = _large_labels(labels[self._texts])
         every = np.arange(len(self._texts))
-        signed = self._signed() if len(every) > _FEW else None
-        if signed is not None and labels is not None:
-            yield from self._in_line(signed)
-            signed = signed.apart(labels[self._texts])
-        if signed is None or _GAIN * signed.work > len(every) * np.count_nonzero(self._large):
-            steps.work = len(every) ** 2
-            yield from self._all_with_all(every, labels, steps)
+        sizes = np.bincount(large.number + 1, minlength=large.count + 1)[1:]
+        apart = len(every) * int(np.count_nonzero(self._large)) - int(np.sum(sizes**2))
+        if signed is None or _GAIN * signed.work(large) > apart:
+            steps.work = max(apart, 1)
+            yield from self._all_with_all(large, labels, steps)
             return
-        steps.work = signed.work
-        many = signed.pairs >= _MANY
-        yield from self._looked_up(signed.where(~many), steps)
+        steps.work = signed.work(large)
+        many = signed.pairs(large) >= _MANY
+        yield from self._looked_up(signed.where(~many), labels, steps)
         for larger, smaller in signed.lists(many):
-            for first, second, compared in self._sketches.meetings(larger, smaller):
-                yield first, second
-                steps.done(compared)
+            for rows, columns in large.split(larger, smaller):
+                yield from self._compared(rows, columns, labels, steps)
 
-    def _in_line(self, signed: _Signed) -> Iterator[Pairs]:
-        """Each text and the one before it of a signature: they link most of a family without all its pairs."""
-        for places, begins in ((signed.larger, signed.larger_begins), (signed.smaller, signed.smaller_begins)):
-            later = np.ones(len(places), dtype=bool)
-            later[begins[:-1]] = False
-            at = np.flatnonzero(later)
-            for some in np.array_split(at, max(1, math.ceil(len(at) / _CELLS))):
-                yield self._likely(places[some], places[some - 1])
+    def _in_line(self, places: Indices, begins: Indices) -> Iterator[Pairs]:
+        """Each text and the one before it of a list: they link most of a family without all its pairs."""
+        later = np.ones(len(places), dtype=bool)
+        later[begins[begins < len(places)]] = False
+        at = np.flatnonzero(later)
+        for some in np.array_split(at, max(1, math.ceil(len(at) / _CELLS))):
+            yield self._likely(places[some], places[some - 1], None)
 
-    def _all_with_all(self, group: Indices, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
-        """Pairs of a group's texts whose sketches are alike."""
-        linked = np.zeros(len(group), dtype=bool)
-        if labels is not None:
-            mine, counts = np.unique(labels[self._texts[group]], return_inverse=True, return_counts=True)[1:]
-            if counts.max() >= _LINKED * len(group):
-                linked = mine == np.argmax(counts)
-        large = self._large[group]
-        free = group[large & ~linked]
-        for rows, columns in (
-            (free, None),
-            (free, group[~large | linked]),
-            (group[large & linked], group[~large & ~linked]),
-        ):
-            for first, second, compared in self._sketches.meetings(rows, columns):
-                yield first, second
-                steps.done(2 * compared)
+    def _all_with_all(self, large: _Large, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
+        """All pairs of texts whose sketches are alike, but those that have one of the large labels."""
+        for number in range(large.count):
+            mine, others = large.number == number, (large.number > number) | (large.number < 0)
+            yield from self._compared(np.flatnonzero(mine & self._large), np.flatnonzero(others), labels, steps)
+            small = np.flatnonzero(mine & ~self._large)
+            yield from self._compared(np.flatnonzero(others & self._large), small, labels, steps)
+        rest = np.flatnonzero((large.number < 0) & self._large)
+        yield from self._compared(rest, None, labels, steps)
+        yield from self._compared(rest, np.flatnonzero((large.number < 0) & ~self._large), labels, steps)
 
-    def _looked_up(self, signed: _Signed, steps: _Steps) -> Iterator[Pairs]:
+    def _compared(
+        self, rows: Indices, columns: Indices | None, labels: Indices | None, steps: _Steps
+    ) -> Iterator[Pairs]:
+        def wanted(first: Indices, second: Indices) -> Mask:
+            assert labels is not None
+            mask: Mask = labels[self._texts[first]] != labels[self._texts[second]]
+            return mask
+
+        for first, second, compared in self._sketches.meetings(rows, columns, None if labels is None else wanted):
+            yield first, second
+            steps.done(compared)
+
+    def _looked_up(self, signed: _Signed, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
         """Pairs of the texts of one signature."""
         looking = np.diff(signed.larger_begins)
         number = np.repeat(np.arange(len(looking)), looking)
@@ -192,13 +230,15 @@ class SizeClass:
             to = max(at + 1, int(np.searchsorted(pairs, pairs[at] + _CELLS, side="right")) - 1)
             entries = np.repeat(np.arange(at, to), found[at:to])
             others = np.arange(pairs[at], pairs[to]) - pairs[entries] + signed.smaller_begins[number[entries]]
-            yield self._likely(signed.larger[entries], signed.smaller[others])
+            yield self._likely(signed.larger[entries], signed.smaller[others], labels)
             steps.done(_DEAR * int(pairs[to] - pairs[at]))
             at = to
 
-    def _likely(self, first: Indices, second: Indices) -> Pairs:
-        """Those of the pairs that may be near-equal, each once."""
+    def _likely(self, first: Indices, second: Indices, labels: Indices | None) -> Pairs:
+        """Those of the pairs that may be near-equal, and have not one label, each once."""
         ask = (self._large[first] | self._large[second]) & (first != second)
+        if labels is not None:
+            ask &= labels[self._texts[first]] != labels[self._texts[second]]
         first, second = first[ask], second[ask]
         ask = self._sketches.likely(first, second)
         keys = np.unique(np.maximum(first, second)[ask] * len(self._texts) + np.minimum(first, second)[ask])
@@ -207,10 +247,10 @@ class SizeClass:
     def _signed(self) -> _Signed:
         """The texts by the kind of signatures that makes less work."""
         rare = self._by_rare_shingles()
-        if rare.work <= _DEAR * len(self._texts):
+        if rare.work() <= _DEAR * len(self._texts):
             return rare
         parts = self._by_parts()
-        return min(rare, parts, key=lambda signed: signed.work)
+        return min(rare, parts, key=_Signed.work)
 
     def _by_rare_shingles(self) -> _Signed:
         """By the rarest shingles, as many as near-equal texts share one of.

@@ -63,10 +63,17 @@ class Sketches:
         mask[left] = bits <= self._share * (sizes[left] + others[left]) + ROUNDING
         return mask
 
-    def meetings(self, rows: Indices, columns: Indices | None = None) -> Iterator[tuple[Indices, Indices, int]]:
+    def meetings(
+        self, rows: Indices, columns: Indices | None = None, wanted: Wanted | None = None
+    ) -> Iterator[tuple[Indices, Indices, int]]:
         """All pairs of a row and another set among the columns that may be near-equal.
 
         Without columns: all pairs of rows, each once.
+
+        Args:
+            rows: numbers of sets.
+            columns: numbers of others.
+            wanted: which of the pairs of alike sketches matter.
 
         Yields:
             The rows and columns of some pairs, and how many pairs were compared for that.
@@ -93,7 +100,8 @@ class Sketches:
                     once = other < place + at
                     place, other = place[once], other[once]
                 first, second = some[place], others[other]
-                near = self.likely(first, second) & (first != second)
+                near = first != second if wanted is None else wanted(first, second)
+                near[near] = self.likely(first[near], second[near])
                 yield first[near], second[near], len(some) * (end - start)
 
 
