@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from data_helpers import Listener, example, jaccard, unlike_pairs
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunewright.data.examples import Example, Message
@@ -73,6 +73,7 @@ def _many_texts(way: Way) -> Iterator[None]:
         yield
 
 
+@settings(deadline=None)  # each example is joined in several ways
 @given(
     st.one_of(texts_like_each_other, st.lists(st.text(max_size=8), max_size=8)),
     st.sampled_from([0.2, 0.5, 2 / 3, 0.75, 0.8, 0.9, 1.0]),
@@ -100,6 +101,7 @@ templated_texts = st.lists(
 )
 
 
+@settings(deadline=None)  # each example is joined in several ways
 @given(templated_texts, st.sampled_from([0.6, 0.75, 0.8, 0.9]), st.sampled_from(WAYS))
 def test_templated_texts_are_joined_exactly(texts: list[str], threshold: float, way: Way) -> None:
     expected = _brute(texts, threshold)
@@ -120,6 +122,7 @@ def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     return labels
 
 
+@settings(deadline=None)  # each example is joined in several ways
 @given(
     st.one_of(texts_like_each_other, templated_texts),
     st.sampled_from([0.3, 0.6, 0.8]),
