@@ -149,6 +149,20 @@ class SizeClass:
         self._rows = rows[self._texts]
         self._different = math.floor((1 - threshold) / (1 + threshold) * 2 * high + ROUNDING)
         self._sketches = Sketches(self._rows, self._sizes, threshold, high)
+        self._by_signature = self._signed() if len(self._texts) > _FEW else None
+
+    def in_line(self) -> Iterator[Pairs]:
+        """Candidates of each text and the one before it: they link most of a family without all its pairs."""
+        lists = [(np.arange(len(self._texts)), np.array([0]))]
+        if (signed := self._by_signature) is not None:
+            lists += [(signed.larger, signed.larger_begins), (signed.smaller, signed.smaller_begins)]
+        for places, begins in lists:
+            later = np.ones(len(places), dtype=bool)
+            later[begins[begins < len(places)]] = False
+            at = np.flatnonzero(later)
+            for some in np.array_split(at, max(1, math.ceil(len(at) / _CELLS))):
+                first, second = self._likely(places[some], places[some - 1], None)
+                yield self._texts[first], self._texts[second]
 
     def candidates(self, labels: Indices | None, task: Task) -> Iterator[Pairs]:
         """Pairs of text numbers that may be near-equal: none that is gets lost, some come again.
@@ -164,16 +178,11 @@ class SizeClass:
 
     def _meetings(self, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
         """The same as places in the class."""
-        signed = self._signed() if len(self._texts) > _FEW else None
-        if labels is None:
-            large = _Large(np.full(len(self._texts), -1), 0)
-        else:
-            yield from self._in_line(np.arange(len(self._texts)), np.array([0]))
-            if signed is not None:
-                yield from self._in_line(signed.larger, signed.larger_begins)
-                yield from self._in_line(signed.smaller, signed.smaller_begins)
-                signed = signed.apart(labels[self._texts])
+        signed, large = self._by_signature, _Large(np.full(len(self._texts), -1), 0)
+        if labels is not None:
             large = _large_labels(labels[self._texts])
+            if signed is not None:
+                signed = signed.apart(labels[self._texts])
         every = np.arange(len(self._texts))
         sizes = np.bincount(large.number + 1, minlength=large.count + 1)[1:]
         apart = len(every) * int(np.count_nonzero(self._large)) - int(np.sum(sizes**2))
@@ -187,14 +196,6 @@ class SizeClass:
         for larger, smaller in signed.lists(many):
             for rows, columns in large.split(larger, smaller):
                 yield from self._compared(rows, columns, labels, steps)
-
-    def _in_line(self, places: Indices, begins: Indices) -> Iterator[Pairs]:
-        """Each text and the one before it of a list: they link most of a family without all its pairs."""
-        later = np.ones(len(places), dtype=bool)
-        later[begins[begins < len(places)]] = False
-        at = np.flatnonzero(later)
-        for some in np.array_split(at, max(1, math.ceil(len(at) / _CELLS))):
-            yield self._likely(places[some], places[some - 1], None)
 
     def _all_with_all(self, large: _Large, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
         """All pairs of texts whose sketches are alike, but those that have one of the large labels."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,9 +91,11 @@ def link(texts: Sequence[str], threshold: float, reporter: Reporter, title: str)
 
     with reporter.task(title, len(numbers), "different texts") as task:
         for group in size_classes(rows, sizes, threshold):
-            for pairs in _batches(group.candidates(labels, task), wanted):
-                first, second, _ = verified(rows, sizes, *pairs, threshold)
-                _join(labels, first, second)
+            # All links in line are made before the rest begins, which leaves out what is linked by then.
+            for candidates in (group.in_line, partial(group.candidates, labels, task)):
+                for pairs in _batches(candidates(), wanted):
+                    first, second, _ = verified(rows, sizes, *pairs, threshold)
+                    _join(labels, first, second)
     first_of = np.unique(same, return_index=True)[1]
     return first_of[labels[same]].astype(np.int64)
 
