@@ -3,7 +3,9 @@
     python benchmarks/encode_speed.py [BASE] [banking77/train.csv ...]
 
 BASE is a base as a recipe names it (the bundled one by default). Without files the rows are the example project's
-pairs. All are numbered, so that no two are the same. Prints a table and one JSON line; the best of three runs counts.
+pairs. All are numbered, so that no two are the same. Then one call of ``tunewright.chat.encode`` with a tokenizer whose
+format is kept from the call before, and the same with the format made for each call. Prints a table and one JSON line;
+the best of three runs counts.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from datasets import Dataset, disable_caching, disable_progress_bars
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from tunewright.chat import ChatFormat, open_chat
+from tunewright.chat import ChatFormat, chat_format, encode, open_chat
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.examples.legal_citations import PAIRS_FILE, project_files
@@ -61,7 +63,27 @@ def main(base_spec: str, files: Sequence[str]) -> None:
     print(f"{'':<30} {'rows/s':>8} {'ratio':>6}")
     for name, rate in rates.items():
         print(f"{name:<30} {rate:>8,.0f} {rate / trl:>6.2f}")
-    print(json.dumps({"rows": ROWS, "tokens": tokens, "base": base_spec, "rows_per_second": rates}))
+    calls = _one_call(chat, examples[0])
+    print(f"one call of encode(): format kept {calls['kept_ms']:.2f} ms, format made {calls['made_ms']:,.0f} ms")
+    print(json.dumps({"rows": ROWS, "tokens": tokens, "base": base_spec, "rows_per_second": rates, "one_call": calls}))
+
+
+def _one_call(chat: ChatFormat, example: Example) -> dict[str, float]:
+    """Milliseconds of encoding one conversation with a tokenizer."""
+
+    def made() -> None:
+        fresh = chat_format(chat.tokenizer, stop_ids=chat.stop_ids, kind="own", today=chat.template.today)
+        fresh.encode(example.messages)
+
+    def kept() -> None:
+        for _ in range(100):
+            encode(chat.tokenizer, example.messages)
+
+    kept()
+    return {
+        "kept_ms": 10 * min(_timed(kept) for _ in range(RUNS)),
+        "made_ms": 1000 * min(_timed(made) for _ in range(RUNS)),
+    }
 
 
 def _pairs(files: Sequence[str]) -> list[tuple[str, str]]:

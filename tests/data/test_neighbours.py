@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from data_helpers import Listener, example, jaccard, unlike_pairs
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunewright.data.examples import Example, Message
@@ -22,6 +22,7 @@ from tunewright.data.neighbours import (
     find_clusters,
     find_duplicates,
     largest_clusters,
+    partition,
     similarity,
 )
 from tunewright.data.neighbours.similarity import near_pairs, shingles
@@ -59,20 +60,95 @@ def test_the_search_finds_exactly_the_pairs_that_brute_force_finds(texts: list[s
     assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
 
 
+Way = tuple[str, int]
+WAYS: list[Way] = [(kind, pairs) for kind in ("_by_rare_shingles", "_by_parts") for pairs in (1, 1 << 14)]
+
+
 @contextmanager
-def _many_texts() -> Iterator[None]:
-    """Few texts are joined as many are."""
-    with patch.multiple(similarity, _MANY=0, _HIGH=0):
+def _many_texts(way: Way) -> Iterator[None]:
+    """Join few texts as many are: by one kind of signatures, in blocks from so many pairs of one signature on."""
+    kind, pairs = way
+    signed = patch.object(partition.SizeClass, "_signed", getattr(partition.SizeClass, kind))
+    with signed, patch.multiple(partition, _FEW=0, _GAIN=0, _MANY=pairs):
         yield
 
 
+@settings(deadline=None)  # each example is joined in several ways
 @given(
     st.one_of(texts_like_each_other, st.lists(st.text(max_size=8), max_size=8)),
     st.sampled_from([0.2, 0.5, 2 / 3, 0.75, 0.8, 0.9, 1.0]),
+    st.sampled_from(WAYS),
 )
-def test_the_join_of_many_texts_finds_exactly_the_same(texts: list[str], threshold: float) -> None:
-    with _many_texts():
+def test_signatures_find_exactly_the_pairs_that_brute_force_finds(texts: list[str], threshold: float, way: Way) -> None:
+    with _many_texts(way):
         assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
+
+
+_NAMES = ("Ann Lee", "Ann Li", "Bob Marlow", "Bartholomew Featherstone", "Zoë", "Éva Nagy")
+_TEMPLATES = (
+    "what is the balance of account {number} held by {name} at the end of the month",
+    "please transfer {number} euros to {name} before next friday",
+    "has invoice {number} been paid by {name}",
+)
+templated_texts = st.lists(
+    st.builds(
+        lambda template, number, name: template.format(number=number, name=name),
+        st.sampled_from(_TEMPLATES),
+        st.integers(0, 99_999),
+        st.sampled_from(_NAMES),
+    ),
+    max_size=40,
+)
+
+
+@settings(deadline=None)  # each example is joined in several ways
+@given(templated_texts, st.sampled_from([0.6, 0.75, 0.8, 0.9]), st.sampled_from(WAYS))
+def test_templated_texts_are_joined_exactly(texts: list[str], threshold: float, way: Way) -> None:
+    expected = _brute(texts, threshold)
+    assert _found(texts, threshold) == pytest.approx(expected)
+    labels = _components(len(texts), expected)
+    assert similarity.link(texts, threshold, Listener(), "linking").tolist() == labels
+    with _many_texts(way):
+        assert _found(texts, threshold) == pytest.approx(expected)
+        assert similarity.link(texts, threshold, Listener(), "linking").tolist() == labels
+
+
+def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """The lowest number among all texts that each is linked with."""
+    labels = list(range(count))
+    for i, j in pairs:
+        low, high = sorted((labels[i], labels[j]))
+        labels = [low if label == high else label for label in labels]
+    return labels
+
+
+@settings(deadline=None)  # each example is joined in several ways
+@given(
+    st.one_of(texts_like_each_other, templated_texts),
+    st.sampled_from([0.3, 0.6, 0.8]),
+    st.integers(1, 3),
+    st.integers(0, 10),
+    st.sampled_from([1, 4, 128]),
+    st.randoms(),
+)
+def test_duplicates_are_those_of_a_loop_over_all_rows(
+    inputs: list[str], threshold: float, outputs: int, kept: int, many: int, draw: random.Random
+) -> None:
+    """Row by row, against the kept rows of the same output, with groups of rows on both sides of each limit."""
+    rows = [example(text, f"output {draw.randrange(outputs)}") for text in inputs]
+    near = _brute(comparison_texts(rows), threshold)
+    expected: dict[int, tuple[int, float]] = {}
+    for row in range(kept, len(rows)):
+        alike = [
+            (-near[row, other], other)
+            for other in range(row)
+            if (row, other) in near and other not in expected and rows[row].output == rows[other].output
+        ]
+        if alike:
+            expected[row] = min(alike)[1], -min(alike)[0]
+    with patch.multiple(similarity, _MANY_IN_GROUP=many, _BLOCK=3):
+        found = find_duplicates(rows, kept, threshold, Listener())
+    assert {row: (repeat.of, repeat.similarity) for row, repeat in found.items()} == expected
 
 
 def test_characters_of_all_scripts_are_told_apart() -> None:
@@ -104,8 +180,8 @@ def test_the_search_misses_nothing_in_long_texts_and_over_many_blocks(threshold:
     assert len(texts) > 600
     assert len(expected) > 100
     assert _found(texts, threshold) == expected
-    if threshold >= 0.7:
-        with _many_texts():
+    for way in WAYS:
+        with _many_texts(way):
             assert _found(texts, threshold) == expected
 
 
@@ -117,8 +193,8 @@ def test_the_search_misses_nothing_in_real_questions(threshold: float) -> None:
     texts = comparison_texts(rows[:2500])
     expected = _brute(texts, threshold)
     assert _found(texts, threshold) == expected
-    if threshold >= 0.7:
-        with _many_texts():
+    for way in WAYS:
+        with _many_texts(way):
             assert _found(texts, threshold) == expected
 
 
@@ -129,9 +205,11 @@ def test_duplicates_and_clusters_are_the_same_however_many_rows_there_are() -> N
     rows = list({row.pair_key: row for row in rows}.values())[:3000]
     dropped, clusters = find_duplicates(rows, 0, 0.75, Listener()), find_clusters(rows, 0.75, Listener())
     assert len(dropped) > 20
-    with _many_texts():
+    for way in WAYS:
+        with _many_texts(way):
+            assert find_clusters(rows, 0.75, Listener()) == clusters
+    with patch.multiple(similarity, _MANY_IN_GROUP=1, _BLOCK=40):
         assert find_duplicates(rows, 0, 0.75, Listener()) == dropped
-        assert find_clusters(rows, 0.75, Listener()) == clusters
 
 
 def test_an_instruction_in_every_input_is_not_compared() -> None:
@@ -255,6 +333,6 @@ def test_progress_ends_at_the_number_of_examples() -> None:
     listener = Listener()
     find_clusters([example(*pair) for pair in unlike_pairs(300)], 0.8, listener)
     assert listener.steps == {"clustering": (300, 300)}
-    with _many_texts():
+    with _many_texts(WAYS[0]):
         find_clusters([example(*pair) for pair in unlike_pairs(300)], 0.8, listener)
     assert listener.steps == {"clustering": (300, 300)}

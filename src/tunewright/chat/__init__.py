@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunewright.chat.format import ChatFormat, Tokens, chat_format
+from tunewright.chat.kept import kept_format
 from tunewright.chat.opening import open_chat
 from tunewright.data.examples import Message
 from tunewright.data.formats.checks import RowError, example_from_object
@@ -19,7 +20,8 @@ __all__ = ["ChatFormat", "Tokens", "chat_format", "encode", "open_chat"]
 def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any]]) -> Tokens:
     """Ids of a whole conversation, and for each whether it is trained: the answers, with their end tokens.
 
-    For many conversations, make the format once: ``open_chat(base)`` has ``encode`` too, and ``prompt`` and ``rows``.
+    The format of a tokenizer is made by the first call, and again when the tokenizer has changed. For many
+    conversations with a base, make the format once: ``open_chat(base)`` has ``encode``, ``prompt`` and ``rows``.
 
     Args:
         tokenizer_or_base: a :class:`Base`, or a transformers tokenizer with a chat template.
@@ -43,5 +45,5 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
             f"a {type(tokenizer_or_base).__name__} is neither a base nor a tokenizer with an end-of-text token",
             where="tokenizer_or_base",
         )
-    chat = chat_format(tokenizer_or_base, stop_ids=frozenset([eos]), kind="own", today=ChatRecipe().date)
+    chat = kept_format(tokenizer_or_base, stop_ids=frozenset([eos]), kind="own", today=ChatRecipe().date)
     return chat.encode(example.messages)

@@ -38,8 +38,9 @@ def _effect_lines(effect: Effect, ok: bool) -> list[str]:
     of = "" if ok else "Of the rows without faults: "
     lines = [
         f"{of}new {effect.added:,}, known before {effect.known:,}, exact duplicates {effect.exact_duplicates:,}, "
-        f"near-duplicates with the same output {effect.near_duplicates:,}; inputs with different outputs "
-        f"{effect.conflicts:,}; training rows that hold a test or benchmark item {effect.contaminated:,}; "
+        f"near-duplicates with the same output {effect.near_duplicates:,}, removed earlier {effect.removed:,}; "
+        f"inputs with different outputs {effect.conflicts:,}; "
+        f"training rows that hold a test or benchmark item {effect.contaminated:,}; "
         f"rows that change their split {effect.moved:,}",
     ]
     for size in effect.splits:

@@ -59,7 +59,11 @@ def recipe_show(project: Folder = HERE, json: Json = False) -> None:
 @app.command()
 def run(
     force: Annotated[
-        bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Continue with fewer than 50 training pairs, or with a test split too small for any verdict.",
+        ),
     ] = False,
     project: Folder = HERE,
     json: Json = False,

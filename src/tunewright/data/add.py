@@ -19,6 +19,7 @@ from tunewright.data.neighbours.decontaminate import Hit
 from tunewright.data.neighbours.output_leak import OutputLeak
 from tunewright.data.notices import Conflict, Duplicate, Largest, Move, Replaced
 from tunewright.data.screening import screen
+from tunewright.data.splits import Split
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -28,7 +29,7 @@ from tunewright.data.versions import (
     members_digest,
     save_version,
 )
-from tunewright.data.versions.making import LeftOut, new_manifest
+from tunewright.data.versions.making import LeftOut, clusters_by_split, new_manifest
 from tunewright.data.versions.origins import metadata_by_key
 from tunewright.data.versions.removals import Removal, append_removals
 from tunewright.errors import UserError
@@ -64,6 +65,8 @@ class AddResult:
     """The largest clusters."""
     outputs: OutputLeak
     """How many test rows have an output, or its template, that training rows have too."""
+    clusters: dict[Split, int]
+    """How many independent clusters each split has, mix-in apart."""
     near_duplicates: tuple[Duplicate, ...] = ()
     """New rows with nearly the input and the output of another: kept, in its cluster."""
     replaced: tuple[Replaced, ...] = ()
@@ -135,6 +138,7 @@ def add(
         near_duplicates=planned.near,
         replaced=merged.replaced(),
         removed=tuple(f"{row.source}:{row.line}" for row in rows if row.example.pair_key in merged.withheld),
+        clusters=clusters_by_split(found.members),
     )
 
 

@@ -10,8 +10,8 @@ from tunewright.data import secrets
 from tunewright.data.examples import Example
 from tunewright.data.neighbours import comparison_texts
 from tunewright.data.neighbours.decontaminate import contaminated
-from tunewright.data.neighbours.partition import Indices, Mask
 from tunewright.data.neighbours.similarity import near_pairs
+from tunewright.data.neighbours.sketches import Indices, Mask
 from tunewright.data.versions import Member, short
 from tunewright.progress import Reporter
 from tunewright.recipe import DataRecipe

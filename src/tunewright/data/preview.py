@@ -37,6 +37,9 @@ class Effect:
     known: int
     exact_duplicates: int
     near_duplicates: int
+    """Kept in the cluster of the row that they are like, or left out where data.duplicates is "drop"."""
+    removed: int
+    """Rows that were removed earlier and stay out."""
     conflicts: int
     contaminated: int
     moved: int
@@ -120,7 +123,8 @@ def _effect(planned: Plan) -> Effect:
         added=counts["added"],
         known=counts["known"],
         exact_duplicates=exact,
-        near_duplicates=counts["duplicate"] - exact,
+        near_duplicates=counts["duplicate"] - exact + len(planned.near),
+        removed=counts["removed"],
         conflicts=len(planned.fresh_conflicts),
         contaminated=len({hit.row for hit in found.hits}),
         moved=len(found.moved),

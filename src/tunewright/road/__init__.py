@@ -12,6 +12,7 @@ from tunewright.adapters.servable import require_servable
 from tunewright.data.add import AddResult
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Advice
+from tunewright.evaluation.foresight import foresight_text, require_significance
 from tunewright.evaluation.power import Prospect, prospect, prospect_text
 from tunewright.evaluation.verdict import Verdict, verdict
 from tunewright.metrics import metric_kind
@@ -96,7 +97,11 @@ class Road(EvaluationsRoad):
         return self._opened.chat
 
     def run(self, *, force: bool = False) -> RunResult:
-        """Go the whole road; a stage whose inputs have not changed is found done. ``force`` as in :meth:`train`."""
+        """Go the whole road; a stage whose inputs have not changed is found done.
+
+        A test split with too few clusters for any verdict is refused; with ``force`` that is a warning. ``force`` is
+        also as in :meth:`train`.
+        """
         sources = self.project.recipe.data.sources
         require_trackers(self.project.recipe.train.report_to)
         if not sources:
@@ -107,6 +112,7 @@ class Road(EvaluationsRoad):
             )
         added = self.data.add([self.project.root / source for source in sources])
         self._stage("data", added.created, f"version {added.version.digest[:12]}")
+        require_significance(self.data.foresight(), force=force, reporter=self.reporter)
         self._refuse_up_front()
         forced = self._forced(force)
         advised = self.prompting()
@@ -197,6 +203,9 @@ class Road(EvaluationsRoad):
 
         Fewer than 50 training pairs are refused; with ``force`` that is a warning, and the adapter's lineage says so.
         """
+        told = self.data.foresight()
+        if not told.significant:
+            self.reporter.warn(foresight_text(told))
         self._refuse_up_front()
         forced = self._forced(force)
         self._tell_prospects()

@@ -13,9 +13,11 @@ from tunewright.data.formats import uses_columns
 from tunewright.data.formats.files import source_files
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
 from tunewright.data.versions.find import find_row
+from tunewright.data.versions.making import clusters_by_split
 from tunewright.disk import digest
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import find_evaluation, load_evidence, load_items
+from tunewright.evaluation.foresight import Foresight, foresee, tell_foresight
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import DataRecipe
@@ -96,7 +98,7 @@ class DataRoad:
         paths = source_files(files, self._reporter)
         data = self._mapped(paths, rows, input_column, output_column)
         project = self._with(data, accept_conflicts=accept_conflicts)
-        return add(
+        added = add(
             project,
             paths,
             self._reporter,
@@ -108,6 +110,14 @@ class DataRoad:
             restore=restore,
             split_from=None if split_from is None else Path(split_from),
         )
+        tell_foresight(foresee(added.version.counts.domain, added.clusters, data.test), self._reporter)
+        return added
+
+    def foresight(self) -> Foresight:
+        """What a comparison on the current version's test split can show."""
+        version = self.version()
+        clusters = clusters_by_split(version.members)
+        return foresee(version.manifest.counts.domain, clusters, self._project.recipe.data.test)
 
     def remove(
         self,

@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from tunewright.data.examples import Example, normalised
-from tunewright.data.neighbours.partition import Indices, Mask
-from tunewright.data.neighbours.similarity import near_pairs, shingle_matrix, similarities
+from tunewright.data.neighbours.similarity import link, nearest_kept, shingle_matrix, similarities
 from tunewright.progress import Reporter
 
 
@@ -71,24 +68,14 @@ def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, re
     """
     numbers: dict[tuple[tuple[str, ...], str], int] = {}
     answers = np.array([numbers.setdefault(_answer(e), len(numbers)) for e in examples], dtype=np.int64)
-    gone = np.zeros(len(examples), dtype=bool)
-    dropped: dict[int, Repeat] = {}
-
-    def wanted(first: Indices, second: Indices) -> Mask:
-        mask: Mask = (answers[first] == answers[second]) & (first >= kept) & ~gone[second]
-        return mask
-
-    for pairs in near_pairs(comparison_texts(examples), threshold, wanted, reporter, "looking for duplicates"):
-        rows, starts = np.unique(pairs.first, return_index=True)
-        ends = np.append(starts, len(pairs.first))[1:]
-        for row, start, end in zip(rows.tolist(), starts, ends, strict=True):
-            # A row of the same block may have gone since the pairs were asked for: its similarity no longer counts.
-            similarity = np.where(gone[pairs.second[start:end]], 0, pairs.similarity[start:end])
-            best = int(np.argmax(similarity))
-            if similarity[best]:
-                dropped[row] = Repeat(int(pairs.second[start + best]), float(similarity[best]))
-                gone[row] = True
-    return dropped
+    texts = comparison_texts(examples)
+    pairs = nearest_kept(texts, answers, kept, threshold, reporter, "looking for duplicates")
+    return {
+        row: Repeat(of, similarity)
+        for row, of, similarity in zip(
+            pairs.first.tolist(), pairs.second.tolist(), pairs.similarity.tolist(), strict=True
+        )
+    }
 
 
 def _answer(example: Example) -> tuple[tuple[str, ...], str]:
@@ -106,33 +93,10 @@ def find_clusters(examples: Sequence[Example], threshold: float, reporter: Repor
         threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
     """
     names: dict[int, str] = {}
-    labels = link(comparison_texts(examples), threshold, reporter).tolist()
+    labels = link(comparison_texts(examples), threshold, reporter, "clustering").tolist()
     for label, example in zip(labels, examples, strict=True):
         names[label] = min(names.get(label, example.pair_key), example.pair_key)
     return [names[label] for label in labels]
-
-
-def link(texts: Sequence[str], threshold: float, reporter: Reporter) -> Indices:
-    """For each text the number of the first one that it is linked with by any chain of near-equal texts, [texts].
-
-    Args:
-        texts: as :func:`comparison_texts` or :func:`distinctive` gives them.
-        threshold: Jaccard similarity of the texts' character 4-grams, in (0, 1].
-    """
-    count = len(texts)
-    labels: Indices = np.arange(count, dtype=np.int64)
-
-    def wanted(first: Indices, second: Indices) -> Mask:
-        mask: Mask = labels[first] != labels[second]  # already linked: one link more changes nothing
-        return mask
-
-    for pairs in near_pairs(texts, threshold, wanted, reporter, "clustering", links_first=True):
-        # A label is the number of a row in the cluster; a link to it stands for all links of earlier blocks.
-        ends = (np.concatenate([np.arange(count), pairs.first]), np.concatenate([labels, pairs.second]))
-        links = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(count, count))
-        components = connected_components(links, directed=False)[1]
-        labels = np.unique(components, return_index=True)[1][components].astype(np.int64)
-    return labels
 
 
 @dataclass(frozen=True)

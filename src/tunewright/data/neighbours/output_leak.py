@@ -16,8 +16,8 @@ from scipy.special import gammaln
 
 from tunewright.data.examples import normalised
 from tunewright.data.neighbours.decontaminate import FEWEST, words_of
-from tunewright.data.neighbours.partition import Indices
 from tunewright.data.neighbours.similarity import shingle_matrix
+from tunewright.data.neighbours.sketches import Indices
 from tunewright.data.outputs import output_template
 from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import MINIMUM_CLUSTERS

@@ -1,10 +1,7 @@
 """All pairs of texts whose character 4-grams overlap enough, found exactly.
 
-The search is a set-similarity join: two sets that overlap enough must already share some of their rarest members
-(prefix filtering: Chaudhuri et al. 2006, "A Primitive Operator for Similarity Joins in Data Cleaning"; longer prefixes
-that must share several: Wang et al. 2012, "Can We Beat the Prefix Filtering?"), here as products of sparse matrices.
-Many texts at a high threshold are joined by ``partition`` instead. Both miss no pair, which MinHash cannot promise, and
-one missed pair is one leak into the test.
+``partition`` and ``sketches`` find candidates, and each of these is verified here. They miss no pair, which MinHash
+cannot promise, and one missed pair is one leak into the test.
 """
 
 from __future__ import annotations
@@ -12,30 +9,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import connected_components
 
-from tunewright.data.neighbours.partition import Indices, PartitionJoin, Wanted
+from tunewright.data.neighbours.partition import size_classes
+from tunewright.data.neighbours.sketches import Indices, Mask, Sketches, Wanted
 from tunewright.progress import Reporter, Task
 
 Similarities = npt.NDArray[np.float64]
+Near = tuple[Indices, Indices, Similarities]
 
 SHINGLE = 4  # characters: of a word's inflections and typing errors, most 4-grams survive
-_BLOCK = 256  # texts compared at once with all others
-_MOST_BLOCKS = 128  # in the partition join, where each block costs some time of its own
+_MANY_IN_GROUP = 128  # texts from which on a group is compared with its kept texts only
+_BLOCK = 512  # texts of a group whose order matters, compared at once
+_BATCH = 50_000  # candidates verified at once: what one batch links, the next one need not look at
 _CELLS = 4_000_000  # shingles held at once while pairs are verified: bounds the memory, not the result
 _TABLE = 1 << 24  # entries: some 130 MB
-_ROUNDING = 1e-6
-_MANY = 10_000  # texts from which on the partition join is the faster one ...
-_HIGH = 0.75  # ... at thresholds from here on: below, its signatures tell little apart
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of text numbers at or above the threshold: ``first`` > ``second``, in ascending order of both."""
+    """Pairs of text numbers at or above the threshold: ``first`` > ``second``, each once."""
 
     first: Indices
     second: Indices
@@ -48,69 +47,206 @@ def shingles(text: str) -> set[str]:
 
 
 def near_pairs(
-    texts: Sequence[str],
-    threshold: float,
-    wanted: Wanted,
-    reporter: Reporter,
-    title: str,
-    *,
-    links_first: bool = False,
+    texts: Sequence[str], threshold: float, wanted: Wanted, reporter: Reporter, title: str
 ) -> Iterator[Pairs]:
-    """All pairs with a Jaccard similarity of their shingles at or above the threshold, block after block.
+    """All pairs with a Jaccard similarity of their shingles at or above the threshold, each once, in batches.
 
     Args:
-        texts: the texts; a pair arrives with the block that its later text belongs to.
+        texts: the texts.
         threshold: in (0, 1].
-        wanted: which of a block's candidate pairs matter; it is asked when the block's turn comes, so that it can
-            depend on the pairs of earlier blocks.
+        wanted: which candidate pairs matter.
         reporter: shows the progress.
         title: what the progress is called.
-        links_first: for callers who only ask what is linked to what: pairs that link most of each large family may
-            come before the blocks, and again in them if they are still wanted then.
     """
     rows = shingle_matrix(texts)
     sizes = np.diff(rows.indptr).astype(np.int64)
     with reporter.task(title, len(texts), "examples") as task:
-        if len(texts) >= _MANY and threshold >= _HIGH:
-            yield from _partition_join(rows, sizes, threshold, wanted, task, links_first=links_first)
-        else:
-            yield from _prefix_join(rows, sizes, threshold, wanted, task)
+        for group in size_classes(rows, sizes, threshold):
+            candidates = _batches(group.candidates(None, task), wanted)
+            found = [verified(rows, sizes, first, second, threshold) for first, second in candidates]
+            if found:
+                first, second, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
+                _, once = np.unique(first * len(texts) + second, return_index=True)
+                yield Pairs(first[once], second[once], similarity[once])
 
 
-def _prefix_join(rows: Any, sizes: Indices, threshold: float, wanted: Wanted, task: Task) -> Iterator[Pairs]:
-    overlaps = np.ceil(threshold * sizes - _ROUNDING).astype(np.int64)
-    needed = np.clip(1 + sizes // 16, 1, np.maximum(overlaps, 1))
-    prefixes = _cut(rows, sizes, sizes - overlaps + needed)
-    postings = csr_array(prefixes.T)
-    for start in range(0, len(sizes), _BLOCK):
-        met = coo_array(prefixes[start : start + _BLOCK] @ postings)
-        first, second = met.row.astype(np.int64) + start, met.col.astype(np.int64)
-        ask = (second < first) & (met.data >= np.minimum(needed[first], needed[second]))
-        first, second = first[ask], second[ask]
+def link(texts: Sequence[str], threshold: float, reporter: Reporter, title: str) -> Indices:
+    """For each text the number of the first one that it is linked with by any chain of near-equal texts, [texts].
+
+    Args:
+        texts: the texts.
+        threshold: Jaccard similarity of the texts' shingles, in (0, 1].
+        reporter: shows the progress.
+        title: what the progress is called.
+    """
+    numbers: dict[str, int] = {}
+    same = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
+    rows = shingle_matrix(list(numbers))
+    sizes = np.diff(rows.indptr).astype(np.int64)
+    labels: Indices = np.arange(len(numbers), dtype=np.int64)
+
+    def wanted(first: Indices, second: Indices) -> Mask:
+        mask: Mask = labels[first] != labels[second]  # already linked: one link more changes nothing
+        return mask
+
+    with reporter.task(title, len(numbers), "different texts") as task:
+        for group in size_classes(rows, sizes, threshold):
+            # All links in line are made before the rest begins, which leaves out what is linked by then.
+            for candidates in (group.in_line, partial(group.candidates, labels, task)):
+                for pairs in _batches(candidates(), wanted):
+                    first, second, _ = verified(rows, sizes, *pairs, threshold)
+                    _join(labels, first, second)
+    first_of = np.unique(same, return_index=True)[1]
+    return first_of[labels[same]].astype(np.int64)
+
+
+def nearest_kept(
+    texts: Sequence[str], groups: Indices, kept: int, threshold: float, reporter: Reporter, title: str
+) -> Pairs:
+    """Each text that is near one before it in its group that is kept, with the most similar of those; ascending.
+
+    A text is kept unless it is near one that is; of equally similar ones the first is taken.
+
+    Args:
+        texts: the texts, the most deserving first.
+        groups: of each text, [texts]; only texts of one group are compared.
+        kept: the first ``kept`` texts are, whatever they resemble.
+        threshold: in (0, 1].
+        reporter: shows the progress.
+        title: what the progress is called.
+    """
+    sizes = np.bincount(groups)[groups]
+    used = np.flatnonzero(sizes > 1)
+    order = used[np.argsort(groups[used], kind="stable")]
+    with reporter.task(title, len(texts), "examples") as task:
+        task.advance(len(texts) - len(used), f"{len(texts) - len(used):,} with an output of their own")
+        search = _KeptSearch([texts[i] for i in order.tolist()], order < kept, threshold)
+        begins = np.flatnonzero(np.diff(groups[order], prepend=-1))
+        many = sizes[order[begins]] > _MANY_IN_GROUP
+        found: list[Near] = []
+        few = np.flatnonzero(sizes[order] <= _MANY_IN_GROUP)
+        if len(few):
+            begin_of = np.repeat(begins, sizes[order[begins]])
+            found += search.small_groups(few, begin_of[few], task)
+        for begin in begins[many].tolist():
+            found += search.large_group(np.arange(begin, begin + sizes[order[begin]]), task)
+    if not found:
+        return Pairs(*(np.empty(0, dtype=np.int64),) * 2, np.empty(0))
+    first, second, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    ascending = np.argsort(order[first])
+    return Pairs(order[first[ascending]], order[second[ascending]], similarity[ascending])
+
+
+class _KeptSearch:
+    """The search of :func:`nearest_kept`, over texts in order of group and number; pairs are of places in it."""
+
+    def __init__(self, texts: Sequence[str], always: Mask, threshold: float) -> None:
+        self._rows, self._threshold, self._always = shingle_matrix(texts), threshold, always
+        self._sizes = np.diff(self._rows.indptr).astype(np.int64)
+        typical = int(np.quantile(self._sizes, 0.9)) if len(texts) else 1
+        self._sketches = Sketches(self._rows, self._sizes, threshold, typical)
+        self._gone = np.zeros(len(texts), dtype=bool)
+
+    def small_groups(self, places: Indices, begins: Indices, task: Task) -> Iterator[Near]:
+        """Of small groups all pairs, many groups at once; each place comes with where its group begins."""
+        pairs = np.concatenate([[0], np.cumsum(places - begins)])
+        at = 0
+        while at < len(places):
+            to = max(at + 1, int(np.searchsorted(pairs, pairs[at] + _CELLS, side="right")) - 1)
+            entry = np.repeat(np.arange(at, to), np.diff(pairs[at : to + 1]))
+            first = places[entry]
+            yield self._settled(*self._near(first, np.arange(pairs[at], pairs[to]) - pairs[entry] + begins[entry]))
+            task.advance(to - at)
+            at = to
+
+    def large_group(self, places: Indices, task: Task) -> Iterator[Near]:
+        """Of a large group each text with those that are kept: few, where most are near-equal."""
+        new = np.flatnonzero(~self._always[places])
+        kept = [places[self._always[places]]]
+        task.advance(len(places) - len(new))
+        for some in np.array_split(places[new], math.ceil(len(new) / _BLOCK)) if len(new) else ():
+            near = self._met(some, np.concatenate(kept))
+            # Those that are near a kept one are not kept, so only the others have to be compared with each other.
+            self._gone[near[0]] = True
+            own = self._settled(*self._met(some[~self._gone[some]], None))
+            yield own
+            added = some[~self._gone[some]]
+            later = self._met(np.unique(near[0]), added)
+            yield _best(*(np.concatenate(parts) for parts in zip(near, later, strict=True)))
+            kept.append(added)
+            task.advance(len(some), f"{sum(map(len, kept)):,} kept of an output with {len(places):,} rows")
+
+    def _met(self, places: Indices, others: Indices | None) -> Near:
+        """Near pairs of these places with others that come before, or with each other."""
+        pairs = [(first, second) for first, second, _ in self._sketches.meetings(places, others)]
+        if not pairs:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0)
+        first, second = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        if others is None:
+            first, second = np.maximum(first, second), np.minimum(first, second)
+        before = second < first
+        return verified(self._rows, self._sizes, first[before], second[before], self._threshold)
+
+    def _near(self, first: Indices, second: Indices) -> Near:
+        ask = ~self._always[first]
+        ask[ask] = self._sketches.likely(first[ask], second[ask])
+        return verified(self._rows, self._sizes, first[ask], second[ask], self._threshold)
+
+    def _settled(self, first: Indices, second: Indices, similarity: Similarities) -> Near:
+        """Decide in order which of these texts go, given all near pairs that they are the later text of."""
+        order = np.argsort(first, kind="stable")
+        first, second, similarity = first[order], second[order], similarity[order]
+        begins = np.flatnonzero(np.diff(first, prepend=-1))
+        for place, begin, end in zip(first[begins].tolist(), begins, np.append(begins, len(first))[1:], strict=True):
+            self._gone[place] = not self._gone[second[begin:end]].all()
+        left = ~self._gone[second]
+        return _best(first[left], second[left], similarity[left])
+
+
+def _best(first: Indices, second: Indices, similarity: Similarities) -> Near:
+    """Of each first text the most similar second one."""
+    order = np.lexsort((second, -similarity, first))
+    order = order[np.flatnonzero(np.diff(first[order], prepend=-1))]
+    return first[order], second[order], similarity[order]
+
+
+def _join(labels: Indices, first: Indices, second: Indices) -> None:
+    """Give the texts of each pair, and all that have their labels, one label: the lowest number among them."""
+    if not len(first):
+        return
+    count = len(labels)
+    # A link to its label stands for all links that a text has had so far.
+    ends = (np.concatenate([np.arange(count), first]), np.concatenate([labels, second]))
+    links = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(count, count))
+    components = connected_components(links, directed=False)[1]
+    labels[:] = np.unique(components, return_index=True)[1][components]
+
+
+def _batches(candidates: Iterator[tuple[Indices, Indices]], wanted: Wanted) -> Iterator[tuple[Indices, Indices]]:
+    """The candidates that are wanted, first > second, many at a time."""
+    held: list[tuple[Indices, Indices]] = []
+    count = 0
+    for first, second in candidates:
         ask = wanted(first, second)
-        yield _sorted(*_near(rows, sizes, first[ask], second[ask], threshold))
-        task.advance(min(_BLOCK, len(sizes) - start))
+        held.append((first[ask], second[ask]))
+        count += len(held[-1][0])
+        if count >= _BATCH:
+            yield from _wanted_still(held, wanted)
+            held, count = [], 0
+    if count:
+        yield from _wanted_still(held, wanted)
 
 
-def _partition_join(
-    rows: Any, sizes: Indices, threshold: float, wanted: Wanted, task: Task, *, links_first: bool
-) -> Iterator[Pairs]:
-    join = PartitionJoin(rows, sizes, threshold)
-    if links_first:
-        for pairs in join.in_line(wanted):
-            yield _sorted(*_near(rows, sizes, *pairs, threshold))
-    block = max(_BLOCK, math.ceil(len(sizes) / _MOST_BLOCKS))
-    for start in range(0, len(sizes), block):
-        end = min(start + block, len(sizes))
-        found = [_near(rows, sizes, *pairs, threshold) for pairs in join.candidates(start, end, wanted)]
-        if found:
-            first, second, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
-            _, once = np.unique(first * len(sizes) + second, return_index=True)
-            yield _sorted(first[once], second[once], similarity[once])
-        task.advance(end - start)
+def _wanted_still(held: Sequence[tuple[Indices, Indices]], wanted: Wanted) -> Iterator[tuple[Indices, Indices]]:
+    """What is held, in batches of like size; of each only what its turn finds wanted."""
+    first, second = (np.concatenate(parts) for parts in zip(*held, strict=True))
+    for start in range(0, len(first), _BATCH):
+        a, b = first[start : start + _BATCH], second[start : start + _BATCH]
+        ask = wanted(a, b)
+        yield np.maximum(a, b)[ask], np.minimum(a, b)[ask]
 
 
-def _near(
+def verified(
     rows: Any, sizes: Indices, first: Indices, second: Indices, threshold: float
 ) -> tuple[Indices, Indices, Similarities]:
     """Those of the pairs that are at or above the threshold."""
@@ -118,11 +254,6 @@ def _near(
     similarity = shared / (sizes[first] + sizes[second] - shared)
     near = similarity >= threshold
     return first[near], second[near], similarity[near]
-
-
-def _sorted(first: Indices, second: Indices, similarity: Similarities) -> Pairs:
-    order = np.lexsort((second, first))
-    return Pairs(first[order], second[order], similarity[order])
 
 
 def shingle_matrix(texts: Sequence[str]) -> Any:
@@ -136,7 +267,7 @@ def shingle_matrix(texts: Sequence[str]) -> Any:
     rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency), dtype=np.int32)
     matrix = csr_array((np.ones(len(columns), dtype=np.int32), rank[columns], ends), shape=(len(texts), len(frequency)))
     del columns
-    matrix.sum_duplicates()
+    matrix.sum_duplicates()  # sorts each row too
     matrix.data[:] = 1
     return matrix
 
@@ -179,19 +310,6 @@ def _numbered(values: npt.NDArray[Any]) -> Indices:
     used[values] = True
     numbers: Indices = (np.cumsum(used, dtype=np.int64) - 1)[values]
     return numbers
-
-
-def _cut(rows: Any, sizes: Indices, lengths: Indices) -> Any:
-    """Each row's rarest shingles, so many (``lengths``) that similar rows share enough of them.
-
-    A row of n shingles has at least o = ceil(threshold * n) of them in common with every row that is similar to it.
-    In front of the k-th rarest common one there are at most n - o that are not common, so the first n - o + k hold k
-    common ones; where two rows ask for a different k, both prefixes hold at least the smaller.
-    """
-    place = np.arange(rows.nnz) - np.repeat(rows.indptr[:-1], sizes)
-    keep = place < np.repeat(lengths, sizes)
-    ends = np.concatenate([[0], np.cumsum(np.minimum(lengths, sizes))]).astype(np.int64)
-    return csr_array((rows.data[keep], rows.indices[keep], ends), shape=rows.shape)
 
 
 def _shared(rows: Any, sizes: Indices, first: Indices, second: Indices) -> Indices:

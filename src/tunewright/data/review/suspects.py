@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from tunewright.data.examples import in_conflict
 from tunewright.data.neighbours import comparison_texts
-from tunewright.data.neighbours.partition import Mask
 from tunewright.data.neighbours.similarity import near_pairs
+from tunewright.data.neighbours.sketches import Mask
 from tunewright.data.versions import DatasetVersion, Member, short
 from tunewright.errors import UserError
 from tunewright.progress import Reporter

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tunewright.clock import now
 from tunewright.data.examples import Example, in_conflict
-from tunewright.data.splits import SPLITS
+from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions.manifest import Counts, Manifest, Mix, Settings, Source, SplitFrom
 from tunewright.data.versions.store import DatasetVersion, Member, keys_digest, members_digest
 
@@ -67,6 +67,11 @@ def _counts(members: Sequence[Member], left_out: LeftOut, near_duplicates: int) 
         mixed=sum(m.mixed for m in members),
         near_duplicates=near_duplicates,
     )
+
+
+def clusters_by_split(members: Sequence[Member]) -> dict[Split, int]:
+    """Count the clusters of each split, mix-in apart."""
+    return {split: len({m.cluster for m in members if m.split == split and not m.mixed}) for split in SPLITS}
 
 
 def renamed(members: Sequence[Member]) -> list[Member]:

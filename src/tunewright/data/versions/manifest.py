@@ -53,6 +53,11 @@ class Counts(_Record):
     mixed: int = 0
     near_duplicates: int = 0
 
+    @property
+    def domain(self) -> dict[Split, int]:
+        """How many rows each split has, mix-in apart."""
+        return {"train": self.train - self.mixed, "dev": self.dev, "test": self.test}
+
 
 class Settings(_Record):
     """The settings that decided clusters and splits, and whether inputs may have several outputs.

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunewright.adapters.registry import Adapter
-from tunewright.data.neighbours import distinctive, link
+from tunewright.data.neighbours import distinctive
+from tunewright.data.neighbours.similarity import link
 from tunewright.data.splits import join_groups
 from tunewright.data.versions import DatasetVersion
 from tunewright.disk import digest, file_digest, write_json
@@ -59,7 +60,7 @@ class Bench:
             texts: what is asked, [items].
             groups: what the file says, [items]; None where it says nothing.
         """
-        alike = link(distinctive(texts), self.project.recipe.data.similarity, self.reporter).tolist()
+        alike = link(distinctive(texts), self.project.recipe.data.similarity, self.reporter, "clustering").tolist()
         names = _joined(alike, groups)
         count = len(set(names))
         if count < len(names):
