@@ -9,7 +9,7 @@ import pytest
 from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
 
 from tunewright.data.add import AddResult, add
-from tunewright.data.review.suspects import suspects
+from tunewright.data.review.suspects import AnswerLoss, suspects
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 from tunewright.data.versions.changes import blame, diff
 from tunewright.data.versions.export import export
@@ -113,7 +113,7 @@ def test_suspects_are_rows_of_the_domain_and_blame_names_the_mix_in_s_file(tmp_p
     project = _project(tmp_path / "p", [*GENERIC, (GENERIC[0][0], "another answer")])
     _add(project, unlike_pairs(100))
     version = load_version(project.dataset)
-    assert suspects(version, Listener(), losses={m.key: 1.0 for m in version.domain})
+    assert suspects(version, Listener(), losses={m.key: AnswerLoss(1, 0) for m in version.domain})
     row = next(m for m in version.members if m.mixed)
     found = blame(project.dataset, version, row.key)
     assert found.source == "generic.jsonl"
