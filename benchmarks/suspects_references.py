@@ -43,12 +43,20 @@ def main(file: Path, inputs: int) -> None:
             print(f"{name:<34} {found:>3} of the first {most} ({found / most:.0%}), {seconds:.0f} s")
             results.append({"ranking": name, "found": found, "listed": most, "seconds": round(seconds)})
 
+        def kept_losses() -> list[str]:
+            """All rows by the loss after their conversation alone, as the newest file of losses has it."""
+            newest = max((road.project.work / "losses").glob("*.json"), key=lambda file: file.stat().st_mtime)
+            losses = json.loads(newest.read_text(encoding="utf-8"))
+            return sorted(losses, key=lambda key: -losses[key]["given"])
+
         show("conflicts first", [s.key for s in conflicts(version.domain)], 0)
         for name in ("base", road.train().adapter.name):
             for call in ("", ", again"):
                 began = time.perf_counter()
                 result = road.data.suspects(name)
-                show(f"loss under {name[:10]}{call}", [s.key for s in result.suspects], time.perf_counter() - began)
+                keys = [s.key for s in result.suspects]
+                show(f"less without input, {name[:10]}{call}", keys, time.perf_counter() - began)
+            show(f"loss, {name[:10]}", kept_losses(), 0)
         print(json.dumps(results))
 
 

@@ -155,12 +155,19 @@ def test_suspects_are_listed_and_reviewed_apart(project: Path, press: list[str])
     write_jsonl(project / "more.jsonl", [{"prompt": text, "completion": "green"}])
     assert tunewright("data", "add", project / "more.jsonl", "--accept-conflicts", "-p", project).code == 0
     document = tunewright("data", "suspects", "-p", project, "--json").document
-    assert [s["reason"] for s in document["suspects"][:2]] == ["conflict", "conflict"]
-    shown = tunewright("data", "suspects", "--top", "2", "-p", project).stderr
-    assert "the same input has the answer" in shown
+    # The conflict was accepted: it is no suspect as such.
+    assert {s["reason"] for s in document["suspects"]} == {"label"}
+    lines = [json.loads(line) for line in (project / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    first = document["suspects"][0]
+    name, _, line = first["place"].partition(":")
+    asked = {"pairs.jsonl": lines, "more.jsonl": [{"prompt": text}]}[name][int(line) - 1]["prompt"]
+    assert [m.example.input_text for m in load_version(project / "dataset").members if m.key == first["key"]] == [asked]
+    shown = tunewright("data", "suspects", "--top", "2", "-p", project)
+    assert first["place"] in shown.stderr + shown.stdout
+    assert "Suspects of an earlier call with the same rows and settings" in " ".join(shown.stderr.split())
     press += "rwq"
     ran = tunewright("data", "review", "--suspects", "-p", project)
-    assert "conflict: the same input has" in ran.stderr
+    assert "label: other rows suggest" in ran.stderr
     assert _status(project) == "not reviewed"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,15 @@ def test_the_export_holds_the_texts_exactly_in_the_order_of_the_sample(project: 
         assert restored_cell(row["input"]) == example.input_text
         assert (restored_cell(row["answer"]), row["verdict"]) == (example.output, "")
     assert [row["input"] for row in rows if "1+1" in row["input"]] == ["'=1+1"]  # no formula for the spreadsheet
+
+
+def test_the_export_says_where_each_row_is_from(project: Project) -> None:
+    _, rows = _export(project)
+    lines = [json.loads(line) for line in (project.root / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    members = {m.key: m for m in load_version(project.dataset).members}
+    for row in rows:
+        name, _, line = row["from"].partition(":")
+        assert (name, lines[int(line) - 1]["prompt"]) == ("pairs.jsonl", members[row["row"]].example.input_text)
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

@@ -41,7 +41,7 @@ def data_add(
     rows: Rows = None,
     input_column: Input = None,
     output_column: Output = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out, each named.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out, listed by cause.")] = False,
     redact: Annotated[bool, typer.Option("--redact", help="Put placeholders for secrets and personal data.")] = False,
     accept_conflicts: Annotated[
         bool, typer.Option("--accept-conflicts", help="Keep inputs with different outputs, instead of refusing.")

@@ -99,7 +99,7 @@ def add(
         project: its recipe names columns, groups, system turn, similarity, shares, mix-in, benchmarks and seed.
         files: files that ``read_pairs`` reads.
         reporter: is warned of all that is left out, moved or doubtful.
-        skip_bad: leave faulty rows out, each named, instead of refusing.
+        skip_bad: leave faulty rows out, with a warning by cause, instead of refusing.
         redact: put placeholders for secrets and personal data, instead of refusing secrets.
         presidio: a spaCy model with which presidio looks for names and places too (``open_presidio``).
         message: kept with the version.
