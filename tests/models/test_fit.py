@@ -405,13 +405,13 @@ def test_the_largest_that_fits_is_the_largest(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size(text, "--gpu") == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "24", "GB", "24 apples", "-1GB", "0GB", "24GBs", "KB", "1e3GB", "inf GB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a size") as caught:
-        parse_size(text, "--gpu")
+        parse_size(text)
     assert caught.value.where == "--gpu"
 
 

@@ -41,7 +41,8 @@ def recipe_schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
     from tunewright.recipe import Recipe
 
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    with session(as_json=False) as current:
+        current.print_out(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
 
 
 @recipe_app.command("show")
