@@ -119,7 +119,7 @@ def test_ctrl_c_and_sigterm_save_the_step_first(
     assert ended.code == 130
     step = max(_whole(folder))
     assert f"Stopped at step {step} of {STEPS}, which is saved." in ended.stderr
-    assert "the same command goes on from there" in ended.stderr
+    assert "the same command resumes from there" in ended.stderr
     last = server.run("train", "-p", folder)
     assert f"Going on from step {step} of {STEPS}" in last.stderr
     assert find_adapter(folder / "adapters").digest == unkilled
@@ -135,7 +135,7 @@ def test_a_second_signal_interrupts_at_once(
     ended = command.wait()
     assert ended.code == 130
     assert "Stopped at step" not in ended.stderr  # nothing was waited for
-    assert "the same command goes on from there" in ended.stderr
+    assert "the same command resumes from there" in ended.stderr
     assert server.run("train", "-p", folder).code == 0
     assert find_adapter(folder / "adapters").digest == unkilled
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from tunewright.cli.stopping import STOPPED, stoppable
 from tunewright.errors import UserError
 from tunewright.progress import Task
 from tunewright.training import processes
@@ -33,8 +34,8 @@ FAILED = 1
 USER_ERROR = 2
 MEASURED_NO = 3
 CANT_TELL = 4
-STOPPED = 128 + signal.SIGINT
-"""As shells report what Ctrl-C ended."""
+RESUMES = "what was finished is kept, and the same command resumes from there"
+"""Of commands whose work is kept piece by piece."""
 READER_LEFT = 128 + signal.SIGPIPE
 """As shells report a command whose output nobody reads any more, such as in ``| head -1``."""
 _LOG_WIDTH = 120
@@ -240,27 +241,24 @@ class Session:
 
 
 @contextmanager
-def session(as_json: bool, project: Path | None = None, *, together: bool = False) -> Iterator[Session]:
+def session(
+    as_json: bool,
+    project: Path | None = None,
+    *,
+    together: bool = False,
+    kept: str = "nothing half done is kept; run the same command again",
+) -> Iterator[Session]:
     """Run a command: a UserError becomes one clear message and exit code 2, a stop by Ctrl-C or SIGTERM one and 130.
 
     Of the project it says at the end whether reviewers have accepted the current dataset version. With ``together``
-    the command may run in several processes at once, one of which speaks for all.
+    the command may run in several processes at once, one of which speaks for all. ``kept`` says what a stopped command
+    leaves behind and how to resume it.
     """
     current = Session(as_json=as_json)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if together:
-            processes.join()
-        elif processes.count() > 1:
-            raise UserError("this command runs in one process; `train` alone runs in several", where="WORLD_SIZE")
-        try:
-            yield current
-        except typer.Exit:
-            current.tell_standing(project)
-            raise
-        current.tell_standing(project)
-        if together:
-            processes.leave()
+        with stoppable(kept, as_json=as_json, quiet=not processes.is_main()):
+            yield from _run(current, project, together=together)
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}", USER_ERROR)
     except RuntimeError as error:
@@ -269,10 +267,25 @@ def session(as_json: bool, project: Path | None = None, *, together: bool = Fals
         what = "another process of this run was lost; the same command goes on from the last checkpoint"
         _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}", FAILED)
     except KeyboardInterrupt:
-        what = "stopped; what was finished is kept, nothing half done is, and the same command goes on from there"
+        what = f"stopped; {kept}"
         _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what[0].upper()}{what[1:]}.", STOPPED)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _run(current: Session, project: Path | None, *, together: bool) -> Iterator[Session]:
+    if together:
+        processes.join()
+    elif processes.count() > 1:
+        raise UserError("this command runs in one process; `train` alone runs in several", where="WORLD_SIZE")
+    try:
+        yield current
+    except typer.Exit:
+        current.tell_standing(project)
+        raise
+    current.tell_standing(project)
+    if together:
+        processes.leave()
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -64,7 +64,8 @@ def card_named(text: str, where: str) -> Card:
     if found:
         both = " or ".join(name.replace(" ", "-").lower() for name in found)
         raise UserError(f"{text!r} is sold with different memory", where=where, fix=f"Write {both}.")
-    near = [keys[key] for key in get_close_matches(wanted, keys, n=4, cutoff=0.5)]
+    parts = [name for key, name in keys.items() if key in wanted]
+    near = [*parts, *(keys[key] for key in get_close_matches(wanted, keys, n=4, cutoff=0.5) if keys[key] not in parts)]
     raise UserError(
         f"{text!r} is neither a size of memory nor a known card",
         where=where,
