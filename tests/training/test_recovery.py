@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from forked import Command, Server
 
-from command_line import tiny_project, tunewright
+from command_line import pairs, tiny_project, tunewright, write_jsonl
+from tiny import build_base, tiny_model
 from tunewright.adapters.registry import find_adapter
 from tunewright.disk import MANIFEST, damage
 from tunewright.errors import UserError
@@ -123,6 +124,90 @@ def test_ctrl_c_and_sigterm_save_the_step_first(
     last = server.run("train", "-p", folder)
     assert f"Going on from step {step} of {STEPS}" in last.stderr
     assert find_adapter(folder / "adapters").digest == unkilled
+
+
+def _slow_evaluations(folder: Path, base: Path) -> Path:
+    """A project of 24 steps whose two evaluations answer for seconds: no answer of this base ends by itself."""
+    _project(folder, base, epochs=2)
+    recipe = folder / "tunewright.yaml"
+    recipe.write_text(
+        recipe.read_text().replace("evaluate_rows: 2", "evaluate_rows: 12").replace(
+            "evaluate:\n", "evaluate:\n  max_new_tokens: 300\n  batch_size: 1\n"
+        )
+    )
+    return folder
+
+
+def _history(folder: Path) -> list[dict[str, float]]:
+    """The run's metrics so far."""
+    files = list(folder.glob(".tunewright/training/*/metrics.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_stop_cuts_an_evaluation_off_and_resumed_run_makes_up_for_it(
+    tmp_path: Path, tiny_base_folder: Path, server: Server
+) -> None:
+    unstopped = _left_alone(_slow_evaluations(tmp_path / "unstopped", tiny_base_folder), server)
+    folder = _slow_evaluations(tmp_path / "project", tiny_base_folder)
+    for stop in range(2):  # in the evaluation after step 12, and as that is made up for
+        command = server.start("train", "-p", folder)
+        until = time.monotonic() + 120
+        reached = "Going on from step 12" if stop else "loss"
+        while reached not in command.stderr if stop else len(_history(folder)) < 12:
+            assert time.monotonic() < until, command.stderr
+            time.sleep(0.01)
+        time.sleep(0.3)
+        command.send(signal.SIGINT)
+        ended = command.wait()
+        assert ended.code == 130
+        assert "Stopping: this step is saved, and its evaluation is made when the run resumes." in ended.stderr
+        assert (f"Stopped at step 12 of 24, which is saved." in ended.stderr) or stop
+        assert [row["step"] for row in _history(folder) if "eval_loss" in row] == []
+        assert _whole(folder) == [5, 10, 12][-2:]
+    last = server.run("train", "-p", folder)
+    assert last.code == 0, last.stderr
+    assert "Going on from step 12 of 24" in last.stderr
+    adapter = find_adapter(folder / "adapters")
+    assert adapter.digest == unstopped
+    assert [epoch["step"] for epoch in adapter.lineage["training"]["epochs"]] == [12, 24]
+
+
+def test_step_that_takes_long_is_abandoned_and_the_one_before_is_saved(
+    tmp_path: Path, tiny_base_folder: Path, server: Server
+) -> None:
+    """A step of 64 passes over 1,900 tokens takes longer than a stop waits; dropout draws numbers in each of them."""
+    base = tmp_path / "base"
+    build_base(base, tiny_model("llama", hidden_size=128, intermediate_size=512))
+    rows = [{"prompt": row["prompt"], "completion": " ".join([row["prompt"]] * 80)[:1850]} for row in pairs(80)]
+
+    def project(name: str) -> Path:
+        folder = tiny_project(tmp_path / name, base)
+        write_jsonl(folder / "pairs.jsonl", rows)
+        recipe = folder / "tunewright.yaml"
+        changed = "batch_size: 64\n  micro_batch: 1\n  evaluate_rows: 0\n  dropout: 0.1\n  checkpoint_every: 50"
+        recipe.write_text(
+            recipe.read_text().replace("batch_size: 8", changed).replace("  checkpoint_every: 5\n", "")
+        )
+        assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+        return folder
+
+    unstopped = _left_alone(project("unstopped"), server)
+    folder = project("project")
+    command = server.start("train", "-p", folder)
+    until = time.monotonic() + 240
+    while not _history(folder):
+        assert time.monotonic() < until, command.stderr
+        time.sleep(0.01)
+    while not _whole(folder) or len(_history(folder)) < 2:  # the first epoch's evaluation is saved
+        assert time.monotonic() < until, command.stderr
+        time.sleep(0.01)
+    command.send(signal.SIGINT)
+    ended = command.wait()
+    assert ended.code == 130
+    assert "Stopping: the step in progress or the one before is saved." in ended.stderr
+    assert "Stopped at step 1 of 2, which is saved." in ended.stderr
+    assert server.run("train", "-p", folder).code == 0
+    assert find_adapter(folder / "adapters").digest == unstopped
 
 
 def test_a_second_signal_interrupts_at_once(

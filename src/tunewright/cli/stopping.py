@@ -7,6 +7,7 @@ would happen. The interpreter also writes each signal's number to a pipe, at onc
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -22,6 +23,8 @@ STOPPED = 128 + signal.SIGINT
 """As shells report what Ctrl-C ended."""
 PATIENCE_S = 4.0
 """For the main thread to clean up; then the process ends as it would if killed, which every command recovers from."""
+_ANNOUNCE_S = 0.2
+"""For the announcement to come before the main thread's own last words; a KeyboardInterrupt may have no signal."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -52,11 +55,16 @@ def stoppable(kept: str, *, as_json: bool, quiet: bool) -> Iterator[None]:
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     watcher = _Watcher(reading, kept, as_json=as_json, quiet=quiet)
     watcher.start()
+    stopped = False
     try:
         yield
+    except KeyboardInterrupt:
+        stopped = True
+        watcher.announced.wait(_ANNOUNCE_S)
+        raise
     finally:
         # Of a stopped command the interpreter's own end is watched too: it joins threads and ends servers.
-        if not (watcher.asked and _alone):
+        if not (stopped and _alone):
             signal.set_wakeup_fd(before)
             os.close(writing)  # the watcher reads the end of the pipe
             watcher.join()
@@ -72,10 +80,11 @@ class _Watcher(threading.Thread):
         self.quiet = quiet
         self.asked = 0
         """Signals so far."""
+        self.announced = threading.Event()
 
     def run(self) -> None:
         """Read signals until the pipe is closed."""
-        until = 0.0
+        until = math.inf
         while True:
             ready, _, _ = select.select([self.reading], [], [], 0.1 if self.asked else None)
             if ready:
@@ -84,7 +93,9 @@ class _Watcher(threading.Thread):
                     return
                 for _ in range(sum(number in _SIGNALS for number in numbers)):
                     self._take()
-            if not self.asked or waits_for() is not None:
+            if waits_for() is not None:
+                until = math.inf
+            elif self.asked and until == math.inf:
                 until = time.monotonic() + PATIENCE_S
             elif time.monotonic() > until:
                 self._end()
@@ -95,6 +106,7 @@ class _Watcher(threading.Thread):
             self._end()
         elif not self.quiet:
             _say(f"Stopping: {waits_for() or self.kept}. Ctrl-C again ends at once.")
+        self.announced.set()
 
     def _end(self) -> None:
         """End the process now. Its children end with it."""
