@@ -89,9 +89,9 @@ def test_second_signal_ends_command_before_its_patience_does(work: str) -> None:
         told += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE_S) == 130
-    assert process.stderr.read().endswith(
-        "Stopped at once; what was finished is kept, and the same command resumes from there.\n"
-    )
+    # A second KeyboardInterrupt in the main thread may be quicker than the watcher.
+    ended = r"Stopped( at once)?; what was finished is kept, and the same command resumes from there\.\n"
+    assert re.search(f"{ended}$", process.stderr.read())
 
 
 def test_json_is_one_document_when_second_signal_ends_command() -> None:
