@@ -151,10 +151,12 @@ def road(project: Path) -> None:
             continue
         print(f"tunewright {' '.join(words)}", flush=True)
         began, spent = time.monotonic(), cpu_of_children()
-        with subprocess.Popen([tunewright, *words], cwd=project, stderr=subprocess.PIPE, text=True) as command:
-            assert command.stderr is not None
+        with subprocess.Popen(
+            [tunewright, *words], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as command:
+            assert command.stdout is not None
             with (printed / f"{name}.txt").open("w", encoding="utf-8") as file:
-                for line in command.stderr:
+                for line in command.stdout:
                     file.write(line)
                     print(line, end="", flush=True)
         if command.returncode not in {0, *ANSWERED_NO}:

@@ -102,9 +102,9 @@ def test_it_says_who_stated_what_and_nothing_that_is_not_known(stock: Path, othe
     assert (adapter.quantize, adapter.dataset) == ("nf4", None)
     assert not {"recipe", "training", "dataset", "inputs_digest"} & lineage.keys()
     shown = tunewright("adapters", "show", "-p", other)
-    assert "dataset: not known" in shown.stderr
-    assert "not proved" in shown.stderr
-    assert tunewright("data", "where", "pairs.jsonl:1", "-p", other).stderr.startswith(f"{adapter.name}: unknown")
+    assert "dataset: not known" in shown.stdout
+    assert "not proved" in shown.stdout
+    assert tunewright("data", "where", "pairs.jsonl:1", "-p", other).stdout.startswith(f"{adapter.name}: unknown")
 
 
 def _zip(folder: Path, target: Path) -> Path:

@@ -40,9 +40,9 @@ def test_show_follows_an_adapter_to_its_rows_and_the_rows_lead_back(project: Pat
     assert ran.code == 0
     version = load_version(project / "dataset")
     train = version.examples("train")
-    assert f"{name}, made " in ran.stderr
-    assert f"dataset version {version.digest[:12]}: here, its rows as named" in ran.stderr
-    assert f"train: {len(train)} rows, trained on" in ran.stderr
+    assert f"{name}, made " in ran.stdout
+    assert f"dataset version {version.digest[:12]}: here, its rows as named" in ran.stdout
+    assert f"train: {len(train)} rows, trained on" in ran.stdout
     assert ran.stdout == ""
 
     lines = tunewright("adapters", "show", name[:8], "--rows", "-p", project).stdout.splitlines()
@@ -79,7 +79,7 @@ def test_a_dataset_version_that_is_gone_or_changed_is_said(project: Path) -> Non
     shutil.rmtree(project / "dataset")
     ran = tunewright("adapters", "show", "-p", project)
     assert ran.code == 0
-    assert "it is not here" in ran.stderr
+    assert "it is not here" in ran.stdout
 
 
 def test_a_row_that_was_taken_out_since_is_still_found_in_what_was_trained_on_it(project: Path) -> None:
@@ -187,7 +187,7 @@ def test_openssl_verifies_the_signature_with_what_the_documentation_says(project
 
 
 def test_keys_are_listed_with_whose_they_are_and_what_they_are_worth(project: Path) -> None:
-    assert "No key yet" in tunewright("keys", "list", "-p", project).stderr
+    assert "No key yet" in tunewright("keys", "list", "-p", project).stdout
     tunewright("keys", "new", "ann", "-p", project)
     public = tunewright("keys", "show", "ann", "-p", project).stdout
     assert public.startswith("-----BEGIN PUBLIC KEY-----")
@@ -199,7 +199,7 @@ def test_keys_are_listed_with_whose_they_are_and_what_they_are_worth(project: Pa
     assert tunewright("keys", "trust", "nobody", "-p", project).code == 2
     assert tunewright("keys", "revoke", "ann-laptop", "--because", " ", "-p", project).code == 2
     assert tunewright("keys", "revoke", "ann-laptop", "--because", "lost", "-p", project).code == 0
-    assert "lost" in tunewright("keys", "list", "-p", project).stderr
+    assert "lost" in tunewright("keys", "list", "-p", project).stdout
 
 
 def test_a_key_is_made_without_a_project(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_advice_is_found_done_and_the_stored_file_gives_the_same_answer(advised:
     project, ran = advised
     again = tunewright("advise", "-p", project)
     assert again.code == ran.code
-    assert "Loading" not in again.stderr and f"Answer: {ran.document['answer']}" in again.stderr
+    assert "Loading" not in again.stderr and f"Answer: {ran.document['answer']}" in again.stdout
     stored = Path(ran.document["file"])
     assert json.loads(stored.read_text()) == ran.document["advice"]
     elsewhere = tmp_path / "copied.json"

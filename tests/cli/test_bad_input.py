@@ -212,7 +212,7 @@ def test_ctrl_c_in_every_stage_loses_nothing_and_the_same_command_goes_on(
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     with pytest.MonkeyPatch.context() as monkeypatch:
         _CtrlC(monkeypatch, title, after)
-        _refused(tunewright("run", "-p", folder), "Stopped", "goes on from there", code=130)
+        _refused(tunewright("run", "-p", folder), "Stopped", "resumes from there", code=130)
     ran = tunewright("run", "-p", folder, "--json")
     assert ran.code in {0, 3, 4}
     assert ran.document["data"]["version"]["counts"]["rows"] == 120

@@ -99,7 +99,7 @@ def test_a_curve_that_is_done_is_found_done_and_its_plot_is_drawn(curved: Curved
     again = tunewright("train", "--curve", "--seeds", "2", "--force", "-p", project)
     assert again.code == code
     assert "Loading" not in again.stderr
-    assert document["reasons"][0] in again.stderr
+    assert document["reasons"][0] in again.stdout
     root = ElementTree.fromstring(Path(document["plot"]).read_text())
     text = "".join(root.itertext())
     assert "training rows" in text and "mean of 2 seeds" in text

@@ -47,7 +47,7 @@ def test_blame_tells_the_version_file_and_line_that_brought_a_row(project: Path)
     old, new = (_run(project, "blame", row) for row in ("pairs.jsonl:7", "more.jsonl:3"))
     assert (old["version"]["message"], old["source"], old["line"]) == ("first", "pairs.jsonl", 7)
     assert (new["version"]["message"], new["source"], new["line"]) == ("more", "more.jsonl", 3)
-    shown = tunewright("data", "blame", "more.jsonl:3", "-p", project).stderr
+    shown = tunewright("data", "blame", "more.jsonl:3", "-p", project).stdout
     assert "from more.jsonl:3" in shown
 
 
@@ -113,7 +113,7 @@ def test_a_flipped_byte_is_found_and_its_row_named(project: Path) -> None:
     found = _run(project, "verify", code=1)
     assert not found["ok"]
     assert any(row["key"] in damage["rows"] for damage in found["damage"])
-    assert shard.name in tunewright("data", "verify", "-p", project).stderr
+    assert shard.name in tunewright("data", "verify", "-p", project).stdout
 
 
 def test_leak_measures_every_held_out_row(project: Path) -> None:
@@ -121,7 +121,7 @@ def test_leak_measures_every_held_out_row(project: Path) -> None:
     held_out = sum(sum(document["histogram"][split]) for split in ("dev", "test"))
     assert held_out == document["held_out"] == 24
     assert all(row["similarity"] < 0.8 for row in document["nearest"])
-    assert "in a random split" in tunewright("data", "leak", "-p", project).stderr
+    assert "in a random split" in tunewright("data", "leak", "-p", project).stdout
 
 
 def test_check_of_files_lists_every_fault_with_its_code_and_mends_a_copy(project: Path, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_leak_looks_for_benchmark_items_in_training_rows(project: Path) -> None:
     [held] = [held for held in found["found"] if held["source"].endswith("items.jsonl")]
     assert (held["how"], held["mixed"]) == ("contained", False)
     assert held["row"] == _run(project, "show", "more.jsonl:1")["key"]
-    shown = tunewright("data", "leak", "--against", project / "items.jsonl", "-p", project).stderr
+    shown = tunewright("data", "leak", "--against", project / "items.jsonl", "-p", project).stdout
     assert "one of the 1 items of" in shown
     missing = _run(project, "leak", "--against", project / "nowhere.jsonl", code=2)
     assert "nowhere.jsonl" in missing["error"]["where"]
@@ -204,12 +204,12 @@ def test_show_tells_a_row_s_groups_and_the_mix_in(tmp_path: Path, tiny_base_fold
     write_jsonl(folder / "generic.jsonl", pairs(30, seed=8))
     added = _run(folder, "add", folder / "grouped.jsonl")
     assert _run(folder, "show", "grouped.jsonl:5")["groups"] == ["customer=c4"]
-    assert "customer=c4" in tunewright("data", "show", "grouped.jsonl:5", "-p", folder).stderr
+    assert "customer=c4" in tunewright("data", "show", "grouped.jsonl:5", "-p", folder).stdout
     drawn = added["version"]["mix"]["drawn"]
     lines = [tunewright("data", "show", f"generic.jsonl:{n}", "-p", folder, "--json") for n in range(1, 31)]
     shown = [ran.document for ran in lines if ran.code == 0]
     assert sum(document["mixed"] for document in shown) == drawn == 5
-    assert "mixed in" in tunewright("data", "log", "-p", folder).stderr
+    assert "mixed in" in tunewright("data", "log", "-p", folder).stdout
 
 
 def _queries(count: int, templates: int) -> list[Any]:
@@ -228,7 +228,7 @@ def test_leak_tells_output_and_template_overlap_against_chance(tmp_path: Path, t
     assert [each["how"] for each in document["overlaps"]] == ["identical", "template", "near"]
     assert (document["templates"], document["natural"], document["high"]) == (24, None, True)
     assert document["overlaps"][1]["here"] == 1
-    shown = tunewright("data", "leak", "-p", folder).stderr
+    shown = tunewright("data", "leak", "-p", folder).stdout
     assert "Test rows with the same output template in training: 100.0% here, 100.0% in a random split" in shown
 
 
@@ -241,4 +241,4 @@ def test_add_says_last_what_was_left_out_and_why(tmp_path: Path, tiny_base_folde
     )
     ran = tunewright("data", "add", folder / "pairs.jsonl", "-p", folder)
     assert ran.code == 0
-    assert "1 left out as holding a test input or a benchmark item" in " ".join(ran.stderr.split())
+    assert "1 left out as holding a test input or a benchmark item" in " ".join(ran.stdout.split())

@@ -99,7 +99,7 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
     assert evidence["noise_floor"]["changed"] == 0
     assert "Loading" not in ran.stderr, "no base in this process"
     again = tunewright("evaluate", "-p", project)
-    assert "vllm 0.32.0 (cpu, float32): evaluate.engine says so" in " ".join(again.stderr.split())
+    assert "vllm 0.32.0 (cpu, float32): evaluate.engine says so" in " ".join(again.stdout.split())
     assert "Starting vLLM" not in again.stderr
     assert tunewright("evaluate", "--dev", "-p", project, "--json").document["comparison"]["engine"]["name"] == "vllm"
     assert "engine vllm 0.32.0" in tunewright("verdict", "--markdown", "-p", project).stdout

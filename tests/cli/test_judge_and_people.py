@@ -117,10 +117,10 @@ def test_a_judge_that_sees_what_people_see_narrows_their_win_rate(heard: tuple[P
     assert helped.interval.high - helped.interval.low < alone.interval.high - alone.interval.low
     true = sum(map(_preference, ITEMS)) / len(ITEMS)
     assert helped.interval.low <= true <= helped.interval.high, "of all items, which the rater never saw"
-    assert f"people and the judge (lambda {review.powered.tuning:.2f})" in ran.stderr
+    assert f"people and the judge (lambda {review.powered.tuning:.2f})" in ran.stdout
     (agreed,) = review.agreements
     assert agreed.raters == ("ada", "judge counts-words")
-    assert f"ada and judge counts-words agree on {agreed.agreed} of 50 items" in ran.stderr
+    assert f"ada and judge counts-words agree on {agreed.agreed} of 50 items" in ran.stdout
 
 
 def _preference(item: Item) -> float:
@@ -136,7 +136,7 @@ def test_the_verdict_the_comment_and_the_report_tell_both(heard: tuple[Path, Ran
     report = tunewright("report", "-p", project)
     assert report.code == 0, report.stderr
     page = (project / "evaluations" / evidence.id / "report.html").read_text()
-    for text in (told.stderr, comment.stdout, page):
+    for text in (told.stdout, comment.stdout, page):
         assert "People, blind: 50 of 50 pairs judged" in text
         assert "with the judge" in text
         assert "counts" in text
@@ -149,7 +149,7 @@ def test_a_judge_that_only_sees_what_the_metric_sees_is_of_no_help(tmp_path: Pat
     assert evidence.review is not None and evidence.review.powered is not None
     assert evidence.review.powered.tuning == 0
     assert evidence.review.powered.win_rate.interval == evidence.review.win_rate.interval  # type: ignore[union-attr]
-    assert "people and the judge (lambda 0.00)" in ran.stderr
+    assert "people and the judge (lambda 0.00)" in ran.stdout
 
 
 def test_people_who_say_the_opposite_stop_it_although_metric_and_judge_are_for_it(tmp_path: Path) -> None:

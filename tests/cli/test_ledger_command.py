@@ -72,7 +72,7 @@ def test_the_contrast_is_declared_before_a_test_prompt_is_made(project: Path, mo
 
 
 def test_looking_again_is_no_opening_and_other_settings_are(project: Path) -> None:
-    told = tunewright("evaluate", "-p", project).stderr
+    told = tunewright("evaluate", "-p", project).stdout
     assert "The test split is opened (line 1 of ledger.jsonl). Declared: tuned against" in " ".join(told.split())
     assert tunewright("evaluate", "-p", project).code == 0
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}

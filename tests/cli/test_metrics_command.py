@@ -101,7 +101,7 @@ def test_verdict_tables_and_report_tell_of_it(project: Path) -> None:
     verdict = tunewright("verdict", "-p", project, "--json").document
     assert "tuned shared_letters " in verdict["reasons"][0]
     assert any("Left out, as they cannot be scored in both arms" in reason for reason in verdict["reasons"])
-    shown = tunewright("evaluate", "-p", project).stderr
+    shown = tunewright("evaluate", "-p", project).stdout
     for word in ("12 held-out test items", "tuned - ", "retrieved-1", "Evidence:"):
         assert word in shown
     table = _drawn(evidence)

@@ -89,8 +89,8 @@ def test_the_last_verdict_shows_the_results_and_puts_them_into_the_evidence(
     assert {**section.model_dump(mode="json"), "decision": section.decision} == ran.document
     told = _review(project, "--results", reviewer=None)
     assert told.code == 0
-    assert "tuned is preferred on 30, retrieved-4 on 0" in told.stderr
-    assert "People prefer tuned." in told.stderr
+    assert "tuned is preferred on 30, retrieved-4 on 0" in told.stdout
+    assert "People prefer tuned." in told.stdout
     assert tunewright("verdict", ID, "-p", project).code in (0, 3, 4)
 
 
@@ -116,7 +116,7 @@ def test_a_spreadsheet_goes_out_and_comes_back(project: Path, folder: Path) -> N
         table.writerows({**row, "verdict": "A"} for row in rows)
     ran = _review(project, "--import", file, reviewer="ben")
     assert "20 verdicts recorded, 0 known, 0 pairs without one; 0 notes recorded" in ran.stderr
-    assert "ben: 20 judged" in ran.stderr
+    assert "ben: 20 judged" in ran.stdout
     rows[3]["verdict"] = "perhaps"
     with file.open("w", encoding="utf-8", newline="") as out:
         table = csv.DictWriter(out, list(rows[0]))

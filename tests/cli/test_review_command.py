@@ -68,7 +68,7 @@ def test_a_pass_shows_rows_with_their_neighbours_and_counts_verdicts(project: Pa
     assert ran.code == 0
     assert "Nearest rows" in ran.stderr
     assert "'x' is no key here" in ran.stderr
-    assert "under review: 1 of 3 wrong" in ran.stderr
+    assert "under review: 1 of 3 wrong" in ran.stdout
     assert _status(project).startswith("under review: 1 of 3 wrong")
 
 
@@ -96,7 +96,7 @@ def test_an_edit_opens_the_editor_and_becomes_a_version(
     press += "eq"
     assert tunewright("data", "review", "--reviewer", "ada", "-p", project).code == 0
     ran = tunewright("data", "review", "--apply", "-m", "first look", "-p", project)
-    assert "1 answers edited in review (ada): first look" in ran.stderr
+    assert "1 answers edited in review (ada): first look" in ran.stdout
     outputs = [m.example.output for m in load_version(project / "dataset").members]
     assert outputs.count("a better answer") == 1
     assert _status(project) == "not reviewed"
@@ -135,7 +135,7 @@ def test_a_spreadsheet_goes_out_and_comes_back(project: Path) -> None:
         table.writerows({**row, "verdict": "right"} for row in rows)
     ran = tunewright("data", "review", "--import", file, "--reviewer", "ada", "-p", project)
     assert "60 verdicts recorded, 0 known, 0 rows without one" in ran.stderr
-    assert "accepted: 0 of 59 wrong, under 5% at 95%" in ran.stderr
+    assert "accepted: 0 of 59 wrong, under 5% at 95%" in ran.stdout
 
 
 def test_two_reviewers_agreement_is_told(project: Path, press: list[str]) -> None:
@@ -163,7 +163,7 @@ def test_suspects_are_listed_and_reviewed_apart(project: Path, press: list[str])
     asked = {"pairs.jsonl": lines, "more.jsonl": [{"prompt": text}]}[name][int(line) - 1]["prompt"]
     assert [m.example.input_text for m in load_version(project / "dataset").members if m.key == first["key"]] == [asked]
     shown = tunewright("data", "suspects", "--top", "2", "-p", project)
-    assert first["place"] in shown.stderr + shown.stdout
+    assert first["place"] in shown.stdout
     assert "Suspects of an earlier call with the same rows and settings" in " ".join(shown.stderr.split())
     press += "rwq"
     ran = tunewright("data", "review", "--suspects", "-p", project)

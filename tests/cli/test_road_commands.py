@@ -85,11 +85,14 @@ def test_every_stage_is_found_done_the_second_time(project: Path) -> None:
     assert after == before
 
 
-def test_json_is_one_document_and_people_read_stderr(project: Path) -> None:
+def test_result_is_on_stdout_and_progress_is_not(project: Path) -> None:
     for command in ("advise", "train", "evaluate", "verdict", "report"):
         ran = tunewright(command, "--project", project, "--json")
         assert ran.document
-        assert tunewright(command, "--project", project).stdout == ""
+        told = tunewright(command, "--project", project)
+        assert told.stdout
+        assert "not reviewed" in told.stderr
+        assert "not reviewed" not in told.stdout
 
 
 def test_the_verdict_needs_the_evidence_and_nothing_else(project: Path, tmp_path: Path) -> None:

@@ -110,13 +110,13 @@ def test_a_sweep_that_is_done_is_found_done(tmp_path: Path, tiny_base_folder: Pa
     first = tunewright("train", "--sweep", *rates, "-p", project)
     assert first.code == 0, first.stderr
     assert "compared on the dev split; test was not looked at" in first.stderr
-    assert "The recipe as it is now is not among the trials" in first.stderr
+    assert "The recipe as it is now is not among the trials" in first.stdout
     before = _ledger(project)
     again = tunewright("train", "--sweep", *rates, "--json", "-p", project)
     assert again.code == 0
     assert _ledger(project) == before
     assert "Loading" not in again.stderr
-    assert again.document["winner"] in first.stderr
+    assert again.document["winner"] in first.stdout
     assert len(again.document["trials"]) == 4
 
 

@@ -116,9 +116,9 @@ def test_people_read_what_json_says(project: Path) -> None:
     assert key.stdout.strip() not in key.stderr
     for command in (["tenant", "list"], ["tenant", "key", "list"], ["audit", "show"]):
         ran = _run(project, *command)
-        assert (ran.code, "acme" in ran.stderr, ran.stdout) == (0, True, "")
-    assert "No requests yet" in _run(project, "tenant", "usage").stderr
-    assert "Nothing has been released" in _run(project, "releases").stderr
+        assert (ran.code, "acme" in ran.stdout, ran.stderr) == (0, True, "")
+    assert "No requests yet" in _run(project, "tenant", "usage").stdout
+    assert "Nothing has been released" in _run(project, "releases").stdout
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ def test_only_an_adapter_whose_verdict_is_to_ship_is_deployed(project: Path) -> 
     assert (ran.code, "has not been evaluated" in ran.stderr) == (2, True)
     _evaluated(project, first, FAILS)
     ran = _run(project, "deploy", "courts", first.name)
-    assert (ran.code, "courts is as it was" in ran.stderr) == (3, True)
+    assert (ran.code, "courts is as it was" in ran.stdout) == (3, True)
     _evaluated(project, first, OPEN, 2)  # the newest evaluation decides
     assert _run(project, "deploy", "courts", first.name).code == 4
-    assert "Nothing has been released" in _run(project, "releases").stderr
+    assert "Nothing has been released" in _run(project, "releases").stdout
     _evaluated(project, second, SHIPS, 3)
     assert _run(project, "deploy", "courts", first.name).code == 4, "evidence on another adapter"
     done = _document(project, "deploy", "courts", second.name)
@@ -181,7 +181,7 @@ def test_what_is_forced_is_kept_with_its_reason(project: Path) -> None:
     _document(project, "deploy", "courts", second.name, "--force", "--because", "never evaluated")
     history = _document(project, "releases", "courts")["releases"]
     assert [release["grounds"]["because"] for release in history] == ["the client insists", "never evaluated"]
-    told = _run(project, "releases").stderr
+    told = _run(project, "releases").stdout
     assert "courts 1 was forced: the client insists" in told
     assert "courts 2 was forced: never evaluated" in told
     assert "the client insists" in _document(project, "audit", "show")["lines"][0]["details"]
@@ -202,7 +202,7 @@ def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
     assert _document(project, "rollback", "courts")["adapter"] == first.name
     assert _document(project, "rollback", "courts", "--to", "5")["adapter"] == second.name
     _document(project, "withdraw", "courts", "--because", "a typing mistake")
-    told = _run(project, "releases").stderr
+    told = _run(project, "releases").stdout
     assert "courts 8 was withdrawn: a typing mistake" in told
     assert _document(project, "rollback", "courts")["adapter"] == second.name
     actions = [release["action"] for release in _document(project, "releases")["releases"]]
@@ -217,7 +217,7 @@ def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
         "withdraw",
         "rollback",
     ]
-    assert "No candidate has been asked" in _run(project, "shadow", "courts").stderr
+    assert "No candidate has been asked" in _run(project, "shadow", "courts").stdout
 
 
 def test_a_changed_line_of_the_audit_is_named_with_exit_code_1(project: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_changed_line_of_the_audit_is_named_with_exit_code_1(project: Path) ->
         connection.execute(text("UPDATE audit SET subject = 'nobody' WHERE number = 2"))
     engine.dispose()
     ran = _run(project, "audit", "verify")
-    assert (ran.code, "line 2 was changed after it was written" in ran.stderr) == (1, True)
+    assert (ran.code, "line 2 was changed after it was written" in ran.stdout) == (1, True)
 
 
 def test_postgresql_by_option_or_recipe(project: Path, postgres: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_row_is_shown_by_its_key_and_by_the_line_it_came_from(project: Path) -
     assert [m["content"] for m in by_line["messages"]] == [pair["prompt"], pair["completion"]]
     for same in (by_line["key"][:10], by_line["key"][:10].upper(), f"{project}/pairs.jsonl:7", "./pairs.jsonl:7"):
         assert tunewright("data", "show", same, "-p", project, "--json").document == by_line
-    shown = tunewright("data", "show", by_line["key"][:10], "-p", project).stderr
+    shown = tunewright("data", "show", by_line["key"][:10], "-p", project).stdout
     assert pair["prompt"] in shown
     assert f"split {by_line['split']}" in shown
 
@@ -65,7 +65,7 @@ def test_tokens_are_shown_one_by_one_with_those_that_are_trained(project: Path) 
     trained = "".join(text for text, mask in zip(row["texts"], row["loss_mask"], strict=True) if mask)
     assert trained == pairs(120)[6]["completion"] + "<|im_end|>"
     assert len(row["ids"]) == len(row["texts"]) == len(row["control"])
-    shown = tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", project).stderr
+    shown = tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", project).stdout
     assert "⟦ " + " ".join(pairs(120)[6]["completion"]) + " <|im_end|> ⟧" in shown
     assert f"{len(row['ids'])} tokens, {sum(row['loss_mask'])} trained" in shown
 
@@ -113,7 +113,7 @@ def test_check_counts_every_row_and_agrees_with_what_was_trained(project: Path) 
     assert (percentiles["0"], percentiles["100"]) == (lengths[0], lengths[-1])
     assert document["splits"][0]["tokens"] == sum(lengths)
     assert lengths[len(lengths) // 2 - 1] <= percentiles["50"] <= lengths[len(lengths) // 2]
-    assert "Every row is whole" in tunewright("data", "check", "-p", project).stderr
+    assert "Every row is whole" in tunewright("data", "check", "-p", project).stdout
 
 
 def test_rows_over_the_limit_are_named_by_check_and_dropped_only_on_request(project: Path, tmp_path: Path) -> None:
@@ -173,12 +173,12 @@ def test_check_lists_the_faults_where_no_row_is_right(project: Path, tmp_path: P
     shouting = _change(project, tmp_path / "shouting", f"base: {tiny_base_folder}", f"base: {base}")
     ran = tunewright("data", "check", "-p", shouting, "--json")
     assert (ran.code, len(ran.document["faults"])) == (2, 120)
-    assert "Cannot be trained on: 120" in tunewright("data", "check", "-p", shouting).stderr
+    assert "Cannot be trained on: 120" in tunewright("data", "check", "-p", shouting).stdout
     shown = tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", shouting, "--json")
     assert "the answer's tokens read" in shown.document["rows"][0]["fault"]
     assert (
         "training would refuse this row"
-        in tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", shouting).stderr
+        in tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", shouting).stdout
     )
 
 
@@ -187,7 +187,7 @@ def test_nothing_in_a_row_reaches_the_terminal_as_a_command_to_it(tmp_path: Path
     path = write_jsonl(folder / "pairs.jsonl", [*pairs(60), {"prompt": "\x1b[31mred\u202e\x00", "completion": "x"}])
     assert tunewright("data", "add", path, "-p", folder).code == 0
     for more in ([], ["--tokens"]):
-        shown = tunewright("data", "show", "pairs.jsonl:61", *more, "-p", folder).stderr
+        shown = tunewright("data", "show", "pairs.jsonl:61", *more, "-p", folder).stdout
         assert "<U+001B>" in shown.replace(" ", "")
         assert not any(c in shown for c in "\x1b\u202e\x00")
 
@@ -198,7 +198,7 @@ def test_look_alikes_are_counted_and_trained_as_text(tmp_path: Path, tiny_base_f
     path = write_jsonl(folder / "pairs.jsonl", rows)
     assert tunewright("data", "add", path, "-p", folder).code == 0
     ran = tunewright("data", "check", "-p", folder)
-    assert (ran.code, "Text that looks like a control token, and stays text: in 30 examples" in ran.stderr) == (0, True)
+    assert (ran.code, "Text that looks like a control token, and stays text: in 30 examples" in ran.stdout) == (0, True)
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,8 @@ def test_the_command_line_pushes_to_the_endpoint_that_the_environment_names(
     assert (pushed.code, pushed.document["head"], pushed.document["rows"]) == (0, head, 60)
     pulled = tunewright("data", "pull", f"s3://{bucket}/team", "-p", two.root)
     assert pulled.code == 0
-    assert f"Copied {short(head)}: 60 new rows" in pulled.stderr
-    assert "Copied 2 verdicts (3 records of reviews)" in pulled.stderr
+    assert f"Copied {short(head)}: 60 new rows" in pulled.stdout
+    assert "Copied 2 verdicts (3 records of reviews)" in pulled.stdout
     assert load_version(two.dataset) == load_version(one.dataset)
     missing = tunewright("data", "push", "s3://not-there-2/x", "-p", one.root)
     assert (missing.code, "there is no such bucket" in missing.stderr) == (2, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ import pytest
 
 from tiny import build_base
 from tunewright.errors import UserError
+from tunewright.models import bases
 from tunewright.models.bases import Base, resolve_base
 from tunewright.progress import LogReporter
 
@@ -237,7 +239,56 @@ def test_what_the_hub_refuses_is_told(tmp_path: Path, spec: str, revision: str |
 
 
 def test_an_unreachable_hub_is_told(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{hub.server_port}"
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(UserError, match="the hub cannot be reached"):
+    with pytest.raises(UserError, match=f"org/tiny is not .* and the hub .{url}. cannot be reached: ConnectError"):
         _resolve("org/tiny", tmp_path)
+
+
+@pytest.mark.parametrize("answers", ["resolve_base", "base_config"])
+def test_hub_that_accepts_and_never_answers_is_given_up(
+    answers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        with pytest.raises(UserError, match=r"cannot be reached: (no answer within 3 s|ReadTimeout)") as caught:
+            getattr(bases, answers)("org/tiny", None, tmp_path, LogReporter())
+    assert caught.value.fix is not None
+    assert "give its folder as `base`" in caught.value.fix
+
+
+def test_hub_whose_name_is_not_resolved_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    url = "http://hub.invalid"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    with pytest.raises(UserError, match=r"the hub .http://hub\.invalid. cannot be reached"):
+        _resolve("org/tiny", tmp_path)
+
+
+def test_cached_base_is_used_in_a_new_project_when_hub_is_gone(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    first = _resolve("org/tiny", tmp_path)
+    hub.shutdown()
+    hub.server_close()
+    project = tmp_path / "other"
+    project.mkdir()
+    assert _resolve("org/tiny", project) == first
+    assert json.loads((project / "base.lock.json").read_text()) == {"org/tiny@main": COMMIT}
+
+
+def test_base_at_hand_asks_nothing_of_the_hub(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    assert bases.base_at_hand("org/tiny", None, tmp_path, LogReporter()) is None
+    first = _resolve("org/tiny", tmp_path)
+    hub.shutdown()
+    hub.server_close()
+    found = bases.base_at_hand("org/tiny", None, tmp_path, LogReporter())
+    assert found is not None
+    assert found.folder == first.folder

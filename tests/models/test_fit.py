@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tiny import tiny_model
 from tunewright.errors import UserError
+from tunewright.models.cards import card_named
 from tunewright.models.families import ATTENTION, FAMILIES
 from tunewright.models.fit import memory as fit_memory
 from tunewright.models.fit.memory import Load, Way, adapter_copies, attention_saved, layer_saved, need, weight_bytes
@@ -405,14 +406,56 @@ def test_the_largest_that_fits_is_the_largest(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size(text, "--gpu") == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "24", "GB", "24 apples", "-1GB", "0GB", "24GBs", "KB", "1e3GB", "inf GB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is not a size") as caught:
-        parse_size(text, "--gpu")
+def test_memory_at_hand_refuses_text_that_is_no_size(text: str) -> None:
+    assert parse_size(text) is None
+    with pytest.raises(UserError, match="is neither a size of memory nor a known card") as caught:
+        memory_at_hand(text)
     assert caught.value.where == "--gpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("RTX 4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("h100", "H100 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("a100-80gb", "A100 80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("Tesla T4", "T4"),
+        ("rtx_a6000", "RTX A6000"),
+        ("l40s", "L40S"),
+    ],
+)
+def test_card_named_finds_card_as_people_and_torch_write_it(text: str, name: str) -> None:
+    assert card_named(text, "--gpu").name == name
+    assert memory_at_hand(text).bytes == card_named(name, "--gpu").bytes
+
+
+def test_card_named_gives_memory_of_nvidia_smi() -> None:
+    assert card_named("RTX 4090", "--gpu").bytes == 24564 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        ("a100", "sold with different memory", "a100-40gb or a100-80gb"),
+        ("v100", "sold with different memory", "v100-16gb or v100-32gb"),
+        ("rtx 4091", "nor a known card", "RTX 4090"),
+        ("RTX 4090 Laptop GPU", "nor a known card", "RTX 4090"),
+        ("abacus", "nor a known card", "such as 24GB or 24GiB"),
+    ],
+)
+def test_card_named_refuses_unknown_name_with_near_ones(text: str, what: str, fix: str) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        card_named(text, "--gpu")
+    assert caught.value.fix is not None
+    assert fix in caught.value.fix
 
 
 def test_sizes_are_written_for_people() -> None:

@@ -133,7 +133,7 @@ def test_a_stop_comes_to_all_processes_at_one_step_and_they_go_on(
     command.send(signal.SIGTERM)
     stopped = command.wait()
     assert stopped.code == 130, stopped.stderr
-    assert stopped.stderr.count("which is saved.") == stopped.stderr.count("the same command goes on from there") == 1
+    assert stopped.stderr.count("which is saved.") == stopped.stderr.count("the same command resumes from there") == 1
     assert "Traceback" not in stopped.stderr
     went_on = server.run("train", "-p", folder, processes=2)
     assert went_on.stderr.count("Going on from step") == 1

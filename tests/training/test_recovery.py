@@ -119,10 +119,56 @@ def test_ctrl_c_and_sigterm_save_the_step_first(
     assert ended.code == 130
     step = max(_whole(folder))
     assert f"Stopped at step {step} of {STEPS}, which is saved." in ended.stderr
-    assert "the same command goes on from there" in ended.stderr
+    assert "the same command resumes from there" in ended.stderr
     last = server.run("train", "-p", folder)
     assert f"Going on from step {step} of {STEPS}" in last.stderr
     assert find_adapter(folder / "adapters").digest == unkilled
+
+
+def _slow_evaluations(folder: Path, base: Path) -> Path:
+    """A project of 24 steps whose two evaluations answer for a second: no answer of this base ends by itself."""
+    _project(folder, base, epochs=2)
+    recipe = folder / "tunewright.yaml"
+    recipe.write_text(
+        recipe.read_text()
+        .replace("evaluate_rows: 2", "evaluate_rows: 12")
+        .replace("evaluate:\n", "evaluate:\n  max_new_tokens: 100\n  batch_size: 1\n")
+    )
+    return folder
+
+
+def _history(folder: Path) -> list[dict[str, float]]:
+    """The run's metrics so far."""
+    files = list(folder.glob(".tunewright/training/*/metrics.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_stop_cuts_an_evaluation_off_and_resumed_run_makes_up_for_it(
+    tmp_path: Path, tiny_base_folder: Path, server: Server
+) -> None:
+    unstopped = _left_alone(_slow_evaluations(tmp_path / "unstopped", tiny_base_folder), server)
+    folder = _slow_evaluations(tmp_path / "project", tiny_base_folder)
+    for stop in range(2):  # in the evaluation after step 12, and as that is made up for
+        command = server.start("train", "-p", folder)
+        until = time.monotonic() + 120
+        reached = "Going on from step 12" if stop else "loss"
+        while reached not in command.stderr if stop else len(_history(folder)) < 12:
+            assert time.monotonic() < until, command.stderr
+            time.sleep(0.01)
+        time.sleep(0.3)
+        command.send(signal.SIGINT)
+        ended = command.wait()
+        assert ended.code == 130
+        assert "Stopping: this step is saved, and its evaluation is made when the run resumes." in ended.stderr
+        assert ("Stopped at step 12 of 24, which is saved." in ended.stderr) or stop
+        assert [row["step"] for row in _history(folder) if "eval_loss" in row] == []
+        assert _whole(folder) == [5, 10, 12][-2:]
+    last = server.run("train", "-p", folder)
+    assert last.code == 0, last.stderr
+    assert "Going on from step 12 of 24" in last.stderr
+    adapter = find_adapter(folder / "adapters")
+    assert adapter.digest == unstopped
+    assert [epoch["step"] for epoch in adapter.lineage["training"]["epochs"]] == [12, 24]
 
 
 def test_a_second_signal_interrupts_at_once(
@@ -135,7 +181,7 @@ def test_a_second_signal_interrupts_at_once(
     ended = command.wait()
     assert ended.code == 130
     assert "Stopped at step" not in ended.stderr  # nothing was waited for
-    assert "the same command goes on from there" in ended.stderr
+    assert "the same command resumes from there" in ended.stderr
     assert server.run("train", "-p", folder).code == 0
     assert find_adapter(folder / "adapters").digest == unkilled
 

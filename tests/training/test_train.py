@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,10 @@ from tunewright.disk import MANIFEST
 from tunewright.errors import UserError
 from tunewright.progress import LogReporter, LogTask, Task
 from tunewright.road import Road
+from tunewright.training import stopping
 from tunewright.training.rows import IGNORED, as_columns
 from tunewright.training.train import TrainResult
+from tunewright.training.trainer import Trainer
 
 
 class Interrupting(LogReporter):
@@ -96,11 +99,46 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
         _road(folder, tiny_base_folder, Interrupting(after)).train()
     assert not list((folder / "adapters").glob("*"))
     (work,) = (folder / ".tunewright" / "training").iterdir()
-    # The signal comes while a step is being reported: the next one is the last.
-    assert (work / f"checkpoint-{min(after + 1, 24)}" / MANIFEST).exists()
+    # The signal comes while a step is reported: no other one begins.
+    assert max(int(c.parent.name.split("-")[1]) for c in work.glob(f"checkpoint-*/{MANIFEST}")) == after
     resumed = _road(folder, tiny_base_folder).train()
     assert resumed.adapter.digest == unstopped.adapter.digest
     assert not work.exists()
+
+
+def test_step_that_outlasts_a_stop_is_abandoned_and_the_one_before_is_saved(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, the abandoned passes have drawn random numbers, which the resumed step draws once more."""
+
+    def road(name: str) -> Road:
+        folder = tiny_project(tmp_path / name, tiny_base_folder)
+        recipe = folder / "tunewright.yaml"
+        recipe.write_text(
+            recipe.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch: 1\n  dropout: 0.1")
+        )
+        return _road(folder, tiny_base_folder)
+
+    unstopped = road("unstopped").train()
+    stopped = road("project")
+    monkeypatch.setattr(stopping, "GRACE_S", 0.001)  # the eight passes of a step take longer anywhere
+    passes = iter(range(1, 10**6))
+    training_step = Trainer.training_step
+
+    def with_signal(self: Trainer, *arguments: Any) -> Any:
+        result = training_step(self, *arguments)
+        if next(passes) == 6 * 8 + 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "training_step", with_signal)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.train()
+    (work,) = (tmp_path / "project" / ".tunewright" / "training").iterdir()
+    assert (work / "checkpoint-6" / MANIFEST).exists()
+    assert not (work / "checkpoint-7").exists()
+    assert stopped.train().adapter.digest == unstopped.adapter.digest
 
 
 def test_the_same_inputs_are_not_trained_twice_and_another_seed_is(

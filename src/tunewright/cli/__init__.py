@@ -22,4 +22,7 @@ def commands() -> typer.Typer:
 
 def main() -> None:
     """The console script ``tunewright``."""
+    from tunewright.cli.stopping import own_process
+
+    own_process()
     commands()()

@@ -34,7 +34,8 @@ def adapters_list(project: Folder = HERE, json: Json = False) -> None:
 def adapters_show(
     adapter: Adapter = None,
     rows: Annotated[
-        bool, typer.Option("--rows", help="Also print every row it was made of on stdout: split, use and key.")
+        bool,
+        typer.Option("--rows", help="Print every row it was made of, a line each: split, use, key. The tree: stderr."),
     ] = False,
     project: Folder = HERE,
     json: Json = False,
@@ -45,9 +46,8 @@ def adapters_show(
 
     with session(json, project) as current:
         shown = tunewright.open(project, current.reporter).adapters.show(adapter)
-        current.show(shown.as_dict(rows=rows), lineage_tree(shown))
-        if rows and not json:
-            current.print_out(row_lines(shown.trace))
+        lines = row_lines(shown.trace) if rows else None
+        current.show(shown.as_dict(rows=rows), lineage_tree(shown), alone=lines)
 
 
 @adapters_app.command("verify")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
+from tunewright.cli.console import RESUMES, session
 
 
 @app.command()
@@ -35,7 +35,7 @@ def advise(
     from tunewright.project import Project
     from tunewright.road import Road
 
-    with session(json, project) as current:
+    with session(json, project, kept=RESUMES) as current:
         if stored is None:
             road = tunewright.open(project, current.reporter)
             result = road.advise(pilot=not no_pilot)

@@ -18,8 +18,8 @@ HERE = Path()
 app = typer.Typer(
     name="tunewright",
     help="Fine-tune Llama and Mistral for your domain, and prove it beat prompting.\n\n"
-    "Exit codes: 0 yes or done, 1 failed, 2 wrong usage, bad input or stopped, "
-    "3 a measured no (don't ship), 4 can't tell.",
+    "Exit codes: 0 yes or done, 1 failed, 2 wrong usage or bad input, "
+    "3 a measured no (don't ship, does not fit), 4 can't tell, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,9 +1,11 @@
-"""The terminal: progress and people's text on stderr, one JSON document on stdout where ``--json`` asks for it."""
+"""The terminal: a command's result on stdout, as text or as one JSON document; progress and notes on stderr."""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -17,7 +19,10 @@ import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
+from tunewright.cli.stopping import STOPPED, stoppable
 from tunewright.errors import UserError
 from tunewright.progress import Task
 from tunewright.training import processes
@@ -27,10 +32,56 @@ if TYPE_CHECKING:
 
 FAILED = 1
 USER_ERROR = 2
+MEASURED_NO = 3
 CANT_TELL = 4
-STOPPED = 128 + signal.SIGINT
-"""As shells report what Ctrl-C ended."""
+RESUMES = "what was finished is kept, and the same command resumes from there"
+"""Of commands whose work is kept piece by piece."""
+READER_LEFT = 128 + signal.SIGPIPE
+"""As shells report a command whose output nobody reads any more, such as in ``| head -1``."""
 _LOG_WIDTH = 120
+_PIPE_WIDTH = 10**6
+"""Columns of a pipe, where no cell may be cut and no row broken."""
+
+
+def _leave_reader() -> NoReturn:
+    """End quietly when the reader of stdout or stderr has closed it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())  # so that the interpreter's last flush has somewhere to go
+    raise SystemExit(READER_LEFT)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        _leave_reader()
+
+
+def _write(text: str) -> None:
+    try:
+        # Flushed, since `serve` runs on for long after it has printed its address.
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        _leave_reader()
+
+
+def plain_text(part: RenderableType) -> str:
+    """Return what `Session.show` prints in a pipe: no boxes, and one line for each row of a table."""
+    if isinstance(part, Table):
+        part.box = None
+        part.pad_edge = False
+        for column in part.columns:
+            column._cells = [_on_one_line(cell) for cell in column._cells]
+    console = Console(file=io.StringIO(), width=_PIPE_WIDTH, soft_wrap=True)
+    with console.capture() as captured:
+        console.print(part, markup=False, highlight=False)
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+def _on_one_line(cell: RenderableType) -> RenderableType:
+    """Return a table's cell with its line ends escaped."""
+    if isinstance(cell, Text) and "\n" in cell.plain:
+        return Text("\\n").join(cell.split("\n", allow_blank=True))
+    return cell.replace("\n", "\\n") if isinstance(cell, str) else cell
 
 
 class _BarTask:
@@ -142,7 +193,7 @@ class Session:
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         # A log has no width of its own: rows are not to be broken there.
         on_terminal = sys.stderr.isatty()
-        self.console = Console(
+        self.console = _Console(
             stderr=True,
             soft_wrap=not on_terminal,
             width=None if on_terminal else _LOG_WIDTH,
@@ -150,21 +201,29 @@ class Session:
         )
         self.reporter = ConsoleReporter(self.console)
 
-    def show(self, document: dict[str, Any], *people: RenderableType) -> None:
-        """The command's result: ``document`` where JSON was asked for, else text and tables for people."""
+    def show(self, document: dict[str, Any], *people: RenderableType, alone: str | None = None) -> None:
+        """Print the command's result on stdout: ``document`` with ``--json``, else text and tables for people.
+
+        ``alone`` is for a result that scripts read line by line: it is all of stdout, and ``people`` go to stderr.
+        """
         if not processes.is_main():
             return
         if self.as_json:
-            # Flushed, since `serve` goes on for long after it has said where.
-            print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
-            return
-        for part in people:
-            self.console.print(part, markup=False, highlight=False)
+            self.print_out(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        elif alone is not None:
+            self.print_out(alone)
+            for part in people:
+                self.console.print(part, markup=False, highlight=False)
+        elif sys.stdout.isatty():
+            for part in people:
+                _Console().print(part, markup=False, highlight=False)
+        else:
+            self.print_out("".join(map(plain_text, people)))
 
     def print_out(self, text: str) -> None:
-        """The command's result as it goes into a file or a pipe: on stdout, as it is."""
+        """Print on stdout exactly this text. Ends the command where the reader of a pipe has closed it."""
         if processes.is_main():
-            print(text, end="", flush=True)
+            _write(text)
 
     def tell_standing(self, project: Path | None) -> None:
         """Whether reviewers have accepted a project's current dataset version, if it has one."""
@@ -182,27 +241,24 @@ class Session:
 
 
 @contextmanager
-def session(as_json: bool, project: Path | None = None, *, together: bool = False) -> Iterator[Session]:
+def session(
+    as_json: bool,
+    project: Path | None = None,
+    *,
+    together: bool = False,
+    kept: str = "nothing half done is kept; run the same command again",
+) -> Iterator[Session]:
     """Run a command: a UserError becomes one clear message and exit code 2, a stop by Ctrl-C or SIGTERM one and 130.
 
     Of the project it says at the end whether reviewers have accepted the current dataset version. With ``together``
-    the command may run in several processes at once, one of which speaks for all.
+    the command may run in several processes at once, one of which speaks for all. ``kept`` says what a stopped command
+    leaves behind and how to resume it.
     """
     current = Session(as_json=as_json)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if together:
-            processes.join()
-        elif processes.count() > 1:
-            raise UserError("this command runs in one process; `train` alone runs in several", where="WORLD_SIZE")
-        try:
-            yield current
-        except typer.Exit:
-            current.tell_standing(project)
-            raise
-        current.tell_standing(project)
-        if together:
-            processes.leave()
+        with stoppable(kept, as_json=as_json, quiet=not processes.is_main()):
+            yield from _run(current, project, together=together)
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}", USER_ERROR)
     except RuntimeError as error:
@@ -211,10 +267,25 @@ def session(as_json: bool, project: Path | None = None, *, together: bool = Fals
         what = "another process of this run was lost; the same command goes on from the last checkpoint"
         _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}", FAILED)
     except KeyboardInterrupt:
-        what = "stopped; what was finished is kept, nothing half done is, and the same command goes on from there"
+        what = f"stopped; {kept}"
         _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what[0].upper()}{what[1:]}.", STOPPED)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _run(current: Session, project: Path | None, *, together: bool) -> Iterator[Session]:
+    if together:
+        processes.join()
+    elif processes.count() > 1:
+        raise UserError("this command runs in one process; `train` alone runs in several", where="WORLD_SIZE")
+    try:
+        yield current
+    except typer.Exit:
+        current.tell_standing(project)
+        raise
+    current.tell_standing(project)
+    if together:
+        processes.leave()
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -226,7 +297,7 @@ def _fail(current: Session, document: dict[str, Any], text: str, code: int) -> N
         raise typer.Exit(code)
     current.console.quiet = False
     if current.as_json:
-        print(json.dumps({"error": document}, indent=2, ensure_ascii=False))
+        _write(json.dumps({"error": document}, indent=2, ensure_ascii=False) + "\n")
     else:
         current.console.print(text, style="red", markup=False, highlight=False)
     raise typer.Exit(code)

@@ -68,7 +68,7 @@ def data_add(
     import tunewright
     from tunewright.cli.tables import version_table
 
-    with session(json, project) as current:
+    with session(json, project, kept="nothing was added; run the same command again") as current:
         result = tunewright.open(project, current.reporter).data.add(
             files,
             rows=rows,

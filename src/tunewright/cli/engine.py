@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunewright.cli.app import Json, app
-from tunewright.cli.console import session
+from tunewright.cli.console import RESUMES, session
 
 if TYPE_CHECKING:
     from tunewright.engines.vllm.environment import Environment
@@ -46,7 +46,7 @@ def install(
     from tunewright.progress import Reporter
     from tunewright.road.engines import EnginesRoad
 
-    with session(json) as current:
+    with session(json, kept=RESUMES) as current:
         reporter: Reporter = current.reporter
         made = EnginesRoad(reporter).install(name, to=to, build=build.value if build else None, torch_index=torch_index)
         current.show(made.as_dict(), _told(made))

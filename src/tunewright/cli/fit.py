@@ -1,4 +1,4 @@
-"""``fit``: what training needs of memory, before anything is loaded."""
+"""``fit``: whether training fits into memory, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
+from tunewright.cli.console import MEASURED_NO, session
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +32,12 @@ _PARTS = {
 def fit(
     gpu: Annotated[
         str | None,
-        typer.Option(help="A card's memory, such as 24GB or 80GiB.", show_default="the card or machine here"),
+        typer.Option(
+            "--gpu",
+            "--card",
+            help="A card's name or memory, such as 'RTX 4090', a100-80gb or 24GB.",
+            show_default="the card or machine here",
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -45,15 +50,17 @@ def fit(
         int | None, typer.Option(min=2, help="Tokens of each row.", show_default="the recipe's max_length")
     ] = None,
     shared: Annotated[int, typer.Option(min=0, help="Tokens at the start of each row that all rows share.")] = 0,
-    answer: Annotated[
-        int | None, typer.Option(min=1, help="Trained tokens of each row.", show_default="all but the shared")
+    trained: Annotated[
+        int | None,
+        typer.Option("--answer", min=1, help="Trained tokens of each row.", show_default="all but the shared"),
     ] = None,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
-    """What fits into memory: bytes by part, and the largest micro-batch by length, for LoRA and QLoRA.
+    """Say whether training fits into memory (exit 0) or not (3), then bytes by part and the largest micro-batches.
 
-    Arithmetic over the base's config.json; no weights are downloaded or loaded.
+    Arithmetic over the base's config.json; no weights are downloaded or loaded. Your longest row is measured where
+    the project has a dataset and the base's tokenizer is on this machine.
     """
     from tunewright.models.fit.sizes import gigabytes
     from tunewright.project import Project
@@ -61,12 +68,13 @@ def fit(
 
     with session(json) as current:
         # Not opened as a project: with --base it needs none.
-        result = Road(Project(project), current.reporter).fit(
-            gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=answer
+        result, answer = Road(Project(project), current.reporter).fit(
+            gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=trained
         )
         way = result.ways[0].way
         current.show(
-            result.as_dict(),
+            {"answer": answer.as_dict(), **result.as_dict()},
+            answer.text,
             f"{result.base}: {result.shape.parameters:,} parameters; LoRA of rank {way.rank} on "
             f"{', '.join(way.targets)}: {result.shape.adapter_parameters(way.targets, way.rank):,}\n"
             f"Memory: {gigabytes(result.memory.bytes)} ({result.memory.source})",
@@ -74,6 +82,8 @@ def fit(
             _fits_table(result),
             _plain_words(result),
         )
+        if not answer.fits:
+            raise typer.Exit(MEASURED_NO)
 
 
 def _heads(plan: Plan) -> list[str]:

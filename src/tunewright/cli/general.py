@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
+from tunewright.cli.console import RESUMES, session
 
 
 @app.command()
@@ -25,7 +25,7 @@ def general(
     import tunewright
     from tunewright.cli.general_tables import general_document, general_tables
 
-    with session(json, project) as current:
+    with session(json, project, kept=RESUMES) as current:
         result = tunewright.open(project, current.reporter).general(adapter)
         told = result.standing
         evidence = (

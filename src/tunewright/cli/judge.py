@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
+from tunewright.cli.console import RESUMES, session
 from tunewright.cli.measure import Evaluation
 
 VETOED = 3
@@ -31,7 +31,7 @@ def judge(
     from tunewright.cli.judge_tables import estimate_text, judgement_tables
     from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE
 
-    with session(json, project) as current:
+    with session(json, project, kept=RESUMES) as current:
         road = tunewright.open(project, current.reporter)
         if estimate:
             expected = road.estimate_judge(evaluation)

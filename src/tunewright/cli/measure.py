@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
+from tunewright.cli.console import RESUMES, session
 from tunewright.cli.train import Force
 
 Evaluation = Annotated[
@@ -34,7 +34,7 @@ def evaluate(
     import tunewright
     from tunewright.cli.tables import dev_tables, evidence_tables
 
-    with session(json, project) as current:
+    with session(json, project, kept=RESUMES) as current:
         road = tunewright.open(project, current.reporter)
         if dev:
             compared = road.evaluate_on_dev(adapter)
@@ -73,7 +73,7 @@ def crossfit(
     import tunewright
     from tunewright.cli.tables import evidence_tables
 
-    with session(json, project) as current:
+    with session(json, project, kept=RESUMES) as current:
         result = tunewright.open(project, current.reporter).crossfit(folds=folds, force=force)
         current.show(
             {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import Session, session
+from tunewright.cli.console import RESUMES, Session, session
 from tunewright.cli.measure import Evaluation
 from tunewright.cli.review import read_key, require_terminal
 
@@ -47,7 +47,7 @@ def review(
     from tunewright.project import Project
     from tunewright.road import Road
 
-    with session(json) as current:
+    with session(json, kept=RESUMES) as current:
         check_options(
             results=results,
             export=export is not None,

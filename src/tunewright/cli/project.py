@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
+from tunewright.cli.console import RESUMES, session
 
 recipe_app = typer.Typer(help="The recipe's schema and resolved values.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
@@ -41,7 +41,8 @@ def recipe_schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
     from tunewright.recipe import Recipe
 
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    with session(as_json=False) as current:
+        current.print_out(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
 
 
 @recipe_app.command("show")
@@ -72,7 +73,7 @@ def run(
     import tunewright
     from tunewright.cli.tables import run_document, run_tables
 
-    with session(json, project) as current:
+    with session(json, project, kept=RESUMES) as current:
         result = tunewright.open(project, current.reporter).run(force=force)
         current.show(run_document(result), *run_tables(result))
         raise typer.Exit(result.verdict.exit_code)
@@ -95,7 +96,7 @@ def demo(
     from tunewright.demo import ask_three_ways, measure_the_rest, open_demo
     from tunewright.demo_tenants import show_two_tenants
 
-    with session(json, directory) as current:
+    with session(json, directory, kept=RESUMES) as current:
         road = open_demo(directory, current.reporter)
         result = road.run()
         answered = ask_three_ways(road, result)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json
-from tunewright.cli.console import Session, session
+from tunewright.cli.console import RESUMES, Session, session
 from tunewright.cli.data import data_app
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def data_review(
     from tunewright.data.review.passes import check_options
     from tunewright.data.review.table import export_csv
 
-    with session(json) as current:
+    with session(json, kept=RESUMES) as current:
         chosen = {"--suspects": suspects, "--adapter": adapter is not None, "--second": second}
         check_options(
             {"--status": status, "--export": export is not None, "--import": import_file is not None, "--apply": apply},

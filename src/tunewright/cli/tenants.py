@@ -212,9 +212,7 @@ def _show_key(current: Session, made: NewKey, *more: str) -> None:
     """The key alone on stdout, so that a script can take it and no log gets it."""
     from tunewright.cli.tenant_tables import new_key_text
 
-    if not current.as_json:
-        current.print_out(f"{made.secret}\n")
-    current.show(made.as_dict(), new_key_text(made), *more)
+    current.show(made.as_dict(), new_key_text(made), *more, alone=f"{made.secret}\n")
 
 
 @key_app.command("revoke")

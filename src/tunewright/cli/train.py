@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import CANT_TELL, Session, session
+from tunewright.cli.console import CANT_TELL, RESUMES, Session, session
 from tunewright.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def train(
     """Train the recipe's adapter on the current dataset version. Goes on where it was stopped."""
     import tunewright
 
-    with session(json, project, together=not sweep and not curve) as current:
+    with session(json, project, together=not sweep and not curve, kept=RESUMES) as current:
         _require_use({"--minutes": minutes, "--rate": rate, "--write": write or None}, "--sweep", given=sweep)
         _require_use({"--seeds": seeds}, "--curve", given=curve)
         if sweep and curve:

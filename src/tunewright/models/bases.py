@@ -14,7 +14,7 @@ from tunewright.disk import digest, file_digest, write_json
 from tunewright.errors import UserError
 from tunewright.models.bundled import BUNDLED, bundled_folder
 from tunewright.models.families import family_of, text_config
-from tunewright.models.hub import CONSOLIDATED, hub_config, hub_folder
+from tunewright.models.hub import CONSOLIDATED, cached_folder, hub_config, hub_folder
 from tunewright.progress import Reporter
 
 INDEX = "model.safetensors.index.json"
@@ -79,6 +79,26 @@ def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter)
     if place == "bundled":
         return bundled_folder(spec.removeprefix("bundled:"), reporter) / "config.json"
     return hub_config(spec, revision, root / "base.lock.json")
+
+
+def base_at_hand(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Base | None:
+    """Return the base for reading its tokenizer, without asking the hub; None if its tokenizer is not on this machine.
+
+    Its weights may be missing, and no digests are computed.
+
+    Raises:
+        UserError: nothing there, or an unsupported family.
+    """
+    place = _place(spec, root)
+    if isinstance(place, Path):
+        folder: Path | None = place
+    elif place == "bundled":
+        folder = bundled_folder(spec.removeprefix("bundled:"), reporter)
+    else:
+        folder = cached_folder(spec, revision, root / "base.lock.json")
+    if folder is None or not any((folder / name).exists() for name in _TOKENIZERS):
+        return None
+    return Base(spec, folder, None, check_architecture(folder / "config.json"), {})
 
 
 def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ _WANTED = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 CONSOLIDATED = "consolidated"
 """Mistral's repositories hold all weights twice: in files that begin so, for its own code, and in those of
 transformers, which are the ones that are read."""
+PATIENCE_S = 3.0
+"""Seconds that the hub has for a first answer, so that a command ends within five."""
 
 
 def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter: Reporter) -> tuple[Path, str]:
@@ -31,12 +34,23 @@ def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter:
     key = _pin(repository, revision)
     pins = _pins(lock_file)
     with _refusals(repository, revision):
-        commit = str(pins.get(key) or HfApi().model_info(repository, revision=revision).sha)
-        reporter.say(f"Base {repository} at commit {commit[:12]}")
+        offline = _silence(repository, revision)
+        if offline is None:
+            commit = str(pins.get(key) or HfApi().model_info(repository, revision=revision).sha)
+        else:
+            cached = cached_folder(repository, revision, lock_file)
+            if cached is None:
+                raise _unreachable(repository, offline)
+            commit = cached.name
+        reporter.say(f"Base {repository} at commit {commit[:12]}{'' if offline is None else ', as it is cached here'}")
         with writing(Path(constants.HF_HUB_CACHE)):
             folder = Path(
                 snapshot_download(
-                    repository, revision=commit, allow_patterns=_WANTED, ignore_patterns=f"{CONSOLIDATED}*"
+                    repository,
+                    revision=commit,
+                    allow_patterns=_WANTED,
+                    ignore_patterns=f"{CONSOLIDATED}*",
+                    local_files_only=offline is not None,
                 )
             )
     if key not in pins:
@@ -51,10 +65,72 @@ def hub_config(repository: str, revision: str | None, lock_file: Path) -> Path:
         UserError: as for :func:`hub_folder`, or the repository has no such file.
     """
     from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     commit = _pins(lock_file).get(_pin(repository, revision)) or revision
     with _refusals(repository, revision), writing(Path(constants.HF_HUB_CACHE)):
-        return Path(hf_hub_download(repository, "config.json", revision=commit))
+        offline = _silence(repository, commit)
+        try:
+            return Path(
+                hf_hub_download(repository, "config.json", revision=commit, local_files_only=offline is not None)
+            )
+        except LocalEntryNotFoundError as error:
+            raise _unreachable(repository, offline or _reason(error)) from error
+
+
+def cached_folder(repository: str, revision: str | None, lock_file: Path) -> Path | None:
+    """Return the repository's folder in the hub's cache, of the pinned commit if there is one; None if it is not there.
+
+    Nothing is asked of the hub, and files may be missing.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    commit = _pins(lock_file).get(_pin(repository, revision)) or revision
+    try:
+        return Path(snapshot_download(repository, revision=commit, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _silence(repository: str, revision: str | None) -> str | None:
+    """Return why the hub gives no answer, in words; None if it answers.
+
+    The hub's own client waits and tries again for minutes. And a name that is not resolved blocks beyond any timeout,
+    so a thread asks, and is left behind if it takes too long.
+    """
+    from huggingface_hub import constants, get_session, hf_hub_url
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    url = hf_hub_url(repository, "config.json", revision=revision)
+    told: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            get_session().request("HEAD", url, timeout=PATIENCE_S, follow_redirects=False)
+            told.append(None)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is named, and no answer came
+            told.append(_reason(error))
+
+    thread = threading.Thread(target=ask, name="tunewright-hub", daemon=True)
+    thread.start()
+    thread.join(PATIENCE_S)
+    return told[0] if told else f"no answer within {PATIENCE_S:g} s"
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _unreachable(repository: str, why: str) -> UserError:
+    from huggingface_hub import constants
+
+    return UserError(
+        f"{repository} is not in the hub's cache here, and the hub ({constants.ENDPOINT}) cannot be reached: {why}",
+        where="base",
+        fix="Check the network or HF_ENDPOINT. Or download the base elsewhere and give its folder as `base`.",
+    )
 
 
 def _pin(repository: str, revision: str | None) -> str:
@@ -90,8 +166,4 @@ def _refusals(repository: str, revision: str | None) -> Iterator[None]:
     except errors.RemoteEntryNotFoundError:
         raise UserError(f"{repository} has no config.json: it holds no base", where="base") from None
     except (OSError, errors.HTTPError) as error:
-        raise UserError(
-            f"the hub cannot be reached, and {repository} is not in its cache ({type(error).__name__})",
-            where="base",
-            fix="Check the network, or download the base elsewhere and give its folder as `base`.",
-        ) from error
+        raise _unreachable(repository, _reason(error)) from error

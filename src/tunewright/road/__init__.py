@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tunewright.evaluation.general.measure import GeneralResult
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.measure import Measurement
+    from tunewright.models.fit.answer import Answer
     from tunewright.models.fit.plan import Plan
     from tunewright.serving.isolation import IsolationResult
     from tunewright.serving.service import Service
@@ -181,18 +182,21 @@ class Road(EvaluationsRoad):
         length: int | None = None,
         shared: int = 0,
         answer: int | None = None,
-    ) -> Plan:
-        """What training needs of memory, by part, and what fits: from the base's config.json alone.
+    ) -> tuple[Plan, Answer]:
+        """Return what training needs of memory, by part, and whether that fits: from the base's config.json alone.
+
+        The dataset's longest row is measured where there is a dataset and the base's tokenizer is on this machine.
 
         Args:
-            gpu: a card's memory, such as 24GB (None: of the card present, or of this machine).
+            gpu: a card's name or memory, such as RTX 4090 or 24GB (None: the card present, or this machine).
             base: another base than the project's; then no project is needed, and without one the defaults hold.
             rows, length: the micro-batch to tell of (None: the recipe's).
             shared: tokens that all rows begin with.
             answer: trained tokens of each row (None: all but the shared).
 
         Raises:
-            UserError: no such base or size, or more shared and trained tokens than a row has.
+            UserError: no such base, card or size, a base that is not supported, or more shared and trained tokens
+                than a row has.
         """
         from tunewright.road.fitting import fitting_plan
 

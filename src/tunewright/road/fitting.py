@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from tunewright.adapters.registry import list_adapters
+from tunewright.chat import open_chat
+from tunewright.data.versions import current_manifest, load_version
 from tunewright.errors import UserError
-from tunewright.models.bases import base_config, check_architecture
+from tunewright.models.bases import base_at_hand, base_config, check_architecture
 from tunewright.models.cards import unusable_card
 from tunewright.models.families import require_quantizable, require_targets
+from tunewright.models.fit.answer import Answer
+from tunewright.models.fit.answer import answer as answer_of
 from tunewright.models.fit.plan import Memory, Plan, Planned, memory_at_hand, plan
 from tunewright.models.fit.shape import Shape, read_shape
 from tunewright.models.fit.sizes import gigabytes
@@ -30,8 +34,8 @@ def fitting_plan(
     length: int | None,
     shared: int,
     answer: int | None,
-) -> Plan:
-    """The plan of `Road.fit`, which says what the arguments are."""
+) -> tuple[Plan, Answer]:
+    """Return the plan of `Road.fit`, which says what the arguments are, and whether training fits."""
     project, reporter = opened.project, opened.reporter
     memory = memory_at_hand(gpu)
     alone = base is not None and not project.has_recipe
@@ -42,18 +46,48 @@ def fitting_plan(
     settings = recipe.train
     if settings.dora:
         reporter.warn("DoRA takes more than is told here: what it needs beyond LoRA is not counted.")
-    rows = rows or settings.micro_batch or settings.batch_size
-    length = length or settings.max_length
-    if shared + (answer or 1) > length:
+    tokens = length or settings.max_length
+    if shared + (answer or 1) > tokens:
         raise UserError(
-            f"{shared:,} shared and {answer or 1:,} trained tokens are more than a row's {length:,}",
+            f"{shared:,} shared and {answer or 1:,} trained tokens are more than a row's {tokens:,}",
             where="--length",
             fix="Raise it, or lower --shared or --answer.",
         )
     config = base_config(spec, revision, project.root, reporter)
     shape = read_shape(config)
-    require_targets(settings.targets, check_architecture(config))
-    return plan(spec, shape, settings, memory, rows=rows, length=length, shared=shared, answer=answer or length)
+    architecture = check_architecture(config)
+    require_targets(settings.targets, architecture)
+    require_quantizable(settings.quantize, architecture, "train.quantize")
+    at_once = rows or settings.micro_batch or settings.batch_size
+    made = plan(spec, shape, settings, memory, rows=at_once, length=tokens, shared=shared, answer=answer or tokens)
+    longest = None if alone else _longest_row(opened, spec, revision)
+    told = answer_of(made, settings, longest, rows=rows is not None, length=length is not None)
+    return made, told
+
+
+def _longest_row(opened: OpenProject, spec: str, revision: str | None) -> int | None:
+    """Return the tokens of the longest row that training or its evaluation sees; None if that cannot be known here."""
+    project, reporter = opened.project, opened.reporter
+    if current_manifest(project.dataset) is None:
+        return None
+    unknown = "The length of your longest row is not known"
+    try:
+        base = base_at_hand(spec, revision, project.root, reporter)
+        if base is None:
+            reporter.say(f"{unknown}: the base's tokenizer is not on this machine.")
+            return None
+        chat = open_chat(base, project.recipe.chat, reporter)
+        version = load_version(project.dataset)
+        members = [member for split in ("train", "dev") for member in version.examples(split)]
+        with reporter.task("Measuring rows", len(members), "examples") as task:
+            longest = 0
+            for member in members:
+                longest = max(longest, *(len(row.ids) for row in chat.rows(member.example.messages)))
+                task.advance()
+    except UserError as error:
+        reporter.warn(f"{unknown}: {error.what}.")
+        return None
+    return longest or None
 
 
 def require_room(opened: OpenProject) -> None:

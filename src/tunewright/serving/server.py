@@ -15,6 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from tunewright.errors import UserError
+from tunewright.interrupts import handled_elsewhere
 
 DRAIN_SECONDS = 30
 _FAREWELL_SECONDS = 5
@@ -59,7 +60,8 @@ def serve(
     """
     listener = _listen(host, port)
     server = _Server(app, lambda: on_ready(_url(listener)), drain, drain_seconds, say)
-    with suppress(KeyboardInterrupt):  # uvicorn has shut down in good order and hands the signal on
+    # uvicorn has shut down in good order and hands the signal on.
+    with handled_elsewhere(), suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
         raise RuntimeError("the server ended before it was ready; its log says why")

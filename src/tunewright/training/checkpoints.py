@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import TrainerCallback
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS
@@ -36,7 +39,8 @@ _STATE = "trainer_state.json"
 class KeepCheckpoints(TrainerCallback):
     """Saves after each evaluation and on request, seals each whole checkpoint, keeps the evaluated adapters.
 
-    A step's evaluation comes before its checkpoint: a run that goes on from there has it, and never makes up for it.
+    A step's evaluation comes before its checkpoint, so that a run that resumes there has it. Only a stop cuts one off;
+    `owes_evaluation` then says so.
     """
 
     def __init__(self, work: Path, base: Base, stop: StopRequest) -> None:
@@ -44,6 +48,21 @@ class KeepCheckpoints(TrainerCallback):
         self.base = base
         self.stop = stop
         self.evaluated = False
+        self.random: dict[str, Any] = {}
+        """The random state before the step in progress."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The passes of a step begin."""
+        self.random = random_state()
+        self.stop.in_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The weights are about to change: what follows, until the next step begins, is finished in any case."""
+        self.stop.phase = "closed"
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All is saved."""
+        self.stop.phase = "free"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop after this step, if someone asked for it."""
@@ -69,6 +88,40 @@ class KeepCheckpoints(TrainerCallback):
         for old in _newest_first(self.work)[_KEPT:]:
             _remove(old)
         _let_go_of_others(self.work)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every generator that transformers keeps in a checkpoint."""
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(), "cards": cards}
+
+
+def restore_random(state: dict[str, Any]) -> None:
+    """Go back to what `random_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    if state["cards"]:
+        torch.cuda.set_rng_state_all(state["cards"])
+
+
+def owes_evaluation(checkpoint: Path, every: int) -> bool:
+    """Whether a stop cut off the evaluation that belongs to a checkpoint's step."""
+    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    step = state["global_step"]
+    evaluated = evaluations(state["log_history"])
+    due = step % every == 0 or step == state["max_steps"]
+    return due and not (evaluated and evaluated[-1].step == step)
+
+
+def add_evaluation(checkpoint: Path, state: Any, base: Base) -> None:
+    """Write ``state``, which has the evaluation that was owed, and keep the evaluated adapter; seal all of it again."""
+    if processes.is_main():
+        (checkpoint / MANIFEST).unlink()
+        state.save_to_json(str(checkpoint / _STATE))
+        _keep(checkpoint, adapter_folder(checkpoint.parent, step_of(checkpoint)), base)
+        seal(checkpoint)
+    processes.wait()
 
 
 def _let_go_of_others(work: Path) -> None:
@@ -99,6 +152,11 @@ def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
         }
         write_json(folder / CONFIG, {**config, **settled})
         seal(folder)
+
+
+def whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return (checkpoint / MANIFEST).exists()
 
 
 def whole_checkpoint(work: Path) -> Path | None:

@@ -11,12 +11,20 @@ from typing import Any, Literal
 from tunewright.adapters.registry import HISTORY
 from tunewright.chat import Tokens
 from tunewright.errors import UserError
+from tunewright.interrupts import finishing
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.progress import Reporter, Task
 from tunewright.recipe import Recipe, TrainRecipe, metric_name
 from tunewright.training import processes
-from tunewright.training.checkpoints import KeepCheckpoints, step_of, usable_checkpoint
+from tunewright.training.checkpoints import (
+    KeepCheckpoints,
+    add_evaluation,
+    owes_evaluation,
+    restore_random,
+    step_of,
+    usable_checkpoint,
+)
 from tunewright.training.choosing import evaluations, history_rows, runs_out_of_patience
 from tunewright.training.compiling import Compile, decided_in
 from tunewright.training.dev import DevTask
@@ -24,7 +32,7 @@ from tunewright.training.kernels import use_liger
 from tunewright.training.micro_batch import MicroBatch
 from tunewright.training.rows import as_columns
 from tunewright.training.sharing import Sharing, measure_sharing
-from tunewright.training.stopping import StopRequest, stop_on_signal
+from tunewright.training.stopping import stop_on_signal
 from tunewright.training.watching import Follow, FollowDev
 
 
@@ -81,25 +89,45 @@ class Run:
             stop_on_signal(until) as stop,
             self.reporter.task(f"Training {self.recipe.name}", steps, "steps") as task,
         ):
-            trainer = self._trainer(model, tokenizer, as_columns(train, replay), as_columns(dev), dev_task, stop, task)
+            keeping = KeepCheckpoints(self.work, self.base, stop)
+            trainer = self._trainer(
+                model, tokenizer, as_columns(train, replay), as_columns(dev), dev_task, keeping, task
+            )
             if checkpoint is not None:
                 done = step_of(checkpoint)
                 self.reporter.say(f"Going on from step {done} of {steps}")
                 task.advance(done)
+                if owes_evaluation(checkpoint, evaluation_interval(settings, steps)):
+                    self._make_up(trainer, checkpoint)
             began = time.monotonic()
             ended = None if checkpoint is None else _ended(checkpoint, settings.patience, until)
             if ended is not None:
                 trainer.state = ended
             else:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                _train(trainer, keeping, checkpoint)
                 self.held = trainer.bytes_held()
             seconds = time.monotonic() - began
             if until is not None and not stop.agreed():
                 _measure(trainer, checkpoint if ended else None)
-        if stop.agreed():
+        if stop.agreed() and trainer.state.global_step:
             self.reporter.say(f"Stopped at step {trainer.state.global_step} of {steps}, which is saved.")
+        if stop.asked:
             raise KeyboardInterrupt
         return history_rows(trainer.state.log_history), seconds
+
+    def _make_up(self, trainer: Any, checkpoint: Path) -> None:
+        """Make the evaluation that a stop cut off after a checkpoint's step.
+
+        Raises:
+            KeyboardInterrupt: a stop cuts it off once more.
+        """
+        from transformers import TrainerState
+
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        _load_adapter(trainer, checkpoint)
+        if not trainer.evaluate():
+            raise KeyboardInterrupt
+        add_evaluation(checkpoint, trainer.state, self.base)
 
     def how(self) -> dict[str, Any]:
         """How the rows went through the model, for the lineage."""
@@ -117,7 +145,7 @@ class Run:
         train: dict[str, list[Any]],
         dev: dict[str, list[Any]],
         dev_task: DevTask | None,
-        stop: StopRequest,
+        keeping: KeepCheckpoints,
         task: Task,
     ) -> Any:
         from datasets import Dataset
@@ -155,10 +183,11 @@ class Run:
                     model.config.get_text_config().vocab_size,
                     lambda step: trainer.rows_of_step(step),
                 ),
-                KeepCheckpoints(self.work, self.base, stop),
+                keeping,
                 FollowDev(self.recipe, self.reporter),
                 Compile(self._compile(), self.work, self.reporter),
             ],
+            stop=keeping.stop,
             dev_task=dev_task,
             micro_batch=self.micro_batch,
         )
@@ -295,14 +324,38 @@ def _ended(checkpoint: Path, patience: int | None, until: int | None) -> Any:
     return state if early or state.global_step == until else None
 
 
-def _measure(trainer: Any, checkpoint: Path | None) -> None:
-    """Measure dev where the run pauses, unless it has; with the weights of ``checkpoint``, where one is given."""
+def _train(trainer: Any, keeping: KeepCheckpoints, checkpoint: Path | None) -> None:
+    """Train to the end, or to a stop: the last whole step is then saved.
+
+    Raises:
+        KeyboardInterrupt: a stop before the first step, a second signal, or a stop of one process among several.
+    """
+    try:
+        with finishing("the step in progress or the one before is saved"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        stop = keeping.stop
+        if not stop.asked or processes.count() > 1 or not trainer.state.global_step:
+            raise
+        if stop.phase == "step":
+            restore_random(keeping.random)
+        stop.phase = "closed"
+        with finishing("the last whole step is saved"):
+            trainer.save_step_before()
+
+
+def _load_adapter(trainer: Any, checkpoint: Path) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+
+
+def _measure(trainer: Any, checkpoint: Path | None) -> None:
+    """Measure dev where the run pauses, unless it has; with the weights of ``checkpoint``, where one is given."""
     evaluated = evaluations(trainer.state.log_history)
     if evaluated and evaluated[-1].step == trainer.state.global_step:
         return
     if checkpoint is not None:
-        set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+        _load_adapter(trainer, checkpoint)
     trainer.remove_callback(FollowDev)  # which counts a run's own evaluations
     trainer.evaluate()

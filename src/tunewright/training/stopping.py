@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that let the step under way finish and be saved, and pauses after a step that was named."""
+"""Ctrl-C and SIGTERM that leave a checkpoint behind within seconds, and pauses after a step that was named."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Literal
 
-from tunewright.training.processes import any_of
+from tunewright.interrupts import finishing
+from tunewright.training import processes
+
+GRACE_S = 3.0
+"""For the step in progress to finish; a longer one is abandoned, and the step before it is saved."""
 
 
 class StopRequest:
@@ -17,6 +22,9 @@ class StopRequest:
     def __init__(self, pause_after: int | None = None) -> None:
         self.asked = False
         self.pause_after = pause_after
+        self.phase: Literal["free", "step", "closed"] = "free"
+        """What a request does: it interrupts now; after `GRACE_S`, in a step's passes; or not before the step's end,
+        as weights or files are being changed."""
 
     def after(self, step: int) -> bool:
         """Whether this step is the last one for now; all processes of the run ask after the same steps."""
@@ -24,8 +32,38 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any process of the run has been asked; all of them have to call this at the same places."""
-        self.asked = any_of(self.asked)
+        self.asked = processes.any_of(self.asked)
         return self.asked
+
+    def in_step(self) -> None:
+        """Begin the passes of a step.
+
+        Raises:
+            KeyboardInterrupt: a request came since the step before was looked after.
+        """
+        self.phase = "step"
+        self._raise_if_asked()
+
+    @contextmanager
+    def free(self, what: str) -> Iterator[None]:
+        """Let a request interrupt this block at once; ``what`` says what becomes of the run then.
+
+        Several processes have to agree on a stop, which they do after steps alone: there the block is finished.
+
+        Raises:
+            KeyboardInterrupt: now or in the block, on request.
+        """
+        before, self.phase = self.phase, "free"
+        try:
+            with finishing(what):
+                self._raise_if_asked()
+                yield
+        finally:
+            self.phase = before
+
+    def _raise_if_asked(self) -> None:
+        if self.asked and processes.count() == 1:
+            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -40,13 +78,25 @@ def stop_on_signal(pause_after: int | None = None) -> Iterator[StopRequest]:
         if request.asked:
             raise KeyboardInterrupt
         request.asked = True
+        if processes.count() > 1:
+            return
+        if request.phase == "free":
+            raise KeyboardInterrupt
+        if request.phase == "step":
+            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+
+    def abandon(_number: int, _frame: FrameType | None) -> None:
+        if request.phase == "step":
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, abandon)
     try:
         yield request
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)

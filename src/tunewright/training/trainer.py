@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from trl import SFTTrainer
 
 from tunewright.training import processes, sharded
 from tunewright.training.adapter import keep_float32
+from tunewright.training.checkpoints import whole
 from tunewright.training.choosing import DEV_METRIC
 from tunewright.training.dev import DevTask
 from tunewright.training.head import Reference, add_token_losses, token_losses_of
@@ -26,6 +28,7 @@ from tunewright.training.order import StepBatches, longest_batch, random_order
 from tunewright.training.parts import LossParts
 from tunewright.training.rows import IGNORED
 from tunewright.training.shared_prefix import PackedBatch, attention, pack
+from tunewright.training.stopping import StopRequest
 
 
 class Trainer(SFTTrainer):
@@ -38,6 +41,7 @@ class Trainer(SFTTrainer):
         dev_task: dev rows that each evaluation answers; None: the dev loss is all that is measured.
         kl: on rows whose column ``replayed`` is true the loss is the divergence from the base, so weighted; None: they
             are learnt as the others are.
+        stop: cuts off evaluations.
     """
 
     def __init__(
@@ -48,8 +52,10 @@ class Trainer(SFTTrainer):
         dev_task: DevTask | None = None,
         micro_batch: MicroBatch | None = None,
         kl: float | None = None,
+        stop: StopRequest | None = None,
         **kwargs: Any,
     ) -> None:
+        self.stop = stop or StopRequest()
         self.micro_batch = micro_batch
         self._step = -1
         self._done: list[RawRows] = []
@@ -295,15 +301,33 @@ class Trainer(SFTTrainer):
     ) -> dict[str, float]:
         """The mean loss of all trained tokens of the evaluation rows, each row counted once on however many devices.
 
-        Where dev rows are to be answered, also what the answers are worth. No random number is drawn.
+        Where dev rows are to be answered, also what the answers are worth. No random number is drawn. Nothing if a stop
+        cuts it off; the run then ends with this step's checkpoint.
         """
+        model: Any = self.model  # not as DDP wraps it: processes may have different numbers of batches here
+        was_training = model.training
+        model.eval()
+        try:
+            with self.stop.free("this step is saved, and its evaluation is made when the run resumes"):
+                metrics = self._measured(model, eval_dataset, metric_key_prefix)
+        except KeyboardInterrupt:
+            if not self.stop.asked or processes.count() > 1:
+                raise
+            self.control.should_training_stop = self.control.should_save = True
+            return {}
+        finally:
+            model.train(was_training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._told is not None:
+            self._told = time.monotonic(), self._total_train_tokens  # evaluating is no part of training's speed
+        return metrics
+
+    def _measured(self, model: Any, eval_dataset: Any, prefix: str) -> dict[str, float]:
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]["input_ids"]))
         size = self.args.per_device_eval_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        model: Any = self.model  # not as DDP wraps it: processes may have different numbers of batches here
-        was_training = model.training
-        model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         counted = 0
         with torch.no_grad(), self.compute_loss_context_manager(), sharded.keeping_step(model, self._idle_pass):
@@ -314,15 +338,16 @@ class Trainer(SFTTrainer):
                 counted += len(losses)
         both = torch.stack([total, total.new_full((), counted)])
         loss, tokens = self.accelerator.reduce(both, "sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": loss / tokens}
+        metrics = {f"{prefix}_loss": loss / tokens}
         if self.dev_task is not None:
             metrics[DEV_METRIC] = self._worth_of_answers(self.dev_task)
-        model.train(was_training)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self._told is not None:
-            self._told = time.monotonic(), self._total_train_tokens  # evaluating is no part of training's speed
         return metrics
+
+    def save_step_before(self) -> None:
+        """Save the last whole step when a stop has cut off the one after it; nothing if it has a checkpoint already."""
+        if not whole(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _worth_of_answers(self, task: DevTask) -> float:
         """The dev rows answered, each by one of the processes, and valued together."""

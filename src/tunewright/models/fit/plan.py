@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.models.cards import card_named
 from tunewright.models.fit.memory import Load, Need, Way, need
 from tunewright.models.fit.shape import Shape
 from tunewright.models.fit.sizes import gigabytes, parse_size
@@ -30,13 +31,17 @@ class Memory:
 
 
 def memory_at_hand(gpu: str | None) -> Memory:
-    """The memory of a card as ``gpu`` says (such as 24GB); else of the card present; else of this machine.
+    """Return the memory of a card that ``gpu`` names (RTX 4090, 24GB); else of the card present; else of this machine.
 
     Raises:
-        UserError: ``gpu`` is no size.
+        UserError: ``gpu`` is neither a size nor a known card.
     """
     if gpu is not None:
-        return Memory(parse_size(gpu, "--gpu"), True, f"a card with {gpu}")
+        size = parse_size(gpu)
+        if size is not None:
+            return Memory(size, True, f"a card with {gpu}")
+        card = card_named(gpu, "--gpu")
+        return Memory(card.bytes, True, f"{card.name}, {card.bytes >> 20:,} MiB in `nvidia-smi`")
     import torch
 
     if torch.cuda.is_available():
@@ -89,7 +94,13 @@ class Plan:
     memory: Memory
     asked: Load
     length: int
+    answer: int
+    """Trained tokens of a row that has them."""
     ways: tuple[Planned, ...]
+
+    def need(self, way: Way, rows: int, length: int) -> Need:
+        """Return what a micro-batch of ``rows`` rows of ``length`` tokens needs, shared and trained as was asked."""
+        return need(self.shape, way, _load(rows, length, self.asked.shared, self.answer))
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as ``--json`` prints it; bytes everywhere."""
@@ -131,11 +142,8 @@ def plan(
         answer: trained tokens of each row; of a shorter row, all that it has of its own.
     """
 
-    def load(rows: int, length: int) -> Load:
-        own = max(1, length - shared)
-        return Load(rows, min(shared, length - own), own, min(answer, own))
-
     ways = []
+    asked = _load(rows, length, shared, answer)
     # Of a mixture of experts NF4 would hold next to nothing (models.families).
     for nf4 in (False,) if shape.experts else (False, True):
         for checkpointing in (False, True):
@@ -150,15 +158,20 @@ def plan(
             )
 
             def fits(rows: int, length: int, way: Way = way) -> bool:
-                return need(shape, way, load(rows, length)).total <= memory.bytes
+                return need(shape, way, _load(rows, length, shared, answer)).total <= memory.bytes
 
             largest = {
                 each: _most(lambda n, each=each, fits=fits: fits(n, each), MOST_ROWS)  # type: ignore[misc]
                 for each in LENGTHS
             }
             longest = _most(lambda n, fits=fits: fits(1, n), 1 << 20)  # type: ignore[misc]
-            ways.append(Planned(way, need(shape, way, load(rows, length)), largest, longest))
-    return Plan(base, shape, memory, load(rows, length), length, tuple(ways))
+            ways.append(Planned(way, need(shape, way, asked), largest, longest))
+    return Plan(base, shape, memory, asked, length, answer, tuple(ways))
+
+
+def _load(rows: int, length: int, shared: int, answer: int) -> Load:
+    own = max(1, length - shared)
+    return Load(rows, min(shared, length - own), own, min(answer, own))
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import re
 
-from tunewright.errors import UserError
-
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", re.IGNORECASE)
 
 
-def parse_size(text: str, where: str) -> int:
-    """Bytes of a size such as ``24GB`` (10^9 bytes each) or ``24GiB`` (2^30).
-
-    Raises:
-        UserError: no such size, or none at all.
-    """
+def parse_size(text: str) -> int | None:
+    """Return the bytes of a size such as ``24GB`` (10^9 bytes each) or ``24GiB`` (2^30); None if it is none."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
-        raise UserError(
-            f"{text!r} is not a size of memory",
-            where=where,
-            fix="Write it like 24GB (10^9 bytes each) or 24GiB (2^30).",
-        )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    if match is None or match[2].upper() not in _UNITS:
+        return None
+    return int(float(match[1]) * _UNITS[match[2].upper()]) or None
 
 
 def gigabytes(count: int) -> str:

@@ -1,0 +1,139 @@
+"""Ctrl-C and SIGTERM, announced at once and over within seconds, whatever the main thread is busy with.
+
+Python runs a signal's handler between two bytecodes of the main thread: while that waits in a native call, nothing
+would happen. The interpreter also writes each signal's number to a pipe, at once, and a thread reads it here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from tunewright.interrupts import waits_for
+
+STOPPED = 128 + signal.SIGINT
+"""As shells report what Ctrl-C ended."""
+PATIENCE_S = 4.0
+"""For the main thread to clean up; then the process ends as it would if killed, which every command recovers from."""
+_ANNOUNCE_S = 0.2
+"""For the announcement to come before the main thread's own last words; a KeyboardInterrupt may have no signal."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+_alone = False
+_stopped = False
+
+
+def own_process() -> None:
+    """Say that this process runs one command: once that is stopped, the interpreter's own end is bounded too."""
+    global _alone
+    _alone = True
+    atexit.register(_skip_teardown)  # registered first, so it runs last
+
+
+def _skip_teardown() -> None:
+    """Leave out what the interpreter does after its exit handlers: freeing a model takes seconds."""
+    if _stopped:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(STOPPED)
+
+
+@contextmanager
+def stoppable(kept: str, *, as_json: bool, quiet: bool) -> Iterator[None]:
+    """Announce the first SIGINT or SIGTERM while the block runs, and end the process at a second or after a while.
+
+    Args:
+        kept: what remains of the work, and how to resume it.
+        as_json: the process's last words are a JSON document on stdout.
+        quiet: say nothing, as another process speaks for this one.
+    """
+    global _stopped
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watcher = _Watcher(reading, kept, as_json=as_json, quiet=quiet)
+    watcher.start()
+    stopped = False
+    try:
+        yield
+    except KeyboardInterrupt:
+        stopped = _stopped = True
+        watcher.announced.wait(_ANNOUNCE_S)
+        raise
+    finally:
+        # Of a stopped command the interpreter's own end is watched too: it joins threads and ends servers.
+        if not (stopped and _alone):
+            signal.set_wakeup_fd(before)
+            os.close(writing)  # the watcher reads the end of the pipe
+            watcher.join()
+            os.close(reading)
+
+
+class _Watcher(threading.Thread):
+    def __init__(self, reading: int, kept: str, *, as_json: bool, quiet: bool) -> None:
+        super().__init__(name="tunewright-signals", daemon=True)
+        self.reading = reading
+        self.kept = kept
+        self.as_json = as_json
+        self.quiet = quiet
+        self.asked = 0
+        """Signals so far."""
+        self.announced = threading.Event()
+
+    def run(self) -> None:
+        """Read signals until the pipe is closed."""
+        until = math.inf
+        while True:
+            ready, _, _ = select.select([self.reading], [], [], 0.1 if self.asked else None)
+            if ready:
+                numbers = os.read(self.reading, 64)
+                if not numbers:
+                    return
+                for _ in range(sum(number in _SIGNALS for number in numbers)):
+                    self._take()
+            if waits_for() is not None:
+                until = math.inf
+            elif self.asked and until == math.inf:
+                until = time.monotonic() + PATIENCE_S
+            elif time.monotonic() > until:
+                self._end()
+
+    def _take(self) -> None:
+        self.asked += 1
+        if self.asked > 1:
+            self._end()
+        elif not self.quiet:
+            _say(f"Stopping: {waits_for() or self.kept}. Ctrl-C again ends at once.")
+        self.announced.set()
+
+    def _end(self) -> None:
+        """End the process now. Its children end with it."""
+        what = f"stopped at once; {self.kept}"
+        if self.as_json and not self.quiet:
+            document = {"error": {"what": what, "where": None, "fix": None}}
+            with suppress(OSError):
+                os.write(1, f"{json.dumps(document, indent=2)}\n".encode())
+        elif not self.quiet:
+            _say(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{what[0].upper()}{what[1:]}.")
+        os._exit(STOPPED)
+
+
+def _say(text: str) -> None:
+    """Write on stderr past its buffer, whose lock the main thread may hold."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())

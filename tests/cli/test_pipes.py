@@ -1,0 +1,136 @@
+"""Results on stdout: what `| grep`, `| head` and a terminal get."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from command_line import pairs, tiny_project, tunewright, write_jsonl
+from tunewright.cli.console import plain_text
+
+LONG = "a message of many words " * 20
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path_factory.mktemp("pipes") / "project", tiny_base_folder)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-m", f"{LONG}[red]end[/]", "-p", folder).code == 0
+    return folder
+
+
+def _command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "tunewright", *map(str, arguments)]
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data", "log"),
+        ("data", "show", "pairs.jsonl:3"),
+        ("data", "blame", "pairs.jsonl:3"),
+        ("data", "where", "pairs.jsonl:3"),
+        ("data", "leak"),
+        ("data", "check"),
+        ("data", "suspects"),
+        ("data", "verify"),
+        ("adapters", "list"),
+        ("fit", "--gpu", "24GB"),
+        ("ledger",),
+        ("recipe", "show"),
+        ("releases",),
+        ("tenant", "usage"),
+        ("tenant", "list"),
+        ("audit", "show"),
+    ],
+    ids=" ".join,
+)
+def test_result_is_on_stdout_and_notes_are_on_stderr(project: Path, arguments: tuple[str, ...]) -> None:
+    ran = tunewright(*arguments, "-p", project)
+    assert ran.code == 0
+    assert ran.stdout
+    assert "not reviewed" not in ran.stdout
+    assert all(line == line.rstrip() for line in ran.stdout.splitlines())
+
+
+def test_row_of_a_table_is_one_whole_line_in_a_pipe(project: Path) -> None:
+    ran = subprocess.run(_command("data", "log", "-p", project), capture_output=True, text=True, env=ENVIRONMENT)
+    heading, row = ran.stdout.splitlines()
+    assert heading.split()[:3] == ["version", "created", "rows"]
+    assert row.endswith(f"{LONG}[red]end[/]")
+    assert "\x1b" not in ran.stdout + ran.stderr
+    assert ran.stderr.startswith("Version ")
+
+
+def test_plain_text_escapes_line_ends_in_cells() -> None:
+    table = Table(title="Two lines\nof a title")
+    table.add_column("a")
+    table.add_column("b")
+    table.add_row("one\ntwo", Text("three\n\nfour"))
+    assert plain_text(table) == "Two lines\nof a title\na         b\none\\ntwo  three\\n\\nfour\n"
+
+
+def test_terminal_gets_boxes_and_its_own_width(project: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+    ran = subprocess.run(
+        _command("data", "log", "-p", project), stdout=theirs, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    os.close(theirs)
+    screen = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert screen.startswith("┏━")
+    assert screen.rstrip().endswith("┘")
+    assert all(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) == 200 for line in screen.split("\r\n") if line)
+    assert "┃" not in ran.stderr
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+@pytest.mark.parametrize("arguments", [("data", "log"), ("data", "log", "--json"), ("recipe", "schema")], ids=" ".join)
+def test_command_ends_quietly_with_141_when_nobody_reads(
+    project: Path, arguments: tuple[str, ...], closed: str
+) -> None:
+    process = subprocess.Popen(
+        _command(*arguments, *(["-p", str(project)] if arguments[0] == "data" else [])),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    getattr(process, closed).close()
+    left = process.stderr if closed == "stdout" else process.stdout
+    told = left.read()
+    left.close()
+    says_something = closed == "stdout" or arguments[0] == "data"
+    assert process.wait(60) == (141 if says_something else 0)
+    assert "Traceback" not in told
+    assert "Exception ignored" not in told
+
+
+def test_key_alone_is_on_stdout_and_what_belongs_to_it_on_stderr(project: Path) -> None:
+    assert tunewright("tenant", "add", "acme", "-p", project).code == 0
+    ran = tunewright("tenant", "key", "add", "acme", "-p", project)
+    assert len(ran.stdout.splitlines()) == 1
+    assert "It is not shown again" in ran.stderr
+
+
+def test_confirmation_is_the_result_of_a_command_that_changes_something(project: Path) -> None:
+    more = write_jsonl(project / "more.jsonl", pairs(5, seed=9))
+    ran = tunewright("data", "add", more, "-p", project)
+    assert ran.stdout.startswith("New version ")
+    assert "5 examples added" in ran.stdout

@@ -1,0 +1,148 @@
+"""Ctrl-C and SIGTERM: announced at once, over within seconds, and what is left can be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from command_line import pairs, tunewright, write_jsonl
+
+PATIENCE_S = 60
+"""A guard against tests that hang, no expectation."""
+
+BUSY = """
+import hashlib, sys, threading, time
+
+import typer
+
+from tunewright.cli.console import RESUMES, session
+from tunewright.cli.stopping import own_process
+
+own_process()
+try:
+    with session({as_json}, kept=RESUMES):
+        {before}
+        print("busy", flush=True)
+        {work}
+except typer.Exit as end:
+    sys.exit(end.exit_code)
+"""
+NATIVE = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"
+"""Minutes in which Python gives the main thread no chance to handle a signal."""
+THREAD = "threading.Thread(target=time.sleep, args=(600,)).start()"
+"""A thread that the interpreter's end waits for."""
+
+
+def _started(work: str, *, before: str = "pass", as_json: bool = False) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY.format(before=before, work=work, as_json=as_json)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "busy\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_is_announced_and_command_exits_with_130(number: signal.Signals) -> None:
+    process = _started("time.sleep(600)")
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, stdout) == (130, "")
+    kept = "what was finished is kept, and the same command resumes from there"
+    assert stderr.split("\n\n") == [
+        f"\nStopping: {kept}. Ctrl-C again ends at once.",
+        f"Stopped; {kept}.\n",
+    ]
+
+
+@pytest.mark.parametrize(("before", "work"), [("pass", NATIVE), (THREAD, "time.sleep(600)")])
+def test_command_ends_though_its_main_thread_or_its_end_waits(before: str, work: str) -> None:
+    process = _started(work, before=before)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    assert "\nStopping: what was finished is kept" in stderr
+    assert stderr.endswith("\nStopped at once; what was finished is kept, and the same command resumes from there.\n")
+
+
+@pytest.mark.parametrize("work", [NATIVE, "\n        try: time.sleep(600)\n        finally: time.sleep(600)"])
+def test_second_signal_ends_command_before_its_patience_does(work: str) -> None:
+    process = _started(work)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    told = ""
+    while "Ctrl-C again ends at once." not in told:
+        told += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_S) == 130
+    # A second KeyboardInterrupt in the main thread may be quicker than the watcher.
+    ended = r"Stopped( at once)?; what was finished is kept, and the same command resumes from there\.\n"
+    assert re.search(f"{ended}$", process.stderr.read())
+
+
+def test_json_is_one_document_when_second_signal_ends_command() -> None:
+    process = _started(NATIVE, as_json=True)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    assert json.loads(stdout)["error"]["what"].startswith("stopped at once; what was finished is kept")
+
+
+def _stopped_on_terminal(seen: str, *arguments: str | Path) -> tuple[int, str]:
+    """Run a command on a terminal, press Ctrl-C once it shows ``seen``, and return its exit code and screen."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunewright", *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"},
+    )
+    os.close(theirs)
+    screen, pressed, until = "", False, time.monotonic() + 4 * PATIENCE_S
+    while time.monotonic() < until:
+        ready, _, _ = select.select([ours], [], [], 0.1)
+        if ready:
+            try:
+                screen += os.read(ours, 65536).decode(errors="replace")
+            except OSError:  # Linux: the other side is closed
+                break
+        if not pressed and seen in screen:
+            process.send_signal(signal.SIGINT)
+            pressed = True
+    assert pressed, screen
+    code = process.wait(PATIENCE_S)
+    os.close(ours)
+    return code, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
+
+
+def test_data_add_that_is_stopped_adds_nothing_and_says_so(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "tunewright.yaml").write_text(f"name: tiny\nbase: {tiny_base_folder}\n")
+    many = write_jsonl(folder / "many.jsonl", pairs(60_000))
+    code, screen = _stopped_on_terminal("reading", "data", "add", many, "-p", folder)
+    assert code == 130
+    told = " ".join(screen.split())
+    assert "Stopping: nothing was added; run the same command again. Ctrl-C again ends at once." in told
+    assert "Stopped; nothing was added; run the same command again." in told
+    assert "Traceback" not in screen
+    assert tunewright("data", "log", "-p", folder, "--json").document["versions"] == []
+    few = write_jsonl(folder / "few.jsonl", pairs(60))
+    assert tunewright("data", "add", few, "-p", folder, "--json").document["added"] == 60
