@@ -1,4 +1,4 @@
-"""Why not to ship, where that can be known: a pure function of the evidence and of what else is known of the project."""
+"""Why not to ship, where that can be known: a pure function of the evidence and of what the project knows besides."""
 
 from __future__ import annotations
 
@@ -99,9 +99,7 @@ def _undertrained(evidence: Evidence, known: Known) -> list[Reason]:
     if told is None:
         return []
     if last["epoch"] < 1:
-        told += (
-            f"; it ended after {last['epoch']:.2g} of an epoch, so {1 - last['epoch']:.0%} of the rows were never seen"
-        )
+        told += f"; it ended after {last['epoch']:.2g} of an epoch: {1 - last['epoch']:.0%} of the rows were never seen"
     planned = recipe.get("epochs", last["epoch"])
     wanted = max(2 * planned, 3)
     return [
@@ -140,7 +138,8 @@ def _form(evidence: Evidence, tuned: Arm, *, undertrained: bool) -> list[Reason]
     lacking = form.references - right
     if right >= _FORM_LEARNT * form.references or not _could_change(evidence, lacking):
         return []
-    told = f"{right:,} of {form.items:,} tuned answers are {form.what} ({right / form.items:.0%}); of the references {form.references:,}"
+    told = f"{right:,} of {form.items:,} tuned answers are {form.what} ({right / form.items:.0%})"
+    told += f"; of the references {form.references:,}"
     endless = tuned.truncated - form.longer
     if endless > TOLD_SHARE * tuned.items:
         told += f"; {endless:,} ran on to the token limit, where their references do not"
@@ -214,7 +213,7 @@ def _few_rows(evidence: Evidence, known: Known, *, settled: bool) -> list[Reason
             return []
         lacking = max(evidence.margin - first.difference, 0.0)
         doublings = lacking / curve.slope if curve.slope > 0 else float("inf")
-        told = f"each doubling of the {evidence.train_items:,} training rows brought {points_text(curve.slope)} points on dev"
+        told = f"each doubling of the training rows brought {points_text(curve.slope)} points on dev"
         if doublings > _MOST_DOUBLINGS:
             return []  # nobody has 32 times the rows
         needed = evidence.train_items * 2**doublings
@@ -241,8 +240,9 @@ def _enough(evidence: Evidence, mendable: Sequence[Reason], known: Known) -> lis
     if mendable or control.kind not in {"retrieved", "static"}:
         return []
     score = score_text(evidence.metric, control.score(evidence.metric).value)
+    ours = score_text(evidence.metric, tuned.score(evidence.metric).value)
     told = (
-        f"{control.name} has {score}, tuned {score_text(evidence.metric, tuned.score(evidence.metric).value)}; a call takes "
+        f"{control.name} has {score}, tuned {ours}; a call takes "
         f"{control.prompt_tokens:.0f} prompt tokens ({control.shared_tokens} of them the same in every call) "
         f"against {tuned.prompt_tokens:.0f}"
     )

@@ -209,7 +209,7 @@ class Schedule:
         }
 
     def _meeting(self, contest: Contest, advice: Advice | None, left_out: Sequence[str]) -> list[_Load]:
-        """The arms of the contest; dev's prompts stand for test's, which are not made before the opening is declared."""
+        """The arms of the contest. Dev's prompts stand for test's, which are not made before the opening."""
         measurement = self._measurement
         if advice is not None and known_evaluation(measurement, contest.adapter, advice, contest.split):
             return []
