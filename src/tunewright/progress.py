@@ -72,8 +72,10 @@ def duration(seconds: float) -> str:
 
 
 def minutes_text(seconds: float) -> str:
-    """An expected time, no finer than minutes: ``less than a minute``, ``7 minutes``, ``3.5 hours``."""
+    """An expected time, no finer than minutes: ``less than a minute``, ``about 7 minutes``, ``about 3.5 hours``."""
     if seconds < 60:
         return "less than a minute"
     minutes = round(seconds / 60)
-    return ("1 minute" if minutes == 1 else f"{minutes} minutes") if minutes < 90 else f"{seconds / 3600:.1f} hours"
+    if minutes >= 90:
+        return f"about {seconds / 3600:.1f} hours"
+    return "about 1 minute" if minutes == 1 else f"about {minutes} minutes"

@@ -133,7 +133,7 @@ class _Choice:
                 f"{len(dev)}: {', '.join(narrowing.finalists)}"
             )
             if self._schedule is not None:
-                self._schedule.expect("finalists", going_on, dev, "dev")
+                self._schedule.expect("finalists", going_on, dev, "dev", counted=len(first))
             on_all = {plan: given for plan in going_on if (given := self._answers(plan, dev)) is not None}
             arms = self._scored(dev, on_all)[1]
         if not arms:

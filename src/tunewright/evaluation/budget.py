@@ -12,7 +12,7 @@ RULE = (
     "left out first: the adapter with demonstrations or a grammar, which decides nothing; then the prompting arms with "
     "the most demonstrations, of equal numbers static before retrieved and the later before the earlier; last, other "
     "instructions and grammars zero-shot. Never left out: zero-shot, the retrieved arm with the fewest demonstrations, "
-    "tuned, any item, and arms whose answers are all there"
+    "tuned, any item, and arms that would save no time, since their answers are all there"
 )
 
 

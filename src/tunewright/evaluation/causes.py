@@ -98,8 +98,6 @@ def _undertrained(evidence: Evidence, known: Known) -> list[Reason]:
     told = _still_falling(epochs, known.history)
     if told is None:
         return []
-    if last["epoch"] < 1:
-        told += f"; it ended after {last['epoch']:.2g} of an epoch: {1 - last['epoch']:.0%} of the rows were never seen"
     planned = recipe.get("epochs", last["epoch"])
     wanted = max(2 * planned, 3)
     return [
@@ -122,12 +120,14 @@ def _still_falling(epochs: Sequence[Mapping[str, Any]], history: Sequence[Mappin
     # One evaluation says nothing of where it was going; the steps' own losses do.
     steps = [float(row["loss"]) for row in history if "loss" in row]
     if len(steps) < _FEWEST_STEPS:
-        return f"only {epochs[-1]['step']:,} steps were trained" if epochs[-1]["epoch"] < 1 else None
+        return None
     quarter = len(steps) // 4
     before, after = fmean(steps[-2 * quarter : -quarter]), fmean(steps[-quarter:])
     if after > (1 - _FALLING_STEPS) * before:
         return None
-    return f"training loss {steps[0]:.3f} at first, {before:.3f} and then {after:.3f} in the last two quarters of the steps"
+    return (
+        f"training loss {steps[0]:.3f} at first; {before:.3f}, then {after:.3f} in the last two quarters of its steps"
+    )
 
 
 def _form(evidence: Evidence, tuned: Arm, *, undertrained: bool) -> list[Reason]:

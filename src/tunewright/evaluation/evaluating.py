@@ -136,12 +136,27 @@ def _budget(measurement: Measurement) -> Budget | None:
     return None if measurement.schedule is None else measurement.schedule.budget
 
 
-def known_evaluation(
-    measurement: Measurement, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]
-) -> Path | None:
-    """Return the folder of the evaluation that these make, where it is there already."""
-    folder = _folder(measurement, _settle(measurement, adapter, advice), split)
-    return folder if (folder / EVIDENCE_FILE).exists() else None
+@dataclass(frozen=True)
+class Standing:
+    """How far an evaluation has got."""
+
+    plans: list[ArmPlan]
+    evaluated: bool
+    """Its evidence is there."""
+    opened: bool
+    """Its prompts may be made: its line is in the ledger, or it is on dev."""
+
+
+def standing_of(measurement: Measurement, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]) -> Standing:
+    """Return how far the evaluation of an adapter has got; nothing is opened.
+
+    Raises:
+        UserError: the ledger is not whole.
+    """
+    settled = _settle(measurement, adapter, advice)
+    evaluated = (_folder(measurement, settled, split) / EVIDENCE_FILE).exists()
+    opened = split == "dev" or any(o.evaluation == settled.identity for o in Ledger(measurement.folder).openings)
+    return Standing(settled.plans, evaluated, opened)
 
 
 def _folder(measurement: Measurement, settled: _Settled, split: Literal["test", "dev"]) -> Path:

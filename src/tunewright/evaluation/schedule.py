@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,7 @@ from tunewright.evaluation.advising import advice_file, first_rows, prepare
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, prompting_arms
 from tunewright.evaluation.budget import RULE, Budget
 from tunewright.evaluation.countdown import Work
-from tunewright.evaluation.evaluating import known_evaluation
+from tunewright.evaluation.evaluating import standing_of
 from tunewright.evaluation.evidence import Advice, Arm
 from tunewright.evaluation.measure import Measurement
 from tunewright.evaluation.repeats import MOST_ITEMS
@@ -119,10 +119,18 @@ class Schedule:
         members: Sequence[Member],
         split: str,
         adapter: Adapter | None = None,
+        counted: int = 0,
     ) -> None:
-        """Replace what was expected of a stage, now that its arms are known."""
+        """Replace what was expected of a stage, now that its arms are known.
+
+        Args:
+            stage: as :meth:`settle` planned it.
+            plans, members, split, adapter: the arms and the items that they answer.
+            counted: of the items, those that an earlier stage counts for each arm.
+        """
         if self._speed is not None:
-            self._plan(stage, [self._exact(plan, members, split, adapter) for plan in plans])
+            loads = [self._exact(plan, members, split, adapter) for plan in plans]
+            self._plan(stage, [replace(load, kept=max(load.kept - counted, 0)) for load in loads])
 
     def _plan(self, stage: str, loads: Sequence[_Load]) -> None:
         countdown = self._measurement.generator.countdown
@@ -209,11 +217,19 @@ class Schedule:
         }
 
     def _meeting(self, contest: Contest, advice: Advice | None, left_out: Sequence[str]) -> list[_Load]:
-        """The arms of the contest. Dev's prompts stand for test's, which are not made before the opening."""
+        """The arms of the contest; dev's prompts stand for those of a test split that has not been opened for it."""
         measurement = self._measurement
-        if advice is not None and known_evaluation(measurement, contest.adapter, advice, contest.split):
-            return []
         members = measurement.version.examples(contest.split)
+        if advice is not None:
+            standing = standing_of(measurement, contest.adapter, advice, contest.split)
+            if standing.evaluated:
+                return []
+            if standing.opened:
+                plans = [
+                    plan for plan in standing.plans if plan.kind != "tuned-retrieved" or TUNED_RETRIEVED not in left_out
+                ]
+                plans = [plan for plan in plans if plan.name not in left_out]
+                return [self._exact(plan, members, contest.split, contest.adapter) for plan in plans]
         items, on = len(members), f"on {contest.split}"
         reads = {arm.name: _read(arm) for arm in _arms(advice)} or {
             x.plan.name: x.read for x in self._entrants(left_out)
@@ -312,8 +328,10 @@ class Schedule:
                     where="--minutes",
                     fix=f"Give --minutes {math.ceil(total / 60)} or more.",
                 )
-            left_out.append(order.pop(0))
-            stages = self._stages(advice, left_out)
+            without = [*left_out, order.pop(0)]
+            fewer = self._stages(advice, without)
+            if self._total(fewer) < total:  # else its answers are all there
+                left_out, stages = without, fewer
         budget = Budget(minutes=minutes, expected=round(total / 60, 2), left_out=tuple(left_out))
         write_json(self._decision, budget.model_dump(mode="json"))
         if not left_out:
@@ -323,13 +341,12 @@ class Schedule:
 
     def _droppable(self, advice: Advice | None, stages: Mapping[str, Sequence[_Load]]) -> list[str]:
         """Arms in the order in which they are left out."""
-        meeting = [
-            load.title.removesuffix(f" on {self._contest.split}") for load in stages.get("contest", ()) if self._contest
-        ]
-        extra = [name for name in (TUNED_RETRIEVED, TUNED_CONSTRAINED.name) if name in meeting]
+        meeting = [load.plan for load in stages.get("contest", ())]
+        extra = [TUNED_RETRIEVED] if any(plan.kind == "tuned-retrieved" for plan in meeting) else []
+        extra += [TUNED_CONSTRAINED.name] if TUNED_CONSTRAINED in meeting else []
         if advice is not None:
             return extra
-        plans = [load.plan for load in self._entrants(()) if load.answers]
+        plans = [load.plan for load in self._entrants(())]
         retrieved = [plan for plan in prompting_arms(self._measurement.settings) if plan.kind == "retrieved"]
         kept = {ZERO_SHOT, *sorted(retrieved, key=lambda plan: plan.shots)[:1]}
         order = sorted(enumerate(plans), key=lambda at: (-at[1].shots, at[1].kind != "static", -at[0]))
@@ -354,15 +371,28 @@ class Schedule:
             text = f"{_arms_text(len(stages['contest']), 'arm')} on {items:,} {self._contest.split} items"
             parts.append(f"{text} and the {NOISE}" if "noise" in stages else text)
         if "pilots" in stages:
-            parts.append(f"{_arms_text(self._pilots, 'pilot')} on all dev items (their training is not counted)")
+            parts.append(f"{_arms_text(self._pilots, 'pilot')} on all dev items")
         everything = [load for loads in stages.values() for load in loads]
         kept = sum(load.kept for load in everything)
         answers = kept + sum(load.answers for load in everything)
         there = f", {kept:,} of them kept from before" if kept else ""
         return (
-            f"To answer: {'; '.join(parts)}. {answers:,} answers{there}: about {minutes_text(self._total(stages))} "
-            f"(timed: {self._speed.text})."
+            f"To answer: {'; '.join(parts)}. {answers:,} answers{there}: {minutes_text(self._total(stages))} "
+            f"(timed: {self._speed.text}).{self._not_counted(stages)}"
         )
+
+    def _not_counted(self, stages: Mapping[str, Sequence[_Load]]) -> str:
+        """What the command does besides answering, whose time is not known beforehand."""
+        besides = []
+        if (
+            self._contest is not None
+            and self._contest.split == "test"
+            and self._measurement.project.recipe.general.measures
+        ):
+            besides.append("the suites of the general section")
+        if "pilots" in stages:
+            besides.append("training the pilots")
+        return f" Not counted: {', '.join(besides)}." if besides else ""
 
 
 def _arms(advice: Advice | None) -> Sequence[Arm]:
