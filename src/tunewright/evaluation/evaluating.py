@@ -232,7 +232,9 @@ def evaluate_on_dev(measurement: Measurement, adapter: Adapter, advice: Advice) 
         return EvaluateResult(folder, load_evidence(folder), evaluated=False)
     dev = measurement.version.examples("dev")
     if measurement.schedule is not None:
-        measurement.schedule.expect("contest", settled.plans, dev, "dev", adapter)
+        # The others were counted while a prompt was chosen.
+        tuned = [plan for plan in settled.plans if plan.adapted]
+        measurement.schedule.expect("contest", tuned, dev, "dev", adapter)
     with measurement.generator.countdown.shown():
         answers = {plan.name: measurement.answers(plan, dev, "dev", adapter) for plan in settled.plans}
     scored = scored_arms(measurement.scorers, dev, answers)

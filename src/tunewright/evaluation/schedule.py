@@ -225,10 +225,9 @@ class Schedule:
             if standing.evaluated:
                 return []
             if standing.opened:
-                plans = [
-                    plan for plan in standing.plans if plan.kind != "tuned-retrieved" or TUNED_RETRIEVED not in left_out
-                ]
-                plans = [plan for plan in plans if plan.name not in left_out]
+                plans = [plan for plan in standing.plans if _budget_name(plan) not in left_out]
+                if contest.split == "dev":  # the others are answered while a prompt is chosen
+                    plans = [plan for plan in plans if plan.adapted]
                 return [self._exact(plan, members, contest.split, contest.adapter) for plan in plans]
         items, on = len(members), f"on {contest.split}"
         reads = {arm.name: _read(arm) for arm in _arms(advice)} or {
@@ -368,7 +367,8 @@ class Schedule:
         if stages.get("contest"):
             assert self._contest is not None
             items = len(self._measurement.version.examples(self._contest.split))
-            text = f"{_arms_text(len(stages['contest']), 'arm')} on {items:,} {self._contest.split} items"
+            more = "arm" if self._contest.split == "test" else "more arm"
+            text = f"{_arms_text(len(stages['contest']), more)} on {items:,} {self._contest.split} items"
             parts.append(f"{text} and the {NOISE}" if "noise" in stages else text)
         if "pilots" in stages:
             parts.append(f"{_arms_text(self._pilots, 'pilot')} on all dev items")
@@ -393,6 +393,10 @@ class Schedule:
         if "pilots" in stages:
             besides.append("training the pilots")
         return f" Not counted: {', '.join(besides)}." if besides else ""
+
+
+def _budget_name(plan: ArmPlan) -> str:
+    return TUNED_RETRIEVED if plan.kind == "tuned-retrieved" else plan.name
 
 
 def _arms(advice: Advice | None) -> Sequence[Arm]:
