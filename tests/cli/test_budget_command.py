@@ -180,19 +180,3 @@ def test_deploy_does_not_take_a_verdict_on_dev(project: Path) -> None:
     refused = tunewright("deploy", "court", adapter, "--project", project)
     assert refused.code == 2
     assert "not been evaluated on the test split, and a dev verdict is no licence to ship" in said(refused)
-
-
-def test_an_undertrained_adapter_is_told_so_with_the_next_command(project: Path) -> None:
-    assert tunewright("evaluate", "--project", project).code == 0
-    told = tunewright("verdict", "--project", project, "--json")
-    assert told.document["decision"] == "don't ship"
-    causes = {cause["what"]: cause for cause in told.document["causes"]}
-    cause = causes["Undertrained: the loss was still falling when training ended"]
-    assert "training loss" in cause["evidence"]
-    assert "train.epochs: 3 (now 1)" in cause["next"]
-    people = said(tunewright("verdict", "--project", project))
-    assert "Why, as far as it can be known" in people
-    assert cause["next"].split(",")[0] in people
-    assert tunewright("report", "--project", project).code == 0
-    report = next((project / "evaluations").glob("*/report.html")).read_text()
-    assert "Undertrained: the loss was still falling" in report
