@@ -161,17 +161,10 @@ class Generator:
                 known |= self._journalled(journal, requests, adapter, task.advance)
         return [known[digest(p)] for p in prompts]
 
-    def missing(
-        self,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int,
-        adapter: Adapter | None = None,
-        *,
-        constrained: bool = False,
-    ) -> list[Prompt]:
-        """Return the distinct prompts without a journalled answer, sorted."""
-        known = dict(read_answers(self._journal(max_new_tokens, adapter, constrained=constrained)))
-        return sorted({p for p in prompts if digest(p) not in known})
+    def kept(self, max_new_tokens: int, adapter: Adapter | None = None, *, constrained: bool = False) -> frozenset[str]:
+        """Return the digests of the prompts whose answers the journal has."""
+        journal = self._journal(max_new_tokens, adapter, constrained=constrained)
+        return frozenset(key for key, _ in read_answers(journal))
 
     def timed(
         self, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None = None
@@ -186,7 +179,7 @@ class Generator:
         self.generate(self.requests(prompts[:1], 2, adapter), adapter=adapter)
         requests = self.requests(prompts, max_new_tokens, adapter)
         journal = self._journal(max_new_tokens, adapter)
-        known = frozenset(key for key, _ in read_answers(journal))
+        known = self.kept(max_new_tokens, adapter)
         began = time.perf_counter()
         found = self._journalled(journal, requests, adapter, lambda: None, known)
         return time.perf_counter() - began, [found[digest(p)] for p in prompts]

@@ -21,6 +21,7 @@ from tunewright.evaluation.budget import RULE, Budget
 from tunewright.evaluation.countdown import Work
 from tunewright.evaluation.evaluating import standing_of
 from tunewright.evaluation.evidence import Advice, Arm
+from tunewright.evaluation.generations import Prompt
 from tunewright.evaluation.measure import Measurement
 from tunewright.evaluation.repeats import MOST_ITEMS
 from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed
@@ -86,6 +87,7 @@ class Schedule:
         self._speed: AnswerSpeed | None = None
         self._slower = 1.0
         self._loads: dict[ArmPlan, _Load | None] = {}
+        self._journals: dict[tuple[str | None, bool], frozenset[str]] = {}
         self.budget: Budget | None = None
         """None: no arm was left out."""
 
@@ -129,6 +131,7 @@ class Schedule:
             counted: of the items, those that an earlier stage counts for each arm.
         """
         if self._speed is not None:
+            self._forget()
             loads = [self._exact(plan, members, split, adapter) for plan in plans]
             self._plan(stage, [replace(load, kept=max(load.kept - counted, 0)) for load in loads])
 
@@ -182,12 +185,23 @@ class Schedule:
     def _exact(self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None) -> _Load:
         measurement = self._measurement
         prompts = sorted(set(measurement.prompts(plan, members)[0]))
-        missing = measurement.generator.missing(
-            prompts, measurement.limit, adapter if plan.adapted else None, constrained=plan.constrained
-        )
+        kept = self._kept(adapter if plan.adapted else None, constrained=plan.constrained)
+        missing = [prompt for prompt in prompts if digest(prompt) not in kept]
         shared = common_prefix(prompts[0], prompts[-1]) if len(prompts) > 1 else 0
         read = fmean(map(len, prompts)) - shared
         return _Load(f"{plan.name} on {split}", plan, len(missing), len(prompts) - len(missing), read)
+
+    def _kept(self, adapter: Adapter | None, *, constrained: bool) -> frozenset[str]:
+        key = (None if adapter is None else adapter.digest, constrained)
+        if key not in self._journals:
+            measurement = self._measurement
+            self._journals[key] = measurement.generator.kept(measurement.limit, adapter, constrained=constrained)
+        return self._journals[key]
+
+    def _forget(self) -> None:
+        """Read the journals again at the next question: there are new answers."""
+        self._loads.clear()
+        self._journals.clear()
 
     def _choosing(self, left_out: Sequence[str]) -> dict[str, list[_Load]]:
         """All entrants on the first items, then at most so many of the dearest on the rest of dev."""
@@ -259,16 +273,21 @@ class Schedule:
         """Take the kept speeds, or time two batches of dev prompts: the shortest and the longest arm's."""
         measurement = self._measurement
         first = first_rows(measurement)
-        short = measurement.prompts(ZERO_SHOT, first)[0]
-        fits = [load for load in self._entrants(()) if load.plan.shots and not load.plan.constrained]
-        long = measurement.prompts(max(fits, key=lambda load: load.read).plan, first)[0] if fits else []
-        keyed = {"dataset": measurement.version.digest, "shots": max((load.plan.shots for load in fits), default=0)}
+
+        def short() -> Sequence[Prompt]:
+            return measurement.prompts(ZERO_SHOT, first)[0]
+
+        def long() -> Sequence[Prompt]:
+            fits = [load for load in self._entrants(()) if load.plan.shots and not load.plan.constrained]
+            return measurement.prompts(max(fits, key=lambda load: load.read).plan, first)[0] if fits else []
+
+        keyed = {"dataset": measurement.version.digest, "arms": [p.name for p in prompting_arms(measurement.settings)]}
         generator, limit = measurement.generator, measurement.limit
         self._speed = answer_speed(generator, limit, short, long, keyed)
         if self._contest is not None:
             adapter = self._contest.adapter
             self._slower = adapted_factor(generator, limit, short, adapter, self._speed, keyed)
-        self._loads.clear()  # what was timed is in the journal now
+        self._forget()  # what was timed is in the journal now
 
     def _seconds(self, load: _Load) -> float:
         assert self._speed is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -21,6 +21,8 @@ from tunewright.training.shared_prefix.plan import common_prefix
 _MOST_TOKENS = 8192
 """Prompt tokens of one timed batch: some seconds on a processor."""
 _MOST_ROWS = 64
+
+Prompts = Callable[[], Sequence[Prompt]]
 
 
 class Timed(BaseModel):
@@ -75,22 +77,20 @@ def fitted(batches: Sequence[Timed]) -> tuple[float, float]:
     return float(read), float(write)
 
 
-def answer_speed(
-    generator: Generator, limit: int, short: Sequence[Prompt], long: Sequence[Prompt], keyed: object
-) -> AnswerSpeed:
+def answer_speed(generator: Generator, limit: int, short: Prompts, long: Prompts, keyed: object) -> AnswerSpeed:
     """Return the base's speed on this machine: as kept, or measured now.
 
     Args:
         generator: answers; its journal keeps what is answered here.
         limit: the longest answer in tokens.
-        short: zero-shot prompts.
-        long: prompts with demonstrations; may be empty.
+        short: makes zero-shot prompts, where there is no kept speed.
+        long: makes prompts with demonstrations; may be none.
         keyed: what else the speed depends on, such as the rows' digest.
     """
     file = _file(generator, limit, None, keyed)
     if (kept := _kept(file, AnswerSpeed)) is not None:
         return kept
-    sides = [prompts for prompts in (short, long) if prompts]
+    sides = [prompts for prompts in (short(), long()) if prompts]
     with generator.reporter.task("measuring the speed of answers", len(sides), "batches") as task:
         batches = []
         for prompts in sides:
@@ -103,13 +103,13 @@ def answer_speed(
 
 
 def adapted_factor(
-    generator: Generator, limit: int, short: Sequence[Prompt], adapter: Adapter, base: AnswerSpeed, keyed: object
+    generator: Generator, limit: int, short: Prompts, adapter: Adapter, base: AnswerSpeed, keyed: object
 ) -> float:
     """Return how many times as long an answer takes with the adapter: as kept, or measured now on zero-shot prompts."""
     file = _file(generator, limit, adapter, keyed)
     batch = _kept(file, Timed)
     if batch is None:
-        batch = _timed(generator, short, limit, adapter)
+        batch = _timed(generator, short(), limit, adapter)
         write_json(file, batch.model_dump(mode="json"))
     expected = base.seconds(batch.read, batch.written)
     return batch.seconds / expected if expected else 1.0
@@ -127,10 +127,10 @@ def _kept(file: Path, kind: type[_Kept]) -> _Kept | None:
 
 
 def _timed(generator: Generator, prompts: Sequence[Prompt], limit: int, adapter: Adapter | None) -> Timed:
-    unknown = generator.missing(prompts, limit, adapter)
-    most = min(generator.rows, _MOST_ROWS)
+    kept = generator.kept(limit, adapter)
     # What is not in the journal yet first: the time is then not spent twice.
-    chosen = [*unknown, *(p for p in dict.fromkeys(prompts) if p not in set(unknown))][:most]
+    chosen = sorted(dict.fromkeys(prompts), key=lambda prompt: digest(prompt) in kept)
+    chosen = chosen[: min(generator.rows, _MOST_ROWS)]
     while len(chosen) > 1 and sum(map(len, chosen)) > _MOST_TOKENS:
         chosen.pop()
     chosen.sort()

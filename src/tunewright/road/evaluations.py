@@ -79,7 +79,7 @@ class EvaluationsRoad:
             UserError: there is none, or it is one of the project's and the ledger is not whole.
         """
         evidence = self._evidence(evaluation)
-        return decided(evidence, known_of(self._opened.project, evidence))
+        return decided(evidence, known_of(self._opened.project, evidence, self._opened.reporter))
 
     def ledger(self) -> list[Opening]:
         """Every opening of the test split, the first one first.
@@ -98,7 +98,7 @@ class EvaluationsRoad:
         from tunewright.report.markdown import verdict_markdown
 
         evidence = self._evidence(evaluation)
-        return verdict_markdown(evidence, known_of(self._opened.project, evidence))
+        return verdict_markdown(evidence, known_of(self._opened.project, evidence, self._opened.reporter))
 
     def judge(self, evaluation: str | Path | None = None) -> JudgeResult:
         """Have the recipe's judge compare the tuned answers with the best prompting arm's (the newest by default).
@@ -143,7 +143,7 @@ class EvaluationsRoad:
             find_curve(self._opened.project.curves, evidence),
             fitting_advice(self._opened.project.advice, evidence),
         )
-        known = known_of(self._opened.project, evidence)
+        known = known_of(self._opened.project, evidence, self._opened.reporter)
         write_report(evidence, load_items(folder), history, out, curve, advice, known)
         return out
 

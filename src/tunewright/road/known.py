@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.data.review.acceptance import judge, sample_order
@@ -14,26 +16,35 @@ from tunewright.errors import UserError
 from tunewright.evaluation.causes import Known, Labels
 from tunewright.evaluation.curve import find_curve
 from tunewright.evaluation.evidence import Evidence
+from tunewright.progress import Reporter
 from tunewright.project import Project
 
+T = TypeVar("T")
 
-def known_of(project: Project, evidence: Evidence) -> Known:
-    """Return what the project has on the evaluation's adapter and data; what is not there is left out.
 
-    Raises:
-        UserError: a learning curve or advice that cannot be read.
+def known_of(project: Project, evidence: Evidence, reporter: Reporter) -> Known:
+    """Return what the project has on the evaluation's adapter and data.
+
+    What is not there is left out; what cannot be read too, with a warning: evidence is enough for a verdict.
     """
     from tunewright.advice.signals import fitting_advice
     from tunewright.advice.wording import calls_cost
 
-    advice = fitting_advice(project.advice, evidence)
+    def readable(read: Callable[[], T | None]) -> T | None:
+        try:
+            return read()
+        except UserError as error:
+            reporter.warn(f"Not looked at for the verdict's causes: {error}")
+            return None
+
+    advice = readable(lambda: fitting_advice(project.advice, evidence))
     digest = evidence.lineage.get("adapter", {}).get("digest")
     adapter = next((a for a in list_adapters(project.adapters) if a.digest == digest), None)
     even = advice.break_even if advice else None
     same_arm = even is not None and even.prompting.arm == evidence.contrasts[0].control
     return Known(
         history=adapter.history if adapter else (),
-        curve=find_curve(project.curves, evidence),
+        curve=readable(lambda: find_curve(project.curves, evidence)),
         labels=_labels(project.dataset, str(evidence.lineage.get("dataset"))),
         cost=calls_cost(even) if even is not None and same_arm else None,
     )
