@@ -74,6 +74,13 @@ def test_a_stage_that_turns_out_larger_never_moves_the_display_backwards() -> No
     assert reporter.steps[-1][1] == "100 of 100 answers, b on dev"
 
 
+def test_what_was_expected_and_did_not_come_is_dropped_with_its_stage() -> None:
+    countdown = Countdown(_Seen())
+    countdown.plan("first", [Work("guess", 10, 0, 1.0), Work("zero-shot on dev", 0, 20, 1.0)])
+    countdown.close("first", "never planned")
+    assert countdown.counts == (20, 20)
+
+
 def test_without_a_plan_each_arm_has_its_own_display() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)

@@ -51,6 +51,7 @@ def advise(measurement: Measurement) -> AdviseResult:
         prepare(measurement)
     with measurement.generator.countdown.shown():
         advice = _Choice(measurement).advice()
+    measurement.generator.countdown.close("entrants", "finalists")
     write_json(file, advice.model_dump(mode="json"))
     return AdviseResult(file, advice, measured=True)
 

@@ -56,6 +56,11 @@ class Countdown:
         """Set what a stage is expected to be, in place of what was expected before."""
         self._stages[stage] = list(works)
 
+    def close(self, *stages: str) -> None:
+        """Drop what was expected of stages that have ended and did not come; what was kept stays counted."""
+        for stage in stages:
+            self._stages[stage] = [work for work in self._stages.get(stage, ()) if not work.answers]
+
     @property
     def works(self) -> list[Work]:
         """All work that is planned and not finished."""
