@@ -21,7 +21,7 @@ FEWEST_REVIEWED = 20
 _FALLING = 0.02
 """A relative fall of the dev loss over the last evaluation that says that training was not done."""
 _FALLING_STEPS = 0.1
-"""The same of the training loss, from the third quarter of the steps to the last: it is noisier."""
+"""The same of the training loss, from the second third of the steps to the last: it is noisier."""
 _FEWEST_STEPS = 8
 _FORM_LEARNT = 0.9
 """Of the share of references with the form."""
@@ -121,12 +121,12 @@ def _still_falling(epochs: Sequence[Mapping[str, Any]], history: Sequence[Mappin
     steps = [float(row["loss"]) for row in history if "loss" in row]
     if len(steps) < _FEWEST_STEPS:
         return None
-    quarter = len(steps) // 4
-    before, after = fmean(steps[-2 * quarter : -quarter]), fmean(steps[-quarter:])
+    third = len(steps) // 3
+    before, after = fmean(steps[-2 * third : -third]), fmean(steps[-third:])
     if after > (1 - _FALLING_STEPS) * before:
         return None
     return (
-        f"training loss {steps[0]:.3f} at first; {before:.3f}, then {after:.3f} in the last two quarters of its steps"
+        f"training loss {steps[0]:.3f} at first; {before:.3f}, then {after:.3f} in the last two thirds of its steps"
     )
 
 
