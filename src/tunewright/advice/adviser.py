@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 from tunewright.adapters.registry import Adapter
 from tunewright.advice.context import cheapest_enough, context_budget
@@ -32,13 +33,14 @@ from tunewright.chat.answers import answer_length
 from tunewright.data.versions import Member
 from tunewright.disk import digest, write_json
 from tunewright.errors import UserError
-from tunewright.evaluation.advising import AdviseResult, advise, first_items
+from tunewright.evaluation.advising import advise, first_items
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of
 from tunewright.evaluation.evidence import Advice
 from tunewright.evaluation.forgetting import ForgettingMeter
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.losses import answer_losses
 from tunewright.evaluation.measure import Measurement, measured_arm, measured_with, scored_arms
+from tunewright.evaluation.schedule import Schedule
 from tunewright.training.rows import trained_spans
 from tunewright.training.train import training_inputs
 
@@ -55,9 +57,15 @@ class Adviser:
         open_measurement: gives what answers the dev split with any arm; its project's recipe decides all the rest. It
             is asked once more for the pilots, so that no base lies beside the one that they are trained on.
         pilot: train pilot adapters, and measure what needs them.
+        minutes: the most that answers may take (None: no limit); arms are left out for it, never the pilots.
+
+    Raises:
+        UserError: ``minutes`` is not above 0.
     """
 
-    def __init__(self, open_measurement: Callable[[], Measurement], *, pilot: bool) -> None:
+    def __init__(
+        self, open_measurement: Callable[[], Measurement], *, pilot: bool, minutes: float | None = None
+    ) -> None:
         self._open = open_measurement
         self.measurement = measurement = open_measurement()
         self.project = measurement.project
@@ -70,6 +78,8 @@ class Adviser:
         self.parts = self._parts() if pilot else []
         if not pilot:
             self.left_out["gain"] = "--no-pilot"
+        self.countdown = self.generator.countdown
+        measurement.schedule = Schedule(measurement, minutes=minutes, pilots=len(self.parts), known=self._found)
 
     @property
     def generator(self) -> Generator:
@@ -92,17 +102,21 @@ class Adviser:
             KeyboardInterrupt: stopped by a signal; the next call goes on from there.
         """
         prompting = advise(self.measurement)
-        identity = self._identity(prompting)
-        file = self.project.advice / f"{identity}.json"
+        file = self._file(prompting.file)
         if file.exists():
             return AdviceResult(file, load_signals(file), measured=False)
-        signals = self._signals(identity, prompting.advice)
+        signals = self._signals(file.stem, prompting.advice)
         write_json(file, signals.model_dump(mode="json"))
         return AdviceResult(file, signals, measured=True)
 
-    def _identity(self, prompting: AdviseResult) -> str:
+    def _found(self, prompting: Path) -> bool:
+        """Whether all signals were measured before, with this choice of a prompt."""
+        return prompting.exists() and self._file(prompting).exists()
+
+    def _file(self, prompting: Path) -> Path:
+        """Where the signals are kept, by all that decides them."""
         decides = {
-            "prompting": prompting.file.name,
+            "prompting": prompting.name,
             "pilots": [
                 training_inputs(self.project, part.version, self.generator.base, self.generator.chat)
                 for part in self.parts
@@ -111,7 +125,7 @@ class Adviser:
             "advise": self.recipe.advise.model_dump(mode="json"),
             "margin": self.recipe.evaluate.margin,
         }
-        return digest(decides)[:12]
+        return self.project.advice / f"{digest(decides)[:12]}.json"
 
     def _signals(self, identity: str, advice: Advice) -> Signals:
         arms = {arm.name: self._answers(plan_of(arm), arm.name, self.dev) for arm in advice.arms}
@@ -289,7 +303,9 @@ class Adviser:
         pilots = list(zip(self.parts, adapters, strict=True))
         # Held to a grammar where the prompt that it is compared with is.
         plan = TUNED_CONSTRAINED if best.arm.constrained else TUNED
-        answers = [self._answers(plan, f"pilot-{part.rows}", self.dev, adapter) for part, adapter in pilots]
+        self.generator.countdown = self.countdown
+        with self.countdown.shown():
+            answers = [self._answers(plan, f"pilot-{part.rows}", self.dev, adapter) for part, adapter in pilots]
         told = [
             measured_part(part, adapter, given, self.items)
             for (part, adapter), given in zip(pilots, answers, strict=True)

@@ -70,9 +70,7 @@ def break_even_text(signals: Signals) -> str:
     even = signals.break_even
     if even is None:
         return f"Not measured: {signals.left_out['break_even']}."
-    calls = (
-        f"a call costs {cost(even, even.prompting.cost)} with {even.prompting.arm}, {cost(even, even.tuned.cost)} tuned"
-    )
+    calls = calls_cost(even)
     if even.calls is None:
         return f"By its calls alone training never pays: {calls}."
     high = f"{even.calls_high:,.0f}" if even.calls_high is not None else "never"
@@ -83,6 +81,13 @@ def break_even_text(signals: Signals) -> str:
     months = _months(even)
     when = "never" if months is None else f"after {_span(months)}"
     return f"{told}; at {even.calls_per_month:,.0f} calls a month {when}."
+
+
+def calls_cost(even: BreakEven) -> str:
+    """What a call costs with the best prompt and tuned."""
+    return (
+        f"a call costs {cost(even, even.prompting.cost)} with {even.prompting.arm}, {cost(even, even.tuned.cost)} tuned"
+    )
 
 
 def _months(even: BreakEven) -> float | None:

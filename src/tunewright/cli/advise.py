@@ -9,6 +9,7 @@ import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import RESUMES, session
+from tunewright.cli.measure import Minutes
 
 
 @app.command()
@@ -20,6 +21,7 @@ def advise(
     no_pilot: Annotated[
         bool, typer.Option("--no-pilot", help="Train no pilot: what training brings is then not known.")
     ] = False,
+    minutes: Minutes = None,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
@@ -38,10 +40,11 @@ def advise(
     with session(json, project, kept=RESUMES) as current:
         if stored is None:
             road = tunewright.open(project, current.reporter)
-            result = road.advise(pilot=not no_pilot)
+            result = road.advise(pilot=not no_pilot, minutes=minutes)
             document = {**result.as_dict(), "prospects": [told.as_dict() for told in road.prospects()]}
-        elif no_pilot:
-            raise UserError("stored advice is only read", where="--no-pilot", fix="Leave one of the two out.")
+        elif no_pilot or minutes is not None:
+            option = "--no-pilot" if no_pilot else "--minutes"
+            raise UserError("stored advice is only read", where=option, fix="Leave one of the two out.")
         else:
             # Not opened as a project: the file is enough, wherever it lies.
             result = Road(Project(project), current.reporter).advise(stored)

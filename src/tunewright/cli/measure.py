@@ -16,14 +16,31 @@ Evaluation = Annotated[
 ]
 
 
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        "--minutes",
+        help="The most that answers may take, by the speed measured here. Leaves arms out, by name: those that decide "
+        "nothing, then those with the most demonstrations.",
+        show_default="no limit",
+    ),
+]
+
+
 @app.command()
 def evaluate(
     adapter: Annotated[
         str | None, typer.Argument(help="The adapter's name, or its beginning.", show_default="the newest")
     ] = None,
     dev: Annotated[
-        bool, typer.Option("--dev", help="Compare on the dev split instead, and leave the test split closed.")
+        bool,
+        typer.Option(
+            "--dev",
+            help="Compare on the dev split instead, and leave the test split closed. `verdict` and `report` read it, "
+            "marked as dev; `deploy` does not.",
+        ),
     ] = False,
+    minutes: Minutes = None,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
@@ -32,26 +49,16 @@ def evaluate(
     That opens the test split: what is going to be compared is written to the ledger first (`tunewright ledger`).
     """
     import tunewright
-    from tunewright.cli.tables import dev_tables, evidence_tables
+    from tunewright.cli.tables import evidence_tables
 
     with session(json, project, kept=RESUMES) as current:
         road = tunewright.open(project, current.reporter)
-        if dev:
-            compared = road.evaluate_on_dev(adapter)
-            current.show(
-                {
-                    "file": str(compared.file),
-                    "measured": compared.measured,
-                    "comparison": compared.comparison.model_dump(mode="json"),
-                },
-                *dev_tables(compared.comparison),
-            )
-            return
-        result = road.evaluate(adapter)
+        result = road.evaluate_on_dev(adapter, minutes=minutes) if dev else road.evaluate(adapter, minutes=minutes)
         current.show(
             {
                 "folder": str(result.folder),
                 "evaluated": result.evaluated,
+                "split": result.evidence.split,
                 "evidence": result.evidence.model_dump(mode="json"),
             },
             *evidence_tables(result.evidence),
@@ -110,7 +117,7 @@ def verdict(
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
-    """Ship (exit 0), don't ship (3) or can't tell (4), from the evidence alone."""
+    """Ship (exit 0), don't ship (3) or can't tell (4), from the evidence alone; and why not, where it can be known."""
     from tunewright.cli.tables import verdict_text
     from tunewright.project import Project
     from tunewright.road import Road
@@ -119,7 +126,7 @@ def verdict(
         # Not opened as a project: evidence is enough, wherever it lies.
         road = Road(Project(project), current.reporter)
         decision = road.verdict(evaluation)
-        document: dict[str, Any] = {"decision": decision.decision, "reasons": list(decision.reasons)}
+        document: dict[str, Any] = decision.as_dict()
         if markdown:
             document["markdown"] = road.verdict_markdown(evaluation)
         if markdown and not json:

@@ -12,8 +12,9 @@ from rich.text import Text
 from tunewright.cli.general_tables import general_tables
 from tunewright.data.versions import Manifest
 from tunewright.demo import ThreeAnswers
+from tunewright.evaluation.budget import Budget
 from tunewright.evaluation.engine_used import EngineUsed
-from tunewright.evaluation.evidence import Advice, Arm, DevComparison, Evidence, Measured
+from tunewright.evaluation.evidence import Advice, Arm, Evidence, Measured
 from tunewright.evaluation.noise import NoiseFloor
 from tunewright.evaluation.openings import Opening
 from tunewright.evaluation.parts import Score
@@ -25,6 +26,10 @@ from tunewright.road import RunResult
 if TYPE_CHECKING:
     from tunewright.evaluation.scaling import ScaleResult
 
+DEV_NOTE = (
+    "The dev split chose the adapter's step and the best prompting arm, so both look better here than they are. "
+    "The test split stays closed."
+)
 _COLOURS = {"ship": "bold green", "don't ship": "bold red", "can't tell": "bold yellow"}
 
 
@@ -80,7 +85,9 @@ def prompting_tables(advice: Advice) -> list[RenderableType]:
     if narrowing is not None:
         told.append(arms_table(f"Finalists on all {all_dev}", advice.arms, advice.metric, advice.metrics))
         told.append(f"Finalists: {narrowing.rule}.")
-    told += [f"Left out: {arm.name}: {arm.why}." for arm in advice.left_out]
+    trimmed = advice.budget.prompting if advice.budget else ()
+    told += [f"Left out: {arm.name}: {arm.why}." for arm in advice.left_out if arm.name not in trimmed]
+    told += _left_out(advice.budget)
     return [*told, f"Best prompting arm: {advice.best}. A fine-tune has to beat it."]
 
 
@@ -99,7 +106,7 @@ def _interval(score: Score) -> str:
     return f"{100 * score.interval.low:.1f} to {100 * score.interval.high:.1f}"
 
 
-def contrasts_table(title: str, evidence: Evidence | DevComparison) -> Table:
+def contrasts_table(title: str, evidence: Evidence) -> Table:
     """Contrasts with difference, interval, p (adjusted for being several), and the items that changed."""
     table = Table(title=title, title_justify="left")
     several = len(evidence.metrics) > 1
@@ -147,14 +154,24 @@ def evidence_tables(evidence: Evidence) -> list[RenderableType]:
         arms = arms_table(title, evidence.arms, evidence.metric, evidence.metrics)
         contrasts = contrasts_table("Contrasts on all items, in points", evidence)
         return [folds_table(evidence), arms, contrasts, *engine]
-    title = f"{evidence.items} held-out test items in {evidence.clusters} clusters"
+    kind = "held-out test" if evidence.split == "test" else "dev"
+    title = f"{evidence.items} {kind} items in {evidence.clusters} clusters"
     return [
         arms_table(title, evidence.arms, evidence.metric, evidence.metrics),
-        contrasts_table("Contrasts on the test split, in points", evidence),
+        contrasts_table(f"Contrasts on the {evidence.split} split, in points", evidence),
+        *([DEV_NOTE] if evidence.split == "dev" else []),
+        *_left_out(evidence.budget),
         *engine,
         *([noise_text(evidence.noise_floor)] if evidence.noise_floor else []),
         *(general_tables(evidence.general) if evidence.general else ()),
     ]
+
+
+def _left_out(budget: Budget | None) -> list[str]:
+    if budget is None:
+        return []
+    told = f"Left out by --minutes {budget.minutes:g}: {', '.join(budget.left_out)}."
+    return [told, *([f"Caution: {budget.caution}"] if budget.caution else [])]
 
 
 def engine_text(engine: EngineUsed) -> str:
@@ -168,18 +185,6 @@ def noise_text(noise: NoiseFloor) -> str:
         f"Noise floor: {noise.changed} of {noise.items} answers changed when the base gave them again in other "
         f"batches, and its score by {100 * noise.score_difference:+.1f} points."
     )
-
-
-def dev_tables(compared: DevComparison) -> list[RenderableType]:
-    """An adapter and the prompting arms on dev."""
-    title = f"{compared.items} dev items in {compared.clusters} clusters"
-    return [
-        arms_table(title, compared.arms, compared.metric, compared.metrics),
-        contrasts_table("Contrasts on the dev split, in points", compared),
-        *([engine_text(compared.engine)] if compared.engine else []),
-        "The dev split chose the adapter's step and the best prompting arm, so both look better here than they are. "
-        "The test split stays closed.",
-    ]
 
 
 def ledger_table(openings: Sequence[Opening]) -> Table:
@@ -205,8 +210,13 @@ def ledger_table(openings: Sequence[Opening]) -> Table:
 
 def verdict_text(decision: Verdict) -> Text:
     """The decision and its reasons."""
-    text = Text(f"Verdict: {decision.decision}\n", style=_COLOURS[decision.decision])
-    text.append("\n".join(f"  {reason}" for reason in decision.reasons), style="default")
+    on_dev = " (on dev)" if decision.split == "dev" else ""
+    text = Text(f"Verdict{on_dev}: {decision.decision}\n", style=_COLOURS[decision.decision])
+    lines = [f"  {reason}" for reason in decision.reasons]
+    if decision.causes:
+        lines.append("Why, as far as it can be known:")
+        lines += [f"  - {cause.what}: {cause.evidence}. Next: {cause.next_command}." for cause in decision.causes]
+    text.append("\n".join(lines), style="default")
     return text
 
 
@@ -222,7 +232,7 @@ def run_document(result: RunResult) -> dict[str, Any]:
         "advice": result.advised.advice.model_dump(mode="json"),
         "adapter": result.trained.adapter.name,
         "evidence": result.evaluated.evidence.model_dump(mode="json"),
-        "verdict": {"decision": result.verdict.decision, "reasons": list(result.verdict.reasons)},
+        "verdict": result.verdict.as_dict(),
         "report": str(result.report),
     }
 

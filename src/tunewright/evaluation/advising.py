@@ -38,21 +38,47 @@ def advise(measurement: Measurement) -> AdviseResult:
 
     Raises:
         UserError: evaluate.instructions cannot be put into the pairs, a metric suits none of them, no arm fits the
-            base's context, or no reference matches evaluate.constrain.
+            base's context, no reference matches evaluate.constrain, or the schedule's budget is too small.
     """
-    settings = measurement.settings
-    decides = {**measurement.inputs(measurement.limit), **choosing_inputs(settings)}
-    file = measurement.folder / f"advice-{digest(decides)[:12]}.json"
+    schedule = measurement.schedule
+    if schedule is not None:
+        schedule.settle()
+    left_out = schedule.budget.left_out if schedule is not None and schedule.budget is not None else ()
+    file = advice_file(measurement, left_out)
     if file.exists():
         return AdviseResult(file, Advice.model_validate_json(file.read_text(encoding="utf-8")), measured=False)
-    if settings.instructions:
-        _ = measurement.instruction  # refused here, before anything is measured
+    if schedule is None:  # else its first step was that
+        prepare(measurement)
+    with measurement.generator.countdown.shown():
+        advice = _Choice(measurement).advice()
+    measurement.generator.countdown.close("entrants", "finalists")
+    write_json(file, advice.model_dump(mode="json"))
+    return AdviseResult(file, advice, measured=True)
+
+
+def advice_file(measurement: Measurement, left_out: Sequence[str] = ()) -> Path:
+    """Return where the advice is kept, whether it has been measured or not.
+
+    Args:
+        measurement: measures it.
+        left_out: arms that a budget has no time for.
+    """
+    decides = {**measurement.inputs(measurement.limit), **choosing_inputs(measurement.settings)}
+    decides["arms"] = [name for name in decides["arms"] if name not in left_out]
+    return measurement.folder / f"advice-{digest(decides)[:12]}.json"
+
+
+def prepare(measurement: Measurement) -> None:
+    """Refuse what cannot be measured, and warn of what will score low, before anything is answered.
+
+    Raises:
+        UserError: as of :func:`advise`.
+    """
+    if measurement.settings.instructions:
+        _ = measurement.instruction
     warn_of_unreachable(measurement.generator, measurement.version.domain, measurement.reporter)
     dev = [m.example for m in measurement.version.examples("dev")]
     check_references(measurement.scorers, dev, "dev", measurement.reporter)
-    advice = _Choice(measurement).advice()
-    write_json(file, advice.model_dump(mode="json"))
-    return AdviseResult(file, advice, measured=True)
 
 
 def choosing_inputs(settings: EvaluateRecipe) -> dict[str, Any]:
@@ -65,6 +91,14 @@ def choosing_inputs(settings: EvaluateRecipe) -> dict[str, Any]:
     }
 
 
+def first_rows(measurement: Measurement) -> list[Member]:
+    """Return the dev rows that every prompting arm answers: all of dev, where that is no more than first_items."""
+    dev, count = measurement.version.examples("dev"), measurement.settings.first_items
+    if count is None or count >= len(dev):
+        return list(dev)
+    return [dev[place] for place in first_items(dev, count, measurement.project.recipe.seed)]
+
+
 class _Choice:
     """One choice under way: the arms' answers so far, and which arms were left out."""
 
@@ -74,12 +108,13 @@ class _Choice:
         self._settings = measurement.settings
         self._metric = measurement.scorers[0].name
         self._dev = measurement.version.examples("dev")
-        self._left_out: dict[str, str] = {}
+        self._schedule = measurement.schedule
+        self._budget = None if self._schedule is None else self._schedule.budget
+        self._left_out = {} if self._budget is None else dict.fromkeys(self._budget.prompting, self._budget.why)
 
     def advice(self) -> Advice:
-        dev, count = self._dev, self._settings.first_items
-        narrow = count is not None and count < len(dev)
-        first = [dev[i] for i in first_items(dev, count, self._recipe.seed)] if narrow and count is not None else dev
+        dev, first = self._dev, first_rows(self._measurement)
+        narrow = len(first) < len(dev)
         answered = self._entrants(first)
         scored, entrants = self._scored(first, answered)
         arms, narrowing = entrants, None
@@ -98,6 +133,8 @@ class _Choice:
                 f"{len(going_on)} of {len(entrants)} prompting arms go on from {len(first)} dev items to all "
                 f"{len(dev)}: {', '.join(narrowing.finalists)}"
             )
+            if self._schedule is not None:
+                self._schedule.expect("finalists", going_on, dev, "dev", counted=len(first))
             on_all = {plan: given for plan in going_on if (given := self._answers(plan, dev)) is not None}
             arms = self._scored(dev, on_all)[1]
         if not arms:
@@ -117,12 +154,15 @@ class _Choice:
             left_out=tuple(LeftOut(name=name, why=why) for name, why in self._left_out.items()),
             max_new_tokens=self._measurement.limit,
             engine=self._measurement.generator.used,
+            budget=self._budget,
         )
 
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answered]]:
         """All arms' answers to the first items; the best arm with demonstrations also with the other instructions."""
         answered: dict[ArmPlan, list[Answered]] = {}
         for plan in prompting_arms(self._settings):
+            if plan.name in self._left_out:
+                continue
             if (given := self._answers(plan, first)) is not None:
                 answered[plan] = given
         with_shots = {plan: given for plan, given in answered.items() if plan.shots}

@@ -36,6 +36,7 @@ from tunewright.evaluation.evaluating import (
 )
 from tunewright.evaluation.evidence import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold, load_evidence
 from tunewright.evaluation.folds import fold_versions
+from tunewright.evaluation.form import answer_form
 from tunewright.evaluation.generations import Generator, grammar_of
 from tunewright.evaluation.ledger import Ledger
 from tunewright.evaluation.measure import (
@@ -71,6 +72,8 @@ class _Done:
     plans: list[ArmPlan]
     answers: dict[str, list[Answered]]
     """Of the fold's test rows, by arm."""
+    longer: int
+    """Right answers of the fold's test rows that are longer than an answer may be."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,8 @@ class CrossFit:
         plans = contest(advice, with_retrieved=self.recipe.evaluate.tuned_retrieved)
         members = version.examples("test")
         answers = {plan.name: measurement.answers(plan, members, "the fold", trained.adapter) for plan in plans}
-        return _Done(version, trained.adapter, trained.trained, advice, plans, answers)
+        longer = measurement.longer_than_limit(members)
+        return _Done(version, trained.adapter, trained.trained, advice, plans, answers, longer)
 
     def _roles(self, done: Sequence[_Done]) -> list[_Role]:
         """The arms that all folds have, each fold its own; the second is the prompting arm that tuned has to beat."""
@@ -302,6 +306,12 @@ class CrossFit:
             ],
             contrasts=measured_contrasts(scored, declared, self.recipe.seed),
             engine=self.generator().used,
+            form=answer_form(
+                [m.example.output for m in members],
+                [m.example.output for m in members],
+                {name: [a.text for a in given] for name, given in answers.items()},
+                sum(fold.longer for fold in done),
+            ),
             lineage={
                 **measured_with(self.recipe, self.base, self.chat, self.quantize, self.limit),
                 "dataset": self.version.digest,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from tunewright.adapters.registry import Adapter
 from tunewright.data.neighbours.leak import nearest_training
@@ -13,19 +14,21 @@ from tunewright.data.versions import Member
 from tunewright.data.versions.author import current_author
 from tunewright.disk import digest, new_folder, write_json, write_text
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
+from tunewright.evaluation.budget import Budget
 from tunewright.evaluation.distance import Distances, scores_by_distance, scores_by_template
 from tunewright.evaluation.evidence import (
+    DEV_PREFIX,
     EVIDENCE_FILE,
     ITEMS_FILE,
     Advice,
     Arm,
     Contrast,
-    DevComparison,
     Evidence,
     Item,
     find_evaluation,
     load_evidence,
 )
+from tunewright.evaluation.form import answer_form
 from tunewright.evaluation.ledger import LEDGER, Ledger
 from tunewright.evaluation.measure import Answered, Measurement, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.openings import Declared, Earlier, Opening, openings_text
@@ -46,11 +49,14 @@ class EvaluateResult:
     """False when evidence of the same inputs was there already."""
 
 
-def contest(advice: Advice, *, with_retrieved: bool, held: bool = False) -> list[ArmPlan]:
+def contest(advice: Advice, *, with_retrieved: bool, held: bool = False, budget: Budget | None = None) -> list[ArmPlan]:
     """The arms that meet on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
 
-    And tuned ``held`` to the grammar.
+    And tuned ``held`` to the grammar. A ``budget`` may have left the last two out.
     """
+    left_out = budget.left_out if budget else ()
+    with_retrieved = with_retrieved and "tuned+retrieved" not in left_out
+    held = held and TUNED_CONSTRAINED.name not in left_out
     known = {arm.name: plan_of(arm) for arm in _all_arms(advice)}
     plans = [ZERO_SHOT, known[advice.best], TUNED]
     if with_retrieved and advice.best_retrieved is not None:
@@ -112,17 +118,50 @@ class _Settled:
 
 def _settle(measurement: Measurement, adapter: Adapter, advice: Advice) -> _Settled:
     settings, recipe = measurement.settings, measurement.project.recipe
-    plans = contest(advice, with_retrieved=settings.tuned_retrieved, held=settings.constrain is not None)
+    budget = _budget(measurement)
+    plans = contest(advice, with_retrieved=settings.tuned_retrieved, held=settings.constrain is not None, budget=budget)
     with_retrieved = next((plan.name for plan in plans if plan.kind == "tuned-retrieved"), None)
     inputs = measurement.inputs(measurement.limit) | {
         "adapter": adapter.digest,
         "arms": [plan.name for plan in plans],
         "instructions": settings.instructions,
         "margin": settings.margin,
+        **({"left_out": sorted(budget.left_out)} if budget else {}),
     }
     return _Settled(
         plans, declare(recipe, measurement.scorers[0].name, advice.best, with_retrieved), digest(inputs)[:12]
     )
+
+
+def _budget(measurement: Measurement) -> Budget | None:
+    return None if measurement.schedule is None else measurement.schedule.budget
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far an evaluation has got."""
+
+    plans: list[ArmPlan]
+    evaluated: bool
+    """Its evidence is there."""
+    opened: bool
+    """Its prompts may be made: its line is in the ledger, or it is on dev."""
+
+
+def standing_of(measurement: Measurement, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]) -> Standing:
+    """Return how far the evaluation of an adapter has got; nothing is opened.
+
+    Raises:
+        UserError: the ledger is not whole.
+    """
+    settled = _settle(measurement, adapter, advice)
+    evaluated = (_folder(measurement, settled, split) / EVIDENCE_FILE).exists()
+    opened = split == "dev" or any(o.evaluation == settled.identity for o in Ledger(measurement.folder).openings)
+    return Standing(settled.plans, evaluated, opened)
+
+
+def _folder(measurement: Measurement, settled: _Settled, split: Literal["test", "dev"]) -> Path:
+    return measurement.folder / (settled.identity if split == "test" else f"{DEV_PREFIX}{settled.identity}")
 
 
 def _tell_of_newer(folder: Path, reporter: Reporter) -> None:
@@ -146,7 +185,7 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
     recipe, version = measurement.project.recipe, measurement.version
     settled = _settle(measurement, adapter, advice)
     ledger = Ledger(measurement.folder)
-    folder = measurement.folder / settled.identity
+    folder = _folder(measurement, settled, "test")
     if (folder / EVIDENCE_FILE).exists():
         _tell_of_newer(folder, measurement.reporter)
         return EvaluateResult(folder, load_evidence(folder), evaluated=False)
@@ -166,90 +205,93 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
     earlier = ledger.earlier(opening, measurement.project.dataset, {m.key for m in test})
     tell_opening(opening, earlier, measurement.reporter)
     check_references(measurement.scorers, [m.example for m in test], "test", measurement.reporter)
-    answers = {plan.name: measurement.answers(plan, test, "test", adapter) for plan in settled.plans}
+    if measurement.schedule is not None:
+        measurement.schedule.expect("contest", settled.plans, test, "test", adapter)
+    with measurement.generator.countdown.shown():
+        answers = {plan.name: measurement.answers(plan, test, "test", adapter) for plan in settled.plans}
+        prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
+        noise = noise_floor(
+            measurement.generator, test, prompts, measurement.limit, measurement.scorers[0], recipe.seed
+        )
     scored = scored_arms(measurement.scorers, test, answers)
-    arms = [measured_arm(plan.name, plan, answers[plan.name], scored, recipe.seed) for plan in settled.plans]
-    contrasts = measured_contrasts(scored, opening.declared, recipe.seed)
+    settled = replace(settled, declared=opening.declared)
+    evidence = _evidence(measurement, adapter, advice, settled, answers, scored, "test")
     nearest = nearest_training(version, measurement.reporter)
-    nearness = scores_by_distance(scored, [nearest[m.key] for m in test], contrasts[0], recipe.seed)
+    nearness = scores_by_distance(scored, [nearest[m.key] for m in test], evidence.contrasts[0], recipe.seed)
     new = new_templates(version.members)
     templates = (
-        new if new is None else scores_by_template(scored, [new[m.key] for m in test], contrasts[0], recipe.seed)
+        None
+        if new is None
+        else scores_by_template(scored, [new[m.key] for m in test], evidence.contrasts[0], recipe.seed)
     )
-    evidence = _evidence(measurement, adapter, advice, arms, contrasts, opening, earlier)
-    prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
-    noise = noise_floor(measurement.generator, test, prompts, measurement.limit, measurement.scorers[0], recipe.seed)
-    evidence = evidence.model_copy(update={"noise_floor": noise, "nearness": nearness, "output_templates": templates})
+    later = {
+        "noise_floor": noise,
+        "nearness": nearness,
+        "output_templates": templates,
+        "opening": opening,
+        "openings": earlier,
+    }
+    evidence = evidence.model_copy(update=later)
     save_evaluation(folder, evidence, test, answers, scored, Distances(nearest, new))
     return EvaluateResult(folder, evidence, evaluated=True)
 
 
-@dataclass(frozen=True)
-class DevResult:
-    """What `evaluate --dev` did."""
-
-    file: Path
-    comparison: DevComparison
-    measured: bool
-    """False when it had been measured before."""
-
-
-def compare_on_dev(measurement: Measurement, adapter: Adapter, advice: Advice) -> DevResult:
-    """The same arms on the dev split; the test split stays closed."""
-    recipe, dev = measurement.project.recipe, measurement.version.examples("dev")
+def evaluate_on_dev(measurement: Measurement, adapter: Adapter, advice: Advice) -> EvaluateResult:
+    """Compare the same arms on the dev split; the test split stays closed, and no release is made on the evidence."""
     settled = _settle(measurement, adapter, advice)
-    file = measurement.folder / f"dev-{settled.identity}.json"
-    if file.exists():
-        return DevResult(file, DevComparison.model_validate_json(file.read_text(encoding="utf-8")), measured=False)
-    answers = {plan.name: measurement.answers(plan, dev, "dev", adapter) for plan in settled.plans}
+    folder = _folder(measurement, settled, "dev")
+    if (folder / EVIDENCE_FILE).exists():
+        _tell_of_newer(folder, measurement.reporter)
+        return EvaluateResult(folder, load_evidence(folder), evaluated=False)
+    dev = measurement.version.examples("dev")
+    if measurement.schedule is not None:
+        # The others were counted while a prompt was chosen.
+        tuned = [plan for plan in settled.plans if plan.adapted]
+        measurement.schedule.expect("contest", tuned, dev, "dev", adapter)
+    with measurement.generator.countdown.shown():
+        answers = {plan.name: measurement.answers(plan, dev, "dev", adapter) for plan in settled.plans}
     scored = scored_arms(measurement.scorers, dev, answers)
-    comparison = DevComparison(
-        id=settled.identity,
-        adapter=adapter.name,
-        adapter_digest=adapter.digest,
-        metric=measurement.scorers[0].name,
-        metrics=measured_metrics(measurement.scorers),
-        items=len(dev),
-        clusters=len({m.cluster for m in dev}),
-        best_prompting=advice.best,
-        arms=[measured_arm(plan.name, plan, answers[plan.name], scored, recipe.seed) for plan in settled.plans],
-        contrasts=measured_contrasts(scored, settled.declared, recipe.seed),
-        engine=measurement.generator.used,
-    )
-    write_json(file, comparison.model_dump(mode="json"))
-    return DevResult(file, comparison, measured=True)
+    evidence = _evidence(measurement, adapter, advice, settled, answers, scored, "dev")
+    save_evaluation(folder, evidence, dev, answers, scored, Distances({}, None))
+    return EvaluateResult(folder, evidence, evaluated=True)
 
 
 def _evidence(
     measurement: Measurement,
     adapter: Adapter,
     advice: Advice,
-    arms: Sequence[Arm],
-    contrasts: Sequence[Contrast],
-    opening: Opening,
-    earlier: tuple[Earlier, ...],
+    settled: _Settled,
+    answers: Mapping[str, Sequence[Answered]],
+    scored: ScoredArms,
+    split: Literal["test", "dev"],
 ) -> Evidence:
     recipe, generator, version = measurement.project.recipe, measurement.generator, measurement.version
-    test = version.examples("test")
+    members = version.examples(split)
     return Evidence(
-        id=opening.evaluation,
+        id=_folder(measurement, settled, split).name,
         project=recipe.name,
         metric=measurement.scorers[0].name,
         metrics=measured_metrics(measurement.scorers),
         margin=recipe.evaluate.margin,
-        items=len(test),
-        clusters=len({m.cluster for m in test}),
+        split=split,
+        items=len(members),
+        clusters=len({m.cluster for m in members}),
         train_items=len(version.examples("train")),
         dev_arms=advice.arms,
         narrowing=advice.narrowing,
         static=advice.static,
         left_out=advice.left_out,
+        budget=_budget(measurement),
         best_prompting=advice.best,
-        arms=list(arms),
-        contrasts=list(contrasts),
-        opening=opening,
-        openings=earlier,
+        arms=[measured_arm(plan.name, plan, answers[plan.name], scored, recipe.seed) for plan in settled.plans],
+        contrasts=measured_contrasts(scored, settled.declared, recipe.seed),
         engine=generator.used,
+        form=answer_form(
+            [m.example.output for m in version.domain],
+            [m.example.output for m in members],
+            {name: [a.text for a in given] for name, given in answers.items()},
+            measurement.longer_than_limit(members),
+        ),
         lineage={
             **measured_with(recipe, generator.base, generator.chat, generator.quantize, measurement.limit),
             "adapter": {
@@ -277,7 +319,8 @@ def save_evaluation(
 ) -> None:
     """Write evidence and items, whole or not at all.
 
-    ``distances`` has how near each item is to the training rows, ``fold_of`` maps pair keys to folds.
+    ``distances`` has how near each item is to the training rows, if that was measured; ``fold_of`` maps pair keys to
+    folds.
     """
     items = [
         Item(
@@ -288,7 +331,7 @@ def save_evaluation(
             answers={name: given[i].text for name, given in answers.items()},
             scores=scored.of_item(i),
             unscored=scored.why_not(i),
-            nearest=distances.nearest[m.key],
+            nearest=distances.nearest.get(m.key),
             new_template=None if distances.new_template is None else distances.new_template[m.key],
             fold=None if fold_of is None else fold_of[m.key],
         )

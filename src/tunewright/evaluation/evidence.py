@@ -10,7 +10,9 @@ from pydantic import Field, ValidationError
 
 from tunewright.disk import write_json
 from tunewright.errors import UserError
+from tunewright.evaluation.budget import Budget
 from tunewright.evaluation.engine_used import EngineUsed
+from tunewright.evaluation.form import AnswerForm
 from tunewright.evaluation.general.section import General
 from tunewright.evaluation.judge.section import Judgement
 from tunewright.evaluation.nearness import Nearness, OutputTemplates
@@ -25,6 +27,8 @@ from tunewright.recipe import MetricName, RetrieverName
 SCHEMA_VERSION: Literal[2] = 2
 EVIDENCE_FILE = "evidence.json"
 ITEMS_FILE = "items.jsonl"
+DEV_PREFIX = "dev-"
+"""Before the ID of an evaluation on the dev split, which is its folder's name too."""
 
 ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "mixed"]
 
@@ -116,6 +120,7 @@ class Advice(Part):
     left_out: tuple[LeftOut, ...]
     max_new_tokens: int
     engine: Annotated[EngineUsed | None, Field(description="What computed the answers; null in older advice.")] = None
+    budget: Annotated[Budget | None, Field(description="Arms that --minutes left out; null: none.")] = None
 
 
 class Contrast(Part):
@@ -152,25 +157,6 @@ class Contrast(Part):
     ]
 
 
-class DevComparison(Part):
-    """An adapter against the prompting arms on dev, without opening the test split; ``dev-ID.json``."""
-
-    schema_version: Literal[2] = SCHEMA_VERSION
-    id: str
-    adapter: Annotated[str, Field(description="Its name.")]
-    adapter_digest: str
-    metric: Annotated[MetricName, Field(description="The one that decides.")]
-    metrics: dict[MetricName, Measured]
-    items: int
-    clusters: int
-    best_prompting: str
-    arms: list[Arm]
-    contrasts: list[Contrast]
-    engine: Annotated[EngineUsed | None, Field(description="What computed the answers; null in older comparisons.")] = (
-        None
-    )
-
-
 class Fold(Part):
     """One fold of a cross-fitted evaluation: its rows are answered by an adapter that saw none of their clusters."""
 
@@ -191,7 +177,9 @@ class Evidence(Part):
     """What was measured, on what, with what."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
-    id: Annotated[str, Field(description="12 hex digits: a digest of all that decides the measurement.")]
+    id: Annotated[
+        str, Field(description="12 hex digits: a digest of all that decides the measurement; on dev with dev- before.")
+    ]
     project: str
     metric: Annotated[MetricName, Field(description="The one that decides.")]
     metrics: Annotated[dict[MetricName, Measured], Field(description="All that were measured.")]
@@ -203,6 +191,13 @@ class Evidence(Part):
             "adapters that did not see it."
         ),
     ] = "held-out"
+    split: Annotated[
+        Literal["test", "dev"],
+        Field(
+            description="Whose items the arms answered. dev: the split that also chose the adapter's step and the "
+            "prompt, so both look better than they are; no release is made on it. test for a cross-fitted evaluation."
+        ),
+    ] = "test"
     folds: Annotated[tuple[Fold, ...], Field(description="Of a cross-fitted evaluation; else empty.")] = ()
     items: int
     clusters: Annotated[int, Field(description="Independent groups among the test items; intervals resample these.")]
@@ -216,6 +211,7 @@ class Evidence(Part):
     ] = None
     static: Annotated[tuple[SeedSpread, ...], Field(description="Static arms over their draws, on dev.")] = ()
     left_out: tuple[LeftOut, ...] = ()
+    budget: Annotated[Budget | None, Field(description="Arms that --minutes left out; null: none.")] = None
     best_prompting: Annotated[
         str, Field(description="Name of the prompting arm chosen on dev; best-prompting if folds chose different ones.")
     ]
@@ -249,6 +245,9 @@ class Evidence(Part):
             description="Scores by whether the output template was trained on; null: labels, short or alike outputs."
         ),
     ] = None
+    form: Annotated[
+        AnswerForm | None, Field(description="The form of the answers, whatever they say; null: none, or not measured.")
+    ] = None
     lineage: Annotated[
         dict[str, Any],
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),
@@ -262,6 +261,11 @@ class Evidence(Part):
     def arm(self, name: str) -> Arm:
         """The test arm called ``name``."""
         return next(a for a in self.arms if a.name == name)
+
+    @property
+    def items_text(self) -> str:
+        """What the items are called: ``test item``, or ``dev item``."""
+        return f"{self.split} item"
 
     @property
     def deciding(self) -> list[Contrast]:
@@ -348,11 +352,13 @@ def amend(folder: Path, **sections: Part) -> Evidence:
     return evidence
 
 
-def find_evaluation(evaluations: Path, name: str | Path | None = None) -> Path:
+def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: bool = True) -> Path:
     """An evaluation's folder: as given (ID, folder or evidence file), else the newest.
 
     Args:
         evaluations: the project's folder of evaluations.
+        name: which; None: the newest.
+        dev: whether the newest may be one on the dev split.
 
     Raises:
         UserError: there is none.
@@ -364,7 +370,11 @@ def find_evaluation(evaluations: Path, name: str | Path | None = None) -> Path:
             there = f"There are: {', '.join(known)}." if known else None
             raise UserError(f"no evaluation {str(name)!r}", where=str(evaluations), fix=there)
         return place
-    files = list(evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"))
+    files = [
+        file
+        for file in evaluations.glob(f"[!.]*/{EVIDENCE_FILE}")
+        if dev or not file.parent.name.startswith(DEV_PREFIX)
+    ]
     if not files:
         raise UserError("nothing has been evaluated yet", where=str(evaluations), fix="`tunewright evaluate` does it.")
     # Only the newest one has to be of this schema; older ones may lie beside it.
@@ -385,7 +395,9 @@ def evidence_on(evaluations: Path, adapter: str, reporter: Reporter) -> Evidence
         except UserError as error:
             reporter.warn(f"Evidence that is not looked at: {error}")
             continue
-        if evidence.design == "held-out" and evidence.lineage["adapter"]["digest"] == adapter:
+        if (evidence.design, evidence.split) == ("held-out", "test") and evidence.lineage["adapter"][
+            "digest"
+        ] == adapter:
             return evidence
     return None
 

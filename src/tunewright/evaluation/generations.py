@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.errors import UserError
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Decoding, Generation, appending, read_answers
+from tunewright.evaluation.countdown import Countdown
 from tunewright.evaluation.engine_used import EngineUsed
 from tunewright.models.bases import Base
 from tunewright.models.constraints import Constraint, Grammar
@@ -115,6 +117,7 @@ class Generator:
         self.batch_size = batch_size
         self.folder = work / "generations"
         self.reporter = reporter
+        self.countdown = Countdown(reporter)
         self.stop = stop
         self.grammar = grammar
         self.engine = engine
@@ -149,26 +152,66 @@ class Generator:
         constrained: bool = False,
     ) -> list[Generation]:
         """Answers in the prompts' order, held to the grammar or free."""
-        journal = self.folder / f"{self.decoding(max_new_tokens, adapter, constrained=constrained).key[:16]}.jsonl"
+        journal = self._journal(max_new_tokens, adapter, constrained=constrained)
         known = dict(read_answers(journal))
         missing = sorted({p for p in prompts if digest(p) not in known})
         if missing:
-            with (
-                writing(journal),
-                appending(journal) as file,
-                self.reporter.task(title, len(missing), "answers") as task,
-            ):
-
-                def keep(index: int, completion: Completion) -> None:
-                    key = digest(missing[index])
-                    known[key] = Generation(answer_text(self.chat, completion), completion.finish == "length")
-                    file.write(json.dumps({"prompt": key, **asdict(known[key])}, ensure_ascii=False) + "\n")
-                    file.flush()
-                    task.advance()
-
+            with self.countdown.arm(title, len(missing)) as task:
                 requests = self.requests(missing, max_new_tokens, adapter, constrained=constrained)
-                self.generate(requests, keep, adapter=adapter)
+                known |= self._journalled(journal, requests, adapter, task.advance)
         return [known[digest(p)] for p in prompts]
+
+    def kept(self, max_new_tokens: int, adapter: Adapter | None = None, *, constrained: bool = False) -> frozenset[str]:
+        """Return the digests of the prompts whose answers the journal has."""
+        journal = self._journal(max_new_tokens, adapter, constrained=constrained)
+        return frozenset(key for key, _ in read_answers(journal))
+
+    def timed(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None = None
+    ) -> tuple[float, list[Generation]]:
+        """Answer distinct prompts and time it; answers that the journal does not have yet are kept.
+
+        The engine is started and warmed up before the clock starts.
+
+        Returns:
+            Seconds, and the answers in the prompts' order.
+        """
+        self.generate(self.requests(prompts[:1], 2, adapter), adapter=adapter)
+        requests = self.requests(prompts, max_new_tokens, adapter)
+        journal = self._journal(max_new_tokens, adapter)
+        known = self.kept(max_new_tokens, adapter)
+        began = time.perf_counter()
+        found = self._journalled(journal, requests, adapter, lambda: None, known)
+        return time.perf_counter() - began, [found[digest(p)] for p in prompts]
+
+    def _journal(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool = False) -> Path:
+        return self.folder / f"{self.decoding(max_new_tokens, adapter, constrained=constrained).key[:16]}.jsonl"
+
+    def _journalled(
+        self,
+        journal: Path,
+        requests: Sequence[Request],
+        adapter: Adapter | None,
+        advance: Callable[[], None],
+        known: frozenset[str] = frozenset(),
+    ) -> dict[str, Generation]:
+        """Answer requests, by the digests of their prompts; each is journalled as soon as it is finished.
+
+        Those of ``known`` digests are not: the journal's first answer stays.
+        """
+        found: dict[str, Generation] = {}
+        with writing(journal), appending(journal) as file:
+
+            def keep(index: int, completion: Completion) -> None:
+                key = digest(requests[index].prompt_ids)
+                found[key] = Generation(answer_text(self.chat, completion), completion.finish == "length")
+                if key not in known:
+                    file.write(json.dumps({"prompt": key, **asdict(found[key])}, ensure_ascii=False) + "\n")
+                    file.flush()
+                advance()
+
+            self.generate(requests, keep, adapter=adapter)
+        return found
 
     def requests(
         self,

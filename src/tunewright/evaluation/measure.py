@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_limit, stop_strings
+from tunewright.chat.answers import answer_length, answer_limit, stop_strings
 from tunewright.clock import now
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
@@ -29,6 +29,9 @@ from tunewright.project import Project
 from tunewright.recipe import Quantize, Recipe
 from tunewright.training.lineage import packages
 from tunewright.training.shared_prefix.plan import common_prefix
+
+if TYPE_CHECKING:
+    from tunewright.evaluation.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Measurement:
         self.demonstrations = Demonstrations(version.domain_of("train"), project.recipe.seed)
         self.context = context_length(generator.base)
         self._limit = limit
+        self.schedule: Schedule | None = None
         self._built: dict[tuple[ArmPlan, str], Prompt] = {}
 
     @cached_property
@@ -83,6 +87,12 @@ class Measurement:
         if self._limit is not None:
             return self._limit
         return answer_limit(self.project.recipe, self.generator.chat, self.version.domain_of("train"))
+
+    def longer_than_limit(self, members: Sequence[Member]) -> int:
+        """Return how many of these rows' right answers have more tokens than an answer may have."""
+        chat = self.generator.chat
+        rows = chat.tokens([chat.layouts(m.example.messages)[-1] for m in members])
+        return sum(answer_length(row.loss_mask) > self.limit for row in rows)
 
     @cached_property
     def instruction(self) -> Instruction:
@@ -138,11 +148,7 @@ class Measurement:
             UserError: a row does not fit the base's context even alone.
         """
         assert adapter is not None or not plan.adapted
-        prompts, cut = [], 0
-        for member in members:
-            prompt, whole = self._fitting_prompt(plan, member)
-            prompts.append(prompt)
-            cut += not whole
+        prompts, cut = self.prompts(plan, members)
         if cut:
             self.reporter.warn(
                 f"{plan.name} on {split}: {cut} of {len(members)} prompts show fewer demonstrations, to fit the base's "
@@ -157,6 +163,15 @@ class Measurement:
             Answered(g.text, g.truncated, p, len(ids) + (not g.truncated))
             for g, p, ids in zip(generations, prompts, counts, strict=True)
         ]
+
+    def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> tuple[list[Prompt], int]:
+        """Return the prompts of these rows, and how many of them show fewer demonstrations to fit the context.
+
+        Raises:
+            UserError: a row does not fit the base's context even alone.
+        """
+        built = [self._fitting_prompt(plan, member) for member in members]
+        return [prompt for prompt, _ in built], sum(not whole for _, whole in built)
 
     def dev_scores(self, adapter: Adapter | None) -> Scores:
         """The dev split by the deciding metric, answered by the adapter, or by the base alone, zero-shot."""

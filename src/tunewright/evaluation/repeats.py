@@ -36,7 +36,7 @@ def noise_floor(
     most = min(generator.rows, len(places))
     sizes = most, max(2, most // 2) if most > 1 else 2
     shuffled = draw.sample(places, len(places))
-    with generator.reporter.task("noise floor", 2 * len(places), "answers") as task:
+    with generator.countdown.arm("noise floor", 2 * len(places)) as task:
         answers = []
         for order, size in zip((places, shuffled), sizes, strict=True):
             requests = generator.requests([prompts[place] for place in order], limit)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tunewright.data.neighbours.output_leak import HIGH
-from tunewright.evaluation.evidence import Arm, Contrast, DevComparison, Evidence
+from tunewright.evaluation.evidence import Arm, Contrast, Evidence
 from tunewright.evaluation.general.rule import standing
 from tunewright.evaluation.openings import openings_text
 from tunewright.evaluation.opinions import opinions
@@ -23,7 +23,20 @@ FEWEST_CLUSTERS = 6
 """With c clusters the smallest two-sided p of a test that swaps them is 2 / 2**c: below 0.05 from six on."""
 
 _EXIT_CODES: dict[Decision, int] = {"ship": 0, "don't ship": 3, "can't tell": 4}
-_TOLD_SHARE = 0.05  # of answers: above this, a low score may be the token limit's or the format's doing
+TOLD_SHARE = 0.05
+"""Of answers: above this, a low score may be the token limit's or the format's doing."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """A cause of a *don't ship* that can be mended, and how."""
+
+    what: str
+    """The cause, in a few words."""
+    evidence: str
+    """What was measured that shows it."""
+    next_command: str
+    """What to change, if anything, and the command to run then."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +45,20 @@ class Verdict:
 
     decision: Decision
     reasons: tuple[str, ...]
+    split: Literal["test", "dev"] = "test"
+    """Whose items it rests on. On dev it is no licence to ship: nothing is released on it."""
+    causes: tuple[Reason, ...] = ()
+    """Why not to ship, where that can be known; see `tunewright.evaluation.causes`."""
 
     @property
     def exit_code(self) -> int:
         """0 to ship, 3 not to (a measured no), 4 where it can't be told."""
         return _EXIT_CODES[self.decision]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict as ``--json`` prints it."""
+        causes = [{"what": c.what, "evidence": c.evidence, "next": c.next_command} for c in self.causes]
+        return {"decision": self.decision, "split": self.split, "reasons": list(self.reasons), "causes": causes}
 
 
 def verdict(evidence: Evidence) -> Verdict:
@@ -64,7 +86,7 @@ def verdict(evidence: Evidence) -> Verdict:
         *_scope(evidence),
         *_cautions(evidence, contrast),
     )
-    return Verdict(decision, reasons)
+    return Verdict(decision, reasons, evidence.split)
 
 
 def _with_general(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
@@ -96,7 +118,7 @@ def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]
     fewest = fewest_clusters(len(evidence.deciding))
     if contrast.clusters < fewest:
         return "can't tell", [
-            f"The test items form {_count(contrast.clusters, 'independent cluster')}; below {fewest} no "
+            f"The {evidence.items_text}s form {_count(contrast.clusters, 'independent cluster')}; below {fewest} no "
             f"difference can be significant. {_more_items(evidence)}"
         ]
     p_value = contrast.p_value if contrast.p_adjusted is None else contrast.p_adjusted
@@ -136,7 +158,7 @@ def _left_out(contrast: Contrast) -> list[str]:
 def _more_items(evidence: Evidence) -> str:
     if evidence.design == "cross-fitted":
         return "Add more unlike pairs."
-    return "Put more unlike items into the test split."
+    return f"Put more unlike items into the {evidence.split} split."
 
 
 def _scope(evidence: Evidence) -> list[str]:
@@ -159,14 +181,14 @@ def _measurement(evidence: Evidence, contrast: Contrast) -> str:
     how = "" if evidence.design == "held-out" else f", cross-fitted in {len(evidence.folds)} folds"
     return (
         f"{_scored(evidence, treatment)} against {_scored(evidence, control)} "
-        f"on {_count(contrast.scored, 'test item')} ({_count(contrast.clusters, 'cluster')}){how}: "
+        f"on {_count(contrast.scored, evidence.items_text)} ({_count(contrast.clusters, 'cluster')}){how}: "
         f"{points_text(contrast.difference)} points, 95% interval {points_text(interval.low)} to "
         f"{points_text(interval.high)}, {_tested(evidence, contrast)}; {contrast.fixed} {better}, "
         f"{contrast.broken} {worse}."
     )
 
 
-def changed_words(evidence: Evidence | DevComparison, metric: MetricName) -> tuple[str, str]:
+def changed_words(evidence: Evidence, metric: MetricName) -> tuple[str, str]:
     """What items are called that the treatment changed for the better and for the worse."""
     return ("fixed", "broken") if evidence.metrics[metric].kind == "right or wrong" else ("better", "worse")
 
@@ -189,7 +211,7 @@ def _power(evidence: Evidence, contrast: Contrast) -> str:
 
 def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:
     """How many test items would bring the interval off the margin, if the difference stays what it is."""
-    unit = "test items" if evidence.design == "held-out" else "pairs"
+    unit = f"{evidence.items_text}s" if evidence.design == "held-out" else "pairs"
     needed = items_to_settle(contrast.difference, contrast.interval, evidence.margin, contrast.scored)
     if needed is None:
         return f"The difference is so close to the margin that even 20 times as many {unit} would hardly settle it."
@@ -204,18 +226,45 @@ def _cautions(evidence: Evidence, contrast: Contrast) -> list[str]:
     arms = [evidence.arm(contrast.treatment), evidence.arm(contrast.control)]
     outside = [(arm, arm.score(evidence.metric).outside) for arm in arms]
     opened = [f"Caution: {openings_text(evidence.openings, evidence.items)}"] if evidence.openings else []
-    truncated = [
-        f"Caution: {arm.truncated} of {arm.items} answers of {arm.name} ran into the token limit; "
-        f"raise evaluate.max_new_tokens to see whether that is why they score low."
-        for arm in arms
-        if arm.truncated > _TOLD_SHARE * arm.items
-    ]
+    truncated = [f"Caution: {_cut(evidence, arm)}" for arm in arms if arm.truncated > TOLD_SHARE * arm.items]
     none_of_the_choices = [
         f"Caution: {count} of {arm.items} answers of {arm.name} are none of the declared choices, and count as wrong."
         for arm, count in outside
-        if count > _TOLD_SHARE * arm.items
+        if count > TOLD_SHARE * arm.items
     ]
-    return [*opened, *_unknown_training(evidence), *_known_templates(evidence), *truncated, *none_of_the_choices]
+    return [
+        *_on_dev(evidence),
+        *_trimmed(evidence),
+        *opened,
+        *_unknown_training(evidence),
+        *_known_templates(evidence),
+        *truncated,
+        *none_of_the_choices,
+    ]
+
+
+def _cut(evidence: Evidence, arm: Arm) -> str:
+    """Answers at the token limit; a longer limit helps only where right answers are longer than it."""
+    told = f"{arm.truncated} of {arm.items} answers of {arm.name} ran into the token limit"
+    if evidence.form is not None and not evidence.form.longer:
+        return f"{told}, though every right answer is shorter than it: they do not end where they should."
+    return f"{told}; raise evaluate.max_new_tokens to see whether that is why they score low."
+
+
+def _on_dev(evidence: Evidence) -> list[str]:
+    if evidence.split == "test":
+        return []
+    return [
+        "Caution: these are dev items, which chose the adapter's step and the best prompt: both look better here than "
+        "they are. This is no licence to ship, and `tunewright deploy` does not take it: `tunewright evaluate` "
+        "measures on the test split."
+    ]
+
+
+def _trimmed(evidence: Evidence) -> list[str]:
+    """That a budget made the prompting arms weaker."""
+    caution = evidence.budget.caution if evidence.budget else None
+    return [f"Caution: {caution}"] if caution else []
 
 
 def _known_templates(evidence: Evidence) -> list[str]:

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tunewright.advice.signals import Signals
 from tunewright.disk import write_text
+from tunewright.evaluation.causes import Known
 from tunewright.evaluation.curve import Curve
 from tunewright.evaluation.evidence import Evidence, Item
 from tunewright.report.blocks import Section
@@ -37,6 +38,7 @@ def write_report(
     out: Path,
     curve: Curve | None = None,
     advice: Signals | None = None,
+    known: Known | None = None,
 ) -> None:
     """Write the report of ``evidence`` to ``out``, whole or not at all; equal input gives equal bytes.
 
@@ -47,8 +49,9 @@ def write_report(
         out: the HTML file.
         curve: a learning curve on the same data, if there is one.
         advice: advice on the same data, if there is any: its break-even is shown.
+        known: what the causes of a *don't ship* are found in, besides the evidence.
     """
-    write_text(out, render_report(evidence, test_items, history, curve, advice))
+    write_text(out, render_report(evidence, test_items, history, curve, advice, known))
 
 
 def render_report(
@@ -57,6 +60,7 @@ def render_report(
     history: Sequence[dict[str, Any]],
     curve: Curve | None = None,
     advice: Signals | None = None,
+    known: Known | None = None,
 ) -> str:
     """The report as HTML text."""
     environment = Environment(
@@ -69,7 +73,7 @@ def render_report(
     return environment.get_template("page.html.j2").render(
         project=evidence.project,
         id=evidence.id,
-        summary=summary.summary(evidence),
+        summary=summary.summary(evidence, known),
         sections=page_sections(evidence, test_items, history, curve, advice),
     )
 

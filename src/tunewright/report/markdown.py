@@ -6,13 +6,13 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from tunewright.evaluation.causes import Known, decided
 from tunewright.evaluation.evidence import Arm, Contrast, Evidence
 from tunewright.evaluation.general.rule import suite_text
 from tunewright.evaluation.general.section import Suite
 from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.verdict import verdict
 from tunewright.metrics import metric_label, p_text, points_text
-from tunewright.report.wording import HEADLINES, metric_order, noise_line, suite_result
+from tunewright.report.wording import cause_text, headline, metric_order, noise_line, suite_result
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~&#@$]")
 _OPENS_A_LIST = re.compile(r"^(\d+(?=[.)](\s|$))|(?=[-+]))(.)")
@@ -21,18 +21,20 @@ _REFERS = re.compile(r"[@#](?=\w)|\bGH-(?=\d)|:(?=//|[a-z+-][\w+-]*:)|\bwww\.(?=
 _BREAK = "\u200b"  # of no width
 
 
-def verdict_markdown(evidence: Evidence) -> str:
-    """The verdict with its reasons, what was measured in tables, and what it was measured with.
+def verdict_markdown(evidence: Evidence, known: Known | None = None) -> str:
+    """The verdict with its reasons and causes, what was measured in tables, and what it was measured with.
 
     Whatever users' text holds, it is shown as text: it makes no markup, notifies nobody and refers to no issue.
     """
-    result = verdict(evidence)
+    result = decided(evidence, known)
     measured, *reasons = result.reasons
     in_table = {suite_text(suite) for suite in evidence.general.suites} if evidence.general else set()
     blocks = [
-        f"## {HEADLINES[result.decision]}: {plain(evidence.project)}",
+        f"## {headline(result)}: {plain(evidence.project)}",
         plain(measured),
         _list([plain(reason) for reason in reasons if reason not in in_table]),
+        "Why, as far as it can be known:" if result.causes else "",
+        _list([plain(cause_text(cause)) for cause in result.causes]),
         _arms(evidence),
         _contrasts(evidence),
         _suites(evidence.general.suites) if evidence.general else "",

@@ -6,11 +6,22 @@ from tunewright.evaluation.evidence import Evidence
 from tunewright.evaluation.general.section import Suite
 from tunewright.evaluation.noise import NoiseFloor
 from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.verdict import Decision
+from tunewright.evaluation.verdict import Decision, Reason, Verdict
 from tunewright.metrics import points_text
 from tunewright.recipe import MetricName
 
 HEADLINES: dict[Decision, str] = {"ship": "Ship", "don't ship": "Don’t ship", "can't tell": "Can’t tell"}
+
+
+def headline(found: Verdict) -> str:
+    """The decision in large print; one on the dev split is marked."""
+    told = HEADLINES[found.decision]
+    return f"{told} (on dev)" if found.split == "dev" else told
+
+
+def cause_text(cause: Reason) -> str:
+    """A cause of a *don't ship*, what shows it, and what to do."""
+    return f"{cause.what}: {cause.evidence}. Next: {cause.next_command}."
 
 
 def metric_order(evidence: Evidence) -> list[MetricName]:

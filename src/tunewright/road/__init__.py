@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.servable import require_servable
@@ -14,7 +14,7 @@ from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Advice
 from tunewright.evaluation.foresight import foresight_text, require_significance
 from tunewright.evaluation.power import Prospect, prospect, prospect_text
-from tunewright.evaluation.verdict import Verdict, verdict
+from tunewright.evaluation.verdict import Verdict
 from tunewright.metrics import metric_kind
 from tunewright.models.bases import Base
 from tunewright.models.quantized import require_bitsandbytes
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tunewright.advice.result import AdviceResult
     from tunewright.chat import ChatFormat
     from tunewright.evaluation.advising import AdviseResult
-    from tunewright.evaluation.evaluating import DevResult, EvaluateResult
+    from tunewright.evaluation.evaluating import EvaluateResult
     from tunewright.evaluation.general.measure import GeneralResult
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.measure import Measurement
@@ -122,7 +122,7 @@ class Road(EvaluationsRoad):
         self._stage("train", trained.trained, trained.adapter.name)
         evaluated = self.evaluate(trained.adapter.name)
         self._stage("evaluate", evaluated.evaluated, f"evidence {evaluated.evidence.id}")
-        decision = verdict(evaluated.evidence)
+        decision = self.verdict(evaluated.folder)
         report = self.report(evaluated.folder)
         return RunResult(added, advised, trained, evaluated, decision, report)
 
@@ -145,19 +145,25 @@ class Road(EvaluationsRoad):
     def prompting(self) -> AdviseResult:
         """Measure the prompting arms on dev and choose the best: what a fine-tune has to beat, and no pilot."""
         from tunewright.evaluation.advising import advise
+        from tunewright.evaluation.schedule import Schedule
 
         self._tell_prospects()
-        return advise(self._opened.measurement())
+        measurement = self._opened.measurement()
+        measurement.schedule = Schedule(measurement)
+        return advise(measurement)
 
-    def advise(self, stored: str | Path | None = None, *, pilot: bool = True) -> AdviceResult:
+    def advise(
+        self, stored: str | Path | None = None, *, pilot: bool = True, minutes: float | None = None
+    ) -> AdviceResult:
         """Measure the three signals and a pilot on dev: prompt, retrieve, fine-tune, or can't tell.
 
         Args:
             stored: earlier advice (its ID or file) to decide from anew; then nothing is measured.
             pilot: train a pilot adapter on a part of the training rows; without, training's gain is not known.
+            minutes: the most that answers may take; prompting arms are left out for it, by name (None: no limit).
 
         Raises:
-            UserError: no such advice, or what cannot be measured.
+            UserError: no such advice, too few minutes, or what cannot be measured.
         """
         from tunewright.advice.signals import find_advice, load_signals
 
@@ -171,7 +177,7 @@ class Road(EvaluationsRoad):
         if pilot:
             self._refuse_up_front()
         self._tell_prospects()
-        return Adviser(self._opened.measurement, pilot=pilot).advise()
+        return Adviser(self._opened.measurement, pilot=pilot, minutes=minutes).advise()
 
     def fit(
         self,
@@ -275,33 +281,41 @@ class Road(EvaluationsRoad):
         write_text(result.folder / CURVE_PLOT, curve_plot(result.curve))
         return result
 
-    def evaluate(self, adapter: str | None = None) -> EvaluateResult:
+    def evaluate(self, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:
         """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split.
 
         That opens the test split, and is in the ledger before; evidence that is there already is only read again. The
         suites of the recipe's general section are measured too, if there are any.
 
+        Args:
+            adapter: its name, or its beginning.
+            minutes: the most that answers may take; arms are left out for it, by name (None: no limit).
+
         Raises:
-            UserError: the ledger is not whole.
+            UserError: the ledger is not whole, or too few minutes.
         """
         from tunewright.evaluation.general.measure import evaluate_with_general, open_suites
 
         # What is wrong with a suite's file is told before anything is measured.
         suites = open_suites(self.project) if self.project.recipe.general.measures else []
-        return evaluate_with_general(*self._contest(adapter), suites)
+        return evaluate_with_general(*self._contest(adapter, "test", minutes), suites)
 
-    def evaluate_on_dev(self, adapter: str | None = None) -> DevResult:
+    def evaluate_on_dev(self, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:
         """The comparison of :meth:`evaluate` on the dev split, which chose the adapter and the prompting arm."""
-        from tunewright.evaluation.evaluating import compare_on_dev
+        from tunewright.evaluation.evaluating import evaluate_on_dev
 
-        return compare_on_dev(*self._contest(adapter))
+        return evaluate_on_dev(*self._contest(adapter, "dev", minutes))
 
-    def _contest(self, adapter: str | None) -> tuple[Measurement, Adapter, Advice]:
+    def _contest(
+        self, adapter: str | None, split: Literal["test", "dev"], minutes: float | None
+    ) -> tuple[Measurement, Adapter, Advice]:
         """Who is compared, and with which prompting arm."""
         from tunewright.evaluation.advising import advise
+        from tunewright.evaluation.schedule import Contest, Schedule
 
         tuned = find_adapter(self.project.adapters, adapter)
         measurement = self._opened.measurement(tuned)
+        measurement.schedule = Schedule(measurement, minutes=minutes, contest=Contest(tuned, split))
         # Keys that there were not yet when it was trained had the effect of their defaults.
         trained_by = TrainRecipe().deciding() | tuned.lineage.get("recipe", {}).get("train", {})
         if "recipe" in tuned.lineage and any(

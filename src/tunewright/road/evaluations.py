@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.errors import UserError
+from tunewright.evaluation.causes import decided
 from tunewright.evaluation.evidence import Evidence, amend, find_evaluation, load_evidence, load_items
 from tunewright.evaluation.ledger import Ledger
 from tunewright.evaluation.openings import Opening
-from tunewright.evaluation.verdict import Verdict, verdict
+from tunewright.evaluation.verdict import Verdict
+from tunewright.road.known import known_of
 from tunewright.road.opened import OpenProject
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class EvaluationsRoad:
         from tunewright.data.versions.author import current_author
         from tunewright.evaluation.people.session import BlindReview
 
-        folder = _folder(self.evaluation(evaluation))
+        folder = _folder(self.evaluation(evaluation, dev=False))
         name = current_author(self._opened.project.root) if reviewer is None else reviewer
         if name is None:
             raise UserError("you have no name in git and no login name", where="--reviewer", fix="Give a name.")
@@ -63,7 +65,7 @@ class EvaluationsRoad:
         from tunewright.evaluation.people.judged import heard_judge
         from tunewright.evaluation.people.results import review_results
 
-        folder = _folder(self.evaluation(evaluation))
+        folder = _folder(self.evaluation(evaluation, dev=False))
         section = review_results(folder, heard_judge(folder, load_evidence(folder), self._opened.reporter))
         amend(folder, review=section)
         return section
@@ -71,10 +73,13 @@ class EvaluationsRoad:
     def verdict(self, evaluation: str | Path | None = None) -> Verdict:
         """Ship, don't ship or can't tell, from an evaluation's evidence alone (the newest by default).
 
+        The causes of a *don't ship* also come from what the project has on the adapter and the data.
+
         Raises:
             UserError: there is none, or it is one of the project's and the ledger is not whole.
         """
-        return verdict(self._evidence(evaluation))
+        evidence = self._evidence(evaluation)
+        return decided(evidence, known_of(self._opened.project, evidence, self._opened.reporter))
 
     def ledger(self) -> list[Opening]:
         """Every opening of the test split, the first one first.
@@ -92,7 +97,8 @@ class EvaluationsRoad:
         """
         from tunewright.report.markdown import verdict_markdown
 
-        return verdict_markdown(self._evidence(evaluation))
+        evidence = self._evidence(evaluation)
+        return verdict_markdown(evidence, known_of(self._opened.project, evidence, self._opened.reporter))
 
     def judge(self, evaluation: str | Path | None = None) -> JudgeResult:
         """Have the recipe's judge compare the tuned answers with the best prompting arm's (the newest by default).
@@ -111,7 +117,7 @@ class EvaluationsRoad:
     def _judge(self, evaluation: str | Path | None) -> Judge:
         from tunewright.evaluation.judge.measure import Judge
 
-        return Judge(self._opened.project, self.evaluation(evaluation), self._opened.reporter)
+        return Judge(self._opened.project, self.evaluation(evaluation, dev=False), self._opened.reporter)
 
     def report(self, evaluation: str | Path | None = None) -> Path:
         """Write an evaluation's HTML report beside its evidence (the newest by default), which is all it takes.
@@ -137,16 +143,21 @@ class EvaluationsRoad:
             find_curve(self._opened.project.curves, evidence),
             fitting_advice(self._opened.project.advice, evidence),
         )
-        write_report(evidence, load_items(folder), history, out, curve, advice)
+        known = known_of(self._opened.project, evidence, self._opened.reporter)
+        write_report(evidence, load_items(folder), history, out, curve, advice, known)
         return out
 
-    def evaluation(self, evaluation: str | Path | None = None) -> Path:
+    def evaluation(self, evaluation: str | Path | None = None, *, dev: bool = True) -> Path:
         """An evaluation's folder: as given (ID, folder or evidence file), else the newest.
+
+        Args:
+            evaluation: which.
+            dev: whether the newest may be one on the dev split.
 
         Raises:
             UserError: there is none.
         """
-        return find_evaluation(self._opened.project.evaluations, evaluation)
+        return find_evaluation(self._opened.project.evaluations, evaluation, dev=dev)
 
     def _evidence(self, evaluation: str | Path | None) -> Evidence:
         """An evaluation's evidence; of the project's own, only with the whole ledger."""

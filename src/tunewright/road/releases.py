@@ -48,7 +48,7 @@ class DeployResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
-        decided = {"decision": self.verdict.decision, "reasons": list(self.verdict.reasons)} if self.verdict else None
+        decided = self.verdict.as_dict() if self.verdict else None
         return {
             "release": self.release.as_dict() if self.release else None,
             "verdict": decided,
@@ -225,7 +225,7 @@ class ReleasesRoad:
         if evidence is None:
             if because is None:
                 raise UserError(
-                    f"{adapter.name} has not been evaluated",
+                    f"{adapter.name} has not been evaluated on the test split, and a dev verdict is no licence to ship",
                     where=str(self._opened.project.evaluations),
                     fix=f"`tunewright evaluate {adapter.name}` does it; or release it all the same, with --force "
                     '--because "why".',

@@ -34,10 +34,12 @@ def section(evidence: Evidence) -> Section:
             "of its cluster, and with the prompt that was chosen without it."
         )
     else:
-        title = "Arms on the test split"
-        lead = f"{items} in {clusters}, kept apart from training and from the choice of a prompt."
+        title = f"Arms on the {evidence.split} split"
+        apart = "kept apart from training and from the choice of a prompt"
+        chose = "which chose the adapter's step and the prompt: both look better here than they are"
+        lead = f"{items} in {clusters}, {apart if evidence.split == 'test' else chose}."
     figures = [
-        arms_figure(f"arms-{place}", f"Arms on the test items by {axis_label(name)}", evidence.arms, name)
+        arms_figure(f"arms-{place}", f"Arms on the {evidence.items_text}s by {axis_label(name)}", evidence.arms, name)
         for place, name in enumerate(metric_order(evidence))
     ]
     return Section("arms", title, (Lead(lead), *figures, arms_table("Table of arms", evidence, evidence.arms)))

@@ -15,8 +15,9 @@ def section(evidence: Evidence) -> Section | None:
     if not evidence.dev_arms:
         return None
     axis = axis_label(evidence.metric)
+    went = "went to the test" if evidence.split == "test" else "is what tuned is compared with"
     blocks: list[Block] = [
-        Lead(f"Prompting arms on the dev split. The best one, {evidence.best_prompting}, went to the test."),
+        Lead(f"Prompting arms on the dev split. The best one, {evidence.best_prompting}, {went}."),
         arms_figure("dev", f"Prompting arms on the dev split by {axis}", evidence.dev_arms, evidence.metric),
         arms_table("Table of prompting arms", evidence, evidence.dev_arms, {evidence.best_prompting: "chosen"}),
     ]
@@ -29,6 +30,10 @@ def section(evidence: Evidence) -> Section | None:
         ]
     if evidence.left_out:
         blocks.append(Notes(tuple(f"Left out: {each.name}, as {each.why}." for each in evidence.left_out)))
+    if evidence.budget is not None:
+        caution = f" {evidence.budget.caution}" if evidence.budget.caution else ""
+        rule = f"--minutes {evidence.budget.minutes:g} left out {', '.join(evidence.budget.left_out)}"
+        blocks.append(Notes((f"{rule}. The rule: {evidence.budget.rule}.{caution}",)))
     return Section("prompting", "How prompting was chosen", tuple(blocks))
 
 

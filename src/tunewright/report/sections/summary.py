@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tunewright.evaluation.causes import Known, decided
 from tunewright.evaluation.evidence import Evidence
-from tunewright.evaluation.verdict import Decision, changed_words, verdict
+from tunewright.evaluation.verdict import Decision, changed_words
 from tunewright.metrics import points_text, score_text
-from tunewright.report.wording import HEADLINES
+from tunewright.report.wording import cause_text, headline
 
 _TONES: dict[Decision, str] = {"ship": "ship", "don't ship": "dont", "can't tell": "open"}
 
@@ -29,20 +30,22 @@ class Summary:
     tone: str
     measured: str
     reasons: tuple[str, ...]
+    causes: tuple[str, ...]
     numbers: tuple[Number, ...]
     meaning: str
 
 
-def summary(evidence: Evidence) -> Summary:
-    """The verdict and the contrast that decides."""
-    result, first = verdict(evidence), evidence.contrasts[0]
+def summary(evidence: Evidence, known: Known | None = None) -> Summary:
+    """The verdict with its causes, and the contrast that decides."""
+    result, first = decided(evidence, known), evidence.contrasts[0]
     treatment, control = evidence.arm(first.treatment), evidence.arm(first.control)
     better, worse = changed_words(evidence, first.metric)
     return Summary(
-        headline=HEADLINES[result.decision],
+        headline=headline(result),
         tone=_TONES[result.decision],
         measured=result.reasons[0],
         reasons=result.reasons[1:],
+        causes=tuple(cause_text(cause) for cause in result.causes),
         numbers=(
             Number(score_text(evidence.metric, treatment.score(evidence.metric).value), treatment.name, "tuned"),
             Number(

@@ -1,0 +1,436 @@
+"""What a command is going to answer: announced with its minutes, counted down, and trimmed to a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from tunewright.adapters.registry import Adapter
+from tunewright.chat.answers import answer_length
+from tunewright.data.versions import Member
+from tunewright.disk import digest, write_json
+from tunewright.errors import UserError
+from tunewright.evaluation.advising import advice_file, first_rows, prepare
+from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, prompting_arms
+from tunewright.evaluation.budget import RULE, Budget
+from tunewright.evaluation.countdown import Work
+from tunewright.evaluation.evaluating import standing_of
+from tunewright.evaluation.evidence import Advice, Arm
+from tunewright.evaluation.generations import Prompt
+from tunewright.evaluation.measure import Measurement
+from tunewright.evaluation.repeats import MOST_ITEMS
+from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed
+from tunewright.progress import minutes_text
+from tunewright.training.shared_prefix.plan import common_prefix
+
+_SAMPLED = 200
+"""Training rows whose answers' lengths stand for all."""
+TUNED_RETRIEVED = "tuned+retrieved"
+"""In a budget, before the number of its demonstrations is known."""
+NOISE = "noise floor"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Where an adapter meets the prompting arms."""
+
+    adapter: Adapter
+    split: Literal["test", "dev"]
+
+
+@dataclass(frozen=True)
+class _Load:
+    """The answers of one arm to some items, and what each reads: prompt tokens that it does not share."""
+
+    title: str
+    plan: ArmPlan
+    answers: int
+    kept: int
+    read: float
+
+
+class Schedule:
+    """The answers of one command.
+
+    Args:
+        measurement: answers them.
+        minutes: the most that they may take; None: as long as it takes.
+        contest: where an adapter meets the prompting arms, if it does.
+        pilots: adapters that are still to be trained and will answer dev.
+        known: says of the file of advice whether the pilots have answered before.
+
+    Raises:
+        UserError: ``minutes`` is not above 0.
+    """
+
+    def __init__(
+        self,
+        measurement: Measurement,
+        *,
+        minutes: float | None = None,
+        contest: Contest | None = None,
+        pilots: int = 0,
+        known: Callable[[Path], bool] = lambda _advice: False,
+    ) -> None:
+        if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
+            raise UserError(f"it must be greater than 0 (got {minutes:g})", where="--minutes")
+        self._measurement = measurement
+        self._minutes = minutes
+        self._contest = contest
+        self._pilots = pilots
+        self._known = known
+        self._speed: AnswerSpeed | None = None
+        self._slower = 1.0
+        self._loads: dict[ArmPlan, _Load | None] = {}
+        self._journals: dict[tuple[str | None, bool], frozenset[str]] = {}
+        self.budget: Budget | None = None
+        """None: no arm was left out."""
+
+    # What there is to do
+
+    def settle(self) -> None:
+        """Decide which arms are left out, and say what there is to do; nothing where all of it has been done.
+
+        Raises:
+            UserError: ``minutes`` is too small for the arms that are never left out, or what choosing a prompt raises.
+        """
+        self.budget = self._recalled()
+        advice = self._known_advice()
+        if advice is None:
+            prepare(self._measurement)
+        stages = self._stages(advice, self._left_out)
+        if not any(load.answers for loads in stages.values() for load in loads):
+            return
+        self._measure()
+        if self._minutes is not None and self.budget is None and not self._decision.exists():
+            self.budget = self._trimmed(advice, self._minutes)
+            stages = self._stages(advice, self._left_out)
+        for stage, loads in stages.items():
+            self._plan(stage, loads)
+        self._measurement.reporter.say(self._announcement(stages))
+
+    def expect(
+        self,
+        stage: str,
+        plans: Sequence[ArmPlan],
+        members: Sequence[Member],
+        split: str,
+        adapter: Adapter | None = None,
+        counted: int = 0,
+    ) -> None:
+        """Replace what was expected of a stage, now that its arms are known.
+
+        Args:
+            stage: as :meth:`settle` planned it.
+            plans, members, split, adapter: the arms and the items that they answer.
+            counted: of the items, those that an earlier stage counts for each arm.
+        """
+        if self._speed is not None:
+            self._forget()
+            loads = [self._exact(plan, members, split, adapter) for plan in plans]
+            self._plan(stage, [replace(load, kept=max(load.kept - counted, 0)) for load in loads])
+
+    def _plan(self, stage: str, loads: Sequence[_Load]) -> None:
+        countdown = self._measurement.generator.countdown
+        countdown.plan(stage, [Work(x.title, x.answers, x.kept, self._seconds(x)) for x in loads])
+
+    @property
+    def _left_out(self) -> tuple[str, ...]:
+        return self.budget.left_out if self.budget else ()
+
+    def _known_advice(self) -> Advice | None:
+        file = advice_file(self._measurement, self._left_out)
+        return Advice.model_validate_json(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def _stages(self, advice: Advice | None, left_out: Sequence[str]) -> dict[str, list[_Load]]:
+        stages: dict[str, list[_Load]] = {}
+        if advice is None:
+            stages |= self._choosing(left_out)
+        if self._contest is not None:
+            stages["contest"] = self._meeting(self._contest, advice, left_out)
+            if stages["contest"] and self._contest.split == "test":
+                items = min(MOST_ITEMS, len(self._measurement.version.examples("test")))
+                zero = next(load for load in stages["contest"] if load.plan == ZERO_SHOT)
+                stages["noise"] = [_Load(NOISE, ZERO_SHOT, 2 * items, 0, zero.read)]
+        if self._pilots and not self._known(advice_file(self._measurement, left_out)):
+            dev = self._measurement.version.examples("dev")
+            stages["pilots"] = [
+                _Load("tuned on dev", TUNED, len(dev), 0, self._entrant(ZERO_SHOT).read) for _ in range(self._pilots)
+            ]
+        return stages
+
+    def _entrants(self, left_out: Sequence[str]) -> list[_Load]:
+        """The prompting arms that fit the context, on the items that all of them answer."""
+        plans = [plan for plan in prompting_arms(self._measurement.settings) if plan.name not in left_out]
+        return [load for plan in plans if (load := self._fitting(plan)) is not None]
+
+    def _fitting(self, plan: ArmPlan) -> _Load | None:
+        if plan not in self._loads:
+            first = first_rows(self._measurement)
+            misfit = self._measurement.misfit(plan, first)
+            self._loads[plan] = None if misfit else self._exact(plan, first, "dev")
+        return self._loads[plan]
+
+    def _entrant(self, plan: ArmPlan) -> _Load:
+        found = self._fitting(plan)
+        if found is None:
+            raise UserError("no prompt fits the base's context", fix="Shorten the examples or take another base.")
+        return found
+
+    def _exact(self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None) -> _Load:
+        measurement = self._measurement
+        prompts = sorted(set(measurement.prompts(plan, members)[0]))
+        kept = self._kept(adapter if plan.adapted else None, constrained=plan.constrained)
+        missing = [prompt for prompt in prompts if digest(prompt) not in kept]
+        shared = common_prefix(prompts[0], prompts[-1]) if len(prompts) > 1 else 0
+        read = fmean(map(len, prompts)) - shared
+        return _Load(f"{plan.name} on {split}", plan, len(missing), len(prompts) - len(missing), read)
+
+    def _kept(self, adapter: Adapter | None, *, constrained: bool) -> frozenset[str]:
+        key = (None if adapter is None else adapter.digest, constrained)
+        if key not in self._journals:
+            measurement = self._measurement
+            self._journals[key] = measurement.generator.kept(measurement.limit, adapter, constrained=constrained)
+        return self._journals[key]
+
+    def _forget(self) -> None:
+        """Read the journals again at the next question: there are new answers."""
+        self._loads.clear()
+        self._journals.clear()
+
+    def _choosing(self, left_out: Sequence[str]) -> dict[str, list[_Load]]:
+        """All entrants on the first items, then at most so many of the dearest on the rest of dev."""
+        settings, dev = self._measurement.settings, self._measurement.version.examples("dev")
+        entrants = self._entrants(left_out)
+        shown = [load for load in entrants if load.plan.shots]
+        if shown and settings.instructions:
+            dearest = max(shown, key=lambda load: load.read)
+            items = len(first_rows(self._measurement))
+            entrants += [
+                _Load(f"another instruction {n} on dev", dearest.plan, items, 0, dearest.read)
+                for n in range(len(settings.instructions))
+            ]
+        rest = len(dev) - len(first_rows(self._measurement))
+        if rest <= 0:
+            return {"entrants": entrants}
+        zero_shot = self._exact(ZERO_SHOT, dev, "dev")
+        others = {load.plan.any_seed: load for load in entrants if load.plan != ZERO_SHOT}
+        dearest_first = sorted(others.values(), key=lambda load: load.read, reverse=True)[: settings.finalists]
+        finalists = [
+            _Load(f"finalist {n} on dev", load.plan, rest, 0, load.read) for n, load in enumerate(dearest_first)
+        ]
+        left = zero_shot.answers - self._entrant(ZERO_SHOT).answers
+        return {
+            "entrants": entrants,
+            "finalists": [_Load(zero_shot.title, ZERO_SHOT, left, rest - left, zero_shot.read), *finalists],
+        }
+
+    def _meeting(self, contest: Contest, advice: Advice | None, left_out: Sequence[str]) -> list[_Load]:
+        """The arms of the contest; dev's prompts stand for those of a test split that has not been opened for it."""
+        measurement = self._measurement
+        members = measurement.version.examples(contest.split)
+        if advice is not None:
+            standing = standing_of(measurement, contest.adapter, advice, contest.split)
+            if standing.evaluated:
+                return []
+            if standing.opened:
+                plans = [plan for plan in standing.plans if _budget_name(plan) not in left_out]
+                if contest.split == "dev":  # the others are answered while a prompt is chosen
+                    plans = [plan for plan in plans if plan.adapted]
+                return [self._exact(plan, members, contest.split, contest.adapter) for plan in plans]
+        items, on = len(members), f"on {contest.split}"
+        reads = {arm.name: _read(arm) for arm in _arms(advice)} or {
+            x.plan.name: x.read for x in self._entrants(left_out)
+        }
+        retrieved = [read for name, read in reads.items() if name.startswith("retrieved")]
+        best = max(reads.values()) if advice is None else reads[advice.best]
+        zero = reads[ZERO_SHOT.name]
+        loads = []
+        if contest.split == "test":
+            loads += [
+                _Load(f"{ZERO_SHOT.name} {on}", ZERO_SHOT, items, 0, zero),
+                _Load(f"best prompting {on}", ArmPlan("retrieved", 1), items, 0, best),
+            ]
+            loads.append(_Load(f"{TUNED.name} {on}", TUNED, items, 0, zero))
+        else:
+            loads.append(self._exact(TUNED, members, contest.split, contest.adapter))
+        settings = measurement.settings
+        if settings.tuned_retrieved and retrieved and TUNED_RETRIEVED not in left_out:
+            read = max(retrieved) if advice is None or advice.best_retrieved is None else reads[advice.best_retrieved]
+            loads.append(_Load(f"{TUNED_RETRIEVED} {on}", ArmPlan("tuned-retrieved", 1), items, 0, read))
+        if settings.constrain is not None and TUNED_CONSTRAINED.name not in left_out:
+            loads.append(_Load(f"{TUNED_CONSTRAINED.name} {on}", TUNED_CONSTRAINED, items, 0, zero))
+        return loads
+
+    # How long it takes
+
+    def _measure(self) -> None:
+        """Take the kept speeds, or time two batches of dev prompts: the shortest and the longest arm's."""
+        measurement = self._measurement
+        first = first_rows(measurement)
+
+        def short() -> Sequence[Prompt]:
+            return measurement.prompts(ZERO_SHOT, first)[0]
+
+        def long() -> Sequence[Prompt]:
+            fits = [load for load in self._entrants(()) if load.plan.shots and not load.plan.constrained]
+            return measurement.prompts(max(fits, key=lambda load: load.read).plan, first)[0] if fits else []
+
+        keyed = {"dataset": measurement.version.digest, "arms": [p.name for p in prompting_arms(measurement.settings)]}
+        generator, limit = measurement.generator, measurement.limit
+        self._speed = answer_speed(generator, limit, short, long, keyed)
+        if self._contest is not None:
+            adapter = self._contest.adapter
+            self._slower = adapted_factor(generator, limit, short, adapter, self._speed, keyed)
+        self._forget()  # what was timed is in the journal now
+
+    def _seconds(self, load: _Load) -> float:
+        assert self._speed is not None
+        plain, shown = self._speed.answer_tokens
+        if load.plan.adapted:
+            return self._slower * self._speed.seconds(load.read, self._trained_length)
+        return self._speed.seconds(load.read, shown if load.plan.shots else plain)
+
+    @cached_property
+    def _trained_length(self) -> float:
+        """Tokens of a mean training answer: what an adapter's answers will be like."""
+        chat = self._measurement.generator.chat
+        rows = self._measurement.version.domain_of("train")[:_SAMPLED]
+        lengths = [
+            answer_length(row.loss_mask) for row in chat.tokens([chat.layouts(m.example.messages)[-1] for m in rows])
+        ]
+        return min(fmean(lengths), self._measurement.limit)
+
+    def _total(self, stages: Mapping[str, Sequence[_Load]]) -> float:
+        return sum(load.answers * self._seconds(load) for loads in stages.values() for load in loads)
+
+    # The budget
+
+    @cached_property
+    def _identity(self) -> str:
+        contest = self._contest
+        decides = {
+            "advice": advice_file(self._measurement).name,
+            "minutes": self._minutes,
+            "contest": None if contest is None else [contest.adapter.digest, contest.split],
+            "tuned_retrieved": self._measurement.settings.tuned_retrieved,
+            "pilots": self._pilots,
+        }
+        return digest(decides)[:16]
+
+    @property
+    def _decision(self) -> Path:
+        return self._measurement.project.work / "budgets" / f"{self._identity}.json"
+
+    def _recalled(self) -> Budget | None:
+        """What the same budget left out before: a run that resumes must not choose again by another speed."""
+        if self._minutes is None or not self._decision.exists():
+            return None
+        found = Budget.model_validate_json(self._decision.read_text(encoding="utf-8"))
+        return found if found.left_out else None
+
+    def _trimmed(self, advice: Advice | None, minutes: float) -> Budget | None:
+        left_out: list[str] = []
+        stages = self._stages(advice, left_out)
+        order = self._droppable(advice, stages)
+        while (total := self._total(stages)) > 60 * minutes:
+            if not order:
+                raise UserError(
+                    f"{minutes:g} minutes are too few: the arms that are never left out take about "
+                    f"{math.ceil(total / 60)} ({_names(stages)})",
+                    where="--minutes",
+                    fix=f"Give --minutes {math.ceil(total / 60)} or more.",
+                )
+            without = [*left_out, order.pop(0)]
+            fewer = self._stages(advice, without)
+            if self._total(fewer) < total:  # else its answers are all there
+                left_out, stages = without, fewer
+        budget = Budget(minutes=minutes, expected=round(total / 60, 2), left_out=tuple(left_out))
+        write_json(self._decision, budget.model_dump(mode="json"))
+        if not left_out:
+            return None
+        self._measurement.reporter.warn(f"--minutes {minutes:g}: left out {', '.join(left_out)}. The rule: {RULE}.")
+        return budget
+
+    def _droppable(self, advice: Advice | None, stages: Mapping[str, Sequence[_Load]]) -> list[str]:
+        """Arms in the order in which they are left out."""
+        meeting = [load.plan for load in stages.get("contest", ())]
+        extra = [TUNED_RETRIEVED] if any(plan.kind == "tuned-retrieved" for plan in meeting) else []
+        extra += [TUNED_CONSTRAINED.name] if TUNED_CONSTRAINED in meeting else []
+        if advice is not None:
+            return extra
+        plans = [load.plan for load in self._entrants(())]
+        retrieved = [plan for plan in prompting_arms(self._measurement.settings) if plan.kind == "retrieved"]
+        kept = {ZERO_SHOT, *sorted(retrieved, key=lambda plan: plan.shots)[:1]}
+        order = sorted(enumerate(plans), key=lambda at: (-at[1].shots, at[1].kind != "static", -at[0]))
+        return [*extra, *(plan.name for _, plan in order if plan not in kept)]
+
+    # What is said
+
+    def _announcement(self, stages: Mapping[str, Sequence[_Load]]) -> str:
+        assert self._speed is not None
+        parts = []
+        if "entrants" in stages:
+            items, dev = len(first_rows(self._measurement)), len(self._measurement.version.examples("dev"))
+            told = f"{_arms_text(len(stages['entrants']), 'prompting arm')} on {items:,}"
+            parts.append(
+                f"{told} of {dev:,} dev items, at most {len(stages['finalists'])} of them on all"
+                if "finalists" in stages
+                else f"{told} dev items"
+            )
+        if stages.get("contest"):
+            assert self._contest is not None
+            items = len(self._measurement.version.examples(self._contest.split))
+            more = "arm" if self._contest.split == "test" else "more arm"
+            text = f"{_arms_text(len(stages['contest']), more)} on {items:,} {self._contest.split} items"
+            parts.append(f"{text} and the {NOISE}" if "noise" in stages else text)
+        if "pilots" in stages:
+            parts.append(f"{_arms_text(self._pilots, 'pilot')} on all dev items")
+        everything = [load for loads in stages.values() for load in loads]
+        kept = sum(load.kept for load in everything)
+        answers = kept + sum(load.answers for load in everything)
+        there = f", {kept:,} of them kept from before" if kept else ""
+        return (
+            f"To answer: {'; '.join(parts)}. {answers:,} answers{there}: {minutes_text(self._total(stages))} "
+            f"(timed: {self._speed.text}).{self._not_counted(stages)}"
+        )
+
+    def _not_counted(self, stages: Mapping[str, Sequence[_Load]]) -> str:
+        """What the command does besides answering, whose time is not known beforehand."""
+        besides = []
+        if (
+            self._contest is not None
+            and self._contest.split == "test"
+            and self._measurement.project.recipe.general.measures
+        ):
+            besides.append("the suites of the general section")
+        if "pilots" in stages:
+            besides.append("training the pilots")
+        return f" Not counted: {', '.join(besides)}." if besides else ""
+
+
+def _budget_name(plan: ArmPlan) -> str:
+    return TUNED_RETRIEVED if plan.kind == "tuned-retrieved" else plan.name
+
+
+def _arms(advice: Advice | None) -> Sequence[Arm]:
+    if advice is None:
+        return []
+    return [*(advice.narrowing.arms if advice.narrowing else []), *advice.arms]
+
+
+def _read(arm: Arm) -> float:
+    return arm.prompt_tokens - arm.shared_tokens
+
+
+def _arms_text(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _names(stages: Mapping[str, Sequence[_Load]]) -> str:
+    return ", ".join(dict.fromkeys(load.plan.name for loads in stages.values() for load in loads))

@@ -1,0 +1,152 @@
+"""How fast arms are answered on this machine: two timed batches, one of short and one of long prompts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy.optimize import nnls
+
+from tunewright.adapters.registry import Adapter
+from tunewright.clock import now
+from tunewright.disk import digest, write_json
+from tunewright.evaluation.generations import Generator, Prompt
+from tunewright.training.shared_prefix.plan import common_prefix
+
+_MOST_TOKENS = 8192
+"""Prompt tokens of one timed batch: some seconds on a processor."""
+_MOST_ROWS = 64
+
+Prompts = Callable[[], Sequence[Prompt]]
+
+
+class Timed(BaseModel):
+    """One timed batch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int
+    read: Annotated[float, Field(description="Prompt tokens that the rows do not share, over all rows.")]
+    written: Annotated[float, Field(description="Answer tokens, over all rows.")]
+    seconds: float
+
+    @property
+    def answer(self) -> float:
+        """Tokens of a mean answer."""
+        return self.written / self.rows
+
+
+class AnswerSpeed(BaseModel):
+    """What an answer costs in seconds, by its prompt's and its own tokens; kept in ``.tunewright/speeds``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    measured: Annotated[str, Field(description="UTC, ISO 8601.")]
+    batches: tuple[Timed, ...]
+    read: Annotated[float, Field(description="Seconds for each prompt token that is not shared with other prompts.")]
+    write: Annotated[float, Field(description="Seconds for each answer token.")]
+
+    def seconds(self, read: float, written: float) -> float:
+        """Seconds for one answer, among as many others as were timed together."""
+        return read * self.read + written * self.write
+
+    @property
+    def answer_tokens(self) -> tuple[float, float]:
+        """The mean length of an answer without and with demonstrations."""
+        return self.batches[0].answer, self.batches[-1].answer
+
+    @property
+    def text(self) -> str:
+        """The measurement in words."""
+        return "; ".join(
+            f"{b.rows} prompts of {b.read / b.rows:,.0f} tokens in {b.seconds:.1f} s" for b in self.batches
+        )
+
+
+def fitted(batches: Sequence[Timed]) -> tuple[float, float]:
+    """Seconds for a prompt token and for an answer token: the non-negative least squares fit to timed batches."""
+    rows = np.array([[b.read, b.written] for b in batches])
+    scale = np.maximum(rows.max(axis=0), 1e-9)  # so that neither unit outweighs the other
+    found, _ = nnls(rows / scale, np.array([b.seconds for b in batches]))
+    read, write = found / scale
+    return float(read), float(write)
+
+
+def answer_speed(generator: Generator, limit: int, short: Prompts, long: Prompts, keyed: object) -> AnswerSpeed:
+    """Return the base's speed on this machine: as kept, or measured now.
+
+    Args:
+        generator: answers; its journal keeps what is answered here.
+        limit: the longest answer in tokens.
+        short: makes zero-shot prompts, where there is no kept speed.
+        long: makes prompts with demonstrations; may be none.
+        keyed: what else the speed depends on, such as the rows' digest.
+    """
+    file = _file(generator, limit, None, keyed)
+    if (kept := _kept(file, AnswerSpeed)) is not None:
+        return kept
+    sides = [prompts for prompts in (short(), long()) if prompts]
+    with generator.reporter.task("measuring the speed of answers", len(sides), "batches") as task:
+        batches = []
+        for prompts in sides:
+            batches.append(_timed(generator, prompts, limit, None))
+            task.advance()
+    read, write = fitted(batches)
+    speed = AnswerSpeed(measured=now(), batches=tuple(batches), read=read, write=write)
+    write_json(file, speed.model_dump(mode="json"))
+    return speed
+
+
+def adapted_factor(
+    generator: Generator, limit: int, short: Prompts, adapter: Adapter, base: AnswerSpeed, keyed: object
+) -> float:
+    """Return how many times as long an answer takes with the adapter: as kept, or measured now on zero-shot prompts."""
+    file = _file(generator, limit, adapter, keyed)
+    batch = _kept(file, Timed)
+    if batch is None:
+        batch = _timed(generator, short(), limit, adapter)
+        write_json(file, batch.model_dump(mode="json"))
+    expected = base.seconds(batch.read, batch.written)
+    return batch.seconds / expected if expected else 1.0
+
+
+_Kept = TypeVar("_Kept", bound=BaseModel)
+
+
+def _kept(file: Path, kind: type[_Kept]) -> _Kept | None:
+    """What was measured before; None where there is nothing, or nothing that can be read: it is measured again."""
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _timed(generator: Generator, prompts: Sequence[Prompt], limit: int, adapter: Adapter | None) -> Timed:
+    kept = generator.kept(limit, adapter)
+    # What is not in the journal yet first: the time is then not spent twice.
+    chosen = sorted(dict.fromkeys(prompts), key=lambda prompt: digest(prompt) in kept)
+    chosen = chosen[: min(generator.rows, _MOST_ROWS)]
+    while len(chosen) > 1 and sum(map(len, chosen)) > _MOST_TOKENS:
+        chosen.pop()
+    chosen.sort()
+    seconds, answers = generator.timed(chosen, limit, adapter)
+    counts = generator.chat.tokenizer([a.text for a in answers], add_special_tokens=False)["input_ids"]
+    written = sum(len(ids) + (not a.truncated) for ids, a in zip(counts, answers, strict=True))
+    shared = common_prefix(chosen[0], chosen[-1]) if len(chosen) > 1 else 0
+    read = sum(map(len, chosen)) - shared * (len(chosen) - 1)
+    return Timed(rows=len(chosen), read=read, written=written, seconds=seconds)
+
+
+def _file(generator: Generator, limit: int, adapter: Adapter | None, keyed: object) -> Path:
+    decides = {
+        **asdict(generator.decoding(limit, adapter)),
+        "rows": generator.rows,
+        "cores": os.cpu_count(),
+        "keyed": keyed,
+    }
+    return generator.folder.parent / "speeds" / f"{digest(decides)[:16]}.json"

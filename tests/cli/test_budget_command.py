@@ -1,0 +1,182 @@
+"""What `evaluate` and `advise` say beforehand, `--minutes`, and verdicts on the dev split, on a tiny base."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from command_line import Ran, tiny_project, tunewright
+from tunewright.evaluation.evidence import load_evidence
+
+RECIPE = "  first_items: 20\n  margin: 0.5\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project with an adapter of one short epoch, its speed measured here and then set: 10 ms for each token."""
+    folder = tiny_project(tmp_path_factory.mktemp("budget") / "project", tiny_base_folder, count=200)
+    recipe = folder / "tunewright.yaml"
+    text = recipe.read_text().replace(
+        "  sources: [pairs.jsonl]\n", "  sources: [pairs.jsonl]\n  dev: 0.2\n  test: 0.2\n"
+    )
+    text = text.replace("  epochs: 2\n", "  epochs: 1\n")
+    recipe.write_text(text.replace("  shots: [1, 2]\n", f"  shots: [1, 2]\n{RECIPE}"))
+    assert tunewright("data", "add", folder / "pairs.jsonl", "--project", folder).code == 0
+    assert tunewright("train", "--project", folder).code == 0
+    refused = tunewright("evaluate", "--minutes", "0.000001", "--project", folder)
+    assert refused.code == 2, refused.stderr
+    speeds = [(path, json.loads(path.read_text())) for path in (folder / ".tunewright" / "speeds").iterdir()]
+    (base, kept), (adapter, timed) = sorted(speeds, key=lambda found: "batches" not in found[1])
+    base.write_text(json.dumps({**kept, "read": 0.01, "write": 0.01}))
+    adapter.write_text(json.dumps({**timed, "seconds": (timed["read"] + timed["written"]) * 0.01}))
+    return folder
+
+
+@pytest.fixture
+def project(trained: Path, tmp_path: Path) -> Path:
+    """A copy of its own."""
+    return Path(shutil.copytree(trained, tmp_path / "project"))
+
+
+def said(ran: Ran) -> str:
+    """All that people read, on one line."""
+    return " ".join(f"{ran.stdout} {ran.stderr}".split())
+
+
+def expected_minutes(text: str) -> int:
+    """What an announcement says."""
+    found = re.search(r"To answer: .*?: about (\d+) minutes \(timed: ", text)
+    assert found is not None, text
+    return int(found[1])
+
+
+def test_evaluate_says_beforehand_what_it_answers_and_how_long_it_takes(project: Path) -> None:
+    ran = tunewright("evaluate", "--project", project)
+    assert ran.code == 0, ran.stderr
+    told = said(ran)
+    assert "To answer: 11 prompting arms on 20 of 40 dev items, at most 4 of them on all; " in told
+    assert "4 arms on 40 test items and the noise floor. " in told
+    answers = int(re.search(r"floor\. ([\d,]+) answers", told)[1].replace(",", ""))  # type: ignore[index]
+    # 11 arms on 20, 4 on the other 20, 4 on test, and the base twice for the noise floor.
+    assert answers == 11 * 20 + 4 * 20 + 4 * 40 + 2 * 40
+    assert expected_minutes(told) > 1
+    assert told.index("To answer") < told.index("The test split is opened")
+
+
+def test_a_budget_below_the_fewest_arms_is_refused_with_the_minimum(project: Path) -> None:
+    refused = tunewright("evaluate", "--minutes", "1", "--project", project, "--json")
+    assert refused.code == 2
+    error = refused.document["error"]
+    assert error["where"] == "--minutes"
+    assert "1 minutes are too few: the arms that are never left out take about" in error["what"]
+    assert "(zero-shot, retrieved-1, tuned)" in error["what"]
+    fewest = int(re.search(r"--minutes (\d+) or more", error["fix"])[1])  # type: ignore[index]
+    assert not (project / "evaluations" / "ledger.jsonl").exists()
+    assert tunewright("evaluate", "--minutes", str(fewest - 1), "--project", project).code == 2
+    assert tunewright("evaluate", "--minutes", str(fewest), "--project", project).code == 0
+
+
+@pytest.mark.parametrize("minutes", ["0", "-3", "nan"])
+def test_minutes_that_are_not_above_zero_are_refused(project: Path, minutes: str) -> None:
+    for command in ("evaluate", "advise"):
+        refused = tunewright(command, "--minutes", minutes, "--project", project)
+        assert refused.code == 2, refused.stderr
+        assert "must be greater than 0" in said(refused)
+
+
+def test_a_budget_leaves_arms_out_by_the_stated_rule_and_says_so_everywhere(project: Path) -> None:
+    whole = tunewright("evaluate", "--minutes", "1", "--project", project, "--json").document["error"]
+    fewest = int(re.search(r"--minutes (\d+) or more", whole["fix"])[1])  # type: ignore[index]
+    ran = tunewright("evaluate", "--minutes", str(fewest + 1), "--project", project, "--json")
+    assert ran.code == 0, ran.stderr
+    evidence = load_evidence(Path(ran.document["folder"]))
+    budget = evidence.budget
+    assert budget is not None
+    assert budget.minutes == fewest + 1 >= budget.expected
+    # What decides nothing first; then two demonstrations before one, static before retrieved, later draws first.
+    order = ["tuned+retrieved", "static-2-seed-3", "static-2-seed-2", "static-2-seed-1", "retrieved-2-tfidf"]
+    order += ["retrieved-2", "static-1-seed-3", "static-1-seed-2", "static-1-seed-1", "retrieved-1-tfidf"]
+    assert list(budget.left_out) == [name for name in order if name in budget.left_out]
+    assert budget.left_out[0] == "tuned+retrieved"
+    assert budget.prompting
+    tried = {arm.name for arm in (evidence.narrowing.arms if evidence.narrowing else evidence.dev_arms)}
+    assert {"zero-shot", "retrieved-1"} <= tried
+    assert not tried & set(budget.left_out)
+    assert evidence.items == 40
+    verdict = said(tunewright("verdict", "--project", project))
+    assert "Prompting was not tried as hard as usual" in verdict
+    assert budget.prompting[0] in verdict
+    assert tunewright("report", "--project", project).code == 0
+    page = (Path(ran.document["folder"]) / "report.html").read_text()
+    assert "The rule: left out first" in page
+    assert "Prompting was not tried as hard as usual" in page
+
+
+def test_the_same_budget_is_not_settled_again_and_another_is_another_evaluation(project: Path) -> None:
+    first = tunewright("evaluate", "--minutes", "4", "--project", project, "--json")
+    assert first.code == 0, first.stderr
+    assert first.document["evidence"]["budget"]["left_out"]
+    # A machine that has become twice as fast would leave fewer arms out.
+    for path in (project / ".tunewright" / "speeds").iterdir():
+        kept = json.loads(path.read_text())
+        if "batches" in kept:
+            path.write_text(json.dumps({**kept, "read": 0.001, "write": 0.001}))
+    again = tunewright("evaluate", "--minutes", "4", "--project", project, "--json").document
+    assert (again["folder"], again["evaluated"]) == (first.document["folder"], False)
+    whole = tunewright("evaluate", "--project", project, "--json").document
+    assert whole["evidence"]["budget"] is None
+    assert whole["folder"] != first.document["folder"]
+    assert len(tunewright("ledger", "--project", project, "--json").document["openings"]) == 2
+
+
+def test_advise_takes_a_budget_too(project: Path) -> None:
+    ran = tunewright("advise", "--no-pilot", "--minutes", "1.5", "--project", project, "--json")
+    assert ran.code in {3, 4}, ran.stderr
+    budget = ran.document["advice"]["prompting"]["budget"]
+    assert budget["left_out"][0] == "static-2-seed-3"
+    assert "retrieved-1" not in budget["left_out"]
+    stored = tunewright("advise", ran.document["file"], "--minutes", "3", "--project", project)
+    assert (stored.code, "stored advice is only read" in stored.stderr) == (2, True)
+
+
+def test_a_stopped_evaluation_counts_what_is_kept(project: Path) -> None:
+    assert tunewright("evaluate", "--project", project).code == 0
+    shutil.rmtree(project / "evaluations")
+    again = said(tunewright("evaluate", "--project", project))
+    kept = re.search(r"floor\. ([\d,]+) answers, ([\d,]+) of them kept", again)
+    assert kept is not None, again
+    assert int(kept[2]) >= 11 * 20
+
+
+# The dev split
+
+
+def test_a_verdict_on_dev_is_marked_as_dev_everywhere(project: Path) -> None:
+    ran = tunewright("evaluate", "--dev", "--project", project, "--json")
+    assert ran.document["split"] == ran.document["evidence"]["split"] == "dev"
+    assert not (project / "evaluations" / "ledger.jsonl").exists()
+    told = tunewright("verdict", "--project", project, "--json")
+    assert told.code == {"ship": 0, "don't ship": 3, "can't tell": 4}[told.document["decision"]]
+    assert told.document["split"] == "dev"
+    assert "on 40 dev items" in told.document["reasons"][0]
+    assert any("no licence to ship" in reason for reason in told.document["reasons"])
+    assert f"Verdict (on dev): {told.document['decision']}" in said(tunewright("verdict", "--project", project))
+    markdown = tunewright("verdict", "--markdown", "--project", project).stdout
+    assert "(on dev): " in markdown.splitlines()[0]
+    assert tunewright("report", "--project", project).code == 0
+    page = (Path(ran.document["folder"]) / "report.html").read_text()
+    assert "(on dev)" in page
+    assert "Arms on the dev split" in page
+    assert "test item" not in page
+
+
+def test_deploy_does_not_take_a_verdict_on_dev(project: Path) -> None:
+    assert tunewright("evaluate", "--dev", "--project", project).code == 0
+    adapter = next((project / "adapters").iterdir()).name
+    refused = tunewright("deploy", "court", adapter, "--project", project)
+    assert refused.code == 2
+    assert "not been evaluated on the test split, and a dev verdict is no licence to ship" in said(refused)

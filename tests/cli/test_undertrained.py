@@ -1,0 +1,51 @@
+"""The bundled base, trained for too few steps: the command line says that this is why not to ship."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from command_line import Ran, tunewright
+
+RECIPE = """\
+name: too-short
+base: bundled:smollm2-135m-instruct
+data: {sources: [pairs.jsonl], system: Give the citation abbreviation of this court., dev: 0.1, test: 0.2}
+train: {preset: all-linear, learning_rate: 0.0003, epochs: 1, batch_size: 8}
+evaluate: {shots: [2], static_seeds: 0, retrievers: [bm25], tuned_retrieved: false, margin: 0.5}
+general: {samples: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+    """A project of 150 courts that has gone the whole road, and what that printed."""
+    folder = tmp_path_factory.mktemp("undertrained") / "project"
+    assert tunewright("init", "--example", "legal-citations", folder).code == 0
+    rows = (folder / "pairs.jsonl").read_text().splitlines()
+    random.Random(1).shuffle(rows)
+    (folder / "pairs.jsonl").write_text("\n".join(rows[:150]) + "\n")
+    (folder / "tunewright.yaml").write_text(RECIPE)
+    return folder, tunewright("run", "--project", folder, "--json")
+
+
+def test_run_says_that_training_was_too_short_and_what_to_do(ran: tuple[Path, Ran]) -> None:
+    _, done = ran
+    assert done.code == 3, done.stderr
+    cause = done.document["verdict"]["causes"][0]
+    assert cause["what"] == "Undertrained: the loss was still falling when training ended"
+    assert cause["evidence"].startswith("training loss ")
+    assert cause["next"] == "Set train.epochs: 3 (now 1), then `tunewright train` and `tunewright evaluate --dev`"
+
+
+def test_verdict_and_report_say_the_same(ran: tuple[Path, Ran]) -> None:
+    folder, done = ran
+    cause = done.document["verdict"]["causes"][0]
+    told = tunewright("verdict", "--project", folder)
+    assert told.code == 3
+    assert f"{cause['what']}: {cause['evidence']}. Next: {cause['next']}." in f"{told.stdout}{told.stderr}"
+    assert tunewright("verdict", "--project", folder, "--json").document["causes"] == done.document["verdict"]["causes"]
+    assert cause["what"] in Path(done.document["report"]).read_text()
+    assert "Undertrained" in tunewright("verdict", "--markdown", "--project", folder).stdout

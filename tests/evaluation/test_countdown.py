@@ -1,0 +1,108 @@
+"""One display over all answers, weighted by what each is expected to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tunewright.evaluation.countdown import Countdown, Work
+from tunewright.evaluation.speed import Timed, fitted
+from tunewright.progress import LogReporter, LogTask, Task
+
+
+class _Seen(LogReporter):
+    """Remembers what displays were opened, and the percent and note after each step."""
+
+    def __init__(self) -> None:
+        self.opened: list[tuple[str, int, str]] = []
+        self.steps: list[tuple[int, str]] = []
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        self.opened.append((title, total, unit))
+        seen, done = self.steps, 0
+
+        class Counting(LogTask):
+            def advance(self, steps: int = 1, note: str = "") -> None:
+                nonlocal done
+                done += steps
+                seen.append((done, note))
+
+        yield Counting()
+
+
+def test_slow_answers_weigh_more_than_quick_ones() -> None:
+    reporter = _Seen()
+    countdown = Countdown(reporter)
+    countdown.plan("first", [Work("zero-shot on dev", 10, 0, 1.0), Work("retrieved-8 on dev", 10, 0, 9.0)])
+    with countdown.shown():
+        for title in ("zero-shot on dev", "retrieved-8 on dev"):
+            with countdown.arm(title, 10) as task:
+                for _ in range(10):
+                    task.advance()
+    assert reporter.opened == [("All answers", 100, "percent")]
+    assert (10, "10 of 20 answers, zero-shot on dev") in reporter.steps
+    assert (55, "15 of 20 answers, retrieved-8 on dev") in reporter.steps
+    assert reporter.steps[-1] == (100, "20 of 20 answers, retrieved-8 on dev")
+
+
+def test_what_is_kept_is_done_at_the_start() -> None:
+    reporter = _Seen()
+    countdown = Countdown(reporter)
+    countdown.plan("first", [Work("zero-shot on dev", 5, 15, 2.0)])
+    with countdown.shown():
+        assert reporter.steps == [(75, "15 of 20 answers")]
+
+
+def test_a_stage_that_turns_out_larger_never_moves_the_display_backwards() -> None:
+    reporter = _Seen()
+    countdown = Countdown(reporter)
+    countdown.plan("first", [Work("a on dev", 10, 0, 1.0)])
+    countdown.plan("later", [Work("guess", 10, 0, 1.0)])
+    with countdown.shown():
+        with countdown.arm("a on dev", 10) as task:
+            task.advance(10)
+        countdown.plan("later", [Work("b on dev", 90, 0, 1.0)])
+        with countdown.arm("b on dev", 90) as task:
+            for _ in range(90):
+                task.advance()
+    shown = [percent for percent, _ in reporter.steps]
+    assert shown == sorted(shown)
+    assert shown[-1] == 100
+    assert reporter.steps[-1][1] == "100 of 100 answers, b on dev"
+
+
+def test_what_was_expected_and_did_not_come_is_dropped_with_its_stage() -> None:
+    countdown = Countdown(_Seen())
+    countdown.plan("first", [Work("guess", 10, 0, 1.0), Work("zero-shot on dev", 0, 20, 1.0)])
+    countdown.close("first", "never planned")
+    assert countdown.counts == (20, 20)
+
+
+def test_without_a_plan_each_arm_has_its_own_display() -> None:
+    reporter = _Seen()
+    countdown = Countdown(reporter)
+    with countdown.shown(), countdown.arm("tuned on the fold", 7) as task:
+        task.advance()
+    assert reporter.opened == [("tuned on the fold", 7, "answers")]
+
+
+def test_two_batches_tell_the_speed_of_reading_from_that_of_writing() -> None:
+    read, write = fitted(
+        [
+            Timed(rows=8, read=100, written=200, seconds=100 * 0.002 + 200 * 0.03),
+            Timed(rows=8, read=4000, written=150, seconds=4000 * 0.002 + 150 * 0.03),
+        ]
+    )
+    assert read == pytest.approx(0.002)
+    assert write == pytest.approx(0.03)
+
+
+def test_a_speed_is_never_negative() -> None:
+    read, write = fitted(
+        [Timed(rows=8, read=100, written=200, seconds=9.0), Timed(rows=8, read=4000, written=150, seconds=5.0)]
+    )
+    assert read >= 0
+    assert write > 0
