@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.registry import Adapter
+from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, list_versions, load_version
 from tunewright.errors import UserError
@@ -51,6 +52,8 @@ class Trace:
     recipe: Mapping[str, Any] | None
     seed: int | None
     dataset: DatasetTrace | None
+    system_prompt: SystemPrompt
+    """The one that it was trained with."""
     replayed: int
     """Conversations that the base wrote and the adapter was trained on besides."""
     training: Mapping[str, Any] | None
@@ -86,6 +89,7 @@ def trace(adapter: Adapter, dataset: Path) -> Trace:
         recipe=lineage.get("recipe"),
         seed=lineage.get("seed"),
         dataset=_dataset(lineage, dataset) if "dataset" in lineage else None,
+        system_prompt=system_prompt(adapter, dataset),
         replayed=len(adapter.replayed),
         training=lineage.get("training"),
         scaled=lineage.get("scaled"),
