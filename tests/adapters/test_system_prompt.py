@@ -10,10 +10,12 @@ import pytest
 
 from adapter_helpers import write_adapter
 from command_line import pairs, tiny_project, tunewright, write_jsonl
+from tunewright.adapters.admission.claims import check_lineage
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
 from tunewright.adapters.system_prompt import KEY, SystemPrompt, count_system_turns, system_prompt
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
+from tunewright.errors import UserError
 
 SYSTEM = "Name the first colour."
 
@@ -55,6 +57,15 @@ def test_a_lineage_has_the_system_turn_that_all_rows_share_and_else_the_reason(
 def test_an_adapter_without_lineage_is_not_known_to_have_one(tmp_path: Path) -> None:
     found = system_prompt(_adapter(tmp_path / "adapter"), tmp_path / "nowhere")
     assert (found.text, "imported without a lineage" in str(found.why_none)) == (None, True)
+
+
+@pytest.mark.parametrize("claim", [{"text": 7}, {"text": "x", "rows": "many", "without": 0, "distinct": 1}, "x"])
+def test_a_foreign_lineage_may_not_claim_something_else(project: Path, tmp_path: Path, claim: Any) -> None:
+    adapter = find_adapter(project / "adapters")
+    data = json.dumps({**adapter.lineage, KEY: claim}).encode()
+    check_lineage(json.dumps(adapter.lineage).encode(), "here")
+    with pytest.raises(UserError, match=KEY):
+        check_lineage(data, "here")
 
 
 @pytest.fixture(scope="module")

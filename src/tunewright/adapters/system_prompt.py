@@ -5,6 +5,7 @@ Rows of the generic mix-in and of replay do not count: they are there against fo
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ KEY = "system_prompt"
 """The lineage's key."""
 
 _SHOWN_CHARACTERS = 80
+_IMPORTED = (
+    "it was imported without a lineage, so the one that it was trained with is not known "
+    "(`tunewright adapters import --system-prompt` states it)"
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,17 @@ def count_system_turns(members: Sequence[Member]) -> dict[str, Any]:
     return {"text": shared, "rows": len(members), "without": without, "distinct": len(turns)}
 
 
+def stated_system_prompt(text: str) -> dict[str, Any]:
+    """Return the lineage's record of what the user states of a foreign adapter's training rows.
+
+    Raises:
+        UserError: an empty text.
+    """
+    if not text.strip():
+        raise UserError("The system prompt is empty.", where="--system-prompt", fix="Leave it out.")
+    return {"text": unicodedata.normalize("NFC", text)}
+
+
 def system_prompt(adapter: Adapter, dataset: Path) -> SystemPrompt:
     """Return the system prompt that an adapter was trained with.
 
@@ -77,7 +93,7 @@ def system_prompt(adapter: Adapter, dataset: Path) -> SystemPrompt:
     if told is not None:
         return _of(told)
     if adapter.dataset is None:
-        return SystemPrompt(None, "it was imported without a lineage, so the one that it was trained with is not known")
+        return SystemPrompt(None, _IMPORTED)
     try:
         version = load_version(dataset, adapter.dataset)
     except UserError as error:

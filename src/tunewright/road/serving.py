@@ -131,7 +131,9 @@ def adapter_of(opened: OpenProject, name: str, digest: str) -> Adapter:
     Raises:
         UserError: it is not here.
     """
-    found = next((a for a in list_adapters(opened.project.adapters) if a.digest == digest), None)
+    known = [adapter for adapter in list_adapters(opened.project.adapters) if adapter.digest == digest]
+    # Of the same weights in two folders, one may say another system prompt than the adapter that was released.
+    found = next((adapter for adapter in known if adapter.name == name), known[0] if known else None)
     if found is None:
         raise UserError(
             f"the released adapter {name} ({digest[:12]}) is not here",
