@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import pytest
 import tunewright
 from command_line import recorded_prompts, tiny_project, without_state
 from command_line import tunewright as command
-from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
+from tunewright.adapters.system_prompt import KEY
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
 from tunewright.progress import LogReporter
 from tunewright.project import Project
 from tunewright.road.opened import OpenProject
+from tunewright.road.serving import adapter_of
 from tunewright.serving.service import Service
 
 SYSTEM = "Name the first colour, d'été."
@@ -116,3 +120,17 @@ def test_a_release_that_leaves_it_out_is_shown_as_one(project: Path) -> None:
     assert back.document["release"]["system_prompt"] is True
     refused = command("serve", "--no-system-prompt", "-p", project)
     assert (refused.code, "each release says" in refused.stderr) == (2, True)
+
+
+def test_a_release_means_the_adapter_of_its_name_where_two_have_the_same_weights(trained: Path, tmp_path: Path) -> None:
+    project = without_state(trained, tmp_path / "project")
+    adapter = _adapter(trained)
+    (project / "adapters").unlink()
+    other = project / "adapters" / f"another-{adapter.digest[:12]}"
+    for folder in (project / "adapters" / adapter.name, other):
+        shutil.copytree(adapter.folder, folder)
+    older = {**adapter.lineage, "created": "2020-01-01T00:00:00+00:00", KEY: {"text": "Say nothing."}}
+    (other / LINEAGE).write_text(json.dumps(older), encoding="utf-8")
+    opened = OpenProject(Project(project), LogReporter())
+    assert adapter_of(opened, adapter.name, adapter.digest).name == adapter.name
+    assert adapter_of(opened, "a-name-that-is-gone", adapter.digest).name == other.name
