@@ -31,6 +31,7 @@ from load_shown import machine
 from rich.console import Console
 from rich.table import Table
 
+from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.chat import open_chat
 from tunewright.data.examples import Message
 from tunewright.disk import write_json
@@ -39,6 +40,7 @@ from tunewright.models.bases import resolve_base
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
 from tunewright.recipe import ChatRecipe, GatewayRecipe
+from tunewright.serving.access import ServedAdapter
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.outbox import Inbox, Outbox
 from tunewright.serving.orders import Texts
@@ -141,7 +143,8 @@ def measure(options: argparse.Namespace) -> list[float]:
         state.tenants.add("tenant", [ALIAS])
         key, _ = state.tenants.add_key("tenant")
         state.releases.deploy(ALIAS, "adapter", "0" * 64, Grounds(None, None, "a benchmark"))
-        access = TenantAccess(state, engine, lambda _name, _digest: Path(folder), LogReporter())
+        served = ServedAdapter(Path(folder), SystemPrompt(None))
+        access = TenantAccess(state, engine, lambda _name, _digest: served, LogReporter())
         with serving(Gateway(engine, access, texts, GatewayRecipe()).app) as url:
             for _ in range(options.rounds + 1):
                 before = time.process_time()

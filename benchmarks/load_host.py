@@ -30,6 +30,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tunewright.adapters.registry import list_adapters
+from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.engines.protocol import Engine
 from tunewright.models.requests import Request
 from tunewright.progress import LogReporter
@@ -37,6 +38,7 @@ from tunewright.project import Project
 from tunewright.recipe import Recipe
 from tunewright.road.opened import OpenProject
 from tunewright.road.serving import adapter_of
+from tunewright.serving.access import ServedAdapter
 from tunewright.serving.fairness import FairQueue, Place
 from tunewright.serving.service import Service, Tenancy
 from tunewright.serving.state import State
@@ -124,7 +126,12 @@ def open_service(settings: dict[str, Any]) -> Service:
         opened.base,
         replace(opened.chat, stop_ids=frozenset()),
         "none",
-        Tenancy(state, lambda name, digest: adapter_of(opened, name, digest).folder, folders),
+        # Prompts as long as the clients make them: nothing is added.
+        Tenancy(
+            state,
+            lambda name, digest: ServedAdapter(adapter_of(opened, name, digest).folder, SystemPrompt(None)),
+            folders,
+        ),
         opened.reporter,
     )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from tunewright.adapters.registry import Adapter
+from tunewright.adapters.system_prompt import system_prompt
 from tunewright.project import Project
 from tunewright.road import Road, RunResult
 
@@ -86,7 +87,8 @@ def show_two_tenants(road: Road, result: RunResult) -> TwoTenants | None:
     State(state).close()  # made here: a state that is named has to be there
     serve = project.recipe.serve.model_copy(update={"state": state})
     own = Road(Project(project.root, project.recipe.model_copy(update={"serve": serve})), road.reporter)
-    draft = own.adapters.import_(folder, base_matches=True, name=f"{project.recipe.name}-{step}").adapter
+    name, prompt = f"{project.recipe.name}-{step}", system_prompt(trained, project.dataset).text
+    draft = own.adapters.import_(folder, base_matches=True, name=name, system_prompt=prompt).adapter
     decision = result.verdict.decision
     wanted = {
         "legal": (trained, None if decision == "ship" else f"for the demo, though its verdict is {decision}"),

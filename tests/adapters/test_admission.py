@@ -33,6 +33,7 @@ from tunewright.adapters.admission import admit as admission
 from tunewright.adapters.admission.config import read_config
 from tunewright.adapters.admission.quarantine import take_folder
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, adapter_digest, find_adapter, list_adapters
+from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.data.examples import Message
 from tunewright.evaluation.evidence import load_evidence, load_items
 from tunewright.evaluation.verdict import verdict
@@ -105,6 +106,14 @@ def test_it_says_who_stated_what_and_nothing_that_is_not_known(stock: Path, othe
     assert "dataset: not known" in shown.stdout
     assert "not proved" in shown.stdout
     assert tunewright("data", "where", "pairs.jsonl:1", "-p", other).stdout.startswith(f"{adapter.name}: unknown")
+
+
+def test_the_system_prompt_of_a_foreign_adapter_is_what_is_stated(stock: Path, ours: Path, other: Path) -> None:
+    assert import_adapter(other, stock, "--base-matches", "--system-prompt", "Cite the cafe\u0301.").code == 0
+    (adapter,) = api.open(other).adapters.list()
+    assert system_prompt(adapter, other / "dataset") == SystemPrompt("Cite the café.")
+    assert "It has a lineage of its own" in refused_import(other, ours, "--system-prompt", "Cite.")
+    assert "The system prompt is empty" in refused_import(other, stock, "--base-matches", "--system-prompt", " ")
 
 
 def _zip(folder: Path, target: Path) -> Path:

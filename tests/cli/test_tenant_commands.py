@@ -194,7 +194,8 @@ def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
         _evaluated(project, adapter, SHIPS, number)
     _document(project, "deploy", "courts", first.name)
     canary = _document(project, "deploy", "courts", second.name, "--canary", "10%")["release"]
-    assert canary["candidate"] == {"adapter": second.name, "digest": second.digest, "share": 0.1}
+    expected = {"adapter": second.name, "digest": second.digest, "share": 0.1, "system_prompt": True}
+    assert canary["candidate"] == expected
     assert canary["adapter"] == first.name
     assert _document(project, "rollback", "courts")["candidate"] is None
     _document(project, "deploy", "courts", second.name, "--shadow")

@@ -157,7 +157,7 @@ def twice_the_scale(patch: pytest.MonkeyPatch) -> None:
 
 @_fault(["merge"], "to other tokens than training did")
 def another_template(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(merging, "exported_template", lambda chat: templates.exported_template(chat) + "\n ")
+    patch.setattr(merging, "exported_template", lambda *given: templates.exported_template(*given) + "\n ")
 
 
 @_fault(["gguf", "--merged"], "of the adapter's effect")
@@ -167,12 +167,12 @@ def queries_and_keys_in_the_order_of_transformers(patch: pytest.MonkeyPatch) -> 
 
 @_fault(["gguf", "--merged"], "to other tokens than training did")
 def another_template_in_the_file(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gguf_tokenizer, "exported_template", lambda chat: templates.exported_template(chat) + "\n ")
+    patch.setattr(gguf_tokenizer, "exported_template", lambda *given: templates.exported_template(*given) + "\n ")
 
 
 @_fault(["gguf", "--merged"], "llama.cpp does not take the file")
 def a_file_that_is_none(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gguf_model, "add_tokenizer", lambda writer, chat, vocabulary: None)
+    patch.setattr(gguf_model, "add_tokenizer", lambda *given: None)
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -18,7 +18,7 @@ from tunewright.chat import ChatFormat
 from tunewright.data.examples import Message
 from tunewright.errors import UserError
 from tunewright.export.go_template import GoTemplate, check_go_template, conversations, go_template, strips
-from tunewright.export.ollama import modelfile
+from tunewright.export.ollama import modelfile, modelfile_system
 
 # As template.Execute of Ollama does for a template that reads .Messages: neighbours of one role become one message,
 # the system texts are .System, and the messages (system ones too) are .Messages.
@@ -154,6 +154,65 @@ def _template_of(text: str) -> str:
     template, _, _ = rest.partition('"""')
     assert before.startswith("FROM ")
     return template
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Plain.",
+        'Say "yes"',
+        '"""',
+        'one\n""\ntwo "three"\n',
+        "\n  d'été\t中文 🙂\n\n",
+        'a """ b',
+        "{{ .System }} \\n # no",
+    ],
+)
+def test_a_modelfiles_system_prompt_is_read_back_as_it_was(text: str) -> None:
+    chat = chat_of(byte_tokenizer())
+    line = modelfile_system(text)
+    assert line is not None
+    written = modelfile("T", chat, ("\n### Instruction",), "base.gguf", None, 2048, line)
+    read = _read_modelfile(written)
+    assert read["SYSTEM"] == text
+    assert (read["TEMPLATE"], read["PARAMETER"]) == ("T", "num_ctx 2048")
+
+
+@pytest.mark.parametrize("text", ['one\n"""\ntwo', 'one """  \ntwo', 'one """\n', "a\u00a0b", "bell\x07"])
+def test_a_system_prompt_that_ollama_would_read_otherwise_is_not_written(text: str) -> None:
+    assert modelfile_system(text) is None
+    assert _read_modelfile(f'FROM x\nSYSTEM """{text}"""\n').get("SYSTEM") != text
+
+
+def _read_modelfile(text: str) -> dict[str, str]:
+    """The last value of each command, by the rules of Ollama's parser.
+
+    A value ends at the first line's end where what was read so far is whole: without quotes, or between them. What
+    cannot be printed is left out.
+    """
+    read: dict[str, str] = {}
+    name: str | None = None
+    value = ""
+    for character in text:
+        if name is None:
+            value += character
+            if character == " ":
+                name, value = value.strip(), ""
+            elif character in "\r\n":
+                value = ""
+        elif character in "\r\n" and (whole := _unquoted(value.strip())) is not None:
+            read[name], name, value = whole, None, ""
+        elif character.isprintable() or character in "\t\r\n":
+            value += character
+    return read
+
+
+def _unquoted(value: str) -> str | None:
+    for quotes in ('"""', '"'):
+        if value.startswith(quotes):
+            whole = len(value) >= 2 * len(quotes) and value.endswith(quotes)
+            return value[len(quotes) : -len(quotes)] if whole else None
+    return value
 
 
 def test_where_the_system_text_goes_is_learnt(found: dict[str, tuple[ChatFormat, GoTemplate]]) -> None:

@@ -11,7 +11,10 @@ from export_helpers import CHATS
 from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
 from tiny import byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat
+from tunewright.data.examples import Message
 from tunewright.export.templates import exported_template, rendered_alike
+
+SYSTEM = "Answer with the court's \"citation\".\n\n\tC:\\new — {{ d'été }} {% no %} 中文 #}"
 
 
 def _without_bos() -> ChatFormat:
@@ -45,5 +48,28 @@ def test_transformers_renders_it_to_the_ids_of_training_on_any_day(name: str) ->
         assert rendered_alike(tokenizer, CHATS, ids) == len(CHATS)
         if "date" in name:
             assert "26 Jul 2024" in tokenizer.chat_template
+    finally:
+        tokenizer.chat_template = own  # the makers' tokenizers are shared
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_transformers_puts_the_system_prompt_before_conversations_that_have_none(name: str) -> None:
+    chat = FORMATS[name]()
+    with_system = [(Message("system", SYSTEM), *messages) for messages in CHATS]
+    ids = [chat.prompt(messages) for messages in with_system]
+    others = [(Message("system", "Be brief."), *messages) for messages in CHATS]
+    other_ids = [chat.prompt(messages) for messages in others]
+    tokenizer = chat.tokenizer
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = exported_template(chat)
+        assert rendered_alike(tokenizer, CHATS, ids) == 0
+        tokenizer.chat_template = exported_template(chat, SYSTEM)
+        assert rendered_alike(tokenizer, CHATS, ids) == len(CHATS)
+        assert rendered_alike(tokenizer, with_system, ids, SYSTEM) == len(CHATS)
+        assert rendered_alike(tokenizer, others, other_ids, SYSTEM) == len(CHATS)
+        # What only the one with the system message renders to does not count.
+        tokenizer.chat_template = exported_template(chat)
+        assert rendered_alike(tokenizer, with_system, ids, SYSTEM) == 0
     finally:
         tokenizer.chat_template = own  # the makers' tokenizers are shared

@@ -13,8 +13,10 @@ import openai
 from served_model import CONTEXT, LIMITS, STOPS, TOKENIZER, build_base, build_model, texts
 
 from tunewright.adapters.registry import adapter_digest
+from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.errors import UserError
 from tunewright.progress import LogReporter
+from tunewright.serving.access import ServedAdapter
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.peft import PeftEngine
 from tunewright.serving.server import serving
@@ -33,6 +35,7 @@ class Stored:
     name: str
     folder: Path
     digest: str
+    system_prompt: str | None = None
 
 
 def store_adapters(folder: Path) -> dict[str, Stored]:
@@ -84,12 +87,13 @@ def tenant_server(
     state_url: str, adapters: Mapping[str, Stored], *, stop_ids: frozenset[int] = STOPS, max_batch: int = 8
 ) -> Iterator[Running]:
     """A server that answers tenants by the state."""
-    folders = {stored.digest: stored.folder for stored in adapters.values()}
+    by_digest = {stored.digest: stored for stored in adapters.values()}
 
-    def locate(name: str, digest: str) -> Path:
-        if digest not in folders:
+    def locate(name: str, digest: str) -> ServedAdapter:
+        if digest not in by_digest:
             raise UserError(f"the released adapter {name} is not here")
-        return folders[digest]
+        stored = by_digest[digest]
+        return ServedAdapter(stored.folder, SystemPrompt(stored.system_prompt))
 
     pad = TOKENIZER.pad_token_id
     engine = PeftEngine(build_base(), stop_ids=stop_ids, pad_id=pad, max_batch=max_batch, context_length=CONTEXT)

@@ -13,10 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import LIMITS, MODELS, TEXTS, ScriptedEngine
 from states import DIGESTS, SHIP
 
+from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.errors import UserError
 from tunewright.progress import LogReporter
 from tunewright.recipe import GatewayRecipe
-from tunewright.serving.access import Access, OpenAccess
+from tunewright.serving.access import Access, OpenAccess, ServedAdapter
 from tunewright.serving.app import Gateway
 from tunewright.serving.metrics import exposed
 from tunewright.serving.server import serving
@@ -123,7 +124,8 @@ def test_tenants_aliases_and_releases_are_told_on_a_listener_of_their_own(state_
         state.tenants.add("acme", ["courts"], Limits(requests_per_minute=1))
         key, _ = state.tenants.add_key("acme")
         engine = ScriptedEngine()
-        access = TenantAccess(State(state_url), engine, lambda _name, _digest: tmp_path, LogReporter())
+        served = ServedAdapter(tmp_path, SystemPrompt(None))
+        access = TenantAccess(State(state_url), engine, lambda _name, _digest: served, LogReporter())
         one, three = DIGESTS["a"][:12], DIGESTS["c"][:12]
         with server(engine, access) as (client, metrics):
             client.headers["Authorization"] = f"Bearer {key}"

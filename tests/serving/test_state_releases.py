@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from states import DIGESTS, SHIP
+from states import DIGESTS, SHIP, raw
 
 from tunewright.errors import UserError
 from tunewright.serving.state import Candidate, Grounds, State
@@ -183,3 +183,34 @@ def test_two_who_deploy_at_once_are_put_in_order(state_url: str) -> None:
         assert [release.number for release in history] == [1, 2, 3, 4, 5]
         assert two.releases.live()["courts"] == history[-1]
         assert two.releases.newest() == history[-1].id
+
+
+def test_leaving_the_system_prompt_out_goes_with_the_release(state_url: str) -> None:
+    with State(state_url) as state:
+        releases = state.releases
+        releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        with pytest.raises(UserError, match="already"):
+            releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        assert not releases.deploy("courts", "a", DIGESTS["a"], SHIP, system_prompt=False).system_prompt
+        with pytest.raises(UserError, match="already"):
+            releases.require_deployable("courts", "a", DIGESTS["a"], system_prompt=False)
+        beside = releases.try_beside("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
+        assert beside.candidate is not None
+        assert (beside.system_prompt, beside.candidate.system_prompt) == (False, True)
+        assert releases.promote("courts").answer == (DIGESTS["b"], True)
+        assert releases.rollback("courts").answer == (DIGESTS["a"], False)
+        releases.try_beside("courts", Candidate("c", DIGESTS["c"], None, False), SHIP)
+        assert releases.promote("courts").answer == (DIGESTS["c"], False)
+        assert not releases.withdraw("courts").system_prompt
+        assert releases.rollback("courts").answer == (DIGESTS["c"], False)
+        assert releases.rollback("courts").answer == (DIGESTS["a"], False)
+        assert releases.rollback("courts").answer == (DIGESTS["a"], True)
+        assert releases.live() == {"courts": releases.history("courts")[-1]}
+        assert state.verify().faults == ()
+        with raw(state_url) as execute:
+            execute("UPDATE releases SET system_prompt = :no WHERE number = 1", no=False)
+            execute("UPDATE releases SET candidate_system_prompt = :yes WHERE number = 6", yes=True)
+        assert state.verify().faults == (
+            "release 1 of courts is not what the log tells of it",
+            "release 6 of courts is not what the log tells of it",
+        )

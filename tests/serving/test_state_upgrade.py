@@ -18,7 +18,7 @@ def _make_old(url: str) -> None:
         with_tenant(state)
         state.releases.deploy("recipes", "b", DIGESTS["b"], SHIP)
     with raw(url) as execute:
-        for column in ("isolation", "untested"):
+        for column in ("isolation", "untested", "system_prompt", "candidate_system_prompt"):
             execute(f"ALTER TABLE releases DROP COLUMN {column}")
         for table in ("usage_days", "key_uses"):
             execute(f"DROP TABLE {table}")
@@ -88,12 +88,13 @@ def test_two_who_open_it_at_once_upgrade_it_once(state_url: str) -> None:
         assert [line.action for line in state.audit.lines()].count("schema.upgrade") == 1
 
 
-def test_a_release_of_that_time_is_held_to_an_audit_line_without_a_word_of_isolation(state_url: str) -> None:
+def test_a_release_of_that_time_is_held_to_an_audit_line_without_a_word_of_what_came_later(state_url: str) -> None:
     with State(state_url) as state:
         made = state.releases.deploy("recipes", "b", DIGESTS["b"], SHIP)
         from tunewright.serving.state import _comparable
 
         now = made.as_dict()
         old = {**now, "grounds": {k: v for k, v in now["grounds"].items() if k not in ("isolation", "untested")}}
+        del old["system_prompt"]
         assert _comparable(old) == _comparable(now)
         assert _comparable({**old, "digest": DIGESTS["c"]}) != _comparable(now)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.registry import Adapter
+from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import keys_digest, list_versions, load_version
 from tunewright.data.versions.members import Places, read_places
@@ -52,6 +53,8 @@ class Trace:
     recipe: Mapping[str, Any] | None
     seed: int | None
     dataset: DatasetTrace | None
+    system_prompt: SystemPrompt
+    """The one that it was trained with."""
     replayed: int
     """Conversations that the base wrote and the adapter was trained on besides."""
     training: Mapping[str, Any] | None
@@ -87,6 +90,7 @@ def trace(adapter: Adapter, dataset: Path) -> Trace:
         recipe=lineage.get("recipe"),
         seed=lineage.get("seed"),
         dataset=_dataset(lineage, dataset) if "dataset" in lineage else None,
+        system_prompt=system_prompt(adapter, dataset),
         replayed=len(adapter.replayed),
         training=lineage.get("training"),
         scaled=lineage.get("scaled"),

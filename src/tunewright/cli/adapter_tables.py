@@ -87,6 +87,7 @@ def lineage_tree(shown: Shown) -> Tree:
         _dataset(tree, trace.dataset)
     else:
         _add(tree, "dataset: not known, since it was not trained here and brought no lineage")
+    _add(tree, f"system prompt: {trace.system_prompt.shown}")
     if trace.replayed:
         _add(tree, f"replay: {trace.replayed:,} conversations that the base wrote (replay.jsonl)")
     if trace.training:

@@ -113,6 +113,10 @@ def adapters_import(
         Quantize | None,
         typer.Option(help="You state how the base was held in its training.", show_default="none"),
     ] = None,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(help="You state that all its training rows had this system turn.", show_default="not known"),
+    ] = None,
     unsigned: Annotated[
         bool, typer.Option("--unsigned", help="Let it in without a signature of a key that the project trusts.")
     ] = False,
@@ -124,7 +128,14 @@ def adapters_import(
 
     with session(json, project) as current:
         road = tunewright.open(project, current.reporter).adapters
-        got = road.import_(source, name=name, base_matches=base_matches, quantize=quantize, unsigned=unsigned)
+        got = road.import_(
+            source,
+            name=name,
+            base_matches=base_matches,
+            quantize=quantize,
+            unsigned=unsigned,
+            system_prompt=system_prompt,
+        )
         told = f"{'Imported' if got.new else 'There already'}: {got.adapter.name}, {got.signed}; lineage: {got.lineage}"
         current.show(got.as_dict(), told)
 

@@ -38,6 +38,13 @@ def deploy(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Whatever its verdict; needs --because.")] = False,
     because: Annotated[str | None, typer.Option(help="Why, for the history.")] = None,
+    no_system_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--no-system-prompt",
+            help="Do not add the trained system prompt to requests that have no system message.",
+        ),
+    ] = False,
     engine: TestedOn = None,
     untested: Untested = None,
     state: StateUrl = None,
@@ -67,6 +74,7 @@ def deploy(
             because=because,
             engine=engine.value if engine else None,
             untested=untested,
+            system_prompt=not no_system_prompt,
         )
         if result.release is None and result.isolation is None:
             assert result.verdict is not None

@@ -45,6 +45,13 @@ def serve(
         bool,
         typer.Option("--no-auth", help="Without tenants: answer everybody, on an address that others can reach, too."),
     ] = False,
+    no_system_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--no-system-prompt",
+            help="Without tenants: do not add the trained system prompt to requests that have no system message.",
+        ),
+    ] = False,
     engine: Annotated[
         Engine | None, typer.Option(help="What computes the answers.", show_default="the recipe's serve.engine")
     ] = None,
@@ -69,7 +76,13 @@ def serve(
             current.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
             raise typer.Exit(EXIT_CODES[result.verdict])
         service = road.serve(
-            adapters or (), host=host, port=port, metrics_port=metrics_port, auth=not no_auth, engine=kind
+            adapters or (),
+            host=host,
+            port=port,
+            metrics_port=metrics_port,
+            auth=not no_auth,
+            engine=kind,
+            system_prompts=not no_system_prompt,
         )
 
         current.tell_standing(project)
@@ -78,7 +91,12 @@ def serve(
             models = "\n".join(f"  {name}" for name in service.models)
             metrics = f"For Prometheus: {service.metrics_url}\n" if service.metrics_url else ""
             current.show(
-                {"url": url, "models": service.models, "metrics": service.metrics_url},
+                {
+                    "url": url,
+                    "models": service.models,
+                    "system_prompts": service.system_prompts,
+                    "metrics": service.metrics_url,
+                },
                 f"Serving at {url}/v1\n{models}\n{metrics}Ctrl-C stops the server.",
             )
 

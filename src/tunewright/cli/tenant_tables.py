@@ -97,12 +97,13 @@ def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
         table.add_column(name, overflow="fold", max_width=_AUTHOR if name == "by" else None)
     for release in releases:
         candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.told}"
+        bare = "" if release.system_prompt else "\nwithout its system prompt"
         verdict = "" if release.withdrawn else release.grounds.verdict or "not evaluated"
         restores = "" if release.restores is None else f" to {release.restores}"
         table.add_row(
             f"{release.alias} {release.number}",
             f"{release.action}{restores}",
-            f"nothing; was\n{release.adapter}" if release.withdrawn else f"{release.adapter}{candidate}",
+            f"nothing; was\n{release.adapter}" if release.withdrawn else f"{release.adapter}{bare}{candidate}",
             f"{verdict},\nforced" if release.grounds.because is not None and not release.withdrawn else verdict,
             _isolation(release),
             release.author or "",
@@ -201,7 +202,10 @@ def _details(details: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if value in (None, [], "") or name in _TOLD_ALREADY:
             continue
         words = prefix + name.replace("_", " ")
-        if name == "isolation":
+        if name == "system_prompt":
+            if not value:
+                yield f"{prefix}without its system prompt"
+        elif name == "isolation":
             yield f"isolation test: {value['verdict']} on {value['engine']}, {value['tested'][:16].replace('T', ' ')}"
             if value["verdict"] != "isolated":
                 yield from value["reasons"]

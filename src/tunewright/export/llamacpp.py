@@ -19,6 +19,7 @@ import torch
 from tunewright.data.examples import Message
 from tunewright.errors import UserError
 from tunewright.export.observing import Listed
+from tunewright.export.templates import asked_as
 from tunewright.export.trained import Seen, Trained
 from tunewright.models.text_stream import TextStream
 from tunewright.progress import Reporter
@@ -128,12 +129,15 @@ def see_gguf(model: Path, trained: Trained, reporter: Reporter, lora: Path | Non
         EngineFailedError: llama.cpp does not take it.
     """
     probe, chat = trained.probe, trained.chat
+    # The base's own file, under an adapter's, knows no system prompt of that adapter.
+    default = trained.system_prompt if lora is None else None
     with running(model, probe.context + _ROOM, lora) as engine:
         rendered = 0
         answers = []
         with reporter.task(f"{(lora or model).name} in llama.cpp", len(probe.prompts), "prompts") as task:
             for member, prompt in zip(probe.members, probe.prompts, strict=True):
-                rendered += engine.prompt_ids(member.example.prompt) == list(prompt)
+                conversations = asked_as(member.example.prompt, default)
+                rendered += all(engine.prompt_ids(asked) == list(prompt) for asked in conversations)
                 answers.append(_cut(engine.answer(prompt, probe.limit), trained))
                 task.advance()
         listed = []

@@ -66,8 +66,13 @@ def _distributions(trained: Trained, weights: Weights) -> Tensor:
     return distributions(model, trained.contexts)
 
 
-def write_merged(folder: Path, weights: Weights, base: Base, chat: ChatFormat, reporter: Reporter) -> None:
-    """Write a model into ``folder``: weights in the base's own files and types, configuration, tokenizer, template."""
+def write_merged(
+    folder: Path, weights: Weights, base: Base, chat: ChatFormat, system_prompt: str | None, reporter: Reporter
+) -> None:
+    """Write a model into ``folder``: weights in the base's own files and types, configuration, tokenizer, template.
+
+    The template puts ``system_prompt`` before conversations without a system message.
+    """
     from safetensors.torch import save_file
 
     with reporter.task("merging", len(weights.base), "tensors") as task:
@@ -82,7 +87,7 @@ def write_merged(folder: Path, weights: Weights, base: Base, chat: ChatFormat, r
         if (base.folder / name).exists():
             shutil.copyfile(base.folder / name, folder / name)
     write_json(folder / _GENERATION, generation_settings(base, chat))
-    save_tokenizer(folder, chat)
+    save_tokenizer(folder, chat, system_prompt)
 
 
 def generation_settings(base: Base, chat: ChatFormat) -> dict[str, Any]:
@@ -94,10 +99,10 @@ def generation_settings(base: Base, chat: ChatFormat) -> dict[str, Any]:
     return {**own, **ids} | ({"bos_token_id": chat.bos_id} if chat.bos_id >= 0 else {})
 
 
-def save_tokenizer(folder: Path, chat: ChatFormat) -> None:
+def save_tokenizer(folder: Path, chat: ChatFormat, system_prompt: str | None) -> None:
     """Write the tokenizer with the exported template."""
     tokenizer = copy.deepcopy(chat.tokenizer)
-    tokenizer.chat_template = exported_template(chat)
+    tokenizer.chat_template = exported_template(chat, system_prompt)
     with quiet_transformers():
         tokenizer.save_pretrained(folder)
 
@@ -124,7 +129,9 @@ def see_merged(folder: Path, trained: Trained, reporter: Reporter) -> Seen:
         answers=[completion.ids for completion in completions],
         texts=_texts(chat, completions),
         distributions=distributions(model, trained.contexts),
-        rendered=rendered_alike(tokenizer, [m.example.prompt for m in probe.members], probe.prompts),
+        rendered=rendered_alike(
+            tokenizer, [m.example.prompt for m in probe.members], probe.prompts, trained.system_prompt
+        ),
         arithmetic=trained.arithmetic,
     )
 

@@ -19,20 +19,33 @@ MODELFILE = "Modelfile"
 
 
 def ollama_built(
-    folder: Path, parts: ExportResult, base: Path | None, chat: ChatFormat, recipe: Recipe, file_type: FileType
+    folder: Path,
+    parts: ExportResult,
+    base: Path | None,
+    chat: ChatFormat,
+    system_prompt: str | None,
+    recipe: Recipe,
+    file_type: FileType,
 ) -> Built:
     """Fill ``folder`` for Ollama from GGUF files that were measured: merged, or a LoRA file with ``base`` under it."""
     assert parts.folder is not None
     (file,) = (parts.folder / name for name in parts.record.files)
     model, lora = (file, None) if base is None else (base, file)
-    notes = write_ollama(folder, chat, stop_strings(recipe, chat), model, lora, recipe.train.max_length)
+    stop, context = stop_strings(recipe, chat), recipe.train.max_length
+    notes = write_ollama(folder, chat, system_prompt, stop, model, lora, context)
     told = (*parts.record.notes, *notes)
     record = parts.record
     return Built(record.figures, "16-bit" if file_type == "f16" else "8-bit", record.way, record.ways, told)
 
 
 def write_ollama(
-    folder: Path, chat: ChatFormat, stop: Sequence[str], model: Path, lora: Path | None, context: int
+    folder: Path,
+    chat: ChatFormat,
+    system_prompt: str | None,
+    stop: Sequence[str],
+    model: Path,
+    lora: Path | None,
+    context: int,
 ) -> tuple[str, ...]:
     """Write the Modelfile, and the files that it names beside it.
 
@@ -45,26 +58,56 @@ def write_ollama(
     template = go_template(chat)
     for file in filter(None, (model, lora)):
         _put(file, folder / file.name)
-    write_text(
-        folder / MODELFILE, modelfile(template.source, chat, stop, model.name, lora.name if lora else None, context)
-    )
+    system = None
+    if system_prompt is not None:
+        # A chat template that strips messages strips this one, too; Ollama's does not.
+        system = modelfile_system(system_prompt.strip() if strips(chat) else system_prompt)
+    text = modelfile(template.source, chat, stop, model.name, lora.name if lora else None, context, system)
+    write_text(folder / MODELFILE, text)
     notes = ["Ollama and llama.cpp take text that looks like a special token for that token; here it stays text"]
     if strips(chat):
         notes.append(
             "the chat template strips messages of white space at both ends, and Ollama's does not: send them so"
+        )
+    if system is not None:
+        notes.append("the Modelfile's SYSTEM is the trained system prompt; a request with one of its own replaces it")
+    elif system_prompt is not None:
+        notes.append(
+            "a Modelfile cannot hold the trained system prompt (a character that cannot be printed, or a line that "
+            f'ends with """): send it with each request: {system_prompt}'
         )
     if template.system_place == "none":
         notes.append("the chat template takes no system text, and Ollama leaves one out without a word")
     return tuple(notes)
 
 
-def modelfile(template: str, chat: ChatFormat, stop: Sequence[str], model: str, lora: str | None, context: int) -> str:
+def modelfile_system(text: str) -> str | None:
+    """The line of a Modelfile that sets the system prompt; None for a text that its parser cannot read back.
+
+    Ollama's parser drops what cannot be printed, and ends a value at the first line that ends with its quotes.
+    """
+    readable = all(character.isprintable() or character in "\n\t" for character in text)
+    if not readable or any(line.rstrip().endswith('"""') for line in text.split("\n")[:-1]):
+        return None
+    return f'SYSTEM """{text}"""'
+
+
+def modelfile(
+    template: str,
+    chat: ChatFormat,
+    stop: Sequence[str],
+    model: str,
+    lora: str | None,
+    context: int,
+    system: str | None = None,
+) -> str:
     """The Modelfile's text."""
     ends = sorted(str(chat.tokenizer.convert_ids_to_tokens(token)) for token in chat.stop_ids)
     lines = [
         f"FROM ./{model}",
         *([f"ADAPTER ./{lora}"] if lora else []),
         f'TEMPLATE """{template}"""',
+        *([system] if system else []),
         *(f"PARAMETER stop {_quoted(text)}" for text in (*ends, *stop)),
         # As it was measured: the likeliest token each time, whatever was written before.
         "PARAMETER temperature 0",

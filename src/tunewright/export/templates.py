@@ -12,11 +12,19 @@ from tunewright.errors import UserError
 
 _ASKS_FOR_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
+_DEFAULT_SYSTEM = """\
+{{%- if messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}}
+{{%- set messages = [{{'role': 'system', 'content': {text}}}] + messages -%}}
+{{%- endif -%}}
+"""
+_ESCAPES = str.maketrans({"\\": r"\\", "'": r"\'", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
 
-def exported_template(chat: ChatFormat) -> str:
+
+def exported_template(chat: ChatFormat, system_prompt: str | None = None) -> str:
     """The Jinja template of the chat format, with what else decides its rendering written into it.
 
-    That is the pinned date (`chat.date`), and the beginning-of-text token where the tokenizer writes it and the
+    That is the system prompt that the adapter was trained with, for conversations that have no system message; the
+    pinned date (`chat.date`), and the beginning-of-text token where the tokenizer writes it and the
     template does not, as engines encode a rendered template without adding any; and sentencepiece's space before a
     text's first word.
 
@@ -40,14 +48,34 @@ def exported_template(chat: ChatFormat) -> str:
         before = f"{before} ~ ' '" if before else "' '"
     if before:
         source = f"{{{{- {before} -}}}}\n{source}"
+    if system_prompt is not None:
+        source = _DEFAULT_SYSTEM.format(text=f"'{system_prompt.translate(_ESCAPES)}'") + source
     return source
 
 
-def rendered_alike(tokenizer: Any, conversations: Sequence[Sequence[Message]], ids: Sequence[Sequence[int]]) -> int:
-    """How many conversations a tokenizer's own template renders to these ids, up to where the answer begins."""
-    alike = 0
-    for messages, wanted in zip(conversations, ids, strict=True):
+def asked_as(messages: Sequence[Message], system_prompt: str | None) -> list[Sequence[Message]]:
+    """The conversations that an exported model has to render alike: this one, and without its default system turn."""
+    if system_prompt is None or messages[0] != Message("system", system_prompt):
+        return [messages]
+    return [messages, messages[1:]]
+
+
+def rendered_alike(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    ids: Sequence[Sequence[int]],
+    system_prompt: str | None = None,
+) -> int:
+    """How many conversations a tokenizer's own template renders to these ids, up to where the answer begins.
+
+    Those that begin with ``system_prompt`` have to come to them without it, too.
+    """
+
+    def rendered(messages: Sequence[Message]) -> list[int]:
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        found = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        alike += list(found) == list(wanted)
-    return alike
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+
+    return sum(
+        all(rendered(asked) == list(wanted) for asked in asked_as(messages, system_prompt))
+        for messages, wanted in zip(conversations, ids, strict=True)
+    )

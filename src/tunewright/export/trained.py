@@ -55,6 +55,8 @@ class Trained:
     adapter: Adapter
     base: Base
     chat: ChatFormat
+    system_prompt: str | None
+    """The one that all its training rows have."""
     probe: Probe
     scorer: Scorer
     arithmetic: str
@@ -120,7 +122,13 @@ def trained_model(base: Base, adapter: Adapter, arithmetic: str) -> Any:
 
 
 def measure_trained(
-    base: Base, adapter: Adapter, chat: ChatFormat, probe: Probe, scorer: Scorer, reporter: Reporter
+    base: Base,
+    adapter: Adapter,
+    chat: ChatFormat,
+    system_prompt: str | None,
+    probe: Probe,
+    scorer: Scorer,
+    reporter: Reporter,
 ) -> Trained:
     """Have the trained model answer the probe, with the adapter on and off."""
     arithmetic = _arithmetic(base, reporter)
@@ -134,7 +142,7 @@ def measure_trained(
     with_adapter = distributions(model, asked)
     with model.disable_adapter():
         without = distributions(model, asked)
-    return Trained(adapter, base, chat, probe, scorer, arithmetic, completions, with_adapter, without)
+    return Trained(adapter, base, chat, system_prompt, probe, scorer, arithmetic, completions, with_adapter, without)
 
 
 def _arithmetic(base: Base, reporter: Reporter) -> str:

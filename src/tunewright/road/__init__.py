@@ -363,6 +363,7 @@ class Road(EvaluationsRoad):
         metrics_port: int | None = None,
         auth: bool = True,
         engine: EngineName | None = None,
+        system_prompts: bool = True,
     ) -> Service:
         """A server, loaded but not yet started.
 
@@ -376,6 +377,8 @@ class Road(EvaluationsRoad):
             adapters: by name; none where there are tenants.
             host, port, metrics_port, engine: in place of the recipe's.
             auth: False lets everybody who reaches the address ask, where there are no tenants.
+            system_prompts: False leaves requests without a system message as they came, where there are no tenants;
+                else they get the one that the adapter was trained with.
 
         Raises:
             UserError: a named adapter that does not fit, or that cannot be served together with the others; an address
@@ -387,7 +390,7 @@ class Road(EvaluationsRoad):
         own = {name: value for name, value in given.items() if value is not None}
         recipe = self.project.recipe
         served = recipe.model_copy(update={"serve": recipe.serve.model_copy(update=own)})
-        return open_service(self._opened, adapters, served, auth=auth)
+        return open_service(self._opened, adapters, served, auth=auth, system_prompts=system_prompts)
 
     def self_test(self, adapters: Sequence[str] = (), *, engine: EngineName | None = None) -> IsolationResult:
         """Whether an engine keeps the base and the adapters apart that :meth:`serve` would serve.

@@ -125,6 +125,7 @@ class AdaptersRoad:
         base_matches: bool = False,
         quantize: Quantize | None = None,
         unsigned: bool = False,
+        system_prompt: str | None = None,
     ) -> Admitted:
         """Let a foreign adapter in, from a folder or a zip or tar archive, if nothing is wrong with it.
 
@@ -134,6 +135,7 @@ class AdaptersRoad:
             base_matches: you state that it was trained on this project's base and chat template, which it does not say.
             quantize: you state how the base was held in its training, which it does not say (None: whole).
             unsigned: let it in without a signature of a key that the project trusts.
+            system_prompt: you state that all its training rows had this system turn, which it does not say.
 
         Raises:
             UserError: why it is not let in; then nothing is stored.
@@ -146,7 +148,7 @@ class AdaptersRoad:
         opened, project = self._opened, self._project
         gate = Admission(project.adapters, TrustedKeys(project.keys), opened.base, opened.chat, opened.reporter)
         by = current_author(project.root)
-        return gate.admit(path, Statement(by, base_matches, quantize, unsigned, name))
+        return gate.admit(path, Statement(by, base_matches, quantize, unsigned, name, system_prompt))
 
     def scale(self, adapter: str | None = None, factors: Sequence[float] | None = None) -> ScaleResult:
         """Measure an adapter (the newest by default) at several scales, and store it at the one that is chosen.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.fit import require_fit
 from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.adapters.system_prompt import system_prompt
 from tunewright.data.versions import load_version
 from tunewright.disk import digest, writing
 from tunewright.road.opened import OpenProject
@@ -52,9 +53,9 @@ class ExportRoad:
         weights, way, ways = choose_way(trained, opened.reporter)
 
         def build(folder: Path) -> Built:
-            write_merged(folder, weights, opened.base, opened.chat, opened.reporter)
+            write_merged(folder, weights, opened.base, opened.chat, trained.system_prompt, opened.reporter)
             figures = trained.figures(see_merged(folder, trained, opened.reporter))
-            return Built(figures, "16-bit", way, ways)
+            return Built(figures, "16-bit", way, ways, self._system_notes(tuned))
 
         return export(target, "merged", tuned, made_of, build)
 
@@ -131,7 +132,9 @@ class ExportRoad:
             "ollama",
             tuned,
             made_of,
-            lambda folder: ollama_built(folder, parts, base, opened.chat, settings, file_type),
+            lambda folder: ollama_built(
+                folder, parts, base, opened.chat, self._system_prompt(tuned), settings, file_type
+            ),
         )
 
     def _gguf(
@@ -154,7 +157,16 @@ class ExportRoad:
             path = folder / f"{tuned.name}-{'' if merged else 'lora-'}{file_type}.gguf"
             if merged:
                 weights, way, ways = choose_way(trained, reporter)
-                notes = write_model(path, tuned.name, weights, opened.base, opened.chat, file_type, reporter)
+                notes = write_model(
+                    path,
+                    tuned.name,
+                    weights,
+                    opened.base,
+                    opened.chat,
+                    file_type,
+                    reporter,
+                    system_prompt=trained.system_prompt,
+                )
                 model, lora = path, None
             else:
                 changed = Weights(opened.base, trained_dtype(tuned), read_changes(tuned.folder))
@@ -167,6 +179,7 @@ class ExportRoad:
             except EngineFailedError as error:
                 failure = str(error)
             precision: Precision = "16-bit" if file_type == "f16" else "8-bit"
+            notes += self._system_notes(tuned, template=merged)
             return Built(figures, precision, way, ways, tuple(notes), failure)
 
         return export(target, "gguf-merged" if merged else "gguf-lora", tuned, made_of, build)
@@ -199,13 +212,28 @@ class ExportRoad:
     def _made_of(self, adapter: Adapter, settings: dict[str, Any]) -> dict[str, Any]:
         """All that decides what is exported."""
         opened = self._opened
+        system = self._system_prompt(adapter)
         return {
+            **({} if system is None else {"system_prompt": system}),
             "adapter": adapter.digest,
             "base": opened.base.digest,
             "template": opened.chat.digest,
             "dataset": adapter.lineage["dataset"]["digest"],
             **settings,
         }
+
+    def _system_prompt(self, adapter: Adapter) -> str | None:
+        """The system prompt that the adapter was trained with, if it is known that there is one."""
+        return system_prompt(adapter, self._opened.project.dataset).text
+
+    def _system_notes(self, adapter: Adapter, *, template: bool = True) -> tuple[str, ...]:
+        """What to know of the system prompt; ``template`` is whether the export has a chat template of its own."""
+        prompt = system_prompt(adapter, self._opened.project.dataset)
+        if prompt.text is None:
+            return () if prompt.why_none is None else (f"no system prompt is written into it: {prompt.why_none}",)
+        if not template:
+            return (f"the adapter's file alone has no system prompt: send the trained one: {prompt.text}",)
+        return (f"its chat template adds the trained system prompt where there is none: {prompt.shown}",)
 
     def _trained(self, adapter: Adapter) -> Trained:
         """The trained model on dev prompts of the version that it was trained on."""
@@ -219,4 +247,5 @@ class ExportRoad:
         version = load_version(opened.project.dataset, adapter.lineage["dataset"]["digest"])
         probe = draw_probe(version, opened.chat, recipe, context_length(opened.base), opened.reporter)
         scorer = open_scorers(recipe.evaluate, opened.project.root)[0]
-        return measure_trained(opened.base, adapter, opened.chat, probe, scorer, opened.reporter)
+        system = self._system_prompt(adapter)
+        return measure_trained(opened.base, adapter, opened.chat, system, probe, scorer, opened.reporter)

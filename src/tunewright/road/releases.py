@@ -78,6 +78,7 @@ class ReleasesRoad:
         because: str | None = None,
         engine: EngineName | None = None,
         untested: str | None = None,
+        system_prompt: bool = True,
     ) -> DeployResult:
         """Have an alias answer with an adapter, of which an evaluation says *ship*, once the isolation test has passed.
 
@@ -89,6 +90,8 @@ class ReleasesRoad:
             because: why it is released whatever the verdict, which is kept.
             engine: on which the isolation test runs (None: the recipe's, which serves).
             untested: why it is released without that test, which is kept.
+            system_prompt: requests without a system message get the one that the adapter was trained with; False
+                leaves them as they came.
 
         Raises:
             UserError: no such adapter, one that does not fit or was never evaluated, it is there already, or an engine
@@ -104,11 +107,13 @@ class ReleasesRoad:
         decided, evaluation = self._judge(chosen, because)
         if because is None and decided is not None and decided.decision != "ship":
             return DeployResult(None, decided)
-        candidate = Candidate(chosen.name, chosen.digest, canary) if shadow or canary is not None else None
+        candidate = None
+        if shadow or canary is not None:
+            candidate = Candidate(chosen.name, chosen.digest, canary, system_prompt)
         with self._opened.state(make=True) as state:
             # What would be refused anyway is refused before a test that takes its time.
             if candidate is None:
-                state.releases.require_deployable(alias, chosen.name, chosen.digest)
+                state.releases.require_deployable(alias, chosen.name, chosen.digest, system_prompt=system_prompt)
             else:
                 state.releases.require_triable(alias, candidate)
             self._require_servable(chosen, alias, state)
@@ -117,7 +122,7 @@ class ReleasesRoad:
                 return DeployResult(None, decided, test)
             grounds = Grounds(decided.decision if decided else None, evaluation, because, test, untested)
             if candidate is None:
-                made = state.releases.deploy(alias, chosen.name, chosen.digest, grounds)
+                made = state.releases.deploy(alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt)
             else:
                 made = state.releases.try_beside(alias, candidate, grounds)
             return DeployResult(made, decided, test, len(state.meter.servers()))

@@ -13,11 +13,13 @@ from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.adapters.servable import require_batchable
 from tunewright.adapters.standing import require_sound
+from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.errors import UserError
 from tunewright.recipe import Quantize, Recipe
 from tunewright.road.opened import OpenProject
 
 if TYPE_CHECKING:
+    from tunewright.serving.access import ServedAdapter
     from tunewright.serving.service import Service
     from tunewright.serving.state import State
 
@@ -28,11 +30,14 @@ def open_service(
     recipe: Recipe,
     *,
     auth: bool,
+    system_prompts: bool,
 ) -> Service:
     """A server for tenants where there are any, else for everybody; see ``Road.serve``.
 
     Args:
         recipe: the project's, with what is to be otherwise about this server.
+        auth: without tenants, only this machine is answered.
+        system_prompts: without tenants, requests that have no system message get the one of the adapter's training.
     """
     if recipe.serve.state is not None or opened.project.serving_state.exists():
         state = opened.state()
@@ -40,6 +45,12 @@ def open_service(
             if state.tenants.any():
                 if not auth:
                     raise UserError("there are tenants, and whoever asks needs a key", where="--no-auth")
+                if not system_prompts:
+                    raise UserError(
+                        "With tenants, each release says whether its system prompt is added.",
+                        where="--no-system-prompt",
+                        fix="Use `tunewright deploy ALIAS ADAPTER --no-system-prompt`.",
+                    )
                 return _for_tenants(opened, state, names, recipe)
         except BaseException:
             state.close()
@@ -47,17 +58,26 @@ def open_service(
         state.close()
     if auth:
         _require_private(recipe.serve.host)
+    from tunewright.serving.access import ServedAdapter
     from tunewright.serving.service import Service
 
     held, folders = choose_served(opened, names)
-    return Service(recipe, opened.base, opened.chat, held, folders, opened.reporter)
+    served = {}
+    for name, folder in folders.items():
+        prompt = system_prompt(Adapter(opened.project.adapters / name.partition("@")[0]), opened.project.dataset)
+        if prompt.text is not None and not system_prompts:
+            prompt = SystemPrompt(None, "left out by --no-system-prompt")
+        served[name] = ServedAdapter(folder, prompt)
+    return Service(recipe, opened.base, opened.chat, held, served, opened.reporter)
 
 
 def _for_tenants(opened: OpenProject, state: State, names: Sequence[str], recipe: Recipe) -> Service:
     refuse_names(names)
     held, trained = released(opened, state)
 
-    def locate(name: str, digest: str) -> Path:
+    from tunewright.serving.access import ServedAdapter
+
+    def locate(name: str, digest: str) -> ServedAdapter:
         adapter = adapter_of(opened, name, digest)
         _require_servable(opened, adapter)
         if recipe.serve.quantize is None and trained_quantize([adapter]) != held:
@@ -67,7 +87,7 @@ def _for_tenants(opened: OpenProject, state: State, names: Sequence[str], recipe
                 where=name,
                 fix="Restart the server, or set serve.quantize.",
             )
-        return adapter.folder
+        return ServedAdapter(adapter.folder, system_prompt(adapter, opened.project.dataset))
 
     from tunewright.serving.service import Service, Tenancy
 
@@ -111,7 +131,9 @@ def adapter_of(opened: OpenProject, name: str, digest: str) -> Adapter:
     Raises:
         UserError: it is not here.
     """
-    found = next((a for a in list_adapters(opened.project.adapters) if a.digest == digest), None)
+    known = [adapter for adapter in list_adapters(opened.project.adapters) if adapter.digest == digest]
+    # Of the same weights in two folders, one may say another system prompt than the adapter that was released.
+    found = next((adapter for adapter in known if adapter.name == name), known[0] if known else None)
     if found is None:
         raise UserError(
             f"the released adapter {name} ({digest[:12]}) is not here",

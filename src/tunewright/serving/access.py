@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
+from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.serving.protocol import AnyRequest, ApiError
 from tunewright.serving.state.meter import Used
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter to load, and the system prompt that it was trained with."""
+
+    folder: Path
+    system_prompt: SystemPrompt
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,10 @@ class Target:
     release_id: int | None = None
     shadow: str | None = None
     """The digest of an adapter that is asked the same, and not heard."""
+    system_prompt: str | None = None
+    """What a request without a system message gets as one; None: nothing."""
+    shadow_system_prompt: str | None = None
+    """The same of the shadow."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +56,14 @@ class Shadow:
 
     Args:
         digest: the adapter's.
+        system_prompt: what a request without a system message gets as one from this adapter; None: nothing.
         hold: keeps the adapter until ``let_go``, and says whether it is there still.
         let_go: to be called once after a ``hold`` that said so.
         record: to be told the answer, and the shadow's or why there is none.
     """
 
     digest: str
+    system_prompt: str | None
     hold: Callable[[], bool]
     let_go: Callable[[], None]
     record: Callable[[str, str | None, str | None], None]
@@ -109,6 +125,10 @@ class Access(Protocol):
     def resident(self) -> list[str]:
         """Digests of the adapters that are loaded; asked from any thread."""
 
+    @property
+    def system_prompts(self) -> dict[str, str]:
+        """What requests without a system message get as one, by the name that they ask for."""
+
     def running(self) -> AbstractAsyncContextManager[None]:
         """What has to run beside the server."""
 
@@ -125,13 +145,15 @@ class OpenAccess:
 
     Args:
         models: digests of adapters (None: the base) by the names that clients ask for.
+        system_prompts: what requests without a system message get as one, by those names.
     """
 
     tells_load = True
     name = "everybody"
 
-    def __init__(self, models: Mapping[str, str | None]) -> None:
+    def __init__(self, models: Mapping[str, str | None], system_prompts: Mapping[str, str] | None = None) -> None:
         self._models = dict(models)
+        self.system_prompts = dict(system_prompts or {})
 
     @property
     def names(self) -> list[str]:
@@ -159,7 +181,7 @@ class OpenAccess:
         if asked.model not in self._models:
             message = f"The model {asked.model} does not exist; there are: {', '.join(self._models)}."
             raise ApiError(message, status=404, param="model", code="model_not_found")
-        return Target(asked.model, self._models[asked.model])
+        return Target(asked.model, self._models[asked.model], system_prompt=self.system_prompts.get(asked.model))
 
     async def admit(self, target: Target, tokens: int) -> Admission:  # noqa: ARG002 - nothing is counted here
         return Admission(settle=lambda _used: None)

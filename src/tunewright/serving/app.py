@@ -16,12 +16,12 @@ from starlette.routing import Route
 
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.recipe import GatewayRecipe
-from tunewright.serving.access import Access
+from tunewright.serving.access import Access, Visitor
 from tunewright.serving.answering import Answering
 from tunewright.serving.envelopes import ChatEnvelope, CompletionEnvelope, Envelope
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.metrics import Metrics, Now
-from tunewright.serving.orders import Orders, Texts
+from tunewright.serving.orders import Order, Orders, Texts
 from tunewright.serving.protocol import AnyRequest, ApiError, ChatRequest, CompletionRequest, parse_request
 from tunewright.serving.sending import FAREWELL_SECONDS, Stream, as_api_error, events, read_body, unless_hung_up
 from tunewright.serving.shadows import Shadows
@@ -30,6 +30,7 @@ from tunewright.serving.state import StateUnavailableError
 log = logging.getLogger("tunewright")
 
 ADAPTER_HEADER = "x-tunewright-adapter"
+SYSTEM_HEADER = "x-tunewright-system"
 
 
 class Gateway:
@@ -49,7 +50,7 @@ class Gateway:
         self._limits = limits
         self._orders = Orders(texts, limits, engine.context_length)
         self._queue = FairQueue(engine.max_batch)
-        self._shadows = Shadows(engine, self._queue, texts.decode, limits)
+        self._shadows = Shadows(engine, self._queue, self._orders, texts.decode, limits)
         self._entered = 0
         self._answering: set[Answering] = set()
         self._draining = False
@@ -149,7 +150,7 @@ class Gateway:
         arrived = asyncio.get_running_loop().time()
         asked, answering = await self._let_in(http, kind, arrived)
         order = answering.order
-        headers = {ADAPTER_HEADER: order.target.digest or "none"}
+        headers = {ADAPTER_HEADER: order.target.digest or "none", SYSTEM_HEADER: order.system_source}
         envelope: Envelope = (ChatEnvelope if kind is ChatRequest else CompletionEnvelope)(order.target.name)
         if asked.stream:
             return await self._streamed(http, answering, envelope, headers, arrived)
@@ -173,10 +174,8 @@ class Gateway:
             if self._draining:
                 raise _shutting_down()
             asked = parse_request(kind, await read_body(http, self._orders.body_bytes, self._limits.body_s))
-            visitor.target(asked)  # what is not there is not worth the time that the prompt takes
-            prompt = await self._orders.prompt(asked, who)
-            # Nothing may be awaited between target and admit: a release could take the adapter away.
-            order = self._orders.order(asked, visitor.target(asked), prompt)
+            # Nothing may be awaited between this and admit: a release could take the adapter away.
+            order = await self._order(asked, visitor)
             if self._engine.stopped:
                 raise EngineStoppedError(self._engine.stopped)
             most = len(order.request.prompt_ids) + order.request.max_new_tokens
@@ -189,6 +188,15 @@ class Gateway:
         )
         self._answering.add(answering)
         return asked, answering
+
+    async def _order(self, asked: AnyRequest, visitor: Visitor) -> Order:
+        """Render a request for what answers it; again where a release has changed the system prompt meanwhile."""
+        target = visitor.target(asked)  # what is not there is not worth the time that the prompt takes
+        while True:
+            prompt = await self._orders.prompt(asked, visitor.name, target.system_prompt)
+            rendered_for, target = target, visitor.target(asked)
+            if target.system_prompt == rendered_for.system_prompt:
+                return self._orders.order(asked, target, prompt)
 
     async def _streamed(
         self, http: HttpRequest, answering: Answering, envelope: Envelope, headers: dict[str, str], arrived: float

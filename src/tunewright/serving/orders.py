@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 from tunewright.data.examples import Message
 from tunewright.errors import UserError
@@ -19,10 +20,15 @@ from tunewright.serving.protocol import AnyRequest, ApiError, ChatRequest, Usage
 
 Ids = tuple[int, ...]
 
+_SYSTEM_ROLES = ("system", "developer")
 _BYTES_PER_TOKEN = 16
 _SPARE_BYTES = 64 << 10
 _AT_ONCE = 4096
 """Characters that are rendered within about a millisecond."""
+
+
+SystemSource = Literal["adapter", "request", "none"]
+"""Where the system message of a request comes from: the prompt that its adapter was trained with, or itself."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,16 @@ class Texts:
 class Order:
     """A request that has passed all checks."""
 
+    asked: AnyRequest
     target: Target
     request: Request
     stops: tuple[str, ...]
     include_usage: bool
+
+    @property
+    def system_source(self) -> SystemSource:
+        """Where its system message comes from."""
+        return system_source(self.asked, self.target.system_prompt)
 
     def usage(self, tokens: int) -> Usage:
         """OpenAI's ``usage`` of an answer of so many tokens."""
@@ -76,8 +88,13 @@ class Orders:
         # Prompts come one by one: to hand one to the tokenizer's own threads takes longer than it does itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    async def prompt(self, asked: AnyRequest, whose: str) -> Ids:
+    async def prompt(self, asked: AnyRequest, whose: str, system_prompt: str | None) -> Ids:
         """The prompt's token ids.
+
+        Args:
+            asked: the request.
+            whose: whose turn it waits for.
+            system_prompt: put first where the messages have no system message; None: nothing is.
 
         Raises:
             ApiError: 400, the template refuses the messages, or there are too many.
@@ -87,10 +104,11 @@ class Orders:
             raise ApiError(message, param="messages", code="too_many_messages")
         try:
             # A change of threads takes longer than a short prompt does.
-            if self._turns.idle and _characters(asked) <= _AT_ONCE:
-                return self._ids(asked)
-            async with self._turns.place(whose, _characters(asked)):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, self._ids, asked)
+            characters = _characters(asked) + len(system_prompt or "")
+            if self._turns.idle and characters <= _AT_ONCE:
+                return self._ids(asked, system_prompt)
+            async with self._turns.place(whose, characters):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, self._ids, asked, system_prompt)
         except UserError as error:
             subject = _subject(asked)
             raise ApiError(str(error), param=subject, code=f"invalid_{subject}") from error
@@ -101,13 +119,16 @@ class Orders:
         Raises:
             ApiError: 400, prompt or answer would be longer than is taken.
         """
-        self._require_short(asked, prompt)
+        included = ""
+        if system_source(asked, target.system_prompt) == "adapter":
+            included = " with the system prompt that the adapter was trained with"
+        self._require_short(asked, prompt, included)
         room = max(1, self._context - len(prompt))
         limit = asked.token_limit or min(room, self._limits.answer_tokens or room, asked.usual_tokens or room)
         if len(prompt) + limit > self._context:
             message = (
-                f"The context has room for {self._context} tokens; the prompt has {len(prompt)} and the answer may have"
-                f" {limit}."
+                f"The context has room for {self._context} tokens; the prompt has {len(prompt)}{included} and the "
+                f"answer may have {limit}."
             )
             raise ApiError(message, param=_subject(asked), code="context_length_exceeded")
         request = Request(
@@ -119,20 +140,35 @@ class Orders:
             seed=asked.seed,
         )
         stops = self._texts.stops if isinstance(asked, ChatRequest) else ()
-        return Order(target, request, (*stops, *(asked.stop or ())), asked.include_usage)
+        return Order(asked, target, request, (*stops, *(asked.stop or ())), asked.include_usage)
 
-    def _ids(self, asked: AnyRequest) -> Ids:
+    def _ids(self, asked: AnyRequest, system_prompt: str | None) -> Ids:
         if isinstance(asked, ChatRequest):
-            return self._texts.render([message.as_message() for message in asked.messages])
+            messages = [message.as_message() for message in asked.messages]
+            if system_prompt is not None and system_source(asked, system_prompt) == "adapter":
+                messages.insert(0, Message("system", system_prompt))
+            return self._texts.render(messages)
         return self._texts.continuation(asked.text)
 
-    def _require_short(self, asked: AnyRequest, prompt: Ids) -> None:
+    def _require_short(self, asked: AnyRequest, prompt: Ids, included: str) -> None:
         if (most := self._limits.prompt_tokens) is not None and len(prompt) > most:
-            message = f"The prompt has {len(prompt)} tokens, and at most {most} are taken."
+            message = f"The prompt has {len(prompt)} tokens{included}, and at most {most} are taken."
             raise ApiError(message, param=_subject(asked), code="prompt_too_long")
         if (most := self._limits.answer_tokens) is not None and (asked.token_limit or 0) > most:
             message = f"max_tokens is {asked.token_limit}, and at most {most} are given."
             raise ApiError(message, param="max_tokens", code="max_tokens_too_large")
+
+
+def system_source(asked: AnyRequest, system_prompt: str | None) -> SystemSource:
+    """Where a request's system message comes from, if its adapter was trained with ``system_prompt``.
+
+    Text to go on from has no messages: nothing is put before it.
+    """
+    if not isinstance(asked, ChatRequest):
+        return "none"
+    if any(message.role in _SYSTEM_ROLES for message in asked.messages):
+        return "request"
+    return "none" if system_prompt is None else "adapter"
 
 
 def _subject(asked: AnyRequest) -> str:

@@ -14,7 +14,7 @@ from tunewright.chat.answers import stop_strings
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter
 from tunewright.recipe import Quantize, Recipe
-from tunewright.serving.access import OpenAccess
+from tunewright.serving.access import OpenAccess, ServedAdapter
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.start import Wanted, start_engine
 from tunewright.serving.metrics import exposed
@@ -30,12 +30,12 @@ class Tenancy:
 
     Args:
         state: tenants, keys and releases; the server closes it.
-        locate: a released adapter's folder, by its name and digest.
+        locate: a released adapter, by its name and digest.
         live: folders of the adapters that are released now, by name.
     """
 
     state: State
-    locate: Callable[[str, str], Path]
+    locate: Callable[[str, str], ServedAdapter]
     live: Mapping[str, Path]
 
 
@@ -45,7 +45,7 @@ class Service:
     Args:
         recipe: gives engine, precision, addresses, ports and batch.
         quantize: how the base is held.
-        served: folders of adapters by the names that everybody may ask for; or the tenants and their releases, whose
+        served: adapters by the names that everybody may ask for; or the tenants and their releases, whose
             adapters are loaded when the server starts.
 
     Raises:
@@ -59,11 +59,11 @@ class Service:
         base: Base,
         chat: ChatFormat,
         quantize: Quantize,
-        served: Mapping[str, Path] | Tenancy,
+        served: Mapping[str, ServedAdapter] | Tenancy,
         reporter: Reporter,
     ) -> None:
         adapters = {} if isinstance(served, Tenancy) else served
-        digests = {name: adapter_digest(folder) for name, folder in adapters.items()}
+        digests = {name: adapter_digest(adapter.folder) for name, adapter in adapters.items()}
         self._recipe = recipe
         self._reporter = reporter
         # Before the base is loaded, which takes minutes where it is large.
@@ -75,16 +75,19 @@ class Service:
             chat,
             quantize,
             # By its digest, an adapter is there once under however many names.
-            {digests[name]: folder for name, folder in adapters.items()},
+            {digests[name]: adapter.folder for name, adapter in adapters.items()},
             to_come=tuple(served.live.values()) if isinstance(served, Tenancy) else (),
             spare=recipe.serve.spare_adapters if isinstance(served, Tenancy) else 0,
         )
         self._engine = start_engine(recipe.serve.engine, recipe, wanted, reporter)
-        self._access = (
-            TenantAccess(served.state, self._engine, served.locate, reporter)
-            if isinstance(served, Tenancy)
-            else OpenAccess({base.spec: None, **digests})
-        )
+        if isinstance(served, Tenancy):
+            self._access: TenantAccess | OpenAccess = TenantAccess(served.state, self._engine, served.locate, reporter)
+        else:
+            known = {name: adapter.system_prompt for name, adapter in adapters.items()}
+            for name, prompt in known.items():
+                prompt.report(name, reporter)
+            added = {name: prompt.text for name, prompt in known.items() if prompt.text is not None}
+            self._access = OpenAccess({base.spec: None, **digests}, added)
         texts = Texts(chat.prompt, chat.continuation, chat.text, stop_strings(recipe, chat))
         self.metrics_url: str | None = None
         """Where Prometheus may ask while the server runs."""
@@ -94,6 +97,11 @@ class Service:
     def models(self) -> list[str]:
         """What can be asked for by name, by whoever may; of tenants' aliases, those that are live."""
         return self._access.names
+
+    @property
+    def system_prompts(self) -> dict[str, str]:
+        """What requests without a system message get as one, by model; of tenants' aliases, those that are live."""
+        return self._access.system_prompts
 
     def run(self, on_ready: Callable[[str], None]) -> None:
         """Serve until Ctrl-C or SIGTERM; ``on_ready`` is told the address.

@@ -11,6 +11,7 @@ from tunewright.recipe import GatewayRecipe
 from tunewright.serving.access import Admission, Shadow
 from tunewright.serving.answering import Answering
 from tunewright.serving.fairness import FairQueue
+from tunewright.serving.orders import Order, Orders
 from tunewright.serving.protocol import ApiError
 
 AT_ONCE = 4
@@ -23,9 +24,10 @@ _TURN = " shadows"
 class Shadows:
     """Asks candidates, a few at once; what goes wrong there goes wrong there only."""
 
-    def __init__(self, engine: Engine, queue: FairQueue, decode: Decode, limits: GatewayRecipe) -> None:
+    def __init__(self, engine: Engine, queue: FairQueue, orders: Orders, decode: Decode, limits: GatewayRecipe) -> None:
         self._engine = engine
         self._queue = queue
+        self._orders = orders
         self._decode = decode
         self._limits = limits
         self._asking: set[asyncio.Task[None]] = set()
@@ -51,17 +53,30 @@ class Shadows:
         await asyncio.gather(*self._asking, return_exceptions=True)
 
     async def _ask(self, answered: Answering, shadow: Shadow) -> None:
-        order = replace(answered.order, request=replace(answered.order.request, adapter=shadow.digest))
-        admission = Admission(settle=lambda _used: None)
-        now = asyncio.get_running_loop().time()
-        asked = Answering(self._engine, self._queue, self._decode, order, admission, self._limits, _TURN, now)
         why: str | None = None
+        said: str | None = None
         try:
-            await asked.answer()
+            order = await self._order(answered.order, shadow)
+            admission = Admission(settle=lambda _used: None)
+            now = asyncio.get_running_loop().time()
+            asked = Answering(self._engine, self._queue, self._decode, order, admission, self._limits, _TURN, now)
+            said, _ = await asked.answer()
         except asyncio.CancelledError:
             why = "the server ended"
         except (ApiError, RequestFailedError, EngineStoppedError) as error:
             why = str(error)
         finally:
-            shadow.record(answered.text, None if why else asked.text, why)
+            shadow.record(answered.text, said, why)
             shadow.let_go()
+
+    async def _order(self, answered: Order, shadow: Shadow) -> Order:
+        """The same of the candidate, with the system prompt that it was trained with.
+
+        Raises:
+            ApiError: its prompt is longer than is taken.
+        """
+        if answered.target.system_prompt == shadow.system_prompt:
+            return replace(answered, request=replace(answered.request, adapter=shadow.digest))
+        target = replace(answered.target, digest=shadow.digest, system_prompt=shadow.system_prompt)
+        prompt = await self._orders.prompt(answered.asked, _TURN, shadow.system_prompt)
+        return self._orders.order(answered.asked, target, prompt)

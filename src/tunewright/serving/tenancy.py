@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.disk import canonical_json
 from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
-from tunewright.serving.access import Admission, Released, Shadow, Target
+from tunewright.serving.access import Admission, Released, ServedAdapter, Shadow, Target
 from tunewright.serving.protocol import AnyRequest, ApiError
 from tunewright.serving.state import (
     Caller,
@@ -67,13 +68,15 @@ class TenantAccess:
     Args:
         state: closed when the server ends.
         engine: which is told what to load.
-        locate: an adapter's folder by its name and digest; a UserError from it is told, and the release is not taken.
+        locate: an adapter by its name and digest; a UserError from it is told, and the release is not taken.
         reporter: told which releases are live.
     """
 
     tells_load = False
 
-    def __init__(self, state: State, engine: Loader, locate: Callable[[str, str], Path], reporter: Reporter) -> None:
+    def __init__(
+        self, state: State, engine: Loader, locate: Callable[[str, str], ServedAdapter], reporter: Reporter
+    ) -> None:
         self._state = state
         self._engine = engine
         self._locate = locate
@@ -81,7 +84,7 @@ class TenantAccess:
         self.gateway = uuid.uuid4().hex
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._routes: dict[str, Release] = {}
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, SystemPrompt] = {}
         self._held: Counter[str] = Counter()
         self._seen = -1
         self._refused: dict[str, tuple[int, str]] = {}
@@ -110,6 +113,16 @@ class TenantAccess:
     def resident(self) -> list[str]:
         """Digests of the adapters that are loaded."""
         return sorted(self._loaded.copy())
+
+    @property
+    def system_prompts(self) -> dict[str, str]:
+        """What requests without a system message get as one, by alias."""
+        found = {alias: self.system_prompt(*release.answer) for alias, release in self._routes.copy().items()}
+        return {alias: text for alias, text in found.items() if text is not None}
+
+    def system_prompt(self, digest: str, added: bool) -> str | None:
+        """What a loaded adapter's requests get as a system message where they have none, if it is ``added``."""
+        return self._loaded[digest].text if added else None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -178,7 +191,7 @@ class TenantAccess:
         self._let_go(digest)
         self._write(lambda: self._state.meter.settle(number, used))
 
-    def shadow(self, number: int, release_id: int, digest: str) -> Shadow:
+    def shadow(self, number: int, release_id: int, digest: str, system_prompt: str | None) -> Shadow:
         """The candidate that a request is to be asked of as well."""
 
         def hold() -> bool:
@@ -190,7 +203,7 @@ class TenantAccess:
         def record(answer: str, said: str | None, why_not: str | None) -> None:
             self._write(lambda: self._state.meter.record_shadow(number, release_id, answer, said, why_not))
 
-        return Shadow(digest, hold, lambda: self._let_go(digest), record)
+        return Shadow(digest, system_prompt, hold, lambda: self._let_go(digest), record)
 
     def _write(self, write: Callable[[], None]) -> None:
         """Write in the background; where the database does not answer it is tried again later."""
@@ -273,9 +286,23 @@ class TenantAccess:
             self._routes[alias] = release
             tried = f", and {release.candidate.adapter} {release.candidate.told}" if release.candidate else ""
             self._reporter.say(f"{alias}: release {release.number} is live: {release.adapter}{tried}")
+            self._report_system_prompts(release)
             self._tell_untested(release)
         self._seen = newest
         await self._alive()
+
+    def _report_system_prompts(self, release: Release) -> None:
+        used = [(release.adapter, *release.answer)]
+        if (tried := release.candidate) is not None:
+            used.append((tried.adapter, tried.digest, tried.system_prompt))
+        for adapter, digest, added in used:
+            prompt = self._loaded[digest]
+            if added:
+                prompt.report(f"{release.alias}, {adapter}", self._reporter)
+            elif prompt.text is not None:
+                self._reporter.say(
+                    f"{release.alias}, {adapter}: its trained system prompt is not added, as this release says"
+                )
 
     def _tell_untested(self, release: Release) -> None:
         """Warn of a release that the isolation test has not let through on this kind of engine."""
@@ -293,15 +320,15 @@ class TenantAccess:
             needed[release.candidate.digest] = release.candidate.adapter
         for digest, adapter in needed.items():
             if digest not in self._loaded:
-                folder = await asyncio.to_thread(self._locate, adapter, digest)
-                await self._engine.load(digest, folder)
-                self._loaded.add(digest)
+                served = await asyncio.to_thread(self._locate, adapter, digest)
+                await self._engine.load(digest, served.folder)
+                self._loaded[digest] = served.system_prompt
 
     async def _unload_unused(self) -> None:
         needed = {digest for release in self._routes.values() for digest in release.digests}
-        for digest in self._loaded - needed:
+        for digest in self._loaded.keys() - needed:
             if digest not in self._held:
-                self._loaded.discard(digest)
+                del self._loaded[digest]
                 await self._engine.unload(digest)
 
 
@@ -328,12 +355,14 @@ class TenantVisitor:
             message = f"The model {asked.model} does not exist, or you have no access to it."
             raise ApiError(message, status=404, param="model", code="model_not_found")
         digest, shadow = release.digest, None
-        if release.candidate is not None:
-            if release.candidate.share is None:
-                shadow = release.candidate.digest
-            elif falls_to(self.caller.tenant, asked, release.candidate.digest, release.candidate.share):
-                digest = release.candidate.digest
-        return Target(asked.model, digest, release.id, shadow)
+        prompt, shadow_prompt = self.access.system_prompt(*release.answer), None
+        if (tried := release.candidate) is not None:
+            its_prompt = self.access.system_prompt(tried.digest, tried.system_prompt)
+            if tried.share is None:
+                shadow, shadow_prompt = tried.digest, its_prompt
+            elif falls_to(self.caller.tenant, asked, tried.digest, tried.share):
+                digest, prompt = tried.digest, its_prompt
+        return Target(asked.model, digest, release.id, shadow, prompt, shadow_prompt)
 
     async def admit(self, target: Target, tokens: int) -> Admission:
         """Reserve what the request may come to."""
@@ -344,7 +373,9 @@ class TenantVisitor:
             number = await self.access.reserve(wanted)
         except LimitExceededError as error:
             raise _over_limit(error) from None
-        shadow = None if target.shadow is None else self.access.shadow(number, target.release_id, target.shadow)
+        shadow = None
+        if target.shadow is not None:
+            shadow = self.access.shadow(number, target.release_id, target.shadow, target.shadow_system_prompt)
         return Admission(settle=lambda used: self.access.settle(number, digest, used), shadow=shadow)
 
 

@@ -6,6 +6,8 @@ import platform
 from importlib.metadata import version as package_version
 from typing import Any
 
+from tunewright.adapters.system_prompt import KEY as SYSTEM_PROMPT
+from tunewright.adapters.system_prompt import count_system_turns
 from tunewright.chat import ChatFormat
 from tunewright.clock import now
 from tunewright.data.splits import SPLITS
@@ -32,6 +34,7 @@ def training_lineage(recipe: Recipe, version: DatasetVersion, base: Base, chat: 
             "splits": {s: {"digest": version.split_digest(s), "examples": len(version.examples(s))} for s in SPLITS},
             "mix": version.manifest.mix.model_dump(mode="json") if version.manifest.mix else None,
         },
+        SYSTEM_PROMPT: count_system_turns(version.domain_of("train")),
         "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
         "template_digest": chat.digest,
         "chat": chat.description,

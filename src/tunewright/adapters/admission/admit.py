@@ -29,6 +29,8 @@ from tunewright.adapters.registry import (
     write_manifest,
 )
 from tunewright.adapters.signing import weigh
+from tunewright.adapters.system_prompt import KEY as SYSTEM_PROMPT
+from tunewright.adapters.system_prompt import stated_system_prompt
 from tunewright.clock import now
 from tunewright.disk import new_folder, write_json, writing
 from tunewright.errors import UserError
@@ -54,6 +56,8 @@ class Statement:
     """It may come in without a signature of a key that the project trusts."""
     name: str | None = None
     """What it is to be called."""
+    system_prompt: str | None = None
+    """The system turn that all its training rows had."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,8 @@ class Admission:
             if said.base_matches or said.quantize is not None:
                 option = "--base-matches" if said.base_matches else "--quantize"
                 raise UserError("its lineage says so by digest", where=option, fix="Leave it out.")
+            if said.system_prompt is not None:
+                raise UserError("It has a lineage of its own.", where="--system-prompt", fix="Leave it out.")
             check_lineage(path.read_bytes(), f"{source}, {LINEAGE}")
             adapter = Adapter(files)
             if adapter.lineage["digest"] != adapter_digest(files):
@@ -275,6 +281,7 @@ class Admission:
             "template_digest": self._chat.digest,
             "chat": self._chat.description,
             "quantize": said.quantize or "none",
+            **({} if said.system_prompt is None else {SYSTEM_PROMPT: stated_system_prompt(said.system_prompt)}),
             "stated": {"by": said.by, "names_base": config.names_base},
         }
 

@@ -59,6 +59,13 @@ class _Dataset(_Claim):
     mix: _Mix | None = None
 
 
+class _SystemPrompt(_Claim):
+    text: str | None
+    rows: int
+    without: int
+    distinct: int
+
+
 class _Train(_Claim):
     targets: list[str]
     rank: int
@@ -113,6 +120,7 @@ class _Lineage(_Claim):
     training: _Training
     packages: dict[str, str]
     scaled: _Scaled | None = None
+    system_prompt: _SystemPrompt | None = None
 
 
 def check_lineage(data: bytes, where: str) -> None:

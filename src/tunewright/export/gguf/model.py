@@ -26,9 +26,19 @@ _KINDS = ("llama", "mistral")
 
 
 def write_model(
-    path: Path, name: str, weights: Weights, base: Base, chat: ChatFormat, file_type: FileType, reporter: Reporter
+    path: Path,
+    name: str,
+    weights: Weights,
+    base: Base,
+    chat: ChatFormat,
+    file_type: FileType,
+    reporter: Reporter,
+    *,
+    system_prompt: str | None = None,
 ) -> list[str]:
     """Write the model with its tokenizer; from float32 to the file's type in one step.
+
+    Its chat template puts ``system_prompt`` before conversations without a system message.
 
     Returns:
         What whoever uses it has to know.
@@ -38,7 +48,7 @@ def write_model(
     """
 
     def add_tokens(writer: Any, vocabulary: int) -> None:
-        add_tokenizer(writer, chat, vocabulary)
+        add_tokenizer(writer, chat, vocabulary, system_prompt)
 
     return _write(path, name, weights, base, add_tokens, file_type, reporter)
 

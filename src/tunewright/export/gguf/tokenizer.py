@@ -29,8 +29,10 @@ _BY_PATTERN = {_LLAMA3: "llama-bpe", _TEKKEN: "tekken"}
 _FIX = "Export it merged (`tunewright export merge`), or use another base."
 
 
-def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int) -> None:
+def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int, system_prompt: str | None) -> None:
     """Write the tokenizer and the chat template of ``chat`` as a model of ``vocabulary`` tokens has them.
+
+    The template puts ``system_prompt`` before conversations without a system message.
 
     Raises:
         UserError: a tokenizer of a kind that llama.cpp does not have.
@@ -64,7 +66,7 @@ def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int) -> None:
         writer.add_token_merges(merges or [f"{end} {end}"])
     writer.add_token_types(kinds)
     _add_special(writer, chat)
-    writer.add_chat_template(exported_template(chat))
+    writer.add_chat_template(exported_template(chat, system_prompt))
 
 
 def add_numbers(writer: Any, stop_ids: Collection[int], vocabulary: int) -> None:

@@ -119,6 +119,11 @@ class State:
 
 
 def _comparable(release: Mapping[str, Any]) -> str:
-    """A release as canonical JSON; grounds that there were not yet when it was made are as good as none."""
+    """A release as canonical JSON; what there was no word of yet when it was made is as good as its default."""
     grounds = {name: value for name, value in release["grounds"].items() if value is not None}
-    return canonical_json({**release, "grounds": grounds})
+    candidate = release["candidate"] and _without_default(release["candidate"])
+    return canonical_json({**_without_default(release), "grounds": grounds, "candidate": candidate})
+
+
+def _without_default(made: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in made.items() if name != "system_prompt" or value is not True}

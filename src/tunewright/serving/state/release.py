@@ -35,11 +35,14 @@ class Candidate:
     digest: str
     share: float | None
     """Of the traffic, which it answers (a canary); None: it is asked too, but not heard (a shadow)."""
+    system_prompt: bool = True
+    """Whether requests without a system message get the one that it was trained with."""
 
     @property
     def told(self) -> str:
         """How it is tried, in words."""
-        return "in the shadow" if self.share is None else f"on {100 * self.share:.4g}% of the traffic"
+        how = "in the shadow" if self.share is None else f"on {100 * self.share:.4g}% of the traffic"
+        return how if self.system_prompt else f"{how} without its system prompt"
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,18 @@ class Release:
     grounds: Grounds
     author: str | None
     created: float
+    system_prompt: bool = True
+    """Whether requests without a system message get the one that the adapter was trained with."""
 
     @property
     def withdrawn(self) -> bool:
         """Whether the alias answers nothing from here on."""
         return self.action == "withdraw"
+
+    @property
+    def answer(self) -> tuple[str, bool]:
+        """What the alias answers with: two releases that are equal in this answer alike."""
+        return self.digest, self.system_prompt
 
     @property
     def adapters(self) -> list[tuple[str, str]]:

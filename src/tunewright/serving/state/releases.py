@@ -68,14 +68,14 @@ class Releases:
             told = [json.loads(details)["isolation"] for details in connection.execute(query).scalars()]
         return next((IsolationTest.of(test) for test in told if test["subject"] == subject), None)
 
-    def require_deployable(self, alias: str, adapter: str, digest: str) -> None:
+    def require_deployable(self, alias: str, adapter: str, digest: str, *, system_prompt: bool = True) -> None:
         """Refuse what :meth:`deploy` would refuse as things are.
 
         Raises:
             UserError: as of it.
         """
         with self._database.reading() as connection:
-            _require_new(connection, alias, adapter, digest)
+            _require_new(connection, alias, adapter, (digest, system_prompt))
 
     def require_triable(self, alias: str, candidate: Candidate) -> None:
         """Refuse what :meth:`try_beside` would refuse as things are.
@@ -100,16 +100,20 @@ class Releases:
         with changing(self._database, self._actor) as change:
             change.log(_REFUSED, alias, adapter=adapter, digest=digest, isolation=asdict(test))
 
-    def deploy(self, alias: str, adapter: str, digest: str, grounds: Grounds) -> Release:
+    def deploy(self, alias: str, adapter: str, digest: str, grounds: Grounds, *, system_prompt: bool = True) -> Release:
         """Have an alias answer with this adapter from now on; a candidate beside it is let go.
+
+        Args:
+            system_prompt: requests without a system message get the one that the adapter was trained with.
 
         Raises:
             UserError: it does so already, what is no name for an alias, or what is live now has not been tested with
                 it.
         """
         with changing(self._database, self._actor) as change:
-            before = _require_new(change.connection, alias, adapter, digest)
-            return _add(change, before, "deploy", alias, adapter, digest, None, grounds)
+            answer = (digest, system_prompt)
+            before = _require_new(change.connection, alias, adapter, answer)
+            return _add(change, before, "deploy", alias, adapter, answer, None, grounds)
 
     def try_beside(self, alias: str, candidate: Candidate, grounds: Grounds) -> Release:
         """Try an adapter beside the one that the alias answers with: on a share of the traffic, or in the shadow.
@@ -121,7 +125,7 @@ class Releases:
         with changing(self._database, self._actor) as change:
             before = _require_candidate(change.connection, alias, candidate)
             action: Action = "shadow" if candidate.share is None else "canary"
-            return _add(change, before, action, alias, before.adapter, before.digest, candidate, grounds)
+            return _add(change, before, action, alias, before.adapter, before.answer, candidate, grounds)
 
     def promote(self, alias: str, grounds: Grounds | None = None) -> Release:
         """Have an alias answer with its candidate.
@@ -135,7 +139,8 @@ class Releases:
         with changing(self._database, self._actor) as change:
             before, chosen = _promotable(change.connection, alias)
             by = before.grounds if grounds is None else grounds
-            return _add(change, before, "promote", alias, chosen.adapter, chosen.digest, None, by)
+            answer = (chosen.digest, chosen.system_prompt)
+            return _add(change, before, "promote", alias, chosen.adapter, answer, None, by)
 
     def rollback_target(self, alias: str, number: int | None = None) -> Release:
         """The release that :meth:`rollback` would bring back.
@@ -159,7 +164,7 @@ class Releases:
             history = _history(change.connection, alias)
             back = _target(history, number)
             grounds = back.grounds
-            return _add(change, history[-1], "rollback", alias, back.adapter, back.digest, None, grounds, back.number)
+            return _add(change, history[-1], "rollback", alias, back.adapter, back.answer, None, grounds, back.number)
 
     def withdraw(self, alias: str, because: str | None = None) -> Release:
         """Have an alias answer nothing from now on, until something is released under it again.
@@ -172,13 +177,13 @@ class Releases:
             if now.withdrawn:
                 raise UserError(f"{alias} is withdrawn already, since its release {now.number}")
             grounds = Grounds(because=because)
-            return _add(change, now, "withdraw", alias, now.adapter, now.digest, None, grounds)
+            return _add(change, now, "withdraw", alias, now.adapter, now.answer, None, grounds)
 
 
-def _require_new(connection: Connection, alias: str, adapter: str, digest: str) -> Release | None:
+def _require_new(connection: Connection, alias: str, adapter: str, answer: tuple[str, bool]) -> Release | None:
     check_name(alias, "an alias")
     before = _last(connection, alias)
-    if before is not None and before.digest == digest and before.candidate is None and not before.withdrawn:
+    if before is not None and before.answer == answer and before.candidate is None and not before.withdrawn:
         raise UserError(f"{alias} answers with {adapter} already, since its release {before.number}")
     return before
 
@@ -214,7 +219,7 @@ def _target(history: Sequence[Release], number: int | None) -> Release:
         back = history[number - 1]
         if back.withdrawn:
             raise UserError(f"{now.alias} answered nothing from its release {number} on", fix="Name another one.")
-        if back.digest == now.digest and not ends_something:
+        if back.answer == now.answer and not ends_something:
             raise UserError(f"{now.alias} answers with {now.adapter}, as in its release {number}, already")
         return back
     if ends_something:
@@ -231,7 +236,7 @@ def _before(history: Sequence[Release]) -> list[Release]:
     before: list[Release] = []
     current = history[0]
     for release in history[1:]:
-        if release.digest == current.digest:
+        if release.answer == current.answer:
             continue  # a candidate has come or gone beside it, or it was withdrawn and is back
         if before and release.restores == before[-1].number:
             current = before.pop()
@@ -247,11 +252,12 @@ def _add(
     action: Action,
     alias: str,
     adapter: str,
-    digest: str,
+    answer: tuple[str, bool],
     candidate: Candidate | None,
     grounds: Grounds,
     restores: int | None = None,
 ) -> Release:
+    digest, system_prompt = answer
     if action not in ("rollback", "withdraw"):
         _require_tested(change.connection, alias, digest, candidate, grounds)
     row = change.connection.execute(
@@ -265,6 +271,8 @@ def _add(
             candidate=candidate and candidate.adapter,
             candidate_digest=candidate and candidate.digest,
             share=candidate and candidate.share,
+            system_prompt=system_prompt,
+            candidate_system_prompt=candidate and candidate.system_prompt,
             restores=restores,
             author=change.actor,
             created=change.now,
@@ -299,7 +307,10 @@ def _live(connection: Connection) -> list[Release]:
 
 
 def _release(row: Row[Any]) -> Release:
-    candidate = None if row.candidate is None else Candidate(row.candidate, row.candidate_digest, row.share)
+    candidate = None
+    if row.candidate is not None:
+        adds = row.candidate_system_prompt is not False
+        candidate = Candidate(row.candidate, row.candidate_digest, row.share, adds)
     return Release(
         row.id,
         row.alias,
@@ -318,6 +329,7 @@ def _release(row: Row[Any]) -> Release:
         ),
         row.author,
         row.created,
+        row.system_prompt is not False,
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     Double,
     ForeignKey,
@@ -26,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Text as LongText
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 NAME = String(63)
 DIGEST = String(64)
@@ -90,6 +91,9 @@ releases = Table(
     Column("untested", LongText),  # why it was released without that test
     Column("author", LongText),
     Column("created", Double, nullable=False),
+    # False: requests without a system message do not get the trained one. Null, as before there was a choice: they do.
+    Column("system_prompt", Boolean),
+    Column("candidate_system_prompt", Boolean),
     UniqueConstraint("alias", "number"),
 )
 

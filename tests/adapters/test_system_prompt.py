@@ -1,0 +1,104 @@
+"""The system prompt that an adapter was trained with, from its lineage or from its dataset version."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapter_helpers import write_adapter
+from command_line import pairs, tiny_project, tunewright, write_jsonl
+from tunewright.adapters.admission.claims import check_lineage
+from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
+from tunewright.adapters.system_prompt import KEY, SystemPrompt, count_system_turns, system_prompt
+from tunewright.data.examples import Example, Message
+from tunewright.data.versions import Member
+from tunewright.errors import UserError
+
+SYSTEM = "Name the first colour."
+
+
+def _member(number: int, system: str | None) -> Member:
+    turns = [Message("user", f"question {number}"), Message("assistant", "answer")]
+    example = Example((*([Message("system", system)] if system else []), *turns))
+    return Member(example, example.pair_key, "train", example.pair_key)
+
+
+def _lineage_of(systems: list[str | None]) -> dict[str, Any]:
+    return count_system_turns([_member(number, system) for number, system in enumerate(systems)])
+
+
+def _adapter(folder: Path, **lineage: Any) -> Adapter:
+    write_adapter(folder)
+    known = {"created": "2026-01-01T00:00:00+00:00", "digest": "0" * 64, **lineage}
+    (folder / LINEAGE).write_text(json.dumps(known), encoding="utf-8")
+    return Adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("systems", "text", "why"),
+    [
+        (["A", "A"], "A", None),
+        ([None, None], None, None),
+        (["A", "B", "A"], None, "its 3 training rows have 2 different system turns"),
+        (["A", None, "A"], None, "2 of its 3 training rows have a system turn, and 1 have none"),
+        (["A", "B", None], None, "2 of its 3 training rows have 2 different system turns, and 1 have none"),
+    ],
+)
+def test_a_lineage_has_the_system_turn_that_all_rows_share_and_else_the_reason(
+    tmp_path: Path, systems: list[str | None], text: str | None, why: str | None
+) -> None:
+    adapter = _adapter(tmp_path / "adapter", **{KEY: _lineage_of(systems)})
+    assert system_prompt(adapter, tmp_path / "nowhere") == SystemPrompt(text, why)
+
+
+def test_an_adapter_without_lineage_is_not_known_to_have_one(tmp_path: Path) -> None:
+    found = system_prompt(_adapter(tmp_path / "adapter"), tmp_path / "nowhere")
+    assert (found.text, "imported without a lineage" in str(found.why_none)) == (None, True)
+
+
+@pytest.mark.parametrize("claim", [{"text": 7}, {"text": "x", "rows": "many", "without": 0, "distinct": 1}, "x"])
+def test_a_foreign_lineage_may_not_claim_something_else(project: Path, tmp_path: Path, claim: Any) -> None:
+    adapter = find_adapter(project / "adapters")
+    data = json.dumps({**adapter.lineage, KEY: claim}).encode()
+    check_lineage(json.dumps(adapter.lineage).encode(), "here")
+    with pytest.raises(UserError, match=KEY):
+        check_lineage(data, "here")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project whose pairs get a system turn, and generic rows without one are mixed in."""
+    folder = tiny_project(tmp_path_factory.mktemp("system") / "project", tiny_base_folder)
+    turns = [[{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": "ok"}] for p in pairs(40, 7)]
+    write_jsonl(folder / "generic.jsonl", [{"messages": each} for each in turns])
+    recipe = folder / "tunewright.yaml"
+    text = recipe.read_text(encoding="utf-8").replace("epochs: 2", "epochs: 1")
+    mix = "  mix: {source: generic.jsonl, fraction: 0.1}\n"
+    recipe.write_text(text.replace("data:\n", f"data:\n  system: {SYSTEM}\n{mix}"), encoding="utf-8")
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    ran = tunewright("train", "-p", folder)
+    assert ran.code == 0, ran.stderr
+    return folder
+
+
+def test_training_writes_it_down_whatever_is_mixed_in(project: Path) -> None:
+    adapter = find_adapter(project / "adapters")
+    assert adapter.lineage["dataset"]["mix"]["drawn"] > 0
+    assert adapter.lineage[KEY]["text"] == SYSTEM
+    ran = tunewright("adapters", "show", "-p", project)
+    assert f'system prompt: "{SYSTEM}"' in " ".join((ran.stdout + ran.stderr).split())
+    assert tunewright("adapters", "show", "-p", project, "--json").document["system_prompt"]["text"] == SYSTEM
+
+
+def test_an_older_lineage_is_completed_from_the_dataset_version_where_that_is_here(
+    project: Path, tmp_path: Path
+) -> None:
+    lineage = {name: value for name, value in find_adapter(project / "adapters").lineage.items() if name != KEY}
+    older = _adapter(tmp_path / "older", **lineage)
+    assert system_prompt(older, project / "dataset") == SystemPrompt(SYSTEM)
+    unknown = system_prompt(older, tmp_path / "no-dataset")
+    assert unknown.text is None
+    assert "its dataset version cannot be read" in str(unknown.why_none)

@@ -1,0 +1,136 @@
+"""What was trained with a system prompt is served with it: the same ids as in training and evaluation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+import tunewright
+from command_line import recorded_prompts, tiny_project, without_state
+from command_line import tunewright as command
+from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
+from tunewright.adapters.system_prompt import KEY
+from tunewright.data.versions import Member
+from tunewright.evaluation.arms import TUNED
+from tunewright.progress import LogReporter
+from tunewright.project import Project
+from tunewright.road.opened import OpenProject
+from tunewright.road.serving import adapter_of
+from tunewright.serving.service import Service
+
+SYSTEM = "Name the first colour, d'été."
+FORCED = ("--force", "--because", "what is tested here is the system prompt", "--untested", "it takes its time")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path_factory.mktemp("system") / "project", tiny_base_folder)
+    recipe = folder / "tunewright.yaml"
+    # Not composed, as an editor may write it: what is added and what is asked have one form all the same.
+    system = "Name the first colour, d'e\u0301te\u0301."
+    text = recipe.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system: "{system}"\n')
+    recipe.write_text(text, encoding="utf-8")
+    assert command("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    assert command("train", "-p", folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def project(trained: Path, tmp_path: Path) -> Path:
+    return without_state(trained, tmp_path / "project")
+
+
+def _adapter(project: Path) -> Adapter:
+    return find_adapter(project / "adapters")
+
+
+def _test_members(project: Path) -> Sequence[Member]:
+    return tunewright.open(project).data.version().examples("test")
+
+
+def _ask_users_turns(service: Service, model: str, members: Sequence[Member]) -> list[httpx.Response]:
+    """The replies to each row's user turn alone."""
+    with service.running() as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        replies = []
+        for member in members:
+            messages = [m.as_dict() for m in member.example.prompt if m.role != "system"]
+            body = {"model": model, "messages": messages, "max_tokens": 4}
+            replies.append(client.post("/v1/chat/completions", json=body))
+        return replies
+
+
+def test_a_users_turn_alone_is_served_as_the_ids_that_the_tuned_arm_is_asked_with(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, members = _adapter(project), _test_members(project)
+    opened = OpenProject(Project(project), LogReporter())
+    evaluated = opened.measurement(adapter).answers(TUNED, members, "test", adapter)
+    seen = recorded_prompts(monkeypatch)
+    replies = _ask_users_turns(tunewright.open(project).serve([adapter.name], port=0), adapter.name, members)
+    assert {reply.headers["x-tunewright-system"] for reply in replies} == {"adapter"}
+    assert seen == [answered.prompt for answered in evaluated]
+    assert all(member.example.prompt[0].content == SYSTEM for member in members)
+    trained_on = opened.chat.encode(members[0].example.messages).ids
+    assert trained_on[: len(seen[0])] == seen[0]
+
+
+def test_the_base_gets_none_and_an_earlier_checkpoint_its_own(project: Path) -> None:
+    adapter, members = _adapter(project), _test_members(project)[:1]
+    name = f"{adapter.name}@{next(iter(adapter.checkpoints))}"
+    base = Project(project).recipe.base
+    for model, source in ((name, "adapter"), (base, "none")):
+        service = tunewright.open(project).serve([name], port=0)
+        assert service.system_prompts == {name: SYSTEM}
+        (reply,) = _ask_users_turns(service, model, members)
+        assert reply.headers["x-tunewright-system"] == source
+
+
+def test_serve_says_at_its_start_what_it_adds_or_that_it_does_not(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tunewright")
+    name = _adapter(project).name
+    tunewright.open(project).serve([name], port=0)._engine.stop()
+    assert f'{name}: requests without a system message get the trained system prompt: "{SYSTEM}"' in caplog.text
+    caplog.clear()
+    service = tunewright.open(project).serve([name], port=0, system_prompts=False)
+    assert f"{name}: no system prompt is added: left out by --no-system-prompt" in caplog.text
+    (reply,) = _ask_users_turns(service, name, _test_members(project)[:1])
+    assert reply.headers["x-tunewright-system"] == "none"
+
+
+def test_a_release_that_leaves_it_out_is_shown_as_one(project: Path) -> None:
+    name = _adapter(project).name
+    assert command("deploy", "colours", name, *FORCED, "--no-system-prompt", "-p", project).code == 0
+    assert command("tenant", "add", "acme", "--alias", "colours", "-p", project).code == 0
+    listed = command("releases", "-p", project, "--json").document["releases"]
+    assert [release["system_prompt"] for release in listed] == [False]
+    for verb in (("releases",), ("audit", "show")):
+        ran = command(*verb, "-p", project)
+        words = " ".join((ran.stdout + ran.stderr).replace("│", " ").split())
+        assert "without its system" in words, verb
+    again = command("deploy", "colours", name, *FORCED, "--no-system-prompt", "-p", project)
+    assert (again.code, "already" in again.stderr) == (2, True)
+    back = command("deploy", "colours", name, *FORCED, "-p", project, "--json")
+    assert back.document["release"]["system_prompt"] is True
+    refused = command("serve", "--no-system-prompt", "-p", project)
+    assert (refused.code, "each release says" in refused.stderr) == (2, True)
+
+
+def test_a_release_means_the_adapter_of_its_name_where_two_have_the_same_weights(trained: Path, tmp_path: Path) -> None:
+    project = without_state(trained, tmp_path / "project")
+    adapter = _adapter(trained)
+    (project / "adapters").unlink()
+    other = project / "adapters" / f"another-{adapter.digest[:12]}"
+    for folder in (project / "adapters" / adapter.name, other):
+        shutil.copytree(adapter.folder, folder)
+    older = {**adapter.lineage, "created": "2020-01-01T00:00:00+00:00", KEY: {"text": "Say nothing."}}
+    (other / LINEAGE).write_text(json.dumps(older), encoding="utf-8")
+    opened = OpenProject(Project(project), LogReporter())
+    assert adapter_of(opened, adapter.name, adapter.digest).name == adapter.name
+    assert adapter_of(opened, "a-name-that-is-gone", adapter.digest).name == other.name

@@ -1,0 +1,90 @@
+"""An exported model asked with a user's turn alone gets the system prompt that the adapter was trained with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+import tunewright
+from command_line import tiny_project
+from command_line import tunewright as command
+from tunewright.data.examples import Message
+from tunewright.export.llamacpp import running
+from tunewright.progress import LogReporter
+from tunewright.project import Project
+from tunewright.road.opened import OpenProject
+
+SYSTEM = "Name the first colour, d'été."
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path_factory.mktemp("export") / "project", tiny_base_folder)
+    recipe = folder / "tunewright.yaml"
+    text = recipe.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system: "{SYSTEM}"\n')
+    text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n").replace("0.003", "0.01")
+    recipe.write_text(text, encoding="utf-8")
+    assert command("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    assert command("train", "-p", folder).code == 0
+    return folder
+
+
+def _asked(project: Path) -> list[tuple[list[dict[str, Any]], tuple[int, ...]]]:
+    """Users' turns of held-out rows, and the ids that the rows' whole prompts have."""
+    chat = OpenProject(Project(project), LogReporter()).chat
+    members = tunewright.open(project).data.version().examples("test")[:4]
+    return [
+        (
+            [m.as_dict() for m in member.example.prompt if m.role != "system"],
+            chat.prompt(member.example.prompt),
+        )
+        for member in members
+    ]
+
+
+def _exported(project: Path, *arguments: str) -> tuple[Path, str]:
+    """The folder, and the record's notes."""
+    ran = command("export", *arguments, "-p", project, "--json")
+    assert ran.code == 0, ran.stderr
+    return Path(ran.document["folder"]), "\n".join(ran.document["notes"])
+
+
+def test_a_merged_models_template_adds_it(project: Path) -> None:
+    folder, notes = _exported(project, "merge")
+    assert f'its chat template adds the trained system prompt where there is none: "{SYSTEM}"' in notes
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for turns, ids in _asked(project):
+        assert tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)) == ids
+
+
+def test_a_merged_gguf_files_template_adds_it_in_llama_cpp(project: Path) -> None:
+    folder, notes = _exported(project, "gguf", "--merged")
+    assert "its chat template adds the trained system prompt" in notes
+    with running(next(folder.glob("*.gguf")), 512) as engine:
+        for turns, ids in _asked(project):
+            assert tuple(engine.prompt_ids([Message(t["role"], t["content"]) for t in turns])) == ids
+
+
+def test_a_lora_file_has_no_place_for_it_and_the_export_says_so(project: Path) -> None:
+    _, notes = _exported(project, "gguf")
+    assert f"the adapter's file alone has no system prompt: send the trained one: {SYSTEM}" in notes
+
+
+@pytest.mark.parametrize("options", [(), ("--lora",)])
+def test_a_modelfile_has_it_as_its_system(project: Path, options: tuple[str, ...]) -> None:
+    folder, notes = _exported(project, "ollama", *options)
+    assert f'\nSYSTEM """{SYSTEM}"""\n' in (folder / "Modelfile").read_text(encoding="utf-8")
+    assert "the Modelfile's SYSTEM is the trained system prompt" in notes
+
+
+def test_an_export_from_before_the_system_prompt_is_not_taken_for_the_same(project: Path, tmp_path: Path) -> None:
+    folder, _ = _exported(project, "merge", "--to", str(tmp_path / "merged"))
+    record = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    assert record["made_of"].pop("system_prompt") == SYSTEM
+    (folder / "export.json").write_text(json.dumps(record), encoding="utf-8")
+    ran = command("export", "merge", "--to", folder, "-p", project)
+    assert (ran.code, "system_prompt differs" in ran.stderr) == (2, True)
