@@ -91,6 +91,13 @@ class Visitor(Protocol):
         """
 
 
+def model_not_found(name: str, visitor: Visitor) -> ApiError:
+    """Return the refusal of a model that does not exist; one that belongs to another tenant looks the same."""
+    there = ", ".join(visitor.models()) or "none"
+    message = f"The model {name} does not exist, or you have no access to it. Yours: {there}."
+    return ApiError(message, status=404, param="model", code="model_not_found")
+
+
 class Access(Protocol):
     """The gateway's doorkeeper."""
 
@@ -157,8 +164,7 @@ class OpenAccess:
 
     def target(self, asked: AnyRequest) -> Target:
         if asked.model not in self._models:
-            message = f"The model {asked.model} does not exist; there are: {', '.join(self._models)}."
-            raise ApiError(message, status=404, param="model", code="model_not_found")
+            raise model_not_found(asked.model, self)
         return Target(asked.model, self._models[asked.model])
 
     async def admit(self, target: Target, tokens: int) -> Admission:  # noqa: ARG002 - nothing is counted here

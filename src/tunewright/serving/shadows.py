@@ -8,8 +8,9 @@ from dataclasses import replace
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.models.text_stream import Decode
 from tunewright.recipe import GatewayRecipe
-from tunewright.serving.access import Admission, Shadow
+from tunewright.serving.access import Shadow
 from tunewright.serving.answering import Answering
+from tunewright.serving.choices import Choices
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.protocol import ApiError
 
@@ -30,12 +31,16 @@ class Shadows:
         self._limits = limits
         self._asking: set[asyncio.Task[None]] = set()
 
-    def ask(self, answered: Answering) -> None:
+    def ask(self, choices: Choices) -> None:
         """Ask the candidate of a request that has its answer, if it has a candidate and an answer."""
-        shadow = answered.admission.shadow
-        if shadow is None or not answered.finished:
+        shadow = choices.admission.shadow
+        if shadow is None or not choices.finished:
             return
-        if len(self._asking) >= AT_ONCE:
+        answered, *more = choices.answering
+        if more:  # the record has one answer for each request
+            texts = "\n\n".join(answering.text for answering in choices.answering)
+            shadow.record(texts, None, f"the request had {len(choices.answering)} prompts")
+        elif len(self._asking) >= AT_ONCE:
             shadow.record(answered.text, None, f"{AT_ONCE} others were being asked")
         elif not shadow.hold():
             shadow.record(answered.text, None, "the candidate had been let go")
@@ -52,12 +57,12 @@ class Shadows:
 
     async def _ask(self, answered: Answering, shadow: Shadow) -> None:
         order = replace(answered.order, request=replace(answered.order.request, adapter=shadow.digest))
-        admission = Admission(settle=lambda _used: None)
         now = asyncio.get_running_loop().time()
-        asked = Answering(self._engine, self._queue, self._decode, order, admission, self._limits, _TURN, now)
+        asked = Answering(self._engine, self._queue, self._decode, order, self._limits, _TURN, now)
         why: str | None = None
         try:
-            await asked.answer()
+            async for _piece in asked.pieces():
+                pass
         except asyncio.CancelledError:
             why = "the server ended"
         except (ApiError, RequestFailedError, EngineStoppedError) as error:

@@ -25,7 +25,7 @@ from tunewright.disk import canonical_json
 from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
-from tunewright.serving.access import Admission, Released, Shadow, Target
+from tunewright.serving.access import Admission, Released, Shadow, Target, model_not_found
 from tunewright.serving.protocol import AnyRequest, ApiError
 from tunewright.serving.state import (
     Caller,
@@ -325,8 +325,7 @@ class TenantVisitor:
         """What its alias stands for; one that is not there and one that is another's look the same."""
         release = self.access.route(asked.model) if asked.model in self.caller.aliases else None
         if release is None:
-            message = f"The model {asked.model} does not exist, or you have no access to it."
-            raise ApiError(message, status=404, param="model", code="model_not_found")
+            raise model_not_found(asked.model, self)
         digest, shadow = release.digest, None
         if release.candidate is not None:
             if release.candidate.share is None:
