@@ -113,14 +113,15 @@ def test_what_is_too_large_is_refused_and_named(limits: Any, body: Any, expected
 def test_max_tokens_is_capped_to_the_room_and_to_the_operators_limit() -> None:
     engine = ScriptedEngine()
     with scripted_server(engine, answer_tokens=5) as client:
-        for limit in ({"max_tokens": 6}, {"max_completion_tokens": 10**9}, {}):
+        limits: list[dict[str, Any]] = [{"max_tokens": 6}, {"max_completion_tokens": 10**9}, {}]
+        for limit in limits:
             assert ask(client, **limit).status_code == 200
         assert ask(client, TEXT_URL, max_tokens=6).status_code == 200
     with scripted_server(engine) as client:
         assert ask(client, max_tokens=2001 - PROMPT).status_code == 200
         assert ask(client, TEXT_URL, max_tokens=10**9).status_code == 200
-    limits = [request.max_new_tokens for request, _ in engine.asked]
-    assert limits == [5, 5, 5, 5, 2000 - PROMPT, 2000 - len("hello")]
+    given = [request.max_new_tokens for request, _ in engine.asked]
+    assert given == [5, 5, 5, 5, 2000 - PROMPT, 2000 - len("hello")]
 
 
 def test_what_is_just_small_enough_is_answered() -> None:

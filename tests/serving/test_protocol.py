@@ -152,6 +152,7 @@ def test_leading_system_turns_become_one() -> None:
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"web_search_options": {}}, "web_search_options"),
         ({"user": 5}, "user"),
+        ({"safety_identifier": "x" * 513}, "safety_identifier"),
         ({"metadata": "x"}, "metadata"),
         ({"unknown": 1}, "unknown"),
         ({"unknown": "x"}, "unknown"),

@@ -83,8 +83,13 @@ class Visitor(Protocol):
             ApiError: 404, nothing of that name does.
         """
 
-    async def admit(self, target: Target, tokens: int) -> Admission:
-        """Take its request into account, which comes to so many tokens at most. Call it right after :meth:`target`.
+    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
+        """Take its request into account. Call it right after :meth:`target`.
+
+        Args:
+            target: what answers it.
+            tokens: the most that its prompts and answers can have together.
+            end_user: the client's own label of whom it asks for.
 
         Raises:
             ApiError: 429 or 400, it may not have that.
@@ -167,5 +172,5 @@ class OpenAccess:
             raise model_not_found(asked.model, self)
         return Target(asked.model, self._models[asked.model])
 
-    async def admit(self, target: Target, tokens: int) -> Admission:  # noqa: ARG002 - nothing is counted here
+    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:  # noqa: ARG002 - no usage is kept
         return Admission(settle=lambda _used: None)

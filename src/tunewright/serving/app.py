@@ -195,7 +195,7 @@ class Gateway:
             if self._engine.stopped:
                 raise EngineStoppedError(self._engine.stopped)
             most = sum(len(order.request.prompt_ids) + order.request.max_new_tokens for order in orders)
-            admission = await visitor.admit(target, most)
+            admission = await visitor.admit(target, most, asked.end_user)
         except (ApiError, EngineStoppedError, StateUnavailableError) as error:
             self.metrics.refused(who, _refusal(error).code or "")
             raise

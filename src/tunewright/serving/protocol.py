@@ -163,6 +163,9 @@ class StreamOptions(_Part):
 MAX_PROMPTS = 128
 """The most prompts of one completion request."""
 
+Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""Stored with a tenant's usage: PostgreSQL takes no NUL."""
+
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -189,8 +192,8 @@ class _AnyRequest(_Part):
     stop: Annotated[list[StopString] | None, Field(max_length=4), BeforeValidator(_one_stop)] = None
     n: Literal[1] | None = None  # one answer per prompt
     # The caller's own labels, and hints for OpenAI's storage and cache: no answer depends on them.
-    user: str | None = None
-    safety_identifier: str | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     prompt_cache_key: str | None = None
@@ -202,6 +205,11 @@ class _AnyRequest(_Part):
             message = "top_p has no effect without a temperature, which is 0 here unless given: give both."
             raise ApiError(message, param="top_p", code="invalid_value")
         return self
+
+    @property
+    def end_user(self) -> str | None:
+        """Whom the client asks for, in its own words; ``safety_identifier`` is OpenAI's newer name of ``user``."""
+        return self.safety_identifier or self.user or None
 
     @property
     def include_usage(self) -> bool:

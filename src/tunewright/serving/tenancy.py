@@ -334,11 +334,11 @@ class TenantVisitor:
                 digest = release.candidate.digest
         return Target(asked.model, digest, release.id, shadow)
 
-    async def admit(self, target: Target, tokens: int) -> Admission:
+    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
         """Reserve what the request may come to."""
         assert target.digest is not None and target.release_id is not None
         caller, digest = self.caller, target.digest
-        wanted = Wanted(caller.tenant_id, caller.key_id, target.name, target.release_id, digest, tokens)
+        wanted = Wanted(caller.tenant_id, caller.key_id, target.name, target.release_id, digest, tokens, end_user)
         try:
             number = await self.access.reserve(wanted)
         except LimitExceededError as error:

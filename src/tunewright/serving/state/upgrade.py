@@ -20,6 +20,8 @@ _STATEMENTS = {
         "CREATE TABLE key_uses (key_id INTEGER NOT NULL PRIMARY KEY REFERENCES api_keys (id), "
         "last_used DOUBLE PRECISION NOT NULL)",
     ),
+    # A request's `safety_identifier` or `user`.
+    3: ("ALTER TABLE requests ADD COLUMN end_user TEXT",),
 }
 """What leads from each version to the next one; SQLite and PostgreSQL both understand it."""
 
