@@ -104,7 +104,7 @@ def test_completion_request_refuses_value_that_changes_the_answer(field: str, va
 
 
 def test_assistant_turn_is_accepted_with_the_null_fields_of_its_answer() -> None:
-    echoed = {
+    echoed: dict[str, Any] = {
         "role": "assistant",
         "content": "y",
         "refusal": None,

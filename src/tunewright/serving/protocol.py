@@ -329,7 +329,7 @@ def _fault(details: ErrorDetails) -> ApiError:
     if details["type"] == "json_invalid":
         return ApiError(f"The body is not valid JSON: {details['msg']}.", code="invalid_json")
     if details["type"] == "extra_forbidden":
-        message = f"{param} is not supported here, and nothing is ignored silently: leave it out."
+        message = f"{param} is not supported here: leave it out."
         return ApiError(message, param=param, code="unsupported_parameter")
     if details["type"] == "missing":
         return ApiError(f"{param} is missing.", param=param, code="missing_required_parameter")
