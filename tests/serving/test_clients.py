@@ -80,6 +80,35 @@ def text(url: str, prompt: str, max_tokens: int) -> str:
     return str(reply["choices"][0]["text"])
 
 
+def examples() -> Iterator[Any]:
+    """The code of docs/clients.md."""
+    blocks = re.findall(
+        r"^## ([^\n]+)|^```(python|js)\n(.*?)^```", (ROOT / "docs" / "clients.md").read_text(), re.M | re.S
+    )
+    section = ""
+    for heading, language, code in blocks:
+        section = heading or section
+        if language:
+            needs = needs_python if language == "python" else needs_node
+            yield pytest.param(language, code, id=section, marks=needs)
+
+
+@pytest.mark.parametrize(("language", "code"), examples())
+def test_example_of_the_documentation_prints_the_answer(url: str, language: str, code: str) -> None:
+    for written, here in (
+        ("http://127.0.0.1:8000/v1", url),
+        ("legal-citations-4402f7ff19bf", MODEL),
+        ("Ravenna Municipal Court, Ohio", QUESTION),
+    ):
+        assert written in code
+        code = code.replace(written, here)
+    folder = ROOT / "build" / "clients" / language.replace("js", "node")
+    script = folder / f"example.{'py' if language == 'python' else 'mjs'}"
+    script.write_text(code, encoding="utf-8")
+    printed = run([PYTHON if language == "python" else "node"], script).splitlines()
+    assert printed and set(printed) == {chat(url, ("user", QUESTION))[0]}
+
+
 def check_openai(got: Any, url: str) -> None:
     answer, usage = chat(url, ("user", QUESTION))
     assert {got["create"], got["stream"], got["stream helper"]} == {answer}
