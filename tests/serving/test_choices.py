@@ -64,7 +64,8 @@ def test_client_that_hangs_up_frees_all_prompts() -> None:
     with scripted_server(engine) as client:
         body = {"model": "base", "prompt": ["a", "b", "c"], "stream": True}
         with client.stream("POST", URL, json=body) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()  # once it is gone, the connection is
+            next(lines)
             until(lambda: engine.begun == 2)
         until(lambda: engine.begun == 0)
     assert len(engine.asked) == 2
