@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo
 
-.PHONY: demo demo-whole gpu-proof test lint typecheck pytest fuzz test-vllm test-demo check-clean clean
+.PHONY: demo demo-whole gpu-proof test lint typecheck pytest fuzz test-vllm test-clients test-demo check-clean clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
@@ -39,6 +39,19 @@ fuzz: $(VENV)/.installed
 test-vllm: $(VENV)/.installed
 	$(BIN)/tunewright engine install vllm --to build/vllm
 	$(BIN)/pytest -m vllm tests/serving tests/cli tests/evaluation
+
+# Published SDKs and frameworks against the server: Python's in an environment of their own, npm's where there is npm.
+test-clients: $(VENV)/.installed build/clients/.installed
+	$(BIN)/pytest tests/serving/test_clients.py
+
+build/clients/.installed: $(wildcard tests/serving/clients/*.txt tests/serving/clients/*.json)
+	$(PYTHON) -m venv build/clients/python
+	build/clients/python/bin/pip install --quiet --disable-pip-version-check -r tests/serving/clients/requirements.txt
+	mkdir -p build/clients/node
+	cp tests/serving/clients/*.json build/clients/node/
+	if command -v npm > /dev/null; then npm ci --prefix build/clients/node --no-audit --no-fund; \
+	else echo "npm is not installed: the tests of npm packages are skipped"; fi
+	touch $@
 
 # The whole demo, held to what the README says of it.
 test-demo: $(VENV)/.installed

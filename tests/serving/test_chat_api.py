@@ -157,7 +157,23 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
-def test_a_field_that_would_have_no_effect_is_refused_by_name(client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_model_is_found_by_its_name(client: openai.OpenAI, name: str) -> None:
+    model = client.models.retrieve(name)
+    assert (model.id, model.object, model.owned_by) == (name, "model", "tunewright")
+
+
+@pytest.mark.parametrize("name", ["other", "HuggingFaceTB/SmolLM2-135M-Instruct"])
+def test_model_is_not_found_in_the_same_words_as_by_chat(client: openai.OpenAI, name: str) -> None:
+    with pytest.raises(openai.NotFoundError) as asked:
+        client.chat.completions.create(model=name, messages=QUESTION)
+    with pytest.raises(openai.NotFoundError) as retrieved:
+        client.models.retrieve(name)
+    assert retrieved.value.body == asked.value.body
+    assert retrieved.value.code == "model_not_found"
+
+
+def test_a_field_that_would_change_the_answer_is_refused_by_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="logprobs is not supported here") as caught:
         client.chat.completions.create(model="base", messages=QUESTION, logprobs=True)
     assert (caught.value.param, caught.value.code, caught.value.type) == (
@@ -167,16 +183,10 @@ def test_a_field_that_would_have_no_effect_is_refused_by_name(client: openai.Ope
     )
 
 
-def test_more_tokens_than_the_context_holds_are_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match=f"room for {CONTEXT} tokens") as caught:
-        client.chat.completions.create(model="base", messages=QUESTION, max_tokens=CONTEXT)
-    assert caught.value.code == "context_length_exceeded"
-
-
 def test_without_a_limit_an_answer_may_fill_the_context_but_a_prompt_must_fit(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(model="tickets", messages=QUESTION, stop="e").choices[0].finish_reason
     long: list[Any] = [{"role": "user", "content": "x" * CONTEXT}]
-    with pytest.raises(openai.BadRequestError) as caught:
+    with pytest.raises(openai.BadRequestError, match=f"room for {CONTEXT} tokens; the prompt alone") as caught:
         client.chat.completions.create(model="base", messages=long)
     assert caught.value.code == "context_length_exceeded"
 

@@ -64,6 +64,42 @@ def test_a_stream_is_the_answer_in_pieces_and_ends_with_its_usage(client: openai
     assert (usage.choices, usage.usage) == ([], whole.usage)
 
 
+PROMPTS = ["Ravenna Municipal Court is ", "Court of ", "Supreme Court of Ohio", "a", "Appeals ", "x " * 40, "9", "At "]
+
+
+def test_list_of_prompts_has_a_choice_for_each_in_order(client: openai.OpenAI, model: Any) -> None:
+    answer = client.completions.create(model="courts", prompt=PROMPTS * 2, max_tokens=20)
+    assert [choice.index for choice in answer.choices] == list(range(16))
+    alone = [expected(model, "one", prompt, 20) for prompt in PROMPTS]
+    assert [(choice.text, choice.finish_reason) for choice in answer.choices] == alone * 2
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 2 * sum(len(prompt) for prompt in PROMPTS)
+    apart = [client.completions.create(model="courts", prompt=prompt, max_tokens=20).usage for prompt in PROMPTS]
+    assert answer.usage.completion_tokens == 2 * sum(usage.completion_tokens for usage in apart if usage)
+
+
+def test_stream_of_prompts_has_the_same_choices_by_index(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="courts", prompt=PROMPTS, max_tokens=20)
+    options: Any = {"include_usage": True}
+    *pieces, usage = client.completions.create(
+        model="courts", prompt=PROMPTS, max_tokens=20, stream=True, stream_options=options
+    )
+    texts = [""] * len(PROMPTS)
+    finishes: list[str | None] = [None] * len(PROMPTS)
+    order = []
+    for piece in pieces:
+        (choice,) = piece.choices
+        assert finishes[choice.index] is None
+        texts[choice.index] += choice.text
+        finishes[choice.index] = choice.finish_reason
+        order.append(choice.index)
+    assert [(text, finish) for text, finish in zip(texts, finishes, strict=True)] == [
+        (choice.text, choice.finish_reason) for choice in whole.choices
+    ]
+    assert order != sorted(order)  # the prompts are computed together
+    assert (usage.choices, usage.usage) == ([], whole.usage)
+
+
 def test_a_stop_string_of_the_request_ends_it_and_those_of_chat_do_not(client: openai.OpenAI) -> None:
     text = client.completions.create(model="base", prompt=PROMPT, max_tokens=60).choices[0].text
     assert "e" in text
@@ -89,9 +125,12 @@ def test_what_looks_like_a_special_token_stays_text(client: openai.OpenAI, model
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        ({"prompt": ["one", "two"]}, "prompt", "invalid_value"),
-        ({"prompt": ""}, "prompt", "invalid_value"),
+        ({"prompt": ""}, "prompt.0", "invalid_value"),
+        ({"prompt": ["one", ""]}, "prompt.1", "invalid_value"),
+        ({"prompt": []}, "prompt", "invalid_value"),
+        ({"prompt": ["x"] * 129}, "prompt", "invalid_value"),
         ({"prompt": [1, 2, 3]}, "prompt", "invalid_value"),
+        ({"prompt": [[1, 2, 3], [4]]}, "prompt", "invalid_value"),
         ({"prompt": "x", "logprobs": 1}, "logprobs", "unsupported_parameter"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter"),
         ({"prompt": "x", "n": 2}, "n", "invalid_value"),

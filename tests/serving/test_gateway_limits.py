@@ -65,7 +65,6 @@ NOT_A_CLIENTS = [
     "ignore_eos",
     "min_tokens",
     "logits_processors",
-    "best_of",
     "echo",
 ]
 """What vLLM, SGLang, llama.cpp and LoRAX take in a body."""
@@ -76,7 +75,7 @@ def test_what_is_not_a_clients_to_set_is_refused_by_name_and_never_reaches_the_e
     engine = ScriptedEngine()
     with scripted_server(engine) as client:
         for field in NOT_A_CLIENTS:
-            fields: Any = {field: 1}
+            fields: Any = {field: 2}
             reply = ask(client, url, **fields)
             assert told(reply) == (400, "unsupported_parameter", field)
             assert f"{field} is not supported here" in reply.json()["error"]["message"]
@@ -97,8 +96,7 @@ def test_a_refusal_is_no_longer_than_a_request_however_many_faults_it_has() -> N
     [
         ({"messages": 2}, {"messages": HELLO * 3}, (400, "too_many_messages", "messages")),
         ({"prompt_tokens": PROMPT - 1}, {}, (400, "prompt_too_long", "messages")),
-        ({"answer_tokens": 5}, {"max_tokens": 6}, (400, "max_tokens_too_large", "max_tokens")),
-        ({}, {"max_tokens": 2001 - PROMPT}, (400, "context_length_exceeded", "messages")),
+        ({}, {"messages": [{"role": "user", "content": "x" * 2000}]}, (400, "context_length_exceeded", "messages")),
         ({}, {"n": 2}, (400, "invalid_value", "n")),
         ({}, {"stop": ["x"] * 5}, (400, "invalid_value", "stop")),
         ({}, {"stop": "x" * 1001}, (400, "invalid_value", "stop.0")),
@@ -110,6 +108,20 @@ def test_what_is_too_large_is_refused_and_named(limits: Any, body: Any, expected
     with scripted_server(engine, **limits) as client:
         assert told(ask(client, **body)) == expected
     assert not engine.asked
+
+
+def test_max_tokens_is_capped_to_the_room_and_to_the_operators_limit() -> None:
+    engine = ScriptedEngine()
+    with scripted_server(engine, answer_tokens=5) as client:
+        limits: list[dict[str, Any]] = [{"max_tokens": 6}, {"max_completion_tokens": 10**9}, {}]
+        for limit in limits:
+            assert ask(client, **limit).status_code == 200
+        assert ask(client, TEXT_URL, max_tokens=6).status_code == 200
+    with scripted_server(engine) as client:
+        assert ask(client, max_tokens=2001 - PROMPT).status_code == 200
+        assert ask(client, TEXT_URL, max_tokens=10**9).status_code == 200
+    given = [request.max_new_tokens for request, _ in engine.asked]
+    assert given == [5, 5, 5, 5, 2000 - PROMPT, 2000 - len("hello")]
 
 
 def test_what_is_just_small_enough_is_answered() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tunewright.serving.protocol import ApiError, ChatRequest, parse_request
+from tunewright.data.examples import Message
+from tunewright.serving.protocol import ApiError, ChatRequest, CompletionRequest, parse_request
 
 TURN = {"role": "user", "content": "x"}
 LEAST = {"model": "m", "messages": [TURN]}
@@ -29,11 +30,132 @@ def test_what_has_an_effect_is_taken(more: dict[str, Any]) -> None:
     parse_request(ChatRequest, json.dumps(LEAST | more).encode())
 
 
+NEUTRAL: list[tuple[str, Any]] = [
+    ("frequency_penalty", 0),
+    ("presence_penalty", 0.0),
+    ("logit_bias", {}),
+    ("logprobs", False),
+    ("top_logprobs", 0),
+    ("n", 1),
+    ("tools", []),
+    ("tools", None),
+    ("functions", []),
+    ("tool_choice", "auto"),
+    ("tool_choice", "none"),
+    ("function_call", "none"),
+    ("parallel_tool_calls", True),
+    ("parallel_tool_calls", False),
+    ("response_format", {"type": "text"}),
+    ("response_format", None),
+    ("reasoning_effort", None),
+    ("reasoning_effort", "none"),
+    ("modalities", ["text"]),
+    ("audio", None),
+    ("prediction", None),
+    ("verbosity", "medium"),
+    ("service_tier", "auto"),
+    ("service_tier", "default"),
+    ("stream_options", None),
+    ("stream_options", {"include_usage": True}),
+    ("stream_options", {"include_usage": None, "include_obfuscation": False}),
+    ("web_search_options", None),
+    ("user", "ann"),
+    ("safety_identifier", "a-hash"),
+    ("prompt_cache_key", "conversation 7"),
+    ("prompt_cache_retention", "24h"),
+    ("metadata", {"team": "courts"}),
+    ("metadata", {}),
+    ("store", True),
+    ("store", False),
+    # vLLM's, as its users' applications send them
+    ("top_k", -1),
+    ("min_p", 0),
+    ("repetition_penalty", 1.0),
+    ("skip_special_tokens", True),
+    ("ignore_eos", False),
+    ("chat_template_kwargs", {}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), NEUTRAL)
+def test_chat_request_accepts_value_that_changes_nothing(field: str, value: Any) -> None:
+    parse_request(ChatRequest, json.dumps(LEAST | {field: value}).encode())
+
+
+def test_chat_request_accepts_all_neutral_values_at_once() -> None:
+    parse_request(ChatRequest, json.dumps(LEAST | dict(NEUTRAL)).encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("best_of", 1), ("echo", False), ("suffix", None), ("suffix", ""), ("logprobs", None), ("logprobs", False)],
+)
+def test_completion_request_accepts_value_that_changes_nothing(field: str, value: Any) -> None:
+    parse_request(CompletionRequest, json.dumps({"model": "m", "prompt": "x", field: value}).encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("best_of", 2), ("best_of", True), ("echo", True), ("suffix", "y"), ("logprobs", 0)]
+)
+def test_completion_request_refuses_value_that_changes_the_answer(field: str, value: Any) -> None:
+    with pytest.raises(ApiError, match=f"{field} is not supported here") as caught:
+        parse_request(CompletionRequest, json.dumps({"model": "m", "prompt": "x", field: value}).encode())
+    assert (caught.value.status, caught.value.param) == (400, field)
+
+
+def test_assistant_turn_is_accepted_with_the_null_fields_of_its_answer() -> None:
+    echoed: dict[str, Any] = {
+        "role": "assistant",
+        "content": "y",
+        "refusal": None,
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+        "annotations": [],
+    }
+    body = LEAST | {"messages": [TURN | {"name": "ann"}, echoed, TURN]}
+    asked = parse_request(ChatRequest, json.dumps(body).encode())
+    assert asked.turns == [Message("user", "x"), Message("assistant", "y"), Message("user", "x")]
+
+
+def test_developer_turn_is_a_system_turn() -> None:
+    turns = {"messages": [{"role": "developer", "content": "s"}, TURN]}
+    asked = parse_request(ChatRequest, json.dumps(LEAST | turns).encode())
+    assert asked.turns == [Message("system", "s"), Message("user", "x")]
+
+
+def test_leading_system_turns_become_one() -> None:
+    system = [{"role": role, "content": role} for role in ("system", "developer", "system")]
+    asked = parse_request(ChatRequest, json.dumps(LEAST | {"messages": [*system, TURN, system[0]]}).encode())
+    first, *others = asked.turns
+    assert first == Message("system", "system\n\ndeveloper\n\nsystem")
+    assert others == [Message("user", "x"), Message("system", "system")]
+    assert asked.beginning == [["system", first.content], ["user", "x"]]
+
+
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"tools": []}, "tools"),
-        ({"frequency_penalty": 0}, "frequency_penalty"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {}}, "response_format"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"frequency_penalty": 0.1}, "frequency_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"user": 5}, "user"),
+        ({"safety_identifier": "x" * 513}, "safety_identifier"),
+        ({"metadata": "x"}, "metadata"),
+        ({"unknown": 1}, "unknown"),
+        ({"unknown": "x"}, "unknown"),
         ({"n": 2}, "n"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": -0.1}, "temperature"),
@@ -48,10 +170,13 @@ def test_what_has_an_effect_is_taken(more: dict[str, Any]) -> None:
         ({"seed": 2**63}, "seed"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": ""}, "stop.0"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"messages": []}, "messages"),
-        ({"messages": [TURN | {"name": "me"}]}, "messages.0.name"),
+        ({"messages": [TURN | {"name": 5}]}, "messages.0.name"),
+        ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages.0.refusal"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "messages.0.tool_calls"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
@@ -82,6 +207,6 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(ApiError) as caught:
-        parse_request(ChatRequest, json.dumps({"tools": [], "n": 3, "model": "m"}).encode())
+        parse_request(ChatRequest, json.dumps({"tools": [{}], "n": 3, "model": "m"}).encode())
     for fault in ("tools is not supported here", "n: Input should be 1", "messages is missing"):
         assert fault in caught.value.message

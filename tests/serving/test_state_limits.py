@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,8 @@ def test_usage_is_told_by_request_and_in_sums(state_url: str, tmp_path: Path) ->
         acme, globex = (with_tenant(state, name) for name in ("acme", "globex"))
         for caller, release, prompt, answer in ((*acme, 10, 20), (*acme, 1, 2), (*globex, 100, 200)):
             clock.now += 1
-            state.meter.settle(state.meter.reserve(wanted(caller, release), "g"), used(prompt, answer))
+            asked = replace(wanted(caller, release), end_user="=ann")
+            state.meter.settle(state.meter.reserve(asked, "g"), used(prompt, answer))
         state.meter.reserve(wanted(*globex), "g")
         sums = {(s.tenant, s.requests, s.under_way, s.prompt_tokens, s.completion_tokens) for s in state.meter.sums()}
         assert sums == {("acme", 2, 0, 11, 22), ("globex", 2, 1, 100, 200)}
@@ -248,5 +249,5 @@ def test_usage_is_told_by_request_and_in_sums(state_url: str, tmp_path: Path) ->
         ]
         head, *rows = usage_csv(lines).splitlines()
         assert head.split(",") == list(UsageLine.__dataclass_fields__)
-        assert rows[0].endswith(",100,200,0.01,0.02,0.03,stop")
-        assert rows[1].endswith(",,,,,,")
+        assert rows[0].endswith(",100,200,0.01,0.02,0.03,stop,'=ann")
+        assert rows[1].endswith(",,,,,,,")

@@ -112,6 +112,30 @@ def test_over_a_limit_the_client_is_told_when_to_come_back(
     ask(client, "courts")
 
 
+def test_openai_client_retries_by_itself_when_over_a_limit(
+    state_url: str, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
+) -> None:
+    state.tenants.limit("acme", Limits(concurrency=1))
+    replies: list[tuple[int, str | None]] = []
+    with tenant_server(state_url, adapters, stop_ids=frozenset()) as running:
+        first = running.client(two_tenants["acme"]).chat.completions.create(
+            model="courts", messages=ASKED, max_tokens=CONTEXT, stream=True
+        )
+        next(iter(first))
+
+        def note(reply: httpx.Response) -> None:
+            replies.append((reply.status_code, reply.headers.get("retry-after")))
+            first.close()
+            until(lambda: state.meter.lines("acme")[0].outcome is not None)
+
+        with (
+            openai.DefaultHttpxClient(event_hooks={"response": [note]}) as http,
+            openai.OpenAI(base_url=f"{running.url}/v1", api_key=two_tenants["acme"], http_client=http) as client,
+        ):
+            assert ask(client, "courts")[1] == adapters["one"].digest
+    assert replies == [(429, "1"), (200, None)]
+
+
 def test_a_request_that_may_use_more_than_a_minute_allows_is_a_mistake(
     server: Running, state: State, two_tenants: dict[str, str]
 ) -> None:

@@ -34,7 +34,7 @@ class GatewayRecipe(Section):
         int | None,
         Field(
             ge=1,
-            description="The most that a client may ask for as max_tokens, and what it gets where it asks for nothing "
+            description="The longest answer: a client that asks for more by max_tokens, or for nothing, gets this many "
             "(null: what the context has room for).",
         ),
     ] = None

@@ -99,12 +99,24 @@ class Visitor(Protocol):
             ApiError: 404, nothing of that name does.
         """
 
-    async def admit(self, target: Target, tokens: int) -> Admission:
-        """Take its request into account, which comes to so many tokens at most. Call it right after :meth:`target`.
+    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
+        """Take its request into account. Call it right after :meth:`target`.
+
+        Args:
+            target: what answers it.
+            tokens: the most that its prompts and answers can have together.
+            end_user: the client's own label of whom it asks for.
 
         Raises:
             ApiError: 429 or 400, it may not have that.
         """
+
+
+def model_not_found(name: str, visitor: Visitor) -> ApiError:
+    """Return the refusal of a model that does not exist; one that belongs to another tenant looks the same."""
+    there = ", ".join(visitor.models()) or "none"
+    message = f"The model {name} does not exist, or you have no access to it. Yours: {there}."
+    return ApiError(message, status=404, param="model", code="model_not_found")
 
 
 class Access(Protocol):
@@ -179,9 +191,8 @@ class OpenAccess:
 
     def target(self, asked: AnyRequest) -> Target:
         if asked.model not in self._models:
-            message = f"The model {asked.model} does not exist; there are: {', '.join(self._models)}."
-            raise ApiError(message, status=404, param="model", code="model_not_found")
+            raise model_not_found(asked.model, self)
         return Target(asked.model, self._models[asked.model], system_prompt=self.system_prompts.get(asked.model))
 
-    async def admit(self, target: Target, tokens: int) -> Admission:  # noqa: ARG002 - nothing is counted here
+    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:  # noqa: ARG002 - no usage is kept
         return Admission(settle=lambda _used: None)

@@ -1,4 +1,4 @@
-"""One request's way: its turn, its answer in pieces, and what it came to, told exactly once."""
+"""Lifecycle of one prompt: its turn in the queue, its answer in pieces, and what it used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, Reque
 from tunewright.models.requests import Finish
 from tunewright.models.text_stream import Decode, TextStream
 from tunewright.recipe import GatewayRecipe
-from tunewright.serving.access import Admission
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.orders import Order
 from tunewright.serving.protocol import ApiError
@@ -49,7 +48,7 @@ _Event = Delta | RequestFailedError | EngineStoppedError | ApiError | _Late
 
 
 class Answering:
-    """An admitted request.
+    """An admitted prompt.
 
     Args:
         limits: how long it waits for what.
@@ -63,7 +62,6 @@ class Answering:
         queue: FairQueue,
         decode: Decode,
         order: Order,
-        admission: Admission,
         limits: GatewayRecipe,
         tenant: str,
         arrived: float,
@@ -72,10 +70,10 @@ class Answering:
         self._engine = engine
         self._queue = queue
         self._decode = decode
-        self.admission = admission
         self._limits = limits
         self.tenant = tenant
         self._arrived = arrived
+        self._waits_from = arrived
         self._turn: float | None = None
         self._first: float | None = None
         self._last: float | None = None
@@ -83,7 +81,6 @@ class Answering:
         self._timer: asyncio.TimerHandle | None = None
         self._tokens = 0
         self._outcome: Outcome = "hung up"
-        self._settled = False
         self.text = ""
 
     @property
@@ -95,6 +92,10 @@ class Answering:
     def waits(self) -> bool:
         """Whether its turn has not come yet."""
         return self._turn is None
+
+    def wait_from_now(self) -> None:
+        """Count the wait for a turn from now on: until now it was behind other prompts of its own request."""
+        self._waits_from = time.monotonic()
 
     def abandon(self, error: ApiError) -> None:
         """End it, once what has been computed has been given out; who waits for it is told why."""
@@ -135,11 +136,6 @@ class Answering:
             asking.cancel()
             self._unwatch()
 
-    async def answer(self) -> tuple[str, Piece]:
-        """The whole text, and its last piece."""
-        pieces = [piece async for piece in self.pieces()]
-        return "".join(piece.text for piece in pieces), pieces[-1]
-
     async def _next_delta(self) -> Delta:
         event = await self._events.get()
         if isinstance(event, Delta):
@@ -172,7 +168,9 @@ class Answering:
         total = _Late(self._arrived + limits.total_s, "total_timeout", f"The answer took over {limits.total_s:g} s.")
         if self._turn is None:
             next_one = _Late(
-                self._arrived + limits.queue_s, "queue_timeout", f"Its turn did not come within {limits.queue_s:g} s."
+                self._waits_from + limits.queue_s,
+                "queue_timeout",
+                f"Its turn did not come within {limits.queue_s:g} s.",
             )
         elif self._last is None:
             next_one = _Late(
@@ -209,13 +207,10 @@ class Answering:
                 self._watch()
         self._tokens += len(delta.ids)
 
-    def settle(self) -> Used | None:
-        """Tell what the request came to; more calls than one tell nothing new, and give None."""
-        if self._settled:
-            return None
-        self._settled = True
+    def used(self) -> Used:
+        """Return what it has used until now."""
         now = time.monotonic()
-        used = Used(
+        return Used(
             prompt_tokens=0 if self._turn is None else len(self.order.request.prompt_ids),
             completion_tokens=self._tokens,
             queued_s=(self._turn or now) - self._arrived,
@@ -223,5 +218,3 @@ class Answering:
             total_s=now - self._arrived,
             outcome=self._outcome,
         )
-        self.admission.settle(used)
-        return used

@@ -1,4 +1,4 @@
-"""The HTTP face of the gateway: of all routes these five, and nothing else."""
+"""The gateway's ASGI application."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from starlette.routing import Route
 
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.recipe import GatewayRecipe
-from tunewright.serving.access import Access, Visitor
+from tunewright.serving.access import Access, Target, Visitor, model_not_found
 from tunewright.serving.answering import Answering
+from tunewright.serving.choices import Choices
 from tunewright.serving.envelopes import ChatEnvelope, CompletionEnvelope, Envelope
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.metrics import Metrics, Now
@@ -29,6 +30,14 @@ from tunewright.serving.state import StateUnavailableError
 
 log = logging.getLogger("tunewright")
 
+ROUTES = (
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "GET /v1/models",
+    "GET /v1/models/NAME",
+    "GET /ready",
+    "GET /health",
+)
 ADAPTER_HEADER = "x-tunewright-adapter"
 SYSTEM_HEADER = "x-tunewright-system"
 
@@ -52,7 +61,7 @@ class Gateway:
         self._queue = FairQueue(engine.max_batch)
         self._shadows = Shadows(engine, self._queue, self._orders, texts.decode, limits)
         self._entered = 0
-        self._answering: set[Answering] = set()
+        self._answering: set[Choices] = set()
         self._draining = False
         self.metrics = Metrics(self._now)
         self.app = self._application()
@@ -68,16 +77,16 @@ class Gateway:
 
     def abandon(self) -> None:
         """End what is under way; who waits for it is told."""
-        for answering in self._answering:
-            answering.abandon(_shutting_down())
+        for choices in self._answering:
+            choices.abandon(_shutting_down())
 
     def _now(self) -> Now:
         """For Prometheus; read from another thread, and so from copies."""
         under_way = self._answering.copy()
         return Now(
             ready=not self._draining and self._engine.stopped is None,
-            waiting=[answering.tenant for answering in under_way if answering.waits],
-            answering=[answering.tenant for answering in under_way if not answering.waits],
+            waiting=[choices.tenant for choices in under_way if choices.waits],
+            answering=[choices.tenant for choices in under_way if not choices.waits],
             released=self._access.released,
             resident=self._access.resident,
         )
@@ -87,6 +96,7 @@ class Gateway:
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),  # a base's name may have slashes
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
         ]
@@ -126,8 +136,14 @@ class Gateway:
 
     async def _models(self, http: HttpRequest) -> Response:
         visitor = await self._access.enter(http.headers.get("authorization"))
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "tunewright"} for name in visitor.models()]
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse({"object": "list", "data": [_model_document(name) for name in visitor.models()]})
+
+    async def _model(self, http: HttpRequest) -> Response:
+        visitor = await self._access.enter(http.headers.get("authorization"))
+        name = http.path_params["name"]
+        if name not in visitor.models():
+            raise model_not_found(name, visitor)
+        return JSONResponse(_model_document(name))
 
     async def _chat(self, http: HttpRequest) -> Response:
         return await self._answer(http, ChatRequest)
@@ -148,25 +164,23 @@ class Gateway:
 
     async def _respond(self, http: HttpRequest, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         arrived = asyncio.get_running_loop().time()
-        asked, answering = await self._let_in(http, kind, arrived)
-        order = answering.order
-        headers = {ADAPTER_HEADER: order.target.digest or "none", SYSTEM_HEADER: order.system_source}
-        envelope: Envelope = (ChatEnvelope if kind is ChatRequest else CompletionEnvelope)(order.target.name)
+        asked, choices = await self._let_in(http, kind, arrived)
+        target = choices.target
+        headers = {ADAPTER_HEADER: target.digest or "none", SYSTEM_HEADER: choices.system_source}
+        envelope: Envelope = (ChatEnvelope if kind is ChatRequest else CompletionEnvelope)(target.name)
         if asked.stream:
-            return await self._streamed(http, answering, envelope, headers, arrived)
+            return await self._streamed(http, choices, envelope, headers, arrived)
         try:
-            answer = await unless_hung_up(http, answering.answer())
+            answered = await unless_hung_up(http, choices.answers())
         finally:
-            self._end(answering)
-        if answer is None:
+            self._end(choices)
+        if answered is None:
             return Response(status_code=499)  # nobody reads it: the client has hung up
-        text, last = answer
-        assert last.finish is not None
-        return JSONResponse(envelope.whole(text, last.finish, order.usage(last.tokens)), headers=headers)
+        return JSONResponse(envelope.whole(*answered), headers=headers)
 
     async def _let_in(
         self, http: HttpRequest, kind: type[ChatRequest] | type[CompletionRequest], arrived: float
-    ) -> tuple[AnyRequest, Answering]:
+    ) -> tuple[AnyRequest, Choices]:
         who = ""
         try:
             visitor = await self._access.enter(http.headers.get("authorization"))
@@ -175,57 +189,63 @@ class Gateway:
                 raise _shutting_down()
             asked = parse_request(kind, await read_body(http, self._orders.body_bytes, self._limits.body_s))
             # Nothing may be awaited between this and admit: a release could take the adapter away.
-            order = await self._order(asked, visitor)
+            target, orders = await self._render(asked, visitor)
             if self._engine.stopped:
                 raise EngineStoppedError(self._engine.stopped)
-            most = len(order.request.prompt_ids) + order.request.max_new_tokens
-            admission = await visitor.admit(order.target, most)
+            most = sum(len(order.request.prompt_ids) + order.request.max_new_tokens for order in orders)
+            admission = await visitor.admit(target, most, asked.end_user)
         except (ApiError, EngineStoppedError, StateUnavailableError) as error:
             self.metrics.refused(who, _refusal(error).code or "")
             raise
-        answering = Answering(
-            self._engine, self._queue, self._texts.decode, order, admission, self._limits, who, arrived
-        )
-        self._answering.add(answering)
-        return asked, answering
+        answering = [
+            Answering(self._engine, self._queue, self._texts.decode, order, self._limits, who, arrived)
+            for order in orders
+        ]
+        choices = Choices(answering, admission, self._engine.max_batch, asked.include_usage)
+        self._answering.add(choices)
+        return asked, choices
 
-    async def _order(self, asked: AnyRequest, visitor: Visitor) -> Order:
-        """Render a request for what answers it; again where a release has changed the system prompt meanwhile."""
+    async def _render(self, asked: AnyRequest, visitor: Visitor) -> tuple[Target, list[Order]]:
+        """Render a request's prompts; again where a release has changed the system prompt meanwhile."""
         target = visitor.target(asked)  # what is not there is not worth the time that the prompt takes
         while True:
-            prompt = await self._orders.prompt(asked, visitor.name, target.system_prompt)
+            prompts = await self._orders.prompts(asked, visitor.name, target.system_prompt)
             rendered_for, target = target, visitor.target(asked)
             if target.system_prompt == rendered_for.system_prompt:
-                return self._orders.order(asked, target, prompt)
+                return target, [self._orders.order(asked, target, prompt) for prompt in prompts]
 
     async def _streamed(
-        self, http: HttpRequest, answering: Answering, envelope: Envelope, headers: dict[str, str], arrived: float
+        self, http: HttpRequest, choices: Choices, envelope: Envelope, headers: dict[str, str], arrived: float
     ) -> Response:
         """A stream, once there is something to send: what fails before is told by its status."""
-        pieces = answering.pieces()
+        pieces = choices.pieces()
         try:
             first = await unless_hung_up(http, anext(pieces))
         except BaseException:
-            self._end(answering)
+            self._end(choices)
             raise
         if first is None:
-            self._end(answering)
+            self._end(choices)
             return Response(status_code=499)
 
         async def on_end() -> None:
             await pieces.aclose()
-            self._end(answering)
+            self._end(choices)
             self._entered -= 1
 
         until = arrived + self._limits.total_s + FAREWELL_SECONDS
-        return Stream(events(first, pieces, answering, envelope), headers, until=until, on_end=on_end)
+        return Stream(events(first, pieces, choices, envelope), headers, until=until, on_end=on_end)
 
-    def _end(self, answering: Answering) -> None:
-        self._answering.discard(answering)
-        used = answering.settle()
+    def _end(self, choices: Choices) -> None:
+        self._answering.discard(choices)
+        used = choices.settle()
         if used is not None:
-            self.metrics.settled(answering.tenant, answering.order.target.name, used)
-        self._shadows.ask(answering)
+            self.metrics.settled(choices.tenant, choices.target.name, used)
+        self._shadows.ask(choices)
+
+
+def _model_document(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "tunewright"}
 
 
 def _shutting_down() -> ApiError:
@@ -250,5 +270,6 @@ async def _api_error(
 
 
 async def _http_error(http: HttpRequest, error: HTTPException) -> Response:
-    message = f"{http.method} {http.url.path}: {error.detail}."
-    return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, headers=error.headers)
+    message = f"{http.method} {http.url.path}: {error.detail}. The routes are {', '.join(ROUTES)}."
+    refusal = ApiError(message, status=error.status_code, code="unknown_route")
+    return JSONResponse(refusal.body, error.status_code, headers=error.headers)

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tunewright.models.requests import Finish
 from tunewright.serving.protocol import Usage
+
+Answer = tuple[str, Finish]
 
 
 class Envelope(Protocol):
     """What all documents about one answer have in common."""
 
-    def whole(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
-        """A whole answer."""
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+        """A whole answer: a choice for each text."""
 
     def opening(self) -> list[dict[str, Any]]:
         """What a stream begins with."""
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """Some text of a streamed answer."""
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """Some text of a streamed choice."""
 
-    def end(self, finish: str) -> dict[str, Any]:
-        """Why a streamed answer ended."""
+    def end(self, index: int, finish: Finish) -> dict[str, Any]:
+        """Why a streamed choice ended."""
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """The piece after the last, for who asked for it."""
@@ -39,36 +43,38 @@ def _now() -> int:
 
 @dataclass(frozen=True)
 class ChatEnvelope:
-    """Of ``/v1/chat/completions``."""
+    """Of ``/v1/chat/completions``, where a request has one choice."""
 
     model: str
     number: str = field(default_factory=_number)
     created: int = field(default_factory=_now)
 
-    def whole(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         """A ``chat.completion``."""
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        return self._document("chat.completion", [choice], usage=usage.as_dict())
+        choices = []
+        for index, (text, finish) in enumerate(answers):
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": finish})
+        return self._document("chat.completion", choices, usage=usage.as_dict())
 
     def opening(self) -> list[dict[str, Any]]:
         """The role."""
-        return [self._chunk({"role": "assistant", "content": ""})]
+        return [self._chunk(0, {"role": "assistant", "content": ""})]
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, index: int, text: str) -> dict[str, Any]:
         """A ``chat.completion.chunk`` with text."""
-        return self._chunk({"content": text})
+        return self._chunk(index, {"content": text})
 
-    def end(self, finish: str) -> dict[str, Any]:
+    def end(self, index: int, finish: Finish) -> dict[str, Any]:
         """A ``chat.completion.chunk`` without."""
-        return self._chunk({}, finish)
+        return self._chunk(index, {}, finish)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """A ``chat.completion.chunk`` without choices."""
         return self._document("chat.completion.chunk", [], usage=usage.as_dict())
 
-    def _chunk(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def _chunk(self, index: int, delta: dict[str, str], finish: Finish | None = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
         return self._document("chat.completion.chunk", [choice])
 
     def _document(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -84,30 +90,31 @@ class CompletionEnvelope:
     number: str = field(default_factory=_number)
     created: int = field(default_factory=_now)
 
-    def whole(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
-        """The text with its usage."""
-        return self._document(text, finish, usage=usage.as_dict())
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+        """The texts with their usage."""
+        choices = [_choice(index, text, finish) for index, (text, finish) in enumerate(answers)]
+        return self._document(choices, usage=usage.as_dict())
 
     def opening(self) -> list[dict[str, Any]]:
         """Nothing."""
         return []
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, index: int, text: str) -> dict[str, Any]:
         """Some text."""
-        return self._document(text, None)
+        return self._document([_choice(index, text, None)])
 
-    def end(self, finish: str) -> dict[str, Any]:
+    def end(self, index: int, finish: Finish) -> dict[str, Any]:
         """No text, and why it ended."""
-        return self._document("", finish)
+        return self._document([_choice(index, "", finish)])
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """No choice."""
-        return {**self._head(), "choices": [], "usage": usage.as_dict()}
+        return self._document([], usage=usage.as_dict())
 
-    def _document(self, text: str, finish: str | None, **more: Any) -> dict[str, Any]:
-        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
-        return {**self._head(), "choices": [choice], **more}
+    def _document(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        head = {"id": f"cmpl-{self.number}", "object": "text_completion", "created": self.created, "model": self.model}
+        return {**head, "choices": choices, **more}
 
-    def _head(self) -> dict[str, Any]:
-        named = {"id": f"cmpl-{self.number}", "object": "text_completion"}
-        return {**named, "created": self.created, "model": self.model}
+
+def _choice(index: int, text: str, finish: Finish | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}

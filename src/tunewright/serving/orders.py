@@ -16,11 +16,10 @@ from tunewright.models.text_stream import Decode
 from tunewright.recipe import GatewayRecipe
 from tunewright.serving.access import Target
 from tunewright.serving.fairness import FairQueue
-from tunewright.serving.protocol import AnyRequest, ApiError, ChatRequest, Usage
+from tunewright.serving.protocol import AnyRequest, ApiError, ChatRequest
 
 Ids = tuple[int, ...]
 
-_SYSTEM_ROLES = ("system", "developer")
 _BYTES_PER_TOKEN = 16
 _SPARE_BYTES = 64 << 10
 _AT_ONCE = 4096
@@ -51,22 +50,17 @@ class Texts:
 
 @dataclass(frozen=True)
 class Order:
-    """A request that has passed all checks."""
+    """A prompt of a request that has passed all checks."""
 
     asked: AnyRequest
     target: Target
     request: Request
     stops: tuple[str, ...]
-    include_usage: bool
 
     @property
     def system_source(self) -> SystemSource:
         """Where its system message comes from."""
         return system_source(self.asked, self.target.system_prompt)
-
-    def usage(self, tokens: int) -> Usage:
-        """OpenAI's ``usage`` of an answer of so many tokens."""
-        return Usage(len(self.request.prompt_ids), tokens)
 
 
 class Orders:
@@ -88,8 +82,8 @@ class Orders:
         # Prompts come one by one: to hand one to the tokenizer's own threads takes longer than it does itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    async def prompt(self, asked: AnyRequest, whose: str, system_prompt: str | None) -> Ids:
-        """The prompt's token ids.
+    async def prompts(self, asked: AnyRequest, whose: str, system_prompt: str | None) -> list[Ids]:
+        """Return the token ids of the request's prompts.
 
         Args:
             asked: the request.
@@ -114,23 +108,27 @@ class Orders:
             raise ApiError(str(error), param=subject, code=f"invalid_{subject}") from error
 
     def order(self, asked: AnyRequest, target: Target, prompt: Ids) -> Order:
-        """What the engine is asked.
+        """Return what the engine is asked for one of the prompts.
+
+        A ``max_tokens`` above what is left of the context, or above ``gateway.answer_tokens``, is capped: an answer
+        that ends there says so by its ``finish_reason``, "length".
 
         Raises:
-            ApiError: 400, prompt or answer would be longer than is taken.
+            ApiError: 400, the prompt is too long.
         """
         included = ""
         if system_source(asked, target.system_prompt) == "adapter":
             included = " with the system prompt that the adapter was trained with"
-        self._require_short(asked, prompt, included)
-        room = max(1, self._context - len(prompt))
-        limit = asked.token_limit or min(room, self._limits.answer_tokens or room, asked.usual_tokens or room)
-        if len(prompt) + limit > self._context:
+        if (most := self._limits.prompt_tokens) is not None and len(prompt) > most:
+            message = f"The prompt has {len(prompt)} tokens{included}, and at most {most} are taken."
+            raise ApiError(message, param=_subject(asked), code="prompt_too_long")
+        room = self._context - len(prompt)
+        if room < 1:
             message = (
-                f"The context has room for {self._context} tokens; the prompt has {len(prompt)}{included} and the "
-                f"answer may have {limit}."
+                f"The context has room for {self._context} tokens, and the prompt alone has {len(prompt)}{included}."
             )
             raise ApiError(message, param=_subject(asked), code="context_length_exceeded")
+        limit = min(room, self._limits.answer_tokens or room, asked.token_limit or asked.usual_tokens or room)
         request = Request(
             prompt,
             target.digest,
@@ -140,23 +138,15 @@ class Orders:
             seed=asked.seed,
         )
         stops = self._texts.stops if isinstance(asked, ChatRequest) else ()
-        return Order(asked, target, request, (*stops, *(asked.stop or ())), asked.include_usage)
+        return Order(asked, target, request, (*stops, *(asked.stop or ())))
 
-    def _ids(self, asked: AnyRequest, system_prompt: str | None) -> Ids:
+    def _ids(self, asked: AnyRequest, system_prompt: str | None) -> list[Ids]:
         if isinstance(asked, ChatRequest):
-            messages = [message.as_message() for message in asked.messages]
+            messages = asked.turns
             if system_prompt is not None and system_source(asked, system_prompt) == "adapter":
                 messages.insert(0, Message("system", system_prompt))
-            return self._texts.render(messages)
-        return self._texts.continuation(asked.text)
-
-    def _require_short(self, asked: AnyRequest, prompt: Ids, included: str) -> None:
-        if (most := self._limits.prompt_tokens) is not None and len(prompt) > most:
-            message = f"The prompt has {len(prompt)} tokens{included}, and at most {most} are taken."
-            raise ApiError(message, param=_subject(asked), code="prompt_too_long")
-        if (most := self._limits.answer_tokens) is not None and (asked.token_limit or 0) > most:
-            message = f"max_tokens is {asked.token_limit}, and at most {most} are given."
-            raise ApiError(message, param="max_tokens", code="max_tokens_too_large")
+            return [self._texts.render(messages)]
+        return [self._texts.continuation(text) for text in asked.texts]
 
 
 def system_source(asked: AnyRequest, system_prompt: str | None) -> SystemSource:
@@ -166,7 +156,7 @@ def system_source(asked: AnyRequest, system_prompt: str | None) -> SystemSource:
     """
     if not isinstance(asked, ChatRequest):
         return "none"
-    if any(message.role in _SYSTEM_ROLES for message in asked.messages):
+    if any(message.role == "system" for message in asked.messages):
         return "request"
     return "none" if system_prompt is None else "adapter"
 
@@ -178,4 +168,4 @@ def _subject(asked: AnyRequest) -> str:
 def _characters(asked: AnyRequest) -> int:
     if isinstance(asked, ChatRequest):
         return sum(len(part.text) for message in asked.messages for part in message.content)
-    return len(asked.prompt)
+    return sum(map(len, asked.prompt))

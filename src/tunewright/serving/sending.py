@@ -13,7 +13,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
-from tunewright.serving.answering import Answering, Piece
+from tunewright.serving.answering import Piece
+from tunewright.serving.choices import Choices
 from tunewright.serving.envelopes import Envelope
 from tunewright.serving.protocol import ApiError
 
@@ -96,25 +97,28 @@ class Stream(StreamingResponse):
 
 
 async def events(
-    first: Piece, rest: AsyncGenerator[Piece, None], answering: Answering, envelope: Envelope
+    first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece], None], choices: Choices, envelope: Envelope
 ) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events, those of one moment together; a failure on the way is the last of them.
+    """The answers as server-sent events, those of one moment together; a failure on the way is the last of them.
 
     To send something takes longer than to make it, however little it is.
     """
     documents = envelope.opening()
+    unfinished, tokens = len(choices.answering), 0
     try:
-        piece: Piece | None = first
-        while piece is not None:
+        come: tuple[int, Piece] | None = first
+        while come is not None:
+            index, piece = come
             if piece.text:
-                documents.append(envelope.piece(piece.text))
+                documents.append(envelope.piece(index, piece.text))
             if piece.finish:
-                documents.append(envelope.end(piece.finish))
-                if answering.order.include_usage:
-                    documents.append(envelope.usage(answering.order.usage(piece.tokens)))
-            yield "".join(map(_event, documents)) + ("data: [DONE]\n\n" if piece.finish else "")
+                documents.append(envelope.end(index, piece.finish))
+                unfinished, tokens = unfinished - 1, tokens + piece.tokens
+            if not unfinished and choices.include_usage:
+                documents.append(envelope.usage(choices.usage(tokens)))
+            yield "".join(map(_event, documents)) + ("" if unfinished else "data: [DONE]\n\n")
             documents = []
-            piece = await anext(rest, None)
+            come = await anext(rest, None)
     except (ApiError, RequestFailedError, EngineStoppedError) as error:
         yield _event(as_api_error(error).body)
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.models.text_stream import Decode
 from tunewright.recipe import GatewayRecipe
-from tunewright.serving.access import Admission, Shadow
+from tunewright.serving.access import Shadow
 from tunewright.serving.answering import Answering
+from tunewright.serving.choices import Choices
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.orders import Order, Orders
 from tunewright.serving.protocol import ApiError
@@ -32,12 +33,16 @@ class Shadows:
         self._limits = limits
         self._asking: set[asyncio.Task[None]] = set()
 
-    def ask(self, answered: Answering) -> None:
+    def ask(self, choices: Choices) -> None:
         """Ask the candidate of a request that has its answer, if it has a candidate and an answer."""
-        shadow = answered.admission.shadow
-        if shadow is None or not answered.finished:
+        shadow = choices.admission.shadow
+        if shadow is None or not choices.finished:
             return
-        if len(self._asking) >= AT_ONCE:
+        answered, *more = choices.answering
+        if more:  # the record has one answer for each request
+            texts = "\n\n".join(answering.text for answering in choices.answering)
+            shadow.record(texts, None, f"the request had {len(choices.answering)} prompts")
+        elif len(self._asking) >= AT_ONCE:
             shadow.record(answered.text, None, f"{AT_ONCE} others were being asked")
         elif not shadow.hold():
             shadow.record(answered.text, None, "the candidate had been let go")
@@ -57,10 +62,11 @@ class Shadows:
         said: str | None = None
         try:
             order = await self._order(answered.order, shadow)
-            admission = Admission(settle=lambda _used: None)
             now = asyncio.get_running_loop().time()
-            asked = Answering(self._engine, self._queue, self._decode, order, admission, self._limits, _TURN, now)
-            said, _ = await asked.answer()
+            asked = Answering(self._engine, self._queue, self._decode, order, self._limits, _TURN, now)
+            async for _piece in asked.pieces():
+                pass
+            said = asked.text
         except asyncio.CancelledError:
             why = "the server ended"
         except (ApiError, RequestFailedError, EngineStoppedError) as error:
@@ -78,5 +84,5 @@ class Shadows:
         if answered.target.system_prompt == shadow.system_prompt:
             return replace(answered, request=replace(answered.request, adapter=shadow.digest))
         target = replace(answered.target, digest=shadow.digest, system_prompt=shadow.system_prompt)
-        prompt = await self._orders.prompt(answered.asked, _TURN, shadow.system_prompt)
+        [prompt] = await self._orders.prompts(answered.asked, _TURN, shadow.system_prompt)  # a shadow is asked single prompts only
         return self._orders.order(answered.asked, target, prompt)

@@ -26,7 +26,7 @@ from tunewright.disk import canonical_json
 from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
-from tunewright.serving.access import Admission, Released, ServedAdapter, Shadow, Target
+from tunewright.serving.access import Admission, Released, ServedAdapter, Shadow, Target, model_not_found
 from tunewright.serving.protocol import AnyRequest, ApiError
 from tunewright.serving.state import (
     Caller,
@@ -352,8 +352,7 @@ class TenantVisitor:
         """What its alias stands for; one that is not there and one that is another's look the same."""
         release = self.access.route(asked.model) if asked.model in self.caller.aliases else None
         if release is None:
-            message = f"The model {asked.model} does not exist, or you have no access to it."
-            raise ApiError(message, status=404, param="model", code="model_not_found")
+            raise model_not_found(asked.model, self)
         digest, shadow = release.digest, None
         prompt, shadow_prompt = self.access.system_prompt(*release.answer), None
         if (tried := release.candidate) is not None:
@@ -364,11 +363,11 @@ class TenantVisitor:
                 digest, prompt = tried.digest, its_prompt
         return Target(asked.model, digest, release.id, shadow, prompt, shadow_prompt)
 
-    async def admit(self, target: Target, tokens: int) -> Admission:
+    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
         """Reserve what the request may come to."""
         assert target.digest is not None and target.release_id is not None
         caller, digest = self.caller, target.digest
-        wanted = Wanted(caller.tenant_id, caller.key_id, target.name, target.release_id, digest, tokens)
+        wanted = Wanted(caller.tenant_id, caller.key_id, target.name, target.release_id, digest, tokens, end_user)
         try:
             number = await self.access.reserve(wanted)
         except LimitExceededError as error:

@@ -60,6 +60,8 @@ class Wanted:
     digest: str
     tokens: int
     """Prompt, and the most that the answer may have."""
+    end_user: str | None = None
+    """The tenant's own label of whom it asks for."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class UsageLine:
     total_s: float | None
     outcome: str | None
     """None while it is under way."""
+    end_user: str | None
+    """The request's ``safety_identifier``, or else its ``user``."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,7 @@ class Meter:
                 row.first_token_s,
                 row.total_s,
                 row.outcome,
+                row.end_user,
             )
             for row in rows
         ]

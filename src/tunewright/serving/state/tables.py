@@ -117,6 +117,7 @@ requests = Table(
     Column("total_s", Double),
     Column("outcome", String(16)),
     Column("finished", Double),
+    Column("end_user", LongText),  # the tenant's own label of whom it asks for
     # What a limit counts: a tenant's last minute, and what it has under way.
     Index("requests_by_time", "tenant_id", "started"),
 )

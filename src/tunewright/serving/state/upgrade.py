@@ -20,10 +20,11 @@ _STATEMENTS = {
         "CREATE TABLE key_uses (key_id INTEGER NOT NULL PRIMARY KEY REFERENCES api_keys (id), "
         "last_used DOUBLE PRECISION NOT NULL)",
     ),
-    # A release may leave the trained system prompt out.
+    # A release may leave the trained system prompt out; a request has its `safety_identifier` or `user`.
     3: (
         "ALTER TABLE releases ADD COLUMN system_prompt BOOLEAN",
         "ALTER TABLE releases ADD COLUMN candidate_system_prompt BOOLEAN",
+        "ALTER TABLE requests ADD COLUMN end_user TEXT",
     ),
 }
 """What leads from each version to the next one; SQLite and PostgreSQL both understand it."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 
 from tunewright.serving.state.meter import UsageLine
+from tunewright.sheets import safe_cell
 
 
 def usage_csv(lines: Sequence[UsageLine]) -> str:
@@ -15,5 +16,7 @@ def usage_csv(lines: Sequence[UsageLine]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, [field.name for field in fields(UsageLine)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(line) for line in lines)
+    for line in lines:
+        # The only words in it that clients choose.
+        writer.writerow({**asdict(line), "end_user": safe_cell(line.end_user or "")})
     return out.getvalue()
