@@ -124,9 +124,7 @@ class Orders:
             raise ApiError(message, param=_subject(asked), code="prompt_too_long")
         room = self._context - len(prompt)
         if room < 1:
-            message = (
-                f"The context has room for {self._context} tokens, and the prompt alone has {len(prompt)}{included}."
-            )
+            message = f"The context has room for {self._context} tokens; the prompt alone has {len(prompt)}{included}."
             raise ApiError(message, param=_subject(asked), code="context_length_exceeded")
         limit = min(room, self._limits.answer_tokens or room, asked.token_limit or asked.usual_tokens or room)
         request = Request(

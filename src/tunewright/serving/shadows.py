@@ -84,5 +84,6 @@ class Shadows:
         if answered.target.system_prompt == shadow.system_prompt:
             return replace(answered, request=replace(answered.request, adapter=shadow.digest))
         target = replace(answered.target, digest=shadow.digest, system_prompt=shadow.system_prompt)
-        [prompt] = await self._orders.prompts(answered.asked, _TURN, shadow.system_prompt)  # a shadow is asked single prompts only
+        # A request with several prompts is not asked of a shadow.
+        [prompt] = await self._orders.prompts(answered.asked, _TURN, shadow.system_prompt)
         return self._orders.order(answered.asked, target, prompt)
