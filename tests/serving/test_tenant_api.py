@@ -142,9 +142,13 @@ def test_a_request_that_may_use_more_than_a_minute_allows_is_a_mistake(
     state.tenants.limit("acme", Limits(tokens_per_minute=1000))
     client = server.client(two_tenants["acme"])
     with pytest.raises(openai.BadRequestError, match="Ask for fewer") as caught:
-        client.chat.completions.create(model="courts", messages=ASKED)
+        client.chat.completions.create(model="courts", messages=ASKED, max_tokens=1000)
     assert (caught.value.code, caught.value.param) == ("request_over_limit", "max_tokens")
-    for _ in range(3):  # each reserves far more than it uses
+    # A request with an SDK's defaults is kept within the limit instead.
+    answer = client.chat.completions.create(model="courts", messages=ASKED, stop="e")
+    assert answer.choices[0].finish_reason == "stop"
+    until(lambda: all(line.outcome for line in state.meter.lines("acme")))
+    for _ in range(2):  # each reserves far more than it uses
         ask(client, "courts", max_tokens=700, stop="e")
         until(lambda: all(line.outcome for line in state.meter.lines("acme")))
 

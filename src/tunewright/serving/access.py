@@ -89,6 +89,10 @@ class Visitor(Protocol):
     def name(self) -> str:
         """Whose turn it is in the fair queue."""
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens that prompts and answers of one request may have together; None: no limit."""
+
     def models(self) -> list[str]:
         """The names that it may ask for."""
 
@@ -162,6 +166,7 @@ class OpenAccess:
 
     tells_load = True
     name = "everybody"
+    most_tokens = None
 
     def __init__(self, models: Mapping[str, str | None], system_prompts: Mapping[str, str] | None = None) -> None:
         self._models = dict(models)

@@ -212,7 +212,8 @@ class Gateway:
             prompts = await self._orders.prompts(asked, visitor.name, target.system_prompt)
             rendered_for, target = target, visitor.target(asked)
             if target.system_prompt == rendered_for.system_prompt:
-                return target, [self._orders.order(asked, target, prompt) for prompt in prompts]
+                share = None if visitor.most_tokens is None else visitor.most_tokens // len(prompts)
+                return target, [self._orders.order(asked, target, prompt, share) for prompt in prompts]
 
     async def _streamed(
         self, http: HttpRequest, choices: Choices, envelope: Envelope, headers: dict[str, str], arrived: float

@@ -107,11 +107,12 @@ class Orders:
             subject = _subject(asked)
             raise ApiError(str(error), param=subject, code=f"invalid_{subject}") from error
 
-    def order(self, asked: AnyRequest, target: Target, prompt: Ids) -> Order:
+    def order(self, asked: AnyRequest, target: Target, prompt: Ids, most_tokens: int | None = None) -> Order:
         """Return what the engine is asked for one of the prompts.
 
         A ``max_tokens`` above what is left of the context, or above ``gateway.answer_tokens``, is capped: an answer
-        that ends there says so by its ``finish_reason``, "length".
+        that ends there says so by its ``finish_reason``, "length". Without ``max_tokens``, prompt and answer together
+        have at most ``most_tokens``, so that a request with the defaults of an SDK stays within its tenant's limit.
 
         Raises:
             ApiError: 400, the prompt is too long.
@@ -127,6 +128,8 @@ class Orders:
             message = f"The context has room for {self._context} tokens; the prompt alone has {len(prompt)}{included}."
             raise ApiError(message, param=_subject(asked), code="context_length_exceeded")
         limit = min(room, self._limits.answer_tokens or room, asked.token_limit or asked.usual_tokens or room)
+        if asked.token_limit is None and most_tokens is not None:
+            limit = min(limit, max(1, most_tokens - len(prompt)))
         request = Request(
             prompt,
             target.digest,

@@ -344,6 +344,11 @@ class TenantVisitor:
         """Whose turn it is in the fair queue."""
         return self.caller.tenant
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The tenant's limit of tokens per minute, which one request cannot exceed."""
+        return self.caller.tokens_per_minute
+
     def models(self) -> list[str]:
         """The aliases that its key opens and that are live."""
         return [alias for alias in self.access.names if alias in self.caller.aliases]

@@ -21,7 +21,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 # Asked by every request: made once, and a line for each alias of the key's tenant.
 _KEY_WITH_ALIASES = (
-    select(api_keys, tenants.c.name, tenant_aliases.c.alias)
+    select(api_keys, tenants.c.name, tenants.c.tokens_per_minute, tenant_aliases.c.alias)
     .select_from(api_keys)
     .join(tenants)
     .outerjoin(tenant_aliases, tenant_aliases.c.tenant_id == tenants.c.id)
@@ -77,6 +77,8 @@ class Caller:
     tenant: str
     key_id: int
     aliases: frozenset[str]
+    tokens_per_minute: int | None
+    """The tenant's limit; None is no limit."""
 
 
 class InvalidKeyError(Exception):
@@ -311,7 +313,8 @@ class Tenants:
             if state != "valid":  # told to the holder of the right secret only
                 raise InvalidKeyError(f"This API key is {state}.")
         own = frozenset(row.alias for row in rows if row.alias is not None)
-        return Caller(row.tenant_id, row.name, row.id, own if row.aliases is None else own & frozenset(row.aliases))
+        aliases = own if row.aliases is None else own & frozenset(row.aliases)
+        return Caller(row.tenant_id, row.name, row.id, aliases, row.tokens_per_minute)
 
     def _key(self, connection: Connection, prefix: str, now: float) -> Key:
         row = connection.execute(
