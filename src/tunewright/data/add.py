@@ -241,7 +241,8 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
         if message:
             reporter.warn("Nothing is new, so there is no version to keep the message with.")
         known = metadata_by_key(project.dataset, merged.parent.manifest)
-        other = sum(bool(row.metadata) and known.get(row.example.pair_key) != row.metadata for row in planned.rows)
+        there = [row for row in planned.rows if row.metadata and row.example.pair_key not in merged.withheld]
+        other = sum(known.get(row.example.pair_key) != row.metadata for row in there)
         if other:
             reporter.warn(
                 f"The metadata of {other:,} known rows is not kept: nothing else is new, so there is no new version to "
@@ -383,10 +384,13 @@ def _imports(
             "source": sources[row.source].name,
             "line": row.line,
             **contents.fate(row, merged),
-            **({"metadata": row.metadata} if row.metadata else {}),
         }
         for row in rows
     ]
+    for line, row in zip(lines, rows, strict=True):
+        # Rows that stay out have none: a purge erases metadata by the keys of rows that were in.
+        if row.metadata and line["fate"] not in ("removed", "contaminated"):
+            line["metadata"] = row.metadata
     lines += [
         {"source": sources[f.source].name, "line": f.line, "fate": "skipped", "code": f.code, "reason": f.reason}
         for f in skipped

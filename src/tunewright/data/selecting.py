@@ -47,6 +47,8 @@ class Origins:
     first: dict[str, tuple[str, int]] = field(default_factory=dict)
     again: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Pair key to all files that have it, the first one included."""
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The newest of each pair key whose file had any."""
 
     @property
     def sources(self) -> list[str]:
@@ -55,7 +57,10 @@ class Origins:
 
 
 def read_origins(dataset: Path) -> Origins:
-    """Return where each row of any version was read, by pair key; a row that was edited, where its former one was."""
+    """Return where each row of any version was read, and its metadata, by pair key.
+
+    A row that was edited has those of its former one.
+    """
     origins = Origins()
     for manifest in list_versions(dataset):
         path = version_folder(dataset, manifest.digest) / IMPORTS
@@ -68,9 +73,15 @@ def read_origins(dataset: Path) -> Origins:
                 if record["before"] in origins.first:
                     origins.first.setdefault(key, origins.first[record["before"]])
                     origins.again[key] |= origins.again[record["before"]]
+                if record["before"] in origins.metadata:
+                    origins.metadata.setdefault(key, origins.metadata[record["before"]])
                 continue
             origins.first.setdefault(key, (record["source"], record["line"]))
             origins.again[key].add(record["source"])
+            if "metadata" in record:
+                origins.metadata[key] = record["metadata"]
+            elif record.get("before") in origins.metadata:  # replaced
+                origins.metadata.setdefault(key, origins.metadata[record["before"]])
     return origins
 
 
@@ -86,6 +97,7 @@ def row_document(member: Member, origins: Origins) -> dict[str, Any]:
         "line": line,
         "groups": list(member.groups),
         "mixed": member.mixed,
+        "metadata": origins.metadata.get(member.key, {}),
         "messages": [message.as_dict() for message in member.example.messages],
     }
 
@@ -206,6 +218,6 @@ def _query(expression: str) -> Any:
 
 
 _EXAMPLES = (
-    "Examples: \"output == 'cancel'\", \"contains(input, 'ACME')\", "
+    "Examples: \"output == 'cancel'\", \"contains(input, 'ACME')\", \"metadata.id == '17'\", "
     "\"split == 'train' && starts_with(source, 'old/')\"."
 )

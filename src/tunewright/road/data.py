@@ -281,7 +281,7 @@ class DataRoad:
         Raises:
             UserError: an adapter is named where answers are classes, which a model of other rows judges better.
         """
-        from tunewright.data.review.kept import kept_suspects
+        from tunewright.data.review.kept import FOLDER, kept_suspects
         from tunewright.data.review.suspects import METHOD, class_like, suspects
         from tunewright.data.versions.origins import places_by_key
 
@@ -312,7 +312,7 @@ class DataRoad:
             "judges": who.digest if who else None,
             "method": METHOD,
         }
-        file = project.work / "suspects" / f"{digest(decides)[:16]}.json"
+        file = project.work / FOLDER / f"{digest(decides)[:16]}.json"
         found = kept_suspects(file, find, self._reporter)
         places = places_by_key(self._dataset, version.manifest)
         return SuspectsResult(version, found, who.judged_by if who else None, places)
