@@ -6,7 +6,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -104,6 +104,24 @@ class BandScore:
     arm: str
     low: float
     high: float
+    items: int
+    exact: int
+    interval: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The score as ``--json`` prints it."""
+        return {**asdict(self), "exact_match": self.exact / self.items}
+
+
+@dataclass(frozen=True)
+class TemplateScore:
+    """An arm's exact match on the items whose output template training rows have (seen), or on the others (new).
+
+    ``interval`` is Wilson's, at 95%, and takes items for independent.
+    """
+
+    arm: str
+    template: Literal["seen", "new"]
     items: int
     exact: int
     interval: tuple[float, float]
@@ -222,23 +240,44 @@ def score_by_distance(items: Iterable[Answered], report: LeakReport) -> list[Ban
     Raises:
         UserError: an item is not among the report's rows.
     """
-    nearest = {row.key: row.similarity for row in report.nearest}
-    counts: dict[tuple[str, int], list[int]] = {}
-    for item in items:
-        if item.key not in nearest:
-            raise UserError(
-                f"the evaluated item {item.key[:12]} is not among the measured rows of version {report.version[:12]}",
-                fix="Measure the leak of the version that was evaluated, all of its held-out rows.",
-            )
-        band = band_of(nearest[item.key])
-        for arm, answer in item.answers.items():
-            count = counts.setdefault((arm, band), [0, 0])
-            count[0] += 1
-            count[1] += _spelling(answer) == _spelling(item.reference)
+    bands = {row.key: band_of(row.similarity) for row in report.nearest}
     return [
         BandScore(arm, *BANDS[band], items=total, exact=exact, interval=_wilson(exact, total))
-        for (arm, band), (total, exact) in sorted(counts.items())
+        for arm, band, total, exact in _exact(items, bands, report.version)
     ]
+
+
+def score_by_template(items: Iterable[Answered], new: Mapping[str, bool], version: str) -> list[TemplateScore]:
+    """Each arm's exact match on the items whose output template training rows have, and on the others.
+
+    Args:
+        items: the items of an evaluation.
+        new: whether no training row has the template, by pair key (``new_templates``).
+        version: the digest of the version that ``new`` is of.
+
+    Raises:
+        UserError: an item is not among the rows of ``new``.
+    """
+    return [
+        TemplateScore(arm, "new" if place else "seen", items=total, exact=exact, interval=_wilson(exact, total))
+        for arm, place, total, exact in _exact(items, new, version)
+    ]
+
+
+def _exact(items: Iterable[Answered], place: Mapping[str, int], version: str) -> list[tuple[str, int, int, int]]:
+    """For each arm and place, in their order: how many items there are, and how many have an exact answer."""
+    counts: dict[tuple[str, int], list[int]] = {}
+    for item in items:
+        if item.key not in place:
+            raise UserError(
+                f"the evaluated item {item.key[:12]} is not among the measured rows of version {version[:12]}",
+                fix="Measure the leak of the version that was evaluated, all of its held-out rows.",
+            )
+        for arm, answer in item.answers.items():
+            count = counts.setdefault((arm, place[item.key]), [0, 0])
+            count[0] += 1
+            count[1] += _spelling(answer) == _spelling(item.reference)
+    return [(arm, where, total, exact) for (arm, where), (total, exact) in sorted(counts.items())]
 
 
 def band_of(similarity: float) -> int:
