@@ -12,7 +12,7 @@ import numpy as np
 
 from tunewright.data.neighbours import comparison_texts
 from tunewright.data.neighbours.output_leak import OutputLeak, near_overlap, output_leak
-from tunewright.data.neighbours.similarity import shingle_matrix, similarities, verified
+from tunewright.data.neighbours.similarity import shingle_matrix, verified
 from tunewright.data.neighbours.sketches import Indices, Sketches
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
@@ -25,7 +25,8 @@ MOST_HELD_OUT = 5_000
 _MOST_COUNTED = 20_000  # rows whose near-equal ones are all counted; of more, a sample's
 _FIRST_OTHERS = 64  # rows compared first: where most are near-equal, they are enough
 _SURE = 1e-4  # a row is counted as leaked for sure where a random split misses it less often
-_BLOCK = 128  # held-out rows compared at once with all training rows
+_BLOCK = 128  # held-out rows compared at once with all training rows, at most
+_CELLS = 16_000_000  # similarities held at once: bounds the memory, not the result
 _ROUNDING = 1e-9
 
 
@@ -174,14 +175,21 @@ def nearest_training(version: DatasetVersion, reporter: Reporter) -> dict[str, f
 def _nearest(
     members: Sequence[Member], texts: Sequence[str], held_out: Indices, train: Indices, reporter: Reporter
 ) -> list[Nearest]:
-    matrix = shingle_matrix(texts)
+    matrix = shingle_matrix(texts).astype(np.float32)
+    sizes = np.diff(matrix.indptr)
     training = matrix[train]
+    step = min(_BLOCK, max(1, _CELLS // max(len(train), matrix.shape[1])))
     found = []
     with reporter.task("comparing held-out rows", len(held_out), "examples") as task:
-        for start in range(0, len(held_out), _BLOCK):
-            rows = held_out[start : start + _BLOCK]
-            block = similarities(matrix[rows], training)
-            best, nearest = block.max(axis=1).toarray(), block.argmax(axis=1)
+        for start in range(0, len(held_out), step):
+            rows = held_out[start : start + step]
+            block = matrix[rows]
+            # Dense on one side: where inputs are made from templates, nearly every two rows share a shingle. The
+            # others' shingles that no row of the block has are left out first.
+            columns = np.unique(block.indices)
+            shared = training[:, columns] @ block[:, columns].toarray().T  # [train, rows]
+            similarity_of = shared / (sizes[train, None] + sizes[rows] - shared.astype(np.float64))
+            best, nearest = similarity_of.max(axis=0), similarity_of.argmax(axis=0)
             for row, similarity, place in zip(rows.tolist(), best.tolist(), nearest.tolist(), strict=True):
                 of = members[int(train[place])].key if similarity else None
                 found.append(Nearest(members[row].key, members[row].split, of, similarity))
