@@ -13,7 +13,7 @@ from tunewright.data.arrivals import held_out, lifted, restored
 from tunewright.data.contents import Contents, contents
 from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
 from tunewright.data.formats.metadata import counted
-from tunewright.data.inheriting import Inherited, inherit, told
+from tunewright.data.inheriting import Inherited, inherit, refuse_torn_templates, told
 from tunewright.data.merge import Merge, merge
 from tunewright.data.neighbours.decontaminate import Hit
 from tunewright.data.neighbours.output_leak import OutputLeak
@@ -204,6 +204,8 @@ def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter, arriva
         reporter.warn(notices.duplicates(duplicates, data.duplicates))
     _tell_of_arrivals(merged, rows, arrival, reporter)
     inherited = inherit(arrival.split_from, merged.parent, merged.kept) if arrival.split_from is not None else None
+    if inherited and data.split_by == "output_template":
+        refuse_torn_templates(inherited, merged.kept)
     found = contents(project, merged, rows, reporter, inherited.splits if inherited else None)
     if inherited:
         reporter.say(told(inherited, found.members))
