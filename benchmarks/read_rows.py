@@ -2,9 +2,9 @@
 
     python benchmarks/read_rows.py [--rows 1000000]
 
-The files are written to a temporary folder, and each is read in a fresh process by ``scan_pairs``, as `data check`
-reads it: once by the names of two columns, once by templates. Prints a table and one JSON line; peak memory is that of
-the whole process (Linux's VmHWM), the libraries that it loads included.
+The files are written to a temporary folder, and each is read in a fresh process by ``scan_pairs``, as `data add` and
+`data check` read it before they compare rows: once by the names of two columns, once by templates. Prints a table and
+one JSON line; peak memory is that of the whole process (Linux's VmHWM), the libraries that it loads included.
 """
 
 from __future__ import annotations

@@ -62,6 +62,23 @@ def test_evaluate_scores_items_with_a_new_output_template_apart(project: Path) -
     assert 'aria-labelledby="output-templates"' in next(project.glob("evaluations/*/report.html")).read_text()
 
 
+def test_leak_scores_an_evaluation_by_output_template(project: Path) -> None:
+    _, items = _evaluation(project)
+    (folder,) = (p for p in (project / "evaluations").iterdir() if p.is_dir())
+    found = tunewright("data", "leak", folder, "-p", project, "--json").document["templates"]
+    assert {score["template"] for score in found} == {"new" if item["new_template"] else "seen" for item in items}
+    assert {score["arm"] for score in found} == set(items[0]["answers"])
+    for score in found:
+        some = [item for item in items if item["new_template"] == (score["template"] == "new")]
+        right = sum(item["answers"][score["arm"]].strip() == item["reference"] for item in some)
+        assert (score["items"], score["exact"], score["exact_match"]) == (len(some), right, right / len(some))
+    shown = tunewright("data", "leak", folder, "-p", project).stdout
+    words = {"seen": "output template in training", "new": "new output template"}
+    for score in found:
+        assert f"{score['arm']}, {words[score['template']]}: {score['exact']} of {score['items']} exact" in shown
+    assert tunewright("data", "leak", "-p", project, "--json").document["templates"] == []
+
+
 def test_crossfit_scores_items_by_the_templates_of_their_own_fold(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = _query_project(tmp_path / "project", tiny_base_folder)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0

@@ -111,3 +111,28 @@ def test_a_fresh_project_inherits_a_split(project: Path, tmp_path: Path, tiny_ba
     first = tunewright("data", "log", "-p", project, "--json").document["versions"][0]
     assert ran.document["version"]["splits"] == first["splits"]
     assert ran.document["version"]["split_from"]["digest"] == first["digest"]
+
+
+def test_remove_takes_the_keys_that_other_commands_print(project: Path, tmp_path: Path) -> None:
+    def removed(name: str, text: str) -> set[str]:
+        keys = project / name
+        keys.write_text(text, encoding="utf-8")
+        ran = tunewright("data", "remove", "--keys", keys, "--because", "x", "--dry-run", "-p", project, "--json")
+        assert ran.code == 0, ran.stderr
+        return {row["key"] for row in ran.document["rows"]}
+
+    suspects = tunewright("data", "suspects", "-p", project, "--json")
+    named = [suspect["key"] for suspect in suspects.document["suspects"]]
+    assert len(named) > 1
+    assert removed("suspects.json", suspects.stdout) == set(named)
+    assert removed("some.jsonl", "".join(json.dumps(s) + "\n" for s in suspects.document["suspects"][:2])) == {
+        *named[:2]
+    }
+    shown = tunewright("data", "show", "pairs.jsonl:7", "-p", project, "--json")
+    assert removed("shown.json", shown.stdout) == {shown.document["key"]}
+    sheet = tmp_path / "review.csv"
+    assert tunewright("data", "review", "--suspects", "--export", sheet, "-p", project).code == 0
+    assert removed("review.csv", sheet.read_text(encoding="utf-8")) == set(named)
+    condition = ("--where", "split == 'train' && output == 'red'", "--because", "x")
+    dry = tunewright("data", "remove", *condition, "--dry-run", "-p", project, "--json")
+    assert removed("dry.json", dry.stdout) == {row["key"] for row in dry.document["rows"]} != set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -209,13 +210,18 @@ def _purge_and_die_at(project: Project, call: int) -> None:
 def test_a_purge_killed_at_any_of_its_file_calls_is_finished_when_it_is_repeated(
     template: Path, tmp_path: Path
 ) -> None:
-    """The version stays whole meanwhile: what is damaged is at most text that the log says is purged."""
+    """The version stays whole meanwhile: what is damaged is at most what the log says is purged."""
     project = _fresh(template, tmp_path / "w")
     _add_second(project)
+    for seed in (3, 4):
+        rows = [{"prompt": p, "completion": c, "id": f"of {c}."} for p, c in unlike_pairs(20, seed)]
+        path = tmp_path / f"{seed}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        add(project, [path], Listener())
     shutil.copytree(tmp_path / "w", tmp_path / "t")
     texts = [m.example.input_text for m in load_version(project.dataset).members if "answer 1" in m.example.output]
     assert texts
-    call = 1
+    call, halfway = 1, 0
     while True:
         shutil.rmtree(tmp_path / "w")
         shutil.copytree(tmp_path / "t", tmp_path / "w")
@@ -227,11 +233,16 @@ def test_a_purge_killed_at_any_of_its_file_calls_is_finished_when_it_is_repeated
         assert child.exitcode == -signal.SIGKILL
         load_version(project.dataset)
         damage = verify(project.dataset, Listener()).damage
-        assert all("was purged on" in each.what for each in damage), damage
+        told = ("was purged on", "metadata of purged rows is here")
+        assert all(any(words in each.what for words in told) for each in damage), damage
+        halfway += any(told[1] in each.what for each in damage)
         _purge(project)
         assert verify(project.dataset, Listener()).damage == ()
         kept = b"".join(path.read_bytes() for path in project.dataset.rglob("*") if path.is_file())
         assert not any(text.encode() in kept for text in texts)
+        assert b"of answer 1" not in kept
+        assert b"of answer 2" in kept
         assert list(project.dataset.rglob(".*")) == []
-        call += 7  # every seventh: a purge makes some hundred and fifty
+        call += 7  # every seventh: a purge makes some two hundred
     assert call > 70
+    assert halfway > 0

@@ -12,7 +12,14 @@ from data_helpers import Listener, example, jaccard, unlike_pairs
 import real_data
 from tunewright.data.examples import Example
 from tunewright.data.neighbours import comparison_texts
-from tunewright.data.neighbours.leak import LeakReport, Nearest, leak, nearest_training, score_by_distance
+from tunewright.data.neighbours.leak import (
+    LeakReport,
+    Nearest,
+    leak,
+    nearest_training,
+    score_by_distance,
+    score_by_template,
+)
 from tunewright.data.neighbours.output_leak import output_leak
 from tunewright.data.splits import Split
 from tunewright.data.versions import Counts, DatasetVersion, Manifest, Member, Settings
@@ -137,3 +144,23 @@ def test_every_arm_is_scored_and_a_foreign_item_is_refused() -> None:
     assert [(s.arm, s.exact) for s in score_by_distance([item], report)] == [("tuned", 1), ("zero-shot", 0)]
     with pytest.raises(UserError, match="not among the measured rows"):
         score_by_distance([item.model_copy(update={"key": "other"})], report)
+    with pytest.raises(UserError, match="not among the measured rows of version abcdef"):
+        score_by_template([item], {"other": True}, "abcdef")
+
+
+def test_score_by_template_counts_each_arm_on_seen_and_on_new_templates() -> None:
+    items = [
+        Item(
+            key=str(i), cluster="c", input="i", reference="r", answers={"a": "r" if i % 3 else "x", "b": "x"}, scores={}
+        )
+        for i in range(9)
+    ]
+    found = score_by_template(items, {str(i): i > 5 for i in range(9)}, "d")
+    assert [(s.arm, s.template, s.items, s.exact) for s in found] == [
+        ("a", "seen", 6, 4),
+        ("a", "new", 3, 2),
+        ("b", "seen", 6, 0),
+        ("b", "new", 3, 0),
+    ]
+    expected = wilson(2 / 3, 3)
+    assert found[1].interval == pytest.approx((expected.low, expected.high))

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,8 +120,8 @@ def test_new_templates_are_those_without_a_training_row() -> None:
     assert len(set(found.values())) == 2
 
 
-def _add(project: Project, pairs: Pairs, listener: Listener | None = None) -> AddResult:
-    return add(project, [write_jsonl(project.root / "pairs.jsonl", pairs)], listener or Listener())
+def _add(project: Project, pairs: Pairs, listener: Listener | None = None, **options: Any) -> AddResult:
+    return add(project, [write_jsonl(project.root / "pairs.jsonl", pairs)], listener or Listener(), **options)
 
 
 def test_add_warns_when_the_test_has_known_templates(tmp_path: Path) -> None:
@@ -172,3 +173,16 @@ def test_split_by_output_template_is_refused_when_a_version_was_split_by_input(t
     with pytest.raises(UserError, match="was split by input, and") as refusal:
         _add(Project(project.root), _queries(300, 40))
     assert refusal.value.where == "data.split_by"
+    assert "Start a new dataset" in str(refusal.value.fix)
+    assert "--split-from cannot keep this split" in str(refusal.value.fix)
+    new = new_project(tmp_path / "new", "data: {split_by: output_template}\n")
+    with pytest.raises(UserError, match=r"p was split by input, and \d+ of its 300 rows here") as refusal:
+        _add(new, _queries(300, 40), split_from=project.root)
+    assert refusal.value.where == "--split-from"
+    assert not list(new.dataset.glob("versions/*"))
+    # What the messages propose.
+    version = _add(new, _queries(300, 40)).version
+    assert version.settings.split_by == "output_template"
+    again = new_project(tmp_path / "again", "data: {split_by: output_template, system: Be kind.}\n")
+    inherited = _add(again, _queries(300, 40), split_from=new.root).version
+    assert [inherited.counts.test, inherited.counts.dev] == [version.counts.test, version.counts.dev]

@@ -12,6 +12,8 @@ from data_helpers import Listener, new_project, unlike_pairs
 from command_line import tunewright
 from tunewright.data.add import add
 from tunewright.data.preview import Effect, preview
+from tunewright.data.remove import remove
+from tunewright.data.selecting import Selection
 from tunewright.data.versions import load_version
 from tunewright.errors import UserError
 from tunewright.project import Project
@@ -36,25 +38,42 @@ def _everything(root: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def test_the_preview_has_the_numbers_that_adding_has_and_writes_nothing(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
+@pytest.mark.parametrize(("duplicates", "added", "kept", "dropped"), [("keep", 21, 1, 0), ("drop", 20, 0, 1)])
+def test_preview_has_the_numbers_of_add_and_writes_nothing(
+    tmp_path: Path, duplicates: str, added: int, kept: int, dropped: int
+) -> None:
+    project = new_project(tmp_path / "p", f"data: {{duplicates: {duplicates}}}\n")
     rows = _rows(60)
     add(project, [_file(tmp_path / "old.jsonl", rows[:40])], Listener())
     near = {**rows[50], "prompt": rows[50]["prompt"] + "s"}
-    path = _file(tmp_path / "new.jsonl", [*rows[30:], rows[45], near])
+    spaced = {**rows[46], "prompt": f" {rows[46]['prompt'].upper()}"}  # another pair key, and an exact duplicate
+    path = _file(tmp_path / "new.jsonl", [*rows[30:], rows[45], spaced, near])
     before = _everything(project.root)
     found = preview(project, [path], Listener())
     assert _everything(project.root) == before
     assert found.ok
     effect = _effect(project, path)
     result = add(project, [path], Listener())
-    assert (effect.added, effect.known, effect.conflicts) == (result.added, result.known, 0) == (20, 10, 0)
-    assert (effect.exact_duplicates, effect.near_duplicates) == (1, 1)
+    assert (effect.added, effect.known, effect.conflicts) == (result.added, result.known, 0) == (added, 10, 0)
+    assert (effect.exact_duplicates, effect.near_kept, effect.near_dropped) == (2, kept, dropped)
+    assert effect.exact_duplicates + effect.near_dropped == len(result.duplicates)
     version = load_version(project.dataset)
     for size in effect.splits:
         members = [m for m in version.members if m.split == size.split]
         assert (size.rows, size.clusters) == (len(members), len({m.cluster for m in members}))
-    assert sum(size.new for size in effect.splits) == 20
+    assert sum(size.new for size in effect.splits) == added
+
+
+def test_preview_counts_rows_that_were_removed_earlier(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    rows = _rows(60)
+    path = _file(tmp_path / "all.jsonl", rows)
+    add(project, [path], Listener())
+    gone = remove(project, Selection(where="split == 'train' && contains(output, '1')"), "wrong", Listener()).rows
+    effect = _effect(project, path)
+    assert (effect.removed, effect.added, effect.known) == (len(gone), 0, 60 - len(gone))
+    told = tunewright("data", "check", path, "-p", project.root)
+    assert f"removed earlier {len(gone)}" in " ".join((told.stderr + told.stdout).split())
 
 
 def test_every_refusal_of_adding_is_in_the_preview(tmp_path: Path) -> None:
@@ -66,9 +85,9 @@ def test_every_refusal_of_adding_is_in_the_preview(tmp_path: Path) -> None:
     assert not found.ok
     told = [refusal.what.splitlines()[0] for refusal in found.refusals]
     assert told == [
-        "1 faulty row, nothing was added",
-        "1 secret in 1 row, nothing was added (password: 1)",
-        "1 input with different outputs, nothing was added; which is right?",
+        "1 faulty row, nothing would be added",
+        "1 secret in 1 row, nothing would be added (password: 1)",
+        "1 input with different outputs, nothing would be added; which is right?",
     ]
     assert found.effect is not None
     assert found.effect.conflicts == 1
@@ -77,7 +96,7 @@ def test_every_refusal_of_adding_is_in_the_preview(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError) as caught:
             add(project, [_file(path, cut)], Listener(), skip_bad=skip)
-        assert caught.value.what.splitlines()[0] == refusal.what.splitlines()[0]
+        assert caught.value.what.splitlines()[0] == refusal.what.splitlines()[0].replace("would be", "was")
     assert not project.dataset.exists() or not list(project.dataset.glob("versions/*"))
 
 

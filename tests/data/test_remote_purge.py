@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,86 @@ def test_text_that_comes_back_by_hand_is_named_by_verify(tmp_path: Path) -> None
     [damage] = verify(project.dataset, Listener()).damage
     assert "was purged on" in damage.what
     assert damage.rows == (key,)
+
+
+def _add_with_metadata(project: Project) -> None:
+    path = project.root.parent / "named.jsonl"
+    rows = [{"prompt": p, "completion": c, "id": f"id-{n}"} for n, (p, c) in enumerate(unlike_pairs(10, 9))]
+    rows.append({"prompt": SECRET, "completion": "sorry to hear that", "id": "countess-117"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    add(project, [path], Listener())
+
+
+def _metadata_there(place: Place) -> list[str]:
+    return [name for name, data in place.files.items() if b"countess" in data]
+
+
+def _metadata_here(project: Project) -> bool:
+    return any(b"countess" in path.read_bytes() for path in project.root.rglob("*") if path.is_file())
+
+
+def test_push_and_pull_erase_the_metadata_of_purged_rows(
+    one: Project, two: Project, tmp_path: Path, place: Place
+) -> None:
+    _add_with_metadata(one)
+    push_to(one, place)
+    pull_from(two, place)
+    assert _metadata_here(two)
+    _purge(one)
+    assert not _metadata_here(one)
+    push_to(one, place)
+    assert _metadata_there(place) == []
+    pull_from(two, place)
+    assert not _metadata_here(two)
+    fresh = new_project(tmp_path / "fresh")
+    pull_from(fresh, place)
+    for project in (one, two, fresh):
+        assert verify(project.dataset, Listener()).ok
+    manifests = [
+        {path.parent.name: path.read_bytes() for path in project.dataset.glob("versions/*/manifest.json")}
+        for project in (one, two, fresh)
+    ]
+    assert manifests[0] == manifests[1] == manifests[2]
+
+
+def test_push_of_a_side_that_has_not_pulled_the_purge_brings_no_metadata_back(
+    one: Project, two: Project, place: Place
+) -> None:
+    push_to(one, place)
+    pull_from(two, place)
+    _add_with_metadata(two)
+    _add_with_metadata(one)
+    _purge(one)
+    remove(one, Selection(where="source == 'named.jsonl'"), "wrong", Listener())
+    There(place.url, place.options or None).write(
+        "removed/all.jsonl", (one.dataset / "removed.jsonl").read_bytes()
+    )  # the purge is there, and the version that lost its rows is not
+    push_to(two, place)
+    assert _metadata_there(place) == []
+    assert verify(two.dataset, Listener()).ok
+
+
+def test_a_pull_reads_metadata_whose_erasure_was_stopped_halfway_and_the_next_push_finishes_it(
+    one: Project, two: Project, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _add_with_metadata(one)
+    push_to(one, place)
+    _purge(one)
+    write = There.write
+    before = set(place.files)
+
+    def refuse(self: There, name: str, data: bytes) -> None:
+        if name.endswith("imports.jsonl") and name in before:
+            raise UserError("permission denied", where=name, fix="Ask for the right to write.")
+        write(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(There, "write", refuse)
+        with pytest.raises(UserError, match="could not be erased there: permission denied"):
+            push_to(one, place)
+    assert _metadata_there(place) != []
+    pull_from(two, place)
+    assert not _metadata_here(two)
+    assert verify(two.dataset, Listener()).ok
+    push_to(one, place)
+    assert _metadata_there(place) == []

@@ -19,9 +19,10 @@ from tunewright.data.remove import RemoveResult, remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import PURGED, Judged, append_reviews, read_reviews
 from tunewright.data.selecting import Selection
-from tunewright.data.versions import checkout, list_versions, load_version
+from tunewright.data.versions import checkout, list_versions, load_version, version_folder
 from tunewright.data.versions.changes import diff
 from tunewright.data.versions.find import find_row
+from tunewright.data.versions.origins import metadata_by_key
 from tunewright.data.versions.removals import read_removals
 from tunewright.data.versions.verify import verify
 from tunewright.errors import UserError
@@ -94,6 +95,11 @@ def test_remove_takes_out_the_rows_that_a_file_names_by_key_prefix_or_object(pro
         ("0123456789abcdef\n", "no row has the key"),
         ("not hex\n", "not a row's key"),
         ('{"id": 3}\n', "not a row's key"),
+        ('{"suspects": [{"key": "0123456789"}, {"id": 1}]}', "item 2: not a row's key"),
+        ('["0123456789", "abcdef012345"]', "item 1: no row has the key 0123456789"),
+        ('{"suspects": []}', "there is no key in it"),
+        ("row,from\n0123456789,x\n", "2: no row has the key 0123456789"),
+        ("row;from\n0123456789\n", "1 fields where the header has 2"),
         ("{broken\n", "not a JSON object"),
         ("\n", "there is no key in it"),
     ],
@@ -433,3 +439,118 @@ def test_find_holders_agrees_with_a_plain_search_across_the_ends_of_chunks(tmp_p
     (project.root / "all.jsonl").unlink()
     found = [h for h in find_holders(project.root, project.dataset, [row.example], Listener()) if h.rows]
     assert len(found) == len(text) + 2
+
+
+# Purge of metadata
+
+
+def _row(prompt: str, completion: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": completion, **more}
+
+
+def _add_rows(project: Project, name: str, rows: list[dict[str, Any]], **options: Any) -> AddResult:
+    path = project.root.parent / name
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return add(project, [path], Listener(), **options)
+
+
+def _with_metadata(root: Path, recipe: str = "") -> Project:
+    """A project of three versions whose files, outside of it, had metadata; the rows of Zoë stand in all three."""
+    project = new_project(root / "p", recipe)
+    rows = [_row(q, a, id=f"id-{n}") for n, (q, a) in enumerate(unlike_pairs(60))]
+    secret = _row(
+        "my name is Zoë-Lovelace and I lost it", "sorry, Zoë-Lovelace!", id="ticket-of-zoë", meta={"at": "zoë@x"}
+    )
+    again = {**secret, "id": "ticket-of-zoë-again"}
+    _add_rows(project, "first.jsonl", [*rows[:40], secret, again])
+    _add_rows(project, "second.jsonl", [*rows[40:50], {**secret, "id": "ticket-of-zoë-later"}])
+    _add_rows(project, "third.jsonl", rows[50:])
+    return project
+
+
+def _purge_zoë(project: Project, **options: Any) -> RemoveResult:
+    return _remove(project, where="contains(input, 'Zoë')", because="asked", purge_text=True, **options)
+
+
+def test_purge_erases_metadata_from_every_version_and_keeps_that_of_other_rows(tmp_path: Path) -> None:
+    project = _with_metadata(tmp_path)
+    cached = project.work / "suspects" / "0123456789abcdef.json"
+    cached.parent.mkdir()
+    cached.write_text(json.dumps({"suspects": [{"detail": 'the same input has the answer "sorry, Zoë-…"'}]}))
+    assert len([name for name in _holding(project.root, "zoë") if name.endswith("imports.jsonl")]) == 2
+    before = [(m.digest, m.parent, m.counts) for m in list_versions(project.dataset)]
+    listener = Listener()
+    result = _purge_zoë(project, listener=listener)
+    assert result.holders == ()
+    assert [_holding(project.root, text) for text in ("zoë", "Zoë", "Zo\\u00eb")] == [[], [], []]
+    assert "Removed 1 kept lists of suspects: they quote rows." in listener.said
+    assert verify(project.dataset, Listener()).damage == ()
+    assert [(m.digest, m.parent, m.counts) for m in list_versions(project.dataset)][:3] == before
+    assert len(metadata_by_key(project.dataset, load_version(project.dataset).manifest)) == 60
+
+
+def test_purge_of_a_row_of_earlier_versions_returns_the_manifest_as_it_is_on_disk(tmp_path: Path) -> None:
+    project = _with_metadata(tmp_path)
+    first = list_versions(project.dataset)[0]
+    _remove(project, where="contains(input, 'Zoë')", because="wrong")
+    result = _purge_zoë(project)
+    assert (result.created, result.version) == (False, load_version(project.dataset).manifest)
+    assert list_versions(project.dataset)[0].seal != first.seal
+    assert verify(project.dataset, Listener()).ok
+
+
+@pytest.mark.parametrize("recipe", ["", "data: {duplicates: drop}\n"])
+def test_purge_erases_the_metadata_of_rows_that_repeat_the_purged_one(tmp_path: Path, recipe: str) -> None:
+    project = new_project(tmp_path / "p", recipe)
+    rows = [_row(q, a) for q, a in unlike_pairs(40)]
+    text = "my name is Zoë-Lovelace and I lost my card on the way to the station"
+    alike = [_row(f"{text}{end}", "sorry", id=f"zoë{n}") for n, end in enumerate(("", ".", "!"))]
+    _add_rows(project, "a.jsonl", [*rows, *alike, _row(text.upper(), "sorry", id="zoë-3")])
+    _remove(project, where="output == 'sorry'", because="asked", purge_text=True)
+    assert _holding(project.root, "zoë") == []
+    assert verify(project.dataset, Listener()).ok
+
+
+def test_purge_erases_the_metadata_of_the_row_that_was_replaced(tmp_path: Path) -> None:
+    project = _with_metadata(tmp_path)
+    new = _row("my name is Zoë-Lovelace and I lost it", "mended", id="zoë-mended")
+    _add_rows(project, "mended.jsonl", [new], replace=True)
+    version = load_version(project.dataset)
+    [member] = [m for m in version.members if m.example.output == "mended"]
+    assert metadata_by_key(project.dataset, version.manifest)[member.key] == {"id": "zoë-mended"}
+    _purge_zoë(project)
+    assert _holding(project.root, "zoë") == []
+
+
+def test_metadata_of_rows_that_stay_out_is_not_kept(tmp_path: Path) -> None:
+    project = _with_metadata(tmp_path)
+    _purge_zoë(project)
+    result = _add_rows(
+        project,
+        "again.jsonl",
+        [
+            *(_row(q, a) for q, a in unlike_pairs(5, seed=4)),
+            _row("my name is Zoë-Lovelace and I lost it", "sorry, Zoë-Lovelace!", id="ticket-of-zoë"),
+        ],
+    )
+    assert (result.added, len(result.removed)) == (5, 1)
+    assert _holding(project.root, "zoë") == []
+
+
+def test_purge_does_not_seal_imports_that_were_changed_before(tmp_path: Path) -> None:
+    project = _with_metadata(tmp_path)
+    folder = version_folder(project.dataset, list_versions(project.dataset)[0].digest)
+    path = folder / "imports.jsonl"
+    path.write_text(path.read_text().replace('"id":"id-3"', '"id":"id-4"'))
+    manifest = (folder / "manifest.json").read_bytes()
+    _purge_zoë(project)
+    assert _holding(project.root, "zoë") == []
+    assert (folder / "manifest.json").read_bytes() == manifest
+    [damage] = verify(project.dataset, Listener()).damage
+    assert "the records of imports were changed" in damage.what
+
+
+def test_metadata_is_seen_by_where(tmp_path: Path) -> None:
+    project = _with_metadata(tmp_path)
+    result = _remove(project, where="metadata.id == 'id-17' || contains(metadata.meta.at || '', 'zoë')")
+    assert sorted(row.document["metadata"]["id"] for row in result.rows) == ["id-17", "ticket-of-zoë-later"]

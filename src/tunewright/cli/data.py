@@ -199,7 +199,8 @@ def data_check(
 @data_app.command("leak")
 def data_leak(
     evaluation: Annotated[
-        Path | None, typer.Argument(help="An evaluation: its scores by distance are shown too.", show_default="none")
+        Path | None,
+        typer.Argument(help="An evaluation, scored by distance and by output template too.", show_default="none"),
     ] = None,
     against: Annotated[
         list[Path] | None,
@@ -220,13 +221,15 @@ def data_leak(
         data = tunewright.open(project, current.reporter).data
         report = data.leak()
         bands = data.scores_by_distance(report, evaluation) if evaluation is not None else []
+        templates = data.scores_by_template(evaluation) if evaluation is not None else []
         found = data.contamination(against or [])
         document = {
             **report.as_dict(),
             "bands": [band.as_dict() for band in bands],
+            "templates": [score.as_dict() for score in templates],
             "contamination": found.as_dict(),
         }
-        current.show(document, leak_text(report, bands), contamination_text(found))
+        current.show(document, leak_text(report, bands, templates), contamination_text(found))
 
 
 @data_app.command("log")

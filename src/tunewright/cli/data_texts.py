@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tunewright.data.formats.metadata import counted
 from tunewright.data.neighbours.contamination import Contamination
-from tunewright.data.neighbours.leak import BandScore, LeakReport
+from tunewright.data.neighbours.leak import BandScore, LeakReport, TemplateScore
 from tunewright.data.neighbours.output_leak import OutputLeak
 from tunewright.data.notices import HOLDS
 from tunewright.data.preview import Effect, Preview
@@ -37,8 +37,9 @@ def preview_text(preview: Preview) -> str:
 def _effect_lines(effect: Effect, ok: bool) -> list[str]:
     of = "" if ok else "Of the rows without faults: "
     lines = [
-        f"{of}new {effect.added:,}, known before {effect.known:,}, exact duplicates {effect.exact_duplicates:,}, "
-        f"near-duplicates with the same output {effect.near_duplicates:,}, removed earlier {effect.removed:,}; "
+        f"{of}new {effect.added:,} (near-duplicates with the same output {effect.near_kept:,}), "
+        f"known before {effect.known:,}; left out: exact duplicates {effect.exact_duplicates:,}, "
+        f"near-duplicates {effect.near_dropped:,}, removed earlier {effect.removed:,}; "
         f"inputs with different outputs {effect.conflicts:,}; "
         f"training rows that hold a test or benchmark item {effect.contaminated:,}; "
         f"rows that change their split {effect.moved:,}",
@@ -48,8 +49,8 @@ def _effect_lines(effect: Effect, ok: bool) -> list[str]:
     return lines
 
 
-def leak_text(report: LeakReport, bands: Sequence[BandScore]) -> str:
-    """A histogram of similarities, the random split beside, and scores by distance."""
+def leak_text(report: LeakReport, bands: Sequence[BandScore], templates: Sequence[TemplateScore] = ()) -> str:
+    """Return a histogram of similarities next to a random split's, and scores by distance and by output template."""
     counts = [dev + test for dev, test in zip(report.histogram("dev"), report.histogram("test"), strict=True)]
     lines = [f"Held-out rows by the similarity of their nearest training row, version {report.version[:12]}"]
     for place, count in enumerate(counts):
@@ -66,9 +67,15 @@ def leak_text(report: LeakReport, bands: Sequence[BandScore]) -> str:
         f"({band.interval[0]:.1%} to {band.interval[1]:.1%})"
         for band in bands
     ]
+    lines += [
+        f"{score.arm}, {_TEMPLATES[score.template]}: {score.exact} of {score.items} exact "
+        f"({score.interval[0]:.1%} to {score.interval[1]:.1%})"
+        for score in templates
+    ]
     return "\n".join(lines)
 
 
+_TEMPLATES = {"seen": "output template in training", "new": "new output template"}
 _OVERLAPS = {"identical": "an identical output", "template": "the same output template", "near": "a near-equal output"}
 
 

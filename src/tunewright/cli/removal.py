@@ -23,7 +23,10 @@ def data_remove(
     because: Annotated[str, typer.Option("--because", help="The reason: kept with the version and in removed.jsonl.")],
     keys: Annotated[
         Path | None,
-        typer.Option(help="A file with a row's key, or its first digits, on each line; or JSON with `key`."),
+        typer.Option(
+            help="A file of keys: one, or its first digits, on each line; JSON Lines with `key`; what `data suspects` "
+            "or `data show` prints with --json; CSV with a column `key` or `row`."
+        ),
     ] = None,
     where: Annotated[
         str | None, typer.Option(help="A JMESPath condition on a row as `data remove --json` shows it.")

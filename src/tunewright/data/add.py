@@ -13,7 +13,7 @@ from tunewright.data.arrivals import held_out, lifted, restored
 from tunewright.data.contents import Contents, contents
 from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
 from tunewright.data.formats.metadata import counted
-from tunewright.data.inheriting import Inherited, inherit, told
+from tunewright.data.inheriting import Inherited, inherit, refuse_torn_templates, told
 from tunewright.data.merge import Merge, merge
 from tunewright.data.neighbours.decontaminate import Hit
 from tunewright.data.neighbours.output_leak import OutputLeak
@@ -204,6 +204,8 @@ def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter, arriva
         reporter.warn(notices.duplicates(duplicates, data.duplicates))
     _tell_of_arrivals(merged, rows, arrival, reporter)
     inherited = inherit(arrival.split_from, merged.parent, merged.kept) if arrival.split_from is not None else None
+    if inherited and data.split_by == "output_template":
+        refuse_torn_templates(inherited, merged.kept)
     found = contents(project, merged, rows, reporter, inherited.splits if inherited else None)
     if inherited:
         reporter.say(told(inherited, found.members))
@@ -241,7 +243,8 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
         if message:
             reporter.warn("Nothing is new, so there is no version to keep the message with.")
         known = metadata_by_key(project.dataset, merged.parent.manifest)
-        other = sum(bool(row.metadata) and known.get(row.example.pair_key) != row.metadata for row in planned.rows)
+        there = [row for row in planned.rows if row.metadata and row.example.pair_key not in merged.withheld]
+        other = sum(known.get(row.example.pair_key) != row.metadata for row in there)
         if other:
             reporter.warn(
                 f"The metadata of {other:,} known rows is not kept: nothing else is new, so there is no new version to "
@@ -383,10 +386,13 @@ def _imports(
             "source": sources[row.source].name,
             "line": row.line,
             **contents.fate(row, merged),
-            **({"metadata": row.metadata} if row.metadata else {}),
         }
         for row in rows
     ]
+    for line, row in zip(lines, rows, strict=True):
+        # Rows that stay out have none: a purge erases metadata by the keys of rows that were in.
+        if row.metadata and line["fate"] not in ("removed", "contaminated"):
+            line["metadata"] = row.metadata
     lines += [
         {"source": sources[f.source].name, "line": f.line, "fate": "skipped", "code": f.code, "reason": f.reason}
         for f in skipped

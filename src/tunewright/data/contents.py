@@ -157,6 +157,6 @@ def _refuse_another_split(
             f"the dataset was split by input, and {sum(map(len, torn)):,} of its {len(former):,} rows have output "
             "templates on both sides",
             where="data.split_by",
-            fix="Move the dataset folder away and add the files again: a new dataset is split by template from the "
-            "start. Or set data.split_by: input.",
+            fix="Start a new dataset: move the dataset folder away and add the files again. --split-from cannot keep "
+            "this split, because it has those templates on both sides. Or set data.split_by: input.",
         )

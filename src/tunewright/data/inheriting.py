@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunewright.data.examples import Example
+from tunewright.data.outputs import template_groups
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, Member, load_version, short
 from tunewright.data.versions.manifest import SplitFrom
@@ -63,6 +64,33 @@ def inherit(path: Path, parent: DatasetVersion | None, rows: Mapping[str, Exampl
             f"no row of version {short(version.digest)} there has a pair or an input of these files", where=where
         )
     return Inherited(version, dataset.resolve().parent.name, splits)
+
+
+def refuse_torn_templates(inherited: Inherited, rows: Mapping[str, Example]) -> None:
+    """Refuse the split of a dataset that was split by input, if it has output templates on both sides.
+
+    All rows of such a template would follow one of them into the test, most of the training rows among them.
+
+    Args:
+        inherited: the split.
+        rows: the rows of the new dataset by pair key.
+
+    Raises:
+        UserError: rows of one template have several splits.
+    """
+    if inherited.version.manifest.settings.split_by == "output_template":
+        return
+    of_template: dict[str, list[Split]] = {}
+    for key, template in template_groups({key: rows[key].output for key in inherited.splits}).items():
+        of_template.setdefault(template, []).append(inherited.splits[key])
+    torn = sum(len(splits) for splits in of_template.values() if len(set(splits)) > 1)
+    if torn:
+        raise UserError(
+            f"{inherited.name} was split by input, and {torn:,} of its {len(inherited.splits):,} rows here have output "
+            "templates on both sides",
+            where="--split-from",
+            fix="Leave it out: a new dataset is split by template from the start. Or set data.split_by: input.",
+        )
 
 
 def told(inherited: Inherited, members: Iterable[Member]) -> str:

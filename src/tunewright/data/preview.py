@@ -36,8 +36,11 @@ class Effect:
     added: int
     known: int
     exact_duplicates: int
-    near_duplicates: int
-    """Kept in the cluster of the row that they are like, or left out where data.duplicates is "drop"."""
+    """Left out."""
+    near_kept: int
+    """Among those added: near-duplicates, in the cluster of the row that they are like."""
+    near_dropped: int
+    """Near-duplicates left out, where data.duplicates is "drop"."""
     removed: int
     """Rows that were removed earlier and stay out."""
     conflicts: int
@@ -106,14 +109,25 @@ def preview(project: Project, paths: Sequence[Path], reporter: Reporter) -> Prev
             effect = _effect(planned)
             if planned.fresh_conflicts and project.recipe.data.conflicts == "error":
                 refusals.append(notices.conflicting(planned.fresh_conflicts))
-    return Preview(checked, dict(metadata.most_common()), tuple(refusals), effect)
+    return Preview(checked, dict(metadata.most_common()), tuple(map(_beforehand, refusals)), effect)
+
+
+def _beforehand(refusal: UserError) -> UserError:
+    """The refusal of ``add`` as a check words it: nothing has been tried yet."""
+    what = refusal.what.replace("nothing was added", "nothing would be added")
+    return UserError(what, where=refusal.where, fix=refusal.fix)
 
 
 def _effect(planned: Plan) -> Effect:
     merged, found = planned.merged, planned.found
     fates = [found.fate(row, merged) for row in planned.rows]
     counts = Counter(fate["fate"] for fate in fates)
-    exact = sum(fate["fate"] == "duplicate" and fate["key"] == fate["of"] for fate in fates)
+    repeats = [
+        (row.example, merged.kept[fate["of"]])
+        for row, fate in zip(planned.rows, fates, strict=True)
+        if fate["fate"] == "duplicate"
+    ]
+    exact = sum(example.asked == kept.asked for example, kept in repeats)  # their outputs are equal in any case
     sizes = []
     for split in SPLITS:
         members = [member for member in found.members if member.split == split]
@@ -123,7 +137,8 @@ def _effect(planned: Plan) -> Effect:
         added=counts["added"],
         known=counts["known"],
         exact_duplicates=exact,
-        near_duplicates=counts["duplicate"] - exact + len(planned.near),
+        near_kept=len(planned.near),
+        near_dropped=len(repeats) - exact,
         removed=counts["removed"],
         conflicts=len(planned.fresh_conflicts),
         contaminated=len({hit.row for hit in found.hits}),

@@ -1,4 +1,4 @@
-"""Erasing the text of rows from a dataset for good, and finding what else in the project still has it.
+"""Erasing the text and metadata of rows from a dataset for good, and finding what else in the project has the text.
 
 Digests stay: pair keys are in the members of old versions, whose own digests are made of them. What a key was is in no
 file of the dataset any more; that it was purged, when and why, is in the log of removals.
@@ -18,6 +18,7 @@ import numpy as np
 
 from tunewright.data.examples import Example
 from tunewright.data.notices import listed
+from tunewright.data.review.kept import forget_suspects
 from tunewright.data.review.reviews import redact_reviews
 from tunewright.data.versions import Member, erase_purged
 from tunewright.data.versions.removals import Removal, append_removals, purge_told, read_removals
@@ -97,7 +98,10 @@ def _erase(
     grouped: tuple[Holder, ...],
     reporter: Reporter,
 ) -> tuple[Holder, ...]:
-    redact_reviews(dataset, {event.key for event in events if event.event == "purged"})
+    purged = {event.key for event in events if event.event == "purged"}
+    redact_reviews(dataset, purged)
+    if purged and (forgotten := forget_suspects(root)):
+        reporter.say(f"Removed {forgotten:,} kept lists of suspects: they quote rows.")
     # Looked for while the text is still known, and told before it is erased: after that nobody could.
     holders = (*grouped, *find_holders(root, dataset, rows.values(), reporter)) if rows else ()
     if holders:

@@ -143,6 +143,8 @@ def remove(
         holders: tuple[Holder, ...] = ()
         if family:
             holders = purge(project.root, dataset, _events(family, because, "purged", project), family, reporter)
+            # The purge may have sealed it again, without metadata.
+            version = current_manifest(dataset) or version
     rows = tuple(replace(row, document={}) if purge_text else row for row in result.rows)
     purged = len(family)
     return replace(result, version=version, created=bool(going), rows=rows, purged=purged, holders=holders)

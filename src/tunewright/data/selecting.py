@@ -6,7 +6,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tunewright.data.versions import IMPORTS, Member, list_versions, short, vers
 from tunewright.data.versions.find import source_name
 from tunewright.disk import text_lines
 from tunewright.errors import UserError
+from tunewright.sheets import read_sheet
 
 _FEWEST_DIGITS = 4
 _MOST = 10
@@ -47,6 +48,8 @@ class Origins:
     first: dict[str, tuple[str, int]] = field(default_factory=dict)
     again: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Pair key to all files that have it, the first one included."""
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The newest of each pair key whose file had any."""
 
     @property
     def sources(self) -> list[str]:
@@ -55,7 +58,10 @@ class Origins:
 
 
 def read_origins(dataset: Path) -> Origins:
-    """Return where each row of any version was read, by pair key; a row that was edited, where its former one was."""
+    """Return where each row of any version was read, and its metadata, by pair key.
+
+    A row that was edited has those of its former one.
+    """
     origins = Origins()
     for manifest in list_versions(dataset):
         path = version_folder(dataset, manifest.digest) / IMPORTS
@@ -68,9 +74,15 @@ def read_origins(dataset: Path) -> Origins:
                 if record["before"] in origins.first:
                     origins.first.setdefault(key, origins.first[record["before"]])
                     origins.again[key] |= origins.again[record["before"]]
+                if record["before"] in origins.metadata:
+                    origins.metadata.setdefault(key, origins.metadata[record["before"]])
                 continue
             origins.first.setdefault(key, (record["source"], record["line"]))
             origins.again[key].add(record["source"])
+            if "metadata" in record:
+                origins.metadata[key] = record["metadata"]
+            elif record.get("before") in origins.metadata:  # replaced
+                origins.metadata.setdefault(key, origins.metadata[record["before"]])
     return origins
 
 
@@ -86,6 +98,7 @@ def row_document(member: Member, origins: Origins) -> dict[str, Any]:
         "line": line,
         "groups": list(member.groups),
         "mixed": member.mixed,
+        "metadata": origins.metadata.get(member.key, {}),
         "messages": [message.as_dict() for message in member.example.messages],
     }
 
@@ -133,25 +146,18 @@ def read_elsewhere_first(selection: Selection, members: Iterable[Member], origin
 
 
 def _named(path: Path, members: Mapping[str, Member], former: set[str]) -> set[str]:
-    """The keys that a file names: one a line, whole or the first digits, or JSON objects with one as ``key``."""
-    try:
-        lines = text_lines(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"cannot be read: {reason}", where=str(path)) from None
+    """Return the keys of the rows that a file names."""
     keys = sorted(members.keys() | former)
     found: set[str] = set()
     wrong: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name = _key_on(line.strip(), f"{path}:{number}")
+    for where, given in _names(path):
+        name = _key_of(given, where)
         matching = keys[bisect_left(keys, name) : bisect_right(keys, name + "g")]
         if len(matching) == 1:
             found.add(matching[0])
         else:
             what = f"{len(matching)} rows begin with" if matching else "no row has the key"
-            wrong.append(f"  {path}:{number}: {what} {name}")
+            wrong.append(f"  {where}: {what} {name}")
     if wrong:
         more = f"\n  and {len(wrong) - _MOST:,} more" if len(wrong) > _MOST else ""
         lines_told = "\n".join(wrong[:_MOST])
@@ -161,18 +167,62 @@ def _named(path: Path, members: Mapping[str, Member], former: set[str]) -> set[s
     return found
 
 
-def _key_on(line: str, where: str) -> str:
-    name: Any = line
-    if line.startswith("{"):
+def _names(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each place in a file of keys, and the JSON value or the text there.
+
+    The file has a key or a JSON object on each line, is a JSON document as `data show`, `data suspects` and
+    `data remove` print it with --json, or a CSV with a column `key` or, as `data review --export` writes it, `row`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"cannot be read: {reason}", where=str(path)) from None
+    if text.lstrip()[:1] in ("{", "["):
         try:
-            name = json.loads(line).get("key")
-        except ValueError:
-            raise UserError("not a JSON object", where=where) from None
+            document = json.loads(text)
+        except ValueError:  # several objects, one a line
+            pass
+        else:
+            listed = _listed(document)
+            yield from ((f"{path}, item {n}" if len(listed) > 1 else str(path), v) for n, v in enumerate(listed, 1))
+            return
+    lines = text_lines(text)
+    header = re.split("[,;\t]", lines[0].replace('"', "").strip()) if lines else []
+    column = next((name for name in ("key", "row") if name in header), None)
+    if column is not None:
+        for number, cells in read_sheet(path, [column], "tunewright data review --export"):
+            yield f"{path}:{number}", cells[column]
+        return
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield f"{path}:{number}", _value_on(line.strip(), f"{path}:{number}")
+
+
+def _listed(document: Any) -> list[Any]:
+    """The rows of a JSON document: an array's items, those under `suspects` or `rows`, or the one that it is."""
+    if isinstance(document, dict) and "key" not in document:
+        document = next((document[name] for name in ("suspects", "rows") if name in document), document)
+    return document if isinstance(document, list) else [document]
+
+
+def _value_on(line: str, where: str) -> Any:
+    if not line.startswith("{"):
+        return line
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise UserError("not a JSON object", where=where) from None
+
+
+def _key_of(given: Any, where: str) -> str:
+    name = given.get("key") if isinstance(given, dict) else given
     if not isinstance(name, str) or not re.fullmatch(f"[0-9a-fA-F]{{{_FEWEST_DIGITS},64}}", name):
         raise UserError(
             f"not a row's key: {str(name)[:80]!r}",
             where=where,
-            fix=f"Write a key on each line, or at least {_FEWEST_DIGITS} of its first digits, or an object with `key`.",
+            fix=f"Write a key on each line, or at least {_FEWEST_DIGITS} of its first digits, or an object with `key`. "
+            "Output of `data suspects --json` or `data show --json`, or CSV with a column `key` or `row`, will do too.",
         )
     return name.lower()
 
@@ -206,6 +256,6 @@ def _query(expression: str) -> Any:
 
 
 _EXAMPLES = (
-    "Examples: \"output == 'cancel'\", \"contains(input, 'ACME')\", "
+    "Examples: \"output == 'cancel'\", \"contains(input, 'ACME')\", \"metadata.id == '17'\", "
     "\"split == 'train' && starts_with(source, 'old/')\"."
 )

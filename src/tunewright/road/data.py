@@ -16,7 +16,7 @@ from tunewright.data.versions.find import find_row
 from tunewright.data.versions.making import clusters_by_split
 from tunewright.disk import digest
 from tunewright.errors import UserError
-from tunewright.evaluation.evidence import find_evaluation, load_evidence, load_items
+from tunewright.evaluation.evidence import Item, find_evaluation, load_evidence, load_items
 from tunewright.evaluation.foresight import Foresight, foresee, tell_foresight
 from tunewright.progress import Reporter
 from tunewright.project import Project
@@ -26,7 +26,7 @@ from tunewright.road.opened import OpenProject
 if TYPE_CHECKING:
     from tunewright.data.formats.file_check import Change
     from tunewright.data.neighbours.contamination import Contamination
-    from tunewright.data.neighbours.leak import BandScore, LeakReport
+    from tunewright.data.neighbours.leak import BandScore, LeakReport, TemplateScore
     from tunewright.data.preview import Preview
     from tunewright.data.remove import RemoveResult
     from tunewright.data.review.edits import EditResult
@@ -257,6 +257,25 @@ class DataRoad:
         """
         from tunewright.data.neighbours.leak import score_by_distance
 
+        return score_by_distance(self._held_out_items(evaluation), report)
+
+    def scores_by_template(self, evaluation: str | Path) -> list[TemplateScore]:
+        """An evaluation's exact match on items with an output template of training rows, and with a new one.
+
+        Empty where outputs are alike by nature: `leak` says why.
+
+        Raises:
+            UserError: as for ``scores_by_distance``.
+        """
+        from tunewright.data.neighbours.leak import score_by_template
+        from tunewright.data.neighbours.output_leak import new_templates
+
+        version = self.version()
+        new = new_templates(version.members, ("dev", "test"))
+        items = self._held_out_items(evaluation)
+        return score_by_template(items, new, version.digest) if new is not None else []
+
+    def _held_out_items(self, evaluation: str | Path) -> list[Item]:
         folder = find_evaluation(self._project.evaluations, evaluation)
         if load_evidence(folder).design != "held-out":
             raise UserError(
@@ -264,7 +283,7 @@ class DataRoad:
                 where=str(folder),
                 fix="Name an evaluation that `tunewright evaluate` made.",
             )
-        return score_by_distance(load_items(folder), report)
+        return load_items(folder)
 
     def contamination(self, files: Iterable[str | Path] = ()) -> Contamination:
         """Training rows that hold a test input, an item of the recipe's benchmarks, or one of these files."""
@@ -281,7 +300,7 @@ class DataRoad:
         Raises:
             UserError: an adapter is named where answers are classes, which a model of other rows judges better.
         """
-        from tunewright.data.review.kept import kept_suspects
+        from tunewright.data.review.kept import FOLDER, kept_suspects
         from tunewright.data.review.suspects import METHOD, class_like, suspects
         from tunewright.data.versions.origins import places_by_key
 
@@ -312,7 +331,7 @@ class DataRoad:
             "judges": who.digest if who else None,
             "method": METHOD,
         }
-        file = project.work / "suspects" / f"{digest(decides)[:16]}.json"
+        file = project.work / FOLDER / f"{digest(decides)[:16]}.json"
         found = kept_suspects(file, find, self._reporter)
         places = places_by_key(self._dataset, version.manifest)
         return SuspectsResult(version, found, who.judged_by if who else None, places)

@@ -6,13 +6,13 @@ import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from tunewright.data.neighbours import comparison_texts
 from tunewright.data.neighbours.output_leak import OutputLeak, near_overlap, output_leak
-from tunewright.data.neighbours.similarity import shingle_matrix, similarities, verified
+from tunewright.data.neighbours.similarity import shingle_matrix, verified
 from tunewright.data.neighbours.sketches import Indices, Sketches
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
@@ -25,7 +25,8 @@ MOST_HELD_OUT = 5_000
 _MOST_COUNTED = 20_000  # rows whose near-equal ones are all counted; of more, a sample's
 _FIRST_OTHERS = 64  # rows compared first: where most are near-equal, they are enough
 _SURE = 1e-4  # a row is counted as leaked for sure where a random split misses it less often
-_BLOCK = 128  # held-out rows compared at once with all training rows
+_BLOCK = 128  # held-out rows compared at once with all training rows, at most
+_CELLS = 16_000_000  # similarities held at once: bounds the memory, not the result
 _ROUNDING = 1e-9
 
 
@@ -113,6 +114,24 @@ class BandScore:
         return {**asdict(self), "exact_match": self.exact / self.items}
 
 
+@dataclass(frozen=True)
+class TemplateScore:
+    """An arm's exact match on the items whose output template training rows have (seen), or on the others (new).
+
+    ``interval`` is Wilson's, at 95%, and takes items for independent.
+    """
+
+    arm: str
+    template: Literal["seen", "new"]
+    items: int
+    exact: int
+    interval: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The score as ``--json`` prints it."""
+        return {**asdict(self), "exact_match": self.exact / self.items}
+
+
 def leak(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOST_HELD_OUT) -> LeakReport:
     """Measure every held-out row of a version against its training rows.
 
@@ -156,14 +175,21 @@ def nearest_training(version: DatasetVersion, reporter: Reporter) -> dict[str, f
 def _nearest(
     members: Sequence[Member], texts: Sequence[str], held_out: Indices, train: Indices, reporter: Reporter
 ) -> list[Nearest]:
-    matrix = shingle_matrix(texts)
+    matrix = shingle_matrix(texts).astype(np.float32)
+    sizes = np.diff(matrix.indptr)
     training = matrix[train]
+    step = min(_BLOCK, max(1, _CELLS // max(len(train), matrix.shape[1])))
     found = []
     with reporter.task("comparing held-out rows", len(held_out), "examples") as task:
-        for start in range(0, len(held_out), _BLOCK):
-            rows = held_out[start : start + _BLOCK]
-            block = similarities(matrix[rows], training)
-            best, nearest = block.max(axis=1).toarray(), block.argmax(axis=1)
+        for start in range(0, len(held_out), step):
+            rows = held_out[start : start + step]
+            block = matrix[rows]
+            # Dense on one side: where inputs are made from templates, nearly every two rows share a shingle. The
+            # others' shingles that no row of the block has are left out first.
+            columns = np.unique(block.indices)
+            shared = training[:, columns] @ block[:, columns].toarray().T  # [train, rows]
+            similarity_of = shared / (sizes[train, None] + sizes[rows] - shared.astype(np.float64))
+            best, nearest = similarity_of.max(axis=0), similarity_of.argmax(axis=0)
             for row, similarity, place in zip(rows.tolist(), best.tolist(), nearest.tolist(), strict=True):
                 of = members[int(train[place])].key if similarity else None
                 found.append(Nearest(members[row].key, members[row].split, of, similarity))
@@ -222,23 +248,44 @@ def score_by_distance(items: Iterable[Answered], report: LeakReport) -> list[Ban
     Raises:
         UserError: an item is not among the report's rows.
     """
-    nearest = {row.key: row.similarity for row in report.nearest}
-    counts: dict[tuple[str, int], list[int]] = {}
-    for item in items:
-        if item.key not in nearest:
-            raise UserError(
-                f"the evaluated item {item.key[:12]} is not among the measured rows of version {report.version[:12]}",
-                fix="Measure the leak of the version that was evaluated, all of its held-out rows.",
-            )
-        band = band_of(nearest[item.key])
-        for arm, answer in item.answers.items():
-            count = counts.setdefault((arm, band), [0, 0])
-            count[0] += 1
-            count[1] += _spelling(answer) == _spelling(item.reference)
+    bands = {row.key: band_of(row.similarity) for row in report.nearest}
     return [
         BandScore(arm, *BANDS[band], items=total, exact=exact, interval=_wilson(exact, total))
-        for (arm, band), (total, exact) in sorted(counts.items())
+        for arm, band, total, exact in _exact(items, bands, report.version)
     ]
+
+
+def score_by_template(items: Iterable[Answered], new: Mapping[str, bool], version: str) -> list[TemplateScore]:
+    """Each arm's exact match on the items whose output template training rows have, and on the others.
+
+    Args:
+        items: the items of an evaluation.
+        new: whether no training row has the template, by pair key (``new_templates``).
+        version: the digest of the version that ``new`` is of.
+
+    Raises:
+        UserError: an item is not among the rows of ``new``.
+    """
+    return [
+        TemplateScore(arm, "new" if place else "seen", items=total, exact=exact, interval=_wilson(exact, total))
+        for arm, place, total, exact in _exact(items, new, version)
+    ]
+
+
+def _exact(items: Iterable[Answered], place: Mapping[str, int], version: str) -> list[tuple[str, int, int, int]]:
+    """For each arm and place, in their order: how many items there are, and how many have an exact answer."""
+    counts: dict[tuple[str, int], list[int]] = {}
+    for item in items:
+        if item.key not in place:
+            raise UserError(
+                f"the evaluated item {item.key[:12]} is not among the measured rows of version {version[:12]}",
+                fix="Measure the leak of the version that was evaluated, all of its held-out rows.",
+            )
+        for arm, answer in item.answers.items():
+            count = counts.setdefault((arm, place[item.key]), [0, 0])
+            count[0] += 1
+            count[1] += _spelling(answer) == _spelling(item.reference)
+    return [(arm, where, total, exact) for (arm, where), (total, exact) in sorted(counts.items())]
 
 
 def band_of(similarity: float) -> int:

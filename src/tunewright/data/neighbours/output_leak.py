@@ -6,7 +6,7 @@ by choosing a template that it has seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,13 +20,14 @@ from tunewright.data.neighbours.similarity import shingle_matrix
 from tunewright.data.neighbours.sketches import Indices
 from tunewright.data.outputs import output_template
 from tunewright.data.review.suspects import class_like
-from tunewright.data.splits import MINIMUM_CLUSTERS
+from tunewright.data.splits import MINIMUM_CLUSTERS, Split
 from tunewright.data.versions import Member
 from tunewright.progress import Reporter
 
 HIGH = 0.5
 """Share of the test rows from which on known output templates are worth a warning."""
 
+_TEST: tuple[Split, ...] = ("test",)
 _SAMPLE = 500  # rows compared with all others
 _CELLS = 4_000_000  # similarities held at once: bounds the memory, not the result
 _ROUNDING = 1e-6
@@ -100,17 +101,18 @@ def output_leak(members: Sequence[Member]) -> OutputLeak:
     )
 
 
-def new_templates(members: Sequence[Member]) -> dict[str, bool] | None:
+def new_templates(members: Sequence[Member], splits: Collection[Split] = _TEST) -> dict[str, bool] | None:
     """Return for each test row, by key, whether no training row has its output template; None where that says nothing.
 
     Args:
         members: the rows of a version; the generic mix-in does not count.
+        splits: whose rows are asked for.
     """
     domain = [m for m in members if not m.mixed]
     if _natural(domain, _numbers(domain, output_template)) is not None:
         return None
     seen = {output_template(m.example.output) for m in domain if m.split == "train"}
-    return {m.key: output_template(m.example.output) not in seen for m in domain if m.split == "test"}
+    return {m.key: output_template(m.example.output) not in seen for m in domain if m.split in splits}
 
 
 def _natural(domain: Sequence[Member], template: Indices) -> str | None:

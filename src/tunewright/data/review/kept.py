@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tunewright.data.review.suspects import Suspect
-from tunewright.disk import write_json
+from tunewright.disk import write_json, writing
 from tunewright.progress import Reporter, Task
+
+FOLDER = "suspects"
+"""Below the project's working folder."""
+
+
+def forget_suspects(root: Path) -> int:
+    """Remove the lists that are kept below a project's folder, and return how many there were.
+
+    They quote answers, also of rows that are not suspects themselves, so a purge cannot tell which quote its rows.
+    """
+    folder = root / ".tunewright" / FOLDER
+    if not folder.is_dir():
+        return 0
+    count = len(list(folder.glob("[!.]*.json")))
+    with writing(folder):
+        shutil.rmtree(folder)
+    return count
 
 
 class _Recorder:

@@ -8,6 +8,7 @@ dataset/versions/DIGEST12/members.tsv  pair key, split, cluster: the version's d
                           imports.jsonl  what became of every row of the files that were added
 """
 
+from tunewright.data.versions.erasing import IMPORTS
 from tunewright.data.versions.manifest import (
     MANIFEST,
     Counts,
@@ -20,7 +21,6 @@ from tunewright.data.versions.manifest import (
     short,
 )
 from tunewright.data.versions.store import (
-    IMPORTS,
     VERSION_FILES,
     DatasetVersion,
     Member,

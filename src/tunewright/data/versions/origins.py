@@ -11,7 +11,7 @@ from tunewright.data.review.edits import replaced
 from tunewright.data.versions import Manifest, import_files
 from tunewright.disk import text_lines
 
-_PRESENT = ("added", "known", "mixed")
+_PRESENT = ("added", "known", "mixed", "replaced")
 """What imports.jsonl says of rows that are in the version; a duplicate's file and metadata are those of another row."""
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunewright.data.review.reviews import Event, event_line, events_in, without_purged
-from tunewright.data.versions import MANIFEST, Manifest, keys_digest, short
+from tunewright.data.versions import IMPORTS, MANIFEST, Manifest, keys_digest, short
+from tunewright.data.versions.erasing import erased_metadata
 from tunewright.data.versions.removals import Removal
 from tunewright.data.versions.removals import events_in as removals_in
 from tunewright.errors import UserError
@@ -172,7 +173,7 @@ class Place:
         return events
 
     def erase(self, purged: Collection[str], reporter: Reporter) -> int:
-        """Erase the text of purged rows from all versions and reviews there; return from how many files.
+        """Erase the text and metadata of purged rows from all versions and reviews there; return from how many files.
 
         Which purges were carried out is marked, so that the next push does not look through everything again.
 
@@ -184,7 +185,9 @@ class Place:
             return 0
         wanted = {key.encode() for key in purged}
         changed = 0
-        for name in (f"versions/{version}/rows.jsonl" for version in self.versions()):
+        for version in self.versions():
+            changed += self._erase_metadata(f"versions/{version}", purged)
+            name = f"versions/{version}/rows.jsonl"
             data = self.read_if_there(name) or b""
             lines = data.splitlines(keepends=True)
             kept = b"".join(line for line in lines if not (match := _ROW_KEY.match(line)) or match[1] not in wanted)
@@ -199,6 +202,15 @@ class Place:
         if changed and not self.has_folders:
             reporter.warn("A bucket with versioning keeps the files' former content until you delete it there.")
         return changed
+
+    def _erase_metadata(self, folder: str, purged: Collection[str]) -> int:
+        imports, manifest = (self.read_if_there(f"{folder}/{name}") for name in (IMPORTS, MANIFEST))
+        if imports is None or manifest is None:  # a push was stopped before the manifest, and writes all of it again
+            return 0
+        files = erased_metadata(imports, manifest, purged)
+        for name, data in files.items():
+            self._rewrite(f"{folder}/{name}", data)
+        return len(files)
 
     def _redact(self, name: str, purged: Collection[str]) -> int:
         data = self.read(name)

@@ -7,8 +7,8 @@ URL/reviews/SHA12.jsonl             what each push brought of the log of reviews
 URL/removed/SHA12.jsonl             likewise of the log of removals; all.jsonl is their union
 URL/erased/SHA12                    which purges were carried out there, by the digest of their keys
 
-No file but HEAD is ever written again, unless a purge takes text out of it, so two who push at once cannot spoil each
-other's versions or lose each other's verdicts, and a version whose manifest is there is whole.
+No file but HEAD is ever written again, unless a purge takes text or metadata out of it. So two who push at once cannot
+spoil each other's versions or lose each other's verdicts, and a version whose manifest is there is whole.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from tunewright.data.versions import (
     version_folder,
     write_head,
 )
+from tunewright.data.versions.erasing import erased_metadata
 from tunewright.data.versions.members import MEMBERS, places_of, read_members, read_places
 from tunewright.data.versions.place import AGAIN, ALL_REMOVED, REMOVED, REVIEWS, Place
 from tunewright.data.versions.removals import Removals, read_removals
@@ -264,6 +265,8 @@ def _packed(dataset: Path, manifest: Manifest, purged: Collection[str]) -> tuple
     folder = version_folder(dataset, manifest.digest)
     files = {name: (folder / name).read_bytes() for name in VERSION_FILES}
     _check_files(manifest, files, str(folder))
+    # The other side's purges may not have been pulled yet. The order of the files stays, the manifest last.
+    files |= erased_metadata(files[IMPORTS], files[MANIFEST], purged)
     return len(new), {_ROWS: rows_text(new).encode(), **files}
 
 
@@ -280,6 +283,8 @@ def _unpack(
     """Bring one version here, its parent being here; the rows that it brought, and the bytes read."""
     base = f"versions/{short(manifest.digest)}"
     files = {name: place.read(f"{base}/{name}") for name in VERSION_FILES}
+    # Before the check: where an erasure there was stopped halfway, this is what makes the files fit again.
+    files |= erased_metadata(files[IMPORTS], files[MANIFEST], purged)
     _check_files(manifest, files, f"{place.url}/{base}")
     data = place.read(f"{base}/{_ROWS}")
     where = f"{place.url}/{base}/{_ROWS}"
@@ -303,9 +308,11 @@ def _check_files(manifest: Manifest, files: dict[str, bytes], where: str) -> Non
         UserError: naming the file that was changed.
     """
     document = json.loads(files[MANIFEST])
+    # Not the digests of ``manifest``, which was read before: a purge may have replaced these two since.
+    imports, seal = document.get("imports"), document.get("seal")
     wrong = {
-        IMPORTS: manifest.imports not in (None, hashlib.sha256(files[IMPORTS]).hexdigest()),
-        MANIFEST: manifest.seal not in (None, manifest_seal(document)),
+        IMPORTS: imports not in (None, hashlib.sha256(files[IMPORTS]).hexdigest()),
+        MANIFEST: document.get("digest") != manifest.digest or seal not in (None, manifest_seal(document)),
     }
     for name, is_wrong in wrong.items():
         if is_wrong:

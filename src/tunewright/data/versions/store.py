@@ -20,6 +20,7 @@ from tunewright.clock import to_the_second
 from tunewright.data.examples import Example
 from tunewright.data.splits import Split
 from tunewright.data.versions.author import current_author
+from tunewright.data.versions.erasing import IMPORTS, erased_metadata
 from tunewright.data.versions.manifest import MANIFEST, Manifest, manifest_seal, read_manifest, short
 from tunewright.data.versions.members import MEMBERS, Place, member_line, members_file, members_sha256, read_places
 from tunewright.data.versions.removals import REMOVED_FILE, purge_told, read_removals
@@ -28,7 +29,6 @@ from tunewright.disk import canonical_json, new_folder, text_lines, write_json, 
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 
-IMPORTS = "imports.jsonl"
 UNFINISHED = "rows/.unfinished"
 VERSION_FILES = (MEMBERS, IMPORTS, MANIFEST)
 
@@ -151,11 +151,23 @@ def _clear_unfinished(dataset: Path) -> None:
 
 
 def erase_purged(dataset: Path) -> int:
-    """Erase the text of purged rows that is still in the dataset's files of rows; return how many rows had some."""
+    """Erase the text of purged rows that is still in the dataset, and their metadata in every version's imports.
+
+    Returns:
+        How many rows had text.
+    """
     purged = read_removals(dataset).purged
-    there = has_rows(dataset / "rows", purged) if purged else set()
+    if not purged:
+        return 0
+    there = has_rows(dataset / "rows", purged)
     with writing(dataset):
         remove_rows(dataset / "rows", there)
+        for path in sorted(dataset.glob(f"versions/{'[0-9a-f]' * 12}/{IMPORTS}")):
+            manifest = path.parent / MANIFEST
+            if manifest.is_file():
+                files = erased_metadata(path.read_bytes(), manifest.read_bytes(), purged.keys())
+                for name, data in files.items():
+                    write_text(path.parent / name, data.decode())
     return len(there)
 
 
@@ -173,6 +185,7 @@ def _clear_leftovers(dataset: Path) -> None:
             *dataset.glob(".HEAD.*"),
             *dataset.glob("rows/.??.jsonl.*"),
             *dataset.glob(folders),
+            *dataset.glob(f"versions/{'[0-9a-f]' * 12}/.*.json*"),
             *marker,
         ):
             if path.is_dir():
