@@ -190,6 +190,7 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
         _tell_of_newer(folder, measurement.reporter)
         return EvaluateResult(folder, load_evidence(folder), evaluated=False)
     test = version.examples("test")
+    measurement.warn_of_longer("test")
     opening = ledger.open(
         author=current_author(measurement.project.root),
         evaluation=settled.identity,
@@ -244,6 +245,7 @@ def evaluate_on_dev(measurement: Measurement, adapter: Adapter, advice: Advice) 
         _tell_of_newer(folder, measurement.reporter)
         return EvaluateResult(folder, load_evidence(folder), evaluated=False)
     dev = measurement.version.examples("dev")
+    measurement.warn_of_longer("dev")
     if measurement.schedule is not None:
         # The others were counted while a prompt was chosen.
         tuned = [plan for plan in settled.plans if plan.adapted]
