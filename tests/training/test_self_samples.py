@@ -133,8 +133,8 @@ def test_draw_writes_no_more_than_asked_for_when_that_is_less_than_half_a_chunk(
         said = [f"{text} {sum(asked)}-{n}" for n in range(len(requests))]
         return [Completion(tuple(road.chat.tokenizer(one)["input_ids"]), "stop") for one in said]
 
-    place: Any = (road.base, road.chat, {}, complete, 0, "replay", road.project.work, road.reporter)
-    drawn = Sampler(*place, wanted).draw(wanted, lambda examples: {}, finished=True)
+    sampler = Sampler(road.base, road.chat, {}, complete, 0, "replay", road.project.work, road.reporter, wanted)
+    drawn = sampler.draw(wanted, lambda examples: {}, finished=True)
     assert len(drawn.used) == wanted
     assert asked == [chunk] * 2 * -(-wanted // chunk), "instructions and answers"
 
