@@ -73,7 +73,7 @@ def test_a_budget_below_the_fewest_arms_is_refused_with_the_minimum(project: Pat
     error = refused.document["error"]
     assert error["where"] == "--minutes"
     assert "1 minutes are too few: the arms that are never left out take about" in error["what"]
-    assert "(zero-shot, retrieved-1, tuned)" in error["what"]
+    assert "(zero-shot, retrieved-1, the best prompting arm, tuned)" in error["what"]
     fewest = int(re.search(r"--minutes (\d+) or more", error["fix"])[1])  # type: ignore[index]
     assert not (project / "evaluations" / "ledger.jsonl").exists()
     assert tunewright("evaluate", "--minutes", str(fewest - 1), "--project", project).code == 2

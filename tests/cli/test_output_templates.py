@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,24 @@ def test_evaluate_scores_items_with_a_new_output_template_apart(project: Path) -
     assert share >= 0.5
     assert sum("have an output template seen in training" in r or "every test item" in r for r in told) == 1
     assert 'aria-labelledby="output-templates"' in next(project.glob("evaluations/*/report.html")).read_text()
+
+
+def test_evaluate_dev_scores_dev_items_by_template_and_distance(project: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(project, tmp_path / "project"))
+    assert tunewright("evaluate", "--dev", "-p", copy).code == 0
+    (folder,) = (copy / "evaluations").glob("dev-*/")
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    evidence = json.loads((folder / "evidence.json").read_text())
+    members = load_version(copy / "dataset").members
+    known = {output_template(m.example.output) for m in members if m.split == "train"}
+    assert [item["new_template"] for item in items] == [output_template(i["reference"]) not in known for i in items]
+    assert all(0 <= item["nearest"] <= 1 for item in items)
+    parts = [part["items"] for part in (evidence["output_templates"][name] for name in ("seen", "new")) if part]
+    assert sum(parts) == sum(band["items"] for band in evidence["nearness"]["bands"]) == len(items)
+    told = tunewright("verdict", folder.name, "-p", copy, "--json").document["reasons"]
+    assert sum("dev items have an output template seen in training" in r or "every dev item" in r for r in told) == 1
+    assert tunewright("report", folder.name, "-p", copy).code == 0
+    assert "The dev items by whether" in (folder / "report.html").read_text()
 
 
 def test_leak_scores_an_evaluation_by_output_template(project: Path) -> None:

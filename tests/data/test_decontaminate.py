@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from pathlib import Path
 
@@ -142,8 +143,32 @@ def test_items_are_read_from_strings_and_from_the_usual_or_the_named_field(tmp_p
     assert read_items(file, "answer") == ["no"]
 
 
+def test_read_items_takes_the_last_user_turn_of_a_chat_export(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    said = [("system", "Be brief."), ("user", "one"), ("assistant", "yes"), ("user", "two"), ("assistant", "no")]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "three"}]}]
+    chats = [[{"role": role, "content": text} for role, text in said], parts]
+    file.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in chats))
+    assert read_items(file) == ["two", "three"]
+
+
+def test_read_items_names_every_place_that_it_looked_in(tmp_path: Path) -> None:
+    file = tmp_path / "suite.jsonl"
+    file.write_text('{"utterance": "x"}\n')
+    with pytest.raises(UserError, match="question, query, prompt, instruction, input, text, or a user turn") as error:
+        read_items(file)
+    assert error.value.fix is not None
+    assert '{"question": "..."}' in error.value.fix
+
+
 @pytest.mark.parametrize(
-    ("text", "what"), [("{", "not JSON"), ('{"answer": "x"}', "no text in"), ('{"text": 3}', "no text in")]
+    ("text", "what"),
+    [
+        ("{", "not JSON"),
+        ('{"answer": "x"}', "no text in"),
+        ('{"messages": [{"role": "assistant"}]}', "no text in"),
+        ('{"text": 3}', "no text in"),
+    ],
 )
 def test_a_line_without_a_text_is_refused_with_its_place(tmp_path: Path, text: str, what: str) -> None:
     file = tmp_path / "suite.jsonl"

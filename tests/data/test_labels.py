@@ -177,6 +177,30 @@ def test_rows_of_one_cluster_do_not_vouch_for_their_answer(tmp_path: Path) -> No
     assert set(_inputs(version, found[:3])) == inputs
 
 
+def test_suspects_judges_repeated_answers_when_the_split_is_by_output_template(tmp_path: Path) -> None:
+    pairs, bad = _many_labels(60)
+    version = _version(tmp_path / "p", pairs)
+    settings = version.manifest.settings.model_copy(update={"split_by": "output_template"})
+    by_template = replace(
+        version,
+        manifest=version.manifest.model_copy(update={"settings": settings}),
+        members=tuple(replace(m, cluster=m.example.output) for m in version.members),
+    )
+    found = suspects(by_template, Listener())
+    assert len(set(_inputs(version, found[:60])) & bad) >= 54
+
+
+def test_suspects_gives_each_reason_why_rows_are_not_judged(tmp_path: Path) -> None:
+    pairs, _ = _many_labels(0)
+    version = _version(tmp_path / "p", [*pairs, *unlike_pairs(100, seed=5)])
+    members = [m if m.example.output != "label 7" else replace(m, cluster="one") for m in version.members]
+    told = Listener()
+    suspects(replace(version, members=tuple(members)), told)
+    said = next(said for said in told.said if "104 of 1,300 rows are not judged" in said)
+    assert "100 with an answer in free text that no other row has" in said
+    assert "4 with an answer that only rows of their own cluster have" in said
+
+
 def test_free_text_and_labels_in_one_set_are_both_ranked(tmp_path: Path) -> None:
     pairs, _ = _many_labels(20)
     version = _version(tmp_path / "p", [*pairs, *unlike_pairs(100, seed=5)])

@@ -44,6 +44,13 @@ def test_every_split_has_rows_and_shares_are_not_overrun(sizes: list[int], seed:
         assert rows[held_out] <= goal or len(names) == 1  # one cluster, where none fits
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_assign_splits_takes_no_cluster_over_a_third_of_a_split_while_others_fit(seed: int) -> None:
+    clusters = _clusters([1] * 300 + [25] * 10)
+    splits = assign_splits(clusters, {}, RECIPE, seed)
+    assert all(splits[name] == "train" for name, keys in clusters.items() if len(keys) == 25)
+
+
 def test_small_clusters_are_left_for_dev_and_train_where_the_rest_is_one_large_family() -> None:
     clusters = _clusters([1] * 9 + [100])
     rows = _rows(clusters, assign_splits(clusters, {}, RECIPE, 0))

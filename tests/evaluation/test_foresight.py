@@ -7,7 +7,15 @@ import pytest
 
 from tunewright.data.splits import Split, assign_splits
 from tunewright.errors import UserError
-from tunewright.evaluation.foresight import AIM, USUAL, Foresight, foresee, foresight_text, require_significance
+from tunewright.evaluation.foresight import (
+    AIM,
+    USUAL,
+    Foresight,
+    foresee,
+    foresight_text,
+    require_significance,
+    warn_of_few_dev_clusters,
+)
 from tunewright.evaluation.power import power
 from tunewright.evaluation.statistics import exact_mcnemar
 from tunewright.progress import LogReporter
@@ -81,3 +89,25 @@ def test_a_pipeline_without_a_possible_verdict_is_refused_unless_forced() -> Non
     assert 'the verdict will be "can\'t tell"' in warning
     require_significance(_foresee(6), force=False, reporter=reporter)
     assert len(reporter.warned) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ([43, 30, 7, 2, 1, 1], "6 dev clusters of 43, 30, 7, 2, 1, … rows: dev says as much as 2.5 clusters of equal"),
+        ([5], "1 dev cluster of 5 rows: dev says as much as 1 cluster of equal size"),
+        ([4, 4, 4, 4, 4], "5 dev clusters of 4, 4, 4, 4, 4 rows: dev says as much as 5 clusters of equal size"),
+    ],
+)
+def test_few_or_dominating_dev_clusters_are_a_warning(sizes: list[int], told: str) -> None:
+    reporter = _Warned()
+    warn_of_few_dev_clusters(sizes, reporter)
+    (warning,) = reporter.warned
+    assert told in warning
+    assert "larger data.dev or another seed" in warning
+
+
+def test_dev_clusters_of_equal_size_are_no_warning_when_there_are_enough() -> None:
+    reporter = _Warned()
+    warn_of_few_dev_clusters([3] * 6, reporter)
+    assert reporter.warned == []

@@ -120,6 +120,25 @@ def test_a_small_draw_of_the_same_rows_is_the_beginning_of_a_larger_one(tmp_path
     assert len({normalised(s.instruction) for s in large.used}) == 8
 
 
+@pytest.mark.parametrize(("wanted", "chunk"), [(4, 4), (11, 11), (12, 24), (40, 24)])
+def test_draw_writes_no_more_than_asked_for_when_that_is_less_than_half_a_chunk(
+    tmp_path: Path, tiny_base_folder: Path, wanted: int, chunk: int
+) -> None:
+    road = replay_road(tmp_path / "project", tiny_base_folder)
+    text = "Why is the sky blue?"
+    asked: list[int] = []
+
+    def complete(requests: Any, _ends: Any, _on_finished: Any) -> list[Completion]:
+        asked.append(len(requests))
+        said = [f"{text} {sum(asked)}-{n}" for n in range(len(requests))]
+        return [Completion(tuple(road.chat.tokenizer(one)["input_ids"]), "stop") for one in said]
+
+    sampler = Sampler(road.base, road.chat, {}, complete, 0, "replay", road.project.work, road.reporter, wanted)
+    drawn = sampler.draw(wanted, lambda examples: {}, finished=True)
+    assert len(drawn.used) == wanted
+    assert asked == [chunk] * 2 * -(-wanted // chunk), "instructions and answers"
+
+
 def test_samples_of_no_use_are_left_out_by_number_and_counted(tmp_path: Path, tiny_base_folder: Path) -> None:
     road = replay_road(tmp_path / "project", tiny_base_folder)
     model = load_model(road.base, "float32", "none")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunewright.chat.format import ChatFormat
-from tunewright.data.examples import Message
+from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
+from tunewright.progress import Reporter
 from tunewright.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -58,10 +59,27 @@ def answer_limit(recipe: Recipe, chat: ChatFormat, members: Iterable[Member]) ->
     """
     if recipe.evaluate.max_new_tokens is not None:
         return recipe.evaluate.max_new_tokens
-    last_turns = [chat.layouts(m.example.messages)[-1] for m in members]
-    lengths = [answer_length(row.loss_mask) for row in chat.tokens(last_turns)]
+    lengths = answer_lengths(chat, [m.example for m in members])
     usual = int(np.percentile(lengths, 99, method="inverted_cdf"))  # that many tokens hold 99 answers of 100
     return usual + max(8, math.ceil(usual / 4))
+
+
+def answer_lengths(chat: ChatFormat, examples: Sequence[Example]) -> list[int]:
+    """Return the tokens of each example's last answer, its end token included."""
+    last_turns = [chat.layouts(example.messages)[-1] for example in examples]
+    return [answer_length(row.loss_mask) for row in chat.tokens(last_turns)]
+
+
+def warn_of_longer_references(
+    chat: ChatFormat, examples: Sequence[Example], limit: int, split: str, reporter: Reporter
+) -> None:
+    """Warn of references longer than ``limit`` tokens, and say which limit would fit all; before they are answered."""
+    lengths = answer_lengths(chat, examples)
+    if longer := sum(length > limit for length in lengths):
+        reporter.warn(
+            f"evaluate.max_new_tokens: {longer:,} of {len(lengths):,} {split} references are longer than the limit of "
+            f"{limit:,} tokens, so right answers to them are cut off. {max(lengths):,} tokens would fit all of {split}."
+        )
 
 
 def answer_length(loss_mask: Sequence[bool]) -> int:

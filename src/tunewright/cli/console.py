@@ -112,28 +112,38 @@ class _LineTask:
 
     every_s = 15.0
     short_s = 2.0  # work done sooner than this is not worth a line
+    burst_s = 1.0  # advances this soon after the first one belong to it
 
     def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
         self.console = console
         self.title = title
         self.total = total
         self.unit = unit
-        self.done = self.resumed = 0
-        self.began = self.told = time.monotonic()
+        self.done = self.first = 0
+        self.began = self.told = self.since = time.monotonic()
+        self.first_at: float | None = None
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.done += steps
         now = time.monotonic()
-        if steps > 1 and self.done == steps:
-            self.resumed = steps
+        self.first_at = now if self.first_at is None else self.first_at
+        if now - self.first_at < self.burst_s:
+            # What a resumed task had done already, or a whole batch after warming up: it does not show the speed.
+            self.first, self.since = self.done, now
         finished = self.done == self.total and now - self.began > self.short_s
         if now - self.told < self.every_s and not finished:
             return
         self.told = now
-        fresh = self.done - self.resumed
-        left = (now - self.began) / fresh * (self.total - self.done) if fresh else 0
-        tail = f", {note}" if note else ""
-        self.console.print(f"{self.title}: {self.done}/{self.total} {self.unit}{tail}, {_duration(left)} left")
+        parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", note, self._left(now)]
+        self.console.print(", ".join(part for part in parts if part))
+
+    def _left(self, now: float) -> str:
+        """Return the time left by the speed since the first advances, or nothing before there are later ones."""
+        if self.done == self.total:
+            return "0 s left"
+        if self.done == self.first:
+            return ""
+        return f"{_duration((now - self.since) / (self.done - self.first) * (self.total - self.done))} left"
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
         """Nothing is drawn on a log: each evaluation says its numbers itself."""

@@ -29,7 +29,7 @@ from tunewright.data.versions import (
     members_digest,
     save_version,
 )
-from tunewright.data.versions.making import LeftOut, clusters_by_split, new_manifest
+from tunewright.data.versions.making import LeftOut, cluster_sizes, clusters_by_split, new_manifest
 from tunewright.data.versions.origins import metadata_by_key
 from tunewright.data.versions.removals import Removal, append_removals
 from tunewright.errors import UserError
@@ -67,6 +67,8 @@ class AddResult:
     """How many test rows have an output, or its template, that training rows have too."""
     clusters: dict[Split, int]
     """How many independent clusters each split has, mix-in apart."""
+    dev_clusters: tuple[int, ...]
+    """Rows of each dev cluster, the largest first."""
     near_duplicates: tuple[Duplicate, ...] = ()
     """New rows with nearly the input and the output of another: kept, in its cluster."""
     replaced: tuple[Replaced, ...] = ()
@@ -139,6 +141,7 @@ def add(
         replaced=merged.replaced(),
         removed=tuple(f"{row.source}:{row.line}" for row in rows if row.example.pair_key in merged.withheld),
         clusters=clusters_by_split(found.members),
+        dev_clusters=cluster_sizes(found.members, "dev"),
     )
 
 

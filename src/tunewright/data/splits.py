@@ -15,6 +15,8 @@ Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 MINIMUM_CLUSTERS = 10  # with fewer, a tenth of them is less than one
+LARGEST = 1 / 3
+"""Share of dev or test that a cluster may take while smaller ones fit."""
 
 
 def join_groups(clusters: Mapping[str, Sequence[str]], group_of: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
@@ -60,6 +62,8 @@ def assign_splits(
     A cluster with a row that was ever held out for the test stays in the test, then likewise for dev and train. New
     clusters come in an order drawn from the seed and their names; they fill the test and then dev up to their shares
     of the rows, without going over (a cluster too large for what is left is passed over), and the rest is for training.
+    Clusters larger than a third of a split come after the others, except where classes get their shares: two of them
+    would decide what is measured there.
 
     Args:
         clusters: cluster name to the pair keys in it.
@@ -84,7 +88,9 @@ def assign_splits(
         # Each split that still has nothing keeps a claim on one of the free clusters.
         most = len(free) - len({"train", "dev", "test"} - {split} - set(splits.values()))
         if class_of is None:
-            taken = _fill(free, clusters, room, most, lambda _: True)
+            # sorted is stable: the smaller ones keep their order
+            small_first = sorted(free, key=lambda name: len(clusters[name]) > LARGEST * share * total)
+            taken = _fill(small_first, clusters, room, most, lambda _: True)
         else:
             taken = _fill_by_class(free, clusters, room, most, _Classes(clusters, class_of, share, held))
         if not held and not taken and most > 0:

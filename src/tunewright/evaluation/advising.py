@@ -79,6 +79,7 @@ def prepare(measurement: Measurement) -> None:
     warn_of_unreachable(measurement.generator, measurement.version.domain, measurement.reporter)
     dev = [m.example for m in measurement.version.examples("dev")]
     check_references(measurement.scorers, dev, "dev", measurement.reporter)
+    measurement.warn_of_longer("dev")
 
 
 def choosing_inputs(settings: EvaluateRecipe) -> dict[str, Any]:

@@ -190,6 +190,7 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
         _tell_of_newer(folder, measurement.reporter)
         return EvaluateResult(folder, load_evidence(folder), evaluated=False)
     test = version.examples("test")
+    measurement.warn_of_longer("test")
     opening = ledger.open(
         author=current_author(measurement.project.root),
         evaluation=settled.identity,
@@ -216,23 +217,9 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
     scored = scored_arms(measurement.scorers, test, answers)
     settled = replace(settled, declared=opening.declared)
     evidence = _evidence(measurement, adapter, advice, settled, answers, scored, "test")
-    nearest = nearest_training(version, measurement.reporter)
-    nearness = scores_by_distance(scored, [nearest[m.key] for m in test], evidence.contrasts[0], recipe.seed)
-    new = new_templates(version.members)
-    templates = (
-        None
-        if new is None
-        else scores_by_template(scored, [new[m.key] for m in test], evidence.contrasts[0], recipe.seed)
-    )
-    later = {
-        "noise_floor": noise,
-        "nearness": nearness,
-        "output_templates": templates,
-        "opening": opening,
-        "openings": earlier,
-    }
-    evidence = evidence.model_copy(update=later)
-    save_evaluation(folder, evidence, test, answers, scored, Distances(nearest, new))
+    evidence, distances = _by_distance(measurement, evidence, scored, "test")
+    evidence = evidence.model_copy(update={"noise_floor": noise, "opening": opening, "openings": earlier})
+    save_evaluation(folder, evidence, test, answers, scored, distances)
     return EvaluateResult(folder, evidence, evaluated=True)
 
 
@@ -244,6 +231,7 @@ def evaluate_on_dev(measurement: Measurement, adapter: Adapter, advice: Advice) 
         _tell_of_newer(folder, measurement.reporter)
         return EvaluateResult(folder, load_evidence(folder), evaluated=False)
     dev = measurement.version.examples("dev")
+    measurement.warn_of_longer("dev")
     if measurement.schedule is not None:
         # The others were counted while a prompt was chosen.
         tuned = [plan for plan in settled.plans if plan.adapted]
@@ -252,8 +240,23 @@ def evaluate_on_dev(measurement: Measurement, adapter: Adapter, advice: Advice) 
         answers = {plan.name: measurement.answers(plan, dev, "dev", adapter) for plan in settled.plans}
     scored = scored_arms(measurement.scorers, dev, answers)
     evidence = _evidence(measurement, adapter, advice, settled, answers, scored, "dev")
-    save_evaluation(folder, evidence, dev, answers, scored, Distances({}, None))
+    evidence, distances = _by_distance(measurement, evidence, scored, "dev")
+    save_evaluation(folder, evidence, dev, answers, scored, distances)
     return EvaluateResult(folder, evidence, evaluated=True)
+
+
+def _by_distance(
+    measurement: Measurement, evidence: Evidence, scored: ScoredArms, split: Literal["test", "dev"]
+) -> tuple[Evidence, Distances]:
+    """Return the evidence with its scores by distance from the training rows, and the distances of each item."""
+    version, seed, deciding = measurement.version, measurement.project.recipe.seed, evidence.contrasts[0]
+    keys = [m.key for m in version.examples(split)]
+    nearest = nearest_training(version, measurement.reporter, split)
+    new = new_templates(version.members, (split,))
+    templates = None if new is None else scores_by_template(scored, [new[key] for key in keys], deciding, seed)
+    nearness = scores_by_distance(scored, [nearest[key] for key in keys], deciding, seed)
+    measured = evidence.model_copy(update={"nearness": nearness, "output_templates": templates})
+    return measured, Distances(nearest, new)
 
 
 def _evidence(

@@ -1,9 +1,9 @@
-"""What a dataset's test split can show, and how many more rows it needs, before anything is trained or measured."""
+"""What a dataset's held-out splits can show, and how many more rows they need, before anything is trained."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tunewright.data.splits import Split
@@ -15,6 +15,7 @@ from tunewright.progress import Reporter
 USUAL = ASSUMED[1]
 TOO_BLUNT = 0.3
 """A test split that shows no difference below this gets a warning: fine-tuning seldom gains more over a good prompt."""
+_SHOWN = 5
 AIM = 0.2
 """The difference for which the warning says how many rows are needed."""
 
@@ -99,6 +100,28 @@ def tell_foresight(told: Foresight, reporter: Reporter) -> None:
     (reporter.warn if told.effect > TOO_BLUNT else reporter.say)(foresight_text(told))
 
 
+def warn_of_few_dev_clusters(sizes: Sequence[int], reporter: Reporter) -> None:
+    """Warn of a dev split that says no more than a handful of independent clusters.
+
+    Clusters with shares p of the rows say as much as 1 / sum(p²) clusters of equal size: Kish's effective sample size.
+    Below `FEWEST_CLUSTERS` not even a difference on which all clusters agree can be significant.
+
+    Args:
+        sizes: rows of each dev cluster, the largest first.
+        reporter: hears the warning.
+    """
+    effective = sum(sizes) ** 2 / sum(size**2 for size in sizes) if sizes else 0.0
+    if effective >= FEWEST_CLUSTERS:
+        return
+    held = f"{', '.join(f'{size:,}' for size in sizes[:_SHOWN])}{', …' if len(sizes) > _SHOWN else ''}"
+    reporter.warn(
+        f"{_count(len(sizes), 'dev cluster')} of {held} rows: dev says as much as "
+        f"{_count(round(effective, 1), 'cluster')} of equal size, and {FEWEST_CLUSTERS} are the fewest that can show a "
+        "difference. Dev chooses the prompt and the epoch, so both choices may suit these few clusters only. Add "
+        "unlike rows, or start a new dataset with a larger data.dev or another seed."
+    )
+
+
 def require_significance(told: Foresight, *, force: bool, reporter: Reporter) -> None:
     """Refuse a pipeline whose verdict is "can't tell" whatever is measured; with ``force``, warn instead.
 
@@ -118,5 +141,5 @@ def require_significance(told: Foresight, *, force: bool, reporter: Reporter) ->
     )
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def _count(number: float, thing: str) -> str:
+    return f"{number:,g} {thing}{'' if number == 1 else 's'}"

@@ -88,6 +88,7 @@ class ForgettingMeter:
             "held-out",
             self.project.work,
             generator.reporter,
+            self.wanted,
         )
         screen = outsiders(self.project, self.version, generator.chat, limit, generator.reporter)
         return sampler.draw(self.wanted, screen, finished=False)

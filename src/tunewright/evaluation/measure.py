@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_length, answer_limit, stop_strings
+from tunewright.chat.answers import answer_lengths, answer_limit, stop_strings, warn_of_longer_references
 from tunewright.clock import now
+from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
@@ -79,6 +80,7 @@ class Measurement:
         self.context = context_length(generator.base)
         self._limit = limit
         self.schedule: Schedule | None = None
+        self._warned_of: set[Split] = set()
         self._built: dict[tuple[ArmPlan, str], Prompt] = {}
 
     @cached_property
@@ -90,9 +92,14 @@ class Measurement:
 
     def longer_than_limit(self, members: Sequence[Member]) -> int:
         """Return how many of these rows' right answers have more tokens than an answer may have."""
-        chat = self.generator.chat
-        rows = chat.tokens([chat.layouts(m.example.messages)[-1] for m in members])
-        return sum(answer_length(row.loss_mask) > self.limit for row in rows)
+        return sum(n > self.limit for n in answer_lengths(self.generator.chat, [m.example for m in members]))
+
+    def warn_of_longer(self, split: Split) -> None:
+        """Warn, once for each split, of right answers longer than an answer may be."""
+        if split not in self._warned_of:
+            self._warned_of.add(split)
+            examples = [m.example for m in self.version.examples(split)]
+            warn_of_longer_references(self.generator.chat, examples, self.limit, split, self.reporter)
 
     @cached_property
     def instruction(self) -> Instruction:

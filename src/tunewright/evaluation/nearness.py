@@ -1,4 +1,4 @@
-"""The evidence's sections of scores by how near the test items are to what was trained on."""
+"""The evidence's sections of scores by how near the evaluated items are to what was trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BandScore(Score):
 
 
 class Subset(Part):
-    """Some of the test items, and what each arm scores on them."""
+    """Some of the items, and what each arm scores on them."""
 
     items: int
     clusters: int
@@ -30,7 +30,7 @@ class Subset(Part):
 
 
 class Band(Subset):
-    """Test items by the similarity of their nearest training input: from low to below high; the last one has 1 in it.
+    """Items by the similarity of their nearest training input: from low to below high; the last one has 1 in it.
 
     The farther half has its high in it.
     """
@@ -40,7 +40,7 @@ class Band(Subset):
 
 
 class Nearness(Part):
-    """How near the test items are to the training rows, and what each arm scores by that."""
+    """How near the items are to the training rows, and what each arm scores by that."""
 
     similarity: Annotated[str, Field(description="What is compared, and how.")]
     treatment: str
@@ -52,7 +52,7 @@ class Nearness(Part):
 
 
 class OutputTemplates(Part):
-    """Scores on test items whose output template (quoted strings and numbers masked) is, or is not, in training."""
+    """Scores on items whose output template (quoted strings and numbers masked) is, or is not, in training."""
 
     treatment: str
     control: str

@@ -33,6 +33,8 @@ _SAMPLED = 200
 TUNED_RETRIEVED = "tuned+retrieved"
 """In a budget, before the number of its demonstrations is known."""
 NOISE = "noise floor"
+_BEST = "the best prompting arm"
+"""Stands for the arm that is chosen on dev, before that is known."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ class Schedule:
         if contest.split == "test":
             loads += [
                 _Load(f"{ZERO_SHOT.name} {on}", ZERO_SHOT, items, 0, zero),
-                _Load(f"best prompting {on}", ArmPlan("retrieved", 1), items, 0, best),
+                _Load(f"{_BEST} {on}", ArmPlan("retrieved", 1), items, 0, best),
             ]
             loads.append(_Load(f"{TUNED.name} {on}", TUNED, items, 0, zero))
         else:
@@ -433,4 +435,5 @@ def _arms_text(number: int, noun: str) -> str:
 
 
 def _names(stages: Mapping[str, Sequence[_Load]]) -> str:
-    return ", ".join(dict.fromkeys(load.plan.name for loads in stages.values() for load in loads))
+    loads = [load for loads in stages.values() for load in loads]
+    return ", ".join(dict.fromkeys(_BEST if load.title.startswith(_BEST) else load.plan.name for load in loads))

@@ -275,8 +275,8 @@ def _known_templates(evidence: Evidence) -> list[str]:
         return []
     if found.new is None:
         return [
-            "Caution: every test item has an output template seen in training, so the score does not show what happens "
-            "with a new one. data.split_by: output_template, in a new dataset, keeps templates apart."
+            f"Caution: every {evidence.split} item has an output template seen in training, so the score does not "
+            "show what happens with a new one. data.split_by: output_template, in a new dataset, keeps templates apart."
         ]
     scores = [
         f"{name} {score_text(evidence.metric, score.value)}"
@@ -285,8 +285,8 @@ def _known_templates(evidence: Evidence) -> list[str]:
     ]
     told = " and ".join(scores) if scores else "nothing is scored"
     return [
-        f"Caution: {seen / evidence.items:.0%} of the test items have an output template seen in training; on the "
-        f"{_count(found.new.items, 'item')} with a new template: {told}."
+        f"Caution: {seen / evidence.items:.0%} of the {evidence.split} items have an output template seen in "
+        f"training; on the {_count(found.new.items, 'item')} with a new template: {told}."
     ]
 
 

@@ -17,7 +17,7 @@ from tunewright.data.versions.making import clusters_by_split
 from tunewright.disk import digest
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Item, find_evaluation, load_evidence, load_items
-from tunewright.evaluation.foresight import Foresight, foresee, tell_foresight
+from tunewright.evaluation.foresight import Foresight, foresee, tell_foresight, warn_of_few_dev_clusters
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import DataRecipe
@@ -110,6 +110,7 @@ class DataRoad:
             restore=restore,
             split_from=None if split_from is None else Path(split_from),
         )
+        warn_of_few_dev_clusters(added.dev_clusters, self._reporter)
         tell_foresight(foresee(added.version.counts.domain, added.clusters, data.test), self._reporter)
         return added
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_limit, answer_text, stop_strings
+from tunewright.chat.answers import answer_limit, answer_text, stop_strings, warn_of_longer_references
 from tunewright.data.examples import Example
 from tunewright.data.versions import Member
 from tunewright.metrics import Scorer, check_references, score_all, scorer_of
@@ -79,7 +79,7 @@ def dev_task(
         train: the longest answer is taken from these, as in evaluation.
         dev: the rows to answer.
         context: tokens that the base can hold.
-        reporter: hears of a sample.
+        reporter: hears of a sample, and of references longer than an answer may be.
 
     Returns:
         None where the recipe wants no answers; the dev loss alone then chooses.
@@ -99,6 +99,7 @@ def dev_task(
     scorer = scorer_of(recipe.evaluate.metric, root)
     check_references([scorer], [m.example for m in dev], "dev", reporter)
     limit = answer_limit(recipe, chat, train)
+    warn_of_longer_references(chat, [m.example for m in dev], limit, "dev", reporter)
     stop = stop_strings(recipe, chat)
     prompts = [chat.prompt(m.example.prompt) for m in dev]
     return DevTask(

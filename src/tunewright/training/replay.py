@@ -110,6 +110,7 @@ def _sampler(
 ) -> tuple[Sampler, Callable[[], None]]:
     """A sampler, and what frees the memory of the engine that writes for it."""
     recipe, engine, loaded = project.recipe, _engine(project), cache(load)
+    wanted = None if recipe.train.replay is None else recipe.train.replay.samples
     vllm: VllmAnswers | None = None
     if engine.environment is not None:
         size = recipe.evaluate.batch_size
@@ -124,7 +125,7 @@ def _sampler(
         return generate(loaded(), requests, stop_ids=ends, pad_id=pad, batch_size=BATCH, on_finished=on_finished)
 
     inputs = {"dtype": recipe.train.dtype, "quantize": recipe.train.quantize, **engine.identity}
-    sampler = Sampler(base, chat, inputs, complete, recipe.seed, "replay", project.work, reporter)
+    sampler = Sampler(base, chat, inputs, complete, recipe.seed, "replay", project.work, reporter, wanted)
     return sampler, (lambda: None) if vllm is None else vllm.stop
 
 

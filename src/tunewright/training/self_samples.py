@@ -103,6 +103,7 @@ class Sampler:
         purpose: "replay" or "held-out": draws of one seed for different purposes are independent.
         work: the project's working folder.
         reporter: shows the progress.
+        wanted: how many will be asked for. Of fewer than half a chunk only as many are drawn together.
     """
 
     def __init__(
@@ -115,8 +116,10 @@ class Sampler:
         purpose: str,
         work: Path,
         reporter: Reporter,
+        wanted: int | None = None,
     ) -> None:
         self.chat = chat
+        self.chunk = _CHUNK if wanted is None or 2 * wanted >= _CHUNK else wanted
         self.complete = complete
         self.seed = f"{seed}:{purpose}"
         self.reporter = reporter
@@ -131,7 +134,7 @@ class Sampler:
             "top_p": TOP_P,
             "instruction_tokens": INSTRUCTION_TOKENS,
             "answer_tokens": ANSWER_TOKENS,
-            "chunk": _CHUNK,
+            "chunk": self.chunk,
             "batch": BATCH,
         }
         self.folder = work / "self-samples" / digest(self.about)[:16]
@@ -152,7 +155,10 @@ class Sampler:
         used: list[Sample] = []
         left_out: dict[int, str] = {}
         asked: set[str] = set()
-        for chunk in range(max(_FEWEST_CHUNKS, -(-wanted * _MOST_DRAWN // _CHUNK))):
+        most = max(_FEWEST_CHUNKS * _CHUNK, wanted * _MOST_DRAWN)
+        for chunk in range(-(-most // self.chunk)):
+            if len(used) == wanted:
+                break
             samples = self._chunk(chunk)
             reasons = self._faults(samples, asked, finished)
             whole = {s.example.pair_key: s for s in samples if s.number not in reasons}
@@ -194,7 +200,9 @@ class Sampler:
     def _chunk(self, chunk: int) -> list[Sample]:
         file = self.folder / f"{chunk:04d}.json"
         if not file.exists():
-            write_json(file, [asdict(sample) for sample in self._write(range(chunk * _CHUNK, (chunk + 1) * _CHUNK))])
+            write_json(
+                file, [asdict(sample) for sample in self._write(range(chunk * self.chunk, (chunk + 1) * self.chunk))]
+            )
         return [Sample(**{**row, "ids": tuple(row["ids"])}) for row in json.loads(file.read_text(encoding="utf-8"))]
 
     def _write(self, numbers: range) -> list[Sample]:

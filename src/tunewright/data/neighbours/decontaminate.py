@@ -143,11 +143,12 @@ def _tests(members: Sequence[Member]) -> list[Member]:
 
 
 def read_items(path: Path, field: str | None = None) -> list[str]:
-    """The items of a JSONL file, each a string or an object with its text in a field.
+    """Return the items of a JSONL file, each a string, a conversation or an object with its text in a field.
 
     Args:
         path: the file.
-        field: the field; None: the first of question, query, prompt, instruction, input and text that an object has.
+        field: the field; None: the first of question, query, prompt, instruction, input and text that an object has,
+            else the last user turn of its ``messages``.
 
     Raises:
         UserError: cannot be read, or a line without such a text (naming file and line).
@@ -168,12 +169,27 @@ def _item(line: str, field: str | None, where: str) -> str:
     except ValueError as error:
         raise UserError(f"not JSON: {error}", where=where, fix="Put one JSON value on each line.") from None
     if isinstance(value, dict):
-        value = next((value[name] for name in ([field] if field else FIELDS) if name in value), None)
+        named = next((value[name] for name in ([field] if field else FIELDS) if name in value), None)
+        value = _last_user_turn(value.get("messages")) if named is None and field is None else named
     if not isinstance(value, str):
+        looked_for = field or f"{', '.join(FIELDS)}, or a user turn of messages"
         raise UserError(
-            f"no text in {field or ', '.join(FIELDS)}", where=where, fix="Name the field that holds the item's text."
+            f"no text in {looked_for}",
+            where=where,
+            fix='Write each item as a JSON string, as an object such as {"question": "..."}, or as a chat with '
+            "messages, whose last user turn is the item.",
         )
     return value
+
+
+def _last_user_turn(messages: object) -> object:
+    """Return what the user said last in a chat export: a text, or its text parts joined; None where nothing is."""
+    turns = [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
+    content = next((turn.get("content") for turn in reversed(turns) if turn.get("role") == "user"), None)
+    if not isinstance(content, list):
+        return content
+    parts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return "\n".join(parts) if parts else None
 
 
 def words_of(text: str) -> Words:

@@ -163,13 +163,13 @@ def leak(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOS
     return LeakReport(version.digest, len(held_out), tuple(nearest), leaks, outputs)
 
 
-def nearest_training(version: DatasetVersion, reporter: Reporter) -> dict[str, float]:
-    """Of each test row, by its key, the similarity of the nearest training input (Jaccard of character 4-grams)."""
+def nearest_training(version: DatasetVersion, reporter: Reporter, split: Split = "test") -> dict[str, float]:
+    """Return the Jaccard similarity (character 4-grams) of each test or dev row's nearest training input, by key."""
     members = version.members
     texts = comparison_texts([m.example for m in members])
     train = np.array([i for i, m in enumerate(members) if m.split == "train"], dtype=np.int64)
-    test = np.array([i for i, m in enumerate(members) if m.split == "test"], dtype=np.int64)
-    return {row.key: row.similarity for row in _nearest(members, texts, test, train, reporter)}
+    held_out = np.array([i for i, m in enumerate(members) if m.split == split], dtype=np.int64)
+    return {row.key: row.similarity for row in _nearest(members, texts, held_out, train, reporter)}
 
 
 def _nearest(

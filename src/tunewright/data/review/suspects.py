@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tunewright.data.examples import in_conflict
-from tunewright.data.neighbours import comparison_texts
+from tunewright.data.neighbours import comparison_texts, find_clusters
 from tunewright.data.neighbours.similarity import near_pairs
 from tunewright.data.neighbours.sketches import Mask
+from tunewright.data.splits import join_groups
 from tunewright.data.versions import DatasetVersion, Member, short
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
@@ -29,7 +30,7 @@ Reason = Literal["conflict", "near-duplicate", "label", "loss"]
 SHARE = 0.1
 """Of the rows, the share worth looking at: benchmarks/label_errors.py says what is in it."""
 
-METHOD = 2
+METHOD = 3
 """Goes up with each change of what ``suspects`` finds in the same rows: lists that are kept are then found again."""
 
 REPEATED = 0.5
@@ -128,6 +129,8 @@ def suspects(
     """
     if not 0 < share <= 1:
         raise UserError(f"the share of rows to list is {share}", fix="Give a number above 0 and at most 1.")
+    if version.manifest.settings.split_by == "output_template":
+        version = _clustered_by_input(version, reporter)
     members = version.domain
     accepted = conflicts_accepted(version)
     found = [] if accepted else conflicts(members)
@@ -146,6 +149,22 @@ def suspects(
     return list(first.values())[:most]
 
 
+def _clustered_by_input(version: DatasetVersion, reporter: Reporter) -> DatasetVersion:
+    """Return the version with clusters by inputs and groups alone.
+
+    Its own put all rows of one answer together, so that no row of another cluster could be compared with it.
+    """
+    domain = version.domain
+    names = find_clusters([m.example for m in domain], version.manifest.settings.similarity, reporter)
+    clusters: dict[str, list[str]] = defaultdict(list)
+    for member, name in zip(domain, names, strict=True):
+        clusters[name].append(member.key)
+    joined = join_groups(clusters, {m.key: m.groups for m in domain})
+    cluster_of = {key: name for name, keys in joined.items() for key in keys}
+    members = tuple(replace(m, cluster=cluster_of.get(m.key, m.cluster)) for m in version.members)
+    return replace(version, members=members)
+
+
 def _of_many_answers(
     members: Sequence[Member], answers: Sequence[str], losses: Mapping[str, AnswerLoss] | None, reporter: Reporter
 ) -> list[Suspect]:
@@ -156,13 +175,34 @@ def _of_many_answers(
     if losses is None:
         if rest:
             reporter.say(
-                f"{len(rest):,} of {len(members):,} rows are not judged: their answers are free text that no other row "
-                "has, and the loss of a trained adapter would rank them. --adapter base ranks by the base's own loss."
+                f"{len(rest):,} of {len(members):,} rows are not judged: {_why_not_judged(rest, members)}. The loss of "
+                "a trained adapter would rank them. --adapter base ranks by the base's own loss."
             )
         return repeating
     by_loss = _by_loss(rest, losses, reporter)
     ranked = [(rank / len(group), suspect) for group in (repeating, by_loss) for rank, suspect in enumerate(group)]
     return [suspect for _, suspect in sorted(ranked, key=lambda each: each[0])]
+
+
+def _why_not_judged(rest: Sequence[Member], members: Sequence[Member]) -> str:
+    """Say how many of the ``rest`` have no other row to compare their answer with, by reason."""
+    counts = Counter(_answer(m) for m in members)
+    clusters: dict[str, set[str]] = defaultdict(set)
+    for member in members:
+        clusters[_answer(member)].add(member.cluster)
+    repeat = answers_repeat([_answer(m) for m in members])
+
+    def reason(member: Member) -> str:
+        answer = _answer(member)
+        if counts[answer] == 1:
+            return "with an answer in free text that no other row has"
+        if not repeat:
+            return "with an answer that other rows have, in a dataset where too few rows share theirs"
+        if len(clusters[answer]) == 1:
+            return "with an answer that only rows of their own cluster have"
+        return "with no words in common with other rows"
+
+    return ", ".join(f"{count:,} {why}" for why, count in Counter(map(reason, rest)).most_common())
 
 
 def _by_centroids(members: Sequence[Member], answers: Sequence[str], reporter: Reporter) -> list[Suspect]:

@@ -74,6 +74,12 @@ def clusters_by_split(members: Sequence[Member]) -> dict[Split, int]:
     return {split: len({m.cluster for m in members if m.split == split and not m.mixed}) for split in SPLITS}
 
 
+def cluster_sizes(members: Sequence[Member], split: Split) -> tuple[int, ...]:
+    """Return the rows of each cluster of a split, mix-in apart, the largest first."""
+    sizes = Counter(m.cluster for m in members if m.split == split and not m.mixed)
+    return tuple(sorted(sizes.values(), reverse=True))
+
+
 def renamed(members: Sequence[Member]) -> list[Member]:
     """The members, sorted, with each cluster called after the smallest key in it, after rows came or went."""
     names: dict[str, str] = {}

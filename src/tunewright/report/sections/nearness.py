@@ -29,7 +29,7 @@ def section(evidence: Evidence) -> Section | None:
         below="similarity of the nearest training input",
     )
     lead = (
-        f"The test items by how near they are to what was trained on: the {found.similarity}. "
+        f"The {evidence.split} items by how near they are to what was trained on: the {found.similarity}. "
         f"{_answer(evidence, found)} The bands are not adjusted for being several: they "
         "are to be read, and decide nothing."
     )
@@ -63,8 +63,8 @@ def templates_section(evidence: Evidence) -> Section | None:
         "Does it only work on outputs of a known form?",
         (
             Lead(
-                "The test items by whether a training row has the same output once quoted strings and numbers are "
-                f"masked. {_template_answer(found, evidence.items)} These bands decide nothing."
+                f"The {evidence.split} items by whether a training row has the same output once quoted strings "
+                f"and numbers are masked. {_template_answer(found, evidence.items)} These bands decide nothing."
             ),
             Figure(Markup(drawn)),
             Table("Table of scores by output template", head, rows),
