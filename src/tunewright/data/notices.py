@@ -304,18 +304,16 @@ def _turns(example: Example) -> tuple[Message, ...]:
 
 def warn_of_contents(
     members: Sequence[Member],
-    conflicts: Sequence[Conflict],
+    accepted: Sequence[Conflict],
     moved: Sequence[Move],
     largest: Sequence[Largest],
-    new: Collection[str],
     reporter: Reporter,
 ) -> None:
-    """Warn of what a new version holds: accepted conflicts, moved rows, a large cluster, little to train on."""
-    fresh = [conflict for conflict in conflicts if any(key in new for key in conflict.keys)]
-    if fresh:
-        told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in fresh)
-        lines = listed(told, len(fresh), _MOST_EXAMPLES, "the result lists all")
-        reporter.warn(f"{_count(len(fresh), 'input')} with different outputs, all kept:\n{lines}")
+    """Warn of what a new version holds: accepted new conflicts, moved rows, a large cluster, little to train on."""
+    if accepted:
+        told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in accepted)
+        lines = listed(told, len(accepted), _MOST_EXAMPLES, "the result lists all")
+        reporter.warn(f"{_count(len(accepted), 'input')} with different outputs, all kept:\n{lines}")
     for (before, now), count in Counter((move.before, move.now) for move in moved).items():
         reporter.warn(
             f"{_count(count, 'row')} moved from {before} to {now}: new rows are nearly equal to rows of both, or of "
