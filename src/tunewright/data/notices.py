@@ -331,8 +331,7 @@ def warn_of_contents(
     elif training < FEW_TRAINING_PAIRS:
         reporter.warn(
             f"{_count(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: expect the adapter to learn them "
-            "by heart (training loss falls, dev loss rises), and a test too small to show anything but large gains. "
-            "`tunewright crossfit` measures on all rows instead of a tenth."
+            "by heart (training loss falls, dev loss rises). `tunewright crossfit` measures on all rows."
         )
 
 
