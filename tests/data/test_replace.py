@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunewright.data.add import AddResult, add
+from tunewright.data.notices import excerpts
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import Judged, append_reviews
 from tunewright.data.versions import load_version
@@ -77,6 +78,35 @@ def test_a_replacement_is_told_with_both_outputs_and_blamed_on_its_line(tmp_path
     found = blame(project.dataset, version, row.key)
     assert (found.source, found.line) == ("mended.jsonl", 1)
     assert find_row(project.dataset, version, "pairs.jsonl:4").key == row.key
+
+
+LONG = "SELECT CITYalias0.CITY_NAME FROM CITY AS CITYalias0 WHERE CITYalias0.POPULATION > 150000 AND "
+
+
+def test_messages_show_long_outputs_where_they_differ(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    [(question, _), *others] = unlike_pairs(30)
+    _add(project, [(question, f"{LONG}STATE_NAME = 'texas'"), *others])
+    mended = (question, f"{LONG}STATE_NAME = 'ohio'")
+    with pytest.raises(UserError, match="which is right") as caught:
+        _add(project, [mended], "mended.jsonl")
+    apart = "STATE_NAME = 'texas'\"", "STATE_NAME = 'ohio'\""
+    assert all(text in caught.value.what for text in apart)
+    _, listener = _add(project, [mended], "mended.jsonl", replace=True)
+    [told] = [said for said in listener.said if "1 row replaced" in said]
+    assert all(text in told for text in apart)
+    several = [(question, f"{LONG}STATE_NAME = '{state}'") for state in ("iowa", "utah")]
+    with pytest.raises(UserError, match="which is right") as caught:
+        _add(project, several, "several.jsonl", replace=True)
+    assert "'iowa'" in caught.value.what
+    assert "'utah'" in caught.value.what
+
+
+def test_excerpts_tell_each_output_apart_from_the_most_similar_one() -> None:
+    told = excerpts([f"{LONG}one", f"{LONG}two", "short", f"{LONG}one"])
+    assert told[0] == told[3] == '"…CITYalias0.POPULATION > 150000 AND one"'
+    assert told[1:3] == ['"…CITYalias0.POPULATION > 150000 AND two"', '"short"']
+    assert excerpts([LONG]) == [f'"{LONG[:59]}…"']
 
 
 def test_a_replacement_can_be_replaced_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ _MOST_FAULTS = 50
 _MOST_EXAMPLES = 10
 _MOST_PLACES = 3
 _MOST_REASONS = 3
+_LONGEST = 60  # characters of an excerpt
+_BEFORE = 20  # characters shown before the first difference of two long texts
 _NUMBER = re.compile(r"\d[\d,.]*")
 
 
@@ -269,9 +272,14 @@ def known_outputs(found: OutputLeak) -> str:
 
 def replaced(rows: Sequence[Replaced]) -> str:
     """Return the notice of rows that took the place of others with their input."""
-    told = (f"{r.source}:{r.line}: {'; '.join(map(_excerpt, r.outputs_before))} → {_excerpt(r.output)}" for r in rows)
+    told = (_became(r) for r in rows)
     lines = listed(told, len(rows), _MOST_EXAMPLES, "`tunewright data diff` shows all")
     return f"{_count(len(rows), 'row')} replaced: the same input, the file's output, the split as before\n{lines}"
+
+
+def _became(row: Replaced) -> str:
+    *before, now = excerpts([*row.outputs_before, row.output])
+    return f"{row.source}:{row.line}: {'; '.join(before)} → {now}"
 
 
 def standing(rows: Sequence[SourceRow]) -> str:
@@ -345,9 +353,8 @@ def _large(cluster: Largest, rows: int) -> str:
 
 
 def _outputs(conflict: Conflict) -> str:
-    return "; ".join(
-        f"{_excerpt(output)} ({place})" for output, place in zip(conflict.outputs, conflict.places, strict=True)
-    )
+    told = zip(excerpts(conflict.outputs), conflict.places, strict=True)
+    return "; ".join(f"{output} ({place})" for output, place in told)
 
 
 def listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
@@ -362,6 +369,27 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def excerpts(texts: Sequence[str]) -> list[str]:
+    """Return a quoted excerpt of at most 60 characters of each text, by which unlike texts can be told apart.
+
+    A text that another one equals so far begins shortly before their first difference.
+    """
+    lines = [" ".join(text.split()) for text in texts]
+    return [_told_apart(line, [other for other in lines if other != line]) for line in lines]
+
+
+def _told_apart(line: str, others: Sequence[str]) -> str:
+    same = max((len(os.path.commonprefix([line, other])) for other in others), default=0)
+    if same < _LONGEST - 1:
+        return f'"{_cut(line)}"'
+    # At a word, unless that is longer than what is shown before the difference.
+    start = line.rfind(" ", same - 2 * _BEFORE, same - _BEFORE) + 1 or same - _BEFORE
+    return f'"…{_cut(line[start:])}"'
+
+
 def _excerpt(text: str) -> str:
-    line = " ".join(text.split())
-    return f'"{line if len(line) <= 60 else line[:59] + "…"}"'
+    return excerpts([text])[0]
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
