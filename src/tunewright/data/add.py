@@ -275,6 +275,8 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
         split_from=planned.inherited.about if planned.inherited else None,
     )
     imports = _imports(planned.rows, given.faults, sources, merged, found)
+    if kept := Counter(key for line in imports for key in line.get("metadata", ())):
+        reporter.say(f"Kept as metadata: {counted(kept)}")
     version = save_version(project.dataset, version, found.members, imports, reporter)
     append_removals(project.dataset, [lifted(removal, project.root) for removal in planned.restored])
     return version
@@ -305,9 +307,6 @@ def _read(files: Sequence[Path], recipe: Recipe, reporter: Reporter, *, skip_bad
     for reading in given.readings:
         for note in reading.notes:
             reporter.say(note)
-    extra = Counter(key for row in given.rows for key in row.metadata)
-    if extra:
-        reporter.say(f"Kept as metadata: {counted(extra)}")
     if given.faults and not skip_bad:
         raise notices.faulty(given.faults)
     if given.faults:
