@@ -128,6 +128,9 @@ def test_newer_metadata_of_a_known_row_is_kept_with_the_next_version(tmp_path: P
     again = [{**row, "rating": 2} for row in rows]
     assert not add(project, [_jsonl(path, again)], listener).created
     assert any("metadata of 20 known rows is not kept" in warned for warned in listener.warned)
+    first = Listener()
+    add(project, [_jsonl(path, [again[0]])], first)
+    assert any("metadata of 1 known row is not kept" in warned for warned in first.warned)
     assert not any("Kept as metadata" in said for said in listener.said)
     more = [{"prompt": q, "completion": a, "rating": 3} for q, a in unlike_pairs(5, seed=4)]
     add(project, [_jsonl(path, [*again, *more])], Listener())

@@ -127,7 +127,7 @@ def test_a_file_with_two_outputs_for_one_input_replaces_nothing(tmp_path: Path) 
     pairs = unlike_pairs(40)
     first, _ = _add(project, pairs)
     with pytest.raises(
-        UserError, match="nothing was replaced: the files have several outputs for 1 known inputs"
+        UserError, match="nothing was replaced: the files have several outputs for 1 known input;"
     ) as caught:
         _add(project, [(pairs[3][0], "one"), (pairs[3][0], "two")], replace=True)
     assert "pairs.jsonl:1" in caught.value.what

@@ -36,6 +36,7 @@ from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
+from tunewright.wording import count_of
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,8 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
         other = sum(known.get(row.example.pair_key) != row.metadata for row in there)
         if other:
             reporter.warn(
-                f"The metadata of {other:,} known rows is not kept: nothing else is new, so there is no new version to "
-                "keep it with."
+                f"The metadata of {count_of(other, 'known row')} is not kept: nothing else is new, "
+                "so there is no new version to keep it with."
             )
         return merged.parent.manifest
     sources = _sources(given, project.root)

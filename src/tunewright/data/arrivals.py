@@ -17,6 +17,7 @@ from tunewright.data.versions.author import current_author
 from tunewright.data.versions.removals import Removal, read_removals
 from tunewright.disk import text_lines
 from tunewright.errors import UserError
+from tunewright.wording import count_of
 
 _MOST = 10
 
@@ -166,8 +167,8 @@ def _refuse_several(read: Mapping[str, Sequence[SourceRow]], there: Mapping[str,
             for outputs in [[r.example.output for r in group]]
         )
         raise UserError(
-            f"nothing was replaced: the files have several outputs for {len(several):,} known inputs; which is right?\n"
-            f"{listed(told, len(several), _MOST, 'tunewright data check lists all')}",
+            f"nothing was replaced: the files have several outputs for {count_of(len(several), 'known input')}; "
+            f"which is right?\n{listed(told, len(several), _MOST, 'tunewright data check lists all')}",
             where="--replace",
             fix="Keep the right output of each in the file.",
         )

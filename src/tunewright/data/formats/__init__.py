@@ -20,6 +20,7 @@ from tunewright.disk import file_digest
 from tunewright.errors import UserError
 from tunewright.progress import Task
 from tunewright.recipe import DataRecipe
+from tunewright.wording import count_of
 
 __all__ = [
     "Fault",
@@ -131,7 +132,7 @@ def scan_pairs(path: Path, data: DataRecipe, notes: list[str], task: Task | None
 
 def _told(path: Path, container: str, kinds: Counter[tuple[str, str]]) -> Iterator[str]:
     for (kind, reason), count in kinds.most_common():
-        of = f"{count:,} rows of " if len(kinds) > 1 else ""
+        of = f"{count_of(count, 'row')} of " if len(kinds) > 1 else ""
         yield f"{path}: {container}: {of}{kind}, since {reason}"
 
 
