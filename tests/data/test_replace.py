@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from tunewright.data.add import AddResult, add
 from tunewright.data.notices import excerpts
+from tunewright.data.remove import remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import Judged, append_reviews
+from tunewright.data.selecting import Selection
 from tunewright.data.versions import load_version
 from tunewright.data.versions.changes import blame, diff
 from tunewright.data.versions.find import find_row
@@ -78,6 +80,18 @@ def test_a_replacement_is_told_with_both_outputs_and_blamed_on_its_line(tmp_path
     found = blame(project.dataset, version, row.key)
     assert (found.source, found.line) == ("mended.jsonl", 1)
     assert find_row(project.dataset, version, "pairs.jsonl:4").key == row.key
+
+
+@pytest.mark.parametrize("purge", [False, True])
+def test_the_place_of_a_replaced_row_says_that_it_was_removed(tmp_path: Path, purge: bool) -> None:
+    project = new_project(tmp_path / "p")
+    [(question, _), *others] = unlike_pairs(60)
+    _add(project, [(question, "old"), *others])
+    _add(project, [(question, "new")], "mended.jsonl", replace=True)
+    remove(project, Selection(where="output == 'new'"), "ACME asked", Listener(), purge_text=purge)
+    for place in ("pairs.jsonl:1", "mended.jsonl:1"):
+        with pytest.raises(UserError, match="the row was removed: ACME asked"):
+            find_row(project.dataset, load_version(project.dataset), place)
 
 
 LONG = "SELECT CITYalias0.CITY_NAME FROM CITY AS CITYalias0 WHERE CITYalias0.POPULATION > 150000 AND "
