@@ -162,6 +162,7 @@ def test_remove_takes_rows_of_any_named_group_that_match_the_other_options(proje
 def test_remove_needs_a_reason_and_a_selection(project: Project) -> None:
     with pytest.raises(UserError, match="needs a reason"):
         _remove(project, because=" ", source="b.jsonl")
+    assert _remove(project, because="", source="b.jsonl", dry_run=True).rows
     with pytest.raises(UserError, match="no rows are named"):
         _remove(project)
 

@@ -21,7 +21,14 @@ _MOST = 10
 
 @data_app.command("remove")
 def data_remove(
-    because: Annotated[str, typer.Option("--because", help="The reason: kept with the version and in removed.jsonl.")],
+    because: Annotated[
+        str,
+        typer.Option(
+            "--because",
+            help="The reason, kept with the version and in removed.jsonl; --dry-run needs none.",
+            show_default=False,
+        ),
+    ] = "",
     keys: Annotated[
         Path | None,
         typer.Option(
@@ -66,7 +73,7 @@ def _text(done: RemoveResult, *, purging: bool) -> Iterator[str]:
     goes = "would go" if done.dry_run else "removed"
     counts = ", ".join(f"{count:,} {split}" for split, count in done.splits.items() if count)
     if done.rows:
-        yield f"{count_of(len(done.rows), 'row')} {goes} ({counts}): {done.because}"
+        yield f"{count_of(len(done.rows), 'row')} {goes} ({counts}){f': {done.because}' if done.because else ''}"
     if done.dry_run:
         for row in done.rows[:_MOST]:
             text = " ".join(row.document["input"].split())

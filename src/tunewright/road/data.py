@@ -122,7 +122,7 @@ class DataRoad:
     def remove(
         self,
         *,
-        because: str,
+        because: str = "",
         keys: str | Path | None = None,
         where: str | None = None,
         source: str | None = None,
@@ -133,7 +133,7 @@ class DataRoad:
         """Remove the rows that match all that is given, which makes a new version.
 
         Args:
-            because: the reason.
+            because: the reason; only a dry run needs none.
             keys: a file with a row's key, or its first digits, on each line.
             where: a JMESPath condition on a row's document.
             source: the added file that rows came from.
