@@ -231,7 +231,8 @@ def warn_of_missing_groups(
         if lacking:
             reporter.warn(
                 f"{count_of(lacking, 'row')} of the version before without the group {name}: they were "
-                "added before data.groups named it, so nothing keeps them with the others of theirs. Add their files again to tell it."
+                "added before data.groups named it, so nothing keeps them with the others of theirs. Add their files "
+                "again to tell it."
             )
 
 
@@ -302,7 +303,8 @@ def warn_of_another_system_turn(known: Iterable[Example], new: Iterable[Example]
     if again:
         reporter.warn(
             f"{count_of(again, 'new row')}: the version before has the same pair with another system "
-            "turn, and both are kept. data.system is put before pairs when they are added; if you have changed it, start a new dataset."
+            "turn, and both are kept. data.system is put before pairs when they are added; if you have changed it, "
+            "start a new dataset."
         )
 
 
