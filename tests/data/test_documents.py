@@ -246,6 +246,13 @@ def test_the_object_above_a_row_is_for_templates_and_groups(tmp_path: Path) -> N
     ]
 
 
+def test_note_names_parent_and_above_where_a_template_takes_them(tmp_path: Path) -> None:
+    reading = _read(tmp_path, QUERIES, "[].sentences[]", **FROM_PARENT)
+    assert any("to the input and parent to the output" in note for note in reading.notes), reading.notes
+    reading = _read(tmp_path, QUERIES, "[].sentences[]", input="{{ text }}", output="{{ above | join('/') }}")
+    assert any("to the input and above to the output" in note for note in reading.notes), reading.notes
+
+
 def test_a_group_above_the_rows_is_refused_when_no_row_has_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'parent.sqls\[0\]' finds nothing above any row") as refusal:
         _read(tmp_path, QUERIES, "[].sentences[]", groups=("parent.sqls[0]",), **FROM_PARENT)
@@ -270,6 +277,13 @@ def test_a_group_above_the_rows_is_a_fault_of_each_row_that_lacks_it(tmp_path: P
     ]
     provided = _read(tmp_path, document[:2], "[].sentences[]", groups=("parent.id || ''",), **FROM_PARENT)
     assert [row.groups for row in provided.rows] == [{"parent.id || ''": "7"}, {"parent.id || ''": "7"}, {}]
+
+
+def test_note_names_parent_and_above_where_a_template_takes_them(tmp_path: Path) -> None:
+    reading = _read(tmp_path, QUERIES, "[].sentences[]", **FROM_PARENT)
+    assert any("to the input and parent to the output" in note for note in reading.notes), reading.notes
+    reading = _read(tmp_path, QUERIES, "[].sentences[]", input="{{ text }}", output="{{ above | join('/') }}")
+    assert any("to the input and above to the output" in note for note in reading.notes), reading.notes
 
 
 def test_a_group_above_the_rows_is_refused_when_it_is_no_expression(tmp_path: Path) -> None:
