@@ -121,6 +121,13 @@ def test_items_that_are_no_objects_are_faults_by_their_number(tmp_path: Path) ->
     [
         ({"data": [A]}, "data[", "not a JMESPath expression", "data.rows (--rows)", "values(@)"),
         ({"data": [A]}, "rows", "'rows' finds nothing in ", "data.rows (--rows)", "The document's keys: data."),
+        (
+            [{"sentences": [A], "sql": "b"}],
+            "[].sentence[]",
+            "finds nothing",
+            "data.rows (--rows)",
+            "keys sentences, sql.",
+        ),
         ({"data": A}, "data", "'data' finds one object, not a list of rows", "data.rows (--rows)", "keys: data"),
         ({"data": [A]}, "length(data)", "finds a number, not a list", "data.rows (--rows)", "keys: data"),
         ({"data": [A]}, "nothing(@)", "Unknown function", "data.rows (--rows)", None),
@@ -143,6 +150,7 @@ def test_items_that_are_no_objects_are_faults_by_their_number(tmp_path: Path) ->
     ids=[
         "syntax",
         "nothing",
+        "nothing-in-array",
         "object",
         "number",
         "function",
@@ -246,6 +254,17 @@ def test_the_object_above_a_row_is_for_templates_and_groups(tmp_path: Path) -> N
     ]
 
 
+def test_array_of_objects_that_hold_the_rows_is_refused_with_the_expression(tmp_path: Path) -> None:
+    path = tmp_path / "queries.json"
+    path.write_text(json.dumps(QUERIES))
+    with pytest.raises(UserError, match="seem to hold the rows") as refusal:
+        read_pairs(path, DataRecipe())
+    assert "--rows '[].sentences[]'" in (refusal.value.fix or "")
+    assert "sql, id, sentences" in (refusal.value.fix or "")
+    # An object that a mapping makes a row of is one, whatever else it holds.
+    assert len(read_pairs(path, DataRecipe(input="{{ id }}", output="{{ sql[0] }}")).rows) == 2
+
+
 def test_note_names_parent_and_above_where_a_template_takes_them(tmp_path: Path) -> None:
     reading = _read(tmp_path, QUERIES, "[].sentences[]", **FROM_PARENT)
     assert any("to the input and parent to the output" in note for note in reading.notes), reading.notes
@@ -277,13 +296,6 @@ def test_a_group_above_the_rows_is_a_fault_of_each_row_that_lacks_it(tmp_path: P
     ]
     provided = _read(tmp_path, document[:2], "[].sentences[]", groups=("parent.id || ''",), **FROM_PARENT)
     assert [row.groups for row in provided.rows] == [{"parent.id || ''": "7"}, {"parent.id || ''": "7"}, {}]
-
-
-def test_note_names_parent_and_above_where_a_template_takes_them(tmp_path: Path) -> None:
-    reading = _read(tmp_path, QUERIES, "[].sentences[]", **FROM_PARENT)
-    assert any("to the input and parent to the output" in note for note in reading.notes), reading.notes
-    reading = _read(tmp_path, QUERIES, "[].sentences[]", input="{{ text }}", output="{{ above | join('/') }}")
-    assert any("to the input and above to the output" in note for note in reading.notes), reading.notes
 
 
 def test_a_group_above_the_rows_is_refused_when_it_is_no_expression(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tunewright.data.formats.checks import RowError, example_from_turns, groups_
 from tunewright.data.formats.metadata import MOST_CHARACTERS, counted, metadata_of
 from tunewright.data.formats.row_errors import json_path
 from tunewright.data.formats.shapes import conversation_of
-from tunewright.data.formats.sources import check_mapping, open_source, uses_columns
+from tunewright.data.formats.sources import check_mapping, open_source, require_columns
 from tunewright.data.formats.tables import source_size
 from tunewright.disk import file_digest
 from tunewright.errors import UserError
@@ -29,10 +29,10 @@ __all__ = [
     "check_mapping",
     "fault_of",
     "read_pairs",
+    "require_columns",
     "scan_pairs",
     "source_digest",
     "source_size",
-    "uses_columns",
 ]
 
 

@@ -167,11 +167,22 @@ def _kind(value: Any) -> str:
 
 
 def _shape(value: Any) -> str:
-    if not isinstance(value, dict):
-        return "The document is no object: its rows are found without data.rows, if it is an array of them."
-    keys = list(value)
-    more = f" and {len(keys) - _MOST_KEYS:,} more" if len(keys) > _MOST_KEYS else ""
-    return f"The document's keys: {', '.join(keys[:_MOST_KEYS])}{more}."
+    if isinstance(value, dict):
+        return f"The document's keys: {keys_told(value)}."
+    items = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    if not items:
+        return "The document has no object, and a row is one."
+    there = keys_told(dict.fromkeys(key for item in items for key in item))
+    return (
+        f"The document is an array, and its objects have the keys {there}. If they are the rows, leave data.rows out."
+    )
+
+
+def keys_told(keys: Iterable[str]) -> str:
+    """Return keys in words, the first eight of them."""
+    names = list(keys)
+    more = f" and {len(names) - _MOST_KEYS:,} more" if len(names) > _MOST_KEYS else ""
+    return f"{', '.join(names[:_MOST_KEYS])}{more}"
 
 
 def _placed(document: _Document, found: list[Any], places: dict[int, int], groups: Sequence[str]) -> Iterator[RawRow]:
@@ -223,9 +234,17 @@ def rows_hint(document: dict[str, Any]) -> str | None:
     lists = [key for key, value in document.items() if _holds_rows(value)]
     if len(lists) == len(document) and len(lists) > 1:
         return "*[]"
-    if not lists:
-        return None
-    return lists[0] if _PLAIN_KEY.fullmatch(lists[0]) else json.dumps(lists[0], ensure_ascii=False)
+    return _key(lists[0]) if lists else None
+
+
+def array_hint(items: Sequence[dict[str, Any]]) -> str | None:
+    """The expression that finds the rows in the objects of an array that all have a list of objects under one key."""
+    keys = [key for key in items[0] if all(_holds_rows(item.get(key)) for item in items)] if items else []
+    return f"[].{_key(keys[0])}[]" if keys else None
+
+
+def _key(name: str) -> str:
+    return name if _PLAIN_KEY.fullmatch(name) else json.dumps(name, ensure_ascii=False)
 
 
 def _holds_rows(value: Any) -> bool:
