@@ -155,8 +155,11 @@ def _text_reader(head: str, path: Path, data: DataRecipe, notes: list[str]) -> t
 
 def _no_nested_rows(rows: Iterator[RawRow], path: Path, data: DataRecipe) -> Iterator[RawRow]:
     """The rows, unless the first ones are no rows themselves but all seem to hold some."""
-    first = list(islice(rows, _LOOKED_AT))
+    first = list(islice(rows, 1))
     objects = [raw.row for raw in first if isinstance(raw.row, dict)]
+    if array_hint(objects) and _no_row(objects[0], data):
+        first += islice(rows, _LOOKED_AT - 1)
+        objects = [raw.row for raw in first if isinstance(raw.row, dict)]
     if len(objects) == len(first) and (hint := array_hint(objects)) is not None:
         faults = [_no_row(row, data) for row in objects]
         if all(faults):
