@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -14,7 +15,15 @@ from data_helpers import Listener
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.formats import Fault, Reading, read_pairs, scan_pairs, source_digest, source_size, uses_columns
+from tunewright.data.formats import (
+    Fault,
+    Reading,
+    read_pairs,
+    require_columns,
+    scan_pairs,
+    source_digest,
+    source_size,
+)
 from tunewright.data.formats.json_rows import _CHUNK
 from tunewright.errors import UserError
 from tunewright.recipe import DataRecipe
@@ -297,4 +306,7 @@ def test_whether_a_file_is_read_by_named_columns(tmp_path: Path) -> None:
         ("c.jsonl", '{"prompt": "x", "completion": "y"}\n', False),
     ):
         (tmp_path / name).write_text(text)
-        assert uses_columns(tmp_path / name, DATA) is expected
+        with contextlib.nullcontext() if expected else pytest.raises(UserError, match="no row has both") as refusal:
+            require_columns([tmp_path / name], DATA, "--input")
+        if refusal:
+            assert refusal.value.fix == "Keys of the first rows: prompt, completion."
