@@ -72,7 +72,10 @@ _texts = st.text(alphabet='ab{}[]"\\\n:,é ', max_size=6)
 def test_lines_are_those_of_a_plain_search_for_each_row(
     tmp_path_factory: pytest.TempPathFactory, groups: dict[str, list[dict[str, Any]]], indent: int | None
 ) -> None:
-    """Each row has its number in it, by which the text can be searched: an independent way to its line."""
+    """Each row has its number in it, by which the text can be searched: an independent way to its line.
+
+    Where the document is one line, the number is the place.
+    """
     number, marked = 0, {}
     for key, rows in groups.items():
         marked[key] = [{"n": f"#{(number := number + 1)}#", **row} for row in rows]
@@ -83,7 +86,7 @@ def test_lines_are_those_of_a_plain_search_for_each_row(
         tmp_path_factory.mktemp("lines"), text, "*[]", input="{{ n }}", output="{{ above[0] }}={{ above[1] }}"
     )
     at = {
-        m.group(1): text.count("\n", 0, m.start()) + (1 if indent is None else 0)
+        m.group(1): int(m.group(1).strip("#")) if indent is None else text.count("\n", 0, m.start())
         for m in re.finditer(r'"(#\d+#)"', text)
     }
     assert [row.line for row in reading.rows] == [at[row.example.input_text] for row in reading.rows]

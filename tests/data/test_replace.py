@@ -94,6 +94,26 @@ def test_the_place_of_a_replaced_row_says_that_it_was_removed(tmp_path: Path, pu
             find_row(project.dataset, load_version(project.dataset), place)
 
 
+@pytest.mark.parametrize("rows", [None, "data"])
+def test_rows_of_a_one_line_document_are_found_by_their_numbers(tmp_path: Path, rows: str | None) -> None:
+    project = new_project(tmp_path / "p", f"data: {{rows: {rows}}}\n" if rows else "")
+    pairs = [{"prompt": question, "completion": answer} for question, answer in unlike_pairs(30)]
+    path = project.root / "rows.json"
+    path.write_text(json.dumps({rows: pairs} if rows else pairs))
+    listener = Listener()
+    add(project, [path], listener)
+    assert any("places are row numbers" in said for said in listener.said)
+    for number in (1, 17, 30):
+        member = find_row(project.dataset, load_version(project.dataset), f"rows.json:{number}")
+        assert member.example.input_text == pairs[number - 1]["prompt"]
+    dry = remove(project, Selection(where="line == `17`"), "", Listener(), dry_run=True)
+    assert [row.document["input"] for row in dry.rows] == [pairs[16]["prompt"]]
+    conflict = [pairs[2], {**pairs[2], "completion": "another"}]
+    path.write_text(json.dumps({rows: conflict} if rows else conflict))
+    with pytest.raises(UserError, match=r"rows\.json:2\)"):
+        add(project, [path], Listener())
+
+
 LONG = "SELECT CITYalias0.CITY_NAME FROM CITY AS CITYalias0 WHERE CITYalias0.POPULATION > 150000 AND "
 
 

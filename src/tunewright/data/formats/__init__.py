@@ -41,7 +41,8 @@ class SourceRow:
     """An example and where it was read.
 
     ``source`` is the file as the user named it, ``line`` the line (from 1) that the row starts at, in Parquet and saved
-    datasets the number of the row (from 1), as it is for rows that data.rows makes anew. ``groups`` has the row's
+    datasets the number of the row (from 1), as it is for rows that data.rows makes and where several rows of a JSON
+    document start on one line. ``groups`` has the row's
     values of the recipe's data.groups, ``metadata`` those of keys that nothing uses.
     """
 

@@ -15,7 +15,7 @@ from jmespath.exceptions import JMESPathError
 
 from tunewright.data.formats.checks import RowError, row_object
 from tunewright.data.formats.encodings import foreign_places
-from tunewright.data.formats.json_rows import RawRow
+from tunewright.data.formats.json_rows import RawRow, numbers_note
 from tunewright.data.formats.parents import PARENT, Parent, compiled, refuse_unfound
 from tunewright.data.formats.row_errors import CODES, JsonPath
 from tunewright.errors import UserError
@@ -67,7 +67,8 @@ def document_rows(
 ) -> Iterator[RawRow]:
     """The objects that an expression finds in a JSON document; the whole document is held in memory.
 
-    A row that stands in the document as it is has its line, and the keys and objects above it. If an item is anything
+    A row that stands in the document as it is has its line (or, if two of them start on one line, all have their
+    numbers), and the keys and objects above it. If an item is anything
     else, such as an object that the expression makes, every row is told by its number in the result (from 1), and a
     note says so.
 
@@ -85,7 +86,7 @@ def document_rows(
     found = _found(document, expression)
     places = {id(each): number for number, each in enumerate(document.objects)}
     if all(id(item) in places for item in found):
-        yield from _placed(document, found, places, groups)
+        yield from _placed(document, found, places, groups, notes)
         return
     refuse_unfound(groups, [None], path)
     if document.faults:
@@ -185,7 +186,9 @@ def keys_told(keys: Iterable[str]) -> str:
     return f"{', '.join(names[:_MOST_KEYS])}{more}"
 
 
-def _placed(document: _Document, found: list[Any], places: dict[int, int], groups: Sequence[str]) -> Iterator[RawRow]:
+def _placed(
+    document: _Document, found: list[Any], places: dict[int, int], groups: Sequence[str], notes: list[str]
+) -> Iterator[RawRow]:
     spans = [document.spans[places[id(item)]] for item in found]
     covered: set[int] = set()
     for start, end in spans:
@@ -198,8 +201,13 @@ def _placed(document: _Document, found: list[Any], places: dict[int, int], group
             raise _refused(document, place, fault)
     ways = _ways(document.value, {id(item) for item in found})
     refuse_unfound(groups, (parent for _, parent in ways.values()), document.path)
-    for item, (start, end) in zip(found, spans, strict=True):
-        yield RawRow(document.line(start), document.fault_in(start, end) or item, *ways[id(item)])
+    starts = {start for start, _ in spans}
+    numbered = len({document.line(start) for start in starts}) < len(starts)
+    if numbered:
+        notes.append(numbers_note(document.path))
+    for number, (item, (start, end)) in enumerate(zip(found, spans, strict=True), start=1):
+        line = number if numbered else document.line(start)
+        yield RawRow(line, document.fault_in(start, end) or item, *ways[id(item)])
 
 
 def _ways(value: Any, wanted: set[int]) -> dict[int, tuple[JsonPath, Parent | None]]:

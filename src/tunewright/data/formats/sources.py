@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from tunewright.data.formats.checks import RowError, parse_json_row
 from tunewright.data.formats.documents import array_hint, check_expression, document_rows, keys_told, rows_hint
 from tunewright.data.formats.encodings import Encoding, find_encoding, note_on, open_text
-from tunewright.data.formats.json_rows import RawRow, json_array, json_lines, json_objects
+from tunewright.data.formats.json_rows import RawRow, json_array, json_lines, json_objects, told_apart
 from tunewright.data.formats.mapping import mapping_of
 from tunewright.data.formats.parents import check_groups, names_parent
 from tunewright.data.formats.shapes import KNOWN_KEYS, conversation_of, mistyped
@@ -134,13 +134,13 @@ def _text_reader(head: str, path: Path, data: DataRecipe, notes: list[str]) -> t
             text, path, expression, notes, above
         )
     if start.startswith("[") and (named_json or start[1:].lstrip().startswith("{")):
-        return "a JSON array", lambda text: _no_nested_rows(json_array(text, path), path, data)
+        return "a JSON array", lambda text: _no_nested_rows(told_apart(json_array(text, path), path, notes), path, data)
     if any(_is_object(line) for line in lines[: 20 if named_json else 1]):
         return "JSON Lines", lambda text: _no_document(json_lines(text), path, data)
     if start.startswith("{") and suffix not in _TABLE_NAMES[:3]:
         if len(lines) > 1 and not lines[1].lstrip().startswith("{"):
             kind = "JSON objects over several lines"
-            return kind, lambda text: _no_document(json_objects(text, path), path, data)
+            return kind, lambda text: _no_document(told_apart(json_objects(text, path), path, notes), path, data)
         return "JSON Lines", json_lines
     delimiter = delimiter_of(head, data)
     several = bool(lines) and delimiter in lines[0]
