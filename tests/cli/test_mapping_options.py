@@ -52,6 +52,11 @@ def test_options_take_the_place_of_the_recipe_s(project: Path) -> None:
         (["add", "FILE", "--rows", "*[]", "--input", "{{ q", "--output", "a"], "data.input (--input)"),
         (["add", "FILE", "--rows", "*[]", "--input", "{{ q }}"], "there is no data.output"),
         (["add", "FILE", "--rows", "*[]", "--input", "question", "--output", "answer"], "no file is a CSV"),
+        (
+            ["check", "FILE", "--rows", "*[]", "--input", "q", "--output", "answer"],
+            "no row has both the keys q and answer",
+        ),
+        (["check", "FILE", "--rows", "*[]", "--input", "q", "--output", "answer"], "Keys of the first rows: q, a"),
         (["check", "FILE", "--fix", "OUT", "--rows", "nothing"], "finds nothing"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -14,7 +15,15 @@ from data_helpers import Listener
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.formats import Fault, Reading, read_pairs, scan_pairs, source_digest, source_size, uses_columns
+from tunewright.data.formats import (
+    Fault,
+    Reading,
+    read_pairs,
+    require_columns,
+    scan_pairs,
+    source_digest,
+    source_size,
+)
 from tunewright.data.formats.json_rows import _CHUNK
 from tunewright.errors import UserError
 from tunewright.recipe import DataRecipe
@@ -45,13 +54,22 @@ def _csv(delimiter: str, rows: list[tuple[str, str]] = TABLE) -> str:
     return text.getvalue()
 
 
+def test_rows_before_the_break_of_a_one_line_array_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"prompt": "a", "completion": "b"}, {"prompt": ')
+    rows = scan_pairs(tmp_path / "a.json", DataRecipe(), [])
+    assert not isinstance(next(rows), Fault)
+    with pytest.raises(UserError, match="not JSON that can be read from here on"):
+        next(rows)
+
+
 @pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.csv", "pairs.txt", "pairs.data", "pairs"])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_json_array_is_told_by_content_under_any_name(tmp_path: Path, name: str, indent: int | None) -> None:
     reading = _read(tmp_path, json.dumps(PAIRS, indent=indent), name)
     assert _inputs(reading) == [pair["prompt"] for pair in PAIRS]
-    assert _places(reading) == ([2, 6, 10] if indent else [1, 1, 1])
-    assert f"{tmp_path / name}: a JSON array: prompt/completion pairs" in reading.notes[0]
+    assert _places(reading) == ([2, 6, 10] if indent else [1, 2, 3])
+    assert any("places are row numbers" in note for note in reading.notes) is (indent is None)
+    assert f"{tmp_path / name}: a JSON array: prompt/completion pairs" in reading.notes[-1]
 
 
 @pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.csv", "pairs"])
@@ -297,4 +315,7 @@ def test_whether_a_file_is_read_by_named_columns(tmp_path: Path) -> None:
         ("c.jsonl", '{"prompt": "x", "completion": "y"}\n', False),
     ):
         (tmp_path / name).write_text(text)
-        assert uses_columns(tmp_path / name, DATA) is expected
+        with contextlib.nullcontext() if expected else pytest.raises(UserError, match="no row has both") as refusal:
+            require_columns([tmp_path / name], DATA, "--input")
+        if refusal:
+            assert refusal.value.fix == "Keys of the first rows: prompt, completion."

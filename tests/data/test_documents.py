@@ -72,7 +72,10 @@ _texts = st.text(alphabet='ab{}[]"\\\n:,é ', max_size=6)
 def test_lines_are_those_of_a_plain_search_for_each_row(
     tmp_path_factory: pytest.TempPathFactory, groups: dict[str, list[dict[str, Any]]], indent: int | None
 ) -> None:
-    """Each row has its number in it, by which the text can be searched: an independent way to its line."""
+    """Each row has its number in it, by which the text can be searched: an independent way to its line.
+
+    Where the document is one line, the number is the place.
+    """
     number, marked = 0, {}
     for key, rows in groups.items():
         marked[key] = [{"n": f"#{(number := number + 1)}#", **row} for row in rows]
@@ -83,7 +86,7 @@ def test_lines_are_those_of_a_plain_search_for_each_row(
         tmp_path_factory.mktemp("lines"), text, "*[]", input="{{ n }}", output="{{ above[0] }}={{ above[1] }}"
     )
     at = {
-        m.group(1): text.count("\n", 0, m.start()) + (1 if indent is None else 0)
+        m.group(1): int(m.group(1).strip("#")) if indent is None else text.count("\n", 0, m.start())
         for m in re.finditer(r'"(#\d+#)"', text)
     }
     assert [row.line for row in reading.rows] == [at[row.example.input_text] for row in reading.rows]
@@ -121,6 +124,13 @@ def test_items_that_are_no_objects_are_faults_by_their_number(tmp_path: Path) ->
     [
         ({"data": [A]}, "data[", "not a JMESPath expression", "data.rows (--rows)", "values(@)"),
         ({"data": [A]}, "rows", "'rows' finds nothing in ", "data.rows (--rows)", "The document's keys: data."),
+        (
+            [{"sentences": [A], "sql": "b"}],
+            "[].sentence[]",
+            "finds nothing",
+            "data.rows (--rows)",
+            "keys sentences, sql.",
+        ),
         ({"data": A}, "data", "'data' finds one object, not a list of rows", "data.rows (--rows)", "keys: data"),
         ({"data": [A]}, "length(data)", "finds a number, not a list", "data.rows (--rows)", "keys: data"),
         ({"data": [A]}, "nothing(@)", "Unknown function", "data.rows (--rows)", None),
@@ -143,6 +153,7 @@ def test_items_that_are_no_objects_are_faults_by_their_number(tmp_path: Path) ->
     ids=[
         "syntax",
         "nothing",
+        "nothing-in-array",
         "object",
         "number",
         "function",
@@ -244,6 +255,24 @@ def test_the_object_above_a_row_is_for_templates_and_groups(tmp_path: Path) -> N
         ("select 1", "7", "geo"),
         ("select 2", "8", "geo"),
     ]
+
+
+def test_array_of_objects_that_hold_the_rows_is_refused_with_the_expression(tmp_path: Path) -> None:
+    path = tmp_path / "queries.json"
+    path.write_text(json.dumps(QUERIES))
+    with pytest.raises(UserError, match="seem to hold the rows") as refusal:
+        read_pairs(path, DataRecipe())
+    assert "--rows '[].sentences[]'" in (refusal.value.fix or "")
+    assert "sql, id, sentences" in (refusal.value.fix or "")
+    # An object that a mapping makes a row of is one, whatever else it holds.
+    assert len(read_pairs(path, DataRecipe(input="{{ id }}", output="{{ sql[0] }}")).rows) == 2
+
+
+def test_note_names_parent_and_above_where_a_template_takes_them(tmp_path: Path) -> None:
+    reading = _read(tmp_path, QUERIES, "[].sentences[]", **FROM_PARENT)
+    assert any("to the input and parent to the output" in note for note in reading.notes), reading.notes
+    reading = _read(tmp_path, QUERIES, "[].sentences[]", input="{{ text }}", output="{{ above | join('/') }}")
+    assert any("to the input and above to the output" in note for note in reading.notes), reading.notes
 
 
 def test_a_group_above_the_rows_is_refused_when_no_row_has_it(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_groups_named_later_are_told_by_adding_the_file_again(tmp_path: Path) ->
     assert again.created
     assert (again.added, again.known) == (0, 39)
     assert again.version.splits == first.version.splits
-    assert any("1 row of the version before without a customer" in warning for warning in listener.warned)
+    assert any("1 row of the version before without the group customer" in warning for warning in listener.warned)
     assert again.version.settings.groups == ("customer", "ticket")
 
 
@@ -178,7 +178,7 @@ def test_personal_data_as_a_group_s_value_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("customer", "words"),
     [
-        (lambda i: "ACME", "all 60 rows with a customer have the same one"),
+        (lambda i: "ACME", "all 60 rows with customer have the same value"),
         (lambda i: f"c{i}", "customer has 60 different values in 60 rows"),
         (lambda i: f"c{i // 2}", None),
     ],

@@ -17,6 +17,8 @@ from tunewright.data.add import add
 from tunewright.data.formats import read_pairs
 from tunewright.data.formats.file_check import fix_file
 from tunewright.data.formats.metadata import MOST_CHARACTERS
+from tunewright.data.remove import remove
+from tunewright.data.selecting import Selection
 from tunewright.data.versions import load_version, version_folder
 from tunewright.data.versions.origins import metadata_by_key, places_by_key
 from tunewright.errors import UserError
@@ -126,6 +128,10 @@ def test_newer_metadata_of_a_known_row_is_kept_with_the_next_version(tmp_path: P
     again = [{**row, "rating": 2} for row in rows]
     assert not add(project, [_jsonl(path, again)], listener).created
     assert any("metadata of 20 known rows is not kept" in warned for warned in listener.warned)
+    first = Listener()
+    add(project, [_jsonl(path, [again[0]])], first)
+    assert any("metadata of 1 known row is not kept" in warned for warned in first.warned)
+    assert not any("Kept as metadata" in said for said in listener.said)
     more = [{"prompt": q, "completion": a, "rating": 3} for q, a in unlike_pairs(5, seed=4)]
     add(project, [_jsonl(path, [*again, *more])], Listener())
     found = metadata_by_key(project.dataset, load_version(project.dataset).manifest)
@@ -133,6 +139,22 @@ def test_newer_metadata_of_a_known_row_is_kept_with_the_next_version(tmp_path: P
     unchanged = Listener()
     add(project, [path], unchanged)
     assert not any("not kept" in warned for warned in unchanged.warned)
+
+
+def test_new_metadata_of_a_purged_row_is_not_in_the_record(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    rows = _rows(20)
+    add(project, [_jsonl(tmp_path / "a.jsonl", rows)], Listener())
+    selection = Selection(where="split == 'train' && ends_with(output, '3')")
+    gone = remove(project, selection, "asked", Listener(), purge_text=True).rows
+    assert gone
+    more = [{"prompt": q, "completion": a, "owner": "Ada"} for q, a in unlike_pairs(5, seed=4)]
+    listener = Listener()
+    add(project, [_jsonl(tmp_path / "b.jsonl", [*({**row, "owner": "Ada"} for row in rows), *more])], listener)
+    record = _record(project)
+    assert {line["key"] for line in record if line["fate"] == "removed"} == {row.key for row in gone}
+    assert all(("metadata" in line) is (line["fate"] != "removed") for line in record)
+    assert f"Kept as metadata: owner ({25 - len(gone)} rows)" in listener.said
 
 
 @pytest.mark.parametrize("value", ["4539148803436467", 4539148803436467, {"pay": ["4539 1488 0343 6467"]}])

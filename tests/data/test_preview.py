@@ -132,6 +132,18 @@ def test_conflicts_may_be_accepted_for_the_preview(tmp_path: Path) -> None:
     assert tunewright("data", "check", path, "--accept-conflicts", "-p", project.root).code == 0
 
 
+@pytest.mark.parametrize(("setting", "warned"), [("error", False), ("accept", True)])
+def test_preview_warns_of_kept_conflicts_only_where_they_are_accepted(
+    tmp_path: Path, setting: str, warned: bool
+) -> None:
+    project = new_project(tmp_path / "p", f"data: {{conflicts: {setting}}}\n")
+    rows = _rows(30)
+    listener = Listener()
+    found = preview(project, [_file(tmp_path / "a.jsonl", [*rows, {**rows[0], "completion": "another"}])], listener)
+    assert any("all kept" in warning for warning in listener.warned) is warned
+    assert bool(found.refusals) is not warned
+
+
 def test_images_are_one_cause(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     turns = [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]

@@ -162,6 +162,7 @@ def test_remove_takes_rows_of_any_named_group_that_match_the_other_options(proje
 def test_remove_needs_a_reason_and_a_selection(project: Project) -> None:
     with pytest.raises(UserError, match="needs a reason"):
         _remove(project, because=" ", source="b.jsonl")
+    assert _remove(project, because="", source="b.jsonl", dry_run=True).rows
     with pytest.raises(UserError, match="no rows are named"):
         _remove(project)
 
@@ -428,6 +429,22 @@ def test_a_purge_names_the_rows_that_stay_with_the_same_input(tmp_path: Path) ->
     _add(project, "all.jsonl")
     result = _remove(project, where="output == 'yes'", because="asked", purge_text=True)
     assert [m.example.output for m in load_version(project.dataset).members if m.key in result.same_input] == ["no"]
+
+
+def test_purge_names_the_source_file_of_rows_that_templates_made(tmp_path: Path) -> None:
+    recipe = 'data: {input: "{% for word in words %}{{ word }} {% endfor %}", output: "{{ code }}"}\n'
+    project = new_project(tmp_path / "p", recipe)
+    rows = [{"words": text.split(), "code": int(answer.split()[1])} for text, answer in unlike_pairs(40)]
+    (project.root / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _add(project, "words.jsonl")
+    key = _train_rows(project, 1)[0]
+    line = _remove(project, where=f"key == '{key}'", dry_run=True).rows[0].line
+    listener = Listener()
+    [holder] = [
+        h for h in _remove(project, listener, where=f"key == '{key}'", purge_text=True).holders if h.path[0] == "w"
+    ]
+    assert (holder.path, holder.rows) == ("words.jsonl", 1)
+    assert f"words.jsonl: text of 1 row (read from it at line {line}, in another spelling)" in "".join(listener.warned)
 
 
 def test_find_holders_agrees_with_a_plain_search_across_the_ends_of_chunks(tmp_path: Path) -> None:

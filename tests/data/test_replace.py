@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunewright.data.add import AddResult, add
+from tunewright.data.notices import excerpts
+from tunewright.data.remove import remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import Judged, append_reviews
+from tunewright.data.selecting import Selection
 from tunewright.data.versions import load_version
 from tunewright.data.versions.changes import blame, diff
 from tunewright.data.versions.find import find_row
@@ -79,6 +82,67 @@ def test_a_replacement_is_told_with_both_outputs_and_blamed_on_its_line(tmp_path
     assert find_row(project.dataset, version, "pairs.jsonl:4").key == row.key
 
 
+@pytest.mark.parametrize("purge", [False, True])
+def test_the_place_of_a_replaced_row_says_that_it_was_removed(tmp_path: Path, purge: bool) -> None:
+    project = new_project(tmp_path / "p")
+    [(question, _), *others] = unlike_pairs(60)
+    _add(project, [(question, "old"), *others])
+    _add(project, [(question, "new")], "mended.jsonl", replace=True)
+    remove(project, Selection(where="output == 'new'"), "ACME asked", Listener(), purge_text=purge)
+    for place in ("pairs.jsonl:1", "mended.jsonl:1"):
+        with pytest.raises(UserError, match="the row was removed: ACME asked"):
+            find_row(project.dataset, load_version(project.dataset), place)
+
+
+@pytest.mark.parametrize("rows", [None, "data"])
+def test_rows_of_a_one_line_document_are_found_by_their_numbers(tmp_path: Path, rows: str | None) -> None:
+    project = new_project(tmp_path / "p", f"data: {{rows: {rows}}}\n" if rows else "")
+    pairs = [{"prompt": question, "completion": answer} for question, answer in unlike_pairs(30)]
+    path = project.root / "rows.json"
+    path.write_text(json.dumps({rows: pairs} if rows else pairs))
+    listener = Listener()
+    add(project, [path], listener)
+    assert any("places are row numbers" in said for said in listener.said)
+    for number in (1, 17, 30):
+        member = find_row(project.dataset, load_version(project.dataset), f"rows.json:{number}")
+        assert member.example.input_text == pairs[number - 1]["prompt"]
+    dry = remove(project, Selection(where="line == `17`"), "", Listener(), dry_run=True)
+    assert [row.document["input"] for row in dry.rows] == [pairs[16]["prompt"]]
+    conflict = [pairs[2], {**pairs[2], "completion": "another"}]
+    path.write_text(json.dumps({rows: conflict} if rows else conflict))
+    with pytest.raises(UserError, match=r"rows\.json:2\)"):
+        add(project, [path], Listener())
+
+
+LONG = "SELECT CITYalias0.CITY_NAME FROM CITY AS CITYalias0 WHERE CITYalias0.POPULATION > 150000 AND "
+
+
+def test_messages_show_long_outputs_where_they_differ(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    [(question, _), *others] = unlike_pairs(30)
+    _add(project, [(question, f"{LONG}STATE_NAME = 'texas'"), *others])
+    mended = (question, f"{LONG}STATE_NAME = 'ohio'")
+    with pytest.raises(UserError, match="which is right") as caught:
+        _add(project, [mended], "mended.jsonl")
+    apart = "STATE_NAME = 'texas'\"", "STATE_NAME = 'ohio'\""
+    assert all(text in caught.value.what for text in apart)
+    _, listener = _add(project, [mended], "mended.jsonl", replace=True)
+    [told] = [said for said in listener.said if "1 row replaced" in said]
+    assert all(text in told for text in apart)
+    several = [(question, f"{LONG}STATE_NAME = '{state}'") for state in ("iowa", "utah")]
+    with pytest.raises(UserError, match="which is right") as caught:
+        _add(project, several, "several.jsonl", replace=True)
+    assert "'iowa'" in caught.value.what
+    assert "'utah'" in caught.value.what
+
+
+def test_excerpts_tell_each_output_apart_from_the_most_similar_one() -> None:
+    told = excerpts([f"{LONG}one", f"{LONG}two", "short", f"{LONG}one"])
+    assert told[0] == told[3] == '"…CITYalias0.POPULATION > 150000 AND one"'
+    assert told[1:3] == ['"…CITYalias0.POPULATION > 150000 AND two"', '"short"']
+    assert excerpts([LONG]) == [f'"{LONG[:59]}…"']
+
+
 def test_a_replacement_can_be_replaced_back(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = unlike_pairs(40)
@@ -97,7 +161,7 @@ def test_a_file_with_two_outputs_for_one_input_replaces_nothing(tmp_path: Path) 
     pairs = unlike_pairs(40)
     first, _ = _add(project, pairs)
     with pytest.raises(
-        UserError, match="nothing was replaced: the files have several outputs for 1 known inputs"
+        UserError, match="nothing was replaced: the files have several outputs for 1 known input;"
     ) as caught:
         _add(project, [(pairs[3][0], "one"), (pairs[3][0], "two")], replace=True)
     assert "pairs.jsonl:1" in caught.value.what

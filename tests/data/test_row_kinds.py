@@ -63,7 +63,7 @@ def test_each_kind_of_row_is_the_same_example_and_the_note_says_what_told_it(
 
 def test_kinds_that_are_mixed_in_one_file_are_all_told_with_their_numbers(tmp_path: Path) -> None:
     notes = _read(tmp_path, [{"messages": CHAT}, {"conversations": SHARED}, {"messages": CHAT}]).notes
-    assert ["2 rows of OpenAI chats" in notes[0], "1 rows of ShareGPT" in notes[1]] == [True, True]
+    assert ["2 rows of OpenAI chats" in notes[0], "1 row of ShareGPT" in notes[1]] == [True, True]
 
 
 def test_alpaca_s_input_stands_below_the_instruction_and_its_history_before(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import USER_ERROR, session
 from tunewright.disk import canonical_json
 from tunewright.errors import UserError
+from tunewright.wording import count_of
 
 data_app = typer.Typer(help="Pairs, versions and splits.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -83,7 +84,8 @@ def data_add(
             restore=restore,
             split_from=split_from,
         )
-        what = f"{result.added:,} examples added, {result.known:,} known before, {len(result.duplicates):,} duplicates"
+        what = f"{count_of(result.added, 'example')} added, {result.known:,} known before, "
+        what += count_of(len(result.duplicates), "duplicate")
         if result.skipped:
             what += f", {len(result.skipped):,} left out as faulty"
         if result.left_out:
@@ -179,9 +181,9 @@ def data_check(
                 raise UserError("--fix corrects one file", where="--fix", fix="Name the file, and one only.")
             changes = road.data.fix_file(files[0], fix, **mapped)
             left_out = sum(change.left_out for change in changes)
-            told = f"Wrote {fix}: {len(changes) - left_out:,} changes, {left_out:,} rows left out"
+            done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
             document = {"out": str(fix), "changes": [asdict(change) for change in changes]}
-            current.show(document, "\n".join([*map(str, changes), told]))
+            current.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
             return
         if files is not None:
             checked = road.data.check_files(files, **mapped, accept_conflicts=accept_conflicts)

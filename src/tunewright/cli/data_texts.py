@@ -12,6 +12,7 @@ from tunewright.data.neighbours.output_leak import OutputLeak
 from tunewright.data.notices import HOLDS
 from tunewright.data.preview import Effect, Preview
 from tunewright.data.versions import short
+from tunewright.wording import count_of
 
 _BAR = 40
 _MOST_HELD = 10
@@ -45,7 +46,10 @@ def _effect_lines(effect: Effect, ok: bool) -> list[str]:
         f"rows that change their split {effect.moved:,}",
     ]
     for size in effect.splits:
-        lines.append(f"  {size.split:<5} {size.rows:>8,} rows ({size.new:,} new) in {size.clusters:,} clusters")
+        rows = "row" if size.rows == 1 else "rows"
+        lines.append(
+            f"  {size.split:<5} {size.rows:>8,} {rows} ({size.new:,} new) in {count_of(size.clusters, 'cluster')}"
+        )
     return lines
 
 

@@ -11,6 +11,7 @@ import typer
 from tunewright.cli.app import HERE, Folder, Json
 from tunewright.cli.console import session
 from tunewright.cli.data import data_app
+from tunewright.wording import count_of
 
 if TYPE_CHECKING:
     from tunewright.data.remove import RemoveResult
@@ -20,7 +21,14 @@ _MOST = 10
 
 @data_app.command("remove")
 def data_remove(
-    because: Annotated[str, typer.Option("--because", help="The reason: kept with the version and in removed.jsonl.")],
+    because: Annotated[
+        str,
+        typer.Option(
+            "--because",
+            help="The reason, kept with the version and in removed.jsonl; --dry-run needs none.",
+            show_default=False,
+        ),
+    ] = "",
     keys: Annotated[
         Path | None,
         typer.Option(
@@ -65,7 +73,7 @@ def _text(done: RemoveResult, *, purging: bool) -> Iterator[str]:
     goes = "would go" if done.dry_run else "removed"
     counts = ", ".join(f"{count:,} {split}" for split, count in done.splits.items() if count)
     if done.rows:
-        yield f"{len(done.rows):,} row{'' if len(done.rows) == 1 else 's'} {goes} ({counts}): {done.because}"
+        yield f"{count_of(len(done.rows), 'row')} {goes} ({counts}){f': {done.because}' if done.because else ''}"
     if done.dry_run:
         for row in done.rows[:_MOST]:
             text = " ".join(row.document["input"].split())
@@ -83,12 +91,12 @@ def _text(done: RemoveResult, *, purging: bool) -> Iterator[str]:
         named = ", ".join(key[:12] for key in done.same_input[:_MOST])
         yield f"Rows with the same input that stay: {len(done.same_input):,}: {named}"
     if done.purged:
-        yield f"Text erased from all versions: {done.purged:,} rows; their digests stay as tombstones."
+        yield f"Text erased from all versions: {count_of(done.purged, 'row')}; digests stay as tombstones."
         yield "Where versions were pushed, the next `tunewright data push` erases it too."
     if done.dry_run:
         yield f"Nothing has changed{'; --purge cannot be undone' if purging else ''}."
     elif done.created:
-        yield f"New version {done.version.digest[:12]}: {done.version.counts.rows:,} rows"
+        yield f"New version {done.version.digest[:12]}: {count_of(done.version.counts.rows, 'row')}"
     elif not done.purged:
         yield f"No row was removed: version {done.version.digest[:12]} stays current."
 

@@ -11,6 +11,7 @@ from tunewright.cli.app import HERE, Folder, Json
 from tunewright.cli.console import FAILED, session
 from tunewright.cli.data import data_app
 from tunewright.clock import to_the_second
+from tunewright.wording import count_of
 
 if TYPE_CHECKING:
     from tunewright.data.versions.changes import Blame
@@ -143,11 +144,15 @@ def data_pull(url: Url, project: Folder = HERE, json: Json = False) -> None:
 
 
 def _transfer_text(done: Transfer, other: str) -> str:
-    reviews = f"Copied {done.verdicts:,} verdicts ({done.reviews:,} records of reviews)." if done.reviews else ""
+    reviews = (
+        f"Copied {count_of(done.verdicts, 'verdict')} ({count_of(done.reviews, 'record')} of reviews)."
+        if done.reviews
+        else ""
+    )
     names = ", ".join(digest[:12] for digest in done.versions)
-    copied = f"Copied {names}: {done.rows:,} new rows, {done.bytes:,} bytes." if names else ""
+    copied = f"Copied {names}: {count_of(done.rows, 'new row')}, {done.bytes:,} bytes." if names else ""
     if done.ahead:
-        state = f"{other} {done.ahead} versions ahead{'' if reviews else ': nothing to do'}."
+        state = f"{other} {count_of(done.ahead, 'version')} ahead{'' if reviews else ': nothing to do'}."
     elif copied or reviews:
         state = f"Both sides are at version {done.head[:12]}."
     else:
@@ -167,14 +172,16 @@ def data_verify(project: Folder = HERE, json: Json = False) -> None:
             names = ", ".join(digest[:12] for digest in found.unsealed)
             current.reporter.warn(f"Of an earlier tunewright, so that no digest covers manifest and imports: {names}")
         if found.undigested:
-            current.reporter.warn(f"{found.undigested:,} reviews are of an earlier tunewright: no digest covers them.")
+            current.reporter.warn(f"No digest covers {count_of(found.undigested, 'review')} of an earlier tunewright.")
         if found.unneeded:
             current.reporter.warn(
-                f"{found.unneeded:,} rows that no version has; what a stopped command left, the next one clears."
+                f"{count_of(found.unneeded, 'row')} that no version has; what a stopped command left, the next one "
+                "clears."
             )
         if found.purges:
             current.reporter.say(f"{purge_told(found.purges)}. Their text is gone, their digests are in place.")
-        told = f"{found.rows:,} rows, {found.versions:,} versions, {found.reviews:,} records of reviews"
+        told = f"{count_of(found.rows, 'row')}, {count_of(found.versions, 'version')}, "
+        told += f"{count_of(found.reviews, 'record')} of reviews"
         current.show(
             found.as_dict(), f"{told}: all as written." if found.ok else "\n".join([told, *map(str, found.damage)])
         )

@@ -36,6 +36,7 @@ from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.project import Project
 from tunewright.recipe import Recipe
+from tunewright.wording import count_of
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Plan:
     @property
     def fresh_conflicts(self) -> list[Conflict]:
         """The conflicts that a new row is part of."""
-        return [conflict for conflict in self.conflicts if any(key in self.merged.first for key in conflict.keys)]
+        return self.merged.fresh(self.conflicts)
 
     @property
     def created(self) -> bool:
@@ -178,7 +179,14 @@ class Plan:
         return self.merged.parent is None or self.merged.parent.digest != members_digest(self.found.members)
 
 
-def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter, arrival: Arrival) -> Plan:
+def plan(
+    project: Project,
+    rows: Sequence[SourceRow],
+    reporter: Reporter,
+    arrival: Arrival,
+    *,
+    refuse_conflicts: bool = True,
+) -> Plan:
     """Merge screened rows into the current version, cluster and split them, without writing anything.
 
     Args:
@@ -186,9 +194,10 @@ def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter, arriva
         rows: the rows to add.
         reporter: is warned of all that would be left out, moved or doubtful.
         arrival: as for ``add``.
+        refuse_conflicts: refuse new conflicts, unless data.conflicts accepts them; else ``fresh_conflicts`` has them.
 
     Raises:
-        UserError: new conflicts (unless data.conflicts accepts them), too few rows to split, a dataset that was
+        UserError: new conflicts, too few rows to split, a dataset that was
             changed by hand.
     """
     data = project.recipe.data
@@ -201,7 +210,10 @@ def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter, arriva
         replace=arrival.replace,
         restore=arrival.restore,
     )
-    conflicts = _settled(merged, project.recipe)
+    conflicts = merged.conflicts()
+    accepted = data.conflicts == "accept"
+    if refuse_conflicts and not accepted and (fresh := merged.fresh(conflicts)):
+        raise notices.conflicting(fresh)
     duplicates = merged.duplicates(rows)
     if duplicates:
         reporter.warn(notices.duplicates(duplicates, data.duplicates))
@@ -220,7 +232,7 @@ def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter, arriva
         reporter.say("Nothing to restore: no row of these files was removed earlier.")
     planned = Plan(rows, merged, conflicts, duplicates, near, found, inherited, back)
     if planned.created:
-        _warn(merged, found, conflicts, reporter)
+        _warn(merged, found, merged.fresh(conflicts) if accepted else [], reporter)
     return planned
 
 
@@ -250,8 +262,8 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
         other = sum(known.get(row.example.pair_key) != row.metadata for row in there)
         if other:
             reporter.warn(
-                f"The metadata of {other:,} known rows is not kept: nothing else is new, so there is no new version to "
-                "keep it with."
+                f"The metadata of {count_of(other, 'known row')} is not kept: nothing else is new, "
+                "so there is no new version to keep it with."
             )
         return merged.parent.manifest
     sources = _sources(given, project.root)
@@ -267,6 +279,8 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
         split_from=planned.inherited.about if planned.inherited else None,
     )
     imports = _imports(planned.rows, given.faults, sources, merged, found)
+    if kept := Counter(key for line in imports for key in line.get("metadata", ())):
+        reporter.say(f"Kept as metadata: {counted(kept)}")
     version = save_version(project.dataset, version, found.members, imports, reporter)
     append_removals(project.dataset, [lifted(removal, project.root) for removal in planned.restored])
     return version
@@ -297,23 +311,11 @@ def _read(files: Sequence[Path], recipe: Recipe, reporter: Reporter, *, skip_bad
     for reading in given.readings:
         for note in reading.notes:
             reporter.say(note)
-    extra = Counter(key for row in given.rows for key in row.metadata)
-    if extra:
-        reporter.say(f"Kept as metadata: {counted(extra)}")
     if given.faults and not skip_bad:
         raise notices.faulty(given.faults)
     if given.faults:
         reporter.warn(notices.skipped(given.faults))
     return given
-
-
-def _settled(merged: Merge, recipe: Recipe) -> tuple[Conflict, ...]:
-    """All conflicts, of which none is both new and not accepted."""
-    conflicts = merged.conflicts()
-    fresh = [conflict for conflict in conflicts if any(key in merged.first for key in conflict.keys)]
-    if fresh and recipe.data.conflicts == "error":
-        raise notices.conflicting(fresh)
-    return conflicts
 
 
 def _settings(recipe: Recipe, parent: DatasetVersion | None) -> Settings:
@@ -337,7 +339,7 @@ def _near_count(merged: Merge, found: Contents, recipe: Recipe) -> int:
     return sum(m.key in merged.near for m in found.members)
 
 
-def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], reporter: Reporter) -> None:
+def _warn(merged: Merge, contents: Contents, accepted: Sequence[Conflict], reporter: Reporter) -> None:
     parent: DatasetVersion | None = merged.parent
     notices.warn_of_another_system_turn(
         [m.example for m in parent.domain] if parent else [],
@@ -345,7 +347,7 @@ def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], repo
         reporter,
     )
     domain = [m for m in contents.members if not m.mixed]
-    notices.warn_of_contents(domain, conflicts, contents.moved, contents.largest, merged.first.keys(), reporter)
+    notices.warn_of_contents(domain, accepted, contents.moved, contents.largest, reporter)
     if contents.largest:
         reporter.say(notices.largest(contents.largest))
     if contents.held and not contents.left_out:

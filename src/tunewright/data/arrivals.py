@@ -11,12 +11,13 @@ from pathlib import Path
 from tunewright.clock import now
 from tunewright.data.examples import Example, in_conflict
 from tunewright.data.formats import SourceRow
-from tunewright.data.notices import listed
+from tunewright.data.notices import excerpts, listed
 from tunewright.data.versions import DatasetVersion, import_files
 from tunewright.data.versions.author import current_author
 from tunewright.data.versions.removals import Removal, read_removals
 from tunewright.disk import text_lines
 from tunewright.errors import UserError
+from tunewright.wording import count_of
 
 _MOST = 10
 
@@ -160,10 +161,14 @@ def _refuse_several(read: Mapping[str, Sequence[SourceRow]], there: Mapping[str,
         if asked in there and in_conflict([row.example for row in different.values()]):
             several.append(list(different.values()))
     if several:
-        told = ("; ".join(f'"{r.example.output[:60]}" ({r.source}:{r.line})' for r in group) for group in several)
+        told = (
+            "; ".join(f"{excerpt} ({r.source}:{r.line})" for excerpt, r in zip(excerpts(outputs), group, strict=True))
+            for group in several
+            for outputs in [[r.example.output for r in group]]
+        )
         raise UserError(
-            f"nothing was replaced: the files have several outputs for {len(several):,} known inputs; which is right?\n"
-            f"{listed(told, len(several), _MOST, 'tunewright data check lists all')}",
+            f"nothing was replaced: the files have several outputs for {count_of(len(several), 'known input')}; "
+            f"which is right?\n{listed(told, len(several), _MOST, 'tunewright data check lists all')}",
             where="--replace",
             fix="Keep the right output of each in the file.",
         )

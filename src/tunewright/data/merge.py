@@ -127,6 +127,10 @@ class Merge:
             if in_conflict([self.kept[key] for key in keys])
         )
 
+    def fresh(self, conflicts: Sequence[Conflict]) -> list[Conflict]:
+        """Return the conflicts that a new row is part of."""
+        return [conflict for conflict in conflicts if any(key in self.first for key in conflict.keys)]
+
     def groups(self, rows: Sequence[SourceRow]) -> dict[str, tuple[str, ...]]:
         """The group values of each kept row, sorted: those that it had, and those of the rows that it stands for."""
         values: dict[str, set[str]] = defaultdict(set)

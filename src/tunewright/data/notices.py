@@ -18,6 +18,7 @@ from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.recipe import Duplicates
+from tunewright.wording import count_of
 
 FEWEST_TRAINING_PAIRS = 50
 FEW_TRAINING_PAIRS = 500
@@ -26,6 +27,8 @@ _MOST_FAULTS = 50
 _MOST_EXAMPLES = 10
 _MOST_PLACES = 3
 _MOST_REASONS = 3
+_LONGEST = 60  # characters of an excerpt
+_BEFORE = 20  # characters shown before the first difference of two long texts
 _NUMBER = re.compile(r"\d[\d,.]*")
 
 
@@ -88,14 +91,14 @@ class Largest:
 def faulty(faults: Sequence[Fault]) -> UserError:
     """The refusal of files with faulty rows."""
     return UserError(
-        f"{_count(len(faults), 'faulty row')}, nothing was added\n{by_cause(faults)}",
+        f"{count_of(len(faults), 'faulty row')}, nothing was added\n{by_cause(faults)}",
         fix="Correct them, or add the others with --skip-bad. `tunewright data check FILE --json` lists every one.",
     )
 
 
 def skipped(faults: Sequence[Fault]) -> str:
     """The warning of faulty rows left out; imports.jsonl of the version has each of them."""
-    return f"{_count(len(faults), 'faulty row')} left out (imports.jsonl lists every one):\n{by_cause(faults)}"
+    return f"{count_of(len(faults), 'faulty row')} left out (imports.jsonl lists every one):\n{by_cause(faults)}"
 
 
 def by_cause(faults: Sequence[Fault]) -> str:
@@ -136,7 +139,7 @@ def near_duplicates(kept: Sequence[Duplicate]) -> str:
     told = (f"{d.source}:{d.line} is like {d.of_place} (similarity {d.similarity:.2f})" for d in kept)
     lines = listed(told, len(kept), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
     return (
-        f"{_count(len(kept), 'near-duplicate')} kept: nearly the input and the output of another row, in its cluster "
+        f"{count_of(len(kept), 'near-duplicate')} kept: nearly the input and the output of another row, in its cluster "
         f"(data.duplicates: drop leaves them out):\n{lines}"
     )
 
@@ -146,7 +149,7 @@ def duplicates(dropped: Sequence[Duplicate], setting: Duplicates) -> str:
     told = (f"{d.source}:{d.line} repeats {d.of_place} (similarity {d.similarity:.2f})" for d in dropped)
     lines = listed(told, len(dropped), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
     alike = "the input (nearly)" if setting == "drop" else "the input"
-    return f"{_count(len(dropped), 'row')} left out, with {alike} and the output of another:\n{lines}"
+    return f"{count_of(len(dropped), 'row')} left out, with {alike} and the output of another:\n{lines}"
 
 
 def conflicting(conflicts: Sequence[Conflict]) -> UserError:
@@ -154,7 +157,7 @@ def conflicting(conflicts: Sequence[Conflict]) -> UserError:
     told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in conflicts)
     lines = listed(told, len(conflicts), _MOST_FAULTS, "--accept-conflicts lists all")
     return UserError(
-        f"{_count(len(conflicts), 'input')} with different outputs, nothing was added; which is right?\n{lines}",
+        f"{count_of(len(conflicts), 'input')} with different outputs, nothing was added; which is right?\n{lines}",
         fix="Keep the right one of each. If several are right, add them with --accept-conflicts or data.conflicts: "
         "accept.",
     )
@@ -169,7 +172,7 @@ def contaminated(held: Sequence[tuple[str, How, str]], *, dropping: bool) -> str
     most = len(by_row) if dropping else _MOST_EXAMPLES
     lines = listed(told, len(by_row), most, "`tunewright data leak --json` lists all")
     what = "left out" if dropping else "kept (data.contaminated: drop leaves them out)"
-    return f"{_count(len(by_row), 'training row')} with a test input or a benchmark item inside, {what}:\n{lines}"
+    return f"{count_of(len(by_row), 'training row')} with a test input or a benchmark item inside, {what}:\n{lines}"
 
 
 def _holds(items: Sequence[tuple[How, str]]) -> str:
@@ -190,8 +193,8 @@ def warn_of_lost_classes(members: Sequence[Member], left_out: Collection[str], r
     for label, count in lost.most_common():
         if 2 * count > rows[label]:
             reporter.warn(
-                f"The class {_excerpt(label)} loses {count:,} of its {_count(rows[label], 'training row')}: they hold "
-                "a test input or a benchmark item. Read some of them above; data.contaminated: warn keeps them."
+                f"The class {_excerpt(label)} loses {count:,} of its {count_of(rows[label], 'training row')}: they "
+                "hold a test input or a benchmark item. Read some of them above; data.contaminated: warn keeps them."
             )
 
 
@@ -203,7 +206,7 @@ def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:
         _MOST_EXAMPLES,
         "the version's imports.jsonl lists all",
     )
-    return f"{_count(len(left_out), 'row')} of the mix-in passed over:\n{lines}"
+    return f"{count_of(len(left_out), 'row')} of the mix-in passed over:\n{lines}"
 
 
 def largest(clusters: Sequence[Largest]) -> str:
@@ -227,8 +230,9 @@ def warn_of_missing_groups(
         )
         if lacking:
             reporter.warn(
-                f"{_count(lacking, 'row')} of the version before without a {name}: they were added before data.groups "
-                "named it, so nothing keeps them with the others of theirs. Add their files again to tell it."
+                f"{count_of(lacking, 'row')} of the version before without the group {name}: they were "
+                "added before data.groups named it, so nothing keeps them with the others of theirs. Add their files "
+                "again to tell it."
             )
 
 
@@ -247,7 +251,7 @@ def warn_of_idle_groups(names: Sequence[str], groups: Mapping[str, Sequence[str]
             continue
         if len(counts) == 1:
             reporter.warn(
-                f"data.groups: all {rows:,} rows with a {name} have the same one, so that it joins them into one "
+                f"data.groups: all {rows:,} rows with {name} have the same value, so that it joins them into one "
                 "cluster. Name a key whose value differs between independent rows."
             )
         elif counts.most_common(1)[0][1] == 1:
@@ -269,22 +273,27 @@ def known_outputs(found: OutputLeak) -> str:
 
 def replaced(rows: Sequence[Replaced]) -> str:
     """Return the notice of rows that took the place of others with their input."""
-    told = (f"{r.source}:{r.line}: {'; '.join(map(_excerpt, r.outputs_before))} → {_excerpt(r.output)}" for r in rows)
+    told = (_became(r) for r in rows)
     lines = listed(told, len(rows), _MOST_EXAMPLES, "`tunewright data diff` shows all")
-    return f"{_count(len(rows), 'row')} replaced: the same input, the file's output, the split as before\n{lines}"
+    return f"{count_of(len(rows), 'row')} replaced: the same input, the file's output, the split as before\n{lines}"
+
+
+def _became(row: Replaced) -> str:
+    *before, now = excerpts([*row.outputs_before, row.output])
+    return f"{row.source}:{row.line}: {'; '.join(before)} → {now}"
 
 
 def standing(rows: Sequence[SourceRow]) -> str:
     """Return the warning of rows that replace nothing, because a reviewer edited their answer."""
     lines = listed((f"{r.source}:{r.line}" for r in rows), len(rows), _MOST_EXAMPLES, "`tunewright data blame` tells")
-    return f"{_count(len(rows), 'row')} not replaced: a reviewer edited the answer, and the edit stands\n{lines}"
+    return f"{count_of(len(rows), 'row')} not replaced: a reviewer edited the answer, and the edit stands\n{lines}"
 
 
 def reweighted(examples: Sequence[Example]) -> str:
     """The warning of rows that take the place of the same turns with other weights."""
     told = (_excerpt(example.input_text) for example in examples)
     lines = listed(told, len(examples), _MOST_EXAMPLES, "`tunewright data log` shows the version before")
-    return f"{_count(len(examples), 'row')} replaced: the same turns were there with other weights\n{lines}"
+    return f"{count_of(len(examples), 'row')} replaced: the same turns were there with other weights\n{lines}"
 
 
 def warn_of_another_system_turn(known: Iterable[Example], new: Iterable[Example], reporter: Reporter) -> None:
@@ -293,8 +302,9 @@ def warn_of_another_system_turn(known: Iterable[Example], new: Iterable[Example]
     again = sum(_turns(example) in before for example in new)
     if again:
         reporter.warn(
-            f"{_count(again, 'new row')}: the version before has the same pair with another system turn, and both are "
-            "kept. data.system is put before pairs when they are added; if you have changed it, start a new dataset."
+            f"{count_of(again, 'new row')}: the version before has the same pair with another system "
+            "turn, and both are kept. data.system is put before pairs when they are added; if you have changed it, "
+            "start a new dataset."
         )
 
 
@@ -304,21 +314,19 @@ def _turns(example: Example) -> tuple[Message, ...]:
 
 def warn_of_contents(
     members: Sequence[Member],
-    conflicts: Sequence[Conflict],
+    accepted: Sequence[Conflict],
     moved: Sequence[Move],
     largest: Sequence[Largest],
-    new: Collection[str],
     reporter: Reporter,
 ) -> None:
-    """Warn of what a new version holds: accepted conflicts, moved rows, a large cluster, little to train on."""
-    fresh = [conflict for conflict in conflicts if any(key in new for key in conflict.keys)]
-    if fresh:
-        told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in fresh)
-        lines = listed(told, len(fresh), _MOST_EXAMPLES, "the result lists all")
-        reporter.warn(f"{_count(len(fresh), 'input')} with different outputs, all kept:\n{lines}")
+    """Warn of what a new version holds: accepted new conflicts, moved rows, a large cluster, little to train on."""
+    if accepted:
+        told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in accepted)
+        lines = listed(told, len(accepted), _MOST_EXAMPLES, "the result lists all")
+        reporter.warn(f"{count_of(len(accepted), 'input')} with different outputs, all kept:\n{lines}")
     for (before, now), count in Counter((move.before, move.now) for move in moved).items():
         reporter.warn(
-            f"{_count(count, 'row')} moved from {before} to {now}: new rows are nearly equal to rows of both, or of "
+            f"{count_of(count, 'row')} moved from {before} to {now}: new rows are nearly equal to rows of both, or of "
             "one group with them. Adapters trained on an earlier version may have seen them; train anew before you "
             "compare."
         )
@@ -327,14 +335,13 @@ def warn_of_contents(
     training = sum(m.split == "train" for m in members)
     if training < FEWEST_TRAINING_PAIRS:
         reporter.warn(
-            f"{_count(training, 'training pair')}, fewer than {FEWEST_TRAINING_PAIRS}: `tunewright train` refuses so "
+            f"{count_of(training, 'training pair')}, fewer than {FEWEST_TRAINING_PAIRS}: `tunewright train` refuses so "
             "few without --force. Add pairs, or prompt with them: they fit into a prompt."
         )
     elif training < FEW_TRAINING_PAIRS:
         reporter.warn(
-            f"{_count(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: expect the adapter to learn them "
-            "by heart (training loss falls, dev loss rises), and a test too small to show anything but large gains. "
-            "`tunewright crossfit` measures on all rows instead of a tenth."
+            f"{count_of(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: expect the adapter to learn them "
+            "by heart (training loss falls, dev loss rises). `tunewright crossfit` measures on all rows."
         )
 
 
@@ -348,9 +355,8 @@ def _large(cluster: Largest, rows: int) -> str:
 
 
 def _outputs(conflict: Conflict) -> str:
-    return "; ".join(
-        f"{_excerpt(output)} ({place})" for output, place in zip(conflict.outputs, conflict.places, strict=True)
-    )
+    told = zip(excerpts(conflict.outputs), conflict.places, strict=True)
+    return "; ".join(f"{output} ({place})" for output, place in told)
 
 
 def listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
@@ -361,10 +367,32 @@ def listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
     return "\n".join(shown)
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def excerpts(texts: Sequence[str]) -> list[str]:
+    """Return a quoted excerpt of at most 60 characters of each text, by which unlike texts can be told apart.
+
+    A text that another one equals so far begins shortly before their first difference.
+    """
+    lines = [" ".join(text.split()) for text in texts]
+    return [_told_apart(line, [other for other in lines if other != line]) for line in lines]
+
+
+def _told_apart(line: str, others: Sequence[str]) -> str:
+    same = max((_equal_until(line, other) for other in others), default=0)
+    if same < _LONGEST - 1:
+        return f'"{_cut(line)}"'
+    # At a word, unless that is longer than what is shown before the difference.
+    start = line.rfind(" ", same - 2 * _BEFORE, same - _BEFORE) + 1 or same - _BEFORE
+    return f'"…{_cut(line[start:])}"'
+
+
+def _equal_until(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _excerpt(text: str) -> str:
-    line = " ".join(text.split())
-    return f'"{line if len(line) <= 60 else line[:59] + "…"}"'
+    return excerpts([text])[0]
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"

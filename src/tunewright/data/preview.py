@@ -99,10 +99,8 @@ def preview(project: Project, paths: Sequence[Path], reporter: Reporter) -> Prev
     effect = None
     metadata = Counter(key for row in rows for key in row.metadata)
     if rows:
-        accepting = project.recipe.data.model_copy(update={"conflicts": "accept"})
-        recipe = project.recipe.model_copy(update={"data": accepting})
         try:
-            planned = plan(Project(project.root, recipe), rows, reporter, Arrival())
+            planned = plan(project, rows, reporter, Arrival(), refuse_conflicts=False)
         except UserError as refusal:
             refusals.append(refusal)
         else:

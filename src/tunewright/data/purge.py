@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tunewright.data.examples import Example
 from tunewright.data.notices import listed
 from tunewright.data.review.kept import forget_suspects
 from tunewright.data.review.reviews import redact_reviews
+from tunewright.data.selecting import Origins, read_origins
 from tunewright.data.versions import Member, erase_purged
 from tunewright.data.versions.removals import Removal, append_removals, purge_told, read_removals
 from tunewright.data.versions.rows import has_rows, read_rows
@@ -33,6 +35,7 @@ _ANCHOR = 8  # bytes
 _CHUNK = 1 << 20
 _MOST = 20
 _GROUPS = 5
+_SAME_NAME = re.compile(r"@[0-9a-f]{8}$")  # after the name of an added file, where two had the same
 _WEIGHTS = (".safetensors", ".gguf", ".pt", ".bin")
 _COMPRESSED = (b"PK\x03\x04", b"\x1f\x8b", b"(\xb5/\xfd", b"PAR1", b"BZh", b"\xfd7zXZ")
 
@@ -103,13 +106,39 @@ def _erase(
     if purged and (forgotten := forget_suspects(root)):
         reporter.say(f"Removed {forgotten:,} kept lists of suspects: they quote rows.")
     # Looked for while the text is still known, and told before it is erased: after that nobody could.
-    holders = (*grouped, *find_holders(root, dataset, rows.values(), reporter)) if rows else ()
+    holders = (*grouped, *_holders(root, dataset, rows, reporter)) if rows else ()
     if holders:
         told = listed(map(str, holders), len(holders), _MOST, "--json lists all")
         reporter.warn(f"The purge does not reach these files, which are yours to erase or to keep:\n{told}")
     append_removals(dataset, read_removals(dataset).lacking(events))
     erase_purged(dataset)
     return holders
+
+
+def _holders(root: Path, dataset: Path, rows: Mapping[str, Example], reporter: Reporter) -> Iterator[Holder]:
+    """Find the files with text of rows; those that the rows were read from are named whatever is found in them."""
+    sources = {holder.path: holder for holder in _sources(root, read_origins(dataset), rows)}
+    for holder in find_holders(root, dataset, rows.values(), reporter):
+        source = sources.get(holder.path)
+        if source is None or (holder.rows or 0) >= (source.rows or 0):
+            sources.pop(holder.path, None)
+            yield holder
+    yield from sources.values()
+
+
+def _sources(root: Path, origins: Origins, keys: Iterable[str]) -> Iterator[Holder]:
+    """The files that rows were read from and that are still there: templates may have made the rows' text of them."""
+    read: dict[str, set[str]] = defaultdict(set)
+    for key in keys:
+        for name in origins.again.get(key, ()):
+            read[name].add(key)
+    for name, there in sorted(read.items()):
+        path = _SAME_NAME.sub("", name)
+        if (root / path).exists():
+            lines = sorted(origins.first[key][1] for key in there if origins.first[key][0] == name)
+            shown = f"{', '.join(map(str, lines[:_GROUPS]))}{' …' if len(lines) > _GROUPS else ''}"
+            places = f" at line{'' if len(lines) == 1 else 's'} {shown}" if lines else ""
+            yield Holder(path, len(there), f"read from it{places}, in another spelling")
 
 
 def find_holders(root: Path, dataset: Path, rows: Iterable[Example], reporter: Reporter) -> Iterator[Holder]:

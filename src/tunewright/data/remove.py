@@ -98,7 +98,7 @@ def remove(
 
     Args:
         selection: which rows; with ``purge_text`` also rows that only earlier versions have.
-        because: the reason, kept with the version and in the log of removals.
+        because: the reason, kept with the version and in the log of removals; may be empty for a dry run.
         dry_run: change nothing.
         purge_text: erase the rows' text from all versions too, with that of the rows that edits made them of and of
             former rows with the same input. What else in the project has the text is listed.
@@ -108,7 +108,7 @@ def remove(
     """
     dataset = project.dataset
     because = " ".join(because.split())
-    if not because:
+    if not because and not dry_run:
         raise UserError("a removal needs a reason", where="--because", fix='For example --because "mislabelled".')
     if current_manifest(dataset) is None:
         raise UserError("there is no dataset version yet", where=str(dataset), fix="`tunewright data add` makes one.")

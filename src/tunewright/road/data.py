@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.data.add import AddResult, add
-from tunewright.data.formats import uses_columns
+from tunewright.data.formats import require_columns
 from tunewright.data.formats.files import source_files
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
 from tunewright.data.versions.find import find_row
@@ -123,7 +123,7 @@ class DataRoad:
     def remove(
         self,
         *,
-        because: str,
+        because: str = "",
         keys: str | Path | None = None,
         where: str | None = None,
         source: str | None = None,
@@ -134,7 +134,7 @@ class DataRoad:
         """Remove the rows that match all that is given, which makes a new version.
 
         Args:
-            because: the reason.
+            because: the reason; only a dry run needs none.
             keys: a file with a row's key, or its first digits, on each line.
             where: a JMESPath condition on a row's document.
             source: the added file that rows came from.
@@ -204,11 +204,8 @@ class DataRoad:
             raise UserError("it is empty", where=f"--{empty[0]}", fix="Leave it out for the recipe's.")
         data = data.model_copy(update=given)
         columns = [key for key in given if key != "rows"]
-        if columns and not any(uses_columns(path, data) for path in paths):
-            raise UserError(
-                "columns are named, but no file is a CSV or another table, or has those keys",
-                where="--" + "/--".join(columns),
-            )
+        if columns:
+            require_columns(paths, data, "--" + "/--".join(columns))
         return data
 
     def version(self, digest: str | None = None) -> DatasetVersion:

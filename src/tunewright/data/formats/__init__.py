@@ -14,12 +14,13 @@ from tunewright.data.formats.checks import RowError, example_from_turns, groups_
 from tunewright.data.formats.metadata import MOST_CHARACTERS, counted, metadata_of
 from tunewright.data.formats.row_errors import json_path
 from tunewright.data.formats.shapes import conversation_of
-from tunewright.data.formats.sources import check_mapping, open_source, uses_columns
+from tunewright.data.formats.sources import check_mapping, open_source, require_columns
 from tunewright.data.formats.tables import source_size
 from tunewright.disk import file_digest
 from tunewright.errors import UserError
 from tunewright.progress import Task
 from tunewright.recipe import DataRecipe
+from tunewright.wording import count_of
 
 __all__ = [
     "Fault",
@@ -28,10 +29,10 @@ __all__ = [
     "check_mapping",
     "fault_of",
     "read_pairs",
+    "require_columns",
     "scan_pairs",
     "source_digest",
     "source_size",
-    "uses_columns",
 ]
 
 
@@ -40,7 +41,8 @@ class SourceRow:
     """An example and where it was read.
 
     ``source`` is the file as the user named it, ``line`` the line (from 1) that the row starts at, in Parquet and saved
-    datasets the number of the row (from 1), as it is for rows that data.rows makes anew. ``groups`` has the row's
+    datasets the number of the row (from 1), as it is for rows that data.rows makes and where several rows of a JSON
+    document start on one line. ``groups`` has the row's
     values of the recipe's data.groups, ``metadata`` those of keys that nothing uses.
     """
 
@@ -131,7 +133,7 @@ def scan_pairs(path: Path, data: DataRecipe, notes: list[str], task: Task | None
 
 def _told(path: Path, container: str, kinds: Counter[tuple[str, str]]) -> Iterator[str]:
     for (kind, reason), count in kinds.most_common():
-        of = f"{count:,} rows of " if len(kinds) > 1 else ""
+        of = f"{count_of(count, 'row')} of " if len(kinds) > 1 else ""
         yield f"{path}: {container}: {of}{kind}, since {reason}"
 
 

@@ -15,7 +15,7 @@ from jmespath.exceptions import JMESPathError
 
 from tunewright.data.formats.checks import RowError, row_object
 from tunewright.data.formats.encodings import foreign_places
-from tunewright.data.formats.json_rows import RawRow
+from tunewright.data.formats.json_rows import RawRow, numbers_note
 from tunewright.data.formats.parents import PARENT, Parent, compiled, refuse_unfound
 from tunewright.data.formats.row_errors import CODES, JsonPath
 from tunewright.errors import UserError
@@ -67,7 +67,8 @@ def document_rows(
 ) -> Iterator[RawRow]:
     """The objects that an expression finds in a JSON document; the whole document is held in memory.
 
-    A row that stands in the document as it is has its line, and the keys and objects above it. If an item is anything
+    A row that stands in the document as it is has its line (or, if two of them start on one line, all have their
+    numbers), and the keys and objects above it. If an item is anything
     else, such as an object that the expression makes, every row is told by its number in the result (from 1), and a
     note says so.
 
@@ -85,7 +86,7 @@ def document_rows(
     found = _found(document, expression)
     places = {id(each): number for number, each in enumerate(document.objects)}
     if all(id(item) in places for item in found):
-        yield from _placed(document, found, places, groups)
+        yield from _placed(document, found, places, groups, notes)
         return
     refuse_unfound(groups, [None], path)
     if document.faults:
@@ -167,14 +168,27 @@ def _kind(value: Any) -> str:
 
 
 def _shape(value: Any) -> str:
-    if not isinstance(value, dict):
-        return "The document is no object: its rows are found without data.rows, if it is an array of them."
-    keys = list(value)
-    more = f" and {len(keys) - _MOST_KEYS:,} more" if len(keys) > _MOST_KEYS else ""
-    return f"The document's keys: {', '.join(keys[:_MOST_KEYS])}{more}."
+    if isinstance(value, dict):
+        return f"The document's keys: {keys_told(value)}."
+    items = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    if not items:
+        return "The document has no object, and a row is one."
+    there = keys_told(dict.fromkeys(key for item in items for key in item))
+    return (
+        f"The document is an array, and its objects have the keys {there}. If they are the rows, leave data.rows out."
+    )
 
 
-def _placed(document: _Document, found: list[Any], places: dict[int, int], groups: Sequence[str]) -> Iterator[RawRow]:
+def keys_told(keys: Iterable[str]) -> str:
+    """Return keys in words, the first eight of them."""
+    names = list(keys)
+    more = f" and {len(names) - _MOST_KEYS:,} more" if len(names) > _MOST_KEYS else ""
+    return f"{', '.join(names[:_MOST_KEYS])}{more}"
+
+
+def _placed(
+    document: _Document, found: list[Any], places: dict[int, int], groups: Sequence[str], notes: list[str]
+) -> Iterator[RawRow]:
     spans = [document.spans[places[id(item)]] for item in found]
     covered: set[int] = set()
     for start, end in spans:
@@ -187,8 +201,13 @@ def _placed(document: _Document, found: list[Any], places: dict[int, int], group
             raise _refused(document, place, fault)
     ways = _ways(document.value, {id(item) for item in found})
     refuse_unfound(groups, (parent for _, parent in ways.values()), document.path)
-    for item, (start, end) in zip(found, spans, strict=True):
-        yield RawRow(document.line(start), document.fault_in(start, end) or item, *ways[id(item)])
+    starts = {start for start, _ in spans}
+    numbered = len({document.line(start) for start in starts}) < len(starts)
+    if numbered:
+        notes.append(numbers_note(document.path))
+    for number, (item, (start, end)) in enumerate(zip(found, spans, strict=True), start=1):
+        line = number if numbered else document.line(start)
+        yield RawRow(line, document.fault_in(start, end) or item, *ways[id(item)])
 
 
 def _ways(value: Any, wanted: set[int]) -> dict[int, tuple[JsonPath, Parent | None]]:
@@ -223,9 +242,17 @@ def rows_hint(document: dict[str, Any]) -> str | None:
     lists = [key for key, value in document.items() if _holds_rows(value)]
     if len(lists) == len(document) and len(lists) > 1:
         return "*[]"
-    if not lists:
-        return None
-    return lists[0] if _PLAIN_KEY.fullmatch(lists[0]) else json.dumps(lists[0], ensure_ascii=False)
+    return _key(lists[0]) if lists else None
+
+
+def array_hint(items: Sequence[dict[str, Any]]) -> str | None:
+    """The expression that finds the rows in the objects of an array that all have a list of objects under one key."""
+    keys = [key for key in items[0] if all(_holds_rows(item.get(key)) for item in items)] if items else []
+    return f"[].{_key(keys[0])}[]" if keys else None
+
+
+def _key(name: str) -> str:
+    return name if _PLAIN_KEY.fullmatch(name) else json.dumps(name, ensure_ascii=False)
 
 
 def _holds_rows(value: Any) -> bool:

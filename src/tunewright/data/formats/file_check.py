@@ -23,6 +23,7 @@ from tunewright.disk import writing
 from tunewright.errors import UserError
 from tunewright.progress import Reporter, Task
 from tunewright.recipe import DataRecipe
+from tunewright.wording import count_of
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,10 @@ class FileCheck:
         """Rows and faults in one sentence, and secrets by kind in another."""
         examples = sum(file.examples for file in self.files)
         unreadable = sum(file.unreadable is not None for file in self.files)
-        told = [f"{examples:,} examples and {len(self.faults):,} faulty rows in {_files(len(self.files))}"]
+        faulty = count_of(len(self.faults), "faulty row")
+        told = [f"{count_of(examples, 'example')} and {faulty} in {count_of(len(self.files), 'file')}"]
         if unreadable:
-            told[0] += f", {_files(unreadable)} not readable to the end"
+            told[0] += f", {count_of(unreadable, 'file')} not readable to the end"
         if self.secrets:
             kinds = ", ".join(f"{LABELS[kind]}: {count:,}" for kind, count in self.secrets.items())
             told.append(f"secrets ({kinds}): `tunewright data add` refuses them, by line, unless it has --redact")
@@ -72,10 +74,6 @@ class FileCheck:
     def as_dict(self) -> dict[str, Any]:
         """The check as ``--json`` prints it."""
         return {"ok": self.ok, "counts": self.counts, **asdict(self)}
-
-
-def _files(count: int) -> str:
-    return f"{count:,} file{'' if count == 1 else 's'}"
 
 
 def check_files(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -16,7 +17,7 @@ from tunewright.errors import UserError
 
 
 class RawRow(NamedTuple):
-    """The line that a row starts at, and the row or why it is none."""
+    """The line that a row starts at (its number where several start on one line), and the row or why it is none."""
 
     line: int
     row: dict[str, Any] | RowError
@@ -77,6 +78,37 @@ def json_objects(text: TextIO, path: Path) -> Iterator[RawRow]:
     cursor = _Cursor(text, path)
     while cursor.peek():
         yield cursor.row()
+
+
+def told_apart(rows: Iterator[RawRow], path: Path, notes: list[str]) -> Iterator[RawRow]:
+    """The rows, with their numbers (from 1) in place of their lines if the second starts on the line of the first.
+
+    A place has to name one row: ``json.dump`` writes all of an array on one line.
+
+    Args:
+        notes: gets that places are numbers.
+    """
+    first = next(rows, None)
+    if first is None:
+        return
+    try:
+        second = next(rows, None)
+    except UserError:
+        yield first
+        raise
+    together = [first] if second is None else [first, second]
+    if second is None or second.line != first.line:
+        yield from together
+        yield from rows
+        return
+    notes.append(numbers_note(path))
+    for number, row in enumerate(chain(together, rows), start=1):
+        yield row._replace(line=number)
+
+
+def numbers_note(path: Path) -> str:
+    """The note that places in a file are the numbers of its rows."""
+    return f"{path}: places are row numbers (FILE:NUMBER), not lines, because several rows start on one line"
 
 
 class _Cursor:

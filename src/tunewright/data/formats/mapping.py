@@ -38,8 +38,13 @@ class Side:
     """The row's keys that are used, in order."""
     whole_row: bool = False
     """The template takes ``row`` as a whole, so that any key may be used."""
-    from_parent: bool = False
-    """The template takes ``parent``, the object above the row."""
+    outside: tuple[str, ...] = ()
+    """Of ``above`` and ``parent`` those that the template takes."""
+
+    @property
+    def from_parent(self) -> bool:
+        """The template takes ``parent``, the object above the row."""
+        return PARENT in self.outside
 
     @property
     def path(self) -> JsonPath:
@@ -103,7 +108,7 @@ class Mapping:
 
 def _named(side: Side) -> str:
     whole = ["the whole row"] if side.whole_row else []
-    return ", ".join([*side.keys, *whole]) or "a fixed text"
+    return ", ".join([*side.keys, *whole, *side.outside]) or "a fixed text"
 
 
 def mapping_of(data: DataRecipe) -> Mapping | None:
@@ -166,9 +171,9 @@ def _side(name: str, text: str, in_document: bool) -> Side:
         if _is_row(each.node) and isinstance(each.arg, nodes.Const) and isinstance(each.arg.value, str)
     ]
     whole = sum(map(_is_row, tree.find_all(nodes.Name))) > len(picked)
-    from_above = {_ROW, _ABOVE, PARENT} if in_document else {_ROW, _ABOVE}
-    keys = dict.fromkeys([*_in_order(tree, names - from_above), *picked])
-    return Side(f"data.{name}", text, template, tuple(keys), whole, in_document and PARENT in names)
+    outside = {_ABOVE, PARENT} if in_document else {_ABOVE}
+    keys = dict.fromkeys([*_in_order(tree, names - outside - {_ROW}), *picked])
+    return Side(f"data.{name}", text, template, tuple(keys), whole, tuple(sorted(outside & names)))
 
 
 def _is_row(node: nodes.Node) -> bool:

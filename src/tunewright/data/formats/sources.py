@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tunewright.data.formats.checks import RowError, parse_json_row
-from tunewright.data.formats.documents import check_expression, document_rows, rows_hint
+from tunewright.data.formats.documents import array_hint, check_expression, document_rows, keys_told, rows_hint
 from tunewright.data.formats.encodings import Encoding, find_encoding, note_on, open_text
-from tunewright.data.formats.json_rows import RawRow, json_array, json_lines, json_objects
+from tunewright.data.formats.json_rows import RawRow, json_array, json_lines, json_objects, told_apart
 from tunewright.data.formats.mapping import mapping_of
 from tunewright.data.formats.parents import check_groups, names_parent
 from tunewright.data.formats.shapes import KNOWN_KEYS, conversation_of, mistyped
@@ -33,6 +33,7 @@ _ARCHIVES = {
     b"(\xb5/\xfd": "compressed by zstd",
 }
 _HEAD = 1 << 16  # characters
+_LOOKED_AT = 20  # rows that decide whether names of columns, or an array's objects, can be rows
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ def _text_reader(head: str, path: Path, data: DataRecipe, notes: list[str]) -> t
             text, path, expression, notes, above
         )
     if start.startswith("[") and (named_json or start[1:].lstrip().startswith("{")):
-        return "a JSON array", lambda text: json_array(text, path)
+        return "a JSON array", lambda text: _no_nested_rows(told_apart(json_array(text, path), path, notes), path, data)
     if any(_is_object(line) for line in lines[: 20 if named_json else 1]):
         return "JSON Lines", lambda text: _no_document(json_lines(text), path, data)
     if start.startswith("{") and suffix not in _TABLE_NAMES[:3]:
         if len(lines) > 1 and not lines[1].lstrip().startswith("{"):
             kind = "JSON objects over several lines"
-            return kind, lambda text: _no_document(json_objects(text, path), path, data)
+            return kind, lambda text: _no_document(told_apart(json_objects(text, path), path, notes), path, data)
         return "JSON Lines", json_lines
     delimiter = delimiter_of(head, data)
     several = bool(lines) and delimiter in lines[0]
@@ -152,22 +153,47 @@ def _text_reader(head: str, path: Path, data: DataRecipe, notes: list[str]) -> t
     return kind, lambda text: csv_rows(text, path, delimiter, data, notes)
 
 
+def _no_nested_rows(rows: Iterator[RawRow], path: Path, data: DataRecipe) -> Iterator[RawRow]:
+    """The rows, unless the first ones are no rows themselves but all seem to hold some."""
+    first = list(islice(rows, 1))
+    objects = [raw.row for raw in first if isinstance(raw.row, dict)]
+    if array_hint(objects) and _no_row(objects[0], data):
+        first += islice(rows, _LOOKED_AT - 1)
+        objects = [raw.row for raw in first if isinstance(raw.row, dict)]
+    if len(objects) == len(first) and (hint := array_hint(objects)) is not None:
+        faults = [_no_row(row, data) for row in objects]
+        if all(faults):
+            raise UserError(
+                f"an array of objects that are no rows themselves, and seem to hold the rows ({faults[0]})",
+                where=f"{path}:{first[0].line}",
+                fix=f"Say where in them they are: --rows {shlex.quote(hint)}, or set data.rows (docs/formats.md). "
+                f"Keys of the objects: {keys_told(objects[0])}.",
+            )
+    yield from first
+    yield from rows
+
+
+def _no_row(row: dict[str, Any], data: DataRecipe) -> RowError | None:
+    """Why an object without any known key is no row; None where it may be one."""
+    if not row.keys().isdisjoint(KNOWN_KEYS) or mistyped(row):
+        return None
+    try:
+        conversation_of(row, data)
+    except RowError as fault:
+        return fault
+    return None
+
+
 def _no_document(rows: Iterator[RawRow], path: Path, data: DataRecipe) -> Iterator[RawRow]:
     """The rows, unless the only one is no row itself but seems to hold them."""
     first = list(islice(rows, 2))
     document = first[0].row if len(first) == 1 else None
-    unknown = isinstance(document, dict) and document.keys().isdisjoint(KNOWN_KEYS) and not mistyped(document)
-    hint = rows_hint(document) if unknown and isinstance(document, dict) else None
-    if hint is not None:
-        assert isinstance(document, dict)
-        try:
-            conversation_of(document, data)
-        except RowError as fault:
-            raise UserError(
-                f"one object that is no row itself, and seems to hold the rows ({fault})",
-                where=f"{path}:{first[0].line}",
-                fix=f"Say where in it they are: --rows {shlex.quote(hint)}, or set data.rows (docs/formats.md).",
-            ) from None
+    if isinstance(document, dict) and (hint := rows_hint(document)) and (fault := _no_row(document, data)):
+        raise UserError(
+            f"one object that is no row itself, and seems to hold the rows ({fault})",
+            where=f"{path}:{first[0].line}",
+            fix=f"Say where in it they are: --rows {shlex.quote(hint)}, or set data.rows (docs/formats.md).",
+        )
     yield from first
     yield from rows
 
@@ -181,15 +207,27 @@ def _is_object(line: str) -> bool:
         return fault.code in ("E101", "E104", "E105")
 
 
-def uses_columns(path: Path, data: DataRecipe) -> bool:
-    """Whether the recipe's names of columns say how a file is read: it is a table, or its first rows have the keys.
+def require_columns(paths: Sequence[Path], data: DataRecipe, where: str) -> None:
+    """Refuse names of columns that say of no file how it is read: none is a table, or has the keys in its first rows.
 
     Raises:
-        UserError: as ``open_source``.
+        UserError: as it says, with the keys that are there; or as ``open_source``.
     """
-    source = open_source(path, data, [])
     mapping = mapping_of(data)
-    if source.table or (mapping is not None and mapping.templated):
-        return True
-    first = (raw.row for raw in islice(source.rows, 20))
-    return any(not isinstance(row, RowError) and data.input in row and data.output in row for row in first)
+    if mapping is not None and mapping.templated:
+        return
+    there: dict[str, None] = {}
+    for path in paths:
+        source = open_source(path, data, [])
+        if source.table:
+            return
+        for raw in islice(source.rows, _LOOKED_AT):
+            if not isinstance(raw.row, RowError):
+                if data.input in raw.row and data.output in raw.row:
+                    return
+                there |= dict.fromkeys(raw.row)
+    raise UserError(
+        f"no file is a CSV or another table, and no row has both the keys {data.input} and {data.output}",
+        where=where,
+        fix=f"Keys of the first rows: {keys_told(there)}." if there else None,
+    )

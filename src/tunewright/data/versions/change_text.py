@@ -77,7 +77,8 @@ def diff_text(diff: Diff, *, most: int = 20) -> str:
     moved = sorted(diff.moved, key=lambda m: m.member.key not in test)
     added, removed = (sorted(rows, key=lambda m: m.key not in test) for rows in (diff.added, diff.removed))
     if diff.purged:
-        lines.append(f"{len(diff.purged):,} rows were purged since and cannot be compared: `data verify` says why")
+        were = "row was" if len(diff.purged) == 1 else "rows were"
+        lines.append(f"{len(diff.purged):,} {were} purged since and cannot be compared: `data verify` says why")
     lines += _section("edited", edited, _edit_lines, most)
     lines += _section("added", added, lambda m: [f"+ {_heading(m)}"], most)
     lines += _section("removed", removed, lambda m: [f"- {_heading(m)}"], most)

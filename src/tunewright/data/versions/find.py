@@ -12,6 +12,7 @@ from tunewright.data.review.edits import replaced
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.versions import DatasetVersion, Member, import_files, list_versions
 from tunewright.data.versions.members import read_places
+from tunewright.data.versions.removals import read_removals
 from tunewright.disk import text_lines
 from tunewright.errors import UserError
 
@@ -29,6 +30,8 @@ def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
         return found[0]
     if found:
         raise UserError(f"{len(found)} rows begin with {row!r}", where="ROW", fix="Give more digits.")
+    if key in (out := read_removals(dataset).out):  # the row that an edit or a replacement made of the one read here
+        raise UserError(f"the row was removed: {out[key].because}", where=row)
     raise UserError(
         f"version {version.digest[:12]} has no row {row!r}",
         where="ROW",
