@@ -17,6 +17,8 @@ from tunewright.data.add import add
 from tunewright.data.formats import read_pairs
 from tunewright.data.formats.file_check import check_files, fix_file
 from tunewright.data.formats.metadata import MOST_CHARACTERS
+from tunewright.data.remove import remove
+from tunewright.data.selecting import Selection
 from tunewright.data.versions import load_version, version_folder
 from tunewright.data.versions.origins import metadata_by_key, places_by_key
 from tunewright.errors import UserError
@@ -133,6 +135,25 @@ def test_newer_metadata_of_a_known_row_is_kept_with_the_next_version(tmp_path: P
     unchanged = Listener()
     add(project, [path], unchanged)
     assert not any("not kept" in warned for warned in unchanged.warned)
+
+
+def test_add_does_not_warn_of_metadata_when_an_unchanged_file_is_added_again(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {contaminated: drop}\n")
+    rows = _rows(60)
+    spaced = {**rows[5], "prompt": f" {rows[5]['prompt'].upper()}"}
+    rows = [{**row, "id": f"T{i}"} for i, row in enumerate([*rows, rows[4], spaced])]
+    path = _jsonl(tmp_path / "a.jsonl", rows)
+    add(project, [path], Listener())
+    held = next(m for m in load_version(project.dataset).members if m.split == "test").example.input_text
+    more = {"prompt": f"please answer this: {held}", "completion": "another", "id": "T62"}
+    add(project, [_jsonl(tmp_path / "b.jsonl", [more])], Listener())
+    remove(project, Selection(where="output == 'answer 7'"), "wrong", Listener())
+    listener = Listener()
+    assert not add(project, [path, tmp_path / "b.jsonl"], listener).created
+    assert not any("not kept" in warned for warned in listener.warned)
+    rows[3]["id"] = "changed"
+    add(project, [_jsonl(path, rows)], listener)
+    assert any("metadata of 1 known row" in warned for warned in listener.warned)
 
 
 @pytest.mark.parametrize("value", ["4539148803436467", 4539148803436467, {"pay": ["4539 1488 0343 6467"]}])

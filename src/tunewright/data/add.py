@@ -30,7 +30,7 @@ from tunewright.data.versions import (
     save_version,
 )
 from tunewright.data.versions.making import LeftOut, clusters_by_split, new_manifest
-from tunewright.data.versions.origins import metadata_by_key
+from tunewright.data.versions.origins import read_metadata
 from tunewright.data.versions.removals import Removal, append_removals
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
@@ -242,9 +242,10 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
         assert merged.parent is not None
         if message:
             reporter.warn("Nothing is new, so there is no version to keep the message with.")
-        known = metadata_by_key(project.dataset, merged.parent.manifest)
-        there = [row for row in planned.rows if row.metadata and row.example.pair_key not in merged.withheld]
-        other = sum(known.get(row.example.pair_key) != row.metadata for row in there)
+        known = read_metadata(project.dataset, merged.parent.manifest)
+        fates = [(row, found.fate(row, merged)) for row in planned.rows if row.metadata]
+        there = [(row.metadata, fate["key"]) for row, fate in fates if fate["fate"] == "known"]
+        other = sum(metadata not in known.get(key, []) for metadata, key in there)
         if other:
             reporter.warn(
                 f"The metadata of {other:,} known rows is not kept: nothing else is new, so there is no new version to "

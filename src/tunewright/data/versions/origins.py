@@ -32,6 +32,21 @@ def metadata_by_key(dataset: Path, manifest: Manifest) -> dict[str, dict[str, An
     return found
 
 
+def read_metadata(dataset: Path, manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
+    """Return all metadata of each pair key in the newest import that had any, exact repeats of the row included."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    edits = replaced(dataset, manifest)
+    for path in import_files(dataset, manifest):
+        here: dict[str, list[dict[str, Any]]] = {}
+        for line in text_lines(path.read_text(encoding="utf-8")):
+            record: dict[str, Any] = json.loads(line)
+            there = record["fate"] in _PRESENT or (record["fate"] == "duplicate" and record["of"] == record["key"])
+            if there and "metadata" in record:
+                here.setdefault(edits.get(record["key"], record["key"]), []).append(record["metadata"])
+        found = here | found
+    return found
+
+
 def _records(dataset: Path, manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
     edits = replaced(dataset, manifest)
     for path in import_files(dataset, manifest):
