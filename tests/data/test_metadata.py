@@ -154,6 +154,11 @@ def test_add_does_not_warn_of_metadata_when_an_unchanged_file_is_added_again(tmp
     rows[3]["id"] = "changed"
     add(project, [_jsonl(path, rows)], listener)
     assert any("metadata of 1 known row" in warned for warned in listener.warned)
+    rows.append({"prompt": "something else altogether", "completion": "new", "id": "T99"})
+    assert add(project, [_jsonl(path, rows)], Listener()).created
+    unchanged = Listener()
+    add(project, [path], unchanged)
+    assert not any("not kept" in warned for warned in unchanged.warned)
 
 
 @pytest.mark.parametrize("value", ["4539148803436467", 4539148803436467, {"pay": ["4539 1488 0343 6467"]}])

@@ -33,18 +33,20 @@ def metadata_by_key(dataset: Path, manifest: Manifest) -> dict[str, dict[str, An
 
 
 def read_metadata(dataset: Path, manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
-    """Return all metadata of each pair key in the newest import that had any, exact repeats of the row included."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Return the metadata of each pair key, by the newest record of each place; exact repeats of the row included."""
+    found: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
     edits = replaced(dataset, manifest)
     for path in import_files(dataset, manifest):
-        here: dict[str, list[dict[str, Any]]] = {}
         for line in text_lines(path.read_text(encoding="utf-8")):
             record: dict[str, Any] = json.loads(line)
             there = record["fate"] in _PRESENT or (record["fate"] == "duplicate" and record["of"] == record["key"])
             if there and "metadata" in record:
-                here.setdefault(edits.get(record["key"], record["key"]), []).append(record["metadata"])
-        found = here | found
-    return found
+                key = edits.get(record["key"], record["key"])
+                found.setdefault((record["source"], record["line"]), (key, record["metadata"]))
+    by_key: dict[str, list[dict[str, Any]]] = {}
+    for key, metadata in found.values():
+        by_key.setdefault(key, []).append(metadata)
+    return by_key
 
 
 def _records(dataset: Path, manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
