@@ -89,6 +89,11 @@ def _text(done: RemoveResult, *, purging: bool) -> Iterator[str]:
         yield f"Nothing has changed{'; --purge cannot be undone' if purging else ''}."
     elif done.created:
         yield f"New version {done.version.digest[:12]}: {done.version.counts.rows:,} rows"
+    elif done.rows:
+        yield (
+            f"Version {done.version.digest[:12]} is current again: {done.version.counts.rows:,} rows. It keeps its own "
+            "message in `tunewright data log`; the reason is in dataset/removed.jsonl."
+        )
     elif not done.purged:
         yield f"No row was removed: version {done.version.digest[:12]} stays current."
 
