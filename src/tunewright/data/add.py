@@ -198,6 +198,7 @@ def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter, arriva
         replace=arrival.replace,
         restore=arrival.restore,
     )
+    rows = merged.rows
     conflicts = _settled(merged, project.recipe)
     duplicates = merged.duplicates(rows)
     if duplicates:
@@ -231,6 +232,9 @@ def _tell_of_arrivals(merged: Merge, rows: Sequence[SourceRow], arrival: Arrival
         reporter.warn(notices.standing(merged.replacement.standing))
     if merged.replacement.olds:
         reporter.say(notices.replaced(merged.replaced()))
+        tested = sum(merged.former.get(key) == "test" for key in merged.replacement.olds)
+        if tested:
+            reporter.warn(f"Of the test, {tested:,} replaced: scores of the two versions cannot be compared.")
     if merged.reweighted:
         reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
 

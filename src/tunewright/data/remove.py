@@ -54,8 +54,8 @@ class RemoveResult:
     """What was removed, or would be (``dry_run``), and who saw it.
 
     ``version`` is current afterwards. ``created`` says whether it is new: it is not where a version of just the rows
-    that stay was there already, or where a purge names only rows of earlier versions. ``rows`` are those of the current version, ``earlier`` counts rows
-    that only earlier versions have and whose text is purged with theirs.
+    that stay was there already, or where a purge names only rows of earlier versions. ``rows`` are those of the
+    current version, ``earlier`` counts rows that only earlier versions have and whose text is purged with theirs.
     """
 
     version: Manifest
