@@ -154,7 +154,7 @@ def supersede(
 
 
 def _respelled(rows: Sequence[SourceRow], known: Mapping[str, Example]) -> dict[str, Example]:
-    """Return the rows whose input no known row spells so, by pair key, with the input of one that they would replace."""
+    """Return, by pair key, rows whose input no known row spells so, with the input of one that they would replace."""
     there: dict[str, list[Example]] = defaultdict(list)
     for _, example in sorted(known.items()):
         there[example.asked].append(example)

@@ -101,7 +101,9 @@ def _with_clean_values(
         # A key that holds a secret itself is not named: the message would spread it.
         bad_names = {key: _digested(key) for key in row.metadata if looked_at("", key, row, "a key's name")}
         texts = [(key, *each) for key, value in row.metadata.items() for each in texts_of(value, key)]
-        bad_keys = {key for key, *each in texts if looked_at(*each, row, f"the key {bad_names.get(key, key)}")}
+        bad_keys = {
+            key for key, name, text in texts if looked_at(name, text, row, f"the key {bad_names.get(key, key)}")
+        }
         if redact and (bad_groups or bad_keys or bad_names):
             groups = {**row.groups, **{name: _digested(row.groups[name]) for name in bad_groups}}
             metadata = {
