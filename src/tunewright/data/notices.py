@@ -155,8 +155,8 @@ def conflicting(conflicts: Sequence[Conflict]) -> UserError:
     lines = listed(told, len(conflicts), _MOST_FAULTS, "--accept-conflicts lists all")
     return UserError(
         f"{_count(len(conflicts), 'input')} with different outputs, nothing was added; which is right?\n{lines}",
-        fix="Keep the right one of each. If several are right, add them with --accept-conflicts or data.conflicts: "
-        "accept.",
+        fix="Keep the right one of each. If the files correct what the dataset has, add them with --replace. If "
+        "several are right, add them with --accept-conflicts or data.conflicts: accept.",
     )
 
 
