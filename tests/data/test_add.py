@@ -42,6 +42,17 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def test_add_counts_as_families_only_clusters_with_another_output(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
+    near = "a question of some length about the court of one county, number {}"
+    other = "quite another request that has to do with the weather of town {}"
+    pairs = [(near.format(1), "yes"), (near.format(2), "no"), (other.format(1), "same"), (other.format(2), "same")]
+    pairs += [("the same question as ever", "yes"), ("the same question as ever", "no"), *unlike_pairs(30)]
+    counts = add(project, [write_jsonl(project.root / "pairs.jsonl", pairs)], Listener()).version.counts
+    assert (counts.families, counts.near_duplicates, counts.conflicts) == (1, 1, 1)
+    assert counts.rows - counts.clusters == 3
+
+
 def _families(count: int, seed: int) -> list[Pair]:
     """Unlike inputs, each with some near-equal ones: same output (duplicates) or another one (a family)."""
     draw = random.Random(seed)
