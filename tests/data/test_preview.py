@@ -172,6 +172,15 @@ def test_check_refuses_options_that_nothing_would_read(tmp_path: Path) -> None:
     assert (version.code, "--skip-bad is for files, and none is named" in version.stderr) == (2, True)
 
 
+def test_skipped_rows_are_promised_to_imports_only_if_others_are_added(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    listener = Listener()
+    rows = [*_rows(30), {"promt": "a", "completion": "b"}, {"prompt": "x", "completion": "password: hunter2"}]
+    with pytest.raises(UserError, match="1 secret in 1 row"):
+        add(project, [_file(tmp_path / "a.jsonl", rows)], listener, skip_bad=True)
+    assert "If the others are added, imports.jsonl lists each" in listener.warned[0]
+
+
 def test_images_are_one_cause(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     turns = [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]

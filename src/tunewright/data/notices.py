@@ -94,8 +94,11 @@ def faulty(faults: Sequence[Fault]) -> UserError:
 
 
 def skipped(faults: Sequence[Fault]) -> str:
-    """The warning of faulty rows left out; imports.jsonl of the version has each of them."""
-    return f"{_count(len(faults), 'faulty row')} left out (imports.jsonl lists every one):\n{by_cause(faults)}"
+    """The warning of faulty rows left out; the version that adding may make has each of them in imports.jsonl."""
+    return (
+        f"{_count(len(faults), 'faulty row')} left out. If the others are added, imports.jsonl lists each:\n"
+        + by_cause(faults)
+    )
 
 
 def by_cause(faults: Sequence[Fault]) -> str:
