@@ -352,6 +352,7 @@ def _warn(merged: Merge, contents: Contents, conflicts: Sequence[Conflict], repo
         reporter.say(notices.largest(contents.largest))
     if contents.held and not contents.left_out:
         reporter.warn(notices.contaminated(contents.held, dropping=False))
+    notices.warn_of_untrained_answers(domain, reporter)
     if contents.outputs.high:
         reporter.warn(notices.known_outputs(contents.outputs))
     if contents.mixed:
