@@ -136,3 +136,17 @@ def test_remove_takes_the_keys_that_other_commands_print(project: Path, tmp_path
     condition = ("--where", "split == 'train' && output == 'red'", "--because", "x")
     dry = tunewright("data", "remove", *condition, "--dry-run", "-p", project, "--json")
     assert removed("dry.json", dry.stdout) == {row["key"] for row in dry.document["rows"]} != set()
+
+
+def test_remove_says_that_an_earlier_version_is_current_again(project: Path) -> None:
+    first = tunewright("data", "log", "-p", project, "--json").document["current"]
+    more = write_jsonl(
+        project / "more.jsonl", [{"prompt": "wholly other words, seven of them", "completion": "violet"}]
+    )
+    assert tunewright("data", "add", more, "-p", project).code == 0
+    done = tunewright("data", "remove", "--source", "more.jsonl", "--because", "wrong export", "-p", project)
+    assert done.code == 0
+    assert f"Version {first[:12]} is current again: 120 rows" in done.stdout
+    assert "New version" not in done.stdout
+    assert "the reason is in dataset/removed.jsonl" in done.stdout
+    assert "wrong export" in (project / "dataset" / "removed.jsonl").read_text(encoding="utf-8")

@@ -42,6 +42,45 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def test_add_counts_as_families_only_clusters_with_another_output(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
+    near = "a question of some length about the court of one county, number {}"
+    other = "quite another request that has to do with the weather of town {}"
+    pairs = [(near.format(1), "yes"), (near.format(2), "no"), (other.format(1), "same"), (other.format(2), "same")]
+    pairs += [("the same question as ever", "yes"), ("the same question as ever", "no"), *unlike_pairs(30)]
+    counts = add(project, [write_jsonl(project.root / "pairs.jsonl", pairs)], Listener()).version.counts
+    assert (counts.families, counts.near_duplicates, counts.conflicts) == (1, 1, 1)
+    assert counts.rows - counts.clusters == 3
+
+
+def test_add_warns_of_test_rows_whose_answer_no_training_row_has(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    texts = [text for text, _ in unlike_pairs(100)]
+    labelled = [(text, f"label {i % 6}" if i < 60 else f"rare {i}") for i, text in enumerate(texts)]
+    listener = Listener()
+    result = add(project, [write_jsonl(project.root / "pairs.jsonl", labelled)], listener)
+    members = load_version(project.dataset).members
+    trained = {m.example.output for m in members if m.split == "train"}
+    absent = [m for m in members if m.split == "test" and m.example.output not in trained]
+    tested = result.version.counts.test
+    assert absent
+    [warned] = [warned for warned in listener.warned if "no training row has" in warned]
+    assert warned.startswith(f"{len(absent)} of {tested} test rows have an answer that no training row has")
+    assert f"at most {1 - len(absent) / tested:.1%} of the test right" in warned
+    assert f'"{absent[0].example.output}": 1' in warned
+
+
+@pytest.mark.parametrize("answer", ["label {0}", "an answer of its own, {1}"])
+def test_add_does_not_warn_of_untrained_answers_when_they_are_all_trained_or_free_text(
+    tmp_path: Path, answer: str
+) -> None:
+    project = new_project(tmp_path / "p")
+    pairs = [(text, answer.format(i % 4, i)) for i, (text, _) in enumerate(unlike_pairs(100))]
+    listener = Listener()
+    add(project, [write_jsonl(project.root / "pairs.jsonl", pairs)], listener)
+    assert not any("no training row has" in warned for warned in listener.warned)
+
+
 def _families(count: int, seed: int) -> list[Pair]:
     """Unlike inputs, each with some near-equal ones: same output (duplicates) or another one (a family)."""
     draw = random.Random(seed)

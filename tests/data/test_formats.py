@@ -252,3 +252,15 @@ def test_csv_and_jsonl_of_the_same_pairs_read_as_the_same_examples(
     from_json = _read(folder, lines.encode())
     assert [r.example for r in from_csv.rows] == [r.example for r in from_json.rows]
     assert len(from_json.rows) == len(pairs)
+
+
+def test_read_pairs_names_the_column_that_a_header_misspells(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("promt,completion,id\na,b,1\n", encoding="utf-8")
+    with pytest.raises(UserError, match='unknown column "promt", did you mean "prompt"\\?') as caught:
+        read_pairs(path, DataRecipe())
+    assert caught.value.where == f"{path}:1"
+    assert str(caught.value.fix).startswith("Correct the header, or say --input COLUMN")
+    path.write_text("question,answer\na,b\n", encoding="utf-8")
+    with pytest.raises(UserError, match="which columns hold the input and the ideal output"):
+        read_pairs(path, DataRecipe())

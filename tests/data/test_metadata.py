@@ -15,7 +15,7 @@ from data_helpers import Listener, new_project, unlike_pairs
 from command_line import tunewright
 from tunewright.data.add import add
 from tunewright.data.formats import read_pairs
-from tunewright.data.formats.file_check import fix_file
+from tunewright.data.formats.file_check import check_files, fix_file
 from tunewright.data.formats.metadata import MOST_CHARACTERS
 from tunewright.data.remove import remove
 from tunewright.data.selecting import Selection
@@ -157,6 +157,30 @@ def test_new_metadata_of_a_purged_row_is_not_in_the_record(tmp_path: Path) -> No
     assert f"Kept as metadata: owner ({25 - len(gone)} rows)" in listener.said
 
 
+def test_add_does_not_warn_of_metadata_when_an_unchanged_file_is_added_again(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {contaminated: drop}\n")
+    rows = _rows(60)
+    spaced = {**rows[5], "prompt": f" {rows[5]['prompt'].upper()}"}
+    rows = [{**row, "id": f"T{i}"} for i, row in enumerate([*rows, rows[4], spaced])]
+    path = _jsonl(tmp_path / "a.jsonl", rows)
+    add(project, [path], Listener())
+    held = next(m for m in load_version(project.dataset).members if m.split == "test").example.input_text
+    more = {"prompt": f"please answer this: {held}", "completion": "another", "id": "T62"}
+    add(project, [_jsonl(tmp_path / "b.jsonl", [more])], Listener())
+    remove(project, Selection(where="output == 'answer 7'"), "wrong", Listener())
+    listener = Listener()
+    assert not add(project, [path, tmp_path / "b.jsonl"], listener).created
+    assert not any("not kept" in warned for warned in listener.warned)
+    rows[3]["id"] = "changed"
+    add(project, [_jsonl(path, rows)], listener)
+    assert any("metadata of 1 known row" in warned for warned in listener.warned)
+    rows.append({"prompt": "something else altogether", "completion": "new", "id": "T99"})
+    assert add(project, [_jsonl(path, rows)], Listener()).created
+    unchanged = Listener()
+    add(project, [path], unchanged)
+    assert not any("not kept" in warned for warned in unchanged.warned)
+
+
 @pytest.mark.parametrize("value", ["4539148803436467", 4539148803436467, {"pay": ["4539 1488 0343 6467"]}])
 def test_a_secret_in_metadata_is_refused_by_place_and_redacted(tmp_path: Path, value: Any) -> None:
     project = new_project(tmp_path / "p")
@@ -171,6 +195,60 @@ def test_a_secret_in_metadata_is_refused_by_place_and_redacted(tmp_path: Path, v
     [line] = [line for line in _record(project) if "metadata" in line]
     assert line["metadata"]["note"].startswith("redacted-")
     assert not any("4539" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"password": "hunter2xyz!"},
+        {"metadata": {"password": "hunter2xyz!"}},
+        {"login": [{"dbPassword": ["hunter2xyz!"]}]},
+    ],
+)
+def test_add_refuses_and_redacts_a_password_that_only_its_key_shows(tmp_path: Path, extra: dict[str, Any]) -> None:
+    project = new_project(tmp_path / "p")
+    rows = _rows()
+    rows[3] |= extra
+    path = _jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match="1 secrets as values of groups or metadata, nothing was added") as caught:
+        add(project, [path], Listener())
+    assert f"{path}:4: password in the key {next(iter(extra))}" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert check_files([path], project.recipe.data, Listener()).secrets == {"password": 1}
+    add(project, [path], Listener(), redact=True)
+    assert len([line for line in _record(project) if "metadata" in line]) == 1
+    assert not any("hunter2" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
+
+
+def test_add_refuses_and_redacts_a_key_that_is_a_secret(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    rows = _rows()
+    rows[3]["4539148803436467"] = "paid"
+    path = _jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match="payment card number in a key's name") as caught:
+        add(project, [path], Listener())
+    assert "4539" not in str(caught.value)
+    add(project, [path], Listener(), redact=True)
+    assert not any("4539" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
+
+
+def test_add_takes_ordinary_keys_whose_values_are_no_passwords(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    extra = {
+        "password": True,
+        "password_policy": "at least 12 characters",
+        "pwd": "/home/user1/work",
+        "passwordReset": "2024-01-01T00:00:00Z",
+        "url": "https://docs.python.org/3/",
+        "20": "24-01-01",
+        "call": 20240101,
+        "compass": "north2west!",
+        "id": "hunter2xyz!",
+    }
+    listener = Listener()
+    add(project, [_jsonl(tmp_path / "a.jsonl", [row | extra for row in _rows()])], listener)
+    assert not any("data as values" in warned for warned in listener.warned)
+    assert all(line["metadata"] == extra for line in _record(project))
 
 
 def test_personal_data_in_metadata_is_a_warning(tmp_path: Path) -> None:

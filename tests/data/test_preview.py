@@ -144,6 +144,55 @@ def test_preview_warns_of_kept_conflicts_only_where_they_are_accepted(
     assert bool(found.refusals) is not warned
 
 
+def test_check_with_the_options_of_add_has_its_numbers(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    rows = _rows(40)
+    add(project, [_file(tmp_path / "old.jsonl", rows[:36])], Listener())
+    gone = {"keys": None, "where": "split == 'train' && contains(output, '1')"}
+    removed = len(remove(project, Selection(**gone), "wrong", Listener()).rows)  # type: ignore[arg-type]
+    stays = next(
+        row for row in rows if row["completion"] in {m.example.output for m in load_version(project.dataset).members}
+    )
+    bad, secret = {"promt": "a", "completion": "b"}, {**rows[39], "password": "hunter2xyz!"}
+    mended = {**stays, "completion": "mended"}
+    path = _file(tmp_path / "new.jsonl", [*(row for row in rows[:39] if row != stays), secret, bad, mended])
+    options = ("--skip-bad", "--redact", "--replace", "--restore")
+    plain = tunewright("data", "check", path, "-p", project.root)
+    assert plain.code == 2
+    assert "add them with --replace" in " ".join((plain.stderr + plain.stdout).split())
+    for some in (options[1:], (options[0], *options[2:]), (*options[:2], options[3])):
+        assert tunewright("data", "check", path, *some, "-p", project.root).code == 2
+    before = _everything(project.root)
+    checked = tunewright("data", "check", path, *options, "-p", project.root, "--json")
+    assert checked.code == 0
+    assert _everything(project.root) == before
+    effect = checked.document["effect"]
+    added = tunewright("data", "add", path, *options, "-p", project.root, "--json").document
+    assert (effect["added"], effect["known"]) == (added["added"], added["known"])
+    assert (effect["added"], effect["replaced"], effect["removed"]) == (4 + removed, 1, 0)
+    assert [size["rows"] for size in effect["splits"]] == [
+        added["version"]["counts"][s["split"]] for s in effect["splits"]
+    ]
+
+
+def test_check_refuses_options_that_nothing_would_read(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    path = _file(tmp_path / "a.jsonl", _rows(30))
+    fixed = tunewright("data", "check", path, "--fix", tmp_path / "b.jsonl", "--replace", "-p", project.root)
+    assert (fixed.code, "--fix does not use --replace" in fixed.stderr) == (2, True)
+    version = tunewright("data", "check", "--skip-bad", "-p", project.root)
+    assert (version.code, "--skip-bad is for files, and none is named" in version.stderr) == (2, True)
+
+
+def test_skipped_rows_are_promised_to_imports_only_if_others_are_added(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    listener = Listener()
+    rows = [*_rows(30), {"promt": "a", "completion": "b"}, {"prompt": "x", "completion": "password: hunter2"}]
+    with pytest.raises(UserError, match="1 secret in 1 row"):
+        add(project, [_file(tmp_path / "a.jsonl", rows)], listener, skip_bad=True)
+    assert "If the others are added, imports.jsonl lists each" in listener.warned[0]
+
+
 def test_images_are_one_cause(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     turns = [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]

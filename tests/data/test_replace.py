@@ -143,6 +143,39 @@ def test_excerpts_tell_each_output_apart_from_the_most_similar_one() -> None:
     assert excerpts([LONG]) == [f'"{LONG[:59]}…"']
 
 
+def test_replace_keeps_the_input_as_the_dataset_spells_it(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    pairs = unlike_pairs(40)
+    _add(project, pairs)
+    before = load_version(project.dataset)
+    other = [(f"  {text.upper()}", f"mended {i}") for i, (text, _) in enumerate(pairs)]
+    result, listener = _add(project, other, "mended.jsonl", replace=True)
+    after = load_version(project.dataset)
+    assert (result.added, len(result.replaced)) == (0, 40)
+    assert _answers(project) == {text: [f"mended {i}"] for i, (text, _) in enumerate(pairs)}
+    changes = diff(before, after)
+    assert (len(changes.edited), len(changes.added), len(changes.removed)) == (40, 0, 0)
+    tested = result.version.counts.test
+    assert f"Of the test, {tested} replaced: scores of the two versions cannot be compared." in listener.warned
+    assert verify(project.dataset, Listener()).ok
+    again, _ = _add(project, other, "mended.jsonl", replace=True)
+    assert (again.created, again.replaced) == (False, ())
+
+
+def test_replace_leaves_an_edited_answer_where_the_file_spells_the_input_otherwise(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    pairs = unlike_pairs(40)
+    _add(project, pairs)
+    row = next(m for m in load_version(project.dataset).members if m.example.output == "answer 3")
+    when = "2026-11-25T10:00:00.000+00:00"
+    edit = Judged(key=row.key, verdict="edit", output="reviewed", version="0" * 64, reviewer="ada", when=when)
+    append_reviews(project.dataset, [edit])
+    apply_edits(project, Listener())
+    result, listener = _add(project, [(pairs[3][0].upper(), "answer 3")], "mended.jsonl", replace=True)
+    assert (result.created, result.replaced) == (False, ())
+    assert any("a reviewer edited the answer" in warned for warned in listener.warned)
+
+
 def test_a_replacement_can_be_replaced_back(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = unlike_pairs(40)

@@ -29,6 +29,15 @@ def test_a_folder_stands_for_its_files_and_others_are_named(tmp_path: Path) -> N
     assert listener.warned == [f"{tmp_path / 'd'}: 1 file not read, by the ends of their names: README.md"]
 
 
+def test_source_files_names_files_by_their_path_in_the_folder(tmp_path: Path) -> None:
+    for name in ("dup/x/f.csv", "dup/y/f.csv", "dup/x/notes.md"):
+        _pairs(tmp_path / name)
+    listener = Listener()
+    source_files([tmp_path / "dup", tmp_path / "dup" / "*" / "f.csv"], listener)
+    assert [said.rpartition(": ")[2] for said in listener.said] == ["x/f.csv, y/f.csv"] * 2
+    assert listener.warned[0].endswith(": x/notes.md")
+
+
 def test_a_pattern_stands_for_what_it_matches_in_order_and_no_file_twice(tmp_path: Path) -> None:
     files = [_pairs(tmp_path / f"p{n}.jsonl") for n in (3, 1, 2)]
     assert source_files([files[0], str(tmp_path / "p*.jsonl")], Listener()) == [files[0], files[1], files[2]]

@@ -29,6 +29,23 @@ Output = Annotated[
     str | None,
     typer.Option("--output", help="The same for the ideal output.", show_default="the recipe's"),
 ]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out, listed by cause.")]
+Redact = Annotated[bool, typer.Option("--redact", help="Put placeholders for secrets and personal data.")]
+AcceptConflicts = Annotated[
+    bool, typer.Option("--accept-conflicts", help="Keep inputs with different outputs, instead of refusing.")
+]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Let an output supersede the one that the dataset has for its input.")
+]
+Restore = Annotated[bool, typer.Option("--restore", help="Take rows in again that were removed.")]
+SplitFrom = Annotated[
+    Path | None,
+    typer.Option(help="A project whose split the rows of this new dataset keep.", show_default="a split of its own"),
+]
+Presidio = Annotated[
+    str | None,
+    typer.Option(help="Look for names and places too, with this spaCy model.", show_default="patterns only"),
+]
 
 
 @data_app.command("add")
@@ -42,25 +59,13 @@ def data_add(
     rows: Rows = None,
     input_column: Input = None,
     output_column: Output = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out, listed by cause.")] = False,
-    redact: Annotated[bool, typer.Option("--redact", help="Put placeholders for secrets and personal data.")] = False,
-    accept_conflicts: Annotated[
-        bool, typer.Option("--accept-conflicts", help="Keep inputs with different outputs, instead of refusing.")
-    ] = False,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Let an output supersede the one that the dataset has for its input.")
-    ] = False,
-    restore: Annotated[bool, typer.Option("--restore", help="Take rows in again that were removed.")] = False,
-    split_from: Annotated[
-        Path | None,
-        typer.Option(
-            help="A project whose split the rows of this new dataset keep.", show_default="a split of its own"
-        ),
-    ] = None,
-    presidio: Annotated[
-        str | None,
-        typer.Option(help="Look for names and places too, with this spaCy model.", show_default="patterns only"),
-    ] = None,
+    skip_bad: SkipBad = False,
+    redact: Redact = False,
+    accept_conflicts: AcceptConflicts = False,
+    replace: Replace = False,
+    restore: Restore = False,
+    split_from: SplitFrom = None,
+    presidio: Presidio = None,
     message: Annotated[str, typer.Option("--message", "-m", help="Kept with the version.")] = "",
     project: Folder = HERE,
     json: Json = False,
@@ -155,16 +160,20 @@ def data_check(
     rows: Rows = None,
     input_column: Input = None,
     output_column: Output = None,
-    accept_conflicts: Annotated[
-        bool, typer.Option("--accept-conflicts", help="As for `data add`: inputs may have different outputs.")
-    ] = False,
+    skip_bad: SkipBad = False,
+    redact: Redact = False,
+    accept_conflicts: AcceptConflicts = False,
+    replace: Replace = False,
+    restore: Restore = False,
+    split_from: SplitFrom = None,
+    presidio: Presidio = None,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
     """Say what `data add` would do with files; without files, what training will see of the current version.
 
-    Of files: faults, duplicates, conflicts, secrets, splits; exit code 2 if it would refuse. Of the version: every row
-    encoded: lengths, trained share, rows too long, rows that cannot be trained on.
+    Of files: faults, duplicates, conflicts, secrets, splits; exit code 2 if `data add` with the same options would
+    refuse. Of the version: every row encoded: lengths, trained share, rows too long, rows that cannot be trained on.
     """
     import tunewright
     from tunewright.cli.data_texts import preview_text
@@ -173,12 +182,18 @@ def data_check(
     with session(json, project) as current:
         road = tunewright.open(project, current.reporter)
         mapped = {"rows": rows, "input_column": input_column, "output_column": output_column}
-        if files is None and (any(mapped.values()) or accept_conflicts):
-            what = "--rows, --input, --output and --accept-conflicts are about files, and none is named"
+        options = {"skip_bad": skip_bad, "redact": redact, "accept_conflicts": accept_conflicts, "replace": replace}
+        options |= {"restore": restore, "split_from": split_from is not None, "presidio": presidio is not None}
+        adding = [f"--{name.replace('_', '-')}" for name, given in options.items() if given]
+        if files is None and (any(mapped.values()) or adding):
+            named = [f"--{name.removesuffix('_column')}" for name, given in mapped.items() if given]
+            what = f"{', '.join([*named, *adding])} is for files, and none is named"
             raise UserError(what, fix="Name the files.")
         if fix is not None:
             if files is None or len(files) != 1:
                 raise UserError("--fix corrects one file", where="--fix", fix="Name the file, and one only.")
+            if adding:
+                raise UserError(f"--fix does not use {', '.join(adding)}", where="--fix", fix="Leave the option out.")
             changes = road.data.fix_file(files[0], fix, **mapped)
             left_out = sum(change.left_out for change in changes)
             done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
@@ -186,7 +201,17 @@ def data_check(
             current.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
             return
         if files is not None:
-            checked = road.data.check_files(files, **mapped, accept_conflicts=accept_conflicts)
+            checked = road.data.check_files(
+                files,
+                **mapped,
+                skip_bad=skip_bad,
+                redact=redact,
+                accept_conflicts=accept_conflicts,
+                presidio=presidio,
+                replace=replace,
+                restore=restore,
+                split_from=split_from,
+            )
             current.show(checked.as_dict(), preview_text(checked))
             if not checked.ok:
                 raise typer.Exit(USER_ERROR)

@@ -97,6 +97,11 @@ def _text(done: RemoveResult, *, purging: bool) -> Iterator[str]:
         yield f"Nothing has changed{'; --purge cannot be undone' if purging else ''}."
     elif done.created:
         yield f"New version {done.version.digest[:12]}: {count_of(done.version.counts.rows, 'row')}"
+    elif done.rows:
+        yield (
+            f"Version {done.version.digest[:12]} is current again: {count_of(done.version.counts.rows, 'row')}. "
+            "It keeps its own message in `tunewright data log`; the reason is in dataset/removed.jsonl."
+        )
     elif not done.purged:
         yield f"No row was removed: version {done.version.digest[:12]} stays current."
 

@@ -30,7 +30,7 @@ from tunewright.data.versions import (
     save_version,
 )
 from tunewright.data.versions.making import LeftOut, cluster_sizes, clusters_by_split, new_manifest
-from tunewright.data.versions.origins import metadata_by_key
+from tunewright.data.versions.origins import read_metadata
 from tunewright.data.versions.removals import Removal, append_removals
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
@@ -210,6 +210,7 @@ def plan(
         replace=arrival.replace,
         restore=arrival.restore,
     )
+    rows = merged.rows
     conflicts = merged.conflicts()
     accepted = data.conflicts == "accept"
     if refuse_conflicts and not accepted and (fresh := merged.fresh(conflicts)):
@@ -246,6 +247,9 @@ def _tell_of_arrivals(merged: Merge, rows: Sequence[SourceRow], arrival: Arrival
         reporter.warn(notices.standing(merged.replacement.standing))
     if merged.replacement.olds:
         reporter.say(notices.replaced(merged.replaced()))
+        tested = sum(merged.former.get(key) == "test" for key in merged.replacement.olds)
+        if tested:
+            reporter.warn(f"Of the test, {tested:,} replaced: scores of the two versions cannot be compared.")
     if merged.reweighted:
         reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
 
@@ -257,9 +261,10 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
         assert merged.parent is not None
         if message:
             reporter.warn("Nothing is new, so there is no version to keep the message with.")
-        known = metadata_by_key(project.dataset, merged.parent.manifest)
-        there = [row for row in planned.rows if row.metadata and row.example.pair_key not in merged.withheld]
-        other = sum(known.get(row.example.pair_key) != row.metadata for row in there)
+        known = read_metadata(project.dataset, merged.parent.manifest)
+        fates = [(row, found.fate(row, merged)) for row in planned.rows if row.metadata]
+        there = [(row.metadata, fate["key"]) for row, fate in fates if fate["fate"] == "known"]
+        other = sum(metadata not in known.get(key, []) for metadata, key in there)
         if other:
             reporter.warn(
                 f"The metadata of {count_of(other, 'known row')} is not kept: nothing else is new, "
@@ -352,6 +357,7 @@ def _warn(merged: Merge, contents: Contents, accepted: Sequence[Conflict], repor
         reporter.say(notices.largest(contents.largest))
     if contents.held and not contents.left_out:
         reporter.warn(notices.contaminated(contents.held, dropping=False))
+    notices.warn_of_untrained_answers(domain, reporter)
     if contents.outputs.high:
         reporter.warn(notices.known_outputs(contents.outputs))
     if contents.mixed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tunewright.clock import now
@@ -111,19 +111,25 @@ def supersede(
     rows: Sequence[SourceRow],
     known: Mapping[str, Example],
     edited: Mapping[str, str],
-) -> Replacement:
+) -> tuple[Replacement, list[SourceRow]]:
     """Find the known rows whose input was read with another output.
 
-    The input is the prompt with case and white space set aside, system turn included, as for conflicts.
+    The input is the prompt with case and white space set aside, system turn included, as for conflicts. A row that
+    replaces another takes its input as the dataset spells it: the output supersedes, and nothing else.
 
     Args:
         known: the rows of the domain by pair key.
         edited: pair key that a known one has replaced, in review or by an earlier replacement.
 
+    Returns:
+        What replaces what, and all rows that were read, those that replace others with the dataset's input.
+
     Raises:
         UserError: rows that were read have one input and several outputs.
     """
     made = _made_by_replacement(dataset, parent)
+    respelled = _respelled(rows, known)
+    rows = [replace(row, example=respelled.get(row.example.pair_key, row.example)) for row in rows]
     standing = [row for row in rows if (now := edited.get(row.example.pair_key)) is not None and now not in made]
     left = {row.example.pair_key for row in standing}
     read: dict[str, list[SourceRow]] = defaultdict(list)
@@ -145,7 +151,26 @@ def supersede(
                 olds[row.example.pair_key] = tuple(gone)
                 by[row.example.pair_key] = row
                 free = [key for key in free if key not in gone]
-    return Replacement(olds, by, tuple(standing))
+    return Replacement(olds, by, tuple(standing)), rows
+
+
+def _respelled(rows: Sequence[SourceRow], known: Mapping[str, Example]) -> dict[str, Example]:
+    """Return, by pair key, rows whose input no known row spells so, with the input of one that they would replace."""
+    there: dict[str, list[Example]] = defaultdict(list)
+    for _, example in sorted(known.items()):
+        there[example.asked].append(example)
+    found: dict[str, Example] = {}
+    for row in rows:
+        alike = there.get(row.example.asked, [])
+        if any(old.input_key == row.example.input_key for old in alike):
+            continue
+        olds = [old for old in alike if _another_answer(old, row.example)]
+        if olds:
+            # Only the text: which turns are trained is the file's to say.
+            turns = zip(row.example.prompt, olds[0].prompt, strict=True)
+            prompt = (replace(turn, content=old.content) for turn, old in turns)
+            found[row.example.pair_key] = Example((*prompt, row.example.messages[-1]))
+    return found
 
 
 def _another_answer(old: Example, new: Example) -> bool:

@@ -27,6 +27,8 @@ class Merge:
     """The domain's rows of the parent version and the new ones, without what repeats; all by pair key."""
 
     parent: DatasetVersion | None
+    rows: list[SourceRow]
+    """All that were read; those that replace others have the input as the parent spells it."""
     kept: dict[str, Example]
     first: dict[str, SourceRow]
     """Where each new pair key was read first, dropped ones included."""
@@ -168,10 +170,11 @@ def merge(
     known = {m.key: m.example for m in parent.domain} if parent else {}
     replacing = replaced(dataset, parent.manifest) if parent else {}
     edited = {old: now for old, now in replacing.items() if old not in known and now in known}
+    read = rows
     rows, withheld = withhold(dataset, rows, known.keys() | edited.keys(), replacing, restore=restore)
     replacement = Replacement()
     if replace and parent:
-        replacement = supersede(dataset, parent, rows, known, edited)
+        replacement, rows = supersede(dataset, parent, rows, known, edited)
         became = {old: new for new, olds in replacement.olds.items() for old in olds}
         known = {key: example for key, example in known.items() if key not in became}
         edited = {old: became.get(now, now) for old, now in edited.items() if old not in replacement.olds}
@@ -204,7 +207,8 @@ def merge(
         names = list(kept)
         found = near_repeats(list(kept.values()), similarity, reporter)
         near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
-    return Merge(parent, kept, first, dropped, reweighted, edited, replacement, withheld, near)
+    read = [*rows, *(row for row in read if row.example.pair_key in withheld)]
+    return Merge(parent, read, kept, first, dropped, reweighted, edited, replacement, withheld, near)
 
 
 def _turns(example: Example) -> tuple[tuple[str, str], ...]:

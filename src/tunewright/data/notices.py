@@ -12,7 +12,7 @@ from tunewright.data.formats import Fault, SourceRow
 from tunewright.data.formats.row_errors import CODES
 from tunewright.data.neighbours.decontaminate import How
 from tunewright.data.neighbours.output_leak import OutputLeak
-from tunewright.data.review.suspects import class_like
+from tunewright.data.review.suspects import answers_repeat, class_like
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.errors import UserError
@@ -97,8 +97,11 @@ def faulty(faults: Sequence[Fault]) -> UserError:
 
 
 def skipped(faults: Sequence[Fault]) -> str:
-    """The warning of faulty rows left out; imports.jsonl of the version has each of them."""
-    return f"{count_of(len(faults), 'faulty row')} left out (imports.jsonl lists every one):\n{by_cause(faults)}"
+    """The warning of faulty rows left out; the version that adding may make has each of them in imports.jsonl."""
+    return (
+        f"{count_of(len(faults), 'faulty row')} left out. If the others are added, imports.jsonl lists each:\n"
+        + by_cause(faults)
+    )
 
 
 def by_cause(faults: Sequence[Fault]) -> str:
@@ -158,8 +161,8 @@ def conflicting(conflicts: Sequence[Conflict]) -> UserError:
     lines = listed(told, len(conflicts), _MOST_FAULTS, "--accept-conflicts lists all")
     return UserError(
         f"{count_of(len(conflicts), 'input')} with different outputs, nothing was added; which is right?\n{lines}",
-        fix="Keep the right one of each. If several are right, add them with --accept-conflicts or data.conflicts: "
-        "accept.",
+        fix="Keep the right one of each. If the files correct what the dataset has, add them with --replace. If "
+        "several are right, add them with --accept-conflicts or data.conflicts: accept.",
     )
 
 
@@ -196,6 +199,29 @@ def warn_of_lost_classes(members: Sequence[Member], left_out: Collection[str], r
                 f"The class {_excerpt(label)} loses {count:,} of its {count_of(rows[label], 'training row')}: they "
                 "hold a test input or a benchmark item. Read some of them above; data.contaminated: warn keeps them."
             )
+
+
+def warn_of_untrained_answers(members: Sequence[Member], reporter: Reporter) -> None:
+    """Warn of test rows with an answer that no training row has, where answers are labels or at least half repeat."""
+    answers = [m.example.output.strip() for m in members]
+    if not (class_like(answers) or answers_repeat(answers)):
+        return
+    trained = {answer for m, answer in zip(members, answers, strict=True) if m.split == "train"}
+    tested = [answer for m, answer in zip(members, answers, strict=True) if m.split == "test"]
+    absent = Counter(answer for answer in tested if answer not in trained)
+    if absent:
+        count = absent.total()
+        lines = listed(
+            (f"{_excerpt(answer)}: {rows:,}" for answer, rows in absent.most_common()),
+            len(absent),
+            _MOST_EXAMPLES,
+            "`tunewright data export` writes the splits",
+        )
+        reporter.warn(
+            f"{count:,} of {len(tested):,} test rows have an answer that no training row has. An adapter that gives "
+            f"only answers it was trained on gets at most {1 - count / len(tested):.1%} of the test right. Add "
+            f"training rows with these answers.\n{lines}"
+        )
 
 
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:

@@ -41,6 +41,8 @@ class Effect:
     """Among those added: near-duplicates, in the cluster of the row that they are like."""
     near_dropped: int
     """Near-duplicates left out, where data.duplicates is "drop"."""
+    replaced: int
+    """Rows that would take the place of known ones with their input and another output."""
     removed: int
     """Rows that were removed earlier and stay out."""
     conflicts: int
@@ -62,8 +64,8 @@ class Preview:
 
     @property
     def ok(self) -> bool:
-        """Whether `data add` would add the files as they stand."""
-        return self.files.ok and not self.refusals
+        """Whether `data add` would add the files with the same options."""
+        return not self.refusals and all(file.unreadable is None for file in self.files.files)
 
     def as_dict(self) -> dict[str, Any]:
         """The preview as ``--json`` prints it."""
@@ -76,13 +78,24 @@ class Preview:
         }
 
 
-def preview(project: Project, paths: Sequence[Path], reporter: Reporter) -> Preview:
+def preview(
+    project: Project,
+    paths: Sequence[Path],
+    reporter: Reporter,
+    *,
+    skip_bad: bool = False,
+    redact: bool = False,
+    presidio: str | None = None,
+    arrival: Arrival | None = None,
+) -> Preview:
     """Check files against the current version; rows are held in memory, as by ``add``.
 
     Args:
         project: as for ``add``.
         paths: the files.
         reporter: is warned as by ``add``.
+        skip_bad, redact, presidio: as for ``add``.
+        arrival: the other options of ``add``; by default it is called without them.
 
     Raises:
         UserError: the recipe's templates or JMESPath are invalid, or the dataset was changed by hand.
@@ -90,17 +103,19 @@ def preview(project: Project, paths: Sequence[Path], reporter: Reporter) -> Prev
     rows: list[SourceRow] = []
     checked = check_files(paths, project.recipe.data, reporter, rows)
     refusals: list[UserError] = []
-    if checked.faults:
+    if checked.faults and skip_bad:
+        reporter.warn(notices.skipped(checked.faults))
+    elif checked.faults:
         refusals.append(notices.faulty(checked.faults))
     try:
-        rows = screen(rows, project.recipe.data.allow, reporter, redact=False, presidio=None).rows
+        rows = screen(rows, project.recipe.data.allow, reporter, redact=redact, presidio=presidio).rows
     except UserError as refusal:
         refusals.append(refusal)
     effect = None
     metadata = Counter(key for row in rows for key in row.metadata)
-    if rows:
+    if rows or (checked.faults and skip_bad):
         try:
-            planned = plan(project, rows, reporter, Arrival(), refuse_conflicts=False)
+            planned = plan(project, rows, reporter, arrival or Arrival(), refuse_conflicts=False)
         except UserError as refusal:
             refusals.append(refusal)
         else:
@@ -112,7 +127,9 @@ def preview(project: Project, paths: Sequence[Path], reporter: Reporter) -> Prev
 
 def _beforehand(refusal: UserError) -> UserError:
     """The refusal of ``add`` as a check words it: nothing has been tried yet."""
-    what = refusal.what.replace("nothing was added", "nothing would be added")
+    what = refusal.what.replace("nothing was added", "nothing would be added").replace(
+        "nothing was replaced", "nothing would be replaced"
+    )
     return UserError(what, where=refusal.where, fix=refusal.fix)
 
 
@@ -137,6 +154,7 @@ def _effect(planned: Plan) -> Effect:
         exact_duplicates=exact,
         near_kept=len(planned.near),
         near_dropped=len(repeats) - exact,
+        replaced=counts["replaced"],
         removed=counts["removed"],
         conflicts=len(planned.fresh_conflicts),
         contaminated=len({hit.row for hit in found.hits}),

@@ -53,9 +53,9 @@ class Removed:
 class RemoveResult:
     """What was removed, or would be (``dry_run``), and who saw it.
 
-    ``version`` is current afterwards; ``created`` says whether it is new: no row of the current version may have been
-    named, where a purge names rows of earlier ones. ``rows`` are those of the current version, ``earlier`` counts rows
-    that only earlier versions have and whose text is purged with theirs.
+    ``version`` is current afterwards. ``created`` says whether it is new: it is not where a version of just the rows
+    that stay was there already, or where a purge names only rows of earlier versions. ``rows`` are those of the
+    current version, ``earlier`` counts rows that only earlier versions have and whose text is purged with theirs.
     """
 
     version: Manifest
@@ -137,7 +137,7 @@ def remove(
             _require_enough(left)
         if dry_run:
             return replace(result, dry_run=True)
-        version = parent.manifest
+        version, there = parent.manifest, {manifest.digest for manifest in list_versions(dataset)}
         if going:
             version = _save(project, parent, going, left, origins, because, reporter)
         holders: tuple[Holder, ...] = ()
@@ -147,7 +147,8 @@ def remove(
             version = current_manifest(dataset) or version
     rows = tuple(replace(row, document={}) if purge_text else row for row in result.rows)
     purged = len(family)
-    return replace(result, version=version, created=bool(going), rows=rows, purged=purged, holders=holders)
+    created = bool(going) and version.digest not in there
+    return replace(result, version=version, created=created, rows=rows, purged=purged, holders=holders)
 
 
 def _nothing(selection: Selection, parent: DatasetVersion, purging: bool) -> UserError:

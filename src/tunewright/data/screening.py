@@ -85,28 +85,35 @@ def _with_clean_values(
     Raises:
         UserError: a value holds a secret, and is not to be replaced.
     """
-    found: dict[str, list[Finding]] = {}
+    found: dict[tuple[str, str], list[Finding]] = {}
     told: dict[str, list[str]] = {"secret": [], "personal": []}
 
-    def looked_at(text: str, row: SourceRow, name: str) -> bool:
-        if text not in found:
-            found[text] = [f for f in secrets.find(text, also) if f.kind not in allow]
-        for finding in found[text]:
-            told[finding.category].append(f"{row.source}:{row.line}: {secrets.LABELS[finding.kind]} in {name}")
-        return bool(found[text])
+    def looked_at(name: str, text: str, row: SourceRow, where: str) -> bool:
+        if (name, text) not in found:
+            found[name, text] = [f for f in secrets.find_in_value(name, text, also) if f.kind not in allow]
+        for finding in found[name, text]:
+            told[finding.category].append(f"{row.source}:{row.line}: {secrets.LABELS[finding.kind]} in {where}")
+        return bool(found[name, text])
 
     clean = []
     for row in rows:
-        bad_groups = [name for name, value in row.groups.items() if looked_at(value, row, f"the group {name}")]
-        texts = [(key, text) for key, value in row.metadata.items() for text in texts_of(value)]
-        bad_keys = {key for key, text in texts if looked_at(text, row, f"the key {key}")}
-        if redact and (bad_groups or bad_keys):
+        bad_groups = [name for name, value in row.groups.items() if looked_at(name, value, row, f"the group {name}")]
+        # A key that holds a secret itself is not named: the message would spread it.
+        bad_names = {key: _digested(key) for key in row.metadata if looked_at("", key, row, "a key's name")}
+        texts = [(key, *each) for key, value in row.metadata.items() for each in texts_of(value, key)]
+        bad_keys = {
+            key for key, name, text in texts if looked_at(name, text, row, f"the key {bad_names.get(key, key)}")
+        }
+        if redact and (bad_groups or bad_keys or bad_names):
             groups = {**row.groups, **{name: _digested(row.groups[name]) for name in bad_groups}}
-            metadata = {**row.metadata, **{key: _digested(canonical_json(row.metadata[key])) for key in bad_keys}}
+            metadata = {
+                bad_names.get(key, key): _digested(canonical_json(value)) if key in bad_keys else value
+                for key, value in row.metadata.items()
+            }
             row = replace(row, groups=groups, metadata=metadata)
         clean.append(row)
     if redact:
-        values = sum(bool(findings) for findings in found.values())
+        values = len({text for (_, text), findings in found.items() if findings})
         if values:
             reporter.say(f"Digests put for {values:,} values of groups and metadata")
         return clean

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
 from tunewright.data.versions import DatasetVersion, Member, keys_digest, members_digest, short
+from tunewright.data.versions.making import count_families
 from tunewright.errors import UserError
 
 
@@ -60,7 +61,6 @@ def _prefixes(members: Iterable[Member], shares: Sequence[float], seed: int) -> 
 def _version(version: DatasetVersion, share: float, seed: int, keys: set[str]) -> DatasetVersion:
     members = tuple(m for m in version.members if m.split != "train" or m.key in keys)
     train = [m for m in members if m.split == "train"]
-    sizes = Counter(m.cluster for m in members)
     manifest = version.manifest.model_copy(
         update={
             "digest": members_digest(members),
@@ -71,8 +71,8 @@ def _version(version: DatasetVersion, share: float, seed: int, keys: set[str]) -
                     "rows": len(members),
                     "train": len(train),
                     "mixed": sum(m.mixed for m in train),
-                    "clusters": len(sizes),
-                    "families": sum(size > 1 for size in sizes.values()),
+                    "clusters": len({m.cluster for m in members}),
+                    "families": count_families(members),
                 }
             ),
             "splits": {**version.manifest.splits, "train": keys_digest(m.key for m in train)},

@@ -158,14 +158,29 @@ class DataRoad:
         rows: str | None = None,
         input_column: str | None = None,
         output_column: str | None = None,
+        skip_bad: bool = False,
+        redact: bool = False,
         accept_conflicts: bool = False,
+        presidio: str | None = None,
+        replace: bool = False,
+        restore: bool = False,
+        split_from: str | Path | None = None,
     ) -> Preview:
         """Return what :meth:`add` would do with files of pairs, every fault included; options as for ``add``."""
+        from tunewright.data.add import Arrival
         from tunewright.data.preview import preview
 
         paths = source_files(files, self._reporter)
         data = self._mapped(paths, rows, input_column, output_column)
-        return preview(self._with(data, accept_conflicts=accept_conflicts), paths, self._reporter)
+        return preview(
+            self._with(data, accept_conflicts=accept_conflicts),
+            paths,
+            self._reporter,
+            skip_bad=skip_bad,
+            redact=redact,
+            presidio=presidio,
+            arrival=Arrival(replace, restore, None if split_from is None else Path(split_from)),
+        )
 
     def fix_file(
         self,

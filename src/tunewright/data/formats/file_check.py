@@ -18,7 +18,7 @@ from tunewright.data.formats.mends import mend
 from tunewright.data.formats.metadata import metadata_of, texts_of
 from tunewright.data.formats.shapes import Conversation, Turn, conversation_of
 from tunewright.data.formats.sources import Source, open_source
-from tunewright.data.secrets import LABELS, find
+from tunewright.data.secrets import LABELS, find_in_value
 from tunewright.disk import writing
 from tunewright.errors import UserError
 from tunewright.progress import Reporter, Task
@@ -113,8 +113,9 @@ def _checked(
                 examples += 1
                 if rows is not None:
                     rows.append(row)
-                texts = [*(m.content for m in row.example.messages), *row.groups.values(), *texts_of(row.metadata)]
-                found = (f for text in texts for f in find(text))
+                texts = [("", m.content) for m in row.example.messages]
+                texts += [*row.groups.items(), *texts_of(row.metadata)]
+                found = (f for name, text in texts for f in find_in_value(name, text))
                 secrets.update(f.kind for f in found if f.category == "secret" and f.kind not in data.allow)
     except UserError as error:
         unreadable = error.as_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 
 from tunewright.data.formats.sources import JSON_NAMES, SAVED
@@ -35,7 +36,8 @@ def source_files(named: Iterable[str | Path], reporter: Reporter) -> list[Path]:
             files = [match for match in matches if match.is_file() or _saved(match)]
             if not files:
                 raise UserError("no file matches this pattern", where=str(name))
-            reporter.say(f"{name}: {_count(files)} to read: {_named(files)}")
+            base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+            reporter.say(f"{name}: {_count(files)} to read: {_named(files, base)}")
             found += files
         else:
             found.append(path)
@@ -51,9 +53,9 @@ def _in_folder(folder: Path, reporter: Reporter) -> list[Path]:
     if not taken:
         what = "a folder without a file of pairs"
         raise UserError(what, where=str(folder), fix=f"Files that count end with {', '.join(SUFFIXES)}.")
-    reporter.say(f"{folder}: {_count(taken)} to read: {_named(taken)}")
+    reporter.say(f"{folder}: {_count(taken)} to read: {_named(taken, folder)}")
     if others:
-        reporter.warn(f"{folder}: {_count(others)} not read, by the ends of their names: {_named(others)}")
+        reporter.warn(f"{folder}: {_count(others)} not read, by the ends of their names: {_named(others, folder)}")
     return taken
 
 
@@ -69,6 +71,6 @@ def _count(files: list[Path]) -> str:
     return f"{len(files):,} file{'' if len(files) == 1 else 's'}"
 
 
-def _named(files: list[Path]) -> str:
+def _named(files: list[Path], folder: Path) -> str:
     more = f" and {len(files) - _MOST_NAMED:,} more" if len(files) > _MOST_NAMED else ""
-    return ", ".join(path.name for path in files[:_MOST_NAMED]) + more
+    return ", ".join(path.relative_to(folder).as_posix() for path in files[:_MOST_NAMED]) + more

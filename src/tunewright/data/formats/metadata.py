@@ -76,14 +76,17 @@ def counted(keys: Counter[str]) -> str:
     return ", ".join(parts) + more
 
 
-def texts_of(value: Any) -> Iterable[str]:
-    """All texts and numbers in a value of metadata, and the keys of its objects: what a scan for secrets looks at."""
+def texts_of(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    """Yield all texts and numbers in a value of metadata, and the keys of its objects, for a scan for secrets.
+
+    Each comes after the nearest key above it, or ``name``: a password often looks like one only after its key.
+    """
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield str(key)
-            yield from texts_of(inner)
+            yield "", str(key)
+            yield from texts_of(inner, str(key))
     elif isinstance(value, list):
         for inner in value:
-            yield from texts_of(inner)
+            yield from texts_of(inner, name)
     elif not isinstance(value, bool):
-        yield str(value)
+        yield name, str(value)

@@ -111,7 +111,7 @@ def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data:
                 continue
             raise RowError("E204", f'the row has "{key}": tools cannot be trained', (key,))
     unknown = [key for key in row if key not in used and key not in data.groups]
-    meant = {key: known for key in unknown if (known := _meant(key, (*needed, *also)))}
+    meant = {key: known for key in unknown if (known := misspelt(key, (*needed, *also)))}
     told = [f'unknown key "{key}", did you mean "{known}"?' for key, known in list(meant.items())[:_MOST_KEYS]]
     missing = [key for key in sorted(needed) if key not in row and key not in meant.values()]
     if missing:
@@ -130,10 +130,10 @@ def mistyped(row: Mapping[str, Any]) -> dict[str, str]:
     if not KNOWN_KEYS.isdisjoint(row):
         return {}
     known = KNOWN_KEYS - _UNTRAINABLE.keys()
-    return {key: near for key in row if (near := _meant(key, known))}
+    return {key: near for key in row if (near := misspelt(key, known))}
 
 
-def _meant(key: str, known: Iterable[str]) -> str | None:
+def misspelt(key: str, known: Iterable[str]) -> str | None:
     """The known key that this one seems to be a misspelling of; ``prompt_id`` is none of ``prompt``."""
     plain = key.strip().lower()
     near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=_NEAR)

@@ -14,6 +14,7 @@ from tunewright.data.formats.checks import RowError
 from tunewright.data.formats.encodings import escaped
 from tunewright.data.formats.json_rows import RawRow
 from tunewright.data.formats.mapping import mapping_of
+from tunewright.data.formats.shapes import misspelt
 from tunewright.errors import UserError
 from tunewright.progress import Task
 from tunewright.recipe import DataRecipe
@@ -55,10 +56,14 @@ def columns(
     else:
         known = None if data.input or data.output else _known(header, nested)
         if known is None:
+            absent = {name for needed, _ in _KNOWN_COLUMNS for name in needed} - set(header)
+            near = [(name, misspelt(name, absent)) for name in header]
+            meant = ", ".join(f'unknown column "{name}", did you mean "{like}"?' for name, like in near if like)
+            do = "Correct the header, or say" if meant else "Say"
             raise UserError(
-                "which columns hold the input and the ideal output?",
+                meant or "which columns hold the input and the ideal output?",
                 where=where,
-                fix=f"Say --input COLUMN --output COLUMN, or set data.input and data.output. {there}",
+                fix=f"{do} --input COLUMN --output COLUMN, or set data.input and data.output. {there}",
             )
         names = known
     names += [name for name in data.groups if name not in names]

@@ -32,6 +32,7 @@ _NUMBERS = (
     r"[23][0-9A-Fa-f]{3}:",  # IPv6
 )
 _ANY_CUE = re.compile("|".join([*_NUMBERS, *sorted({re.escape(cue) for p in SECRETS for cue in p.cues}), "@"]))
+_CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _PLACEHOLDER = re.compile(rf"<({'|'.join(kind.upper() for kind in LABELS)})_(\d+)>")
 
 
@@ -80,6 +81,22 @@ def find(text: str, also: Finder | None = None) -> list[Finding]:
     """
     found = _find_by_patterns(text)
     return found if also is None else sorted([*found, *_rest(text, found, also(text))], key=lambda each: each.start)
+
+
+def find_in_value(name: str, text: str, also: Finder | None = None) -> list[Finding]:
+    """Return the secrets and personal data in a value, by position in it, ``name`` being the key or column it is under.
+
+    Some secrets are recognised only after their name, such as a password. ``userPassword`` counts as ``user_Password``.
+    """
+    found = find(text, also)
+    if not name:
+        return found
+    head = f"{_CAMEL_CASE.sub('_', name)}: "
+    kinds = {finding.kind for finding in found}
+    # Secrets alone: as personal data, a date under "call" would be a phone number.
+    named = [f for f in _find_by_patterns(head + text) if f.category == "secret" and f.start >= len(head)]
+    named = [f for f in named if f.kind not in kinds]
+    return found + [replace(f, start=f.start - len(head), end=f.end - len(head)) for f in named]
 
 
 def _rest(text: str, found: Sequence[Finding], more: Sequence[Finding]) -> list[Finding]:

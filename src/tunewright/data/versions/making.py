@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tunewright.clock import now
-from tunewright.data.examples import Example, in_conflict
+from tunewright.data.examples import Example, in_conflict, normalised
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions.manifest import Counts, Manifest, Mix, Settings, Source, SplitFrom
 from tunewright.data.versions.store import DatasetVersion, Member, keys_digest, members_digest
@@ -50,7 +50,6 @@ def new_manifest(
 
 
 def _counts(members: Sequence[Member], left_out: LeftOut, near_duplicates: int) -> Counts:
-    sizes = Counter(m.cluster for m in members)
     asked: dict[str, list[Example]] = defaultdict(list)
     for member in members:
         asked[member.example.asked].append(member.example)
@@ -58,8 +57,8 @@ def _counts(members: Sequence[Member], left_out: LeftOut, near_duplicates: int) 
     return Counts(
         rows=len(members),
         **{split: splits[split] for split in SPLITS},
-        clusters=len(sizes),
-        families=sum(size > 1 for size in sizes.values()),
+        clusters=len({m.cluster for m in members}),
+        families=count_families(members),
         conflicts=sum(map(in_conflict, asked.values())),
         duplicates=left_out.duplicates,
         skipped=left_out.skipped,
@@ -67,6 +66,16 @@ def _counts(members: Sequence[Member], left_out: LeftOut, near_duplicates: int) 
         mixed=sum(m.mixed for m in members),
         near_duplicates=near_duplicates,
     )
+
+
+def count_families(members: Sequence[Member]) -> int:
+    """Count the clusters that have several inputs and several outputs, case and white space set aside."""
+    inputs: dict[str, set[str]] = defaultdict(set)
+    outputs: dict[str, set[str]] = defaultdict(set)
+    for m in members:
+        inputs[m.cluster].add(m.example.asked)
+        outputs[m.cluster].add(normalised(m.example.output))
+    return sum(len(inputs[cluster]) > 1 and len(outputs[cluster]) > 1 for cluster in inputs)
 
 
 def clusters_by_split(members: Sequence[Member]) -> dict[Split, int]:

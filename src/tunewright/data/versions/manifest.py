@@ -35,7 +35,8 @@ class Source(_Record):
 class Counts(_Record):
     """What is in a version (rows to conflicts, mixed), and what its import left out or moved (the others).
 
-    A family is a cluster of several rows; a conflict is one input with several outputs. ``mixed`` rows are of the
+    A family is a cluster with several inputs and several outputs, in versions of earlier releases any cluster of
+    several rows; a conflict is one input with several outputs. ``mixed`` rows are of the
     generic mix-in: they are counted in rows, train and clusters too. ``near_duplicates`` are rows of the version with
     nearly the input and the output of another one: what ``data.duplicates: drop`` leaves out.
     """

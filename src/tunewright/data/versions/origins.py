@@ -32,6 +32,23 @@ def metadata_by_key(dataset: Path, manifest: Manifest) -> dict[str, dict[str, An
     return found
 
 
+def read_metadata(dataset: Path, manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
+    """Return the metadata of each pair key, by the newest record of each place; exact repeats of the row included."""
+    found: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
+    edits = replaced(dataset, manifest)
+    for path in import_files(dataset, manifest):
+        for line in text_lines(path.read_text(encoding="utf-8")):
+            record: dict[str, Any] = json.loads(line)
+            there = record["fate"] in _PRESENT or (record["fate"] == "duplicate" and record["of"] == record["key"])
+            if there and "metadata" in record:
+                key = edits.get(record["key"], record["key"])
+                found.setdefault((record["source"], record["line"]), (key, record["metadata"]))
+    by_key: dict[str, list[dict[str, Any]]] = {}
+    for key, metadata in found.values():
+        by_key.setdefault(key, []).append(metadata)
+    return by_key
+
+
 def _records(dataset: Path, manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
     edits = replaced(dataset, manifest)
     for path in import_files(dataset, manifest):
