@@ -73,6 +73,8 @@ class AddResult:
     """Rows that took the place of known ones with their input and another output."""
     removed: tuple[str, ...] = ()
     """Where the rows were read that were removed earlier and stay out."""
+    superseded: tuple[str, ...] = ()
+    """Where the rows were read that an earlier ``replace`` took out and that stay out; not counted as known."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
@@ -103,8 +105,9 @@ def add(
         redact: put placeholders for secrets and personal data, instead of refusing secrets.
         presidio: a spaCy model with which presidio looks for names and places too (``open_presidio``).
         message: kept with the version.
-        replace: the output of a known input supersedes the one that the dataset has; its split is kept.
-        restore: take rows in again that were removed earlier.
+        replace: the output of a known input supersedes the one that the dataset has; its split is kept. Of an input
+            with several outputs, the files must have at least as many, which replace them all.
+        restore: take rows in again that were removed or superseded earlier.
         split_from: a project or dataset folder whose rows keep their split in this new dataset.
 
     Raises:
@@ -124,7 +127,7 @@ def add(
         version=version,
         created=planned.created,
         added=fates["added"],
-        known=fates["known"],
+        known=fates["known"] - len(planned.superseded),
         duplicates=planned.duplicates,
         conflicts=planned.conflicts,
         moved=found.moved,
@@ -138,6 +141,7 @@ def add(
         near_duplicates=planned.near,
         replaced=merged.replaced(),
         removed=tuple(f"{row.source}:{row.line}" for row in rows if row.example.pair_key in merged.withheld),
+        superseded=tuple(f"{row.source}:{row.line}" for row in planned.superseded),
         clusters=clusters_by_split(found.members),
     )
 
@@ -170,6 +174,12 @@ class Plan:
         return [conflict for conflict in self.conflicts if any(key in self.merged.first for key in conflict.keys)]
 
     @property
+    def superseded(self) -> list[SourceRow]:
+        """The rows that an earlier replacement took out, and that stay out."""
+        gone = self.merged.superseded & self.merged.edited.keys()
+        return [row for row in self.rows if row.example.pair_key in gone]
+
+    @property
     def created(self) -> bool:
         """Whether it differs from the current version."""
         return self.merged.parent is None or self.merged.parent.digest != members_digest(self.found.members)
@@ -197,6 +207,7 @@ def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter, arriva
         duplicates=data.duplicates,
         replace=arrival.replace,
         restore=arrival.restore,
+        accept=data.conflicts == "accept",
     )
     conflicts = _settled(merged, project.recipe)
     duplicates = merged.duplicates(rows)
@@ -213,9 +224,11 @@ def plan(project: Project, rows: Sequence[SourceRow], reporter: Reporter, arriva
     if near:
         reporter.say(notices.near_duplicates(near))
     back = restored(project.dataset, [merged.first[key] for key in merged.first if key in merged.kept])
-    if arrival.restore and not back:
+    if arrival.restore and not back and not merged.superseded:
         reporter.say("Nothing to restore: no row of these files was removed earlier.")
     planned = Plan(rows, merged, conflicts, duplicates, near, found, inherited, back)
+    if planned.superseded:
+        reporter.say(notices.superseded(planned.superseded))
     if planned.created:
         _warn(merged, found, conflicts, reporter)
     return planned
@@ -231,6 +244,8 @@ def _tell_of_arrivals(merged: Merge, rows: Sequence[SourceRow], arrival: Arrival
         reporter.warn(notices.standing(merged.replacement.standing))
     if merged.replacement.olds:
         reporter.say(notices.replaced(merged.replaced()))
+    if merged.replacement.sets.inputs:
+        reporter.say(f"{merged.replacement.sets}.")
     if merged.reweighted:
         reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
 

@@ -271,7 +271,16 @@ def replaced(rows: Sequence[Replaced]) -> str:
     """Return the notice of rows that took the place of others with their input."""
     told = (f"{r.source}:{r.line}: {'; '.join(map(_excerpt, r.outputs_before))} → {_excerpt(r.output)}" for r in rows)
     lines = listed(told, len(rows), _MOST_EXAMPLES, "`tunewright data diff` shows all")
-    return f"{_count(len(rows), 'row')} replaced: the same input, the file's output, the split as before\n{lines}"
+    count = sum(len(row.before) for row in rows)
+    return f"{_count(count, 'row')} replaced: the same input, the file's output, the split as before\n{lines}"
+
+
+def superseded(rows: Sequence[SourceRow]) -> str:
+    """Return the notice of rows that an earlier replacement took out of the dataset."""
+    lines = listed((f"{r.source}:{r.line}" for r in rows), len(rows), _MOST_PLACES, "the result lists all")
+    return (
+        f"{_count(len(rows), 'row')} superseded earlier by --replace and left out; --restore adds them again\n{lines}"
+    )
 
 
 def standing(rows: Sequence[SourceRow]) -> str:

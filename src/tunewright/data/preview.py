@@ -41,6 +41,8 @@ class Effect:
     """Among those added: near-duplicates, in the cluster of the row that they are like."""
     near_dropped: int
     """Near-duplicates left out, where data.duplicates is "drop"."""
+    superseded: int
+    """Rows that an earlier `data add --replace` took out and that stay out."""
     removed: int
     """Rows that were removed earlier and stay out."""
     conflicts: int
@@ -135,7 +137,8 @@ def _effect(planned: Plan) -> Effect:
         sizes.append(SplitSize(split, len(members), new, len({member.cluster for member in members})))
     return Effect(
         added=counts["added"],
-        known=counts["known"],
+        known=counts["known"] - len(planned.superseded),
+        superseded=len(planned.superseded),
         exact_duplicates=exact,
         near_kept=len(planned.near),
         near_dropped=len(repeats) - exact,
