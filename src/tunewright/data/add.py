@@ -324,7 +324,7 @@ def _settled(merged: Merge, recipe: Recipe) -> tuple[Conflict, ...]:
     conflicts = merged.conflicts()
     fresh = [conflict for conflict in conflicts if any(key in merged.first for key in conflict.keys)]
     if fresh and recipe.data.conflicts == "error":
-        raise notices.conflicting(fresh)
+        raise merged.refusal(fresh)
     return conflicts
 
 

@@ -12,12 +12,13 @@ from tunewright.data.arrivals import Replacement, made_by_replacement, supersede
 from tunewright.data.examples import Example, in_conflict
 from tunewright.data.formats import SourceRow
 from tunewright.data.neighbours import find_duplicates
-from tunewright.data.notices import Conflict, Duplicate, Replaced
+from tunewright.data.notices import Conflict, Duplicate, Replaced, conflicting
 from tunewright.data.repeats import exact_repeats, near_repeats
 from tunewright.data.review.edits import replaced
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, has_version, load_version, short
 from tunewright.data.versions.removals import Removal
+from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.recipe import Duplicates
 
@@ -128,6 +129,12 @@ class Merge:
             for keys in by_input.values()
             if in_conflict([self.kept[key] for key in keys])
         )
+
+    def refusal(self, fresh: Sequence[Conflict]) -> UserError:
+        """Return the refusal of conflicts that new rows make."""
+        inputs = len({example.asked for example in self.kept.values()})
+        accepted = self.parent is not None and self.parent.manifest.settings.conflicts == "accept"
+        return conflicting(fresh, inputs, accepted=accepted)
 
     def groups(self, rows: Sequence[SourceRow]) -> dict[str, tuple[str, ...]]:
         """The group values of each kept row, sorted: those that it had, and those of the rows that it stands for."""

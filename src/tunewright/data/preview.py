@@ -12,6 +12,7 @@ from tunewright.data import notices
 from tunewright.data.add import Arrival, Plan, plan
 from tunewright.data.formats import SourceRow
 from tunewright.data.formats.file_check import FileCheck, check_files
+from tunewright.data.notices import Conflict
 from tunewright.data.screening import screen
 from tunewright.data.splits import SPLITS
 from tunewright.errors import UserError
@@ -61,6 +62,8 @@ class Preview:
     refusals: tuple[UserError, ...]
     """Why `data add` would add nothing."""
     effect: Effect | None
+    conflicts: tuple[Conflict, ...] = ()
+    """All conflicts that new rows make."""
 
     @property
     def ok(self) -> bool:
@@ -75,6 +78,7 @@ class Preview:
             "metadata": self.metadata,
             "refusals": [refusal.as_dict() for refusal in self.refusals],
             "effect": asdict(self.effect) if self.effect else None,
+            "conflicts": [asdict(conflict) for conflict in self.conflicts],
         }
 
 
@@ -98,7 +102,7 @@ def preview(project: Project, paths: Sequence[Path], reporter: Reporter) -> Prev
         rows = screen(rows, project.recipe.data.allow, reporter, redact=False, presidio=None).rows
     except UserError as refusal:
         refusals.append(refusal)
-    effect = None
+    effect, conflicts = None, list[Conflict]()
     metadata = Counter(key for row in rows for key in row.metadata)
     if rows:
         accepting = project.recipe.data.model_copy(update={"conflicts": "accept"})
@@ -108,10 +112,10 @@ def preview(project: Project, paths: Sequence[Path], reporter: Reporter) -> Prev
         except UserError as refusal:
             refusals.append(refusal)
         else:
-            effect = _effect(planned)
+            effect, conflicts = _effect(planned), planned.fresh_conflicts
             if planned.fresh_conflicts and project.recipe.data.conflicts == "error":
-                refusals.append(notices.conflicting(planned.fresh_conflicts))
-    return Preview(checked, dict(metadata.most_common()), tuple(map(_beforehand, refusals)), effect)
+                refusals.append(planned.merged.refusal(planned.fresh_conflicts))
+    return Preview(checked, dict(metadata.most_common()), tuple(map(_beforehand, refusals)), effect, tuple(conflicts))
 
 
 def _beforehand(refusal: UserError) -> UserError:
