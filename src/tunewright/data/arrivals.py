@@ -249,7 +249,7 @@ def _refuse_incomplete(sets: Sequence[_OutputSet], parent: DatasetVersion) -> No
             f"the files\n{listed(places, len(sets), _FEW, 'complete these too')}",
             where="--replace",
             fix="Give all outputs of each input in the file. To mend or drop single ones, take them out with "
-            "`tunewright data remove --keys`, then add the file without --replace.",
+            "`tunewright data remove --keys`, then add the file with --accept-conflicts in place of --replace.",
         )
 
 
