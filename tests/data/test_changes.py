@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +284,14 @@ def test_versions_of_earlier_releases_are_read(project: Project) -> None:
     second = _add(project, *unlike_pairs(20, seed=2))
     assert [short(m.digest) for m in list_versions(project.dataset)] == [short(old.digest), short(second.digest)]
     assert blame(project.dataset, second, old.members[0].key).version.digest == old.digest
+
+
+def test_diff_counts_a_row_as_regrouped_when_its_cluster_has_other_rows_not_another_name(project: Project) -> None:
+    a = load_version(project.dataset)
+    gone, *_, one, two = sorted(_of(a, "train", 4), key=lambda m: m.key)
+    clusters = {gone.key: one.key, one.key: one.key, two.key: two.key}
+    named = next_version(project, lambda m: replace(m, cluster=clusters.get(m.key, m.cluster)))
+    fewer = next_version(project, lambda m: None if m.key == gone.key else m)
+    assert diff(named, fewer).regrouped == 0
+    joined = next_version(project, lambda m: replace(m, cluster=one.key) if m.key == two.key else m)
+    assert diff(fewer, joined).regrouped == 2

@@ -17,6 +17,7 @@ from tunewright.data.selecting import Selection
 from tunewright.data.versions import load_version
 from tunewright.errors import UserError
 from tunewright.project import Project
+from tunewright.recipe import Recipe
 
 
 def _file(path: Path, rows: list[Any]) -> Path:
@@ -200,3 +201,29 @@ def test_images_are_one_cause(tmp_path: Path) -> None:
     [refusal] = preview(project, [path], Listener()).refusals
     assert refusal.what.count("images are not supported") == 1
     assert f"{path}:21, {path}:22, {path}:23 and 1 more" in refusal.what
+
+
+def test_conflict_refusal_is_short_and_the_json_lists_all_when_most_inputs_have_references(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p")
+    start = "one attribute that all of them have, and then another, and a third "
+    rows = [(f"{start}{i} {text}", f"{i} {j}") for i, (text, _) in enumerate(unlike_pairs(30)) for j in range(9)]
+    path = _file(project.root / "pairs.jsonl", [{"prompt": text, "completion": answer} for text, answer in rows])
+    found = preview(project, [path], Listener())
+    [refusal] = found.refusals
+    assert "Every input has several outputs: if these are references, --accept-conflicts keeps them." in str(refusal)
+    assert (str(refusal).count(start), str(refusal).count("and 6 more outputs")) == (3, 3)
+    assert "and 27 more: `tunewright data check FILE --json` lists all" in str(refusal)
+    listed = found.as_dict()["conflicts"]
+    assert (len(listed), {len(conflict["outputs"]) for conflict in listed}) == (30, {9})
+
+
+def test_conflict_refusal_names_the_option_when_the_version_before_accepted_conflicts(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
+    question = {"prompt": "a question"}
+    several = [{**question, "completion": "yes"}, {**question, "completion": "no"}]
+    add(project, [_file(project.root / "pairs.jsonl", [*_rows(40), *several])], Listener())
+    strict = Project(project.root, Recipe())
+    more = _file(project.root / "more.jsonl", [{**question, "completion": "maybe"}])
+    with pytest.raises(UserError, match="1 input with different outputs") as caught:
+        add(strict, [more], Listener())
+    assert "The version before accepted conflicts by that option" in (caught.value.fix or "")

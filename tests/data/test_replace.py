@@ -55,10 +55,10 @@ def test_replace_takes_the_file_s_outputs_and_keeps_every_split(
     assert splits[0] == splits[1]
     assert len(diff(before, after).edited) == len(changed)
     assert verify(project.dataset, Listener()).ok
-    # The old file is known, and so is the new one.
-    for rows, name in ((pairs, "pairs.jsonl"), (mended, "mended.jsonl")):
+    # The old file changes nothing, and neither does the new one.
+    for rows, name, gone in ((pairs, "pairs.jsonl", len(changed)), (mended, "mended.jsonl", 0)):
         again, _ = _add(project, rows, name)
-        assert (again.created, again.known) == (False, 40)
+        assert (again.created, again.known, len(again.superseded)) == (False, 40 - gone, gone)
 
 
 def test_without_replace_a_mended_file_is_refused_as_before(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_replacement_can_be_replaced_back(tmp_path: Path) -> None:
 
 
 def test_a_file_with_two_outputs_for_one_input_replaces_nothing(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
+    project = new_project(tmp_path / "p")
     pairs = unlike_pairs(40)
     first, _ = _add(project, pairs)
     with pytest.raises(
@@ -201,17 +201,72 @@ def test_a_file_with_two_outputs_for_one_input_replaces_nothing(tmp_path: Path) 
     assert load_version(project.dataset).digest == first.version.digest
 
 
-def test_replace_supersedes_all_outputs_of_an_accepted_conflict(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
-    pairs = [*unlike_pairs(40), ("the same question as ever", "yes"), ("the same question as ever", "no")]
-    _add(project, pairs)
-    result, _ = _add(project, [("the same question as ever", "no")], "mended.jsonl", replace=True)
+_REFERENCES = [("one place by the river", f"reference {i}") for i in range(7)]
+
+
+def _with_references(folder: Path) -> Project:
+    project = new_project(folder, "data: {conflicts: accept}\n")
+    _add(project, [*unlike_pairs(40), *_REFERENCES])
+    return project
+
+
+@pytest.mark.parametrize("given", [[("one place by the river", "mended")], _REFERENCES[:1], _REFERENCES[:6]])
+def test_replace_refuses_when_the_file_has_fewer_outputs_of_an_input(tmp_path: Path, given: list[Pair]) -> None:
+    project = _with_references(tmp_path / "p")
+    before = load_version(project.dataset).digest
+    with pytest.raises(UserError, match="1 input with more outputs") as caught:
+        _add(project, given, "mended.jsonl", replace=True)
+    assert "mended.jsonl:1" in caught.value.what
+    assert "data remove --keys" in (caught.value.fix or "")
+    assert load_version(project.dataset).digest == before
+
+
+def test_replace_exchanges_single_outputs_when_the_file_has_all(tmp_path: Path) -> None:
+    project = _with_references(tmp_path / "p")
+    mended = [("one place by the river", "mended"), *_REFERENCES[1:], ("one place by the river", "an eighth")]
+    result, listener = _add(project, mended, "mended.jsonl", replace=True)
+    assert sorted(_answers(project)["one place by the river"]) == sorted(output for _, output in mended)
     [row] = result.replaced
-    assert row.outputs_before == ("yes",)
-    assert _answers(project)["the same question as ever"] == ["no"]
-    assert result.version.counts.conflicts == 0
-    again, _ = _add(project, pairs)
-    assert not again.created
+    assert row.outputs_before == ("reference 0",)
+    assert (result.added, result.known) == (1, 6)
+    assert "1 input with several outputs: 1 output replaced, 6 unchanged, 1 added." in listener.said
+    assert verify(project.dataset, Listener()).ok
+
+
+def test_replace_changes_nothing_when_the_file_has_the_same_outputs(tmp_path: Path) -> None:
+    project = _with_references(tmp_path / "p")
+    result, _ = _add(project, _REFERENCES, "again.jsonl", replace=True)
+    assert (result.created, result.known, result.replaced) == (False, 7, ())
+
+
+def test_replace_takes_several_outputs_for_one_when_conflicts_are_accepted(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
+    pairs = unlike_pairs(40)
+    _add(project, pairs)
+    _add(project, [(pairs[3][0], "one"), (pairs[3][0], "two")], "two.jsonl", replace=True)
+    assert sorted(_answers(project)[pairs[3][0]]) == ["one", "two"]
+
+
+def test_superseded_rows_come_back_when_they_are_restored(tmp_path: Path) -> None:
+    project = _with_references(tmp_path / "p")
+    mended = [("one place by the river", "mended"), *_REFERENCES[1:]]
+    _add(project, mended, "mended.jsonl", replace=True)
+    left_out, listener = _add(project, _REFERENCES)
+    assert (left_out.created, left_out.known, left_out.superseded) == (False, 6, (f"{project.root}/pairs.jsonl:1",))
+    assert any("1 row superseded earlier by --replace and left out; --restore" in said for said in listener.said)
+    back, listener = _add(project, _REFERENCES, restore=True)
+    assert (back.added, back.superseded) == (1, ())
+    assert not any("Nothing to restore" in said for said in listener.said)
+    assert len(_answers(project)["one place by the river"]) == 8
+
+
+def test_replace_brings_superseded_outputs_back_when_the_file_has_all(tmp_path: Path) -> None:
+    project = _with_references(tmp_path / "p")
+    mended = [("one place by the river", "mended"), *_REFERENCES[1:]]
+    _add(project, mended, "mended.jsonl", replace=True)
+    result, _ = _add(project, [*mended, _REFERENCES[0]], "all.jsonl", replace=True)
+    assert (result.added, result.superseded) == (1, ())
+    assert len(_answers(project)["one place by the river"]) == 8
 
 
 def test_an_edit_of_a_reviewer_outlives_the_file_that_it_mended(tmp_path: Path) -> None:

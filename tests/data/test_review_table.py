@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from data_helpers import Listener
 from review_helpers import judge_next, review, reviewed_project, right, status
 
+from tunewright.data.review.passes import Review
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.table import Imported, export_csv, import_csv
 from tunewright.data.versions import load_version
@@ -192,3 +194,10 @@ def test_in_a_pass_too(project: Project) -> None:
     assert card is not None
     assert under_way.edit(card, "pay with 4539 1488 0343 6467").startswith("The answer holds a secret (payment card")
     assert under_way.next() == card
+
+
+def test_export_names_the_way_when_no_row_could_be_judged_as_a_suspect(project: Project) -> None:
+    none = Review(project.dataset, load_version(project.dataset), "ada", Listener(), suspects=[])
+    with pytest.raises(UserError, match="there are no suspects to export") as caught:
+        export_csv(project.root / "suspects.csv", none, 100)
+    assert "--adapter base" in (caught.value.fix or "")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from statsmodels.stats.power import NormalIndPower
 
 from tunewright.evaluation.power import (
+    Prospect,
     detectable,
     minimum_detectable_effect,
     power,
@@ -72,3 +73,16 @@ def test_the_prospect_says_what_it_assumes_and_counts_a_cluster_once() -> None:
     assert "With a margin of 2 points a fine-tune has to gain about 12 to ship." in text
     assert "rough guide" in prospect_text(told, "corpus", 0.02)
     assert told.as_dict()["assumed"][1] == {"changed": 0.2, "minimum_detectable_effect": told.effects[0.2]}
+
+
+def test_prospect_text_names_no_points_when_no_difference_can_be_shown() -> None:
+    text = prospect_text(prospect("test", 40, 4), "corpus", 0.02)
+    assert "no difference can be shown" in text
+    assert "points" not in text
+    assert "to ship" not in text
+
+
+def test_prospect_text_asks_for_no_gain_above_100_points() -> None:
+    told = Prospect("test", 40, 8, {0.1: 0.99, 0.2: 0.99, 0.3: 0.99})
+    text = prospect_text(told, "corpus", 0.02)
+    assert "With a margin of 2 points no gain would be enough to ship." in text

@@ -24,7 +24,8 @@ from typing import Literal
 
 from tunewright.advice.signals import Gain, ShotCurve, Signals
 from tunewright.evaluation.evidence import Arm, ArmKind
-from tunewright.evaluation.verdict import FEWEST_CLUSTERS, SIGNIFICANT
+from tunewright.evaluation.power import FEWEST_CLUSTERS
+from tunewright.evaluation.verdict import SIGNIFICANT
 
 Recommendation = Literal["fine-tune", "prompt", "retrieve", "can't tell"]
 

@@ -37,7 +37,7 @@ AcceptConflicts = Annotated[
 Replace = Annotated[
     bool, typer.Option("--replace", help="Let an output supersede the one that the dataset has for its input.")
 ]
-Restore = Annotated[bool, typer.Option("--restore", help="Take rows in again that were removed.")]
+Restore = Annotated[bool, typer.Option("--restore", help="Take rows in again that were removed or superseded.")]
 SplitFrom = Annotated[
     Path | None,
     typer.Option(help="A project whose split the rows of this new dataset keep.", show_default="a split of its own"),
@@ -95,7 +95,8 @@ def data_add(
             what += f", {len(result.skipped):,} left out as faulty"
         if result.left_out:
             what += f", {result.left_out:,} left out as holding a test input or a benchmark item"
-        what += f", {len(result.replaced):,} replaced" if result.replaced else ""
+        what += f", {sum(len(r.before) for r in result.replaced):,} replaced" if result.replaced else ""
+        what += f", {len(result.superseded):,} superseded earlier and left out" if result.superseded else ""
         what += f", {len(result.removed):,} removed earlier and left out" if result.removed else ""
         if near := result.version.counts.near_duplicates:
             what += f"; near-duplicates in the version: {near:,}, each in one cluster with the row that it is like"

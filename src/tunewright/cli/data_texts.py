@@ -41,7 +41,8 @@ def _effect_lines(effect: Effect, ok: bool) -> list[str]:
         f"{of}new {effect.added:,} (near-duplicates with the same output {effect.near_kept:,}), "
         f"known before {effect.known:,}, replacing {effect.replaced:,}; "
         f"left out: exact duplicates {effect.exact_duplicates:,}, "
-        f"near-duplicates {effect.near_dropped:,}, removed earlier {effect.removed:,}; "
+        f"near-duplicates {effect.near_dropped:,}, removed earlier {effect.removed:,}, "
+        f"superseded earlier {effect.superseded:,}; "
         f"inputs with different outputs {effect.conflicts:,}; "
         f"training rows that hold a test or benchmark item {effect.contaminated:,}; "
         f"rows that change their split {effect.moved:,}",

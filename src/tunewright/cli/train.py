@@ -11,6 +11,7 @@ from tunewright.cli.console import CANT_TELL, RESUMES, Session, session
 from tunewright.errors import UserError
 
 if TYPE_CHECKING:
+    from tunewright.recipe import MetricName
     from tunewright.road import Road
 
 
@@ -66,10 +67,13 @@ def _require_use(options: dict[str, object], wanted_by: str, *, given: bool) -> 
 
 
 def _train(road: Road, current: Session, *, force: bool) -> None:
+    from tunewright.recipe.metrics import metric_name
+
     result = road.train(force=force)
     adapter = result.adapter
     told = adapter.lineage["training"]
-    evaluated = ", ".join(_evaluated(e) for e in told["epochs"])
+    metric = metric_name(road.project.recipe.evaluate.metric)
+    evaluated = ", ".join(_evaluated(e, metric) for e in told["epochs"])
     current.show(
         {
             "adapter": adapter.name,
@@ -83,9 +87,15 @@ def _train(road: Road, current: Session, *, force: bool) -> None:
     )
 
 
-def _evaluated(evaluation: dict[str, Any]) -> str:
-    metric = evaluation["dev_metric"]
-    return f"{evaluation['dev_loss']:.3f}" + ("" if metric is None else f" ({metric:.1%})")
+def _evaluated(evaluation: dict[str, Any], metric: MetricName) -> str:
+    """Return the dev loss, and the score with its metric's name."""
+    from tunewright.metrics.text import metric_label, score_text
+
+    loss, score = f"{evaluation['dev_loss']:.3f}", evaluation["dev_metric"]
+    if score is None:
+        return loss
+    value = score_text(metric, score)  # only a share comes without the name
+    return f"{loss} ({f'{metric_label(metric)} {value}' if value.endswith('%') else value})"
 
 
 def _sweep(

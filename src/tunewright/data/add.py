@@ -76,6 +76,8 @@ class AddResult:
     """Rows that took the place of known ones with their input and another output."""
     removed: tuple[str, ...] = ()
     """Where the rows were read that were removed earlier and stay out."""
+    superseded: tuple[str, ...] = ()
+    """Where the rows were read that an earlier ``replace`` took out and that stay out; not counted as known."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
@@ -106,8 +108,9 @@ def add(
         redact: put placeholders for secrets and personal data, instead of refusing secrets.
         presidio: a spaCy model with which presidio looks for names and places too (``open_presidio``).
         message: kept with the version.
-        replace: the output of a known input supersedes the one that the dataset has; its split is kept.
-        restore: take rows in again that were removed earlier.
+        replace: the output of a known input supersedes the one that the dataset has; its split is kept. Of an input
+            with several outputs, the files must have at least as many, which replace them all.
+        restore: take rows in again that were removed or superseded earlier.
         split_from: a project or dataset folder whose rows keep their split in this new dataset.
 
     Raises:
@@ -127,7 +130,7 @@ def add(
         version=version,
         created=planned.created,
         added=fates["added"],
-        known=fates["known"],
+        known=fates["known"] - len(planned.superseded),
         duplicates=planned.duplicates,
         conflicts=planned.conflicts,
         moved=found.moved,
@@ -141,6 +144,7 @@ def add(
         near_duplicates=planned.near,
         replaced=merged.replaced(),
         removed=tuple(f"{row.source}:{row.line}" for row in rows if row.example.pair_key in merged.withheld),
+        superseded=tuple(f"{row.source}:{row.line}" for row in planned.superseded),
         clusters=clusters_by_split(found.members),
         dev_clusters=cluster_sizes(found.members, "dev"),
     )
@@ -172,6 +176,12 @@ class Plan:
     def fresh_conflicts(self) -> list[Conflict]:
         """The conflicts that a new row is part of."""
         return self.merged.fresh(self.conflicts)
+
+    @property
+    def superseded(self) -> list[SourceRow]:
+        """The rows that an earlier replacement took out, and that stay out."""
+        gone = self.merged.superseded & self.merged.edited.keys()
+        return [row for row in self.rows if row.example.pair_key in gone]
 
     @property
     def created(self) -> bool:
@@ -209,12 +219,13 @@ def plan(
         duplicates=data.duplicates,
         replace=arrival.replace,
         restore=arrival.restore,
+        accept=data.conflicts == "accept",
     )
     rows = merged.rows
     conflicts = merged.conflicts()
     accepted = data.conflicts == "accept"
     if refuse_conflicts and not accepted and (fresh := merged.fresh(conflicts)):
-        raise notices.conflicting(fresh)
+        raise merged.refusal(fresh)
     duplicates = merged.duplicates(rows)
     if duplicates:
         reporter.warn(notices.duplicates(duplicates, data.duplicates))
@@ -229,9 +240,11 @@ def plan(
     if near:
         reporter.say(notices.near_duplicates(near))
     back = restored(project.dataset, [merged.first[key] for key in merged.first if key in merged.kept])
-    if arrival.restore and not back:
+    if arrival.restore and not back and not merged.superseded:
         reporter.say("Nothing to restore: no row of these files was removed earlier.")
     planned = Plan(rows, merged, conflicts, duplicates, near, found, inherited, back)
+    if planned.superseded:
+        reporter.say(notices.superseded(planned.superseded))
     if planned.created:
         _warn(merged, found, merged.fresh(conflicts) if accepted else [], reporter)
     return planned
@@ -250,6 +263,8 @@ def _tell_of_arrivals(merged: Merge, rows: Sequence[SourceRow], arrival: Arrival
         tested = sum(merged.former.get(key) == "test" for key in merged.replacement.olds)
         if tested:
             reporter.warn(f"Of the test, {tested:,} replaced: scores of the two versions cannot be compared.")
+    if merged.replacement.sets.inputs:
+        reporter.say(f"{merged.replacement.sets}.")
     if merged.reweighted:
         reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
 

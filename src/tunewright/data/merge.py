@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.data.arrivals import Replacement, supersede, withhold
+from tunewright.data.arrivals import Replacement, made_by_replacement, supersede, withhold
 from tunewright.data.examples import Example, in_conflict
 from tunewright.data.formats import SourceRow
 from tunewright.data.neighbours import find_duplicates
-from tunewright.data.notices import Conflict, Duplicate, Replaced
+from tunewright.data.notices import Conflict, Duplicate, Replaced, conflicting
 from tunewright.data.repeats import exact_repeats, near_repeats
 from tunewright.data.review.edits import replaced
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, has_version, load_version, short
 from tunewright.data.versions.removals import Removal
+from tunewright.errors import UserError
 from tunewright.progress import Reporter
 from tunewright.recipe import Duplicates
 
@@ -38,6 +39,8 @@ class Merge:
     """New pair key: the parent's one of the same turns, other weights, that it replaces."""
     edited: dict[str, str]
     """Pair key that an edit has replaced since: what came of it."""
+    superseded: frozenset[str]
+    """Pair keys that were read and that an earlier replacement took out; they stay out if they are in ``edited``."""
     replacement: Replacement
     """Kept rows that take the place of the parent's ones of the same input, other outputs, because that was asked."""
     withheld: dict[str, Removal]
@@ -133,6 +136,12 @@ class Merge:
         """Return the conflicts that a new row is part of."""
         return [conflict for conflict in conflicts if any(key in self.first for key in conflict.keys)]
 
+    def refusal(self, fresh: Sequence[Conflict]) -> UserError:
+        """Return the refusal of conflicts that new rows make."""
+        inputs = len({example.asked for example in self.kept.values()})
+        accepted = self.parent is not None and self.parent.manifest.settings.conflicts == "accept"
+        return conflicting(fresh, inputs, accepted=accepted)
+
     def groups(self, rows: Sequence[SourceRow]) -> dict[str, tuple[str, ...]]:
         """The group values of each kept row, sorted: those that it had, and those of the rows that it stands for."""
         values: dict[str, set[str]] = defaultdict(set)
@@ -154,6 +163,7 @@ def merge(
     duplicates: Duplicates = "keep",
     replace: bool = False,
     restore: bool = False,
+    accept: bool = False,
 ) -> Merge:
     """Merge the rows that were read into the current version, if there is one.
 
@@ -161,10 +171,11 @@ def merge(
         similarity: inputs at or above it, with the same output, are near-duplicates.
         duplicates: ``drop`` keeps the first of near-duplicates, or the known one; ``keep`` leaves out exact ones alone.
         replace: a row takes the place of known ones with its input and another output.
-        restore: take rows in that were removed earlier.
+        restore: take rows in that were removed or superseded earlier.
+        accept: inputs may have several outputs, which ``replace`` then replaces together.
 
     Raises:
-        UserError: a row that was purged is to be restored, or rows with one input and several outputs are to replace.
+        UserError: a row that was purged is to be restored, or the rows of an input cannot replace (``supersede``).
     """
     parent = load_version(dataset) if has_version(dataset) else None
     known = {m.key: m.example for m in parent.domain} if parent else {}
@@ -172,12 +183,17 @@ def merge(
     edited = {old: now for old, now in replacing.items() if old not in known and now in known}
     read = rows
     rows, withheld = withhold(dataset, rows, known.keys() | edited.keys(), replacing, restore=restore)
+    made = made_by_replacement(dataset, parent) if parent and edited else set()
+    superseded = frozenset(row.example.pair_key for row in rows if edited.get(row.example.pair_key) in made)
+    if restore:
+        edited = {old: now for old, now in edited.items() if old not in superseded}
     replacement = Replacement()
     if replace and parent:
-        replacement, rows = supersede(dataset, parent, rows, known, edited)
+        replacement, rows = supersede(parent, rows, known, edited, made, accept=accept)
         became = {old: new for new, olds in replacement.olds.items() for old in olds}
         known = {key: example for key, example in known.items() if key not in became}
         edited = {old: became.get(now, now) for old, now in edited.items() if old not in replacement.olds}
+        edited = {old: now for old, now in edited.items() if old not in replacement.joining}
     first: dict[str, SourceRow] = {}
     for row in rows:
         if row.example.pair_key not in known and row.example.pair_key not in edited:
@@ -208,7 +224,7 @@ def merge(
         found = near_repeats(list(kept.values()), similarity, reporter)
         near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
     read = [*rows, *(row for row in read if row.example.pair_key in withheld)]
-    return Merge(parent, read, kept, first, dropped, reweighted, edited, replacement, withheld, near)
+    return Merge(parent, read, kept, first, dropped, reweighted, edited, superseded, replacement, withheld, near)
 
 
 def _turns(example: Example) -> tuple[tuple[str, str], ...]:

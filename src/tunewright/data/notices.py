@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 
 from tunewright.data.examples import Example, Message
 from tunewright.data.formats import Fault, SourceRow
@@ -23,7 +24,7 @@ from tunewright.wording import count_of
 FEWEST_TRAINING_PAIRS = 50
 FEW_TRAINING_PAIRS = 500
 LARGE_CLUSTER = 0.05
-_MOST_FAULTS = 50
+_LONG_INPUT = 200
 _MOST_EXAMPLES = 10
 _MOST_PLACES = 3
 _MOST_REASONS = 3
@@ -155,15 +156,35 @@ def duplicates(dropped: Sequence[Duplicate], setting: Duplicates) -> str:
     return f"{count_of(len(dropped), 'row')} left out, with {alike} and the output of another:\n{lines}"
 
 
-def conflicting(conflicts: Sequence[Conflict]) -> UserError:
-    """The refusal of new rows with the input of another and a different output."""
-    told = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in conflicts)
-    lines = listed(told, len(conflicts), _MOST_FAULTS, "--accept-conflicts lists all")
-    return UserError(
-        f"{count_of(len(conflicts), 'input')} with different outputs, nothing was added; which is right?\n{lines}",
-        fix="Keep the right one of each. If the files correct what the dataset has, add them with --replace. If "
-        "several are right, add them with --accept-conflicts or data.conflicts: accept.",
+def conflicting(conflicts: Sequence[Conflict], inputs: int, *, accepted: bool) -> UserError:
+    """Return the refusal of new rows with the input of another and a different output, with a few examples.
+
+    Args:
+        conflicts: all of them; three are shown.
+        inputs: how many different inputs the dataset would have.
+        accepted: the version before was made with accepted conflicts.
+    """
+    lead = ""
+    if 2 * len(conflicts) > inputs:
+        most = "Every input has" if len(conflicts) == inputs else "Most inputs have"
+        lead = f"{most} several outputs: if these are references, --accept-conflicts keeps them.\n"
+    fix = (
+        "Keep the right one of each. If the files correct what the dataset has, add them with --replace. If several "
+        "are right, add them with --accept-conflicts or data.conflicts: accept."
     )
+    if accepted:
+        fix += " The version before accepted conflicts by that option, which holds for one command only: give it again."
+    examples = (f'"{shorten(c.input, _LONG_INPUT, placeholder="…")}": {_some_outputs(c)}' for c in conflicts)
+    lines = listed(examples, len(conflicts), _MOST_PLACES, "`tunewright data check FILE --json` lists all")
+    what = f"{count_of(len(conflicts), 'input')} with different outputs, nothing was added; which is right?"
+    return UserError(f"{what}\n{lead}{lines}", fix=fix)
+
+
+def _some_outputs(conflict: Conflict) -> str:
+    few = zip(excerpts(conflict.outputs[:_MOST_PLACES]), conflict.places, strict=False)
+    shown = "; ".join(f"{output} ({place})" for output, place in few)
+    more = len(conflict.outputs) - _MOST_PLACES
+    return shown + (f"; and {more:,} more outputs" if more > 0 else "")
 
 
 def contaminated(held: Sequence[tuple[str, How, str]], *, dropping: bool) -> str:
@@ -301,12 +322,21 @@ def replaced(rows: Sequence[Replaced]) -> str:
     """Return the notice of rows that took the place of others with their input."""
     told = (_became(r) for r in rows)
     lines = listed(told, len(rows), _MOST_EXAMPLES, "`tunewright data diff` shows all")
-    return f"{count_of(len(rows), 'row')} replaced: the same input, the file's output, the split as before\n{lines}"
+    count = sum(len(row.before) for row in rows)
+    return f"{count_of(count, 'row')} replaced: the same input, the file's output, the split as before\n{lines}"
 
 
 def _became(row: Replaced) -> str:
     *before, now = excerpts([*row.outputs_before, row.output])
     return f"{row.source}:{row.line}: {'; '.join(before)} → {now}"
+
+
+def superseded(rows: Sequence[SourceRow]) -> str:
+    """Return the notice of rows that an earlier replacement took out of the dataset."""
+    lines = listed((f"{r.source}:{r.line}" for r in rows), len(rows), _MOST_PLACES, "the result lists all")
+    return (
+        f"{count_of(len(rows), 'row')} superseded earlier by --replace and left out; --restore adds them again\n{lines}"
+    )
 
 
 def standing(rows: Sequence[SourceRow]) -> str:

@@ -12,6 +12,7 @@ from tunewright.data import notices
 from tunewright.data.add import Arrival, Plan, plan
 from tunewright.data.formats import SourceRow
 from tunewright.data.formats.file_check import FileCheck, check_files
+from tunewright.data.notices import Conflict
 from tunewright.data.screening import screen
 from tunewright.data.splits import SPLITS
 from tunewright.errors import UserError
@@ -43,6 +44,8 @@ class Effect:
     """Near-duplicates left out, where data.duplicates is "drop"."""
     replaced: int
     """Rows that would take the place of known ones with their input and another output."""
+    superseded: int
+    """Rows that an earlier `data add --replace` took out and that stay out."""
     removed: int
     """Rows that were removed earlier and stay out."""
     conflicts: int
@@ -61,6 +64,8 @@ class Preview:
     refusals: tuple[UserError, ...]
     """Why `data add` would add nothing."""
     effect: Effect | None
+    conflicts: tuple[Conflict, ...] = ()
+    """All conflicts that new rows make."""
 
     @property
     def ok(self) -> bool:
@@ -75,6 +80,7 @@ class Preview:
             "metadata": self.metadata,
             "refusals": [refusal.as_dict() for refusal in self.refusals],
             "effect": asdict(self.effect) if self.effect else None,
+            "conflicts": [asdict(conflict) for conflict in self.conflicts],
         }
 
 
@@ -111,7 +117,7 @@ def preview(
         rows = screen(rows, project.recipe.data.allow, reporter, redact=redact, presidio=presidio).rows
     except UserError as refusal:
         refusals.append(refusal)
-    effect = None
+    effect, conflicts = None, list[Conflict]()
     metadata = Counter(key for row in rows for key in row.metadata)
     if rows or (checked.faults and skip_bad):
         try:
@@ -119,10 +125,10 @@ def preview(
         except UserError as refusal:
             refusals.append(refusal)
         else:
-            effect = _effect(planned)
+            effect, conflicts = _effect(planned), planned.fresh_conflicts
             if planned.fresh_conflicts and project.recipe.data.conflicts == "error":
-                refusals.append(notices.conflicting(planned.fresh_conflicts))
-    return Preview(checked, dict(metadata.most_common()), tuple(map(_beforehand, refusals)), effect)
+                refusals.append(planned.merged.refusal(planned.fresh_conflicts))
+    return Preview(checked, dict(metadata.most_common()), tuple(map(_beforehand, refusals)), effect, tuple(conflicts))
 
 
 def _beforehand(refusal: UserError) -> UserError:
@@ -150,7 +156,8 @@ def _effect(planned: Plan) -> Effect:
         sizes.append(SplitSize(split, len(members), new, len({member.cluster for member in members})))
     return Effect(
         added=counts["added"],
-        known=counts["known"],
+        known=counts["known"] - len(planned.superseded),
+        superseded=len(planned.superseded),
         exact_duplicates=exact,
         near_kept=len(planned.near),
         near_dropped=len(repeats) - exact,

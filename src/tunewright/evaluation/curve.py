@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Evidence
 from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.verdict import FEWEST_CLUSTERS
+from tunewright.evaluation.power import FEWEST_CLUSTERS
 from tunewright.metrics import points_text, score_text
 from tunewright.recipe import MetricName
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from tunewright.data.splits import Split
 from tunewright.errors import UserError
-from tunewright.evaluation.power import ASSUMED, POWER, minimum_detectable_effect
-from tunewright.evaluation.verdict import FEWEST_CLUSTERS
+from tunewright.evaluation.power import ASSUMED, FEWEST_CLUSTERS, POWER, minimum_detectable_effect
 from tunewright.progress import Reporter
 
 USUAL = ASSUMED[1]

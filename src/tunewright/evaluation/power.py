@@ -13,6 +13,8 @@ from tunewright.metrics import Kind
 
 POWER = 0.8
 ALPHA = 0.05
+FEWEST_CLUSTERS = 6
+"""With c clusters the smallest two-sided p of a test that swaps them is 2 / 2**c: below 0.05 from six on."""
 ASSUMED = (0.1, 0.2, 0.3)
 """Shares of items that exactly one of two arms gets right, to tell what a split can show before anything is measured.
 The middle one is what is reckoned with."""
@@ -95,12 +97,16 @@ def prospect_text(told: Prospect, kind: Kind, margin: float) -> str:
         kind: the deciding metric's.
         margin: the recipe's.
     """
+    place = f"The {told.split} split's {told.items:,} items in {told.clusters:,} clusters"
+    if told.clusters < FEWEST_CLUSTERS:
+        return (
+            f"{place} are too few: no difference can be shown, because that takes {FEWEST_CLUSTERS} clusters or more."
+        )
     low, middle, high = (f"{100 * effect:.1f}" for effect in told.effects.values())
     few, usual, many = (f"{q:.0%}" for q in told.effects)
     text = (
-        f"The {told.split} split's {told.items:,} items in {told.clusters:,} clusters show a true difference of "
-        f"{middle} points or more (80% power), if {usual} of the items change between two arms: an assumption. "
-        f"{low} points if {few} change, {high} if {many}."
+        f"{place} show a true difference of {middle} points or more (80% power), if {usual} of the items change "
+        f"between two arms: an assumption. {low} points if {few} change, {high} if {many}."
     )
     if kind == "corpus":
         text += " That is reckoned for right and wrong answers; for a metric of the whole corpus it is a rough guide."
@@ -109,4 +115,6 @@ def prospect_text(told: Prospect, kind: Kind, margin: float) -> str:
     if told.split != "test":
         return text
     expected = 100 * (margin + told.effects[ASSUMED[1]])
+    if expected >= 100:
+        return f"{text} With a margin of {100 * margin:g} points no gain would be enough to ship."
     return f"{text} With a margin of {100 * margin:g} points a fine-tune has to gain about {expected:.0f} to ship."

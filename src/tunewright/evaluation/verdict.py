@@ -19,8 +19,6 @@ from tunewright.recipe import MetricName
 Decision = Literal["ship", "don't ship", "can't tell"]
 
 SIGNIFICANT = ALPHA
-FEWEST_CLUSTERS = 6
-"""With c clusters the smallest two-sided p of a test that swaps them is 2 / 2**c: below 0.05 from six on."""
 
 _EXIT_CODES: dict[Decision, int] = {"ship": 0, "don't ship": 3, "can't tell": 4}
 TOLD_SHARE = 0.05
@@ -203,6 +201,8 @@ def _tested(evidence: Evidence, contrast: Contrast) -> str:
 
 
 def _power(evidence: Evidence, contrast: Contrast) -> str:
+    if contrast.minimum_detectable_effect >= 1.0:
+        return f"With this many items no difference can be shown (80% power); the margin is {_points(evidence.margin)}."
     return (
         f"This many items would show a true difference of {100 * contrast.minimum_detectable_effect:.1f} points or "
         f"more (80% power); the margin is {_points(evidence.margin)}."

@@ -32,9 +32,15 @@ def export_csv(path: Path, review: Review, most: int) -> int:
     """Write the review's next rows, up to so many, for a spreadsheet; the number of rows written.
 
     Raises:
-        UserError: no row is left to judge, the file is there already, or the disk refuses.
+        UserError: there are no suspects, no row is left to judge, the file is there already, or the disk refuses.
     """
     cards = review.coming(most)
+    if not review.order and review.drawn is None:
+        raise UserError(
+            "there are no suspects to export: no row was doubted, or none could be judged",
+            where="--suspects",
+            fix="Free-text answers are ranked by a model's loss: add --adapter base, or the name of an adapter.",
+        )
     if not cards:
         raise UserError(
             "no row is left to judge", fix="`tunewright data review --status` says where the review stands."

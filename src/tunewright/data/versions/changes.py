@@ -70,7 +70,7 @@ class Diff:
     edited: tuple[Edited, ...]
     moved: tuple[Moved, ...]
     regrouped: int
-    """Rows of both versions whose cluster has another name: rows came or went that are like them."""
+    """Rows of both versions that share their cluster with other rows of both than before."""
     purged: tuple[str, ...] = ()
     """Pair keys of rows of either version whose text was purged: they are compared by nothing here."""
 
@@ -143,9 +143,20 @@ def diff(a: DatasetVersion, b: DatasetVersion) -> Diff:
         removed=_sorted(gone),
         edited=tuple(sorted(edited, key=lambda e: e.after.key)),
         moved=tuple(Moved(after[k], before[k].split) for k in sorted(both) if before[k].split != after[k].split),
-        regrouped=sum(before[key].cluster != after[key].cluster for key in both),
+        regrouped=_regrouped([before[key] for key in both], [after[key] for key in both]),
         purged=tuple(sorted({*a.purged, *b.purged})),
     )
+
+
+def _regrouped(before: Sequence[Member], after: Sequence[Member]) -> int:
+    """Count the rows whose cluster holds other ones of these rows; a cluster's name may change without that."""
+    partitions: list[dict[str, frozenset[str]]] = []
+    for members in (before, after):
+        clusters: dict[str, set[str]] = defaultdict(set)
+        for member in members:
+            clusters[member.cluster].add(member.key)
+        partitions.append({key: keys for keys in map(frozenset, clusters.values()) for key in keys})
+    return sum(partitions[0][member.key] != partitions[1][member.key] for member in before)
 
 
 def _by_input(mine: dict[str, Member], other: dict[str, Member]) -> dict[str, list[Member]]:
