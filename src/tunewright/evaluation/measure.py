@@ -21,7 +21,7 @@ from tunewright.evaluation.generations import Generator, Prompt
 from tunewright.evaluation.instructions import Instruction, find_instruction
 from tunewright.evaluation.scoring import ScoredArms, score_arm, score_arms
 from tunewright.evaluation.statistics import RESAMPLES
-from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, score_all
+from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, references_of, score_all
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.progress import Reporter
@@ -117,6 +117,7 @@ class Measurement:
             "metrics": [metric_inputs(metric, self.project.root) for metric in self.settings.metrics],
             "seed": self.project.recipe.seed,
             "schema": SCHEMA_VERSION,
+            **references_inputs(self.version.domain),
             **self.generator.engine.identity,
         }
 
@@ -211,6 +212,15 @@ class Measurement:
         if plan.instruction:
             messages = self.instruction.replaced(messages, self.settings.instructions[plan.instruction - 1])
         return self.generator.chat.prompt(messages)
+
+
+def references_inputs(domain: Sequence[Member]) -> dict[str, Any]:
+    """Return what is added to a measurement's inputs where an input has several outputs; else nothing.
+
+    Scores by one reference, and demonstrations that repeat an input, are another measurement.
+    """
+    several = any(len(references) > 1 for references in references_of([m.example for m in domain]))
+    return {"references": "all of an input's", "demonstrations": "distinct inputs"} if several else {}
 
 
 # Parts that advice and evidence have in common

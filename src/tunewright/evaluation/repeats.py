@@ -51,7 +51,8 @@ def noise_floor(
             answers.append(dict(zip(order, texts, strict=True)))
     first, second = ([given[place] for place in places] for given in answers)
     examples = [members[place].example for place in places]
-    scores = [score_all(scorer, given, examples).total() for given in (first, second)]
+    among = [member.example for member in members]
+    scores = [score_all(scorer, given, examples, among).total() for given in (first, second)]
     return NoiseFloor(
         items=len(places),
         changed=sum(a != b for a, b in zip(first, second, strict=True)),
