@@ -60,7 +60,7 @@ def test_score_all_takes_statistics_of_the_best_reference_when_the_metric_is_of_
 
 
 def test_score_all_leaves_an_item_out_when_none_of_its_references_can_be_scored() -> None:
-    scorer = scorers([Choices(choices=["yes", "no"])])[0]
+    scorer = scorers([Choices(choices=("yes", "no"))])[0]
     scores = score_all(scorer, ["no", "no", "no"], [pair("a", "maybe"), pair("a", "perhaps"), pair("b", "no")])
     assert sorted(scores.unscored) == [0, 1]
 

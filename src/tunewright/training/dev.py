@@ -27,8 +27,11 @@ class DevTask:
 
     scorer: Scorer
     requests: tuple[Request, ...]
+    """Distinct ones: an input with several references is answered once."""
     examples: tuple[Example, ...]
     """What was asked, with what should be answered."""
+    asks: tuple[int, ...]
+    """For each example, the place of its request."""
     batch_size: int
     chat: ChatFormat
     reporter: Reporter
@@ -58,7 +61,7 @@ class DevTask:
         Raises:
             UserError: not one of them can be scored.
         """
-        return score_all(self.scorer, answers, self.examples).total()
+        return score_all(self.scorer, [answers[place] for place in self.asks], self.examples).total()
 
 
 def dev_task(
@@ -70,7 +73,9 @@ def dev_task(
     context: int,
     reporter: Reporter,
 ) -> DevTask | None:
-    """The rows that each evaluation answers: all of dev, or a sample drawn by the seed, which is then said.
+    """Return the rows that each evaluation answers: all of dev, or a sample drawn by the seed, which is then said.
+
+    Rows with equal prompts are answered once.
 
     Args:
         recipe: its train.evaluate_rows bounds the number, its evaluate section says how answers are made and valued.
@@ -101,11 +106,13 @@ def dev_task(
     limit = answer_limit(recipe, chat, train)
     stop = stop_strings(recipe, chat)
     prompts = [chat.prompt(m.example.prompt) for m in dev]
+    place_of = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     return DevTask(
         scorer=scorer,
         # A row that training took fits the context with its answer: what would not fit is longer than that, and wrong.
-        requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p)), stop=stop) for p in prompts),
+        requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p)), stop=stop) for p in place_of),
         examples=tuple(m.example for m in dev),
+        asks=tuple(place_of[prompt] for prompt in prompts),
         batch_size=recipe.evaluate.batch_size,
         chat=chat,
         reporter=reporter,
