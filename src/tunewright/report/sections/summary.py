@@ -73,8 +73,8 @@ def _meaning(evidence: Evidence) -> str:
         )
     same = first.scored - first.fixed - first.broken
     return (
-        f"What it means: of these {first.scored:,} items{_inputs(evidence)}, {first.fixed:,} were answered better by {first.treatment} "
-        f"than by {first.control}, {first.broken:,} worse, and {same:,} as well."
+        f"What it means: of these {first.scored:,} items{_inputs(evidence)}, {first.fixed:,} were answered better by "
+        f"{first.treatment} than by {first.control}, {first.broken:,} worse, and {same:,} as well."
     )
 
 
