@@ -29,3 +29,13 @@ def test_dev_task_answers_equal_prompts_once_and_scores_every_row(tiny_base_fold
         chat.prompt([Message("user", asked)]) for asked in ("one", "two", "three")
     ]
     assert task.worth(["c", "x", "d"]) == 4 / 5  # any reference of "one" counts
+
+
+def test_dev_task_scores_a_sample_by_the_references_of_all_dev_rows(tiny_base_folder: Path, tmp_path: Path) -> None:
+    base = resolve_base(str(tiny_base_folder), None, tmp_path, LogReporter())
+    rows = [_member("one", letter) for letter in "abcd"]
+    settings = {"name": "tiny", "base": str(tiny_base_folder), "train": {"evaluate_rows": 2}}
+    task = dev_task(Recipe.model_validate(settings), tmp_path, open_chat(base), rows, rows, 512, LogReporter())
+    assert task is not None
+    assert (len(task.requests), len(task.examples)) == (1, 2)
+    assert [task.worth([letter]) for letter in "abcdx"] == [1, 1, 1, 1, 0]

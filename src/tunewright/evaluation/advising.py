@@ -187,7 +187,8 @@ class _Choice:
         self, members: Sequence[Member], answered: Mapping[ArmPlan, Sequence[Answered]]
     ) -> tuple[ScoredArms, dict[ArmPlan, Arm]]:
         """All arms' scores on the same items, and what each arm comes to."""
-        scored = scored_arms(self._measurement.scorers, members, {plan.name: given for plan, given in answered.items()})
+        given_by = {plan.name: given for plan, given in answered.items()}
+        scored = scored_arms(self._measurement.scorers, members, given_by, self._dev)
         seed = self._recipe.seed
         return scored, {p: measured_arm(p.name, p, given, scored, seed, _RESAMPLES) for p, given in answered.items()}
 

@@ -227,14 +227,18 @@ def references_inputs(domain: Sequence[Member]) -> dict[str, Any]:
 
 
 def scored_arms(
-    scorers: Sequence[Scorer], members: Sequence[Member], answers: Mapping[str, Sequence[Answered]]
+    scorers: Sequence[Scorer],
+    members: Sequence[Member],
+    answers: Mapping[str, Sequence[Answered]],
+    split: Sequence[Member] | None = None,
 ) -> ScoredArms:
-    """Every arm's answers to the members, each scored once by every metric."""
+    """Score every arm's answers to the members once by every metric; ``split`` has all rows that are references."""
     return score_arms(
         scorers,
         [m.example for m in members],
         [m.cluster for m in members],
         {name: [a.text for a in given] for name, given in answers.items()},
+        None if split is None else [m.example for m in split],
     )
 
 

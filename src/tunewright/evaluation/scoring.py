@@ -90,15 +90,16 @@ def score_arms(
     examples: Sequence[Example],
     clusters: Sequence[str],
     answers: Mapping[str, Sequence[str]],
+    among: Sequence[Example] | None = None,
 ) -> ScoredArms:
-    """Score every arm's answers; ``examples`` hold the references.
+    """Score every arm's answers; ``examples`` hold the references, and ``among`` those of all rows of their split.
 
     Raises:
         UserError: a function of the project's own fails on an item.
     """
     return ScoredArms(
         tuple(clusters),
-        {s.name: {arm: score_all(s, given, examples) for arm, given in answers.items()} for s in scorers},
+        {s.name: {arm: score_all(s, given, examples, among) for arm, given in answers.items()} for s in scorers},
     )
 
 

@@ -32,6 +32,8 @@ class DevTask:
     """What was asked, with what should be answered."""
     asks: tuple[int, ...]
     """For each example, the place of its request."""
+    split: tuple[Example, ...]
+    """All dev rows, whose outputs are references of their inputs."""
     batch_size: int
     chat: ChatFormat
     reporter: Reporter
@@ -61,7 +63,7 @@ class DevTask:
         Raises:
             UserError: not one of them can be scored.
         """
-        return score_all(self.scorer, [answers[place] for place in self.asks], self.examples).total()
+        return score_all(self.scorer, [answers[place] for place in self.asks], self.examples, self.split).total()
 
 
 def dev_task(
@@ -92,7 +94,7 @@ def dev_task(
     Raises:
         UserError: a metric that can score none of the rows.
     """
-    most = recipe.train.evaluate_rows
+    most, split = recipe.train.evaluate_rows, tuple(m.example for m in dev)
     if most == 0:
         return None
     if most is not None and most < len(dev):
@@ -113,6 +115,7 @@ def dev_task(
         requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p)), stop=stop) for p in place_of),
         examples=tuple(m.example for m in dev),
         asks=tuple(place_of[prompt] for prompt in prompts),
+        split=split,
         batch_size=recipe.evaluate.batch_size,
         chat=chat,
         reporter=reporter,
