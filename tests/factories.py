@@ -90,7 +90,7 @@ def make_evidence(
         id="0123456789ab",
         project="court-citations",
         metric=metric_name(metric),
-        metrics=measured_metrics(scorers(metrics)),
+        metrics=measured_metrics(scorers(metrics), several=False),
         margin=margin,
         items=len(items),
         clusters=len({i.cluster for i in items}),

@@ -168,6 +168,14 @@ def test_changed_answers_are_counted_past_the_journal(generator: Generator, monk
     assert not generator.folder.exists()
 
 
+def test_noise_floor_answers_equal_prompts_once(generator: Generator) -> None:
+    members = [_member(number % 3, f"reference {number}") for number in range(12)]
+    prompts = [generator.chat.prompt(member.example.prompt) for member in members]
+    noise = noise_floor(generator, members, prompts, 2, scorer_of("exact_match", generator.folder), seed=0)
+    assert noise.items == 3
+    assert "batches of 3, then of 2" in noise.how
+
+
 class _Heard(LogReporter):
     """A reporter whose warnings are kept."""
 

@@ -55,6 +55,18 @@ def test_a_query_of_unknown_words_still_gets_examples(retriever: RetrieverName) 
     assert len(Demonstrations(COURTS, 0).nearest(retriever, member("¿?"), 2)) == 2
 
 
+@pytest.mark.parametrize("retriever", RETRIEVERS)
+def test_nearest_returns_distinct_inputs_when_an_input_has_several_references(retriever: RetrieverName) -> None:
+    repeated = Member(member("toledo  municipal court, Ohio", "other").example, "key 0", "train", "Toledo")
+    train = [repeated, *COURTS]
+    found = Demonstrations(train, 0).nearest(retriever, member("Municipal Court of Toledo"), 3)
+    assert [m.example.input_text for m in found] == [
+        "toledo  municipal court, Ohio",
+        "Dayton Municipal Court, Ohio",
+        "D. Guam, Guam",
+    ]
+
+
 @given(
     st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=8, unique=True),
     st.text(max_size=12),

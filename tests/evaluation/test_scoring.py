@@ -153,7 +153,10 @@ def test_unscored_items_are_left_out_of_arm_and_contrast_and_counted_with_their_
     references = ['{"court": "a"}', "not json", '{"court": "b"}', '{"other": 1}', '{"court": "c"}']
     right = ['{"court": "a"}', '{"court": "z"}', '{"court": "b"}', '{"court": "z"}', '{"court": "c"}']
     scored = score_arms(
-        scorers([FIELDS]), [pair("?", r) for r in references], _alone(5), {"tuned": right, "zero-shot": ["{}"] * 5}
+        scorers([FIELDS]),
+        [pair(f"question {n}", r) for n, r in enumerate(references)],
+        _alone(5),
+        {"tuned": right, "zero-shot": ["{}"] * 5},
     )
     arm = score_arm(
         name="tuned",

@@ -40,7 +40,7 @@ def test_the_slope_of_bleu_is_the_mean_of_the_seeds_fitted_lines() -> None:
 
     given = [[answers(keep) for keep in (0.3, 0.6, 0.9)] for _ in range(2)]
     (bleu,) = scorers(["bleu"])
-    examples = [pair("?", r) for r in references]
+    examples = [pair(f"question {n}", r) for n, r in enumerate(references)]
     scored = [[score_all(bleu, a, examples) for a in sizes] for sizes in given]
     statistics = np.array([[each.statistics for each in sizes] for sizes in scored])
     slope = corpus_slope(statistics, bleu.corpus, ROWS[:2], [str(n) for n in range(20)], seed=0, resamples=200)

@@ -141,7 +141,7 @@ def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _
     settings: Any = {"preset": "all-linear", "quantize": quantize, "dropout": dropout}
     requests = tuple(Request(tuple(range(5, 15 + row)), "default", 6) for row in range(4))
     scorer: Any = None  # answers are made here, and not valued
-    task = DevTask(scorer, requests, (), 4, chat_of(byte_tokenizer()), LogReporter())
+    task = DevTask(scorer, requests, (), (), (), 4, chat_of(byte_tokenizer()), LogReporter())
     answers: list[str] = []
     with FakeCard():
         model = build(replace(SHAPES["llama-3-8b"], layers=2), nf4=quantize == "nf4")

@@ -31,7 +31,7 @@ PAIRS = st.lists(st.tuples(SENTENCES, SENTENCES), min_size=1, max_size=20)
 
 def _scores(metric: Metric, answers: Sequence[str], references: Sequence[str]) -> Scores:
     (scorer,) = scorers([metric])
-    return score_all(scorer, answers, [pair("?", r) for r in references])
+    return score_all(scorer, answers, [pair(f"question {n}", r) for n, r in enumerate(references)])
 
 
 # Exact match

@@ -125,7 +125,8 @@ class _Heard(LogReporter):
 def test_references_that_cannot_be_scored_or_won_are_told_before_anything_is_answered() -> None:
     heard = _Heard()
     fields: Any = Json.model_validate({"json": {"fields": ["a"]}})
-    check_references(scorers([fields, Regex(regex="[a-z]+")]), [pair("?", '{"a": 1}'), pair("?", "abc")], "dev", heard)
+    examples = [pair("one?", '{"a": 1}'), pair("two?", "abc")]
+    check_references(scorers([fields, Regex(regex="[a-z]+")]), examples, "dev", heard)
     assert heard.warned == [
         "1 of 2 dev items cannot be scored by json a and are left out: the reference is not JSON (1)",
         "By regex [a-z]+ 1 of 2 dev references score less than 1 themselves: no answer can be right there. Look at "

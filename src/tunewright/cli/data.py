@@ -250,14 +250,19 @@ def data_leak(
         report = data.leak()
         bands = data.scores_by_distance(report, evaluation) if evaluation is not None else []
         templates = data.scores_by_template(evaluation) if evaluation is not None else []
+        misleading = data.exact_match_misleads(evaluation) if evaluation is not None else None
+        if misleading is not None:
+            bands, templates = [], []
         found = data.contamination(against or [])
         document = {
             **report.as_dict(),
             "bands": [band.as_dict() for band in bands],
             "templates": [score.as_dict() for score in templates],
+            "exact_not_counted": misleading,
             "contamination": found.as_dict(),
         }
-        current.show(document, leak_text(report, bands, templates), contamination_text(found))
+        texts = [leak_text(report, bands, templates), *([misleading] if misleading else [])]
+        current.show(document, *texts, contamination_text(found))
 
 
 @data_app.command("log")

@@ -150,12 +150,13 @@ def evidence_tables(evidence: Evidence) -> list[RenderableType]:
     """The arms on the test items and their contrasts."""
     engine = [engine_text(evidence.engine)] if evidence.engine else []
     if evidence.design == "cross-fitted":
-        title = f"{evidence.items} items in {evidence.clusters} clusters, cross-fitted in {len(evidence.folds)} folds"
+        items = f"{evidence.items} items in {evidence.clusters} clusters{evidence.inputs_text}"
+        title = f"{items}, cross-fitted in {len(evidence.folds)} folds"
         arms = arms_table(title, evidence.arms, evidence.metric, evidence.metrics)
         contrasts = contrasts_table("Contrasts on all items, in points", evidence)
         return [folds_table(evidence), arms, contrasts, *engine]
     kind = "held-out test" if evidence.split == "test" else "dev"
-    title = f"{evidence.items} {kind} items in {evidence.clusters} clusters"
+    title = f"{evidence.items} {kind} items in {evidence.clusters} clusters{evidence.inputs_text}"
     return [
         arms_table(title, evidence.arms, evidence.metric, evidence.metrics),
         contrasts_table(f"Contrasts on the {evidence.split} split, in points", evidence),

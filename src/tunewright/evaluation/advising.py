@@ -15,7 +15,7 @@ from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, other_instructions, p
 from tunewright.evaluation.evidence import Advice, Arm, LeftOut, Narrowing, SeedSpread
 from tunewright.evaluation.measure import Answered, Measurement, measured_arm, scored_arms
 from tunewright.evaluation.reachable import warn_of_unreachable
-from tunewright.evaluation.scoring import ScoredArms, measured_metrics, scored_contrast
+from tunewright.evaluation.scoring import ScoredArms, count_references, measured_metrics, scored_contrast
 from tunewright.metrics import check_references, points_text
 from tunewright.recipe import EvaluateRecipe
 
@@ -144,7 +144,9 @@ class _Choice:
         retrieving = _of_kind("retrieved", arms) or _of_kind("retrieved", entrants)
         return Advice(
             metric=self._metric,
-            metrics=measured_metrics(self._measurement.scorers),
+            metrics=measured_metrics(
+                self._measurement.scorers, several=count_references([m.example for m in self._dev]) is not None
+            ),
             items=len(dev),
             clusters=len({m.cluster for m in dev}),
             arms=list(arms.values()),
@@ -186,7 +188,8 @@ class _Choice:
         self, members: Sequence[Member], answered: Mapping[ArmPlan, Sequence[Answered]]
     ) -> tuple[ScoredArms, dict[ArmPlan, Arm]]:
         """All arms' scores on the same items, and what each arm comes to."""
-        scored = scored_arms(self._measurement.scorers, members, {plan.name: given for plan, given in answered.items()})
+        given_by = {plan.name: given for plan, given in answered.items()}
+        scored = scored_arms(self._measurement.scorers, members, given_by, self._dev)
         seed = self._recipe.seed
         return scored, {p: measured_arm(p.name, p, given, scored, seed, _RESAMPLES) for p, given in answered.items()}
 

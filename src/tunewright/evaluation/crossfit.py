@@ -44,10 +44,11 @@ from tunewright.evaluation.measure import (
     Measurement,
     measured_arm,
     measured_with,
+    references_inputs,
     scored_arms,
 )
 from tunewright.evaluation.openings import Opening
-from tunewright.evaluation.scoring import ScoredArms, measured_metrics
+from tunewright.evaluation.scoring import ScoredArms, count_references, measured_metrics, tell_references
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.progress import Reporter, duration
@@ -152,6 +153,7 @@ class CrossFit:
             "margin": settings.margin,
             "schema": SCHEMA_VERSION,
             **choosing_inputs(settings),
+            **references_inputs(self.version.domain),
             "tuned_retrieved": settings.tuned_retrieved,
             **self.generator().engine.identity,
         }
@@ -171,6 +173,7 @@ class CrossFit:
         opening = self._open(ledger)
         earlier = ledger.earlier(opening, self.project.dataset, {m.key for m in self.version.domain})
         tell_opening(opening, earlier, self.reporter)
+        tell_references([m.example for m in self.version.domain], "item", self.reporter)
         done: list[_Done] = []
         for number in range(1, len(self.versions) + 1):
             began = time.monotonic()
@@ -284,6 +287,7 @@ class CrossFit:
         scored: ScoredArms,
     ) -> Evidence:
         members, settings = self.version.domain, self.recipe.evaluate
+        references = count_references([m.example for m in members])
         control = roles[1].name
         with_retrieved = roles[3].name if len(roles) > 3 else None
         declared = declare(self.recipe, self.scorers[0].name, control, with_retrieved)
@@ -291,7 +295,8 @@ class CrossFit:
             id=self.identity,
             project=self.recipe.name,
             metric=self.scorers[0].name,
-            metrics=measured_metrics(self.scorers),
+            metrics=measured_metrics(self.scorers, several=references is not None),
+            references=references,
             margin=settings.margin,
             design="cross-fitted",
             folds=tuple(_told(number, fold, roles, self.scorers[0]) for number, fold in enumerate(done, start=1)),

@@ -81,6 +81,7 @@ class Demonstrations:
         self._train = train
         self._seed = seed
         self._clusters = np.array([m.cluster for m in train])
+        self._asked = [m.example.asked for m in train]
         self._draws: dict[int, list[Member]] = {}
         self._retrievers: dict[RetrieverName, Retriever] = {}
         self._orders: dict[tuple[RetrieverName, str], list[int]] = {}
@@ -99,13 +100,20 @@ class Demonstrations:
         return drawn
 
     def nearest(self, retriever: RetrieverName, query: Member, k: int) -> list[Member]:
-        """The ``k`` most similar training pairs, the most similar first, none of the query's own cluster."""
+        """Return the ``k`` most similar training pairs of distinct inputs, the most similar first.
+
+        None is of the query's own cluster. Of an input with several outputs, the best-ranked pair is taken.
+        """
         key = (retriever, query.key)
         if key not in self._orders:
             similar = self._retriever(retriever).similarities(query.example.input_text)
             # Stable, so that equally similar ones keep the members' own order, by key.
             order = np.argsort(-similar, kind="stable")
-            self._orders[key] = order[self._clusters[order] != query.cluster].tolist()
+            # Several references of one input would all be equally near: four shots of them show one input.
+            first_of: dict[tuple[str, ...], int] = {}
+            for place in order[self._clusters[order] != query.cluster].tolist():
+                first_of.setdefault(self._asked[place], place)
+            self._orders[key] = list(first_of.values())
         return [self._train[i] for i in self._orders[key][:k]]
 
     def drawn(self, seed: int) -> list[Member]:

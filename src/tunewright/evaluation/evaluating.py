@@ -33,8 +33,14 @@ from tunewright.evaluation.ledger import LEDGER, Ledger
 from tunewright.evaluation.measure import Answered, Measurement, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.openings import Declared, Earlier, Opening, openings_text
 from tunewright.evaluation.repeats import noise_floor
-from tunewright.evaluation.scoring import ScoredArms, declared_contrasts, measured_metrics
-from tunewright.metrics import check_references
+from tunewright.evaluation.scoring import (
+    ScoredArms,
+    count_references,
+    declared_contrasts,
+    measured_metrics,
+    tell_references,
+)
+from tunewright.metrics import check_references, references_of
 from tunewright.progress import Reporter
 from tunewright.recipe import MetricName, Recipe
 
@@ -205,6 +211,7 @@ def evaluate(measurement: Measurement, adapter: Adapter, advice: Advice) -> Eval
     )
     earlier = ledger.earlier(opening, measurement.project.dataset, {m.key for m in test})
     tell_opening(opening, earlier, measurement.reporter)
+    tell_references([m.example for m in test], "test item", measurement.reporter)
     check_references(measurement.scorers, [m.example for m in test], "test", measurement.reporter)
     if measurement.schedule is not None:
         measurement.schedule.expect("contest", settled.plans, test, "test", adapter)
@@ -232,6 +239,7 @@ def evaluate_on_dev(measurement: Measurement, adapter: Adapter, advice: Advice) 
         return EvaluateResult(folder, load_evidence(folder), evaluated=False)
     dev = measurement.version.examples("dev")
     measurement.warn_of_longer("dev")
+    tell_references([m.example for m in dev], "dev item", measurement.reporter)
     if measurement.schedule is not None:
         # The others were counted while a prompt was chosen.
         tuned = [plan for plan in settled.plans if plan.adapted]
@@ -270,11 +278,13 @@ def _evidence(
 ) -> Evidence:
     recipe, generator, version = measurement.project.recipe, measurement.generator, measurement.version
     members = version.examples(split)
+    references = count_references([m.example for m in members])
     return Evidence(
         id=_folder(measurement, settled, split).name,
         project=recipe.name,
         metric=measurement.scorers[0].name,
-        metrics=measured_metrics(measurement.scorers),
+        metrics=measured_metrics(measurement.scorers, several=references is not None),
+        references=references,
         margin=recipe.evaluate.margin,
         split=split,
         items=len(members),
@@ -325,12 +335,14 @@ def save_evaluation(
     ``distances`` has how near each item is to the training rows, if that was measured; ``fold_of`` maps pair keys to
     folds.
     """
+    references = references_of([m.example for m in members])
     items = [
         Item(
             key=m.key,
             cluster=m.cluster,
             input=m.example.input_text,
             reference=m.example.output,
+            other_references=references[i][1:] or None,
             answers={name: given[i].text for name, given in answers.items()},
             scores=scored.of_item(i),
             unscored=scored.why_not(i),

@@ -18,7 +18,7 @@ from tunewright.evaluation.judge.section import Judgement
 from tunewright.evaluation.nearness import Nearness, OutputTemplates
 from tunewright.evaluation.noise import NoiseFloor
 from tunewright.evaluation.openings import Design, Earlier, Opening
-from tunewright.evaluation.parts import ArmScore, Interval, Part
+from tunewright.evaluation.parts import ArmScore, Interval, Part, References
 from tunewright.evaluation.people.section import AnswerReview
 from tunewright.metrics import Kind
 from tunewright.progress import Reporter
@@ -230,6 +230,10 @@ class Evidence(Part):
     noise_floor: Annotated[
         NoiseFloor | None, Field(description="What changes when nothing is changed; null in a cross-fitted evaluation.")
     ] = None
+    references: Annotated[
+        References | None,
+        Field(description="How many references the items have; null: no input has several, or older evidence."),
+    ] = None
     opening: Annotated[
         Opening | None, Field(description="Its line in the ledger, with what was declared; null in older evidence.")
     ] = None
@@ -268,6 +272,11 @@ class Evidence(Part):
         return f"{self.split} item"
 
     @property
+    def inputs_text(self) -> str:
+        """What is added to the number of items where inputs have several references; else nothing."""
+        return f", {self.references.text}" if self.references else ""
+
+    @property
     def deciding(self) -> list[Contrast]:
         """The contrasts by the deciding metric, over which p-values are adjusted."""
         return [c for c in self.contrasts if c.metric == self.metric]
@@ -280,6 +289,9 @@ class Item(Part):
     cluster: str
     input: str
     reference: str
+    other_references: Annotated[
+        tuple[str, ...] | None, Field(description="The other outputs of its input in this split; null: none.")
+    ] = None
     answers: Annotated[dict[str, str], Field(description="Arm name to generated answer.")]
     scores: Annotated[
         dict[MetricName, dict[str, float]],

@@ -23,7 +23,7 @@ from tunewright.disk import digest, write_json
 from tunewright.errors import UserError
 from tunewright.evaluation.curve import CURVE_FILE, Curve, Point
 from tunewright.evaluation.generations import Generator
-from tunewright.evaluation.measure import measured_with
+from tunewright.evaluation.measure import measured_with, references_inputs
 from tunewright.evaluation.slopes import Slope, corpus_slope, share_slope
 from tunewright.evaluation.subsets import subset_versions
 from tunewright.metrics import Scores, metric_inputs, score_all, scorer_of
@@ -108,6 +108,7 @@ class LearningCurve:
             "max_new_tokens": self.limit,
             "metric": metric_inputs(settings.metric, self.project.root),
             "margin": settings.margin,
+            **references_inputs(self.version.domain),
             "quantize": self.quantize,
             **self.generator().engine.identity,
         }

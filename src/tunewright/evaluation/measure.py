@@ -22,7 +22,7 @@ from tunewright.evaluation.generations import Generator, Prompt
 from tunewright.evaluation.instructions import Instruction, find_instruction
 from tunewright.evaluation.scoring import ScoredArms, score_arm, score_arms
 from tunewright.evaluation.statistics import RESAMPLES
-from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, score_all
+from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, references_of, score_all
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.progress import Reporter
@@ -124,6 +124,7 @@ class Measurement:
             "metrics": [metric_inputs(metric, self.project.root) for metric in self.settings.metrics],
             "seed": self.project.recipe.seed,
             "schema": SCHEMA_VERSION,
+            **references_inputs(self.version.domain),
             **self.generator.engine.identity,
         }
 
@@ -220,18 +221,31 @@ class Measurement:
         return self.generator.chat.prompt(messages)
 
 
+def references_inputs(domain: Sequence[Member]) -> dict[str, Any]:
+    """Return what is added to a measurement's inputs where an input has several outputs; else nothing.
+
+    Scores by one reference, and demonstrations that repeat an input, are another measurement.
+    """
+    several = any(len(references) > 1 for references in references_of([m.example for m in domain]))
+    return {"references": "all of an input's", "demonstrations": "distinct inputs"} if several else {}
+
+
 # Parts that advice and evidence have in common
 
 
 def scored_arms(
-    scorers: Sequence[Scorer], members: Sequence[Member], answers: Mapping[str, Sequence[Answered]]
+    scorers: Sequence[Scorer],
+    members: Sequence[Member],
+    answers: Mapping[str, Sequence[Answered]],
+    split: Sequence[Member] | None = None,
 ) -> ScoredArms:
-    """Every arm's answers to the members, each scored once by every metric."""
+    """Score every arm's answers to the members once by every metric; ``split`` has all rows that are references."""
     return score_arms(
         scorers,
         [m.example for m in members],
         [m.cluster for m in members],
         {name: [a.text for a in given] for name, given in answers.items()},
+        None if split is None else [m.example for m in split],
     )
 
 

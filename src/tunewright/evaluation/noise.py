@@ -16,7 +16,7 @@ class NoiseFloor(Part):
     tokens wins (Yuan et al. 2025, arXiv 2506.09501). A difference between arms that is no larger says nothing.
     """
 
-    items: Annotated[int, Field(description="Test items, drawn by the seed.")]
+    items: Annotated[int, Field(description="Test items of distinct prompts, drawn by the seed.")]
     changed: Annotated[int, Field(description="Items whose second answer is another text.")]
     score_difference: Annotated[float, Field(description="Second score minus the first, by the deciding metric.")]
     how: Annotated[str, Field(description="What was changed between the two.")]

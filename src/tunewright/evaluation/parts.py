@@ -28,6 +28,23 @@ class Score(Part):
     method: Annotated[str, Field(description="How the interval was made, e.g. 'Wilson'.")]
 
 
+class References(Part):
+    """How many references the items have, where an input stands in several rows with different outputs."""
+
+    items: int
+    inputs: Annotated[int, Field(description="Distinct inputs, case and white space set aside.")]
+    several: Annotated[int, Field(description="Of these inputs, those with more than one reference.")]
+    references: Annotated[int, Field(description="Distinct outputs of all inputs together.")]
+
+    @property
+    def text(self) -> str:
+        """As in ``30 test items``: ``5 distinct inputs with 6.0 references each``."""
+        inputs = f"{self.inputs:,} distinct input{'' if self.inputs == 1 else 's'}"
+        if self.several == self.inputs:
+            return f"{inputs} with {self.references / self.inputs:.1f} references each"
+        return f"{inputs} with {self.references / self.inputs:.1f} references on average"
+
+
 class ArmScore(Score):
     """One arm's score by one metric, and the items that it is of."""
 

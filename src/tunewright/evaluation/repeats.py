@@ -19,6 +19,8 @@ def noise_floor(
 ) -> NoiseFloor:
     """Have the base answer up to 100 of these items, drawn by the seed, twice, with the engine that answers all arms.
 
+    Of items with equal prompts only the first may be drawn.
+
     Args:
         generator: its engine answers; its journal is neither read nor written.
         members: the items; their outputs are the references.
@@ -31,7 +33,10 @@ def noise_floor(
         UserError: not one answer can be scored.
     """
     draw = random.Random(f"{seed}:noise")
-    places = sorted(draw.sample(range(len(members)), min(MOST_ITEMS, len(members))))
+    first_of: dict[Prompt, int] = {}
+    for place, prompt in enumerate(prompts):
+        first_of.setdefault(prompt, place)
+    places = sorted(draw.sample(list(first_of.values()), min(MOST_ITEMS, len(first_of))))
     # Of no more than there are items: or both times every item would be in the company of all others.
     most = min(generator.rows, len(places))
     sizes = most, max(2, most // 2) if most > 1 else 2
@@ -51,7 +56,8 @@ def noise_floor(
             answers.append(dict(zip(order, texts, strict=True)))
     first, second = ([given[place] for place in places] for given in answers)
     examples = [members[place].example for place in places]
-    scores = [score_all(scorer, given, examples).total() for given in (first, second)]
+    among = [member.example for member in members]
+    scores = [score_all(scorer, given, examples, among).total() for given in (first, second)]
     return NoiseFloor(
         items=len(places),
         changed=sum(a != b for a, b in zip(first, second, strict=True)),

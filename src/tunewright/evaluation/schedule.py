@@ -156,7 +156,8 @@ class Schedule:
         if self._contest is not None:
             stages["contest"] = self._meeting(self._contest, advice, left_out)
             if stages["contest"] and self._contest.split == "test":
-                items = min(MOST_ITEMS, len(self._measurement.version.examples("test")))
+                test = self._measurement.version.examples("test")
+                items = min(MOST_ITEMS, len({m.example.input_key for m in test}))
                 zero = next(load for load in stages["contest"] if load.plan == ZERO_SHOT)
                 stages["noise"] = [_Load(NOISE, ZERO_SHOT, 2 * items, 0, zero.read)]
         if self._pilots and not self._known(advice_file(self._measurement, left_out)):

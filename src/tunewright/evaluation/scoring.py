@@ -12,7 +12,7 @@ import numpy as np
 from tunewright.data.examples import Example
 from tunewright.errors import UserError
 from tunewright.evaluation.evidence import Arm, ArmKind, Contrast, Measured
-from tunewright.evaluation.parts import ArmScore
+from tunewright.evaluation.parts import ArmScore, References
 from tunewright.evaluation.power import detectable, minimum_detectable_effect
 from tunewright.evaluation.statistics import (
     RESAMPLES,
@@ -28,13 +28,32 @@ from tunewright.evaluation.statistics import (
     swapping_test,
     wilson,
 )
-from tunewright.metrics import Scorer, Scores, score_all
+from tunewright.metrics import Scorer, Scores, references_of, score_all
+from tunewright.progress import Reporter
 from tunewright.recipe import MetricName
 
 
-def measured_metrics(scorers: Sequence[Scorer]) -> dict[str, Measured]:
-    """What the evidence says of the metrics."""
-    return {scorer.name: Measured(kind=scorer.kind, definition=scorer.definition) for scorer in scorers}
+def measured_metrics(scorers: Sequence[Scorer], *, several: bool) -> dict[str, Measured]:
+    """Return what the evidence says of the metrics; ``several``: some items have several references."""
+    return {s.name: Measured(kind=s.kind, definition=s.definition_for(several)) for s in scorers}
+
+
+def count_references(examples: Sequence[Example]) -> References | None:
+    """Count the items' inputs and references; None where no input has several references."""
+    of_input = {e.asked: references for e, references in zip(examples, references_of(examples), strict=True)}
+    several = sum(len(references) > 1 for references in of_input.values())
+    if not several:
+        return None
+    return References(
+        items=len(examples), inputs=len(of_input), several=several, references=sum(map(len, of_input.values()))
+    )
+
+
+def tell_references(examples: Sequence[Example], what: str, reporter: Reporter) -> None:
+    """Say how many references the items have, where some inputs have several; ``what`` is one item."""
+    found = count_references(examples)
+    if found is not None:
+        reporter.say(f"{found.items:,} {what}s, {found.text}: an answer is scored by all references of its input.")
 
 
 @dataclass(frozen=True)
@@ -71,15 +90,16 @@ def score_arms(
     examples: Sequence[Example],
     clusters: Sequence[str],
     answers: Mapping[str, Sequence[str]],
+    among: Sequence[Example] | None = None,
 ) -> ScoredArms:
-    """Score every arm's answers; ``examples`` hold the references.
+    """Score every arm's answers; ``examples`` hold the references, and ``among`` those of all rows of their split.
 
     Raises:
         UserError: a function of the project's own fails on an item.
     """
     return ScoredArms(
         tuple(clusters),
-        {s.name: {arm: score_all(s, given, examples) for arm, given in answers.items()} for s in scorers},
+        {s.name: {arm: score_all(s, given, examples, among) for arm, given in answers.items()} for s in scorers},
     )
 
 

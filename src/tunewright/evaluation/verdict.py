@@ -179,7 +179,8 @@ def _measurement(evidence: Evidence, contrast: Contrast) -> str:
     how = "" if evidence.design == "held-out" else f", cross-fitted in {len(evidence.folds)} folds"
     return (
         f"{_scored(evidence, treatment)} against {_scored(evidence, control)} "
-        f"on {_count(contrast.scored, evidence.items_text)} ({_count(contrast.clusters, 'cluster')}){how}: "
+        f"on {_count(contrast.scored, evidence.items_text)} "
+        f"({_count(contrast.clusters, 'cluster')}{evidence.inputs_text}){how}: "
         f"{points_text(contrast.difference)} points, 95% interval {points_text(interval.low)} to "
         f"{points_text(interval.high)}, {_tested(evidence, contrast)}; {contrast.fixed} {better}, "
         f"{contrast.broken} {worse}."

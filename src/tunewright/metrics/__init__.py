@@ -12,7 +12,7 @@ from tunewright.metrics.exact import exact_match, normalised
 from tunewright.metrics.fields import json_fields, json_valid
 from tunewright.metrics.own import file_digest, module_file, own_function
 from tunewright.metrics.pattern import matches
-from tunewright.metrics.scorer import ItemScore, Kind, Pair, Scorer, Scores, Unscored, score_all
+from tunewright.metrics.scorer import ItemScore, Kind, Pair, Scorer, Scores, Unscored, references_of, score_all
 from tunewright.metrics.text import axis_label, metric_label, p_text, points_text, score_text
 from tunewright.metrics.words import token_f1
 from tunewright.recipe import EvaluateRecipe, Metric, metric_name
@@ -34,6 +34,7 @@ __all__ = [
     "open_scorers",
     "p_text",
     "points_text",
+    "references_of",
     "score_all",
     "score_text",
     "scorer_of",

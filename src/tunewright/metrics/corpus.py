@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
@@ -25,11 +26,14 @@ def bleu(name: MetricName) -> Scorer:
     metric = BLEU(smooth_method=_SMOOTHING, effective_order=True)
 
     def item(pair: Pair) -> ItemScore:
-        score = metric.sentence_score(pair.answer, [pair.reference])
+        score = metric.sentence_score(pair.answer, list(pair.references))
         return ItemScore(_share(score.score), (score.sys_len, score.ref_len, *score.counts, *score.totals))
 
-    definition = f"corpus BLEU, sacrebleu's ({_bleu_signature()}); an item's own score is its sentence BLEU"
-    return Scorer(name, "corpus", definition, BLEU_COLUMNS, item, _by_row(_corpus_bleu))
+    definition, of_several = (
+        f"corpus BLEU, sacrebleu's ({_bleu_signature(several)}); an item's own score is its sentence BLEU"
+        for several in (False, True)
+    )
+    return Scorer(name, "corpus", definition, BLEU_COLUMNS, item, _by_row(_corpus_bleu), of_several)
 
 
 def chrf(name: MetricName) -> Scorer:
@@ -38,14 +42,17 @@ def chrf(name: MetricName) -> Scorer:
 
     def item(pair: Pair) -> ItemScore:
         # The counts that sacrebleu's own resampling adds up; it gives them by no public name.
-        (counts,) = metric._extract_corpus_statistics([pair.answer], [[pair.reference]])
+        (counts,) = metric._extract_corpus_statistics([pair.answer], [[reference] for reference in pair.references])
         return ItemScore(_share(metric._compute_f_score(counts)), tuple(counts))
 
     def corpus(sums: Floats) -> float:
         return _share(metric._compute_f_score(sums.tolist()))
 
-    definition = f"corpus chrF, sacrebleu's ({_chrf_signature()}); an item's own score is its sentence chrF"
-    return Scorer(name, "corpus", definition, CHRF_COLUMNS, item, _by_row(corpus))
+    definition, of_several = (
+        f"corpus chrF, sacrebleu's ({_chrf_signature(several)}); an item's own score is its sentence chrF"
+        for several in (False, True)
+    )
+    return Scorer(name, "corpus", definition, CHRF_COLUMNS, item, _by_row(corpus), of_several)
 
 
 def _corpus_bleu(sums: Floats) -> float:
@@ -69,18 +76,22 @@ def _by_row(score: Callable[[Floats], float]) -> Callable[[Floats], Floats]:
     return scores
 
 
-# A signature names the number of references, known only after scoring.
+# A signature names the number of references, known only after scoring; items may have different numbers of them.
+
+
+def _example(several: bool) -> tuple[list[str], Any]:
+    return (["a", "b"], [["a", "b"], ["c", None]]) if several else (["a"], [["a"]])
 
 
 @cache
-def _bleu_signature() -> str:
+def _bleu_signature(several: bool) -> str:
     metric = BLEU(smooth_method=_SMOOTHING)
-    metric.corpus_score(["a"], [["a"]])
+    metric.corpus_score(*_example(several))
     return str(metric.get_signature())
 
 
 @cache
-def _chrf_signature() -> str:
+def _chrf_signature(several: bool) -> str:
     metric = CHRF()
-    metric.corpus_score(["a"], [["a"]])
+    metric.corpus_score(*_example(several))
     return str(metric.get_signature())

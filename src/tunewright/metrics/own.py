@@ -20,6 +20,8 @@ _RETURNS = "It returns a number from 0 to 1, or None for an item that cannot be 
 def own_function(name: MetricName, function: str, root: Path) -> Scorer:
     """The mean of ``function(answer, reference, example)`` over the items for which it is not None.
 
+    Of an input with several references it is called with each of them, and an item's score is the best result.
+
     Args:
         name: the metric's.
         function: module:function.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -27,11 +27,13 @@ class Pair:
 
     answer: str
     example: Example
+    references: tuple[str, ...]
+    """The ideal answers, the example's own first; one, unless the metric takes several at once."""
 
     @property
     def reference(self) -> str:
-        """The ideal answer."""
-        return self.example.output
+        """The ideal answer that is compared."""
+        return self.references[0]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ class Scorer:
     item: Callable[[Pair], ItemScore | Unscored]
     corpus: Callable[[Floats], Floats] = field(default=mean_of)
     """The score of summed statistics: [..., columns] to [...], from 0 to 1."""
+    of_several: str | None = None
+    """The definition for several references an item, of a metric that takes them at once (None: the best one's)."""
+
+    def definition_for(self, several: bool) -> str:
+        """Return the definition, where some items have several references."""
+        if not several:
+            return self.definition
+        return self.of_several or f"{self.definition}; an item's best over all references of its input"
+
+    def score(self, pair: Pair) -> ItemScore | Unscored:
+        """Score an answer by all its references at once, or by the one that gives the most (the first of equals)."""
+        if self.of_several or len(pair.references) == 1:
+            return self.item(pair)
+        each = [self.item(replace(pair, references=(reference,))) for reference in pair.references]
+        scored = [score for score in each if isinstance(score, ItemScore)]
+        return max(scored, key=lambda score: score.value) if scored else each[0]
 
 
 @dataclass(frozen=True)
@@ -113,8 +131,38 @@ class Scores:
         return float(self.scorer.corpus(self.statistics[self.scored].sum(axis=0)))
 
 
-def score_all(scorer: Scorer, answers: Sequence[str], examples: Sequence[Example]) -> Scores:
-    """Score every answer; ``examples`` hold the references, in the answers' order.
+def references_of(examples: Sequence[Example], among: Sequence[Example] | None = None) -> list[tuple[str, ...]]:
+    """Return each example's references: its own output, then the other outputs of the same input and system turn.
+
+    Inputs are the same as in ``Example.asked``; outputs that differ only in outer white space count once.
+
+    Args:
+        examples: the rows.
+        among: all rows of their split, whose outputs count as references (None: the examples themselves).
+    """
+    outputs: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
+    for example in examples if among is None else among:
+        outputs.setdefault(_same_input(example), {}).setdefault(example.output.strip(), example.output)
+    return [
+        tuple(({example.output.strip(): example.output} | outputs.get(_same_input(example), {})).values())
+        for example in examples
+    ]
+
+
+def _same_input(example: Example) -> tuple[str, tuple[str, ...]]:
+    return example.asked, tuple(m.content for m in example.prompt if m.role == "system")
+
+
+def score_all(
+    scorer: Scorer, answers: Sequence[str], examples: Sequence[Example], among: Sequence[Example] | None = None
+) -> Scores:
+    """Score every answer by all references of its input (see `references_of`).
+
+    Args:
+        scorer: the metric.
+        answers: one for each example.
+        examples: hold the references, in the answers' order.
+        among: all rows of their split, where ``examples`` are a part of it.
 
     Raises:
         UserError: a function of the project's own fails on an item.
@@ -123,8 +171,9 @@ def score_all(scorer: Scorer, answers: Sequence[str], examples: Sequence[Example
     statistics = np.zeros((len(answers), scorer.columns))
     unscored: dict[int, str] = {}
     outside = 0
-    for place, (answer, example) in enumerate(zip(answers, examples, strict=True)):
-        result = scorer.item(Pair(answer, example))
+    items = zip(answers, examples, references_of(examples, among), strict=True)
+    for place, (answer, example, references) in enumerate(items):
+        result = scorer.score(Pair(answer, example, references))
         if isinstance(result, Unscored):
             unscored[place] = result.reason
             continue

@@ -272,6 +272,27 @@ class DataRoad:
 
         return score_by_distance(self._held_out_items(evaluation), report)
 
+    def exact_match_misleads(self, evaluation: str | Path) -> str | None:
+        """Return why the exact answers of an evaluation are not worth counting; None if they are.
+
+        Raises:
+            UserError: there is no such evaluation.
+        """
+        from tunewright.metrics import metric_label
+
+        evidence = load_evidence(find_evaluation(self._project.evaluations, evaluation))
+        if evidence.metric.partition(" ")[0] in {"exact_match", "choices"}:
+            return None
+        return (
+            f"Exact answers of evaluation {evidence.id} are not counted: its deciding metric is "
+            f"{metric_label(evidence.metric)}."
+            + (
+                " `tunewright report` shows that metric by distance and output template."
+                if evidence.nearness is not None
+                else ""
+            )
+        )
+
     def scores_by_template(self, evaluation: str | Path) -> list[TemplateScore]:
         """An evaluation's exact match on items with an output template of training rows, and with a new one.
 

@@ -27,8 +27,13 @@ class DevTask:
 
     scorer: Scorer
     requests: tuple[Request, ...]
+    """Distinct ones: an input with several references is answered once."""
     examples: tuple[Example, ...]
     """What was asked, with what should be answered."""
+    asks: tuple[int, ...]
+    """For each example, the place of its request."""
+    split: tuple[Example, ...]
+    """All dev rows, whose outputs are references of their inputs."""
     batch_size: int
     chat: ChatFormat
     reporter: Reporter
@@ -58,7 +63,7 @@ class DevTask:
         Raises:
             UserError: not one of them can be scored.
         """
-        return score_all(self.scorer, answers, self.examples).total()
+        return score_all(self.scorer, [answers[place] for place in self.asks], self.examples, self.split).total()
 
 
 def dev_task(
@@ -70,7 +75,9 @@ def dev_task(
     context: int,
     reporter: Reporter,
 ) -> DevTask | None:
-    """The rows that each evaluation answers: all of dev, or a sample drawn by the seed, which is then said.
+    """Return the rows that each evaluation answers: all of dev, or a sample drawn by the seed, which is then said.
+
+    Rows with equal prompts are answered once.
 
     Args:
         recipe: its train.evaluate_rows bounds the number, its evaluate section says how answers are made and valued.
@@ -87,7 +94,7 @@ def dev_task(
     Raises:
         UserError: a metric that can score none of the rows.
     """
-    most = recipe.train.evaluate_rows
+    most, split = recipe.train.evaluate_rows, tuple(m.example for m in dev)
     if most == 0:
         return None
     if most is not None and most < len(dev):
@@ -102,11 +109,14 @@ def dev_task(
     warn_of_longer_references(chat, [m.example for m in dev], limit, "dev", reporter)
     stop = stop_strings(recipe, chat)
     prompts = [chat.prompt(m.example.prompt) for m in dev]
+    place_of = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     return DevTask(
         scorer=scorer,
         # A row that training took fits the context with its answer: what would not fit is longer than that, and wrong.
-        requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p)), stop=stop) for p in prompts),
+        requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p)), stop=stop) for p in place_of),
         examples=tuple(m.example for m in dev),
+        asks=tuple(place_of[prompt] for prompt in prompts),
+        split=split,
         batch_size=recipe.evaluate.batch_size,
         chat=chat,
         reporter=reporter,

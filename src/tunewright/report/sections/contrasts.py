@@ -5,7 +5,7 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from tunewright.evaluation.evidence import Contrast, Evidence
-from tunewright.evaluation.verdict import changed_words
+from tunewright.evaluation.verdict import changed_words, fewest_clusters
 from tunewright.metrics import metric_label, p_text, points_text
 from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
 from tunewright.report.plots import TUNED, Bar, forest_plot
@@ -58,7 +58,6 @@ def _table(evidence: Evidence) -> Table:
 def _row(evidence: Evidence, contrast: Contrast) -> Row:
     decides = contrast is evidence.contrasts[0]
     note = "decides" if decides else "" if contrast.metric == evidence.metric else metric_label(contrast.metric)
-    worth = contrast.effective_items
     return Row(
         cells(
             Cell(f"{contrast.treatment} − {contrast.control}", note),
@@ -70,8 +69,18 @@ def _row(evidence: Evidence, contrast: Contrast) -> Row:
             f"{contrast.broken:,}",
             Cell(
                 f"{100 * contrast.minimum_detectable_effect:.1f}",
-                "" if worth is None else f"worth {worth:.0f} independent items",
+                _worth(contrast),
             ),
         ),
         decides,
     )
+
+
+def _worth(contrast: Contrast) -> str:
+    """How many independent items the clustered ones are worth, which few clusters cannot tell."""
+    if contrast.effective_items is None:
+        return ""
+    if contrast.clusters < fewest_clusters(1):
+        clusters = f"{contrast.clusters:,} cluster{'' if contrast.clusters == 1 else 's'}"
+        return f"{clusters}: too few to estimate how many independent items these are worth"
+    return f"worth {contrast.effective_items:.0f} independent items"

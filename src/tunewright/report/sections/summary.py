@@ -73,6 +73,11 @@ def _meaning(evidence: Evidence) -> str:
         )
     same = first.scored - first.fixed - first.broken
     return (
-        f"What it means: of these {first.scored:,} requests, {first.fixed:,} were answered better by {first.treatment} "
-        f"than by {first.control}, {first.broken:,} worse, and {same:,} as well."
+        f"What it means: of these {first.scored:,} items{_inputs(evidence)}, {first.fixed:,} were answered better by "
+        f"{first.treatment} than by {first.control}, {first.broken:,} worse, and {same:,} as well."
     )
+
+
+def _inputs(evidence: Evidence) -> str:
+    """Rows of one input are several items and one request."""
+    return f" ({evidence.references.text})" if evidence.references else ""

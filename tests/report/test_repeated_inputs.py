@@ -1,0 +1,29 @@
+"""What the page says where an input has several references, and where there are few clusters."""
+
+from __future__ import annotations
+
+from factories import make_evidence, make_history, make_items
+from report_evidence import ITEMS
+from tunewright.evaluation.parts import References
+from tunewright.report.html import render_report
+from tunewright.report.sections.contrasts import section
+from tunewright.report.sections.summary import summary
+
+COUNTS = References(items=30, inputs=5, several=5, references=30)
+
+
+def test_summary_counts_items_and_names_their_inputs_when_inputs_have_several_references() -> None:
+    evidence = make_evidence(make_items(30), metric="bleu").model_copy(update={"references": COUNTS})
+    assert "of these 30 items (5 distinct inputs with 6.0 references each), " in summary(evidence).meaning
+    assert "of these 30 items, " in summary(make_evidence(make_items(30), metric="bleu")).meaning
+    page = render_report(evidence, make_items(30), make_history())
+    assert "30 items in 15 clusters, 5 distinct inputs with 6.0 references each" in page
+
+
+def test_contrasts_name_no_independent_items_when_clusters_are_few() -> None:
+    few = [item.model_copy(update={"cluster": f"c{n % 2}"}) for n, item in enumerate(make_items(30))]
+    assert "2 clusters: too few to estimate" in str(section(make_evidence(few)))
+    assert "independent items" not in str(section(make_evidence(few))).replace(
+        "too few to estimate how many independent items", ""
+    )
+    assert "worth" in str(section(make_evidence(ITEMS)))
