@@ -1,4 +1,7 @@
-"""Why not to ship or why it can't be told, where that can be known: a pure function of the evidence and of what the project knows besides."""
+"""Why not to ship or why it can't be told, where that can be known.
+
+A pure function of the evidence and of what the project knows besides.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ _FALLING = 0.02
 _FALLING_STEPS = 0.1
 """The same of the training loss, from the second third of the steps to the last: it is noisier."""
 _LAST_GAIN = 0.1
-"""Or the last third's part of all that the loss fell from the first third on, if that is no noise: where the rate decays
-as a cosine, the last third has 6% of its sum, so a loss that is done falling gains next to nothing there."""
+"""Or the last third's part of all that the loss fell from the first third on, if that is no noise. Where the rate
+decays as a cosine, the last third has 6% of its sum: a loss that is done falling gains next to nothing there."""
 _USELESS = 0.1
 """Of a metric's range: an arm that scores less is no solution, whatever the others have."""
 _FEWEST_STEPS = 8
