@@ -13,3 +13,8 @@ def now() -> str:
 def to_the_second(time: str) -> str:
     """A time of ``now`` as people read it."""
     return datetime.fromisoformat(time).isoformat(timespec="seconds")
+
+
+def seconds_since(time: str) -> float:
+    """Return the seconds from a time of ``now`` to this moment."""
+    return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()

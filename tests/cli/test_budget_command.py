@@ -80,6 +80,67 @@ def test_a_budget_below_the_fewest_arms_is_refused_with_the_minimum(project: Pat
     assert tunewright("evaluate", "--minutes", str(fewest), "--project", project).code == 0
 
 
+def test_evaluate_refuses_a_budget_with_the_timing_and_its_date(project: Path) -> None:
+    error = tunewright("evaluate", "--minutes", "1", "--project", project, "--json").document["error"]
+    assert re.search(r"as timed at 20\d\d-\d\d-\d\dT[\d:+]+: \d+ prompts of \d+ tokens in ", error["what"])
+    assert "times again before it refuses" in error["fix"]
+
+
+def test_evaluate_times_again_before_it_refuses_when_the_kept_speed_is_old(project: Path) -> None:
+    for path in (project / ".tunewright" / "speeds").iterdir():
+        kept = json.loads(path.read_text())
+        if "batches" in kept:
+            path.write_text(json.dumps({**kept, "measured": "2025-01-01T00:00:00.000+00:00"}))
+    ran = tunewright("evaluate", "--minutes", "1", "--dev", "--project", project)
+    assert ran.code == 0, ran.stderr
+    assert "Timed at 2025-01-01T00:00:00+00:00, 1 minutes are too few. Timing again." in said(ran)
+
+
+def test_evaluate_counts_the_finalists_answers_that_advise_has_kept(project: Path) -> None:
+    """Another instruction is not among them: the choice is another, and most of its answers are there."""
+    assert tunewright("advise", "--no-pilot", "--project", project).code in {0, 3, 4}
+    for file in (project / "evaluations").glob("advice-*.json"):
+        file.unlink()
+    told = said(tunewright("evaluate", "--dev", "--project", project))
+    kept = re.search(r"([\d,]+) answers, ([\d,]+) of them kept", told)
+    assert kept is not None, told
+    # The arms on the first 20; zero-shot and three of the finalists, the fourth at most, on the other 20.
+    assert int(kept[2]) >= 11 * 20 + 2 * 20
+
+
+def test_evaluate_counts_no_prompting_arm_when_advise_has_chosen_with_the_same_arms(project: Path) -> None:
+    for path in (project / ".tunewright" / "speeds").iterdir():  # slow: a rounded minute leaves no room for more arms
+        kept = json.loads(path.read_text())
+        slow = {"read": 0.1, "write": 0.1} if "batches" in kept else {"seconds": 10 * kept["seconds"]}
+        path.write_text(json.dumps({**kept, **slow}))
+
+    def fewest(*command: str) -> str:
+        refused = tunewright(*command, "--minutes", "0.01", "--project", project, "--json").document["error"]
+        return str(re.search(r"--minutes (\d+) or more", refused["fix"])[1])  # type: ignore[index]
+
+    advise, evaluate = ("advise", "--no-pilot"), ("evaluate", "--dev")
+    ran = tunewright(*advise, "--minutes", fewest(*advise), "--project", project, "--json")
+    left_out = ran.document["advice"]["prompting"]["budget"]["left_out"]
+    told = said(tunewright(*evaluate, "--minutes", fewest(*evaluate), "--project", project))
+    assert f"left out tuned+retrieved, {', '.join(left_out)}" in told
+    assert "To answer: 1 more arm on 40 dev items. 40 answers" in told
+
+
+@pytest.mark.parametrize("samples", [0, 4])
+def test_advise_names_the_samples_that_it_writes_and_writes_none_when_the_recipe_has_none(
+    project: Path, samples: int
+) -> None:
+    recipe = project / "tunewright.yaml"
+    recipe.write_text(recipe.read_text().replace("samples: 0", f"samples: {samples}"))
+    ran = tunewright("advise", "--no-pilot", "--project", project, "--json")
+    assert ran.code in {0, 3, 4}, ran.stderr
+    named = "Not counted: 128 turns or more of the base's own samples" in said(ran)
+    written = list((project / ".tunewright").glob("self-samples/*/*.json"))
+    assert (named, bool(written)) == (samples > 0, samples > 0)
+    if not samples:
+        assert ran.document["advice"]["left_out"]["generic text"] == "general.samples is 0"
+
+
 @pytest.mark.parametrize("minutes", ["0", "-3", "nan"])
 def test_minutes_that_are_not_above_zero_are_refused(project: Path, minutes: str) -> None:
     for command in ("evaluate", "advise"):

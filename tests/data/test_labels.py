@@ -14,7 +14,16 @@ from review_helpers import reviewed_project
 
 from tunewright.data.add import add
 from tunewright.data.review.kept import kept_suspects
-from tunewright.data.review.suspects import AnswerLoss, Nearest, Suspect, class_like, suspects
+from tunewright.data.review.suspects import (
+    ACCURATE,
+    AnswerLoss,
+    Found,
+    Nearest,
+    Suspect,
+    class_like,
+    find_suspects,
+    suspects,
+)
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.errors import UserError
 from tunewright.progress import Reporter
@@ -212,11 +221,73 @@ def test_free_text_and_labels_in_one_set_are_both_ranked(tmp_path: Path) -> None
     assert any("100 of 1,300 rows are not judged" in said for said in told.said)
 
 
+def _rare_topics(wrong: int) -> tuple[list[Pair], set[str]]:
+    """Six questions for each of 80 labels, few to learn from; the inputs of those that have another label."""
+    draw = random.Random(4)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(400)]
+    about = {f"label {n}": draw.sample(words, 10) for n in range(80)}
+    pairs = [
+        (" ".join([*draw.sample(topic, 3), *draw.choices(words, k=6)]), label)
+        for label, topic in about.items()
+        for _ in range(6)
+    ]
+    bad = set(draw.sample(range(len(pairs)), wrong))
+    labelled = [
+        (q, draw.choice(sorted({*about} - {label})) if i in bad else label) for i, (q, label) in enumerate(pairs)
+    ]
+    return labelled, {pairs[i][0] for i in bad}
+
+
+def test_find_suspects_ranks_classes_by_centroids_when_the_model_of_other_rows_is_often_wrong(tmp_path: Path) -> None:
+    pairs, bad = _rare_topics(20)
+    version = _version(tmp_path / "p", pairs)
+    assert class_like([pair[1] for pair in pairs])
+    listener = Listener()
+    found = find_suspects(version, listener)
+    assert found.accuracy is not None
+    assert found.accuracy < ACCURATE
+    assert any(f"gives {found.accuracy:.0%} of the rows their answer, too few" in warned for warned in listener.warned)
+    assert len(bad & set(_inputs(version, found.suspects))) >= 0.6 * len(bad)
+
+
+def test_find_suspects_reports_the_accuracy_of_the_model_of_other_rows(tmp_path: Path) -> None:
+    listener = Listener()
+    found = find_suspects(_version(tmp_path / "p", _topical(400, 20)[0]), listener)
+    assert found.accuracy is not None
+    assert found.accuracy > 0.9
+    assert any("A model of other rows gives 9" in said for said in listener.said)
+
+
+def test_suspects_ranks_an_input_that_is_its_own_answer_last(tmp_path: Path) -> None:
+    pairs, bad = _many_labels(60)
+    echoes = [(label, label) for label in ("label 7", "label 8", "label 9")]
+    version = _version(tmp_path / "p", [*pairs, *echoes])
+    found = _inputs(version, suspects(version, Listener(), share=1))
+    assert set(found[-3:]) == {question for question, _ in echoes}
+    assert len(set(found[:60]) & bad) >= 54
+
+
+def test_suspects_breaks_ties_by_the_likeness_to_another_answer(tmp_path: Path) -> None:
+    """Rows that share no letter with their answer's others all have the score 1."""
+    draw = random.Random(0)
+    halves = ("abcdefghijklm", "nopqrstuvwxyz")
+    topics = [["".join(draw.choices(halves[n % 2], k=7)) for _ in range(5)] for n in range(240)]
+    pairs = [(" ".join(draw.sample(topic, 4)), f"label {n}") for n, topic in enumerate(topics) for _ in range(4)]
+    # Labelled as rows of the other half, and like the rows of their own half by few or many words.
+    odd = [(" ".join(topics[n][: 1 + n % 4]), f"label {n + 101}") for n in range(8)]
+    found = suspects(_version(tmp_path / "p", [*dict(pairs).items(), *odd]), Listener())
+    tied = [s for s in found if s.score > 0.9999]
+    assert len(tied) == 8
+    alike = [float(s.detail.split(" more like it (")[1].split(")")[0]) for s in tied]
+    assert alike == sorted(alike, reverse=True)
+    assert alike[0] > alike[-1]
+
+
 def test_suspects_that_are_kept_are_not_found_again_and_say_what_the_first_call_said(tmp_path: Path) -> None:
-    def find(reporter: Reporter) -> list[Suspect]:
+    def find(reporter: Reporter) -> Found:
         reporter.warn("3 rows are not judged")
         reporter.say("looked")
-        return [Suspect("ab", 0.5, "label", "why")]
+        return Found([Suspect("ab", 0.5, "label", "why")], accuracy=0.4)
 
     file, listener = tmp_path / "kept" / "x.json", Listener()
     first = kept_suspects(file, find, Listener())
@@ -242,7 +313,7 @@ def test_families_of_free_text_are_no_suspects(tmp_path: Path) -> None:
     pairs = [*unlike_pairs(60), *((f"{stem}{name}", f"court {name}") for name in ("Adams", "Adama", "Adamb"))]
     listener = Listener()
     assert suspects(_version(tmp_path / "p", pairs), listener) == []
-    assert any("free text" in said for said in listener.said)
+    assert any("their answer is no other row's" in said for said in listener.said)
 
 
 def test_free_text_is_ranked_by_loss_where_it_is_known(tmp_path: Path) -> None:

@@ -72,6 +72,37 @@ def test_one_evaluation_is_judged_by_the_losses_of_its_steps() -> None:
     assert not any("Undertrained" in what for what in found(once, history=steps(3.0, 1.0, count=4)))
 
 
+def test_undertrained_is_given_when_the_last_third_still_adds_to_what_the_run_gained() -> None:
+    """A single epoch with a cosine rate: little falls at the end, but all of it with 6% of the rate."""
+    once = trained(WORSE, 3.0)
+    slow = [7.7, *[4.0] * 42, *[3.12] * 43, *[2.93] * 43]
+    done = [7.7, *[4.0] * 42, *[2.0] * 43, *[1.94] * 43]
+    noisy = [loss + (1.5 if n % 2 else -1.5) for n, loss in enumerate(slow)]
+
+    def undertrained(losses: list[float]) -> bool:
+        history = [{"step": n, "loss": loss} for n, loss in enumerate(losses)]
+        return any("Undertrained" in what for what in found(once, history=history))
+
+    assert [undertrained(losses) for losses in (slow, done, noisy)] == [True, False, False]
+
+
+def test_causes_of_an_undecided_verdict_are_what_training_can_mend() -> None:
+    even = make_evidence(make_items(120, tuned=0.04, retrieved=0.02))
+    assert decided(even).decision == "can't tell"
+    assert found(even) == []
+    assert found(trained(even, 3.5, 3.0)) == ["Undertrained: the loss was still falling when training ended"]
+    assert found(formed(even, 31)) == ["The form of the answer is not learnt"]
+    assert found(even, labels=Labels(rows=900, conflicts=0, checked=80, wrong=9)) == []
+
+
+def test_retrieval_is_not_enough_when_neither_arm_works() -> None:
+    hopeless = make_evidence(make_items(400, tuned=0.0, retrieved=0.05))
+    assert decided(hopeless).decision == "don't ship"
+    (cause,) = decided(hopeless).causes
+    assert cause.what == "Neither prompting nor training works"
+    assert cause.evidence == "retrieved-4 has 6.5%, tuned 0.0%"
+
+
 def test_a_form_that_is_not_learnt_is_told_with_its_share() -> None:
     (cause,) = decided(formed(WORSE, 31)).causes
     assert cause.what == "The form of the answer is not learnt"

@@ -79,7 +79,14 @@ class Adviser:
         if not pilot:
             self.left_out["gain"] = "--no-pilot"
         self.countdown = self.generator.countdown
-        measurement.schedule = Schedule(measurement, minutes=minutes, pilots=len(self.parts), known=self._found)
+        turns = 0
+        if self.recipe.general.samples:
+            turns = self._meter().sampler.turns_missing(GENERIC_SAMPLES)
+        else:
+            self.left_out["generic text"] = "general.samples is 0"
+        measurement.schedule = Schedule(
+            measurement, minutes=minutes, pilots=len(self.parts), turns=turns, known=self._found
+        )
 
     @property
     def generator(self) -> Generator:
@@ -234,10 +241,15 @@ class Adviser:
         held = form(metrics, constrained.texts, examples)
         return told.model_copy(update={"constrained": held and held.valid})
 
+    def _meter(self) -> ForgettingMeter:
+        return ForgettingMeter(self.project, self.version, self.generator, GENERIC_SAMPLES)
+
     def _generic(self) -> list[str]:
         """What the base answers by itself; of the draw that forgetting is measured on."""
+        if not self.recipe.general.samples:
+            return []
         try:
-            drawn = ForgettingMeter(self.project, self.version, self.generator, GENERIC_SAMPLES).drawn
+            drawn = self._meter().drawn
         except UserError as error:
             self.left_out["generic text"] = error.what
             self.reporter.warn(f"Tokens per word have no generic text to be compared with: {error.what}.")

@@ -1,10 +1,13 @@
-"""Why not to ship, where that can be known: a pure function of the evidence and of what the project knows besides."""
+"""Why not to ship or why it can't be told, where that can be known.
+
+A pure function of the evidence and of what the project knows besides.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Any
 
 from tunewright.evaluation.curve import Curve, more_data
@@ -22,6 +25,11 @@ _FALLING = 0.02
 """A relative fall of the dev loss over the last evaluation that says that training was not done."""
 _FALLING_STEPS = 0.1
 """The same of the training loss, from the second third of the steps to the last: it is noisier."""
+_LAST_GAIN = 0.1
+"""Or the last third's part of all that the loss fell from the first third on, if that is no noise. Where the rate
+decays as a cosine, the last third has 6% of its sum: a loss that is done falling gains next to nothing there."""
+_USELESS = 0.1
+"""Of a metric's range: an arm that scores less is no solution, whatever the others have."""
 _FEWEST_STEPS = 8
 _FORM_LEARNT = 0.9
 """Of the share of references with the form."""
@@ -62,7 +70,9 @@ def decided(evidence: Evidence, known: Known | None = None) -> Verdict:
 
 
 def causes(evidence: Evidence, found: Verdict, known: Known) -> tuple[Reason, ...]:
-    """Return what may have brought a *don't ship* about, the likeliest first; empty for any other verdict.
+    """Return what may have brought a *don't ship* about, the likeliest first; empty for a *ship*.
+
+    For a *can't tell* only what training can mend is given: there, more test items are no better advice.
 
     A cause that cannot change the outcome is not given: the token limit where not even right answers in place of the
     cut ones would do, more epochs where the loss has stopped falling, more rows where the learning curve is flat. More
@@ -71,13 +81,15 @@ def causes(evidence: Evidence, found: Verdict, known: Known) -> tuple[Reason, ..
     Where the gain would do and something else forbids to ship (general ability, people), there is none either.
     """
     first = evidence.contrasts[0]
-    if found.decision != "don't ship" or first.interval.low > evidence.margin:
+    if found.decision == "ship" or first.interval.low > evidence.margin:
         return ()
     tuned = evidence.arm(first.treatment)
     limit = _token_limit(evidence, tuned)
     early = _undertrained(evidence, known)
     form = _form(evidence, tuned, undertrained=bool(early))
     mendable = [*early, *form, *limit]
+    if found.decision == "can't tell":
+        return tuple(mendable)
     return (
         *mendable,
         *_label_noise(evidence, known),
@@ -122,8 +134,12 @@ def _still_falling(epochs: Sequence[Mapping[str, Any]], history: Sequence[Mappin
     if len(steps) < _FEWEST_STEPS:
         return None
     third = len(steps) // 3
-    before, after = fmean(steps[-2 * third : -third]), fmean(steps[-third:])
-    if after > (1 - _FALLING_STEPS) * before:
+    first, middle, last = steps[:third], steps[-2 * third : -third], steps[-third:]
+    before, after = fmean(middle), fmean(last)
+    fall, gain = before - after, fmean(first) - after
+    noise = 2 * ((variance(middle) + variance(last)) / third) ** 0.5  # two standard errors of the fall
+    lasting = fall >= _LAST_GAIN * gain and fall >= _FALLING * before and fall > noise
+    if fall <= 0 or not (lasting or fall >= _FALLING_STEPS * before):
         return None
     return f"training loss {steps[0]:.3f} at first; {before:.3f}, then {after:.3f} in the last two thirds of its steps"
 
@@ -244,6 +260,14 @@ def _enough(evidence: Evidence, mendable: Sequence[Reason], known: Known) -> lis
         f"{control.prompt_tokens:.0f} prompt tokens ({control.shared_tokens} of them the same in every call) "
         f"against {tuned.prompt_tokens:.0f}"
     )
+    if max(control.score(evidence.metric).value, tuned.score(evidence.metric).value) < _USELESS:
+        return [
+            Reason(
+                "Neither prompting nor training works",
+                f"{control.name} has {score}, tuned {ours}",
+                "Read answers in `tunewright report`; then try another base, or `tunewright train --sweep`",
+            )
+        ]
     what = "Retrieval is enough" if control.kind == "retrieved" else "A prompt with demonstrations is enough"
     if known.cost is not None:
         return [

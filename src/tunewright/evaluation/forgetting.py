@@ -71,27 +71,32 @@ class ForgettingMeter:
         self.wanted = samples
 
     @cached_property
+    def sampler(self) -> Sampler:
+        """Draws the held-out samples."""
+        generator = self.generator
+        return Sampler(
+            generator.base,
+            generator.chat,
+            generator.inputs,
+            generator.write,
+            self.project.recipe.seed,
+            "held-out",
+            self.project.work,
+            generator.reporter,
+            self.wanted,
+        )
+
+    @cached_property
     def drawn(self) -> Drawn:
         """The held-out samples.
 
         Raises:
             UserError: nothing that the base writes is of use.
         """
-        generator, recipe = self.generator, self.project.recipe
-        limit = min(recipe.train.max_length, context_length(generator.base))
-        sampler = Sampler(
-            generator.base,
-            generator.chat,
-            generator.inputs,
-            generator.write,
-            recipe.seed,
-            "held-out",
-            self.project.work,
-            generator.reporter,
-            self.wanted,
-        )
+        generator = self.generator
+        limit = min(self.project.recipe.train.max_length, context_length(generator.base))
         screen = outsiders(self.project, self.version, generator.chat, limit, generator.reporter)
-        return sampler.draw(self.wanted, screen, finished=False)
+        return self.sampler.draw(self.wanted, screen, finished=False)
 
     def measure(self, adapter: Adapter) -> Forgetting:
         """What this adapter has forgotten.

@@ -12,6 +12,7 @@ from typing import Literal
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat.answers import answer_length
+from tunewright.clock import seconds_since, to_the_second
 from tunewright.data.versions import Member
 from tunewright.disk import digest, write_json
 from tunewright.errors import UserError
@@ -35,6 +36,8 @@ TUNED_RETRIEVED = "tuned+retrieved"
 NOISE = "noise floor"
 _BEST = "the best prompting arm"
 """Stands for the arm that is chosen on dev, before that is known."""
+_FRESH = 300
+"""Seconds: an older timing is repeated before a budget is refused by it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Schedule:
         minutes: the most that they may take; None: as long as it takes.
         contest: where an adapter meets the prompting arms, if it does.
         pilots: adapters that are still to be trained and will answer dev.
+        turns: of the base's own samples, that the command writes besides answers; 0: none.
         known: says of the file of advice whether the pilots have answered before.
 
     Raises:
@@ -77,6 +81,7 @@ class Schedule:
         minutes: float | None = None,
         contest: Contest | None = None,
         pilots: int = 0,
+        turns: int = 0,
         known: Callable[[Path], bool] = lambda _advice: False,
     ) -> None:
         if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
@@ -85,10 +90,12 @@ class Schedule:
         self._minutes = minutes
         self._contest = contest
         self._pilots = pilots
+        self._turns = turns
         self._known = known
         self._speed: AnswerSpeed | None = None
         self._slower = 1.0
         self._loads: dict[ArmPlan, _Load | None] = {}
+        self._wholes: dict[ArmPlan, _Load | None] = {}
         self._journals: dict[tuple[str | None, bool], frozenset[str]] = {}
         self.budget: Budget | None = None
         """None: no arm was left out."""
@@ -107,10 +114,14 @@ class Schedule:
             prepare(self._measurement)
         stages = self._stages(advice, self._left_out)
         if not any(load.answers for loads in stages.values() for load in loads):
+            if self._turns and not self._known(advice_file(self._measurement, self._left_out)):
+                self._measurement.reporter.say(f"All answers are there.{self._not_counted(stages)}")
             return
         self._measure()
         if self._minutes is not None and self.budget is None and not self._decision.exists():
             self.budget = self._trimmed(advice, self._minutes)
+            # With fewer arms, the choice may have been made before.
+            advice = self._known_advice()
             stages = self._stages(advice, self._left_out)
         for stage, loads in stages.items():
             self._plan(stage, loads)
@@ -204,6 +215,7 @@ class Schedule:
     def _forget(self) -> None:
         """Read the journals again at the next question: there are new answers."""
         self._loads.clear()
+        self._wholes.clear()
         self._journals.clear()
 
     def _choosing(self, left_out: Sequence[str]) -> dict[str, list[_Load]]:
@@ -223,15 +235,28 @@ class Schedule:
             return {"entrants": entrants}
         zero_shot = self._exact(ZERO_SHOT, dev, "dev")
         others = {load.plan.any_seed: load for load in entrants if load.plan != ZERO_SHOT}
-        dearest_first = sorted(others.values(), key=lambda load: load.read, reverse=True)[: settings.finalists]
+        # Which ones go on is not known yet: at most those with the most left to answer, of those the dearest.
+        left_of = {load.plan: self._left(load) for load in others.values()}
+        most = sorted(others.values(), key=lambda load: (left_of[load.plan] * load.read, load.read), reverse=True)
         finalists = [
-            _Load(f"finalist {n} on dev", load.plan, rest, 0, load.read) for n, load in enumerate(dearest_first)
+            _Load(f"finalist {n} on dev", load.plan, left_of[load.plan], rest - left_of[load.plan], load.read)
+            for n, load in enumerate(most[: settings.finalists])
         ]
         left = zero_shot.answers - self._entrant(ZERO_SHOT).answers
         return {
             "entrants": entrants,
             "finalists": [_Load(zero_shot.title, ZERO_SHOT, left, rest - left, zero_shot.read), *finalists],
         }
+
+    def _left(self, entrant: _Load) -> int:
+        """How many answers an arm lacks on the dev items that not all entrants answer."""
+        dev = self._measurement.version.examples("dev")
+        if entrant.plan not in self._wholes:
+            misfit = self._measurement.misfit(entrant.plan, dev)
+            self._wholes[entrant.plan] = None if misfit else self._exact(entrant.plan, dev, "dev")
+        whole = self._wholes[entrant.plan]
+        # An arm that does not fit all of dev is left out then: counted in full, it is at most that.
+        return len(dev) - len(first_rows(self._measurement)) if whole is None else whole.answers - entrant.answers
 
     def _meeting(self, contest: Contest, advice: Advice | None, left_out: Sequence[str]) -> list[_Load]:
         """The arms of the contest; dev's prompts stand for those of a test split that has not been opened for it."""
@@ -272,8 +297,12 @@ class Schedule:
 
     # How long it takes
 
-    def _measure(self) -> None:
-        """Take the kept speeds, or time two batches of dev prompts: the shortest and the longest arm's."""
+    def _measure(self, *, again: bool = False) -> None:
+        """Take the kept speeds, or time two batches of dev prompts: the shortest and the longest arm's.
+
+        Args:
+            again: time them whatever is kept.
+        """
         measurement = self._measurement
         first = first_rows(measurement)
 
@@ -286,10 +315,10 @@ class Schedule:
 
         keyed = {"dataset": measurement.version.digest, "arms": [p.name for p in prompting_arms(measurement.settings)]}
         generator, limit = measurement.generator, measurement.limit
-        self._speed = answer_speed(generator, limit, short, long, keyed)
+        self._speed = answer_speed(generator, limit, short, long, keyed, again=again)
         if self._contest is not None:
             adapter = self._contest.adapter
-            self._slower = adapted_factor(generator, limit, short, adapter, self._speed, keyed)
+            self._slower = adapted_factor(generator, limit, short, adapter, self._speed, keyed, again=again)
         self._forget()  # what was timed is in the journal now
 
     def _seconds(self, load: _Load) -> float:
@@ -337,17 +366,26 @@ class Schedule:
         found = Budget.model_validate_json(self._decision.read_text(encoding="utf-8"))
         return found if found.left_out else None
 
-    def _trimmed(self, advice: Advice | None, minutes: float) -> Budget | None:
+    def _trimmed(self, advice: Advice | None, minutes: float, *, again: bool = True) -> Budget | None:
+        assert self._speed is not None
         left_out: list[str] = []
         stages = self._stages(advice, left_out)
         order = self._droppable(advice, stages)
         while (total := self._total(stages)) > 60 * minutes:
+            if not order and again and seconds_since(self._speed.measured) > _FRESH:
+                # The machine may have been busy then.
+                timed = to_the_second(self._speed.measured)
+                self._measurement.reporter.say(f"Timed at {timed}, {minutes:g} minutes are too few. Timing again.")
+                self._measure(again=True)
+                return self._trimmed(advice, minutes, again=False)
             if not order:
                 raise UserError(
                     f"{minutes:g} minutes are too few: the arms that are never left out take about "
-                    f"{math.ceil(total / 60)} ({_names(stages)})",
+                    f"{math.ceil(total / 60)} ({_names(stages)}), as timed at "
+                    f"{to_the_second(self._speed.measured)}: {self._speed.text}",
                     where="--minutes",
-                    fix=f"Give --minutes {math.ceil(total / 60)} or more.",
+                    fix=f"Give --minutes {math.ceil(total / 60)} or more. If the machine was busy when it was timed, "
+                    f"wait {_FRESH // 60} minutes: the same command then times again before it refuses.",
                 )
             without = [*left_out, order.pop(0)]
             fewer = self._stages(advice, without)
@@ -414,6 +452,10 @@ class Schedule:
             besides.append("the suites of the general section")
         if "pilots" in stages:
             besides.append("training the pilots")
+        if self._turns:
+            besides.append(
+                f"{self._turns:,} turns or more of the base's own samples (general.samples: 0 leaves them out)"
+            )
         return f" Not counted: {', '.join(besides)}." if besides else ""
 
 

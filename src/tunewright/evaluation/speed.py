@@ -77,7 +77,9 @@ def fitted(batches: Sequence[Timed]) -> tuple[float, float]:
     return float(read), float(write)
 
 
-def answer_speed(generator: Generator, limit: int, short: Prompts, long: Prompts, keyed: object) -> AnswerSpeed:
+def answer_speed(
+    generator: Generator, limit: int, short: Prompts, long: Prompts, keyed: object, *, again: bool = False
+) -> AnswerSpeed:
     """Return the base's speed on this machine: as kept, or measured now.
 
     Args:
@@ -86,9 +88,10 @@ def answer_speed(generator: Generator, limit: int, short: Prompts, long: Prompts
         short: makes zero-shot prompts, where there is no kept speed.
         long: makes prompts with demonstrations; may be none.
         keyed: what else the speed depends on, such as the rows' digest.
+        again: measure it whatever is kept.
     """
     file = _file(generator, limit, None, keyed)
-    if (kept := _kept(file, AnswerSpeed)) is not None:
+    if not again and (kept := _kept(file, AnswerSpeed)) is not None:
         return kept
     sides = [prompts for prompts in (short(), long()) if prompts]
     with generator.reporter.task("measuring the speed of answers", len(sides), "batches") as task:
@@ -103,11 +106,23 @@ def answer_speed(generator: Generator, limit: int, short: Prompts, long: Prompts
 
 
 def adapted_factor(
-    generator: Generator, limit: int, short: Prompts, adapter: Adapter, base: AnswerSpeed, keyed: object
+    generator: Generator,
+    limit: int,
+    short: Prompts,
+    adapter: Adapter,
+    base: AnswerSpeed,
+    keyed: object,
+    *,
+    again: bool = False,
 ) -> float:
-    """Return how many times as long an answer takes with the adapter: as kept, or measured now on zero-shot prompts."""
+    """Return how many times as long an answer takes with the adapter: as kept, or measured now on zero-shot prompts.
+
+    Args:
+        again: measure it whatever is kept.
+        generator, limit, short, adapter, base, keyed: as of :func:`answer_speed`.
+    """
     file = _file(generator, limit, adapter, keyed)
-    batch = _kept(file, Timed)
+    batch = None if again else _kept(file, Timed)
     if batch is None:
         batch = _timed(generator, short(), limit, adapter)
         write_json(file, batch.model_dump(mode="json"))

@@ -27,7 +27,7 @@ TOLD_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Reason:
-    """A cause of a *don't ship* that can be mended, and how."""
+    """A cause of a *don't ship* or *can't tell* that can be mended, and how."""
 
     what: str
     """The cause, in a few words."""
@@ -46,7 +46,7 @@ class Verdict:
     split: Literal["test", "dev"] = "test"
     """Whose items it rests on. On dev it is no licence to ship: nothing is released on it."""
     causes: tuple[Reason, ...] = ()
-    """Why not to ship, where that can be known; see `tunewright.evaluation.causes`."""
+    """Why not to ship or why it can't be told, where that can be known; see `tunewright.evaluation.causes`."""
 
     @property
     def exit_code(self) -> int:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tunewright.data.review.edits import EditResult
     from tunewright.data.review.passes import Review
     from tunewright.data.review.report import ReviewReport
-    from tunewright.data.review.suspects import Suspect
+    from tunewright.data.review.suspects import Found, Suspect
     from tunewright.data.review.table import Imported
     from tunewright.data.splits import Split
     from tunewright.data.versions.changes import Blame, Diff, Sighting
@@ -52,13 +52,25 @@ class SuspectsResult:
     """Whose losses ranked the answers, in words; None where no losses did."""
     places: dict[str, str]
     """``FILE:LINE`` by pair key."""
+    accuracy: float | None = None
+    """Share of rows whose answer a model of other rows gives, where answers are classes."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The suspects as ``--json`` prints them."""
+        """The suspects as ``--json`` prints them, each with its row's input and answer."""
+        examples = {m.key: m.example for m in self.version.members}
         return {
             "version": self.version.digest,
             "judged_by": self.judged_by,
-            "suspects": [{**suspect.as_dict(), "place": self.places.get(suspect.key)} for suspect in self.suspects],
+            "accuracy": self.accuracy,
+            "suspects": [
+                {
+                    **suspect.as_dict(),
+                    "input": examples[suspect.key].input_text,
+                    "answer": examples[suspect.key].output,
+                    "place": self.places.get(suspect.key),
+                }
+                for suspect in self.suspects
+            ],
         }
 
 
@@ -335,7 +347,7 @@ class DataRoad:
             UserError: an adapter is named where answers are classes, which a model of other rows judges better.
         """
         from tunewright.data.review.kept import FOLDER, kept_suspects
-        from tunewright.data.review.suspects import METHOD, class_like, suspects
+        from tunewright.data.review.suspects import METHOD, class_like, find_suspects
         from tunewright.data.versions.origins import places_by_key
 
         version = self.version()
@@ -353,11 +365,11 @@ class DataRoad:
 
             who = judging(project, version, self._opened.base, self._opened.chat, self._reporter, adapter)
 
-        def find(reporter: Reporter) -> list[Suspect]:
+        def find(reporter: Reporter) -> Found:
             losses = None
             if who is not None:
                 losses = row_losses(project, self._opened.base, self._opened.chat, who, reporter)
-            return suspects(version, reporter, losses=losses)
+            return find_suspects(version, reporter, losses=losses)
 
         decides = {
             "version": version.digest,
@@ -368,7 +380,7 @@ class DataRoad:
         file = project.work / FOLDER / f"{digest(decides)[:16]}.json"
         found = kept_suspects(file, find, self._reporter)
         places = places_by_key(self._dataset, version.manifest)
-        return SuspectsResult(version, found, who.judged_by if who else None, places)
+        return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
 
     def review(
         self,

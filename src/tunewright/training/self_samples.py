@@ -182,6 +182,11 @@ class Sampler:
             self.reporter.warn(f"Fewer than the {wanted} samples that were wanted: {drawn.told()}.")
         return drawn
 
+    def turns_missing(self, wanted: int) -> int:
+        """Return the fewest turns that a draw of so many samples has to write: two of each sample not kept yet."""
+        chunks = range(-(-wanted // self.chunk))
+        return sum(2 * self.chunk for chunk in chunks if not (self.folder / f"{chunk:04d}.json").exists())
+
     def _faults(self, samples: Sequence[Sample], asked: set[str], finished: bool) -> dict[int, str]:
         """Why samples are of no use whatever the domain; ``asked`` gets the instructions seen so far."""
         reasons: dict[int, str] = {}

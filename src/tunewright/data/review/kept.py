@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunewright.data.review.suspects import Suspect
+from tunewright.data.review.suspects import Found, Suspect
 from tunewright.disk import write_json, writing
 from tunewright.progress import Reporter, Task
 
@@ -52,7 +52,7 @@ class _Recorder:
             yield task
 
 
-def kept_suspects(file: Path, find: Callable[[Reporter], list[Suspect]], reporter: Reporter) -> list[Suspect]:
+def kept_suspects(file: Path, find: Callable[[Reporter], Found], reporter: Reporter) -> Found:
     """Return the suspects in a file, with the messages of the call that found them; else find and keep them.
 
     Args:
@@ -67,9 +67,10 @@ def kept_suspects(file: Path, find: Callable[[Reporter], list[Suspect]], reporte
             reporter.say(message)
         for message in kept["warned"]:
             reporter.warn(message)
-        return [Suspect(**suspect) for suspect in kept["suspects"]]
+        return Found([Suspect(**suspect) for suspect in kept["suspects"]], kept["accuracy"])
     recorder = _Recorder(reporter)
     found = find(recorder)
-    document = {"said": recorder.said, "warned": recorder.warned, "suspects": [each.as_dict() for each in found]}
+    listed = [each.as_dict() for each in found.suspects]
+    document = {"said": recorder.said, "warned": recorder.warned, "suspects": listed, "accuracy": found.accuracy}
     write_json(file, document)
     return found

@@ -2,8 +2,8 @@
 
 Where answers are classes, a row is suspicious when a model of *other* rows gives it another class (Northcutt et al.
 2021, "Confident Learning", arXiv 1911.00068; by cleanlab's normalised margin). Where answers repeat, but are too many
-for such a model, each is compared with the centroid of its answer's other rows. Free text has nothing to compare:
-there a trained adapter's loss ranks the rows, if the caller has it.
+for such a model or it is often wrong, each is compared with the centroid of its answer's other rows. Free text has
+nothing to compare: there a trained adapter's loss ranks the rows, if the caller has it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ REPEATED = 0.5
 MOST_CLASSES = 200
 ROWS_PER_CLASS = 5
 FOLDS = 5
+ACCURATE = 0.65
+"""Share of rows whose answer the model of other rows has to give for its doubts to rank them: docs/labels.md has the
+measurements. Below it the model mostly doubts right answers, and the centroids of the answers rank better."""
 _BLOCK = 1024  # rows whose similarity to all answers is held at once
 _NOTHING = 1e-4  # what is left of a sum of unit rows when all of them are taken away
 
@@ -79,6 +82,15 @@ class Suspect:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Found:
+    """The suspects of a version, the worst first, and how far the model that judged classes can be trusted."""
+
+    suspects: list[Suspect]
+    accuracy: float | None = None
+    """Share of rows whose answer the model of other rows gives; None where no such model judged."""
+
+
 def class_like(outputs: Sequence[str]) -> bool:
     """Whether answers are classes: at most 200 different ones, and on average at least 5 rows for each."""
     different = len(set(outputs))
@@ -111,11 +123,24 @@ def suspects(
     share: float = SHARE,
     seed: int = 0,
 ) -> list[Suspect]:
-    """The most suspicious rows of a version, each once, the worst first.
+    """Return :func:`find_suspects`' rows, without the accuracy."""
+    return find_suspects(version, reporter, losses=losses, share=share, seed=seed).suspects
+
+
+def find_suspects(
+    version: DatasetVersion,
+    reporter: Reporter,
+    *,
+    losses: Mapping[str, AnswerLoss] | None = None,
+    share: float = SHARE,
+    seed: int = 0,
+) -> Found:
+    """Return the most suspicious rows of a version, each once, the worst first.
 
     Conflicts come first (the same input, another answer) unless the version accepts them, then near-duplicates of
-    another class, then classes that a model of other rows doubts. Answers that repeat without being classes are ranked
-    by their answer's other rows, free text by loss; of rows of both kinds, the first of each come first.
+    another class, then classes that a model of other rows doubts. Answers that repeat without being classes, and
+    classes that this model gives too rarely (``ACCURATE``), are ranked by their answer's other rows, free text by loss;
+    of rows of both kinds, the first of each come first.
 
     Args:
         version: the rows.
@@ -136,17 +161,28 @@ def suspects(
     found = [] if accepted else conflicts(members)
     most = max(round(share * len(members)), len(found))
     answers = [_answer(m) for m in members]
+    accuracy = None
     if class_like(answers):
         if losses is not None:
             reporter.warn("Losses are not used: the answers are classes, and a model of other rows judges them better.")
-        margins, doubts = _doubts(members, answers, seed, reporter)
+        margins, doubts, accuracy = _doubts(members, answers, seed, reporter)
+        if accuracy is not None and accuracy < ACCURATE:
+            reporter.warn(
+                f"A model of other rows gives {accuracy:.0%} of the rows their answer, too few for its doubts to rank "
+                f"them (below {ACCURATE:.0%}): rows are ranked by how unlike they are to their answer's other rows. "
+                "Careless errors are found so; many plausible ones are not."
+            )
+            doubts = _by_centroids(members, answers, reporter)
+            margins = {suspect.key: 1 - suspect.score for suspect in doubts}
+        elif accuracy is not None:
+            reporter.say(f"A model of other rows gives {accuracy:.0%} of the rows their answer.")
         found += _near_duplicates(version, margins, reporter, accepted=accepted) + doubts
     else:
         found += _of_many_answers(members, answers, losses, reporter)
     first: dict[str, Suspect] = {}
     for suspect in found:
         first.setdefault(suspect.key, suspect)
-    return list(first.values())[:most]
+    return Found(list(first.values())[:most], accuracy)
 
 
 def _clustered_by_input(version: DatasetVersion, reporter: Reporter) -> DatasetVersion:
@@ -243,9 +279,11 @@ def _by_centroids(members: Sequence[Member], answers: Sequence[str], reporter: R
             likes[rows] = np.stack([own, other], axis=1)
             task.advance(len(rows))
     found = []
-    for row in np.lexsort((np.arange(len(members)), -scores)).tolist():
+    # A row that is unlike all others with its answer has score 1 however little it is like another's: the likeness to
+    # the other answer ranks these.
+    for row in np.lexsort((np.arange(len(members)), -likes[:, 1], -scores, _echoes(members))).tolist():
         if scores[row] < 0:
-            break
+            continue
         detail = (
             f"rows with {excerpt(str(names[nearest[row]]))} are more like it ({likes[row, 1]:.2f}) than the others "
             f"with its answer ({likes[row, 0]:.2f})"
@@ -258,6 +296,11 @@ def _by_centroids(members: Sequence[Member], answers: Sequence[str], reporter: R
 
 def _answer(member: Member) -> str:
     return member.example.output.strip()
+
+
+def _echoes(members: Sequence[Member]) -> NDArray[np.bool_]:
+    """Which inputs are their own answer ("Mendoza", of the province Mendoza): hardly ever wrong, so ranked last."""
+    return np.array([m.example.input_text.strip() == _answer(m) for m in members], dtype=bool)
 
 
 def excerpt(text: str, most: int = 60) -> str:
@@ -333,8 +376,11 @@ def _near_duplicates(
 
 def _doubts(
     members: Sequence[Member], answers: Sequence[str], seed: int, reporter: Reporter
-) -> tuple[dict[str, float], list[Suspect]]:
-    """cleanlab's normalised margin (0 to 1, low is bad) of each row that can be judged, and those rows as suspects."""
+) -> tuple[dict[str, float], list[Suspect], float | None]:
+    """Return cleanlab's normalised margin (0 to 1, low is bad) of each row that can be judged, and these as suspects.
+
+    The third is the accuracy of the model of other rows on these rows; None where there is none.
+    """
     from cleanlab.rank import get_label_quality_scores
 
     names, labels = np.unique(answers, return_inverse=True)
@@ -349,12 +395,12 @@ def _doubts(
         )
     if len(np.unique(clusters)) < FOLDS:
         reporter.warn(f"The answers are not judged by a model of other rows: fewer than {FOLDS} independent clusters.")
-        return {}, []
+        return {}, [], None
     probabilities = _out_of_fold(_texts(members), labels, clusters, seed, reporter)
     scores = get_label_quality_scores(labels, probabilities, method="normalized_margin")
     margins: dict[str, float] = {}
     found = []
-    for row in np.lexsort((np.arange(len(members)), scores)).tolist():
+    for row in np.lexsort((np.arange(len(members)), scores, _echoes(members))).tolist():
         if lone[row]:
             continue
         margins[members[row].key] = float(scores[row])
@@ -367,7 +413,8 @@ def _doubts(
             else f"other rows suggest {excerpt(str(names[guess]))} with {own:.0%} only"
         )
         found.append(Suspect(members[row].key, 1 - float(scores[row]), "label", detail))
-    return margins, found
+    right = probabilities.argmax(axis=1) == labels
+    return margins, found, float(right[~lone].mean()) if not lone.all() else None
 
 
 def _texts(members: Sequence[Member]) -> list[str]:
