@@ -67,7 +67,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
 def _scored(rows: Sequence[dict[str, Any]]) -> ScoredArms:
     return score_arms(
         open_scorers(RECIPE.evaluate, GOLDEN),
-        [pair("not kept", row["reference"]) for row in rows],
+        [pair(row["key"], row["reference"]) for row in rows],
         [row["cluster"] for row in rows],
         {name: [row["answers"][name][0] for row in rows] for name in rows[0]["answers"]},
     )

@@ -109,8 +109,8 @@ def test_a_sweep_that_is_done_is_found_done(tmp_path: Path, tiny_base_folder: Pa
     rates = ("--rate", "0.003", "--rate", "0.01")
     first = tunewright("train", "--sweep", *rates, "-p", project)
     assert first.code == 0, first.stderr
-    assert "compared on the dev split; test was not looked at" in first.stderr
-    assert "The recipe as it is now is not among the trials" in first.stdout
+    assert "compared on the dev split; test was not looked at" in first.stdout
+    assert "The recipe as it is now is not among the trials" in first.stderr
     before = _ledger(project)
     again = tunewright("train", "--sweep", *rates, "--json", "-p", project)
     assert again.code == 0

@@ -176,10 +176,8 @@ def test_check_lists_the_faults_where_no_row_is_right(project: Path, tmp_path: P
     assert "Cannot be trained on: 120" in tunewright("data", "check", "-p", shouting).stdout
     shown = tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", shouting, "--json")
     assert "the answer's tokens read" in shown.document["rows"][0]["fault"]
-    assert (
-        "training would refuse this row"
-        in tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", shouting).stdout
-    )
+    shown = tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", shouting)
+    assert "training would refuse this row" in shown.stderr
 
 
 def test_nothing_in_a_row_reaches_the_terminal_as_a_command_to_it(tmp_path: Path, tiny_base_folder: Path) -> None:

@@ -109,8 +109,8 @@ def test_step_reads_from_the_card_only_what_it_logs(
 
 def test_dev_loss_is_read_from_the_card_once(card: CardProcess) -> None:
     report = card.run(_run, "tiny")
-    assert [read.where.split()[-1] for read in report.syncs].count("evaluate") == 1
-    assert not [copy for copy in report.copies if copy.blocking and copy.where.endswith("evaluate")]
+    assert [read.where.split()[-1] for read in report.syncs].count("_measured") == 1
+    assert not [copy for copy in report.copies if copy.blocking and copy.where.endswith("_measured")]
 
 
 def test_pieces_of_a_micro_batch_go_to_the_card_without_waiting(card: CardProcess) -> None:

@@ -86,9 +86,9 @@ def test_the_longest_prompt_counts_the_added_one_and_the_refusal_says_so() -> No
         assert refused.status_code == 400
         expected = f"The prompt has {whole} tokens with the system prompt that the adapter was trained with"
         assert expected in refused.json()["error"]["message"]
-    with open_server(ScriptedEngine(context=whole + 4)) as client:
+    with open_server(ScriptedEngine(context=whole + 1)) as client:
         assert _chat(client, "courts", USER, max_tokens=4).status_code == 200
-    with open_server(ScriptedEngine(context=whole + 3)) as client:
+    with open_server(ScriptedEngine(context=whole)) as client:
         refused = _chat(client, "courts", USER, max_tokens=4)
         assert refused.json()["error"]["code"] == "context_length_exceeded"
         assert "with the system prompt" in refused.json()["error"]["message"]

@@ -79,7 +79,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, serve
     folder = _project(tmp_path_factory.mktemp("pair") / "project", tiny_base_folder)
     ended = server.run("train", "-p", folder, processes=2)
     assert ended.code == 0, ended.stderr
-    return find_adapter(folder / "adapters"), ended.stderr
+    return find_adapter(folder / "adapters"), ended.stdout + ended.stderr
 
 
 def test_two_processes_come_to_the_losses_and_the_adapter_of_one(alone: Adapter, pair: tuple[Adapter, str]) -> None:

@@ -231,7 +231,7 @@ def _why_not_judged(rest: Sequence[Member], members: Sequence[Member]) -> str:
     def reason(member: Member) -> str:
         answer = _answer(member)
         if counts[answer] == 1:
-            return "with an answer in free text that no other row has"
+            return "with an answer that no other row has"
         if not repeat:
             return "with an answer that other rows have, in a dataset where too few rows share theirs"
         if len(clusters[answer]) == 1:
