@@ -31,7 +31,7 @@ def test_the_answer_has_its_exit_code_and_all_four_signals_are_told(advised: Adv
     assert ran.code == {"fine-tune": 0, "prompt": 3, "retrieve": 3, "can't tell": 4}[document["answer"]]
     assert list(document["signals"]) == ["context budget", "specificity", "break-even", "gain"]
     assert document["changes"]
-    assert "299 pairs, fewer than 500" in document["expect"][0]
+    assert "300 pairs, fewer than 500" in document["expect"][0]
 
 
 def test_the_pilots_lie_apart_from_the_projects_own_adapters(advised: Advised) -> None:

@@ -101,7 +101,7 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
     again = tunewright("evaluate", "-p", project)
     assert "vllm 0.32.0 (cpu, float32): evaluate.engine says so" in " ".join(again.stdout.split())
     assert "Starting vLLM" not in again.stderr
-    assert tunewright("evaluate", "--dev", "-p", project, "--json").document["comparison"]["engine"]["name"] == "vllm"
+    assert tunewright("evaluate", "--dev", "-p", project, "--json").document["evidence"]["engine"]["name"] == "vllm"
     assert "engine vllm 0.32.0" in tunewright("verdict", "--markdown", "-p", project).stdout
     assert tunewright("report", "-p", project).code == 0
     page = (project / "evaluations" / evidence["id"] / "report.html").read_text()
@@ -137,7 +137,7 @@ def test_a_killed_evaluation_resumes_from_its_journal_and_vllm_ends_with_it(
     ran = tunewright("evaluate", "-p", project, "--json")
     assert ran.code == 0, ran.stderr
     answered = _answered(project)
-    assert answered[: len(kept)] == kept
+    assert set(kept) <= set(answered)
     assert len(answered) == len(set(answered)), "nothing that was answered is answered again"
 
 

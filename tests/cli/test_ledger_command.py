@@ -72,7 +72,7 @@ def test_the_contrast_is_declared_before_a_test_prompt_is_made(project: Path, mo
 
 
 def test_looking_again_is_no_opening_and_other_settings_are(project: Path) -> None:
-    told = tunewright("evaluate", "-p", project).stdout
+    told = tunewright("evaluate", "-p", project).stderr
     assert "The test split is opened (line 1 of ledger.jsonl). Declared: tuned against" in " ".join(told.split())
     assert tunewright("evaluate", "-p", project).code == 0
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}
@@ -132,7 +132,7 @@ def test_crossfit_opens_the_test_split_too(project: Path) -> None:
 def test_on_dev_the_test_split_stays_closed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = tunewright("evaluate", "--dev", "-p", project, "--json")
     assert ran.code == 0, ran.stderr
-    compared = ran.document["comparison"]
+    compared = ran.document["evidence"]
     assert openings(project) == []
     assert tunewright("verdict", "-p", project).code == 2  # there is no evidence
     advice = package.open(project).prompting().advice.model_dump(mode="json")

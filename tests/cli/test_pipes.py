@@ -34,7 +34,9 @@ def _command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "tunewright", *map(str, arguments)]
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+# Where COLUMNS is set, rich believes it rather than the terminal.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+ENVIRONMENT |= {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
 
 
 @pytest.mark.parametrize(
