@@ -103,8 +103,9 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
     assert "Starting vLLM" not in again.stderr
     assert tunewright("evaluate", "--dev", "-p", project, "--json").document["evidence"]["engine"]["name"] == "vllm"
     assert "engine vllm 0.32.0" in tunewright("verdict", "--markdown", "-p", project).stdout
-    assert tunewright("report", "-p", project).code == 0
-    page = (project / "evaluations" / evidence["id"] / "report.html").read_text()
+    folder = project / "evaluations" / evidence["id"]
+    assert tunewright("report", folder, "-p", project).code == 0
+    page = (folder / "report.html").read_text()
     assert "All arms were answered by vllm 0.32.0 (cpu, float32)" in page
 
     # The same evaluation by the other engine is another one, with answers of its own.

@@ -134,14 +134,14 @@ def test_on_dev_the_test_split_stays_closed(project: Path, monkeypatch: pytest.M
     assert ran.code == 0, ran.stderr
     compared = ran.document["evidence"]
     assert openings(project) == []
-    assert tunewright("verdict", "-p", project).code == 2  # there is no evidence
+    assert tunewright("verdict", "-p", project, "--json").document["split"] == "dev"
     advice = package.open(project).prompting().advice.model_dump(mode="json")
     by_name = {arm["name"]: arm for arm in advice["arms"]}
     arms = {arm["name"]: arm for arm in compared["arms"]}
     assert arms["zero-shot"]["scores"]["exact_match"]["value"] == by_name["zero-shot"]["scores"]["exact_match"]["value"]
     assert {"tuned", f"tuned+{advice['best_retrieved']}", advice["best"]} <= set(arms)
     assert compared["contrasts"][-1]["control"] == "tuned"
-    assert tunewright("evaluate", "--dev", "-p", project, "--json").document["measured"] is False
+    assert tunewright("evaluate", "--dev", "-p", project, "--json").document["evaluated"] is False
 
 
 def test_a_killed_evaluation_goes_on_as_the_same_opening(project: Path) -> None:
