@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def measure(kind: str, count: int, *, compared: bool) -> dict[str, Any]:
-    """Time both steps on so many different rows of a kind; compare the clusters with those of brute force."""
+    """Time both steps on `count` different rows of a kind; compare the clusters with those of brute force."""
     draw = random.Random(0)
     made = dict.fromkeys(KINDS[kind](draw) for _ in range(count))
     examples = [Example((Message("user", t), Message("assistant", t[:4]))) for t in made]
