@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import tunewright
 from command_line import tiny_project
 from tunewright.engines.vllm.launch import plan
 from tunewright.models import ALLOCATOR
@@ -32,6 +33,13 @@ commands()(["train", "--project", sys.argv[1]])
 """
 
 
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path_factory.mktemp("allocator") / "project", tiny_base_folder)
+    tunewright.open(folder).data.add([folder / "pairs.jsonl"])
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "own", "expected"),
     [
@@ -45,10 +53,8 @@ def test_train_sets_allocator_before_torch_is_imported(
     arguments: tuple[str, ...],
     own: dict[str, str],
     expected: dict[str, str],
-    tmp_path: Path,
-    tiny_base_folder: Path,
+    project: Path,
 ) -> None:
-    project = tiny_project(tmp_path / "project", tiny_base_folder)
     environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
     ran = subprocess.run(
         [sys.executable, "-c", WATCH, str(project), *arguments],

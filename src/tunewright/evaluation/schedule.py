@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -86,7 +87,8 @@ class Schedule:
     ) -> None:
         if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
             raise UserError(f"it must be greater than 0 (got {minutes:g})", where="--minutes")
-        self._measurement = measurement
+        # Weak, as the measurement has the schedule: with a circle, only the garbage collector would free the base.
+        self._measurement: Measurement = weakref.proxy(measurement)
         self._minutes = minutes
         self._contest = contest
         self._pilots = pilots
