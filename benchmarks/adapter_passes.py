@@ -32,17 +32,17 @@ from load_shown import machine
 from rich.console import Console
 from rich.table import Table
 
-from tunewright.adapters.matrices import read_matrices
+from tunewright.adapters.lora_weights import read_matrices
 from tunewright.adapters.registry import find_adapter
-from tunewright.disk import write_json
-from tunewright.models.decoding import Batch
+from tunewright.api.context import ProjectContext
+from tunewright.config.project import ProjectFolder
+from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
+from tunewright.generation.batched_lora import Lora
+from tunewright.generation.decoding import Batch
+from tunewright.generation.requests import Request
+from tunewright.generation.threads import release_cores
 from tunewright.models.loading import load_model
-from tunewright.models.lora_stack import Lora
-from tunewright.models.requests import Request
-from tunewright.models.threads import release_cores
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.road.opened import OpenProject
 
 SIDES = ("as it is", "one by one", "helpers kept")
 RESULTS = Path(__file__).with_name("results") / "adapter_passes.json"
@@ -61,7 +61,7 @@ def main() -> None:
     if options.side:
         with ExitStack() as without:
             if options.side == "one by one":
-                without.enter_context(patch("tunewright.models.row_adapters._MANY", options.rows + 1))
+                without.enter_context(patch("tunewright.generation.lora_dispatch._MANY", options.rows + 1))
             print(json.dumps(measure(options)))
         return
     about = machine(options.threads)
@@ -79,10 +79,10 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(options.threads)
-    opened = OpenProject(Project(options.project), LogReporter())
-    model: Any = load_model(opened.base, opened.project.recipe.train.dtype, "none")
+    opened = ProjectContext(ProjectFolder(options.project), LogReporter())
+    model: Any = load_model(opened.base, opened.folder.config.train.dtype, "none")
     batch = Batch(model, stop_ids=(), pad_id=0)
-    loras = read_matrices(find_adapter(opened.project.adapters).folder, model)
+    loras = read_matrices(find_adapter(opened.folder.adapters).folder, model)
     for row in range(options.rows):
         own = {name: Lora(lora.down.clone(), lora.up.clone(), lora.scale) for name, lora in loras.items()}
         batch.put(f"{row:03}", own)

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tunewright.training.shared_prefix import attention
+from tunewright.training.packing import attention
 
 ROWS, HEADS, KEY_HEADS, SIZE = 16, 9, 3, 64
 

@@ -31,16 +31,16 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.registry import find_adapter
-from tunewright.data.neighbours.leak import leak
+from tunewright.api.context import ProjectContext
+from tunewright.config.io import write_config
+from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
+from tunewright.core.progress import LogReporter
+from tunewright.data.dedup.leakage import leak
 from tunewright.data.versions import MANIFEST, Member, version_folder
-from tunewright.evaluation.advising import first_items
+from tunewright.evaluation.arm_runner import Answered
 from tunewright.evaluation.arms import plan_of
-from tunewright.evaluation.evidence import EVIDENCE_FILE, Arm, find_evaluation, load_evidence, load_items
-from tunewright.evaluation.measure import Answered
-from tunewright.progress import LogReporter
-from tunewright.project import RECIPE_FILE, Project, create_project
-from tunewright.recipe_file import write_recipe
-from tunewright.road.opened import OpenProject
+from tunewright.evaluation.prompt_search import first_items
+from tunewright.evidence.schema import EVIDENCE_FILE, Arm, find_evaluation, load_evidence, load_items
 
 PART = "part.csv"
 ROWS = 24
@@ -67,11 +67,11 @@ Row = tuple[str, str]
 
 
 def make(data: Path, project: Path, rows: int, seed: int) -> None:
-    """Write the project: its recipe, and the part of the data that is drawn."""
+    """Write the project: its config, and the part of the data that is drawn."""
     published = read_rows(data)
     drawn = draw(published, rows, seed)
     intents = sorted({intent for _, intent in published})
-    create_project(project, {RECIPE_FILE: recipe(intents, seed), PART: _csv(drawn)})
+    create_project(project, {CONFIG_FILE: config(intents, seed), PART: _csv(drawn)})
     print(f"{len(drawn):,} of {len(published):,} rows, {rows} of each of {len(intents)} intents, in {project / PART}")
 
 
@@ -94,11 +94,11 @@ def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     return [rows[place] for place in sorted(places)]
 
 
-def recipe(intents: Sequence[str], seed: int) -> str:
+def config(intents: Sequence[str], seed: int) -> str:
     """The project's tunewright.yaml."""
     listed = f"{INSTRUCTION} It is one of these: {', '.join(intents)}."
     choices = {"choices": list(intents)}
-    return write_recipe(
+    return write_config(
         {
             "name": "banking77",
             "base": "bundled:smollm2-135m-instruct",
@@ -137,7 +137,7 @@ def _csv(rows: Sequence[Row]) -> str:
 # The road
 
 
-def road(project: Path) -> None:
+def opened(project: Path) -> None:
     """Run every command of the road that has not been run, and time it."""
     printed = project / "printed"
     printed.mkdir(exist_ok=True)
@@ -187,17 +187,17 @@ def machine() -> str:
 
 def freeze(project: Path, golden: Path) -> None:
     """Keep what the figures are scored from, without any query."""
-    folder = find_evaluation(Project(project).evaluations)
+    folder = find_evaluation(ProjectFolder(project).evaluations)
     evidence, items = load_evidence(folder), load_items(folder)
-    opened = OpenProject(Project(project), LogReporter())
-    adapter = find_adapter(opened.project.adapters, evidence.lineage["adapter"]["name"])
-    measurement = opened.measurement(adapter)
-    intents = {member.example.output for member in measurement.version.members}
+    opened = ProjectContext(ProjectFolder(project), LogReporter())
+    adapter = find_adapter(opened.folder.adapters, evidence.lineage["adapter"]["name"])
+    arm_runner = opened.arm_runner(adapter)
+    intents = {member.example.output for member in arm_runner.version.members}
 
     def answered(arms: Sequence[Arm], members: Sequence[Member], split: str) -> dict[str, list[Answered]]:
-        return {arm.name: measurement.answers(plan_of(arm), members, split, adapter) for arm in arms}
+        return {arm.name: arm_runner.answers(plan_of(arm), members, split, adapter) for arm in arms}
 
-    test, dev = (measurement.version.examples(split) for split in ("test", "dev"))
+    test, dev = (arm_runner.version.examples(split) for split in ("test", "dev"))
     on_test = answered(evidence.arms, test, "test")
     for place, item in enumerate(items):  # else the journal is not that of the evidence
         assert item.key == test[place].key
@@ -206,16 +206,16 @@ def freeze(project: Path, golden: Path) -> None:
     _write(golden / "test.jsonl.gz", _rows(test, on_test, intents, {item.key: item.nearest for item in items}))
     _write(golden / "dev.jsonl.gz", _rows(dev, answered(evidence.dev_arms, dev, "dev"), intents))
     if evidence.narrowing is not None:
-        first = [dev[place] for place in first_items(dev, evidence.narrowing.items, opened.project.recipe.seed)]
+        first = [dev[place] for place in first_items(dev, evidence.narrowing.items, opened.folder.config.seed)]
         _write(golden / "first.jsonl.gz", _rows(first, answered(evidence.narrowing.arms, first, "dev"), intents))
-    near = leak(measurement.version, opened.project.recipe.seed, opened.reporter).as_dict()
+    near = leak(arm_runner.version, opened.folder.config.seed, opened.reporter).as_dict()
     near["nearest"] = [{**row, "of": None} for row in near["nearest"]]
     _write(golden / "leak.jsonl.gz", [near])
     shutil.copy(folder / EVIDENCE_FILE, golden)
-    shutil.copy(project / RECIPE_FILE, golden)
+    shutil.copy(project / CONFIG_FILE, golden)
     shutil.copy(project / "printed" / "run.json", golden)
-    shutil.copy(version_folder(opened.project.dataset, measurement.version.digest) / MANIFEST, golden)
-    (advice,) = opened.project.evaluations.glob("advice-*.json")
+    shutil.copy(version_folder(opened.folder.dataset, arm_runner.version.digest) / MANIFEST, golden)
+    (advice,) = opened.folder.evaluations.glob("advice-*.json")
     shutil.copy(advice, golden / "advice.json")
     kept = sum(file.stat().st_size for file in golden.iterdir())
     print(f"{kept / 1024:.0f} KiB in {golden}")
@@ -276,7 +276,7 @@ def main() -> None:
     if given.step == "make":
         make(given.data, given.project, given.rows, given.seed)
     elif given.step == "road":
-        road(given.project)
+        opened(given.project)
     else:
         freeze(given.project, given.golden)
 

@@ -51,9 +51,9 @@ def step_times(side: str, steps: int) -> list[float]:
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback
 
+    from tunewright.core.progress import LogReporter
     from tunewright.models.bases import resolve_base
     from tunewright.models.loading import load_model, load_tokenizer
-    from tunewright.progress import LogReporter
     from tunewright.training.compiling import Compile
 
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())

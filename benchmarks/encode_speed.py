@@ -2,7 +2,7 @@
 
     python benchmarks/encode_speed.py [BASE] [banking77/train.csv ...]
 
-BASE is a base as a recipe names it (the bundled one by default). Without files the rows are the example project's
+BASE is a base as a config names it (the bundled one by default). Without files the rows are the example project's
 pairs. All are numbered, so that no two are the same. Then one call of ``tunewright.chat.encode`` with a tokenizer whose
 format is kept from the call before, and the same with the format made for each call. Prints a table and one JSON line;
 the best of three runs counts.
@@ -25,12 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from tunewright.chat import ChatFormat, chat_format, encode, open_chat
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.examples.legal_citations import PAIRS_FILE, project_files
 from tunewright.models.bases import resolve_base
 from tunewright.models.quiet import quiet_transformers
-from tunewright.progress import LogReporter
 from tunewright.training.rows import as_columns, encode_members
 
 ROWS = 10_000

@@ -28,11 +28,11 @@ from rich.table import Table
 import tunewright
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.chat.answers import answer_limit, stop_strings
+from tunewright.core.progress import LogReporter
 from tunewright.engines.choice import EMBEDDED, AnswerEngine
 from tunewright.engines.vllm import environment
 from tunewright.evaluation.generations import Generator, Prompt
-from tunewright.models.decoding import Completion
-from tunewright.progress import LogReporter
+from tunewright.generation.decoding import Completion
 
 RESULTS = Path(__file__).with_name("results") / "evaluate_engines.json"
 
@@ -49,25 +49,25 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # vLLM's process inherits it
 
-    road = tunewright.open(options.project)
-    adapter, rows = find_adapter(road.project.adapters), road.data.version()
+    project = tunewright.open(options.project)
+    adapter, rows = find_adapter(project.folder.adapters), project.data.version()
     members = [m for split in ("test", "dev", "train") for m in rows.domain_of(split)][: options.items]
-    prompts = [road.chat.prompt(m.example.prompt) for m in members]
-    recipe = road.project.recipe
-    limit = answer_limit(recipe, road.chat, rows.domain_of("train"))
+    prompts = [project.chat.prompt(m.example.prompt) for m in members]
+    config = project.folder.config
+    limit = answer_limit(config, project.chat, rows.domain_of("train"))
     engines = EMBEDDED, AnswerEngine("vllm", "it is measured", environment.find())
     generators: dict[str, Generator] = {
         engine.name: Generator(
-            road.base,
-            road.chat,
+            project.base,
+            project.chat,
             options.dtype,
             "none",
-            recipe.evaluate.batch_size,
-            road.project.work,
+            config.evaluate.batch_size,
+            project.folder.work,
             LogReporter(),
-            stop=stop_strings(recipe, road.chat),
+            stop=stop_strings(config, project.chat),
             engine=engine,
-            rank=recipe.train.rank,
+            rank=config.train.rank,
         )
         for engine in engines
     }

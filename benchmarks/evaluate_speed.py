@@ -102,20 +102,20 @@ def make_job(project: Path, items: int) -> dict[str, Any]:
     import tunewright
     from tunewright.adapters.registry import find_adapter
     from tunewright.chat.answers import answer_limit
-    from tunewright.disk import digest
+    from tunewright.core.io import digest
 
-    road = tunewright.open(project)
-    adapter, version_ = find_adapter(road.project.adapters), road.data.version()
+    opened = tunewright.open(project)
+    adapter, version_ = find_adapter(opened.folder.adapters), opened.data.version()
     members = [m for split in ("test", "dev", "train") for m in version_.domain_of(split)][:items]
-    prompts = [list(road.chat.prompt(m.example.prompt)) for m in members]
-    recipe = road.project.recipe
+    prompts = [list(opened.chat.prompt(m.example.prompt)) for m in members]
+    config = opened.folder.config
     decides = {
-        "base": str(road.base.folder),
+        "base": str(opened.base.folder),
         "adapter": str(adapter.folder.resolve()),
-        "dtype": recipe.train.dtype,
-        "batch_size": recipe.evaluate.batch_size,
-        "max_new_tokens": answer_limit(recipe, road.chat, version_.domain_of("train")),
-        "stop_ids": sorted(road.chat.stop_ids),
+        "dtype": config.train.dtype,
+        "batch_size": config.evaluate.batch_size,
+        "max_new_tokens": answer_limit(config, opened.chat, version_.domain_of("train")),
+        "stop_ids": sorted(opened.chat.stop_ids),
         "dataset": version_.digest,
     }
     return {
@@ -123,8 +123,8 @@ def make_job(project: Path, items: int) -> dict[str, Any]:
         "digest": digest(decides)[:12],
         "project": str(project.resolve()),
         "prompts": prompts,
-        "texts": road.chat.texts(prompts),
-        "end": str(road.chat.tokenizer.convert_ids_to_tokens(road.chat.tokenizer.eos_token_id)),
+        "texts": opened.chat.texts(prompts),
+        "end": str(opened.chat.tokenizer.convert_ids_to_tokens(opened.chat.tokenizer.eos_token_id)),
     }
 
 
@@ -187,12 +187,12 @@ def with_tunewright(job: dict[str, Any], folder: Path) -> Answer:
     """As `evaluate` answers, with a journal that is empty at first."""
     import tunewright
     from tunewright.adapters.registry import find_adapter
+    from tunewright.core.progress import LogReporter
     from tunewright.evaluation.generations import Generator
-    from tunewright.progress import LogReporter
 
-    road = tunewright.open(Path(job["project"]))
-    adapter = find_adapter(road.project.adapters)
-    generator = Generator(road.base, road.chat, job["dtype"], "none", job["batch_size"], folder, LogReporter())
+    opened = tunewright.open(Path(job["project"]))
+    adapter = find_adapter(opened.folder.adapters)
+    generator = Generator(opened.base, opened.chat, job["dtype"], "none", job["batch_size"], folder, LogReporter())
     generator.model_with(adapter)
 
     def answer(arm: str, first: int, last: int) -> list[str]:

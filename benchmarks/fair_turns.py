@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tunewright.adapters.registry import find_adapter
+from tunewright.api.context import ProjectContext
+from tunewright.config.project import ProjectFolder
+from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
 from tunewright.data.versions import load_version
-from tunewright.disk import write_json
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.road.opened import OpenProject
 from tunewright.serving.engines.start import max_batch
 from tunewright.serving.state import Grounds, State
 from tunewright.serving.turns import COMPANY_SECONDS
@@ -55,20 +55,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     about = machine(options.threads)
-    opened = OpenProject(Project(options.project), LogReporter())
+    opened = ProjectContext(ProjectFolder(options.project), LogReporter())
     answers: dict[str, list[Answer]] = {name: [] for name in (*LOADS, FIRST_COME)}
     capacities: list[float] = []
     with tempfile.TemporaryDirectory() as temporary:
         url = f"sqlite:///{temporary}/state.sqlite"
         keys = tenants(url, opened.project)
-        prompts = [row.example.prompt for row in load_version(opened.project.dataset).examples("test")]
+        prompts = [row.example.prompt for row in load_version(opened.folder.dataset).examples("test")]
         with Host(options.project, url, options.threads) as host:
             meter = Meter(Clients(host.url, keys, ["model"] * 2), prompts)
             for turn in range(options.rounds):
                 if turn:
                     time.sleep(COMPANY_SECONDS + 1)  # who has had company lately leaves places free for it
-                recipe = opened.project.recipe
-                capacities.append(asyncio.run(meter.capacity(max_batch(recipe.serve.engine, recipe))))
+                config = opened.folder.config
+                capacities.append(asyncio.run(meter.capacity(max_batch(config.serve.engine, config))))
                 for name, times in LOADS.items():
                     answers[name] += asyncio.run(meter.load(SHARE * capacities[-1], times, options.seconds, turn))
         with Host(options.project, url, options.threads, fair=False) as host:
@@ -91,7 +91,7 @@ def main() -> None:
     )
 
 
-def tenants(url: str, project: Project) -> list[str]:
+def tenants(url: str, project: ProjectFolder) -> list[str]:
     """Two tenants of one adapter, and their keys."""
     adapter = find_adapter(project.adapters)
     with State(url, "benchmark") as state:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data.examples import Example, Message
-from tunewright.data.secrets import LABELS, find, redact, scan
+from tunewright.data.pii import LABELS, find, redact, scan
 
 # The labelled set belongs to the tests.
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "data"))

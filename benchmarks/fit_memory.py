@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tunewright.models.fit.memory import Load, Way, need
-from tunewright.models.fit.shape import read_shape
-from tunewright.recipe import PRESETS
+from tunewright.config import PRESETS
+from tunewright.models.memory.estimate import Load, Way, need
+from tunewright.models.memory.shape import read_shape
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["targets"]
 RANK = 16
@@ -71,19 +71,19 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tunewright.config import TrainConfig
+    from tunewright.core.progress import LogReporter
     from tunewright.models.bases import resolve_base
     from tunewright.models.loading import load_model
     from tunewright.models.quiet import quiet_transformers
-    from tunewright.progress import LogReporter
-    from tunewright.recipe import TrainRecipe
     from tunewright.training import trainer  # noqa: F401  (what it imports is the runtime's)
     from tunewright.training.adapter import keep_float32, lora_config
-    from tunewright.training.head import add_token_losses, token_losses_of
-    from tunewright.training.shared_prefix import Group, attention, pack
+    from tunewright.training.packing import Group, attention, pack
+    from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
 
     dtype, quantize, checkpointing, numbers = case
     load = Load(*numbers)
-    settings = TrainRecipe.model_validate({"preset": "all-linear", "dtype": dtype, "quantize": quantize, "rank": RANK})
+    settings = TrainConfig.model_validate({"preset": "all-linear", "dtype": dtype, "quantize": quantize, "rank": RANK})
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
     shape = read_shape(base.folder / "config.json")
     torch.manual_seed(0)

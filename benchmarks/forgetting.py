@@ -2,7 +2,7 @@
 
     python benchmarks/forgetting.py [--work build/forgetting] [--rows N] [--samples 100] [--questions 400] [--base BASE]
 
-Trains the demo's recipe as it is, with a mix-in of 5% human-written instructions (Self-Instruct's, which are no part of
+Trains the demo's config as it is, with a mix-in of 5% human-written instructions (Self-Instruct's, which are no part of
 the project: see tests/real_data.py), with self-replay, and at a lower learning rate; scales the first one's adapter by
 `tunewright adapters scale`'s rule. Measures exact match on dev (which also chose the epoch: read it as a comparison),
 the increase in negative log-likelihood of the base's own answers, and ARC-easy as lm-eval's acc_norm has it, on a
@@ -30,18 +30,18 @@ from rich.console import Console
 from rich.table import Table
 
 from tunewright.adapters.registry import Adapter
+from tunewright.api import Project
+from tunewright.api.context import ProjectContext
 from tunewright.cli.console import ConsoleReporter
-from tunewright.disk import digest, write_json
+from tunewright.config import MixConfig, ReplayConfig
+from tunewright.config.project import CONFIG_FILE, ProjectFolder
+from tunewright.core.io import digest, write_json
+from tunewright.core.progress import Reporter
 from tunewright.evaluation.choices import Question, chosen, read_questions
 from tunewright.evaluation.forgetting import ForgettingMeter
 from tunewright.evaluation.scaling import scale
-from tunewright.evaluation.statistics import effective_items, wilson
+from tunewright.evidence.statistics import effective_items, wilson
 from tunewright.examples import legal_citations
-from tunewright.progress import Reporter
-from tunewright.project import RECIPE_FILE, Project
-from tunewright.recipe import MixRecipe, ReplayRecipe
-from tunewright.road import Road
-from tunewright.road.opened import OpenProject
 from tunewright.training.lineage import packages
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -72,28 +72,28 @@ def main() -> None:
 
     domain = project_in(options.work / "domain", options, reporter, mix=False)
     adapters = trained(domain, options, reporter)
-    measurement = OpenProject(domain.project, reporter).measurement()
-    meter = ForgettingMeter(domain.project, measurement.version, measurement.generator, options.samples)
-    result = scale(measurement, meter, adapters["plain"])
+    arm_runner = ProjectContext(domain.project, reporter).arm_runner()
+    meter = ForgettingMeter(domain.project, arm_runner.version, arm_runner.generator, options.samples)
+    result = scale(arm_runner, meter, adapters["plain"])
     adapters[f"plain, scaled by {result.chosen.factor:g}"] = result.adapter
     questions, why_not = arc(options.questions)
     if why_not:
         console.print(why_not, style="yellow")
 
-    rows = {"base": measured(None, measurement, meter, questions, options.work)}
+    rows = {"base": measured(None, arm_runner, meter, questions, options.work)}
     for name, adapter in adapters.items():
-        rows[name] = measured(adapter, measurement, meter, questions, options.work)
+        rows[name] = measured(adapter, arm_runner, meter, questions, options.work)
     document: dict[str, Any] = {
         "machine": {
             "platform": platform.platform(),
             "cpu": cpu(),
-            "packages": packages(domain.project.recipe.train.quantize),
+            "packages": packages(domain.project.config.train.quantize),
         },
         "task": {
-            "dataset": measurement.version.digest,
-            "train": len(measurement.version.domain_of("train")),
-            "dev": len(measurement.version.examples("dev")),
-            "base": domain.project.recipe.base,
+            "dataset": arm_runner.version.digest,
+            "train": len(arm_runner.version.domain_of("train")),
+            "dev": len(arm_runner.version.examples("dev")),
+            "base": domain.project.config.base,
         },
         "arc_easy": {"questions": len(questions), "seed": SEED, "skipped": why_not},
         "rows": rows,
@@ -106,7 +106,7 @@ def main() -> None:
     print(f"{RESULTS.relative_to(ROOT)}, {PLOT.relative_to(ROOT)}; {document['seconds'] / 60:.0f} minutes this time")
 
 
-def project_in(folder: Path, options: argparse.Namespace, reporter: Reporter, *, mix: bool) -> Road:
+def project_in(folder: Path, options: argparse.Namespace, reporter: Reporter, *, mix: bool) -> Project:
     """The demo's project in a folder, with its dataset version; with the mix-in, where that is asked for."""
     folder.mkdir(parents=True, exist_ok=True)
     files = legal_citations.project_files()
@@ -114,16 +114,16 @@ def project_in(folder: Path, options: argparse.Namespace, reporter: Reporter, *,
     if options.rows:
         pairs = random.Random(SEED).sample(pairs, options.rows)
     (folder / legal_citations.PAIRS_FILE).write_text("".join(pairs), encoding="utf-8")
-    (folder / RECIPE_FILE).write_text(files[RECIPE_FILE], encoding="utf-8")
-    recipe = Project(folder).recipe
+    (folder / CONFIG_FILE).write_text(files[CONFIG_FILE], encoding="utf-8")
+    config = ProjectFolder(folder).config
     update: dict[str, Any] = {"base": options.base} if options.base else {}
     if mix:
         (folder / "generic.jsonl").write_text(self_instruct(), encoding="utf-8")
-        chosen_mix = MixRecipe(source="generic.jsonl", fraction=MIX)
-        update["data"] = recipe.data.model_copy(update={"mix": chosen_mix})
-    road = Road(Project(folder, recipe.model_copy(update=update)), reporter)
-    road.data.add([folder / legal_citations.PAIRS_FILE])
-    return road
+        chosen_mix = MixConfig(source="generic.jsonl", fraction=MIX)
+        update["data"] = config.data.model_copy(update={"mix": chosen_mix})
+    opened = Project(ProjectFolder(folder, config.model_copy(update=update)), reporter)
+    opened.data.add([folder / legal_citations.PAIRS_FILE])
+    return opened
 
 
 def self_instruct() -> str:
@@ -139,14 +139,14 @@ def self_instruct() -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def trained(domain: Road, options: argparse.Namespace, reporter: Reporter) -> dict[str, Adapter]:
+def trained(domain: Project, options: argparse.Namespace, reporter: Reporter) -> dict[str, Adapter]:
     """The adapter of each way of training, by its name."""
-    recipe = domain.project.recipe
+    config = domain.project.config
 
     def changed(**train: Any) -> Adapter:
-        train_recipe = recipe.train.model_copy(update=train)
-        project = Project(domain.project.root, recipe.model_copy(update={"train": train_recipe}))
-        return Road(project, reporter).train().adapter
+        train_config = config.train.model_copy(update=train)
+        project = ProjectFolder(domain.project.root, config.model_copy(update={"train": train_config}))
+        return Project(project, reporter).train().adapter
 
     adapters = {"plain": changed()}
     if (SHARED / "self_instruct").is_dir():
@@ -154,7 +154,7 @@ def trained(domain: Road, options: argparse.Namespace, reporter: Reporter) -> di
         adapters[f"mix-in {MIX:.0%}"] = mixed.train().adapter
     else:
         reporter.warn(f"No mix-in: Self-Instruct's tasks are not in {SHARED}.")
-    adapters["self-replay, KL"] = changed(replay=ReplayRecipe(samples=options.samples))
+    adapters["self-replay, KL"] = changed(replay=ReplayConfig(samples=options.samples))
     adapters[f"learning rate {LOWER_RATE:g}"] = changed(learning_rate=LOWER_RATE)
     return adapters
 
@@ -169,17 +169,17 @@ def arc(count: int) -> tuple[list[Question], str | None]:
 
 
 def measured(
-    adapter: Adapter | None, measurement: Any, meter: ForgettingMeter, questions: list[Question], work: Path
+    adapter: Adapter | None, arm_runner: Any, meter: ForgettingMeter, questions: list[Question], work: Path
 ) -> dict[str, Any]:
     """One row of the table."""
-    clusters = [member.cluster for member in measurement.version.examples("dev")]
-    right = measurement.dev_scores(adapter).values
+    clusters = [member.cluster for member in arm_runner.version.examples("dev")]
+    right = arm_runner.dev_scores(adapter).values
     forgetting = {"increase": 0.0, "interval": {"low": 0.0, "high": 0.0}}
     if adapter is not None:
         forgetting = meter.measure(adapter).as_dict()
     row: dict[str, Any] = {"dev": share(right, clusters), "forgetting": forgetting, "arc_easy": None}
     if questions:
-        picked = arc_choices(adapter, measurement.generator, questions, work)
+        picked = arc_choices(adapter, arm_runner.generator, questions, work)
         hits = np.array([pick == question.gold for pick, question in zip(picked, questions, strict=True)])
         row["arc_easy"] = share(hits, [str(n) for n in range(len(hits))])
     if adapter is not None:

@@ -33,13 +33,13 @@ from rich.table import Table
 
 from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.chat import open_chat
+from tunewright.config import ChatConfig, GatewayConfig
+from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
-from tunewright.disk import write_json
 from tunewright.engines.protocol import Delta
+from tunewright.generation.requests import Request
 from tunewright.models.bases import resolve_base
-from tunewright.models.requests import Request
-from tunewright.progress import LogReporter
-from tunewright.recipe import ChatRecipe, GatewayRecipe
 from tunewright.serving.access import ServedAdapter
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.outbox import Inbox, Outbox
@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> list[float]:
         for name in ("uvloop", "httptools"):
             sys.modules[name] = None  # type: ignore[assignment]  # as if it were not there
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
-    chat = open_chat(base, ChatRecipe(), LogReporter())
+    chat = open_chat(base, ChatConfig(), LogReporter())
     texts, took = Texts(chat.prompt, chat.continuation, chat.text), []
     with tempfile.TemporaryDirectory() as folder:
         state, engine = State(f"sqlite:///{folder}/state.sqlite", "gateway_cost"), IdleEngine()
@@ -145,7 +145,7 @@ def measure(options: argparse.Namespace) -> list[float]:
         state.releases.deploy(ALIAS, "adapter", "0" * 64, Grounds(None, None, "a benchmark"))
         served = ServedAdapter(Path(folder), SystemPrompt(None))
         access = TenantAccess(state, engine, lambda _name, _digest: served, LogReporter())
-        with serving(Gateway(engine, access, texts, GatewayRecipe()).app) as url:
+        with serving(Gateway(engine, access, texts, GatewayConfig()).app) as url:
             for _ in range(options.rounds + 1):
                 before = time.process_time()
                 subprocess.run([sys.executable, *sys.argv, "--ask", url, key], check=True)

@@ -38,7 +38,7 @@ LOG_CHARACTERS = 4000
 PRELOADED = [
     "tunewright.training.trainer",
     "tunewright.training.run",
-    "tunewright.models.decoding",
+    "tunewright.generation.decoding",
     "transformers.models.llama.modeling_llama",
     "bitsandbytes",
 ]
@@ -216,7 +216,7 @@ class Run:
 
     def _write(self) -> None:
         """Write the results whole or not at all."""
-        from tunewright.disk import write_json
+        from tunewright.core.io import write_json
 
         write_json(self.file, self.document)
 
@@ -233,11 +233,11 @@ def _end(process: Any, grace_s: float) -> None:
         process.join()
 
 
-def measurement_text(measurement: dict[str, Any]) -> str:
+def measurement_text(arm_runner: dict[str, Any]) -> str:
     """Return a measurement in one line."""
-    values = ", ".join(f"{name} {_value(name, value)}" for name, value in measurement["values"].items())
-    verdict = {True: "  ok", False: "  MISSED", None: ""}[measurement["passed"]]
-    return f"{measurement['name']}: {values}{verdict}"
+    values = ", ".join(f"{name} {_value(name, value)}" for name, value in arm_runner["values"].items())
+    verdict = {True: "  ok", False: "  MISSED", None: ""}[arm_runner["passed"]]
+    return f"{arm_runner['name']}: {values}{verdict}"
 
 
 def _value(name: str, value: Any) -> str:

@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from tunewright.evaluation.statistics import bootstrap_sums, cluster_sums, difference_interval
+from tunewright.evidence.statistics import bootstrap_sums, cluster_sums, difference_interval
 
 RUNS, RESAMPLES = 1_000, 1_000
 

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunewright.config.project import CONFIG_FILE, create_project
+from tunewright.core.progress import LogReporter
 from tunewright.data.add import add
 from tunewright.data.examples import Example, Message
 from tunewright.data.review.suspects import suspects, text_features
 from tunewright.data.versions import DatasetVersion, Member, load_version
-from tunewright.progress import LogReporter
-from tunewright.project import RECIPE_FILE, create_project
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -69,7 +69,7 @@ def main(seeds: int) -> None:
 
 def _version() -> DatasetVersion:
     with tempfile.TemporaryDirectory() as folder:
-        project = create_project(Path(folder) / "banking77", {RECIPE_FILE: ""})
+        project = create_project(Path(folder) / "banking77", {CONFIG_FILE: ""})
         file = project.root / "banking77.jsonl"
         rows = [{"prompt": e.input_text, "completion": e.output} for e in banking77()]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cases.bases import SHAPES, TOY, base_in_memory, build, tokenizer
-from gpu_cases.training import RANK, TARGETS, Clock, TimedRun, recipe_of, same_length_rows
+from gpu_cases.training import RANK, TARGETS, Clock, TimedRun, config_of, same_length_rows
 
-from tunewright.disk import write_json
-from tunewright.models.fit.memory import Load, Way, need
-from tunewright.models.fit.shape import Shape
+from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
+from tunewright.models.memory.estimate import Load, Way, need
+from tunewright.models.memory.shape import Shape
 from tunewright.models.quiet import quiet_transformers
-from tunewright.progress import LogReporter
 
 RESULTS = Path(__file__).with_name("results") / "layerwise_8b.json"
 STEPS = 3
@@ -73,9 +73,9 @@ def _train(shape: Shape) -> dict[str, Any]:
         model = build(shape, nf4=True, place="cpu")
         built = time.monotonic() - began
         rows = same_length_rows(shape, LOAD)
-        recipe = recipe_of(LOAD.rows, STEPS, nf4=True)
+        config = config_of(LOAD.rows, STEPS, nf4=True)
         clock = Clock(STEPS)
-        run = TimedRun(recipe, base_in_memory(), Path(folder), LogReporter(), clock=clock)
+        run = TimedRun(config, base_in_memory(), Path(folder), LogReporter(), clock=clock)
         history, _ = run.fit(model, tokenizer(), rows, rows[:1], None)
     steps = [row for row in history if "loss" in row]
     losses, norms = [row["loss"] for row in steps], [row["grad_norm"] for row in steps]

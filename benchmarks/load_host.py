@@ -31,13 +31,13 @@ from unittest.mock import patch
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.api.context import ProjectContext
+from tunewright.api.serving import adapter_of
+from tunewright.config import Config
+from tunewright.config.project import ProjectFolder
+from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Engine
-from tunewright.models.requests import Request
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.recipe import Recipe
-from tunewright.road.opened import OpenProject
-from tunewright.road.serving import adapter_of
+from tunewright.generation.requests import Request
 from tunewright.serving.access import ServedAdapter
 from tunewright.serving.fairness import FairQueue, Place
 from tunewright.serving.service import Service, Tenancy
@@ -116,13 +116,13 @@ def open_service(settings: dict[str, Any]) -> Service:
     import torch
 
     torch.set_num_threads(settings["threads"])
-    project = Project(Path(settings["project"]))
-    opened = OpenProject(project, LogReporter())
+    project = ProjectFolder(Path(settings["project"]))
+    opened = ProjectContext(project, LogReporter())
     state = State(settings["state"], "load")
     live = {release.digest for release in state.releases.live().values()}
     folders = {a.name: a.folder for a in list_adapters(project.adapters) if a.digest in live}
     return Service(
-        patient(project.recipe),
+        patient(project.config),
         opened.base,
         replace(opened.chat, stop_ids=frozenset()),
         "none",
@@ -136,11 +136,11 @@ def open_service(settings: dict[str, Any]) -> Service:
     )
 
 
-def patient(recipe: Recipe) -> Recipe:
-    """The recipe on any port, and without the gateway's limits on waits, which are to be measured and not cut off."""
+def patient(config: Config) -> Config:
+    """The config on any port, and without the gateway's limits on waits, which are to be measured and not cut off."""
     waits = dict.fromkeys(("queue_s", "first_token_s", "between_tokens_s", "total_s"), 3600.0)
-    gateway, serve = recipe.gateway.model_copy(update=waits), recipe.serve.model_copy(update={"port": 0})
-    return recipe.model_copy(update={"gateway": gateway, "serve": serve})
+    gateway, serve = config.gateway.model_copy(update=waits), config.serve.model_copy(update={"port": 0})
+    return config.model_copy(update={"gateway": gateway, "serve": serve})
 
 
 async def ask_bare(engine: Engine, asks: list[tuple[float, list[int], str, int]]) -> dict[str, Any]:

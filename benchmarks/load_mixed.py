@@ -21,8 +21,8 @@ from arrivals import Ask
 from load_clients import Clients, Prompt
 from load_tenants import Tenant, release
 
-from tunewright.errors import UserError
-from tunewright.road.opened import OpenProject
+from tunewright.api.context import ProjectContext
+from tunewright.core.errors import UserError
 from tunewright.serving.canaries import CANARY, Digest, Ids, Oracle, Own
 from tunewright.serving.isolation import TOLERANCE
 from tunewright.serving.state import State
@@ -203,7 +203,7 @@ def switches(tenants: Sequence[Tenant], others: Sequence[Tenant], requests: int)
 
 
 def mixed(
-    opened: OpenProject,
+    opened: ProjectContext,
     state: State,
     clients: Clients,
     tenants: Sequence[Tenant],
@@ -224,7 +224,7 @@ def mixed(
     """
     from tunewright.serving.oracle import PeftOracle
 
-    chat, dtype = opened.chat, opened.project.recipe.train.dtype
+    chat, dtype = opened.chat, opened.folder.config.train.dtype
     adapters = {one.adapter.digest: one.adapter.folder for one in (*tenants, *others)}
     owned = [[tenant.adapter.digest] for tenant in tenants]
     for own, other in zip(owned, others, strict=False):

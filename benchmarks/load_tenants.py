@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, find_adapter, store_adapter
-from tunewright.clock import now
-from tunewright.disk import digest
-from tunewright.road.opened import OpenProject
+from tunewright.api.context import ProjectContext
+from tunewright.core.clock import now
+from tunewright.core.io import digest
 from tunewright.serving.state import Grounds, State
 
 
@@ -24,17 +24,17 @@ class Tenant:
     adapter: Adapter
 
 
-def make_tenants(opened: OpenProject, state: State, count: int, seed: int, noise: float) -> list[Tenant]:
+def make_tenants(opened: ProjectContext, state: State, count: int, seed: int, noise: float) -> list[Tenant]:
     """Tenants with adapters that are not released yet; the first has the trained adapter itself.
 
     Args:
         noise: standard deviation of what is added to 1, by which each weight of the others' B matrices is multiplied;
             far enough from 0 for answers of another kind.
     """
-    trained = find_adapter(opened.project.adapters)
+    trained = find_adapter(opened.folder.adapters)
     made = []
     for number in range(count):
-        adapter = trained if number == 0 else disturbed(opened.project.adapters, trained, seed + number, noise)
+        adapter = trained if number == 0 else disturbed(opened.folder.adapters, trained, seed + number, noise)
         name, alias = f"tenant-{number:02}", f"model-{number:02}"
         state.tenants.add(name, [alias])
         key, _ = state.tenants.add_key(name)

@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tunewright.adapters.registry import adapter_digest, find_adapter
-from tunewright.disk import write_json
+from tunewright.api.context import ProjectContext
+from tunewright.config.project import ProjectFolder
+from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
+from tunewright.generation.requests import Request
 from tunewright.models.loading import load_model, with_adapters
-from tunewright.models.requests import Request
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.road.opened import OpenProject
 from tunewright.serving.engines import peft
 from tunewright.serving.engines.peft import PIECE_TOKENS, PeftEngine
 
@@ -47,11 +47,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     about = machine(options.threads)
-    project = Project(options.project)
-    opened = OpenProject(project, LogReporter())
+    project = ProjectFolder(options.project)
+    opened = ProjectContext(project, LogReporter())
     folder = find_adapter(project.adapters).folder
     adapter = adapter_digest(folder)
-    model = with_adapters(load_model(opened.base, project.recipe.train.dtype, "none"), {adapter: folder})
+    model = with_adapters(load_model(opened.base, project.config.train.dtype, "none"), {adapter: folder})
     text = "A complaint about a card that was charged twice, and nobody answers. " * options.tokens
     long = Request(opened.chat.continuation(text)[: options.tokens], adapter, 2)
     engine = PeftEngine(model, stop_ids=(), pad_id=0, max_batch=8, context_length=2 * options.tokens)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import tunewright
+from tunewright.api import Project
+from tunewright.config.project import CONFIG_FILE
 from tunewright.examples import legal_citations
-from tunewright.project import RECIPE_FILE
-from tunewright.road import Road
 
 NOISE = 0.05
 
@@ -29,17 +29,17 @@ def main(rows: int) -> None:
     """Both kinds of losses on one noisy set."""
     logging.getLogger("tunewright").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        road, wrong = _noisy_project(Path(folder), rows)
+        project, wrong = _noisy_project(Path(folder), rows)
         print(f"{rows} rows, {len(wrong)} with the answer of another row: how many are in the top 10% by loss")
         results = []
-        road.crossfit()
-        results.append(_row(road, wrong, "cross-fitted", None))
-        adapter = road.train().adapter
-        results.append(_row(road, wrong, "one adapter", adapter.name))
+        project.crossval()
+        results.append(_row(project, wrong, "cross-fitted", None))
+        adapter = project.train().adapter
+        results.append(_row(project, wrong, "one adapter", adapter.name))
         print(json.dumps(results))
 
 
-def _noisy_project(folder: Path, rows: int) -> tuple[Road, set[str]]:
+def _noisy_project(folder: Path, rows: int) -> tuple[Project, set[str]]:
     """The project, and the inputs whose answers are wrong."""
     generator = random.Random(0)
     files = legal_citations.project_files()
@@ -52,19 +52,19 @@ def _noisy_project(folder: Path, rows: int) -> tuple[Road, set[str]]:
         pair["completion"] = answer
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     # No answer is needed here: one token of each is the least that an evaluation makes.
-    (folder / RECIPE_FILE).write_text(
+    (folder / CONFIG_FILE).write_text(
         "data:\n  system: Give the citation abbreviation of this court.\n"
         "train:\n  preset: all-linear\n  learning_rate: 0.001\n  epochs: 3\n"
         "evaluate:\n  shots: [1]\n  max_new_tokens: 1\n",
         encoding="utf-8",
     )
-    road = tunewright.open(folder)
-    road.data.add([folder / "pairs.jsonl"])
-    return road, {pair["prompt"] for pair in bad}
+    project = tunewright.open(folder)
+    project.data.add([folder / "pairs.jsonl"])
+    return project, {pair["prompt"] for pair in bad}
 
 
-def _row(road: Road, wrong: set[str], name: str, adapter: str | None) -> dict[str, Any]:
-    result = road.data.suspects(adapter)
+def _row(project: Project, wrong: set[str], name: str, adapter: str | None) -> dict[str, Any]:
+    result = project.data.suspects(adapter)
     inputs = {m.key: m.example.input_text for m in result.version.members}
     found = sum(inputs[suspect.key] in wrong for suspect in result.suspects)
     print(f"{name:<14} {found} of {len(wrong)} in {len(result.suspects)} rows")

@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
+from tunewright.core.progress import LogReporter
+from tunewright.data.dedup import comparison_texts, find_clusters, find_duplicates
+from tunewright.data.dedup.similarity import near_pairs, shingle_matrix, shingles, similarities
 from tunewright.data.examples import Example, Message
-from tunewright.data.neighbours import comparison_texts, find_clusters, find_duplicates
-from tunewright.data.neighbours.similarity import near_pairs, shingle_matrix, shingles, similarities
 from tunewright.examples.legal_citations import PAIRS_FILE, project_files
-from tunewright.progress import LogReporter
 
 BANDS, BAND_ROWS = 32, 4
 Pairs = set[tuple[int, int]]

@@ -33,10 +33,10 @@ from load_shown import machine
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from tunewright.core.progress import LogReporter
+from tunewright.data.dedup import comparison_texts, find_clusters, find_duplicates
+from tunewright.data.dedup.similarity import shingle_matrix, similarities
 from tunewright.data.examples import Example, Message
-from tunewright.data.neighbours import comparison_texts, find_clusters, find_duplicates
-from tunewright.data.neighbours.similarity import shingle_matrix, similarities
-from tunewright.progress import LogReporter
 
 RESULTS = Path(__file__).with_name("results") / "near_duplicates_templates.json"
 THRESHOLD = 0.8

@@ -18,9 +18,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
+from tunewright.config import Quantize
+from tunewright.core.progress import LogReporter
 from tunewright.models.bases import Base, resolve_base
-from tunewright.progress import LogReporter
-from tunewright.recipe import Quantize
 
 KINDS = ("linear layers", "embeddings and head", "norms")
 MIB = 2**20

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tunewright.data.formats import Fault, scan_pairs
-from tunewright.recipe import DataRecipe
+from tunewright.config import DataConfig
+from tunewright.data.readers import Fault, scan_pairs
 
 MAPPINGS = {
-    "columns": DataRecipe(input="question", output="answer"),
-    "templates": DataRecipe(input="Customer: {{ question }}", output='{{ {"intent": answer} | tojson }}'),
+    "columns": DataConfig(input="question", output="answer"),
+    "templates": DataConfig(input="Customer: {{ question }}", output='{{ {"intent": answer} | tojson }}'),
 }
 _BATCH = 10_000
 

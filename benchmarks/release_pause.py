@@ -34,12 +34,12 @@ from typing import Any
 from load_tenants import disturbed
 
 from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.api.context import ProjectContext
+from tunewright.config.project import ProjectFolder
+from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Engine
+from tunewright.generation.requests import Request
 from tunewright.models.loading import load_model, with_adapters
-from tunewright.models.requests import Request
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.road.opened import OpenProject
 from tunewright.serving.engines.start import Wanted, start_engine
 
 NOISE = 10.0
@@ -60,7 +60,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    found = OpenProject(Project(options.project), LogReporter())
+    found = ProjectContext(ProjectFolder(options.project), LogReporter())
     trained = find_adapter(found.project.adapters)
     with tempfile.TemporaryDirectory() as place:
         made = [disturbed(Path(place), trained, seed, NOISE) for seed in range(max(options.adapters) + 1)]
@@ -85,13 +85,15 @@ def tell(result: dict[str, Any]) -> None:
         print(f"  peft's {what:14}{1000 * statistics.median(result[f'peft_{what}_s']):5.0f} ms", file=sys.stderr)
 
 
-async def measure(found: OpenProject, resident: list[Adapter], late: Adapter, rounds: int, rows: int) -> dict[str, Any]:
+async def measure(
+    found: ProjectContext, resident: list[Adapter], late: Adapter, rounds: int, rows: int
+) -> dict[str, Any]:
     """The longest gap of each round, by what was done meanwhile."""
-    recipe = found.project.recipe
+    config = found.project.config
     wanted = Wanted(
         found.base, replace(found.chat, stop_ids=frozenset()), "none", {each.digest: each.folder for each in resident}
     )
-    engine = await asyncio.to_thread(start_engine, "peft", recipe, wanted, found.reporter)
+    engine = await asyncio.to_thread(start_engine, "peft", config, wanted, found.reporter)
     gaps: dict[str, list[float]] = {"nothing": [], "load": [], "unload": []}
     seconds: dict[str, list[float]] = {"load": [], "unload": []}
     try:
@@ -164,9 +166,9 @@ async def decoding(engine: Engine, adapters: list[str]) -> AsyncIterator[Tokens]
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def by_peft(found: OpenProject, resident: list[Adapter], late: Adapter, rounds: int) -> dict[str, list[float]]:
+def by_peft(found: ProjectContext, resident: list[Adapter], late: Adapter, rounds: int) -> dict[str, list[float]]:
     """Seconds that peft takes beside as many adapters."""
-    base = load_model(found.base, found.project.recipe.train.dtype, "none")
+    base = load_model(found.base, found.project.config.train.dtype, "none")
     model = with_adapters(base, {each.digest: each.folder for each in resident})
     taken: dict[str, list[float]] = {"peft_load_s": [], "peft_delete_s": []}
     for _ in range(rounds):

@@ -42,12 +42,12 @@ from load_shown import draw, machine, show
 from load_tenants import Tenant, make_tenants, release
 from scipy.stats import quantile_test
 
+from tunewright.api.context import ProjectContext
+from tunewright.config.project import ProjectFolder
+from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import load_version
-from tunewright.disk import write_json
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.road.opened import OpenProject
 from tunewright.serving.state import State
 from tunewright.serving.turns import COMPANY_SECONDS
 
@@ -73,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "project"
         shutil.copytree(options.project, root)
-        opened = OpenProject(Project(root), LogReporter())
+        opened = ProjectContext(ProjectFolder(root), LogReporter())
         url = f"sqlite:///{temporary}/state.sqlite"
         with State(url, "load") as state:
             tenants = make_tenants(opened, state, options.tenants + LATECOMERS, SEED, options.noise)
@@ -163,7 +163,7 @@ class Load:
     """The parts of the measurement; each is a method that returns what goes into the results."""
 
     def __init__(
-        self, opened: OpenProject, state: State, tenants: Sequence[Tenant], options: argparse.Namespace, host: Host
+        self, opened: ProjectContext, state: State, tenants: Sequence[Tenant], options: argparse.Namespace, host: Host
     ) -> None:
         self.host = host
         self._opened = opened
@@ -172,7 +172,7 @@ class Load:
         self._late = tenants[options.tenants :]
         self._options = options
         self._shares = zipf_shares(options.tenants, options.zipf)
-        rows = load_version(opened.project.dataset).examples("test")
+        rows = load_version(opened.folder.dataset).examples("test")
         self._prompts: list[tuple[Message, ...]] = [tuple(row.example.prompt) for row in rows]
         self._ids = [opened.chat.prompt(prompt) for prompt in self._prompts]
         self._clients = Clients(host.url, [tenant.key for tenant in tenants], [tenant.alias for tenant in tenants])

@@ -22,11 +22,11 @@ ITEMS = 20
 
 def main(project: str) -> None:
     """Serve the newest adapter and ask."""
-    road = tunewright.open(project)
-    adapter = find_adapter(road.project.adapters)
+    opened = tunewright.open(project)
+    adapter = find_adapter(opened.folder.adapters)
     earlier = [f"{adapter.name}@{step}" for step in list(adapter.checkpoints)[:1]]
-    service = road.serve([adapter.name, *earlier], port=0)
-    prompts = [m.example.prompt for m in road.data.version().examples("test")[:ITEMS]]
+    service = opened.serve([adapter.name, *earlier], port=0)
+    prompts = [m.example.prompt for m in opened.data.version().examples("test")[:ITEMS]]
     jobs = [
         (model, [{"role": m.role, "content": m.content} for m in prompt])
         for prompt in prompts
@@ -37,7 +37,7 @@ def main(project: str) -> None:
     same = sum(a == b for a, b in zip(together, alone, strict=True))
     print(
         f"{len(jobs)} requests: {together_s:.1f} s at once, {alone_s:.1f} s one by one ({alone_s / together_s:.1f}x), "
-        f"{same} answers the same in {road.project.recipe.train.dtype}"
+        f"{same} answers the same in {opened.folder.config.train.dtype}"
     )
     print(json.dumps({"requests": len(jobs), "together_s": together_s, "alone_s": alone_s, "same": same}))
 

@@ -16,15 +16,15 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from tunewright.config import Config, DataConfig
+from tunewright.config.project import ProjectFolder
+from tunewright.core.progress import LogReporter
 from tunewright.data.add import add
-from tunewright.data.neighbours.leak import leak
+from tunewright.data.dedup.leakage import leak
 from tunewright.data.review.suspects import class_like
 from tunewright.data.splits import assign_splits
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.examples.legal_citations import PAIRS_FILE, project_files
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.recipe import DataRecipe, Recipe
 
 SIMILARITIES = (0.8, 0.7)
 
@@ -50,15 +50,15 @@ def main() -> None:
     print(json.dumps(results))
 
 
-def _version(root: Path, files: list[Path], similarity: float) -> tuple[DatasetVersion, DataRecipe]:
+def _version(root: Path, files: list[Path], similarity: float) -> tuple[DatasetVersion, DataConfig]:
     """The pairs as a dataset version of a new project."""
     root.mkdir()
     columns = {"input": "text", "output": "category"} if files else {}
-    data = DataRecipe.model_validate({**columns, "similarity": similarity})
+    data = DataConfig.model_validate({**columns, "similarity": similarity})
     if not files:
         files = [root / PAIRS_FILE]
         files[0].write_text(project_files()[PAIRS_FILE], encoding="utf-8")
-    add(Project(root, Recipe(data=data)), files, _Silent())
+    add(ProjectFolder(root, Config(data=data)), files, _Silent())
     return load_version(root / "dataset"), data
 
 
@@ -74,7 +74,7 @@ def _leaks(version: DatasetVersion) -> dict[str, Any]:
     return {"rows": len(version.members), "test_histogram": counts, "leaks": shares}
 
 
-def _classes(version: DatasetVersion, data: DataRecipe) -> dict[str, Any]:
+def _classes(version: DatasetVersion, data: DataConfig) -> dict[str, Any]:
     """How far a class is from its share of test at most, in rows: with and without the split by class."""
     outputs = {m.key: m.example.output for m in version.members}
     if not class_like(list(outputs.values())):

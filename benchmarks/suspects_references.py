@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tunewright
+from tunewright.api import Project
+from tunewright.config.project import CONFIG_FILE
 from tunewright.data.review.suspects import conflicts
-from tunewright.project import RECIPE_FILE
-from tunewright.road import Road
 
 NOISE = 0.05
 
@@ -31,8 +31,8 @@ def main(file: Path, inputs: int) -> None:
     """Rank one noisy set in each way."""
     logging.getLogger("tunewright").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        road, wrong = _noisy_project(Path(folder), file, inputs)
-        version = road.data.version()
+        project, wrong = _noisy_project(Path(folder), file, inputs)
+        version = project.data.version()
         pairs = {m.key: (m.example.input_text, m.example.output) for m in version.members}
         most = round(NOISE * len(pairs))
         print(f"{len(pairs)} rows of {inputs} inputs, {len(wrong)} with a reference of another input")
@@ -45,22 +45,22 @@ def main(file: Path, inputs: int) -> None:
 
         def kept_losses() -> list[str]:
             """All rows by the loss after their conversation alone, as the newest file of losses has it."""
-            newest = max((road.project.work / "losses").glob("*.json"), key=lambda file: file.stat().st_mtime)
+            newest = max((project.folder.work / "losses").glob("*.json"), key=lambda file: file.stat().st_mtime)
             losses = json.loads(newest.read_text(encoding="utf-8"))
             return sorted(losses, key=lambda key: -losses[key]["given"])
 
         show("conflicts first", [s.key for s in conflicts(version.domain)], 0)
-        for name in ("base", road.train().adapter.name):
+        for name in ("base", project.train().adapter.name):
             for call in ("", ", again"):
                 began = time.perf_counter()
-                result = road.data.suspects(name)
+                result = project.data.suspects(name)
                 keys = [s.key for s in result.suspects]
                 show(f"less without input, {name[:10]}{call}", keys, time.perf_counter() - began)
             show(f"loss, {name[:10]}", kept_losses(), 0)
         print(json.dumps(results))
 
 
-def _noisy_project(folder: Path, file: Path, inputs: int) -> tuple[Road, set[tuple[str, str]]]:
+def _noisy_project(folder: Path, file: Path, inputs: int) -> tuple[Project, set[tuple[str, str]]]:
     """The project, and the pairs that are wrong."""
     generator = random.Random(0)
     with file.open(encoding="utf-8", newline="") as text:
@@ -73,14 +73,14 @@ def _noisy_project(folder: Path, file: Path, inputs: int) -> tuple[Road, set[tup
     wrong = {pair for pair in noisy if pair not in set(pairs)}
     lines = (json.dumps({"prompt": mr, "completion": ref}) for mr, ref in noisy)
     (folder / "pairs.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    (folder / RECIPE_FILE).write_text(
+    (folder / CONFIG_FILE).write_text(
         "data:\n  system: Describe the restaurant in a sentence.\n  conflicts: accept\n"
         "train:\n  preset: all-linear\n  learning_rate: 0.001\n  epochs: 1\n",
         encoding="utf-8",
     )
-    road = tunewright.open(folder)
-    road.data.add([folder / "pairs.jsonl"])
-    return road, wrong
+    project = tunewright.open(folder)
+    project.data.add([folder / "pairs.jsonl"])
+    return project, wrong
 
 
 if __name__ == "__main__":

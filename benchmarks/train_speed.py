@@ -163,26 +163,26 @@ def time_to(runs: Sequence[Run], loss: float, score: float) -> float | None:
 def write_rows(file: Path, data: str, train_rows: int | None, dev_rows: int | None) -> None:
     """Write the data set's train and dev rows, as ids and labels, and the tokens that end an answer."""
     import tunewright
+    from tunewright.config.project import CONFIG_FILE, create_project
     from tunewright.demo import example_files
-    from tunewright.project import RECIPE_FILE, create_project
     from tunewright.training.rows import IGNORED, as_columns, encode_members
 
     files = example_files("legal-citations")
     if data != "demo":
-        files[RECIPE_FILE] = files[RECIPE_FILE].replace("Give the citation abbreviation of this court.", INSTRUCTION)
+        files[CONFIG_FILE] = files[CONFIG_FILE].replace("Give the citation abbreviation of this court.", INSTRUCTION)
     written: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         project = create_project(Path(folder) / "project", files)
-        road = tunewright.open(project.root)
-        road.data.add([project.root / "pairs.jsonl"])
-        extra = road.chat.tokenizer("Courts are cited by the abbreviations of the Bluebook. " * 40)["input_ids"][:300]
-        written["stop_ids"] = sorted(road.chat.stop_ids)
-        version = road.data.version()
+        opened = tunewright.open(project.root)
+        opened.data.add([project.root / "pairs.jsonl"])
+        extra = opened.chat.tokenizer("Courts are cited by the abbreviations of the Bluebook. " * 40)["input_ids"][:300]
+        written["stop_ids"] = sorted(opened.chat.stop_ids)
+        version = opened.data.version()
         for split, members, count in (
             ("train", version.examples("train"), train_rows),
             ("dev", version.examples("dev"), dev_rows),
         ):
-            columns = as_columns(encode_members(road.chat, members, 2048).rows)
+            columns = as_columns(encode_members(opened.chat, members, 2048).rows)
             written[split] = {name: columns[name][:count] for name in ("input_ids", "labels")}
     shared = sum(len(set(column)) == 1 for column in zip(*written["train"]["input_ids"], strict=False))
     for split in ("train", "dev"):
@@ -203,10 +203,10 @@ def train_one(side: str, rows_file: str, seed: int, epochs: int, measurements: i
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback
 
+    from tunewright.core.progress import LogReporter
     from tunewright.models.bases import resolve_base
     from tunewright.models.loading import load_model, load_tokenizer
     from tunewright.models.quiet import quiet_transformers
-    from tunewright.progress import LogReporter
 
     rows = json.loads(Path(rows_file).read_text())
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
@@ -318,7 +318,7 @@ def measure(model: Any, rows: Rows, stop_ids: Sequence[int]) -> dict[str, float]
     """Return the mean loss of the rows' trained tokens, and the share of greedy answers that match exactly."""
     import torch
 
-    from tunewright.models.decoding import Request, generate
+    from tunewright.generation.decoding import Request, generate
 
     was_training = model.training
     model.eval()

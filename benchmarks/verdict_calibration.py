@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from tunewright.disk import write_json
-from tunewright.evaluation.evidence import Evidence, Measured
-from tunewright.evaluation.power import minimum_detectable_effect, power
-from tunewright.evaluation.scoring import ScoredArms, declared_contrasts, score_arm
-from tunewright.evaluation.statistics import exact_mcnemar
-from tunewright.evaluation.verdict import Verdict, verdict
+from tunewright.core.io import write_json
+from tunewright.evidence.power import minimum_detectable_effect, power
+from tunewright.evidence.schema import Evidence, Measured
+from tunewright.evidence.scoring import ScoredArms, declared_contrasts, score_arm
+from tunewright.evidence.statistics import exact_mcnemar
+from tunewright.evidence.verdict import Verdict, verdict
 from tunewright.metrics import Scores, scorer_of
 
 RESAMPLES = 500

@@ -16,13 +16,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from tunewright.config import Config
+from tunewright.config.project import ProjectFolder
+from tunewright.core.progress import LogReporter
 from tunewright.data.add import add
 from tunewright.data.versions import load_version, members_text, version_folder
 from tunewright.data.versions.members import MEMBERS
 from tunewright.examples.legal_citations import PAIRS_FILE, project_files
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.recipe import Recipe
 
 ROWS = 10_000
 WAYS = ("a file of its own", "the file that grew", "whole member lists")
@@ -90,7 +90,7 @@ def _unlike(pairs: Pairs) -> Pairs:
 def _add(root: Path, pairs: Pairs, name: str) -> None:
     path = root / name
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    add(Project(root, Recipe()), [path], _Silent())
+    add(ProjectFolder(root, Config()), [path], _Silent())
     path.unlink()
 
 

@@ -18,9 +18,9 @@ from command_line import tiny_project
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with an adapter of its own."""
     folder = tiny_project(tmp_path_factory.mktemp("trained") / "project", tiny_base_folder)
-    road = api.open(folder)
-    road.data.add([folder / "pairs.jsonl"])
-    road.train()
+    project = api.open(folder)
+    project.data.add([folder / "pairs.jsonl"])
+    project.train()
     return folder
 
 

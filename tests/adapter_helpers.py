@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from command_line import tunewright
 from tunewright.adapters.registry import CONFIG, LINEAGE, WEIGHTS, write_manifest
-from tunewright.disk import write_json
+from tunewright.core.io import write_json
 
 SHAPES = {"q_proj": (64, 64), "v_proj": (64, 32)}
 """Inputs and outputs in the tiny base."""

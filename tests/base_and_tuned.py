@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tunewright.adapters.registry import Adapter
-from tunewright.road import Road
+from tunewright.api import Project
 from tunewright.training import self_samples
 
 
@@ -25,9 +25,9 @@ def short_turns(answer_tokens: int) -> Iterator[None]:
         yield
 
 
-def only_adapter(road: Road) -> Adapter:
+def only_adapter(project: Project) -> Adapter:
     """The one that a project has."""
-    (trained,) = (Adapter(folder) for folder in road.project.adapters.iterdir())
+    (trained,) = (Adapter(folder) for folder in project.folder.adapters.iterdir())
     return trained
 
 

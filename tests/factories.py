@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunewright.config import Metric, metric_name
+from tunewright.core.io import digest
 from tunewright.data.examples import Example, Message
-from tunewright.disk import digest
-from tunewright.evaluation.evidence import Arm, Evidence, Fold, Item
-from tunewright.evaluation.openings import Declared, Opening
-from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.scoring import ScoredArms, declared_contrasts, measured_metrics, score_arm, score_arms
+from tunewright.evidence.base import Interval
+from tunewright.evidence.schema import Arm, Evidence, Fold, Item
+from tunewright.evidence.scoring import ScoredArms, declared_contrasts, measured_metrics, score_arm, score_arms
+from tunewright.evidence.test_set_access import Declared, TestSetAccess
 from tunewright.metrics import Scorer, scorer_of
-from tunewright.recipe import Metric, metric_name
 
 COUNTIES = ("Baldwin", "Mobile", "Shelby", "Fulton", "Cobb", "Clay", "Duval", "Orange", "Polk", "Lee", "Knox", "Wayne")
 STATES = {"Alabama": "Ala.", "Georgia": "Ga.", "Florida": "Fla.", "Tennessee": "Tenn.", "Michigan": "Mich."}
@@ -106,7 +106,7 @@ def make_evidence(
             "dataset": {"version": digest("version"), "split": digest("split")},
             "base": {"name": "smollm2-135m-instruct", "digest": digest("base")},
             "adapter": {"name": "legal-1", "digest": digest("adapter"), "lineage": {"training": {"metric": metric}}},
-            "recipe": {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj"], "learning_rate": 0.0002},
+            "config": {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj"], "learning_rate": 0.0002},
             "packages": {"torch": "2.13.0", "transformers": "5.24.0", "peft": "0.21.2"},
         },
     )
@@ -177,7 +177,7 @@ def fixed_and_broken(items: list[Item], treatment: str, control: str) -> Mapping
     return {"fixed": right.count((True, False)), "broken": right.count((False, True))}
 
 
-def make_opening(number: int = 1, previous: str = "", **changes: Any) -> Opening:
+def make_opening(number: int = 1, previous: str = "", **changes: Any) -> TestSetAccess:
     """A line of a ledger that is as it should be."""
     facts: dict[str, Any] = {
         "number": number,
@@ -193,5 +193,5 @@ def make_opening(number: int = 1, previous: str = "", **changes: Any) -> Opening
         "base": digest("base"),
         "declared": (Declared(treatment="tuned", control="retrieved-4", metric="exact_match", margin=0.02),),
     }
-    opening = Opening(**(facts | changes), previous=previous, digest="")
+    opening = TestSetAccess(**(facts | changes), previous=previous, digest="")
     return opening.model_copy(update={"digest": opening.true_digest})

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from factories import make_evidence, make_items
-from tunewright.disk import write_text
-from tunewright.evaluation.evidence import EVIDENCE_FILE, ITEMS_FILE, Evidence, Item
-from tunewright.evaluation.people.sample import treatment_is_a
-from tunewright.evaluation.people.session import BlindReview, Pair
-from tunewright.progress import LogReporter
+from tunewright.core.io import write_text
+from tunewright.core.progress import LogReporter
+from tunewright.evaluation.human_eval.sample import treatment_is_a
+from tunewright.evaluation.human_eval.session import BlindReview, Pair
+from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Evidence, Item
 
 
 def save(folder: Path, items: list[Item], evidence: Evidence | None = None) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tunewright.engines.protocol import Delta
-from tunewright.models.requests import Request
+from tunewright.generation.requests import Request
 from tunewright.serving.engines.peft import PeftEngine
 
 

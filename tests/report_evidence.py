@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from factories import make_evidence, make_items, scored_items
-from tunewright.disk import digest
-from tunewright.evaluation.curve import Curve, Point
+from tunewright.core.io import digest
 from tunewright.evaluation.distance import scores_by_distance, scores_by_template
-from tunewright.evaluation.evidence import Evidence, LeftOut, Narrowing, SeedSpread
-from tunewright.evaluation.general.section import Control as SuiteControl
-from tunewright.evaluation.general.section import General, Suite
-from tunewright.evaluation.judge.section import (
+from tunewright.evidence.base import Interval, Score
+from tunewright.evidence.benchmarks import Benchmarks, Suite
+from tunewright.evidence.benchmarks import Control as SuiteControl
+from tunewright.evidence.human_eval import AnswerReview, Powered, RaterAgreement, Reviewer, ReviewStratum
+from tunewright.evidence.judge import (
     Control,
     JudgedArm,
     JudgedContrast,
@@ -21,10 +21,10 @@ from tunewright.evaluation.judge.section import (
     Spent,
     WinRate,
 )
-from tunewright.evaluation.noise import NoiseFloor
-from tunewright.evaluation.openings import Declared, Earlier, Opening
-from tunewright.evaluation.parts import Interval, Score
-from tunewright.evaluation.people.section import AnswerReview, Powered, RaterAgreement, Reviewer, ReviewStratum
+from tunewright.evidence.learning_curve import Curve, Point
+from tunewright.evidence.noise import NoiseFloor
+from tunewright.evidence.schema import Evidence, LeftOut, Narrowing, SeedSpread
+from tunewright.evidence.test_set_access import Declared, EarlierAccess, TestSetAccess
 
 
 def _suite(name: str, base: float, tuned: float, margin: float | None, *, passed: bool = True) -> Suite:
@@ -49,7 +49,7 @@ def _suite(name: str, base: float, tuned: float, margin: float | None, *, passed
     )
 
 
-GENERAL = General(
+GENERAL = Benchmarks(
     id="abcdef012345",
     adapter="0" * 64,
     suites=(
@@ -241,7 +241,7 @@ _DECLARED = (
     Declared(treatment="tuned", control="zero-shot", metric="exact_match", margin=None),
 )
 
-OPENING = Opening(
+OPENING = TestSetAccess(
     number=3,
     time="2026-11-02T09:58:00+00:00",
     author="ann",
@@ -276,7 +276,7 @@ def full_evidence() -> Evidence:
             "noise_floor": NoiseFloor(items=50, changed=3, score_difference=-0.02, how="batches of 8, then of 5"),
             "opening": OPENING,
             "openings": (
-                Earlier(
+                EarlierAccess(
                     number=1,
                     time="2026-10-28T16:02:00+00:00",
                     author="ben",

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from factories import make_evidence, make_items
-from tunewright.evaluation.evidence import EVIDENCE_FILE, ITEMS_FILE, Item
+from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Item
 from tunewright.metrics import normalised
 from tunewright.serving.server import serving
 

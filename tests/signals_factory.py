@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tunewright.advice.signals import (
+from tunewright.advisor.signals import (
     BreakEven,
     Call,
     ContextBudget,
     Doubling,
     Fertility,
-    Gain,
-    Once,
+    OneOffCost,
     PilotPart,
     ShotCurve,
     ShotPoint,
     Signals,
     Specificity,
     Surprise,
+    TuningGain,
 )
-from tunewright.evaluation.evidence import Advice, Arm, ArmKind, Contrast, Measured
-from tunewright.evaluation.parts import ArmScore, Interval
+from tunewright.evidence.base import ArmScore, Interval
+from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Measured
 
 ITEMS = 200
 
@@ -87,13 +87,15 @@ def gain(
     rows: int = 100,
     p_value: float = 0.001,
     clusters: int = 150,
-) -> Gain:
+) -> TuningGain:
     """A pilot on ``rows`` of 400."""
     parts = [
         PilotPart(rows=n, score=score(50), adapter=f"{n:064x}", seconds=60.0)
         for n in ((rows // 2, rows) if slope is not None else (rows,))
     ]
-    return Gain(parts=parts, all_rows=400, contrast=contrast(difference, low, high, p_value, clusters), slope=slope)
+    return TuningGain(
+        parts=parts, all_rows=400, contrast=contrast(difference, low, high, p_value, clusters), slope=slope
+    )
 
 
 def break_even(
@@ -112,7 +114,7 @@ def break_even(
         speed={},
         saving=saving,
         saving_interval=Interval(low=saving * 0.9, high=saving * 1.1),
-        once=Once(training=40, evaluation=1, labelling=9, hosting=0),
+        once=OneOffCost(training=40, evaluation=1, labelling=9, hosting=0),
         calls=middle,
         calls_low=low,
         calls_high=high,

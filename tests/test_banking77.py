@@ -25,23 +25,23 @@ from factories import pair
 from real_data import SHARED
 from tunewright.cli.data_texts import leak_text
 from tunewright.cli.tables import evidence_tables, prompting_tables, verdict_text, version_table
-from tunewright.data.neighbours.leak import Leak, LeakReport, Nearest
-from tunewright.data.neighbours.output_leak import OutputLeak
+from tunewright.config.io import load_config
+from tunewright.config.project import CONFIG_FILE
+from tunewright.data.dedup.leakage import Leak, LeakReport, Nearest
+from tunewright.data.dedup.output_leakage import OutputLeak
 from tunewright.data.versions import MANIFEST, Manifest, load_version
 from tunewright.evaluation.arms import plan_of
 from tunewright.evaluation.distance import scores_by_distance
-from tunewright.evaluation.evaluating import measured_contrasts
-from tunewright.evaluation.evidence import Advice, Arm, Evidence, load_evidence
-from tunewright.evaluation.scoring import ScoredArms, score_arm, score_arms
-from tunewright.evaluation.verdict import SIGNIFICANT, verdict
+from tunewright.evaluation.runner import measured_contrasts
+from tunewright.evidence.schema import Advice, Arm, Evidence, load_evidence
+from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
+from tunewright.evidence.verdict import SIGNIFICANT, verdict
 from tunewright.metrics import open_scorers
-from tunewright.project import RECIPE_FILE
-from tunewright.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "banking77"
 PAGE = ROOT / "docs" / "banking77.md"
-RECIPE = load_recipe(GOLDEN / RECIPE_FILE)
+CONFIG = load_config(GOLDEN / CONFIG_FILE)
 CHOOSING_RESAMPLES = 1_000  # as of the arms on dev
 
 
@@ -66,7 +66,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
 
 def _scored(rows: Sequence[dict[str, Any]]) -> ScoredArms:
     return score_arms(
-        open_scorers(RECIPE.evaluate, GOLDEN),
+        open_scorers(CONFIG.evaluate, GOLDEN),
         [pair(row["key"], row["reference"]) for row in rows],
         [row["cluster"] for row in rows],
         {name: [row["answers"][name][0] for row in rows] for name in rows[0]["answers"]},
@@ -88,7 +88,7 @@ def _arms(rows: Sequence[dict[str, Any]], recorded: Sequence[Arm], resamples: in
             clusters=scored.clusters,
             truncated=sum(truncated),
             prompt_tokens=sum(prompts) / len(rows),
-            seed=RECIPE.seed,
+            seed=CONFIG.seed,
             resamples=resamples,
         )
         plan = asdict(plan_of(arm))
@@ -108,17 +108,17 @@ def _evidence() -> Evidence:
     recorded, test, dev, first = _recorded(), _rows("test"), _rows("dev"), _rows("first")
     assert recorded.opening is not None and recorded.narrowing is not None
     scored = _scored(test)
-    contrasts = measured_contrasts(scored, recorded.opening.declared, RECIPE.seed)
+    contrasts = measured_contrasts(scored, recorded.opening.declared, CONFIG.seed)
     on_first = _arms(first, recorded.narrowing.arms, CHOOSING_RESAMPLES)
     value = {arm.name: arm.score(recorded.metric).value for arm in on_first}
-    draws = range(1, RECIPE.evaluate.static_seeds + 1)
+    draws = range(1, CONFIG.evaluate.static_seeds + 1)
     return recorded.model_copy(
         update={
             "items": len(test),
             "clusters": len({row["cluster"] for row in test}),
             "arms": _arms(test, recorded.arms, 10_000),
             "contrasts": contrasts,
-            "nearness": scores_by_distance(scored, [row["nearest"] for row in test], contrasts[0], RECIPE.seed),
+            "nearness": scores_by_distance(scored, [row["nearest"] for row in test], contrasts[0], CONFIG.seed),
             "dev_arms": _arms(dev, recorded.dev_arms, CHOOSING_RESAMPLES),
             "narrowing": recorded.narrowing.model_copy(update={"items": len(first), "arms": on_first}),
             "static": tuple(
@@ -233,8 +233,8 @@ def test_the_part_of_the_published_files_is_the_one_that_was_measured(tmp_path: 
     if not (SHARED / "banking77").is_dir():
         pytest.skip("the data set banking77 is not beside the project")
     project = tmp_path / "banking77"
-    SCRIPT.make(SHARED / "banking77", project, SCRIPT.ROWS, RECIPE.seed)
-    assert load_recipe(project / RECIPE_FILE) == RECIPE
+    SCRIPT.make(SHARED / "banking77", project, SCRIPT.ROWS, CONFIG.seed)
+    assert load_config(project / CONFIG_FILE) == CONFIG
     assert tunewright("data", "add", project / SCRIPT.PART, "-p", project).code == 0
     version = load_version(project / "dataset")
     assert version.digest == _recorded().lineage["dataset"]

@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tunewright.disk import write_json
+from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
 from tunewright.engines.vllm import environment
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
-from tunewright.models.requests import Request
-from tunewright.progress import LogReporter
+from tunewright.generation.requests import Request
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 

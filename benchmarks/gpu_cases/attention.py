@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gpu_cases.reporting import Report, relative_error
 from tunewright.models.loading import device
-from tunewright.training.shared_prefix import pack
-from tunewright.training.shared_prefix.attention import attend
-from tunewright.training.shared_prefix.layout import Layout
+from tunewright.training.packing import pack
+from tunewright.training.packing.attention import attend
+from tunewright.training.packing.layout import Layout
 
 BAR = 2.0
 """Ours may be this many times as far from float64 as bfloat16 SDPA is, row by row."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tunewright.models.bases import Base
 from tunewright.models.families import ATTENTION, MLP
-from tunewright.models.fit.shape import Shape
 from tunewright.models.loading import device
+from tunewright.models.memory.shape import Shape
 
 SHAPES = {
     "7b": Shape(32, 4096, 11008, 32, 32, 128, 32000, tied=False, attention_bias=False, mlp_bias=False),

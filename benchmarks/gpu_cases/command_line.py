@@ -110,7 +110,7 @@ def _killed(project: Path) -> tuple[int, float]:
 
 def _whole(project: Path) -> list[int]:
     """Steps of the checkpoints that have their manifest, which is written last."""
-    from tunewright.disk import MANIFEST
+    from tunewright.core.io import MANIFEST
 
     found = project.glob(f".tunewright/training/*/checkpoint-*/{MANIFEST}")
     return [int(file.parent.name.removeprefix("checkpoint-")) for file in found]

@@ -12,8 +12,8 @@ import torch
 from gpu_cases.bases import build, shape_of
 from gpu_cases.reporting import Report, host_syncs, synchronize
 from gpu_cases.training import RANK, TARGETS
-from tunewright.models.decoding import Batch
-from tunewright.models.requests import Request
+from tunewright.generation.decoding import Batch
+from tunewright.generation.requests import Request
 
 PROMPT, ANSWER = 256, 32
 TOY_PROMPT, TOY_ANSWER = 12, 4

@@ -9,9 +9,9 @@ import torch
 from gpu_cases.bases import shape_of
 from gpu_cases.reporting import Report
 from gpu_cases.training import RANK, same_length_rows, train_ours
-from tunewright.models.fit.memory import PROCESS_RUNTIME, Load
-from tunewright.models.fit.plan import Memory, memory_at_hand, plan
-from tunewright.recipe import TrainRecipe
+from tunewright.config import TrainConfig
+from tunewright.models.memory.estimate import PROCESS_RUNTIME, Load
+from tunewright.models.memory.plan import Memory, memory_at_hand, plan
 
 LENGTH, TRAINED = 2048, 32
 TOY_LENGTH, TOY_TRAINED = 256, 8
@@ -23,7 +23,7 @@ def run(report: Report, toy: bool, *, beyond: bool) -> None:
     length, trained = (TOY_LENGTH, TOY_TRAINED) if toy else (LENGTH, TRAINED)
     shape = shape_of("8b", toy)
     memory = TOY_MEMORY if toy else memory_at_hand(None)
-    settings = TrainRecipe(preset="all-linear", rank=RANK)
+    settings = TrainConfig(preset="all-linear", rank=RANK)
     planned = plan("8b", shape, settings, memory, rows=1, length=length, shared=0, answer=trained)
     ways = [each for each in planned.ways if not each.way.nf4 and each.way.checkpointing == torch.cuda.is_available()]
     (way,) = ways

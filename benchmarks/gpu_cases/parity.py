@@ -14,15 +14,15 @@ from torch.nn.functional import cross_entropy
 
 from gpu_cases.bases import build, shape_of
 from gpu_cases.reporting import Report, relative_error
+from tunewright.config import TrainConfig
 from tunewright.models.loading import device
-from tunewright.recipe import TrainRecipe
 from tunewright.training.adapter import keep_float32, lora_config
-from tunewright.training.head import add_token_losses, token_losses_of
-from tunewright.training.shared_prefix import attention, pack
+from tunewright.training.packing import attention, pack
+from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
 
 BAR = 1.25
 """Packed may be this many times as far from float32 as the rows one by one are."""
-SETTINGS = TrainRecipe(preset="all-linear")
+SETTINGS = TrainConfig(preset="all-linear")
 
 
 def run(report: Report, toy: bool) -> None:

@@ -26,11 +26,11 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from gpu_cases.bases import base_in_memory, build, shape_of, tokenizer, write_folder
 from gpu_cases.reporting import Report, Skipped, host_syncs, peak_flops, synchronize
 from tunewright.chat.format import Tokens
-from tunewright.models.fit.memory import Load, Way, need
-from tunewright.models.fit.shape import Shape
+from tunewright.config import PRESETS, Config
+from tunewright.core.progress import LogReporter
+from tunewright.models.memory.estimate import Load, Way, need
+from tunewright.models.memory.shape import Shape
 from tunewright.models.quiet import quiet_transformers
-from tunewright.progress import LogReporter
-from tunewright.recipe import PRESETS, Recipe
 from tunewright.training.run import Run
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["targets"]
@@ -218,8 +218,8 @@ def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def recipe_of(rows: int, epochs: int, *, nf4: bool, liger: bool = False) -> Recipe:
-    """Return the recipe of a tunewright run with ``rows`` rows in each step."""
+def config_of(rows: int, epochs: int, *, nf4: bool, liger: bool = False) -> Config:
+    """Return the config of a tunewright run with ``rows`` rows in each step."""
     train = {
         "preset": "all-linear",
         "rank": RANK,
@@ -233,7 +233,7 @@ def recipe_of(rows: int, epochs: int, *, nf4: bool, liger: bool = False) -> Reci
         "checkpoint_every": 10**6,
         "use_liger_kernel": liger,
     }
-    return Recipe.model_validate({"name": "gpu-proof", "train": train})
+    return Config.model_validate({"name": "gpu-proof", "train": train})
 
 
 def train_ours(
@@ -243,8 +243,8 @@ def train_ours(
     set_seed(0)
     clock = Clock(len(rows) * epochs // batch)
     with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_of(batch, epochs, nf4=nf4, liger=liger)
-        run = TimedRun(recipe, base_in_memory(), Path(folder), LogReporter(), clock=clock)
+        config = config_of(batch, epochs, nf4=nf4, liger=liger)
+        run = TimedRun(config, base_in_memory(), Path(folder), LogReporter(), clock=clock)
         model = build(size, nf4=nf4)
         reset_peak()
         history, _ = run.fit(model, tokenizer(), rows, rows[:1], None)

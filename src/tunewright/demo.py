@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from tunewright.errors import UserError
+from tunewright.api import Project, RunResult
+from tunewright.config import JudgeConfig
+from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.examples import legal_citations
-from tunewright.progress import Reporter
-from tunewright.project import RECIPE_FILE, Project, create_project
-from tunewright.recipe import JudgeRecipe
-from tunewright.road import Road, RunResult
 
 if TYPE_CHECKING:
-    from tunewright.advice.result import AdviceResult
-    from tunewright.evaluation.judge.measure import JudgeResult
+    from tunewright.advisor.result import AdviceResult
+    from tunewright.evaluation.judge.runner import JudgeResult
     from tunewright.evaluation.learning_curve import CurveResult
 
 
@@ -71,23 +71,23 @@ def example_files(name: str) -> dict[str, str]:
     return legal_citations.project_files()
 
 
-def open_demo(directory: Path, reporter: Reporter) -> Road:
+def open_demo(directory: Path, reporter: Reporter) -> Project:
     """The demo project in ``directory``: a new one, or the one that is there already."""
-    if not (directory / RECIPE_FILE).exists():
+    if not (directory / CONFIG_FILE).exists():
         create_project(directory, example_files(legal_citations.NAME))
         reporter.say(f"Wrote the example project {legal_citations.NAME} in {directory}")
-    return Road(Project(directory), reporter)
+    return Project(ProjectFolder(directory), reporter)
 
 
-def ask_three_ways(road: Road, result: RunResult) -> ThreeAnswers:
+def ask_three_ways(project: Project, result: RunResult) -> ThreeAnswers:
     """Serve base, adapter and earliest checkpoint, and ask each the first question of the test split."""
     adapter = result.trained.adapter
     earlier = [f"{adapter.name}@{step}" for step in adapter.checkpoints][:1]
-    member = road.data.version().examples("test")[0]
-    service = road.serve([adapter.name, *earlier], port=0)
+    member = project.data.version().examples("test")[0]
+    service = project.serve([adapter.name, *earlier], port=0)
     answers = {}
     with service.running() as url, httpx.Client(base_url=url, timeout=120) as client:
-        for model in [road.base.spec, *earlier, adapter.name]:
+        for model in [project.base.spec, *earlier, adapter.name]:
             reply = client.post(
                 "/v1/chat/completions",
                 json={
@@ -101,15 +101,15 @@ def ask_three_ways(road: Road, result: RunResult) -> ThreeAnswers:
     return ThreeAnswers(member.example.input_text, member.example.output, answers)
 
 
-def measure_the_rest(road: Road, evaluation: Path) -> Rest:
+def measure_the_rest(project: Project, evaluation: Path) -> Rest:
     """All else that the report can show of an evaluation (its folder) but what people say.
 
     The base is a judge that everybody has, and a poor one: its controls say so, and then it is not heard.
     """
-    advice, curve = road.advise(), road.curve()
-    service = road.serve([], port=0)
+    advice, curve = project.advise(), project.curve()
+    service = project.serve([], port=0)
     with service.running() as url:
-        judge = JudgeRecipe(url=f"{url}/v1", model=road.base.spec, parameters=_REPLY)
-        recipe = road.project.recipe.model_copy(update={"judge": judge})
-        judged = Road(Project(road.project.root, recipe), road.reporter).judge(evaluation)
-    return Rest(advice, curve, judged, road.report(evaluation))
+        judge = JudgeConfig(url=f"{url}/v1", model=project.base.spec, parameters=_REPLY)
+        config = project.folder.config.model_copy(update={"judge": judge})
+        judged = Project(ProjectFolder(project.folder.root, config), project.reporter).judge(evaluation)
+    return Rest(advice, curve, judged, project.report(evaluation))

@@ -14,8 +14,8 @@ import httpx
 
 from tunewright.adapters.registry import Adapter
 from tunewright.adapters.system_prompt import system_prompt
-from tunewright.project import Project
-from tunewright.road import Road, RunResult
+from tunewright.api import Project, RunResult
+from tunewright.config.project import ProjectFolder
 
 if TYPE_CHECKING:
     from tunewright.serving.state import Release
@@ -71,23 +71,23 @@ class TwoTenants:
         }
 
 
-def show_two_tenants(road: Road, result: RunResult) -> TwoTenants | None:
+def show_two_tenants(opened: Project, result: RunResult) -> TwoTenants | None:
     """Release two adapters for two tenants, and ask one question as each.
 
     None, and a warning, where there is no checkpoint or a release does not pass.
     """
     from tunewright.serving.state import State
 
-    trained, project = result.trained.adapter, road.project
+    trained, project = result.trained.adapter, opened.project
     if not trained.checkpoints:
-        road.reporter.warn(f"{trained.name} has no earlier checkpoint, which would be the second tenant's adapter.")
+        opened.reporter.warn(f"{trained.name} has no earlier checkpoint, which would be the second tenant's adapter.")
         return None
     step, folder = next(iter(trained.checkpoints.items()))
     state = f"sqlite:///{(project.serving_state.parent / STATE).resolve()}"
     State(state).close()  # made here: a state that is named has to be there
-    serve = project.recipe.serve.model_copy(update={"state": state})
-    own = Road(Project(project.root, project.recipe.model_copy(update={"serve": serve})), road.reporter)
-    name, prompt = f"{project.recipe.name}-{step}", system_prompt(trained, project.dataset).text
+    serve = project.config.serve.model_copy(update={"state": state})
+    own = Project(ProjectFolder(project.root, project.config.model_copy(update={"serve": serve})), opened.reporter)
+    name, prompt = f"{project.config.name}-{step}", system_prompt(trained, project.dataset).text
     draft = own.adapters.import_(folder, base_matches=True, name=name, system_prompt=prompt).adapter
     decision = result.verdict.decision
     wanted = {
@@ -100,48 +100,48 @@ def show_two_tenants(road: Road, result: RunResult) -> TwoTenants | None:
     return _visit(own, result, {alias: adapter.name for alias, (adapter, _) in wanted.items()})
 
 
-def _release(road: Road, alias: str, adapter: Adapter, because: str | None) -> bool:
+def _release(opened: Project, alias: str, adapter: Adapter, because: str | None) -> bool:
     """Have an alias answer with an adapter, if it does not yet; whether it does."""
-    if any(release.alias == alias and release.digest == adapter.digest for release in _live(road)):
+    if any(release.alias == alias and release.digest == adapter.digest for release in _live(opened)):
         return True
-    road.reporter.say(f"deploy {alias} {adapter.name}{'' if because is None else f': forced, {because}'}")
-    done = road.deploy(alias, adapter.name, because=because)
+    opened.reporter.say(f"deploy {alias} {adapter.name}{'' if because is None else f': forced, {because}'}")
+    done = opened.deploy(alias, adapter.name, because=because)
     if done.release is None and done.isolation is not None:
-        road.reporter.warn(f"{alias} does not go live: {'; '.join(done.isolation.reasons)}")
+        opened.reporter.warn(f"{alias} does not go live: {'; '.join(done.isolation.reasons)}")
     return done.release is not None
 
 
-def _live(road: Road) -> list[Release]:
+def _live(opened: Project) -> list[Release]:
     """The last release of each alias that answers something."""
-    last = {release.alias: release for release in road.releases()}
+    last = {release.alias: release for release in opened.releases()}
     return [release for release in last.values() if not release.withdrawn]
 
 
-def _visit(road: Road, result: RunResult, adapters: Mapping[str, str]) -> TwoTenants:
+def _visit(opened: Project, result: RunResult, adapters: Mapping[str, str]) -> TwoTenants:
     """Serve, ask as each tenant with a key of an hour, and look up what they have used."""
-    known = {tenant.name for tenant in road.tenant.list()}
+    known = {tenant.name for tenant in opened.tenant.list()}
     for tenant, alias in TENANTS.items():
         if tenant not in known:
-            road.tenant.add(tenant, [alias])
-    keys = {tenant: road.tenant.key.add(tenant, lifetime=_KEY_SECONDS).secret for tenant in TENANTS}
-    member = road.data.version().examples("test")[0]
+            opened.tenant.add(tenant, [alias])
+    keys = {tenant: opened.tenant.key.add(tenant, lifetime=_KEY_SECONDS).secret for tenant in TENANTS}
+    member = opened.data.version().examples("test")[0]
     messages = [message.as_dict() for message in member.example.prompt]
     body = {"messages": messages, "max_tokens": result.advised.advice.max_new_tokens}
     seen = {}
-    with road.serve(port=0).running() as url:
+    with opened.serve(port=0).running() as url:
         for tenant, alias in TENANTS.items():
             headers = {"Authorization": f"Bearer {keys[tenant]}"}
             with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
                 seen[tenant] = _ask(client, alias, body)
     visits = []
     for tenant, alias in TENANTS.items():
-        used = road.tenant.usage(tenant)
+        used = opened.tenant.usage(tenant)
         tokens = sum(each.prompt_tokens + each.completion_tokens for each in used)
         requests = sum(each.requests for each in used)
         visits.append(Visit(tenant, alias, adapters[alias], requests=requests, tokens=tokens, **seen[tenant]))
-    state = road.project.recipe.serve.state
+    state = opened.folder.config.serve.state
     assert state is not None
-    return TwoTenants(member.example.input_text, member.example.output, tuple(visits), tuple(_live(road)), state)
+    return TwoTenants(member.example.input_text, member.example.output, tuple(visits), tuple(_live(opened)), state)
 
 
 def _ask(client: httpx.Client, alias: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,15 +29,15 @@ from adapter_helpers import (
     write_adapter,
 )
 from command_line import tunewright
-from tunewright.adapters.admission import admit as admission
+from tunewright.adapters.admission import importer as admission
 from tunewright.adapters.admission.config import read_config
 from tunewright.adapters.admission.quarantine import take_folder
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, adapter_digest, find_adapter, list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.data.examples import Message
-from tunewright.evaluation.evidence import load_evidence, load_items
-from tunewright.evaluation.verdict import verdict
-from tunewright.models.fit.shape import read_shape
+from tunewright.evidence.schema import load_evidence, load_items
+from tunewright.evidence.verdict import verdict
+from tunewright.models.memory.shape import read_shape
 
 pytest_plugins = "adapter_fixtures"
 
@@ -81,18 +81,18 @@ def test_pefts_own_is_served_as_peft_answers(stock: Path, other: Path, tiny_base
         (stock / f).read_bytes() for f in (CONFIG, WEIGHTS)
     ]
 
-    road = api.open(other)
+    opened = api.open(other)
     messages = [{"role": "user", "content": "red green blue"}]
     base = AutoModelForCausalLM.from_pretrained(tiny_base_folder, dtype=torch.float32)
-    prompt = torch.tensor([road.chat.prompt([Message("user", "red green blue")])])
+    prompt = torch.tensor([opened.chat.prompt([Message("user", "red green blue")])])
     plain = base.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
     tuned = PeftModel.from_pretrained(base, stock).generate(input_ids=prompt, max_new_tokens=12, do_sample=False)
     expected = tuned[0, prompt.shape[1] :]
     assert expected.tolist() != plain.tolist()
-    with road.serve([name], port=0).running() as url:
+    with opened.serve([name], port=0).running() as url:
         body = {"model": name, "messages": messages, "max_tokens": 12}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
-    assert answer["choices"][0]["message"]["content"] == road.chat.text(expected.tolist())
+    assert answer["choices"][0]["message"]["content"] == opened.chat.text(expected.tolist())
 
 
 def test_it_says_who_stated_what_and_nothing_that_is_not_known(stock: Path, other: Path) -> None:
@@ -101,7 +101,7 @@ def test_it_says_who_stated_what_and_nothing_that_is_not_known(stock: Path, othe
     lineage = adapter.lineage
     assert lineage["stated"]["names_base"]
     assert (adapter.quantize, adapter.dataset) == ("nf4", None)
-    assert not {"recipe", "training", "dataset", "inputs_digest"} & lineage.keys()
+    assert not {"config", "training", "dataset", "inputs_digest"} & lineage.keys()
     shown = tunewright("adapters", "show", "-p", other)
     assert "dataset: not known" in shown.stdout
     assert "not proved" in shown.stdout

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from tunewright.adapters.admission.header import Entry, parse_header, read_header
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 
 NAMES = st.text("abz_.019", min_size=1, max_size=12)
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16}

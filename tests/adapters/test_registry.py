@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, find_adapter, list_adapters, store_adapter
-from tunewright.disk import digest
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
 
 
 def _weights(folder: Path, content: bytes) -> Path:

@@ -26,9 +26,9 @@ from tunewright.adapters.keys import PrivateKey, TrustedKeys, new_private_key, p
 from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE
 from tunewright.adapters.registry import CONFIG, LINEAGE, WEIGHTS, Adapter, store_adapter
 from tunewright.adapters.signing import PAYLOAD_TYPE, sign, signing_key, store_signer
-from tunewright.adapters.standing import require_sound, standing
-from tunewright.disk import digest, write_json
-from tunewright.errors import UserError
+from tunewright.adapters.trust import require_sound, standing
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_json
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ import pytest
 
 from adapter_helpers import write_adapter
 from command_line import pairs, tiny_project, tunewright, write_jsonl
-from tunewright.adapters.admission.claims import check_lineage
+from tunewright.adapters.admission.metadata import check_lineage
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
 from tunewright.adapters.system_prompt import KEY, SystemPrompt, count_system_turns, system_prompt
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.errors import UserError
 
 SYSTEM = "Name the first colour."
 
@@ -74,10 +74,10 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     folder = tiny_project(tmp_path_factory.mktemp("system") / "project", tiny_base_folder)
     turns = [[{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": "ok"}] for p in pairs(40, 7)]
     write_jsonl(folder / "generic.jsonl", [{"messages": each} for each in turns])
-    recipe = folder / "tunewright.yaml"
-    text = recipe.read_text(encoding="utf-8").replace("epochs: 2", "epochs: 1")
+    config = folder / "tunewright.yaml"
+    text = config.read_text(encoding="utf-8").replace("epochs: 2", "epochs: 1")
     mix = "  mix: {source: generic.jsonl, fraction: 0.1}\n"
-    recipe.write_text(text.replace("data:\n", f"data:\n  system: {SYSTEM}\n{mix}"), encoding="utf-8")
+    config.write_text(text.replace("data:\n", f"data:\n  system: {SYSTEM}\n{mix}"), encoding="utf-8")
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     ran = tunewright("train", "-p", folder)
     assert ran.code == 0, ran.stderr

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from tiny import byte_tokenizer, chat_of
 from tunewright.chat.answers import PLAIN_STOPS, answer_limit, stop_strings
+from tunewright.config import Config, EvaluateConfig
 from tunewright.data.examples import Message
-from tunewright.models.text_stream import TextStream
-from tunewright.recipe import EvaluateRecipe, Recipe
+from tunewright.generation.text_stream import TextStream
 
 CHAT = chat_of(byte_tokenizer())
 PLAIN = chat_of(byte_tokenizer(), kind="plain")
@@ -38,23 +38,23 @@ def _pairs(lengths: list[int]) -> Any:
 def test_the_limit_is_a_quarter_more_than_what_holds_99_answers_of_100(lengths: list[int]) -> None:
     usual = min(n for n in lengths if sum(length <= n for length in lengths) >= 0.99 * len(lengths))
     expected = usual + max(8, -(-usual // 4))
-    assert answer_limit(Recipe(), CHAT, _pairs(lengths)) == expected
+    assert answer_limit(Config(), CHAT, _pairs(lengths)) == expected
 
 
 def test_one_stray_long_answer_does_not_decide_the_limit() -> None:
-    assert answer_limit(Recipe(), CHAT, _pairs([10] * 150 + [500])) == 18
+    assert answer_limit(Config(), CHAT, _pairs([10] * 150 + [500])) == 18
 
 
 def test_the_recipes_limit_counts_where_it_has_one() -> None:
-    assert answer_limit(Recipe(evaluate=EvaluateRecipe(max_new_tokens=3)), CHAT, []) == 3
+    assert answer_limit(Config(evaluate=EvaluateConfig(max_new_tokens=3)), CHAT, []) == 3
 
 
 def test_the_plain_form_ends_at_its_headings_and_a_template_at_its_end_token() -> None:
-    assert stop_strings(Recipe(), PLAIN) == PLAIN_STOPS
-    assert stop_strings(Recipe(), CHAT) == ()
+    assert stop_strings(Config(), PLAIN) == PLAIN_STOPS
+    assert stop_strings(Config(), CHAT) == ()
     for chat in (PLAIN, CHAT):
-        assert stop_strings(Recipe(evaluate=EvaluateRecipe(stop=("END",))), chat) == ("END",)
-        assert stop_strings(Recipe(evaluate=EvaluateRecipe(stop=())), chat) == ()
+        assert stop_strings(Config(evaluate=EvaluateConfig(stop=("END",))), chat) == ("END",)
+        assert stop_strings(Config(evaluate=EvaluateConfig(stop=())), chat) == ()
 
 
 @pytest.mark.parametrize("turn", ["user", "assistant"])

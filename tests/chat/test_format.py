@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiny import CHATML, byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat, Tokens, encode
 from tunewright.chat.differences import differences
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
 
 TOKENIZER = byte_tokenizer()
 CHAT = chat_of(TOKENIZER)

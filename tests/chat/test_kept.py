@@ -13,20 +13,20 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tiny import CHATML, byte_tokenizer
 from tunewright.chat import ChatFormat, chat_format, encode
 from tunewright.chat.kept import kept_format
+from tunewright.config import ChatConfig
 from tunewright.data.examples import Message
-from tunewright.recipe import ChatRecipe
 
 TURNS = [Message("user", "A <|new|> Ohio 12"), Message("assistant", "Oh. <|new|>")]
 
 
 def _kept(tokenizer: Any) -> ChatFormat:
     ends = frozenset([tokenizer.eos_token_id])
-    return kept_format(tokenizer, stop_ids=ends, kind="own", today=ChatRecipe().date)
+    return kept_format(tokenizer, stop_ids=ends, kind="own", today=ChatConfig().date)
 
 
 def _fresh(tokenizer: Any) -> ChatFormat:
     ends = frozenset([tokenizer.eos_token_id])
-    return chat_format(tokenizer, stop_ids=ends, kind="own", today=ChatRecipe().date)
+    return chat_format(tokenizer, stop_ids=ends, kind="own", today=ChatConfig().date)
 
 
 def test_kept_format_is_reused_while_the_tokenizer_stays_the_same() -> None:

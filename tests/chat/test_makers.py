@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 import makers
 from makers import LLAMA3_FAMILIES, Llama3, Mistral
 from tunewright.chat import open_chat
+from tunewright.config import ChatConfig
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
 from tunewright.models.bases import Base, resolve_base
 from tunewright.models.loading import load_tokenizer
-from tunewright.progress import LogReporter
-from tunewright.recipe import ChatRecipe
 
 Messages = list[dict[str, str]]
 
@@ -224,11 +224,11 @@ def test_tekken_json_alone_asks_whether_the_model_is_instruction_tuned(tmp_path:
     with pytest.raises(UserError, match="may be a base model, or an instruction-tuned one") as caught:
         open_chat(base)
     assert "chat.template to own" in (caught.value.fix or "")
-    own = open_chat(base, ChatRecipe(template="own"))
+    own = open_chat(base, ChatConfig(template="own"))
     messages = _conversation(ORDINARY[:3], "Cite.")
     asked = [Message("user" if m["role"] == "user" else "system", m["content"]) for m in messages[:2]]
     assert list(own.prompt(asked)) == makers.mistral_reference("v13", messages[:2])
-    assert open_chat(base, ChatRecipe(template="plain")).template.kind == "plain"
+    assert open_chat(base, ChatConfig(template="plain")).template.kind == "plain"
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])

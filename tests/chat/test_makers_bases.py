@@ -16,8 +16,8 @@ import tunewright
 from command_line import COLOURS, recorded_prompts, write_jsonl
 from command_line import tunewright as run
 from tunewright.chat import encode
+from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
-from tunewright.progress import LogReporter
 
 BASES = {
     "llama3_2": partial(makers.build_llama3_base, family="llama3_2"),
@@ -54,15 +54,15 @@ def test_a_served_dialogue_has_the_ids_that_training_saw(
     folder = _project(tmp_path / "project", base)
     assert run("train", "--force", "-p", folder).code == 0
     seen = recorded_prompts(monkeypatch)
-    road = tunewright.open(folder)
-    member = road.data.version().examples("train")[0]
+    project = tunewright.open(folder)
+    member = project.data.version().examples("train")[0]
     messages = [m.as_dict() for m in member.example.messages]
-    service = road.serve(port=0)
+    service = project.serve(port=0)
     with service.running() as url, httpx.Client(base_url=url, trust_env=False) as client:
         for asked in (messages[:2], messages[:4]):
             body = {"model": service.models[-1], "messages": asked, "max_tokens": 1}
             assert client.post("/v1/chat/completions", json=body).status_code == 200
-    rows = road.chat.rows(member.example.messages)
+    rows = project.chat.rows(member.example.messages)
     starts = [
         row.ids[:place]
         for row in rows
@@ -89,15 +89,17 @@ def test_llama_3_s_template_on_its_base_model_is_refused_and_the_plain_form_is_n
     weights["model.embed_tokens.weight"][untrained] = torch.zeros(1)
     save_file(weights, base / "model.safetensors")
     # The base model's tokenizer ends a text with <|end_of_text|>.
-    config = base / "tokenizer_config.json"
-    config.write_text(config.read_text().replace('"eos_token": "<|eot_id|>"', '"eos_token": "<|end_of_text|>"'))
+    model_config = base / "tokenizer_config.json"
+    model_config.write_text(
+        model_config.read_text().replace('"eos_token": "<|eot_id|>"', '"eos_token": "<|end_of_text|>"')
+    )
     folder = _project(tmp_path / "project", base)
     for command in (["data", "check"], ["train", "--force"]):
         ran = run(*command, "-p", folder)
         assert ran.code == 2
         assert all(name in ran.stderr for name in names), ran.stderr
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("chat:\n", "chat:\n  template: plain\n"))
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("chat:\n", "chat:\n  template: plain\n"))
     ran = run("data", "check", "-p", folder)
     assert ran.code == 0, ran.stderr
     shown = run("data", "show", "pairs.jsonl:1", "--tokens", "-p", folder, "--json").document["rows"][0]

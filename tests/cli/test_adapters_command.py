@@ -145,11 +145,11 @@ def test_what_is_trained_with_a_trusted_key_is_signed_at_once_and_served(
     ran = tunewright("train", "-p", folder)
     assert "The adapter will be signed with your key ann." in ran.stderr
     assert tunewright("adapters", "verify", "-p", folder).code == 0
-    road = api.open(folder)
-    with road.serve(port=0).running():
+    opened = api.open(folder)
+    with opened.serve(port=0).running():
         pass
     (folder / "adapters" / _name(folder) / "signature.json").unlink()
-    assert road.serve(port=0).models == [str(tiny_base_folder)]
+    assert opened.serve(port=0).models == [str(tiny_base_folder)]
 
 
 def test_where_keys_are_trusted_nothing_unsigned_is_released_whatever_the_reason(project: Path) -> None:

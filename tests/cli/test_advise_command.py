@@ -16,8 +16,8 @@ from tunewright.adapters.registry import list_adapters
 def advised(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, Ran]:
     """A project whose pilots had 60 and 120 rows, and what the command printed."""
     project = tiny_project(tmp_path_factory.mktemp("advise") / "project", tiny_base_folder, 300)
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text() + "advise:\n  pilot_share: 0.5\n  calls_per_month: 1000\n")
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text() + "advise:\n  pilot_share: 0.5\n  calls_per_month: 1000\n")
     assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     return project, tunewright("advise", "--json", "-p", project)
 
@@ -100,13 +100,13 @@ def test_without_a_pilot_nothing_is_trained_and_what_is_missing_is_named(advised
 
 def test_other_prices_are_other_advice_and_train_nothing_anew(advised: Advised) -> None:
     project, ran = advised
-    recipe = project / "tunewright.yaml"
-    before = recipe.read_text()
-    recipe.write_text(before.replace("advise:", "advise:\n  prices: {input: 1, output: 2, training: 30}"))
+    config = project / "tunewright.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("advise:", "advise:\n  prices: {input: 1, output: 2, training: 30}"))
     try:
         other = tunewright("advise", "--json", "-p", project)
     finally:
-        recipe.write_text(before)
+        config.write_text(before)
     assert "Training tiny" not in other.stderr
     assert other.document["file"] != ran.document["file"]
     assert other.document["advice"]["break_even"]["unit"] == "money"

@@ -15,7 +15,7 @@ import pytest
 
 from command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
 from tunewright.cli.console import ConsoleReporter
-from tunewright.progress import LogTask, Task
+from tunewright.core.progress import LogTask, Task
 
 GOOD = pairs(60)
 
@@ -93,8 +93,8 @@ def test_three_rows_in_all_are_too_few(tmp_path: Path, tiny_base_folder: Path) -
 
 
 def test_the_same_pairs_under_another_system_turn_are_told(project: Path) -> None:
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("data:\n", "data:\n  system: Name the first colour.\n"))
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("data:\n", "data:\n  system: Name the first colour.\n"))
     ran = tunewright("data", "add", project / "pairs.jsonl", "-p", project)
     assert (ran.code, "120 new rows: the version before has the same pair" in ran.stderr) == (0, True)
 
@@ -139,10 +139,10 @@ def test_a_stage_without_the_one_before_it_says_which(tmp_path: Path, tiny_base_
     _refused(tunewright(command, "-p", folder), "tunewright ")
 
 
-def test_an_unknown_recipe_key_is_refused_with_the_nearest(project: Path) -> None:
-    recipe = project / "tunewright.yaml"
-    text = recipe.read_text()
-    recipe.write_text(text + "trian:\n  rank: 8\n")
+def test_an_unknown_config_key_is_refused_with_the_nearest(project: Path) -> None:
+    config = project / "tunewright.yaml"
+    text = config.read_text()
+    config.write_text(text + "trian:\n  rank: 8\n")
     line = text.count("\n") + 1
     _refused(tunewright("train", "-p", project), f"tunewright.yaml:{line}:", "did you mean train?")
 
@@ -151,9 +151,9 @@ def test_a_base_without_weights_is_refused(project: Path, tmp_path: Path) -> Non
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    recipe = project / "tunewright.yaml"
-    line = next(line for line in recipe.read_text().splitlines() if line.startswith("base:"))
-    recipe.write_text(recipe.read_text().replace(line, f"base: {base}"))
+    config = project / "tunewright.yaml"
+    line = next(line for line in config.read_text().splitlines() if line.startswith("base:"))
+    config.write_text(config.read_text().replace(line, f"base: {base}"))
     for command in ("advise", "train", "serve"):
         _refused(tunewright(command, "-p", project), "no weights: model.safetensors missing")
 

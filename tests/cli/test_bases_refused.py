@@ -13,9 +13,9 @@ import pytest
 import torch
 
 # Before a test says that there is a card: libraries look for one when they are imported.
-import tunewright.evaluation.crossfit
+import tunewright.evaluation.crossval
 import tunewright.evaluation.learning_curve
-import tunewright.training.sweep
+import tunewright.training.sweep.sweep
 import tunewright.training.trainer  # noqa: F401
 from command_line import Ran, tiny_project
 from command_line import tunewright as command
@@ -35,7 +35,7 @@ GB = 10**9
 class _ConfigHub(BaseHTTPRequestHandler):
     """A hub with one repository, org/model; it writes down which files are asked for."""
 
-    config: dict[str, Any]
+    model_config: dict[str, Any]
     asked: set[str]
 
     def do_GET(self) -> None:
@@ -98,8 +98,8 @@ def _cuda_build(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
 
 def _project(folder: Path, base: str | Path, also: str = "") -> Path:
     project = tiny_project(folder / "project", Path(base), count=80)
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("float32", "bfloat16").replace("epochs: 2", f"epochs: 1{also}"))
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("float32", "bfloat16").replace("epochs: 2", f"epochs: 1{also}"))
     assert command("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     return project
 

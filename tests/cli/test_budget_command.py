@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 
 from command_line import Ran, tiny_project, tunewright
-from tunewright.evaluation.evidence import load_evidence
+from tunewright.evidence.schema import load_evidence
 
-RECIPE = "  first_items: 20\n  margin: 0.5\n"
+CONFIG = "  first_items: 20\n  margin: 0.5\n"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with an adapter of one short epoch, its speed measured here and then set: 10 ms for each token."""
     folder = tiny_project(tmp_path_factory.mktemp("budget") / "project", tiny_base_folder, count=200)
-    recipe = folder / "tunewright.yaml"
-    text = recipe.read_text().replace(
+    config = folder / "tunewright.yaml"
+    text = config.read_text().replace(
         "  sources: [pairs.jsonl]\n", "  sources: [pairs.jsonl]\n  dev: 0.2\n  test: 0.2\n"
     )
     text = text.replace("  epochs: 2\n", "  epochs: 1\n")
-    recipe.write_text(text.replace("  shots: [1, 2]\n", f"  shots: [1, 2]\n{RECIPE}"))
+    config.write_text(text.replace("  shots: [1, 2]\n", f"  shots: [1, 2]\n{CONFIG}"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "--project", folder).code == 0
     assert tunewright("train", "--project", folder).code == 0
     refused = tunewright("evaluate", "--minutes", "0.000001", "--project", folder)
@@ -127,11 +127,11 @@ def test_evaluate_counts_no_prompting_arm_when_advise_has_chosen_with_the_same_a
 
 
 @pytest.mark.parametrize("samples", [0, 4])
-def test_advise_names_the_samples_that_it_writes_and_writes_none_when_the_recipe_has_none(
+def test_advise_names_the_samples_that_it_writes_and_writes_none_when_the_config_has_none(
     project: Path, samples: int
 ) -> None:
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("samples: 0", f"samples: {samples}"))
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("samples: 0", f"samples: {samples}"))
     ran = tunewright("advise", "--no-pilot", "--project", project, "--json")
     assert ran.code in {0, 3, 4}, ran.stderr
     named = "Not counted: 128 turns or more of the base's own samples" in said(ran)

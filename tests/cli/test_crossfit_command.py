@@ -20,7 +20,7 @@ from command_line import tiny_project, tunewright, write_jsonl
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import load_version
-from tunewright.evaluation.ledger import LEDGER
+from tunewright.evaluation.access_log import LEDGER
 
 FOLDS = 3
 
@@ -131,7 +131,7 @@ def test_verdict_and_report_say_what_they_speak_of(project: Path) -> None:
     assert ran.code in {0, 3, 4}
     told = " ".join(ran.document["reasons"])
     assert "(30 clusters), cross-fitted in 3 folds:" in told
-    assert "the recipe on about 51 training pairs, the mean of 3 adapters" in told
+    assert "the config on about 51 training pairs, the mean of 3 adapters" in told
     assert "the test split is no longer untouched evidence" in told
     page = Path(tunewright("report", "-p", project, "--json").document["report"]).read_text()
     assert "Arms on all rows, cross-fitted" in page
@@ -172,8 +172,8 @@ def test_a_killed_run_goes_on_to_the_same_evidence(project: Path, tmp_path: Path
 
 def test_another_seed_deals_other_folds(project: Path) -> None:
     before, _ = _evaluation(project)
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text() + "seed: 1\n")
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text() + "seed: 1\n")
     ran = tunewright("crossfit", "--folds", str(FOLDS), "-p", project, "--json")
     assert ran.document["evaluated"] is True
     after = ran.document["evidence"]

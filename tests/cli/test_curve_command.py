@@ -13,9 +13,9 @@ import pytest
 
 from command_line import tiny_project, tunewright
 from tunewright.adapters.registry import Adapter, list_adapters
-from tunewright.evaluation.curve import Curve, Point, more_data
-from tunewright.evaluation.parts import Interval
-from tunewright.recipe import MetricName
+from tunewright.config import MetricName
+from tunewright.evidence.base import Interval
+from tunewright.evidence.learning_curve import Curve, Point, more_data
 from tunewright.report.plots import curve_plot
 
 

@@ -197,9 +197,9 @@ def test_leak_looks_for_benchmark_items_in_training_rows(project: Path) -> None:
 
 def test_show_tells_a_row_s_groups_and_the_mix_in(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    recipe = folder / "tunewright.yaml"
+    config = folder / "tunewright.yaml"
     data = "data:\n  groups: [customer]\n  mix: {source: generic.jsonl, fraction: 0.1}\n"
-    recipe.write_text(recipe.read_text().replace("data:\n", data))
+    config.write_text(config.read_text().replace("data:\n", data))
     write_jsonl(folder / "grouped.jsonl", [{**pair, "customer": f"c{i}"} for i, pair in enumerate(pairs(60))])
     write_jsonl(folder / "generic.jsonl", pairs(30, seed=8))
     added = _run(folder, "add", folder / "grouped.jsonl")
@@ -235,9 +235,9 @@ def test_leak_tells_output_and_template_overlap_against_chance(tmp_path: Path, t
 def test_add_says_last_what_was_left_out_and_why(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     (folder / "items.jsonl").write_text(json.dumps(pairs(120)[5]["prompt"]) + "\n")
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(
-        recipe.read_text().replace("data:\n", "data:\n  contaminated: drop\n  benchmarks: [items.jsonl]\n")
+    config = folder / "tunewright.yaml"
+    config.write_text(
+        config.read_text().replace("data:\n", "data:\n  contaminated: drop\n  benchmarks: [items.jsonl]\n")
     )
     ran = tunewright("data", "add", folder / "pairs.jsonl", "-p", folder)
     assert ran.code == 0

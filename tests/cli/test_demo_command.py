@@ -9,8 +9,8 @@ from command_line import tiny_project, tunewright
 
 def test_the_whole_demo_adds_advice_a_curve_and_a_judge_to_the_report(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tiny_project(tmp_path / "demo", tiny_base_folder, count=270)
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 1").replace("[1, 2]", "[1]"))
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1").replace("[1, 2]", "[1]"))
     ran = tunewright("demo", project, "--whole", "--json")
     document = ran.document
     assert ran.code in {0, 3, 4}

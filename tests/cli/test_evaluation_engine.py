@@ -18,8 +18,8 @@ from vllm_child import alive, children_of, install_fake, wait_until
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with a trained adapter, and nothing measured."""
     folder = tiny_project(tmp_path_factory.mktemp("engine") / "project", tiny_base_folder)
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 1\n  evaluate_rows: 0"))
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1\n  evaluate_rows: 0"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     ran = tunewright("train", "-p", folder)
     assert ran.code == 0, ran.stderr
@@ -38,10 +38,10 @@ def project(trained: Path, tmp_path: Path) -> Path:
 
 
 def _with(project: Path, *lines: str) -> Path:
-    """The project with more lines in the recipe's section evaluate."""
-    recipe = project / "tunewright.yaml"
+    """The project with more lines in the config's section evaluate."""
+    config = project / "tunewright.yaml"
     added = "".join(f"  {line}\n" for line in lines)
-    recipe.write_text(recipe.read_text().replace("evaluate:\n", f"evaluate:\n{added}"))
+    config.write_text(config.read_text().replace("evaluate:\n", f"evaluate:\n{added}"))
     return project
 
 
@@ -81,8 +81,8 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     install_fake(monkeypatch, tmp_path)
-    recipe = project / "tunewright.yaml"
-    own = recipe.read_text()
+    config = project / "tunewright.yaml"
+    own = config.read_text()
     ran = tunewright("evaluate", "-p", _with(project, "engine: vllm"), "--json")
     assert ran.code == 0, ran.stderr
     evidence = ran.document["evidence"]
@@ -109,7 +109,7 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
     assert "All arms were answered by vllm 0.32.0 (cpu, float32)" in page
 
     # The same evaluation by the other engine is another one, with answers of its own.
-    recipe.write_text(own)
+    config.write_text(own)
     other = tunewright("evaluate", "-p", project, "--json")
     assert other.code == 0, other.stderr
     assert other.document["evidence"]["engine"]["name"] == "peft"

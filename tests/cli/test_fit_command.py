@@ -56,7 +56,7 @@ def test_json_has_bytes_by_part_and_what_fits(base: Path, tmp_path: Path) -> Non
         assert {"length", "micro_batch"} == set(way["largest"][0])
 
 
-def test_in_a_project_its_base_and_recipe_hold(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_in_a_project_its_base_and_config_hold(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     told = tunewright("fit", "--gpu", "1GB", "--json", "--project", folder).document
     assert told["base"] == str(tiny_base_folder)
@@ -121,8 +121,8 @@ def test_fit_measures_longest_row_of_the_dataset(tmp_path: Path, tiny_base_folde
 def test_fit_answers_for_longest_row_when_no_row_of_max_length_fits(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("  epochs: 2", "  epochs: 2\n  max_length: 1000000"))
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("  epochs: 2", "  epochs: 2\n  max_length: 1000000"))
     answer = tunewright("fit", "--gpu", "2GB", "--json", "-p", folder).document["answer"]
     assert answer["fits"]
     assert answer["length"] == answer["longest_row"]

@@ -25,10 +25,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     """A project with three trained adapters."""
     folder = tiny_project(tmp_path_factory.mktemp("isolation") / "project", tiny_base_folder)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
-    recipe = folder / "tunewright.yaml"
-    text = recipe.read_text()
+    config = folder / "tunewright.yaml"
+    text = config.read_text()
     for rate in ("0.003", "0.006", "0.01"):
-        recipe.write_text(text.replace("0.003", rate))
+        config.write_text(text.replace("0.003", rate))
         assert tunewright("train", "-p", folder).code == 0
     return folder
 
@@ -138,9 +138,9 @@ def test_exactly_what_has_passed_is_not_tested_again_and_anything_else_is(
     assert (again.code, "not run again" in again.stderr) == (0, True)
     assert again.document["isolation"] == once.document["isolation"]
     assert _deploy(project, "recipes", third).code == 3, "another adapter"
-    recipe = (project / "tunewright.yaml").read_text()
+    config = (project / "tunewright.yaml").read_text()
     (project / "tunewright.yaml").unlink()
-    (project / "tunewright.yaml").write_text(f"{recipe}serve:\n  max_batch: 4\n")
+    (project / "tunewright.yaml").write_text(f"{config}serve:\n  max_batch: 4\n")
     assert _deploy(project, "tickets", second).code == 3, "another engine"
     assert _live(project) == {"courts": second.name, "recipes": first.name}
 

@@ -17,8 +17,8 @@ from sacrebleu.metrics.chrf import CHRF
 from command_line import Ran, tunewright
 from factories import COUNTIES, STATES, with_scores
 from scripted_judge import Asked, Script, honest, scripted, verdict, write_project
-from tunewright.disk import digest
-from tunewright.evaluation.evidence import Evidence, Item, load_evidence
+from tunewright.core.io import digest
+from tunewright.evidence.schema import Evidence, Item, load_evidence
 from tunewright.metrics import normalised
 
 _CHRF = CHRF()

@@ -16,15 +16,15 @@ import pytest
 
 import tunewright as package
 from command_line import pairs, tiny_project, tunewright, write_jsonl
-from tunewright.evaluation.ledger import LEDGER
+from tunewright.evaluation.access_log import LEDGER
 
 FAST = "  static_seeds: 1\n  retrievers: [bm25]\n"
 
 
 def add_keys(project: Path, text: str) -> None:
-    """Add keys to the recipe's evaluate section."""
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("  shots: [1, 2]\n", f"  shots: [1, 2]\n{text}"))
+    """Add keys to the config's evaluate section."""
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("  shots: [1, 2]\n", f"  shots: [1, 2]\n{text}"))
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,14 @@ def openings(project: Path) -> list[dict[str, Any]]:
 
 
 def test_the_contrast_is_declared_before_a_test_prompt_is_made(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunewright.evaluation.measure import Measurement
+    from tunewright.evaluation.arm_runner import ArmRunner
 
     def answers(*_: object) -> None:
         (line,) = [json.loads(text) for text in (project / "evaluations" / LEDGER).read_text().splitlines()]
         assert line["declared"][0]["control"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Measurement, "answers", answers)
+    monkeypatch.setattr(ArmRunner, "answers", answers)
     assert tunewright("evaluate", "-p", project).code == 130
     (opening,) = openings(project)
     monkeypatch.undo()
@@ -87,8 +87,8 @@ def test_looking_again_is_no_opening_and_other_settings_are(project: Path) -> No
     reasons = tunewright("verdict", "-p", project, "--json").document["reasons"]
     assert any("had been opened once before this" in reason for reason in reasons)
     # Back to the first margin: that evidence is there, and the newer one is what `verdict` would take.
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("  margin: 0.05\n", ""))
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("  margin: 0.05\n", ""))
     back = tunewright("evaluate", "-p", project)
     assert f"{evidence['id']} is newer" in " ".join(back.stderr.split())
     assert len(openings(project)) == 2

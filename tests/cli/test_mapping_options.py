@@ -1,4 +1,4 @@
-"""--rows, --input and --output: the same for `data add`, `data check` and its --fix, and over the recipe's."""
+"""--rows, --input and --output: the same for `data add`, `data check` and its --fix, and over the config's."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_check_fix_and_add_read_a_file_the_same_way(project: Path) -> None:
     assert (again.document["created"], again.document["known"]) == (False, 30)
 
 
-def test_options_take_the_place_of_the_recipe_s(project: Path) -> None:
-    recipe = project / "tunewright.yaml"
-    recipe.write_text('data:\n  rows: law\n  input: q\n  output: "{{ b }}"\n')
+def test_options_take_the_place_of_the_config_s(project: Path) -> None:
+    config = project / "tunewright.yaml"
+    config.write_text('data:\n  rows: law\n  input: q\n  output: "{{ b }}"\n')
     file = project / "rows.json"
     assert tunewright("data", "check", file, "-p", project).code == 2
     assert tunewright("data", "check", file, "-p", project, "--output", "{{ a }}").code == 0

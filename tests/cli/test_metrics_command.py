@@ -12,8 +12,8 @@ from rich.console import Console
 
 from command_line import tiny_project, tunewright
 from tunewright.cli.tables import evidence_tables
-from tunewright.evaluation.evidence import Evidence
-from tunewright.evaluation.statistics import holm
+from tunewright.evidence.schema import Evidence
+from tunewright.evidence.statistics import holm
 
 # Some items cannot be scored: those whose question has an even number.
 SCORING = """
@@ -28,14 +28,14 @@ def shared_letters(answer, reference, example):
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project that has gone the whole road by a metric of its own."""
     folder = tiny_project(tmp_path_factory.mktemp("metrics") / "project", tiny_base_folder)
-    recipe = (folder / "tunewright.yaml").read_text()
+    config = (folder / "tunewright.yaml").read_text()
     colours = "[red, green, blue, amber, violet, ochre, teal, navy, olive, coral]"
-    recipe = recipe.replace(
+    config = config.replace(
         "  shots: [1, 2]\n",
         "  shots: [1]\n  metric: {python: 'scoring:shared_letters'}\n"
         f"  also: [exact_match, {{choices: {colours}}}, chrf]\n",
     )
-    (folder / "tunewright.yaml").write_text(recipe)
+    (folder / "tunewright.yaml").write_text(config)
     (folder / "scoring.py").write_text(SCORING)
     ran = tunewright("run", "-p", folder, "--json")
     assert ran.code in {0, 3, 4}, ran.stderr
@@ -135,14 +135,14 @@ def test_another_module_is_another_evaluation(project: Path) -> None:
 
 
 def test_a_metric_that_fails_or_suits_nothing_is_a_mistake_that_is_told(project: Path, tmp_path: Path) -> None:
-    recipe = (project / "tunewright.yaml").read_text()
+    config = (project / "tunewright.yaml").read_text()
     for name in ("pairs.jsonl", "scoring.py"):
         (tmp_path / name).write_text((project / name).read_text())
     for metric, what in (
         ("{python: 'scoring:none_such'}", "no function 'none_such'"),
         ("json", "not one item can be scored by json"),
     ):
-        text = recipe.replace("{python: 'scoring:shared_letters'}", metric)
+        text = config.replace("{python: 'scoring:shared_letters'}", metric)
         (tmp_path / "tunewright.yaml").write_text(text)
         tunewright("data", "add", tmp_path / "pairs.jsonl", "-p", tmp_path)
         ran = tunewright("train", "-p", tmp_path)

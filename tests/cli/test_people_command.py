@@ -13,7 +13,7 @@ from command_line import tunewright
 from people_helpers import begin, evaluation, side_of_treatment
 from terminal import Terminal
 from tunewright.cli import commands
-from tunewright.evaluation.evidence import load_evidence
+from tunewright.evidence.schema import load_evidence
 
 ID = "0123456789ab"
 

@@ -53,7 +53,7 @@ ENVIRONMENT |= {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
         ("adapters", "list"),
         ("fit", "--gpu", "24GB"),
         ("ledger",),
-        ("recipe", "show"),
+        ("config", "show"),
         ("releases",),
         ("tenant", "usage"),
         ("tenant", "list"),
@@ -106,7 +106,7 @@ def test_terminal_gets_boxes_and_its_own_width(project: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
-@pytest.mark.parametrize("arguments", [("data", "log"), ("data", "log", "--json"), ("recipe", "schema")], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("data", "log"), ("data", "log", "--json"), ("config", "schema")], ids=" ".join)
 def test_command_ends_quietly_with_141_when_nobody_reads(
     project: Path, arguments: tuple[str, ...], closed: str
 ) -> None:

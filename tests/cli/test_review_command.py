@@ -15,7 +15,7 @@ import pytest
 from command_line import pairs, tunewright, write_jsonl
 from terminal import Terminal
 from tunewright.cli import commands
-from tunewright.data.review.standing import standing
+from tunewright.data.review.status import standing
 from tunewright.data.versions import load_version
 
 

@@ -46,13 +46,13 @@ def test_version_is_printed() -> None:
     assert tunewright("--version").stdout.startswith("tunewright 0.")
 
 
-def test_init_writes_a_recipe_and_never_over_one(tmp_path: Path) -> None:
+def test_init_writes_a_config_and_never_over_one(tmp_path: Path) -> None:
     assert tunewright("init", tmp_path / "new").code == 0
-    recipe = (tmp_path / "new" / "tunewright.yaml").read_text()
-    assert "# LoRA rank" in recipe
+    config = (tmp_path / "new" / "tunewright.yaml").read_text()
+    assert "# LoRA rank" in config
     again = tunewright("init", tmp_path / "new")
     assert (again.code, "already there: tunewright.yaml" in again.stderr) == (2, True)
-    assert (tmp_path / "new" / "tunewright.yaml").read_text() == recipe
+    assert (tmp_path / "new" / "tunewright.yaml").read_text() == config
 
 
 def test_the_example_is_a_whole_project(tmp_path: Path) -> None:
@@ -60,14 +60,14 @@ def test_the_example_is_a_whole_project(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert len(rows) > 1_500
     assert {"prompt": "Ravenna Municipal Court, Ohio", "completion": "Oh. Muni. Ct., Ravenna"} in rows
-    assert tunewright("recipe", "show", "--project", tmp_path, "--json").document["train"]["learning_rate"] == 1e-3
+    assert tunewright("config", "show", "--project", tmp_path, "--json").document["train"]["learning_rate"] == 1e-3
     unknown = tunewright("init", "--example", "recipes", tmp_path / "other")
     assert (unknown.code, "legal-citations" in unknown.stderr) == (2, True)
 
 
 def test_the_schema_names_each_defaults_source() -> None:
-    schema = json.loads(tunewright("recipe", "schema").stdout)
-    train = schema["$defs"]["TrainRecipe"]["properties"]
+    schema = json.loads(tunewright("config", "schema").stdout)
+    train = schema["$defs"]["TrainConfig"]["properties"]
     assert "arXiv" in train["preset"]["description"]
     assert train["rank"]["default"] == 16
 
@@ -125,20 +125,20 @@ def test_evidence_holds_what_the_items_say(project: Path) -> None:
     assert decisive["control"] == evidence["best_prompting"]
 
 
-def test_lineage_leads_back_to_data_base_template_and_recipe(project: Path) -> None:
+def test_lineage_leads_back_to_data_base_template_and_config(project: Path) -> None:
     adapter = find_adapter(project / "adapters")
     lineage = adapter.lineage
     version = tunewright("data", "log", "--project", project, "--json").document["versions"][-1]
     assert lineage["dataset"]["digest"] == version["digest"]
     assert lineage["dataset"]["splits"]["test"]["digest"] == version["splits"]["test"]
     assert set(lineage["base"]["files"]) >= {"model.safetensors", "config.json", "tokenizer.json"}
-    assert lineage["recipe"]["train"]["rank"] == 16
+    assert lineage["config"]["train"]["rank"] == 16
     assert {"torch", "peft", "trl", "transformers"} <= set(lineage["packages"])
     assert len(lineage["template_digest"]) == 64
 
 
 def test_nothing_written_names_this_machine(project: Path) -> None:
-    """But for the base, which the recipe itself gives as a path here."""
+    """But for the base, which the config itself gives as a path here."""
     written = [*(project / "dataset").rglob("*"), *(project / "adapters").rglob("*.json")]
     for path in (p for p in written if p.is_file()):
         assert str(project) not in path.read_text(), path
@@ -162,16 +162,16 @@ def test_an_adapter_of_another_dataset_version_is_not_evaluated(project: Path, t
     assert (ran.code, "was trained on dataset version" in ran.stderr) == (2, True)
 
 
-def test_an_adapter_that_the_recipe_would_no_longer_make_is_told(project: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_the_config_would_no_longer_make_is_told(project: Path, tmp_path: Path) -> None:
     import shutil
 
     other = Path(shutil.copytree(project, tmp_path / "other"))
-    recipe = other / "tunewright.yaml"
+    config = other / "tunewright.yaml"
     for before, after, told in (
         ("checkpoint_every: 5", "checkpoint_every: 9", False),
         ("epochs: 2", "epochs: 3", True),
     ):
-        recipe.write_text(recipe.read_text().replace(before, after))
+        config.write_text(config.read_text().replace(before, after))
         ran = tunewright("evaluate", "--project", other)
         assert (ran.code, "train section has changed" in ran.stderr) == (0, told)
 

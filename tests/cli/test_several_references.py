@@ -21,11 +21,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tup
         for n in range(3)
     ]
     write_jsonl(folder / "pairs.jsonl", rows)
-    recipe = folder / "tunewright.yaml"
-    text = recipe.read_text().replace(
+    config = folder / "tunewright.yaml"
+    text = config.read_text().replace(
         "sources: [pairs.jsonl]", "sources: [pairs.jsonl]\n  conflicts: accept\n  test: 0.25"
     )
-    recipe.write_text(text.replace("epochs: 2", "epochs: 1").replace("evaluate:\n", "evaluate:\n  metric: bleu\n"))
+    config.write_text(text.replace("epochs: 2", "epochs: 1").replace("evaluate:\n", "evaluate:\n  metric: bleu\n"))
     found = tunewright("run", "--project", folder)
     assert found.code in {0, 3, 4}, found.stderr
     return folder, found

@@ -15,17 +15,17 @@ import pytest
 
 from command_line import tiny_project, tunewright
 from tunewright.adapters.registry import list_adapters
+from tunewright.config.io import load_config
 from tunewright.data.versions import load_version
-from tunewright.recipe_file import load_recipe
 
 NOTE = "  # Ada's rate; see the log\n"
 
 
 def _project(folder: Path, base: Path) -> Path:
     tiny_project(folder, base)
-    recipe = folder / "tunewright.yaml"
-    text = recipe.read_text().replace("preset: all-linear\n", "preset: classic\n").replace("0.003", "0.0007")
-    recipe.write_text(text.replace("  epochs", NOTE + "  epochs") + "# the end\n")
+    config = folder / "tunewright.yaml"
+    text = config.read_text().replace("preset: all-linear\n", "preset: classic\n").replace("0.003", "0.0007")
+    config.write_text(text.replace("  epochs", NOTE + "  epochs") + "# the end\n")
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     return folder
 
@@ -89,7 +89,7 @@ def test_the_winner_is_the_run_that_train_makes_and_is_not_trained_twice(
 def test_the_winner_is_written_back_and_the_rest_of_the_file_stays(swept: Swept) -> None:
     project, document, _ = swept
     text = (project / "tunewright.yaml").read_text()
-    train = load_recipe(project / "tunewright.yaml").train
+    train = load_config(project / "tunewright.yaml").train
     assert f"{train.preset}-{train.learning_rate:g}" == document["winner"]
     assert set(document["written"]) <= {"preset", "learning_rate"}
     assert NOTE in text and text.endswith("# the end\n")
@@ -110,7 +110,7 @@ def test_a_sweep_that_is_done_is_found_done(tmp_path: Path, tiny_base_folder: Pa
     first = tunewright("train", "--sweep", *rates, "-p", project)
     assert first.code == 0, first.stderr
     assert "compared on the dev split; test was not looked at" in first.stdout
-    assert "The recipe as it is now is not among the trials" in first.stderr
+    assert "The config as it is now is not among the trials" in first.stderr
     before = _ledger(project)
     again = tunewright("train", "--sweep", *rates, "--json", "-p", project)
     assert again.code == 0

@@ -15,12 +15,12 @@ from command_line import recorded_prompts, tiny_project, without_state
 from command_line import tunewright as command
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
 from tunewright.adapters.system_prompt import KEY
+from tunewright.api.context import ProjectContext
+from tunewright.api.serving import adapter_of
+from tunewright.config.project import ProjectFolder
+from tunewright.core.progress import LogReporter
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.road.opened import OpenProject
-from tunewright.road.serving import adapter_of
 from tunewright.serving.service import Service
 
 SYSTEM = "Name the first colour, d'été."
@@ -30,11 +30,11 @@ FORCED = ("--force", "--because", "what is tested here is the system prompt", "-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     folder = tiny_project(tmp_path_factory.mktemp("system") / "project", tiny_base_folder)
-    recipe = folder / "tunewright.yaml"
+    config = folder / "tunewright.yaml"
     # Not composed, as an editor may write it: what is added and what is asked have one form all the same.
     system = "Name the first colour, d'e\u0301te\u0301."
-    text = recipe.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system: "{system}"\n')
-    recipe.write_text(text, encoding="utf-8")
+    text = config.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system: "{system}"\n')
+    config.write_text(text, encoding="utf-8")
     assert command("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     assert command("train", "-p", folder).code == 0
     return folder
@@ -68,8 +68,8 @@ def test_a_users_turn_alone_is_served_as_the_ids_that_the_tuned_arm_is_asked_wit
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, members = _adapter(project), _test_members(project)
-    opened = OpenProject(Project(project), LogReporter())
-    evaluated = opened.measurement(adapter).answers(TUNED, members, "test", adapter)
+    opened = ProjectContext(ProjectFolder(project), LogReporter())
+    evaluated = opened.arm_runner(adapter).answers(TUNED, members, "test", adapter)
     seen = recorded_prompts(monkeypatch)
     replies = _ask_users_turns(tunewright.open(project).serve([adapter.name], port=0), adapter.name, members)
     assert {reply.headers["x-tunewright-system"] for reply in replies} == {"adapter"}
@@ -82,7 +82,7 @@ def test_a_users_turn_alone_is_served_as_the_ids_that_the_tuned_arm_is_asked_wit
 def test_the_base_gets_none_and_an_earlier_checkpoint_its_own(project: Path) -> None:
     adapter, members = _adapter(project), _test_members(project)[:1]
     name = f"{adapter.name}@{next(iter(adapter.checkpoints))}"
-    base = Project(project).recipe.base
+    base = ProjectFolder(project).config.base
     for model, source in ((name, "adapter"), (base, "none")):
         service = tunewright.open(project).serve([name], port=0)
         assert service.system_prompts == {name: SYSTEM}
@@ -131,6 +131,6 @@ def test_a_release_means_the_adapter_of_its_name_where_two_have_the_same_weights
         shutil.copytree(adapter.folder, folder)
     older = {**adapter.lineage, "created": "2020-01-01T00:00:00+00:00", KEY: {"text": "Say nothing."}}
     (other / LINEAGE).write_text(json.dumps(older), encoding="utf-8")
-    opened = OpenProject(Project(project), LogReporter())
+    opened = ProjectContext(ProjectFolder(project), LogReporter())
     assert adapter_of(opened, adapter.name, adapter.digest).name == adapter.name
     assert adapter_of(opened, "a-name-that-is-gone", adapter.digest).name == other.name

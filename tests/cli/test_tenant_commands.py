@@ -23,8 +23,8 @@ from command_line import Ran, tiny_project, tunewright, without_state
 from factories import make_evidence, make_items, with_contrast
 from tunewright import open as open_project
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
-from tunewright.disk import write_json
-from tunewright.evaluation.evidence import Evidence
+from tunewright.core.io import write_json
+from tunewright.evidence.schema import Evidence
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     folder = tiny_project(tmp_path_factory.mktemp("tenants") / "project", tiny_base_folder)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     assert tunewright("train", "-p", folder).code == 0
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 1"))
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1"))
     assert tunewright("train", "-p", folder).code == 0
     return folder
 
@@ -234,15 +234,15 @@ def test_a_changed_line_of_the_audit_is_named_with_exit_code_1(project: Path) ->
     assert (ran.code, "line 2 was changed after it was written" in ran.stdout) == (1, True)
 
 
-def test_postgresql_by_option_or_recipe(project: Path, postgres: Path) -> None:
+def test_postgresql_by_option_or_config(project: Path, postgres: Path) -> None:
     from postgres import new_schema
 
     url = new_schema(postgres)
     made = _document(project, "tenant", "add", "acme", "--state", url)
     assert not (project / "serving").exists()
-    recipe = (project / "tunewright.yaml").read_text()
+    config = (project / "tunewright.yaml").read_text()
     (project / "tunewright.yaml").unlink()
-    (project / "tunewright.yaml").write_text(f"{recipe}serve:\n  state: '{url}'\n")
+    (project / "tunewright.yaml").write_text(f"{config}serve:\n  state: '{url}'\n")
     assert _document(project, "tenant", "list")["tenants"] == [made]
 
 

@@ -27,9 +27,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 
 def _change(project: Path, to: Path, before: str, after: str) -> Path:
     changed = Path(shutil.copytree(project, to))
-    recipe = changed / "tunewright.yaml"
-    assert before in recipe.read_text()
-    recipe.write_text(recipe.read_text().replace(before, after))
+    config = changed / "tunewright.yaml"
+    assert before in config.read_text()
+    config.write_text(config.read_text().replace(before, after))
     return changed
 
 
@@ -105,9 +105,9 @@ def test_check_counts_every_row_and_agrees_with_what_was_trained(project: Path) 
     assert sum(counts.values()) == sum(bar["rows"] for bar in document["histogram"]) == 120
     training = find_adapter(project / "adapters").lineage["training"]
     assert training["trained_tokens"] == next(s["trained"] for s in document["splits"] if s["split"] == "train")
-    road = package.open(project)
+    opened = package.open(project)
     lengths = sorted(
-        len(row.ids) for m in road.data.version().examples("train") for row in road.chat.rows(m.example.messages)
+        len(row.ids) for m in opened.data.version().examples("train") for row in opened.chat.rows(m.example.messages)
     )
     percentiles = document["splits"][0]["percentiles"]
     assert (percentiles["0"], percentiles["100"]) == (lengths[0], lengths[-1])
@@ -142,8 +142,8 @@ def test_a_long_test_row_is_told_and_does_not_bar_the_training(tmp_path: Path, t
     longer = [{**r, "prompt": r["prompt"] + " and" * 40} if r["prompt"] == test.example.input_text else r for r in rows]
     other = tiny_project(tmp_path / "other", tiny_base_folder)
     assert tunewright("data", "add", write_jsonl(other / "pairs.jsonl", longer), "-p", other).code == 0
-    recipe = other / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  max_length: 100\n"))
+    config = other / "tunewright.yaml"
+    config.write_text(config.read_text().replace("train:\n", "train:\n  max_length: 100\n"))
     document = tunewright("data", "check", "-p", other, "--json")
     (row,) = document.document["too_long"]
     trained = tunewright("train", "-p", other)
@@ -160,8 +160,8 @@ def test_a_limit_beyond_the_base_s_context_is_the_base_s(tmp_path: Path, tiny_ba
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     rows = [*pairs(60), {"prompt": "far too long " + "x" * 2100, "completion": "far"}]
     assert tunewright("data", "add", write_jsonl(folder / "pairs.jsonl", rows), "-p", folder).code == 0
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  max_length: 100000\n"))
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("train:\n", "train:\n  max_length: 100000\n"))
     document = tunewright("data", "check", "-p", folder, "--json").document
     assert (document["max_length"], len(document["too_long"])) == (2048, 1)
 
@@ -244,8 +244,8 @@ def test_an_adapter_of_a_version_that_did_not_record_its_rendering_is_refused(pr
 
 def test_other_words_for_the_same_training_find_the_adapter_that_is_there(project: Path, tmp_path: Path) -> None:
     """Targets are a set: their order in peft's file changed with Python's hash seed, and the adapter's name with it."""
-    config = json.loads((find_adapter(project / "adapters").folder / "adapter_config.json").read_text())
-    assert config["target_modules"] == sorted(config["target_modules"])
+    model_config = json.loads((find_adapter(project / "adapters").folder / "adapter_config.json").read_text())
+    assert model_config["target_modules"] == sorted(model_config["target_modules"])
     other = _change(project, tmp_path / "other", "train:\n", "train:\n  micro_batch: 8\n")
     first, second = (tunewright("train", "-p", other, "--json").document for _ in range(2))
     assert (first["trained"], second["trained"]) == (True, False)
@@ -260,8 +260,8 @@ def test_a_base_without_a_template_goes_the_whole_road_in_the_plain_form(tmp_pat
     assert ran.code in {0, 3, 4}, ran.stderr
     assert "has no chat template: conversations are written in the plain form" in ran.stderr
     assert find_adapter(folder / "adapters").lineage["chat"]["kind"] == "plain"
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text() + "chat:\n  template: own\n")
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text() + "chat:\n  template: own\n")
     ran = tunewright("train", "-p", folder)
     assert (ran.code, "the tokenizer has no chat template" in ran.stderr) == (2, True)
 
@@ -303,10 +303,10 @@ def test_the_server_prompts_with_exactly_the_ids_that_training_saw(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = recorded_prompts(monkeypatch)
-    road = package.open(project)
-    members = road.data.version().examples("train")[:20]
-    trained = [road.chat.rows(m.example.messages)[0] for m in members]
-    service = road.serve(port=0)
+    opened = package.open(project)
+    members = opened.data.version().examples("train")[:20]
+    trained = [opened.chat.rows(m.example.messages)[0] for m in members]
+    service = opened.serve(port=0)
     with service.running() as url, httpx.Client(base_url=url, trust_env=False) as client:
         for member in members:
             messages = [{"role": m.role, "content": m.content} for m in member.example.prompt]

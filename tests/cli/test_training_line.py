@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tunewright.cli.train import _evaluated
-from tunewright.recipe import MetricName
+from tunewright.config import MetricName
 
 
 @pytest.mark.parametrize(

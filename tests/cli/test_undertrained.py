@@ -9,7 +9,7 @@ import pytest
 
 from command_line import Ran, tunewright
 
-RECIPE = """\
+CONFIG = """\
 name: too-short
 base: bundled:smollm2-135m-instruct
 data: {sources: [pairs.jsonl], system: Give the citation abbreviation of this court., dev: 0.1, test: 0.2}
@@ -27,7 +27,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     rows = (folder / "pairs.jsonl").read_text().splitlines()
     random.Random(1).shuffle(rows)
     (folder / "pairs.jsonl").write_text("\n".join(rows[:150]) + "\n")
-    (folder / "tunewright.yaml").write_text(RECIPE)
+    (folder / "tunewright.yaml").write_text(CONFIG)
     return folder, tunewright("run", "--project", folder, "--json")
 
 

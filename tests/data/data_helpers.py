@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
+from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.data.examples import Example, Message
-from tunewright.progress import LogReporter, LogTask, Task
-from tunewright.project import RECIPE_FILE, Project, create_project
 
 Pair = tuple[str, str]
 
@@ -64,9 +64,9 @@ def write_jsonl(path: Path, pairs: Sequence[Pair]) -> Path:
     return path
 
 
-def new_project(root: Path, recipe: str = "") -> Project:
-    """A project with this recipe."""
-    return create_project(root, {RECIPE_FILE: recipe})
+def new_project(root: Path, config: str = "") -> ProjectFolder:
+    """A project with this config."""
+    return create_project(root, {CONFIG_FILE: config})
 
 
 def jaccard(a: str, b: str) -> float:

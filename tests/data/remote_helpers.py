@@ -15,9 +15,9 @@ import fsspec  # type: ignore[import-untyped]
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
+from tunewright.config.project import ProjectFolder
 from tunewright.data.add import add
 from tunewright.data.versions.remote import Transfer, pull, push
-from tunewright.project import Project
 
 
 @dataclass
@@ -73,7 +73,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def one(tmp_path: Path) -> Project:
+def one(tmp_path: Path) -> ProjectFolder:
     """A project with one version of 60 rows."""
     project = new_project(tmp_path / "one")
     add_rows(project, 60, 1)
@@ -81,22 +81,22 @@ def one(tmp_path: Path) -> Project:
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> Project:
+def two(tmp_path: Path) -> ProjectFolder:
     """A project without data."""
     return new_project(tmp_path / "two")
 
 
-def add_rows(project: Project, count: int, seed: int) -> str:
+def add_rows(project: ProjectFolder, count: int, seed: int) -> str:
     """Add pairs of their own seed; the version's digest."""
     path = write_jsonl(project.root.parent / f"{seed}.jsonl", unlike_pairs(count, seed))
     return add(project, [path], Listener(), message=f"seed {seed}").version.digest
 
 
-def push_to(project: Project, place: Place) -> Transfer:
+def push_to(project: ProjectFolder, place: Place) -> Transfer:
     """Push to wherever that is."""
     return push(project.dataset, place.url, Listener(), options=place.options)
 
 
-def pull_from(project: Project, place: Place) -> Transfer:
+def pull_from(project: ProjectFolder, place: Place) -> Transfer:
     """Pull from wherever that is."""
     return pull(project.dataset, place.url, Listener(), options=place.options)

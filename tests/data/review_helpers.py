@@ -6,28 +6,28 @@ from pathlib import Path
 
 from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
 
+from tunewright.config.project import ProjectFolder
 from tunewright.data.add import add
 from tunewright.data.review.passes import Review
 from tunewright.data.review.reviews import Verdict
-from tunewright.data.review.standing import standing
+from tunewright.data.review.status import standing
 from tunewright.data.versions import DatasetVersion, load_version
-from tunewright.project import Project
 
 
-def reviewed_project(root: Path, count: int = 200, pairs: list[Pair] | None = None) -> Project:
+def reviewed_project(root: Path, count: int = 200, pairs: list[Pair] | None = None) -> ProjectFolder:
     """A project with a version of pairs that have little in common."""
     project = new_project(root, "data: {conflicts: accept}\n")
     add_pairs(project, pairs or unlike_pairs(count))
     return project
 
 
-def add_pairs(project: Project, pairs: list[Pair]) -> DatasetVersion:
+def add_pairs(project: ProjectFolder, pairs: list[Pair]) -> DatasetVersion:
     """Add pairs; the version there is then."""
     add(project, [write_jsonl(project.root / "pairs.jsonl", pairs)], Listener())
     return load_version(project.dataset)
 
 
-def review(project: Project, reviewer: str = "ada", *, second: bool = False, redraw: bool = False) -> Review:
+def review(project: ProjectFolder, reviewer: str = "ada", *, second: bool = False, redraw: bool = False) -> Review:
     """A pass over the current version's sample."""
     version = load_version(project.dataset)
     return Review(project.dataset, version, reviewer, Listener(), second=second, redraw=redraw)
@@ -49,7 +49,7 @@ def right(count: int) -> list[Verdict]:
     return ["right"] * count
 
 
-def status(project: Project) -> str:
+def status(project: ProjectFolder) -> str:
     """What every command says of the current version, without its name."""
     told = standing(project.dataset)
     assert told is not None

@@ -14,12 +14,12 @@ from data_helpers import Listener, Pair, jaccard, new_project, unlike_pairs, wri
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunewright.config import DataConfig
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
-from tunewright.data.neighbours import comparison_texts
+from tunewright.data.dedup import comparison_texts
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
-from tunewright.errors import UserError
-from tunewright.project import Project
-from tunewright.recipe import DataRecipe
 
 ACCEPT = "data: {conflicts: accept}\n"
 
@@ -34,7 +34,9 @@ def no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
-def _add(project: Project, *pairs: Pair, listener: Listener | None = None, name: str = "pairs.jsonl") -> AddResult:
+def _add(
+    project: ProjectFolder, *pairs: Pair, listener: Listener | None = None, name: str = "pairs.jsonl"
+) -> AddResult:
     return add(project, [write_jsonl(project.root / name, pairs)], listener or Listener())
 
 
@@ -221,7 +223,7 @@ def test_a_new_conflict_is_refused_by_file_and_line_and_a_known_one_is_not(tmp_p
     assert '"Sydney" (version ' in caught.value.what
     assert "--accept-conflicts" in str(caught.value.fix)
     assert _snapshot(project.dataset) == before
-    accepting = Project(project.root, project.recipe.model_copy(update={"data": DataRecipe(conflicts="accept")}))
+    accepting = ProjectFolder(project.root, project.config.model_copy(update={"data": DataConfig(conflicts="accept")}))
     _add(accepting, ("capital of Australia", "Canberra"))
     assert _add(project, ("capital of Australia", "Canberra"), *unlike_pairs(3, seed=5)).added == 3
 
@@ -344,7 +346,7 @@ def test_a_changed_similarity_makes_a_new_version_of_the_same_rows(tmp_path: Pat
     pairs = [*unlike_pairs(40), (text, "x"), (text[:-5], "y")]
     first = _add(project, *pairs)
     (project.root / "tunewright.yaml").write_text("data: {similarity: 0.5}\n")
-    second = _add(Project(project.root), *pairs)
+    second = _add(ProjectFolder(project.root), *pairs)
     assert second.created
     assert second.added == 0
     assert second.version.parent == first.version.digest

@@ -15,19 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from version_helpers import next_version, with_output
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.versions import DatasetVersion, Member, list_versions, load_version, short, version_folder
 from tunewright.data.versions.change_text import diff_text, marked, word_changes
 from tunewright.data.versions.changes import blame, diff, trained_on, where
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 FIRST = unlike_pairs(60, seed=1)
 ACCEPTING = {"conflicts": "accept"}
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path) -> ProjectFolder:
     """A project with one version of 60 rows."""
     project = new_project(tmp_path / "p")
     add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener(), message="first")
@@ -38,15 +38,15 @@ def _of(version: DatasetVersion, split: str, count: int = 1) -> list[Member]:
     return [m for m in version.members if m.split == split][:count]
 
 
-def _add(project: Project, *pairs: tuple[str, str]) -> DatasetVersion:
+def _add(project: ProjectFolder, *pairs: tuple[str, str]) -> DatasetVersion:
     """Conflicts included."""
-    recipe = project.recipe
-    project = Project(project.root, recipe.model_copy(update={"data": recipe.data.model_copy(update=ACCEPTING)}))
+    config = project.config
+    project = ProjectFolder(project.root, config.model_copy(update={"data": config.data.model_copy(update=ACCEPTING)}))
     add(project, [write_jsonl(project.root.parent / "more.jsonl", pairs)], Listener(), message="more")
     return load_version(project.dataset)
 
 
-def test_a_version_does_not_differ_from_itself(project: Project) -> None:
+def test_a_version_does_not_differ_from_itself(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     same = diff(version, version)
     assert same.same
@@ -56,7 +56,7 @@ def test_a_version_does_not_differ_from_itself(project: Project) -> None:
     assert "the same rows in the same splits" in diff_text(same)
 
 
-def test_added_removed_edited_and_moved_rows_are_told_apart(project: Project) -> None:
+def test_added_removed_edited_and_moved_rows_are_told_apart(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
     gone, edited, moved = _of(a, "train", 3)
     other = with_output(edited, "another answer")
@@ -77,7 +77,7 @@ def test_added_removed_edited_and_moved_rows_are_told_apart(project: Project) ->
     assert there.comparable
 
 
-def test_every_row_is_in_exactly_one_group_of_a_diff(project: Project) -> None:
+def test_every_row_is_in_exactly_one_group_of_a_diff(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
     b = next_version(project, lambda m: None if m.key[0] in "01" else with_output(m, "x") if m.key[0] in "23" else m)
     found = diff(a, b)
@@ -90,7 +90,7 @@ def test_every_row_is_in_exactly_one_group_of_a_diff(project: Project) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_scores_stay_comparable_unless_a_test_row_changes(project: Project, split: str) -> None:
+def test_scores_stay_comparable_unless_a_test_row_changes(project: ProjectFolder, split: str) -> None:
     a = load_version(project.dataset)
     row = _of(a, split)[0]
     b = next_version(project, lambda m: with_output(m, "edited") if m.key == row.key else m)
@@ -102,7 +102,7 @@ def test_scores_stay_comparable_unless_a_test_row_changes(project: Project, spli
     assert words in diff_text(found)
 
 
-def test_a_row_that_leaves_the_test_or_joins_it_makes_scores_incomparable(project: Project) -> None:
+def test_a_row_that_leaves_the_test_or_joins_it_makes_scores_incomparable(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
     out, into = _of(a, "test")[0], _of(a, "train")[0]
     swap = {out.key: "train", into.key: "test"}
@@ -110,7 +110,7 @@ def test_a_row_that_leaves_the_test_or_joins_it_makes_scores_incomparable(projec
     assert diff(a, b).test_rows_changed == 2
 
 
-def test_of_several_outputs_of_one_input_only_the_changed_one_is_an_edit(project: Project) -> None:
+def test_of_several_outputs_of_one_input_only_the_changed_one_is_an_edit(project: ProjectFolder) -> None:
     a = _add(project, ("one question", "yes"), ("one question", "no"))
     yes = next(m for m in a.members if m.example.output == "yes")
     b = next_version(project, lambda m: with_output(m, "maybe") if m.key == yes.key else m)
@@ -123,7 +123,7 @@ def test_settings_and_sources_that_differ_are_told(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {similarity: 0.8}\n")
     add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener())
     a = load_version(project.dataset)
-    project = Project(project.root, project.recipe.model_copy(update={"seed": 7}))
+    project = ProjectFolder(project.root, project.config.model_copy(update={"seed": 7}))
     b = _add(project, *unlike_pairs(20, seed=2))
     found = diff(a, b)
     assert found.metadata["settings.seed"] == (0, 7)
@@ -154,7 +154,7 @@ def test_changed_words_are_marked_and_far_text_is_cut() -> None:
     assert f"({len('x' * 900):,} characters)" in marked("a", "x" * 900)
 
 
-def test_the_text_of_a_diff_counts_what_it_does_not_show(project: Project) -> None:
+def test_the_text_of_a_diff_counts_what_it_does_not_show(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
     b = next_version(project, lambda m: with_output(m, f"{m.example.output} indeed"))
     text = diff_text(diff(a, b), most=7)
@@ -164,7 +164,7 @@ def test_the_text_of_a_diff_counts_what_it_does_not_show(project: Project) -> No
     assert "{+ indeed+}" in text
 
 
-def test_blame_finds_the_import_a_row_came_from(project: Project) -> None:
+def test_blame_finds_the_import_a_row_came_from(project: ProjectFolder) -> None:
     first = load_version(project.dataset)
     second = _add(project, *unlike_pairs(20, seed=2))
     old, new = first.members[0], next(m for m in second.members if m.key not in {n.key for n in first.members})
@@ -180,7 +180,7 @@ def test_blame_finds_the_import_a_row_came_from(project: Project) -> None:
     assert json.loads(json.dumps(found.as_dict()))["version"]["message"] == "more"
 
 
-def test_blame_names_the_row_that_an_edit_came_from(project: Project) -> None:
+def test_blame_names_the_row_that_an_edit_came_from(project: ProjectFolder) -> None:
     first = load_version(project.dataset)
     row = first.members[5]
     other = with_output(row, "better")
@@ -194,7 +194,7 @@ def test_blame_names_the_row_that_an_edit_came_from(project: Project) -> None:
     assert (found.source, found.line, found.reviewers) == ("dataset/reviews.jsonl", 3, ("Ada",))
 
 
-def test_blame_tells_a_conflict_from_an_edit(project: Project) -> None:
+def test_blame_tells_a_conflict_from_an_edit(project: ProjectFolder) -> None:
     row = load_version(project.dataset).members[5]
     version = _add(project, (row.example.input_text, "quite another answer"))
     other = next(m for m in version.members if m.example.output == "quite another answer")
@@ -202,32 +202,32 @@ def test_blame_tells_a_conflict_from_an_edit(project: Project) -> None:
     assert (found.edit_of, found.beside) == ((), (row.key,))
 
 
-def test_a_row_that_was_away_is_blamed_on_the_version_that_brought_it_back(project: Project) -> None:
+def test_a_row_that_was_away_is_blamed_on_the_version_that_brought_it_back(project: ProjectFolder) -> None:
     row = load_version(project.dataset).members[5]
     next_version(project, lambda m: None if m.key == row.key else m)
     version = _add(project, (row.example.input_text, row.example.output), *unlike_pairs(5, seed=3))
     assert blame(project.dataset, version, row.key).version.digest == version.digest
 
 
-def test_blame_says_where_the_history_ends(project: Project) -> None:
+def test_blame_says_where_the_history_ends(project: ProjectFolder) -> None:
     first = load_version(project.dataset)
     second = _add(project, *unlike_pairs(20, seed=2))
     shutil.rmtree(version_folder(project.dataset, first.digest))
     assert blame(project.dataset, second, first.members[0].key).older_missing == first.digest
 
 
-def test_blame_of_an_unknown_row_is_refused(project: Project) -> None:
+def test_blame_of_an_unknown_row_is_refused(project: ProjectFolder) -> None:
     with pytest.raises(UserError, match="has no row 'abc'"):
         blame(project.dataset, load_version(project.dataset), "abc")
 
 
-def test_the_author_is_git_s_user_name(project: Project) -> None:
+def test_the_author_is_git_s_user_name(project: ProjectFolder) -> None:
     subprocess.run(["git", "init", "-q"], cwd=project.root, check=True)
     subprocess.run(["git", "config", "user.name", "Ada Lovelace"], cwd=project.root, check=True)
     assert _add(project, *unlike_pairs(20, seed=2)).manifest.author == "Ada Lovelace"
 
 
-def _adapter(project: Project, name: str, lineage: Any) -> None:
+def _adapter(project: ProjectFolder, name: str, lineage: Any) -> None:
     folder = project.adapters / name
     folder.mkdir(parents=True)
     (folder / "lineage.json").write_text(lineage if isinstance(lineage, str) else json.dumps(lineage))
@@ -238,7 +238,7 @@ def _lineage(version: DatasetVersion, *left_out: str) -> dict[str, Any]:
     return {"dataset": {"digest": version.digest}, "rendering": rendering}
 
 
-def test_where_tells_which_adapters_saw_a_row(project: Project) -> None:
+def test_where_tells_which_adapters_saw_a_row(project: ProjectFolder) -> None:
     first = load_version(project.dataset)
     second = _add(project, *unlike_pairs(20, seed=2))
     new = next(m for m in second.examples("train") if m.key not in {n.key for n in first.members})
@@ -266,7 +266,7 @@ def test_where_tells_which_adapters_saw_a_row(project: Project) -> None:
         assert {s.use for s in where(project.dataset, project.adapters, row.key) if s.adapter == "b-two"} == {split}
 
 
-def test_where_refuses_a_lineage_that_cannot_be_read(project: Project) -> None:
+def test_where_refuses_a_lineage_that_cannot_be_read(project: ProjectFolder) -> None:
     assert where(project.dataset, project.adapters, "abc") == ()
     for broken in ("{", "[]"):
         _adapter(project, "broken", broken)
@@ -275,7 +275,7 @@ def test_where_refuses_a_lineage_that_cannot_be_read(project: Project) -> None:
         shutil.rmtree(project.adapters)
 
 
-def test_versions_of_earlier_releases_are_read(project: Project) -> None:
+def test_versions_of_earlier_releases_are_read(project: ProjectFolder) -> None:
     path = version_folder(project.dataset, load_version(project.dataset).digest) / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("author", "imports", "seal")}))
@@ -286,7 +286,9 @@ def test_versions_of_earlier_releases_are_read(project: Project) -> None:
     assert blame(project.dataset, second, old.members[0].key).version.digest == old.digest
 
 
-def test_diff_counts_a_row_as_regrouped_when_its_cluster_has_other_rows_not_another_name(project: Project) -> None:
+def test_diff_counts_a_row_as_regrouped_when_its_cluster_has_other_rows_not_another_name(
+    project: ProjectFolder,
+) -> None:
     a = load_version(project.dataset)
     gone, *_, one, two = sorted(_of(a, "train", 4), key=lambda m: m.key)
     clusters = {gone.key: one.key, one.key: one.key, two.key: two.key}

@@ -15,25 +15,17 @@ from data_helpers import Listener
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.formats import (
-    Fault,
-    Reading,
-    read_pairs,
-    require_columns,
-    scan_pairs,
-    source_digest,
-    source_size,
-)
-from tunewright.data.formats.json_rows import _CHUNK
-from tunewright.errors import UserError
-from tunewright.recipe import DataRecipe
+from tunewright.config import DataConfig
+from tunewright.core.errors import UserError
+from tunewright.data.readers import Fault, Reading, read_pairs, require_columns, scan_pairs, source_digest, source_size
+from tunewright.data.readers.json_rows import _CHUNK
 
-DATA = DataRecipe(input="q", output="a")
+DATA = DataConfig(input="q", output="a")
 PAIRS = [{"prompt": f"question {i}, é", "completion": f"answer {i}"} for i in range(3)]
 TABLE = [("q", "a"), ("one, two; three|four", "x"), ("five\nsix", 'seven "eight"'), ("nine", "ten")]
 
 
-def _read(tmp_path: Path, content: bytes | str, name: str, data: DataRecipe = DATA) -> Reading:
+def _read(tmp_path: Path, content: bytes | str, name: str, data: DataConfig = DATA) -> Reading:
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return read_pairs(path, data)
@@ -56,7 +48,7 @@ def _csv(delimiter: str, rows: list[tuple[str, str]] = TABLE) -> str:
 
 def test_rows_before_the_break_of_a_one_line_array_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"prompt": "a", "completion": "b"}, {"prompt": ')
-    rows = scan_pairs(tmp_path / "a.json", DataRecipe(), [])
+    rows = scan_pairs(tmp_path / "a.json", DataConfig(), [])
     assert not isinstance(next(rows), Fault)
     with pytest.raises(UserError, match="not JSON that can be read from here on"):
         next(rows)
@@ -127,7 +119,7 @@ def test_an_array_is_read_the_same_wherever_its_pieces_are_cut(
 ) -> None:
     rows = [{"prompt": f"{i}{character * n}.", "completion": "b"} for i, n in enumerate(lengths)]
     text = " " * (_CHUNK - pad) + json.dumps(rows)
-    data = DataRecipe(max_characters=10**7)
+    data = DataConfig(max_characters=10**7)
     assert _inputs(_read(tmp_path_factory.mktemp("cut"), text, "a.json", data)) == [row["prompt"] for row in rows]
 
 
@@ -141,20 +133,20 @@ def test_a_table_s_delimiter_is_told_from_its_rows(tmp_path: Path, delimiter: st
 
 def test_commas_in_the_text_of_a_tab_separated_table_do_not_mislead(tmp_path: Path) -> None:
     text = "q, or question\ta\nhi, you, there\tho\nand, so, on\tx\n"
-    reading = _read(tmp_path, text, "pairs.tsv", DataRecipe(input="q, or question", output="a"))
+    reading = _read(tmp_path, text, "pairs.tsv", DataConfig(input="q, or question", output="a"))
     assert _inputs(reading) == ["hi, you, there", "and, so, on"]
 
 
 def test_a_table_of_known_columns_needs_no_names(tmp_path: Path) -> None:
-    known = _read(tmp_path, "id,prompt,completion\n1,hi,ho\n", "a.csv", DataRecipe(ignore=("id",)))
+    known = _read(tmp_path, "id,prompt,completion\n1,hi,ho\n", "a.csv", DataConfig(ignore=("id",)))
     assert _inputs(known) == ["hi"]
-    alpaca = _read(tmp_path, "instruction,input,output\nSay,,ho\nSay,it,ho\n", "b.csv", DataRecipe())
+    alpaca = _read(tmp_path, "instruction,input,output\nSay,,ho\nSay,it,ho\n", "b.csv", DataConfig())
     assert _inputs(alpaca) == ["Say", "Say\nit"]
 
 
 def test_a_table_s_groups_travel_and_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
     text = "q,a,customer\nhi,ho,7\nhe,ha,\n"
-    data = DataRecipe(input="q", output="a", groups=("customer",))
+    data = DataConfig(input="q", output="a", groups=("customer",))
     reading = _read(tmp_path, text, "a.csv", data)
     assert [row.groups for row in reading.rows] == [{"customer": "7"}, {}]
     assert not any("not used" in note for note in reading.notes)
@@ -199,7 +191,7 @@ def test_conversations_in_arrow_are_read_without_the_nulls_that_it_adds(tmp_path
         for w in (1, None)
     ]
     path = write(tmp_path / "rows", {"messages": chats, "customer": [12, None]})
-    reading = read_pairs(path, DataRecipe(groups=("customer",)))
+    reading = read_pairs(path, DataConfig(groups=("customer",)))
     assert (_inputs(reading), [row.groups for row in reading.rows]) == (["a", "a"], [{"customer": "12"}, {}])
 
 
@@ -273,7 +265,7 @@ def test_rows_are_read_as_they_are_asked_for_and_not_before(tmp_path: Path) -> N
     path.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS * 100_000))
     listener = Listener()
     with listener.task("reading", source_size(path), "bytes") as task:
-        rows = scan_pairs(path, DataRecipe(), [], task)
+        rows = scan_pairs(path, DataConfig(), [], task)
         assert not isinstance(next(rows), Fault)
         done, total = listener.steps["reading"]
     assert done < total / 10
@@ -288,13 +280,13 @@ def test_rows_that_were_read_are_not_held(tmp_path: Path, kind: str) -> None:
     else:
         path.write_text(json.dumps(rows) if kind == "array" else "\n".join(json.dumps(row) for row in rows))
     tracemalloc.start()
-    held = read_pairs(path, DataRecipe())
+    held = read_pairs(path, DataConfig())
     holding = tracemalloc.get_traced_memory()[1]
     assert len(held.rows) == count
     del held
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
-    assert sum(not isinstance(row, Fault) for row in scan_pairs(path, DataRecipe(), [])) == count
+    assert sum(not isinstance(row, Fault) for row in scan_pairs(path, DataConfig(), [])) == count
     scanning = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     assert scanning < holding / 3

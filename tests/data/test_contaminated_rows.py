@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.versions import load_version
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 PAIRS = unlike_pairs(100)
 ITEM = "What is the name of the largest lake in the far north of the country?"
 
 
-def _with_benchmark(root: Path, more: str = "") -> Project:
+def _with_benchmark(root: Path, more: str = "") -> ProjectFolder:
     project = new_project(root, f"data:\n  benchmarks: [lakes.jsonl]\n{more}")
     (root / "lakes.jsonl").write_text(json.dumps({"question": ITEM}) + "\n" + json.dumps("Who?") + "\n")
     return project
 
 
-def _holding(project: Project) -> Path:
+def _holding(project: ProjectFolder) -> Path:
     return write_jsonl(project.root / "holding.jsonl", [*PAIRS, (f"Tell me. {ITEM} Be brief.", "the long lake")])
 
 

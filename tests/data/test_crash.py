@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.remove import remove
 from tunewright.data.selecting import Selection
 from tunewright.data.versions import checkout, load_version, locked
 from tunewright.data.versions.verify import verify
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 # A child that begins as a copy of this process is at work at once, where a new interpreter would first import for a
 # second; and it can be killed as dead as any other.
@@ -41,17 +41,17 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _fresh(template: Path, folder: Path) -> Project:
+def _fresh(template: Path, folder: Path) -> ProjectFolder:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(template, folder)
-    return Project(folder / "p")
+    return ProjectFolder(folder / "p")
 
 
-def _add_second(project: Project) -> str:
+def _add_second(project: ProjectFolder) -> str:
     return add(project, [project.root.parent / "second.jsonl"], Listener(), message="second").version.digest
 
 
-def _add_and_die_at(project: Project, call: int) -> None:
+def _add_and_die_at(project: ProjectFolder, call: int) -> None:
     """In a child: kill this process at the n-th call that touches a file."""
     calls = 0
 
@@ -66,7 +66,7 @@ def _add_and_die_at(project: Project, call: int) -> None:
     _add_second(project)
 
 
-def _count_calls(project: Project, out: Any) -> None:
+def _count_calls(project: ProjectFolder, out: Any) -> None:
     calls = 0
 
     def count(event: str, _: tuple[Any, ...]) -> None:
@@ -78,7 +78,7 @@ def _count_calls(project: Project, out: Any) -> None:
     out.put(calls)
 
 
-def _assert_old_or_new(project: Project, old: str, new: str) -> str:
+def _assert_old_or_new(project: ProjectFolder, old: str, new: str) -> str:
     """The dataset opens, nothing in it is damaged, and adding again gives the new version and no litter."""
     version = load_version(project.dataset)
     assert version.digest in (old, new)
@@ -189,11 +189,11 @@ def test_a_missing_head_is_damage_and_nothing_is_added_beside_the_versions(templ
 # A purge
 
 
-def _purge(project: Project) -> None:
+def _purge(project: ProjectFolder) -> None:
     remove(project, Selection(where="contains(output, 'answer 1')"), "asked", Listener(), purge_text=True)
 
 
-def _purge_and_die_at(project: Project, call: int) -> None:
+def _purge_and_die_at(project: ProjectFolder, call: int) -> None:
     calls = 0
 
     def count(event: str, _: tuple[Any, ...]) -> None:

@@ -12,9 +12,9 @@ from data_helpers import Listener, example
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunewright.core.errors import UserError
+from tunewright.data.dedup.decontaminate import Hit, contaminated, read_items
 from tunewright.data.examples import Example, Message
-from tunewright.data.neighbours.decontaminate import Hit, contaminated, read_items
-from tunewright.errors import UserError
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 SUITES = {"arc_easy": "arc_easy/arc_easy.jsonl", "gsm8k": "gsm8k/test.jsonl", "ifeval": "ifeval/input_data.jsonl"}

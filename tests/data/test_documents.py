@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.formats import Reading, read_pairs
-from tunewright.errors import UserError
-from tunewright.recipe import DataRecipe
+from tunewright.config import DataConfig
+from tunewright.core.errors import UserError
+from tunewright.data.readers import Reading, read_pairs
 
 A, B, C = ({"prompt": text, "completion": "x"} for text in "abc")
 
 
-def _read(folder: Path, document: Any, rows: str | None, name: str = "rows.json", **recipe: Any) -> Reading:
+def _read(folder: Path, document: Any, rows: str | None, name: str = "rows.json", **config: Any) -> Reading:
     path = folder / name
     text = document if isinstance(document, str) else json.dumps(document, indent=1)
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    return read_pairs(path, DataRecipe(rows=rows, **recipe))
+    return read_pairs(path, DataConfig(rows=rows, **config))
 
 
 def _places(reading: Reading) -> list[tuple[int, str]]:
@@ -207,12 +207,12 @@ def test_a_fault_of_the_text_inside_a_row_costs_that_row_only(tmp_path: Path) ->
     ],
 )
 @pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("recipe", [{}, {"input": "q", "output": "a"}, {"input": "{{ q }}", "output": "{{ a }}"}])
+@pytest.mark.parametrize("config", [{}, {"input": "q", "output": "a"}, {"input": "{{ q }}", "output": "{{ a }}"}])
 def test_a_document_that_holds_the_rows_is_refused_with_the_option_that_finds_them(
-    tmp_path: Path, document: Any, hint: str, indent: int | None, recipe: dict[str, Any]
+    tmp_path: Path, document: Any, hint: str, indent: int | None, config: dict[str, Any]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        _read(tmp_path, json.dumps(document, indent=indent), None, **recipe)
+        _read(tmp_path, json.dumps(document, indent=indent), None, **config)
     assert f"--rows {hint}, or set data.rows" in (caught.value.fix or "")
     assert caught.value.where == f"{tmp_path / 'rows.json'}:1"
 
@@ -231,7 +231,7 @@ def test_data_rows_is_refused_for_tables_that_have_none(tmp_path: Path, kind: st
     table = datasets.Dataset.from_list([A])
     table.to_parquet(str(tmp_path / "rows")) if kind == "parquet" else table.save_to_disk(str(tmp_path / "rows"))
     with pytest.raises(UserError, match=r"data\.rows finds rows in a JSON document"):
-        read_pairs(tmp_path / "rows", DataRecipe(rows="data"))
+        read_pairs(tmp_path / "rows", DataConfig(rows="data"))
 
 
 QUERIES = [
@@ -261,11 +261,11 @@ def test_array_of_objects_that_hold_the_rows_is_refused_with_the_expression(tmp_
     path = tmp_path / "queries.json"
     path.write_text(json.dumps(QUERIES))
     with pytest.raises(UserError, match="seem to hold the rows") as refusal:
-        read_pairs(path, DataRecipe())
+        read_pairs(path, DataConfig())
     assert "--rows '[].sentences[]'" in (refusal.value.fix or "")
     assert "sql, id, sentences" in (refusal.value.fix or "")
     # An object that a mapping makes a row of is one, whatever else it holds.
-    assert len(read_pairs(path, DataRecipe(input="{{ id }}", output="{{ sql[0] }}")).rows) == 2
+    assert len(read_pairs(path, DataConfig(input="{{ id }}", output="{{ sql[0] }}")).rows) == 2
 
 
 def test_note_names_parent_and_above_where_a_template_takes_them(tmp_path: Path) -> None:
@@ -309,8 +309,8 @@ def test_a_group_above_the_rows_is_refused_when_it_is_no_expression(tmp_path: Pa
 
 def test_parent_is_a_plain_key_when_there_is_no_document(tmp_path: Path) -> None:
     rows = '{"t": "a", "parent": {"n": "x"}, "parent.id": "1"}\n{"t": "b", "parent": {"n": "y"}, "parent.id": "2"}\n'
-    recipe = {"input": "{{ t }}", "output": "{{ parent.n }}", "groups": ("parent.id",)}
-    reading = _read(tmp_path, rows, None, "rows.jsonl", **recipe)
+    config = {"input": "{{ t }}", "output": "{{ parent.n }}", "groups": ("parent.id",)}
+    reading = _read(tmp_path, rows, None, "rows.jsonl", **config)
     assert [(row.example.output, row.groups) for row in reading.rows] == [
         ("x", {"parent.id": "1"}),
         ("y", {"parent.id": "2"}),

@@ -9,26 +9,26 @@ import pytest
 from data_helpers import Listener, Pair, unlike_pairs
 from review_helpers import judge_next, review, reviewed_project, status
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.review.edits import apply_edits, replaced
 from tunewright.data.review.passes import Card
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import load_version
 from tunewright.data.versions.find import find_row
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path) -> ProjectFolder:
     return reviewed_project(tmp_path / "p")
 
 
-def _edit(project: Project, key: str, output: str, reviewer: str = "ada") -> None:
+def _edit(project: ProjectFolder, key: str, output: str, reviewer: str = "ada") -> None:
     under_way = review(project, reviewer)
     under_way.judge(Card(under_way.members[key], 1), "edit", output)
 
 
-def test_an_edit_changes_the_answer_and_neither_split_nor_cluster_of_any_row(project: Project) -> None:
+def test_an_edit_changes_the_answer_and_neither_split_nor_cluster_of_any_row(project: ProjectFolder) -> None:
     before = load_version(project.dataset)
     keys = [m.key for m in before.members if m.split == "test"][:2]
     for key in keys:
@@ -79,7 +79,7 @@ def test_an_edit_that_makes_two_rows_one_is_told(tmp_path: Path) -> None:
     assert (counts.rows, counts.conflicts, counts.duplicates) == (41, 0, 1)
 
 
-def test_edits_that_reviewers_disagree_on_are_left_and_told(project: Project) -> None:
+def test_edits_that_reviewers_disagree_on_are_left_and_told(project: ProjectFolder) -> None:
     keys = [m.key for m in load_version(project.dataset).members[:3]]
     _edit(project, keys[0], "one answer")
     _edit(project, keys[0], "another answer", "ben")
@@ -93,7 +93,7 @@ def test_edits_that_reviewers_disagree_on_are_left_and_told(project: Project) ->
     assert json.loads(json.dumps(result.as_dict()))["edited"][0]["before"] == keys[1]
 
 
-def test_an_edit_taken_back_is_not_applied(project: Project) -> None:
+def test_an_edit_taken_back_is_not_applied(project: ProjectFolder) -> None:
     under_way = review(project)
     judge_next(under_way, "edit")
     under_way.undo()
@@ -103,7 +103,7 @@ def test_an_edit_taken_back_is_not_applied(project: Project) -> None:
     assert load_version(project.dataset).digest == before
 
 
-def test_a_new_version_is_reviewed_anew_and_applied_edits_are_not_applied_twice(project: Project) -> None:
+def test_a_new_version_is_reviewed_anew_and_applied_edits_are_not_applied_twice(project: ProjectFolder) -> None:
     judge_next(review(project), "edit")
     apply_edits(project, Listener())
     assert status(project) == "not reviewed"
@@ -111,14 +111,14 @@ def test_a_new_version_is_reviewed_anew_and_applied_edits_are_not_applied_twice(
         apply_edits(project, Listener())
 
 
-def test_an_edited_row_is_found_by_its_line_in_the_log(project: Project) -> None:
+def test_an_edited_row_is_found_by_its_line_in_the_log(project: ProjectFolder) -> None:
     judge_next(review(project), "right", "edit", output="found by its line")
     apply_edits(project, Listener())
     version = load_version(project.dataset)
     assert find_row(project.dataset, version, "reviews.jsonl:3").example.output == "found by its line"
 
 
-def test_what_was_replaced_leads_to_the_present_row_through_several_edits(project: Project) -> None:
+def test_what_was_replaced_leads_to_the_present_row_through_several_edits(project: ProjectFolder) -> None:
     key = start = load_version(project.dataset).members[0].key
     for output in ("first", "second"):
         _edit(project, key, output)
@@ -128,7 +128,7 @@ def test_what_was_replaced_leads_to_the_present_row_through_several_edits(projec
     assert {m.key for m in version.members} >= set(replaced(project.dataset, version.manifest).values())
 
 
-def test_an_edit_back_to_the_first_answer_brings_the_first_row_back(project: Project) -> None:
+def test_an_edit_back_to_the_first_answer_brings_the_first_row_back(project: ProjectFolder) -> None:
     first, other = load_version(project.dataset).members[:2]
     _edit(project, first.key, "first")
     changed = apply_edits(project, Listener()).edited[0].now
@@ -140,7 +140,7 @@ def test_an_edit_back_to_the_first_answer_brings_the_first_row_back(project: Pro
     assert replaced(project.dataset, version.manifest) == edited
 
 
-def test_edits_that_lead_back_to_an_earlier_version_make_it_current_and_say_so(project: Project) -> None:
+def test_edits_that_lead_back_to_an_earlier_version_make_it_current_and_say_so(project: ProjectFolder) -> None:
     before = load_version(project.dataset)
     first = before.members[0]
     _edit(project, first.key, "first")
@@ -152,7 +152,7 @@ def test_edits_that_lead_back_to_an_earlier_version_make_it_current_and_say_so(p
     assert any("was there already" in warned for warned in listener.warned)
 
 
-def test_a_secret_in_a_log_from_elsewhere_does_not_become_a_version(project: Project) -> None:
+def test_a_secret_in_a_log_from_elsewhere_does_not_become_a_version(project: ProjectFolder) -> None:
     before = load_version(project.dataset)
     _edit(project, before.members[0].key, "pay with 4539 1488 0343 6467")
     with pytest.raises(UserError, match=r"by ada holds a secret \(payment card number\)"):
@@ -160,7 +160,7 @@ def test_a_secret_in_a_log_from_elsewhere_does_not_become_a_version(project: Pro
     assert load_version(project.dataset).digest == before.digest
 
 
-def test_disputed_edits_are_not_offered_to_be_applied(project: Project) -> None:
+def test_disputed_edits_are_not_offered_to_be_applied(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     for reviewer, output in (("ada", "one"), ("ben", "two")):
         _edit(project, version.members[0].key, output, reviewer)

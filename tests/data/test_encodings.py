@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.formats import Reading, read_pairs
-from tunewright.data.formats.encodings import find_encoding
-from tunewright.errors import UserError
-from tunewright.recipe import DataRecipe
+from tunewright.config import DataConfig
+from tunewright.core.errors import UserError
+from tunewright.data.readers import Reading, read_pairs
+from tunewright.data.readers.encodings import find_encoding
 
-DATA = DataRecipe(input="q", output="a")
+DATA = DataConfig(input="q", output="a")
 
 
 def _read(tmp_path: Path, content: bytes, name: str = "pairs.jsonl") -> Reading:
@@ -103,7 +103,7 @@ def test_a_real_set_that_mixes_encodings_is_refused_where_it_does(tmp_path: Path
     path = Path(__file__).parents[3] / "shared" / "data" / "snips_slots" / "train_PlayMusic_full.json"
     if not path.exists():
         pytest.skip("the SNIPS set is no part of the project and is not here")
-    [fault] = read_pairs(path, DataRecipe()).faults
+    [fault] = read_pairs(path, DataConfig()).faults
     line = int(fault.reason.rsplit(" ", 1)[1])
     with pytest.raises(UnicodeDecodeError):
         path.read_bytes().split(b"\n")[line - 1].decode()

@@ -16,13 +16,13 @@ from data_helpers import Listener, example, new_project, unlike_pairs, write_jso
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tunewright.config import DataConfig
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.examples import Example, Message
-from tunewright.data.formats import read_pairs
+from tunewright.data.readers import read_pairs
 from tunewright.data.versions import DatasetVersion, Member, load_version
 from tunewright.data.versions.export import Format, export
-from tunewright.errors import UserError
-from tunewright.recipe import DataRecipe
 
 few_examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -41,8 +41,8 @@ def _with(version: DatasetVersion, examples: Sequence[Example]) -> DatasetVersio
     return replace(version, members=tuple(Member(keyed[k], k, "train", k) for k in sorted(keyed)))
 
 
-def _keys_read(path: Path, recipe: DataRecipe | None = None) -> list[str]:
-    reading = read_pairs(path, recipe or DataRecipe())
+def _keys_read(path: Path, config: DataConfig | None = None) -> list[str]:
+    reading = read_pairs(path, config or DataConfig())
     assert reading.faults == []
     return sorted(row.example.pair_key for row in reading.rows)
 
@@ -93,8 +93,8 @@ def test_one_turn_rows_come_back_from_csv_and_alpaca_as_the_same_examples(
     changed = _with(version, [example(p, c, system) for p, c in pairs])
     listener = Listener()
     result = export(changed, path, form, listener)
-    recipe = DataRecipe(input="prompt", output="completion", system=result.system) if form == "csv" else DataRecipe()
-    assert _keys_read(path, recipe) == [m.key for m in changed.members]
+    config = DataConfig(input="prompt", output="completion", system=result.system) if form == "csv" else DataConfig()
+    assert _keys_read(path, config) == [m.key for m in changed.members]
     assert len(listener.warned) == (form == "csv" and system is not None)
     assert result.system == (system if form == "csv" else None)
 

@@ -12,12 +12,12 @@ from data_helpers import Listener
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.formats import read_pairs, source_size
-from tunewright.data.formats.file_check import Change, check_files, fix_file
-from tunewright.errors import UserError
-from tunewright.recipe import DataRecipe
+from tunewright.config import DataConfig
+from tunewright.core.errors import UserError
+from tunewright.data.readers import read_pairs, source_size
+from tunewright.data.readers.file_check import Change, check_files, fix_file
 
-DATA = DataRecipe()
+DATA = DataConfig()
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 GOOD = {"messages": [USER, ANSWER]}
 
@@ -28,7 +28,7 @@ def _file(folder: Path, rows: list[Any], name: str = "pairs.jsonl") -> Path:
     return path
 
 
-def _fixed(tmp_path: Path, rows: list[Any], data: DataRecipe = DATA) -> tuple[list[Any], list[Change]]:
+def _fixed(tmp_path: Path, rows: list[Any], data: DataConfig = DATA) -> tuple[list[Any], list[Change]]:
     path = _file(tmp_path, rows)
     before = path.read_bytes()
     changes = fix_file(path, tmp_path / "out.jsonl", data)
@@ -164,10 +164,10 @@ def test_the_copy_has_no_byte_order_mark_and_is_utf8_and_both_are_listed(tmp_pat
         assert check_files([tmp_path / f"{name}.out"], DATA, Listener()).ok
 
 
-def test_other_kinds_become_chat_rows_with_their_groups_and_without_the_recipe_s_system_turn(tmp_path: Path) -> None:
+def test_other_kinds_become_chat_rows_with_their_groups_and_without_the_config_s_system_turn(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("q,a,customer,id\nhi,ho,7,1\nhe,ha,,2\n")
-    data = DataRecipe(input="q", output="a", groups=("customer",), ignore=("id",), system="Be brief.")
+    data = DataConfig(input="q", output="a", groups=("customer",), ignore=("id",), system="Be brief.")
     changes = fix_file(path, tmp_path / "out.jsonl", data)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows[0] == {
@@ -233,8 +233,8 @@ def test_a_copy_has_no_faults_and_every_row_of_the_file_is_in_it_or_named(
 def test_secrets_are_counted_by_kind_without_their_values(tmp_path: Path) -> None:
     card = "4539 1488 0343 6467"
     path = _file(tmp_path, [{"prompt": f"charge {card}", "completion": "done"}, {"prompt": "a", "completion": "b"}])
-    checked = check_files([path], DataRecipe(), Listener())
+    checked = check_files([path], DataConfig(), Listener())
     assert (checked.ok, checked.faults, checked.secrets) == (False, (), {"card": 1})
     assert "secrets (payment card number: 1)" in checked.summary
     assert card not in checked.summary
-    assert check_files([path], DataRecipe(allow=("card",)), Listener()).ok
+    assert check_files([path], DataConfig(allow=("card",)), Listener()).ok

@@ -7,27 +7,27 @@ import subprocess
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
+from tunewright.config.project import ProjectFolder
 from tunewright.data.add import add
-from tunewright.project import Project
 
 
-def _git(project: Project, *arguments: str, stdin: bytes = b"") -> bytes:
+def _git(project: ProjectFolder, *arguments: str, stdin: bytes = b"") -> bytes:
     command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
     return subprocess.run(command, cwd=project.root, input=stdin, capture_output=True, check=True).stdout
 
 
-def _commit(project: Project) -> None:
+def _commit(project: ProjectFolder) -> None:
     _git(project, "add", "-A")
     _git(project, "commit", "-qm", "data")
 
 
-def _add(project: Project, pairs: list[tuple[str, str]], name: str = "pairs.jsonl") -> None:
+def _add(project: ProjectFolder, pairs: list[tuple[str, str]], name: str = "pairs.jsonl") -> None:
     add(project, [write_jsonl(project.root / name, pairs)], Listener())
     (project.root / name).unlink()
 
 
 @pytest.fixture(scope="module", params=["a file of its own", "the file that grew"])
-def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
     """A repository with 10,000 rows in one commit, and one more row in the next."""
     project = new_project(tmp_path_factory.mktemp("git") / "p")
     pairs = unlike_pairs(10_001)
@@ -43,13 +43,13 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return project
 
 
-def test_one_new_row_in_ten_thousand_sends_under_4_kb_in_a_push(project: Project) -> None:
+def test_one_new_row_in_ten_thousand_sends_under_4_kb_in_a_push(project: ProjectFolder) -> None:
     assert _git(project, "rev-list", "--count", "HEAD").strip() == b"2"
     pack = _git(project, "pack-objects", "--revs", "--thin", "--stdout", "-q", stdin=b"HEAD\n^HEAD~1\n")
     assert 0 < len(pack) < 4096
 
 
-def test_one_new_row_in_ten_thousand_adds_under_4_kb_of_text(project: Project) -> None:
+def test_one_new_row_in_ten_thousand_adds_under_4_kb_of_text(project: ProjectFolder) -> None:
     lines = _git(project, "diff", "HEAD~1", "HEAD", "--unified=0", "--no-color").splitlines(keepends=True)
     changed = [line for line in lines if line[:1] in b"+-" and line[:3] not in (b"+++", b"---")]
     assert 0 < sum(map(len, changed)) < 4096

@@ -13,12 +13,12 @@ from data_helpers import Listener, new_project, unlike_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 from tunewright.data.versions.members import Place, member_line, places_of
 from tunewright.data.versions.verify import verify
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 GROUPED = "data: {groups: [customer, ticket], conflicts: accept}\n"
 
@@ -38,7 +38,7 @@ def _rows(count: int, seed: int, customers: int) -> list[Row]:
     ]
 
 
-def _add(project: Project, rows: list[Row], listener: Listener | None = None) -> AddResult:
+def _add(project: ProjectFolder, rows: list[Row], listener: Listener | None = None) -> AddResult:
     path = project.root / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return add(project, [path], listener or Listener())
@@ -106,7 +106,7 @@ def test_groups_named_later_are_told_by_adding_the_file_again(tmp_path: Path) ->
     rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(40, 4, 1))])
     first = _add(project, rows)
     (project.root / "tunewright.yaml").write_text(GROUPED)
-    project = Project(project.root)
+    project = ProjectFolder(project.root)
     listener = Listener()
     again = _add(project, rows[:-1], listener)
     assert again.created

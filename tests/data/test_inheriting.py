@@ -7,27 +7,27 @@ from pathlib import Path
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.versions import load_version
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Project:
+def old(tmp_path: Path) -> ProjectFolder:
     """A project with 60 rows and a system turn."""
     project = new_project(tmp_path / "old", "data: {system: Be kind.}\n")
     add(project, [write_jsonl(tmp_path / "old.jsonl", unlike_pairs(60))], Listener())
     return project
 
 
-def _splits(project: Project) -> dict[str, str]:
+def _splits(project: ProjectFolder) -> dict[str, str]:
     return {m.example.input_text: m.split for m in load_version(project.dataset).members}
 
 
 @pytest.mark.parametrize("named", [".", "dataset"])
 def test_shared_inputs_keep_their_split_under_another_system_turn_seed_and_output(
-    tmp_path: Path, old: Project, named: str
+    tmp_path: Path, old: ProjectFolder, named: str
 ) -> None:
     new = new_project(tmp_path / "new", "seed: 7\ndata: {system: Be terse.}\n")
     rows = [(f" {text.upper()}", f"new {answer}") for text, answer in unlike_pairs(60)[5:]]
@@ -49,7 +49,9 @@ def test_shared_inputs_keep_their_split_under_another_system_turn_seed_and_outpu
     assert {text: later[text] for text in shared} == shared
 
 
-def test_a_cluster_follows_the_row_in_it_that_is_held_out_and_the_move_is_told(tmp_path: Path, old: Project) -> None:
+def test_a_cluster_follows_the_row_in_it_that_is_held_out_and_the_move_is_told(
+    tmp_path: Path, old: ProjectFolder
+) -> None:
     before = _splits(old)
     test = next(text for text, split in before.items() if split == "test")
     new = new_project(tmp_path / "new")
@@ -75,7 +77,7 @@ def test_rows_that_change_sides_because_a_cluster_joins_them_are_counted(tmp_pat
 
 
 @pytest.mark.parametrize("case", ["nothing there", "nothing shared", "not fresh"])
-def test_a_split_that_cannot_be_inherited_is_refused(tmp_path: Path, old: Project, case: str) -> None:
+def test_a_split_that_cannot_be_inherited_is_refused(tmp_path: Path, old: ProjectFolder, case: str) -> None:
     new = new_project(tmp_path / "new")
     other = write_jsonl(tmp_path / "other.jsonl", unlike_pairs(30, seed=8))
     words = {

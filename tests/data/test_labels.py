@@ -12,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from review_helpers import reviewed_project
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.add import add
 from tunewright.data.review.kept import kept_suspects
 from tunewright.data.review.suspects import (
@@ -25,9 +28,6 @@ from tunewright.data.review.suspects import (
     suspects,
 )
 from tunewright.data.versions import DatasetVersion, load_version
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
-from tunewright.project import Project
 
 TOPICS = {
     "card lost": ["lost", "card", "stolen", "block", "wallet", "missing"],
@@ -132,9 +132,9 @@ def test_accepted_conflicts_are_no_suspects_as_such(tmp_path: Path) -> None:
 
 def test_accepting_conflicts_once_is_remembered_by_later_versions(tmp_path: Path) -> None:
     project = reviewed_project(tmp_path / "p", pairs=unlike_pairs(40))
-    strict = project.recipe.model_copy(update={"data": project.recipe.data.model_copy(update={"conflicts": "error"})})
+    strict = project.config.model_copy(update={"data": project.config.data.model_copy(update={"conflicts": "error"})})
     more = write_jsonl(project.root / "more.jsonl", unlike_pairs(20, seed=9))
-    add(Project(project.root, strict), [more], Listener())
+    add(ProjectFolder(project.root, strict), [more], Listener())
     assert load_version(project.dataset).manifest.settings.conflicts == "accept"
 
 

@@ -14,11 +14,11 @@ from data_helpers import Listener
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.formats import Reading, read_pairs
-from tunewright.data.formats.file_check import check_files, fix_file
-from tunewright.errors import UserError
-from tunewright.recipe import DataRecipe
-from tunewright.recipe_file import load_recipe
+from tunewright.config import DataConfig
+from tunewright.config.io import load_config
+from tunewright.core.errors import UserError
+from tunewright.data.readers import Reading, read_pairs
+from tunewright.data.readers.file_check import check_files, fix_file
 
 ROW = {"id": 7, "title": "Mitosis", "parts": [{"text": "é", "ok": True}, {"text": "<b>"}], "gold": 1, "note": None}
 
@@ -29,8 +29,8 @@ def _jsonl(folder: Path, *rows: Any) -> Path:
     return path
 
 
-def _read(folder: Path, output: str, *rows: Any, **recipe: Any) -> Reading:
-    data = DataRecipe(**{"input": "{{ title }}", "output": output, **recipe})
+def _read(folder: Path, output: str, *rows: Any, **config: Any) -> Reading:
+    data = DataConfig(**{"input": "{{ title }}", "output": output, **config})
     return read_pairs(_jsonl(folder, *(rows or (ROW,))), data)
 
 
@@ -102,7 +102,7 @@ def test_a_row_that_a_template_cannot_be_written_from_is_a_fault_and_the_others_
 
 
 @pytest.mark.parametrize(
-    ("recipe", "words", "where"),
+    ("config", "words", "where"),
     [
         ({"output": "{{ title"}, "line 1: unexpected end of template", "data.output (--output)"),
         ({"output": "\n{{ title | nothing }}"}, "line 2: No filter named 'nothing'", "data.output (--output)"),
@@ -120,9 +120,9 @@ def test_a_row_that_a_template_cannot_be_written_from_is_a_fault_and_the_others_
     ],
 )
 def test_a_template_that_is_none_is_refused_before_any_file_is_read(
-    tmp_path: Path, recipe: dict[str, Any], words: str, where: str
+    tmp_path: Path, config: dict[str, Any], words: str, where: str
 ) -> None:
-    data = DataRecipe(**{"input": "{{ title }}", "output": "gold", **recipe})
+    data = DataConfig(**{"input": "{{ title }}", "output": "gold", **config})
     for act in (
         lambda: read_pairs(_jsonl(tmp_path, ROW), data),
         lambda: check_files([tmp_path / "none"], data, Listener()),
@@ -137,7 +137,7 @@ def test_the_note_says_what_is_mapped_and_other_keys_are_metadata(tmp_path: Path
     path = tmp_path / "rows.jsonl"
     reading = _read(tmp_path, "{{ parts[gold].text }}", ROW, {**ROW, "extra": 1}, ignore=("id",))
     assert reading.notes == [
-        f"{path}: JSON Lines: mapped pairs, since the recipe maps title to the input and parts, gold to the output",
+        f"{path}: JSON Lines: mapped pairs, since the config maps title to the input and parts, gold to the output",
         f"{path}: left out, as data.ignore says: id",
     ]
     whole = _read(tmp_path, "{{ row | tojson }}")
@@ -179,7 +179,7 @@ def _saved(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("write", [_csv, _parquet, _saved])
 def test_tables_are_mapped_by_columns_of_any_name_and_only_those_are_read(tmp_path: Path, write: Any) -> None:
     rows = [{"Customer Question": f"q{i}", "reply": f"r{i}", "day": "Monday", "seen": "x"} for i in range(3)]
-    data = DataRecipe(input='{{ day }}: {{ row["Customer Question"] }}', output="{{ reply }}.")
+    data = DataConfig(input='{{ day }}: {{ row["Customer Question"] }}', output="{{ reply }}.")
     path = write(tmp_path / "rows", rows)
     reading = read_pairs(path, data)
     assert [(r.example.input_text, r.example.output) for r in reading.rows] == [
@@ -194,24 +194,24 @@ def test_tables_are_mapped_by_columns_of_any_name_and_only_those_are_read(tmp_pa
 
 def test_lists_and_dates_of_parquet_are_values_of_a_template(tmp_path: Path) -> None:
     rows = [{"q": ["a", "b"], "when": datetime.date(2024, 7, 26), "a": {"x": 1.5, "y": None}}]
-    data = DataRecipe(input="{{ q | join(', ') }} on {{ when }}", output="{{ a | tojson }}")
+    data = DataConfig(input="{{ q | join(', ') }} on {{ when }}", output="{{ a | tojson }}")
     [row] = read_pairs(_parquet(tmp_path / "rows", rows), data).rows
     assert (row.example.input_text, row.example.output) == ("a, b on 2024-07-26", '{"x": 1.5}')
 
 
 def test_a_corrected_copy_has_the_mapped_pairs_and_says_what_was_left_out(tmp_path: Path) -> None:
     path = _jsonl(tmp_path, ROW, {"title": "b"}, {**ROW, "title": "c"})
-    data = DataRecipe(input="{{ title }}", output="{{ gold }}")
+    data = DataConfig(input="{{ title }}", output="{{ gold }}")
     assert check_files([path], data, Listener()).counts == {"E207": 1}
     changes = fix_file(path, tmp_path / "out.jsonl", data)
-    written = read_pairs(tmp_path / "out.jsonl", DataRecipe())
+    written = read_pairs(tmp_path / "out.jsonl", DataConfig())
     assert [(r.example.input_text, r.example.output) for r in written.rows] == [("Mitosis", "1"), ("c", "1")]
     assert [(c.line, c.code) for c in changes if c.left_out] == [(2, "E207")]
     assert written.rows[0].metadata == {key: ROW[key] for key in ("id", "parts")}
 
 
-def test_a_recipe_file_holds_templates_of_several_lines(tmp_path: Path) -> None:
+def test_a_config_file_holds_templates_of_several_lines(tmp_path: Path) -> None:
     path = tmp_path / "tunewright.yaml"
     path.write_text('data:\n  input: |-\n    {{ title }}\n    {{ gold }}\n  output: "{{ gold }}"\n')
-    [row] = read_pairs(_jsonl(tmp_path, ROW), load_recipe(path).data).rows
+    [row] = read_pairs(_jsonl(tmp_path, ROW), load_config(path).data).rows
     assert row.example.input_text == "Mitosis\n1"

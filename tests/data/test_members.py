@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tunewright.core.errors import UserError
 from tunewright.data.versions.members import members_file, members_sha256, read_members
-from tunewright.errors import UserError
 
 
 def _text(members: dict[str, str]) -> str:

@@ -13,17 +13,17 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs
 
 from command_line import tunewright
+from tunewright.config import DataConfig
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.formats import read_pairs
-from tunewright.data.formats.file_check import check_files, fix_file
-from tunewright.data.formats.metadata import MOST_CHARACTERS
+from tunewright.data.readers import read_pairs
+from tunewright.data.readers.file_check import check_files, fix_file
+from tunewright.data.readers.metadata import MOST_CHARACTERS
 from tunewright.data.remove import remove
 from tunewright.data.selecting import Selection
 from tunewright.data.versions import load_version, version_folder
 from tunewright.data.versions.origins import metadata_by_key, places_by_key
-from tunewright.errors import UserError
-from tunewright.project import Project
-from tunewright.recipe import DataRecipe
 
 Row = dict[str, Any]
 
@@ -58,7 +58,7 @@ def _rows(count: int = 20, **more: Any) -> list[Row]:
     return [{"prompt": q, "completion": a, **more} for q, a in unlike_pairs(count)]
 
 
-def _record(project: Project) -> list[Row]:
+def _record(project: ProjectFolder) -> list[Row]:
     digest = load_version(project.dataset).digest
     lines = (version_folder(project.dataset, digest) / "imports.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -71,10 +71,10 @@ def test_extra_keys_are_metadata_in_every_kind_of_file(
     tmp_path: Path, write: Callable[[Path, list[Row]], Path], name: str
 ) -> None:
     rows = [{"prompt": "a", "completion": "b", "id": "r1", "source": "mail", "empty": ""}]
-    reading = read_pairs(write(tmp_path / name, rows), DataRecipe())
+    reading = read_pairs(write(tmp_path / name, rows), DataConfig())
     assert reading.faults == []
     assert [row.metadata for row in reading.rows] == [{"id": "r1", "source": "mail"}]
-    ignoring = read_pairs(tmp_path / name, DataRecipe(ignore=("source",)))
+    ignoring = read_pairs(tmp_path / name, DataConfig(ignore=("source",)))
     assert [row.metadata for row in ignoring.rows] == [{"id": "r1"}]
     assert any("left out, as data.ignore says: source" in note for note in ignoring.notes)
 
@@ -82,13 +82,13 @@ def test_extra_keys_are_metadata_in_every_kind_of_file(
 def test_values_of_tables_become_json_and_what_json_lacks_is_told(tmp_path: Path) -> None:
     row = {"prompt": "a", "completion": "b", "day": datetime.date(2026, 1, 2), "n": {"x": [1, None]}, "raw": b"\xff"}
     path = _parquet(tmp_path / "a.parquet", [row])
-    reading = read_pairs(path, DataRecipe())
+    reading = read_pairs(path, DataConfig())
     assert reading.rows[0].metadata == {"day": "2026-01-02", "n": {"x": [1, None]}}
     assert any("not kept as metadata" in note and note.endswith("raw (1 row)") for note in reading.notes)
 
 
 def test_a_long_value_is_not_kept_and_counted(tmp_path: Path) -> None:
-    reading = read_pairs(_jsonl(tmp_path / "a.jsonl", _rows(3, text="x" * MOST_CHARACTERS)), DataRecipe())
+    reading = read_pairs(_jsonl(tmp_path / "a.jsonl", _rows(3, text="x" * MOST_CHARACTERS)), DataConfig())
     assert [row.metadata for row in reading.rows] == [{}] * 3
     assert any(note.endswith("longer than 1,000 characters: text (3 rows)") for note in reading.notes)
 
@@ -96,7 +96,7 @@ def test_a_long_value_is_not_kept_and_counted(tmp_path: Path) -> None:
 def test_a_foreign_byte_in_a_column_that_is_not_used_costs_no_row(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("prompt,completion,note\né,b,".encode() + b"\xff\n")
-    assert [row.metadata for row in read_pairs(path, DataRecipe()).rows] == [{}]
+    assert [row.metadata for row in read_pairs(path, DataConfig()).rows] == [{}]
 
 
 def test_metadata_is_in_the_record_and_in_no_digest(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_add_refuses_and_redacts_a_password_that_only_its_key_shows(tmp_path: Pa
         add(project, [path], Listener())
     assert f"{path}:4: password in the key {next(iter(extra))}" in str(caught.value)
     assert "hunter2" not in str(caught.value)
-    assert check_files([path], project.recipe.data, Listener()).secrets == {"password": 1}
+    assert check_files([path], project.config.data, Listener()).secrets == {"password": 1}
     add(project, [path], Listener(), redact=True)
     assert len([line for line in _record(project) if "metadata" in line]) == 1
     assert not any("hunter2" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
@@ -260,8 +260,8 @@ def test_personal_data_in_metadata_is_a_warning(tmp_path: Path) -> None:
 
 def test_a_corrected_copy_has_the_metadata_but_no_key_that_would_change_the_row(tmp_path: Path) -> None:
     path = _jsonl(tmp_path / "a.jsonl", [{"q": "a", "r": "b", "id": 7, "system": "x"}])
-    changes = fix_file(path, tmp_path / "out.jsonl", DataRecipe(input="q", output="r"))
-    [row] = read_pairs(tmp_path / "out.jsonl", DataRecipe()).rows
+    changes = fix_file(path, tmp_path / "out.jsonl", DataConfig(input="q", output="r"))
+    [row] = read_pairs(tmp_path / "out.jsonl", DataConfig()).rows
     assert (row.metadata, len(row.example.messages)) == ({"id": 7}, 2)
     assert any(change.what == "keys that are not in the copy: system" for change in changes)
 
@@ -277,6 +277,6 @@ def test_metadata_is_shown_and_exported_on_request(tmp_path: Path) -> None:
     assert tunewright("data", "export", plain, "-p", project.root).code == 0
     assert {tuple(json.loads(line)) for line in plain.read_text().splitlines()} == {("messages",)}
     assert tunewright("data", "export", out, "--metadata", "-p", project.root).code == 0
-    assert sorted(row.metadata["id"] for row in read_pairs(out, DataRecipe()).rows) == list(range(20))
+    assert sorted(row.metadata["id"] for row in read_pairs(out, DataConfig()).rows) == list(range(20))
     refused = tunewright("data", "export", tmp_path / "x.csv", "--format", "csv", "--metadata", "-p", project.root)
     assert (refused.code, "csv has no place for metadata" in refused.stderr) == (2, True)

@@ -9,12 +9,12 @@ import pytest
 from data_helpers import Listener, example, new_project, unlike_pairs, write_jsonl
 
 from command_line import tunewright
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.secrets import find, redact, scan, warned
-from tunewright.data.secrets.findings import Finder
-from tunewright.data.secrets.names import open_presidio, presidio_finder
+from tunewright.data.pii import find, redact, scan, warned
+from tunewright.data.pii.findings import Finder
+from tunewright.data.pii.names import open_presidio, presidio_finder
 from tunewright.data.versions import load_version
-from tunewright.errors import UserError
 
 NAMES = {
     "PERSON": ["Maria Weber", "Ana", "李明"],

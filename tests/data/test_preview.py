@@ -10,14 +10,14 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs
 
 from command_line import tunewright
+from tunewright.config import Config
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.preview import Effect, preview
 from tunewright.data.remove import remove
 from tunewright.data.selecting import Selection
 from tunewright.data.versions import load_version
-from tunewright.errors import UserError
-from tunewright.project import Project
-from tunewright.recipe import Recipe
 
 
 def _file(path: Path, rows: list[Any]) -> Path:
@@ -29,7 +29,7 @@ def _rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [{"prompt": q, "completion": a} for q, a in unlike_pairs(count, seed=seed)]
 
 
-def _effect(project: Project, path: Path) -> Effect:
+def _effect(project: ProjectFolder, path: Path) -> Effect:
     effect = preview(project, [path], Listener()).effect
     assert effect is not None
     return effect
@@ -222,7 +222,7 @@ def test_conflict_refusal_names_the_option_when_the_version_before_accepted_conf
     question = {"prompt": "a question"}
     several = [{**question, "completion": "yes"}, {**question, "completion": "no"}]
     add(project, [_file(project.root / "pairs.jsonl", [*_rows(40), *several])], Listener())
-    strict = Project(project.root, Recipe())
+    strict = ProjectFolder(project.root, Config())
     more = _file(project.root / "more.jsonl", [{**question, "completion": "maybe"}])
     with pytest.raises(UserError, match="1 input with different outputs") as caught:
         add(strict, [more], Listener())

@@ -12,17 +12,17 @@ import pytest
 from data_helpers import Listener
 from remote_helpers import Place, add_rows, pull_from, push_to
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.versions import checkout, list_versions, load_version, short
 from tunewright.data.versions.place import Place as RemotePlace
 from tunewright.data.versions.remote import pull, push
 from tunewright.data.versions.verify import verify
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 pytest_plugins = ["remote_helpers"]
 
 
-def test_what_is_pushed_is_pulled_as_the_same_versions(one: Project, two: Project, place: Place) -> None:
+def test_what_is_pushed_is_pulled_as_the_same_versions(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     add_rows(one, 30, 2)
     pushed = push_to(one, place)
     pulled = pull_from(two, place)
@@ -33,7 +33,7 @@ def test_what_is_pushed_is_pulled_as_the_same_versions(one: Project, two: Projec
     assert pushed.versions == pulled.versions == tuple(m.digest for m in list_versions(one.dataset))
 
 
-def test_only_what_the_other_side_lacks_is_copied(one: Project, two: Project, place: Place) -> None:
+def test_only_what_the_other_side_lacks_is_copied(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     first = push_to(one, place)
     before = place.files
     pull_from(two, place)
@@ -55,7 +55,7 @@ def test_only_what_the_other_side_lacks_is_copied(one: Project, two: Project, pl
     assert first.bytes > more.bytes
 
 
-def test_work_goes_back_and_forth(one: Project, two: Project, place: Place) -> None:
+def test_work_goes_back_and_forth(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     for turn in range(3):
         for mine, other in ((one, two), (two, one)):
             push_to(mine, place)
@@ -65,7 +65,7 @@ def test_work_goes_back_and_forth(one: Project, two: Project, place: Place) -> N
     assert len(list_versions(two.dataset)) == 6
 
 
-def test_the_side_that_is_ahead_stays_as_it_is(one: Project, two: Project, place: Place) -> None:
+def test_the_side_that_is_ahead_stays_as_it_is(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     first = load_version(one.dataset).digest
     push_to(one, place)
     pull_from(two, place)
@@ -80,7 +80,9 @@ def test_the_side_that_is_ahead_stays_as_it_is(one: Project, two: Project, place
     assert load_version(two.dataset).digest == first
 
 
-def test_histories_that_went_apart_are_refused_with_what_differs(one: Project, two: Project, place: Place) -> None:
+def test_histories_that_went_apart_are_refused_with_what_differs(
+    one: ProjectFolder, two: ProjectFolder, place: Place
+) -> None:
     common = load_version(one.dataset).digest
     push_to(one, place)
     pull_from(two, place)
@@ -104,7 +106,7 @@ def test_histories_that_went_apart_are_refused_with_what_differs(one: Project, t
     assert len(load_version(two.dataset).members) == 70
 
 
-def test_two_datasets_with_nothing_in_common_are_refused(one: Project, two: Project, place: Place) -> None:
+def test_two_datasets_with_nothing_in_common_are_refused(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     push_to(one, place)
     add_rows(two, 30, 9)
     for refused in (push_to, pull_from):
@@ -113,7 +115,7 @@ def test_two_datasets_with_nothing_in_common_are_refused(one: Project, two: Proj
 
 
 def test_an_interrupted_push_leaves_the_former_version_current_and_can_be_repeated(
-    one: Project, two: Project, place: Place, monkeypatch: pytest.MonkeyPatch
+    one: ProjectFolder, two: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load_version(one.dataset).digest
     push_to(one, place)
@@ -145,7 +147,7 @@ def test_an_interrupted_push_leaves_the_former_version_current_and_can_be_repeat
 @pytest.mark.parametrize("name", ["rows.jsonl", "members.tsv", "imports.jsonl", "manifest.json"])
 @pytest.mark.parametrize("damage", ["changed", "lost"])
 def test_nothing_that_was_changed_becomes_current(
-    one: Project, two: Project, place: Place, name: str, damage: str
+    one: ProjectFolder, two: ProjectFolder, place: Place, name: str, damage: str
 ) -> None:
     first = load_version(one.dataset).digest
     push_to(one, place)
@@ -165,7 +167,7 @@ def test_nothing_that_was_changed_becomes_current(
     assert verify(two.dataset, Listener()).ok
 
 
-def test_a_row_that_is_not_in_the_push_is_named(one: Project, two: Project, place: Place) -> None:
+def test_a_row_that_is_not_in_the_push_is_named(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     version = load_version(one.dataset)
     push_to(one, place)
     path = f"versions/{short(version.digest)}/rows.jsonl"
@@ -176,7 +178,7 @@ def test_a_row_that_is_not_in_the_push_is_named(one: Project, two: Project, plac
     assert list_versions(two.dataset) == []
 
 
-def test_a_version_that_was_changed_here_is_not_pushed(one: Project, place: Place) -> None:
+def test_a_version_that_was_changed_here_is_not_pushed(one: ProjectFolder, place: Place) -> None:
     member = load_version(one.dataset).members[0]
     path = one.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text(path.read_text().replace(member.example.output, "something else"))
@@ -185,25 +187,25 @@ def test_a_version_that_was_changed_here_is_not_pushed(one: Project, place: Plac
     assert place.files == {}
 
 
-def test_a_head_that_is_none_is_told(one: Project, place: Place) -> None:
+def test_a_head_that_is_none_is_told(one: ProjectFolder, place: Place) -> None:
     place.write("HEAD", b"ref: refs/heads/main\n")
     for refused in (push_to, pull_from):
         with pytest.raises(UserError, match="HEAD is no digest"):
             refused(one, place)
 
 
-def test_pulling_from_where_nothing_was_pushed_is_told(two: Project, place: Place) -> None:
+def test_pulling_from_where_nothing_was_pushed_is_told(two: ProjectFolder, place: Place) -> None:
     with pytest.raises(UserError, match="no dataset was pushed there"):
         pull_from(two, place)
 
 
-def test_pushing_without_a_version_is_told(two: Project, place: Place) -> None:
+def test_pushing_without_a_version_is_told(two: ProjectFolder, place: Place) -> None:
     with pytest.raises(UserError, match="no dataset"):
         push_to(two, place)
 
 
 def test_somebody_who_pushes_at_the_same_time_is_noticed(
-    one: Project, place: Place, monkeypatch: pytest.MonkeyPatch
+    one: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = RemotePlace.head
     answers = iter([None, "0" * 64])
@@ -214,7 +216,7 @@ def test_somebody_who_pushes_at_the_same_time_is_noticed(
     assert "HEAD" not in place.files
 
 
-def test_a_project_s_own_dataset_folder_is_no_place_to_push_to(one: Project, two: Project) -> None:
+def test_a_project_s_own_dataset_folder_is_no_place_to_push_to(one: ProjectFolder, two: ProjectFolder) -> None:
     add_rows(two, 30, 2)
     before = sorted(p for p in two.dataset.rglob("*"))
     for verb in (push, pull):
@@ -224,13 +226,13 @@ def test_a_project_s_own_dataset_folder_is_no_place_to_push_to(one: Project, two
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/x", "http://127.0.0.1:9/x"])
-def test_a_place_that_cannot_be_used_is_the_user_s_to_mend(one: Project, url: str) -> None:
+def test_a_place_that_cannot_be_used_is_the_user_s_to_mend(one: ProjectFolder, url: str) -> None:
     with pytest.raises(UserError) as caught:
         push(one.dataset, url, Listener())
     assert caught.value.where == url
 
 
-def test_a_folder_that_may_not_be_written_is_told(one: Project, tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_written_is_told(one: ProjectFolder, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     there = tmp_path / "there"
@@ -240,7 +242,7 @@ def test_a_folder_that_may_not_be_written_is_told(one: Project, tmp_path: Path) 
 
 
 def test_where_an_old_version_is_lost_the_later_ones_are_pushed_that_do_not_build_on_it(
-    one: Project, two: Project, place: Place
+    one: ProjectFolder, two: ProjectFolder, place: Place
 ) -> None:
     first = load_version(one.dataset).digest
     add_rows(one, 200, 2)
@@ -250,7 +252,7 @@ def test_where_an_old_version_is_lost_the_later_ones_are_pushed_that_do_not_buil
     assert load_version(two.dataset) == load_version(one.dataset)
 
 
-def test_where_a_lost_version_is_needed_the_push_names_it(one: Project, place: Place) -> None:
+def test_where_a_lost_version_is_needed_the_push_names_it(one: ProjectFolder, place: Place) -> None:
     first = load_version(one.dataset).digest
     add_rows(one, 3, 2)
     shutil.rmtree(one.dataset / "versions" / short(first))

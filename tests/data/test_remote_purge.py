@@ -9,6 +9,8 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 from remote_helpers import Place, add_rows, one, place, pull_from, push_to, s3_endpoint, two
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.remove import RemoveResult, remove
 from tunewright.data.review.reviews import Judged, append_reviews
@@ -17,30 +19,28 @@ from tunewright.data.versions import load_version
 from tunewright.data.versions.place import Place as There
 from tunewright.data.versions.removals import read_removals
 from tunewright.data.versions.verify import verify
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 __all__ = ["one", "place", "s3_endpoint", "two"]
 
 SECRET = "my name is Ada Lovelace and I lost my card"
 
 
-def _with_secret(project: Project) -> str:
+def _with_secret(project: ProjectFolder) -> str:
     path = write_jsonl(project.root.parent / "secret.jsonl", [(SECRET, "sorry to hear that"), *unlike_pairs(10, 9)])
     add(project, [path], Listener(), message="with a name")
     return next(m.key for m in load_version(project.dataset).members if m.example.input_text == SECRET)
 
 
-def _purge(project: Project) -> RemoveResult:
+def _purge(project: ProjectFolder) -> RemoveResult:
     selection = Selection(where="contains(input, 'Lovelace')")
     return remove(project, selection, "she asked", Listener(), purge_text=True)
 
 
-def _has_text(project: Project) -> bool:
+def _has_text(project: ProjectFolder) -> bool:
     return any(b"Lovelace" in path.read_bytes() for path in project.dataset.rglob("*") if path.is_file())
 
 
-def _edit(project: Project, key: str) -> None:
+def _edit(project: ProjectFolder, key: str) -> None:
     when = "2026-11-25T10:00:00.000+00:00"
     output = "sorry, Countess Lovelace"
     edit = Judged(key=key, verdict="edit", output=output, version="0" * 64, reviewer="ada", when=when)
@@ -48,7 +48,7 @@ def _edit(project: Project, key: str) -> None:
 
 
 def test_a_push_erases_the_text_there_and_a_pull_erases_it_on_the_other_side(
-    one: Project, two: Project, place: Place
+    one: ProjectFolder, two: ProjectFolder, place: Place
 ) -> None:
     _edit(one, _with_secret(one))
     push_to(one, place)
@@ -69,7 +69,9 @@ def test_a_push_erases_the_text_there_and_a_pull_erases_it_on_the_other_side(
     assert place.files == files
 
 
-def test_a_fresh_pull_after_a_purge_is_whole_and_has_no_text(one: Project, two: Project, place: Place) -> None:
+def test_a_fresh_pull_after_a_purge_is_whole_and_has_no_text(
+    one: ProjectFolder, two: ProjectFolder, place: Place
+) -> None:
     _with_secret(one)
     _purge(one)
     add_rows(one, 20, 5)
@@ -82,7 +84,7 @@ def test_a_fresh_pull_after_a_purge_is_whole_and_has_no_text(one: Project, two: 
 
 
 def test_a_side_that_has_not_pulled_the_purge_does_not_push_the_text_again(
-    one: Project, two: Project, place: Place
+    one: ProjectFolder, two: ProjectFolder, place: Place
 ) -> None:
     key = _with_secret(one)
     push_to(one, place)
@@ -104,7 +106,7 @@ def test_a_side_that_has_not_pulled_the_purge_does_not_push_the_text_again(
     assert not _has_text(two)
 
 
-def test_a_removed_row_stays_out_on_the_other_side(one: Project, two: Project, place: Place) -> None:
+def test_a_removed_row_stays_out_on_the_other_side(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     key = _with_secret(one)
     names = one.root / "keys.txt"
     names.write_text(key)
@@ -116,7 +118,7 @@ def test_a_removed_row_stays_out_on_the_other_side(one: Project, two: Project, p
 
 
 def test_an_interrupted_erasure_is_finished_by_the_next_push(
-    one: Project, place: Place, monkeypatch: pytest.MonkeyPatch
+    one: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _with_secret(one)
     push_to(one, place)
@@ -139,7 +141,7 @@ def test_an_interrupted_erasure_is_finished_by_the_next_push(
 
 
 def test_a_changed_log_of_removals_is_refused_there_and_named_by_verify_here(
-    one: Project, two: Project, tmp_path: Path
+    one: ProjectFolder, two: ProjectFolder, tmp_path: Path
 ) -> None:
     place = Place(str(tmp_path / "there"))
     _with_secret(one)
@@ -156,7 +158,7 @@ def test_a_changed_log_of_removals_is_refused_there_and_named_by_verify_here(
 
 
 def test_a_pull_that_fails_leaves_the_current_version_whole_though_its_rows_are_purged_there(
-    one: Project, two: Project, tmp_path: Path
+    one: ProjectFolder, two: ProjectFolder, tmp_path: Path
 ) -> None:
     place = Place(str(tmp_path / "there"))
     _with_secret(one)
@@ -189,7 +191,7 @@ def test_text_that_comes_back_by_hand_is_named_by_verify(tmp_path: Path) -> None
     assert damage.rows == (key,)
 
 
-def _add_with_metadata(project: Project) -> None:
+def _add_with_metadata(project: ProjectFolder) -> None:
     path = project.root.parent / "named.jsonl"
     rows = [{"prompt": p, "completion": c, "id": f"id-{n}"} for n, (p, c) in enumerate(unlike_pairs(10, 9))]
     rows.append({"prompt": SECRET, "completion": "sorry to hear that", "id": "countess-117"})
@@ -201,12 +203,12 @@ def _metadata_there(place: Place) -> list[str]:
     return [name for name, data in place.files.items() if b"countess" in data]
 
 
-def _metadata_here(project: Project) -> bool:
+def _metadata_here(project: ProjectFolder) -> bool:
     return any(b"countess" in path.read_bytes() for path in project.root.rglob("*") if path.is_file())
 
 
 def test_push_and_pull_erase_the_metadata_of_purged_rows(
-    one: Project, two: Project, tmp_path: Path, place: Place
+    one: ProjectFolder, two: ProjectFolder, tmp_path: Path, place: Place
 ) -> None:
     _add_with_metadata(one)
     push_to(one, place)
@@ -230,7 +232,7 @@ def test_push_and_pull_erase_the_metadata_of_purged_rows(
 
 
 def test_push_of_a_side_that_has_not_pulled_the_purge_brings_no_metadata_back(
-    one: Project, two: Project, place: Place
+    one: ProjectFolder, two: ProjectFolder, place: Place
 ) -> None:
     push_to(one, place)
     pull_from(two, place)
@@ -247,7 +249,7 @@ def test_push_of_a_side_that_has_not_pulled_the_purge_brings_no_metadata_back(
 
 
 def test_a_pull_reads_metadata_whose_erasure_was_stopped_halfway_and_the_next_push_finishes_it(
-    one: Project, two: Project, place: Place, monkeypatch: pytest.MonkeyPatch
+    one: ProjectFolder, two: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _add_with_metadata(one)
     push_to(one, place)

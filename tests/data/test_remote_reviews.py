@@ -9,6 +9,8 @@ from data_helpers import Listener
 from remote_helpers import Place, add_rows, pull_from, push_to
 from review_helpers import judge_next, review
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.versions import load_version
@@ -17,13 +19,13 @@ from tunewright.data.versions.find import find_row
 from tunewright.data.versions.place import Place as RemotePlace
 from tunewright.data.versions.remote import push
 from tunewright.data.versions.verify import verify
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 pytest_plugins = ["remote_helpers"]
 
 
-def test_two_reviewers_share_their_verdicts_by_push_and_pull(one: Project, two: Project, place: Place) -> None:
+def test_two_reviewers_share_their_verdicts_by_push_and_pull(
+    one: ProjectFolder, two: ProjectFolder, place: Place
+) -> None:
     push_to(one, place)
     pull_from(two, place)
     judge_next(review(one, "ada"), "right", "wrong")
@@ -50,7 +52,7 @@ def test_two_reviewers_share_their_verdicts_by_push_and_pull(one: Project, two: 
 
 
 def test_two_who_push_reviews_at_the_same_moment_lose_none(
-    one: Project, two: Project, place: Place, monkeypatch: pytest.MonkeyPatch
+    one: ProjectFolder, two: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push_to(one, place)
     pull_from(two, place)
@@ -67,7 +69,7 @@ def test_two_who_push_reviews_at_the_same_moment_lose_none(
     assert len(read_reviews(one.dataset).events) == 4
 
 
-def test_reviews_travel_also_where_one_side_is_ahead(one: Project, two: Project, place: Place) -> None:
+def test_reviews_travel_also_where_one_side_is_ahead(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     push_to(one, place)
     pull_from(two, place)
     add_rows(one, 30, 2)
@@ -82,7 +84,7 @@ def test_reviews_travel_also_where_one_side_is_ahead(one: Project, two: Project,
 
 @pytest.mark.parametrize("damage", ["changed", "shortened"])
 def test_reviews_that_were_changed_there_are_refused_and_nothing_here_changes(
-    one: Project, two: Project, place: Place, damage: str
+    one: ProjectFolder, two: ProjectFolder, place: Place, damage: str
 ) -> None:
     push_to(one, place)
     pull_from(two, place)
@@ -102,7 +104,7 @@ def test_reviews_that_were_changed_there_are_refused_and_nothing_here_changes(
 
 
 def test_an_edit_s_record_leads_to_the_verdict_also_where_that_is_on_another_line(
-    one: Project, two: Project, place: Place
+    one: ProjectFolder, two: ProjectFolder, place: Place
 ) -> None:
     push_to(one, place)
     pull_from(two, place)
@@ -120,7 +122,7 @@ def test_an_edit_s_record_leads_to_the_verdict_also_where_that_is_on_another_lin
         assert find_row(project.dataset, version, f"reviews.jsonl:{line}").key == now
 
 
-def test_half_a_last_review_is_not_pushed_and_told(one: Project, place: Place) -> None:
+def test_half_a_last_review_is_not_pushed_and_told(one: ProjectFolder, place: Place) -> None:
     judge_next(review(one), "right")
     path = one.dataset / "reviews.jsonl"
     path.write_bytes(path.read_bytes() + b'{"draw":0,"ev')

@@ -13,10 +13,10 @@ from data_helpers import Listener
 from review_helpers import judge_next, review
 
 from command_line import tunewright
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.versions import load_version, short
 from tunewright.data.versions.remote import pull, push
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 pytest_plugins = ["remote_helpers"]
 
@@ -25,7 +25,7 @@ def _s3_options(endpoint: str, key: str = "testing") -> dict[str, Any]:
     return {"key": key, "secret": "testing", "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
 
 
-def test_a_bucket_that_is_not_there_is_told_and_not_made(one: Project, s3_endpoint: str) -> None:
+def test_a_bucket_that_is_not_there_is_told_and_not_made(one: ProjectFolder, s3_endpoint: str) -> None:
     options = _s3_options(s3_endpoint)
     for verb in (push, pull):
         with pytest.raises(UserError, match="there is no such bucket") as caught:
@@ -34,7 +34,7 @@ def test_a_bucket_that_is_not_there_is_told_and_not_made(one: Project, s3_endpoi
     assert not fsspec.filesystem("s3", **options).exists("not-there-1")
 
 
-def test_wrong_credentials_are_told(one: Project, s3_endpoint: str) -> None:
+def test_wrong_credentials_are_told(one: ProjectFolder, s3_endpoint: str) -> None:
     bucket = uuid.uuid4().hex
     fsspec.filesystem("s3", **_s3_options(s3_endpoint)).mkdir(bucket)
     _check_rights(s3_endpoint, after="0")
@@ -54,14 +54,16 @@ def _check_rights(endpoint: str, after: str) -> None:
         pass
 
 
-def test_an_endpoint_that_cannot_be_reached_is_told(one: Project, s3_endpoint: str) -> None:
+def test_an_endpoint_that_cannot_be_reached_is_told(one: ProjectFolder, s3_endpoint: str) -> None:
     options = {**_s3_options("http://127.0.0.1:9"), "config_kwargs": {"retries": {"max_attempts": 0}}}
     with pytest.raises(UserError, match="cannot be reached: Could not connect") as caught:
         push(one.dataset, "s3://bucket/x", Listener(), options=options)
     assert "AWS_ENDPOINT_URL" in (caught.value.fix or "")
 
 
-def test_a_url_whose_library_is_not_installed_names_the_extra(one: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_whose_library_is_not_installed_names_the_extra(
+    one: ProjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(UserError) as caught:
@@ -70,7 +72,7 @@ def test_a_url_whose_library_is_not_installed_names_the_extra(one: Project, monk
 
 
 def test_the_command_line_pushes_to_the_endpoint_that_the_environment_names(
-    one: Project, two: Project, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+    one: ProjectFolder, two: ProjectFolder, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = _s3_options(s3_endpoint)
     bucket = uuid.uuid4().hex

@@ -13,6 +13,8 @@ from data_helpers import WORDS, Listener, new_project, unlike_pairs, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.purge import find_holders
 from tunewright.data.remove import RemoveResult, remove
@@ -25,8 +27,6 @@ from tunewright.data.versions.find import find_row
 from tunewright.data.versions.origins import metadata_by_key
 from tunewright.data.versions.removals import read_removals
 from tunewright.data.versions.verify import verify
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 WHEN = "2026-11-25T10:00:00.000+00:00"
 
@@ -40,7 +40,7 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path) -> ProjectFolder:
     """A project with 40 rows of two customers in a.jsonl and 10 more in b.jsonl."""
     project = new_project(tmp_path / "p", "data: {groups: [customer], conflicts: accept}\n")
     rows = unlike_pairs(50)
@@ -54,18 +54,18 @@ def project(tmp_path: Path) -> Project:
     return project
 
 
-def _add(project: Project, *names: str, listener: Listener | None = None, **options: Any) -> AddResult:
+def _add(project: ProjectFolder, *names: str, listener: Listener | None = None, **options: Any) -> AddResult:
     return add(project, [project.root / name for name in names], listener or Listener(), **options)
 
 
 def _remove(
-    project: Project, listener: Listener | None = None, because: str = "mislabelled", **which: Any
+    project: ProjectFolder, listener: Listener | None = None, because: str = "mislabelled", **which: Any
 ) -> RemoveResult:
     options = {name: which.pop(name) for name in ("dry_run", "purge_text") if name in which}
     return remove(project, Selection(**which), because, listener or Listener(), **options)
 
 
-def _keys(project: Project) -> set[str]:
+def _keys(project: ProjectFolder) -> set[str]:
     return {m.key for m in load_version(project.dataset).members}
 
 
@@ -73,11 +73,11 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def _train_rows(project: Project, count: int) -> list[str]:
+def _train_rows(project: ProjectFolder, count: int) -> list[str]:
     return [m.key for m in load_version(project.dataset).examples("train")][:count]
 
 
-def test_remove_takes_out_the_rows_that_a_file_names_by_key_prefix_or_object(project: Project) -> None:
+def test_remove_takes_out_the_rows_that_a_file_names_by_key_prefix_or_object(project: ProjectFolder) -> None:
     one, two, three = _train_rows(project, 3)
     names = project.root / "keys.txt"
     names.write_text(f"{one}\n\n{two[:16].upper()}\n" + json.dumps({"key": three, "note": "x"}) + "\n")
@@ -104,7 +104,7 @@ def test_remove_takes_out_the_rows_that_a_file_names_by_key_prefix_or_object(pro
         ("\n", "there is no key in it"),
     ],
 )
-def test_remove_refuses_a_file_of_keys_that_names_no_row(project: Project, lines: str, words: str) -> None:
+def test_remove_refuses_a_file_of_keys_that_names_no_row(project: ProjectFolder, lines: str, words: str) -> None:
     names = project.root / "keys.txt"
     names.write_text(lines)
     before = _snapshot(project.dataset)
@@ -113,7 +113,7 @@ def test_remove_refuses_a_file_of_keys_that_names_no_row(project: Project, lines
     assert _snapshot(project.dataset) == before
 
 
-def test_remove_takes_rows_by_query(project: Project) -> None:
+def test_remove_takes_rows_by_query(project: ProjectFolder) -> None:
     result = _remove(project, where="split == 'train' && starts_with(output, 'answer 1') && source == 'a.jsonl'")
     expected = {f"answer {i}" for i in (1, *range(10, 20))}
     assert {row.document["output"] for row in result.rows} <= expected
@@ -125,12 +125,12 @@ def test_remove_takes_rows_by_query(project: Project) -> None:
     ("where", "words"),
     [("output ==", "not a JMESPath"), ("contains(line, 'a')", "it fails on row"), ("a", "no row of")],
 )
-def test_remove_refuses_a_query_that_fails_or_matches_nothing(project: Project, where: str, words: str) -> None:
+def test_remove_refuses_a_query_that_fails_or_matches_nothing(project: ProjectFolder, where: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         _remove(project, where=where)
 
 
-def test_remove_takes_rows_by_the_file_that_brought_them(project: Project) -> None:
+def test_remove_takes_rows_by_the_file_that_brought_them(project: ProjectFolder) -> None:
     (project.root / "c.jsonl").write_bytes((project.root / "b.jsonl").read_bytes())
     _add(project, "c.jsonl")
     with pytest.raises(UserError, match=r"no row came from a file c\.jsonl"):
@@ -140,7 +140,7 @@ def test_remove_takes_rows_by_the_file_that_brought_them(project: Project) -> No
     assert len(removed.rows) == 10
 
 
-def test_remove_says_which_rows_of_a_file_another_one_brought(project: Project) -> None:
+def test_remove_says_which_rows_of_a_file_another_one_brought(project: ProjectFolder) -> None:
     both = (project.root / "b.jsonl").read_text().splitlines()[:3]
     more = [json.dumps({"prompt": p, "completion": c, "customer": None}) for p, c in unlike_pairs(4, seed=7)]
     (project.root / "c.jsonl").write_text("\n".join([*both, *more]) + "\n")
@@ -152,14 +152,14 @@ def test_remove_says_which_rows_of_a_file_another_one_brought(project: Project) 
     )
 
 
-def test_remove_takes_rows_of_any_named_group_that_match_the_other_options(project: Project) -> None:
+def test_remove_takes_rows_of_any_named_group_that_match_the_other_options(project: ProjectFolder) -> None:
     result = _remove(project, groups=("customer=C3", "customer=C4"), source="a.jsonl")
     assert sorted(group for row in result.rows for group in row.document["groups"]) == ["customer=C3", "customer=C4"]
     with pytest.raises(UserError, match="no row has the group 'customer=Nobody'"):
         _remove(project, groups=("customer=Nobody",))
 
 
-def test_remove_needs_a_reason_and_a_selection(project: Project) -> None:
+def test_remove_needs_a_reason_and_a_selection(project: ProjectFolder) -> None:
     with pytest.raises(UserError, match="needs a reason"):
         _remove(project, because=" ", source="b.jsonl")
     assert _remove(project, because="", source="b.jsonl", dry_run=True).rows
@@ -167,7 +167,7 @@ def test_remove_needs_a_reason_and_a_selection(project: Project) -> None:
         _remove(project)
 
 
-def test_a_dry_run_says_what_would_go_and_changes_nothing(project: Project) -> None:
+def test_a_dry_run_says_what_would_go_and_changes_nothing(project: ProjectFolder) -> None:
     before = _snapshot(project.dataset)
     result = _remove(project, source="b.jsonl", dry_run=True, purge_text=True)
     assert (result.dry_run, result.created, len(result.rows), result.purged) == (True, False, 10, 0)
@@ -179,14 +179,14 @@ def test_a_dry_run_says_what_would_go_and_changes_nothing(project: Project) -> N
     ("where", "words"),
     [("split == 'test'", "no test row would be left"), ("line > `1`", "clusters would be left|no .* row")],
 )
-def test_remove_refuses_to_leave_too_little(project: Project, where: str, words: str) -> None:
+def test_remove_refuses_to_leave_too_little(project: ProjectFolder, where: str, words: str) -> None:
     before = _snapshot(project.dataset)
     with pytest.raises(UserError, match=words):
         _remove(project, where=where)
     assert _snapshot(project.dataset) == before
 
 
-def test_a_removed_row_stays_out_when_its_file_is_added_again(project: Project) -> None:
+def test_a_removed_row_stays_out_when_its_file_is_added_again(project: ProjectFolder) -> None:
     [key] = _train_rows(project, 1)
     place = find_row(project.dataset, load_version(project.dataset), key)
     names = project.root / "keys.txt"
@@ -210,7 +210,7 @@ def test_a_removed_row_stays_out_when_its_file_is_added_again(project: Project) 
     assert _add(project, "mended.jsonl").added == 1
 
 
-def test_restore_brings_removed_rows_back_for_good(project: Project) -> None:
+def test_restore_brings_removed_rows_back_for_good(project: ProjectFolder) -> None:
     removed = _remove(project, source="b.jsonl")
     assert len(_keys(project)) == 40
     back = _add(project, "b.jsonl", restore=True)
@@ -222,14 +222,14 @@ def test_restore_brings_removed_rows_back_for_good(project: Project) -> None:
     assert _add(project, "b.jsonl").removed != ()
 
 
-def test_a_removal_that_leads_back_to_an_earlier_version_still_keeps_the_rows_out(project: Project) -> None:
+def test_a_removal_that_leads_back_to_an_earlier_version_still_keeps_the_rows_out(project: ProjectFolder) -> None:
     first = list_versions(project.dataset)[0].digest
     if _remove(project, source="b.jsonl").version.digest != first:
         pytest.skip("the rows of b.jsonl changed clusters of the others")
     assert _add(project, "b.jsonl").added == 0
 
 
-def test_the_row_that_an_edit_replaced_does_not_come_back_for_the_removed_one(project: Project) -> None:
+def test_the_row_that_an_edit_replaced_does_not_come_back_for_the_removed_one(project: ProjectFolder) -> None:
     [key] = _train_rows(project, 1)
     edit = Judged(key=key, verdict="edit", output="better", version="0" * 64, reviewer="ada", when=WHEN)
     append_reviews(project.dataset, [edit])
@@ -238,7 +238,7 @@ def test_the_row_that_an_edit_replaced_does_not_come_back_for_the_removed_one(pr
     assert _add(project, "a.jsonl", "b.jsonl").added == 0
 
 
-def test_remove_counts_adapters_and_evaluations_that_saw_the_rows(project: Project) -> None:
+def test_remove_counts_adapters_and_evaluations_that_saw_the_rows(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     for name, left_out in (("one-0123456789ab", []), ("two-0123456789ab", ["x"])):
         folder = project.adapters / name
@@ -308,7 +308,7 @@ def test_a_removed_row_of_the_mix_in_is_not_drawn_again(tmp_path: Path) -> None:
 # Purge
 
 
-def _secret_project(root: Path, secrets: list[str], seed: int = 0) -> Project:
+def _secret_project(root: Path, secrets: list[str], seed: int = 0) -> ProjectFolder:
     project = new_project(root, "data: {conflicts: accept}\n")
     rows = [
         *unlike_pairs(40, seed),
@@ -412,7 +412,7 @@ def test_a_purge_names_the_files_that_still_have_the_text(tmp_path: Path) -> Non
     assert any("all.jsonl: text of 1 row" in warned for warned in listener.warned)
 
 
-def test_a_purge_names_the_groups_that_stay_in_the_members_of_old_versions(project: Project) -> None:
+def test_a_purge_names_the_groups_that_stay_in_the_members_of_old_versions(project: ProjectFolder) -> None:
     listener = Listener()
     result = _remove(project, listener, groups=("customer=C3",), because="C3 asked", purge_text=True)
     [holder] = [h for h in result.holders if "members.tsv" in h.path]
@@ -432,8 +432,8 @@ def test_a_purge_names_the_rows_that_stay_with_the_same_input(tmp_path: Path) ->
 
 
 def test_purge_names_the_source_file_of_rows_that_templates_made(tmp_path: Path) -> None:
-    recipe = 'data: {input: "{% for word in words %}{{ word }} {% endfor %}", output: "{{ code }}"}\n'
-    project = new_project(tmp_path / "p", recipe)
+    config = 'data: {input: "{% for word in words %}{{ word }} {% endfor %}", output: "{{ code }}"}\n'
+    project = new_project(tmp_path / "p", config)
     rows = [{"words": text.split(), "code": int(answer.split()[1])} for text, answer in unlike_pairs(40)]
     (project.root / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _add(project, "words.jsonl")
@@ -465,15 +465,15 @@ def _row(prompt: str, completion: str, **more: Any) -> dict[str, Any]:
     return {"prompt": prompt, "completion": completion, **more}
 
 
-def _add_rows(project: Project, name: str, rows: list[dict[str, Any]], **options: Any) -> AddResult:
+def _add_rows(project: ProjectFolder, name: str, rows: list[dict[str, Any]], **options: Any) -> AddResult:
     path = project.root.parent / name
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return add(project, [path], Listener(), **options)
 
 
-def _with_metadata(root: Path, recipe: str = "") -> Project:
+def _with_metadata(root: Path, config: str = "") -> ProjectFolder:
     """A project of three versions whose files, outside of it, had metadata; the rows of Zoë stand in all three."""
-    project = new_project(root / "p", recipe)
+    project = new_project(root / "p", config)
     rows = [_row(q, a, id=f"id-{n}") for n, (q, a) in enumerate(unlike_pairs(60))]
     secret = _row(
         "my name is Zoë-Lovelace and I lost it", "sorry, Zoë-Lovelace!", id="ticket-of-zoë", meta={"at": "zoë@x"}
@@ -485,7 +485,7 @@ def _with_metadata(root: Path, recipe: str = "") -> Project:
     return project
 
 
-def _purge_zoë(project: Project, **options: Any) -> RemoveResult:
+def _purge_zoë(project: ProjectFolder, **options: Any) -> RemoveResult:
     return _remove(project, where="contains(input, 'Zoë')", because="asked", purge_text=True, **options)
 
 
@@ -516,9 +516,9 @@ def test_purge_of_a_row_of_earlier_versions_returns_the_manifest_as_it_is_on_dis
     assert verify(project.dataset, Listener()).ok
 
 
-@pytest.mark.parametrize("recipe", ["", "data: {duplicates: drop}\n"])
-def test_purge_erases_the_metadata_of_rows_that_repeat_the_purged_one(tmp_path: Path, recipe: str) -> None:
-    project = new_project(tmp_path / "p", recipe)
+@pytest.mark.parametrize("config", ["", "data: {duplicates: drop}\n"])
+def test_purge_erases_the_metadata_of_rows_that_repeat_the_purged_one(tmp_path: Path, config: str) -> None:
+    project = new_project(tmp_path / "p", config)
     rows = [_row(q, a) for q, a in unlike_pairs(40)]
     text = "my name is Zoë-Lovelace and I lost my card on the way to the station"
     alike = [_row(f"{text}{end}", "sorry", id=f"zoë{n}") for n, end in enumerate(("", ".", "!"))]

@@ -9,19 +9,19 @@ from data_helpers import Listener, example, new_project, unlike_pairs, write_jso
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunewright.config.project import ProjectFolder
 from tunewright.data.add import AddResult, add
-from tunewright.data.neighbours import Repeat
+from tunewright.data.dedup import Repeat
 from tunewright.data.repeats import cluster_counts, exact_repeats
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import Judged, append_reviews
 from tunewright.data.versions import load_version, version_folder
-from tunewright.project import Project
 
 THIRTY_TWO = "patient is 32 weeks pregnant and has been bleeding since monday evening"
 THIRTY_FOUR = THIRTY_TWO.replace("32", "34")
 
 
-def _add(project: Project, *pairs: tuple[str, str], name: str = "pairs.jsonl") -> tuple[AddResult, Listener]:
+def _add(project: ProjectFolder, *pairs: tuple[str, str], name: str = "pairs.jsonl") -> tuple[AddResult, Listener]:
     listener = Listener()
     return add(project, [write_jsonl(project.root / name, pairs)], listener), listener
 
@@ -56,7 +56,7 @@ def test_the_count_of_near_duplicates_outlives_a_change_to_drop(tmp_path: Path) 
     _add(project, *unlike_pairs(20), (THIRTY_TWO, "urgent"), (THIRTY_FOUR, "urgent"))
     (project.root / "tunewright.yaml").write_text("data: {duplicates: drop}\n")
     thirty_six = THIRTY_TWO.replace("32", "36")
-    result, _ = _add(Project(project.root), *unlike_pairs(5, seed=3), (thirty_six, "urgent"), name="more.jsonl")
+    result, _ = _add(ProjectFolder(project.root), *unlike_pairs(5, seed=3), (thirty_six, "urgent"), name="more.jsonl")
     assert (result.version.counts.near_duplicates, len(result.duplicates)) == (1, 1)
 
 

@@ -11,6 +11,8 @@ from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.notices import excerpts
 from tunewright.data.remove import remove
@@ -21,16 +23,16 @@ from tunewright.data.versions import load_version
 from tunewright.data.versions.changes import blame, diff
 from tunewright.data.versions.find import find_row
 from tunewright.data.versions.verify import verify
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 
-def _add(project: Project, pairs: list[Pair], name: str = "pairs.jsonl", **options: Any) -> tuple[AddResult, Listener]:
+def _add(
+    project: ProjectFolder, pairs: list[Pair], name: str = "pairs.jsonl", **options: Any
+) -> tuple[AddResult, Listener]:
     listener = Listener()
     return add(project, [write_jsonl(project.root / name, pairs)], listener, **options), listener
 
 
-def _answers(project: Project) -> dict[str, list[str]]:
+def _answers(project: ProjectFolder) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for member in load_version(project.dataset).members:
         found.setdefault(member.example.input_text, []).append(member.example.output)
@@ -204,7 +206,7 @@ def test_a_file_with_two_outputs_for_one_input_replaces_nothing(tmp_path: Path) 
 _REFERENCES = [("one place by the river", f"reference {i}") for i in range(7)]
 
 
-def _with_references(folder: Path) -> Project:
+def _with_references(folder: Path) -> ProjectFolder:
     project = new_project(folder, "data: {conflicts: accept}\n")
     _add(project, [*unlike_pairs(40), *_REFERENCES])
     return project

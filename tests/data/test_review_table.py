@@ -12,13 +12,13 @@ import pytest
 from data_helpers import Listener
 from review_helpers import judge_next, review, reviewed_project, right, status
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.csv import restored_cell
+from tunewright.core.errors import UserError
 from tunewright.data.review.passes import Review
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.table import Imported, export_csv, import_csv
 from tunewright.data.versions import load_version
-from tunewright.errors import UserError
-from tunewright.project import Project
-from tunewright.sheets import restored_cell
 
 Row = dict[str, str]
 
@@ -30,13 +30,13 @@ AWKWARD = [
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path) -> ProjectFolder:
     from data_helpers import unlike_pairs
 
     return reviewed_project(tmp_path / "p", pairs=[*unlike_pairs(60), *AWKWARD])
 
 
-def _export(project: Project, most: int = 100) -> tuple[Path, list[Row]]:
+def _export(project: ProjectFolder, most: int = 100) -> tuple[Path, list[Row]]:
     path = project.root / "review.csv"
     count = export_csv(path, review(project), most)
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -54,11 +54,11 @@ def _save(path: Path, rows: list[Row], delimiter: str = ",", line_end: str = "\r
     path.write_text("\ufeff" + text.getvalue().replace("\r\n", "\n").replace("\n", line_end), "utf-8", newline="")
 
 
-def _import(project: Project, path: Path, reviewer: str = "ada") -> Imported:
+def _import(project: ProjectFolder, path: Path, reviewer: str = "ada") -> Imported:
     return import_csv(path, project.dataset, load_version(project.dataset), reviewer)
 
 
-def test_the_export_holds_the_texts_exactly_in_the_order_of_the_sample(project: Project) -> None:
+def test_the_export_holds_the_texts_exactly_in_the_order_of_the_sample(project: ProjectFolder) -> None:
     _, rows = _export(project)
     members = {m.key: m for m in load_version(project.dataset).members}
     assert [row["row"] for row in rows] == review(project).order
@@ -69,7 +69,7 @@ def test_the_export_holds_the_texts_exactly_in_the_order_of_the_sample(project: 
     assert [row["input"] for row in rows if "1+1" in row["input"]] == ["'=1+1"]  # no formula for the spreadsheet
 
 
-def test_the_export_says_where_each_row_is_from(project: Project) -> None:
+def test_the_export_says_where_each_row_is_from(project: ProjectFolder) -> None:
     _, rows = _export(project)
     lines = [json.loads(line) for line in (project.root / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     members = {m.key: m for m in load_version(project.dataset).members}
@@ -80,7 +80,7 @@ def test_the_export_says_where_each_row_is_from(project: Project) -> None:
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_filled_in_verdicts_count_as_those_of_a_pass(project: Project, delimiter: str, line_end: str) -> None:
+def test_filled_in_verdicts_count_as_those_of_a_pass(project: ProjectFolder, delimiter: str, line_end: str) -> None:
     path, rows = _export(project)
     for row in rows:
         row["verdict"] = " Right "
@@ -98,7 +98,7 @@ def test_filled_in_verdicts_count_as_those_of_a_pass(project: Project, delimiter
     assert line.endswith(", 1 unsettled")
 
 
-def test_importing_twice_records_nothing_twice(project: Project) -> None:
+def test_importing_twice_records_nothing_twice(project: ProjectFolder) -> None:
     path, rows = _export(project, 3)
     rows[0]["verdict"] = "right"
     _save(path, rows)
@@ -131,7 +131,7 @@ def _twice(rows: list[Row]) -> None:
     ],
 )
 def test_a_faulty_row_is_named_by_its_line_and_nothing_is_recorded(
-    project: Project, change: Callable[[list[Row]], None], told: str
+    project: ProjectFolder, change: Callable[[list[Row]], None], told: str
 ) -> None:
     path, rows = _export(project, 4)
     for row in rows:
@@ -155,7 +155,7 @@ def test_a_faulty_row_is_named_by_its_line_and_nothing_is_recorded(
         (b'row,draw,answer,verdict,new_output\n"a\n', "not CSV"),
     ],
 )
-def test_a_file_that_is_no_export_is_refused(project: Project, content: bytes, told: str) -> None:
+def test_a_file_that_is_no_export_is_refused(project: ProjectFolder, content: bytes, told: str) -> None:
     path = project.root / "bad.csv"
     path.write_bytes(content)
     with pytest.raises(UserError, match=told):
@@ -164,7 +164,7 @@ def test_a_file_that_is_no_export_is_refused(project: Project, content: bytes, t
         _import(project, project.root / "missing.csv")
 
 
-def test_an_export_never_replaces_a_file_and_says_when_nothing_is_left(project: Project) -> None:
+def test_an_export_never_replaces_a_file_and_says_when_nothing_is_left(project: ProjectFolder) -> None:
     path, _ = _export(project)
     with pytest.raises(UserError, match="a file of this name"):
         export_csv(path, review(project), 5)
@@ -173,7 +173,7 @@ def test_an_export_never_replaces_a_file_and_says_when_nothing_is_left(project: 
         export_csv(project.root / "more.csv", review(project), 5)
 
 
-def test_a_secret_in_an_edited_answer_is_refused_before_it_is_on_record(project: Project) -> None:
+def test_a_secret_in_an_edited_answer_is_refused_before_it_is_on_record(project: ProjectFolder) -> None:
     path, rows = _export(project)
     card = "4539 1488 0343 6467"
     for row in rows:
@@ -188,7 +188,7 @@ def test_a_secret_in_an_edited_answer_is_refused_before_it_is_on_record(project:
     assert allowed.recorded == len(rows)
 
 
-def test_in_a_pass_too(project: Project) -> None:
+def test_in_a_pass_too(project: ProjectFolder) -> None:
     under_way = review(project)
     card = under_way.next()
     assert card is not None
@@ -196,7 +196,7 @@ def test_in_a_pass_too(project: Project) -> None:
     assert under_way.next() == card
 
 
-def test_export_names_the_way_when_no_row_could_be_judged_as_a_suspect(project: Project) -> None:
+def test_export_names_the_way_when_no_row_could_be_judged_as_a_suspect(project: ProjectFolder) -> None:
     none = Review(project.dataset, load_version(project.dataset), "ada", Listener(), suspects=[])
     with pytest.raises(UserError, match="there are no suspects to export") as caught:
         export_csv(project.root / "suspects.csv", none, 100)

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json
 from tunewright.data.review.acceptance import FixedPlan, SequentialPlan
 from tunewright.data.review.reviews import (
     Drawn,
@@ -22,8 +24,6 @@ from tunewright.data.review.reviews import (
     read_reviews,
     unite_reviews,
 )
-from tunewright.disk import canonical_json
-from tunewright.errors import UserError
 
 SECONDS = st.integers(0, 3).map(lambda s: f"2026-11-24T12:00:0{s}+00:00")
 REVIEWERS = st.sampled_from(["ada", "ben"])

@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from review_helpers import add_pairs, judge_next, review, reviewed_project, right, status
 
-from tunewright.clock import now
+from tunewright.config.project import ProjectFolder
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
 from tunewright.data.review.acceptance import FixedPlan, SequentialPlan, sample_order
 from tunewright.data.review.passes import Review, check_options
 from tunewright.data.review.reviews import Judged, append_reviews, read_reviews
 from tunewright.data.review.suspects import Suspect
 from tunewright.data.versions import load_version
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path) -> ProjectFolder:
     return reviewed_project(tmp_path / "p")
 
 
@@ -32,11 +32,11 @@ def _judged(key: str, **changes: object) -> Judged:
     return Judged.model_validate({**fields, **changes})
 
 
-def test_a_version_that_nobody_looked_at_is_not_reviewed(project: Project) -> None:
+def test_a_version_that_nobody_looked_at_is_not_reviewed(project: ProjectFolder) -> None:
     assert status(project) == "not reviewed"
 
 
-def test_right_rows_lead_to_acceptance_and_the_status_says_on_what_grounds(project: Project) -> None:
+def test_right_rows_lead_to_acceptance_and_the_status_says_on_what_grounds(project: ProjectFolder) -> None:
     under_way = review(project)
     assert status(project) == "under review: 0 of 0 wrong, at least 72 more to check"
     judge_next(under_way, *right(71))
@@ -46,32 +46,32 @@ def test_right_rows_lead_to_acceptance_and_the_status_says_on_what_grounds(proje
     assert under_way.next() is None
 
 
-def test_the_fixed_plan_asks_for_59_rows(project: Project) -> None:
+def test_the_fixed_plan_asks_for_59_rows(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     under_way = Review(project.dataset, version, "ada", Listener(), plan=FixedPlan())
     judge_next(under_way, *right(59))
     assert status(project) == "accepted: 0 of 59 wrong, under 5% at 95%"
 
 
-def test_wrong_rows_lead_to_rejection(project: Project) -> None:
+def test_wrong_rows_lead_to_rejection(project: ProjectFolder) -> None:
     judge_next(review(project), "wrong", "edit")
     assert status(project) == "rejected: 2 of 2 wrong, not under 5%"
 
 
-def test_rows_come_in_the_order_that_the_digest_decides(project: Project) -> None:
+def test_rows_come_in_the_order_that_the_digest_decides(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     order = sample_order([m.key for m in version.members], version.digest, 0)
     assert judge_next(review(project), *right(5)) == order[:5]
 
 
-def test_a_pass_goes_on_where_the_last_one_was_left(project: Project) -> None:
+def test_a_pass_goes_on_where_the_last_one_was_left(project: ProjectFolder) -> None:
     first = judge_next(review(project), "right", "right", "wrong")
     later = judge_next(review(project), "right")
     assert later[0] not in first
     assert status(project).startswith("under review: 1 of 4 wrong")
 
 
-def test_a_skipped_row_counts_as_unsettled_and_comes_again_in_the_next_pass(project: Project) -> None:
+def test_a_skipped_row_counts_as_unsettled_and_comes_again_in_the_next_pass(project: ProjectFolder) -> None:
     under_way = review(project)
     (skipped,) = judge_next(under_way, "skip")
     judge_next(under_way, "right")
@@ -80,7 +80,9 @@ def test_a_skipped_row_counts_as_unsettled_and_comes_again_in_the_next_pass(proj
     assert "unsettled" not in status(project)
 
 
-def test_undo_takes_back_the_latest_verdict_also_in_a_later_pass_and_is_itself_on_record(project: Project) -> None:
+def test_undo_takes_back_the_latest_verdict_also_in_a_later_pass_and_is_itself_on_record(
+    project: ProjectFolder,
+) -> None:
     keys = judge_next(review(project), "right", "wrong")
     later = review(project)
     undone = later.undo()
@@ -94,13 +96,13 @@ def test_undo_takes_back_the_latest_verdict_also_in_a_later_pass_and_is_itself_o
     assert [json.loads(line)["event"] for line in log] == ["draw", "verdict", "verdict", "undo"]
 
 
-def test_undo_takes_back_no_verdict_of_another_reviewer(project: Project) -> None:
+def test_undo_takes_back_no_verdict_of_another_reviewer(project: ProjectFolder) -> None:
     judge_next(review(project, "ada"), "right")
     assert review(project, "ben").undo() is None
     assert status(project).startswith("under review: 0 of 1 wrong")
 
 
-def test_verdicts_survive_a_new_version_and_other_order_of_rows(project: Project) -> None:
+def test_verdicts_survive_a_new_version_and_other_order_of_rows(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     # All rows of the version, so that whichever the next sample begins with was looked at.
     append_reviews(project.dataset, [_judged(m.key, version=version.digest) for m in version.members])
@@ -122,7 +124,7 @@ def test_a_verdict_dies_when_the_text_of_its_row_changes(tmp_path: Path) -> None
     assert [m.example.output for m in new.members if reviews.finding(m.key) is None] == ["another answer"]
 
 
-def test_reviewers_who_disagree_leave_a_row_unsettled(project: Project) -> None:
+def test_reviewers_who_disagree_leave_a_row_unsettled(project: ProjectFolder) -> None:
     (key,) = judge_next(review(project, "ada"), "right")
     judge_next(review(project, "ben", second=True), "wrong")
     assert read_reviews(project.dataset).finding(key) == "unsettled"
@@ -132,7 +134,7 @@ def test_reviewers_who_disagree_leave_a_row_unsettled(project: Project) -> None:
     assert read_reviews(project.dataset).finding(key) == "right"
 
 
-def test_a_disputed_row_is_shown_to_a_third_reviewer_and_not_again_to_the_two(project: Project) -> None:
+def test_a_disputed_row_is_shown_to_a_third_reviewer_and_not_again_to_the_two(project: ProjectFolder) -> None:
     (key,) = judge_next(review(project, "ada"), "right")
     judge_next(review(project, "ben", second=True), "wrong")
     offered = {name: card.member.key for name in ("ada", "ben", "cyd") if (card := review(project, name).next())}
@@ -140,14 +142,14 @@ def test_a_disputed_row_is_shown_to_a_third_reviewer_and_not_again_to_the_two(pr
     assert key not in (offered["ada"], offered["ben"])
 
 
-def test_a_second_reviewer_judges_what_the_first_judged_and_no_more(project: Project) -> None:
+def test_a_second_reviewer_judges_what_the_first_judged_and_no_more(project: ProjectFolder) -> None:
     keys = judge_next(review(project, "ada"), "right", "skip", "wrong")
     second = review(project, "ben", second=True)
     assert judge_next(second, "right", "wrong") == [keys[0], keys[2]]
     assert second.next() is None
 
 
-def test_a_redraw_is_another_sample_and_stays_on_record(project: Project) -> None:
+def test_a_redraw_is_another_sample_and_stays_on_record(project: ProjectFolder) -> None:
     judge_next(review(project), "wrong", "wrong")
     again = review(project, redraw=True)
     judge_next(again, *right(3))
@@ -156,7 +158,7 @@ def test_a_redraw_is_another_sample_and_stays_on_record(project: Project) -> Non
     assert [event["draw"] for event in drawn if event["event"] == "draw"] == [0, 1]
 
 
-def test_another_plan_for_the_same_sample_is_refused(project: Project) -> None:
+def test_another_plan_for_the_same_sample_is_refused(project: ProjectFolder) -> None:
     review(project)
     version = load_version(project.dataset)
     with pytest.raises(UserError, match="another plan"):
@@ -167,7 +169,7 @@ def test_another_plan_for_the_same_sample_is_refused(project: Project) -> None:
     assert status(project) == "under review: 0 of 0 wrong, at least 200 more to check, draw 2"
 
 
-def test_suspects_are_reviewed_apart_and_count_only_where_the_sample_reaches_them(project: Project) -> None:
+def test_suspects_are_reviewed_apart_and_count_only_where_the_sample_reaches_them(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     order = review(project).order
     suspect = Suspect(order[-1], 1.0, "label", "other rows suggest otherwise")
@@ -182,7 +184,7 @@ def test_suspects_are_reviewed_apart_and_count_only_where_the_sample_reaches_the
     assert json.loads((project.dataset / "reviews.jsonl").read_text().splitlines()[-1]).get("draw") is None
 
 
-def test_an_edit_without_a_change_or_a_text_is_no_verdict(project: Project) -> None:
+def test_an_edit_without_a_change_or_a_text_is_no_verdict(project: ProjectFolder) -> None:
     under_way = review(project)
     card = under_way.next()
     assert card is not None
@@ -195,7 +197,7 @@ def test_an_edit_without_a_change_or_a_text_is_no_verdict(project: Project) -> N
 
 
 @pytest.mark.parametrize("cut", [2, 20, 60])
-def test_half_a_line_left_by_a_crash_costs_that_verdict_alone(project: Project, cut: int) -> None:
+def test_half_a_line_left_by_a_crash_costs_that_verdict_alone(project: ProjectFolder, cut: int) -> None:
     keys = judge_next(review(project), "right", "right", "right")
     path = project.dataset / "reviews.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
@@ -206,7 +208,7 @@ def test_half_a_line_left_by_a_crash_costs_that_verdict_alone(project: Project, 
     assert [e.event for e in read_reviews(project.dataset).events] == ["draw", *["verdict"] * 3]
 
 
-def test_a_last_line_whose_end_an_editor_left_out_counts(project: Project) -> None:
+def test_a_last_line_whose_end_an_editor_left_out_counts(project: ProjectFolder) -> None:
     judge_next(review(project), "right")
     path = project.dataset / "reviews.jsonl"
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
@@ -217,7 +219,7 @@ def test_a_last_line_whose_end_an_editor_left_out_counts(project: Project) -> No
 @pytest.mark.parametrize(
     "line", ["{}", "nonsense", '{"event": "verdict"}', '{"event": "undo", "key": 1}', "[1, 2]", "\x00"]
 )
-def test_a_line_that_is_no_review_is_named(project: Project, line: str) -> None:
+def test_a_line_that_is_no_review_is_named(project: ProjectFolder, line: str) -> None:
     judge_next(review(project), "right")
     path = project.dataset / "reviews.jsonl"
     path.write_text(line + "\n" + path.read_text())

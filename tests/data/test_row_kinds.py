@@ -10,29 +10,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.formats import Fault, Reading, read_pairs
-from tunewright.data.formats.checks import RowError, example_from_object
-from tunewright.data.formats.row_errors import CODES
-from tunewright.recipe import DataRecipe
+from tunewright.config import DataConfig
+from tunewright.data.readers import Fault, Reading, read_pairs
+from tunewright.data.readers.row_errors import CODES
+from tunewright.data.readers.validate import RowError, example_from_object
 
 ASKED, ANSWERED = "Which court?", "D. Mass."
 CHAT = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
 SHARED = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWERED}]
 
 
-def _read(tmp_path: Path, rows: list[Any], data: DataRecipe | None = None) -> Reading:
+def _read(tmp_path: Path, rows: list[Any], data: DataConfig | None = None) -> Reading:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return read_pairs(path, data or DataRecipe())
+    return read_pairs(path, data or DataConfig())
 
 
-def _fault(tmp_path: Path, row: Any, data: DataRecipe | None = None) -> Fault:
+def _fault(tmp_path: Path, row: Any, data: DataConfig | None = None) -> Fault:
     [fault] = _read(tmp_path, [row], data).faults
     return fault
 
 
-def _turns(row: Any, data: DataRecipe | None = None) -> list[tuple[str, str, int]]:
-    return [(m.role, m.content, m.weight) for m in example_from_object(row, data or DataRecipe()).messages]
+def _turns(row: Any, data: DataConfig | None = None) -> list[tuple[str, str, int]]:
+    return [(m.role, m.content, m.weight) for m in example_from_object(row, data or DataConfig()).messages]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_each_kind_of_row_is_the_same_example_and_the_note_says_what_told_it(
     tmp_path: Path, row: Any, words: str
 ) -> None:
     reading = _read(tmp_path, [row])
-    assert [r.example for r in reading.rows] == [example_from_object({"messages": CHAT}, DataRecipe())]
+    assert [r.example for r in reading.rows] == [example_from_object({"messages": CHAT}, DataConfig())]
     [note] = reading.notes
     assert note.startswith(f"{tmp_path / 'rows.jsonl'}: JSON Lines: ")
     assert words in note
@@ -151,11 +151,11 @@ def test_a_thousand_unknown_keys_do_not_make_a_thousand_words(tmp_path: Path) ->
     assert len(fault.reason) < 300
 
 
-def test_keys_that_the_recipe_names_are_input_and_output(tmp_path: Path) -> None:
-    data = DataRecipe(input="question", output="answer")
+def test_keys_that_the_config_names_are_input_and_output(tmp_path: Path) -> None:
+    data = DataConfig(input="question", output="answer")
     reading = _read(tmp_path, [{"question": ASKED, "answer": ANSWERED}], data)
     assert reading.rows[0].example.output == ANSWERED
-    assert "the recipe names question as input" in reading.notes[0]
+    assert "the config names question as input" in reading.notes[0]
     assert _read(tmp_path, [{"question": ASKED, "answer": ANSWERED, "topic": "law"}], data).rows[0].metadata == {
         "topic": "law"
     }
@@ -163,7 +163,7 @@ def test_keys_that_the_recipe_names_are_input_and_output(tmp_path: Path) -> None
 
 
 def test_groups_travel_with_their_rows_and_null_is_no_group(tmp_path: Path) -> None:
-    data = DataRecipe(groups=("customer", "document"))
+    data = DataConfig(groups=("customer", "document"))
     pair = {"prompt": ASKED, "completion": ANSWERED}
     rows = [{**pair, "customer": "Acme", "document": 12}, {**pair, "customer": None, "document": 12.0}]
     reading = _read(tmp_path, rows, data)
@@ -175,13 +175,13 @@ def test_groups_travel_with_their_rows_and_null_is_no_group(tmp_path: Path) -> N
 
 def test_a_key_of_the_row_itself_can_be_a_group(tmp_path: Path) -> None:
     row = {"instruction": "Translate.", "input": "chat", "output": "cat"}
-    [read] = _read(tmp_path, [row], DataRecipe(groups=("instruction",))).rows
+    [read] = _read(tmp_path, [row], DataConfig(groups=("instruction",))).rows
     assert (read.groups, read.example.input_text) == ({"instruction": "Translate."}, "Translate.\nchat")
 
 
 def test_ignored_keys_are_left_out_and_told_once(tmp_path: Path) -> None:
     row = {"prompt": ASKED, "completion": ANSWERED, "id": 4, "source": {"url": "x"}}
-    reading = _read(tmp_path, [row, row], DataRecipe(ignore=("id", "source", "date")))
+    reading = _read(tmp_path, [row, row], DataConfig(ignore=("id", "source", "date")))
     assert len(reading.rows) == 2
     assert [note for note in reading.notes if "data.ignore" in note] == [
         f"{tmp_path / 'rows.jsonl'}: left out, as data.ignore says: id, source"
@@ -190,7 +190,7 @@ def test_ignored_keys_are_left_out_and_told_once(tmp_path: Path) -> None:
 
 def test_a_name_cannot_be_ignored_and_used() -> None:
     with pytest.raises(ValueError, match="ignore names customer, which input, output or groups use"):
-        DataRecipe(groups=("customer",), ignore=("customer",))
+        DataConfig(groups=("customer",), ignore=("customer",))
 
 
 def test_every_code_is_in_the_documentation_with_its_meaning_and_remedy() -> None:
@@ -223,7 +223,7 @@ _keys = st.one_of(
 @given(st.dictionaries(_keys, _values, max_size=5))
 def test_any_object_is_an_example_or_a_fault_with_a_known_code(row: dict[str, Any]) -> None:
     try:
-        example = example_from_object(row, DataRecipe(input="q", output="a", groups=("g",), ignore=("id",)))
+        example = example_from_object(row, DataConfig(input="q", output="a", groups=("g",), ignore=("id",)))
     except RowError as error:
         assert error.code in CODES
     else:

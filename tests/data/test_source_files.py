@@ -9,8 +9,8 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs
 
 import tunewright
-from tunewright.data.formats.files import source_files
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.data.readers.files import source_files
 
 
 def _pairs(path: Path, seed: int = 0, count: int = 12) -> Path:

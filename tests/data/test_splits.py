@@ -10,12 +10,12 @@ from data_helpers import Listener, example, jaccard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.neighbours import find_clusters
+from tunewright.config import DataConfig
+from tunewright.core.errors import UserError
+from tunewright.data.dedup import find_clusters
 from tunewright.data.splits import SPLITS, Split, assign_splits, join_groups
-from tunewright.errors import UserError
-from tunewright.recipe import DataRecipe
 
-RECIPE = DataRecipe()
+CONFIG = DataConfig()
 
 
 def _clusters(sizes: list[int], prefix: str = "c") -> dict[str, list[str]]:
@@ -28,13 +28,13 @@ def _rows(clusters: dict[str, list[str]], splits: dict[str, Split]) -> Counter[S
 
 def test_single_rows_are_split_80_10_10() -> None:
     clusters = _clusters([1] * 1000)
-    assert _rows(clusters, assign_splits(clusters, {}, RECIPE, 0)) == {"train": 800, "dev": 100, "test": 100}
+    assert _rows(clusters, assign_splits(clusters, {}, CONFIG, 0)) == {"train": 800, "dev": 100, "test": 100}
 
 
 @given(st.lists(st.integers(1, 30), min_size=10, max_size=60), st.integers(0, 5))
 def test_every_split_has_rows_and_shares_are_not_overrun(sizes: list[int], seed: int) -> None:
     clusters = _clusters(sizes)
-    splits = assign_splits(clusters, {}, RECIPE, seed)
+    splits = assign_splits(clusters, {}, CONFIG, seed)
     rows = _rows(clusters, splits)
     assert set(splits) == set(clusters)
     assert set(rows) == set(SPLITS)
@@ -47,13 +47,13 @@ def test_every_split_has_rows_and_shares_are_not_overrun(sizes: list[int], seed:
 @pytest.mark.parametrize("seed", range(10))
 def test_assign_splits_takes_no_cluster_over_a_third_of_a_split_while_others_fit(seed: int) -> None:
     clusters = _clusters([1] * 300 + [25] * 10)
-    splits = assign_splits(clusters, {}, RECIPE, seed)
+    splits = assign_splits(clusters, {}, CONFIG, seed)
     assert all(splits[name] == "train" for name, keys in clusters.items() if len(keys) == 25)
 
 
 def test_small_clusters_are_left_for_dev_and_train_where_the_rest_is_one_large_family() -> None:
     clusters = _clusters([1] * 9 + [100])
-    rows = _rows(clusters, assign_splits(clusters, {}, RECIPE, 0))
+    rows = _rows(clusters, assign_splits(clusters, {}, CONFIG, 0))
     assert rows == {"test": 8, "dev": 1, "train": 100}
 
 
@@ -63,21 +63,21 @@ def test_the_order_of_clusters_decides_nothing_and_the_seed_does(sizes: list[int
     names = list(clusters)
     draw.shuffle(names)
     shuffled = {name: clusters[name] for name in names}
-    assert assign_splits(shuffled, {}, RECIPE, 3) == assign_splits(clusters, {}, RECIPE, 3)
+    assert assign_splits(shuffled, {}, CONFIG, 3) == assign_splits(clusters, {}, CONFIG, 3)
 
 
 def test_another_seed_draws_another_test_set() -> None:
     clusters = _clusters([1] * 100)
-    assert assign_splits(clusters, {}, RECIPE, 0) != assign_splits(clusters, {}, RECIPE, 1)
+    assert assign_splits(clusters, {}, CONFIG, 0) != assign_splits(clusters, {}, CONFIG, 1)
 
 
 @given(st.lists(st.integers(1, 6), min_size=10, max_size=30), st.lists(st.integers(1, 6), max_size=30))
 def test_old_clusters_stay_where_they_are_when_new_ones_come(old: list[int], new: list[int]) -> None:
     before = _clusters(old)
-    first = assign_splits(before, {}, RECIPE, 0)
+    first = assign_splits(before, {}, CONFIG, 0)
     former = {key: first[name] for name, keys in before.items() for key in keys}
     both = before | _clusters(new, "n")
-    second = assign_splits(both, former, RECIPE, 0)
+    second = assign_splits(both, former, CONFIG, 0)
     assert {name: second[name] for name in before} == first
 
 
@@ -88,23 +88,23 @@ def test_old_clusters_stay_where_they_are_when_new_ones_come(old: list[int], new
 def test_a_bridge_between_clusters_goes_to_the_side_that_was_held_out(parts: tuple[Split, Split], split: Split) -> None:
     former: dict[str, Split] = {"a": parts[0], "b": parts[1], "t": "test", "d": "dev", "r": "train"}
     clusters = {"bridge": ["a", "b", "new"], "t": ["t"], "d": ["d"], "r": ["r"]} | _clusters([1] * 10)
-    assert assign_splits(clusters, former, RECIPE, 0)["bridge"] == split
+    assert assign_splits(clusters, former, CONFIG, 0)["bridge"] == split
 
 
 def test_too_few_clusters_say_how_many_there_are_and_how_many_are_needed() -> None:
     with pytest.raises(UserError, match=r"3 different rows make 3 independent clusters.*at least 10"):
-        assign_splits(_clusters([1, 1, 1]), {}, RECIPE, 0)
+        assign_splits(_clusters([1, 1, 1]), {}, CONFIG, 0)
 
 
 def test_one_giant_cluster_points_at_the_instruction_in_every_input() -> None:
     with pytest.raises(UserError, match=r"One cluster holds 500 rows.*data\.system"):
-        assign_splits(_clusters([500, 1, 1]), {}, RECIPE, 0)
+        assign_splits(_clusters([500, 1, 1]), {}, CONFIG, 0)
 
 
 def test_a_split_that_would_be_left_empty_is_refused() -> None:
     former: dict[str, Split] = {f"c{i}-0": "test" for i in range(12)}
     with pytest.raises(UserError, match="no cluster is left for train"):
-        assign_splits(_clusters([1] * 12), former, RECIPE, 0)
+        assign_splits(_clusters([1] * 12), former, CONFIG, 0)
 
 
 def test_clusters_with_rows_of_one_group_are_joined_by_any_chain() -> None:
@@ -168,7 +168,7 @@ def test_no_near_pair_and_no_group_ever_straddles_in_any_sequence_of_versions(
             clusters[name].append(key)
         joined = join_groups(clusters, {key: [group] for key, (_, group, _) in texts.items() if group})
         classes = {key: answer for key, (_, _, answer) in texts.items()}
-        splits = assign_splits(joined, former, RECIPE, seed, classes if by_class else None)
+        splits = assign_splits(joined, former, CONFIG, seed, classes if by_class else None)
         now = {key: splits[name] for name, keys in joined.items() for key in keys}
         for i, a in enumerate(keys):
             for b in keys[:i]:
@@ -184,7 +184,7 @@ def test_no_near_pair_and_no_group_ever_straddles_in_any_sequence_of_versions(
 def test_each_class_has_its_share_to_the_row_where_rows_are_single(sizes: list[int], seed: int) -> None:
     classes = {f"{label}-{i}": str(label) for label, size in enumerate(sizes) for i in range(size)}
     clusters = {key: [key] for key in classes}
-    splits = assign_splits(clusters, {}, RECIPE, seed, classes)
+    splits = assign_splits(clusters, {}, CONFIG, seed, classes)
     for held_out in ("test", "dev"):
         counts = Counter(classes[key] for key, split in splits.items() if split == held_out)
         assert sum(counts.values()) == max(round(0.1 * sum(sizes)), 1)
@@ -197,7 +197,7 @@ def test_classes_have_their_shares_within_what_whole_clusters_allow(kinds: list[
     """No further off than the largest cluster is large, and the split as a whole is as full as without classes."""
     clusters = _clusters([size for size, _ in kinds])
     classes = {key: str(kind) for (_, kind), keys in zip(kinds, clusters.values(), strict=True) for key in keys}
-    splits = assign_splits(clusters, {}, RECIPE, seed, classes)
+    splits = assign_splits(clusters, {}, CONFIG, seed, classes)
     totals, rows = Counter(classes.values()), _rows(clusters, splits)
     for held_out in ("test", "dev"):
         assert 0 <= round(0.1 * sum(totals.values())) - rows[held_out] <= 6
@@ -210,17 +210,17 @@ def test_a_rare_class_is_not_left_out_of_the_test_by_chance() -> None:
     classes = {f"r{i}": "rare" for i in range(10)} | {f"o{i}": "often" for i in range(990)}
     clusters = {key: [key] for key in classes}
     for seed in range(20):
-        splits = assign_splits(clusters, {}, RECIPE, seed, classes)
+        splits = assign_splits(clusters, {}, CONFIG, seed, classes)
         assert [sum(splits[key] == s for key in classes if classes[key] == "rare") for s in SPLITS] == [8, 1, 1]
 
 
 def test_later_rows_of_a_class_fill_up_what_the_test_lacks_of_it() -> None:
     clusters = {f"a{i}": [f"a{i}"] for i in range(100)}
     classes = dict.fromkeys(clusters, "a")
-    first = assign_splits(clusters, {}, RECIPE, 0, classes)
+    first = assign_splits(clusters, {}, CONFIG, 0, classes)
     more = {f"b{i}": [f"b{i}"] for i in range(100)}
     both = classes | dict.fromkeys(more, "b")
-    second = assign_splits(clusters | more, first, RECIPE, 0, both)
+    second = assign_splits(clusters | more, first, CONFIG, 0, both)
     assert {name: second[name] for name in clusters} == first
     assert Counter((both[name], split) for name, split in second.items()) == {
         (kind, split): count for kind in "ab" for split, count in (("train", 80), ("dev", 10), ("test", 10))

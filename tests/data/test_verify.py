@@ -12,16 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from review_helpers import judge_next, review
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.versions import checkout, list_versions, load_version, short, version_folder
 from tunewright.data.versions.changes import blame
 from tunewright.data.versions.verify import verify
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
     """A project with two versions, 60 and 75 rows, and some reviews; tests work on copies."""
     root = tmp_path_factory.mktemp("verify")
     project = new_project(root / "p")
@@ -32,10 +32,10 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 @pytest.fixture
-def project(pristine: Project, tmp_path: Path) -> Project:
+def project(pristine: ProjectFolder, tmp_path: Path) -> ProjectFolder:
     """A copy to be damaged."""
     shutil.copytree(pristine.root, tmp_path / "p")
-    return Project(tmp_path / "p")
+    return ProjectFolder(tmp_path / "p")
 
 
 def _flip(path: Path, at: int, bit: int) -> None:
@@ -48,7 +48,7 @@ def _files(dataset: Path) -> list[Path]:
     return sorted(p for p in dataset.rglob("*") if p.is_file())
 
 
-def test_a_whole_dataset_has_no_damage(project: Project) -> None:
+def test_a_whole_dataset_has_no_damage(project: ProjectFolder) -> None:
     listener = Listener()
     found = verify(project.dataset, listener)
     assert (found.ok, found.rows, found.versions, found.unsealed) == (True, 75, 2, ())
@@ -60,7 +60,7 @@ def test_a_whole_dataset_has_no_damage(project: Project) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_flipped_bit_anywhere_is_found_in_its_file(pristine: Project, data: st.DataObject) -> None:
+def test_a_flipped_bit_anywhere_is_found_in_its_file(pristine: ProjectFolder, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(_files(pristine.dataset)))
     whole = path.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
@@ -74,7 +74,7 @@ def test_a_flipped_bit_anywhere_is_found_in_its_file(pristine: Project, data: st
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_flipped_bit_in_a_row_names_line_and_row(pristine: Project, data: st.DataObject) -> None:
+def test_a_flipped_bit_in_a_row_names_line_and_row(pristine: ProjectFolder, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(pristine.dataset.glob("rows/*.jsonl"))))
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -100,11 +100,11 @@ def test_a_flipped_bit_in_a_row_names_line_and_row(pristine: Project, data: st.D
         assert any(key in d.rows for d in damage)
 
 
-def _first(project: Project) -> str:
+def _first(project: ProjectFolder) -> str:
     return list_versions(project.dataset)[0].digest
 
 
-def test_all_damage_is_told_and_not_only_the_first(project: Project) -> None:
+def test_all_damage_is_told_and_not_only_the_first(project: ProjectFolder) -> None:
     rows = load_version(project.dataset).members
     changed = [m for m in rows if m.key[:2] != rows[0].key[:2]][:3]
     for member in changed:
@@ -121,7 +121,7 @@ def test_all_damage_is_told_and_not_only_the_first(project: Project) -> None:
     assert short(rows[0].key) in "\n".join(map(str, found.damage))
 
 
-def _change_members(project: Project, number: int, old: str, new: str) -> Path:
+def _change_members(project: ProjectFolder, number: int, old: str, new: str) -> Path:
     """Change one line, counted from 0, of the first version's members; the second version builds on it."""
     path = version_folder(project.dataset, _first(project)) / "members.tsv"
     lines = path.read_text().splitlines()
@@ -131,7 +131,7 @@ def _change_members(project: Project, number: int, old: str, new: str) -> Path:
     return path
 
 
-def test_changed_members_name_the_line_and_the_versions_that_build_on_them(project: Project) -> None:
+def test_changed_members_name_the_line_and_the_versions_that_build_on_them(project: ProjectFolder) -> None:
     versions = tuple(sorted(m.digest for m in list_versions(project.dataset)))
     member = load_version(project.dataset, _first(project)).members[7]
     path = _change_members(project, 7, f"\t{member.split}\t", "\texam\t")
@@ -139,7 +139,7 @@ def test_changed_members_name_the_line_and_the_versions_that_build_on_them(proje
     assert (damage.where, damage.rows, damage.versions) == (f"{path}:8", (member.key,), versions)
 
 
-def test_a_flipped_digit_of_a_key_in_the_members_names_the_line(project: Project) -> None:
+def test_a_flipped_digit_of_a_key_in_the_members_names_the_line(project: ProjectFolder) -> None:
     key = load_version(project.dataset, _first(project)).members[7].key
     wrong = key[:20] + ("0" if key[20] != "0" else "1") + key[21:]
     path = _change_members(project, 7, key, wrong)
@@ -147,7 +147,7 @@ def test_a_flipped_digit_of_a_key_in_the_members_names_the_line(project: Project
     assert (f"{path}:8", (wrong,)) in [(d.where, d.rows) for d in damage]
 
 
-def test_a_change_of_the_split_alone_is_found_by_the_digest(project: Project) -> None:
+def test_a_change_of_the_split_alone_is_found_by_the_digest(project: ProjectFolder) -> None:
     version = load_version(project.dataset, _first(project))
     number = next(i for i, m in enumerate(version.members) if m.split == "train")
     path = _change_members(project, number, "\ttrain\t", "\ttest\t")
@@ -156,7 +156,7 @@ def test_a_change_of_the_split_alone_is_found_by_the_digest(project: Project) ->
     assert damage.where == str(path)
 
 
-def test_a_changed_message_or_author_breaks_the_seal(project: Project) -> None:
+def test_a_changed_message_or_author_breaks_the_seal(project: ProjectFolder) -> None:
     path = version_folder(project.dataset, _first(project)) / "manifest.json"
     path.write_text(path.read_text().replace('"first"', '"frist"'))
     (damage,) = verify(project.dataset, Listener()).damage
@@ -164,21 +164,21 @@ def test_a_changed_message_or_author_breaks_the_seal(project: Project) -> None:
     assert "seal" in damage.what
 
 
-def test_a_changed_record_of_an_import_is_told(project: Project) -> None:
+def test_a_changed_record_of_an_import_is_told(project: ProjectFolder) -> None:
     path = version_folder(project.dataset, _first(project)) / "imports.jsonl"
     path.write_text(path.read_text().replace('"line":3', '"line":4'))
     (damage,) = verify(project.dataset, Listener()).damage
     assert damage.where.startswith(str(path))
 
 
-def test_a_missing_parent_is_told_and_that_the_version_builds_on_it(project: Project) -> None:
+def test_a_missing_parent_is_told_and_that_the_version_builds_on_it(project: ProjectFolder) -> None:
     first, second = _first(project), load_version(project.dataset).digest
     shutil.rmtree(version_folder(project.dataset, first))
     damage = verify(project.dataset, Listener()).damage
     assert [(short(first) in str(d), d.versions) for d in damage] == [(True, (second,))] * 2
 
 
-def test_versions_of_earlier_releases_are_whole_and_named_as_unsealed(project: Project) -> None:
+def test_versions_of_earlier_releases_are_whole_and_named_as_unsealed(project: ProjectFolder) -> None:
     path = version_folder(project.dataset, _first(project)) / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("author", "imports", "seal")}))
@@ -187,7 +187,7 @@ def test_versions_of_earlier_releases_are_whole_and_named_as_unsealed(project: P
     assert found.unsealed == (_first(project),)
 
 
-def test_a_changed_review_and_half_a_one_name_their_lines(project: Project) -> None:
+def test_a_changed_review_and_half_a_one_name_their_lines(project: ProjectFolder) -> None:
     path = project.dataset / "reviews.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     lines[2] = lines[2].replace('"wrong"', '"right"')
@@ -199,7 +199,7 @@ def test_a_changed_review_and_half_a_one_name_their_lines(project: Project) -> N
     assert found.reviews == 4
 
 
-def test_reviews_of_earlier_releases_are_whole_and_counted(project: Project) -> None:
+def test_reviews_of_earlier_releases_are_whole_and_counted(project: ProjectFolder) -> None:
     path = project.dataset / "reviews.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()]
     old = [{k: v for k, v in event.items() if k not in ("digest", "nth")} for event in events]
@@ -213,7 +213,7 @@ def test_without_a_dataset_there_is_nothing_to_verify(tmp_path: Path) -> None:
         verify(tmp_path / "dataset", Listener())
 
 
-def test_checkout_makes_an_earlier_version_current(project: Project) -> None:
+def test_checkout_makes_an_earlier_version_current(project: ProjectFolder) -> None:
     second = load_version(project.dataset)
     manifest = checkout(project.dataset, _first(project)[:8])
     assert manifest.digest == load_version(project.dataset).digest == _first(project)
@@ -222,7 +222,7 @@ def test_checkout_makes_an_earlier_version_current(project: Project) -> None:
     assert blame(project.dataset, second, second.members[0].key).key == second.members[0].key
 
 
-def test_checkout_refuses_a_version_that_is_unknown_or_damaged(project: Project, tmp_path: Path) -> None:
+def test_checkout_refuses_a_version_that_is_unknown_or_damaged(project: ProjectFolder, tmp_path: Path) -> None:
     head = (project.dataset / "HEAD").read_text()
     with pytest.raises(UserError, match="no dataset version begins with 'fffffff0'"):
         checkout(project.dataset, "fffffff0")

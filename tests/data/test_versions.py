@@ -14,29 +14,29 @@ from pathlib import Path
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.versions import list_versions, load_version, locked, short
-from tunewright.errors import UserError
-from tunewright.project import Project
 
 FIRST = unlike_pairs(60, seed=1)
 SECOND = unlike_pairs(60, seed=2)
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path) -> ProjectFolder:
     """A project with one version of 60 rows."""
     project = new_project(tmp_path / "p")
     add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener(), message="first")
     return project
 
 
-def _add_second(project: Project) -> str:
+def _add_second(project: ProjectFolder) -> str:
     path = write_jsonl(project.root.parent / "second.jsonl", SECOND)
     return add(project, [path], Listener(), message="second").version.digest
 
 
-def test_versions_are_listed_from_the_first_to_the_last(project: Project) -> None:
+def test_versions_are_listed_from_the_first_to_the_last(project: ProjectFolder) -> None:
     first = load_version(project.dataset).digest
     second = _add_second(project)
     manifests = list_versions(project.dataset)
@@ -51,7 +51,7 @@ def test_a_project_without_data_has_no_versions(tmp_path: Path) -> None:
             load_version(project.dataset, digest)
 
 
-def test_a_version_is_found_by_the_beginning_of_its_digest(project: Project) -> None:
+def test_a_version_is_found_by_the_beginning_of_its_digest(project: ProjectFolder) -> None:
     first = load_version(project.dataset).digest
     second = _add_second(project)
     assert load_version(project.dataset).digest == second
@@ -64,7 +64,7 @@ def test_a_version_is_found_by_the_beginning_of_its_digest(project: Project) -> 
         load_version(project.dataset, "")
 
 
-def test_digests_can_be_checked_by_hand(project: Project) -> None:
+def test_digests_can_be_checked_by_hand(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     folder = project.dataset / "versions" / short(version.digest)
     assert hashlib.sha256((folder / "members.tsv").read_bytes()).hexdigest() == version.digest
@@ -74,7 +74,7 @@ def test_digests_can_be_checked_by_hand(project: Project) -> None:
     assert version.manifest.splits["test"] == version.split_digest("test")
 
 
-def test_a_new_version_leaves_the_old_one_s_rows_and_folder_alone(project: Project) -> None:
+def test_a_new_version_leaves_the_old_one_s_rows_and_folder_alone(project: ProjectFolder) -> None:
     before = load_version(project.dataset)
     folder = project.dataset / "versions" / short(before.digest)
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -83,7 +83,7 @@ def test_a_new_version_leaves_the_old_one_s_rows_and_folder_alone(project: Proje
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
 
 
-def test_versions_of_two_branches_keep_each_other_s_rows(project: Project, tmp_path: Path) -> None:
+def test_versions_of_two_branches_keep_each_other_s_rows(project: ProjectFolder, tmp_path: Path) -> None:
     first = load_version(project.dataset).digest
     second = _add_second(project)
     (project.dataset / "HEAD").write_text(first + "\n")
@@ -93,7 +93,7 @@ def test_versions_of_two_branches_keep_each_other_s_rows(project: Project, tmp_p
     assert list_versions(project.dataset)[0].digest == first
 
 
-def test_a_changed_row_is_found_by_file_and_key(project: Project) -> None:
+def test_a_changed_row_is_found_by_file_and_key(project: ProjectFolder) -> None:
     member = load_version(project.dataset).members[0]
     path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text(path.read_text().replace(member.example.output, "something else"))
@@ -104,7 +104,7 @@ def test_a_changed_row_is_found_by_file_and_key(project: Project) -> None:
     assert caught.value.where.startswith(str(path))
 
 
-def test_a_lost_row_and_a_lost_file_are_found(project: Project) -> None:
+def test_a_lost_row_and_a_lost_file_are_found(project: ProjectFolder) -> None:
     member = load_version(project.dataset).members[0]
     path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text("".join(line for line in path.read_text().splitlines(True) if member.key not in line))
@@ -118,7 +118,7 @@ def test_a_lost_row_and_a_lost_file_are_found(project: Project) -> None:
 @pytest.mark.parametrize(
     "line", ["garbage", "[]", "{}", '{"key": 1, "messages": null}', '{"key": "a", "messages": [{"role": "user"}]}']
 )
-def test_a_line_that_is_no_row_is_told(project: Project, line: str) -> None:
+def test_a_line_that_is_no_row_is_told(project: ProjectFolder, line: str) -> None:
     member = load_version(project.dataset).members[0]
     path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text(line + "\n")
@@ -136,7 +136,7 @@ def test_a_line_that_is_no_row_is_told(project: Project, line: str) -> None:
         (lambda text: text.replace("\t", " "), "not a member"),
     ],
 )
-def test_changed_members_are_found(project: Project, change: Callable[[str], str], words: str) -> None:
+def test_changed_members_are_found(project: ProjectFolder, change: Callable[[str], str], words: str) -> None:
     path = project.dataset / "versions" / short(load_version(project.dataset).digest) / "members.tsv"
     path.write_text(change(path.read_text()))
     with pytest.raises(UserError, match=words) as caught:
@@ -145,7 +145,7 @@ def test_changed_members_are_found(project: Project, change: Callable[[str], str
     assert caught.value.where.startswith(str(path))
 
 
-def test_a_changed_manifest_is_told(project: Project) -> None:
+def test_a_changed_manifest_is_told(project: ProjectFolder) -> None:
     path = project.dataset / "versions" / short(load_version(project.dataset).digest) / "manifest.json"
     manifest = json.loads(path.read_text())
     changes: list[object] = [{**manifest, "counts": {}}, {**manifest, "digest": "0" * 64}, []]
@@ -156,14 +156,14 @@ def test_a_changed_manifest_is_told(project: Project) -> None:
 
 
 @pytest.mark.parametrize("head", ["", "0" * 64, "..", "\x00"])
-def test_a_head_that_names_no_version_is_told(project: Project, head: str) -> None:
+def test_a_head_that_names_no_version_is_told(project: ProjectFolder, head: str) -> None:
     (project.dataset / "HEAD").write_text(head)
     with pytest.raises(UserError, match="the current version") as caught:
         load_version(project.dataset)
     assert caught.value.where == str(project.dataset / "HEAD")
 
 
-def test_a_dataset_has_one_writer_at_a_time(project: Project) -> None:
+def test_a_dataset_has_one_writer_at_a_time(project: ProjectFolder) -> None:
     with locked(project.dataset), pytest.raises(UserError, match="another command is adding"):
         _add_second(project)
     assert _add_second(project) == load_version(project.dataset).digest
@@ -182,7 +182,7 @@ class _CrashAt:
 
 
 def test_a_crash_at_any_write_leaves_the_old_version_or_the_new(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = load_version(project.dataset)
     pristine = tmp_path / "pristine"

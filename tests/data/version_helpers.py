@@ -8,6 +8,7 @@ from typing import Any
 
 from data_helpers import Listener
 
+from tunewright.config.project import ProjectFolder
 from tunewright.data.examples import Example
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import (
@@ -19,7 +20,6 @@ from tunewright.data.versions import (
     members_digest,
     save_version,
 )
-from tunewright.project import Project
 
 
 def with_output(member: Member, output: str) -> Member:
@@ -29,7 +29,7 @@ def with_output(member: Member, output: str) -> Member:
 
 
 def next_version(
-    project: Project,
+    project: ProjectFolder,
     change: Callable[[Member], Member | None],
     imports: Sequence[Mapping[str, Any]] = (),
     **facts: Any,

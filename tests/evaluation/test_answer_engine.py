@@ -13,27 +13,27 @@ import pytest
 
 from fake_vllm import DIE, FAIL
 from tunewright.chat import open_chat
+from tunewright.config import Config, EvaluateConfig, TrainConfig
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.engines import choice
 from tunewright.engines.choice import AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers, gpu_share, rows_at_once
 from tunewright.engines.vllm.engine import VllmEngine
-from tunewright.errors import UserError
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.repeats import noise_floor
+from tunewright.generation.decoding import Completion, Request
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, resolve_base
-from tunewright.models.decoding import Completion, Request
-from tunewright.progress import LogReporter
-from tunewright.recipe import EvaluateRecipe, Recipe, TrainRecipe
 from vllm_child import Told, alive, install_fake, wait_until
 
 END = 4
 
 
-def _recipe(engine: Any = "auto", **train: Any) -> Recipe:
-    return Recipe(evaluate=EvaluateRecipe(engine=engine), train=TrainRecipe(**train))
+def _config(engine: Any = "auto", **train: Any) -> Config:
+    return Config(evaluate=EvaluateConfig(engine=engine), train=TrainConfig(**train))
 
 
 # The choice
@@ -49,26 +49,26 @@ def test_auto_takes_peft_without_a_card_even_where_vllm_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_fake(monkeypatch, tmp_path)
-    assert answer_engine(_recipe(), "none") == AnswerEngine("peft", "there is no CUDA card")
+    assert answer_engine(_config(), "none") == AnswerEngine("peft", "there is no CUDA card")
 
 
 @pytest.mark.usefixtures("card")
 def test_auto_takes_vllm_with_a_card_and_its_cuda_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-    assert (answer_engine(_recipe(), "none").name, "engine install vllm" in answer_engine(_recipe(), "none").why) == (
+    assert (answer_engine(_config(), "none").name, "engine install vllm" in answer_engine(_config(), "none").why) == (
         "peft",
         True,
     )
     install_fake(monkeypatch, tmp_path, "cpu")
-    assert answer_engine(_recipe(), "none").name == "peft", "the build without CUDA is slower than peft on the card"
+    assert answer_engine(_config(), "none").name == "peft", "the build without CUDA is slower than peft on the card"
     install_fake(monkeypatch, tmp_path, "cuda")
-    chosen = answer_engine(_recipe(), "none")
+    chosen = answer_engine(_config(), "none")
     assert (chosen.name, chosen.versions) == ("vllm", {"vllm": "0.32.0", "torch": "2.13.0+fake"})
 
 
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize(
-    ("recipe", "asked", "why"),
+    ("config", "asked", "why"),
     [
         ({}, {"quantize": "nf4"}, "held in NF4"),
         ({}, {"quantize": "none", "constrained": True}, "evaluate.constrain"),
@@ -76,14 +76,14 @@ def test_auto_takes_vllm_with_a_card_and_its_cuda_environment(tmp_path: Path, mo
     ],
 )
 def test_what_vllm_cannot_answer_alike_stays_on_peft_by_auto_and_is_refused_where_vllm_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Any, asked: Any, why: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any, asked: Any, why: str
 ) -> None:
     install_fake(monkeypatch, tmp_path, "cuda")
     quantize, constrained = asked["quantize"], asked.get("constrained", False)
-    chosen = answer_engine(_recipe(**recipe), quantize, constrained=constrained)
+    chosen = answer_engine(_config(**config), quantize, constrained=constrained)
     assert (chosen.name, why in chosen.why) == ("peft", True)
     with pytest.raises(UserError, match=why) as refused:
-        answer_engine(_recipe("vllm", **recipe), quantize, constrained=constrained)
+        answer_engine(_config("vllm", **config), quantize, constrained=constrained)
     assert refused.value.where == "evaluate.engine"
 
 
@@ -93,9 +93,9 @@ def test_an_adapter_decides_by_its_own_configuration_and_not_by_the_recipes(
 ) -> None:
     install_fake(monkeypatch, tmp_path, "cuda")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "use_dora": True}))
-    assert answer_engine(_recipe(), "none", adapter=tmp_path).name == "peft"
+    assert answer_engine(_config(), "none", adapter=tmp_path).name == "peft"
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8}))
-    assert answer_engine(_recipe(dora=True, servable=False), "none", adapter=tmp_path).name == "vllm"
+    assert answer_engine(_config(dora=True, servable=False), "none", adapter=tmp_path).name == "vllm"
 
 
 def test_vllm_that_is_not_installed_is_refused_with_the_command_that_installs_it(
@@ -103,7 +103,7 @@ def test_vllm_that_is_not_installed_is_refused_with_the_command_that_installs_it
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UserError, match="vllm is not installed") as refused:
-        answer_engine(_recipe("vllm"), "none")
+        answer_engine(_config("vllm"), "none")
     assert "tunewright engine install vllm" in (refused.value.fix or "")
 
 
@@ -123,7 +123,7 @@ def test_rows_and_memory_follow_the_card() -> None:
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AnswerEngine:
     """vLLM, played by the stand-in: it answers 1, 2, 3, … and ends on a stop token."""
     install_fake(monkeypatch, tmp_path)
-    return answer_engine(_recipe("vllm"), "none")
+    return answer_engine(_config("vllm"), "none")
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_who_answers_and_why_is_said_once(base: Base, tmp_path: Path) -> None:
             self.said.append(message)
 
     reporter = Saying()
-    generator = _generator(base, tmp_path, answer_engine(_recipe(), "none"), reporter)
+    generator = _generator(base, tmp_path, answer_engine(_config(), "none"), reporter)
     generator.answer("x", [(5,)], 1)
     generator.answer("x", [(6,)], 1)
     assert [line for line in reporter.said if "computed by" in line] == [

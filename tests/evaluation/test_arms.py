@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from tunewright.config import EvaluateConfig
 from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, other_instructions, prompting_arms, tuned_retrieved
-from tunewright.recipe import EvaluateRecipe
 
 
 def test_arms_are_named_and_the_cheapest_is_first() -> None:
-    settings = EvaluateRecipe(shots=(8, 1, 8), static_seeds=2, retrievers=("bm25", "tfidf"), instructions=("Do it.",))
+    settings = EvaluateConfig(shots=(8, 1, 8), static_seeds=2, retrievers=("bm25", "tfidf"), instructions=("Do it.",))
     assert [arm.name for arm in prompting_arms(settings)] == [
         "zero-shot",
         "zero-shot-instruction-1",
@@ -24,12 +24,12 @@ def test_arms_are_named_and_the_cheapest_is_first() -> None:
 
 
 def test_kinds_of_arms_can_be_switched_off() -> None:
-    settings = EvaluateRecipe(shots=(4,), static_seeds=0, retrievers=())
+    settings = EvaluateConfig(shots=(4,), static_seeds=0, retrievers=())
     assert prompting_arms(settings) == [ZERO_SHOT]
 
 
 def test_an_arm_meets_every_other_instruction() -> None:
-    settings = EvaluateRecipe(instructions=("Do it.", "Please."))
+    settings = EvaluateConfig(instructions=("Do it.", "Please."))
     found = other_instructions(ArmPlan("static", 4, seed=2), settings)
     assert [arm.name for arm in found] == ["static-4-seed-2-instruction-1", "static-4-seed-2-instruction-2"]
 

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 
 from command_line import COLOURS, Ran, tiny_project, tunewright, write_jsonl
+from tunewright.config import ConstrainConfig, EvaluateConfig
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.errors import UserError
 from tunewright.evaluation.arms import prompting_arms
-from tunewright.evaluation.evidence import load_items
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.reachable import warn_of_unreachable
 from tunewright.evaluation.repeats import noise_floor
+from tunewright.evidence.schema import load_items
+from tunewright.generation.constraints import Grammar
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import resolve_base
-from tunewright.models.constraints import Grammar
-from tunewright.progress import LogReporter
-from tunewright.recipe import ConstrainRecipe, EvaluateRecipe
 
 CHOICES = COLOURS[:-1]  # one of the references' colours is no choice
 
@@ -29,10 +29,10 @@ CHOICES = COLOURS[:-1]  # one of the references' colours is no choice
 def _constrain(folder: Path, constraint: str) -> None:
     """Hold the project's answers to this, and make it a short one."""
     file = folder / "tunewright.yaml"
-    recipe = file.read_text().replace("epochs: 2", "epochs: 1")
-    assert "  shots: [1, 2]\n" in recipe
+    config = file.read_text().replace("epochs: 2", "epochs: 1")
+    assert "  shots: [1, 2]\n" in config
     held = f"  shots: [1]\n  static_seeds: 0\n  retrievers: [bm25]\n  max_new_tokens: 12\n  constrain: {constraint}\n"
-    file.write_text(recipe.replace("  shots: [1, 2]\n", held))
+    file.write_text(config.replace("  shots: [1, 2]\n", held))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -56,17 +56,17 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) 
 
 
 def test_each_prompting_arm_has_a_held_one_behind_it() -> None:
-    plans = prompting_arms(EvaluateRecipe(shots=(2, 1), constrain=ConstrainRecipe(choices=("a",))))
+    plans = prompting_arms(EvaluateConfig(shots=(2, 1), constrain=ConstrainConfig(choices=("a",))))
     held = [plan.name for plan in plans if plan.constrained]
     names = ["zero-shot", "retrieved-1", "retrieved-2", "retrieved-1-tfidf", "retrieved-2-tfidf"]
     assert held == [f"{name}+constrained" for name in names]
     free = [plan for plan in plans if not plan.constrained]
-    assert free == prompting_arms(EvaluateRecipe(shots=(2, 1)))
+    assert free == prompting_arms(EvaluateConfig(shots=(2, 1)))
 
 
 def test_zero_shot_is_held_with_each_instruction_too() -> None:
-    settings = EvaluateRecipe(
-        shots=(1,), retrievers=(), instructions=("Say a or b.",), constrain=ConstrainRecipe(choices=("a", "b"))
+    settings = EvaluateConfig(
+        shots=(1,), retrievers=(), instructions=("Say a or b.",), constrain=ConstrainConfig(choices=("a", "b"))
     )
     held = [plan.name for plan in prompting_arms(settings) if plan.constrained]
     assert held == ["zero-shot+constrained", "zero-shot-instruction-1+constrained"]
@@ -114,7 +114,7 @@ def test_a_grammar_that_fits_no_reference_is_refused_before_anything_is_answered
 def test_a_constraint_is_one_of_three(tmp_path: Path, bad: str) -> None:
     write_jsonl(tmp_path / "pairs.jsonl", [])
     (tmp_path / "tunewright.yaml").write_text(f"evaluate:\n  constrain: {bad}\n")
-    told = tunewright("recipe", "show", "-p", tmp_path)
+    told = tunewright("config", "show", "-p", tmp_path)
     assert told.code == 2
     assert "tunewright.yaml:2" in told.stderr
 
@@ -159,7 +159,7 @@ def test_changed_answers_are_counted_past_the_journal(generator: Generator, monk
     first: list[Any] = []
     monkeypatch.setattr(generator, "generate", drifting)
     noise = noise_floor(
-        generator, members, prompts, 2, scorer_of(EvaluateRecipe().metrics[0], generator.folder), seed=0
+        generator, members, prompts, 2, scorer_of(EvaluateConfig().metrics[0], generator.folder), seed=0
     )
     assert (noise.items, noise.changed) == (100, 1)
     assert sizes == [4, 2]

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.evaluation.countdown import Countdown, Work
 from tunewright.evaluation.speed import Timed, fitted
-from tunewright.progress import LogReporter, LogTask, Task
 
 
 class _Seen(LogReporter):

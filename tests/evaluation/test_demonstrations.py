@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fold_helpers import version_of
+from tunewright.config import RetrieverName
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import ArmPlan
 from tunewright.evaluation.demonstrations import Demonstrations, TfIdf, with_demonstrations
 from tunewright.evaluation.folds import fold_versions
-from tunewright.recipe import RetrieverName
 
 RETRIEVERS: tuple[RetrieverName, ...] = ("bm25", "tfidf")
 

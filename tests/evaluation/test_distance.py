@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from factories import make_evidence, make_items, scored_items
 from tunewright.evaluation.distance import scores_by_distance, scores_by_template
-from tunewright.evaluation.scoring import contrast
+from tunewright.evidence.scoring import contrast
 
 ITEMS = make_items(60)
 EVIDENCE = make_evidence(ITEMS)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fold_helpers import version_of
+from tunewright.core.errors import UserError
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import members_digest
-from tunewright.errors import UserError
 from tunewright.evaluation.folds import fold_versions
 
 SIZES = st.lists(st.integers(1, 6), min_size=12, max_size=40)

@@ -17,15 +17,15 @@ from command_line import tiny_project
 from command_line import tunewright as command
 from tunewright.adapters.registry import Adapter
 from tunewright.adapters.scaling import scale_weights
+from tunewright.api import Project
+from tunewright.api.context import ProjectContext
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import normalised
-from tunewright.errors import UserError
 from tunewright.evaluation.choices import Question, chosen, read_questions
 from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
-from tunewright.evaluation.parts import Interval
 from tunewright.evaluation.scaling import Scaled, choose
-from tunewright.progress import LogReporter
-from tunewright.road import Road
-from tunewright.road.opened import OpenProject
+from tunewright.evidence.base import Interval
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,38 +35,38 @@ def turns_end() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Road:
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Project:
     """A project with an adapter that was trained with replay."""
     folder = tiny_project(tmp_path_factory.mktemp("forgetting") / "project", tiny_base_folder)
     file = folder / "tunewright.yaml"
     file.write_text(file.read_text().replace("train:\n", "train:\n  replay: {samples: 4, kl: null}\n"))
-    road = tunewright.open(folder)
-    road.data.add([folder / "pairs.jsonl"])
-    road.train()
-    return road
+    project = tunewright.open(folder)
+    project.data.add([folder / "pairs.jsonl"])
+    project.train()
+    return project
 
 
 @pytest.fixture(scope="module")
-def adapter(road: Road) -> Adapter:
-    return only_adapter(road)
+def adapter(project: Project) -> Adapter:
+    return only_adapter(project)
 
 
-def _meter(road: Road, samples: int = 8) -> ForgettingMeter:
-    measurement = OpenProject(road.project, road.reporter).measurement()
-    return ForgettingMeter(road.project, measurement.version, measurement.generator, samples)
+def _meter(project: Project, samples: int = 8) -> ForgettingMeter:
+    arm_runner = ProjectContext(project.project, project.reporter).arm_runner()
+    return ForgettingMeter(project.project, arm_runner.version, arm_runner.generator, samples)
 
 
 def test_forgetting_is_what_the_bases_own_answers_lose_in_likelihood(
-    road: Road, adapter: Adapter, tiny_base_folder: Path
+    project: Project, adapter: Adapter, tiny_base_folder: Path
 ) -> None:
-    meter = _meter(road)
+    meter = _meter(project)
     found = meter.measure(adapter)
     plain, tuned = plain_base(tiny_base_folder), plain_tuned(tiny_base_folder, adapter.folder)
     before = after = 0.0
     tokens = 0
     for sample in meter.drawn.used:
-        prompt = road.chat.prompt(sample.example.prompt)
-        row = [*prompt, *sample.ids, *([road.chat.tokenizer.eos_token_id] if sample.stopped else [])]
+        prompt = project.chat.prompt(sample.example.prompt)
+        row = [*prompt, *sample.ids, *([project.chat.tokenizer.eos_token_id] if sample.stopped else [])]
         ids = torch.tensor([row])
         places = range(len(prompt), len(row))
         with torch.inference_mode():
@@ -83,16 +83,16 @@ def test_forgetting_is_what_the_bases_own_answers_lose_in_likelihood(
     assert found.interval.low <= found.increase <= found.interval.high
 
 
-def test_held_out_samples_are_none_of_those_that_were_trained_on(road: Road, adapter: Adapter) -> None:
+def test_held_out_samples_are_none_of_those_that_were_trained_on(project: Project, adapter: Adapter) -> None:
     replayed = {normalised(messages[0]["content"]) for messages in adapter.replayed}
-    held_out = {normalised(sample.instruction) for sample in _meter(road).drawn.used}
+    held_out = {normalised(sample.instruction) for sample in _meter(project).drawn.used}
     assert len(replayed) == 4
     assert not replayed & held_out
 
 
-def test_what_was_measured_is_not_measured_again(road: Road, adapter: Adapter) -> None:
-    first = _meter(road).measure(adapter)
-    again = _meter(road)
+def test_what_was_measured_is_not_measured_again(project: Project, adapter: Adapter) -> None:
+    first = _meter(project).measure(adapter)
+    again = _meter(project)
     again.generator.model_with = None  # type: ignore[method-assign, assignment]
     assert again.measure(adapter) == first
 
@@ -117,15 +117,15 @@ def test_a_scaled_adapter_is_the_base_and_so_much_of_the_change(
     assert (found - unscaled).abs().max() > 0.01
 
 
-def test_scaling_writes_a_new_adapter_with_its_lineage_and_it_is_evaluated(road: Road, adapter: Adapter) -> None:
-    ran = command("adapters", "scale", "--factor", "0.5", "--factor", "0.05", "-p", road.project.root, "--json")
+def test_scaling_writes_a_new_adapter_with_its_lineage_and_it_is_evaluated(project: Project, adapter: Adapter) -> None:
+    ran = command("adapters", "scale", "--factor", "0.5", "--factor", "0.05", "-p", project.folder.root, "--json")
     assert ran.code == 0, ran.stderr
     told = ran.document
     assert [row["factor"] for row in told["tried"]] == [0.05, 0.5, 1.0]
     lost = [row["forgetting"]["increase"] for row in told["tried"]]
     assert lost[0] < lost[1] < lost[2]
     assert told["parent"] == adapter.name
-    chosen = Adapter(road.project.adapters / told["adapter"])
+    chosen = Adapter(project.folder.adapters / told["adapter"])
     if told["factor"] == 1:  # the task needs all of it
         assert told["adapter"] == adapter.name
         return
@@ -133,17 +133,17 @@ def test_scaling_writes_a_new_adapter_with_its_lineage_and_it_is_evaluated(road:
     assert chosen.lineage["scaled"]["parent"] == adapter.name
     assert chosen.lineage["scaled"]["factor"] == told["factor"]
     assert chosen.replayed == adapter.replayed
-    assert road.evaluate(chosen.name).evidence.lineage["adapter"]["name"] == chosen.name
-    assert not road.train().trained, "the recipe's own adapter is still the one that it trained"
-    assert road.train().adapter == adapter
-    again = command("adapters", "scale", chosen.name, "-p", road.project.root)
+    assert project.evaluate(chosen.name).evidence.lineage["adapter"]["name"] == chosen.name
+    assert not project.train().trained, "the config's own adapter is still the one that it trained"
+    assert project.train().adapter == adapter
+    again = command("adapters", "scale", chosen.name, "-p", project.folder.root)
     assert again.code == 2
     assert f"tunewright adapters scale {adapter.name}" in again.stderr
 
 
-def test_a_factor_that_is_none_is_refused(road: Road, adapter: Adapter) -> None:
+def test_a_factor_that_is_none_is_refused(project: Project, adapter: Adapter) -> None:
     with pytest.raises(UserError, match="above 0"):
-        road.adapters.scale(adapter.name, [0.0])
+        project.adapters.scale(adapter.name, [0.0])
 
 
 def _at(factor: float, score: float, lost: float) -> Scaled:
@@ -179,8 +179,8 @@ def _questions() -> list[Question]:
     ]
 
 
-def test_the_choice_is_the_likeliest_by_the_character(road: Road, tiny_base_folder: Path) -> None:
-    model, tokenizer = plain_base(tiny_base_folder), road.chat.tokenizer
+def test_the_choice_is_the_likeliest_by_the_character(project: Project, tiny_base_folder: Path) -> None:
+    model, tokenizer = plain_base(tiny_base_folder), project.chat.tokenizer
     expected = [likeliest_choice(model, tokenizer, q.text, q.choices) for q in _questions()]
     with LogReporter().task("", 12, "") as task:
         assert chosen(model, tokenizer, _questions(), task) == expected

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunewright.chat import open_chat
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
 from tunewright.evaluation import generations
 from tunewright.evaluation.answer_journal import Decoding
 from tunewright.evaluation.generations import Generator
 from tunewright.models.bases import resolve_base
-from tunewright.progress import LogReporter
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.errors import UserError
 from tunewright.evaluation.instructions import find_instruction
 
 

@@ -11,10 +11,10 @@ import pytest
 from command_line import tunewright
 from factories import make_items
 from scripted_judge import Asked, Script, honest, scripted, verdict, write_project
-from tunewright.disk import digest
-from tunewright.evaluation.evidence import Evidence, Item, load_evidence
+from tunewright.core.io import digest
 from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, load_judged
-from tunewright.evaluation.judge.section import Judgement
+from tunewright.evidence.judge import Judgement
+from tunewright.evidence.schema import Evidence, Item, load_evidence
 from tunewright.metrics import normalised
 
 CONTROL_QUESTIONS = 14 * 6

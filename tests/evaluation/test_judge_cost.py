@@ -11,7 +11,7 @@ import tunewright as package
 from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
 from scripted_judge import honest, read_prompt, scripted, write_project
-from tunewright.evaluation.evidence import load_evidence, load_items
+from tunewright.evidence.schema import load_evidence, load_items
 
 CONTROL_QUESTIONS = 14 * 6
 
@@ -49,8 +49,8 @@ def test_the_budget_is_not_overdrawn_and_more_of_it_goes_on(tmp_path: Path) -> N
         assert ran.document["error"]["where"] == "judge.budget"
         # The last reply leaves less than one more could cost: as many tokens as its prompt has bytes.
         assert 0.3 - 10 * max(map(len, server.prompts)) / 1e6 - 0.003 < 0.002 * len(server.bodies) <= 0.3
-        recipe = project / "tunewright.yaml"
-        recipe.write_text(recipe.read_text().replace("budget: 0.3", "budget: 3.0"))
+        config = project / "tunewright.yaml"
+        config.write_text(config.read_text().replace("budget: 0.3", "budget: 3.0"))
         assert tunewright("judge", "-p", project).code == 0
         assert len(server.prompts) == len(set(server.prompts))
 
@@ -99,11 +99,11 @@ def test_a_reference_model_is_asked_the_test_prompts(tmp_path: Path, tiny_base_f
         settings = {"url": server.url, "model": "scripted", "reference_model": other}
         evaluation = write_project(project, settings)
         rows = pairs(40)
-        recipe = f"base: {tiny_base_folder}\ndata:\n  system: Give the first word.\n"
-        (project / "tunewright.yaml").write_text(recipe + (project / "tunewright.yaml").read_text())
-        road = package.open(project)
-        road.data.add([write_jsonl(project / "pairs.jsonl", rows)])
-        version = road.data.version()
+        config = f"base: {tiny_base_folder}\ndata:\n  system: Give the first word.\n"
+        (project / "tunewright.yaml").write_text(config + (project / "tunewright.yaml").read_text())
+        opened = package.open(project)
+        opened.data.add([write_jsonl(project / "pairs.jsonl", rows)])
+        version = opened.data.version()
         members = {m.example.input_text: m for m in version.members}
         items = [
             item.model_copy(update={"key": members[row["prompt"]].key, "input": row["prompt"], "reference": f"r{n}"})
@@ -114,9 +114,9 @@ def test_a_reference_model_is_asked_the_test_prompts(tmp_path: Path, tiny_base_f
         evidence["lineage"]["dataset"] = version.digest
         (evaluation / "evidence.json").write_text(json.dumps(evidence))
 
-        estimated = road.estimate_judge()
+        estimated = opened.estimate_judge()
         assert (estimated.reference_answers, server.bodies) == (40, [])
-        section = road.judge().judgement
+        section = opened.judge().judgement
         asked = [body for body in server.bodies if body["model"] == "other"]
         assert sorted(body["messages"][1]["content"] for body in asked) == sorted(row["prompt"] for row in rows)
         assert all(body["messages"][0] == {"role": "system", "content": "Give the first word."} for body in asked)

@@ -20,14 +20,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from command_line import tunewright
 from factories import make_items
 from scripted_judge import Server, honest, scripted, write_project
-from tunewright.errors import UserError
-from tunewright.evaluation.evidence import load_evidence
+from tunewright.config import EndpointConfig
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.evaluation.judge import endpoint
+from tunewright.evaluation.judge.budget import JudgeBudget
 from tunewright.evaluation.judge.endpoint import Endpoint
-from tunewright.evaluation.judge.purse import Purse
 from tunewright.evaluation.judge.rows import ROWS_FILE
-from tunewright.progress import LogReporter
-from tunewright.recipe import EndpointRecipe
+from tunewright.evidence.schema import load_evidence
 
 CONTROL_QUESTIONS = 14 * 6
 CONVERSATIONS = [({"role": "user", "content": f"question {n}"},) for n in range(12)]
@@ -40,9 +40,10 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(server: Server, folder: Path, count: int = 12, **settings: Any) -> list[str]:
     """Ask an endpoint directly; the replies' texts."""
-    recipe = EndpointRecipe.model_validate({"url": server.url, "model": "scripted", **settings})
+    config = EndpointConfig.model_validate({"url": server.url, "model": "scripted", **settings})
     return [
-        r.text for r in Endpoint(recipe, "judge", folder, Purse(None), LogReporter()).ask("t", CONVERSATIONS[:count])
+        r.text
+        for r in Endpoint(config, "judge", folder, JudgeBudget(None), LogReporter()).ask("t", CONVERSATIONS[:count])
     ]
 
 
@@ -202,9 +203,9 @@ def test_another_model_parameter_or_criterion_is_asked_anew(tmp_path: Path) -> N
         write_project(project, {"url": server.url, "model": "scripted"})
         assert tunewright("judge", "-p", project).code == 0
         once = len(server.bodies)
-        recipe = (project / "tunewright.yaml").read_text()
+        config = (project / "tunewright.yaml").read_text()
         for number, change in enumerate(["  parameters: {seed: 1}\n", "  criteria: Names matter most.\n"], start=2):
-            (project / "tunewright.yaml").write_text(recipe + change)
+            (project / "tunewright.yaml").write_text(config + change)
             assert tunewright("judge", "-p", project).code == 0
             assert len(server.bodies) == number * once
         assert "Names matter most." in server.prompts[-1]
@@ -213,16 +214,16 @@ def test_another_model_parameter_or_criterion_is_asked_anew(tmp_path: Path) -> N
 def test_what_a_judgement_replaced_stays_told(tmp_path: Path) -> None:
     with scripted(honest) as server:
         evaluation = write_project(tmp_path / "project", {"url": server.url, "model": "first"})
-        recipe = tmp_path / "project" / "tunewright.yaml"
+        config = tmp_path / "project" / "tunewright.yaml"
         for _ in range(2):
             assert tunewright("judge", "-p", tmp_path / "project").code == 0
         server.script = lambda asked: "no idea"
-        recipe.write_text(recipe.read_text().replace("first", "second"))
+        config.write_text(config.read_text().replace("first", "second"))
         assert (evaluation / ROWS_FILE).exists()
         assert tunewright("judge", "-p", tmp_path / "project").code == 3
         assert not (evaluation / ROWS_FILE).exists()
         server.script = honest
-        recipe.write_text(recipe.read_text().replace("second", "third"))
+        config.write_text(config.read_text().replace("second", "third"))
         assert tunewright("judge", "-p", tmp_path / "project").code == 0
     section = load_evidence(evaluation).judge
     assert section is not None
@@ -255,8 +256,8 @@ def test_an_item_too_long_for_the_judge_is_unscored_and_the_rest_judged(tmp_path
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "the recipe names no judge"),
-        ({"url": "http://x/v1"}, "the recipe names no judge"),
+        ({}, "the config names no judge"),
+        ({"url": "http://x/v1"}, "the config names no judge"),
         ({"url": "http://u:p@x/v1", "model": "m"}, "judge.url"),
         ({"url": "http://x/v1", "model": "m", "key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE is not set"),
         ({"url": "http://x/v1", "model": "m", "budget": 1.0}, "a budget needs price_input"),
@@ -270,7 +271,7 @@ def test_an_item_too_long_for_the_judge_is_unscored_and_the_rest_judged(tmp_path
         ),
     ],
 )
-def test_a_wrong_recipe_is_told_before_anything_is_sent(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+def test_a_wrong_config_is_told_before_anything_is_sent(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     write_project(tmp_path / "project", settings)
     ran = tunewright("judge", "-p", tmp_path / "project", "--json")
     assert ran.code == 2

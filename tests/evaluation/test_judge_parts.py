@@ -12,17 +12,17 @@ from sklearn.linear_model import LogisticRegression
 
 from factories import make_evidence, make_items
 from scripted_judge import read_prompt
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
 from tunewright.evaluation.judge.controls import FEWEST, REQUIRED, control_cases
 from tunewright.evaluation.judge.families import family, shared_family
 from tunewright.evaluation.judge.figures import exact_lower_limit, length_controlled, logistic, win_rate
 from tunewright.evaluation.judge.prompts import INJECTION, correctness, pairwise, read_verdict
-from tunewright.evaluation.judge.section import Control, Judgement, Spent
 from tunewright.evaluation.judge.style import without_markdown
 from tunewright.evaluation.judge.tasks import task_text
 from tunewright.evaluation.judge.votes import Vote, outcome
-from tunewright.evaluation.verdict import verdict
+from tunewright.evidence.judge import Control, Judgement, Spent
+from tunewright.evidence.verdict import verdict
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 

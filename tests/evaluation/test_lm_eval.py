@@ -14,8 +14,8 @@ import tunewright
 from base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tuned
 from command_line import pairs, tiny_project, write_jsonl
 from command_line import tunewright as command
-from tunewright.evaluation.general import lm_eval as suites
-from tunewright.road import Road
+from tunewright.api import Project
+from tunewright.evaluation.benchmarks import lm_eval as suites
 
 installed = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
@@ -29,7 +29,7 @@ TASK = {
     "doc_to_target": "gold",
     "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
 }
-RECIPE = "general:\n  samples: 0\n  lm_eval: [{task: substances, folder: tasks}]\n  margin: 0.05\n"
+CONFIG = "general:\n  samples: 0\n  lm_eval: [{task: substances, folder: tasks}]\n  margin: 0.05\n"
 
 
 def _questions() -> list[dict[str, Any]]:
@@ -47,37 +47,43 @@ def _questions() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Road:
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Project:
     """A project with an adapter and a task file of its own, whose data lies beside it."""
     folder = tiny_project(tmp_path_factory.mktemp("lm-eval") / "project", tiny_base_folder)
     file = folder / "tunewright.yaml"
-    file.write_text(file.read_text().replace("general:\n  samples: 0\n", RECIPE))
+    file.write_text(file.read_text().replace("general:\n  samples: 0\n", CONFIG))
     (folder / "tasks").mkdir()
     data = write_jsonl(folder / "substances.jsonl", _questions())
     task = {**TASK, "dataset_kwargs": {"data_files": {"test": str(data)}}}
     (folder / "tasks" / "substances.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
-    road = tunewright.open(folder)
-    road.data.add([folder / "pairs.jsonl"])
-    road.train()
-    return road
+    project = tunewright.open(folder)
+    project.data.add([folder / "pairs.jsonl"])
+    project.train()
+    return project
 
 
 @installed
-def test_a_task_scores_what_one_choice_at_a_time_does_adapter_off_and_on(road: Road, tiny_base_folder: Path) -> None:
-    ran = command("general", "-p", road.project.root, "--json")
+def test_a_task_scores_what_one_choice_at_a_time_does_adapter_off_and_on(
+    project: Project, tiny_base_folder: Path
+) -> None:
+    ran = command("general", "-p", project.folder.root, "--json")
     assert ran.code == 4, ran.stderr  # a base of random weights is not above guessing
     (suite,) = ran.document["general"]["suites"]
-    models = {"base": plain_base(tiny_base_folder), "tuned": plain_tuned(tiny_base_folder, only_adapter(road).folder)}
+    models = {
+        "base": plain_base(tiny_base_folder),
+        "tuned": plain_tuned(tiny_base_folder, only_adapter(project).folder),
+    }
     for name, model in models.items():
         right = [
-            likeliest_choice(model, road.chat.tokenizer, f"Question: {q['question']}", tuple(q["choices"])) == q["gold"]
+            likeliest_choice(model, project.chat.tokenizer, f"Question: {q['question']}", tuple(q["choices"]))
+            == q["gold"]
             for q in _questions()
         ]
         assert suite[name] == pytest.approx(np.mean(right)), name
     assert (suite["kind"], suite["metric"], suite["items"], suite["clusters"]) == ("lm_eval", "acc_norm", 16, 15)
     (control,) = suite["controls"]
     assert control["name"] == "the base, where guessing gives 25.0%"
-    again = command("general", "-p", road.project.root, "--json")
+    again = command("general", "-p", project.folder.root, "--json")
     assert not again.document["measured"]
     assert "Loading" not in again.stderr
 
@@ -90,12 +96,12 @@ def test_a_task_scores_what_one_choice_at_a_time_does_adapter_off_and_on(road: R
         ("{task: substances, folder: tasks, metric: f1}", "it has no metric 'f1'"),
     ],
 )
-def test_a_task_or_metric_that_there_is_not_is_named(road: Road, suite: str, words: str) -> None:
-    file = road.project.root / "tunewright.yaml"
+def test_a_task_or_metric_that_there_is_not_is_named(project: Project, suite: str, words: str) -> None:
+    file = project.folder.root / "tunewright.yaml"
     before = file.read_text()
     file.write_text(before.replace("{task: substances, folder: tasks}", suite))
     try:
-        ran = command("general", "-p", road.project.root)
+        ran = command("general", "-p", project.folder.root)
     finally:
         file.write_text(before)
     assert ran.code == 2
@@ -103,10 +109,10 @@ def test_a_task_or_metric_that_there_is_not_is_named(road: Road, suite: str, wor
 
 
 def test_without_lm_eval_it_is_said_what_installs_it_before_anything_is_measured(
-    road: Road, monkeypatch: pytest.MonkeyPatch
+    project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suites, "find_spec", lambda _name: None)
-    ran = command("general", "-p", road.project.root)
+    ran = command("general", "-p", project.folder.root)
     assert ran.code == 2
     assert "pip install 'lm-eval[hf]'" in ran.stderr
     assert "Loading" not in ran.stderr

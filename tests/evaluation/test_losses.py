@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from tiny import byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message, Role
 from tunewright.data.versions import Member
 from tunewright.evaluation.losses import answer_losses, answer_rows
-from tunewright.progress import LogReporter
 
 
 class Listener(LogReporter):

@@ -9,11 +9,11 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from factories import pair, scorers
-from tunewright.evaluation.parts import References
-from tunewright.evaluation.scoring import count_references, measured_metrics
+from tunewright.config import Metric
+from tunewright.config.metrics import Choices, Python
+from tunewright.evidence.base import References
+from tunewright.evidence.scoring import count_references, measured_metrics
 from tunewright.metrics import references_of, score_all, scorer_of
-from tunewright.recipe import Metric
-from tunewright.recipe.metrics import Choices, Python
 
 ITEMS = [
     pair("name[Aromi] food[English]", "Aromi serves English food in the city centre."),

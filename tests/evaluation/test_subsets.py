@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fold_helpers import version_of
+from tunewright.core.errors import UserError
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, members_digest
-from tunewright.errors import UserError
 from tunewright.evaluation.subsets import subset_versions
 
 SHARES = (0.25, 0.5, 1.0)

@@ -14,17 +14,17 @@ import torch
 from command_line import tunewright, write_jsonl
 from tiny import byte_tokenizer, chat_of
 from tunewright.adapters.registry import LINEAGE, Adapter
+from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.disk import write_json
 from tunewright.engines.choice import EMBEDDED, AnswerEngine
 from tunewright.engines.vllm import environment
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.repeats import noise_floor
+from tunewright.generation.decoding import Completion, Request
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base
-from tunewright.models.decoding import Completion, Request
-from tunewright.progress import LogReporter
 from tunewright.training.self_samples import Sampler
 
 pytestmark = pytest.mark.vllm
@@ -165,12 +165,12 @@ def test_samples_are_drawn_again_the_same_by_their_seeds(
 def test_evaluate_names_vllm_in_its_evidence_and_finds_its_answers_again(small_base: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{n * 7919 % 10007} {'ab' * (n % 7)}", "completion": f"{n * 7919 % 10007}"} for n in range(120)]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
-    recipe = (
+    config = (
         f"name: small\nbase: {small_base}\ndata:\n  sources: [pairs.jsonl]\n"
         "train:\n  preset: all-linear\n  batch_size: 8\n  epochs: 1\n  dtype: float32\n  evaluate_rows: 0\n"
         "evaluate:\n  shots: [1]\n  static_seeds: 1\n  retrievers: [bm25]\n  engine: ENGINE\ngeneral:\n  samples: 0\n"
     )
-    (tmp_path / "tunewright.yaml").write_text(recipe.replace("ENGINE", "vllm"))
+    (tmp_path / "tunewright.yaml").write_text(config.replace("ENGINE", "vllm"))
     for command in (("data", "add", tmp_path / "pairs.jsonl"), ("train",)):
         ran = tunewright(*command, "-p", tmp_path)
         assert ran.code == 0, ran.stderr
@@ -181,7 +181,7 @@ def test_evaluate_names_vllm_in_its_evidence_and_finds_its_answers_again(small_b
     assert "with vllm" in evidence["noise_floor"]["how"]
     assert "Starting vLLM" in ran.stderr
 
-    (tmp_path / "tunewright.yaml").write_text(recipe.replace("ENGINE", "peft"))
+    (tmp_path / "tunewright.yaml").write_text(config.replace("ENGINE", "peft"))
     ran = tunewright("evaluate", "-p", tmp_path, "--json")
     assert ran.code == 0, ran.stderr
     other = ran.document["evidence"]

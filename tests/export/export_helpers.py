@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tunewright.adapters.registry import Adapter, adapter_digest
+from tunewright.config import PRESETS
+from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
-from tunewright.disk import write_json
 from tunewright.models.bases import Base, resolve_base
-from tunewright.progress import LogReporter
-from tunewright.recipe import PRESETS
 
 TEXTS = (
     "What's  new,\n\nZoë? 1234567 d'été — naïve  café",
@@ -52,9 +52,9 @@ def in_bfloat16(folder: Path) -> Path:
 def adapted(base: Path, folder: Path, change: Callable[[Any], None] | None = None, **settings: Any) -> Adapter:
     """An adapter of every linear layer with random weights that move the base's logits, and a lineage."""
     torch.manual_seed(1)
-    config: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(PRESETS["all-linear"]["targets"])}
+    model_config: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(PRESETS["all-linear"]["targets"])}
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tuned = get_peft_model(model, LoraConfig(**(config | settings), task_type="CAUSAL_LM"))
+    tuned = get_peft_model(model, LoraConfig(**(model_config | settings), task_type="CAUSAL_LM"))
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -63,8 +63,8 @@ def adapted(base: Path, folder: Path, change: Callable[[Any], None] | None = Non
     if change is not None:
         change(tuned)
     tuned.save_pretrained(str(folder))
-    recipe = {"train": {"dtype": "bfloat16", "quantize": "none"}}
-    write_json(folder / "lineage.json", {"digest": adapter_digest(folder), "recipe": recipe})
+    config = {"train": {"dtype": "bfloat16", "quantize": "none"}}
+    write_json(folder / "lineage.json", {"digest": adapter_digest(folder), "config": config})
     return Adapter(folder)
 
 

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_line import tiny_project, tunewright
 from tiny import build_base
+from tunewright.config.project import ProjectFolder
 from tunewright.export import merge as merging
 from tunewright.export import templates
 from tunewright.export.gguf import model as gguf_model
 from tunewright.export.gguf import tokenizer as gguf_tokenizer
 from tunewright.export.record import Export
 from tunewright.export.weights import Change, read_changes
-from tunewright.project import Project
 
 
 def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantize: str = "none") -> Path:
@@ -35,11 +35,11 @@ def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantize: 
             weight.data *= 30
     model.save_pretrained(base)
     project = tiny_project(folder / "project", base)
-    recipe = project / "tunewright.yaml"
-    text = recipe.read_text(encoding="utf-8").replace("dtype: float32", f"dtype: bfloat16\n  quantize: {quantize}")
+    config = project / "tunewright.yaml"
+    text = config.read_text(encoding="utf-8").replace("dtype: float32", f"dtype: bfloat16\n  quantize: {quantize}")
     text = text.replace("learning_rate: 0.003", "learning_rate: 0.01")
     # Random weights find many tokens as good as equally likely: of a long answer, 8 bits would change a token.
-    recipe.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"), encoding="utf-8")
+    config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"), encoding="utf-8")
     assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     assert tunewright("train", "-p", project).code == 0
     return project
@@ -57,7 +57,7 @@ def project(trained: Path) -> Path:
 
 
 def _adapter(project: Path) -> Path:
-    (folder,) = Project(project).adapters.iterdir()
+    (folder,) = ProjectFolder(project).adapters.iterdir()
     return folder
 
 

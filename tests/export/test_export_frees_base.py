@@ -17,9 +17,9 @@ def test_merge_holds_one_base_at_a_time(
 ) -> None:
     """The trained model, over NF4 the two ways to merge, and the merged folder."""
     project = tiny_project(tmp_path / "project", tiny_base_folder, count=80)
-    recipe = project / "tunewright.yaml"
-    text = recipe.read_text().replace("epochs: 2", f"epochs: 1\n  evaluate_rows: 0\n  quantize: {quantize}")
-    recipe.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
+    config = project / "tunewright.yaml"
+    text = config.read_text().replace("epochs: 2", f"epochs: 1\n  evaluate_rows: 0\n  quantize: {quantize}")
+    config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
     assert command("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     assert command("train", "-p", project).code == 0
     with counted_bases(monkeypatch) as counts:

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 import tunewright
 from command_line import tiny_project
 from command_line import tunewright as command
+from tunewright.api.context import ProjectContext
+from tunewright.config.project import ProjectFolder
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
 from tunewright.export.llamacpp import running
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.road.opened import OpenProject
 
 SYSTEM = "Name the first colour, d'été."
 
@@ -24,10 +24,10 @@ SYSTEM = "Name the first colour, d'été."
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     folder = tiny_project(tmp_path_factory.mktemp("export") / "project", tiny_base_folder)
-    recipe = folder / "tunewright.yaml"
-    text = recipe.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system: "{SYSTEM}"\n')
+    config = folder / "tunewright.yaml"
+    text = config.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system: "{SYSTEM}"\n')
     text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n").replace("0.003", "0.01")
-    recipe.write_text(text, encoding="utf-8")
+    config.write_text(text, encoding="utf-8")
     assert command("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     assert command("train", "-p", folder).code == 0
     return folder
@@ -35,7 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 
 def _asked(project: Path) -> list[tuple[list[dict[str, Any]], tuple[int, ...]]]:
     """Users' turns of held-out rows, and the ids that the rows' whole prompts have."""
-    chat = OpenProject(Project(project), LogReporter()).chat
+    chat = ProjectContext(ProjectFolder(project), LogReporter()).chat
     members = tunewright.open(project).data.version().examples("test")[:4]
     return [
         (

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 from makers import build_llama3_base, build_mistral_base, llama2_tokenizer
 from tiny import build_base
 from tunewright.chat import ChatFormat, open_chat
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.export.gguf.lora import write_lora
 from tunewright.export.gguf.model import write_model
 from tunewright.export.gguf.tensors import FileType
 from tunewright.export.llamacpp import LlamaCpp, running
 from tunewright.export.weights import Weights, read_changes
 from tunewright.models.bases import Base
-from tunewright.progress import LogReporter
 
 
 def _build_llama2_like(folder: Path) -> Path:

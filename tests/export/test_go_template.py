@@ -15,8 +15,8 @@ import pytest
 from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
 from tiny import byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
 from tunewright.export.go_template import GoTemplate, check_go_template, conversations, go_template, strips
 from tunewright.export.ollama import modelfile, modelfile_system
 

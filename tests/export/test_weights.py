@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tiny import build_base
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.export.weights import Weights, read_changes
 from tunewright.models.loading import load_model
 

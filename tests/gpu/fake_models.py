@@ -15,12 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from tiny import byte_tokenizer
 from tunewright.chat import Tokens
+from tunewright.config import Config
+from tunewright.core.progress import LogReporter
 from tunewright.models.bases import Base
 from tunewright.models.families import ATTENTION, MLP
-from tunewright.models.fit.memory import Load
-from tunewright.models.fit.shape import Shape
-from tunewright.progress import LogReporter
-from tunewright.recipe import Recipe
+from tunewright.models.memory.estimate import Load
+from tunewright.models.memory.shape import Shape
 from tunewright.training.run import Run
 
 SHAPES = {
@@ -57,8 +57,8 @@ def build(
         "dtype": dtype,
     }
     with torch.device("meta"):
-        config: Any = MistralConfig(**sizes, sliding_window=window) if mistral else LlamaConfig(**sizes)
-        model: Any = (MistralForCausalLM if mistral else LlamaForCausalLM)(config).to(dtype)
+        model_config: Any = MistralConfig(**sizes, sliding_window=window) if mistral else LlamaConfig(**sizes)
+        model: Any = (MistralForCausalLM if mistral else LlamaForCausalLM)(model_config).to(dtype)
     if nf4:
         for layer in model.model.layers:
             for part, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP)):
@@ -106,14 +106,14 @@ def train(
 
     Args:
         model: from `build`.
-        settings: the recipe's train section.
+        settings: the config's train section.
         train_rows, dev_rows, replay: encoded rows.
 
     Returns:
         The run's history, and how its rows went through the model (`Run.how`).
     """
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Recipe.model_validate({"train": settings})
-        run = Run(recipe, Base("fake", Path(folder), None, "LlamaForCausalLM", {}), Path(folder), LogReporter())
+        config = Config.model_validate({"train": settings})
+        run = Run(config, Base("fake", Path(folder), None, "LlamaForCausalLM", {}), Path(folder), LogReporter())
         history, _ = run.fit(model, byte_tokenizer(), train_rows, dev_rows, None, None, replay)
         return history, run.how()

@@ -9,9 +9,9 @@ from card_process import CardProcess
 from fake_card import FakeCard
 from fake_models import SHAPES, build, rows, train
 
-from tunewright.models.fit.memory import Load, Way, need
-from tunewright.models.fit.shape import Shape
-from tunewright.recipe import PRESETS
+from tunewright.config import PRESETS
+from tunewright.models.memory.estimate import Load, Way, need
+from tunewright.models.memory.shape import Shape
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["targets"]
 LORA = Way(TARGETS, 16, checkpointing=True, card=True)

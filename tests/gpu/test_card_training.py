@@ -12,9 +12,9 @@ from card_process import CardProcess
 from fake_card import FakeCard, Transfer
 from fake_models import SHAPES, build, rows, train
 
-from tunewright.errors import UserError
-from tunewright.models.fit.memory import Load
-from tunewright.recipe import TrainRecipe
+from tunewright.config import TrainConfig
+from tunewright.core.errors import UserError
+from tunewright.models.memory.estimate import Load
 from tunewright.training.adapter import require_precision
 
 BATCH, MICRO = 4, 2
@@ -162,7 +162,7 @@ def test_card_before_ampere_trains_in_float32_without_flash_attention(
 def _precision(dtype: str, capability: tuple[int, int]) -> str | None:
     with FakeCard(capability):
         try:
-            require_precision(TrainRecipe.model_validate({"dtype": dtype}))
+            require_precision(TrainConfig.model_validate({"dtype": dtype}))
         except UserError as error:
             return f"{error.where}: {error.what}"
     return None

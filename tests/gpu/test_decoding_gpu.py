@@ -45,7 +45,7 @@ def _loras(model: Any) -> dict[str, Any]:
     """One adapter's float32 matrices on all linear layers, on the card."""
     import torch
 
-    from tunewright.models.lora_stack import Lora
+    from tunewright.generation.batched_lora import Lora
 
     return {
         name: Lora(
@@ -61,7 +61,7 @@ def _decode(names: Sequence[str | None], layers: int = LAYERS, mistral: bool = F
     from fake_card import FakeCard
     from fake_models import SHAPES, build
 
-    from tunewright.models.decoding import Batch, Request
+    from tunewright.generation.decoding import Batch, Request
 
     shape = replace(SHAPES["mistral-7b" if mistral else "llama-3-8b"], layers=layers)
     model = build(shape, mistral=mistral, window=16 if mistral else None)
@@ -132,9 +132,9 @@ def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _
     from peft import get_peft_model
 
     from tiny import byte_tokenizer, chat_of
-    from tunewright.models.decoding import Request
-    from tunewright.progress import LogReporter
-    from tunewright.recipe import TrainRecipe
+    from tunewright.config import TrainConfig
+    from tunewright.core.progress import LogReporter
+    from tunewright.generation.decoding import Request
     from tunewright.training.adapter import keep_float32, lora_config
     from tunewright.training.dev import DevTask
 
@@ -145,7 +145,7 @@ def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _
     answers: list[str] = []
     with FakeCard():
         model = build(replace(SHAPES["llama-3-8b"], layers=2), nf4=quantize == "nf4")
-        model = get_peft_model(model, lora_config(TrainRecipe(**settings)))
+        model = get_peft_model(model, lora_config(TrainConfig(**settings)))
         keep_float32(model)
         model.eval()
 

@@ -16,14 +16,14 @@ def _training_pass(fused: bool, checkpointing: bool) -> tuple[int, int, list[str
     from fake_models import SHAPES, build
     from peft import LoraConfig, get_peft_model
 
-    from tunewright.recipe import TrainRecipe
+    from tunewright.config import TrainConfig
     from tunewright.training.adapter import keep_float32
-    from tunewright.training.head import add_token_losses, token_losses_of
     from tunewright.training.lora import use_fused_lora
-    from tunewright.training.shared_prefix import attention, pack
+    from tunewright.training.packing import attention, pack
+    from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
 
     config = LoraConfig(
-        r=16, lora_alpha=32, task_type="CAUSAL_LM", target_modules=list(TrainRecipe(preset="all-linear").targets)
+        r=16, lora_alpha=32, task_type="CAUSAL_LM", target_modules=list(TrainConfig(preset="all-linear").targets)
     )
     if fused:
         use_fused_lora(config, "nf4")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from factories import pair, scorers
-from tunewright.errors import UserError
+from tunewright.config import Metric
+from tunewright.config.metrics import Choices, Json, Python, Regex
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.metrics import Scores, check_references, metric_inputs, metric_kind, score_all, scorer_of
-from tunewright.progress import LogReporter
-from tunewright.recipe import Metric
-from tunewright.recipe.metrics import Choices, Json, Python, Regex
 
 
 def _scores(root: Path, code: str, answers: list[str], name: str = "scoring:worth") -> Scores:

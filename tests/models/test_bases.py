@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from tiny import build_base
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.models import bases
 from tunewright.models.bases import Base, resolve_base
-from tunewright.progress import LogReporter
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from tiny import build_base
 from tunewright.chat import open_chat
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.models.bases import Base, resolve_base
 from tunewright.models.embeddings import untrained_tokens
-from tunewright.progress import LogReporter
 
 END = 257
 

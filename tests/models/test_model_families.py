@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from command_line import tiny_project
 from command_line import tunewright as run
 from tiny import ARCHITECTURES, KINDS, Kind, build_base
-from tunewright.adapters.matrices import read_matrices
+from tunewright.adapters.lora_weights import read_matrices
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.engines.vllm.engine import VllmSettings
-from tunewright.errors import UserError
+from tunewright.generation.lora_dispatch import LoraDispatch
 from tunewright.models.bases import Base, resolve_base, tensor_files
 from tunewright.models.embeddings import untrained_tokens
 from tunewright.models.families import ATTENTION, FAMILIES, MLP, VISION, module_name, text_name
 from tunewright.models.loading import load_model, with_adapters
-from tunewright.models.row_adapters import RowAdapters
-from tunewright.progress import LogReporter
-from tunewright.project import Project
 
 NEW: tuple[Kind, ...] = ("mistral3", "mistral3-ministral3", "ministral3", "mixtral")
 # Past the 64th position, where the tiny Ministral 3 stretches its positions and sharpens its attention.
@@ -59,12 +59,12 @@ def project(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if FAMILIES[ARCHITECTURES[kind]].vision:
         (base / "preprocessor_config.json").write_text('{"image_processor_type": "PixtralImageProcessor"}')
     project = tiny_project(folder / "project", base, count=80)
-    recipe = project / "tunewright.yaml"
-    text = recipe.read_text().replace("epochs: 2", "epochs: 1").replace("0.003", "0.01")
+    config = project / "tunewright.yaml"
+    text = config.read_text().replace("epochs: 2", "epochs: 1").replace("0.003", "0.01")
     text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n")
     if kind == "mixtral":
         text = text.replace("  preset: all-linear", f"  preset: all-linear\n  targets: [{', '.join(ATTENTION)}]")
-    recipe.write_text(text)
+    config.write_text(text)
     assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     ran = run("train", "-p", project)
     assert ran.code == 0, ran.stderr
@@ -72,7 +72,7 @@ def project(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _adapter(project: Path) -> Path:
-    (folder,) = Project(project).adapters.iterdir()
+    (folder,) = ProjectFolder(project).adapters.iterdir()
     return folder
 
 
@@ -123,8 +123,8 @@ def test_nf4_holds_the_linear_layers_of_the_text_model_and_nothing_else(each: Ki
 def test_nf4_of_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base", "mixtral")
     project = tiny_project(tmp_path / "project", base, count=80)
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("  preset: all-linear", "  preset: classic\n  quantize: nf4"))
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("  preset: all-linear", "  preset: classic\n  quantize: nf4"))
     assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     ran = run("train", "-p", project)
     assert ran.code == 2
@@ -179,7 +179,7 @@ def test_a_batch_of_base_and_adapter_answers_each_as_alone(project: Path) -> Non
     """The engine peft serves tenants so: their matrices beside the base's layers, rows mixed."""
     base = _open(project.parent / "base")
     model = load_model(base, "float32", "none")
-    adapters = RowAdapters(model, mixed=True)
+    adapters = LoraDispatch(model, mixed=True)
     adapters.put("tuned", read_matrices(_adapter(project), model))
     alone: Any = with_adapters(load_model(base, "float32", "none"), {"tuned": _adapter(project)})
     with torch.inference_mode():
@@ -199,8 +199,8 @@ def test_an_adapter_of_another_project_is_imported_by_the_names_of_its_family(pr
             path.unlink() if path.is_file() else shutil.rmtree(path)
     ran = run("adapters", "import", stranger, "--base-matches", "-p", tmp_path / "other", "--json")
     assert ran.code == 0, ran.stdout
-    config = json.loads((stranger / "adapter_config.json").read_text())
-    (stranger / "adapter_config.json").write_text(json.dumps(config | {"exclude_modules": ".*(a+)+b"}))
+    model_config = json.loads((stranger / "adapter_config.json").read_text())
+    (stranger / "adapter_config.json").write_text(json.dumps(model_config | {"exclude_modules": ".*(a+)+b"}))
     ran = run("adapters", "import", stranger, "--base-matches", "-p", tmp_path / "other", "--json")
     assert ran.code == 2
     assert "exclude_modules" in ran.document["error"]["where"]
@@ -266,9 +266,9 @@ def test_an_adapter_trained_in_nf4_is_merged_and_leaves_the_vision_tower_as_it_w
     pytest.importorskip("bitsandbytes")
     base = build_base(tmp_path / "base", each)
     project = tiny_project(tmp_path / "project", base, count=80)
-    recipe = project / "tunewright.yaml"
-    text = recipe.read_text().replace("epochs: 2", "epochs: 1\n  quantize: nf4").replace("0.003", "0.01")
-    recipe.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
+    config = project / "tunewright.yaml"
+    text = config.read_text().replace("epochs: 2", "epochs: 1\n  quantize: nf4").replace("0.003", "0.01")
+    config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
     for command in (["data", "add", project / "pairs.jsonl"], ["train"], ["export", "merge", "--json"]):
         ran = run(*command, "-p", project)
         assert ran.code == 0, ran.stderr
@@ -309,8 +309,8 @@ def test_a_base_that_is_not_supported_ends_the_command_with_2_and_what_to_do(
     values: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     base = build_base(tmp_path / "base", "mistral3-ministral3")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | values))
+    model_config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(model_config | values))
     project = tiny_project(tmp_path / "project", base, count=80)
     assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     for command in (["train"], ["fit"]):

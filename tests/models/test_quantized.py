@@ -12,12 +12,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from tiny import build_base
-from tunewright.errors import UserError
+from tunewright.config import PRESETS
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.models.bases import Base, resolve_base
 from tunewright.models.loading import load_model
 from tunewright.models.quantized import require_bitsandbytes
-from tunewright.progress import LogReporter
-from tunewright.recipe import PRESETS
 
 IDS = torch.arange(3, 43)[None]
 
@@ -172,7 +172,7 @@ def test_checkpointing_of_activations_changes_no_gradient(base: Base) -> None:
 
 
 def test_rows_of_one_batch_with_different_adapters_answer_as_each_alone(base: Base, tmp_path: Path) -> None:
-    from tunewright.models.decoding import Request, generate
+    from tunewright.generation.decoding import Request, generate
     from tunewright.models.loading import with_adapters
 
     for name, seed in (("one", 1), ("two", 2)):
@@ -195,13 +195,13 @@ def test_rows_of_one_batch_with_different_adapters_answer_as_each_alone(base: Ba
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_beside_the_base_answers_as_peft_s_own_layers_do(dtype: str, base: Base, tmp_path: Path) -> None:
-    from tunewright.adapters.matrices import read_matrices
+    from tunewright.adapters.lora_weights import read_matrices
+    from tunewright.generation.lora_dispatch import LoraDispatch
     from tunewright.models.loading import with_adapters
-    from tunewright.models.row_adapters import RowAdapters
 
     _tuned(base).save_pretrained(tmp_path)
     model: Any = load_model(base, dtype, "nf4")
-    adapters = RowAdapters(model, mixed=True)
+    adapters = LoraDispatch(model, mixed=True)
     adapters.put("tuned", read_matrices(tmp_path, model))
     wrapped: Any = with_adapters(load_model(base, dtype, "nf4"), {"tuned": tmp_path})
     ids = torch.cat([IDS, IDS + 1])

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from command_line import tiny_project
-from tunewright.disk import write_json
-from tunewright.errors import UserError
-from tunewright.models.fit.plan import memory_at_hand, plan
-from tunewright.models.fit.shape import read_shape
-from tunewright.progress import LogReporter
-from tunewright.project import Project
-from tunewright.road.fitting import SHORT_ROW, require_room
-from tunewright.road.opened import OpenProject
+from tunewright.api.context import ProjectContext
+from tunewright.api.memory import SHORT_ROW, require_room
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
+from tunewright.models.memory.plan import memory_at_hand, plan
+from tunewright.models.memory.shape import read_shape
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,21 +36,21 @@ class _Heard(LogReporter):
         self.warnings.append(message)
 
 
-def _opened(folder: Path, quantize: str) -> OpenProject:
+def _opened(folder: Path, quantize: str) -> ProjectContext:
     base = folder / "llama-2-7b"
     write_json(base / "config.json", LLAMA_2_7B)
     project = tiny_project(folder / "project", base)
-    recipe = project / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("dtype: float32", f"dtype: bfloat16\n  quantize: {quantize}"))
-    return OpenProject(Project(project), _Heard())
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("dtype: float32", f"dtype: bfloat16\n  quantize: {quantize}"))
+    return ProjectContext(ProjectFolder(project), _Heard())
 
 
-def _room(opened: OpenProject, monkeypatch: pytest.MonkeyPatch, free: int) -> list[str]:
+def _room(opened: ProjectContext, monkeypatch: pytest.MonkeyPatch, free: int) -> list[str]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
     reporter = _Heard()
-    require_room(OpenProject(opened.project, reporter))
+    require_room(ProjectContext(opened.project, reporter))
     return reporter.warnings
 
 
@@ -66,7 +66,7 @@ def test_require_room_refuses_exactly_where_one_short_row_does_not_fit(
 ) -> None:
     opened = _opened(tmp_path, "none")
     shape = read_shape(tmp_path / "llama-2-7b" / "config.json")
-    settings = opened.project.recipe.train
+    settings = opened.folder.config.train
     card = memory_at_hand("24GB")
     least = plan("7b", shape, settings, card, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW).ways[1].least
     assert 13.5e9 < least < 15e9  # the weights alone are 13.5 GB
@@ -78,7 +78,7 @@ def test_require_room_refuses_exactly_where_one_short_row_does_not_fit(
 
 def test_require_room_only_warns_when_an_adapter_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = _opened(tmp_path, "none")
-    folder = opened.project.adapters / "tiny-000000000000"
+    folder = opened.folder.adapters / "tiny-000000000000"
     folder.mkdir(parents=True)
     (folder / "lineage.json").write_text(json.dumps({"digest": "0", "created": "2026-01-01"}))
     (warned,) = _room(opened, monkeypatch, 8 * 10**9)

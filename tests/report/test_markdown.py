@@ -15,9 +15,9 @@ from markdown_it.token import Token
 from command_line import tunewright
 from factories import make_evidence, make_items
 from report_evidence import GENERAL, JUDGE, REVIEW, vetoed
-from tunewright.disk import write_json
-from tunewright.evaluation.evidence import Evidence
-from tunewright.evaluation.verdict import verdict
+from tunewright.core.io import write_json
+from tunewright.evidence.schema import Evidence
+from tunewright.evidence.verdict import verdict
 from tunewright.metrics import p_text, points_text
 from tunewright.report.markdown import plain, verdict_markdown
 

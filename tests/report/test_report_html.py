@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factories import cross_fitted, make_evidence, make_history, make_items, with_contrast, with_scores
-from tunewright.evaluation.evidence import Item
-from tunewright.evaluation.verdict import verdict
-from tunewright.recipe import Metric
+from tunewright.config import Metric
+from tunewright.evidence.schema import Item
+from tunewright.evidence.verdict import verdict
 from tunewright.report.html import render_report, write_report
 from tunewright.report.sections.items import SHOWN_FIXED, SHOWN_STILL_WRONG
 

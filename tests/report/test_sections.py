@@ -13,17 +13,17 @@ from command_line import tunewright
 from factories import make_evidence, make_history
 from report_evidence import CURVE, GENERAL, ITEMS, JUDGE, REVIEW, full_evidence, vetoed
 from signals_factory import break_even, make_signals
-from tunewright.advice.signals import Speed, fitting_advice
-from tunewright.advice.wording import break_even_text
-from tunewright.disk import digest, write_json, write_text
-from tunewright.errors import UserError
-from tunewright.evaluation.curve import CURVE_FILE, find_curve, more_data
-from tunewright.evaluation.evidence import Evidence
-from tunewright.evaluation.openings import openings_text
-from tunewright.evaluation.parts import Interval
+from tunewright.advisor.signals import Speed, fitting_advice
+from tunewright.advisor.wording import break_even_text
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_json, write_text
+from tunewright.evidence.base import Interval
+from tunewright.evidence.learning_curve import CURVE_FILE, find_curve, more_data
+from tunewright.evidence.schema import Evidence
+from tunewright.evidence.test_set_access import openings_text
 from tunewright.metrics import p_text, points_text
 from tunewright.report.html import render_report
-from tunewright.report.sections import nearness
+from tunewright.report.sections import train_similarity
 
 FULL = full_evidence()
 ADVICE = make_signals()
@@ -385,7 +385,7 @@ def test_what_is_not_scored_cannot_be_told() -> None:
     changed = FULL.model_copy(
         update={"nearness": found.model_copy(update={"bands": (far, *found.bands[1:]), "farther": far})}
     )
-    section = nearness.section(changed)
+    section = train_similarity.section(changed)
     assert section is not None
     assert "not scored in both arms" in section.blocks[0].text  # type: ignore[union-attr]
     assert _read(changed).tables["Table of scores by distance"][1][2:] == ["none scored"] * 4

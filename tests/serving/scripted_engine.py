@@ -9,10 +9,10 @@ from pathlib import Path
 
 import httpx
 
+from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
 from tunewright.engines.protocol import Delta
-from tunewright.models.requests import Request
-from tunewright.recipe import GatewayRecipe
+from tunewright.generation.requests import Request
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import Gateway
 from tunewright.serving.orders import Texts
@@ -20,7 +20,7 @@ from tunewright.serving.server import serving
 
 A = ord("a")
 MODELS = {"base": None, "courts": "one"}
-LIMITS = GatewayRecipe()
+LIMITS = GatewayConfig()
 
 
 def render(messages: Sequence[Message]) -> tuple[int, ...]:
@@ -83,6 +83,6 @@ class ScriptedEngine:
 @contextmanager
 def scripted_server(engine: ScriptedEngine, **limits: float | int) -> Iterator[httpx.Client]:
     """A client of a server over the engine, within these limits."""
-    gateway = Gateway(engine, OpenAccess(MODELS), TEXTS, GatewayRecipe.model_validate(limits))
+    gateway = Gateway(engine, OpenAccess(MODELS), TEXTS, GatewayConfig.model_validate(limits))
     with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         yield client

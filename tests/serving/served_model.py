@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny import byte_tokenizer, chat_of
+from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
-from tunewright.models.decoding import Request, generate
-from tunewright.recipe import GatewayRecipe
+from tunewright.generation.decoding import Request, generate
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.peft import PeftEngine
@@ -28,7 +28,7 @@ MODELS = {"base": None, "courts": "one", "recipes": "two", "tickets": "three"}
 # Far more than a test waits for: what has this much room and still ends was taken out.
 CONTEXT = 100_000
 NOT_A_TOKEN = 1_000_000
-LIMITS = GatewayRecipe()
+LIMITS = GatewayConfig()
 
 
 def render(messages: Sequence[Message]) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def running_server(
     max_batch: int = 8,
     stop_ids: frozenset[int] = STOPS,
     stops: Sequence[str] = (),
-    limits: GatewayRecipe = LIMITS,
+    limits: GatewayConfig = LIMITS,
 ) -> Iterator[str]:
     """The address of a server over the model, with stop strings of its own."""
     with (

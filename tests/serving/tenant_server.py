@@ -14,8 +14,8 @@ from served_model import CONTEXT, LIMITS, STOPS, TOKENIZER, build_base, build_mo
 
 from tunewright.adapters.registry import adapter_digest
 from tunewright.adapters.system_prompt import SystemPrompt
-from tunewright.errors import UserError
-from tunewright.progress import LogReporter
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.serving.access import ServedAdapter
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.peft import PeftEngine

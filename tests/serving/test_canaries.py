@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_engine import ScriptedEngine
 
+from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Delta
-from tunewright.models.requests import Request
-from tunewright.progress import LogReporter
+from tunewright.generation.requests import Request
 from tunewright.serving.canaries import CANARY, END, PER_MODEL, Answer, Digest, Ids, Own, find_canaries
 from tunewright.serving.isolation import check_isolation
 

@@ -15,7 +15,7 @@ from scripted_engine import LIMITS, TEXTS, ScriptedEngine, scripted_server
 from tenant_server import SHIP, Stored, ask, deploy, store_adapters, tenant_server
 
 from tunewright.engines.protocol import Delta, RequestFailedError
-from tunewright.models.requests import Request
+from tunewright.generation.requests import Request
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import Gateway
 from tunewright.serving.server import serving

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from served_model import MODELS, build_model, expected_answer, running_server
 
-from tunewright.recipe import GatewayRecipe
+from tunewright.config import GatewayConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "clients"
@@ -41,7 +41,7 @@ def url() -> Iterator[str]:
     model = build_model()
     # Some SDKs raise where an answer does not end by itself.
     stop = expected_answer(model, MODELS[MODEL], QUESTION, ANSWER_TOKENS)[12:15]
-    limits = GatewayRecipe(answer_tokens=ANSWER_TOKENS, prompt_tokens=1000)
+    limits = GatewayConfig(answer_tokens=ANSWER_TOKENS, prompt_tokens=1000)
     with running_server(model, stops=[stop], limits=limits) as address:
         yield f"{address}/v1"
 

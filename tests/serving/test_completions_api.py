@@ -9,7 +9,7 @@ import openai
 import pytest
 from served_model import MODELS, STOPS, TOKENIZER, build_model, decode, running_server
 
-from tunewright.models.decoding import Request, generate
+from tunewright.generation.decoding import Request, generate
 
 PROMPT = "Ravenna Municipal Court is "
 

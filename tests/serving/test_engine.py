@@ -18,11 +18,11 @@ import pytest
 from served_model import CONTEXT, build_base, build_model, running_engine, running_server
 from tenant_server import store_adapters
 
-from tunewright.adapters.matrices import read_matrices
+from tunewright.adapters.lora_weights import read_matrices
 from tunewright.adapters.registry import CONFIG, adapter_digest
+from tunewright.core.errors import UserError
 from tunewright.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
-from tunewright.errors import UserError
-from tunewright.models.decoding import Request, generate
+from tunewright.generation.decoding import Request, generate
 from tunewright.serving.engines.peft import HELD_PASSES, PIECE_TOKENS, PeftEngine
 
 ENDLESS = Request((1, 2, 3), None, CONTEXT)

@@ -24,7 +24,7 @@ from load_tenants import Tenant
 
 from tiny import byte_tokenizer
 from tunewright.adapters.registry import Adapter
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.serving.canaries import CANARY, Answer, Digest, Ids, Own
 from tunewright.serving.oracle import PeftOracle

@@ -77,7 +77,7 @@ def expected_answer_without_stop(oracle: Any, adapter: str, content: str, max_to
     from served_model import TOKENIZER, decode, render
 
     from tunewright.data.examples import Message
-    from tunewright.models.decoding import Request, generate
+    from tunewright.generation.decoding import Request, generate
 
     request = Request(render([Message("user", content)]), adapter, max_tokens)
     (answer,) = generate(oracle, [request], stop_ids=(), pad_id=TOKENIZER.pad_token_id, batch_size=1)

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.serving.server import _listen, serve, serving
 
 

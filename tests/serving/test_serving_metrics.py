@@ -14,9 +14,9 @@ from scripted_engine import LIMITS, MODELS, TEXTS, ScriptedEngine
 from states import DIGESTS, SHIP
 
 from tunewright.adapters.system_prompt import SystemPrompt
-from tunewright.errors import UserError
-from tunewright.progress import LogReporter
-from tunewright.recipe import GatewayRecipe
+from tunewright.config import GatewayConfig
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.serving.access import Access, OpenAccess, ServedAdapter
 from tunewright.serving.app import Gateway
 from tunewright.serving.metrics import exposed
@@ -29,7 +29,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 @contextmanager
 def server(
-    engine: ScriptedEngine, access: Access, limits: GatewayRecipe = LIMITS
+    engine: ScriptedEngine, access: Access, limits: GatewayConfig = LIMITS
 ) -> Iterator[tuple[httpx.Client, str]]:
     """A client, and where Prometheus asks."""
     gateway = Gateway(engine, access, TEXTS, limits)
@@ -112,7 +112,7 @@ def test_what_waits_and_what_runs_is_told_and_forgotten() -> None:
 
 
 def test_timeouts_are_an_outcome() -> None:
-    limits = GatewayRecipe(first_token_s=0.1)
+    limits = GatewayConfig(first_token_s=0.1)
     with server(ScriptedEngine((60,)), OpenAccess(MODELS), limits) as (client, metrics):
         assert client.post("/v1/completions", json={"model": "base", "prompt": "x"}).status_code == 504
         until(metrics, "requests_total", 1, tenant="everybody", alias="base", outcome="timed out")

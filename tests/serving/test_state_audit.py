@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from states import DIGESTS, SHIP, raw
 
-from tunewright.disk import digest
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
 from tunewright.serving.state import Limits, State
 
 COLUMNS = ("time", "actor", "action", "subject", "details", "previous", "digest")

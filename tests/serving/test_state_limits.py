@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from states import Clock, wanted, with_tenant
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.serving.state import LimitExceededError, Limits, State, Used
 from tunewright.serving.state.limits import changed_limits
 from tunewright.serving.state.meter import LOST_SECONDS, UsageLine

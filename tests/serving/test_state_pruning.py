@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from states import DIGESTS, SHIP, Clock, wanted, with_tenant
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.serving.state import Candidate, LimitExceededError, Limits, State, Used
 
 DAY = 86_400

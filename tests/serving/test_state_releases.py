@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from states import DIGESTS, SHIP, raw
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.serving.state import Candidate, Grounds, State
 
 STEPS = st.lists(

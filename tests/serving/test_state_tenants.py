@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from states import Clock, raw, with_tenant
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.serving.state import InvalidKeyError, Limits, State
 from tunewright.serving.state.tables import SCHEMA_VERSION
 

@@ -14,9 +14,9 @@ from scripted_engine import render as as_bytes
 from served_model import STOPS, TOKENIZER, decode, render
 from tenant_server import SHIP, Running, Stored, tenant_server, until
 
+from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
-from tunewright.models.decoding import Request, generate
-from tunewright.recipe import GatewayRecipe
+from tunewright.generation.decoding import Request, generate
 from tunewright.serving.access import OpenAccess
 from tunewright.serving.app import Gateway
 from tunewright.serving.server import serving
@@ -24,7 +24,7 @@ from tunewright.serving.state import Candidate, State
 
 pytest_plugins = ["two_tenants"]
 
-PROMPTS = {"one": "Give the court.", "two": "Give the recipe, please.", "three": "Name the ticket's owner."}
+PROMPTS = {"one": "Give the court.", "two": "Give the config, please.", "three": "Name the ticket's owner."}
 USER = [{"role": "user", "content": "hello"}]
 OWN = [{"role": "system", "content": "Be brief."}, *USER]
 
@@ -32,7 +32,7 @@ OWN = [{"role": "system", "content": "Be brief."}, *USER]
 @contextmanager
 def open_server(engine: ScriptedEngine, **limits: int) -> Iterator[httpx.Client]:
     access = OpenAccess({"base": None, "courts": "one", "plain": "two"}, {"courts": PROMPTS["one"]})
-    gateway = Gateway(engine, access, TEXTS, GatewayRecipe.model_validate(limits))
+    gateway = Gateway(engine, access, TEXTS, GatewayConfig.model_validate(limits))
     with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         yield client
 
@@ -103,7 +103,7 @@ def test_a_prompt_is_rendered_again_where_a_release_comes_while_it_is_rendered()
         access.system_prompts["courts"] = "after"  # the alias is switched while this prompt is rendered
         return ids
 
-    gateway = Gateway(engine, access, replace(TEXTS, render=slow), GatewayRecipe())
+    gateway = Gateway(engine, access, replace(TEXTS, render=slow), GatewayConfig())
     with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False) as client:
         _chat(client, "courts", USER)
     assert [request.prompt_ids for request, _ in engine.asked] == [

@@ -9,7 +9,7 @@ import pytest
 
 import tunewright
 from command_line import tiny_project
-from tunewright.road import Road
+from tunewright.api import Project
 from tunewright.training import self_samples
 
 
@@ -20,12 +20,12 @@ def shorten_turns(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(self_samples, "ANSWER_TOKENS", 150)
 
 
-def replay_road(folder: Path, base: Path, recipe: str = "  replay: {samples: 6}\n", reporter: Any = None) -> Road:
-    """A project with its pairs added, made where it is not there yet; ``recipe`` goes into its train section."""
+def replay_project(folder: Path, base: Path, config: str = "  replay: {samples: 6}\n", reporter: Any = None) -> Project:
+    """A project with its pairs added, made where it is not there yet; ``config`` goes into its train section."""
     if not folder.exists():
         tiny_project(folder, base)
         file = folder / "tunewright.yaml"
-        file.write_text(file.read_text().replace("train:\n", f"train:\n{recipe}"))
-    road = tunewright.open(folder, reporter)
-    road.data.add([folder / "pairs.jsonl"])
-    return road
+        file.write_text(file.read_text().replace("train:\n", f"train:\n{config}"))
+    project = tunewright.open(folder, reporter)
+    project.data.add([folder / "pairs.jsonl"])
+    return project

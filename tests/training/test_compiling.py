@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tiny import build_base
-from tunewright.errors import UserError
-from tunewright.progress import LogReporter
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.training import compiling
 from tunewright.training.compiling import FIRST_STEPS, Compile, _parts
 

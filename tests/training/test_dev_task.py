@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunewright.chat.opening import open_chat
+from tunewright.config import Config
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.models.bases import resolve_base
-from tunewright.progress import LogReporter
-from tunewright.recipe import Recipe
 from tunewright.training.dev import dev_task
 
 
@@ -22,8 +22,8 @@ def test_dev_task_answers_equal_prompts_once_and_scores_every_row(tiny_base_fold
     base = resolve_base(str(tiny_base_folder), None, tmp_path, LogReporter())
     chat = open_chat(base)
     rows = [_member("one", "a"), _member("two", "b"), _member("one", "c"), _member("three", "d"), _member("one", "e")]
-    recipe = Recipe.model_validate({"name": "tiny", "base": str(tiny_base_folder)})
-    task = dev_task(recipe, tmp_path, chat, rows, rows, 512, LogReporter())
+    config = Config.model_validate({"name": "tiny", "base": str(tiny_base_folder)})
+    task = dev_task(config, tmp_path, chat, rows, rows, 512, LogReporter())
     assert task is not None
     assert [r.prompt_ids for r in task.requests] == [
         chat.prompt([Message("user", asked)]) for asked in ("one", "two", "three")
@@ -35,7 +35,7 @@ def test_dev_task_scores_a_sample_by_the_references_of_all_dev_rows(tiny_base_fo
     base = resolve_base(str(tiny_base_folder), None, tmp_path, LogReporter())
     rows = [_member("one", letter) for letter in "abcd"]
     settings = {"name": "tiny", "base": str(tiny_base_folder), "train": {"evaluate_rows": 2}}
-    task = dev_task(Recipe.model_validate(settings), tmp_path, open_chat(base), rows, rows, 512, LogReporter())
+    task = dev_task(Config.model_validate(settings), tmp_path, open_chat(base), rows, rows, 512, LogReporter())
     assert task is not None
     assert (len(task.requests), len(task.examples)) == (1, 2)
     assert [task.worth([letter]) for letter in "abcdx"] == [1, 1, 1, 1, 0]

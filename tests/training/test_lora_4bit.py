@@ -13,14 +13,14 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tunewright.config import PRESETS, TrainConfig
+from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
 from tunewright.models.families import ATTENTION, MLP
-from tunewright.models.fit.memory import Load, Way, adapter_copies, attention_saved, layer_saved
-from tunewright.models.fit.shape import Shape
 from tunewright.models.loading import load_model
+from tunewright.models.memory.estimate import Load, Way, adapter_copies, attention_saved, layer_saved
+from tunewright.models.memory.shape import Shape
 from tunewright.models.quantized import held_in_nf4
-from tunewright.progress import LogReporter
-from tunewright.recipe import PRESETS, TrainRecipe
 from tunewright.training.adapter import lora_config
 from tunewright.training.lora import use_fused_lora
 from tunewright.training.lora_4bit import FusedLinear4bit
@@ -164,8 +164,8 @@ def _model(dtype: torch.dtype, layers: int) -> Any:
     from bitsandbytes.nn import Linear4bit
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tunewright.training.head import add_token_losses
-    from tunewright.training.shared_prefix import attention
+    from tunewright.training.packing import attention
+    from tunewright.training.packing.fused_loss import add_token_losses
 
     attention.register()
     torch.manual_seed(0)
@@ -201,8 +201,8 @@ def _model(dtype: torch.dtype, layers: int) -> Any:
 
 def _saved_bytes(model: Any, load: Load, dtype: torch.dtype) -> int:
     """Count the bytes that autograd keeps, parameters apart, each storage once."""
-    from tunewright.training.head import token_losses_of
-    from tunewright.training.shared_prefix import Group, pack
+    from tunewright.training.packing import Group, pack
+    from tunewright.training.packing.fused_loss import token_losses_of
 
     generator = torch.Generator().manual_seed(0)
     draw = torch.randint(0, SHAPE.vocabulary, (load.rows + 1, max(load.shared, load.own)), generator=generator).tolist()
@@ -235,9 +235,9 @@ def test_memory_estimate_is_what_autograd_keeps_over_nf4_to_the_byte(dtype: torc
     assert two - one == layer_saved(SHAPE, way, load.tokens) + attention_saved(SHAPE, way, load) + copies
 
 
-def test_lora_config_of_a_recipe_over_nf4_builds_fused_layers(tiny_base_folder: Path) -> None:
+def test_lora_config_of_a_config_over_nf4_builds_fused_layers(tiny_base_folder: Path) -> None:
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
-    settings = TrainRecipe(preset="all-linear", quantize="nf4")
+    settings = TrainConfig(preset="all-linear", quantize="nf4")
     model: Any = get_peft_model(load_model(base, "float32", "nf4"), lora_config(settings))
     fused = [name for name, part in model.named_modules() if isinstance(part, FusedLinear4bit)]
     assert len(fused) == 14

@@ -13,11 +13,11 @@ import torch
 
 import tunewright
 from command_line import tiny_project
-from tunewright.errors import UserError
-from tunewright.progress import LogReporter
-from tunewright.training import head
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.training import trainer as trainer_module
 from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory
+from tunewright.training.packing import fused_loss
 
 Losses = Callable[..., torch.Tensor]
 
@@ -43,7 +43,7 @@ def _memory_for(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> l
     It runs out in the backward pass, when half of the gradients have been added up already.
     """
     passes: list[int] = []
-    original: Losses = head.token_losses_of
+    original: Losses = fused_loss.token_losses_of
 
     def losses_of(model: Any, batch: Any, *others: Any) -> torch.Tensor:
         if not model.training:
@@ -68,9 +68,9 @@ def _memory_for(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> l
 
 def _project(folder: Path, base: Path, **train: Any) -> Path:
     tiny_project(folder, base, count=80)
-    recipe = folder / "tunewright.yaml"
+    config = folder / "tunewright.yaml"
     keys = "".join(f"  {key}: {value}\n" for key, value in train.items())
-    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 1").replace("train:\n", f"train:\n{keys}"))
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1").replace("train:\n", f"train:\n{keys}"))
     tunewright.open(folder).data.add([folder / "pairs.jsonl"])
     return folder
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tunewright
-from tunewright.progress import LogReporter
+from tunewright.core.progress import LogReporter
 
 BATCH = 8
 
@@ -109,9 +109,9 @@ def test_a_step_that_memory_really_ran_out_in_is_done_again_in_halves(tmp_path: 
     assert ran.stdout.count("Memory ran out") == 1, ran.stdout
     assert told in ran.stdout
     halves = _project(tmp_path / "halves", base, BATCH // 2)
-    road = tunewright.open(halves)
-    road.data.add([halves / "pairs.jsonl"])
-    adapter = road.train(force=True).adapter
+    opened = tunewright.open(halves)
+    opened.data.add([halves / "pairs.jsonl"])
+    adapter = opened.train(force=True).adapter
     assert adapter.lineage["training"]["micro_batch"] == BATCH // 2
     expected, got = _weights(halves), _weights(limited)
     assert any(weight.abs().max() > 0 for name, weight in expected.items() if "lora_B" in name)
@@ -120,9 +120,9 @@ def test_a_step_that_memory_really_ran_out_in_is_done_again_in_halves(tmp_path: 
 
 
 def _train_limited(folder: Path) -> None:
-    road = tunewright.open(folder, _Limiting())
-    road.data.add([folder / "pairs.jsonl"])
-    road.train(force=True)
+    opened = tunewright.open(folder, _Limiting())
+    opened.data.add([folder / "pairs.jsonl"])
+    opened.train(force=True)
 
 
 if __name__ == "__main__":

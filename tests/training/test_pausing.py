@@ -9,50 +9,54 @@ import pytest
 
 import tunewright
 from command_line import tiny_project
-from tunewright.progress import LogReporter
-from tunewright.road import Road
+from tunewright.api import Project
+from tunewright.core.progress import LogReporter
 from tunewright.training.checkpoints import whole_checkpoint
 from tunewright.training.train import Paused, TrainResult, train, train_until
 
 
-def _road(folder: Path, base: Path) -> Road:
+def _opened_project(folder: Path, base: Path) -> Project:
     if not folder.exists():
         tiny_project(folder, base)
-        recipe = folder / "tunewright.yaml"
+        config = folder / "tunewright.yaml"
         # Dropout draws random numbers at each step: a pause must not use up any.
-        recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  dropout: 0.1\n"))
-    road = tunewright.open(folder)
-    road.data.add([folder / "pairs.jsonl"])
-    return road
+        config.write_text(config.read_text().replace("train:\n", "train:\n  dropout: 0.1\n"))
+    project = tunewright.open(folder)
+    project.data.add([folder / "pairs.jsonl"])
+    return project
 
 
-def _until(road: Road, work: Path, step: int) -> Paused:
-    return train_until(road.project, road.data.version(), road.base, road.chat, LogReporter(), work=work, step=step)
+def _until(project: Project, work: Path, step: int) -> Paused:
+    return train_until(
+        project.project, project.data.version(), project.base, project.chat, LogReporter(), work=work, step=step
+    )
 
 
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> TrainResult:
-    return _road(tmp_path_factory.mktemp("pausing") / "project", tiny_base_folder).train()
+    return _opened_project(tmp_path_factory.mktemp("pausing") / "project", tiny_base_folder).train()
 
 
 def test_pauses_change_nothing_and_each_is_measured_once_it_is_reached(
     unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     """In the middle of an epoch, at its end where a run measures by itself, and one step on."""
-    road, work = _road(tmp_path / "project", tiny_base_folder), tmp_path / "work"
-    middle = _until(road, work, 7)
+    project, work = _opened_project(tmp_path / "project", tiny_base_folder), tmp_path / "work"
+    middle = _until(project, work, 7)
     assert (middle.step, middle.best.step) == (7, 7)
     checkpoint = whole_checkpoint(work)
     assert checkpoint is not None and checkpoint.name == "checkpoint-7"
-    assert middle.best.dev_loss == pytest.approx(_plain_dev_loss(tiny_base_folder, checkpoint, road), rel=1e-5)
-    again = _until(road, work, 7)  # as after a kill between the pause and what it is for
+    assert middle.best.dev_loss == pytest.approx(_plain_dev_loss(tiny_base_folder, checkpoint, project), rel=1e-5)
+    again = _until(project, work, 7)  # as after a kill between the pause and what it is for
     assert again.best == middle.best
-    end = _until(road, work, 12)
+    end = _until(project, work, 12)
     own = [row for row in unstopped.adapter.history if "eval_loss" in row]
     assert end.best.dev_loss == own[0]["eval_loss"]
-    assert _until(road, work, 13).step == 13
+    assert _until(project, work, 13).step == 13
     place = tmp_path / "project" / "adapters"
-    ended = train(road.project, road.data.version(), road.base, road.chat, LogReporter(), work=work, adapters=place)
+    ended = train(
+        project.project, project.data.version(), project.base, project.chat, LogReporter(), work=work, adapters=place
+    )
     assert ended.adapter.digest == unstopped.adapter.digest
     assert _numbers(ended) == _numbers(unstopped)
     assert not work.exists()
@@ -63,7 +67,7 @@ def _numbers(result: TrainResult) -> list[dict[str, Any]]:
     return [{key: row[key] for key in row if key != "tokens_per_s"} for row in result.adapter.history]
 
 
-def _plain_dev_loss(base: Path, adapter: Path, road: Road) -> float:
+def _plain_dev_loss(base: Path, adapter: Path, project: Project) -> float:
     """The mean loss of dev's trained tokens by transformers and peft alone, row after row."""
     import torch
     from peft import PeftModel
@@ -71,7 +75,7 @@ def _plain_dev_loss(base: Path, adapter: Path, road: Road) -> float:
 
     from tunewright.training.rows import as_columns, encode_members
 
-    columns = as_columns(encode_members(road.chat, road.data.version().examples("dev"), 2048).rows)
+    columns = as_columns(encode_members(project.chat, project.data.version().examples("dev"), 2048).rows)
     model: Any = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)
     ).eval()

@@ -1,4 +1,4 @@
-"""QLoRA: an adapter trained over a base in NF4, from the recipe to the evidence."""
+"""QLoRA: an adapter trained over a base in NF4, from the config to the evidence."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 import tunewright
 from command_line import tiny_project
 from tunewright.adapters.registry import WEIGHTS, Adapter
-from tunewright.errors import UserError
+from tunewright.api import Project
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.models.bases import resolve_base
 from tunewright.models.loading import load_model, with_adapters
-from tunewright.progress import LogReporter, LogTask, Task
-from tunewright.road import Road
 from tunewright.training.rows import IGNORED, as_columns, training_rows
 
 IDS = torch.arange(3, 43)[None]
@@ -58,36 +58,36 @@ class _Told(LogReporter):
         self.warned.append(message)
 
 
-def _road(folder: Path, base: Path, reporter: LogReporter | None = None, **train: Any) -> Road:
+def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = None, **train: Any) -> Project:
     """A project whose train section has these keys too."""
     if not folder.exists():
         tiny_project(folder, base)
-        recipe = folder / "tunewright.yaml"
+        config = folder / "tunewright.yaml"
         keys = "".join(f"  {key}: {str(value).lower()}\n" for key, value in ({"quantize": "nf4"} | train).items())
-        recipe.write_text(recipe.read_text().replace("train:\n", f"train:\n{keys}"))
-    road = tunewright.open(folder, reporter)
-    road.data.add([folder / "pairs.jsonl"])
-    return road
+        config.write_text(config.read_text().replace("train:\n", f"train:\n{keys}"))
+    opened = tunewright.open(folder, reporter)
+    opened.data.add([folder / "pairs.jsonl"])
+    return opened
 
 
-def _set(folder: Path, before: str, after: str) -> Road:
-    recipe = folder / "tunewright.yaml"
-    text = recipe.read_text()
+def _set(folder: Path, before: str, after: str) -> Project:
+    config = folder / "tunewright.yaml"
+    text = config.read_text()
     assert before in text
-    recipe.write_text(text.replace(before, after))
+    config.write_text(text.replace(before, after))
     return tunewright.open(folder, _Told())
 
 
-def _warned(road: Road) -> list[str]:
-    assert isinstance(road.reporter, _Told)
-    return road.reporter.warned
+def _warned(opened: Project) -> list[str]:
+    assert isinstance(opened.reporter, _Told)
+    return opened.reporter.warned
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with an adapter trained over NF4."""
     folder = tmp_path_factory.mktemp("qlora") / "project"
-    _road(folder, tiny_base_folder).train()
+    _opened_project(folder, tiny_base_folder).train()
     return folder
 
 
@@ -103,7 +103,7 @@ def test_the_loss_falls_and_lineage_says_how_the_base_was_held(adapter: Adapter)
     dev = [row["eval_loss"] for row in adapter.history if "eval_loss" in row]
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.5
     assert dev[1] < dev[0]
-    assert adapter.lineage["recipe"]["train"]["quantize"] == "nf4"
+    assert adapter.lineage["config"]["train"]["quantize"] == "nf4"
     assert adapter.lineage["packages"]["bitsandbytes"].startswith("0.")
 
 
@@ -111,12 +111,14 @@ def test_dev_loss_is_that_of_the_adapter_on_a_base_loaded_in_nf4(
     project: Path, adapter: Adapter, tiny_base_folder: Path
 ) -> None:
     """Row by row, with transformers' own attention and loss: what training measured is what evaluation will."""
-    road = tunewright.open(project)
+    opened = tunewright.open(project)
     told = adapter.lineage["training"]
     kept = next(epoch for epoch in told["epochs"] if epoch["step"] == told["kept_step"])
-    dev = as_columns(training_rows(road.chat, road.data.version().examples("dev"), 2048, "error", road.reporter).rows)
+    dev = as_columns(
+        training_rows(opened.chat, opened.data.version().examples("dev"), 2048, "error", opened.reporter).rows
+    )
     for quantize, equal in (("nf4", True), ("none", False)):
-        model = with_adapters(load_model(road.base, "float32", quantize), {"tuned": adapter.folder})  # type: ignore[arg-type]
+        model = with_adapters(load_model(opened.base, "float32", quantize), {"tuned": adapter.folder})  # type: ignore[arg-type]
         total, tokens = 0.0, 0
         for ids, labels in zip(dev["input_ids"], dev["labels"], strict=True):
             count = sum(label != IGNORED for label in labels)
@@ -136,9 +138,9 @@ def test_peft_loads_the_adapter_on_an_nf4_base_and_on_a_16_bit_base(adapter: Ada
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     logits: list[torch.Tensor] = []
-    for config in (nf4, None):
+    for model_config in (nf4, None):
         base = AutoModelForCausalLM.from_pretrained(
-            tiny_base_folder, dtype=torch.bfloat16, device_map="cpu", quantization_config=config
+            tiny_base_folder, dtype=torch.bfloat16, device_map="cpu", quantization_config=model_config
         )
         with torch.no_grad():
             plain = base(input_ids=IDS).logits.float()
@@ -152,8 +154,8 @@ def test_peft_loads_the_adapter_on_an_nf4_base_and_on_a_16_bit_base(adapter: Ada
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_trained_weights_stay_float32(dtype: str, tiny_base_folder: Path, tmp_path: Path) -> None:
     """trl rounds those over a quantized base to bfloat16; small steps would then change nothing."""
-    road = _road(tmp_path / "project", tiny_base_folder)
-    trained = _set(road.project.root, "dtype: float32", f"dtype: {dtype}").train().adapter
+    opened = _opened_project(tmp_path / "project", tiny_base_folder)
+    trained = _set(opened.folder.root, "dtype: float32", f"dtype: {dtype}").train().adapter
     assert trained.lineage["training"]["kept_step"]
     weights = load_file(trained.folder / WEIGHTS)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -164,10 +166,10 @@ def test_trained_weights_stay_float32(dtype: str, tiny_base_folder: Path, tmp_pa
 def test_gradients_of_a_packed_batch_are_those_of_its_rows_one_by_one(tiny_base_folder: Path) -> None:
     from peft import get_peft_model
 
-    from tunewright.recipe import TrainRecipe
+    from tunewright.config import TrainConfig
     from tunewright.training.adapter import lora_config
-    from tunewright.training.head import add_token_losses, token_losses_of
-    from tunewright.training.shared_prefix import attention, pack
+    from tunewright.training.packing import attention, pack
+    from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
 
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
     rows = [[3, 4, 5, 6, 7, n, 9 + n, 11] for n in range(20, 26)] + [[3, 4, 5, 40, 41], [50, 51, 52]]
@@ -180,7 +182,7 @@ def test_gradients_of_a_packed_batch_are_those_of_its_rows_one_by_one(tiny_base_
             model.set_attn_implementation(attention.NAME)
             add_token_losses(model)
         torch.manual_seed(0)
-        model = get_peft_model(model, lora_config(TrainRecipe(preset="all-linear", quantize="nf4"))).train()
+        model = get_peft_model(model, lora_config(TrainConfig(preset="all-linear", quantize="nf4"))).train()
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.05)
@@ -212,22 +214,22 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
     """In the first epoch, and in the second one, after a look at the dev split."""
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
-        _road(folder, tiny_base_folder, _StopsAfter(after)).train()
-    assert _road(folder, tiny_base_folder).train().adapter.digest == adapter.digest
+        _opened_project(folder, tiny_base_folder, _StopsAfter(after)).train()
+    assert _opened_project(folder, tiny_base_folder).train().adapter.digest == adapter.digest
 
 
 def test_evaluation_holds_the_base_as_the_adapter_was_trained_on_it(project: Path, adapter: Adapter) -> None:
     as_trained = tunewright.open(project).evaluate().evidence
     assert as_trained.lineage["decoding"]["quantize"] == "nf4"
     assert "bitsandbytes" in as_trained.lineage["packages"]
-    # Also where the recipe has changed since, which is said.
-    road = _set(project, "quantize: nf4", "quantize: none")
-    assert road.evaluate(adapter.name).evidence == as_trained
-    assert any("train section has changed" in warning for warning in _warned(road))
+    # Also where the config has changed since, which is said.
+    opened = _set(project, "quantize: nf4", "quantize: none")
+    assert opened.evaluate(adapter.name).evidence == as_trained
+    assert any("train section has changed" in warning for warning in _warned(opened))
     # On a base that is held whole, as vLLM may serve it, only if that is asked for.
-    road = _set(project, "quantize: none", "quantize: nf4")
-    road = _set(project, "evaluate:\n", "evaluate:\n  quantize: none\n")
-    whole = road.evaluate(adapter.name).evidence
+    opened = _set(project, "quantize: none", "quantize: nf4")
+    opened = _set(project, "evaluate:\n", "evaluate:\n  quantize: none\n")
+    whole = opened.evaluate(adapter.name).evidence
     assert whole.id != as_trained.id
     assert whole.lineage["decoding"]["quantize"] == "none"
     journals = list((project / ".tunewright" / "generations").glob("*.jsonl"))
@@ -238,20 +240,20 @@ def test_evaluation_holds_the_base_as_the_adapter_was_trained_on_it(project: Pat
 def test_adapters_over_nf4_and_over_a_whole_base_are_two_and_are_not_served_together(
     project: Path, adapter: Adapter
 ) -> None:
-    road = _set(project, "quantize: nf4", "quantize: none")
-    other = road.train().adapter
+    opened = _set(project, "quantize: nf4", "quantize: none")
+    other = opened.train().adapter
     assert other.digest != adapter.digest
     with pytest.raises(UserError, match=f"{adapter.name} with train.quantize nf4, {other.name} with"):
-        road.serve([adapter.name, other.name])
-    with road.serve(port=0).running():
-        assert f"{adapter.name} is not served: it was trained with train.quantize nf4" in _warned(road)[-1]
+        opened.serve([adapter.name, other.name])
+    with opened.serve(port=0).running():
+        assert f"{adapter.name} is not served: it was trained with train.quantize nf4" in _warned(opened)[-1]
     for name in (adapter.name, other.name):
-        service = road.serve([name], port=0)
+        service = opened.serve([name], port=0)
         assert service.models[1:] == [name]
         with service.running():
             pass
-    road = _set(project, "evaluate:\n", "serve:\n  quantize: nf4\nevaluate:\n")
-    service = road.serve(port=0)
+    opened = _set(project, "evaluate:\n", "serve:\n  quantize: nf4\nevaluate:\n")
+    service = opened.serve(port=0)
     assert sorted(service.models[1:]) == sorted([adapter.name, other.name])
     with service.running():
         pass

@@ -18,8 +18,8 @@ from forked import Command, Server
 
 from command_line import tiny_project, tunewright
 from tunewright.adapters.registry import find_adapter
-from tunewright.disk import MANIFEST, damage
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import MANIFEST, damage
 from tunewright.training.checkpoints import working_folder
 
 STEPS = 36
@@ -35,8 +35,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def _project(folder: Path, base: Path, epochs: int = STEPS // 12) -> Path:
     """A project of 12 steps an epoch, with a checkpoint at each epoch's end and every fifth step."""
     tiny_project(folder, base)
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("epochs: 2", f"epochs: {epochs}\n  evaluate_rows: 2"))
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", f"epochs: {epochs}\n  evaluate_rows: 2"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     return folder
 
@@ -128,9 +128,9 @@ def test_ctrl_c_and_sigterm_save_the_step_first(
 def _slow_evaluations(folder: Path, base: Path) -> Path:
     """A project of 24 steps whose two evaluations answer for a second: no answer of this base ends by itself."""
     _project(folder, base, epochs=2)
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(
-        recipe.read_text()
+    config = folder / "tunewright.yaml"
+    config.write_text(
+        config.read_text()
         .replace("evaluate_rows: 2", "evaluate_rows: 12")
         .replace("evaluate:\n", "evaluate:\n  max_new_tokens: 100\n  batch_size: 1\n")
     )

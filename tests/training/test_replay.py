@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from replay_helpers import replay_road, shorten_turns
+from replay_helpers import replay_project, shorten_turns
 
 import tunewright
 from command_line import tiny_project
 from tiny import byte_tokenizer, chat_of
 from tunewright.adapters.registry import REPLAY
 from tunewright.chat import ChatFormat
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
-from tunewright.progress import LogReporter, LogTask, Task
-from tunewright.project import Project
 from tunewright.training import self_samples
-from tunewright.training.head import divergences
+from tunewright.training.packing.fused_loss import divergences
 from tunewright.training.replay import draw_replay, replay_inputs
-from tunewright.training.sweep import Sweep
+from tunewright.training.sweep.sweep import Sweep
 from tunewright.training.train import TrainResult
 from vllm_child import alive, children_of, install_fake
 
@@ -42,7 +42,7 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def replayed(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> TrainResult:
     with pytest.MonkeyPatch.context() as patch:
         shorten_turns(patch)
-        return replay_road(tmp_path_factory.mktemp("replay") / "project", tiny_base_folder).train()
+        return replay_project(tmp_path_factory.mktemp("replay") / "project", tiny_base_folder).train()
 
 
 class _Interrupting(LogReporter):
@@ -75,7 +75,7 @@ def test_what_was_trained_on_is_kept_with_the_adapter(replayed: TrainResult) -> 
     assert told["method"] == self_samples.METHOD
     assert told["left_out"]
     assert {m["role"] for row in adapter.replayed for m in row} == {"user", "assistant"}
-    assert adapter.lineage["recipe"]["train"]["replay"] == {"samples": 6, "kl": 1.0}
+    assert adapter.lineage["config"]["train"]["replay"] == {"samples": 6, "kl": 1.0}
 
 
 def test_the_training_loss_beside_the_dev_loss_is_that_of_the_pairs(replayed: TrainResult) -> None:
@@ -92,14 +92,14 @@ def test_the_training_loss_beside_the_dev_loss_is_that_of_the_pairs(replayed: Tr
 def test_replay_is_part_of_what_decides_the_adapter(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    road = replay_road(tmp_path / "same", tiny_base_folder, "  replay: {samples: 6}\n")
-    again = road.train()
+    opened = replay_project(tmp_path / "same", tiny_base_folder, "  replay: {samples: 6}\n")
+    again = opened.train()
     assert again.adapter.digest == replayed.adapter.digest
-    assert not road.train().trained
-    file = road.project.root / "tunewright.yaml"
+    assert not opened.train().trained
+    file = opened.folder.root / "tunewright.yaml"
     for other in ("{samples: 6, kl: 3}", "{samples: 6, kl: null}", "null"):
         file.write_text(file.read_text().replace("replay: {samples: 6}", f"replay: {other}"))
-        result = tunewright.open(road.project.root).train()
+        result = tunewright.open(opened.folder.root).train()
         assert result.trained
         assert result.adapter.digest != replayed.adapter.digest
         assert ("replay" in result.adapter.lineage) == (other != "null")
@@ -113,8 +113,8 @@ def test_a_stopped_run_with_replay_goes_on_to_the_same_adapter(
 ) -> None:
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
-        replay_road(folder, tiny_base_folder, reporter=_Interrupting(after)).train()
-    assert replay_road(folder, tiny_base_folder).train().adapter.digest == replayed.adapter.digest
+        replay_project(folder, tiny_base_folder, reporter=_Interrupting(after)).train()
+    assert replay_project(folder, tiny_base_folder).train().adapter.digest == replayed.adapter.digest
 
 
 def test_replay_and_a_mix_in_go_together(tmp_path: Path, tiny_base_folder: Path) -> None:
@@ -122,15 +122,15 @@ def test_replay_and_a_mix_in_go_together(tmp_path: Path, tiny_base_folder: Path)
     tiny_project(folder, tiny_base_folder)
     generic = [{"prompt": f"Write a poem about number {n}.", "completion": f"{n}, oh {n}."} for n in range(30)]
     (folder / "generic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in generic))
-    recipe = folder / "tunewright.yaml"
-    text = recipe.read_text().replace("train:\n", "train:\n  replay: {samples: 6}\n")
-    recipe.write_text(text.replace("data:\n", "data:\n  mix: {source: generic.jsonl, fraction: 0.1}\n"))
-    road = tunewright.open(folder)
-    road.data.add([folder / "pairs.jsonl"])
-    version = road.data.version()
+    config = folder / "tunewright.yaml"
+    text = config.read_text().replace("train:\n", "train:\n  replay: {samples: 6}\n")
+    config.write_text(text.replace("data:\n", "data:\n  mix: {source: generic.jsonl, fraction: 0.1}\n"))
+    opened = tunewright.open(folder)
+    opened.data.add([folder / "pairs.jsonl"])
+    version = opened.data.version()
     mixed = sum(m.mixed for m in version.members)
     assert mixed
-    lineage = road.train().adapter.lineage
+    lineage = opened.train().adapter.lineage
     assert lineage["training"]["rows"] == len(version.examples("train"))
     assert lineage["dataset"]["mix"]["drawn"] == mixed
     assert lineage["replay"]["rows"] == 6
@@ -141,24 +141,24 @@ def test_a_sweep_counts_the_rows_that_there_are_and_not_those_that_were_wanted(
 ) -> None:
     monkeypatch.setattr(self_samples, "_FEWEST_CHUNKS", 1)
     monkeypatch.setattr(self_samples, "_MOST_DRAWN", 1)
-    road = replay_road(tmp_path / "project", tiny_base_folder, "  replay: {samples: 24}\n  evaluate_rows: 0\n")
-    sweep = Sweep(road.project, road.data.version(), road.base, road.chat, road.reporter)
+    opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 24}\n  evaluate_rows: 0\n")
+    sweep = Sweep(opened.project, opened.data.version(), opened.base, opened.chat, opened.reporter)
     progress = sweep._train_to(sweep.trials[0], sweep.steps)
-    adapter = road.adapters.list()[-1]
+    adapter = opened.adapters.list()[-1]
     replayed = adapter.lineage["replay"]["rows"]
     assert 0 < replayed < 24
     assert (
         sweep.steps
         == sweep.schedule.rungs[-1]
-        == 2 * math.ceil((len(road.data.version().examples("train")) + replayed) / 8)
+        == 2 * math.ceil((len(opened.data.version().examples("train")) + replayed) / 8)
     )
     assert [row["step"] for row in adapter.history if "loss" in row][-1] == progress.steps == sweep.steps
 
 
 def test_replay_on_a_base_in_nf4_holds_to_that_base(tmp_path: Path, tiny_base_folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    road = replay_road(tmp_path / "project", tiny_base_folder, "  replay: {samples: 3}\n  quantize: nf4\n")
-    lineage = road.train().adapter.lineage
+    opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 3}\n  quantize: nf4\n")
+    lineage = opened.train().adapter.lineage
     assert lineage["replay"]["weights"] == {"dtype": "float32", "quantize": "nf4"}
     assert lineage["replay"]["rows"] == 3
 
@@ -253,9 +253,9 @@ def test_on_replayed_rows_the_loss_is_the_divergence_from_the_base(
     share: bool, most_logits: int, tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against probabilities summed token by token, one row at a time, by the same model with its adapter off and on."""
-    from tunewright.training import head
+    from tunewright.training.packing import fused_loss
 
-    monkeypatch.setattr(head, "TILE_LOGITS", most_logits)  # the smaller: in parts
+    monkeypatch.setattr(fused_loss, "TILE_LOGITS", most_logits)  # the smaller: in parts
     trainer, rows = _model(tiny_base_folder, share, 2.5, tmp_path), _rows()
     model = trainer.model
     loss = trainer.compute_loss(model, trainer.collate(rows))
@@ -308,9 +308,9 @@ def test_the_adapters_weights_are_trained_after_the_base_was_asked(tmp_path: Pat
 
 def test_a_divergence_is_never_negative_and_moves_only_the_adapters_side() -> None:
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50, bias=False)
+    fused_loss = torch.nn.Linear(8, 50, bias=False)
     on, off = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
-    values = divergences(on, off, head)
+    values = divergences(on, off, fused_loss)
     assert bool((values >= 0).all())
     values.sum().backward()
     assert on.grad is not None
@@ -321,8 +321,8 @@ def test_holding_to_the_base_keeps_it_where_learning_its_words_does_not(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     """Trained on the same pairs, an adapter held to the base by much is nearer to it than one that is not at all."""
-    held = replay_road(tmp_path / "held", tiny_base_folder, "  replay: {samples: 24, kl: 3}\n").train().adapter
-    plain = replay_road(tmp_path / "plain", tiny_base_folder, "  replay: null\n").train().adapter
+    held = replay_project(tmp_path / "held", tiny_base_folder, "  replay: {samples: 24, kl: 3}\n").train().adapter
+    plain = replay_project(tmp_path / "plain", tiny_base_folder, "  replay: null\n").train().adapter
     chat = chat_of(byte_tokenizer())
     assert _distance(held.folder, replayed, chat, tiny_base_folder) < 0.5 * _distance(
         plain.folder, replayed, chat, tiny_base_folder
@@ -357,11 +357,11 @@ def test_replay_by_vllm_is_drawn_before_the_base_is_loaded_and_is_another_adapte
 ) -> None:
     install_fake(monkeypatch, tmp_path)
     monkeypatch.setenv("FAKE_TOKEN_SECONDS", "0")
-    road = replay_road(tmp_path / "project", tiny_base_folder)
-    embedded = replay_inputs(road.project)
-    recipe = road.project.recipe
-    by_vllm = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"engine": "vllm"})})
-    project = Project(road.project.root, by_vllm)
+    opened = replay_project(tmp_path / "project", tiny_base_folder)
+    embedded = replay_inputs(opened.project)
+    config = opened.folder.config
+    by_vllm = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"engine": "vllm"})})
+    project = ProjectFolder(opened.folder.root, by_vllm)
     assert replay_inputs(project) == {"replay": {**embedded["replay"], "engine": "vllm"}}
 
     monkeypatch.setenv("RANK", "0")
@@ -375,6 +375,6 @@ def test_replay_by_vllm_is_drawn_before_the_base_is_loaded_and_is_another_adapte
     before = set(children_of(os.getpid()))
     # The stand-in writes turns that come to no end.
     with pytest.raises(UserError, match=r"nothing that the base writes can be used: .* cut off at the token limit"):
-        draw_replay(project, road.data.version(), road.base, road.chat, never, 100, LogReporter())
+        draw_replay(project, opened.data.version(), opened.base, opened.chat, never, 100, LogReporter())
     left = [child for child in children_of(os.getpid()) if child not in before and alive(child)]
     assert not left, "the training base has the memory"

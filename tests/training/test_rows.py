@@ -8,10 +8,10 @@ import pytest
 
 from tiny import CHATML, byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat, Tokens
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.errors import UserError
-from tunewright.progress import LogReporter
 from tunewright.training.rows import encode_members, render_digest, row_faults, told_by, training_rows
 
 CHAT = chat_of(byte_tokenizer())
@@ -42,7 +42,7 @@ def test_a_long_example_is_refused_with_its_length_and_never_cut() -> None:
     assert [len(row.ids) for row in rows] == [len(CHAT.encode(SHORT.example.messages).ids), length]
 
 
-def test_a_long_example_is_left_out_whole_and_named_where_the_recipe_says_drop() -> None:
+def test_a_long_example_is_left_out_whole_and_named_where_the_config_says_drop() -> None:
     reporter = _Warned()
     encoded = training_rows(CHAT, [LONG, SHORT], 60, "drop", reporter)
     assert encoded.rows == [CHAT.encode(SHORT.example.messages)]

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replay_helpers import replay_road, shorten_turns
+from replay_helpers import replay_project, shorten_turns
 
 import tunewright
 from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
 from tiny import byte_tokenizer, chat_of
+from tunewright.api import Project
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message, normalised
-from tunewright.errors import UserError
-from tunewright.models.decoding import Completion, generate
+from tunewright.generation.decoding import Completion, generate
 from tunewright.models.loading import load_model
-from tunewright.progress import LogReporter
-from tunewright.road import Road
 from tunewright.training import self_samples
 from tunewright.training.replay import draw_replay, outsiders
 from tunewright.training.self_samples import BATCH, Sampler, _answer, _instruction
@@ -29,12 +29,12 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten_turns(monkeypatch)
 
 
-def _sampler(road: Road, load: Any, seed: int = 0, purpose: str = "replay") -> Sampler:
+def _sampler(project: Project, load: Any, seed: int = 0, purpose: str = "replay") -> Sampler:
     def complete(requests: Any, ends: Any, on_finished: Any) -> Any:
-        pad = road.chat.tokenizer.pad_token_id
+        pad = project.chat.tokenizer.pad_token_id
         return generate(load(), requests, stop_ids=ends, pad_id=pad, batch_size=BATCH, on_finished=on_finished)
 
-    return Sampler(road.base, road.chat, {}, complete, seed, purpose, road.project.work, road.reporter)
+    return Sampler(project.base, project.chat, {}, complete, seed, purpose, project.folder.work, project.reporter)
 
 
 # How a template's user turn begins and ends
@@ -95,27 +95,28 @@ def test_turns_that_end_with_text_are_cut_there_and_others_come_to_no_end() -> N
 
 
 def test_a_draw_is_a_function_of_the_seed_and_is_kept(tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = replay_road(tmp_path / "a", tiny_base_folder)
-    model = load_model(road.base, "float32", "none")
-    first = _sampler(road, lambda: model).draw(5, lambda examples: {}, finished=True)
+    project = replay_project(tmp_path / "a", tiny_base_folder)
+    model = load_model(project.base, "float32", "none")
+    first = _sampler(project, lambda: model).draw(5, lambda examples: {}, finished=True)
 
     def never() -> Any:
         raise AssertionError("what was drawn is kept")
 
-    assert _sampler(road, never).draw(5, lambda examples: {}, finished=True) == first
-    elsewhere = replay_road(tmp_path / "b", tiny_base_folder)
+    assert _sampler(project, never).draw(5, lambda examples: {}, finished=True) == first
+    elsewhere = replay_project(tmp_path / "b", tiny_base_folder)
     assert _sampler(elsewhere, lambda: model).draw(5, lambda examples: {}, finished=True).text == first.text
-    assert _sampler(road, lambda: model, seed=1).draw(5, lambda examples: {}, finished=True).text != first.text
+    assert _sampler(project, lambda: model, seed=1).draw(5, lambda examples: {}, finished=True).text != first.text
     assert (
-        _sampler(road, lambda: model, purpose="held-out").draw(5, lambda examples: {}, finished=True).text != first.text
+        _sampler(project, lambda: model, purpose="held-out").draw(5, lambda examples: {}, finished=True).text
+        != first.text
     )
 
 
 def test_a_small_draw_of_the_same_rows_is_the_beginning_of_a_larger_one(tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = replay_road(tmp_path / "project", tiny_base_folder)
-    model = load_model(road.base, "float32", "none")
-    large = _sampler(road, lambda: model).draw(8, lambda examples: {}, finished=True)
-    small = _sampler(road, lambda: model).draw(3, lambda examples: {}, finished=True)
+    project = replay_project(tmp_path / "project", tiny_base_folder)
+    model = load_model(project.base, "float32", "none")
+    large = _sampler(project, lambda: model).draw(8, lambda examples: {}, finished=True)
+    small = _sampler(project, lambda: model).draw(3, lambda examples: {}, finished=True)
     assert large.used[:3] == small.used
     assert len({normalised(s.instruction) for s in large.used}) == 8
 
@@ -124,25 +125,27 @@ def test_a_small_draw_of_the_same_rows_is_the_beginning_of_a_larger_one(tmp_path
 def test_draw_writes_no_more_than_asked_for_when_that_is_less_than_half_a_chunk(
     tmp_path: Path, tiny_base_folder: Path, wanted: int, chunk: int
 ) -> None:
-    road = replay_road(tmp_path / "project", tiny_base_folder)
+    project = replay_project(tmp_path / "project", tiny_base_folder)
     text = "Why is the sky blue?"
     asked: list[int] = []
 
     def complete(requests: Any, _ends: Any, _on_finished: Any) -> list[Completion]:
         asked.append(len(requests))
         said = [f"{text} {sum(asked)}-{n}" for n in range(len(requests))]
-        return [Completion(tuple(road.chat.tokenizer(one)["input_ids"]), "stop") for one in said]
+        return [Completion(tuple(project.chat.tokenizer(one)["input_ids"]), "stop") for one in said]
 
-    sampler = Sampler(road.base, road.chat, {}, complete, 0, "replay", road.project.work, road.reporter, wanted)
+    sampler = Sampler(
+        project.base, project.chat, {}, complete, 0, "replay", project.folder.work, project.reporter, wanted
+    )
     drawn = sampler.draw(wanted, lambda examples: {}, finished=True)
     assert len(drawn.used) == wanted
     assert asked == [chunk] * 2 * -(-wanted // chunk), "instructions and answers"
 
 
 def test_samples_of_no_use_are_left_out_by_number_and_counted(tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = replay_road(tmp_path / "project", tiny_base_folder)
-    model = load_model(road.base, "float32", "none")
-    sampler = _sampler(road, lambda: model)
+    project = replay_project(tmp_path / "project", tiny_base_folder)
+    model = load_model(project.base, "float32", "none")
+    sampler = _sampler(project, lambda: model)
     chunk = sampler._chunk(0)
     whole = [s for s in chunk if s.fault is None and s.finished]
     assert len(whole) >= 4
@@ -165,9 +168,9 @@ def test_samples_of_no_use_are_left_out_by_number_and_counted(tmp_path: Path, ti
 
 
 def test_no_sample_is_near_the_domain_or_holds_a_held_out_row(tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = replay_road(tmp_path / "project", tiny_base_folder)
-    version = road.data.version()
-    screen = outsiders(road.project, version, road.chat, 400, road.reporter)
+    project = replay_project(tmp_path / "project", tiny_base_folder)
+    version = project.data.version()
+    screen = outsiders(project.project, version, project.chat, 400, project.reporter)
     test, train = version.examples("test")[0].example.input_text, version.examples("train")[0].example.input_text
     told = {
         "copy of a training row": train + ".",
@@ -190,31 +193,31 @@ def test_a_base_that_writes_nothing_of_use_is_refused(
     monkeypatch.setattr(self_samples, "ANSWER_TOKENS", 1)
     monkeypatch.setattr(self_samples, "INSTRUCTION_TOKENS", 1)
     with pytest.raises(UserError, match="nothing that the base writes can be used") as caught:
-        replay_road(tmp_path / "project", tiny_base_folder).train()
+        replay_project(tmp_path / "project", tiny_base_folder).train()
     assert caught.value.where == "train.replay"
 
 
 def test_without_replay_nothing_is_drawn(tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = replay_road(tmp_path / "project", tiny_base_folder, "")
+    project = replay_project(tmp_path / "project", tiny_base_folder, "")
 
     def never() -> Any:
         raise AssertionError("no base is needed")
 
-    replay = draw_replay(road.project, road.data.version(), road.base, road.chat, never, 100, LogReporter())
+    replay = draw_replay(project.project, project.data.version(), project.base, project.chat, never, 100, LogReporter())
     assert (replay.rows, replay.lineage, replay.files) == ([], {}, {})
 
 
 @pytest.mark.parametrize("value", ["selff", "{samples: 0}", "{kl: 0}", "{kl: -1}", "{fraction: 0.1}"])
 def test_a_replay_that_is_none_is_refused_with_its_line(value: str, tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = replay_road(tmp_path / "project", tiny_base_folder)
-    file = road.project.root / "tunewright.yaml"
+    project = replay_project(tmp_path / "project", tiny_base_folder)
+    file = project.folder.root / "tunewright.yaml"
     file.write_text(file.read_text().replace("replay: {samples: 6}", f"replay: {value}"))
     with pytest.raises(UserError) as caught:
-        _ = tunewright.open(road.project.root).project.recipe
+        _ = tunewright.open(project.folder.root).project.config
     assert "replay" in str(caught.value)
 
 
 def test_the_word_self_means_the_defaults() -> None:
-    from tunewright.recipe import ReplayRecipe, TrainRecipe
+    from tunewright.config import ReplayConfig, TrainConfig
 
-    assert TrainRecipe.model_validate({"replay": "self"}).replay == ReplayRecipe()
+    assert TrainConfig.model_validate({"replay": "self"}).replay == ReplayConfig()

@@ -13,10 +13,10 @@ import pytest
 
 import tunewright
 from command_line import tiny_project
-from tunewright.disk import MANIFEST
-from tunewright.errors import UserError
-from tunewright.progress import LogReporter, LogTask, Task
-from tunewright.road import Road
+from tunewright.api import Project
+from tunewright.core.errors import UserError
+from tunewright.core.io import MANIFEST
+from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.training import stopping
 from tunewright.training.rows import IGNORED, as_columns
 from tunewright.training.train import TrainResult
@@ -45,17 +45,17 @@ class _Counting(LogTask):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def _road(folder: Path, base: Path, reporter: LogReporter | None = None) -> Road:
+def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = None) -> Project:
     if not folder.exists():
         tiny_project(folder, base)
-    road = tunewright.open(folder, reporter)
-    road.data.add([folder / "pairs.jsonl"])
-    return road
+    project = tunewright.open(folder, reporter)
+    project.data.add([folder / "pairs.jsonl"])
+    return project
 
 
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> TrainResult:
-    return _road(tmp_path_factory.mktemp("train") / "project", tiny_base_folder).train()
+    return _opened_project(tmp_path_factory.mktemp("train") / "project", tiny_base_folder).train()
 
 
 def test_the_loss_falls_and_both_curves_are_kept(unstopped: TrainResult) -> None:
@@ -96,12 +96,12 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
     """In the first steps, on a checkpoint's step, at an epoch's end, in the middle of one, and after the last step."""
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
-        _road(folder, tiny_base_folder, Interrupting(after)).train()
+        _opened_project(folder, tiny_base_folder, Interrupting(after)).train()
     assert not list((folder / "adapters").glob("*"))
     (work,) = (folder / ".tunewright" / "training").iterdir()
     # The signal comes while a step is reported: no other one begins.
     assert max(int(c.parent.name.split("-")[1]) for c in work.glob(f"checkpoint-*/{MANIFEST}")) == after
-    resumed = _road(folder, tiny_base_folder).train()
+    resumed = _opened_project(folder, tiny_base_folder).train()
     assert resumed.adapter.digest == unstopped.adapter.digest
     assert not work.exists()
 
@@ -111,16 +111,16 @@ def test_step_that_outlasts_a_stop_is_abandoned_and_the_one_before_is_saved(
 ) -> None:
     """With dropout, the abandoned passes have drawn random numbers, which the resumed step draws once more."""
 
-    def road(name: str) -> Road:
+    def project(name: str) -> Project:
         folder = tiny_project(tmp_path / name, tiny_base_folder)
-        recipe = folder / "tunewright.yaml"
-        recipe.write_text(
-            recipe.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch: 1\n  dropout: 0.1")
+        config = folder / "tunewright.yaml"
+        config.write_text(
+            config.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch: 1\n  dropout: 0.1")
         )
-        return _road(folder, tiny_base_folder)
+        return _opened_project(folder, tiny_base_folder)
 
-    unstopped = road("unstopped").train()
-    stopped = road("project")
+    unstopped = project("unstopped").train()
+    stopped = project("project")
     monkeypatch.setattr(stopping, "GRACE_S", 0.001)  # the eight passes of a step take longer anywhere
     passes = iter(range(1, 10**6))
     training_step = Trainer.training_step
@@ -145,14 +145,14 @@ def test_the_same_inputs_are_not_trained_twice_and_another_seed_is(
     unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tmp_path / "project"
-    road = _road(folder, tiny_base_folder)
-    first = road.train()
+    project = _opened_project(folder, tiny_base_folder)
+    first = project.train()
     assert first.adapter.digest == unstopped.adapter.digest
-    assert not road.train().trained
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("checkpoint_every: 5", "checkpoint_every: 7"))
-    assert not _road(folder, tiny_base_folder).train().trained
-    recipe.write_text(recipe.read_text() + "seed: 1\n")
+    assert not project.train().trained
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("checkpoint_every: 5", "checkpoint_every: 7"))
+    assert not _opened_project(folder, tiny_base_folder).train().trained
+    config.write_text(config.read_text() + "seed: 1\n")
     other = tunewright.open(folder).train()
     assert other.trained
     assert other.adapter.digest != first.adapter.digest
@@ -160,28 +160,28 @@ def test_the_same_inputs_are_not_trained_twice_and_another_seed_is(
 
 def test_an_example_over_the_limit_is_named_and_nothing_is_cut(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tmp_path / "project"
-    road = _road(folder, tiny_base_folder)
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  max_length: 42\n"))
+    project = _opened_project(folder, tiny_base_folder)
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("train:\n", "train:\n  max_length: 42\n"))
     with pytest.raises(UserError, match=r"examples are longer than 42 tokens") as caught:
         tunewright.open(folder).train()
     assert caught.value.where == "train.max_length"
     assert "tokens" in caught.value.what
-    assert road.data.version().examples("train")
+    assert project.data.version().examples("train")
 
 
 def test_fewer_than_fifty_pairs_are_refused_unless_forced(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder, count=60)
-    road = _road(folder, tiny_base_folder)
-    for go in (road.train, road.run):
+    project = _opened_project(folder, tiny_base_folder)
+    for go in (project.train, project.run):
         with pytest.raises(UserError, match="48 training pairs, fewer than 50") as caught:
             go()
         assert "`tunewright advise`" in (caught.value.fix or "")
     assert not (folder / "adapters").exists()
     assert not (folder / "evaluations").exists()  # `run` refuses before it measures anything
-    forced = road.train(force=True).adapter
+    forced = project.train(force=True).adapter
     assert forced.lineage["forced"] == "48 training pairs, fewer than 50"
-    assert road.evaluate().evaluated
+    assert project.evaluate().evaluated
 
 
 def test_enough_pairs_leave_no_word_of_force(unstopped: TrainResult) -> None:

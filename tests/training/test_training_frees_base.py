@@ -13,7 +13,7 @@ import pytest
 import tunewright
 from command_line import tiny_project
 from one_base import counted_bases
-from tunewright.training.head import add_token_losses
+from tunewright.training.packing.fused_loss import add_token_losses
 
 
 @pytest.fixture
@@ -22,35 +22,35 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield found
 
 
-def _road(folder: Path, base: Path, also: str = "", count: int = 80) -> Any:
-    recipe = tiny_project(folder, base, count=count) / "tunewright.yaml"
-    text = recipe.read_text().replace("epochs: 2", "epochs: 1\n  max_length: 512\n  evaluate_rows: 3" + also)
+def _opened_project(folder: Path, base: Path, also: str = "", count: int = 80) -> Any:
+    config = tiny_project(folder, base, count=count) / "tunewright.yaml"
+    text = config.read_text().replace("epochs: 2", "epochs: 1\n  max_length: 512\n  evaluate_rows: 3" + also)
     text = text.replace("evaluate:\n  shots: [1, 2]", "evaluate:\n  shots: [1]\n  max_new_tokens: 4\n  retrievers: []")
-    recipe.write_text(text)
-    road = tunewright.open(folder)
-    road.data.add([folder / "pairs.jsonl"])
-    return road
+    config.write_text(text)
+    project = tunewright.open(folder)
+    project.data.add([folder / "pairs.jsonl"])
+    return project
 
 
 def test_run_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
-    _road(tmp_path / "project", tiny_base_folder).run()
+    _opened_project(tmp_path / "project", tiny_base_folder).run()
     assert counts == [0, 0, 0]  # prompting arms, training, evaluation
 
 
 def test_pilots_hold_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
-    _road(tmp_path / "project", tiny_base_folder, count=160).advise()
+    _opened_project(tmp_path / "project", tiny_base_folder, count=160).advise()
     assert len(counts) >= 3
     assert set(counts) == {0}
 
 
 def test_crossfit_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
-    _road(tmp_path / "project", tiny_base_folder, count=130).crossfit(folds=2)
+    _opened_project(tmp_path / "project", tiny_base_folder, count=130).crossval(folds=2)
     assert counts == [0] * 4
 
 
 def test_sweep_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
-    road = _road(tmp_path / "project", tiny_base_folder, also="\n  replay: {samples: 6}")
-    road.sweep(rates=[1e-3, 1e-2])
+    project = _opened_project(tmp_path / "project", tiny_base_folder, also="\n  replay: {samples: 6}")
+    project.sweep(rates=[1e-3, 1e-2])
     assert len(counts) >= 5  # one for the replayed samples, then one for each trial and rung
     assert set(counts) == {0}
 
@@ -58,14 +58,14 @@ def test_sweep_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_
 def test_sweep_holds_one_base_at_a_time_when_trials_diverge(
     counts: list[int], tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    road = _road(tmp_path / "project", tiny_base_folder, also="\n  alpha: 1" + 30 * "0")
-    result, _ = road.sweep(rates=[1e-3])
+    project = _opened_project(tmp_path / "project", tiny_base_folder, also="\n  alpha: 1" + 30 * "0")
+    result, _ = project.sweep(rates=[1e-3])
     assert [entry.event for entry in result.ledger.entries] == ["diverged", "diverged"]
     assert counts == [0, 0]
 
 
 def test_curve_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
-    _road(tmp_path / "project", tiny_base_folder, count=300).curve(seeds=2)
+    _opened_project(tmp_path / "project", tiny_base_folder, count=300).curve(seeds=2)
     assert counts == [0] * 12
 
 

@@ -16,11 +16,11 @@ import pytest
 import tunewright
 from command_line import tiny_project
 from tunewright.adapters.registry import Adapter
-from tunewright.errors import UserError
+from tunewright.api import Project
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.metrics import normalised
-from tunewright.progress import LogReporter, LogTask, Task
-from tunewright.road import Road
-from tunewright.training.choosing import best_of, evaluations
+from tunewright.training.checkpoint_selection import best_of, evaluations
 
 
 class Told(LogReporter):
@@ -58,16 +58,16 @@ class _Told(LogTask):
         self.told.measured.append((step, dict(numbers)))
 
 
-def _road(folder: Path, base: Path, reporter: LogReporter | None = None, **train: object) -> Road:
+def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = None, **train: object) -> Project:
     """A project on a base that can learn to copy, with further keys in its train section."""
     if not folder.exists():
         tiny_project(folder, base)
-        recipe = folder / "tunewright.yaml"
+        config = folder / "tunewright.yaml"
         keys = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in train.items())
-        recipe.write_text(recipe.read_text().replace("train:\n", f"train:\n{keys}"))
-    road = tunewright.open(folder, reporter)
-    road.data.add([folder / "pairs.jsonl"])
-    return road
+        config.write_text(config.read_text().replace("train:\n", f"train:\n{keys}"))
+    opened = tunewright.open(folder, reporter)
+    opened.data.add([folder / "pairs.jsonl"])
+    return opened
 
 
 @pytest.fixture(scope="module")
@@ -86,30 +86,30 @@ def quick_base(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path)
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory: pytest.TempPathFactory, quick_base: Path) -> tuple[Road, Adapter, Told]:
+def learnt(tmp_path_factory: pytest.TempPathFactory, quick_base: Path) -> tuple[Project, Adapter, Told]:
     told = Told()
     folder = tmp_path_factory.mktemp("watch") / "p"
-    road = _road(folder, quick_base, told, schedule="constant", evaluate_every=20)
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 10"))
-    road = _road(folder, quick_base, told)
-    return road, road.train().adapter, told
+    opened = _opened_project(folder, quick_base, told, schedule="constant", evaluate_every=20)
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 10"))
+    opened = _opened_project(folder, quick_base, told)
+    return opened, opened.train().adapter, told
 
 
-def _files(road: Road) -> Path:
-    (work,) = (road.project.work / "training").iterdir()
+def _files(opened: Project) -> Path:
+    (work,) = (opened.folder.work / "training").iterdir()
     return work
 
 
 def test_every_evaluation_scores_what_transformers_answers_with_that_adapter(
-    learnt: tuple[Road, Adapter, Told], quick_base: Path
+    learnt: tuple[Project, Adapter, Told], quick_base: Path
 ) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    road, adapter, _ = learnt
-    dev = road.data.version().examples("dev")
+    opened, adapter, _ = learnt
+    dev = opened.data.version().examples("dev")
     told = adapter.lineage["training"]
     assert [e["step"] for e in told["epochs"]] == [20, 40, 60, 80, 100, 120]
     assert (told["metric"], told["dev_rows_answered"]) == ("exact_match", len(dev))
@@ -121,10 +121,12 @@ def test_every_evaluation_scores_what_transformers_answers_with_that_adapter(
         model = PeftModel.from_pretrained(base, folder).eval()
         answers = []
         for row in dev:
-            prompt = road.chat.prompt(row.example.prompt)
+            prompt = opened.chat.prompt(row.example.prompt)
             with torch.inference_mode():
                 ids = model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
-            answers.append(road.chat.text([i for i in ids[0, len(prompt) :].tolist() if i not in road.chat.stop_ids]))
+            answers.append(
+                opened.chat.text([i for i in ids[0, len(prompt) :].tolist() if i not in opened.chat.stop_ids])
+            )
         right = [normalised(a) == normalised(row.example.output) for a, row in zip(answers, dev, strict=True)]
         scores.append(sum(right) / len(right))
     assert [e["dev_metric"] for e in told["epochs"]] == pytest.approx(scores)
@@ -132,7 +134,7 @@ def test_every_evaluation_scores_what_transformers_answers_with_that_adapter(
 
 
 def test_the_kept_adapter_is_the_best_by_the_metric_and_lineage_history_and_words_agree(
-    learnt: tuple[Road, Adapter, Told],
+    learnt: tuple[Project, Adapter, Told],
 ) -> None:
     _, adapter, told = learnt
     epochs = adapter.lineage["training"]["epochs"]
@@ -148,7 +150,7 @@ def test_the_kept_adapter_is_the_best_by_the_metric_and_lineage_history_and_word
     assert f"{100 * epochs[-1]['dev_metric']:.1f}%" in lines[-1]
 
 
-def test_curves_get_every_step_and_evaluation(learnt: tuple[Road, Adapter, Told]) -> None:
+def test_curves_get_every_step_and_evaluation(learnt: tuple[Project, Adapter, Told]) -> None:
     _, adapter, told = learnt
     steps = [(step, numbers["loss"]) for step, numbers in told.measured if "loss" in numbers]
     assert steps == [(row["step"], row["loss"]) for row in adapter.history if "loss" in row]
@@ -156,7 +158,7 @@ def test_curves_get_every_step_and_evaluation(learnt: tuple[Road, Adapter, Told]
     assert all(set(numbers) == {"eval_loss", "exact_match"} for numbers in dev)
 
 
-def test_a_step_s_row_has_speed_rate_and_gradient(learnt: tuple[Road, Adapter, Told]) -> None:
+def test_a_step_s_row_has_speed_rate_and_gradient(learnt: tuple[Project, Adapter, Told]) -> None:
     first, *others = [row for row in learnt[1].history if "loss" in row]
     assert set(first) == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
     assert all(set(row) == {*first, "tokens_per_s"} and row["tokens_per_s"] > 0 for row in others)
@@ -167,8 +169,8 @@ def test_evaluating_more_often_does_not_disturb_training(tmp_path: Path, tiny_ba
     last = []
     for name, every in (("seldom", 24), ("often", 4)):
         told = Told()
-        road = _road(tmp_path / name, tiny_base_folder, told, dropout=0.2, evaluate_every=every)
-        adapter = road.train().adapter
+        opened = _opened_project(tmp_path / name, tiny_base_folder, told, dropout=0.2, evaluate_every=every)
+        adapter = opened.train().adapter
         kept = adapter.lineage["training"]["kept_step"]
         folder = adapter.folder if kept == 24 else adapter.checkpoint("step-24")
         last.append((folder / "adapter_model.safetensors").read_bytes())
@@ -192,7 +194,7 @@ def test_a_run_that_is_evaluated_at_every_step_keeps_nine_adapters_on_the_disk(
     monkeypatch.setattr(checkpoints, "_let_go_of_others", counting)
     keys = {"evaluate_every": 1, "evaluate_rows": 0}
     told = Told()
-    whole = _road(tmp_path / "whole", tiny_base_folder, told, **keys).train().adapter
+    whole = _opened_project(tmp_path / "whole", tiny_base_folder, told, **keys).train().adapter
     evaluated = whole.lineage["training"]["epochs"]
     assert len(evaluated) == 24
     best = sorted(evaluated, key=lambda e: e["dev_loss"])[:8]
@@ -201,11 +203,11 @@ def test_a_run_that_is_evaluated_at_every_step_keeps_nine_adapters_on_the_disk(
     assert f"Of 24 evaluations the adapters of {len(expected)} are kept: the best and the last." in told.lines
     assert most <= 10
     with pytest.raises(KeyboardInterrupt):
-        _road(tmp_path / "stopped", tiny_base_folder, Told(after=17), **keys).train()
+        _opened_project(tmp_path / "stopped", tiny_base_folder, Told(after=17), **keys).train()
     newest = max(_files(tunewright.open(tmp_path / "stopped")).glob("checkpoint-*"), key=checkpoints.step_of)
     (newest / "optimizer.pt").write_bytes(b"")
     again = Told()
-    went_on = _road(tmp_path / "stopped", tiny_base_folder, again).train().adapter
+    went_on = _opened_project(tmp_path / "stopped", tiny_base_folder, again).train().adapter
     assert "Going on from step 16 of 24" in again.lines
     assert went_on.digest == whole.digest
     assert went_on.checkpoints.keys() == whole.checkpoints.keys()
@@ -215,10 +217,10 @@ def test_rows_to_answer_are_bounded_said_and_none_leaves_the_loss_to_choose(
     tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     told = Told()
-    some = _road(tmp_path / "some", tiny_base_folder, told, evaluate_rows=5).train().adapter
+    some = _opened_project(tmp_path / "some", tiny_base_folder, told, evaluate_rows=5).train().adapter
     assert some.lineage["training"]["dev_rows_answered"] == 5
     assert "Each evaluation answers 5 of the 12 dev rows, drawn by the seed (train.evaluate_rows)." in told.lines
-    none = _road(tmp_path / "none", tiny_base_folder, evaluate_rows=0).train().adapter
+    none = _opened_project(tmp_path / "none", tiny_base_folder, evaluate_rows=0).train().adapter
     training = none.lineage["training"]
     assert (training["metric"], training["dev_rows_answered"]) == (None, 0)
     assert [e["dev_metric"] for e in training["epochs"]] == [None, None]
@@ -226,12 +228,12 @@ def test_rows_to_answer_are_bounded_said_and_none_leaves_the_loss_to_choose(
 
 
 def test_patience_ends_a_run_and_a_stopped_run_ends_there_too(tmp_path: Path, tiny_base_folder: Path) -> None:
-    def project(name: str, reporter: Told) -> Road:
+    def project(name: str, reporter: Told) -> Project:
         keys = {"evaluate_every": 1, "patience": 1, "schedule": "constant"}
-        _road(tmp_path / name, tiny_base_folder, reporter, **keys)
-        recipe = tmp_path / name / "tunewright.yaml"
-        recipe.write_text(recipe.read_text().replace("learning_rate: 0.003", "learning_rate: 0.3"))
-        return _road(tmp_path / name, tiny_base_folder, reporter)
+        _opened_project(tmp_path / name, tiny_base_folder, reporter, **keys)
+        config = tmp_path / name / "tunewright.yaml"
+        config.write_text(config.read_text().replace("learning_rate: 0.003", "learning_rate: 0.3"))
+        return _opened_project(tmp_path / name, tiny_base_folder, reporter)
 
     told = Told()
     whole = project("whole", told).train().adapter
@@ -263,20 +265,20 @@ def test_the_metrics_of_a_killed_run_go_on_without_gap_or_repetition(tmp_path: P
     import subprocess
 
     folder = tmp_path / "project"
-    road = _road(folder, tiny_base_folder)
+    opened = _opened_project(folder, tiny_base_folder)
     tests = str(Path(__file__).parents[1])
     script = _KILLED.format(tests=tests, folder=str(folder), base=str(tiny_base_folder), after=9)
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
-    before = [json.loads(line) for line in (_files(road) / "metrics.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in (_files(opened) / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in before] == list(range(1, 10))  # checkpoints are made each 5 steps
     told = Told(after=14)
     with pytest.raises(KeyboardInterrupt):
-        _road(folder, tiny_base_folder, told).train()
-    between = [json.loads(line) for line in (_files(road) / "metrics.jsonl").read_text().splitlines()]
+        _opened_project(folder, tiny_base_folder, told).train()
+    between = [json.loads(line) for line in (_files(opened) / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in between if "loss" in row] == list(range(1, 15))
     assert _without_speed(between[:9]) == _without_speed(before)
-    history = _road(folder, tiny_base_folder).train().adapter.history
+    history = _opened_project(folder, tiny_base_folder).train().adapter.history
     assert [row["step"] for row in history if "loss" in row] == list(range(1, 25))
     assert [row["step"] for row in history if "eval_loss" in row] == [12, 24]
     assert _without_speed(history[: len(between)]) == _without_speed(between)
@@ -305,11 +307,11 @@ def test_a_broken_step_names_exactly_the_rows_it_was_made_of(
         return step(self, model, inputs, items)
 
     monkeypatch.setattr(Trainer, "training_step", breaking)
-    road = _road(tmp_path / "p", tiny_base_folder)
+    opened = _opened_project(tmp_path / "p", tiny_base_folder)
     with pytest.raises(UserError, match="at step 15; no adapter is kept") as caught:
-        road.train()
-    text = road.chat.text(batches[14][0])
-    rows = road.data.version().examples("train")
+        opened.train()
+    text = opened.chat.text(batches[14][0])
+    rows = opened.data.version().examples("train")
     # An input ends in a number that no other has.
     inside = {row.key[:12] for row in rows if row.example.input_text.split()[-1] in text.replace("<", " ").split()}
     named = {line.split()[1] for line in caught.value.what.splitlines() if line.startswith("  example")}
@@ -321,9 +323,9 @@ def test_a_broken_step_names_exactly_the_rows_it_was_made_of(
 def test_tensorboard_gets_every_number_in_the_project_s_folder(tmp_path: Path, tiny_base_folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    road = _road(tmp_path / "p", tiny_base_folder, report_to=["tensorboard"])
+    opened = _opened_project(tmp_path / "p", tiny_base_folder, report_to=["tensorboard"])
     before = dict(os.environ)
-    adapter = road.train().adapter
+    adapter = opened.train().adapter
     assert dict(os.environ) == before
     (run,) = (tmp_path / "p" / ".tunewright" / "trackers" / "tensorboard").iterdir()
     events = EventAccumulator(str(run))
@@ -341,8 +343,8 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "trackio" else found(name, *a))
     told = Told()
-    road = _road(tmp_path / "p", tiny_base_folder, told, report_to=["tensorboard", "trackio"])
-    for go in (road.train, road.run):
+    opened = _opened_project(tmp_path / "p", tiny_base_folder, told, report_to=["tensorboard", "trackio"])
+    for go in (opened.train, opened.run):
         with pytest.raises(UserError, match="trackio is not installed") as caught:
             go()
         assert (caught.value.fix or "").startswith("pip install trackio")
@@ -357,8 +359,8 @@ def test_an_mlflow_store_that_mlflow_refuses_is_told_before_anything_is_loaded(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     told = Told()
-    road = _road(tmp_path / "p", tiny_base_folder, told, report_to=["mlflow"])
+    opened = _opened_project(tmp_path / "p", tiny_base_folder, told, report_to=["mlflow"])
     with pytest.raises(UserError, match="MLflow does not open MLFLOW_TRACKING_URI=file:") as caught:
-        road.train()
+        opened.train()
     assert caught.value.where == "train.report_to"
     assert not any(line.startswith("Loading") for line in told.lines)

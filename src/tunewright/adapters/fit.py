@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunewright.adapters.registry import Adapter
-from tunewright.errors import UserError
+from tunewright.config import Quantize
+from tunewright.core.errors import UserError
 from tunewright.models.bases import Base
-from tunewright.recipe import Quantize
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
@@ -39,7 +39,7 @@ def require_fit(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
             f"it was trained on {trained_on['spec']} ({trained_on['digest'][:12]}), and the base here is "
             f"{base.spec} ({base.digest[:12]}): {'; '.join(told)}",
             where=adapter.name,
-            fix="Set the recipe's base to the one it was trained on, or train again.",
+            fix="Set the config's base to the one it was trained on, or train again.",
         )
     if rendering:
         raise UserError(

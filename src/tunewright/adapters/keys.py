@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from tunewright.adapters.manifest import Digest, Name, Record, parse_record
-from tunewright.clock import now
-from tunewright.disk import write_json, writing
-from tunewright.errors import UserError
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_json, writing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey

@@ -9,10 +9,10 @@ from typing import Any
 
 from tunewright.adapters.registry import Adapter
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
+from tunewright.core.errors import UserError
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import keys_digest, list_versions, load_version
 from tunewright.data.versions.members import Places, read_places
-from tunewright.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SplitTrace:
     digest: str
     rows: int
     left_out: tuple[str, ...]
-    """Pair keys of rows that were too long, which the recipe had training leave out."""
+    """Pair keys of rows that were too long, which the config had training leave out."""
     keys: tuple[str, ...] | None
     """The pair keys of all its rows, sorted; None where the version is not here, or has other rows in this split."""
 
@@ -43,14 +43,14 @@ class DatasetTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """An adapter and all that it was made of; a foreign adapter has no recipe and no dataset."""
+    """An adapter and all that it was made of; a foreign adapter has no config and no dataset."""
 
     name: str
     digest: str
     created: str
     base: Mapping[str, Any]
     template: str
-    recipe: Mapping[str, Any] | None
+    config: Mapping[str, Any] | None
     seed: int | None
     dataset: DatasetTrace | None
     system_prompt: SystemPrompt
@@ -87,7 +87,7 @@ def trace(adapter: Adapter, dataset: Path) -> Trace:
         created=lineage["created"],
         base=lineage["base"],
         template=lineage["template_digest"],
-        recipe=lineage.get("recipe"),
+        config=lineage.get("config"),
         seed=lineage.get("seed"),
         dataset=_dataset(lineage, dataset) if "dataset" in lineage else None,
         system_prompt=system_prompt(adapter, dataset),

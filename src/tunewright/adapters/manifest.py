@@ -1,6 +1,6 @@
 """An adapter's manifest: the digest of every file in its folder, and by digest what it was made of.
 
-``manifest.json`` is the canonical JSON (:func:`tunewright.disk.canonical_json`) of this, to the byte: it is what
+``manifest.json`` is the canonical JSON (:func:`tunewright.core.io.canonical_json`) of this, to the byte: it is what
 signatures are over. Beside it may lie, and is no part of it:
 
   signature.json    who stands for the manifest
@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunewright.adapters.strict_json import strict_object
-from tunewright.disk import canonical_json, file_digest
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, file_digest
 
 MANIFEST = "manifest.json"
 SIGNATURE = "signature.json"

@@ -22,13 +22,13 @@ from typing import Any
 
 from tunewright.adapters.keys import PrivateKey
 from tunewright.adapters.manifest import LOCAL, MANIFEST, changes, make_manifest, read_manifest
-from tunewright.adapters.servable import CONFIG as CONFIG
-from tunewright.adapters.servable import WEIGHTS as WEIGHTS
-from tunewright.adapters.servable import check_adapter
 from tunewright.adapters.signing import sign
-from tunewright.disk import digest, file_digest, new_folder, text_lines, write_json, write_text
-from tunewright.errors import UserError
-from tunewright.recipe import Quantize
+from tunewright.adapters.vllm_compat import CONFIG as CONFIG
+from tunewright.adapters.vllm_compat import WEIGHTS as WEIGHTS
+from tunewright.adapters.vllm_compat import check_adapter
+from tunewright.config import Quantize
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, file_digest, new_folder, text_lines, write_json, write_text
 
 LINEAGE = "lineage.json"
 HISTORY = "metrics.jsonl"
@@ -73,7 +73,7 @@ class Adapter:
     def quantize(self) -> Quantize:
         """How the base was held while it was trained."""
         # Before there was the key, every base was held whole.
-        held: Quantize = self.lineage.get("recipe", {}).get("train", self.lineage).get("quantize", "none")
+        held: Quantize = self.lineage.get("config", {}).get("train", self.lineage).get("quantize", "none")
         return held
 
     @property
@@ -84,7 +84,7 @@ class Adapter:
         return found
 
     def was_trained_by(self, inputs_digest: str) -> bool:
-        """Whether these inputs (dataset, base, template, recipe, seed) made this adapter."""
+        """Whether these inputs (dataset, base, template, config, seed) made this adapter."""
         return inputs_digest in (*self._trained_by, *self.local.get("also_inputs", []))
 
     @property
@@ -104,7 +104,7 @@ class Adapter:
         """The run's metrics, oldest first: ``step``, ``epoch``, and a step's ``loss`` or an evaluation's ``eval_loss``.
 
         A step also has ``learning_rate``, ``grad_norm`` before clipping, and ``tokens_per_s``; an evaluation
-        ``eval_metric``, the share that the recipe's metric gives. A foreign adapter has none.
+        ``eval_metric``, the share that the config's metric gives. A foreign adapter has none.
         """
         file = self.folder / HISTORY
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
@@ -137,7 +137,7 @@ class Adapter:
     def verify(self, step: str | None = None) -> None:
         """Check that weights, configuration and lineage (and a checkpoint's files) are what they were when stored.
 
-        All files and the signatures are what :func:`tunewright.adapters.standing.standing` looks at.
+        All files and the signatures are what :func:`tunewright.adapters.trust.standing` looks at.
 
         Raises:
             UserError: a file is missing or has changed.
@@ -153,7 +153,7 @@ class Adapter:
             raise UserError(
                 f"the adapter's files are not the ones that were stored: {', '.join(told) or 'another digest'}",
                 where=str(self.folder),
-                fix="Remove the folder and train again; the training data and recipe are still there.",
+                fix="Remove the folder and train again; the training data and config are still there.",
             )
 
 

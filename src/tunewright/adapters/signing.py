@@ -16,9 +16,9 @@ from pydantic import Field
 
 from tunewright.adapters.keys import PrivateKey, TrustedKeys, private_keys
 from tunewright.adapters.manifest import MANIFEST, SIGNATURE, Digest, Record, parse_record
-from tunewright.disk import write_json
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_json
+from tunewright.core.progress import Reporter
 
 PAYLOAD_TYPE: Final = "application/vnd.tunewright.adapter+json"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 
 _DEEPEST = 32
 """Levels of brackets: a lineage has 7."""

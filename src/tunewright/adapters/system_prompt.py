@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.registry import Adapter
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.versions import Member, load_version
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
 
 KEY = "system_prompt"
 """The lineage's key."""

@@ -8,11 +8,11 @@ from typing import Any
 from tunewright.chat.format import ChatFormat, Tokens, chat_format
 from tunewright.chat.kept import kept_format
 from tunewright.chat.opening import open_chat
+from tunewright.config import ChatConfig, DataConfig
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.data.formats.checks import RowError, example_from_object
-from tunewright.errors import UserError
+from tunewright.data.readers.validate import RowError, example_from_object
 from tunewright.models.bases import Base
-from tunewright.recipe import ChatRecipe, DataRecipe
 
 __all__ = ["ChatFormat", "Tokens", "chat_format", "encode", "open_chat"]
 
@@ -34,7 +34,7 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
         raise UserError("a conversation is a list of turns", where="messages")
     turns = [m.as_dict() if isinstance(m, Message) else m for m in messages]
     try:
-        example = example_from_object({"messages": turns}, DataRecipe(max_characters=2**31))
+        example = example_from_object({"messages": turns}, DataConfig(max_characters=2**31))
     except RowError as error:
         raise UserError(str(error), where="messages") from error
     if isinstance(tokenizer_or_base, Base):
@@ -45,5 +45,5 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
             f"a {type(tokenizer_or_base).__name__} is neither a base nor a tokenizer with an end-of-text token",
             where="tokenizer_or_base",
         )
-    chat = kept_format(tokenizer_or_base, stop_ids=frozenset([eos]), kind="own", today=ChatRecipe().date)
+    chat = kept_format(tokenizer_or_base, stop_ids=frozenset([eos]), kind="own", today=ChatConfig().date)
     return chat.encode(example.messages)

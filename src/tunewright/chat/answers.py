@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunewright.chat.format import ChatFormat
+from tunewright.config import Config
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.progress import Reporter
-from tunewright.recipe import Recipe
 
 if TYPE_CHECKING:
-    from tunewright.models.constraints import Constraint, Grammar
-    from tunewright.models.requests import Completion
+    from tunewright.generation.constraints import Constraint, Grammar
+    from tunewright.generation.requests import Completion
 
 PLAIN_STOPS = tuple(f"{line}### {heading}" for heading in ("Instruction", "Response") for line in ("\n\n", "\n"))
 """The plain form's headings: a base that goes on after an answer, instead of ending it, writes the next turn."""
 
 
-def stop_strings(recipe: Recipe, chat: ChatFormat) -> tuple[str, ...]:
-    """What ends an answer beside the base's end tokens: the recipe's, else the plain form's headings.
+def stop_strings(config: Config, chat: ChatFormat) -> tuple[str, ...]:
+    """What ends an answer beside the base's end tokens: the config's, else the plain form's headings.
 
-    A base's own chat template ends turns with a token, so it has none unless the recipe names some.
+    A base's own chat template ends turns with a token, so it has none unless the config names some.
     """
-    if recipe.evaluate.stop is not None:
-        return recipe.evaluate.stop
+    if config.evaluate.stop is not None:
+        return config.evaluate.stop
     return PLAIN_STOPS if chat.template.kind == "plain" else ()
 
 
@@ -43,7 +43,7 @@ def constraint_on(chat: ChatFormat, grammar: Grammar) -> Constraint:
     Raises:
         UserError: the grammar engine does not take it.
     """
-    from tunewright.models.constraints import Constraint, around_answers
+    from tunewright.generation.constraints import Constraint, around_answers
 
     text = "x"
     tokens = chat.encode([Message("user", text), Message("assistant", text)])
@@ -51,14 +51,14 @@ def constraint_on(chat: ChatFormat, grammar: Grammar) -> Constraint:
     return Constraint(grammar, chat.tokenizer, chat.stop_ids, around_answers(chat.tokenizer, answer, text))
 
 
-def answer_limit(recipe: Recipe, chat: ChatFormat, members: Iterable[Member]) -> int:
-    """The longest answer in tokens: the recipe's, else the 99th percentile of these with room.
+def answer_limit(config: Config, chat: ChatFormat, members: Iterable[Member]) -> int:
+    """The longest answer in tokens: the config's, else the 99th percentile of these with room.
 
     The room is a quarter of it, at least 8 tokens. The very longest answer may be a stray one, and every answer that
     comes to no end runs as far as the limit.
     """
-    if recipe.evaluate.max_new_tokens is not None:
-        return recipe.evaluate.max_new_tokens
+    if config.evaluate.max_new_tokens is not None:
+        return config.evaluate.max_new_tokens
     lengths = answer_lengths(chat, [m.example for m in members])
     usual = int(np.percentile(lengths, 99, method="inverted_cdf"))  # that many tokens hold 99 answers of 100
     return usual + max(8, math.ceil(usual / 4))

@@ -15,9 +15,9 @@ from typing import Any
 
 from tunewright.chat.templates import PLAIN_INSTEAD, Template, TemplateKind
 from tunewright.chat.text import Piece, TextEncoder
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
 from tunewright.data.examples import Message, Role
-from tunewright.disk import digest
-from tunewright.errors import UserError
 
 _MOST_SHAPES = 1000
 _SHAPES: tuple[tuple[Role, ...], ...] = (

@@ -6,21 +6,21 @@ from typing import Any
 
 from tunewright.chat.format import ChatFormat, chat_format
 from tunewright.chat.templates import TemplateKind
-from tunewright.errors import UserError
+from tunewright.config import ChatConfig
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter, Reporter
 from tunewright.models.bases import Base
 from tunewright.models.embeddings import untrained_tokens
 from tunewright.models.loading import TEKKEN, end_token_ids, load_tokenizer
-from tunewright.progress import LogReporter, Reporter
-from tunewright.recipe import ChatRecipe
 
 
-def open_chat(base: Base, settings: ChatRecipe | None = None, reporter: Reporter | None = None) -> ChatFormat:
+def open_chat(base: Base, settings: ChatConfig | None = None, reporter: Reporter | None = None) -> ChatFormat:
     """The format that conversations with this base have.
 
     Raises:
         UserError: no usable template, or one that writes tokens whose embeddings were never trained.
     """
-    settings = settings or ChatRecipe()
+    settings = settings or ChatConfig()
     tokenizer = load_tokenizer(base)
     if not tokenizer.chat_template and (base.folder / TEKKEN).exists() and settings.template != "plain":
         tokenizer.chat_template = _mistrals_template(base, settings)
@@ -39,7 +39,7 @@ def open_chat(base: Base, settings: ChatRecipe | None = None, reporter: Reporter
     return chat
 
 
-def _mistrals_template(base: Base, settings: ChatRecipe) -> str:
+def _mistrals_template(base: Base, settings: ChatConfig) -> str:
     """Return the chat template that mistral-common writes for the base's tekken.json.
 
     Raises:

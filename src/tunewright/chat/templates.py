@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import jinja2
 
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
 
 TemplateKind = Literal["own", "plain"]
 

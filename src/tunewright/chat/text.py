@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
 
 # Piece of a rendered text: a control token's id, or the text between two of them.
 Piece = int | str

@@ -9,14 +9,14 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from tunewright.clock import to_the_second
+from tunewright.core.clock import to_the_second
 
 if TYPE_CHECKING:
     from tunewright.adapters.lineage import DatasetTrace, Trace
     from tunewright.adapters.registry import Adapter
-    from tunewright.adapters.standing import Standing
-    from tunewright.road.adapters import Shown
-    from tunewright.road.keys import KnownKey
+    from tunewright.adapters.trust import Standing
+    from tunewright.api.adapters import Shown
+    from tunewright.api.keys import KnownKey
 
 _SHORT = 12
 
@@ -71,12 +71,12 @@ def lineage_tree(shown: Shown) -> Tree:
         )
     if trace.scaled:
         _add(tree, f"{trace.scaled['parent']} times {trace.scaled['factor']:g}")
-    if trace.recipe:
-        train = trace.recipe["train"]
-        recipe = _add(tree, f"recipe, seed {trace.seed}")
-        _add(recipe, f"LoRA on {', '.join(train['targets'])}")
-        _add(recipe, f"rank {train['rank']}, alpha {train['alpha']}, learning rate {train['learning_rate']:g}")
-        _add(recipe, f"{train['epochs']} epochs in batches of {train['batch_size']}")
+    if trace.config:
+        train = trace.config["train"]
+        config = _add(tree, f"config, seed {trace.seed}")
+        _add(config, f"LoRA on {', '.join(train['targets'])}")
+        _add(config, f"rank {train['rank']}, alpha {train['alpha']}, learning rate {train['learning_rate']:g}")
+        _add(config, f"{train['epochs']} epochs in batches of {train['batch_size']}")
     base = _add(tree, f"base {trace.base['spec']}, digest {trace.base['digest'][:_SHORT]}" + _stated(trace))
     if trace.base["commit"]:
         _add(base, f"commit {trace.base['commit']}")

@@ -10,7 +10,7 @@ import typer
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import CANT_TELL, FAILED, session
 
-# As in recipe.section, which is too heavy to import for --help.
+# As in config.section, which is too heavy to import for --help.
 Quantize = Literal["none", "nf4"]
 
 Adapter = Annotated[str | None, typer.Argument(help="The adapter's name, or its beginning.", show_default="the newest")]
@@ -127,8 +127,8 @@ def adapters_import(
     import tunewright
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter).adapters
-        got = road.import_(
+        opened = tunewright.open(project, current.reporter).adapters
+        got = opened.import_(
             source,
             name=name,
             base_matches=base_matches,

@@ -6,11 +6,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.advice.result import AdviceResult
-from tunewright.advice.signals import Signals
-from tunewright.advice.wording import changes, expectations, measured
+from tunewright.advisor.result import AdviceResult
+from tunewright.advisor.signals import Signals
+from tunewright.advisor.wording import changes, expectations, measured
 from tunewright.cli.tables import prompting_tables
-from tunewright.evaluation.parts import Interval, Score
+from tunewright.evidence.base import Interval, Score
 from tunewright.metrics import axis_label
 
 _COLOURS = {"fine-tune": "bold green", "prompt": "bold cyan", "retrieve": "bold cyan", "can't tell": "bold yellow"}

@@ -32,22 +32,22 @@ def advise(
     stopped.
     """
     import tunewright
+    from tunewright.api import Project
     from tunewright.cli.advice_tables import advice_tables
-    from tunewright.errors import UserError
-    from tunewright.project import Project
-    from tunewright.road import Road
+    from tunewright.config.project import ProjectFolder
+    from tunewright.core.errors import UserError
 
     with session(json, project, kept=RESUMES) as current:
         if stored is None:
-            road = tunewright.open(project, current.reporter)
-            result = road.advise(pilot=not no_pilot, minutes=minutes)
-            document = {**result.as_dict(), "prospects": [told.as_dict() for told in road.prospects()]}
+            opened = tunewright.open(project, current.reporter)
+            result = opened.advise(pilot=not no_pilot, minutes=minutes)
+            document = {**result.as_dict(), "prospects": [told.as_dict() for told in opened.prospects()]}
         elif no_pilot or minutes is not None:
             option = "--no-pilot" if no_pilot else "--minutes"
             raise UserError("stored advice is only read", where=option, fix="Leave one of the two out.")
         else:
             # Not opened as a project: the file is enough, wherever it lies.
-            result = Road(Project(project), current.reporter).advise(stored)
+            result = Project(ProjectFolder(project), current.reporter).advise(stored)
             document = result.as_dict()
         current.show(document, *advice_tables(result))
         raise typer.Exit(result.decision.exit_code)

@@ -23,9 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tunewright.cli.stopping import STOPPED, stoppable
-from tunewright.errors import UserError
-from tunewright.progress import Task
-from tunewright.training import processes
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Task
+from tunewright.training import distributed
 
 if TYPE_CHECKING:
     from tunewright.cli.curves import Curves
@@ -207,7 +207,7 @@ class Session:
             stderr=True,
             soft_wrap=not on_terminal,
             width=None if on_terminal else _LOG_WIDTH,
-            quiet=not processes.is_main(),
+            quiet=not distributed.is_main(),
         )
         self.reporter = ConsoleReporter(self.console)
 
@@ -216,7 +216,7 @@ class Session:
 
         ``alone`` is for a result that scripts read line by line: it is all of stdout, and ``people`` go to stderr.
         """
-        if not processes.is_main():
+        if not distributed.is_main():
             return
         if self.as_json:
             self.print_out(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
@@ -232,18 +232,18 @@ class Session:
 
     def print_out(self, text: str) -> None:
         """Print on stdout exactly this text. Ends the command where the reader of a pipe has closed it."""
-        if processes.is_main():
+        if distributed.is_main():
             _write(text)
 
     def tell_standing(self, project: Path | None) -> None:
         """Whether reviewers have accepted a project's current dataset version, if it has one."""
         if project is None or not (project / "dataset").is_dir():
             return
-        from tunewright.data.review.standing import standing
-        from tunewright.project import Project
+        from tunewright.config.project import ProjectFolder
+        from tunewright.data.review.status import standing
 
         try:
-            told = standing(Project(project).dataset)
+            told = standing(ProjectFolder(project).dataset)
         except UserError as error:
             told = f"Whether the current version is accepted cannot be told: {error.what}"
         if told is not None:
@@ -267,12 +267,12 @@ def session(
     current = Session(as_json=as_json)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with stoppable(kept, as_json=as_json, quiet=not processes.is_main()):
+        with stoppable(kept, as_json=as_json, quiet=not distributed.is_main()):
             yield from _run(current, project, together=together)
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}", USER_ERROR)
     except RuntimeError as error:
-        if not processes.lost_another(error):
+        if not distributed.lost_another(error):
             raise
         what = "another process of this run was lost; the same command goes on from the last checkpoint"
         _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}", FAILED)
@@ -285,8 +285,8 @@ def session(
 
 def _run(current: Session, project: Path | None, *, together: bool) -> Iterator[Session]:
     if together:
-        processes.join()
-    elif processes.count() > 1:
+        distributed.join()
+    elif distributed.count() > 1:
         raise UserError("this command runs in one process; `train` alone runs in several", where="WORLD_SIZE")
     try:
         yield current
@@ -295,7 +295,7 @@ def _run(current: Session, project: Path | None, *, together: bool) -> Iterator[
         raise
     current.tell_standing(project)
     if together:
-        processes.leave()
+        distributed.leave()
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -303,7 +303,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _fail(current: Session, document: dict[str, Any], text: str, code: int) -> NoReturn:
-    if not processes.first_to_fail():
+    if not distributed.first_to_fail():
         raise typer.Exit(code)
     current.console.quiet = False
     if current.as_json:

@@ -10,8 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.panel import Panel
 from rich.text import Text
 
+from tunewright.config import MetricName
 from tunewright.metrics import metric_label, score_text
-from tunewright.recipe import MetricName
 
 _LOSSES = {
     "loss": ("train loss", "cyan"),

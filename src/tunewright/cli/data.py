@@ -10,24 +10,24 @@ import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import USER_ERROR, session
-from tunewright.disk import canonical_json
-from tunewright.errors import UserError
-from tunewright.wording import count_of
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json
+from tunewright.core.wording import count_of
 
 data_app = typer.Typer(help="Pairs, versions and splits.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 Rows = Annotated[
     str | None,
-    typer.Option("--rows", help="JMESPath to the rows in a JSON document.", show_default="the recipe's data.rows"),
+    typer.Option("--rows", help="JMESPath to the rows in a JSON document.", show_default="the config's data.rows"),
 ]
 Input = Annotated[
     str | None,
-    typer.Option("--input", help="The input's column or key, or a template over the row.", show_default="the recipe's"),
+    typer.Option("--input", help="The input's column or key, or a template over the row.", show_default="the config's"),
 ]
 Output = Annotated[
     str | None,
-    typer.Option("--output", help="The same for the ideal output.", show_default="the recipe's"),
+    typer.Option("--output", help="The same for the ideal output.", show_default="the config's"),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out, listed by cause.")]
 Redact = Annotated[bool, typer.Option("--redact", help="Put placeholders for secrets and personal data.")]
@@ -118,11 +118,11 @@ def data_show(
     from tunewright.cli.token_tables import conversation_text, row_document, row_heading, tokens_text
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
-        member = road.data.show(row)
+        opened = tunewright.open(project, current.reporter)
+        member = opened.data.show(row)
         if not tokens:
-            metadata = road.data.metadata(member.key)
-            counts = road.data.cluster_counts(member)
+            metadata = opened.data.metadata(member.key)
+            counts = opened.data.cluster_counts(member)
             told = [f"{key}: {canonical_json(value)}" for key, value in metadata.items()]
             document = {**row_document(member, counts), "metadata": metadata}
             current.show(document, row_heading(member, counts), *told, conversation_text(member))
@@ -130,12 +130,12 @@ def data_show(
         from tunewright.chat.view import view
         from tunewright.training.rows import row_faults, told_by
 
-        encoded = road.chat.rows(member.example.messages)
-        rows = [view(road.chat, each) for each in encoded]
-        faults = row_faults(road.chat, encoded, told_by(member, len(encoded)))
+        encoded = opened.chat.rows(member.example.messages)
+        rows = [view(opened.chat, each) for each in encoded]
+        faults = row_faults(opened.chat, encoded, told_by(member, len(encoded)))
         document = {
             **row_document(member),
-            "template_digest": road.chat.digest,
+            "template_digest": opened.chat.digest,
             "rows": [
                 {
                     "ids": [t.id for t in each],
@@ -181,7 +181,7 @@ def data_check(
     from tunewright.cli.token_tables import check_tables
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter)
+        opened = tunewright.open(project, current.reporter)
         mapped = {"rows": rows, "input_column": input_column, "output_column": output_column}
         options = {"skip_bad": skip_bad, "redact": redact, "accept_conflicts": accept_conflicts, "replace": replace}
         options |= {"restore": restore, "split_from": split_from is not None, "presidio": presidio is not None}
@@ -195,14 +195,14 @@ def data_check(
                 raise UserError("--fix corrects one file", where="--fix", fix="Name the file, and one only.")
             if adding:
                 raise UserError(f"--fix does not use {', '.join(adding)}", where="--fix", fix="Leave the option out.")
-            changes = road.data.fix_file(files[0], fix, **mapped)
+            changes = opened.data.fix_file(files[0], fix, **mapped)
             left_out = sum(change.left_out for change in changes)
             done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
             document = {"out": str(fix), "changes": [asdict(change) for change in changes]}
             current.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
             return
         if files is not None:
-            checked = road.data.check_files(
+            checked = opened.data.check_files(
                 files,
                 **mapped,
                 skip_bad=skip_bad,
@@ -217,8 +217,8 @@ def data_check(
             if not checked.ok:
                 raise typer.Exit(USER_ERROR)
             return
-        report = road.data.check()
-        dropping = road.project.recipe.train.too_long == "drop"
+        report = opened.data.check()
+        dropping = opened.folder.config.train.too_long == "drop"
         current.show(report.as_dict(), *check_tables(report, dropping=dropping))
         if report.refused(dropping=dropping):
             raise typer.Exit(USER_ERROR)
@@ -273,8 +273,8 @@ def data_log(project: Folder = HERE, json: Json = False) -> None:
     from tunewright.data.versions import current_manifest
 
     with session(json, project) as current:
-        road = tunewright.open(project)
-        versions, head = road.data.log(), current_manifest(road.project.dataset)
+        opened = tunewright.open(project)
+        versions, head = opened.data.log(), current_manifest(opened.folder.dataset)
         current.show(
             {"versions": [v.model_dump(mode="json") for v in versions], "current": head.digest if head else None},
             version_table(versions, head) if versions else "No version yet: tunewright data add FILE makes one.",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from tunewright.data.formats.metadata import counted
-from tunewright.data.neighbours.contamination import Contamination
-from tunewright.data.neighbours.leak import BandScore, LeakReport, TemplateScore
-from tunewright.data.neighbours.output_leak import OutputLeak
+from tunewright.core.wording import count_of
+from tunewright.data.dedup.contamination import Contamination
+from tunewright.data.dedup.leakage import BandScore, LeakReport, TemplateScore
+from tunewright.data.dedup.output_leakage import OutputLeak
 from tunewright.data.notices import HOLDS
 from tunewright.data.preview import Effect, Preview
+from tunewright.data.readers.metadata import counted
 from tunewright.data.versions import short
-from tunewright.wording import count_of
 
 _BAR = 40
 _MOST_HELD = 10

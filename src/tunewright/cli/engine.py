@@ -43,22 +43,22 @@ def install(
     json: Json = False,
 ) -> None:
     """Make the engine's own environment; the same command goes on where it was cut off."""
-    from tunewright.progress import Reporter
-    from tunewright.road.engines import EnginesRoad
+    from tunewright.api.engines import EnginesApi
+    from tunewright.core.progress import Reporter
 
     with session(json, kept=RESUMES) as current:
         reporter: Reporter = current.reporter
-        made = EnginesRoad(reporter).install(name, to=to, build=build.value if build else None, torch_index=torch_index)
+        made = EnginesApi(reporter).install(name, to=to, build=build.value if build else None, torch_index=torch_index)
         current.show(made.as_dict(), _told(made))
 
 
 @engine.command()
 def show(name: Name, json: Json = False) -> None:
     """Where the engine's environment is, and what is in it."""
-    from tunewright.road.engines import EnginesRoad
+    from tunewright.api.engines import EnginesApi
 
     with session(json) as current:
-        found = EnginesRoad(current.reporter).show(name)
+        found = EnginesApi(current.reporter).show(name)
         current.show(found.as_dict(), _told(found))
 
 

@@ -51,8 +51,8 @@ def gguf(
     import tunewright
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter).export
-        _show(current, road.gguf(adapter, merged=merged, file_type=file_type, to=to))
+        opened = tunewright.open(project, current.reporter).export
+        _show(current, opened.gguf(adapter, merged=merged, file_type=file_type, to=to))
 
 
 @export_app.command()
@@ -70,8 +70,8 @@ def ollama(
     import tunewright
 
     with session(json, project) as current:
-        road = tunewright.open(project, current.reporter).export
-        _show(current, road.ollama(adapter, lora=lora, file_type=file_type, to=to))
+        opened = tunewright.open(project, current.reporter).export
+        _show(current, opened.ollama(adapter, lora=lora, file_type=file_type, to=to))
 
 
 def _show(current: Session, result: ExportResult) -> None:

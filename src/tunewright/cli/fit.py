@@ -12,7 +12,7 @@ from tunewright.cli.console import MEASURED_NO, session
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tunewright.models.fit.plan import Plan
+    from tunewright.models.memory.plan import Plan
 
 _PARTS = {
     "weights": "weights",
@@ -44,10 +44,10 @@ def fit(
         typer.Option(help="Another base than the project's; works outside of a project too.", show_default=False),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows of the micro-batch.", show_default="the recipe's")
+        int | None, typer.Option(min=1, help="Rows of the micro-batch.", show_default="the config's")
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of each row.", show_default="the recipe's max_length")
+        int | None, typer.Option(min=2, help="Tokens of each row.", show_default="the config's max_length")
     ] = None,
     shared: Annotated[int, typer.Option(min=0, help="Tokens at the start of each row that all rows share.")] = 0,
     trained: Annotated[
@@ -62,13 +62,13 @@ def fit(
     Arithmetic over the base's config.json; no weights are downloaded or loaded. Your longest row is measured where
     the project has a dataset and the base's tokenizer is on this machine.
     """
-    from tunewright.models.fit.sizes import gigabytes
-    from tunewright.project import Project
-    from tunewright.road import Road
+    from tunewright.api import Project
+    from tunewright.config.project import ProjectFolder
+    from tunewright.models.memory.sizes import gigabytes
 
     with session(json) as current:
         # Not opened as a project: with --base it needs none.
-        result, answer = Road(Project(project), current.reporter).fit(
+        result, answer = Project(ProjectFolder(project), current.reporter).fit(
             gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=trained
         )
         way = result.ways[0].way
@@ -93,7 +93,7 @@ def _heads(plan: Plan) -> list[str]:
 def _parts_table(plan: Plan) -> Table:
     from rich.table import Table
 
-    from tunewright.models.fit.sizes import gigabytes
+    from tunewright.models.memory.sizes import gigabytes
 
     load = plan.asked
     sharing = f", the first {load.shared:,} shared" if load.shared else ""
@@ -115,7 +115,7 @@ def _parts_table(plan: Plan) -> Table:
 def _fits_table(plan: Plan) -> Table:
     from rich.table import Table
 
-    from tunewright.models.fit.plan import MOST_ROWS
+    from tunewright.models.memory.plan import MOST_ROWS
 
     table = Table(title="Largest micro-batch, in rows, by the tokens of each row", title_justify="left")
     table.add_column("", no_wrap=True)

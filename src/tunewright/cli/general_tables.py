@@ -8,15 +8,15 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.evaluation.general.section import Control, General, Suite
+from tunewright.evidence.benchmarks import Benchmarks, Control, Suite
 
 if TYPE_CHECKING:
-    from tunewright.evaluation.general.measure import GeneralResult
+    from tunewright.evaluation.benchmarks.runner import BenchmarkResult
 
 _COLOURS = {"not worse": "green", "worse": "bold red", "can't tell": "yellow"}
 
 
-def general_document(result: GeneralResult) -> dict[str, Any]:
+def general_document(result: BenchmarkResult) -> dict[str, Any]:
     """The result as JSON."""
     told = result.standing
     return {
@@ -30,7 +30,7 @@ def general_document(result: GeneralResult) -> dict[str, Any]:
     }
 
 
-def general_tables(general: General) -> list[RenderableType]:
+def general_tables(general: Benchmarks) -> list[RenderableType]:
     """The suites with the adapter off and on, and their controls."""
     table = Table(title="What the base could do before, adapter off and on", title_justify="left")
     for name in ("suite", "items", "off", "on", "drop", "95% interval", "limit", "margin", "needed", "result"):
@@ -62,7 +62,7 @@ def general_tables(general: General) -> list[RenderableType]:
     return tables
 
 
-def _controls_table(general: General) -> Table:
+def _controls_table(general: Benchmarks) -> Table:
     table = Table(title="Controls: a suite that fails one decides nothing", title_justify="left")
     for name in ("suite", "control", "items", "score", "has to be", ""):
         table.add_column(name, justify="right" if name in ("items", "score") else "left", overflow="fold")

@@ -23,7 +23,7 @@ def judge(
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
-    """Correctness and preference by a judge (recipe: judge), which is tested first. Exit 3: it failed its controls.
+    """Correctness and preference by a judge (config: judge), which is tested first. Exit 3: it failed its controls.
 
     What the judge answered is kept: a stopped run goes on where it was, and nothing is paid for twice.
     """
@@ -32,12 +32,12 @@ def judge(
     from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE
 
     with session(json, project, kept=RESUMES) as current:
-        road = tunewright.open(project, current.reporter)
+        opened = tunewright.open(project, current.reporter)
         if estimate:
-            expected = road.estimate_judge(evaluation)
+            expected = opened.estimate_judge(evaluation)
             current.show(asdict(expected), estimate_text(expected))
             return
-        result = road.judge(evaluation)
+        result = opened.judge(evaluation)
         judged = result.judgement
         current.show(
             {"folder": str(result.folder), "judge": judged.model_dump(mode="json")},

@@ -6,9 +6,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.evaluation.judge.measure import Estimate
-from tunewright.evaluation.judge.section import Control, Judgement, Preference, Spent, WinRate
-from tunewright.evaluation.parts import Interval
+from tunewright.evaluation.judge.runner import Estimate
+from tunewright.evidence.base import Interval
+from tunewright.evidence.judge import Control, Judgement, Preference, Spent, WinRate
 from tunewright.metrics import p_text, points_text
 
 

@@ -20,12 +20,12 @@ def keys_new(
     json: Json = False,
 ) -> None:
     """Make a key of your own (Ed25519). Its private half stays in your data folder, readable by you alone."""
-    from tunewright.project import Project
-    from tunewright.road import Road
+    from tunewright.api import Project
+    from tunewright.config.project import ProjectFolder
 
     with session(json) as current:
         # Not opened as a project: a key belongs to a person.
-        key = Road(Project(project), current.reporter).keys.new(name)
+        key = Project(ProjectFolder(project), current.reporter).keys.new(name)
         current.show(
             {"name": key.name, "id": key.id, "path": str(key.path), "public_key": key.public_key},
             f"New key {key.name}, ID {key.id[:16]}: {key.path}\n"
@@ -52,11 +52,11 @@ def keys_show(
     json: Json = False,
 ) -> None:
     """Print the public half of a key, for others to trust: keys show NAME > NAME.pem"""
-    from tunewright.project import Project
-    from tunewright.road import Road
+    from tunewright.api import Project
+    from tunewright.config.project import ProjectFolder
 
     with session(json) as current:
-        public = Road(Project(project), current.reporter).keys.show(name)
+        public = Project(ProjectFolder(project), current.reporter).keys.show(name)
         current.show({"name": name, "public_key": public})
         if not json:
             current.print_out(public)

@@ -52,8 +52,8 @@ def evaluate(
     from tunewright.cli.tables import evidence_tables
 
     with session(json, project, kept=RESUMES) as current:
-        road = tunewright.open(project, current.reporter)
-        result = road.evaluate_on_dev(adapter, minutes=minutes) if dev else road.evaluate(adapter, minutes=minutes)
+        opened = tunewright.open(project, current.reporter)
+        result = opened.evaluate_on_dev(adapter, minutes=minutes) if dev else opened.evaluate(adapter, minutes=minutes)
         current.show(
             {
                 "folder": str(result.folder),
@@ -67,13 +67,13 @@ def evaluate(
 
 
 @app.command()
-def crossfit(
+def crossval(
     folds: Annotated[int, typer.Option(min=2, help="How many parts the rows are dealt into.")] = 5,
     force: Force = False,
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
-    """For small sets: evaluate the recipe on every row, each answered by an adapter that saw none like it.
+    """For small sets: evaluate the config on every row, each answered by an adapter that saw none like it.
 
     Each fold trains an adapter of its own, so this takes as long as that many trainings. Goes on where it was stopped.
     """
@@ -81,7 +81,7 @@ def crossfit(
     from tunewright.cli.tables import evidence_tables
 
     with session(json, project, kept=RESUMES) as current:
-        result = tunewright.open(project, current.reporter).crossfit(folds=folds, force=force)
+        result = tunewright.open(project, current.reporter).crossval(folds=folds, force=force)
         current.show(
             {
                 "folder": str(result.folder),
@@ -96,12 +96,12 @@ def crossfit(
 @app.command()
 def ledger(project: Folder = HERE, json: Json = False) -> None:
     """List every opening of the test split: who, when, what for. A line that was changed or removed is found."""
+    from tunewright.api import Project
     from tunewright.cli.tables import ledger_table
-    from tunewright.project import Project
-    from tunewright.road import Road
+    from tunewright.config.project import ProjectFolder
 
     with session(json, project) as current:
-        openings = Road(Project(project), current.reporter).ledger()
+        openings = Project(ProjectFolder(project), current.reporter).ledger()
         current.show(
             {"openings": [opening.model_dump(mode="json") for opening in openings]},
             ledger_table(openings) if openings else "The test split has not been opened yet.",
@@ -118,17 +118,17 @@ def verdict(
     json: Json = False,
 ) -> None:
     """Ship (exit 0), don't ship (3) or can't tell (4), from the evidence alone; and why not, where it can be known."""
+    from tunewright.api import Project
     from tunewright.cli.tables import verdict_text
-    from tunewright.project import Project
-    from tunewright.road import Road
+    from tunewright.config.project import ProjectFolder
 
     with session(json, project) as current:
         # Not opened as a project: evidence is enough, wherever it lies.
-        road = Road(Project(project), current.reporter)
-        decision = road.verdict(evaluation)
+        opened = Project(ProjectFolder(project), current.reporter)
+        decision = opened.verdict(evaluation)
         document: dict[str, Any] = decision.as_dict()
         if markdown:
-            document["markdown"] = road.verdict_markdown(evaluation)
+            document["markdown"] = opened.verdict_markdown(evaluation)
         if markdown and not json:
             current.print_out(document["markdown"])
         else:

@@ -13,9 +13,9 @@ from tunewright.cli.measure import Evaluation
 from tunewright.cli.review import read_key, require_terminal
 
 if TYPE_CHECKING:
-    from tunewright.evaluation.people.journal import Side
-    from tunewright.evaluation.people.session import BlindReview
-    from tunewright.road import Road
+    from tunewright.api import Project
+    from tunewright.evaluation.human_eval.journal import Side
+    from tunewright.evaluation.human_eval.session import BlindReview
 
 SIDE_KEYS: dict[str, Side] = {"a": "A", "b": "B", "g": "both", "n": "neither", "s": "skip"}
 EXIT_CODES = {"treatment": 0, "control": 3, "can't tell": 4}
@@ -43,9 +43,9 @@ def review(
     q quit. It goes on where it was left. With --results the exit code is 0 if people prefer the tuned answers, 3 if the
     others, 4 if it can't be told.
     """
-    from tunewright.evaluation.people.options import check_options
-    from tunewright.project import Project
-    from tunewright.road import Road
+    from tunewright.api import Project
+    from tunewright.config.project import ProjectFolder
+    from tunewright.evaluation.human_eval.options import check_options
 
     with session(json, kept=RESUMES) as current:
         check_options(
@@ -57,27 +57,27 @@ def review(
             reference=reference,
         )
         # Not opened as a project: an evaluation is enough, wherever it lies.
-        road = Road(Project(project), current.reporter)
+        opened = Project(ProjectFolder(project), current.reporter)
         if results:
-            raise typer.Exit(_show_results(current, road, evaluation))
+            raise typer.Exit(_show_results(current, opened, evaluation))
         if export is None and import_file is None:
             require_terminal("--export and --import, or --results")
-        blind = road.review(evaluation, reviewer=reviewer, items=items)
+        blind = opened.review(evaluation, reviewer=reviewer, items=items)
         if export is not None:
             _export(current, blind, export, reference=reference)
         elif import_file is not None:
             _import(current, blind, import_file)
-            _show_results(current, road, evaluation)
+            _show_results(current, opened, evaluation)
         else:
             _pass(current, blind)
             if blind.next() is None:
-                _show_results(current, road, evaluation)
+                _show_results(current, opened, evaluation)
             else:
                 _show_progress(current, blind)
 
 
 def _export(current: Session, blind: BlindReview, file: Path, *, reference: bool) -> None:
-    from tunewright.evaluation.people.sheet import export_sheet
+    from tunewright.evaluation.human_eval.sheet import export_sheet
 
     count = export_sheet(blind, file, reference=reference)
     told = f"{count} pairs written to {file}: fill in verdict (A, B, both, neither or skip) and note"
@@ -85,7 +85,7 @@ def _export(current: Session, blind: BlindReview, file: Path, *, reference: bool
 
 
 def _import(current: Session, blind: BlindReview, file: Path) -> None:
-    from tunewright.evaluation.people.sheet import import_sheet
+    from tunewright.evaluation.human_eval.sheet import import_sheet
 
     taken = import_sheet(blind, file)
     told = f"{taken.recorded} verdicts recorded, {taken.known} known, {taken.blank} pairs without one"
@@ -100,10 +100,10 @@ def _show_progress(current: Session, blind: BlindReview) -> None:
     current.show(document, f"{progress_text(at)}. The same command goes on from here.")
 
 
-def _show_results(current: Session, road: Road, evaluation: Path | None) -> int:
+def _show_results(current: Session, opened: Project, evaluation: Path | None) -> int:
     from tunewright.cli.people_tables import results_tables
 
-    section = road.review_results(evaluation)
+    section = opened.review_results(evaluation)
     current.show({**section.model_dump(mode="json"), "decision": section.decision}, *results_tables(section))
     return EXIT_CODES[section.decision]
 

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tunewright.cli.token_tables import harmless
-from tunewright.evaluation.parts import Interval, Score
-from tunewright.evaluation.people.section import AnswerReview
-from tunewright.evaluation.people.session import Pair, Progress
+from tunewright.evaluation.human_eval.session import Pair, Progress
+from tunewright.evidence.base import Interval, Score
+from tunewright.evidence.human_eval import AnswerReview
 from tunewright.metrics import p_text
 
 SIDE_BY_SIDE = 90  # columns of the terminal; below them A stands over B

@@ -1,4 +1,4 @@
-"""``init``, ``recipe``, ``run`` and ``demo``: the project as a whole."""
+"""``init``, ``config``, ``run`` and ``demo``: the project as a whole."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import RESUMES, session
 
-recipe_app = typer.Typer(help="The recipe's schema and resolved values.", no_args_is_help=True)
-app.add_typer(recipe_app, name="recipe")
+config_app = typer.Typer(help="The config's schema and resolved values.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
 
 
 @app.command()
@@ -22,12 +22,12 @@ def init(
     json: Json = False,
 ) -> None:
     """Write a commented tunewright.yaml, or a whole example project."""
+    from tunewright.config.io import write_config
+    from tunewright.config.project import CONFIG_FILE, create_project
     from tunewright.demo import example_files
-    from tunewright.project import RECIPE_FILE, create_project
-    from tunewright.recipe_file import write_recipe
 
     with session(json) as current:
-        files = example_files(example) if example else {RECIPE_FILE: write_recipe({})}
+        files = example_files(example) if example else {CONFIG_FILE: write_config({})}
         create_project(directory, files)
         next_step = "tunewright run" if example else "edit it, then: tunewright data add FILE"
         current.show(
@@ -36,24 +36,24 @@ def init(
         )
 
 
-@recipe_app.command("schema")
-def recipe_schema() -> None:
-    """Print the recipe's JSON Schema, for editors."""
-    from tunewright.recipe import Recipe
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the config's JSON Schema, for editors."""
+    from tunewright.config import Config
 
     with session(as_json=False) as current:
-        current.print_out(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+        current.print_out(json.dumps(Config.model_json_schema(), indent=2) + "\n")
 
 
-@recipe_app.command("show")
-def recipe_show(project: Folder = HERE, json: Json = False) -> None:
-    """Print every resolved value of the recipe, presets and defaults filled in."""
+@config_app.command("show")
+def config_show(project: Folder = HERE, json: Json = False) -> None:
+    """Print every resolved value of the config, presets and defaults filled in."""
     import yaml
 
     import tunewright
 
     with session(json) as current:
-        values = tunewright.open(project).project.recipe.model_dump(mode="json")
+        values = tunewright.open(project).project.config.model_dump(mode="json")
         current.show(values, yaml.safe_dump(values, sort_keys=False).rstrip())
 
 
@@ -97,10 +97,10 @@ def demo(
     from tunewright.demo_tenants import show_two_tenants
 
     with session(json, directory, kept=RESUMES) as current:
-        road = open_demo(directory, current.reporter)
-        result = road.run()
-        answered = ask_three_ways(road, result)
-        tenants = show_two_tenants(road, result)
+        opened = open_demo(directory, current.reporter)
+        result = opened.run()
+        answered = ask_three_ways(opened, result)
+        tenants = show_two_tenants(opened, result)
         document = {
             **run_document(result),
             "served": answered.as_dict(),
@@ -108,7 +108,7 @@ def demo(
         }
         shown = [*run_tables(result), answers_table(answered), *(two_tenants_tables(tenants) if tenants else [])]
         if whole:
-            rest = measure_the_rest(road, result.evaluated.folder)
+            rest = measure_the_rest(opened, result.evaluated.folder)
             document |= rest.as_dict()
             shown += [*advice_tables(rest.advice), *curve_tables(rest.curve.curve)]
             shown += [*judgement_tables(rest.judged.judgement), f"Report: {rest.report}"]

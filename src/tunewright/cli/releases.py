@@ -9,16 +9,16 @@ import typer
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import session
 from tunewright.cli.serve import Engine
-from tunewright.cli.state import StateUrl, road_at
+from tunewright.cli.state import StateUrl, project_at
 
 if TYPE_CHECKING:
+    from tunewright.api.releases import DeployResult
     from tunewright.cli.console import Session
-    from tunewright.road.releases import DeployResult
 
 Alias = Annotated[str, typer.Argument(help="The name that tenants ask for.")]
 TestedOn = Annotated[
     Engine | None,
-    typer.Option("--engine", help="What the isolation test runs on.", show_default="the recipe's serve.engine"),
+    typer.Option("--engine", help="What the isolation test runs on.", show_default="the config's serve.engine"),
 ]
 Untested = Annotated[
     str | None,
@@ -57,7 +57,7 @@ def deploy(
     verdict is not to ship or the test finds a wrong answer, 4 if it can't be told: then no alias has changed.
     """
     from tunewright.cli.tables import verdict_text
-    from tunewright.errors import UserError
+    from tunewright.core.errors import UserError
     from tunewright.serving.state.times import percent
 
     with session(json, project) as current:
@@ -65,8 +65,8 @@ def deploy(
             where = "--force" if force else "--because"
             raise UserError("--force and --because go together", where=where, fix="Give both, or neither of them.")
         share = None if canary is None else percent(canary, "--canary")
-        road = road_at(current, project, state)
-        result = road.deploy(
+        opened = project_at(current, project, state)
+        result = opened.deploy(
             alias,
             adapter,
             canary=share,
@@ -94,8 +94,8 @@ def promote(
 ) -> None:
     """Have an alias answer with its candidate from now on; what is live is tested together, if it has not been yet."""
     with session(json) as current:
-        road = road_at(current, project, state)
-        _show(current, alias, road.promote(alias, engine=engine.value if engine else None, untested=untested))
+        opened = project_at(current, project, state)
+        _show(current, alias, opened.promote(alias, engine=engine.value if engine else None, untested=untested))
 
 
 def _show(current: Session, alias: str, result: DeployResult) -> None:
@@ -127,7 +127,7 @@ def rollback(
     from tunewright.cli.tenant_tables import releases_tables
 
     with session(json) as current:
-        made = road_at(current, project, state).rollback(alias, to)
+        made = project_at(current, project, state).rollback(alias, to)
         current.show(made.as_dict(), *releases_tables([made]))
 
 
@@ -143,7 +143,7 @@ def withdraw(
     from tunewright.cli.tenant_tables import releases_tables
 
     with session(json) as current:
-        made = road_at(current, project, state).withdraw(alias, because=because)
+        made = project_at(current, project, state).withdraw(alias, because=because)
         current.show(made.as_dict(), *releases_tables([made]))
 
 
@@ -153,7 +153,7 @@ def shadow(alias: Alias, state: StateUrl = None, project: Folder = HERE, json: J
     from tunewright.cli.tenant_tables import shadow_tables
 
     with session(json) as current:
-        lines = road_at(current, project, state).shadow(alias)
+        lines = project_at(current, project, state).shadow(alias)
         current.show({"asked": [line.as_dict() for line in lines]}, *shadow_tables(lines))
 
 
@@ -168,6 +168,6 @@ def releases(
     from tunewright.cli.tenant_tables import releases_tables
 
     with session(json) as current:
-        known = road_at(current, project, state).releases(alias)
+        known = project_at(current, project, state).releases(alias)
         document = {"releases": [release.as_dict() for release in known]}
         current.show(document, *(releases_tables(known) if known else ["Nothing has been released yet."]))

@@ -11,7 +11,7 @@ import typer
 from tunewright.cli.app import HERE, Folder, Json
 from tunewright.cli.console import session
 from tunewright.cli.data import data_app
-from tunewright.wording import count_of
+from tunewright.core.wording import count_of
 
 if TYPE_CHECKING:
     from tunewright.data.remove import RemoveResult

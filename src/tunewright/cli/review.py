@@ -20,11 +20,11 @@ from tunewright.cli.data import data_app
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from tunewright.api.data import DatasetApi
     from tunewright.data.review.passes import Card, Review
     from tunewright.data.review.reviews import Verdict
     from tunewright.data.review.suspects import Nearest, Suspect
     from tunewright.data.versions import DatasetVersion
-    from tunewright.road.data import DataRoad
 
 VERDICT_KEYS: dict[str, Verdict] = {"r": "right", "w": "wrong", "s": "skip"}
 KEYS = "r right   w wrong   e edit   s skip   u undo   q quit"
@@ -116,7 +116,7 @@ def data_review(
         _show_status(current, data)
 
 
-def _show_status(current: Session, data: DataRoad) -> int:
+def _show_status(current: Session, data: DatasetApi) -> int:
     report = data.review_status()
     current.show(report.as_dict(), f"Version {report.version[:12]} {report.status}", *report.lines)
     return report.exit_code
@@ -194,7 +194,7 @@ def interactive() -> bool:
 
 def require_terminal(others: str) -> None:
     """Refuse a pass where nobody can press keys, before a sample is drawn for it; ``others`` are the other ways."""
-    from tunewright.errors import UserError
+    from tunewright.core.errors import UserError
 
     if not interactive():
         raise UserError("there is no terminal to review in", fix=f"Use {others}.")
@@ -213,7 +213,7 @@ def edit_text(text: str) -> str | None:
 
     None: the editor ended with an error, or what it left is not UTF-8.
     """
-    from tunewright.errors import UserError
+    from tunewright.core.errors import UserError
 
     command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     with tempfile.TemporaryDirectory() as folder:

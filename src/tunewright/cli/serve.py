@@ -10,10 +10,10 @@ import typer
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import session
 from tunewright.cli.isolation_tables import EXIT_CODES, isolation_table
-from tunewright.cli.state import StateUrl, road_at
+from tunewright.cli.state import StateUrl, project_at
 
 if TYPE_CHECKING:
-    from tunewright.recipe import EngineName
+    from tunewright.config import EngineName
 
 
 class Engine(StrEnum):
@@ -33,13 +33,13 @@ def serve(
             show_default="all that fit the base",
         ),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="the recipe's")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="the config's")] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0: any.", show_default="the recipe's")
+        int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0: any.", show_default="the config's")
     ] = None,
     metrics_port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="Port for Prometheus; 0: any.", show_default="the recipe's, if any"),
+        typer.Option(min=0, max=65535, help="Port for Prometheus; 0: any.", show_default="the config's, if any"),
     ] = None,
     no_auth: Annotated[
         bool,
@@ -53,7 +53,7 @@ def serve(
         ),
     ] = False,
     engine: Annotated[
-        Engine | None, typer.Option(help="What computes the answers.", show_default="the recipe's serve.engine")
+        Engine | None, typer.Option(help="What computes the answers.", show_default="the config's serve.engine")
     ] = None,
     self_test: Annotated[
         bool,
@@ -69,13 +69,13 @@ def serve(
 ) -> None:
     """Serve from one copy of the base, until Ctrl-C: aliases to tenants, or without tenants all to this machine."""
     with session(json) as current:
-        road = road_at(current, project, state)
+        opened = project_at(current, project, state)
         kind: EngineName | None = engine.value if engine else None
         if self_test:
-            result = road.self_test(adapters or (), engine=kind)
+            result = opened.self_test(adapters or (), engine=kind)
             current.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
             raise typer.Exit(EXIT_CODES[result.verdict])
-        service = road.serve(
+        service = opened.serve(
             adapters or (),
             host=host,
             port=port,

@@ -10,27 +10,27 @@ import typer
 from tunewright.cli.console import Session
 
 if TYPE_CHECKING:
-    from tunewright.road import Road
+    from tunewright.api import Project
 
 StateUrl = Annotated[
     str | None,
     typer.Option(
         "--state",
         help="Where the serving state is: postgresql://USER@HOST/DATABASE or sqlite:///FILE.",
-        show_default="the recipe's",
+        show_default="the config's",
     ),
 ]
 
 
-def road_at(current: Session, project: Path, state: str | None) -> Road:
+def project_at(current: Session, project: Path, state: str | None) -> Project:
     """The project's verbs, on the serving state that ``--state`` names."""
     import tunewright
-    from tunewright.project import Project
-    from tunewright.road import Road
+    from tunewright.api import Project
+    from tunewright.config.project import ProjectFolder
 
-    road = tunewright.open(project, current.reporter)
+    opened = tunewright.open(project, current.reporter)
     if state is None:
-        return road
-    recipe = road.project.recipe
-    serve = recipe.serve.model_copy(update={"state": state})
-    return Road(Project(project, recipe.model_copy(update={"serve": serve})), current.reporter)
+        return opened
+    config = opened.folder.config
+    serve = config.serve.model_copy(update={"state": state})
+    return Project(ProjectFolder(project, config.model_copy(update={"serve": serve})), current.reporter)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from tunewright.interrupts import waits_for
+from tunewright.core.interrupts import waits_for
 
 STOPPED = 128 + signal.SIGINT
 """As shells report what Ctrl-C ended."""

@@ -9,19 +9,19 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tunewright.api import RunResult
 from tunewright.cli.general_tables import general_tables
+from tunewright.config import MetricName
 from tunewright.data.versions import Manifest
 from tunewright.demo import ThreeAnswers
-from tunewright.evaluation.budget import Budget
-from tunewright.evaluation.engine_used import EngineUsed
-from tunewright.evaluation.evidence import Advice, Arm, Evidence, Measured
-from tunewright.evaluation.noise import NoiseFloor
-from tunewright.evaluation.openings import Opening
-from tunewright.evaluation.parts import Score
-from tunewright.evaluation.verdict import Verdict, changed_words
+from tunewright.evidence.base import Score
+from tunewright.evidence.budget import Budget
+from tunewright.evidence.engine_used import EngineUsed
+from tunewright.evidence.noise import NoiseFloor
+from tunewright.evidence.schema import Advice, Arm, Evidence, Measured
+from tunewright.evidence.test_set_access import TestSetAccess
+from tunewright.evidence.verdict import Verdict, changed_words
 from tunewright.metrics import axis_label, metric_label
-from tunewright.recipe import MetricName
-from tunewright.road import RunResult
 
 if TYPE_CHECKING:
     from tunewright.evaluation.scaling import ScaleResult
@@ -188,7 +188,7 @@ def noise_text(noise: NoiseFloor) -> str:
     )
 
 
-def ledger_table(openings: Sequence[Opening]) -> Table:
+def ledger_table(openings: Sequence[TestSetAccess]) -> Table:
     """The openings of the test split, in the ledger's order."""
     table = Table(title="Openings of the test split", title_justify="left")
     for name in ("line", "opened (UTC)", "by", "evaluation", "adapter", "items", "declared"):

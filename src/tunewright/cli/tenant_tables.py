@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.road.tenants import NewKey
+from tunewright.api.tenants import NewKey
 from tunewright.serving.state import AuditLine, Key, Release, Tenant
 from tunewright.serving.state.meter import ShadowLine, UsageSum
 from tunewright.serving.state.times import iso

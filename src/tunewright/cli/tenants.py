@@ -8,10 +8,10 @@ import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import FAILED, Session, session
-from tunewright.cli.state import StateUrl, road_at
+from tunewright.cli.state import StateUrl, project_at
 
 if TYPE_CHECKING:
-    from tunewright.road.tenants import NewKey
+    from tunewright.api.tenants import NewKey
 
 tenant_app = typer.Typer(help="Who may call which alias, and how much.", no_args_is_help=True)
 key_app = typer.Typer(help="A tenant's API keys.", no_args_is_help=True)
@@ -49,7 +49,7 @@ def tenant_add(
 
     with session(json) as current:
         limits = changed_limits(Limits(), requests=requests, tokens=tokens, concurrency=concurrency)
-        made = road_at(current, project, state).tenant.add(name, alias or (), limits)
+        made = project_at(current, project, state).tenant.add(name, alias or (), limits)
         told = f"`tunewright tenant key add {name}` makes a key for it."
         current.show(made.as_dict(), tenants_table([made]), told)
 
@@ -60,7 +60,7 @@ def tenant_list(state: StateUrl = None, project: Folder = HERE, json: Json = Fal
     from tunewright.cli.tenant_tables import tenants_table
 
     with session(json) as current:
-        known = road_at(current, project, state).tenant.list()
+        known = project_at(current, project, state).tenant.list()
         document = {"tenants": [tenant.as_dict() for tenant in known]}
         current.show(document, tenants_table(known) if known else "There is no tenant: the server asks for no key.")
 
@@ -73,7 +73,7 @@ def tenant_allow(
     from tunewright.cli.tenant_tables import tenants_table
 
     with session(json) as current:
-        changed = road_at(current, project, state).tenant.allow(name, aliases)
+        changed = project_at(current, project, state).tenant.allow(name, aliases)
         current.show(changed.as_dict(), tenants_table([changed]))
 
 
@@ -85,7 +85,7 @@ def tenant_deny(
     from tunewright.cli.tenant_tables import tenants_table
 
     with session(json) as current:
-        changed = road_at(current, project, state).tenant.deny(name, aliases)
+        changed = project_at(current, project, state).tenant.deny(name, aliases)
         current.show(changed.as_dict(), tenants_table([changed]))
 
 
@@ -95,7 +95,7 @@ def tenant_end(name: Name, state: StateUrl = None, project: Folder = HERE, json:
     from tunewright.cli.tenant_tables import tenants_table
 
     with session(json) as current:
-        ended = road_at(current, project, state).tenant.end(name)
+        ended = project_at(current, project, state).tenant.end(name)
         told = f"What {name} could call answers on: `tunewright withdraw ALIAS` ends that."
         current.show(ended.as_dict(), tenants_table([ended]), told)
 
@@ -115,11 +115,11 @@ def tenant_limit(
     from tunewright.serving.state.limits import changed_limits
 
     with session(json) as current:
-        road = road_at(current, project, state)
-        found = road.tenant.get(name)
+        opened = project_at(current, project, state)
+        found = opened.tenant.get(name)
         limits = changed_limits(found.limits, requests=requests, tokens=tokens, concurrency=concurrency)
         if limits != found.limits:
-            found = road.tenant.limit(name, limits)
+            found = opened.tenant.limit(name, limits)
         current.show(found.as_dict(), tenants_table([found]))
 
 
@@ -134,7 +134,7 @@ def tenant_usage(
 ) -> None:
     """Requests and tokens by tenant, alias and adapter."""
     from tunewright.cli.tenant_tables import usage_table
-    from tunewright.errors import UserError
+    from tunewright.core.errors import UserError
     from tunewright.serving.state.times import moment
     from tunewright.serving.state.usage_csv import usage_csv
 
@@ -142,11 +142,11 @@ def tenant_usage(
         if csv and json:
             raise UserError("stdout has either CSV or JSON", where="--csv", fix="Leave one of them out.")
         begins = None if since is None else moment(since, "--since")
-        road = road_at(current, project, state)
+        opened = project_at(current, project, state)
         if csv:
-            current.print_out(usage_csv(road.tenant.requests(name, since=begins)))
+            current.print_out(usage_csv(opened.tenant.requests(name, since=begins)))
             return
-        sums = road.tenant.usage(name, since=begins)
+        sums = opened.tenant.usage(name, since=begins)
         current.show({"usage": [each.as_dict() for each in sums]}, usage_table(sums) if sums else "No requests yet.")
 
 
@@ -161,7 +161,7 @@ def tenant_prune_usage(
     from tunewright.serving.state.times import moment
 
     with session(json) as current:
-        pruned = road_at(current, project, state).tenant.prune_usage(before=moment(before, "--before"))
+        pruned = project_at(current, project, state).tenant.prune_usage(before=moment(before, "--before"))
         told = f"Requests that became sums: {pruned.requests:,}, of {pruned.days:,} days."
         if pruned.shadow_answers:
             told += f" With them went what candidates in the shadow said: {pruned.shadow_answers:,} answers."
@@ -185,7 +185,7 @@ def key_add(
 
     with session(json) as current:
         lifetime = None if expires is None else duration(expires, "--expires")
-        made = road_at(current, project, state).tenant.key.add(tenant, aliases=alias, lifetime=lifetime)
+        made = project_at(current, project, state).tenant.key.add(tenant, aliases=alias, lifetime=lifetime)
         _show_key(current, made)
 
 
@@ -204,7 +204,7 @@ def key_rotate(
     with session(json) as current:
         lifetime = None if expires is None else duration(expires, "--expires")
         both = duration(overlap, "--overlap")
-        made = road_at(current, project, state).tenant.key.rotate(key, overlap=both, lifetime=lifetime)
+        made = project_at(current, project, state).tenant.key.rotate(key, overlap=both, lifetime=lifetime)
         _show_key(current, made, f"{key} is good for {overlap} more.")
 
 
@@ -219,7 +219,7 @@ def _show_key(current: Session, made: NewKey, *more: str) -> None:
 def key_revoke(key: Prefix, state: StateUrl = None, project: Folder = HERE, json: Json = False) -> None:
     """End a key, from the next request on. An answer under way is finished."""
     with session(json) as current:
-        ended = road_at(current, project, state).tenant.key.revoke(key)
+        ended = project_at(current, project, state).tenant.key.revoke(key)
         current.show(ended.as_dict(), f"{ended.prefix} of {ended.tenant} is revoked.")
 
 
@@ -234,7 +234,7 @@ def key_list(
     from tunewright.cli.tenant_tables import keys_table
 
     with session(json) as current:
-        known = road_at(current, project, state).tenant.key.list(tenant)
+        known = project_at(current, project, state).tenant.key.list(tenant)
         current.show({"keys": [key.as_dict() for key in known]}, keys_table(known) if known else "There is no key.")
 
 
@@ -244,7 +244,7 @@ def audit_show(state: StateUrl = None, project: Folder = HERE, json: Json = Fals
     from tunewright.cli.tenant_tables import audit_table
 
     with session(json) as current:
-        lines = road_at(current, project, state).audit.show()
+        lines = project_at(current, project, state).audit.show()
         document = {"lines": [line.as_dict() for line in lines]}
         current.show(document, audit_table(lines) if lines else "Nothing has been changed yet.")
 
@@ -260,7 +260,7 @@ def audit_verify(
 ) -> None:
     """Check every line against its digest and the one before. Exit code 1 where one was changed or is missing."""
     with session(json) as current:
-        check = road_at(current, project, state).audit.verify(noted)
+        check = project_at(current, project, state).audit.verify(noted)
         whole = f"{check.lines} lines, all as written. The last one's digest, to be noted elsewhere: {check.head}"
         if not check.lines:
             whole = "Nothing has been changed yet: there is no line."

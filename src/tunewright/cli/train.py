@@ -8,11 +8,11 @@ import typer
 
 from tunewright.cli.app import HERE, Folder, Json, app
 from tunewright.cli.console import CANT_TELL, RESUMES, Session, session
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from tunewright.recipe import MetricName
-    from tunewright.road import Road
+    from tunewright.api import Project
+    from tunewright.config import MetricName
 
 
 Force = Annotated[bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")]
@@ -43,7 +43,7 @@ def train(
     project: Folder = HERE,
     json: Json = False,
 ) -> None:
-    """Train the recipe's adapter on the current dataset version. Goes on where it was stopped."""
+    """Train the config's adapter on the current dataset version. Goes on where it was stopped."""
     import tunewright
 
     with session(json, project, together=not sweep and not curve, kept=RESUMES) as current:
@@ -51,13 +51,13 @@ def train(
         _require_use({"--seeds": seeds}, "--curve", given=curve)
         if sweep and curve:
             raise UserError("a sweep and a curve are two commands", where="--sweep/--curve")
-        road = tunewright.open(project, current.reporter)
+        opened = tunewright.open(project, current.reporter)
         if sweep:
-            _sweep(road, current, minutes, rate, write=write, force=force)
+            _sweep(opened, current, minutes, rate, write=write, force=force)
         elif curve:
-            _curve(road, current, seeds, force=force)
+            _curve(opened, current, seeds, force=force)
         else:
-            _train(road, current, force=force)
+            _train(opened, current, force=force)
 
 
 def _require_use(options: dict[str, object], wanted_by: str, *, given: bool) -> None:
@@ -66,20 +66,20 @@ def _require_use(options: dict[str, object], wanted_by: str, *, given: bool) -> 
         raise UserError(f"it means something with {wanted_by} only", where=unused[0], fix=f"Add {wanted_by}.")
 
 
-def _train(road: Road, current: Session, *, force: bool) -> None:
-    from tunewright.recipe.metrics import metric_name
+def _train(opened: Project, current: Session, *, force: bool) -> None:
+    from tunewright.config.metrics import metric_name
 
-    result = road.train(force=force)
+    result = opened.train(force=force)
     adapter = result.adapter
     told = adapter.lineage["training"]
-    metric = metric_name(road.project.recipe.evaluate.metric)
+    metric = metric_name(opened.folder.config.evaluate.metric)
     evaluated = ", ".join(_evaluated(e, metric) for e in told["epochs"])
     current.show(
         {
             "adapter": adapter.name,
             "folder": str(adapter.folder),
             "trained": result.trained,
-            "prospects": [each.as_dict() for each in road.prospects()],
+            "prospects": [each.as_dict() for each in opened.prospects()],
             **told,
         },
         f"{'Trained' if result.trained else 'Already trained'}: {adapter.folder}\n"
@@ -99,21 +99,21 @@ def _evaluated(evaluation: dict[str, Any], metric: MetricName) -> str:
 
 
 def _sweep(
-    road: Road, current: Session, minutes: float | None, rates: list[float] | None, *, write: bool, force: bool
+    opened: Project, current: Session, minutes: float | None, rates: list[float] | None, *, write: bool, force: bool
 ) -> None:
     from tunewright.cli.training_tables import sweep_document, sweep_tables
 
-    result, written = road.sweep(minutes=minutes, rates=rates, write=write, force=force)
+    result, written = opened.sweep(minutes=minutes, rates=rates, write=write, force=force)
     current.show(sweep_document(result, written), *sweep_tables(result, written))
     raise typer.Exit(0 if result.winner is not None else CANT_TELL)
 
 
-def _curve(road: Road, current: Session, seeds: int | None, *, force: bool) -> None:
+def _curve(opened: Project, current: Session, seeds: int | None, *, force: bool) -> None:
+    from tunewright.api import CURVE_PLOT, SEEDS
     from tunewright.cli.training_tables import curve_tables
-    from tunewright.evaluation.curve import more_data
-    from tunewright.road import CURVE_PLOT, SEEDS
+    from tunewright.evidence.learning_curve import more_data
 
-    result = road.curve(seeds=SEEDS if seeds is None else seeds, force=force)
+    result = opened.curve(seeds=SEEDS if seeds is None else seeds, force=force)
     told = more_data(result.curve)
     current.show(
         {

@@ -7,12 +7,12 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from tunewright.evaluation.curve import Curve, more_data
+from tunewright.core.progress import duration
+from tunewright.evidence.learning_curve import Curve, more_data
 from tunewright.metrics import score_text
-from tunewright.progress import duration
-from tunewright.training.halving import measured_text
-from tunewright.training.ledger import Entry
-from tunewright.training.sweep import SweepResult
+from tunewright.training.sweep.ledger import Entry
+from tunewright.training.sweep.successive_halving import measured_text
+from tunewright.training.sweep.sweep import SweepResult
 
 
 def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[RenderableType]:

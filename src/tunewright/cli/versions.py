@@ -10,8 +10,8 @@ import typer
 from tunewright.cli.app import HERE, Folder, Json
 from tunewright.cli.console import FAILED, session
 from tunewright.cli.data import data_app
-from tunewright.clock import to_the_second
-from tunewright.wording import count_of
+from tunewright.core.clock import to_the_second
+from tunewright.core.wording import count_of
 
 if TYPE_CHECKING:
     from tunewright.data.versions.changes import Blame

@@ -8,18 +8,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.config import Config
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.core.wording import count_of
 from tunewright.data import notices
 from tunewright.data.arrivals import held_out, lifted, restored
-from tunewright.data.contents import Contents, contents
-from tunewright.data.formats import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
-from tunewright.data.formats.metadata import counted
+from tunewright.data.dedup.decontaminate import Hit
+from tunewright.data.dedup.output_leakage import OutputLeak
 from tunewright.data.inheriting import Inherited, inherit, refuse_torn_templates, told
 from tunewright.data.merge import Merge, merge
-from tunewright.data.neighbours.decontaminate import Hit
-from tunewright.data.neighbours.output_leak import OutputLeak
 from tunewright.data.notices import Conflict, Duplicate, Largest, Move, Replaced
+from tunewright.data.readers import Fault, Reading, SourceRow, read_pairs, source_digest, source_size
+from tunewright.data.readers.metadata import counted
 from tunewright.data.screening import screen
 from tunewright.data.splits import Split
+from tunewright.data.version_builder import VersionBuilder, contents
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -32,11 +37,6 @@ from tunewright.data.versions import (
 from tunewright.data.versions.making import LeftOut, cluster_sizes, clusters_by_split, new_manifest
 from tunewright.data.versions.origins import read_metadata
 from tunewright.data.versions.removals import Removal, append_removals
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
-from tunewright.project import Project
-from tunewright.recipe import Recipe
-from tunewright.wording import count_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class AddResult:
 
 
 def add(
-    project: Project,
+    project: ProjectFolder,
     files: Sequence[Path],
     reporter: Reporter,
     *,
@@ -101,7 +101,7 @@ def add(
     """Add files of pairs to the project's dataset; rows that it has already change nothing.
 
     Args:
-        project: its recipe names columns, groups, system turn, similarity, shares, mix-in, benchmarks and seed.
+        project: its config names columns, groups, system turn, similarity, shares, mix-in, benchmarks and seed.
         files: files that ``read_pairs`` reads.
         reporter: is warned of all that is left out, moved or doubtful.
         skip_bad: leave faulty rows out, with a warning by cause, instead of refusing.
@@ -118,9 +118,9 @@ def add(
             data.conflicts accepts them), a file that cannot be read, too few rows to split, a dataset that was changed
             by hand, a full disk. The dataset is then as it was.
     """
-    recipe = project.recipe
-    given = _read(files, recipe, reporter, skip_bad=skip_bad)
-    screened = screen(given.rows, recipe.data.allow, reporter, redact=redact, presidio=presidio)
+    config = project.config
+    given = _read(files, config, reporter, skip_bad=skip_bad)
+    screened = screen(given.rows, config.data.allow, reporter, redact=redact, presidio=presidio)
     with locked(project.dataset):
         planned = plan(project, screened.rows, reporter, Arrival(replace, restore, split_from))
         version = _save(project, given, planned, reporter, message=message)
@@ -168,7 +168,7 @@ class Plan:
     conflicts: tuple[Conflict, ...]
     duplicates: tuple[Duplicate, ...]
     near: tuple[Duplicate, ...]
-    found: Contents
+    found: VersionBuilder
     inherited: Inherited | None
     restored: Sequence[Removal]
 
@@ -190,7 +190,7 @@ class Plan:
 
 
 def plan(
-    project: Project,
+    project: ProjectFolder,
     rows: Sequence[SourceRow],
     reporter: Reporter,
     arrival: Arrival,
@@ -210,7 +210,7 @@ def plan(
         UserError: new conflicts, too few rows to split, a dataset that was
             changed by hand.
     """
-    data = project.recipe.data
+    data = project.config.data
     merged = merge(
         project.dataset,
         rows,
@@ -269,7 +269,7 @@ def _tell_of_arrivals(merged: Merge, rows: Sequence[SourceRow], arrival: Arrival
         reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
 
 
-def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *, message: str) -> Manifest:
+def _save(project: ProjectFolder, given: _Given, planned: Plan, reporter: Reporter, *, message: str) -> Manifest:
     """Write the planned version, unless it is the current one already."""
     merged, found = planned.merged, planned.found
     if not planned.created:
@@ -290,12 +290,12 @@ def _save(project: Project, given: _Given, planned: Plan, reporter: Reporter, *,
     version = new_manifest(
         found.members,
         merged.parent,
-        _settings(project.recipe, merged.parent),
+        _settings(project.config, merged.parent),
         message=message,
         sources=list(sources.values()),
         left_out=LeftOut(len(planned.duplicates), len(given.faults), len(found.moved)),
         mix=found.mixed.about if found.mixed else None,
-        near_duplicates=_near_count(merged, found, project.recipe),
+        near_duplicates=_near_count(merged, found, project.config),
         split_from=planned.inherited.about if planned.inherited else None,
     )
     imports = _imports(planned.rows, given.faults, sources, merged, found)
@@ -322,12 +322,12 @@ class _Given:
         return [fault for reading in self.readings for fault in reading.faults]
 
 
-def _read(files: Sequence[Path], recipe: Recipe, reporter: Reporter, *, skip_bad: bool) -> _Given:
+def _read(files: Sequence[Path], config: Config, reporter: Reporter, *, skip_bad: bool) -> _Given:
     if not files:
         raise UserError("no file to add", fix="Name one or more files of pairs, or list them in data.sources.")
     size = sum(source_size(path) for path in files)
     with reporter.task("reading", size, "bytes") as task:
-        given = _Given(files, [read_pairs(path, recipe.data, task) for path in files])
+        given = _Given(files, [read_pairs(path, config.data, task) for path in files])
     for reading in given.readings:
         for note in reading.notes:
             reporter.say(note)
@@ -338,14 +338,14 @@ def _read(files: Sequence[Path], recipe: Recipe, reporter: Reporter, *, skip_bad
     return given
 
 
-def _settings(recipe: Recipe, parent: DatasetVersion | None) -> Settings:
-    data = recipe.data
+def _settings(config: Config, parent: DatasetVersion | None) -> Settings:
+    data = config.data
     before = parent is not None and parent.manifest.settings.conflicts == "accept"
     return Settings(
         similarity=data.similarity,
         dev=data.dev,
         test=data.test,
-        seed=recipe.seed,
+        seed=config.seed,
         groups=data.groups,
         conflicts="accept" if before else data.conflicts,
         split_by=data.split_by,
@@ -353,13 +353,13 @@ def _settings(recipe: Recipe, parent: DatasetVersion | None) -> Settings:
     )
 
 
-def _near_count(merged: Merge, found: Contents, recipe: Recipe) -> int:
-    if recipe.data.duplicates == "drop":  # new ones are left out, so those of the version before are all there are
+def _near_count(merged: Merge, found: VersionBuilder, config: Config) -> int:
+    if config.data.duplicates == "drop":  # new ones are left out, so those of the version before are all there are
         return merged.parent.manifest.counts.near_duplicates if merged.parent else 0
     return sum(m.key in merged.near for m in found.members)
 
 
-def _warn(merged: Merge, contents: Contents, accepted: Sequence[Conflict], reporter: Reporter) -> None:
+def _warn(merged: Merge, contents: VersionBuilder, accepted: Sequence[Conflict], reporter: Reporter) -> None:
     parent: DatasetVersion | None = merged.parent
     notices.warn_of_another_system_turn(
         [m.example for m in parent.domain] if parent else [],
@@ -404,7 +404,7 @@ def _imports(
     skipped: Sequence[Fault],
     sources: Mapping[str, Source],
     merged: Merge,
-    contents: Contents,
+    contents: VersionBuilder,
 ) -> list[dict[str, Any]]:
     """The lines of imports.jsonl: one for each row of each file, in the files' order of names and lines."""
     lines = [

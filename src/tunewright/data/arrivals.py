@@ -8,16 +8,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tunewright.clock import now
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.io import text_lines
+from tunewright.core.wording import count_of
 from tunewright.data.examples import Example, in_conflict
-from tunewright.data.formats import SourceRow
 from tunewright.data.notices import excerpts, listed
+from tunewright.data.readers import SourceRow
 from tunewright.data.versions import DatasetVersion, import_files, short
 from tunewright.data.versions.author import current_author
 from tunewright.data.versions.removals import Removal, read_removals
-from tunewright.disk import text_lines
-from tunewright.errors import UserError
-from tunewright.wording import count_of
 
 _MOST = 10
 _FEW = 3

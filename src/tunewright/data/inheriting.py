@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Example
 from tunewright.data.outputs import template_groups
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, Member, load_version, short
 from tunewright.data.versions.manifest import SplitFrom
-from tunewright.errors import UserError
 
 
 @dataclass(frozen=True)

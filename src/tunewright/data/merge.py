@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.config import Duplicates
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.arrivals import Replacement, made_by_replacement, supersede, withhold
+from tunewright.data.dedup import find_duplicates
 from tunewright.data.examples import Example, in_conflict
-from tunewright.data.formats import SourceRow
-from tunewright.data.neighbours import find_duplicates
 from tunewright.data.notices import Conflict, Duplicate, Replaced, conflicting
+from tunewright.data.readers import SourceRow
 from tunewright.data.repeats import exact_repeats, near_repeats
 from tunewright.data.review.edits import replaced
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, has_version, load_version, short
 from tunewright.data.versions.removals import Removal
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
-from tunewright.recipe import Duplicates
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
+from tunewright.config import Duplicates
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.core.wording import count_of
+from tunewright.data.dedup.decontaminate import How
+from tunewright.data.dedup.output_leakage import OutputLeak
 from tunewright.data.examples import Example, Message
-from tunewright.data.formats import Fault, SourceRow
-from tunewright.data.formats.row_errors import CODES
-from tunewright.data.neighbours.decontaminate import How
-from tunewright.data.neighbours.output_leak import OutputLeak
+from tunewright.data.readers import Fault, SourceRow
+from tunewright.data.readers.row_errors import CODES
 from tunewright.data.review.suspects import answers_repeat, class_like
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
-from tunewright.recipe import Duplicates
-from tunewright.wording import count_of
 
 FEWEST_TRAINING_PAIRS = 50
 FEW_TRAINING_PAIRS = 500

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data import notices
 from tunewright.data.add import Arrival, Plan, plan
-from tunewright.data.formats import SourceRow
-from tunewright.data.formats.file_check import FileCheck, check_files
 from tunewright.data.notices import Conflict
+from tunewright.data.readers import SourceRow
+from tunewright.data.readers.file_check import FileCheck, check_files
 from tunewright.data.screening import screen
 from tunewright.data.splits import SPLITS
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
-from tunewright.project import Project
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Preview:
 
 
 def preview(
-    project: Project,
+    project: ProjectFolder,
     paths: Sequence[Path],
     reporter: Reporter,
     *,
@@ -104,17 +104,17 @@ def preview(
         arrival: the other options of ``add``; by default it is called without them.
 
     Raises:
-        UserError: the recipe's templates or JMESPath are invalid, or the dataset was changed by hand.
+        UserError: the config's templates or JMESPath are invalid, or the dataset was changed by hand.
     """
     rows: list[SourceRow] = []
-    checked = check_files(paths, project.recipe.data, reporter, rows)
+    checked = check_files(paths, project.config.data, reporter, rows)
     refusals: list[UserError] = []
     if checked.faults and skip_bad:
         reporter.warn(notices.skipped(checked.faults))
     elif checked.faults:
         refusals.append(notices.faulty(checked.faults))
     try:
-        rows = screen(rows, project.recipe.data.allow, reporter, redact=redact, presidio=presidio).rows
+        rows = screen(rows, project.config.data.allow, reporter, redact=redact, presidio=presidio).rows
     except UserError as refusal:
         refusals.append(refusal)
     effect, conflicts = None, list[Conflict]()
@@ -126,7 +126,7 @@ def preview(
             refusals.append(refusal)
         else:
             effect, conflicts = _effect(planned), planned.fresh_conflicts
-            if planned.fresh_conflicts and project.recipe.data.conflicts == "error":
+            if planned.fresh_conflicts and project.config.data.conflicts == "error":
                 refusals.append(planned.merged.refusal(planned.fresh_conflicts))
     return Preview(checked, dict(metadata.most_common()), tuple(map(_beforehand, refusals)), effect, tuple(conflicts))
 

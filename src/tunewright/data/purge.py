@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.data.notices import listed
 from tunewright.data.review.kept import forget_suspects
@@ -25,7 +26,6 @@ from tunewright.data.selecting import Origins, read_origins
 from tunewright.data.versions import Member, erase_purged
 from tunewright.data.versions.removals import Removal, append_removals, purge_told, read_removals
 from tunewright.data.versions.rows import has_rows, read_rows
-from tunewright.progress import Reporter
 
 FEWEST_CHARACTERS = 12
 """Shorter texts are not searched for: they stand in files that have nothing to do with the row."""

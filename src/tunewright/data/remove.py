@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tunewright.clock import now
+from tunewright.config.project import ProjectFolder
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.purge import Holder, purge
 from tunewright.data.repeats import count_near_repeats
 from tunewright.data.review.edits import replaced
@@ -31,9 +34,6 @@ from tunewright.data.versions.making import LeftOut, new_manifest, renamed
 from tunewright.data.versions.members import Place, read_places
 from tunewright.data.versions.removals import Removal, append_removals, purge_told, read_removals
 from tunewright.data.versions.rows import read_rows
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
-from tunewright.project import Project
 
 _ITEM_KEY = re.compile(rb'^\{"key": ?"([0-9a-f]{64})"', re.MULTILINE)
 
@@ -86,7 +86,7 @@ class RemoveResult:
 
 
 def remove(
-    project: Project,
+    project: ProjectFolder,
     selection: Selection,
     because: str,
     reporter: Reporter,
@@ -184,7 +184,7 @@ def _family(
 
 
 def _result(
-    project: Project,
+    project: ProjectFolder,
     parent: DatasetVersion,
     going: Sequence[Member],
     family: Mapping[str, Member],
@@ -239,7 +239,7 @@ def _require_enough(left: Iterable[Member]) -> None:
         )
 
 
-def _events(rows: Mapping[str, Member], because: str, event: Any, project: Project) -> list[Removal]:
+def _events(rows: Mapping[str, Member], because: str, event: Any, project: ProjectFolder) -> list[Removal]:
     by, when = current_author(project.root), now()
     return [
         Removal(event=event, key=key, said=m.example.said, because=because, when=when, by=by)
@@ -248,7 +248,7 @@ def _events(rows: Mapping[str, Member], because: str, event: Any, project: Proje
 
 
 def _save(
-    project: Project,
+    project: ProjectFolder,
     parent: DatasetVersion,
     going: Sequence[Member],
     left: Sequence[Member],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tunewright.core.progress import Reporter
+from tunewright.data.dedup import Repeat, find_duplicates
 from tunewright.data.examples import Example
-from tunewright.data.neighbours import Repeat, find_duplicates
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.progress import Reporter
 
 
 def exact_repeats(examples: Sequence[Example], kept: int) -> dict[int, Repeat]:

@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tunewright.data import secrets
-from tunewright.data.formats import SourceRow
-from tunewright.data.formats.metadata import texts_of
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json
+from tunewright.core.progress import Reporter
+from tunewright.data import pii
 from tunewright.data.notices import listed
-from tunewright.data.secrets.findings import Finder, Finding
-from tunewright.data.secrets.names import open_presidio
-from tunewright.disk import canonical_json
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
+from tunewright.data.pii.findings import Finder, Finding
+from tunewright.data.pii.names import open_presidio
+from tunewright.data.readers import SourceRow
+from tunewright.data.readers.metadata import texts_of
 
 _MOST = 10
 
@@ -48,13 +48,13 @@ def screen(
         rows, redacted = _redacted(rows, also, allow, reporter)
     rows = _with_clean_values(rows, also, allow, reporter, redact=redact)
     placed = [(f"{row.source}:{row.line}", row.example) for row in rows]
-    found = secrets.scan(placed, reporter, also=also, allow=allow)
-    if told := secrets.let_through(found):
+    found = pii.scan(placed, reporter, also=also, allow=allow)
+    if told := pii.let_through(found):
         reporter.say(told)
     if found.of("secret"):
-        raise secrets.blocked(found)
+        raise pii.blocked(found)
     if found.of("personal"):
-        reporter.warn(secrets.warned(found))
+        reporter.warn(pii.warned(found))
     return Screened(rows, dict(redacted), dict(found.counts))
 
 
@@ -65,12 +65,12 @@ def _redacted(
     counts: Counter[str] = Counter()
     with reporter.task("redacting", len(rows), "rows") as task:
         for row in rows:
-            example, of_row = secrets.redact(row.example, also=also, allow=allow)
+            example, of_row = pii.redact(row.example, also=also, allow=allow)
             counts.update(of_row)
             done.append(replace(row, example=example))
             task.advance()
     if counts:
-        told = ", ".join(f"{count:,} {secrets.LABELS[kind]}" for kind, count in sorted(counts.items()))
+        told = ", ".join(f"{count:,} {pii.LABELS[kind]}" for kind, count in sorted(counts.items()))
         reporter.say(f"Placeholders put for {told}")
     return done, counts
 
@@ -90,9 +90,9 @@ def _with_clean_values(
 
     def looked_at(name: str, text: str, row: SourceRow, where: str) -> bool:
         if (name, text) not in found:
-            found[name, text] = [f for f in secrets.find_in_value(name, text, also) if f.kind not in allow]
+            found[name, text] = [f for f in pii.find_in_value(name, text, also) if f.kind not in allow]
         for finding in found[name, text]:
-            told[finding.category].append(f"{row.source}:{row.line}: {secrets.LABELS[finding.kind]} in {where}")
+            told[finding.category].append(f"{row.source}:{row.line}: {pii.LABELS[finding.kind]} in {where}")
         return bool(found[name, text])
 
     clean = []

@@ -14,11 +14,11 @@ from typing import Any
 import jmespath
 from jmespath.exceptions import JMESPathError
 
+from tunewright.core.csv import read_sheet
+from tunewright.core.errors import UserError
+from tunewright.core.io import text_lines
 from tunewright.data.versions import IMPORTS, Member, list_versions, short, version_folder
 from tunewright.data.versions.find import source_name
-from tunewright.disk import text_lines
-from tunewright.errors import UserError
-from tunewright.sheets import read_sheet
 
 _FEWEST_DIGITS = 4
 _MOST = 10

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, get_args
 
-from tunewright.errors import UserError
-from tunewright.recipe import DataRecipe
+from tunewright.config import DataConfig
+from tunewright.core.errors import UserError
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -53,7 +53,7 @@ def join_groups(clusters: Mapping[str, Sequence[str]], group_of: Mapping[str, Co
 def assign_splits(
     clusters: Mapping[str, Sequence[str]],
     former: Mapping[str, Split],
-    data: DataRecipe,
+    data: DataConfig,
     seed: int,
     class_of: Mapping[str, str] | None = None,
 ) -> dict[str, Split]:
@@ -192,7 +192,7 @@ def _fill_by_class(
     return taken
 
 
-def _too_few(clusters: Mapping[str, Sequence[str]], data: DataRecipe) -> UserError:
+def _too_few(clusters: Mapping[str, Sequence[str]], data: DataConfig) -> UserError:
     total = sum(len(keys) for keys in clusters.values())
     largest = max((len(keys) for keys in clusters.values()), default=0)
     what = (

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import httpx
 
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter, duration
 from tunewright.engines.private_folder import PrivateFolder
-from tunewright.errors import UserError
-from tunewright.progress import Reporter, duration
 
 START_SECONDS = 900
 """The most that a start may take: with a GPU vLLM compiles the model first."""

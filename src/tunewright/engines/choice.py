@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunewright.adapters.servable import CONFIG, vllm_refusals
+from tunewright.adapters.vllm_compat import CONFIG, vllm_refusals
+from tunewright.config import Config, Quantize
+from tunewright.core.errors import UserError
 from tunewright.engines.vllm import environment
 from tunewright.engines.vllm.environment import Environment
-from tunewright.errors import UserError
 from tunewright.models.loading import device
-from tunewright.recipe import Quantize, Recipe
 
 _WHERE = "evaluate.engine"
 
@@ -54,23 +54,23 @@ EMBEDDED = AnswerEngine("peft", "it is built in")
 
 
 def answer_engine(
-    recipe: Recipe, quantize: Quantize, *, adapter: Path | None = None, constrained: bool = False
+    config: Config, quantize: Quantize, *, adapter: Path | None = None, constrained: bool = False
 ) -> AnswerEngine:
     """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM where a CUDA card and its CUDA build are there.
 
     Args:
-        recipe: says which engine, and what adapters will be trained.
+        config: says which engine, and what adapters will be trained.
         quantize: how the base is held.
-        adapter: folder of the adapter that will answer; None where it is yet to be trained by the recipe, if at all.
+        adapter: folder of the adapter that will answer; None where it is yet to be trained by the config, if at all.
         constrained: some answers have to match a grammar.
 
     Raises:
         UserError: vLLM is asked for, and is not installed or cannot answer this.
     """
-    asked = recipe.evaluate.engine
+    asked = config.evaluate.engine
     if asked == "peft":
         return AnswerEngine("peft", f"{_WHERE} says so")
-    obstacle = _obstacle(recipe, quantize, adapter, constrained=constrained)
+    obstacle = _obstacle(config, quantize, adapter, constrained=constrained)
     if asked == "vllm":
         if obstacle is not None:
             raise UserError(f"vLLM cannot answer here: {obstacle}", where=_WHERE, fix="Set it to auto or peft.")
@@ -92,15 +92,15 @@ def _installed() -> Environment:
         raise UserError(error.what, where=_WHERE, fix="`tunewright engine install vllm`, or set it to peft.") from None
 
 
-def _obstacle(recipe: Recipe, quantize: Quantize, adapter: Path | None, *, constrained: bool) -> str | None:
+def _obstacle(config: Config, quantize: Quantize, adapter: Path | None, *, constrained: bool) -> str | None:
     """Why vLLM cannot answer as the embedded loop would; None if it can."""
     if quantize == "nf4":
         return "the base is held in NF4, and vLLM would hold it in 16 bits, which is another model"
     if constrained:
         return "evaluate.constrain takes the embedded loop, and vLLM has another release of the grammar library"
     if adapter is not None:
-        config: Mapping[str, Any] = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        model_config: Mapping[str, Any] = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     else:
-        config = {"use_dora": recipe.train.dora, "r": recipe.train.rank}
-    refused = list(vllm_refusals(config).values())
+        model_config = {"use_dora": config.train.dora, "r": config.train.rank}
+    refused = list(vllm_refusals(model_config).values())
     return f"vLLM does not load {', '.join(refused)}" if refused else None

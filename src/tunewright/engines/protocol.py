@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tunewright.models.requests import Finish, Request
+from tunewright.generation.requests import Finish, Request
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunewright.disk import digest
-from tunewright.recipe import Quantize
+from tunewright.config import Quantize
+from tunewright.core.io import digest
 
 ENGINE = "decoding-2"
 """Part of every key with peft: to be counted up when a change of the decoding loop changes answers."""

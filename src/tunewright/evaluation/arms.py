@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tunewright.evaluation.evidence import Arm, ArmKind
-from tunewright.recipe import EvaluateRecipe, RetrieverName
+from tunewright.config import EvaluateConfig, RetrieverName
+from tunewright.evidence.schema import Arm, ArmKind
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def plan_of(arm: Arm) -> ArmPlan:
     return ArmPlan(arm.kind, arm.shots, arm.seed, arm.retriever, arm.instruction, arm.constrained)
 
 
-def prompting_arms(settings: EvaluateRecipe) -> list[ArmPlan]:
+def prompting_arms(settings: EvaluateConfig) -> list[ArmPlan]:
     """Every arm that needs no training, with the pairs' own instruction; then zero-shot with each other one.
 
     Zero-shot (with each instruction: one of them may name what the grammar allows) and retrieved arms also held to the
-    grammar, where the recipe has one.
+    grammar, where the config has one.
 
     Of arms of the same score an earlier one is taken: the cheaper is first.
     """
@@ -83,12 +83,12 @@ def prompting_arms(settings: EvaluateRecipe) -> list[ArmPlan]:
     return [*free, *(replace(plan, constrained=True) for plan in [*zero_shot, *retrieved])]
 
 
-def other_instructions(plan: ArmPlan, settings: EvaluateRecipe) -> list[ArmPlan]:
+def other_instructions(plan: ArmPlan, settings: EvaluateConfig) -> list[ArmPlan]:
     """The same arm with each instruction of evaluate.instructions."""
     return _instructed(plan, settings, own=False)
 
 
-def _instructed(plan: ArmPlan, settings: EvaluateRecipe, *, own: bool) -> list[ArmPlan]:
+def _instructed(plan: ArmPlan, settings: EvaluateConfig, *, own: bool) -> list[ArmPlan]:
     return [replace(plan, instruction=number) for number in range(0 if own else 1, len(settings.instructions) + 1)]
 
 

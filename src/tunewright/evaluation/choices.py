@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.chat import Tokens
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Task
 from tunewright.evaluation.losses import answer_losses
-from tunewright.progress import Task
 
 
 @dataclass(frozen=True)

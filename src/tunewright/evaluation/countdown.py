@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from tunewright.progress import Reporter, Task
+from tunewright.core.progress import Reporter, Task
 
 _PARTS = 100
 

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tunewright.config import RetrieverName
 from tunewright.data.examples import Message
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import ArmPlan
-from tunewright.recipe import RetrieverName
 
 _NGRAMS = (2, 5)
 """Lengths of the character n-grams of TF-IDF, within words and their edges."""

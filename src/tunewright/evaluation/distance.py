@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tunewright.data.neighbours.leak import BANDS, band_of
-from tunewright.evaluation.evidence import Contrast
-from tunewright.evaluation.nearness import Band, BandScore, Nearness, OutputTemplates, Subset
-from tunewright.evaluation.scoring import ScoredArms, contrast, score_of
-from tunewright.evaluation.statistics import RESAMPLES
+from tunewright.data.dedup.leakage import BANDS, band_of
+from tunewright.evidence.schema import Contrast
+from tunewright.evidence.scoring import ScoredArms, contrast, score_of
+from tunewright.evidence.statistics import RESAMPLES
+from tunewright.evidence.train_similarity import Band, BandScore, OutputTemplates, Subset, TrainSimilarity
 from tunewright.metrics import Scores
 
 
@@ -31,7 +31,7 @@ SIMILARITY = "Jaccard similarity of the inputs' character 4-grams, without what 
 
 def scores_by_distance(
     scored: ScoredArms, nearest: Sequence[float], deciding: Contrast, seed: int, resamples: int = RESAMPLES
-) -> Nearness:
+) -> TrainSimilarity:
     """Each arm's score by the deciding metric, and the difference that decides, in bands of similarity.
 
     Args:
@@ -44,7 +44,7 @@ def scores_by_distance(
     place = np.array([band_of(similarity) for similarity in nearest])
     median = float(np.median(nearest))
     far = np.array(nearest) <= median
-    return Nearness(
+    return TrainSimilarity(
         similarity=SIMILARITY,
         treatment=deciding.treatment,
         control=deciding.control,

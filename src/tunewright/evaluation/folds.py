@@ -8,9 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from tunewright.core.errors import UserError
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, Member, keys_digest, members_digest, short
-from tunewright.errors import UserError
 
 
 def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[DatasetVersion]:

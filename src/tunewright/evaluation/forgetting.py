@@ -18,15 +18,15 @@ import numpy as np
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import Tokens
+from tunewright.config.project import ProjectFolder
+from tunewright.core.io import digest, write_json
 from tunewright.data.examples import Example, Message, normalised
 from tunewright.data.versions import DatasetVersion
-from tunewright.disk import digest, write_json
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.losses import answer_losses
-from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.statistics import RESAMPLES, bootstrap_sums, percentiles
+from tunewright.evidence.base import Interval
+from tunewright.evidence.statistics import RESAMPLES, bootstrap_sums, percentiles
 from tunewright.models.loading import context_length
-from tunewright.project import Project
 from tunewright.training.replay import outsiders
 from tunewright.training.rows import trained_spans
 from tunewright.training.self_samples import Drawn, Sampler
@@ -63,7 +63,7 @@ class ForgettingMeter:
     """
 
     def __init__(
-        self, project: Project, version: DatasetVersion, generator: Generator, samples: int = HELD_OUT
+        self, project: ProjectFolder, version: DatasetVersion, generator: Generator, samples: int = HELD_OUT
     ) -> None:
         self.project = project
         self.version = version
@@ -79,7 +79,7 @@ class ForgettingMeter:
             generator.chat,
             generator.inputs,
             generator.write,
-            self.project.recipe.seed,
+            self.project.config.seed,
             "held-out",
             self.project.work,
             generator.reporter,
@@ -94,7 +94,7 @@ class ForgettingMeter:
             UserError: nothing that the base writes is of use.
         """
         generator = self.generator
-        limit = min(self.project.recipe.train.max_length, context_length(generator.base))
+        limit = min(self.project.config.train.max_length, context_length(generator.base))
         screen = outsiders(self.project, self.version, generator.chat, limit, generator.reporter)
         return self.sampler.draw(self.wanted, screen, finished=False)
 
@@ -110,7 +110,7 @@ class ForgettingMeter:
         # [samples, 3]: nats under the base, nats under the adapter, tokens
         sums = np.array([[base[key] * n, tuned[key] * n, n] for key, n in tokens.items()])
         before, after, count = sums.sum(axis=0).tolist()
-        drawn = bootstrap_sums(sums, self.project.recipe.seed, RESAMPLES)
+        drawn = bootstrap_sums(sums, self.project.config.seed, RESAMPLES)
         return Forgetting(
             samples=len(rows),
             tokens=int(count),

@@ -17,20 +17,20 @@ from accelerate.utils.memory import clear_device_cache
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text, constraint_on, stop_strings
-from tunewright.disk import digest, writing
+from tunewright.config import Quantize
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, writing
+from tunewright.core.progress import Reporter
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
-from tunewright.errors import UserError
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Decoding, Generation, appending, read_answers
 from tunewright.evaluation.countdown import Countdown
-from tunewright.evaluation.engine_used import EngineUsed
+from tunewright.evidence.engine_used import EngineUsed
+from tunewright.generation.constraints import Constraint, Grammar
+from tunewright.generation.decoding import Completion, Request, generate
 from tunewright.models.bases import Base
-from tunewright.models.constraints import Constraint, Grammar
-from tunewright.models.decoding import Completion, Request, generate
 from tunewright.models.loading import device, load_model, named, with_adapters
-from tunewright.progress import Reporter
-from tunewright.project import Project
-from tunewright.recipe import Quantize
 from tunewright.training.micro_batch import in_memory
 from tunewright.training.self_samples import BATCH
 
@@ -63,36 +63,36 @@ class Generator:
     @classmethod
     def of(
         cls,
-        project: Project,
+        project: ProjectFolder,
         base: Base,
         chat: ChatFormat,
         quantize: Quantize,
         reporter: Reporter,
         adapter: Adapter | None = None,
     ) -> Generator:
-        """Return a generator that answers as the project's recipe says.
+        """Return a generator that answers as the project's config says.
 
         Args:
-            adapter: the one that will answer; None where the recipe is yet to train it, if at all.
+            adapter: the one that will answer; None where the config is yet to train it, if at all.
 
         Raises:
             UserError: ``evaluate.engine`` asks for vLLM, and it is not installed or cannot answer this.
         """
-        recipe = project.recipe
-        constrained = recipe.evaluate.constrain is not None
+        config = project.config
+        constrained = config.evaluate.constrain is not None
         folder = None if adapter is None else adapter.folder
         return cls(
             base,
             chat,
-            recipe.train.dtype,
+            config.train.dtype,
             quantize,
-            recipe.evaluate.batch_size,
+            config.evaluate.batch_size,
             project.work,
             reporter,
-            stop=stop_strings(recipe, chat),
+            stop=stop_strings(config, chat),
             grammar=grammar_of(project),
-            engine=answer_engine(recipe, quantize, adapter=folder, constrained=constrained),
-            rank=recipe.train.rank,
+            engine=answer_engine(config, quantize, adapter=folder, constrained=constrained),
+            rank=config.train.rank,
         )
 
     def __init__(
@@ -409,11 +409,11 @@ class Generator:
         )
 
 
-def grammar_of(project: Project) -> Grammar | None:
+def grammar_of(project: ProjectFolder) -> Grammar | None:
     """What the project's constrained answers have to be.
 
     Raises:
-        UserError: the recipe names a schema that cannot be read.
+        UserError: the config names a schema that cannot be read.
     """
-    constrain = project.recipe.evaluate.constrain
+    constrain = project.config.evaluate.constrain
     return Grammar.of(constrain, project.root) if constrain else None

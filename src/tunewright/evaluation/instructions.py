@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 from tunewright.data.versions import Member
-from tunewright.errors import UserError
-from tunewright.training.shared_prefix.plan import common_prefix
+from tunewright.training.packing.plan import common_prefix
 
 _KEY = "evaluate.instructions"
 _ENDS = (re.compile(r"(?s).*\n\s*"), re.compile(r"(?s).*[:.?!]\s+"))
@@ -66,7 +66,7 @@ def find_instruction(members: Sequence[Member]) -> Instruction:
             f"the pairs have {len(systems)} different system turns ({count:,} of {len(members):,} pairs share one; row "
             f"{odd.key[:12]} does not): another instruction in their place would take away what they say of each pair",
             where=_KEY,
-            fix="Take the instructions out of the recipe, or give all pairs the same system turn.",
+            fix="Take the instructions out of the config, or give all pairs the same system turn.",
         )
     (turns,) = systems
     if len(turns) > 1:

@@ -18,19 +18,19 @@ import numpy as np
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_json
+from tunewright.core.progress import Reporter, duration
 from tunewright.data.versions import DatasetVersion
-from tunewright.disk import digest, write_json
-from tunewright.errors import UserError
-from tunewright.evaluation.curve import CURVE_FILE, Curve, Point
+from tunewright.evaluation.arm_runner import measured_with, references_inputs
 from tunewright.evaluation.generations import Generator
-from tunewright.evaluation.measure import measured_with, references_inputs
-from tunewright.evaluation.slopes import Slope, corpus_slope, share_slope
 from tunewright.evaluation.subsets import subset_versions
+from tunewright.evidence.learning_curve import CURVE_FILE, Curve, Point
+from tunewright.evidence.slopes import Slope, corpus_slope, share_slope
 from tunewright.metrics import Scores, metric_inputs, score_all, scorer_of
 from tunewright.models.bases import Base
-from tunewright.progress import Reporter, duration
-from tunewright.project import Project
-from tunewright.training.few import forced_below
+from tunewright.training.min_examples import forced_below
 from tunewright.training.train import TrainResult, train, trained_before, training_inputs
 
 SHARES = (0.25, 0.5, 1.0)
@@ -50,10 +50,10 @@ class LearningCurve:
     """The parts of a version's training rows, and all that decides what comes out of them.
 
     Args:
-        project: its recipe decides; the curve's adapters are kept in its working folder, apart from its own.
+        project: its config decides; the curve's adapters are kept in its working folder, apart from its own.
         version, base, chat: as for `train`.
         reporter: shows progress, hears warnings.
-        seeds: how many, at least two: the recipe's own and those after it.
+        seeds: how many, at least two: the config's own and those after it.
         force: train on fewer pairs than are refused otherwise.
 
     Raises:
@@ -62,7 +62,7 @@ class LearningCurve:
 
     def __init__(
         self,
-        project: Project,
+        project: ProjectFolder,
         version: DatasetVersion,
         base: Base,
         chat: ChatFormat,
@@ -77,9 +77,9 @@ class LearningCurve:
         self.base = base
         self.chat = chat
         self.reporter = reporter
-        self.scorer = scorer_of(project.recipe.evaluate.metric, project.root)
-        self.quantize = project.recipe.evaluate.quantize or project.recipe.train.quantize
-        self.seeds = tuple(range(project.recipe.seed, project.recipe.seed + seeds))
+        self.scorer = scorer_of(project.config.evaluate.metric, project.root)
+        self.quantize = project.config.evaluate.quantize or project.config.train.quantize
+        self.seeds = tuple(range(project.config.seed, project.config.seed + seeds))
         self.parts = {
             (seed, share): part
             for seed in self.seeds
@@ -90,7 +90,7 @@ class LearningCurve:
             fewest, force=force, reporter=reporter, place=f" in a {SHARES[0]:.0%} part of them, as a curve needs"
         )
         # Of all training rows, so that no part's answers are cut where another's are not.
-        self.limit = answer_limit(project.recipe, chat, version.domain_of("train"))
+        self.limit = answer_limit(project.config, chat, version.domain_of("train"))
 
     def generator(self) -> Generator:
         """Return a fresh generator: each adapter has one, since the next training loads a base of its own."""
@@ -99,9 +99,9 @@ class LearningCurve:
     @property
     def identity(self) -> str:
         """12 hex digits: a digest of all that decides the curve."""
-        settings = self.project.recipe.evaluate
+        settings = self.project.config.evaluate
         trainings = [
-            training_inputs(self._recipe(seed), part, self.base, self.chat) for (seed, _), part in self.parts.items()
+            training_inputs(self._config(seed), part, self.base, self.chat) for (seed, _), part in self.parts.items()
         ]
         decides = {
             "trainings": trainings,
@@ -144,14 +144,14 @@ class LearningCurve:
         write_json(file, curve.model_dump(mode="json"))
         return CurveResult(file.parent, curve, measured=True)
 
-    def _recipe(self, seed: int) -> Project:
-        return Project(self.project.root, self.project.recipe.model_copy(update={"seed": seed}))
+    def _config(self, seed: int) -> ProjectFolder:
+        return ProjectFolder(self.project.root, self.project.config.model_copy(update={"seed": seed}))
 
     def _train(self, seed: int, share: float, part: DatasetVersion) -> TrainResult:
-        project = self._recipe(seed)
-        # All of the rows with the recipe's own seed may be the project's own adapter.
+        project = self._config(seed)
+        # All of the rows with the config's own seed may be the project's own adapter.
         inputs = digest(training_inputs(project, part, self.base, self.chat))
-        own = trained_before(self.project.adapters, project.recipe.name, inputs)
+        own = trained_before(self.project.adapters, project.config.name, inputs)
         if own is not None:
             return TrainResult(own, trained=False)
         facts: dict[str, Any] = {"curve": {"of": self.version.digest, "share": share, "seed": seed}}
@@ -180,13 +180,13 @@ class LearningCurve:
         )
 
     def _curve(self, points: list[Point], scores: Mapping[tuple[int, float], Scores]) -> Curve:
-        recipe, dev = self.project.recipe, self.version.examples("dev")
+        config, dev = self.project.config, self.version.examples("dev")
         slope = self._slope(points, scores)
         return Curve(
             id=self.identity,
-            project=recipe.name,
+            project=config.name,
             metric=self.scorer.name,
-            margin=recipe.evaluate.margin,
+            margin=config.evaluate.margin,
             items=len(dev),
             clusters=len({m.cluster for m in dev}),
             shares=SHARES,
@@ -196,11 +196,11 @@ class LearningCurve:
             interval=slope.interval,
             method=slope.method,
             lineage={
-                **measured_with(recipe, self.base, self.chat, self.quantize, self.limit),
+                **measured_with(config, self.base, self.chat, self.quantize, self.limit),
                 "engine": self.generator().used.model_dump(mode="json"),
                 "dataset": self.version.digest,
                 "dev_split": self.version.split_digest("dev"),
-                "recipe": recipe.model_dump(mode="json"),
+                "config": config.model_dump(mode="json"),
                 "forced": self.forced,
             },
         )
@@ -216,7 +216,7 @@ class LearningCurve:
                 f"{left_out} of {len(everywhere)} dev items cannot be scored by {self.scorer.name} for every adapter: "
                 "the slope is of the others."
             )
-        dev, seed = self.version.examples("dev"), self.project.recipe.seed
+        dev, seed = self.version.examples("dev"), self.project.config.seed
         clusters = [m.cluster for m, here in zip(dev, everywhere, strict=True) if here]
         sizes = np.array([p.rows for p in points]).reshape(len(self.seeds), len(SHARES))
         by_seed = [[scores[seed, share] for share in SHARES] for seed in self.seeds]

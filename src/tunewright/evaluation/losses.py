@@ -11,18 +11,18 @@ from typing import Any, Generic, TypeVar
 from tunewright.adapters.fit import require_fit, trained_quantize
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.chat import ChatFormat, Tokens
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_json
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.review.suspects import AnswerLoss
 from tunewright.data.versions import DatasetVersion, Member, short
 from tunewright.data.versions.members import read_places
-from tunewright.disk import digest, write_json
-from tunewright.errors import UserError
-from tunewright.evaluation.crossfit import out_of_fold
+from tunewright.evaluation.crossval import out_of_fold
+from tunewright.generation.decoding import prefill_groups
 from tunewright.models.bases import Base
-from tunewright.models.decoding import prefill_groups
 from tunewright.models.loading import context_length, load_model, named, with_adapters
-from tunewright.progress import Reporter
-from tunewright.project import Project
 from tunewright.training.rows import encode_members, name_of, trained_spans
 
 _MOST_NAMED = 20
@@ -49,7 +49,12 @@ class Judging:
 
 
 def judging(
-    project: Project, version: DatasetVersion, base: Base, chat: ChatFormat, reporter: Reporter, name: str | None = None
+    project: ProjectFolder,
+    version: DatasetVersion,
+    base: Base,
+    chat: ChatFormat,
+    reporter: Reporter,
+    name: str | None = None,
 ) -> Judging | None:
     """Choose who judges a version's rows: adapters that did not see them where there are such.
 
@@ -82,7 +87,7 @@ def judging(
 
 
 def row_losses(
-    project: Project, base: Base, chat: ChatFormat, judging: Judging, reporter: Reporter
+    project: ProjectFolder, base: Base, chat: ChatFormat, judging: Judging, reporter: Reporter
 ) -> dict[str, AnswerLoss]:
     """Return the loss of each row's last answer after its conversation, and with no input, by pair key.
 
@@ -99,11 +104,11 @@ def row_losses(
             waiting.append((adapter, rows, answer_rows(chat, alone, context_length(base), reporter)))
     if not waiting:
         return losses
-    # The folds' adapters come from one recipe: all were trained on the base held in the same way.
+    # The folds' adapters come from one config: all were trained on the base held in the same way.
     adapters = [adapter for adapter, _, _ in waiting if adapter is not None]
-    quantize = trained_quantize(adapters) if adapters else project.recipe.train.quantize
+    quantize = trained_quantize(adapters) if adapters else project.config.train.quantize
     reporter.say(f"Loading {named(base, quantize)}")
-    model: Any = load_model(base, project.recipe.train.dtype, quantize)
+    model: Any = load_model(base, project.config.train.dtype, quantize)
     if adapters:
         model = with_adapters(model, {adapter.name: adapter.folder for adapter in adapters})
     with reporter.task("judging answers", sum(len(rows) for _, rows, _ in waiting), "rows") as task:
@@ -129,7 +134,7 @@ def _without_input(member: Member) -> Member:
     return replace(member, example=Example((*system, Message("user", "-"), member.example.messages[-1])))
 
 
-def _newest_fit(project: Project, base: Base, chat: ChatFormat, reporter: Reporter) -> Adapter | None:
+def _newest_fit(project: ProjectFolder, base: Base, chat: ChatFormat, reporter: Reporter) -> Adapter | None:
     for adapter in reversed(list_adapters(project.adapters)):
         try:
             require_fit(adapter, base, chat)
@@ -277,15 +282,15 @@ def whole_model(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _decides(project: Project, base: Base, chat: ChatFormat, adapter: Adapter | None) -> dict[str, Any]:
-    train = project.recipe.train
+def _decides(project: ProjectFolder, base: Base, chat: ChatFormat, adapter: Adapter | None) -> dict[str, Any]:
+    train = project.config.train
     how = {"template": chat.digest, "dtype": train.dtype, "losses": "given and alone"}
     if adapter is not None:
         return {"adapter": adapter.digest, **how}
     return {"base": base.digest, "quantize": train.quantize, **how}
 
 
-def _file(project: Project, base: Base, chat: ChatFormat, adapter: Adapter | None) -> Path:
+def _file(project: ProjectFolder, base: Base, chat: ChatFormat, adapter: Adapter | None) -> Path:
     return project.work / "losses" / f"{digest(_decides(project, base, chat, adapter))[:16]}.json"
 
 

@@ -1,13 +1,13 @@
-"""References that no answer can equal, for what the recipe itself says of answers."""
+"""References that no answer can equal, for what the config itself says of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.versions import Member
-from tunewright.errors import UserError
 from tunewright.evaluation.generations import Generator
-from tunewright.progress import Reporter
 
 _SHOWN = 3
 

@@ -12,13 +12,13 @@ from tunewright.adapters.keys import PrivateKey
 from tunewright.adapters.registry import REPLAY, Adapter, store_adapter
 from tunewright.adapters.scaling import scale_weights
 from tunewright.adapters.signing import store_signer
-from tunewright.clock import now
-from tunewright.disk import digest
-from tunewright.errors import UserError
+from tunewright.config import MetricName
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
-from tunewright.evaluation.measure import Measurement
 from tunewright.metrics import points_text
-from tunewright.recipe import MetricName
 
 FACTORS = (0.25, 0.5, 0.75, 1.0)
 
@@ -29,7 +29,7 @@ class Scaled:
 
     factor: float
     dev: float
-    """The recipe's metric on the dev split, as a share."""
+    """The config's metric on the dev split, as a share."""
     forgetting: Forgetting
 
 
@@ -60,7 +60,7 @@ class ScaleResult:
 
 
 def scale(
-    measurement: Measurement, meter: ForgettingMeter, parent: Adapter, factors: Sequence[float] = FACTORS
+    arm_runner: ArmRunner, meter: ForgettingMeter, parent: Adapter, factors: Sequence[float] = FACTORS
 ) -> ScaleResult:
     """Measure an adapter at several scales, and store it at the one that is chosen.
 
@@ -85,22 +85,22 @@ def scale(
     wanted = sorted({*factors, 1.0})
     if not all(0 < factor <= 2 for factor in wanted):
         raise UserError("a factor is above 0 and at most 2", where="--factor")
-    margin, metric = measurement.settings.margin, measurement.scorers[0].name
-    project = measurement.project
+    margin, metric = arm_runner.settings.margin, arm_runner.scorers[0].name
+    project = arm_runner.project
     trial = project.work / "scaled"
     tried: dict[float, Scaled] = {}
     adapters: dict[float, Adapter] = {}
     for factor in wanted:
-        adapter = parent if factor == 1 else _scaled(measurement, parent, factor, trial)
+        adapter = parent if factor == 1 else _scaled(arm_runner, parent, factor, trial)
         adapters[factor] = adapter
-        tried[factor] = Scaled(factor, measurement.dev_scores(adapter).total(), meter.measure(adapter))
+        tried[factor] = Scaled(factor, arm_runner.dev_scores(adapter).total(), meter.measure(adapter))
     chosen = choose([*tried.values()], margin)
     rule = f"the least forgetting of those that lose less than {points_text(margin)[1:]} points on dev against the best"
     lineage = {"factor": chosen.factor, "rule": rule, "metric": metric, "tried": _account([*tried.values()])}
-    kept = parent if chosen.factor == 1 else _keep(measurement, parent, adapters[chosen.factor], lineage)
+    kept = parent if chosen.factor == 1 else _keep(arm_runner, parent, adapters[chosen.factor], lineage)
     shutil.rmtree(trial, ignore_errors=True)
     return ScaleResult(
-        parent, kept, tuple(tried.values()), chosen, metric, len(measurement.version.examples("dev")), rule
+        parent, kept, tuple(tried.values()), chosen, metric, len(arm_runner.version.examples("dev")), rule
     )
 
 
@@ -111,24 +111,24 @@ def choose(tried: Sequence[Scaled], margin: float) -> Scaled:
     return min(near, key=lambda each: (each.forgetting.increase, -each.factor))
 
 
-def _scaled(measurement: Measurement, parent: Adapter, factor: float, place: Path) -> Adapter:
+def _scaled(arm_runner: ArmRunner, parent: Adapter, factor: float, place: Path) -> Adapter:
     """The adapter times a factor, in a folder of trials."""
     weights = place / f".{parent.digest[:12]}-{factor:g}"
     scale_weights(parent.folder, factor, weights)
     identity = digest({"parent": parent.digest, "factor": factor})
     lineage = {**parent.lineage, "created": now(), "inputs_digest": identity}
-    return _store(measurement, place, weights, lineage, parent)
+    return _store(arm_runner, place, weights, lineage, parent)
 
 
-def _keep(measurement: Measurement, parent: Adapter, trial: Adapter, how: dict[str, Any]) -> Adapter:
+def _keep(arm_runner: ArmRunner, parent: Adapter, trial: Adapter, how: dict[str, Any]) -> Adapter:
     """The chosen trial as an adapter of the project, with what it was made of and why, signed as all of them are."""
     lineage = {**trial.lineage, "scaled": {"parent": parent.name, "parent_digest": parent.digest, **how}}
-    signer = store_signer(measurement.project.keys, measurement.reporter)
-    return _store(measurement, measurement.project.adapters, trial.folder, lineage, parent, signer)
+    signer = store_signer(arm_runner.project.keys, arm_runner.reporter)
+    return _store(arm_runner, arm_runner.project.adapters, trial.folder, lineage, parent, signer)
 
 
 def _store(
-    measurement: Measurement,
+    arm_runner: ArmRunner,
     place: Path,
     weights: Path,
     lineage: dict[str, Any],
@@ -139,12 +139,12 @@ def _store(
     replayed = parent.folder / REPLAY
     return store_adapter(
         place,
-        measurement.project.recipe.name,
+        arm_runner.project.config.name,
         weights,
         {},
         lineage,
         parent.history,
-        servable=parent.lineage["recipe"]["train"]["servable"] if "recipe" in parent.lineage else True,
+        servable=parent.lineage["config"]["train"]["servable"] if "config" in parent.lineage else True,
         texts={REPLAY: replayed.read_text(encoding="utf-8")} if replayed.exists() else None,
         signer=signer,
     )

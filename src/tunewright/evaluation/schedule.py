@@ -13,22 +13,22 @@ from typing import Literal
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat.answers import answer_length
-from tunewright.clock import seconds_since, to_the_second
+from tunewright.core.clock import seconds_since, to_the_second
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_json
+from tunewright.core.progress import minutes_text
 from tunewright.data.versions import Member
-from tunewright.disk import digest, write_json
-from tunewright.errors import UserError
-from tunewright.evaluation.advising import advice_file, first_rows, prepare
+from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, prompting_arms
-from tunewright.evaluation.budget import RULE, Budget
 from tunewright.evaluation.countdown import Work
-from tunewright.evaluation.evaluating import standing_of
-from tunewright.evaluation.evidence import Advice, Arm
 from tunewright.evaluation.generations import Prompt
-from tunewright.evaluation.measure import Measurement
+from tunewright.evaluation.prompt_search import advice_file, first_rows, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS
+from tunewright.evaluation.runner import standing_of
 from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed
-from tunewright.progress import minutes_text
-from tunewright.training.shared_prefix.plan import common_prefix
+from tunewright.evidence.budget import RULE, Budget
+from tunewright.evidence.schema import Advice, Arm
+from tunewright.training.packing.plan import common_prefix
 
 _SAMPLED = 200
 """Training rows whose answers' lengths stand for all."""
@@ -77,7 +77,7 @@ class Schedule:
 
     def __init__(
         self,
-        measurement: Measurement,
+        arm_runner: ArmRunner,
         *,
         minutes: float | None = None,
         contest: Contest | None = None,
@@ -88,7 +88,7 @@ class Schedule:
         if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
             raise UserError(f"it must be greater than 0 (got {minutes:g})", where="--minutes")
         # Weak, as the measurement has the schedule: with a circle, only the garbage collector would free the base.
-        self._measurement: Measurement = weakref.proxy(measurement)
+        self._arm_runner: ArmRunner = weakref.proxy(arm_runner)
         self._minutes = minutes
         self._contest = contest
         self._pilots = pilots
@@ -113,11 +113,11 @@ class Schedule:
         self.budget = self._recalled()
         advice = self._known_advice()
         if advice is None:
-            prepare(self._measurement)
+            prepare(self._arm_runner)
         stages = self._stages(advice, self._left_out)
         if not any(load.answers for loads in stages.values() for load in loads):
-            if self._turns and not self._known(advice_file(self._measurement, self._left_out)):
-                self._measurement.reporter.say(f"All answers are there.{self._not_counted(stages)}")
+            if self._turns and not self._known(advice_file(self._arm_runner, self._left_out)):
+                self._arm_runner.reporter.say(f"All answers are there.{self._not_counted(stages)}")
             return
         self._measure()
         if self._minutes is not None and self.budget is None and not self._decision.exists():
@@ -127,7 +127,7 @@ class Schedule:
             stages = self._stages(advice, self._left_out)
         for stage, loads in stages.items():
             self._plan(stage, loads)
-        self._measurement.reporter.say(self._announcement(stages))
+        self._arm_runner.reporter.say(self._announcement(stages))
 
     def expect(
         self,
@@ -151,7 +151,7 @@ class Schedule:
             self._plan(stage, [replace(load, kept=max(load.kept - counted, 0)) for load in loads])
 
     def _plan(self, stage: str, loads: Sequence[_Load]) -> None:
-        countdown = self._measurement.generator.countdown
+        countdown = self._arm_runner.generator.countdown
         countdown.plan(stage, [Work(x.title, x.answers, x.kept, self._seconds(x)) for x in loads])
 
     @property
@@ -159,7 +159,7 @@ class Schedule:
         return self.budget.left_out if self.budget else ()
 
     def _known_advice(self) -> Advice | None:
-        file = advice_file(self._measurement, self._left_out)
+        file = advice_file(self._arm_runner, self._left_out)
         return Advice.model_validate_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def _stages(self, advice: Advice | None, left_out: Sequence[str]) -> dict[str, list[_Load]]:
@@ -169,12 +169,12 @@ class Schedule:
         if self._contest is not None:
             stages["contest"] = self._meeting(self._contest, advice, left_out)
             if stages["contest"] and self._contest.split == "test":
-                test = self._measurement.version.examples("test")
+                test = self._arm_runner.version.examples("test")
                 items = min(MOST_ITEMS, len({m.example.input_key for m in test}))
                 zero = next(load for load in stages["contest"] if load.plan == ZERO_SHOT)
                 stages["noise"] = [_Load(NOISE, ZERO_SHOT, 2 * items, 0, zero.read)]
-        if self._pilots and not self._known(advice_file(self._measurement, left_out)):
-            dev = self._measurement.version.examples("dev")
+        if self._pilots and not self._known(advice_file(self._arm_runner, left_out)):
+            dev = self._arm_runner.version.examples("dev")
             stages["pilots"] = [
                 _Load("tuned on dev", TUNED, len(dev), 0, self._entrant(ZERO_SHOT).read) for _ in range(self._pilots)
             ]
@@ -182,13 +182,13 @@ class Schedule:
 
     def _entrants(self, left_out: Sequence[str]) -> list[_Load]:
         """The prompting arms that fit the context, on the items that all of them answer."""
-        plans = [plan for plan in prompting_arms(self._measurement.settings) if plan.name not in left_out]
+        plans = [plan for plan in prompting_arms(self._arm_runner.settings) if plan.name not in left_out]
         return [load for plan in plans if (load := self._fitting(plan)) is not None]
 
     def _fitting(self, plan: ArmPlan) -> _Load | None:
         if plan not in self._loads:
-            first = first_rows(self._measurement)
-            misfit = self._measurement.misfit(plan, first)
+            first = first_rows(self._arm_runner)
+            misfit = self._arm_runner.misfit(plan, first)
             self._loads[plan] = None if misfit else self._exact(plan, first, "dev")
         return self._loads[plan]
 
@@ -199,8 +199,8 @@ class Schedule:
         return found
 
     def _exact(self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None) -> _Load:
-        measurement = self._measurement
-        prompts = sorted(set(measurement.prompts(plan, members)[0]))
+        arm_runner = self._arm_runner
+        prompts = sorted(set(arm_runner.prompts(plan, members)[0]))
         kept = self._kept(adapter if plan.adapted else None, constrained=plan.constrained)
         missing = [prompt for prompt in prompts if digest(prompt) not in kept]
         shared = common_prefix(prompts[0], prompts[-1]) if len(prompts) > 1 else 0
@@ -210,8 +210,8 @@ class Schedule:
     def _kept(self, adapter: Adapter | None, *, constrained: bool) -> frozenset[str]:
         key = (None if adapter is None else adapter.digest, constrained)
         if key not in self._journals:
-            measurement = self._measurement
-            self._journals[key] = measurement.generator.kept(measurement.limit, adapter, constrained=constrained)
+            arm_runner = self._arm_runner
+            self._journals[key] = arm_runner.generator.kept(arm_runner.limit, adapter, constrained=constrained)
         return self._journals[key]
 
     def _forget(self) -> None:
@@ -222,17 +222,17 @@ class Schedule:
 
     def _choosing(self, left_out: Sequence[str]) -> dict[str, list[_Load]]:
         """All entrants on the first items, then at most so many of the dearest on the rest of dev."""
-        settings, dev = self._measurement.settings, self._measurement.version.examples("dev")
+        settings, dev = self._arm_runner.settings, self._arm_runner.version.examples("dev")
         entrants = self._entrants(left_out)
         shown = [load for load in entrants if load.plan.shots]
         if shown and settings.instructions:
             dearest = max(shown, key=lambda load: load.read)
-            items = len(first_rows(self._measurement))
+            items = len(first_rows(self._arm_runner))
             entrants += [
                 _Load(f"another instruction {n} on dev", dearest.plan, items, 0, dearest.read)
                 for n in range(len(settings.instructions))
             ]
-        rest = len(dev) - len(first_rows(self._measurement))
+        rest = len(dev) - len(first_rows(self._arm_runner))
         if rest <= 0:
             return {"entrants": entrants}
         zero_shot = self._exact(ZERO_SHOT, dev, "dev")
@@ -252,20 +252,20 @@ class Schedule:
 
     def _left(self, entrant: _Load) -> int:
         """How many answers an arm lacks on the dev items that not all entrants answer."""
-        dev = self._measurement.version.examples("dev")
+        dev = self._arm_runner.version.examples("dev")
         if entrant.plan not in self._wholes:
-            misfit = self._measurement.misfit(entrant.plan, dev)
+            misfit = self._arm_runner.misfit(entrant.plan, dev)
             self._wholes[entrant.plan] = None if misfit else self._exact(entrant.plan, dev, "dev")
         whole = self._wholes[entrant.plan]
         # An arm that does not fit all of dev is left out then: counted in full, it is at most that.
-        return len(dev) - len(first_rows(self._measurement)) if whole is None else whole.answers - entrant.answers
+        return len(dev) - len(first_rows(self._arm_runner)) if whole is None else whole.answers - entrant.answers
 
     def _meeting(self, contest: Contest, advice: Advice | None, left_out: Sequence[str]) -> list[_Load]:
         """The arms of the contest; dev's prompts stand for those of a test split that has not been opened for it."""
-        measurement = self._measurement
-        members = measurement.version.examples(contest.split)
+        arm_runner = self._arm_runner
+        members = arm_runner.version.examples(contest.split)
         if advice is not None:
-            standing = standing_of(measurement, contest.adapter, advice, contest.split)
+            standing = standing_of(arm_runner, contest.adapter, advice, contest.split)
             if standing.evaluated:
                 return []
             if standing.opened:
@@ -289,7 +289,7 @@ class Schedule:
             loads.append(_Load(f"{TUNED.name} {on}", TUNED, items, 0, zero))
         else:
             loads.append(self._exact(TUNED, members, contest.split, contest.adapter))
-        settings = measurement.settings
+        settings = arm_runner.settings
         if settings.tuned_retrieved and retrieved and TUNED_RETRIEVED not in left_out:
             read = max(retrieved) if advice is None or advice.best_retrieved is None else reads[advice.best_retrieved]
             loads.append(_Load(f"{TUNED_RETRIEVED} {on}", ArmPlan("tuned-retrieved", 1), items, 0, read))
@@ -305,18 +305,18 @@ class Schedule:
         Args:
             again: time them whatever is kept.
         """
-        measurement = self._measurement
-        first = first_rows(measurement)
+        arm_runner = self._arm_runner
+        first = first_rows(arm_runner)
 
         def short() -> Sequence[Prompt]:
-            return measurement.prompts(ZERO_SHOT, first)[0]
+            return arm_runner.prompts(ZERO_SHOT, first)[0]
 
         def long() -> Sequence[Prompt]:
             fits = [load for load in self._entrants(()) if load.plan.shots and not load.plan.constrained]
-            return measurement.prompts(max(fits, key=lambda load: load.read).plan, first)[0] if fits else []
+            return arm_runner.prompts(max(fits, key=lambda load: load.read).plan, first)[0] if fits else []
 
-        keyed = {"dataset": measurement.version.digest, "arms": [p.name for p in prompting_arms(measurement.settings)]}
-        generator, limit = measurement.generator, measurement.limit
+        keyed = {"dataset": arm_runner.version.digest, "arms": [p.name for p in prompting_arms(arm_runner.settings)]}
+        generator, limit = arm_runner.generator, arm_runner.limit
         self._speed = answer_speed(generator, limit, short, long, keyed, again=again)
         if self._contest is not None:
             adapter = self._contest.adapter
@@ -333,12 +333,12 @@ class Schedule:
     @cached_property
     def _trained_length(self) -> float:
         """Tokens of a mean training answer: what an adapter's answers will be like."""
-        chat = self._measurement.generator.chat
-        rows = self._measurement.version.domain_of("train")[:_SAMPLED]
+        chat = self._arm_runner.generator.chat
+        rows = self._arm_runner.version.domain_of("train")[:_SAMPLED]
         lengths = [
             answer_length(row.loss_mask) for row in chat.tokens([chat.layouts(m.example.messages)[-1] for m in rows])
         ]
-        return min(fmean(lengths), self._measurement.limit)
+        return min(fmean(lengths), self._arm_runner.limit)
 
     def _total(self, stages: Mapping[str, Sequence[_Load]]) -> float:
         return sum(load.answers * self._seconds(load) for loads in stages.values() for load in loads)
@@ -349,17 +349,17 @@ class Schedule:
     def _identity(self) -> str:
         contest = self._contest
         decides = {
-            "advice": advice_file(self._measurement).name,
+            "advice": advice_file(self._arm_runner).name,
             "minutes": self._minutes,
             "contest": None if contest is None else [contest.adapter.digest, contest.split],
-            "tuned_retrieved": self._measurement.settings.tuned_retrieved,
+            "tuned_retrieved": self._arm_runner.settings.tuned_retrieved,
             "pilots": self._pilots,
         }
         return digest(decides)[:16]
 
     @property
     def _decision(self) -> Path:
-        return self._measurement.project.work / "budgets" / f"{self._identity}.json"
+        return self._arm_runner.project.work / "budgets" / f"{self._identity}.json"
 
     def _recalled(self) -> Budget | None:
         """What the same budget left out before: a run that resumes must not choose again by another speed."""
@@ -377,7 +377,7 @@ class Schedule:
             if not order and again and seconds_since(self._speed.measured) > _FRESH:
                 # The machine may have been busy then.
                 timed = to_the_second(self._speed.measured)
-                self._measurement.reporter.say(f"Timed at {timed}, {minutes:g} minutes are too few. Timing again.")
+                self._arm_runner.reporter.say(f"Timed at {timed}, {minutes:g} minutes are too few. Timing again.")
                 self._measure(again=True)
                 return self._trimmed(advice, minutes, again=False)
             if not order:
@@ -397,7 +397,7 @@ class Schedule:
         write_json(self._decision, budget.model_dump(mode="json"))
         if not left_out:
             return None
-        self._measurement.reporter.warn(f"--minutes {minutes:g}: left out {', '.join(left_out)}. The rule: {RULE}.")
+        self._arm_runner.reporter.warn(f"--minutes {minutes:g}: left out {', '.join(left_out)}. The rule: {RULE}.")
         return budget
 
     def _droppable(self, advice: Advice | None, stages: Mapping[str, Sequence[_Load]]) -> list[str]:
@@ -408,7 +408,7 @@ class Schedule:
         if advice is not None:
             return extra
         plans = [load.plan for load in self._entrants(())]
-        retrieved = [plan for plan in prompting_arms(self._measurement.settings) if plan.kind == "retrieved"]
+        retrieved = [plan for plan in prompting_arms(self._arm_runner.settings) if plan.kind == "retrieved"]
         kept = {ZERO_SHOT, *sorted(retrieved, key=lambda plan: plan.shots)[:1]}
         order = sorted(enumerate(plans), key=lambda at: (-at[1].shots, at[1].kind != "static", -at[0]))
         return [*extra, *(plan.name for _, plan in order if plan not in kept)]
@@ -419,7 +419,7 @@ class Schedule:
         assert self._speed is not None
         parts = []
         if "entrants" in stages:
-            items, dev = len(first_rows(self._measurement)), len(self._measurement.version.examples("dev"))
+            items, dev = len(first_rows(self._arm_runner)), len(self._arm_runner.version.examples("dev"))
             told = f"{_arms_text(len(stages['entrants']), 'prompting arm')} on {items:,}"
             parts.append(
                 f"{told} of {dev:,} dev items, at most {len(stages['finalists'])} of them on all"
@@ -428,7 +428,7 @@ class Schedule:
             )
         if stages.get("contest"):
             assert self._contest is not None
-            items = len(self._measurement.version.examples(self._contest.split))
+            items = len(self._arm_runner.version.examples(self._contest.split))
             more = "arm" if self._contest.split == "test" else "more arm"
             text = f"{_arms_text(len(stages['contest']), more)} on {items:,} {self._contest.split} items"
             parts.append(f"{text} and the {NOISE}" if "noise" in stages else text)
@@ -449,7 +449,7 @@ class Schedule:
         if (
             self._contest is not None
             and self._contest.split == "test"
-            and self._measurement.project.recipe.general.measures
+            and self._arm_runner.project.config.general.measures
         ):
             besides.append("the suites of the general section")
         if "pilots" in stages:

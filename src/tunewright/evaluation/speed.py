@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.optimize import nnls
 
 from tunewright.adapters.registry import Adapter
-from tunewright.clock import now
-from tunewright.disk import digest, write_json
+from tunewright.core.clock import now
+from tunewright.core.io import digest, write_json
 from tunewright.evaluation.generations import Generator, Prompt
-from tunewright.training.shared_prefix.plan import common_prefix
+from tunewright.training.packing.plan import common_prefix
 
 _MOST_TOKENS = 8192
 """Prompt tokens of one timed batch: some seconds on a processor."""

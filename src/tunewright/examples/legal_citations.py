@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 
-from tunewright.errors import UserError
-from tunewright.project import RECIPE_FILE
-from tunewright.recipe_file import write_recipe
+from tunewright.config.io import write_config
+from tunewright.config.project import CONFIG_FILE
+from tunewright.core.errors import UserError
 
 NAME = "legal-citations"
 PAIRS_FILE = "pairs.jsonl"
@@ -33,11 +33,11 @@ def project_files() -> dict[str, str]:
         }
     )
     lines = [json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) + "\n" for p, c in pairs]
-    return {RECIPE_FILE: _recipe(), PAIRS_FILE: "".join(lines), "README.md": _readme(len(pairs))}
+    return {CONFIG_FILE: _config(), PAIRS_FILE: "".join(lines), "README.md": _readme(len(pairs))}
 
 
-def _recipe() -> str:
-    return write_recipe(
+def _config() -> str:
+    return write_config(
         {
             "name": NAME,
             "base": "bundled:smollm2-135m-instruct",

@@ -10,9 +10,9 @@ from typing import Any
 
 from tunewright.adapters.fit import trained_quantize
 from tunewright.adapters.registry import Adapter
-from tunewright.clock import now
-from tunewright.disk import digest, file_digest, new_folder, write_json
-from tunewright.errors import UserError
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, file_digest, new_folder, write_json
 from tunewright.export.parity import LIMITS, Figures, Precision, shortcomings
 from tunewright.export.record import RECORD, Export, Kind, WayMeasured, read_record
 from tunewright.training.lineage import packages

@@ -17,8 +17,8 @@ from typing import Literal
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.templates import Template
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
 
 CONVERSATIONS = 200
 """Random conversations on which a Go template is held against the chat template."""

@@ -16,13 +16,13 @@ from typing import Any
 import httpx
 import torch
 
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
 from tunewright.export.observing import Listed
 from tunewright.export.templates import asked_as
 from tunewright.export.trained import Seen, Trained
-from tunewright.models.text_stream import TextStream
-from tunewright.progress import Reporter
+from tunewright.generation.text_stream import TextStream
 
 LISTED = 1000
 """Likeliest tokens that llama.cpp is asked for at each place; all of a vocabulary would be 5 MB of JSON each time."""

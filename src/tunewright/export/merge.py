@@ -13,17 +13,17 @@ from torch import Tensor
 
 from tunewright.adapters.fit import trained_quantize
 from tunewright.chat import ChatFormat
-from tunewright.disk import write_json
+from tunewright.core.io import write_json
+from tunewright.core.progress import Reporter
 from tunewright.export.observing import answer, distance, distributions
 from tunewright.export.record import WayMeasured
 from tunewright.export.templates import exported_template, rendered_alike
 from tunewright.export.trained import Seen, Trained
 from tunewright.export.weights import Way, Weights, put_into, read_changes, trained_dtype
+from tunewright.generation.decoding import Completion
 from tunewright.models.bases import INDEX, Base
-from tunewright.models.decoding import Completion
 from tunewright.models.loading import device, load_model
 from tunewright.models.quiet import quiet_transformers
-from tunewright.progress import Reporter
 
 _GENERATION = "generation_config.json"
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")

@@ -12,7 +12,7 @@ from torch import Tensor
 from tunewright.chat import ChatFormat
 from tunewright.export.parity import TOP
 from tunewright.export.probe import Probe
-from tunewright.models.decoding import Completion, Request, generate
+from tunewright.generation.decoding import Completion, Request, generate
 
 _BATCH = 8
 

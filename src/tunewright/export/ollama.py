@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
-from tunewright.disk import write_text
+from tunewright.config import Config
+from tunewright.core.io import write_text
 from tunewright.export.exporting import Built, ExportResult
 from tunewright.export.gguf.tensors import FileType
 from tunewright.export.go_template import go_template, strips
-from tunewright.recipe import Recipe
 
 MODELFILE = "Modelfile"
 
@@ -24,14 +24,14 @@ def ollama_built(
     base: Path | None,
     chat: ChatFormat,
     system_prompt: str | None,
-    recipe: Recipe,
+    config: Config,
     file_type: FileType,
 ) -> Built:
     """Fill ``folder`` for Ollama from GGUF files that were measured: merged, or a LoRA file with ``base`` under it."""
     assert parts.folder is not None
     (file,) = (parts.folder / name for name in parts.record.files)
     model, lora = (file, None) if base is None else (base, file)
-    stop, context = stop_strings(recipe, chat), recipe.train.max_length
+    stop, context = stop_strings(config, chat), config.train.max_length
     notes = write_ollama(folder, chat, system_prompt, stop, model, lora, context)
     told = (*parts.record.notes, *notes)
     record = parts.record

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunewright.evaluation.parts import Part
+from tunewright.config import MetricName
+from tunewright.evidence.base import Part
 from tunewright.metrics.text import score_text
-from tunewright.recipe import MetricName
 
 PROMPTS = 32
 """Held-out prompts that are answered, or all where there are fewer."""
@@ -46,7 +46,7 @@ class Figures(Part):
     top1: Annotated[float, Field(description="Share of the places at which both find the same token likeliest.")]
     greedy: Annotated[float, Field(description="Share of the prompts with the same greedy answer, token by token.")]
     metric: MetricName
-    score: Annotated[float, Field(description="The artefact's score by the recipe's metric on these prompts.")]
+    score: Annotated[float, Field(description="The artefact's score by the config's metric on these prompts.")]
     trained_score: Annotated[float, Field(description="The trained model's.")]
     rendered: Annotated[int, Field(description="Prompts that the artefact itself renders to the ids of training.")]
 

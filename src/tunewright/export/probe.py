@@ -9,12 +9,12 @@ import numpy as np
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, stop_strings
+from tunewright.config import Config
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.disk import digest
-from tunewright.errors import UserError
 from tunewright.export.parity import PLACES, PROMPTS
-from tunewright.progress import Reporter
-from tunewright.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Probe:
         return max(map(len, self.prompts)) + self.limit
 
 
-def draw_probe(version: DatasetVersion, chat: ChatFormat, recipe: Recipe, context: int, reporter: Reporter) -> Probe:
-    """Dev rows, of as many clusters as there are, in an order that the recipe's seed draws.
+def draw_probe(version: DatasetVersion, chat: ChatFormat, config: Config, context: int, reporter: Reporter) -> Probe:
+    """Dev rows, of as many clusters as there are, in an order that the config's seed draws.
 
     Raises:
         UserError: no dev row fits the base's context.
     """
-    limit = answer_limit(recipe, chat, version.domain_of("train"))
-    dev = sorted(version.domain_of("dev"), key=lambda m: digest([recipe.seed, m.key]))
+    limit = answer_limit(config, chat, version.domain_of("train"))
+    dev = sorted(version.domain_of("dev"), key=lambda m: digest([config.seed, m.key]))
     seen: set[str] = set()
     first: list[Member] = []
     later: list[Member] = []
@@ -61,7 +61,7 @@ def draw_probe(version: DatasetVersion, chat: ChatFormat, recipe: Recipe, contex
             fix="Give the split a dev part (data.split), and train on that version.",
         )
     members, prompts = zip(*fitting, strict=True)
-    return Probe(members, prompts, limit, stop_strings(recipe, chat))
+    return Probe(members, prompts, limit, stop_strings(config, chat))
 
 
 def places(tokens: int, *, ended: bool) -> list[int]:

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from tunewright.disk import digest
-from tunewright.errors import UserError
-from tunewright.evaluation.parts import Part
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.evidence.base import Part
 from tunewright.export.parity import Figures, Limits
 
 RECORD = "export.json"

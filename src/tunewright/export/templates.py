@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunewright.chat import ChatFormat
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
 
 _ASKS_FOR_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 

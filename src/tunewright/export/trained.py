@@ -15,18 +15,18 @@ from tunewright.adapters.fit import trained_quantize
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text
+from tunewright.core.progress import Reporter
 from tunewright.export.observing import Context, Listed, answer, distance, distributions
 from tunewright.export.parity import Figures
 from tunewright.export.probe import Probe, contexts
 from tunewright.export.weights import Weights, put_into, trained_dtype
+from tunewright.generation.decoding import Completion
 from tunewright.metrics import Scorer, score_all
 from tunewright.models.bases import Base
-from tunewright.models.decoding import Completion
-from tunewright.models.fit.plan import memory_at_hand
-from tunewright.models.fit.shape import read_shape
-from tunewright.models.fit.sizes import gigabytes
 from tunewright.models.loading import load_model, with_adapters
-from tunewright.progress import Reporter
+from tunewright.models.memory.plan import memory_at_hand
+from tunewright.models.memory.shape import read_shape
+from tunewright.models.memory.sizes import gigabytes
 
 _ROOM = 1.3
 """Memory that a model needs while it is compared, in bytes of its weights: activations, adapter, one more layer.
@@ -84,7 +84,7 @@ class Trained:
         return [answer_text(self.chat, completion) for completion in self.completions]
 
     def score(self, texts: Sequence[str]) -> float:
-        """What these answers are worth by the recipe's metric."""
+        """What these answers are worth by the config's metric."""
         return score_all(self.scorer, texts, [member.example for member in self.probe.members]).total()
 
     def figures(self, seen: Seen) -> Figures:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
-from tunewright.adapters.servable import vllm_refusals
-from tunewright.errors import UserError
+from tunewright.adapters.vllm_compat import vllm_refusals
+from tunewright.core.errors import UserError
 from tunewright.models.bases import Base, tensor_files
 from tunewright.models.families import ATTENTION, MLP, text_name
 
@@ -205,7 +205,7 @@ def dequantized(weight: Tensor) -> Tensor:
 
 def trained_dtype(adapter: Adapter) -> str:
     """What the base was held in (or computed in, over NF4) while the adapter was trained."""
-    return str(adapter.lineage["recipe"]["train"]["dtype"])
+    return str(adapter.lineage["config"]["train"]["dtype"])
 
 
 def put_into(model: Any, names: Iterable[str], value: Callable[[str], Tensor]) -> None:

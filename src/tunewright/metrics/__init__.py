@@ -1,10 +1,12 @@
-"""What answers are worth: the recipe's metrics at work, and how scores are told."""
+"""What answers are worth: the config's metrics at work, and how scores are told."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from tunewright.config import EvaluateConfig, Metric, metric_name
+from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Python, Regex
 from tunewright.metrics.check import check_references
 from tunewright.metrics.choices import accuracy
 from tunewright.metrics.corpus import bleu, chrf
@@ -15,8 +17,6 @@ from tunewright.metrics.pattern import matches
 from tunewright.metrics.scorer import ItemScore, Kind, Pair, Scorer, Scores, Unscored, references_of, score_all
 from tunewright.metrics.text import axis_label, metric_label, p_text, points_text, score_text
 from tunewright.metrics.words import token_f1
-from tunewright.recipe import EvaluateRecipe, Metric, metric_name
-from tunewright.recipe.metrics import Choices, ExactMatch, Json, Normalisation, Python, Regex
 
 __all__ = [
     "ItemScore",
@@ -45,7 +45,7 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
     """The metric at work.
 
     Args:
-        metric: as the recipe has it.
+        metric: as the config has it.
         root: the project's folder, where a function of its own is found.
 
     Raises:
@@ -84,13 +84,13 @@ def metric_kind(metric: Metric) -> Kind:
     return "mean" if isinstance(metric, Python) or metric == "token_f1" else "right or wrong"
 
 
-def open_scorers(settings: EvaluateRecipe, root: Path) -> tuple[Scorer, ...]:
-    """All metrics of the recipe at work, the deciding one first; errors as of `scorer_of`."""
+def open_scorers(settings: EvaluateConfig, root: Path) -> tuple[Scorer, ...]:
+    """All metrics of the config at work, the deciding one first; errors as of `scorer_of`."""
     return tuple(scorer_of(metric, root) for metric in settings.metrics)
 
 
 def metric_inputs(metric: Metric, root: Path) -> Any:
-    """What decides a metric's scores, for digests: as the recipe writes it, and the file of a function of its own.
+    """What decides a metric's scores, for digests: as the config writes it, and the file of a function of its own.
 
     Raises:
         UserError: that file is not there.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.metrics.scorer import Scorer, score_all
-from tunewright.progress import Reporter
 
 
 def check_references(scorers: Sequence[Scorer], examples: Sequence[Example], split: str, reporter: Reporter) -> None:
     """Score the references as if they had been answered: a metric that cannot be won measures nothing.
 
     Args:
-        scorers: the recipe's metrics.
+        scorers: the config's metrics.
         examples: of the split.
         split: its name.
         reporter: hears which references cannot be scored, and which score less than 1 themselves.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tunewright.config import MetricName
 from tunewright.metrics.exact import normalised
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_score
-from tunewright.recipe import MetricName
 
 
 def accuracy(name: MetricName, choices: Sequence[str]) -> Scorer:
     """1 where the answer is the reference, else 0; an answer that is none of the choices is wrong and counted.
 
-    A reference that is none of the choices is a mistake in data or recipe: its item is unscored.
+    A reference that is none of the choices is a mistake in data or config: its item is unscored.
     """
     known = {normalised(choice) for choice in choices}
 

@@ -10,8 +10,8 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from tunewright.config import MetricName
 from tunewright.metrics.scorer import Floats, ItemScore, Pair, Scorer
-from tunewright.recipe import MetricName
 
 _SMOOTHING = "exp"
 BLEU_COLUMNS = 10

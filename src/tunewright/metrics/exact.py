@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 
+from tunewright.config import MetricName
+from tunewright.config.metrics import Normalisation
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, mean_score
-from tunewright.recipe import MetricName
-from tunewright.recipe.metrics import Normalisation
 
 _WORDS = {
     "casefold": "case folded",

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tunewright.config import MetricName
 from tunewright.metrics.scorer import Floats, ItemScore, Pair, Scorer, Unscored, mean_score
-from tunewright.recipe import MetricName
 
 
 def parsed(text: str) -> Any:

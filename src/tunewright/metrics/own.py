@@ -10,9 +10,9 @@ from numbers import Real
 from pathlib import Path
 from types import ModuleType
 
-from tunewright.errors import UserError
+from tunewright.config import MetricName
+from tunewright.core.errors import UserError
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_score
-from tunewright.recipe import MetricName
 
 _RETURNS = "It returns a number from 0 to 1, or None for an item that cannot be scored."
 

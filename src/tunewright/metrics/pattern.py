@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from tunewright.config import MetricName
 from tunewright.metrics.exact import normalised
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, mean_score
-from tunewright.recipe import MetricName
 
 
 def matches(name: MetricName, pattern: str) -> Scorer:

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tunewright.config import MetricName
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Example
-from tunewright.errors import UserError
-from tunewright.recipe import MetricName
 
 Floats = NDArray[np.float64]
 
@@ -66,7 +66,7 @@ def mean_of(sums: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A metric of the recipe, ready to score answers."""
+    """A metric of the config, ready to score answers."""
 
     name: MetricName
     kind: Kind

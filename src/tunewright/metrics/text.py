@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunewright.recipe import MetricName
+from tunewright.config import MetricName
 
 _SHARES = {"exact_match": "exact match", "choices": "accuracy", "json_valid": "valid JSON", "regex": "valid format"}
 _SCORES = {"bleu": "BLEU", "chrf": "chrF", "token_f1": "token F1", "json": "field F1"}

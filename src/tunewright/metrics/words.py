@@ -6,8 +6,8 @@ import re
 import string
 from collections import Counter
 
+from tunewright.config import MetricName
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, mean_score
-from tunewright.recipe import MetricName
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

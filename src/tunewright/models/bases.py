@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import platformdirs
 
-from tunewright.disk import digest, file_digest, write_json
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, file_digest, write_json
+from tunewright.core.progress import Reporter
 from tunewright.models.bundled import BUNDLED, bundled_folder
 from tunewright.models.families import family_of, text_config
 from tunewright.models.hub import CONSOLIDATED, cached_folder, hub_config, hub_folder
-from tunewright.progress import Reporter
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
@@ -28,7 +28,7 @@ class Base:
     """An open-weight base on this machine's disk."""
 
     spec: str
-    """As the recipe names it."""
+    """As the config names it."""
     folder: Path
     commit: str | None
     """The hub commit that the revision was pinned to; None for a folder and for the bundled model."""

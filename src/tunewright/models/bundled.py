@@ -12,9 +12,9 @@ from pathlib import Path
 
 import platformdirs
 
-from tunewright.disk import file_digest, new_folder
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
+from tunewright.core.errors import UserError
+from tunewright.core.io import file_digest, new_folder
+from tunewright.core.progress import Reporter
 
 BUNDLED = "smollm2-135m-instruct"
 

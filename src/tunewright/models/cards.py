@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 
 _MEMORY_MIB = {
     "A10": 23028,

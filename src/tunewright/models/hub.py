@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunewright.disk import write_json, writing
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_json, writing
+from tunewright.core.progress import Reporter
 
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 CONSOLIDATED = "consolidated"

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.errors import UserError
+from tunewright.config import Quantize
+from tunewright.core.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES, VISION, require_quantizable
 from tunewright.models.quantized import held_in_nf4, nf4_config
 from tunewright.models.quiet import quiet_transformers
-from tunewright.recipe import Quantize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -81,7 +81,7 @@ def drop_vision(model: Any) -> None:
 
 
 def named(base: Base, quantize: Quantize) -> str:
-    """What people are told is loaded: the base as the recipe names it, and how it is held where that is not whole."""
+    """What people are told is loaded: the base as the config names it, and how it is held where that is not whole."""
     return f"{base.spec} in NF4" if quantize == "nf4" else base.spec
 
 

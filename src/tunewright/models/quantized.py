@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from typing import TYPE_CHECKING, Any
 
-from tunewright.errors import UserError
-from tunewright.recipe import Quantize
+from tunewright.config import Quantize
+from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -25,7 +25,7 @@ _OLDEST = (0, 50)
 
 
 def require_bitsandbytes(quantize: Quantize, key: str = "quantize") -> None:
-    """Check that a base can be held so, before anything is loaded; ``key`` is where the recipe asks for it.
+    """Check that a base can be held so, before anything is loaded; ``key`` is where the config asks for it.
 
     Raises:
         UserError: NF4 is asked for, and bitsandbytes is missing or too old.

@@ -8,25 +8,25 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tunewright.advice.signals import Signals
-from tunewright.disk import write_text
-from tunewright.evaluation.causes import Known
-from tunewright.evaluation.curve import Curve
-from tunewright.evaluation.evidence import Evidence, Item
+from tunewright.advisor.signals import Signals
+from tunewright.core.io import write_text
+from tunewright.evidence.causes import Known
+from tunewright.evidence.learning_curve import Curve
+from tunewright.evidence.schema import Evidence, Item
 from tunewright.report.blocks import Section
 from tunewright.report.sections import (
     arms,
+    benchmarks,
     contrasts,
     cost,
-    general,
+    human_eval,
     items,
     judge,
-    ledger,
     method,
-    nearness,
-    people,
     prompting,
     summary,
+    test_set_access,
+    train_similarity,
     training,
 )
 
@@ -89,17 +89,17 @@ def page_sections(
     found = (
         contrasts.section(evidence),
         arms.section(evidence),
-        nearness.section(evidence),
-        nearness.templates_section(evidence),
+        train_similarity.section(evidence),
+        train_similarity.templates_section(evidence),
         *items.sections(evidence, test_items),
-        general.section(evidence),
-        people.section(evidence),
+        benchmarks.section(evidence),
+        human_eval.section(evidence),
         judge.section(evidence),
         cost.section(evidence, advice),
         prompting.section(evidence),
         training.section(evidence, history),
         training.curve_section(curve),
-        ledger.section(evidence),
+        test_set_access.section(evidence),
         method.section(evidence),
         method.lineage(evidence),
     )

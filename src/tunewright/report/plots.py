@@ -15,11 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tunewright.advice.signals import BreakEven
-from tunewright.evaluation.curve import Curve
+from tunewright.advisor.signals import BreakEven
+from tunewright.config import MetricName
+from tunewright.evidence.learning_curve import Curve
 from tunewright.metrics import axis_label
-from tunewright.recipe import MetricName
-from tunewright.training.choosing import best_of, evaluations, pairs_loss
+from tunewright.training.checkpoint_selection import best_of, evaluations, pairs_loss
 
 # Matplotlib knows no CSS: these stand in for what the page decides, and are replaced in the finished SVG.
 INK, MUTED, LINE, TUNED, PROMPTING, PLAIN = "#010203", "#020203", "#030203", "#040203", "#050203", "#060203"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from tunewright.evaluation.evidence import Evidence
-from tunewright.evaluation.general.section import Suite
-from tunewright.evaluation.noise import NoiseFloor
-from tunewright.evaluation.parts import Interval
-from tunewright.evaluation.verdict import Decision, Reason, Verdict
+from tunewright.config import MetricName
+from tunewright.evidence.base import Interval
+from tunewright.evidence.benchmarks import Suite
+from tunewright.evidence.noise import NoiseFloor
+from tunewright.evidence.schema import Evidence
+from tunewright.evidence.verdict import Decision, Reason, Verdict
 from tunewright.metrics import points_text
-from tunewright.recipe import MetricName
 
 HEADLINES: dict[Decision, str] = {"ship": "Ship", "don't ship": "Don’t ship", "can't tell": "Can’t tell"}
 

@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from tunewright.config import GatewayConfig
 from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError
-from tunewright.models.requests import Finish
-from tunewright.models.text_stream import Decode, TextStream
-from tunewright.recipe import GatewayRecipe
+from tunewright.generation.requests import Finish
+from tunewright.generation.text_stream import Decode, TextStream
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.orders import Order
 from tunewright.serving.protocol import ApiError
@@ -62,7 +62,7 @@ class Answering:
         queue: FairQueue,
         decode: Decode,
         order: Order,
-        limits: GatewayRecipe,
+        limits: GatewayConfig,
         tenant: str,
         arrived: float,
     ) -> None:

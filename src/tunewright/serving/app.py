@@ -14,8 +14,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tunewright.config import GatewayConfig
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
-from tunewright.recipe import GatewayRecipe
 from tunewright.serving.access import Access, Target, Visitor, model_not_found
 from tunewright.serving.answering import Answering
 from tunewright.serving.choices import Choices
@@ -52,7 +52,7 @@ class Gateway:
         limits: how large a request may be, and how long it may take.
     """
 
-    def __init__(self, engine: Engine, access: Access, texts: Texts, limits: GatewayRecipe) -> None:
+    def __init__(self, engine: Engine, access: Access, texts: Texts, limits: GatewayConfig) -> None:
         self._engine = engine
         self._access = access
         self._texts = texts

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tunewright.models.requests import Finish
+from tunewright.generation.requests import Finish
 
 Digest = str | None
 """A model: an adapter's digest, or None for the base."""

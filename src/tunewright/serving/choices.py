@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from tunewright.models.requests import Finish
+from tunewright.generation.requests import Finish
 from tunewright.serving.access import Admission, Target
 from tunewright.serving.answering import Answering, Piece
 from tunewright.serving.orders import SystemSource

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tunewright.models.requests import Finish
+from tunewright.generation.requests import Finish
 from tunewright.serving.protocol import Usage
 
 Answer = tuple[str, Finish]

@@ -25,9 +25,9 @@ from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
+from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
-from tunewright.models.requests import Finish, Request
-from tunewright.progress import Reporter
+from tunewright.generation.requests import Finish, Request
 from tunewright.serving.canaries import TOKENS, Answer, Canaries, Digest, Ids, Oracle, find_canaries
 
 TOLERANCE = {"bfloat16": 0.75, "float32": 0.05, "f16": 0.1, "q8_0": 1.5}

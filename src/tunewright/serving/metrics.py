@@ -22,7 +22,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.serving.access import Released
 from tunewright.serving.state.meter import Used
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 
+from tunewright.config import Quantize
 from tunewright.models.bases import Base
 from tunewright.models.loading import load_model, with_adapters
-from tunewright.recipe import Quantize
 from tunewright.serving.canaries import END, TOKENS, Answer, Digest, Ids, Own
 
 _LIKELIEST = 64

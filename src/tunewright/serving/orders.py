@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+from tunewright.config import GatewayConfig
+from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.errors import UserError
-from tunewright.models.requests import Request
-from tunewright.models.text_stream import Decode
-from tunewright.recipe import GatewayRecipe
+from tunewright.generation.requests import Request
+from tunewright.generation.text_stream import Decode
 from tunewright.serving.access import Target
 from tunewright.serving.fairness import FairQueue
 from tunewright.serving.protocol import AnyRequest, ApiError, ChatRequest
@@ -70,7 +70,7 @@ class Orders:
         context: the most tokens that prompt and answer may have together.
     """
 
-    def __init__(self, texts: Texts, limits: GatewayRecipe, context: int) -> None:
+    def __init__(self, texts: Texts, limits: GatewayConfig, context: int) -> None:
         self._texts = texts
         self._limits = limits
         self._context = context

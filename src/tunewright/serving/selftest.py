@@ -13,14 +13,14 @@ from time import monotonic
 
 from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
-from tunewright.clock import now
-from tunewright.disk import digest
+from tunewright.config import Config, EngineName, Quantize
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
-from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
-from tunewright.progress import Reporter
-from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.canaries import Digest, Ids
 from tunewright.serving.engines.start import Wanted, max_batch, require_llamacpp, start_engine, tolerance
 from tunewright.serving.isolation import LONG, SHORT, VERSION, IsolationResult, check_isolation
@@ -39,7 +39,7 @@ class SelfTest:
         spare: how many further adapters it has room for, as the server's.
     """
 
-    recipe: Recipe
+    config: Config
     base: Base
     chat: ChatFormat
     quantize: Quantize
@@ -84,15 +84,15 @@ class SelfTest:
                 "base": self.base.digest,
                 "chat": self.chat.digest,
                 "quantize": self.quantize,
-                "dtype": self.recipe.train.dtype,
+                "dtype": self.config.train.dtype,
                 "adapters": sorted(self.folders),
                 "engine": self.engine,
-                "max_batch": max_batch(self.engine, self.recipe),
+                "max_batch": max_batch(self.engine, self.config),
                 "spare": self.spare,
                 "versions": self.versions,
                 "device": self.device,
-                "gguf": self.recipe.serve.gguf if self.engine == "llamacpp" else None,
-                "tolerance": tolerance(self.engine, self.recipe),
+                "gguf": self.config.serve.gguf if self.engine == "llamacpp" else None,
+                "tolerance": tolerance(self.engine, self.config),
             }
         )
 
@@ -112,7 +112,7 @@ class SelfTest:
         names: dict[Digest, str] = {None: self.base.spec}
         names |= {adapter_digest(folder): name for name, folder in self.named.items()}
         oracle = PeftOracle(
-            self.base, self.recipe.train.dtype, self.quantize, self.folders, stop_ids=self.chat.stop_ids
+            self.base, self.config.train.dtype, self.quantize, self.folders, stop_ids=self.chat.stop_ids
         )
         return check_isolation(
             self._engine,
@@ -120,7 +120,7 @@ class SelfTest:
             self.folders,
             prompts,
             context=context_length(self.base),
-            tolerance=tolerance(self.engine, self.recipe),
+            tolerance=tolerance(self.engine, self.config),
             names=names,
             reporter=self.reporter,
             long=LONG if self.engine == "vllm" else SHORT,
@@ -130,7 +130,7 @@ class SelfTest:
     def _engine(self) -> Iterator[Engine]:
         """The engine while it is asked."""
         wanted = Wanted(self.base, self.chat, self.quantize, self.folders, spare=self.spare)
-        engine = start_engine(self.engine, self.recipe, wanted, self.reporter)
+        engine = start_engine(self.engine, self.config, wanted, self.reporter)
         try:
             yield engine
         finally:

@@ -14,8 +14,8 @@ from typing import Protocol
 import uvicorn
 from starlette.applications import Starlette
 
-from tunewright.errors import UserError
-from tunewright.interrupts import handled_elsewhere
+from tunewright.core.errors import UserError
+from tunewright.core.interrupts import handled_elsewhere
 
 DRAIN_SECONDS = 30
 _FAREWELL_SECONDS = 5

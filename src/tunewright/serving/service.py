@@ -1,4 +1,4 @@
-"""From a recipe's base and stored adapters to a running server."""
+"""From a config's base and stored adapters to a running server."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
+from tunewright.config import Config, Quantize
+from tunewright.core.progress import Reporter
 from tunewright.models.bases import Base
-from tunewright.progress import Reporter
-from tunewright.recipe import Quantize, Recipe
 from tunewright.serving.access import OpenAccess, ServedAdapter
 from tunewright.serving.app import Gateway
 from tunewright.serving.engines.start import Wanted, start_engine
@@ -43,7 +43,7 @@ class Service:
     """A base and adapters, loaded and ready to be served.
 
     Args:
-        recipe: gives engine, precision, addresses, ports and batch.
+        config: gives engine, precision, addresses, ports and batch.
         quantize: how the base is held.
         served: adapters by the names that everybody may ask for; or the tenants and their releases, whose
             adapters are loaded when the server starts.
@@ -55,7 +55,7 @@ class Service:
 
     def __init__(
         self,
-        recipe: Recipe,
+        config: Config,
         base: Base,
         chat: ChatFormat,
         quantize: Quantize,
@@ -64,12 +64,12 @@ class Service:
     ) -> None:
         adapters = {} if isinstance(served, Tenancy) else served
         digests = {name: adapter_digest(adapter.folder) for name, adapter in adapters.items()}
-        self._recipe = recipe
+        self._config = config
         self._reporter = reporter
         # Before the base is loaded, which takes minutes where it is large.
-        require_free(recipe.serve.host, recipe.serve.port)
-        if recipe.serve.metrics_port is not None:
-            require_free(recipe.serve.metrics_host, recipe.serve.metrics_port)
+        require_free(config.serve.host, config.serve.port)
+        if config.serve.metrics_port is not None:
+            require_free(config.serve.metrics_host, config.serve.metrics_port)
         wanted = Wanted(
             base,
             chat,
@@ -77,9 +77,9 @@ class Service:
             # By its digest, an adapter is there once under however many names.
             {digests[name]: adapter.folder for name, adapter in adapters.items()},
             to_come=tuple(served.live.values()) if isinstance(served, Tenancy) else (),
-            spare=recipe.serve.spare_adapters if isinstance(served, Tenancy) else 0,
+            spare=config.serve.spare_adapters if isinstance(served, Tenancy) else 0,
         )
-        self._engine = start_engine(recipe.serve.engine, recipe, wanted, reporter)
+        self._engine = start_engine(config.serve.engine, config, wanted, reporter)
         if isinstance(served, Tenancy):
             self._access: TenantAccess | OpenAccess = TenantAccess(served.state, self._engine, served.locate, reporter)
         else:
@@ -88,10 +88,10 @@ class Service:
                 prompt.report(name, reporter)
             added = {name: prompt.text for name, prompt in known.items() if prompt.text is not None}
             self._access = OpenAccess({base.spec: None, **digests}, added)
-        texts = Texts(chat.prompt, chat.continuation, chat.text, stop_strings(recipe, chat))
+        texts = Texts(chat.prompt, chat.continuation, chat.text, stop_strings(config, chat))
         self.metrics_url: str | None = None
         """Where Prometheus may ask while the server runs."""
-        self._gateway = Gateway(self._engine, self._access, texts, recipe.gateway)
+        self._gateway = Gateway(self._engine, self._access, texts, config.gateway)
 
     @property
     def models(self) -> list[str]:
@@ -113,10 +113,10 @@ class Service:
             with _settled(), self._exposing():
                 serve(
                     self._gateway.app,
-                    self._recipe.serve.host,
-                    self._recipe.serve.port,
+                    self._config.serve.host,
+                    self._config.serve.port,
                     drain=self._gateway,
-                    drain_seconds=self._recipe.gateway.drain_s,
+                    drain_seconds=self._config.gateway.drain_s,
                     on_ready=on_ready,
                     say=self._reporter.say,
                 )
@@ -131,7 +131,7 @@ class Service:
             UserError: the address cannot be listened on.
         """
         try:
-            listened = self._recipe.serve
+            listened = self._config.serve
             with _settled(), self._exposing(), serving(self._gateway.app, listened.host, listened.port) as url:
                 yield url
         finally:
@@ -139,11 +139,11 @@ class Service:
 
     @contextmanager
     def _exposing(self) -> Iterator[None]:
-        recipe = self._recipe.serve
-        if recipe.metrics_port is None:
+        config = self._config.serve
+        if config.metrics_port is None:
             yield
             return
-        with exposed(self._gateway.metrics, recipe.metrics_host, recipe.metrics_port) as self.metrics_url:
+        with exposed(self._gateway.metrics, config.metrics_host, config.metrics_port) as self.metrics_url:
             yield
 
 

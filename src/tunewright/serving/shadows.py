@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+from tunewright.config import GatewayConfig
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
-from tunewright.models.text_stream import Decode
-from tunewright.recipe import GatewayRecipe
+from tunewright.generation.text_stream import Decode
 from tunewright.serving.access import Shadow
 from tunewright.serving.answering import Answering
 from tunewright.serving.choices import Choices
@@ -25,7 +25,7 @@ _TURN = " shadows"
 class Shadows:
     """Asks candidates, a few at once; what goes wrong there goes wrong there only."""
 
-    def __init__(self, engine: Engine, queue: FairQueue, orders: Orders, decode: Decode, limits: GatewayRecipe) -> None:
+    def __init__(self, engine: Engine, queue: FairQueue, orders: Orders, decode: Decode, limits: GatewayConfig) -> None:
         self._engine = engine
         self._queue = queue
         self._orders = orders

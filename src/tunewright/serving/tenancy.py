@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from tunewright.adapters.system_prompt import SystemPrompt
-from tunewright.disk import canonical_json
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json
+from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
 from tunewright.serving.access import Admission, Released, ServedAdapter, Shadow, Target, model_not_found
 from tunewright.serving.protocol import AnyRequest, ApiError
 from tunewright.serving.state import (

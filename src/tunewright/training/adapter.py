@@ -1,16 +1,16 @@
-"""The LoRA configuration that a recipe describes, and the precision of its weights."""
+"""The LoRA configuration that a config describes, and the precision of its weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tunewright.errors import UserError
+from tunewright.config import TrainConfig
+from tunewright.core.errors import UserError
 from tunewright.models.families import OUTSIDE_TEXT
 from tunewright.models.loading import device
-from tunewright.recipe import TrainRecipe
 
 
-def lora_config(settings: TrainRecipe, *, vision: bool = False) -> Any:
+def lora_config(settings: TrainConfig, *, vision: bool = False) -> Any:
     """Return peft's ``LoraConfig`` for these settings; ``vision`` says that the base reads images too."""
     from peft import LoraConfig, TaskType
 
@@ -31,8 +31,8 @@ def lora_config(settings: TrainRecipe, *, vision: bool = False) -> Any:
     return config
 
 
-def require_precision(settings: TrainRecipe) -> None:
-    """Check that the card, where there is one, computes in the recipe's precision.
+def require_precision(settings: TrainConfig) -> None:
+    """Check that the card, where there is one, computes in the config's precision.
 
     Raises:
         UserError: bfloat16 on a card before Ampere, which only emulates it; FlashAttention refuses such a card.

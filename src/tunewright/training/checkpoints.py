@@ -23,12 +23,12 @@ import torch
 from transformers import TrainerCallback
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS
-from tunewright.disk import MANIFEST, damage, new_folder, seal, write_json, writing
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import MANIFEST, damage, new_folder, seal, write_json, writing
+from tunewright.core.progress import Reporter
 from tunewright.models.bases import Base
-from tunewright.progress import Reporter
-from tunewright.training import processes
-from tunewright.training.choosing import Evaluation, adapter_folder, evaluations, worth_keeping
+from tunewright.training import distributed
+from tunewright.training.checkpoint_selection import Evaluation, adapter_folder, evaluations, worth_keeping
 from tunewright.training.stopping import StopRequest
 
 _KEPT = 2
@@ -78,8 +78,8 @@ class KeepCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """This step's checkpoint is written: keep the evaluated adapter, seal it, and only then let go of others."""
-        processes.wait()  # each has files of its own in a checkpoint
-        if not processes.is_main():
+        distributed.wait()  # each has files of its own in a checkpoint
+        if not distributed.is_main():
             return
         checkpoint = self.work / f"checkpoint-{state.global_step}"
         if self.evaluated:
@@ -116,12 +116,12 @@ def owes_evaluation(checkpoint: Path, every: int) -> bool:
 
 def add_evaluation(checkpoint: Path, state: Any, base: Base) -> None:
     """Write ``state``, which has the evaluation that was owed, and keep the evaluated adapter; seal all of it again."""
-    if processes.is_main():
+    if distributed.is_main():
         (checkpoint / MANIFEST).unlink()
         state.save_to_json(str(checkpoint / _STATE))
         _keep(checkpoint, adapter_folder(checkpoint.parent, step_of(checkpoint)), base)
         seal(checkpoint)
-    processes.wait()
+    distributed.wait()
 
 
 def _let_go_of_others(work: Path) -> None:
@@ -143,7 +143,7 @@ def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
     with new_folder(kept) as folder:
         shutil.copyfile(checkpoint / WEIGHTS, folder / WEIGHTS)
         config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-        # The base as the recipe names it, in place of a path that only this machine has. And peft keeps targets as a
+        # The base as the config names it, in place of a path that only this machine has. And peft keeps targets as a
         # set, written in an order that changes from run to run: sorted, equal adapters have equal digests.
         settled = {
             "base_model_name_or_path": base.spec,
@@ -223,7 +223,7 @@ def working_folder(work: Path) -> Iterator[None]:
     Raises:
         UserError: another process trains there, or the folder cannot be made.
     """
-    if not processes.is_main():
+    if not distributed.is_main():
         yield
         return
     with writing(work):

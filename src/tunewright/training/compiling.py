@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from transformers import TrainerCallback
 
-from tunewright.disk import write_json
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_json
+from tunewright.core.progress import Reporter
 
 FIRST_STEPS = 8
 """Steps that are timed before the decision, and again after it; the very first of either is left out."""
@@ -44,7 +44,7 @@ class Compile(TrainerCallback):
     before its first step, and a run that goes on from a checkpoint repeats it at the same step.
 
     Args:
-        setting: the recipe's train.compile.
+        setting: the config's train.compile.
         work: the run's working folder.
         reporter: hears what was decided and why.
     """

@@ -10,12 +10,12 @@ from typing import Any
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, answer_text, stop_strings, warn_of_longer_references
+from tunewright.config import Config
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.data.versions import Member
+from tunewright.generation.decoding import Request, generate
 from tunewright.metrics import Scorer, check_references, score_all, scorer_of
-from tunewright.models.decoding import Request, generate
-from tunewright.progress import Reporter
-from tunewright.recipe import Recipe
 
 _ADAPTER = "default"
 """What peft calls the one adapter that is being trained."""
@@ -67,7 +67,7 @@ class DevTask:
 
 
 def dev_task(
-    recipe: Recipe,
+    config: Config,
     root: Path,
     chat: ChatFormat,
     train: Sequence[Member],
@@ -80,7 +80,7 @@ def dev_task(
     Rows with equal prompts are answered once.
 
     Args:
-        recipe: its train.evaluate_rows bounds the number, its evaluate section says how answers are made and valued.
+        config: its train.evaluate_rows bounds the number, its evaluate section says how answers are made and valued.
         root: the project's folder, where a metric of its own is found.
         chat: makes the prompts.
         train: the longest answer is taken from these, as in evaluation.
@@ -89,25 +89,25 @@ def dev_task(
         reporter: hears of a sample, and of references longer than an answer may be.
 
     Returns:
-        None where the recipe wants no answers; the dev loss alone then chooses.
+        None where the config wants no answers; the dev loss alone then chooses.
 
     Raises:
         UserError: a metric that can score none of the rows.
     """
-    most, split = recipe.train.evaluate_rows, tuple(m.example for m in dev)
+    most, split = config.train.evaluate_rows, tuple(m.example for m in dev)
     if most == 0:
         return None
     if most is not None and most < len(dev):
-        places = sorted(random.Random(f"{recipe.seed}:dev").sample(range(len(dev)), most))
+        places = sorted(random.Random(f"{config.seed}:dev").sample(range(len(dev)), most))
         reporter.say(
             f"Each evaluation answers {most} of the {len(dev)} dev rows, drawn by the seed (train.evaluate_rows)."
         )
         dev = [dev[place] for place in places]
-    scorer = scorer_of(recipe.evaluate.metric, root)
+    scorer = scorer_of(config.evaluate.metric, root)
     check_references([scorer], [m.example for m in dev], "dev", reporter)
-    limit = answer_limit(recipe, chat, train)
+    limit = answer_limit(config, chat, train)
     warn_of_longer_references(chat, [m.example for m in dev], limit, "dev", reporter)
-    stop = stop_strings(recipe, chat)
+    stop = stop_strings(config, chat)
     prompts = [chat.prompt(m.example.prompt) for m in dev]
     place_of = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     return DevTask(
@@ -117,7 +117,7 @@ def dev_task(
         examples=tuple(m.example for m in dev),
         asks=tuple(place_of[prompt] for prompt in prompts),
         split=split,
-        batch_size=recipe.evaluate.batch_size,
+        batch_size=config.evaluate.batch_size,
         chat=chat,
         reporter=reporter,
     )

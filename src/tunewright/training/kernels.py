@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 
 LIGER_KERNELS = {
     "rope": True,
@@ -28,7 +28,7 @@ def missing_for_liger() -> str | None:
 
 
 def require_liger(asked: bool) -> None:
-    """Check that Liger's kernels can be used where the recipe asks for them, before anything is loaded.
+    """Check that Liger's kernels can be used where the config asks for them, before anything is loaded.
 
     Raises:
         UserError: liger-kernel is not installed, or there is no card.

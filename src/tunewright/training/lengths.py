@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from tunewright.chat import ChatFormat, Tokens
+from tunewright.core.progress import Reporter
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion
-from tunewright.progress import Reporter
 from tunewright.training.rows import EncodedRows, encode_members, name_of
 
 PERCENTILES = (0, 25, 50, 75, 90, 99, 100)
@@ -42,7 +42,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class LengthReport:
-    """All splits of a version, as the recipe's base and template render them."""
+    """All splits of a version, as the config's base and template render them."""
 
     version: str
     base: str

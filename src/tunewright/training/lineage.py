@@ -9,11 +9,11 @@ from typing import Any
 from tunewright.adapters.system_prompt import KEY as SYSTEM_PROMPT
 from tunewright.adapters.system_prompt import count_system_turns
 from tunewright.chat import ChatFormat
-from tunewright.clock import now
+from tunewright.config import Config, Quantize
+from tunewright.core.clock import now
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion
 from tunewright.models.bases import Base
-from tunewright.recipe import Quantize, Recipe
 
 _PACKAGES = ("tunewright", "torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
 
@@ -24,7 +24,7 @@ def packages(quantize: Quantize) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: package_version(name) for name in names}}
 
 
-def training_lineage(recipe: Recipe, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
+def training_lineage(config: Config, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
     """Everything but the training's own numbers; ``created`` is UTC, ISO 8601."""
     return {
         "schema_version": 2,
@@ -38,7 +38,7 @@ def training_lineage(recipe: Recipe, version: DatasetVersion, base: Base, chat: 
         "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
         "template_digest": chat.digest,
         "chat": chat.description,
-        "recipe": recipe.model_dump(mode="json"),
-        "seed": recipe.seed,
-        "packages": packages(recipe.train.quantize),
+        "config": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "packages": packages(config.train.quantize),
     }

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from tunewright.recipe import Quantize
+from tunewright.config import Quantize
 
 
 def use_fused_lora(config: LoraConfig, quantize: Quantize = "none") -> None:

@@ -1,6 +1,6 @@
 """How many rows go through the model at once: chosen by one real pass, halved where memory runs out all the same.
 
-The data loader deals micro-batches of the recipe's size, and a step that has to go in smaller pieces splits them
+The data loader deals micro-batches of the config's size, and a step that has to go in smaller pieces splits them
 itself: the loss of every piece is divided by the trained tokens of the whole step, so the pieces' gradients add up to
 the step's.
 """
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from tunewright.disk import write_json
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
-from tunewright.training import processes
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_json
+from tunewright.core.progress import Reporter
+from tunewright.training import distributed
 
 _FILE = "micro_batch.json"
 
@@ -50,7 +50,7 @@ class MicroBatch:
     """The number of rows that go through the model at once.
 
     Args:
-        asked: the recipe's.
+        asked: the config's.
         work: the run's working folder, in which the number is kept: a run that goes on uses the same one, and adds up
             gradients in the same order.
         reporter: hears what was chosen, and why.
@@ -91,7 +91,7 @@ class MicroBatch:
 
     def _keep(self, rows: int) -> None:
         self.rows = rows
-        if processes.is_main():
+        if distributed.is_main():
             write_json(self.file, {"asked": self.asked, "rows": rows})
 
 

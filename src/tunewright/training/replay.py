@@ -9,18 +9,18 @@ from typing import Any
 
 from tunewright.adapters.registry import REPLAY
 from tunewright.chat import ChatFormat, Tokens
+from tunewright.config.project import ProjectFolder
+from tunewright.core.io import digest
+from tunewright.core.progress import Reporter
+from tunewright.data.dedup.decontaminate import read_items
 from tunewright.data.examples import Example
-from tunewright.data.neighbours.decontaminate import read_items
-from tunewright.data.outsiders import unfit
+from tunewright.data.mix_filter import unfit
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.disk import digest
 from tunewright.engines.choice import AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
+from tunewright.generation.decoding import Completion, Request, generate
 from tunewright.models.bases import Base
-from tunewright.models.decoding import Completion, Request, generate
-from tunewright.progress import Reporter
-from tunewright.project import Project
-from tunewright.training import processes
+from tunewright.training import distributed
 from tunewright.training.rows import encode_members, render_digest
 from tunewright.training.self_samples import BATCH, METHOD, Sampler, Screen
 
@@ -36,31 +36,31 @@ class Replay:
     files: dict[str, str]
 
 
-def replay_inputs(project: Project) -> dict[str, Any]:
+def replay_inputs(project: ProjectFolder) -> dict[str, Any]:
     """What decides the replayed rows beside version, base, template, seed and train section; empty without replay.
 
     Raises:
         UserError: a benchmark's file cannot be read, or vLLM is asked for and is not installed.
     """
-    if project.recipe.train.replay is None:
+    if project.config.train.replay is None:
         return {}
-    data = project.recipe.data
+    data = project.config.data
     screened = {"similarity": data.similarity, "allow": data.allow, "benchmarks": digest(_benchmarks(project))}
     return {"replay": {"method": METHOD, **screened, **_engine(project).identity}}
 
 
-def _engine(project: Project) -> AnswerEngine:
+def _engine(project: ProjectFolder) -> AnswerEngine:
     """What lets the base write: the engine of evaluation, where it can hold the base as training does."""
-    recipe = project.recipe
-    if processes.count() > 1:
+    config = project.config
+    if distributed.count() > 1:
         return AnswerEngine("peft", "several processes train together, each on a card of its own")
-    if recipe.train.quantize == "nf4":
+    if config.train.quantize == "nf4":
         return AnswerEngine("peft", "the base is held in NF4")
-    return answer_engine(recipe, recipe.train.quantize)
+    return answer_engine(config, config.train.quantize)
 
 
 def draw_replay(
-    project: Project,
+    project: ProjectFolder,
     version: DatasetVersion,
     base: Base,
     chat: ChatFormat,
@@ -68,10 +68,10 @@ def draw_replay(
     limit: int,
     reporter: Reporter,
 ) -> Replay:
-    """The rows of the recipe's train.replay.
+    """The rows of the config's train.replay.
 
     Args:
-        project: its recipe says how many; its working folder keeps what was drawn.
+        project: its config says how many; its working folder keeps what was drawn.
         version: the domain, which no row may be near to.
         base, chat: who writes.
         load: gives the loaded base; called only if samples are missing and vLLM does not write them.
@@ -81,13 +81,13 @@ def draw_replay(
     Raises:
         UserError: nothing that the base writes is of use.
     """
-    recipe = project.recipe
-    if recipe.train.replay is None:
+    config = project.config
+    if config.train.replay is None:
         return Replay([], [], {}, {})
     screen = outsiders(project, version, chat, limit, reporter)
     sampler, stop = _sampler(project, base, chat, load, reporter)
     try:
-        drawn = sampler.draw(recipe.train.replay.samples, screen, finished=True)
+        drawn = sampler.draw(config.train.replay.samples, screen, finished=True)
     finally:
         stop()
     reporter.say(f"Replay: {drawn.told()}.")
@@ -106,15 +106,15 @@ def draw_replay(
 
 
 def _sampler(
-    project: Project, base: Base, chat: ChatFormat, load: Callable[[], Any], reporter: Reporter
+    project: ProjectFolder, base: Base, chat: ChatFormat, load: Callable[[], Any], reporter: Reporter
 ) -> tuple[Sampler, Callable[[], None]]:
     """A sampler, and what frees the memory of the engine that writes for it."""
-    recipe, engine, loaded = project.recipe, _engine(project), cache(load)
-    wanted = None if recipe.train.replay is None else recipe.train.replay.samples
+    config, engine, loaded = project.config, _engine(project), cache(load)
+    wanted = None if config.train.replay is None else config.train.replay.samples
     vllm: VllmAnswers | None = None
     if engine.environment is not None:
-        size = recipe.evaluate.batch_size
-        vllm = VllmAnswers(base, recipe.train.dtype, engine.environment, size, recipe.train.rank, reporter)
+        size = config.evaluate.batch_size
+        vllm = VllmAnswers(base, config.train.dtype, engine.environment, size, config.train.rank, reporter)
 
     def complete(
         requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
@@ -124,12 +124,14 @@ def _sampler(
         pad = chat.tokenizer.pad_token_id
         return generate(loaded(), requests, stop_ids=ends, pad_id=pad, batch_size=BATCH, on_finished=on_finished)
 
-    inputs = {"dtype": recipe.train.dtype, "quantize": recipe.train.quantize, **engine.identity}
-    sampler = Sampler(base, chat, inputs, complete, recipe.seed, "replay", project.work, reporter, wanted)
+    inputs = {"dtype": config.train.dtype, "quantize": config.train.quantize, **engine.identity}
+    sampler = Sampler(base, chat, inputs, complete, config.seed, "replay", project.work, reporter, wanted)
     return sampler, (lambda: None) if vllm is None else vllm.stop
 
 
-def outsiders(project: Project, version: DatasetVersion, chat: ChatFormat, limit: int, reporter: Reporter) -> Screen:
+def outsiders(
+    project: ProjectFolder, version: DatasetVersion, chat: ChatFormat, limit: int, reporter: Reporter
+) -> Screen:
     """What keeps samples apart from the domain and from all that is measured, and rows whole.
 
     Raises:
@@ -147,7 +149,7 @@ def outsiders(project: Project, version: DatasetVersion, chat: ChatFormat, limit
                 reasons[key] = f"longer than {limit:,} tokens"
         fit = {key: example for key, example in examples.items() if key not in reasons}
         if fit:
-            reasons |= unfit(fit, version.domain, project.recipe.data, benchmarks, reporter, "samples")
+            reasons |= unfit(fit, version.domain, project.config.data, benchmarks, reporter, "samples")
         return reasons
 
     return screen
@@ -157,5 +159,5 @@ def _member(example: Example) -> Member:
     return Member(example, example.pair_key, "train", example.pair_key, mixed=True)
 
 
-def _benchmarks(project: Project) -> dict[str, list[str]]:
-    return {name: read_items(project.root / name) for name in project.recipe.data.benchmarks}
+def _benchmarks(project: ProjectFolder) -> dict[str, list[str]]:
+    return {name: read_items(project.root / name) for name in project.config.data.benchmarks}

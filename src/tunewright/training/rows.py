@@ -10,10 +10,10 @@ from itertools import pairwise
 from typing import Any
 
 from tunewright.chat.format import ChatFormat, Layout, Tokens
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import Member
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
 
 IGNORED = -100
 """The label of a token that is not trained (PyTorch's ignore_index)."""
@@ -23,7 +23,7 @@ _MOST_NAMED = 20
 
 @dataclass(frozen=True)
 class LongRow:
-    """A row of more tokens than the recipe allows."""
+    """A row of more tokens than the config allows."""
 
     member: Member
     row: Tokens

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from tunewright.adapters.registry import HISTORY
 from tunewright.chat import Tokens
-from tunewright.errors import UserError
-from tunewright.interrupts import finishing
+from tunewright.config import Config, TrainConfig, metric_name
+from tunewright.core.errors import UserError
+from tunewright.core.interrupts import finishing
+from tunewright.core.progress import Reporter, Task
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
-from tunewright.progress import Reporter, Task
-from tunewright.recipe import Recipe, TrainRecipe, metric_name
-from tunewright.training import processes
+from tunewright.training import distributed
+from tunewright.training.checkpoint_selection import evaluations, history_rows, runs_out_of_patience
 from tunewright.training.checkpoints import (
     KeepCheckpoints,
     add_evaluation,
@@ -25,23 +26,22 @@ from tunewright.training.checkpoints import (
     step_of,
     usable_checkpoint,
 )
-from tunewright.training.choosing import evaluations, history_rows, runs_out_of_patience
 from tunewright.training.compiling import Compile, decided_in
 from tunewright.training.dev import DevTask
 from tunewright.training.kernels import use_liger
 from tunewright.training.micro_batch import MicroBatch
+from tunewright.training.packing.sharing import Sharing, measure_sharing
 from tunewright.training.rows import as_columns
-from tunewright.training.sharing import Sharing, measure_sharing
 from tunewright.training.stopping import stop_on_signal
 from tunewright.training.watching import Follow, FollowDev
 
 
-def total_steps(settings: TrainRecipe, rows: int) -> int:
+def total_steps(settings: TrainConfig, rows: int) -> int:
     """Optimizer steps of a whole run on so many training rows."""
     return math.ceil(rows / settings.batch_size) * settings.epochs
 
 
-def evaluation_interval(settings: TrainRecipe, steps: int) -> int:
+def evaluation_interval(settings: TrainConfig, steps: int) -> int:
     """Steps between a run's evaluations on dev, of so many in all."""
     return settings.evaluate_every or steps // settings.epochs
 
@@ -49,13 +49,13 @@ def evaluation_interval(settings: TrainRecipe, steps: int) -> int:
 class Run:
     """One training run in its working folder."""
 
-    def __init__(self, recipe: Recipe, base: Base, work: Path, reporter: Reporter) -> None:
-        self.recipe = recipe
+    def __init__(self, config: Config, base: Base, work: Path, reporter: Reporter) -> None:
+        self.config = config
         self.base = base
         self.work = work
-        self.name = f"{recipe.name}-{work.name}"
+        self.name = f"{config.name}-{work.name}"
         self.reporter = reporter
-        self.micro_batch = MicroBatch(micro_batch(recipe.train), work, reporter)
+        self.micro_batch = MicroBatch(micro_batch(config.train), work, reporter)
         self.sharing: Sharing | None = None
         self.held: list[int] | None = None
         """Bytes of the model's weights in each process, where it is divided among them."""
@@ -74,20 +74,20 @@ class Run:
 
         With ``until``, only up to that step, whose checkpoint is saved; then dev is measured, and that is in the
         history but not in the checkpoint: the run that goes on from there never hears of it. ``replay`` are rows that
-        the base wrote, trained on besides as the recipe's train.replay has it.
+        the base wrote, trained on besides as the config's train.replay has it.
         """
         from transformers import set_seed
 
-        settings = self.recipe.train
+        settings = self.config.train
         steps = total_steps(settings, len(train) + len(replay))
         # Before the adapter is made: its A matrices are drawn at random.
-        set_seed(self.recipe.seed)
-        checkpoint = processes.by_main(lambda: usable_checkpoint(self.work, self.base, self.reporter))
+        set_seed(self.config.seed)
+        checkpoint = distributed.by_main(lambda: usable_checkpoint(self.work, self.base, self.reporter))
         if checkpoint is not None:
             _require_same_division(checkpoint)
         with (
             stop_on_signal(until) as stop,
-            self.reporter.task(f"Training {self.recipe.name}", steps, "steps") as task,
+            self.reporter.task(f"Training {self.config.name}", steps, "steps") as task,
         ):
             keeping = KeepCheckpoints(self.work, self.base, stop)
             trainer = self._trainer(
@@ -154,7 +154,7 @@ class Run:
         from tunewright.training.adapter import lora_config
         from tunewright.training.trainer import Trainer
 
-        settings = self.recipe.train
+        settings = self.config.train
         if settings.use_liger_kernel:
             use_liger(model)
         self.sharing = measure_sharing(
@@ -163,7 +163,7 @@ class Run:
             dropout=settings.dropout,
             micro_batch=micro_batch(settings),
             batch_size=settings.batch_size,
-            seed=self.recipe.seed,
+            seed=self.config.seed,
         )
         self.reporter.say(self.sharing.reason)
         trainer = Trainer(
@@ -179,12 +179,12 @@ class Run:
                 Follow(
                     task,
                     self.work / HISTORY,
-                    metric_name(self.recipe.evaluate.metric),
+                    metric_name(self.config.evaluate.metric),
                     model.config.get_text_config().vocab_size,
                     lambda step: trainer.rows_of_step(step),
                 ),
                 keeping,
-                FollowDev(self.recipe, self.reporter),
+                FollowDev(self.config, self.reporter),
                 Compile(self._compile(), self.work, self.reporter),
             ],
             stop=keeping.stop,
@@ -195,9 +195,9 @@ class Run:
         return trainer
 
     def _compile(self) -> Literal["auto", "on", "off"]:
-        """What the recipe says of compiling; several processes would each decide by a clock of its own."""
-        setting = self.recipe.train.compile
-        if setting == "auto" and processes.count() > 1:
+        """What the config says of compiling; several processes would each decide by a clock of its own."""
+        setting = self.config.train.compile
+        if setting == "auto" and distributed.count() > 1:
             self.reporter.say("Not compiled: several processes do it only with train.compile: 'on'")
             return "off"
         return setting
@@ -206,24 +206,24 @@ class Run:
         import torch
         from trl import SFTConfig
 
-        settings = self.recipe.train
+        settings = self.config.train
         micro = micro_batch(settings)
         arguments = SFTConfig(
             output_dir=str(self.work),
             per_device_train_batch_size=micro,
             per_device_eval_batch_size=micro,
-            gradient_accumulation_steps=settings.batch_size // processes.count() // micro,
+            gradient_accumulation_steps=settings.batch_size // distributed.count() // micro,
             num_train_epochs=settings.epochs,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
             warmup_steps=math.ceil(settings.warmup * steps),
             weight_decay=0.0,
-            seed=self.recipe.seed,
+            seed=self.config.seed,
             bf16=settings.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             # Recomputing activations trades a third of the speed for memory that LoRA on the CPU has to spare.
             gradient_checkpointing=torch.cuda.is_available(),
-            # Rows come ready-made, and none is longer than the recipe's limit: nothing is left to cut.
+            # Rows come ready-made, and none is longer than the config's limit: nothing is left to cut.
             max_length=None,
             remove_unused_columns=False,
             # Routers of experts are frozen, and the loss is that of the answers alone.
@@ -238,7 +238,7 @@ class Run:
             logging_nan_inf_filter=False,
             report_to=list(settings.report_to) or "none",
             run_name=self.name,
-            project=self.recipe.name,
+            project=self.config.name,
             disable_tqdm=True,
         )
         if arguments.n_gpu > 1:
@@ -247,13 +247,13 @@ class Run:
         return arguments
 
 
-def micro_batch(settings: TrainRecipe) -> int:
+def micro_batch(settings: TrainConfig) -> int:
     """Rows of one forward pass in one process.
 
     Raises:
         UserError: the processes cannot share a batch equally.
     """
-    count = processes.count()
+    count = distributed.count()
     share = settings.batch_size // count
     if settings.batch_size % count:
         raise UserError(
@@ -270,8 +270,8 @@ def micro_batch(settings: TrainRecipe) -> int:
     return micro
 
 
-def require_divisible(settings: TrainRecipe) -> None:
-    """Check that a recipe's training can be done on a base that is divided among processes.
+def require_divisible(settings: TrainConfig) -> None:
+    """Check that a config's training can be done on a base that is divided among processes.
 
     Raises:
         UserError: it asks for what cannot be had with that.
@@ -301,7 +301,7 @@ def _require_same_division(checkpoint: Path) -> None:
     from accelerate.utils.constants import FSDP_MODEL_NAME
 
     was = (checkpoint / f"{FSDP_MODEL_NAME}.bin").exists()
-    if was != processes.in_pieces():
+    if was != distributed.in_pieces():
         began, asked = ("with FSDP", "without") if was else ("without FSDP", "with it")
         raise UserError(
             f"this run began {began}, and is to go on {asked}",
@@ -335,7 +335,7 @@ def _train(trainer: Any, keeping: KeepCheckpoints, checkpoint: Path | None) -> N
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         stop = keeping.stop
-        if not stop.asked or processes.count() > 1 or not trainer.state.global_step:
+        if not stop.asked or distributed.count() > 1 or not trainer.state.global_step:
             raise
         if stop.phase == "step":
             restore_random(keeping.random)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.chat import ChatFormat
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_json
+from tunewright.core.progress import Reporter, Task
 from tunewright.data.examples import Example, Message, normalised
-from tunewright.disk import digest, write_json
-from tunewright.errors import UserError
+from tunewright.generation.decoding import Completion, Request
 from tunewright.models.bases import Base
-from tunewright.models.decoding import Completion, Request
-from tunewright.progress import Reporter, Task
 
 METHOD = "magpie-2"
 """Part of every key: to be counted up when a change here, or of the decoding loop, changes what is drawn."""

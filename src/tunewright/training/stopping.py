@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
 
-from tunewright.interrupts import finishing
-from tunewright.training import processes
+from tunewright.core.interrupts import finishing
+from tunewright.training import distributed
 
 GRACE_S = 3.0
 """For the step in progress to finish; a longer one is abandoned, and the step before it is saved."""
@@ -32,7 +32,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any process of the run has been asked; all of them have to call this at the same places."""
-        self.asked = processes.any_of(self.asked)
+        self.asked = distributed.any_of(self.asked)
         return self.asked
 
     def in_step(self) -> None:
@@ -62,7 +62,7 @@ class StopRequest:
             self.phase = before
 
     def _raise_if_asked(self) -> None:
-        if self.asked and processes.count() == 1:
+        if self.asked and distributed.count() == 1:
             raise KeyboardInterrupt
 
 
@@ -78,7 +78,7 @@ def stop_on_signal(pause_after: int | None = None) -> Iterator[StopRequest]:
         if request.asked:
             raise KeyboardInterrupt
         request.asked = True
-        if processes.count() > 1:
+        if distributed.count() > 1:
             return
         if request.phase == "free":
             raise KeyboardInterrupt

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunewright.errors import UserError
-from tunewright.recipe import Tracker
-from tunewright.training import processes
+from tunewright.config import Tracker
+from tunewright.core.errors import UserError
+from tunewright.training import distributed
 
 
 def require_trackers(trackers: Sequence[Tracker]) -> None:
-    """Check that the recipe's trackers are installed and let us in, before anything is loaded or measured.
+    """Check that the config's trackers are installed and let us in, before anything is loaded or measured.
 
     Raises:
         UserError: one is not, W&B has no API key and no terminal to ask for one, or MLflow refuses the place that
@@ -27,7 +27,7 @@ def require_trackers(trackers: Sequence[Tracker]) -> None:
             where="train.report_to",
             fix=f"pip install {' '.join(missing)}, or leave {'it' if len(missing) == 1 else 'them'} out.",
         )
-    if not processes.is_main():  # the main one alone reports
+    if not distributed.is_main():  # the main one alone reports
         return
     if "wandb" in trackers:
         _log_in_to_wandb()

@@ -13,31 +13,31 @@ from accelerate.utils.memory import clear_device_cache
 
 from tunewright.adapters.keys import PrivateKey
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
-from tunewright.adapters.servable import require_servable
 from tunewright.adapters.signing import store_signer
+from tunewright.adapters.vllm_compat import require_servable
 from tunewright.chat import ChatFormat
 from tunewright.chat.opening import refuse_untrained
+from tunewright.config import Config
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, writing
+from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion
-from tunewright.disk import digest, writing
-from tunewright.errors import UserError
 from tunewright.metrics import metric_inputs
 from tunewright.models.bases import Base
 from tunewright.models.families import require_quantizable, require_targets
 from tunewright.models.loading import context_length, device, load_model, named
 from tunewright.models.quantized import require_bitsandbytes
 from tunewright.models.quiet import quiet_transformers
-from tunewright.progress import Reporter
-from tunewright.project import Project
-from tunewright.recipe import Recipe
-from tunewright.training import processes
+from tunewright.training import distributed
 from tunewright.training.adapter import require_precision
+from tunewright.training.checkpoint_selection import Evaluation, best_of, evaluations, place_text, worth_keeping
 from tunewright.training.checkpoints import require_whole, working_folder
-from tunewright.training.choosing import Evaluation, best_of, evaluations, place_text, worth_keeping
 from tunewright.training.dev import DevTask, dev_task
-from tunewright.training.guard import BrokenRunError
+from tunewright.training.divergence import BrokenRunError
 from tunewright.training.kernels import require_liger
 from tunewright.training.lineage import training_lineage
-from tunewright.training.order import ORDER
+from tunewright.training.packing.order import ORDER
 from tunewright.training.replay import Replay, draw_replay, replay_inputs
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
 from tunewright.training.run import Run, require_divisible
@@ -64,31 +64,31 @@ class Paused:
     """Of training, by this process."""
 
 
-def training_inputs(project: Project, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
+def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
     """All that decides which adapter comes out of a training.
 
     Raises:
         UserError: a benchmark's file, which replay is held against, cannot be read.
     """
-    recipe = project.recipe
+    config = project.config
     return {
         "dataset": version.digest,
         "base": base.digest,
         "template": chat.digest,
-        "train": recipe.train.deciding(),
+        "train": config.train.deciding(),
         "chosen_by": _choice(project),
-        "seed": recipe.seed,
+        "seed": config.seed,
         "order": ORDER,
         **replay_inputs(project),
     }
 
 
-def _choice(project: Project) -> dict[str, Any]:
+def _choice(project: ProjectFolder) -> dict[str, Any]:
     """What decides, beside the train section, which evaluation's adapter is kept."""
-    recipe = project.recipe
-    if recipe.train.evaluate_rows == 0:
+    config = project.config
+    if config.train.evaluate_rows == 0:
         return {"metric": None}
-    settings = recipe.evaluate
+    settings = config.evaluate
     return {
         "metric": metric_inputs(settings.metric, project.root),
         "max_new_tokens": settings.max_new_tokens,
@@ -97,7 +97,7 @@ def _choice(project: Project) -> dict[str, Any]:
 
 
 def train(
-    project: Project,
+    project: ProjectFolder,
     version: DatasetVersion,
     base: Base,
     chat: ChatFormat,
@@ -107,12 +107,12 @@ def train(
     work: Path | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> TrainResult:
-    """Train the recipe's adapter on a dataset version, or find the one already trained on the same inputs.
+    """Train the config's adapter on a dataset version, or find the one already trained on the same inputs.
 
     A run that was stopped goes on from its last whole checkpoint.
 
     Args:
-        project: its recipe decides, its working folder holds the checkpoints.
+        project: its config decides, its working folder holds the checkpoints.
         version: the rows to train on, and those of dev that choose the epoch.
         base, chat: what is adapted, and how conversations become tokens.
         reporter: shows progress, hears warnings.
@@ -125,11 +125,11 @@ def train(
             a full disk, a tracker that is not installed, or a loss that is no number or has exploded.
         KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
     """
-    processes.join()
-    recipe = project.recipe
-    require_servable(recipe.train)
-    require_trackers(recipe.train.report_to)
-    if processes.lonely_launch():
+    distributed.join()
+    config = project.config
+    require_servable(config.train)
+    require_trackers(config.train.report_to)
+    if distributed.lonely_launch():
         reporter.warn(
             "`accelerate launch --cpu` started one process only, which is what it does without MPI: "
             "`torchrun --nproc-per-node N -m tunewright train` starts N."
@@ -137,16 +137,16 @@ def train(
     place = project.adapters if adapters is None else adapters
     identity = digest(training_inputs(project, version, base, chat))
     work = work or project.work / "training" / identity[:12]
-    if (there := trained_before(place, recipe.name, identity)) is not None:
-        if processes.is_main():
+    if (there := trained_before(place, config.name, identity)) is not None:
+        if distributed.is_main():
             shutil.rmtree(work, ignore_errors=True)  # of a run that was killed when it had stored its adapter
         return TrainResult(there, trained=False)
     signer = store_signer(project.keys, reporter) if adapters is None else None
     with working_folder(work), quiet_transformers(), writing(work):
         fitted = _fit(project, version, base, chat, reporter, work)
-        inputs = {**training_lineage(recipe, version, base, chat), "inputs_digest": identity}
-        adapter = processes.by_main(lambda: _store(fitted, recipe, work, place, {**inputs, **(facts or {})}, signer))
-    if processes.is_main():
+        inputs = {**training_lineage(config, version, base, chat), "inputs_digest": identity}
+        adapter = distributed.by_main(lambda: _store(fitted, config, work, place, {**inputs, **(facts or {})}, signer))
+    if distributed.is_main():
         shutil.rmtree(work)
     evaluated = fitted.evaluated
     if (kept := len(worth_keeping(evaluated))) < len(evaluated):
@@ -158,7 +158,7 @@ def train(
 
 
 def train_until(
-    project: Project,
+    project: ProjectFolder,
     version: DatasetVersion,
     base: Base,
     chat: ChatFormat,
@@ -198,7 +198,7 @@ class _Fitted:
 
 
 def _fit(
-    project: Project,
+    project: ProjectFolder,
     version: DatasetVersion,
     base: Base,
     chat: ChatFormat,
@@ -206,41 +206,41 @@ def _fit(
     work: Path,
     until: int | None = None,
 ) -> _Fitted:
-    recipe = project.recipe
-    require_targets(recipe.train.targets, base.architecture)
-    require_quantizable(recipe.train.quantize, base.architecture, "train.quantize")
-    require_bitsandbytes(recipe.train.quantize, "train.quantize")
-    require_liger(recipe.train.use_liger_kernel)
-    require_precision(recipe.train)
-    if processes.in_pieces():
-        require_divisible(recipe.train)
+    config = project.config
+    require_targets(config.train.targets, base.architecture)
+    require_quantizable(config.train.quantize, base.architecture, "train.quantize")
+    require_bitsandbytes(config.train.quantize, "train.quantize")
+    require_liger(config.train.use_liger_kernel)
+    require_precision(config.train)
+    if distributed.in_pieces():
+        require_divisible(config.train)
         reporter.say(
-            f"FSDP: the base is divided among {processes.count()} processes; a layer is whole while it computes."
+            f"FSDP: the base is divided among {distributed.count()} processes; a layer is whole while it computes."
         )
-    limit = min(recipe.train.max_length, context_length(base))
+    limit = min(config.train.max_length, context_length(base))
     splits = {
-        name: training_rows(chat, version.examples(name), limit, recipe.train.too_long, reporter)
+        name: training_rows(chat, version.examples(name), limit, config.train.too_long, reporter)
         for name in ("train", "dev")
     }
     encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows
     refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
     dev = list({m.key: m for m in splits["dev"].members}.values())
-    answered = dev_task(recipe, project.root, chat, version.domain_of("train"), dev, context_length(base), reporter)
+    answered = dev_task(config, project.root, chat, version.domain_of("train"), dev, context_length(base), reporter)
 
     def fitted() -> _Fitted | UserError:
         @cache
         def model() -> Any:
-            reporter.say(f"Loading {named(base, recipe.train.quantize)}")
+            reporter.say(f"Loading {named(base, config.train.quantize)}")
             # A base that is to be divided need not fit on one card: it waits in memory, and goes there in pieces.
-            in_pieces = processes.in_pieces()
+            in_pieces = distributed.in_pieces()
             place = "cpu" if in_pieces else None
-            return load_model(base, recipe.train.dtype, recipe.train.quantize, place, divisible=in_pieces)
+            return load_model(base, config.train.dtype, config.train.quantize, place, divisible=in_pieces)
 
         # Before the base is loaded: where vLLM writes the samples, it has the card for itself.
         replay = draw_replay(project, version, base, chat, model, limit, reporter)
-        run = Run(recipe, base, work, reporter)
+        run = Run(config, base, work, reporter)
         try:
-            with tracked_in(project.work / "trackers", recipe.name, run.name):
+            with tracked_in(project.work / "trackers", config.name, run.name):
                 history, seconds = run.fit(
                     model(), chat.tokenizer, encoded_train, encoded_dev, answered, until, replay.rows
                 )
@@ -258,13 +258,13 @@ def _fit(
 
 
 def _store(
-    fitted: _Fitted, recipe: Recipe, work: Path, place: Path, inputs: Mapping[str, Any], signer: PrivateKey | None
+    fitted: _Fitted, config: Config, work: Path, place: Path, inputs: Mapping[str, Any], signer: PrivateKey | None
 ) -> Adapter:
     """Keep the best evaluation's adapter, with the others beside it.
 
     Args:
         fitted: the run that has ended.
-        recipe: what it was trained by.
+        config: what it was trained by.
         work: its working folder.
         place: where adapters are kept.
         inputs: what the lineage says of all that went in.
@@ -288,12 +288,12 @@ def _store(
     }
     return store_adapter(
         place,
-        recipe.name,
+        config.name,
         best.folder(work),
         {f"step-{e.step}": e.folder(work) for e in kept if e is not best},
         lineage,
         fitted.history,
-        servable=recipe.train.servable,
+        servable=config.train.servable,
         texts=fitted.replay.files,
         signer=signer,
     )
@@ -327,12 +327,12 @@ def _account(encoded: EncodedRows, evaluated: Sequence[Evaluation], best: Evalua
         "kept_step": best.step,
         "seconds": round(seconds, 1),
         "device": device(),
-        "processes": processes.count(),
+        "processes": distributed.count(),
     }
 
 
 def _rendering(encoded: EncodedRows) -> dict[str, Any]:
-    """What training saw of a split, by digest, and what the recipe had it leave out."""
+    """What training saw of a split, by digest, and what the config had it leave out."""
     return {
         "digest": render_digest(encoded.rows),
         "rows": len(encoded.rows),

@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from trl import SFTTrainer
 
-from tunewright.training import processes, sharded
+from tunewright.training import distributed, fsdp
 from tunewright.training.adapter import keep_float32
+from tunewright.training.checkpoint_selection import DEV_METRIC
 from tunewright.training.checkpoints import whole
-from tunewright.training.choosing import DEV_METRIC
 from tunewright.training.dev import DevTask
-from tunewright.training.head import Reference, add_token_losses, token_losses_of
+from tunewright.training.loss_breakdown import LossBreakdown
 from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, too_little_memory
-from tunewright.training.order import StepBatches, longest_batch, random_order
-from tunewright.training.parts import LossParts
+from tunewright.training.packing import PackedBatch, attention, pack
+from tunewright.training.packing.fused_loss import Reference, add_token_losses, token_losses_of
+from tunewright.training.packing.order import StepBatches, longest_batch, random_order
 from tunewright.training.rows import IGNORED
-from tunewright.training.shared_prefix import PackedBatch, attention, pack
 from tunewright.training.stopping import StopRequest
 
 
@@ -66,7 +66,7 @@ class Trainer(SFTTrainer):
         self._tokens = 0
         """Of rows trained on in this process since the last log."""
         self._told: tuple[float, int] | None = None
-        self._parts: LossParts | None = None
+        self._parts: LossBreakdown | None = None
         attention.register()
         # Its own implementation, and SDPA wherever it gets no layout: when answers are generated.
         model.set_attn_implementation(attention.NAME)
@@ -75,21 +75,21 @@ class Trainer(SFTTrainer):
         keep_float32(self.model)
         rows: Any = self.train_dataset
         if "replayed" in rows.column_names:
-            self._parts = LossParts(kl, self.accelerator.device)
+            self._parts = LossBreakdown(kl, self.accelerator.device)
         # The loss is a sum over tokens, divided by those of the whole step.
         self.model_accepts_loss_kwargs = True
 
     def create_accelerator_and_postprocess(self) -> None:
         """As transformers does, and where a base in pieces was asked for, make sure that it comes to that."""
         super().create_accelerator_and_postprocess()
-        if processes.in_pieces():
-            sharded.divide(self.accelerator, self.model)
+        if distributed.in_pieces():
+            fsdp.divide(self.accelerator, self.model)
             self.is_fsdp_enabled = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, of a divided model too; transformers would gather the frozen base with it."""
         if self.is_fsdp_enabled:
-            self._save(output_dir, state_dict=sharded.adapter_weights(self.model))
+            self._save(output_dir, state_dict=fsdp.adapter_weights(self.model))
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -196,7 +196,7 @@ class Trainer(SFTTrainer):
         size = len(places)
         devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
         alone = (
-            sharded.exchanging(model, self.accelerator.sync_gradients)
+            fsdp.exchanging(model, self.accelerator.sync_gradients)
             if self.is_fsdp_enabled
             else self.accelerator.no_sync(model)
         )
@@ -311,7 +311,7 @@ class Trainer(SFTTrainer):
             with self.stop.free("this step is saved, and its evaluation is made when the run resumes"):
                 metrics = self._measured(model, eval_dataset, metric_key_prefix)
         except KeyboardInterrupt:
-            if not self.stop.asked or processes.count() > 1:
+            if not self.stop.asked or distributed.count() > 1:
                 raise
             self.control.should_training_stop = self.control.should_save = True
             return {}
@@ -330,7 +330,7 @@ class Trainer(SFTTrainer):
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         counted = 0
-        with torch.no_grad(), self.compute_loss_context_manager(), sharded.keeping_step(model, self._idle_pass):
+        with torch.no_grad(), self.compute_loss_context_manager(), fsdp.keeping_step(model, self._idle_pass):
             for places in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
                 batch = self._prepare_input(self.collate([rows[place] for place in places])["packed"])
                 losses = token_losses_of(model, batch)
@@ -352,7 +352,7 @@ class Trainer(SFTTrainer):
     def _worth_of_answers(self, task: DevTask) -> float:
         """The dev rows answered, each by one of the processes, and valued together."""
         mine = range(self.accelerator.process_index, len(task.requests), self.accelerator.num_processes)
-        with sharded.keeping_step(self.model, self._idle_pass):
+        with fsdp.keeping_step(self.model, self._idle_pass):
             own = list(zip(mine, task.answers(self.model, mine), strict=True))
         answers: list[tuple[int, str]] = gather_object(own)
         return task.worth([text for _, text in sorted(answers)])
@@ -366,7 +366,7 @@ class Trainer(SFTTrainer):
 
     def bytes_held(self) -> list[int] | None:
         """Bytes of weights, base and adapter, that each process holds between passes; None: all are in each of them."""
-        return gather_object([sharded.bytes_held(self.model)]) if self.is_fsdp_enabled else None
+        return gather_object([fsdp.bytes_held(self.model)]) if self.is_fsdp_enabled else None
 
     def get_train_dataloader(self) -> Any:
         """This process's share of every step."""

@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tunewright.disk import write_text
+from tunewright.config import Config, MetricName, metric_name
+from tunewright.core.io import write_text
+from tunewright.core.progress import Reporter, Task
 from tunewright.metrics import score_text
-from tunewright.progress import Reporter, Task
-from tunewright.recipe import MetricName, Recipe, metric_name
-from tunewright.training.choosing import (
+from tunewright.training.checkpoint_selection import (
     DEV_LOSS,
     DEV_METRIC,
     PAIR_LOSS,
@@ -28,7 +28,7 @@ from tunewright.training.choosing import (
     place_text,
     runs_out_of_patience,
 )
-from tunewright.training.guard import BrokenRunError, fault
+from tunewright.training.divergence import BrokenRunError, fault
 
 _SPEED_STEPS = 20
 
@@ -107,15 +107,15 @@ class Follow(TrainerCallback):
 
 
 class FollowDev(TrainerCallback):
-    """Tells each evaluation and overfitting, and stops early where the recipe says so.
+    """Tells each evaluation and overfitting, and stops early where the config says so.
 
     All of it follows from the trainer's history, which checkpoints hold: a run that goes on decides as it would have.
     """
 
-    def __init__(self, recipe: Recipe, reporter: Reporter) -> None:
-        self.metric = metric_name(recipe.evaluate.metric)
-        self.patience = recipe.train.patience
-        self.trained = "training loss" if recipe.train.replay is None else "pairs' training loss"
+    def __init__(self, config: Config, reporter: Reporter) -> None:
+        self.metric = metric_name(config.evaluate.metric)
+        self.patience = config.train.patience
+        self.trained = "training loss" if config.train.replay is None else "pairs' training loss"
         self.reporter = reporter
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from small_models import CONTEXT
 from tiny import byte_tokenizer
+from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Engine
 from tunewright.engines.vllm import environment
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.models.bases import Base
-from tunewright.progress import LogReporter
 from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 

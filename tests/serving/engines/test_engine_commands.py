@@ -24,11 +24,11 @@ def project(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     different sides of near ties.
     """
     folder = tiny_project(tmp_path_factory.mktemp("vllm") / "project", small_base, count=80)
-    recipe = folder / "tunewright.yaml"
-    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 12"))
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 12"))
     assert command("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     assert command("train", "-p", folder).code == 0
-    recipe.write_text(recipe.read_text() + "seed: 1\n")
+    config.write_text(config.read_text() + "seed: 1\n")
     assert command("train", "-p", folder).code == 0
     assert len(list_adapters(folder / "adapters")) == 2
     return folder
@@ -45,11 +45,11 @@ def test_the_self_test_of_trained_adapters_passes(kind: Any, project: Path) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_client_gets_from_it_what_it_gets_from_the_embedded_engine(kind: Any, project: Path) -> None:
-    road = tunewright.open(project)
+    opened = tunewright.open(project)
     asked = ["violet red teal 17", "navy green blue 4"]
 
     def answers(engine: Any) -> list[Any]:
-        service = road.serve(port=0, engine=engine)
+        service = opened.serve(port=0, engine=engine)
         said: list[Any] = [service.models]
         with service.running() as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
             for model in service.models:
@@ -105,8 +105,8 @@ def test_two_tenants_get_their_own_adapters_and_a_release_arrives_while_it_serve
         _did("deploy", alias, adapter, "--force", "--because", "a test", "-p", folder)
         _did("tenant", "add", tenant, "--alias", alias, "-p", folder)
         keys[tenant] = _did("tenant", "key", "add", tenant, "-p", folder)["key"]
-    road = tunewright.open(folder)
-    service = road.serve(port=0, engine=kind)
+    opened = tunewright.open(folder)
+    service = opened.serve(port=0, engine=kind)
     with service.running() as url:
         acme, globex, nobody = (
             openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300)

@@ -14,9 +14,9 @@ from engine_kinds import KINDS, STOPS, TOKENIZER
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
+from tunewright.core.errors import UserError
 from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError
-from tunewright.errors import UserError
-from tunewright.models.requests import Request
+from tunewright.generation.requests import Request
 
 PROMPTS = [tuple(TOKENIZER(text).input_ids) for text in ("Mobile County", "Where is it?", "a", "The quick brown fox")]
 SOON = 120

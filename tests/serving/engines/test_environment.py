@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.engines.vllm import environment
-from tunewright.errors import UserError
-from tunewright.progress import LogReporter
 
 PROBE = "import json, small_one, small_two; print(json.dumps({'vllm': small_one.version}))"
 PINS = ("small-one==1.0", "Small.Two==2.0")

@@ -12,9 +12,9 @@ from engine_kinds import STOPS, TOKENIZER, peft_engine
 
 from planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
 from small_models import write_adapter
+from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
-from tunewright.progress import LogReporter
 from tunewright.serving.canaries import Digest
 from tunewright.serving.engines.peft import PeftEngine
 from tunewright.serving.isolation import TOLERANCE, IsolationResult, check_isolation

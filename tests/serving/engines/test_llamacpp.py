@@ -21,13 +21,13 @@ from test_isolation import PROMPTS, failed, result_of
 
 from small_models import write_adapter
 from tunewright.adapters.registry import adapter_digest
+from tunewright.config import Config
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.engines.child import Plan
 from tunewright.engines.protocol import Engine, EngineStoppedError
-from tunewright.errors import UserError
+from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
-from tunewright.models.requests import Request
-from tunewright.progress import LogReporter
-from tunewright.recipe import Recipe
 from tunewright.serving.canaries import Answer
 from tunewright.serving.engines.llamacpp.engine import BLOCK, LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file
@@ -248,7 +248,7 @@ def test_without_llama_cpp_it_says_what_to_install(small_base: Path, monkeypatch
     monkeypatch.setattr("tunewright.serving.engines.start.find_spec", lambda name: None)
     wanted = Wanted(Base("small", small_base, None, "LlamaForCausalLM", {}), None, "none", {})  # type: ignore[arg-type]
     with pytest.raises(UserError) as caught:
-        start_engine("llamacpp", Recipe(), wanted, LogReporter())
+        start_engine("llamacpp", Config(), wanted, LogReporter())
     assert caught.value.fix == "pip install 'tunewright[llamacpp]'"
 
 

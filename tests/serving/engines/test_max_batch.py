@@ -1,4 +1,4 @@
-"""How many conversations an engine generates at once where the recipe does not say."""
+"""How many conversations an engine generates at once where the config does not say."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tunewright.chat import open_chat
+from tunewright.config import ChatConfig, Config, EngineName, ServeConfig
+from tunewright.core.progress import LogReporter
 from tunewright.engines.vllm import engine as vllm_engine
 from tunewright.engines.vllm import environment
 from tunewright.engines.vllm.environment import Build, Environment
 from tunewright.models.bases import resolve_base
-from tunewright.progress import LogReporter
-from tunewright.recipe import ChatRecipe, EngineName, Recipe, ServeRecipe
 from tunewright.serving.engines.start import Wanted, max_batch, start_engine
 
 
@@ -38,12 +38,12 @@ def _machine(monkeypatch: pytest.MonkeyPatch, build: Build, card: int | None) ->
         ("vllm", "cuda", None, 128),  # torch here is built without CUDA, vLLM's own is not
     ],
 )
-def test_max_batch_is_the_engines_own_when_the_recipe_has_none(
+def test_max_batch_is_the_engines_own_when_the_config_has_none(
     engine: EngineName, build: Build, card: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _machine(monkeypatch, build, card)
-    assert max_batch(engine, Recipe()) == expected
-    assert max_batch(engine, Recipe(serve=ServeRecipe(max_batch=3))) == 3
+    assert max_batch(engine, Config()) == expected
+    assert max_batch(engine, Config(serve=ServeConfig(max_batch=3))) == 3
 
 
 def test_start_engine_passes_max_batch_to_vllm(monkeypatch: pytest.MonkeyPatch, tiny_base_folder: Path) -> None:
@@ -56,15 +56,15 @@ def test_start_engine_passes_max_batch_to_vllm(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(vllm_engine, "VllmEngine", engine)
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder.parent, LogReporter())
-    wanted = Wanted(base, open_chat(base, ChatRecipe(), LogReporter()), "none", {})
-    start_engine("vllm", Recipe(), wanted, LogReporter())
+    wanted = Wanted(base, open_chat(base, ChatConfig(), LogReporter()), "none", {})
+    start_engine("vllm", Config(), wanted, LogReporter())
     (options,) = started
     assert options[options.index("--max-num-seqs") + 1] == "256"
 
 
 def test_start_engine_starts_peft_with_sixteen(tiny_base_folder: Path) -> None:
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder.parent, LogReporter())
-    wanted = Wanted(base, open_chat(base, ChatRecipe(), LogReporter()), "none", {})
-    engine = start_engine("peft", Recipe(), wanted, LogReporter())
+    wanted = Wanted(base, open_chat(base, ChatConfig(), LogReporter()), "none", {})
+    engine = start_engine("peft", Config(), wanted, LogReporter())
     engine.stop()
     assert engine.max_batch == 16

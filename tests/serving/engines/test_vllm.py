@@ -19,8 +19,8 @@ from test_isolation import PROMPTS, failed, result_of
 from tunewright.engines.protocol import Engine, EngineStoppedError
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.engines.vllm.launch import list_adapters
+from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
-from tunewright.models.requests import Request
 from tunewright.serving.oracle import PeftOracle
 
 pytestmark = pytest.mark.vllm

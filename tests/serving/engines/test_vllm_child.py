@@ -14,13 +14,13 @@ import pytest
 
 from fake_vllm import ENDLESS
 from tunewright.adapters.registry import write_manifest
-from tunewright.disk import file_digest, write_json
+from tunewright.core.errors import UserError
+from tunewright.core.io import file_digest, write_json
+from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import RequestFailedError
 from tunewright.engines.vllm import inside
 from tunewright.engines.vllm.engine import VllmEngine
-from tunewright.errors import UserError
-from tunewright.models.requests import Request
-from tunewright.progress import LogReporter
+from tunewright.generation.requests import Request
 from vllm_child import ids, seen, settings, wait_until
 
 pytest_plugins = ["vllm_child"]
@@ -119,7 +119,7 @@ def test_adapters_are_listed_loaded_and_let_go_and_there_is_room_for_so_many(
 
 def test_a_name_is_looked_up_and_never_taken_for_a_path(tmp_path: Path, small_adapters: dict[str, Path]) -> None:
     digest, folder = next(iter(small_adapters.items()))
-    from tunewright.disk import file_digest
+    from tunewright.core.io import file_digest
 
     files = {name: file_digest(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors")}
     manifest = tmp_path / "adapters.json"

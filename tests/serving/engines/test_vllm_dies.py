@@ -21,7 +21,7 @@ from tunewright.engines.child import _end
 from tunewright.engines.private_folder import PrivateFolder
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.engines.vllm.engine import VllmEngine
-from tunewright.models.requests import Request
+from tunewright.generation.requests import Request
 from vllm_child import Told, alive, ids, settings, wait_until
 
 pytest_plugins = ["vllm_child"]
@@ -159,7 +159,7 @@ def test_vllm_does_not_outlive_a_gateway_that_is_killed_though_it_hangs_nor_its_
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from tunewright.progress import LogReporter\n"
+        "from tunewright.core.progress import LogReporter\n"
         "from tunewright.engines.vllm.engine import VllmEngine, VllmSettings\n"
         "numbers = dict(room=1, max_rank=1, max_batch=1)\n"
         "of = VllmSettings(python=Path(sys.argv[1]), cpu=True, base=Path('/'), dtype='float32', **numbers)\n"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tunewright.adapters.admission.quarantine import LARGEST, MEGABYTE, MOST_MEMBERS, Intake, require_plain_path
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 
 _TARS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": gzip.open,

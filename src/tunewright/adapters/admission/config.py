@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tunewright.adapters.servable import MAX_RANK
 from tunewright.adapters.strict_json import strict_object
-from tunewright.errors import UserError
+from tunewright.adapters.vllm_compat import MAX_RANK
+from tunewright.config.train import Target
+from tunewright.core.errors import UserError
 from tunewright.models.families import ATTENTION, MLP, OUTSIDE_TEXT, module_name
-from tunewright.models.fit.shape import Shape
-from tunewright.recipe.train import Target
+from tunewright.models.memory.shape import Shape
 
 _OFF: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_mapping": ((None,), "names a class to import"),

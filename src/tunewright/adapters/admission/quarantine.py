@@ -20,8 +20,8 @@ from typing import IO
 
 from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE
 from tunewright.adapters.registry import CHECKPOINTS, CONFIG, HISTORY, LINEAGE, REPLAY, WEIGHTS
-from tunewright.disk import writing
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import writing
 
 README = "README.md"
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from tunewright.adapters.admission.config import ForeignConfig
 from tunewright.adapters.admission.header import Entry, read_header
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Task
 from tunewright.models.bases import tensor_files
 from tunewright.models.families import text_name
-from tunewright.progress import Task
 
 LARGEST_WEIGHT = 65504.0
 """The largest number of float16, in which engines may hold it."""

@@ -8,10 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.io import file_digest, text_lines
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
+from tunewright.data.pii import told_secrets
 from tunewright.data.repeats import count_near_repeats
 from tunewright.data.review.reviews import REVIEWS_FILE, Judged, Reviews, event_digest, read_reviews
-from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -24,10 +28,6 @@ from tunewright.data.versions import (
     short,
 )
 from tunewright.data.versions.making import LeftOut, new_manifest, renamed
-from tunewright.disk import file_digest, text_lines
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
-from tunewright.project import Project
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class EditResult:
         }
 
 
-def apply_edits(project: Project, reporter: Reporter, *, message: str = "") -> EditResult:
+def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = "") -> EditResult:
     """Make a version of the current one in which edited rows have their new answer; splits stay as they are.
 
     A row keeps its cluster: that depends on its input, and only where data.split_by says so on its output, which the
@@ -88,7 +88,7 @@ def apply_edits(project: Project, reporter: Reporter, *, message: str = "") -> E
                 where=str(dataset / REVIEWS_FILE),
                 fix="`tunewright data review` records them, with the key e.",
             )
-        _refuse_secrets(chosen, project.recipe.data.allow)
+        _refuse_secrets(chosen, project.config.data.allow)
         members, edited = _apply(parent, chosen, reviews)
         collapsed = [e for e in edited if e.collapsed]
         if collapsed:

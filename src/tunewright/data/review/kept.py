@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tunewright.core.io import write_json, writing
+from tunewright.core.progress import Reporter, Task
 from tunewright.data.review.suspects import Found, Suspect
-from tunewright.disk import write_json, writing
-from tunewright.progress import Reporter, Task
 
 FOLDER = "suspects"
 """Below the project's working folder."""

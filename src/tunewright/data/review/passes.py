@@ -7,7 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright.clock import now
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.data.pii import told_secrets
 from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan, judge, sample_order
 from tunewright.data.review.reviews import (
     Drawn,
@@ -20,10 +23,7 @@ from tunewright.data.review.reviews import (
     status_line,
 )
 from tunewright.data.review.suspects import Suspect
-from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
 
 
 @dataclass(frozen=True)

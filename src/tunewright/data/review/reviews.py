@@ -20,11 +20,11 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, write_text, writing
+from tunewright.core.io import digest as json_digest
 from tunewright.data.review.acceptance import Finding, FixedPlan, Outcome, Plan, SequentialPlan, judge, sample_order
 from tunewright.data.versions import DatasetVersion
-from tunewright.disk import canonical_json, write_text, writing
-from tunewright.disk import digest as json_digest
-from tunewright.errors import UserError
 
 REVIEWS_FILE = "reviews.jsonl"
 Verdict = Literal["right", "wrong", "edit", "skip"]

@@ -16,14 +16,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.data.dedup import comparison_texts, find_clusters
+from tunewright.data.dedup.similarity import near_pairs
+from tunewright.data.dedup.sketches import Mask
 from tunewright.data.examples import in_conflict
-from tunewright.data.neighbours import comparison_texts, find_clusters
-from tunewright.data.neighbours.similarity import near_pairs
-from tunewright.data.neighbours.sketches import Mask
 from tunewright.data.splits import join_groups
 from tunewright.data.versions import DatasetVersion, Member, short
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
 
 Reason = Literal["conflict", "near-duplicate", "label", "loss"]
 

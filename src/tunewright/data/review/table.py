@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright.clock import now
+from tunewright.core.clock import now
+from tunewright.core.csv import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
+from tunewright.core.errors import UserError
+from tunewright.data.pii import told_secrets
 from tunewright.data.review.passes import Card, Review
 from tunewright.data.review.reviews import VERDICTS, Judged, Verdict, append_reviews, read_reviews
-from tunewright.data.secrets import told_secrets
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.data.versions.origins import places_by_key
-from tunewright.errors import UserError
-from tunewright.sheets import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
 
 COLUMNS = ("row", "from", "draw", "why", "input", "answer", "verdict", "new_output")
 _NEEDED = ("row", "draw", "answer", "verdict", "new_output")

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from tunewright.core.errors import UserError
+from tunewright.core.io import text_lines
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.splits import Split
 from tunewright.data.versions import (
@@ -24,8 +26,6 @@ from tunewright.data.versions import (
     version_folder,
 )
 from tunewright.data.versions.members import Place, Places, read_places
-from tunewright.disk import text_lines
-from tunewright.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from tunewright.core.io import canonical_json, json_document
 from tunewright.data.versions.manifest import MANIFEST, manifest_seal
-from tunewright.disk import canonical_json, json_document
 
 IMPORTS = "imports.jsonl"
 

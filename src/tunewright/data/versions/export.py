@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, write_json, write_text, writing
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, Member, short
-from tunewright.disk import canonical_json, write_json, write_text, writing
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
 
 Format = Literal["chat", "alpaca", "csv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)

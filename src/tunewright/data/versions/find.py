@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunewright.core.errors import UserError
+from tunewright.core.io import text_lines
 from tunewright.data.review.edits import replaced
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.versions import DatasetVersion, Member, import_files, list_versions
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.removals import read_removals
-from tunewright.disk import text_lines
-from tunewright.errors import UserError
 
 
 def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tunewright.clock import now
+from tunewright.core.clock import now
 from tunewright.data.examples import Example, in_conflict, normalised
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions.manifest import Counts, Manifest, Mix, Settings, Source, SplitFrom

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tunewright.config import Duplicates
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest as json_digest
 from tunewright.data.splits import Split
-from tunewright.disk import digest as json_digest
-from tunewright.errors import UserError
-from tunewright.recipe import Duplicates
 
 MANIFEST = "manifest.json"
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, text_lines
 from tunewright.data.splits import SPLITS, Split
-from tunewright.disk import canonical_json, text_lines
-from tunewright.errors import UserError
 
 MEMBERS = "members.tsv"
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tunewright.core.io import text_lines
 from tunewright.data.review.edits import replaced
 from tunewright.data.versions import Manifest, import_files
-from tunewright.disk import text_lines
 
 _PRESENT = ("added", "known", "mixed", "replaced")
 """What imports.jsonl says of rows that are in the version; a duplicate's file and metadata are those of another row."""

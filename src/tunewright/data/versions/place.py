@@ -11,13 +11,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.review.reviews import Event, event_line, events_in, without_purged
 from tunewright.data.versions import IMPORTS, MANIFEST, Manifest, keys_digest, short
 from tunewright.data.versions.erasing import erased_metadata
 from tunewright.data.versions.removals import Removal
 from tunewright.data.versions.removals import events_in as removals_in
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
 
 REVIEWS = "reviews"
 REMOVED = "removed"

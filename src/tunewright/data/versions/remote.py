@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.core.errors import UserError
+from tunewright.core.io import new_folder
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.data.purge import take_over
 from tunewright.data.review.reviews import (
@@ -51,9 +54,6 @@ from tunewright.data.versions.members import MEMBERS, places_of, read_members, r
 from tunewright.data.versions.place import AGAIN, ALL_REMOVED, REMOVED, REVIEWS, Place
 from tunewright.data.versions.removals import Removals, read_removals
 from tunewright.data.versions.rows import parse_rows, rows_text, write_rows
-from tunewright.disk import new_folder
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
 
 _ROWS = "rows.jsonl"
 _FILES = len(VERSION_FILES) + 1

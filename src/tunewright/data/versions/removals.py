@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunewright.disk import canonical_json, write_text
-from tunewright.disk import digest as json_digest
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, write_text
+from tunewright.core.io import digest as json_digest
 
 REMOVED_FILE = "removed.jsonl"
 

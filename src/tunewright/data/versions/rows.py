@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, write_text
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
-from tunewright.data.formats.checks import RowError, parse_json_row
-from tunewright.disk import canonical_json, write_text
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
+from tunewright.data.readers.validate import RowError, parse_json_row
 
 _RESTORE = "Restore the file, from git for example."
 _KEY = re.compile(rb'"key":"([0-9a-f]{64})"')

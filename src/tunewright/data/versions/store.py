@@ -16,7 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tunewright.clock import to_the_second
+from tunewright.core.clock import to_the_second
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, new_folder, text_lines, write_json, write_text, writing
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.data.splits import Split
 from tunewright.data.versions.author import current_author
@@ -25,9 +28,6 @@ from tunewright.data.versions.manifest import MANIFEST, Manifest, manifest_seal,
 from tunewright.data.versions.members import MEMBERS, Place, member_line, members_file, members_sha256, read_places
 from tunewright.data.versions.removals import REMOVED_FILE, purge_told, read_removals
 from tunewright.data.versions.rows import has_rows, read_rows, remove_rows, write_rows
-from tunewright.disk import canonical_json, new_folder, text_lines, write_json, write_text, writing
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
 
 UNFINISHED = "rows/.unfinished"
 VERSION_FILES = (MEMBERS, IMPORTS, MANIFEST)

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, text_lines
+from tunewright.core.progress import Reporter
 from tunewright.data.review.reviews import REVIEWS_FILE, parse_event, whole_lines
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import (
@@ -27,9 +30,6 @@ from tunewright.data.versions.erasing import erased_metadata
 from tunewright.data.versions.members import MEMBERS, places_of, read_members
 from tunewright.data.versions.removals import REMOVED_FILE, Removal, Removals, parse_removal
 from tunewright.data.versions.rows import BadRow, scan_rows
-from tunewright.disk import canonical_json, text_lines
-from tunewright.errors import UserError
-from tunewright.progress import Reporter
 
 
 @dataclass(frozen=True)

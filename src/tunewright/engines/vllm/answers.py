@@ -13,14 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.engines.vllm.engine import RANKS, VllmEngine, VllmSettings, kv_cache_bytes, max_rank
 from tunewright.engines.vllm.environment import Environment
-from tunewright.errors import UserError
+from tunewright.generation.decoding import Completion, Request, Row
+from tunewright.generation.text_stream import Decode
 from tunewright.models.bases import Base, read_config
-from tunewright.models.decoding import Completion, Request, Row
-from tunewright.models.text_stream import Decode
-from tunewright.progress import Reporter
 
 _GIB = 1 << 30
 _ROWS_BY_CARD = ((20, 64), (40, 128))

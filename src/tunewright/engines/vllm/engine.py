@@ -18,15 +18,15 @@ import httpx
 
 from tunewright.adapters.manifest import MANIFEST, Manifest, parse_record
 from tunewright.adapters.registry import require_digest
-from tunewright.adapters.servable import CONFIG, WEIGHTS, vllm_refusals
-from tunewright.disk import file_digest
+from tunewright.adapters.vllm_compat import CONFIG, WEIGHTS, vllm_refusals
+from tunewright.core.errors import UserError
+from tunewright.core.io import file_digest
+from tunewright.core.progress import Reporter
 from tunewright.engines.child import Child
 from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError
 from tunewright.engines.vllm import inside
 from tunewright.engines.vllm.launch import PACKAGE, list_adapters, plan
-from tunewright.errors import UserError
-from tunewright.models.decoding import Finish, Request
-from tunewright.progress import Reporter
+from tunewright.generation.decoding import Finish, Request
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be (vLLM 0.32, MaxLoRARanks in vllm/config/lora.py)."""

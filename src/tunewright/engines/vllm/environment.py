@@ -17,9 +17,9 @@ from typing import Any, Literal
 import platformdirs
 from packaging.requirements import Requirement
 
-from tunewright.disk import digest, write_json
-from tunewright.errors import UserError
-from tunewright.progress import Reporter, Task
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_json
+from tunewright.core.progress import Reporter, Task
 
 Build = Literal["cpu", "cuda"]
 

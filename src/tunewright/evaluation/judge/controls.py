@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tunewright.errors import UserError
-from tunewright.evaluation.evidence import Item
+from tunewright.core.errors import UserError
 from tunewright.evaluation.judge.figures import exact_lower_limit, reasons
 from tunewright.evaluation.judge.prompts import INJECTION, Question, correctness, pairwise
 from tunewright.evaluation.judge.rows import ControlRow
-from tunewright.evaluation.judge.section import Control, ControlName
 from tunewright.evaluation.judge.votes import Vote, outcome
+from tunewright.evidence.judge import Control, ControlName
+from tunewright.evidence.schema import Item
 from tunewright.metrics import normalised
 
 REQUIRED = 0.8

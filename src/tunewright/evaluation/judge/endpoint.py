@@ -22,11 +22,11 @@ import httpx
 from aiolimiter import AsyncLimiter
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from tunewright.errors import UserError
-from tunewright.evaluation.judge.purse import OutOfBudgetError, Purse
+from tunewright.config import EndpointConfig
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter, Task
+from tunewright.evaluation.judge.budget import JudgeBudget, OutOfBudgetError
 from tunewright.evaluation.judge.replies import Conversation, Journal, Reply, cost, guessed_tokens
-from tunewright.progress import Reporter, Task
-from tunewright.recipe import EndpointRecipe
 
 LONGEST_WAIT = 600.0
 """Seconds; an endpoint that asks to wait longer (a daily quota) ends the run, which can be gone on with later."""
@@ -78,17 +78,19 @@ class Endpoint:
     """A model to ask.
 
     Args:
-        recipe: with url and model.
-        where: the recipe's section, for messages.
+        config: with url and model.
+        where: the config's section, for messages.
         folder: where replies are journalled.
         purse: what may be spent; shared by all endpoints of a judgement.
         reporter: shows progress and hears of retries.
     """
 
-    def __init__(self, recipe: EndpointRecipe, where: str, folder: Path, purse: Purse, reporter: Reporter) -> None:
-        self.recipe = recipe
+    def __init__(
+        self, config: EndpointConfig, where: str, folder: Path, purse: JudgeBudget, reporter: Reporter
+    ) -> None:
+        self.config = config
         self.where = where
-        self.journal = Journal(folder, recipe)
+        self.journal = Journal(folder, config)
         self.used: dict[str, Reply] = {}
         self._purse = purse
         self._reporter = reporter
@@ -107,7 +109,7 @@ class Endpoint:
         for key in wanted.keys() - missing.keys() - self.used.keys():
             self._use(key)
         if missing:
-            self._key = _secret(self.recipe, self.where)
+            self._key = _secret(self.config, self.where)
             self._retried.clear()
             with self._reporter.task(title, len(wanted), "replies") as task:
                 if len(missing) < len(wanted):
@@ -124,13 +126,13 @@ class Endpoint:
         self._purse.pay(self._cost(self.used[key]))
 
     def _cost(self, reply: Reply) -> float:
-        return cost(self.recipe, reply.prompt_tokens, reply.completion_tokens) or 0.0
+        return cost(self.config, reply.prompt_tokens, reply.completion_tokens) or 0.0
 
     async def _ask_all(self, missing: Mapping[str, Conversation], task: Task) -> None:
         """Workers that draw on one list; the first failure stops them all, after the replies under way."""
         waiting = iter(missing.items())
         failure = _Failure()
-        rate = self.recipe.requests_per_minute
+        rate = self.config.requests_per_minute
         limiter = AsyncLimiter(1, 60 / rate) if rate else None
 
         async def work(client: httpx.AsyncClient, file: TextIO) -> None:
@@ -147,11 +149,11 @@ class Endpoint:
                 task.advance(note=_retries_text(self._retried))
 
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx.Limits(max_connections=self.recipe.concurrency)
+        limits = httpx.Limits(max_connections=self.config.concurrency)
         with self.journal.appending() as file:
             # The time limit is on a whole request, and set around it.
             async with httpx.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
-                await asyncio.gather(*(work(client, file) for _ in range(self.recipe.concurrency)))
+                await asyncio.gather(*(work(client, file) for _ in range(self.config.concurrency)))
         if self._retried:
             self._reporter.say(f"Requests sent again: {_retries_text(self._retried)}")
         if failure.error is not None:
@@ -166,7 +168,7 @@ class Endpoint:
     ) -> Reply:
         # A token is at least one byte; a template adds a few.
         prompt = _TEMPLATE_TOKENS + sum(len(message["content"].encode()) for message in conversation)
-        most = cost(self.recipe, prompt, self.recipe.reply_limit or 0) or 0.0
+        most = cost(self.config, prompt, self.config.reply_limit or 0) or 0.0
         try:
             async with self._purse.reserved(most):
                 return await self._reply(client, limiter, conversation, failure)
@@ -186,7 +188,7 @@ class Endpoint:
             return (error.retry_after or 0) <= LONGEST_WAIT
 
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(self.recipe.retries + 1),
+            stop=stop_after_attempt(self.config.retries + 1),
             wait=_wait,
             retry=retry_if_exception(worth_it),
             before_sleep=self._count_retry,
@@ -206,13 +208,13 @@ class Endpoint:
         raise AssertionError("tenacity ends by a reply or an error")
 
     async def _request(self, client: httpx.AsyncClient, conversation: Conversation) -> Reply:
-        body = {"model": self.recipe.model, "messages": list(conversation), **self.recipe.parameters}
-        url = f"{str(self.recipe.url).rstrip('/')}/chat/completions"
+        body = {"model": self.config.model, "messages": list(conversation), **self.config.parameters}
+        url = f"{str(self.config.url).rstrip('/')}/chat/completions"
         try:
-            async with asyncio.timeout(self.recipe.timeout):
+            async with asyncio.timeout(self.config.timeout):
                 response = await client.post(url, json=body)
         except TimeoutError:
-            raise _RequestError(f"no reply within {self.recipe.timeout:g} s") from None
+            raise _RequestError(f"no reply within {self.config.timeout:g} s") from None
         except httpx.TransportError as error:
             raise _RequestError(f"no connection: {error or type(error).__name__}") from None
         except httpx.InvalidURL as error:
@@ -246,9 +248,9 @@ class Endpoint:
         self._retried[f"status {error.status}" if error.status else "no reply"] += 1
 
     def _failed(self, error: _RequestError, tries: int) -> UserError:
-        what = f"{self.recipe.model} at {self.recipe.url} does not answer ({error}"
+        what = f"{self.config.model} at {self.config.url} does not answer ({error}"
         what += f"; asked {tries} times)" if tries > 1 else ")"
-        fix = f"See url, model, key_env and parameters in the recipe's {self.where} section. {_KEPT}"
+        fix = f"See url, model, key_env and parameters in the config's {self.where} section. {_KEPT}"
         if error.retry_after is not None and error.retry_after > LONGEST_WAIT:
             fix = f"It asks to wait {error.retry_after:,.0f} s. {_KEPT}"
         elif error.transient:
@@ -256,18 +258,18 @@ class Endpoint:
         return UserError(what, where=f"{self.where}.url", fix=fix)
 
 
-def _secret(recipe: EndpointRecipe, where: str) -> str | None:
-    if recipe.key_env is None:
+def _secret(config: EndpointConfig, where: str) -> str | None:
+    if config.key_env is None:
         return None
-    key = os.environ.get(recipe.key_env, "").strip()
+    key = os.environ.get(config.key_env, "").strip()
     if not key:
         raise UserError(
-            f"the environment variable {recipe.key_env} is not set",
+            f"the environment variable {config.key_env} is not set",
             where=f"{where}.key_env",
-            fix=f"Set it to the endpoint's API key: export {recipe.key_env}=…",
+            fix=f"Set it to the endpoint's API key: export {config.key_env}=…",
         )
     if not key.isascii():
-        raise UserError(f"{recipe.key_env} is no API key: it is not ASCII", where=f"{where}.key_env")
+        raise UserError(f"{config.key_env} is no API key: it is not ASCII", where=f"{where}.key_env")
     return key
 
 

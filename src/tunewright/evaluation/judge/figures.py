@@ -11,10 +11,10 @@ from scipy.special import expit
 from scipy.stats import beta
 
 from tunewright.evaluation.judge.rows import Answered, Compared, ControlRow, JudgedItem
-from tunewright.evaluation.judge.section import JudgedArm, JudgedContrast, LengthControlled, Preference, WinRate
-from tunewright.evaluation.parts import Interval, Score
-from tunewright.evaluation.power import minimum_detectable_effect
-from tunewright.evaluation.statistics import (
+from tunewright.evidence.base import Interval, Score
+from tunewright.evidence.judge import JudgedArm, JudgedContrast, LengthControlled, Preference, WinRate
+from tunewright.evidence.power import minimum_detectable_effect
+from tunewright.evidence.statistics import (
     RESAMPLES,
     bootstrap_sums,
     difference_interval,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tunewright.disk import digest
+from tunewright.core.io import digest
 
 Kind = Literal["correctness", "pairwise"]
 Verdict = Literal["correct", "incorrect", "A", "B", "tie"]

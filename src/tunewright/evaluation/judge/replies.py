@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunewright.disk import digest, writing
-from tunewright.recipe import EndpointRecipe
+from tunewright.config import EndpointConfig
+from tunewright.core.io import digest, writing
 
 Message = dict[str, str]
 Conversation = tuple[Message, ...]
@@ -38,7 +38,7 @@ class Reply:
     """Why the endpoint would not answer this one conversation; then there is no text, and it is asked again."""
 
 
-def cost(endpoint: EndpointRecipe, prompt_tokens: int, completion_tokens: int) -> float | None:
+def cost(endpoint: EndpointConfig, prompt_tokens: int, completion_tokens: int) -> float | None:
     """The price of so many tokens; None where no prices are given."""
     if endpoint.price_input is None or endpoint.price_output is None:
         return None
@@ -51,7 +51,7 @@ class Journal:
     A line that a killed run left half-written is skipped, and its conversation asked again.
     """
 
-    def __init__(self, folder: Path, endpoint: EndpointRecipe) -> None:
+    def __init__(self, folder: Path, endpoint: EndpointConfig) -> None:
         self._asked: dict[str, Any] = {
             "url": endpoint.url,
             "model": endpoint.model,

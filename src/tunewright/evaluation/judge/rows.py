@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from tunewright.errors import UserError
-from tunewright.evaluation.judge.section import ControlName
-from tunewright.evaluation.parts import Part
+from tunewright.core.errors import UserError
+from tunewright.evidence.base import Part
+from tunewright.evidence.judge import ControlName
 
 ROWS_FILE = "judge.jsonl"
 CONTROLS_FILE = "judge-controls.jsonl"

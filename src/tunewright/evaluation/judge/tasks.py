@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import load_version
-from tunewright.errors import UserError
-from tunewright.evaluation.evidence import Evidence, Item
 from tunewright.evaluation.judge.replies import Conversation
-from tunewright.progress import Reporter
+from tunewright.evidence.schema import Evidence, Item
 
 
 def test_prompts(dataset: Path, evidence: Evidence, items: Sequence[Item]) -> list[Conversation]:

@@ -8,14 +8,14 @@ from pathlib import Path
 import gguf
 from torch import Tensor
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.export.gguf.model import heads_of, require_gguf
 from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, gguf_name, interleaved
 from tunewright.export.weights import Weights
 from tunewright.models.bases import Base
 from tunewright.models.families import text_name
 from tunewright.models.loading import text_settings
-from tunewright.progress import Reporter
 
 
 def write_lora(

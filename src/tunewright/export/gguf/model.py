@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from tunewright.chat import ChatFormat
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, gguf_name, interleaved
 from tunewright.export.gguf.tokenizer import add_numbers, add_tokenizer
 from tunewright.export.weights import Weights
 from tunewright.models.bases import Base
 from tunewright.models.families import text_name
-from tunewright.models.fit.shape import read_shape
 from tunewright.models.loading import text_settings
-from tunewright.progress import Reporter
+from tunewright.models.memory.shape import read_shape
 
 _KINDS = ("llama", "mistral")
 """To llama.cpp both are the architecture "llama"; of others neither tensors nor positions have been compared."""

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from torch import Tensor
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 
 FileType = Literal["f16", "q8_0"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 
 from tunewright.chat import ChatFormat
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.export.templates import exported_template
 
 _LLAMA3 = (

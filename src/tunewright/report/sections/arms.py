@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from tunewright.evaluation.evidence import Arm, ArmKind, Evidence
-from tunewright.evaluation.parts import ArmScore
+from tunewright.config import MetricName
+from tunewright.evidence.base import ArmScore
+from tunewright.evidence.schema import Arm, ArmKind, Evidence
 from tunewright.metrics import axis_label, metric_label
-from tunewright.recipe import MetricName
 from tunewright.report.blocks import Cell, Figure, Lead, Row, Section, Table, cells
 from tunewright.report.plots import PLAIN, PROMPTING, TUNED, Bar, forest_plot
 from tunewright.report.wording import capitalised, metric_order, percent_interval

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from tunewright.evaluation.evidence import Contrast, Evidence
-from tunewright.evaluation.verdict import changed_words, fewest_clusters
+from tunewright.evidence.schema import Contrast, Evidence
+from tunewright.evidence.verdict import changed_words, fewest_clusters
 from tunewright.metrics import metric_label, p_text, points_text
 from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
 from tunewright.report.plots import TUNED, Bar, forest_plot

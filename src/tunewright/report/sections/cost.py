@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from tunewright.advice.signals import BreakEven, Call, Signals
-from tunewright.advice.wording import amount, break_even_text
-from tunewright.evaluation.evidence import Arm, Evidence
+from tunewright.advisor.signals import BreakEven, Call, Signals
+from tunewright.advisor.wording import amount, break_even_text
+from tunewright.evidence.schema import Arm, Evidence
 from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
 from tunewright.report.plots import break_even_figure
 from tunewright.report.wording import counted

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from tunewright.evaluation.evidence import Contrast, Evidence, Item
-from tunewright.evaluation.verdict import changed_words
-from tunewright.recipe import MetricName
+from tunewright.config import MetricName
+from tunewright.evidence.schema import Contrast, Evidence, Item
+from tunewright.evidence.verdict import changed_words
 from tunewright.report.blocks import Block, Items, Lead, Section, ShownAnswer, ShownItem
 from tunewright.report.wording import capitalised
 

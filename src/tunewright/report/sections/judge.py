@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tunewright.evaluation.evidence import Evidence
-from tunewright.evaluation.judge.section import Control, JudgedArm, JudgedContrast, Judgement, Preference, WinRate
-from tunewright.evaluation.opinions import judge_line
+from tunewright.evidence.judge import Control, JudgedArm, JudgedContrast, Judgement, Preference, WinRate
+from tunewright.evidence.preferences import judge_line
+from tunewright.evidence.schema import Evidence
 from tunewright.metrics import p_text, points_text
 from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
 from tunewright.report.wording import percent_interval, points_interval

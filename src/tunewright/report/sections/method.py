@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tunewright.evaluation.evidence import Evidence
+from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label
 from tunewright.report.blocks import Lead, Notes, Row, Section, Table, cells
 from tunewright.report.wording import metric_order

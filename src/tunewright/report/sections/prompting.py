@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunewright.evaluation.evidence import Evidence, Fold, Narrowing, SeedSpread
+from tunewright.evidence.schema import Evidence, Fold, Narrowing, SeedSpread
 from tunewright.metrics import axis_label
 from tunewright.report.blocks import Block, Lead, Notes, Row, Section, Table, cells
 from tunewright.report.sections.arms import arms_figure, arms_table

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunewright.evaluation.causes import Known, decided
-from tunewright.evaluation.evidence import Evidence
-from tunewright.evaluation.verdict import Decision, changed_words
+from tunewright.evidence.causes import Known, decided
+from tunewright.evidence.schema import Evidence
+from tunewright.evidence.verdict import Decision, changed_words
 from tunewright.metrics import points_text, score_text
 from tunewright.report.wording import cause_text, headline
 

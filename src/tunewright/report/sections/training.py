@@ -7,13 +7,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tunewright.evaluation.curve import Curve, more_data
-from tunewright.evaluation.evidence import Evidence
+from tunewright.config import MetricName
+from tunewright.evidence.learning_curve import Curve, more_data
+from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label, score_text
-from tunewright.recipe import MetricName
 from tunewright.report.blocks import Block, Figure, Lead, Notes, Section
 from tunewright.report.plots import curve_figure, training_plot
-from tunewright.training.choosing import best_of, evaluations
+from tunewright.training.checkpoint_selection import best_of, evaluations
 
 
 def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | None:

@@ -11,14 +11,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.matrices import read_matrices
+from tunewright.adapters.lora_weights import read_matrices
 from tunewright.adapters.registry import require_digest
+from tunewright.core.errors import UserError
 from tunewright.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError
-from tunewright.errors import UserError
-from tunewright.models.decoding import Batch, Reading, Request, Row, prefill_groups
-from tunewright.models.lora_stack import Lora
-from tunewright.models.row_adapters import adapters_first
-from tunewright.models.threads import release_cores
+from tunewright.generation.batched_lora import Lora
+from tunewright.generation.decoding import Batch, PrefillState, Request, Row, prefill_groups
+from tunewright.generation.lora_dispatch import adapters_first
+from tunewright.generation.threads import release_cores
 from tunewright.serving.engines.outbox import Inbox, Outbox
 
 log = logging.getLogger("tunewright")
@@ -68,8 +68,8 @@ class PeftEngine:
 
     Args:
         model: a base; from here on only this engine may use it. Or a PeftModel, whose own adapters can then be asked
-            for by their names, and no others: see :class:`tunewright.models.decoding.Batch`.
-        stop_ids, pad_id: see :class:`tunewright.models.decoding.Batch`.
+            for by their names, and no others: see :class:`tunewright.generation.decoding.Batch`.
+        stop_ids, pad_id: see :class:`tunewright.generation.decoding.Batch`.
         max_batch: the most rows that decode at once; further requests wait in the order of their arrival.
         context_length: the most tokens that prompt and answer may have together.
 
@@ -98,7 +98,7 @@ class PeftEngine:
         self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._waiting: deque[_Ticket] = deque()
         self._running: list[_Ticket] = []
-        self._unread: dict[_Ticket, Reading] = {}
+        self._unread: dict[_Ticket, PrefillState] = {}
         self._held = 0
         self._outbox = Outbox[_Outcome]()
         self._stopped: str | None = None

@@ -11,13 +11,13 @@ from pathlib import Path
 import platformdirs
 
 from tunewright.chat import ChatFormat
+from tunewright.config import Config, EngineName, Quantize
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
-from tunewright.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.models.loading import context_length, load_model, named, text_settings
-from tunewright.progress import Reporter
-from tunewright.recipe import EngineName, Quantize, Recipe
 from tunewright.serving.isolation import TOLERANCE
 
 LARGE_CARD = 70 * 10**9
@@ -43,7 +43,7 @@ class Wanted:
     spare: int = 0
 
 
-def start_engine(kind: EngineName, recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
+def start_engine(kind: EngineName, config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
     """An engine that is ready, with the adapters loaded.
 
     Raises:
@@ -53,21 +53,21 @@ def start_engine(kind: EngineName, recipe: Recipe, wanted: Wanted, reporter: Rep
     reporter.say(f"Loading {named(wanted.base, wanted.quantize)}{loaded}")
     match kind:
         case "peft":
-            return _peft(recipe, wanted)
+            return _peft(config, wanted)
         case "vllm":
-            return _vllm(recipe, wanted, reporter)
+            return _vllm(config, wanted, reporter)
         case "llamacpp":
-            return _llamacpp(recipe, wanted, reporter)
+            return _llamacpp(config, wanted, reporter)
 
 
-def max_batch(kind: EngineName, recipe: Recipe) -> int:
-    """Return how many conversations the engine generates at once: the recipe's number, or the engine's default.
+def max_batch(kind: EngineName, config: Config) -> int:
+    """Return how many conversations the engine generates at once: the config's number, or the engine's default.
 
     Raises:
         UserError: the default of vLLM is asked for, and vLLM is not installed.
     """
-    if recipe.serve.max_batch is not None:
-        return recipe.serve.max_batch
+    if config.serve.max_batch is not None:
+        return config.serve.max_batch
     if kind == "vllm":
         import torch
 
@@ -79,10 +79,10 @@ def max_batch(kind: EngineName, recipe: Recipe) -> int:
     return 16
 
 
-def tolerance(kind: EngineName, recipe: Recipe) -> float:
+def tolerance(kind: EngineName, config: Config) -> float:
     """Nats by which an answer of this engine may fall short in the isolation test: by the rougher precision of two."""
-    own = TOLERANCE[recipe.train.dtype]
-    return max(own, TOLERANCE[recipe.serve.gguf]) if kind == "llamacpp" else own
+    own = TOLERANCE[config.train.dtype]
+    return max(own, TOLERANCE[config.serve.gguf]) if kind == "llamacpp" else own
 
 
 def require_llamacpp() -> None:
@@ -97,20 +97,20 @@ def require_llamacpp() -> None:
         )
 
 
-def _peft(recipe: Recipe, wanted: Wanted) -> Engine:
+def _peft(config: Config, wanted: Wanted) -> Engine:
     from tunewright.serving.engines.peft import PeftEngine
 
     engine = PeftEngine(
-        load_model(wanted.base, recipe.train.dtype, wanted.quantize),
+        load_model(wanted.base, config.train.dtype, wanted.quantize),
         stop_ids=wanted.chat.stop_ids,
         pad_id=wanted.chat.tokenizer.pad_token_id,
-        max_batch=max_batch("peft", recipe),
+        max_batch=max_batch("peft", config),
         context_length=context_length(wanted.base),
     )
     return _with_adapters(engine, wanted.adapters)
 
 
-def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
+def _vllm(config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
     from tunewright.engines.vllm import environment
     from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, kv_cache_bytes, max_rank
 
@@ -124,15 +124,15 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
     found = environment.find()
     cpu = found.build == "cpu"
     known = [*wanted.adapters.values(), *wanted.to_come]
-    dtype, rows = recipe.train.dtype, max_batch("vllm", recipe)
+    dtype, rows = config.train.dtype, max_batch("vllm", config)
     settings = VllmSettings(
         python=found.python,
         cpu=cpu,
         base=wanted.base.folder,
         dtype=dtype,
         room=max(1, len(known) + wanted.spare),
-        # Of the adapters that will be trained, the recipe tells the rank.
-        max_rank=max(max_rank(known), recipe.train.rank if wanted.spare else 1),
+        # Of the adapters that will be trained, the config tells the rank.
+        max_rank=max(max_rank(known), config.train.rank if wanted.spare else 1),
         max_batch=rows,
         kv_cache_bytes=kv_cache_bytes(text_settings(wanted.base).to_dict(), dtype, rows) if cpu else None,
         vision=FAMILIES[wanted.base.architecture].vision,
@@ -140,7 +140,7 @@ def _vllm(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
     return _with_adapters(VllmEngine(settings, stop_ids=wanted.chat.stop_ids, reporter=reporter), wanted.adapters)
 
 
-def _llamacpp(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
+def _llamacpp(config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
     require_llamacpp()
     if wanted.quantize == "nf4":
         raise UserError(
@@ -155,17 +155,17 @@ def _llamacpp(recipe: Recipe, wanted: Wanted, reporter: Reporter) -> Engine:
     from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings, cache_tokens
     from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 
-    base, rows = wanted.base, max_batch("llamacpp", recipe)
+    base, rows = wanted.base, max_batch("llamacpp", config)
     place = platformdirs.user_cache_path("tunewright") / "gguf"
     require_gguf(base)
-    config = text_settings(base)
-    longest = gguf_context(config)
-    tokens = cache_tokens(config.to_dict(), longest, rows)
+    model_config = text_settings(base)
+    longest = gguf_context(model_config)
+    tokens = cache_tokens(model_config.to_dict(), longest, rows)
     context = min(longest, tokens)
-    if context < config.max_position_embeddings:
+    if context < model_config.max_position_embeddings:
         reporter.warn(f"llama.cpp has room for {context:,} tokens of a conversation; the base could have more")
     settings = LlamaCppSettings(
-        base=base_file(place, base, wanted.chat.stop_ids, recipe.serve.gguf, reporter),
+        base=base_file(place, base, wanted.chat.stop_ids, config.serve.gguf, reporter),
         lora_file=lambda digest, folder: lora_file(place, base, digest, folder, reporter),
         max_batch=rows,
         context=context,

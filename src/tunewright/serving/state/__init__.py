@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from tunewright.disk import canonical_json
+from tunewright.core.io import canonical_json
 from tunewright.serving.state.audit import Audit, AuditCheck, AuditLine
 from tunewright.serving.state.database import Database, StateUnavailableError, is_made
 from tunewright.serving.state.isolation import IsolationCheck, IsolationTest

@@ -15,8 +15,8 @@ from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
-from tunewright.disk import canonical_json, digest
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, digest
 from tunewright.serving.state.database import Database
 from tunewright.serving.state.tables import audit, audit_head
 

@@ -13,8 +13,8 @@ from typing import Any
 from sqlalchemy import URL, Connection, create_engine, event, extract, func, insert, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError
 
-from tunewright.disk import write_text, writing
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_text, writing
 from tunewright.serving.state.tables import SCHEMA_VERSION, audit_head, metadata, schema
 
 BUSY_SECONDS = 10

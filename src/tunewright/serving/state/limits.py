@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 
 _NONE = "none"
 

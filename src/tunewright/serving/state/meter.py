@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.serving.state.database import Database
 from tunewright.serving.state.pruning import day_sums, pruned_until
 from tunewright.serving.state.tables import api_keys, gateways, releases, requests, shadow_answers, tenants

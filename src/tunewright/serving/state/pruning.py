@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, delete, func, insert, select, update
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.serving.state.audit import Change, changing
 from tunewright.serving.state.database import Database
 from tunewright.serving.state.tables import key_uses, requests, shadow_answers, usage_days

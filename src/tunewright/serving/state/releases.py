@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.serving.state.audit import Change, changing
 from tunewright.serving.state.database import Database
 from tunewright.serving.state.isolation import IsolationTest

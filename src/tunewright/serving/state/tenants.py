@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
 from tunewright.serving.state.audit import Change, changing
 from tunewright.serving.state.database import Database
 from tunewright.serving.state.keys import is_key, key_hash, new_key, prefix_of

@@ -7,8 +7,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
+from tunewright.core.csv import safe_cell
 from tunewright.serving.state.meter import UsageLine
-from tunewright.sheets import safe_cell
 
 
 def usage_csv(lines: Sequence[UsageLine]) -> str:

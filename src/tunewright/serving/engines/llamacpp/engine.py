@@ -28,11 +28,11 @@ from typing import Any
 import httpx
 
 from tunewright.adapters.registry import require_digest
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.engines.child import Child, Plan, socket_in
 from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError
-from tunewright.errors import UserError
-from tunewright.models.requests import Finish, Request
-from tunewright.progress import Reporter
+from tunewright.generation.requests import Finish, Request
 from tunewright.serving.engines.llamacpp.turns import AdapterTurns, Turn
 
 BLOCK = 256

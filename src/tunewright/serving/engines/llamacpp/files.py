@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from tunewright.disk import damage, digest, new_folder, seal
-from tunewright.errors import UserError
+from tunewright.core.errors import UserError
+from tunewright.core.io import damage, digest, new_folder, seal
+from tunewright.core.progress import Reporter
 from tunewright.export.gguf.lora import write_lora
 from tunewright.export.gguf.model import write_model_of_numbers
 from tunewright.export.gguf.tensors import FileType
 from tunewright.export.weights import Weights, read_changes
 from tunewright.models.bases import Base
-from tunewright.progress import Reporter
 
 _FORMAT = 1
 """Another number where another tunewright writes the same weights otherwise."""

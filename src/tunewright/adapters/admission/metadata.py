@@ -1,0 +1,189 @@
+"""What an adapter brings of a lineage and of its training's records: claims, read so that nothing in them can harm."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunewright.adapters.manifest import Digest
+from tunewright.adapters.strict_json import strict_object
+from tunewright.config import Quantize
+from tunewright.core.errors import UserError
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""What a terminal may take for an order to it; line ends and tabs apart."""
+
+
+class _Claim(BaseModel):
+    """What is read of a lineage has to be as it is written here; the rest is kept, and never looked at."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _Base(_Claim):
+    spec: str
+    commit: str | None
+    digest: Digest
+    files: dict[str, Digest]
+
+
+class _Chat(_Claim):
+    kind: Literal["own", "plain"]
+    template: str | None
+    date: str | None
+    special_tokens: dict[str, Any]
+    end_tokens: list[str]
+    probe: str
+
+
+class _Split(_Claim):
+    digest: Digest
+    examples: int
+
+
+class _Source(_Claim):
+    name: str
+
+
+class _Mix(_Claim):
+    drawn: int
+    source: _Source
+
+
+class _Dataset(_Claim):
+    digest: Digest
+    splits: dict[Literal["train", "dev", "test"], _Split] = Field(min_length=3)
+    mix: _Mix | None = None
+
+
+class _SystemPrompt(_Claim):
+    text: str | None
+    rows: int
+    without: int
+    distinct: int
+
+
+class _Train(_Claim):
+    targets: list[str]
+    rank: int
+    alpha: int
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    quantize: Quantize = "none"
+    servable: bool = True
+
+
+class _Config(_Claim):
+    train: _Train
+
+
+class _LeftOut(_Claim):
+    key: Digest
+    tokens: int
+
+
+class _Rendering(_Claim):
+    left_out: list[_LeftOut]
+
+
+class _Epoch(_Claim):
+    dev_loss: float
+
+
+class _Training(_Claim):
+    kept_step: int
+    seconds: float
+    device: str
+    epochs: list[_Epoch]
+
+
+class _Scaled(_Claim):
+    parent: str
+    factor: float
+
+
+class _Lineage(_Claim):
+    digest: Digest
+    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?\+00:00$")]
+    base: _Base
+    template_digest: Digest
+    chat: _Chat
+    inputs_digest: Digest
+    dataset: _Dataset
+    config: _Config
+    seed: int
+    rendering: dict[str, _Rendering]
+    training: _Training
+    packages: dict[str, str]
+    scaled: _Scaled | None = None
+    system_prompt: _SystemPrompt | None = None
+
+
+def check_lineage(data: bytes, where: str) -> None:
+    """Check that ``data`` is a lineage as tunewright writes it.
+
+    Raises:
+        UserError: naming what is not.
+    """
+    _require_harmless(strict_object(data, where), where)
+    try:
+        _Lineage.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"not a lineage of this version of tunewright: {key[:80]}: {first['msg']}", where=where
+        ) from None
+
+
+def check_history(path: Path, where: str) -> None:
+    """Check that ``path`` has a training's metrics, a line each.
+
+    Raises:
+        UserError: naming the line that has not.
+    """
+    for number, row in _rows(path, where):
+        if not all(value is None or type(value) in (int, float) for value in row.values()):
+            raise UserError("not a line of metrics: it holds what is no number", where=f"{where}:{number}")
+
+
+def check_replay(path: Path, where: str) -> None:
+    """Check that ``path`` has conversations, a line each.
+
+    Raises:
+        UserError: naming the line that has not.
+    """
+    for number, row in _rows(path, where):
+        turns = row.get("messages")
+        if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
+            raise UserError("not a conversation", where=f"{where}:{number}")
+
+
+def _is_turn(turn: Any) -> bool:
+    return (
+        isinstance(turn, dict)
+        and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str)
+        and turn.keys() <= {"role", "content", "weight"}
+    )
+
+
+def _rows(path: Path, where: str) -> list[tuple[int, dict[str, Any]]]:
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    return [(n, strict_object(line, f"{where}:{n}")) for n, line in enumerate(lines, start=1) if lines != [b""]]
+
+
+def _require_harmless(document: dict[str, Any], where: str) -> None:
+    left: list[Any] = [document]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, str) and (found := _CONTROL.search(inner)):
+            raise UserError(f"a text holds the control character {ord(found[0]):#04x}", where=where)
+        if isinstance(inner, dict):
+            left += [*inner.keys(), *inner.values()]
+        elif isinstance(inner, list):
+            left += inner

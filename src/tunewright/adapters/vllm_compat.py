@@ -1,0 +1,134 @@
+"""What vLLM loads as a LoRA adapter and what it refuses; and what no adapter may hold: weights that are no numbers.
+
+The rules are those of vLLM 0.32: ``PEFTHelper`` in vllm/lora/peft_helper.py (features), ``MaxLoRARanks`` in
+vllm/config/lora.py (ranks) and ``parse_fine_tuned_lora_name`` in vllm/lora/utils.py (names of tensors). Earlier
+releases look at fewer features, and load an unconverted PiSSA adapter without a word, to answer wrongly with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunewright.config import TrainConfig
+from tunewright.core.errors import UserError
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+MAX_RANK = 512
+"""The largest that ``--max-lora-rank`` can be; it is 16 by default, so a higher rank asks for the option."""
+
+# Starts that change the base too, which vLLM leaves as it is: all of peft's but these.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+_REFUSED = {
+    "use_dora": "DoRA",
+    "lora_bias": "biases beside the LoRA weights (lora_bias)",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "replicated layers",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QALoRA",
+}
+
+
+def require_servable(settings: TrainConfig) -> None:
+    """Refuse, before anything is loaded, a config whose adapter vLLM would not load.
+
+    Raises:
+        UserError: naming the config's key; not with ``servable: false``.
+    """
+    if not settings.servable:
+        return
+    keys = {"use_dora": "dora", "r": "rank"}
+    config = {"use_dora": settings.dora, "r": settings.rank}
+    for name, why in vllm_refusals(config).items():
+        key = f"train.{keys[name]}"
+        instead = f"Set it to {MAX_RANK} or less" if name == "r" else "Set it to false"
+        raise UserError(
+            f"vLLM does not load {why}",
+            where=key,
+            fix=f"{instead}; or set train.servable to false, for an adapter to evaluate here and to load with peft.",
+        )
+
+
+def vllm_refusals(config: Mapping[str, Any]) -> dict[str, str]:
+    """What vLLM would refuse in an ``adapter_config.json``: key to what it stands for; empty where it loads it."""
+    refused = {key: told for key, told in _REFUSED.items() if config.get(key)}
+    ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
+    if max(ranks) > MAX_RANK:
+        refused["r"] = f"a rank over {MAX_RANK} (it is {max(ranks)})"
+    if config.get("bias", "none") != "none":
+        refused["bias"] = f"trained biases (bias: {config['bias']})"
+    if config.get("modules_to_save"):
+        refused["modules_to_save"] = f"whole layers beside the LoRA weights ({', '.join(config['modules_to_save'])})"
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        refused["init_lora_weights"] = f"an adapter whose start changes the base ({start}) and that was not converted"
+    return refused
+
+
+def weight_faults(path: Path) -> list[str]:
+    """What is no finite number among an adapter's weights, a sentence for each tensor; empty where all are."""
+    from safetensors import SafetensorError, safe_open
+
+    faults = []
+    try:
+        with safe_open(path, framework="pt") as weights:
+            for name in sorted(weights.keys()):
+                tensor = weights.get_tensor(name)
+                bad = tensor.numel() - int(tensor.isfinite().sum())
+                if bad:
+                    faults.append(f"{bad:,} of {tensor.numel():,} weights of {name} are no finite numbers")
+    except SafetensorError as error:
+        faults.append(f"{path.name} cannot be read: {error}")
+    return faults
+
+
+def check_adapter(folder: Path, *, servable: bool) -> None:
+    """Check a trained adapter before it is kept: that its weights are numbers, and (``servable``) that vLLM loads it.
+
+    Raises:
+        UserError: naming the tensor or the key of its configuration.
+    """
+    from safetensors import safe_open
+
+    path = folder / WEIGHTS
+    for fault in weight_faults(path):
+        raise UserError(
+            f"{fault}: the adapter is not kept",
+            where=str(path),
+            fix="Lower train.learning_rate, or train in float32 (train.dtype).",
+        )
+    if not servable:
+        return
+    refused = vllm_refusals(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    with safe_open(path, framework="pt") as weights:
+        names = sorted(weights.keys())
+    others = [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if others and not refused:
+        refused[others[0]] = f"{others[0]}, which is no weight of LoRA"
+    for key, why in refused.items():
+        raise UserError(
+            f"vLLM does not load {why}: the adapter is not kept",
+            where=f"{folder / CONFIG}, {key}",
+            fix="With train.servable: false it is.",
+        )
+
+
+def require_batchable(folder: Path) -> None:
+    """Refuse an adapter that cannot answer beside others, which is how adapters are served here.
+
+    Raises:
+        UserError: naming what it is.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    kinds = [_REFUSED[key] for key in ("use_dora", "alora_invocation_tokens") if config.get(key)]
+    if kinds:
+        raise UserError(
+            f"{kinds[0]} cannot answer in one batch with others, and so is not served",
+            where=folder.name,
+            fix="`tunewright evaluate` measures it. To serve it, train plain LoRA.",
+        )

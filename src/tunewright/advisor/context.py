@@ -1,0 +1,92 @@
+"""Signal (a): the score over the number of demonstrations, and how many of them fit."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from tunewright.advisor.items import Answers, Items, per_doubling
+from tunewright.advisor.signals import Answer, ContextBudget, Doubling, ShotCurve, ShotPoint
+from tunewright.evaluation.arms import ZERO_SHOT
+
+
+def context_budget(
+    arms: Sequence[Answers], items: Items, context: int, query_tokens: Sequence[int], output_tokens: Sequence[int]
+) -> ContextBudget:
+    """The curve over k of each kind of demonstrations, and what fits.
+
+    Args:
+        arms: prompting arms with their answers to the same items; zero-shot is one of them. Those with other
+            instructions than the pairs' own, or held to a grammar, are not looked at.
+        items: those items.
+        context: the base's, in tokens.
+        query_tokens: lengths of the dev prompts without demonstrations.
+        output_tokens: lengths of the training answers.
+    """
+    query, output = (int(np.percentile(lengths, 99, method="higher")) for lengths in (query_tokens, output_tokens))
+    zero = next(a for a in arms if a.arm.name == ZERO_SHOT.name)
+    kinds: dict[str, dict[int, list[Answers]]] = defaultdict(lambda: defaultdict(list))
+    for answers in arms:
+        if answers.arm.shots and not answers.arm.instruction and not answers.arm.constrained:
+            kinds[_kind(answers)][answers.arm.shots].append(answers)
+    free = context - query - output
+    curves = []
+    for name, by_shots in kinds.items():
+        # Of several draws the best: what a static prompt would be chosen to be.
+        chosen = [max(draws, key=lambda a: items.score(a).value) for _, draws in sorted(by_shots.items())]
+        curves.append(_curve(name, [zero, *chosen], items, free))
+    return ContextBudget(items=len(items.clusters), context=context, query_p99=query, output_p99=output, curves=curves)
+
+
+def _kind(answers: Answers) -> str:
+    arm = answers.arm
+    return arm.kind if arm.retriever is None else f"{arm.kind} by {arm.retriever}"
+
+
+def _curve(name: str, arms: Sequence[Answers], items: Items, free: int) -> ShotCurve:
+    """The curve of arms that differ in k alone, the first of which has none; ``free`` tokens are for demonstrations."""
+    scores = [items.score(a) for a in arms]
+    best = max(range(len(arms)), key=lambda n: (scores[n].value, -arms[n].arm.shots))
+    first, longest = arms[0].arm, arms[-1].arm
+    each = (longest.prompt_tokens - first.prompt_tokens) / longest.shots
+    last = _last_doubling(arms, items)
+    return ShotCurve(
+        name=name,
+        points=[
+            ShotPoint(arm=a.arm.name, shots=a.arm.shots, score=score, prompt_tokens=a.arm.prompt_tokens)
+            for a, score in zip(arms, scores, strict=True)
+        ],
+        best=arms[best].arm.shots,
+        enough=cheapest_enough(arms[: best + 1], arms[best], items).arm.shots,
+        tokens_per_example=each,
+        most=max(int(free / each), 0) if each > 0 else 0,
+        last=last,
+        rising=_rising(last, items.margin),
+    )
+
+
+def cheapest_enough(arms: Sequence[Answers], best: Answers, items: Items) -> Answers:
+    """The arm of the shortest prompts that is not shown to be worse than the best by the margin or more.
+
+    That is, the whole 95% interval of its paired difference lies above minus the margin; the best itself always does.
+    """
+    for arm in sorted(arms, key=lambda a: a.arm.prompt_tokens):
+        if arm is best or items.difference(arm, best)[1].low > -items.margin:
+            return arm
+    raise AssertionError("the best is one of the arms")
+
+
+def _last_doubling(arms: Sequence[Answers], items: Items) -> Doubling | None:
+    after = arms[-1]
+    halves = [a for a in arms if 0 < 2 * a.arm.shots <= after.arm.shots]
+    return per_doubling(after, halves[-1], after.arm.shots, halves[-1].arm.shots, items) if halves else None
+
+
+def _rising(last: Doubling | None, margin: float) -> Answer:
+    if last is None:
+        return "unclear"
+    if last.interval.low > 0:
+        return "yes"
+    return "no" if last.interval.high <= margin else "unclear"

@@ -1,0 +1,197 @@
+"""Prompt, retrieve, fine-tune or can't tell: a pure function of the measured signals.
+
+=================  ==========================================  =======================  ================
+the pilot          all rows may reach                          training pays by volume  answer
+=================  ==========================================  =======================  ================
+beats              (any)                                       (any)                    fine-tune
+is as good         (any)                                       yes                      fine-tune
+(any)              at most the margin                          no, or not known         prompt, retrieve
+is not as good     at most minus the margin                    yes                      prompt, retrieve
+is not as good     at most the margin, more than minus it      yes                      can't tell
+does not beat      more than the margin                        (any other)              can't tell
+=================  ==========================================  =======================  ================
+
+Without a pilot nothing is known of what training brings, but that no score can be above 1; with fewer than
+`FEWEST_CLUSTERS` dev clusters nothing at all. The columns are properties of :class:`Grounds`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from tunewright.advisor.signals import ShotCurve, Signals, TuningGain
+from tunewright.evidence.power import FEWEST_CLUSTERS
+from tunewright.evidence.schema import Arm, ArmKind
+from tunewright.evidence.verdict import SIGNIFICANT
+
+Recommendation = Literal["fine-tune", "prompt", "retrieve", "can't tell"]
+
+RETRIEVING: frozenset[ArmKind] = frozenset({"retrieved"})
+"""Kinds of arms that look demonstrations up for each question."""
+
+EXIT_CODES: dict[Recommendation, int] = {"fine-tune": 0, "prompt": 3, "retrieve": 3, "can't tell": 4}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, by which rule."""
+
+    answer: Recommendation
+    arm: str | None
+    """The prompting arm to use, where the answer is one."""
+    why: str
+    """In a plain sentence."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 to fine-tune, 3 not to (a measured no), 4 where it can't be told."""
+        return EXIT_CODES[self.answer]
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """What the signals say, one question at a time; every property is documented in docs/advise.md."""
+
+    signals: Signals
+
+    @property
+    def clusters(self) -> int:
+        """Independent groups among the dev items; those that could be scored, where the pilot was."""
+        gain = self.signals.gain
+        return self.signals.clusters if gain is None else gain.contrast.clusters
+
+    @property
+    def enough_clusters(self) -> bool:
+        """Whether any difference could be significant."""
+        return self.clusters >= FEWEST_CLUSTERS
+
+    @cached_property
+    def best(self) -> Arm:
+        """The best prompting arm."""
+        prompting = self.signals.prompting
+        return next(a for a in prompting.arms if a.name == prompting.best)
+
+    @cached_property
+    def headroom(self) -> float:
+        """What twice the demonstrations may add to the best prompting score, as a share.
+
+        The last doubling's gain, since each doubling brings less than the one before; nothing where twice as many do
+        not fit, or where the last doubling is shown to have brought no more than the margin.
+        """
+        return max([0.0, *(self.lead(curve) + brought(curve) for curve in self.signals.context.curves)])
+
+    def lead(self, curve: ShotCurve) -> float:
+        """By how much the most demonstrations of a curve score above the best of all curves, on the same items.
+
+        It is 0 where they are the best, and else below.
+        """
+        tops = [p.score.value for c in self.signals.context.curves for p in c.points]
+        return curve.points[-1].score.value - max(tops)
+
+    @property
+    def beats(self) -> bool:
+        """Whether the pilot is better by more than the margin and the headroom, and the test agrees."""
+        gain = self.signals.gain
+        if gain is None or not self.enough_clusters:
+            return False
+        above = gain.contrast.interval.low > self.signals.margin + self.headroom
+        return above and gain.contrast.p_value < SIGNIFICANT
+
+    @property
+    def as_good(self) -> bool:
+        """Whether the pilot is shown to be less than the margin below the best prompting arm."""
+        gain = self.signals.gain
+        return gain is not None and self.enough_clusters and gain.contrast.interval.low > -self.signals.margin
+
+    @property
+    def reach(self) -> float:
+        """The most that an adapter of all rows may be better by, at the upper ends of all that was measured.
+
+        The pilot's interval's end, and for each doubling of its rows that is left the end of what the last doubling
+        brought; never more than what is missing to a score of 1. Infinite where no smaller part was trained.
+        """
+        ceiling = 1 - self.best.score(self.signals.metric).interval.low
+        gain = self.signals.gain
+        return ceiling if gain is None else min(ceiling, gain.contrast.interval.high + _still_to_come(gain))
+
+    @property
+    def no_gain(self) -> bool:
+        """Whether no adapter of these rows may be better by more than the margin."""
+        return self.enough_clusters and self.reach <= self.signals.margin
+
+    @property
+    def pays(self) -> Literal["yes", "no", "unclear"]:
+        """Whether training pays by the calls that it saves on."""
+        even = self.signals.break_even
+        return "unclear" if even is None else even.pays
+
+
+def brought(curve: ShotCurve) -> float:
+    """What the last doubling of demonstrations brought, if the next one fits and that is not shown to be nothing."""
+    return 0.0 if curve.last is None or not curve.room or curve.rising == "no" else curve.last.difference
+
+
+def doublings_left(gain: TuningGain) -> float:
+    """How often the pilot's rows can be doubled until they are all rows."""
+    return math.log2(gain.all_rows / gain.pilot.rows)
+
+
+def _still_to_come(gain: TuningGain) -> float:
+    left = doublings_left(gain)
+    if left == 0:
+        return 0.0
+    return math.inf if gain.slope is None else left * max(gain.slope.interval.high, 0.0)
+
+
+def decide(signals: Signals) -> Decision:
+    """The answer; see the table above.
+
+    Args:
+        signals: as measured, or read from ``advice/ID.json``.
+    """
+    grounds = Grounds(signals)
+    best, margin = signals.prompting.best, f"{100 * signals.margin:g} points"
+    if not grounds.enough_clusters:
+        return _cannot(f"{grounds.clusters} independent dev clusters show nothing; {FEWEST_CLUSTERS} are the fewest.")
+    if grounds.beats:
+        beyond = ", even if twice the demonstrations brought as much again" if grounds.headroom > 0 else ""
+        return Decision("fine-tune", None, f"The pilot beats {best} by more than the margin of {margin}{beyond}.")
+    if grounds.as_good and grounds.pays == "yes":
+        return Decision("fine-tune", None, f"The pilot is as good as {best}, and its shorter prompts pay for it.")
+    if grounds.no_gain:
+        return _without_gain(signals, grounds)
+    return _cannot(_unsettled(signals))
+
+
+def _without_gain(signals: Signals, grounds: Grounds) -> Decision:
+    """The answer where training may bring nothing worth having but cheaper calls."""
+    best = signals.prompting.best
+    if grounds.pays == "yes" and grounds.reach > -signals.margin:
+        why = f"Training would pay by its cheaper calls, but whether it is as good as {best} is not shown."
+        return _cannot(why)
+    kind = next(a.kind for a in signals.prompting.arms if a.name == signals.cheapest)
+    why = (
+        f"No adapter of these rows may be better than {best} by more than the margin of {100 * signals.margin:g} points"
+    )
+    if grounds.pays == "no":
+        why += ", and it would not pay by its cheaper calls"
+    return Decision("retrieve" if kind in RETRIEVING else "prompt", signals.cheapest, f"{why}.")
+
+
+def _unsettled(signals: Signals) -> str:
+    gain = signals.gain
+    if gain is None:
+        return f"There is no pilot ({signals.left_out['gain']}), and prompting is not so good that none could beat it."
+    margin = f"the margin of {100 * signals.margin:g} points"
+    if gain.contrast.interval.low > signals.margin and gain.contrast.p_value < SIGNIFICANT:
+        return "The pilot is better, but twice the demonstrations, which fit, may be better still."
+    if gain.contrast.interval.high <= signals.margin:
+        return f"The pilot does not beat {signals.prompting.best}, but all {gain.all_rows:,} rows may."
+    return f"The interval of the pilot's gain over {signals.prompting.best} holds values on both sides of {margin}."
+
+
+def _cannot(why: str) -> Decision:
+    return Decision("can't tell", None, why)

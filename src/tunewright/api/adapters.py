@@ -1,0 +1,173 @@
+"""The verbs on stored adapters: ``tunewright adapters …``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunewright.adapters.keys import TrustedKeys
+from tunewright.adapters.lineage import Trace, trace
+from tunewright.adapters.manifest import read_manifest
+from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, write_manifest
+from tunewright.adapters.signing import sign, signing_key
+from tunewright.adapters.trust import Standing, standing
+from tunewright.adapters.vllm_compat import require_batchable
+from tunewright.api.context import ProjectContext
+from tunewright.config import Quantize
+from tunewright.core.errors import UserError
+from tunewright.data.versions.author import current_author
+from tunewright.evidence.schema import EVIDENCE_FILE, load_evidence
+from tunewright.evidence.verdict import Decision, verdict
+
+if TYPE_CHECKING:
+    from tunewright.adapters.admission.importer import Admitted
+    from tunewright.evaluation.scaling import ScaleResult
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An adapter, what it was made of, who stands for it, and what came of its evaluations."""
+
+    trace: Trace
+    standing: Standing
+    verdicts: tuple[tuple[str, Decision], ...]
+    """Evaluations by ID, the newest last."""
+
+    def as_dict(self, *, rows: bool) -> dict[str, Any]:
+        """All of it as ``--json`` prints it, with the rows' keys or without."""
+        evaluations = [{"id": name, "decision": decision} for name, decision in self.verdicts]
+        return {**self.trace.as_dict(rows=rows), "standing": self.standing.as_dict(), "evaluations": evaluations}
+
+
+class AdaptersApi:
+    """What can be done with a project's adapters."""
+
+    def __init__(self, opened: ProjectContext) -> None:
+        self._context = opened
+        self._project = opened.folder
+
+    def list(self) -> Sequence[Adapter]:
+        """The stored adapters, the newest last."""
+        return list_adapters(self._project.adapters)
+
+    def show(self, adapter: str | None = None) -> Shown:
+        """What an adapter (the newest by default) was made of, followed to the rows, and what is known of it.
+
+        Raises:
+            UserError: no such adapter.
+        """
+        found = find_adapter(self._project.adapters, adapter)
+        return Shown(
+            trace(found, self._project.dataset),
+            standing(found, TrustedKeys(self._project.keys)),
+            tuple(self._verdicts(found)),
+        )
+
+    def _verdicts(self, adapter: Adapter) -> Sequence[tuple[str, Decision]]:
+        """What each evaluation of the adapter came to; evidence of another schema is named and left out."""
+        found = []
+        for path in self._project.evaluations.glob(f"*/{EVIDENCE_FILE}"):
+            try:
+                evidence = load_evidence(path.parent)
+            except UserError as error:
+                self._context.reporter.warn(f"{path.parent.name} is not looked at: {error.what.splitlines()[0]}")
+                continue
+            if evidence.lineage.get("adapter", {}).get("digest") == adapter.digest:
+                found.append((str(evidence.lineage["created"]), evidence.id, verdict(evidence).decision))
+        return [(name, decision) for _, name, decision in sorted(found)]
+
+    def verify(self, names: Sequence[str] = ()) -> Sequence[Standing]:
+        """Check every file, weight and signature of the adapters so named, or of all.
+
+        Raises:
+            UserError: a name that is none.
+        """
+        folder = self._project.adapters
+        chosen = [find_adapter(folder, name) for name in names] or _folders(self._project.adapters)
+        trusted = TrustedKeys(self._project.keys)
+        with self._context.reporter.task("checking", len(chosen), "adapters") as task:
+            found = []
+            for adapter in chosen:
+                found.append(standing(adapter, trusted))
+                task.advance()
+        return found
+
+    def sign(self, adapter: str | None = None, *, key: str | None = None) -> tuple[Adapter, str, bool]:
+        """Stand for an adapter (the newest by default) as it is on the disk, with a key that the project trusts.
+
+        Args:
+            adapter: its name, or its beginning.
+            key: which of this user's keys (None: the only one that the project trusts).
+
+        Returns:
+            The adapter, the key's name, and whether it is signed only now.
+
+        Raises:
+            UserError: no such adapter, one that is not as it was stored, or no key to sign with.
+        """
+        found = find_adapter(self._project.adapters, adapter)
+        trusted = TrustedKeys(self._project.keys)
+        signer = signing_key(trusted, key)
+        before = standing(found, trusted)
+        if before.state == "tampered":
+            raise UserError(f"it is not signed: {'; '.join(before.reasons)}", where=found.name)
+        if read_manifest(found.folder) is None:
+            write_manifest(found.folder, found.name)
+        return found, signer.name, sign(found.folder, signer)
+
+    def import_(
+        self,
+        source: str | Path,
+        *,
+        name: str | None = None,
+        base_matches: bool = False,
+        quantize: Quantize | None = None,
+        unsigned: bool = False,
+        system_prompt: str | None = None,
+    ) -> Admitted:
+        """Let a foreign adapter in, from a folder or a zip or tar archive, if nothing is wrong with it.
+
+        Args:
+            source: where it is.
+            name: what it is to be called (None: as the folder or archive is, or as its manifest says).
+            base_matches: you state that it was trained on this project's base and chat template, which it does not say.
+            quantize: you state how the base was held in its training, which it does not say (None: whole).
+            unsigned: let it in without a signature of a key that the project trusts.
+            system_prompt: you state that all its training rows had this system turn, which it does not say.
+
+        Raises:
+            UserError: why it is not let in; then nothing is stored.
+        """
+        from tunewright.adapters.admission.importer import Admission, Statement
+
+        path = Path(source)
+        if not path.exists():
+            raise UserError("there is no such folder or archive", where=str(source))
+        opened, project = self._context, self._project
+        gate = Admission(project.adapters, TrustedKeys(project.keys), opened.base, opened.chat, opened.reporter)
+        by = current_author(project.root)
+        return gate.admit(path, Statement(by, base_matches, quantize, unsigned, name, system_prompt))
+
+    def scale(self, adapter: str | None = None, factors: Sequence[float] | None = None) -> ScaleResult:
+        """Measure an adapter (the newest by default) at several scales, and store it at the one that is chosen.
+
+        Chosen is, of those that lose less than evaluate.margin on dev against the best, the one that forgets least.
+
+        Raises:
+            UserError: no such adapter, or one that does not fit, is no plain LoRA or is itself a scaled one.
+        """
+        from tunewright.evaluation.forgetting import ForgettingMeter
+        from tunewright.evaluation.scaling import FACTORS, scale
+
+        tuned = find_adapter(self._project.adapters, adapter)
+        require_batchable(tuned.folder)
+        arm_runner = self._context.arm_runner(tuned)
+        meter = ForgettingMeter(self._project, arm_runner.version, arm_runner.generator)
+        return scale(arm_runner, meter, tuned, factors or FACTORS)
+
+
+def _folders(adapters: Path) -> Sequence[Adapter]:
+    """Everything that lies among the adapters, whole or not: what has lost its lineage is to be told of too."""
+    return [Adapter(folder) for folder in sorted(adapters.glob("[!.]*")) if folder.is_dir()]

@@ -1,0 +1,509 @@
+"""The verbs on pairs, versions and reviews: ``tunewright data …``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunewright.adapters.registry import list_adapters
+from tunewright.api.context import ProjectContext
+from tunewright.config import DataConfig
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.core.progress import Reporter
+from tunewright.data.add import AddResult, add
+from tunewright.data.readers import require_columns
+from tunewright.data.readers.files import source_files
+from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
+from tunewright.data.versions.find import find_row
+from tunewright.data.versions.making import clusters_by_split
+from tunewright.evidence.schema import Item, find_evaluation, load_evidence, load_items
+from tunewright.evidence.split_power import SplitPower, foresee, tell_foresight, warn_of_few_dev_clusters
+
+if TYPE_CHECKING:
+    from tunewright.data.dedup.contamination import Contamination
+    from tunewright.data.dedup.leakage import BandScore, LeakReport, TemplateScore
+    from tunewright.data.preview import Preview
+    from tunewright.data.readers.file_check import Change
+    from tunewright.data.remove import RemoveResult
+    from tunewright.data.review.edits import EditResult
+    from tunewright.data.review.passes import Review
+    from tunewright.data.review.report import ReviewReport
+    from tunewright.data.review.suspects import Found, Suspect
+    from tunewright.data.review.table import Imported
+    from tunewright.data.splits import Split
+    from tunewright.data.versions.changes import Blame, Diff, Sighting
+    from tunewright.data.versions.export import Exported, Format
+    from tunewright.data.versions.remote import Transfer
+    from tunewright.data.versions.verify import Verification
+    from tunewright.training.lengths import LengthReport
+
+
+@dataclass(frozen=True)
+class SuspectsResult:
+    """The rows of a version most likely wrong, the worst first."""
+
+    version: DatasetVersion
+    suspects: list[Suspect]
+    judged_by: str | None
+    """Whose losses ranked the answers, in words; None where no losses did."""
+    places: dict[str, str]
+    """``FILE:LINE`` by pair key."""
+    accuracy: float | None = None
+    """Share of rows whose answer a model of other rows gives, where answers are classes."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The suspects as ``--json`` prints them, each with its row's input and answer."""
+        examples = {m.key: m.example for m in self.version.members}
+        return {
+            "version": self.version.digest,
+            "judged_by": self.judged_by,
+            "accuracy": self.accuracy,
+            "suspects": [
+                {
+                    **suspect.as_dict(),
+                    "input": examples[suspect.key].input_text,
+                    "answer": examples[suspect.key].output,
+                    "place": self.places.get(suspect.key),
+                }
+                for suspect in self.suspects
+            ],
+        }
+
+
+class DatasetApi:
+    """What can be done with a project's data."""
+
+    def __init__(self, opened: ProjectContext) -> None:
+        self._context = opened
+        self._project = opened.folder
+        self._dataset = opened.folder.dataset
+        self._reporter = opened.reporter
+
+    def add(
+        self,
+        files: Iterable[str | Path],
+        *,
+        rows: str | None = None,
+        input_column: str | None = None,
+        output_column: str | None = None,
+        skip_bad: bool = False,
+        redact: bool = False,
+        accept_conflicts: bool = False,
+        presidio: str | None = None,
+        message: str = "",
+        replace: bool = False,
+        restore: bool = False,
+        split_from: str | Path | None = None,
+    ) -> AddResult:
+        """Add files of pairs to the dataset: a new version, unless nothing in them is new.
+
+        ``rows``, ``input_column`` and ``output_column`` take the place of the config's data.rows, data.input and
+        data.output; ``accept_conflicts`` keeps inputs with different outputs, as data.conflicts: accept does;
+        ``presidio`` names a spaCy model to look for names and places with. ``replace`` lets an output supersede that of
+        its input; ``restore`` takes rows in again that were removed; ``split_from`` is a project whose split a new
+        dataset inherits.
+        """
+        paths = source_files(files, self._reporter)
+        data = self._mapped(paths, rows, input_column, output_column)
+        project = self._with(data, accept_conflicts=accept_conflicts)
+        added = add(
+            project,
+            paths,
+            self._reporter,
+            skip_bad=skip_bad,
+            redact=redact,
+            presidio=presidio,
+            message=message,
+            replace=replace,
+            restore=restore,
+            split_from=None if split_from is None else Path(split_from),
+        )
+        warn_of_few_dev_clusters(added.dev_clusters, self._reporter)
+        tell_foresight(foresee(added.version.counts.domain, added.clusters, data.test), self._reporter)
+        return added
+
+    def foresight(self) -> SplitPower:
+        """What a comparison on the current version's test split can show."""
+        version = self.version()
+        clusters = clusters_by_split(version.members)
+        return foresee(version.manifest.counts.domain, clusters, self._project.config.data.test)
+
+    def remove(
+        self,
+        *,
+        because: str = "",
+        keys: str | Path | None = None,
+        where: str | None = None,
+        source: str | None = None,
+        groups: Iterable[str] = (),
+        dry_run: bool = False,
+        purge: bool = False,
+    ) -> RemoveResult:
+        """Remove the rows that match all that is given, which makes a new version.
+
+        Args:
+            because: the reason; only a dry run needs none.
+            keys: a file with a row's key, or its first digits, on each line.
+            where: a JMESPath condition on a row's document.
+            source: the added file that rows came from.
+            groups: groups such as ``customer=ACME``, of which a row needs one.
+            dry_run: only say what would be removed.
+            purge: erase the rows' text from all versions too.
+
+        Raises:
+            UserError: no row matches, or too few would be left.
+        """
+        from tunewright.data.remove import remove
+        from tunewright.data.selecting import Selection
+
+        selection = Selection(None if keys is None else Path(keys), where, source, tuple(groups))
+        return remove(self._project, selection, because, self._reporter, dry_run=dry_run, purge_text=purge)
+
+    def check_files(
+        self,
+        files: Iterable[str | Path],
+        *,
+        rows: str | None = None,
+        input_column: str | None = None,
+        output_column: str | None = None,
+        skip_bad: bool = False,
+        redact: bool = False,
+        accept_conflicts: bool = False,
+        presidio: str | None = None,
+        replace: bool = False,
+        restore: bool = False,
+        split_from: str | Path | None = None,
+    ) -> Preview:
+        """Return what :meth:`add` would do with files of pairs, every fault included; options as for ``add``."""
+        from tunewright.data.add import Arrival
+        from tunewright.data.preview import preview
+
+        paths = source_files(files, self._reporter)
+        data = self._mapped(paths, rows, input_column, output_column)
+        return preview(
+            self._with(data, accept_conflicts=accept_conflicts),
+            paths,
+            self._reporter,
+            skip_bad=skip_bad,
+            redact=redact,
+            presidio=presidio,
+            arrival=Arrival(replace, restore, None if split_from is None else Path(split_from)),
+        )
+
+    def fix_file(
+        self,
+        file: str | Path,
+        out: str | Path,
+        *,
+        rows: str | None = None,
+        input_column: str | None = None,
+        output_column: str | None = None,
+    ) -> list[Change]:
+        """Write a corrected copy of a file of pairs, and list each change; options as for ``add``."""
+        from tunewright.data.readers import source_size
+        from tunewright.data.readers.file_check import fix_file
+
+        data = self._mapped([Path(file)], rows, input_column, output_column)
+        with self._reporter.task("correcting", source_size(Path(file)), "bytes") as task:
+            return fix_file(Path(file), Path(out), data, task)
+
+    def _with(self, data: DataConfig, *, accept_conflicts: bool) -> ProjectFolder:
+        """The project with this data section."""
+        if accept_conflicts:
+            data = data.model_copy(update={"conflicts": "accept"})
+        return ProjectFolder(self._project.root, self._project.config.model_copy(update={"data": data}))
+
+    def _mapped(self, paths: Sequence[Path], rows: str | None, input_: str | None, output: str | None) -> DataConfig:
+        """The config's data section with a command's options in it.
+
+        Raises:
+            UserError: an option that is empty, or that no file has a use for.
+        """
+        data = self._project.config.data
+        options = {"rows": rows, "input": input_, "output": output}
+        given = {key: option for key, option in options.items() if option is not None}
+        empty = [key for key, option in given.items() if not option]
+        if empty:
+            raise UserError("it is empty", where=f"--{empty[0]}", fix="Leave it out for the config's.")
+        data = data.model_copy(update=given)
+        columns = [key for key in given if key != "rows"]
+        if columns:
+            require_columns(paths, data, "--" + "/--".join(columns))
+        return data
+
+    def version(self, digest: str | None = None) -> DatasetVersion:
+        """A dataset version; the current one where no digest is given."""
+        return load_version(self._dataset, digest)
+
+    def log(self) -> list[Manifest]:
+        """The dataset's versions, the newest last."""
+        return list_versions(self._dataset)
+
+    def show(self, row: str) -> Member:
+        """One row of the current version, by the beginning of its key or by ``FILE:LINE``."""
+        return find_row(self._dataset, self.version(), row)
+
+    def metadata(self, key: str) -> dict[str, Any]:
+        """Return the metadata that the file of a row of the current version had, by the row's whole key."""
+        from tunewright.data.versions.origins import metadata_by_key
+
+        return metadata_by_key(self._dataset, self.version().manifest).get(key, {})
+
+    def cluster_counts(self, member: Member) -> tuple[int, int]:
+        """Return how many rows of the current version share a row's cluster, and how many of those its output."""
+        from tunewright.data.repeats import cluster_counts
+
+        return cluster_counts(self.version(), member)
+
+    def check(self) -> LengthReport:
+        """Encode every row of the current version as training would, and measure."""
+        from tunewright.models.loading import context_length
+        from tunewright.training.lengths import measure_lengths
+
+        base = self._context.base
+        limit = min(self._project.config.train.max_length, context_length(base))
+        return measure_lengths(self._context.chat, base.spec, self.version(), limit, self._reporter)
+
+    def leak(self) -> LeakReport:
+        """How near held-out rows are to training rows, and how near a random split would have brought them."""
+        from tunewright.data.dedup.leakage import leak
+
+        return leak(self.version(), self._project.config.seed, self._reporter)
+
+    def scores_by_distance(self, report: LeakReport, evaluation: str | Path) -> list[BandScore]:
+        """An evaluation's exact match by how near its items are to the training rows.
+
+        Raises:
+            UserError: there is no such evaluation, or it is of another version or of no single split.
+        """
+        from tunewright.data.dedup.leakage import score_by_distance
+
+        return score_by_distance(self._held_out_items(evaluation), report)
+
+    def exact_match_misleads(self, evaluation: str | Path) -> str | None:
+        """Return why the exact answers of an evaluation are not worth counting; None if they are.
+
+        Raises:
+            UserError: there is no such evaluation.
+        """
+        from tunewright.metrics import metric_label
+
+        evidence = load_evidence(find_evaluation(self._project.evaluations, evaluation))
+        if evidence.metric.partition(" ")[0] in {"exact_match", "choices"}:
+            return None
+        return (
+            f"Exact answers of evaluation {evidence.id} are not counted: its deciding metric is "
+            f"{metric_label(evidence.metric)}."
+            + (
+                " `tunewright report` shows that metric by distance and output template."
+                if evidence.nearness is not None
+                else ""
+            )
+        )
+
+    def scores_by_template(self, evaluation: str | Path) -> list[TemplateScore]:
+        """An evaluation's exact match on items with an output template of training rows, and with a new one.
+
+        Empty where outputs are alike by nature: `leak` says why.
+
+        Raises:
+            UserError: as for ``scores_by_distance``.
+        """
+        from tunewright.data.dedup.leakage import score_by_template
+        from tunewright.data.dedup.output_leakage import new_templates
+
+        version = self.version()
+        new = new_templates(version.members, ("dev", "test"))
+        items = self._held_out_items(evaluation)
+        return score_by_template(items, new, version.digest) if new is not None else []
+
+    def _held_out_items(self, evaluation: str | Path) -> list[Item]:
+        folder = find_evaluation(self._project.evaluations, evaluation)
+        if load_evidence(folder).design != "held-out":
+            raise UserError(
+                "it is cross-fitted: its items were training rows too, and have no distance from them",
+                where=str(folder),
+                fix="Name an evaluation that `tunewright evaluate` made.",
+            )
+        return load_items(folder)
+
+    def contamination(self, files: Iterable[str | Path] = ()) -> Contamination:
+        """Training rows that hold a test input, an item of the config's benchmarks, or one of these files."""
+        from tunewright.data.dedup.contamination import contamination
+
+        return contamination(self._project, self.version(), [Path(f) for f in files], self._reporter)
+
+    def suspects(self, adapter: str | None = None) -> SuspectsResult:
+        """The current version's rows whose answer is most likely wrong; those of the same rows and settings are kept.
+
+        Free text is ranked by each answer's loss: under cross-fitted adapters where the version has them, else the
+        newest adapter that fits; or under the one that is named, where "base" is the base without an adapter.
+
+        Raises:
+            UserError: an adapter is named where answers are classes, which a model of other rows judges better.
+        """
+        from tunewright.data.review.kept import FOLDER, kept_suspects
+        from tunewright.data.review.suspects import METHOD, class_like, find_suspects
+        from tunewright.data.versions.origins import places_by_key
+
+        version = self.version()
+        project = self._project
+        who = None
+        if class_like([m.example.output.strip() for m in version.domain]):
+            if adapter is not None:
+                raise UserError(
+                    "the answers are classes: a model of other rows judges them, and no adapter is used",
+                    where="--adapter",
+                    fix="Leave it out.",
+                )
+        elif adapter is not None or list_adapters(project.fold_adapters) or list_adapters(project.adapters):
+            from tunewright.evaluation.losses import judging, row_losses
+
+            who = judging(project, version, self._context.base, self._context.chat, self._reporter, adapter)
+
+        def find(reporter: Reporter) -> Found:
+            losses = None
+            if who is not None:
+                losses = row_losses(project, self._context.base, self._context.chat, who, reporter)
+            return find_suspects(version, reporter, losses=losses)
+
+        decides = {
+            "version": version.digest,
+            "settings": version.manifest.settings.model_dump(mode="json"),
+            "judges": who.digest if who else None,
+            "method": METHOD,
+        }
+        file = project.work / FOLDER / f"{digest(decides)[:16]}.json"
+        found = kept_suspects(file, find, self._reporter)
+        places = places_by_key(self._dataset, version.manifest)
+        return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
+
+    def review(
+        self,
+        reviewer: str | None = None,
+        *,
+        suspects: bool = False,
+        adapter: str | None = None,
+        second: bool = False,
+        fixed: int | None = None,
+        redraw: bool = False,
+    ) -> Review:
+        """A pass over a random sample of the current version's rows (drawn now, if there is none), or its suspects.
+
+        Args:
+            reviewer: whose verdicts they are; None: the login name.
+            suspects: review these in place of the sample.
+            adapter: whose loss ranks them, as in :meth:`suspects`.
+            second: judge again, unseen, what others have judged.
+            fixed: a sample of fixed size that allows so many wrong; None: the plan there is, or the sequential one.
+            redraw: draw another sample; it stays on record.
+
+        Raises:
+            UserError: another plan than that of the sample there is, or options that exclude each other.
+        """
+        from tunewright.data.review.acceptance import FixedPlan
+        from tunewright.data.review.passes import Review, default_reviewer
+
+        return Review(
+            self._dataset,
+            self.version(),
+            default_reviewer() if reviewer is None else reviewer,
+            self._reporter,
+            plan=None if fixed is None else FixedPlan(allowed=fixed),
+            redraw=redraw,
+            suspects=self.suspects(adapter).suspects if suspects else None,
+            second=second,
+            allow=self._project.config.data.allow,
+        )
+
+    def import_reviews(self, file: str | Path, reviewer: str | None = None) -> Imported:
+        """Record the verdicts of a filled-in spreadsheet: all of them, or none if a row is faulty."""
+        from tunewright.data.review.passes import default_reviewer
+        from tunewright.data.review.table import import_csv
+
+        name = default_reviewer() if reviewer is None else reviewer
+        return import_csv(Path(file), self._dataset, self.version(), name, self._project.config.data.allow)
+
+    def apply_reviews(self, *, message: str = "") -> EditResult:
+        """Make a new version with the answers that reviewers edited."""
+        from tunewright.data.review.edits import apply_edits
+
+        return apply_edits(self._project, self._reporter, message=message)
+
+    def review_status(self) -> ReviewReport:
+        """Where the review of the current version stands."""
+        from tunewright.data.review.report import review_report
+
+        return review_report(self._dataset, self.version())
+
+    def diff(self, a: str, b: str | None = None) -> Diff:
+        """What differs between two versions (the second: the current one by default)."""
+        from tunewright.data.versions.changes import diff
+
+        before, after = (load_version(self._dataset, digest, without_purged=True) for digest in (a, b))
+        return diff(before, after)
+
+    def blame(self, row: str) -> Blame:
+        """How a row of the current version came into the dataset; ``row`` as in :meth:`show`."""
+        from tunewright.data.versions.changes import blame
+
+        version = self.version()
+        return blame(self._dataset, version, find_row(self._dataset, version, row).key)
+
+    def where(self, row: str) -> tuple[str, tuple[Sighting, ...]]:
+        """A row's key, and what each adapter's training did with it.
+
+        Args:
+            row: as in :meth:`show`; also a key that only earlier versions have, since adapters may have seen it there.
+        """
+        from tunewright.data.versions.changes import where
+        from tunewright.data.versions.find import find_key
+
+        key = find_key(self._dataset, self.version(), row)
+        return key, where(self._dataset, self._project.adapters, key)
+
+    def checkout(self, version: str) -> Manifest:
+        """Make a version that is there the current one, by its digest or the beginning of it."""
+        return checkout(self._dataset, version)
+
+    def export(
+        self,
+        out: str | Path,
+        form: Format = "chat",
+        *,
+        split: Split | None = None,
+        version: str | None = None,
+        metadata: bool = False,
+    ) -> Exported:
+        """Write a version (the current one by default), or one split of it, as a file for other tools.
+
+        ``metadata`` puts the keys that the rows' files had besides into chat rows.
+        """
+        from tunewright.data.versions.export import export
+        from tunewright.data.versions.origins import metadata_by_key
+
+        chosen = self.version(version)
+        extra = metadata_by_key(self._dataset, chosen.manifest) if metadata else None
+        return export(chosen, Path(out), form, self._reporter, split=split, metadata=extra)
+
+    def push(self, url: str) -> Transfer:
+        """Copy the current version, those that it was made from, and reviews to a folder or bucket."""
+        from tunewright.data.versions.remote import push
+
+        return push(self._dataset, url, self._reporter)
+
+    def pull(self, url: str) -> Transfer:
+        """Copy the current version and reviews from where a team shares them, verified, and make it current here."""
+        from tunewright.data.versions.remote import pull
+
+        return pull(self._dataset, url, self._reporter)
+
+    def verify(self) -> Verification:
+        """Check every row, version and review against its digest."""
+        from tunewright.data.versions.verify import verify
+
+        return verify(self._dataset, self._reporter)

@@ -1,0 +1,251 @@
+"""The verbs that take an adapter elsewhere: ``tunewright export …``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunewright.adapters.fit import require_fit
+from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.adapters.system_prompt import system_prompt
+from tunewright.api.context import ProjectContext
+from tunewright.core.io import digest, writing
+from tunewright.data.versions import load_version
+
+if TYPE_CHECKING:
+    from tunewright.export.exporting import ExportResult
+    from tunewright.export.gguf.tensors import FileType
+    from tunewright.export.parity import Precision
+    from tunewright.export.trained import Trained
+
+
+@dataclass(frozen=True)
+class ExportApi:
+    """What can be made of a project's trained adapters for other engines."""
+
+    _context: ProjectContext
+
+    def merge(self, adapter: str | None = None, *, to: str | Path | None = None) -> ExportResult:
+        """Base and adapter (the newest by default) as one model, which transformers and vLLM load.
+
+        It is compared with the trained model on dev prompts, and kept if it is as good. Of an adapter that was trained
+        over NF4 both ways to merge are measured, and the closer one is taken.
+
+        Args:
+            adapter: its name or the beginning of it.
+            to: the folder to be made (None: exports/NAME-merged).
+
+        Raises:
+            UserError: no such adapter, one that does not fit, or a folder that holds something else.
+        """
+        from tunewright.export.exporting import Built, export, found_export
+        from tunewright.export.merge import choose_way, see_merged, write_merged
+
+        opened = self._context
+        tuned = self._find(adapter)
+        target = self._target(tuned, "merged", to)
+        made_of = self._made_of(tuned, {"kind": "merged"})
+        found = found_export(target, made_of)
+        if found is not None:
+            return found
+        trained = self._trained(tuned)
+        weights, way, ways = choose_way(trained, opened.reporter)
+
+        def build(folder: Path) -> Built:
+            write_merged(folder, weights, opened.base, opened.chat, trained.system_prompt, opened.reporter)
+            figures = trained.figures(see_merged(folder, trained, opened.reporter))
+            return Built(figures, "16-bit", way, ways, self._system_notes(tuned))
+
+        return export(target, "merged", tuned, made_of, build)
+
+    def gguf(
+        self,
+        adapter: str | None = None,
+        *,
+        merged: bool = False,
+        file_type: FileType = "f16",
+        to: str | Path | None = None,
+    ) -> ExportResult:
+        """The adapter (the newest by default) as a LoRA GGUF file, or ``merged`` into its base as a whole model's.
+
+        llama.cpp runs it on dev prompts, and it is kept if it is as good as the trained model.
+
+        Args:
+            adapter: its name or the beginning of it.
+            merged: base and adapter in one file; else the adapter alone, to be put on a GGUF of the base.
+            file_type: f16 or q8_0 (8 bits, a scale for each 32 weights).
+            to: the folder to be made (None: exports/NAME-gguf-TYPE, or exports/NAME-merged-gguf-TYPE).
+
+        Raises:
+            UserError: llama.cpp is not installed, or what `merge` refuses, or what GGUF does not have.
+        """
+        from tunewright.export.gguf.model import require_gguf
+        from tunewright.export.llamacpp import require_llamacpp
+
+        require_llamacpp()
+        require_gguf(self._context.base)
+        tuned = self._find(adapter)
+        what = "merged-gguf" if merged else "gguf"
+        target = self._target(tuned, f"{what}-{file_type}", to)
+        made_of = self._made_of(tuned, {"kind": what, "file_type": file_type})
+        return self._gguf(tuned, target, made_of, merged, file_type)
+
+    def ollama(
+        self,
+        adapter: str | None = None,
+        *,
+        lora: bool = False,
+        file_type: FileType = "f16",
+        to: str | Path | None = None,
+    ) -> ExportResult:
+        """A folder for ``ollama create``: the GGUF of `gguf`, and a Modelfile whose template is that of training.
+
+        Args:
+            adapter: its name or the beginning of it.
+            lora: the base and the adapter in files of their own; else both merged in one.
+            file_type: f16 or q8_0.
+            to: the folder to be made (None: exports/NAME-ollama-TYPE).
+
+        Raises:
+            UserError: as `gguf`, or a chat template that Ollama's language has no words for.
+        """
+        from tunewright.export.exporting import export, found_export
+        from tunewright.export.go_template import go_template
+        from tunewright.export.ollama import ollama_built
+
+        opened = self._context
+        tuned = self._find(adapter)
+        go_template(opened.chat)  # what it refuses is told before anything is measured
+        target = self._target(tuned, f"ollama-{'lora-' if lora else ''}{file_type}", to)
+        made_of = self._made_of(tuned, {"kind": "ollama", "lora": lora, "file_type": file_type})
+        found = found_export(target, made_of)
+        if found is not None:
+            return found
+        parts = self.gguf(tuned.name, merged=not lora, file_type=file_type)
+        if parts.folder is None:
+            return parts
+        base = self._base_gguf(file_type) if lora else None
+        settings = opened.folder.config
+        return export(
+            target,
+            "ollama",
+            tuned,
+            made_of,
+            lambda folder: ollama_built(
+                folder, parts, base, opened.chat, self._system_prompt(tuned), settings, file_type
+            ),
+        )
+
+    def _gguf(
+        self, tuned: Adapter, target: Path, made_of: dict[str, Any], merged: bool, file_type: FileType
+    ) -> ExportResult:
+        from tunewright.export.exporting import Built, export, found_export
+        from tunewright.export.gguf.lora import write_lora
+        from tunewright.export.gguf.model import write_model
+        from tunewright.export.llamacpp import EngineFailedError, see_gguf
+        from tunewright.export.merge import choose_way
+        from tunewright.export.weights import Weights, read_changes, trained_dtype
+
+        found = found_export(target, made_of)
+        if found is not None:
+            return found
+        opened, reporter = self._context, self._context.reporter
+        trained = self._trained(tuned)
+
+        def build(folder: Path) -> Built:
+            path = folder / f"{tuned.name}-{'' if merged else 'lora-'}{file_type}.gguf"
+            if merged:
+                weights, way, ways = choose_way(trained, reporter)
+                notes = write_model(
+                    path,
+                    tuned.name,
+                    weights,
+                    opened.base,
+                    opened.chat,
+                    file_type,
+                    reporter,
+                    system_prompt=trained.system_prompt,
+                )
+                model, lora = path, None
+            else:
+                changed = Weights(opened.base, trained_dtype(tuned), read_changes(tuned.folder))
+                way, ways = "original", ()
+                notes = write_lora(path, tuned.name, changed, opened.base, file_type, reporter)
+                model, lora = self._base_gguf(file_type), path
+            figures, failure = None, None
+            try:
+                figures = trained.figures(see_gguf(model, trained, reporter, lora))
+            except EngineFailedError as error:
+                failure = str(error)
+            precision: Precision = "16-bit" if file_type == "f16" else "8-bit"
+            notes += self._system_notes(tuned, template=merged)
+            return Built(figures, precision, way, ways, tuple(notes), failure)
+
+        return export(target, "gguf-merged" if merged else "gguf-lora", tuned, made_of, build)
+
+    def _base_gguf(self, file_type: FileType) -> Path:
+        """The base as a GGUF file, in the working folder: it can be made again at any time."""
+        from tunewright.export.gguf.model import write_model
+        from tunewright.export.weights import Weights
+
+        opened = self._context
+        identity = digest({"base": opened.base.digest, "template": opened.chat.digest})[:12]
+        path = opened.folder.work / "export" / f"base-{identity}-{file_type}.gguf"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f".{path.name}")
+            base = Weights(opened.base, "float32", {})
+            with writing(path):
+                write_model(aside, opened.base.spec, base, opened.base, opened.chat, file_type, opened.reporter)
+                aside.replace(path)
+        return path
+
+    def _find(self, adapter: str | None) -> Adapter:
+        found = find_adapter(self._context.folder.adapters, adapter)
+        require_fit(found, self._context.base, self._context.chat)
+        return found
+
+    def _target(self, adapter: Adapter, what: str, to: str | Path | None) -> Path:
+        return self._context.folder.exports / f"{adapter.name}-{what}" if to is None else Path(to).expanduser()
+
+    def _made_of(self, adapter: Adapter, settings: dict[str, Any]) -> dict[str, Any]:
+        """All that decides what is exported."""
+        opened = self._context
+        system = self._system_prompt(adapter)
+        return {
+            **({} if system is None else {"system_prompt": system}),
+            "adapter": adapter.digest,
+            "base": opened.base.digest,
+            "template": opened.chat.digest,
+            "dataset": adapter.lineage["dataset"]["digest"],
+            **settings,
+        }
+
+    def _system_prompt(self, adapter: Adapter) -> str | None:
+        """The system prompt that the adapter was trained with, if it is known that there is one."""
+        return system_prompt(adapter, self._context.folder.dataset).text
+
+    def _system_notes(self, adapter: Adapter, *, template: bool = True) -> tuple[str, ...]:
+        """What to know of the system prompt; ``template`` is whether the export has a chat template of its own."""
+        prompt = system_prompt(adapter, self._context.folder.dataset)
+        if prompt.text is None:
+            return () if prompt.why_none is None else (f"no system prompt is written into it: {prompt.why_none}",)
+        if not template:
+            return (f"the adapter's file alone has no system prompt: send the trained one: {prompt.text}",)
+        return (f"its chat template adds the trained system prompt where there is none: {prompt.shown}",)
+
+    def _trained(self, adapter: Adapter) -> Trained:
+        """The trained model on dev prompts of the version that it was trained on."""
+        from tunewright.export.probe import draw_probe
+        from tunewright.export.trained import measure_trained
+        from tunewright.metrics import open_scorers
+        from tunewright.models.loading import context_length
+
+        opened = self._context
+        config = opened.folder.config
+        version = load_version(opened.folder.dataset, adapter.lineage["dataset"]["digest"])
+        probe = draw_probe(version, opened.chat, config, context_length(opened.base), opened.reporter)
+        scorer = open_scorers(config.evaluate, opened.folder.root)[0]
+        system = self._system_prompt(adapter)
+        return measure_trained(opened.base, adapter, opened.chat, system, probe, scorer, opened.reporter)

@@ -1,0 +1,169 @@
+"""The isolation test: by itself (``tunewright serve --self-test``), and before anything goes live."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tunewright.adapters.fit import trained_quantize
+from tunewright.adapters.registry import Adapter
+from tunewright.api.context import ProjectContext
+from tunewright.api.serving import adapter_of, choose_served, refuse_names, released
+from tunewright.config import EngineName
+from tunewright.core.errors import UserError
+from tunewright.core.progress import duration
+from tunewright.data.examples import Message
+from tunewright.data.versions import Member, has_version, load_version
+
+if TYPE_CHECKING:
+    from tunewright.serving.selftest import SelfTest
+    from tunewright.serving.state import IsolationTest, State
+
+DEV_PROMPTS = 16
+"""Dev items that are tried first: on its own task an adapter differs most."""
+GENERAL = (
+    "What is the capital of Norway?",
+    "Write a short poem about the sea.",
+    "List three uses of copper.",
+    "Translate into French: The shop opens at nine.",
+    "Why is the sky blue?",
+    "2, 4, 8, 16,",
+    "Dear customer,",
+    "def add(a, b):",
+)
+"""Tried after them; and alone where the data are not on this machine, as on one that only serves."""
+
+
+def canary_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
+    """Prompts on which the models probably differ, in the order in which they are to be tried."""
+    members: Sequence[Member] = ()
+    if has_version(opened.folder.dataset):
+        members = load_version(opened.folder.dataset).domain_of("dev")
+    if not members:
+        opened.reporter.say("There are no dev items here: the isolation test asks general questions.")
+    drawn = random.Random(opened.folder.config.seed).sample(members, min(DEV_PROMPTS, len(members)))
+    asked = [member.example.prompt for member in drawn] + [(Message("user", text),) for text in GENERAL]
+    return list(dict.fromkeys(opened.chat.prompt(messages) for messages in asked))
+
+
+def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineName | None) -> SelfTest:
+    """The test of what ``Project.serve`` would serve.
+
+    Raises:
+        UserError: as for ``Project.serve``.
+    """
+    from tunewright.serving.selftest import SelfTest
+
+    project, config = opened.folder, opened.folder.config
+    held, folders, spare = None, {}, 0
+    if config.serve.state is not None or project.serving_state.exists():
+        with opened.state() as state:
+            if state.tenants.any():
+                refuse_names(names)
+                held, adapters = released(opened, state)
+                folders = {adapter.name: adapter.folder for adapter in adapters}
+                spare = config.serve.spare_adapters
+    if held is None:
+        held, folders = choose_served(opened, names)
+    return SelfTest(
+        config, opened.base, opened.chat, held, folders, engine or config.serve.engine, spare, opened.reporter
+    )
+
+
+class IsolationGate:
+    """What a release has to pass before it goes live.
+
+    Args:
+        alias: what is to answer with ``adapter``, or to try it.
+        engine: which one is tested (None: the config's, which serves).
+
+    Raises:
+        UserError: an adapter that is live is not here, or was trained on the base held in another way.
+    """
+
+    def __init__(
+        self, opened: ProjectContext, state: State, alias: str, adapter: Adapter, engine: EngineName | None
+    ) -> None:
+        from tunewright.serving.selftest import SelfTest
+
+        self._context = opened
+        self._state = state
+        self._alias = alias
+        self._adapter = adapter
+        own, others = self._live()
+        self._own = {adapter.name, *(each.name for each in own)}
+        adapters = {each.digest: each for each in (*others, *own, adapter)}.values()
+        config = opened.folder.config
+        self._test = SelfTest(
+            config,
+            opened.base,
+            opened.chat,
+            config.serve.quantize or trained_quantize(list(adapters)),
+            {each.name: each.folder for each in adapters},
+            engine or config.serve.engine,
+            config.serve.spare_adapters,
+            opened.reporter,
+        )
+
+    def pass_or_refuse(self) -> tuple[IsolationTest, bool]:
+        """Test all that will be in memory together while the alias is switched, unless exactly that has passed before.
+
+        Returns:
+            The test, and whether the release may go live.
+        """
+        say = self._context.reporter.say
+        known = self._state.releases.passed(self._test.subject)
+        if known is not None and not self._across(known):
+            say(
+                f"Isolation test: passed for exactly these on {known.tested[:16].replace('T', ' ')} (base, "
+                f"{len(known.adapters)} adapters, engine {known.engine} and versions are the same), and not run again."
+            )
+            return known, True
+        count = len(self._test.folders)
+        say(f"Isolation test on {self._test.engine}: the base and {count} adapter{'' if count == 1 else 's'}")
+        test = self._test.kept(canary_prompts(self._context))
+        say(f"Isolation test: {test.told}, {duration(test.seconds)}")
+        passes = test.verdict != "not isolated" and not self._across(test)
+        if passes:
+            for one, other in test.alike:
+                self._context.reporter.warn(
+                    f"{one} and {other} answer alike on all that was asked: if one answered for the other, it would "
+                    "not be seen."
+                )
+        return test, passes
+
+    def require_not_failed(self) -> None:
+        """Refuse to leave the test out where it has failed.
+
+        Raises:
+            UserError: exactly this has failed, and not passed since.
+        """
+        failed = self._state.releases.refused(self._test.subject)
+        if failed is not None and failed.verdict == "not isolated":
+            raise UserError(
+                f"exactly this failed the isolation test on {failed.tested[:16].replace('T', ' ')}: "
+                + "; ".join(failed.reasons),
+                where="--untested",
+                fix="Leave --untested out to have it tested again.",
+            )
+
+    def _live(self) -> tuple[list[Adapter], list[Adapter]]:
+        """The adapters that the alias answers with or tries now, as far as they are here, and those of the others."""
+        own: list[Adapter] = []
+        others: list[Adapter] = []
+        for alias, release in self._state.releases.live().items():
+            for name, digest in release.adapters:
+                try:
+                    found = adapter_of(self._context, name, digest)
+                except UserError as error:
+                    if alias != self._alias or digest == self._adapter.digest:
+                        raise
+                    self._context.reporter.warn(f"{error} The isolation test does without it.")
+                    continue
+                (own if alias == self._alias else others).append(found)
+        return own, others
+
+    def _across(self, test: IsolationTest) -> list[tuple[str, str]]:
+        """Pairs that could not be told apart of the new adapter and one that is not of the same alias."""
+        return [pair for pair in test.alike if self._adapter.name in pair and not set(pair) <= self._own]

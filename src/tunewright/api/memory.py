@@ -1,0 +1,157 @@
+"""What training needs of memory, of a project or of a base alone."""
+
+from __future__ import annotations
+
+from tunewright.adapters.registry import list_adapters
+from tunewright.api.context import ProjectContext
+from tunewright.chat import open_chat
+from tunewright.config import Config
+from tunewright.core.errors import UserError
+from tunewright.data.versions import current_manifest, load_version
+from tunewright.models.bases import base_at_hand, base_config, check_architecture
+from tunewright.models.cards import unusable_card
+from tunewright.models.families import require_quantizable, require_targets
+from tunewright.models.memory.answer import Answer
+from tunewright.models.memory.answer import answer as answer_of
+from tunewright.models.memory.plan import Memory, Plan, Planned, memory_at_hand, plan
+from tunewright.models.memory.shape import Shape, read_shape
+from tunewright.models.memory.sizes import gigabytes
+from tunewright.training import distributed
+
+SHORT_ROW = 32
+"""Tokens of a short question with a short answer: a card with no room for one such row cannot train the base."""
+
+BY_MISTAKE = 1_000_000_000
+"""Parameters from which on a base is not trained on the processor only because the card cannot be used."""
+
+
+def fitting_plan(
+    opened: ProjectContext,
+    *,
+    gpu: str | None,
+    base: str | None,
+    rows: int | None,
+    length: int | None,
+    shared: int,
+    answer: int | None,
+) -> tuple[Plan, Answer]:
+    """Return the plan of `Project.fit`, which says what the arguments are, and whether training fits."""
+    project, reporter = opened.folder, opened.reporter
+    memory = memory_at_hand(gpu)
+    alone = base is not None and not project.has_config
+    config = Config() if alone else project.config
+    if alone:
+        reporter.say("There is no project here: the config's defaults hold.")
+    spec, revision = (config.base, config.revision) if base is None else (base, None)
+    settings = config.train
+    if settings.dora:
+        reporter.warn("DoRA takes more than is told here: what it needs beyond LoRA is not counted.")
+    tokens = length or settings.max_length
+    if shared + (answer or 1) > tokens:
+        raise UserError(
+            f"{shared:,} shared and {answer or 1:,} trained tokens are more than a row's {tokens:,}",
+            where="--length",
+            fix="Raise it, or lower --shared or --answer.",
+        )
+    model_config = base_config(spec, revision, project.root, reporter)
+    shape = read_shape(model_config)
+    architecture = check_architecture(model_config)
+    require_targets(settings.targets, architecture)
+    require_quantizable(settings.quantize, architecture, "train.quantize")
+    at_once = rows or settings.micro_batch or settings.batch_size
+    made = plan(spec, shape, settings, memory, rows=at_once, length=tokens, shared=shared, answer=answer or tokens)
+    longest = None if alone else _longest_row(opened, spec, revision)
+    told = answer_of(made, settings, longest, rows=rows is not None, length=length is not None)
+    return made, told
+
+
+def _longest_row(opened: ProjectContext, spec: str, revision: str | None) -> int | None:
+    """Return the tokens of the longest row that training or its evaluation sees; None if that cannot be known here."""
+    project, reporter = opened.folder, opened.reporter
+    if current_manifest(project.dataset) is None:
+        return None
+    unknown = "The length of your longest row is not known"
+    try:
+        base = base_at_hand(spec, revision, project.root, reporter)
+        if base is None:
+            reporter.say(f"{unknown}: the base's tokenizer is not on this machine.")
+            return None
+        chat = open_chat(base, project.config.chat, reporter)
+        version = load_version(project.dataset)
+        members = [member for split in ("train", "dev") for member in version.examples(split)]
+        with reporter.task("Measuring rows", len(members), "examples") as task:
+            longest = 0
+            for member in members:
+                longest = max(longest, *(len(row.ids) for row in chat.rows(member.example.messages)))
+                task.advance()
+    except UserError as error:
+        reporter.warn(f"{unknown}: {error.what}.")
+        return None
+    return longest or None
+
+
+def require_room(opened: ProjectContext) -> None:
+    """Check that the card here can train the config's base, from the base's config.json alone.
+
+    What may not fit is a warning. On the processor memory is never refused: it may be swapped out.
+
+    Raises:
+        UserError: torch is built for CUDA and can use no card, and the base is large; the card has no room for one row
+            of `SHORT_ROW` tokens; or a base that is not supported, or not with these targets or in 4 bits.
+    """
+    config, reporter = opened.folder.config, opened.reporter
+    model_config = base_config(config.base, config.revision, opened.folder.root, reporter)
+    architecture, shape = check_architecture(model_config), read_shape(model_config)
+    require_targets(config.train.targets, architecture)
+    require_quantizable(config.train.quantize, architecture, "train.quantize")
+    _require_card(shape, opened)
+    if distributed.in_pieces():
+        return  # each card holds a part of the base
+    memory, settings = memory_at_hand(None), config.train
+    least = plan(config.base, shape, settings, memory, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW)
+    # As `tunewright train` does it: activations are recomputed on a card.
+    ways = {planned.way.nf4: planned for planned in least.ways if planned.way.checkpointing == memory.card}
+    own = ways[settings.quantize == "nf4"]
+    short = (
+        f"{config.base} needs at least {gigabytes(own.least)} to train ({own.way.name}), and there are {memory.source}"
+    )
+    if own.least > memory.bytes:
+        # Where adapters were trained before, the command may have nothing to train.
+        trained = any(adapter.imported is None for adapter in list_adapters(opened.folder.adapters))
+        if memory.card and not trained:
+            raise UserError(short, where="base", fix=_what_fits(ways.get(True), own, memory))
+        reporter.warn(f"{short}.")
+    elif own.longest < settings.max_length:
+        reporter.warn(
+            f"Rows of more than {own.longest:,} tokens may not fit: there are {memory.source}, and train.max_length is "
+            f"{settings.max_length:,}."
+        )
+
+
+def _require_card(shape: Shape, opened: ProjectContext) -> None:
+    """Check that a torch for CUDA has a card, or that the base is small enough to do without."""
+    why = unusable_card()
+    if why is None:
+        return
+    unused = f"torch is built for CUDA and can use no card here: {why}"
+    if shape.parameters >= BY_MISTAKE:
+        raise UserError(
+            unused,
+            where="base",
+            fix="Update the driver, or start the container with its cards. To train "
+            f"{shape.parameters:,} parameters on the processor, set CUDA_VISIBLE_DEVICES=-1.",
+        )
+    opened.reporter.warn(f"{unused}. Training runs on the processor.")
+
+
+def _what_fits(nf4: Planned | None, own: Planned, memory: Memory) -> str:
+    """What to do where ``own`` does not fit; ``nf4`` is None where the family cannot be held so."""
+    others = "take a smaller base, or divide this one among several cards (docs/recovery.md)"
+    if nf4 is None or nf4 is own:
+        return f"{others[0].upper()}{others[1:]}."
+    if nf4.least > memory.bytes:
+        return f"train.quantize: nf4 needs {gigabytes(nf4.least)}, which does not fit either: {others}."
+    return (
+        f"Set train.quantize: nf4, which needs {gigabytes(nf4.least)} and fits rows of up to {nf4.longest:,} tokens "
+        "(`tunewright fit` shows more)."
+    )

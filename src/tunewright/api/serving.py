@@ -1,0 +1,209 @@
+"""Which adapters a server holds, how it holds the base under them, and who may ask it."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunewright.adapters.fit import require_fit, trained_quantize
+from tunewright.adapters.keys import TrustedKeys
+from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
+from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
+from tunewright.adapters.trust import require_sound
+from tunewright.adapters.vllm_compat import require_batchable
+from tunewright.api.context import ProjectContext
+from tunewright.config import Config, Quantize
+from tunewright.core.errors import UserError
+
+if TYPE_CHECKING:
+    from tunewright.serving.access import ServedAdapter
+    from tunewright.serving.service import Service
+    from tunewright.serving.state import State
+
+
+def open_service(
+    opened: ProjectContext,
+    names: Sequence[str],
+    config: Config,
+    *,
+    auth: bool,
+    system_prompts: bool,
+) -> Service:
+    """A server for tenants where there are any, else for everybody; see ``Project.serve``.
+
+    Args:
+        config: the project's, with what is to be otherwise about this server.
+        auth: without tenants, only this machine is answered.
+        system_prompts: without tenants, requests that have no system message get the one of the adapter's training.
+    """
+    if config.serve.state is not None or opened.folder.serving_state.exists():
+        state = opened.state()
+        try:
+            if state.tenants.any():
+                if not auth:
+                    raise UserError("there are tenants, and whoever asks needs a key", where="--no-auth")
+                if not system_prompts:
+                    raise UserError(
+                        "With tenants, each release says whether its system prompt is added.",
+                        where="--no-system-prompt",
+                        fix="Use `tunewright deploy ALIAS ADAPTER --no-system-prompt`.",
+                    )
+                return _for_tenants(opened, state, names, config)
+        except BaseException:
+            state.close()
+            raise
+        state.close()
+    if auth:
+        _require_private(config.serve.host)
+    from tunewright.serving.access import ServedAdapter
+    from tunewright.serving.service import Service
+
+    held, folders = choose_served(opened, names)
+    served = {}
+    for name, folder in folders.items():
+        prompt = system_prompt(Adapter(opened.folder.adapters / name.partition("@")[0]), opened.folder.dataset)
+        if prompt.text is not None and not system_prompts:
+            prompt = SystemPrompt(None, "left out by --no-system-prompt")
+        served[name] = ServedAdapter(folder, prompt)
+    return Service(config, opened.base, opened.chat, held, served, opened.reporter)
+
+
+def _for_tenants(opened: ProjectContext, state: State, names: Sequence[str], config: Config) -> Service:
+    refuse_names(names)
+    held, trained = released(opened, state)
+
+    from tunewright.serving.access import ServedAdapter
+
+    def locate(name: str, digest: str) -> ServedAdapter:
+        adapter = adapter_of(opened, name, digest)
+        _require_servable(opened, adapter)
+        if config.serve.quantize is None and trained_quantize([adapter]) != held:
+            raise UserError(
+                f"it was trained with train.quantize {trained_quantize([adapter])}, and this server holds the base "
+                f"with {held}",
+                where=name,
+                fix="Restart the server, or set serve.quantize.",
+            )
+        return ServedAdapter(adapter.folder, system_prompt(adapter, opened.folder.dataset))
+
+    from tunewright.serving.service import Service, Tenancy
+
+    served = Tenancy(state, locate, {adapter.name: adapter.folder for adapter in trained})
+    return Service(config, opened.base, opened.chat, held, served, opened.reporter)
+
+
+def refuse_names(names: Sequence[str]) -> None:
+    """Refuse names of adapters where there are tenants.
+
+    Raises:
+        UserError: there are some.
+    """
+    if names:
+        raise UserError(
+            "there are tenants, who ask for aliases and not for adapters",
+            where=" ".join(names),
+            fix="Name none: releases say what is served (`tunewright deploy ALIAS ADAPTER`).",
+        )
+
+
+def released(opened: ProjectContext, state: State) -> tuple[Quantize, list[Adapter]]:
+    """How the base is held for the live releases, and the adapters that they need, as far as they are here.
+
+    Raises:
+        UserError: they were trained on it held in different ways, and the config does not choose.
+    """
+    adapters = []
+    for release in state.releases.live().values():
+        try:
+            adapters += [adapter_of(opened, name, digest) for name, digest in release.adapters]
+        except UserError as error:  # told again by the server, which does without this release
+            opened.reporter.warn(f"{release.alias}: {error}")
+    config = opened.folder.config
+    return config.serve.quantize or (trained_quantize(adapters) if adapters else config.train.quantize), adapters
+
+
+def adapter_of(opened: ProjectContext, name: str, digest: str) -> Adapter:
+    """The adapter of a release, which is known by its digest; the name is for people.
+
+    Raises:
+        UserError: it is not here.
+    """
+    known = [adapter for adapter in list_adapters(opened.folder.adapters) if adapter.digest == digest]
+    # Of the same weights in two folders, one may say another system prompt than the adapter that was released.
+    found = next((adapter for adapter in known if adapter.name == name), known[0] if known else None)
+    if found is None:
+        raise UserError(
+            f"the released adapter {name} ({digest[:12]}) is not here",
+            where=str(opened.folder.adapters),
+            fix="Copy its folder here from where it was trained.",
+        )
+    return found
+
+
+def _require_private(host: str) -> None:
+    """Refuse to answer everybody on an address that others can reach.
+
+    Raises:
+        UserError: it is one.
+    """
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return  # no address at all, which is told where it is listened on
+    if not all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
+        raise UserError(
+            f"others can reach {host}, and without tenants the server answers everybody who does",
+            where="serve.host",
+            fix="`tunewright tenant add NAME` makes a tenant, who needs a key; with --no-auth everybody is answered.",
+        )
+
+
+def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantize, dict[str, Path]]:
+    """How the base is held, and the folders of the adapters so named (all that fit, where none is), by name.
+
+    Raises:
+        UserError: a named adapter that does not fit, or that cannot be served together with the others.
+    """
+    config = opened.folder.config
+    if not names:
+        held = config.serve.quantize or config.train.quantize
+        return held, {adapter.name: adapter.folder for adapter in _all_that_fit(opened, held)}
+    folders: dict[str, Path] = {}
+    named: list[Adapter] = []
+    for name in names:
+        adapter_name, _, step = name.partition("@")
+        adapter = find_adapter(opened.folder.adapters, adapter_name)
+        _require_servable(opened, adapter)
+        named.append(adapter)
+        if step:
+            adapter.verify(step)
+            folders[f"{adapter.name}@{step}"] = adapter.checkpoint(step)
+        else:
+            folders[adapter.name] = adapter.folder
+    return config.serve.quantize or trained_quantize(named), folders
+
+
+def _all_that_fit(opened: ProjectContext, held: Quantize) -> Iterator[Adapter]:
+    """The adapters that can be served on the base held so; the others are named in warnings."""
+    for adapter in list_adapters(opened.folder.adapters):
+        try:
+            _require_servable(opened, adapter)
+            trained = trained_quantize([adapter])
+            if opened.folder.config.serve.quantize is None and trained != held:
+                raise UserError(
+                    f"it was trained with train.quantize {trained}, and the base is held with {held}; name it to "
+                    "serve it, or set serve.quantize"
+                )
+        except UserError as error:
+            opened.reporter.warn(f"{adapter.name} is not served: {error.what}")
+            continue
+        yield adapter
+
+
+def _require_servable(opened: ProjectContext, adapter: Adapter) -> None:
+    require_fit(adapter, opened.base, opened.chat)
+    require_batchable(adapter.folder)
+    require_sound(adapter, TrustedKeys(opened.folder.keys))

@@ -1,0 +1,215 @@
+"""The verbs on tenants, their keys and the audit: ``tunewright tenant …``, ``tunewright audit …``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tunewright.api.context import ProjectContext
+
+if TYPE_CHECKING:
+    from tunewright.serving.state import AuditCheck, AuditLine, Key, Limits, Pruned, Tenant
+    from tunewright.serving.state.meter import UsageLine, UsageSum
+
+
+@dataclass(frozen=True)
+class NewKey:
+    """A key that was just made."""
+
+    secret: str
+    """The key itself, which is shown this once and not kept."""
+    key: Key
+
+    def as_dict(self) -> dict[str, Any]:
+        """The key as ``--json`` prints it."""
+        return {"key": self.secret, **self.key.as_dict()}
+
+
+class TenantKeysApi:
+    """What can be done with tenants' API keys."""
+
+    def __init__(self, opened: ProjectContext) -> None:
+        self._context = opened
+
+    def add(self, tenant: str, *, aliases: Sequence[str] | None = None, lifetime: float | None = None) -> NewKey:
+        """Make a key for a tenant.
+
+        Args:
+            tenant: its name.
+            aliases: the only ones that the key is good for (None: all of the tenant's).
+            lifetime: seconds until it expires (None: never).
+
+        Raises:
+            UserError: no such tenant, or an alias that is none of its own.
+        """
+        with self._context.state() as state:
+            return NewKey(*state.tenants.add_key(tenant, aliases=aliases, lifetime=lifetime))
+
+    def rotate(self, key: str, *, overlap: float, lifetime: float | None = None) -> NewKey:
+        """Make a key in another's place, which is good for ``overlap`` seconds more.
+
+        Args:
+            key: the old one's prefix.
+            overlap: seconds in which both are good.
+            lifetime: seconds until the new one expires (None: never).
+
+        Raises:
+            UserError: no such key, or one that is not valid any more.
+        """
+        with self._context.state() as state:
+            return NewKey(*state.tenants.rotate_key(key, overlap=overlap, lifetime=lifetime))
+
+    def revoke(self, key: str) -> Key:
+        """End a key, by its prefix, from the next request on.
+
+        Raises:
+            UserError: no such key, or it is revoked already.
+        """
+        with self._context.state() as state:
+            return state.tenants.revoke_key(key)
+
+    def list(self, tenant: str | None = None) -> Sequence[Key]:
+        """A tenant's keys (None: everybody's), the oldest first.
+
+        Raises:
+            UserError: no such tenant.
+        """
+        with self._context.state() as state:
+            return state.tenants.keys_of(tenant)
+
+
+class TenantsApi:
+    """What can be done with tenants; their keys are under ``key``."""
+
+    def __init__(self, opened: ProjectContext) -> None:
+        self._context = opened
+        self.key = TenantKeysApi(opened)
+
+    def add(self, name: str, aliases: Sequence[str] = (), limits: Limits | None = None) -> Tenant:
+        """Make a tenant, which may call these aliases. From the first one on, `serve` asks everybody for a key.
+
+        Raises:
+            UserError: the name is taken or no name, or a limit is none.
+        """
+        from tunewright.serving.state import Limits
+
+        with self._context.state(make=True) as state:
+            made = state.tenants.add(name, aliases, limits or Limits())
+            self._tell_unreleased(aliases, state.releases.live())
+            return made
+
+    def list(self) -> Sequence[Tenant]:
+        """All tenants by name."""
+        with self._context.state() as state:
+            return state.tenants.list()
+
+    def allow(self, name: str, aliases: Sequence[str]) -> Tenant:
+        """Let a tenant call further aliases.
+
+        Raises:
+            UserError: no such tenant, or what is no alias.
+        """
+        with self._context.state() as state:
+            changed = state.tenants.allow(name, aliases)
+            self._tell_unreleased(aliases, state.releases.live())
+            return changed
+
+    def deny(self, name: str, aliases: Sequence[str]) -> Tenant:
+        """Take aliases from a tenant, from the next request on.
+
+        Raises:
+            UserError: no such tenant, or an alias that it may not call as it is.
+        """
+        with self._context.state() as state:
+            return state.tenants.allow(name, aliases, allowed=False)
+
+    def end(self, name: str) -> Tenant:
+        """Revoke all of a tenant's keys and take its aliases, from the next request on; its usage stays.
+
+        Raises:
+            UserError: no such tenant, or it has neither keys nor aliases any more.
+        """
+        with self._context.state() as state:
+            return state.tenants.end(name)
+
+    def limit(self, name: str, limits: Limits) -> Tenant:
+        """Set what a tenant may use, all three limits; they hold from the next request on.
+
+        Raises:
+            UserError: no such tenant, or a limit below 1.
+        """
+        with self._context.state() as state:
+            return state.tenants.limit(name, limits)
+
+    def get(self, name: str) -> Tenant:
+        """One tenant.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        with self._context.state() as state:
+            return state.tenants.get(name)
+
+    def usage(self, name: str | None = None, *, since: float | None = None) -> Sequence[UsageSum]:
+        """What was used, by tenant, alias and adapter.
+
+        Args:
+            name: one tenant (None: all).
+            since: seconds since 1970 (None: from the beginning).
+
+        Raises:
+            UserError: no such tenant.
+        """
+        with self._context.state() as state:
+            return state.meter.sums(name, since)
+
+    def requests(self, name: str | None = None, *, since: float | None = None) -> Sequence[UsageLine]:
+        """Every request that has its line still, the first one first; arguments as of :meth:`usage`."""
+        with self._context.state() as state:
+            from tunewright.serving.state.times import iso
+
+            pruned = state.meter.pruned_until()
+            if pruned is not None and (since is None or since < pruned):
+                day = str(iso(pruned))[:10]
+                self._context.reporter.warn(
+                    f"Requests before {day} were pruned: `tunewright tenant usage` has their sums."
+                )
+            return state.meter.lines(name, since)
+
+    def prune_usage(self, *, before: float) -> Pruned:
+        """Make sums by day of old requests, whose lines go. Usage stays what it was; the audit tells of each day.
+
+        Args:
+            before: seconds since 1970, the beginning of a day in UTC.
+
+        Raises:
+            UserError: it is none, or to come.
+        """
+        with self._context.state() as state:
+            return state.pruning.prune(before)
+
+    def _tell_unreleased(self, aliases: Sequence[str], live: Iterable[str]) -> None:
+        for alias in sorted(set(aliases) - set(live)):
+            self._context.reporter.say(f"{alias} has no release yet: `tunewright deploy {alias} ADAPTER` makes one.")
+
+
+class AuditApi:
+    """What was changed in the serving state, by whom."""
+
+    def __init__(self, opened: ProjectContext) -> None:
+        self._context = opened
+
+    def show(self) -> Sequence[AuditLine]:
+        """Every line, the first one first."""
+        with self._context.state() as state:
+            return state.audit.lines()
+
+    def verify(self, noted: str | None = None) -> AuditCheck:
+        """Hold every line to its digest and to the one before, and the releases to the lines that tell of them.
+
+        Args:
+            noted: a line's digest that was noted elsewhere before, which has to be in the log still.
+        """
+        with self._context.state() as state:
+            return state.verify(noted)

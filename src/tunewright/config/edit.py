@@ -1,0 +1,128 @@
+"""Changing values of ``tunewright.yaml`` where they stand: every other byte of the file stays what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunewright.config import Config, TrainConfig
+from tunewright.config.io import parse_config
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_text
+
+_SECTION = "train"
+
+
+def write_train(path: Path, wanted: TrainConfig) -> dict[str, Any]:
+    """Change the config's train section to ``wanted``, key by key; comments, order and other keys survive.
+
+    The places come from the YAML parser itself, and the result is parsed again before it is written.
+
+    Returns:
+        The keys that were written, with their new values; none where the file says so already.
+
+    Raises:
+        UserError: the config cannot be read, or a key is written in a way that cannot be changed in place.
+    """
+    raw = path.read_bytes()
+    mark, text = ("\ufeff", raw[3:].decode()) if raw.startswith(b"\xef\xbb\xbf") else ("", raw.decode())
+    before = parse_config(text, path)
+    written: dict[str, Any] = {}
+    # The preset is the first key, and sets what the file leaves open.
+    for key in TrainConfig.model_fields:
+        value = getattr(wanted, key)
+        if getattr(parse_config(text, path).train, key) != value:
+            edited = _with_value(text, key, _spelt(value))
+            if edited is None or not _is(edited, path, before, key, value):
+                told = ", ".join(f"{k}: {_spelt(v)}" for k, v in _differing(before.train, wanted).items())
+                raise UserError(
+                    f"{_SECTION}.{key} is written in a way that cannot be changed in place; nothing was changed",
+                    where=str(path),
+                    fix=f"Write it yourself: {told}",
+                )
+            text, written[key] = edited, value
+    assert parse_config(text, path) == before.model_copy(update={_SECTION: wanted})
+    if written:
+        write_text(path.resolve(), mark + text)
+    return written
+
+
+def _differing(before: TrainConfig, wanted: TrainConfig) -> dict[str, Any]:
+    return {key: value for key, value in wanted if getattr(before, key) != value}
+
+
+def _is(text: str, path: Path, before: Config, key: str, value: Any) -> bool:
+    """Whether an edited text is a config that has this value, and the others' sections unchanged."""
+    try:
+        config = parse_config(text, path)
+    except UserError:
+        return False
+    return config.model_copy(update={_SECTION: before.train}) == before and getattr(config.train, key) == value
+
+
+def _spelt(value: Any) -> str:
+    """A value in YAML's flow style; floats never with an exponent, which YAML 1.1 would take for text."""
+    if isinstance(value, float):
+        return f"{value:.12f}".rstrip("0").removesuffix(".")
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+
+
+def _with_value(text: str, key: str, spelt: str) -> str | None:
+    """The text with ``key`` of the section set; None where it cannot be done in place."""
+    newline = "\r\n" if "\r\n" in text else "\n"
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    section = _pair(root, _SECTION)
+    if section is None:
+        if isinstance(root, yaml.MappingNode) and root.flow_style:  # {name: a}
+            return _into_flow(text, root, f"{_SECTION}: {{{key}: {spelt}}}")
+        ended = text if not text or text.endswith("\n") else text + newline
+        return f"{ended}{_SECTION}:{newline}  {key}: {spelt}{newline}"
+    name, values = section
+    if isinstance(values, yaml.ScalarNode):  # an empty section
+        if values.value:
+            return _replaced(text, values.start_mark.index, values.end_mark.index, f"{{{key}: {spelt}}}")
+        return _after_line(text, name, f"  {key}: {spelt}", newline)
+    there = _pair(values, key)
+    if there is not None:
+        return _replace(text, *there, spelt)
+    assert isinstance(values, yaml.MappingNode)
+    if values.flow_style:
+        return _into_flow(text, values, f"{key}: {spelt}")
+    # Right below the section's name: anywhere else it could come between a key and the comment above it.
+    indent = " " * values.start_mark.column
+    return _after_line(text, name, f"{indent}{key}: {spelt}", newline)
+
+
+def _pair(node: yaml.Node | None, key: str) -> tuple[yaml.Node, yaml.Node] | None:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next(((name, value) for name, value in pairs if name.value == key), None)
+
+
+def _replace(text: str, name: yaml.Node, value: yaml.Node, spelt: str) -> str | None:
+    start, end = value.start_mark.index, value.end_mark.index
+    between = text[name.end_mark.index : start]
+    if isinstance(value, yaml.SequenceNode) and not value.flow_style:
+        # A list with a line for each item becomes a flow list behind the key.
+        start, end = name.end_mark.index, value.value[-1].end_mark.index
+        return None if "#" in text[start:end] else _replaced(text, start, end, f": {spelt}")
+    # More than a colon and space between them: an anchor, an alias, a comment.
+    return _replaced(text, start, end, spelt) if between.strip() == ":" else None
+
+
+def _replaced(text: str, start: int, end: int, new: str) -> str:
+    return text[:start] + new + text[end:]
+
+
+def _into_flow(text: str, mapping: yaml.Node, pair: str) -> str:
+    start = mapping.start_mark.index + 1
+    return _replaced(text, start, start, f"{pair}, " if mapping.value else pair)
+
+
+def _after_line(text: str, node: yaml.Node, line: str, newline: str) -> str:
+    end = text.find("\n", node.end_mark.index)
+    if end < 0:
+        return f"{text}{newline}{line}{newline}"
+    return _replaced(text, end + 1, end + 1, line + newline)

@@ -1,0 +1,205 @@
+"""``tunewright.yaml``: read with line numbers, written with comments."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tunewright.config import Config
+from tunewright.core.errors import UserError
+
+_Location = tuple[str | int, ...]
+
+
+def load_config(path: Path) -> Config:
+    """Read and validate a config.
+
+    Raises:
+        UserError: naming file, line and key: not YAML, an unknown key (with the nearest valid one), a bad value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(
+            "no such file", where=str(path), fix="`tunewright init` writes one; or name the project's folder."
+        ) from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"not a text file in UTF-8 ({error})", where=str(path)) from None
+    return parse_config(text, path)
+
+
+def parse_config(text: str, path: Path) -> Config:
+    """Validate a config's text; errors as of :func:`load_config`, and ``path`` is what they name."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = {} if root is None else _lines(root, path)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
+    except UserError:
+        raise
+    except ValueError as error:  # what looks like a date or a number and is none
+        assert root is not None
+        raise UserError(f"a value that is none: {error}", where=f"{path}:{_bad_scalar(root)}") from None
+    if not isinstance(values, dict | None):
+        raise UserError("a config is a mapping of keys to values", where=f"{path}:1")
+    try:
+        return Config.model_validate(_without_empty_sections(values or {}))
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False), lines, path) from None
+
+
+def _without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """A section whose keys are all commented out reads as null: it means the defaults."""
+    return {k: v for k, v in values.items() if not (v is None and _section(k) is not None)}
+
+
+def _section(key: str) -> type[BaseModel] | None:
+    field = Config.model_fields.get(key)
+    kind = field.annotation if field else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _model_at(parents: list[str]) -> type[BaseModel] | None:
+    """The section that these keys lead to, one that may be null or is one of several included."""
+    sections: list[type[BaseModel]] = [Config]
+    for key in parents:
+        if key.isdigit():  # a place in a list
+            continue
+        fields = [f for section in sections for name, f in section.model_fields.items() if key in {name, f.alias}]
+        sections = [section for field in fields for section in _models(field.annotation)]
+    return sections[0] if sections else None
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation allows: itself, one that may be null, one of several, or a list of such."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Location, int]:
+    """The line (from 1) of every key and list item."""
+    lines: dict[_Location, int] = {}
+    children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(key.value, key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(index, item, item) for index, item in enumerate(node.value)]
+    for name, marked, child in children:
+        location = (*prefix, name)
+        line = marked.start_mark.line + 1
+        if location in lines:
+            dotted = ".".join(map(str, location))
+            raise UserError(
+                f"the key {dotted} stands twice",
+                where=f"{path}:{line}",
+                fix=f"First: line {lines[location]}.",
+            )
+        lines[location] = line
+        lines |= _lines(child, path, location)
+    return lines
+
+
+def _bad_scalar(node: yaml.Node) -> int:
+    """The line (from 1) of the first value that YAML's own types refuse."""
+    loader = yaml.SafeLoader("")
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            loader.construct_object(node)
+        except ValueError:
+            return node.start_mark.line + 1
+        return 0
+    children = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+    return next(filter(None, map(_bad_scalar, children)), 0)
+
+
+def _explain(errors: list[ErrorDetails], lines: dict[_Location, int], path: Path) -> UserError:
+    """One UserError for all faults, the first one's place in front."""
+    faults = [(_line(_keys(e["loc"]), lines), _fault(e)) for e in errors]
+    where = f"{path}:{faults[0][0]}"
+    if len(faults) == 1:
+        return UserError(faults[0][1], where=where)
+    told = "\n".join(f"  {path}:{line}: {what}" for line, what in faults)
+    return UserError(f"{len(faults)} faults\n{told}", where=str(path))
+
+
+def _keys(location: _Location) -> _Location:
+    """A fault's place as the file has it: where one of several types was read, pydantic says the deciding key twice."""
+    return tuple(key for key, before in zip(location, ("", *location), strict=False) if key != before)
+
+
+def _line(location: _Location, lines: dict[_Location, int]) -> int:
+    while location:
+        if location in lines:
+            return lines[location]
+        location = location[:-1]
+    return 1
+
+
+def _fault(error: ErrorDetails) -> str:
+    location = _keys(error["loc"])
+    key = ".".join(map(str, location))
+    if error["type"] == "extra_forbidden":
+        *parents, unknown = map(str, location)
+        section = _model_at(parents)
+        known = list(section.model_fields) if section else []
+        nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*parents, nearest[0]])}?" if nearest else f"valid keys: {', '.join(known)}"
+        return f"unknown key {key}: {hint}"
+    message = error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [1, 2]")
+    return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}" if key else message
+
+
+def write_config(values: dict[str, Any]) -> str:
+    """A commented ``tunewright.yaml``: keys in ``values`` (nested by section) are set, all others shown as defaults.
+
+    Comments are the schema's own descriptions, so that file and schema cannot drift apart.
+    """
+    out = ["# tunewright.yaml: everything that decides a result. A key behind '#' shows its default.", ""]
+    out += _section_lines(Config, values, "")
+    text = "\n".join(out) + "\n"
+    Config.model_validate(_without_empty_sections(yaml.safe_load(text)))
+    return text
+
+
+def _section_lines(model: type[BaseModel], values: dict[str, Any], indent: str) -> list[str]:
+    out = []
+    for name, field in model.model_fields.items():
+        nested = _section(name) if model is Config else None
+        if nested is not None:
+            doc = (nested.__doc__ or "").strip()
+            out += ["", f"# {doc}", f"{name}:", *_section_lines(nested, values.get(name, {}), "  ")]
+            continue
+        out += [f"{indent}# {line}" for line in _wrap(field.description or "", 100 - len(indent))]
+        default = field.get_default()
+        mark = "" if name in values else "#"
+        out.append(f"{indent}{mark}{name}: {_yaml(values.get(name, default))}{_choices(field.annotation)}")
+    return out
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, float) and 0 < value < 0.001:
+        return f"{value:.10f}".rstrip("0")
+    plain = list(value) if isinstance(value, tuple) else value
+    return (
+        yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
+    )
+
+
+def _choices(annotation: Any) -> str:
+    options = [a for a in get_args(annotation) if isinstance(a, str)]
+    return f"  # {' | '.join(options)}" if options else ""
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width)

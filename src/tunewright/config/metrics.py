@@ -1,0 +1,148 @@
+"""What an answer is worth: the metrics a config can name."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
+
+from tunewright.config.section import Section
+
+MetricName = str
+"""What evidence and tables call a metric: its kind, and its settings where it has any."""
+
+PlainMetric = Literal["exact_match", "bleu", "chrf", "token_f1", "json", "json_valid"]
+
+
+class _Keyed(Section):
+    """A metric with settings, written as a mapping of its one key; dumped as it is written."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+
+class Normalisation(Section):
+    """What exact match forgives beside outer white space and Unicode spelling (NFC), which it always does."""
+
+    casefold: Annotated[bool, Field(description="Upper and lower case are the same.")] = False
+    collapse_white_space: Annotated[bool, Field(description="Any run of white space is one space.")] = False
+    strip_punctuation: Annotated[
+        bool, Field(description="Punctuation is taken out (Unicode's general category P).")
+    ] = False
+
+
+class ExactMatch(_Keyed):
+    """Exact match that forgives more: ``{exact_match: {casefold: true}}``."""
+
+    exact_match: Normalisation
+
+
+class Choices(_Keyed):
+    """Accuracy over a declared list of answers: ``{choices: [granted, denied]}``."""
+
+    choices: Annotated[
+        tuple[str, ...],
+        Field(min_length=2, description="All answers there are. Another answer is wrong, and counted as outside."),
+    ]
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _texts(cls, choices: Any) -> Any:
+        if isinstance(choices, list) and not all(isinstance(choice, str) for choice in choices):
+            raise ValueError("a choice is a text: quote what YAML reads otherwise, such as 'yes', 'no' and '1'")
+        return choices
+
+    @field_validator("choices")
+    @classmethod
+    def _distinct(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
+        if len({choice.strip() for choice in choices}) < len(choices) or not all(c.strip() for c in choices):
+            raise ValueError("the choices differ from each other, and none is empty")
+        return choices
+
+
+class JsonFields(Section):
+    """Which fields of a JSON object count."""
+
+    fields: Annotated[
+        tuple[str, ...] | None,
+        Field(min_length=1, description="Names of top-level fields (null: all that reference or answer have)."),
+    ] = None
+
+
+class Json(_Keyed):
+    """F1 over the fields of a JSON object, all items' fields counted together: ``{json: {fields: [name, date]}}``."""
+
+    of: Annotated[JsonFields, Field(alias="json")]
+
+
+class Regex(_Keyed):
+    """The share of answers that a pattern matches whole: ``{regex: '[A-Z]{2}-[0-9]+'}``."""
+
+    regex: Annotated[str, Field(min_length=1, description="A pattern of Python's re.")]
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return pattern
+
+
+class Python(_Keyed):
+    """The mean of a function of your own: ``{python: 'scoring:citation'}``."""
+
+    python: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+            description="module:function, in the project's folder. It is called as function(answer, reference, "
+            "example) and returns a number from 0 to 1, or None for an item that cannot be scored.",
+        ),
+    ]
+
+
+def _kind(value: Any) -> str | None:
+    """Which form a metric is written in, as the tag of the type that reads it."""
+    if isinstance(value, str):
+        return "a name" if value in get_args(PlainMetric) else None
+    if isinstance(value, _Keyed):
+        return next(field.alias or name for name, field in type(value).model_fields.items())
+    if isinstance(value, dict) and len(value) == 1:
+        return str(next(iter(value)))
+    return None
+
+
+Metric = Annotated[
+    Annotated[PlainMetric, Tag("a name")]
+    | Annotated[ExactMatch, Tag("exact_match")]
+    | Annotated[Choices, Tag("choices")]
+    | Annotated[Json, Tag("json")]
+    | Annotated[Regex, Tag("regex")]
+    | Annotated[Python, Tag("python")],
+    Discriminator(
+        _kind,
+        custom_error_type="metric",
+        custom_error_message=f"a metric is one of {', '.join(get_args(PlainMetric))}, or a mapping with one key of "
+        "exact_match, choices, json, regex, python",
+    ),
+]
+
+
+def metric_name(metric: Metric) -> MetricName:
+    """What evidence and tables call this metric."""
+    match metric:
+        case ExactMatch(exact_match=settings):
+            forgiven = [name for name, on in settings if on]
+            return " ".join(["exact_match", "+".join(forgiven)]).strip()
+        case Choices():
+            return "choices"
+        case Json(of=JsonFields(fields=fields)):
+            return "json" if fields is None else f"json {','.join(fields)}"
+        case Regex(regex=pattern):
+            return f"regex {pattern}"
+        case Python(python=function):
+            return f"python {function}"
+        case _:
+            return metric

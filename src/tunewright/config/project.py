@@ -1,0 +1,120 @@
+"""The folder that a user works in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tunewright.config import Config
+from tunewright.config.io import load_config
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_text
+
+CONFIG_FILE = "tunewright.yaml"
+
+
+@dataclass(frozen=True)
+class ProjectFolder:
+    """A folder with a ``tunewright.yaml``, and where everything in it lives."""
+
+    root: Path
+    changed_config: Config | None = None
+    """Used in place of the file's, where a command's options change values of it."""
+
+    @cached_property
+    def config(self) -> Config:
+        """The validated config."""
+        return self.changed_config or load_config(self.root / CONFIG_FILE)
+
+    @property
+    def has_config(self) -> bool:
+        """Whether this is a project at all."""
+        return self.changed_config is not None or (self.root / CONFIG_FILE).exists()
+
+    @property
+    def dataset(self) -> Path:
+        """Dataset versions: plain text, made to be committed to git."""
+        return self.root / "dataset"
+
+    @property
+    def adapters(self) -> Path:
+        """Trained adapters, one immutable folder each: NAME-DIGEST12."""
+        return self.root / "adapters"
+
+    @property
+    def keys(self) -> Path:
+        """Public keys that the project trusts to sign adapters: made to be committed to git."""
+        return self.root / "keys"
+
+    @property
+    def fold_adapters(self) -> Path:
+        """The adapters of cross-fitted evaluations, apart from those that are served; all can be made again."""
+        return self.root / ".tunewright" / "crossfit" / "adapters"
+
+    @property
+    def curve_adapters(self) -> Path:
+        """The adapters of learning curves, apart from those that are served; all can be made again."""
+        return self.root / ".tunewright" / "curve" / "adapters"
+
+    @property
+    def pilot_adapters(self) -> Path:
+        """The adapters of `advise`, apart from those that are served; all can be made again."""
+        return self.root / ".tunewright" / "pilot" / "adapters"
+
+    @property
+    def advice(self) -> Path:
+        """What `advise` measured, one file each: ID.json."""
+        return self.root / "advice"
+
+    @property
+    def curves(self) -> Path:
+        """Learning curves, one folder for each: ID."""
+        return self.root / "curves"
+
+    @property
+    def sweeps(self) -> Path:
+        """Ledgers of sweeps, one folder for each: ID."""
+        return self.root / "sweeps"
+
+    @property
+    def evaluations(self) -> Path:
+        """Evidence, one folder for each evaluation: ID."""
+        return self.root / "evaluations"
+
+    @property
+    def serving_state(self) -> Path:
+        """Tenants, keys, releases and usage, unless serve.state puts them elsewhere; made at first use."""
+        return self.root / "serving" / "state.sqlite"
+
+    @property
+    def exports(self) -> Path:
+        """What was exported, one folder each."""
+        return self.root / "exports"
+
+    @property
+    def work(self) -> Path:
+        """Checkpoints and cached generations, made at first use: git ignores it, all of it can be made again."""
+        folder = self.root / ".tunewright"
+        if not folder.exists():
+            write_text(folder / ".gitignore", "*\n")
+        return folder
+
+
+def create_project(root: Path, files: dict[str, str]) -> ProjectFolder:
+    """Write a new project's files, the config among them.
+
+    Raises:
+        UserError: one of the files is already there (nothing is written then).
+    """
+    there = [name for name in files if (root / name).exists()]
+    if there:
+        raise UserError(
+            f"already there: {', '.join(there)}",
+            where=str(root),
+            fix="Choose another folder, or remove them first.",
+        )
+    # The config comes last: a folder without it is no project yet, so a crash before it can be repeated.
+    for name in sorted(files, key=lambda name: name == CONFIG_FILE):
+        write_text(root / name, files[name])
+    return ProjectFolder(root)

@@ -1,0 +1,1 @@
+"""Shared foundations: errors, file I/O, CSV, time, progress and wording."""

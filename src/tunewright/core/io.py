@@ -1,0 +1,183 @@
+"""Digests, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tunewright.core.errors import UserError
+
+_REFUSALS = {
+    errno.ENOSPC: ("the disk is full", "Free some space and run the same command again."),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
+    errno.EFBIG: (
+        "a file grew over the size that is allowed here",
+        "Raise the limit (ulimit -f), or choose another folder.",
+    ),
+    errno.EEXIST: ("a file is where a folder has to be", "Choose another folder."),
+    errno.ENOTDIR: ("a file is where a folder has to be", "Choose another folder."),
+    errno.EROFS: ("the file system is read-only", "Choose a folder that can be written to."),
+    errno.EACCES: ("permission denied", "Choose a folder that you may write to."),
+    errno.EPERM: ("permission denied", "Choose a folder that you may write to."),
+}
+
+MANIFEST = "manifest.json"
+"""In a sealed folder: its files' names to their SHA-256, written last."""
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling per value: sorted keys, no spaces, UTF-8 kept, no NaN (after RFC 8785)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text; ``str.splitlines`` also cuts at the line and page separators that values may hold."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (64 hex digits) of a JSON value's canonical spelling."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (64 hex digits) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write below ``path`` into a UserError; the rest passes."""
+    try:
+        yield
+    except Exception as error:
+        number = _refusal(error, path)
+        if number is None or isinstance(error, UserError):
+            raise
+        what, fix = _REFUSALS[number]
+        raise UserError(f"{what}; nothing that was there before has changed", where=str(path), fix=fix) from error
+
+
+def _refusal(error: Exception, path: Path) -> int | None:
+    """The error number behind a failed write, also where a library's native writer hides it in a message."""
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        return error.errno
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if os.strerror(number) in str(error):  # safetensors: "I/O error: No space left on device (os error 28)"
+            return number
+    if "inline_container.cc" in str(error):  # torch.save says only that it failed: a write of our own says why
+        return _probe(next(p for p in (path, *path.parents) if p.is_dir()))
+    return None
+
+
+def _probe(folder: Path) -> int | None:
+    """What 16 MB written to ``folder`` are refused with, if they are refused."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(16):
+                file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno if error.errno in _REFUSALS else None
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, or leave what was there: temporary file, fsync, rename."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document for people and programs: sorted, indented, whole or not at all."""
+    write_text(path, json_document(value))
+
+
+def json_document(value: Any) -> str:
+    """Return what ``write_json`` writes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder that becomes ``path`` at the end, and only if nothing was raised.
+
+    ``path`` must not exist yet: folders made this way are named by content, so a second writer made the same.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync_file(file)
+            temporary.chmod(0o755)
+            if not path.exists():
+                temporary.rename(path)
+                _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Mark a folder as whole: its files reach the disk first, then the list of their digests appears at once."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    for file in files:
+        _sync_file(file)
+    for inner in {file.parent for file in files}:
+        _sync_folder(inner)
+    write_json(folder / MANIFEST, {file.relative_to(folder).as_posix(): file_digest(file) for file in files})
+
+
+def damage(folder: Path) -> list[str]:
+    """Which files of a sealed folder are not as they were sealed, each with what is wrong; empty if it is whole."""
+    path = folder / MANIFEST
+    try:
+        sealed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        found = [(name, folder / name, sha256) for name, sha256 in sealed.items()]
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing"]
+    except (ValueError, AttributeError, TypeError):
+        return [f"{MANIFEST} cannot be read"]
+    faults = []
+    for name, file, sha256 in found:
+        if not file.is_file():
+            faults.append(f"{name} is missing")
+        elif file_digest(file) != sha256:
+            faults.append(f"{name} has changed")
+    return faults
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_sync_folder = _sync_file

@@ -1,0 +1,224 @@
+"""Test rows whose output, or its template, is in training: how many here, and how many in a random split.
+
+A split by input keeps no output apart. Where outputs are made from templates (queries, code, forms), a model can score
+by choosing a template that it has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import gammaln
+
+from tunewright.core.progress import Reporter
+from tunewright.data.dedup.decontaminate import FEWEST, words_of
+from tunewright.data.dedup.similarity import shingle_matrix
+from tunewright.data.dedup.sketches import Indices
+from tunewright.data.examples import normalised
+from tunewright.data.outputs import output_template
+from tunewright.data.review.suspects import class_like
+from tunewright.data.splits import MINIMUM_CLUSTERS, Split
+from tunewright.data.versions import Member
+
+HIGH = 0.5
+"""Share of the test rows from which on known output templates are worth a warning."""
+
+_TEST: tuple[Split, ...] = ("test",)
+_SAMPLE = 500  # rows compared with all others
+_CELLS = 4_000_000  # similarities held at once: bounds the memory, not the result
+_ROUNDING = 1e-6
+
+How = Literal["identical", "template", "near"]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The share of test rows with a training row of the same or a near-equal output.
+
+    Attributes:
+        how: identical (case and white space set aside), template (equal by ``output_template``), near (Jaccard
+            similarity of character 4-grams at or above the version's ``similarity``).
+        here: in this split.
+        random: the share to be expected in a random split of the same sizes.
+    """
+
+    how: How
+    here: float
+    random: float
+
+
+@dataclass(frozen=True)
+class OutputLeak:
+    """How much of the test's outputs training has shown.
+
+    Attributes:
+        test: test rows.
+        outputs: different outputs of all rows, case and white space set aside.
+        templates: different templates of all rows.
+        overlaps: one for each ``how`` that was measured.
+        natural: why outputs share this much by nature, so that it is no leak; None where it may be one.
+    """
+
+    test: int
+    outputs: int
+    templates: int
+    overlaps: tuple[Overlap, ...]
+    natural: str | None
+
+    def share(self, how: How) -> float:
+        """The share of test rows that overlap in this way."""
+        return next(each.here for each in self.overlaps if each.how == how)
+
+    @property
+    def high(self) -> bool:
+        """Whether it is worth a warning."""
+        return self.natural is None and self.share("template") >= HIGH
+
+    def as_dict(self) -> dict[str, Any]:
+        """The measurement as ``--json`` prints it."""
+        return {**asdict(self), "high": self.high}
+
+
+def output_leak(members: Sequence[Member]) -> OutputLeak:
+    """Measure identical outputs and equal templates, in time linear in the rows; near-equal ones are ``near_overlap``.
+
+    Args:
+        members: the rows of a version, or of one to be; the generic mix-in does not count.
+    """
+    domain = [m for m in members if not m.mixed]
+    identical = _numbers(domain, normalised)
+    template = _numbers(domain, output_template)
+    return OutputLeak(
+        test=sum(m.split == "test" for m in domain),
+        outputs=len(np.unique(identical)),
+        templates=len(np.unique(template)),
+        overlaps=(_overlap("identical", domain, identical), _overlap("template", domain, template)),
+        natural=_natural(domain, template),
+    )
+
+
+def new_templates(members: Sequence[Member], splits: Collection[Split] = _TEST) -> dict[str, bool] | None:
+    """Return for each test row, by key, whether no training row has its output template; None where that says nothing.
+
+    Args:
+        members: the rows of a version; the generic mix-in does not count.
+        splits: whose rows are asked for.
+    """
+    domain = [m for m in members if not m.mixed]
+    if _natural(domain, _numbers(domain, output_template)) is not None:
+        return None
+    seen = {output_template(m.example.output) for m in domain if m.split == "train"}
+    return {m.key: output_template(m.example.output) not in seen for m in domain if m.split in splits}
+
+
+def _natural(domain: Sequence[Member], template: Indices) -> str | None:
+    outputs = [m.example.output.strip() for m in domain]
+    if class_like(outputs):
+        return "outputs are labels"
+    if 2 * sum(len(words_of(output)) < FEWEST for output in outputs) > len(outputs):
+        return f"most outputs have fewer than {FEWEST} words"
+    sizes = np.bincount(template)
+    if len(sizes) < MINIMUM_CLUSTERS or 2 * int(sizes.max()) > len(outputs):
+        return "most outputs have one of a few forms"
+    return None
+
+
+def _numbers(members: Sequence[Member], reduced: Callable[[str], str]) -> Indices:
+    """Equal numbers for rows whose outputs are equal when reduced, from 0 without gaps, [rows]."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(reduced(m.example.output), len(known)) for m in members], dtype=np.int64)
+
+
+def _overlap(how: How, domain: Sequence[Member], numbers: Indices) -> Overlap:
+    training = {int(n) for n, m in zip(numbers, domain, strict=True) if m.split == "train"}
+    here = [int(n) in training for n, m in zip(numbers, domain, strict=True) if m.split == "test"]
+    others = np.bincount(numbers)[numbers] - 1
+    return Overlap(how, _mean(here), _chance(others, domain))
+
+
+def _chance(others: Indices, domain: Sequence[Member]) -> float:
+    """The mean probability that some of a row's ``others`` are trained on, if the training rows are drawn at random.
+
+    Of n - 1 other rows, T are training rows: none of k is among them with probability C(n-1-k, T) / C(n-1, T).
+    """
+    if len(domain) < 2:
+        return 0.0
+    rest = len(domain) - 1
+    training = min(sum(m.split == "train" for m in domain), rest)
+    outside = np.minimum(others, rest - training)  # more than that cannot all be outside
+    none = gammaln(rest - outside + 1) - gammaln(rest - outside - training + 1)
+    none -= gammaln(rest + 1) - gammaln(rest - training + 1)
+    return _mean(np.where(others > outside, 1.0, -np.expm1(none)))
+
+
+def _mean(values: Iterable[float] | npt.NDArray[Any]) -> float:
+    found = np.array(values, dtype=np.float64)
+    return float(found.mean()) if found.size else 0.0
+
+
+def near_overlap(members: Sequence[Member], threshold: float, seed: int, reporter: Reporter) -> Overlap:
+    """Measure near-equal outputs exactly, on random samples of at most 500 test rows and 500 rows of all.
+
+    Args:
+        members: the rows of a version; the generic mix-in does not count.
+        threshold: Jaccard similarity of the outputs' character 4-grams, in (0, 1].
+        seed: decides the samples.
+        reporter: shows the progress.
+    """
+    domain = [m for m in members if not m.mixed]
+    numbers = _numbers(domain, normalised)
+    texts = list(dict.fromkeys(normalised(m.example.output) for m in domain))  # in the order of their numbers
+    rng = np.random.default_rng(seed)
+    test = _sample(rng, [i for i, m in enumerate(domain) if m.split == "test"])
+    anyone = _sample(rng, list(range(len(domain))))
+    rows = np.bincount(numbers, minlength=len(texts))
+    trained = np.bincount(numbers[[i for i, m in enumerate(domain) if m.split == "train"]], minlength=len(texts))
+    weights = np.stack([rows, trained], axis=1)  # [texts, 2]
+    asked, place = np.unique(numbers[[*test, *anyone]], return_inverse=True)
+    near = _near_rows(texts, asked, weights, threshold, reporter)[place]
+    here = near[: len(test), 1] > 0
+    return Overlap("near", _mean(here), _chance(near[len(test) :, 0] - 1, domain))
+
+
+def _sample(rng: np.random.Generator, rows: list[int]) -> list[int]:
+    return rows if len(rows) <= _SAMPLE else [int(row) for row in rng.choice(rows, _SAMPLE, replace=False)]
+
+
+def _near_rows(texts: Sequence[str], asked: Indices, weights: Indices, threshold: float, reporter: Reporter) -> Indices:
+    """For each text that is asked for, the sums of the weights of all texts near-equal to it, itself included.
+
+    Args:
+        texts: different texts.
+        asked: numbers of some of them.
+        weights: [texts, kinds].
+
+    Returns:
+        [asked, kinds].
+    """
+    matrix = shingle_matrix(texts)
+    sizes = np.diff(matrix.indptr)
+    order = np.argsort(sizes, kind="stable")
+    place = np.argsort(order)
+    matrix, sizes, weights = matrix[order].astype(np.float32), sizes[order], weights[order].astype(np.float64)
+    by_size = np.argsort(place[asked])
+    # What no text that is asked for has is in no intersection.
+    matrix = matrix[:, np.unique(matrix[place[asked]].indices)]
+    block = max(1, _CELLS // max(matrix.shape))
+    sums = np.zeros((len(asked), weights.shape[1]), dtype=np.int64)
+    with reporter.task("comparing outputs", len(asked), "outputs") as task:
+        for start in range(0, len(asked), block):
+            some = by_size[start : start + block]
+            mine = place[asked[some]]
+            # Sets whose sizes differ by more than the threshold cannot be near-equal.
+            low = int(np.searchsorted(sizes, threshold * sizes[mine[0]] - _ROUNDING))
+            high = int(np.searchsorted(sizes, sizes[mine[-1]] / threshold + _ROUNDING, side="right"))
+            # Dense on one side: where outputs are made from templates, nearly all of them share some shingle.
+            shared = (matrix[low:high] @ matrix[mine].toarray().T).astype(np.float64)  # [texts, some]
+            near = shared / (sizes[low:high, None] + sizes[mine] - shared) >= threshold
+            sums[some] = near.T.astype(np.float64) @ weights[low:high]
+            task.advance(len(some))
+    return sums

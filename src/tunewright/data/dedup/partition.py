@@ -1,0 +1,327 @@
+"""Candidates for near-equal texts: exact, and never much slower than comparing the sketches of all with all.
+
+Texts of like size are joined together. A few of them are compared all with all, by their sketches (``sketches``). Of
+many, only those are compared that share a signature, and of two kinds of signatures the cheaper one is taken:
+
+- Two sets that overlap enough share one of their rarest members, so a text's rarest 4-grams are its signatures (prefix
+  filtering: Chaudhuri et al. 2006, "A Primitive Operator for Similarity Joins in Data Cleaning"; fewer of them for the
+  smaller text of a pair: Xiao et al. 2008, "Efficient Similarity Joins for Near Duplicate Detection"). In texts from a
+  template these are the names and numbers that were put in.
+- In ordinary text, rare 4-grams come from one rare word, and thousands of texts hold it. So the 4-grams are dealt at
+  random into parts, and what a text has in one part is a signature drawn from all over the text. Two sets that differ
+  in at most d members are equal in all but d parts (PartEnum: Arasu et al. 2006, "Efficient Exact Set-Similarity
+  Joins"), and of these signatures too it is enough to look at the d + 1 rarest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tunewright.core.progress import Task
+from tunewright.data.dedup.sketches import ROUNDING, Indices, Mask, Sketches, mixed
+
+_FEW = 4_000  # texts that are compared all with all: signing them would take longer
+_EQUAL_PARTS = 6  # parts that near-equal texts share at least: more tell candidates apart better, and cost more time
+_SPREAD = 1.1  # sizes handled together: a wider spread makes weaker signatures
+_CELLS = 4_000_000  # pairs held at once: bounds the memory, not the result
+_MANY = 1 << 14  # pairs of one signature from which on their sketches are compared in a block
+_DEAR = 20  # a pair that is looked up takes as long as this many that are compared in a block
+_GAIN = 2  # how much less work signatures must make than comparing all with all
+_LARGE_LABEL = 0.02  # share of texts with one label from which on leaving out their pairs pays
+
+Pairs = tuple[Indices, Indices]
+
+
+@dataclass(frozen=True)
+class _Signed:
+    """Texts by signature. A pair is looked for from its larger text, by those of its signatures with number i.
+
+    The texts that look are ``larger[larger_begins[i]:larger_begins[i + 1]]``; those that are found, ``smaller[...]``.
+    """
+
+    larger: Indices
+    larger_begins: Indices
+    smaller: Indices
+    smaller_begins: Indices
+
+    def pairs(self, large: _Large | None = None) -> Indices:
+        """How many pairs each signature makes, without those of texts that have one of the large labels."""
+        pairs: Indices = np.diff(self.larger_begins) * np.diff(self.smaller_begins)
+        for number in range(large.count if large else 0):
+            assert large is not None
+            ends = ((self.larger, self.larger_begins), (self.smaller, self.smaller_begins))
+            one, other = (np.add.reduceat((large.number == number)[p], b[:-1], dtype=np.int64) for p, b in ends)
+            pairs -= one * other
+        return pairs
+
+    def work(self, large: _Large | None = None) -> int:
+        """What comparing all these pairs takes, in pairs that are compared in a block."""
+        pairs = self.pairs(large)
+        return int(np.sum(np.where(pairs >= _MANY, pairs + _MANY, _DEAR * pairs)))
+
+    def where(self, mask: Mask) -> _Signed:
+        """The signatures for which the mask is true."""
+        return _Signed(
+            *_cut(self.larger, self.larger_begins, mask),
+            *_cut(self.smaller, self.smaller_begins, mask),
+        )
+
+    def apart(self, labels: Indices) -> _Signed:
+        """The signatures of texts that do not all have one label."""
+        if len(self.larger_begins) < 2:
+            return self
+        one, other = labels[self.larger], labels[self.smaller]
+        lows = [np.minimum.reduceat(v, b[:-1]) for v, b in ((one, self.larger_begins), (other, self.smaller_begins))]
+        highs = [np.maximum.reduceat(v, b[:-1]) for v, b in ((one, self.larger_begins), (other, self.smaller_begins))]
+        return self.where(np.minimum(*lows) < np.maximum(*highs))
+
+    def lists(self, mask: Mask) -> Iterator[Pairs]:
+        """For each of these signatures the texts that look and those that are found."""
+        for i in np.flatnonzero(mask).tolist():
+            yield (
+                self.larger[self.larger_begins[i] : self.larger_begins[i + 1]],
+                self.smaller[self.smaller_begins[i] : self.smaller_begins[i + 1]],
+            )
+
+
+@dataclass(frozen=True)
+class _Large:
+    """The labels that many texts have: of each text the number of its label, -1: none of these."""
+
+    number: npt.NDArray[np.int64]
+    count: int
+
+    def split(self, rows: Indices, columns: Indices) -> Iterator[Pairs]:
+        """All pairs of rows and columns, but those that have one of these labels."""
+        mine, theirs = self.number[rows], self.number[columns]
+        for number in np.unique(mine).tolist():
+            yield rows[mine == number], columns if number < 0 else columns[theirs != number]
+
+
+def _large_labels(labels: Indices) -> _Large:
+    names, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    large = counts >= max(_LARGE_LABEL * len(labels), 2)
+    numbers = np.full(len(names), -1, dtype=np.int64)
+    numbers[large] = np.arange(np.count_nonzero(large))
+    return _Large(numbers[number], int(np.count_nonzero(large)))
+
+
+def _cut(places: Indices, begins: Indices, mask: Mask) -> Pairs:
+    sizes = np.diff(begins)
+    return places[np.repeat(mask, sizes)], np.concatenate([[0], np.cumsum(sizes[mask])])
+
+
+def _by_signature(signatures: Indices, places: Indices, larger: Mask, smaller: Mask) -> _Signed:
+    """Entries [entries] by signature: whether its text may be the larger one by it, and whether the smaller one.
+
+    Signatures of a single text are left out.
+    """
+    order = np.argsort(signatures, kind="stable")
+    signatures, places, larger, smaller = signatures[order], places[order], larger[order], smaller[order]
+    number = np.cumsum(np.diff(signatures, prepend=signatures[:1]) != 0)
+    count = int(number[-1]) + 1 if len(number) else 0
+    begins = [np.concatenate([[0], np.cumsum(np.bincount(number[of], minlength=count))]) for of in (larger, smaller)]
+    signed = _Signed(places[larger], begins[0], places[smaller], begins[1])
+    return signed.where((signed.pairs() > 0) & (np.bincount(number, minlength=count) > 1))
+
+
+class SizeClass:
+    """Texts of like size, to be joined: each near-equal pair is found in the class of its larger text.
+
+    Args:
+        rows: 0/1 csr matrix [texts, shingles], whose columns run from the rarest shingle to the most frequent, sorted.
+        sizes: each text's number of shingles.
+        threshold: Jaccard similarity, in (0, 1].
+        low: fewest shingles of the larger text of a pair.
+        high: most shingles.
+    """
+
+    def __init__(self, rows: Any, sizes: Indices, threshold: float, low: int, high: int) -> None:
+        self._texts = np.flatnonzero((sizes >= threshold * low - ROUNDING) & (sizes <= high)).astype(np.int64)
+        self._sizes, self._threshold, self._low = sizes[self._texts], threshold, low
+        self._large: Mask = self._sizes >= low
+        self._rows = rows[self._texts]
+        self._different = math.floor((1 - threshold) / (1 + threshold) * 2 * high + ROUNDING)
+        self._sketches = Sketches(self._rows, self._sizes, threshold, high)
+        self._by_signature = self._signed() if len(self._texts) > _FEW else None
+
+    def in_line(self) -> Iterator[Pairs]:
+        """Candidates of each text and the one before it: they link most of a family without all its pairs."""
+        lists = [(np.arange(len(self._texts)), np.array([0]))]
+        if (signed := self._by_signature) is not None:
+            lists += [(signed.larger, signed.larger_begins), (signed.smaller, signed.smaller_begins)]
+        for places, begins in lists:
+            later = np.ones(len(places), dtype=bool)
+            later[begins[begins < len(places)]] = False
+            at = np.flatnonzero(later)
+            for some in np.array_split(at, max(1, math.ceil(len(at) / _CELLS))):
+                first, second = self._likely(places[some], places[some - 1], None)
+                yield self._texts[first], self._texts[second]
+
+    def candidates(self, labels: Indices | None, task: Task) -> Iterator[Pairs]:
+        """Pairs of text numbers that may be near-equal: none that is gets lost, some come again.
+
+        Args:
+            labels: of all texts; pairs of texts with equal labels may be left out. May change between the pairs.
+            task: is advanced by the texts that are the larger ones here.
+        """
+        steps = _Steps(task, int(np.count_nonzero(self._large)))
+        for first, second in self._meetings(labels, steps):
+            yield self._texts[first], self._texts[second]
+        steps.end()
+
+    def _meetings(self, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
+        """The same as places in the class."""
+        signed, large = self._by_signature, _Large(np.full(len(self._texts), -1), 0)
+        if labels is not None:
+            large = _large_labels(labels[self._texts])
+            if signed is not None:
+                signed = signed.apart(labels[self._texts])
+        every = np.arange(len(self._texts))
+        sizes = np.bincount(large.number + 1, minlength=large.count + 1)[1:]
+        apart = len(every) * int(np.count_nonzero(self._large)) - int(np.sum(sizes**2))
+        if signed is None or _GAIN * signed.work(large) > apart:
+            steps.work = max(apart, 1)
+            yield from self._all_with_all(large, labels, steps)
+            return
+        steps.work = signed.work(large)
+        many = signed.pairs(large) >= _MANY
+        yield from self._looked_up(signed.where(~many), labels, steps)
+        for larger, smaller in signed.lists(many):
+            for rows, columns in large.split(larger, smaller):
+                yield from self._compared(rows, columns, labels, steps)
+
+    def _all_with_all(self, large: _Large, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
+        """All pairs of texts whose sketches are alike, but those that have one of the large labels."""
+        for number in range(large.count):
+            mine, others = large.number == number, (large.number > number) | (large.number < 0)
+            yield from self._compared(np.flatnonzero(mine & self._large), np.flatnonzero(others), labels, steps)
+            small = np.flatnonzero(mine & ~self._large)
+            yield from self._compared(np.flatnonzero(others & self._large), small, labels, steps)
+        rest = np.flatnonzero((large.number < 0) & self._large)
+        yield from self._compared(rest, None, labels, steps)
+        yield from self._compared(rest, np.flatnonzero((large.number < 0) & ~self._large), labels, steps)
+
+    def _compared(
+        self, rows: Indices, columns: Indices | None, labels: Indices | None, steps: _Steps
+    ) -> Iterator[Pairs]:
+        def wanted(first: Indices, second: Indices) -> Mask:
+            assert labels is not None
+            mask: Mask = labels[self._texts[first]] != labels[self._texts[second]]
+            return mask
+
+        for first, second, compared in self._sketches.meetings(rows, columns, None if labels is None else wanted):
+            yield first, second
+            steps.done(compared)
+
+    def _looked_up(self, signed: _Signed, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
+        """Pairs of the texts of one signature."""
+        looking = np.diff(signed.larger_begins)
+        number = np.repeat(np.arange(len(looking)), looking)
+        found = np.diff(signed.smaller_begins)[number]
+        pairs = np.concatenate([[0], np.cumsum(found)])
+        at = 0
+        while at < len(number):
+            to = max(at + 1, int(np.searchsorted(pairs, pairs[at] + _CELLS, side="right")) - 1)
+            entries = np.repeat(np.arange(at, to), found[at:to])
+            others = np.arange(pairs[at], pairs[to]) - pairs[entries] + signed.smaller_begins[number[entries]]
+            yield self._likely(signed.larger[entries], signed.smaller[others], labels)
+            steps.done(_DEAR * int(pairs[to] - pairs[at]))
+            at = to
+
+    def _likely(self, first: Indices, second: Indices, labels: Indices | None) -> Pairs:
+        """Those of the pairs that may be near-equal, and have not one label, each once."""
+        ask = (self._large[first] | self._large[second]) & (first != second)
+        if labels is not None:
+            ask &= labels[self._texts[first]] != labels[self._texts[second]]
+        first, second = first[ask], second[ask]
+        ask = self._sketches.likely(first, second)
+        keys = np.unique(np.maximum(first, second)[ask] * len(self._texts) + np.minimum(first, second)[ask])
+        return keys // len(self._texts), keys % len(self._texts)
+
+    def _signed(self) -> _Signed:
+        """The texts by the kind of signatures that makes less work."""
+        rare = self._by_rare_shingles()
+        if rare.work() <= _DEAR * len(self._texts):
+            return rare
+        parts = self._by_parts()
+        return min(rare, parts, key=_Signed.work)
+
+    def _by_rare_shingles(self) -> _Signed:
+        """By the rarest shingles, as many as near-equal texts share one of.
+
+        Of n shingles that have at least o in common with another text, one of the n - o + 1 rarest is among these. A
+        text of n has threshold * n or more in common with a smaller one, and of texts that are no smaller than the
+        class's lowest it has more in common.
+        """
+        sizes, share = self._sizes, self._threshold / (1 + self._threshold)
+        place = np.arange(self._rows.nnz) - np.repeat(self._rows.indptr[:-1], sizes)
+        looking = np.where(self._large, sizes - np.ceil(self._threshold * sizes - ROUNDING) + 1, 0)
+        found = sizes - np.ceil(share * (sizes + np.maximum(sizes, self._low)) - ROUNDING) + 1
+        larger, smaller = place < np.repeat(looking, sizes), place < np.repeat(found, sizes)
+        either = larger | smaller
+        texts = np.repeat(np.arange(len(sizes)), sizes)[either]
+        return _by_signature(self._rows.indices[either], texts, larger[either], smaller[either])
+
+    def _by_parts(self) -> _Signed:
+        """By the rarest of the signatures in parts.
+
+        Texts that differ in at most ``_different`` shingles are equal in ``_EQUAL_PARTS`` parts.
+        """
+        parts, count = self._different + _EQUAL_PARTS, len(self._texts)
+        codes = mixed(np.arange(self._rows.shape[1], dtype=np.uint64))
+        part = (mixed(codes) % np.uint64(parts)).astype(np.int64)
+        cells = np.repeat(np.arange(count) * parts, np.diff(self._rows.indptr)) + part[self._rows.indices]
+        # A sum of random codes stands for the set. Sums that are equal by chance only make candidates more.
+        signatures = np.tile(mixed(np.arange(1 << 40, (1 << 40) + parts, dtype=np.uint64)), count)
+        np.add.at(signatures, cells, codes[self._rows.indices])
+        del cells
+        _, numbers, counts = np.unique(signatures, return_inverse=True, return_counts=True)
+        del signatures
+        rank = np.empty(len(counts), dtype=np.int64)
+        rank[np.argsort(counts, kind="stable")] = np.arange(len(counts))
+        ranks = rank[numbers].reshape(count, parts)
+        del numbers
+        ranks = np.partition(ranks, self._different, axis=1)[:, : self._different + 1]
+        shared = ranks >= np.count_nonzero(counts == 1)
+        texts = np.nonzero(shared)[0]
+        return _by_signature(ranks[shared], texts, self._large[texts], np.ones(len(texts), dtype=bool))
+
+
+def size_classes(rows: Any, sizes: Indices, threshold: float) -> Iterator[SizeClass]:
+    """The classes of all texts, from small to large."""
+    low, top = int(sizes.min(initial=1)), int(sizes.max(initial=0))
+    while low <= top:
+        high = max(low, math.floor(low * _SPREAD))
+        if np.any((sizes >= low) & (sizes <= high)):
+            yield SizeClass(rows, sizes, threshold, low, high)
+        low = high + 1
+
+
+class _Steps:
+    """Work as steps of a task that has a fixed number of them."""
+
+    def __init__(self, task: Task, total: int) -> None:
+        self._task, self._total, self._advanced, self._worked = task, total, 0, 0
+        self.work = 0
+        """How much there is to do."""
+
+    def done(self, work: int) -> None:
+        """Count work as done."""
+        self._worked = min(self._worked + work, self.work)
+        self._to(self._total * self._worked // max(self.work, 1))
+
+    def end(self) -> None:
+        """Count all work as done."""
+        self._to(self._total)
+
+    def _to(self, step: int) -> None:
+        if step > self._advanced:
+            self._task.advance(step - self._advanced, f"{self._total:,} of like length")
+            self._advanced = step

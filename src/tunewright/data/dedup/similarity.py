@@ -1,0 +1,323 @@
+"""All pairs of texts whose character 4-grams overlap enough, found exactly.
+
+``partition`` and ``sketches`` find candidates, and each of these is verified here. They miss no pair, which MinHash
+cannot promise, and one missed pair is one leak into the test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import connected_components
+
+from tunewright.core.progress import Reporter, Task
+from tunewright.data.dedup.partition import size_classes
+from tunewright.data.dedup.sketches import Indices, Mask, Sketches, Wanted
+
+Similarities = npt.NDArray[np.float64]
+Near = tuple[Indices, Indices, Similarities]
+
+SHINGLE = 4  # characters: of a word's inflections and typing errors, most 4-grams survive
+_MANY_IN_GROUP = 128  # texts from which on a group is compared with its kept texts only
+_BLOCK = 512  # texts of a group whose order matters, compared at once
+_BATCH = 50_000  # candidates verified at once: what one batch links, the next one need not look at
+_CELLS = 4_000_000  # shingles held at once while pairs are verified: bounds the memory, not the result
+_TABLE = 1 << 24  # entries: some 130 MB
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of text numbers at or above the threshold: ``first`` > ``second``, each once."""
+
+    first: Indices
+    second: Indices
+    similarity: Similarities
+
+
+def shingles(text: str) -> set[str]:
+    """The set of a text's character 4-grams; a shorter text is its own only shingle."""
+    return {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}
+
+
+def near_pairs(
+    texts: Sequence[str], threshold: float, wanted: Wanted, reporter: Reporter, title: str
+) -> Iterator[Pairs]:
+    """All pairs with a Jaccard similarity of their shingles at or above the threshold, each once, in batches.
+
+    Args:
+        texts: the texts.
+        threshold: in (0, 1].
+        wanted: which candidate pairs matter.
+        reporter: shows the progress.
+        title: what the progress is called.
+    """
+    rows = shingle_matrix(texts)
+    sizes = np.diff(rows.indptr).astype(np.int64)
+    with reporter.task(title, len(texts), "examples") as task:
+        for group in size_classes(rows, sizes, threshold):
+            candidates = _batches(group.candidates(None, task), wanted)
+            found = [verified(rows, sizes, first, second, threshold) for first, second in candidates]
+            if found:
+                first, second, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
+                _, once = np.unique(first * len(texts) + second, return_index=True)
+                yield Pairs(first[once], second[once], similarity[once])
+
+
+def link(texts: Sequence[str], threshold: float, reporter: Reporter, title: str) -> Indices:
+    """For each text the number of the first one that it is linked with by any chain of near-equal texts, [texts].
+
+    Args:
+        texts: the texts.
+        threshold: Jaccard similarity of the texts' shingles, in (0, 1].
+        reporter: shows the progress.
+        title: what the progress is called.
+    """
+    numbers: dict[str, int] = {}
+    same = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
+    rows = shingle_matrix(list(numbers))
+    sizes = np.diff(rows.indptr).astype(np.int64)
+    labels: Indices = np.arange(len(numbers), dtype=np.int64)
+
+    def wanted(first: Indices, second: Indices) -> Mask:
+        mask: Mask = labels[first] != labels[second]  # already linked: one link more changes nothing
+        return mask
+
+    with reporter.task(title, len(numbers), "different texts") as task:
+        for group in size_classes(rows, sizes, threshold):
+            # All links in line are made before the rest begins, which leaves out what is linked by then.
+            for candidates in (group.in_line, partial(group.candidates, labels, task)):
+                for pairs in _batches(candidates(), wanted):
+                    first, second, _ = verified(rows, sizes, *pairs, threshold)
+                    _join(labels, first, second)
+    first_of = np.unique(same, return_index=True)[1]
+    return first_of[labels[same]].astype(np.int64)
+
+
+def nearest_kept(
+    texts: Sequence[str], groups: Indices, kept: int, threshold: float, reporter: Reporter, title: str
+) -> Pairs:
+    """Each text that is near one before it in its group that is kept, with the most similar of those; ascending.
+
+    A text is kept unless it is near one that is; of equally similar ones the first is taken.
+
+    Args:
+        texts: the texts, the most deserving first.
+        groups: of each text, [texts]; only texts of one group are compared.
+        kept: the first ``kept`` texts are, whatever they resemble.
+        threshold: in (0, 1].
+        reporter: shows the progress.
+        title: what the progress is called.
+    """
+    sizes = np.bincount(groups)[groups]
+    used = np.flatnonzero(sizes > 1)
+    order = used[np.argsort(groups[used], kind="stable")]
+    with reporter.task(title, len(texts), "examples") as task:
+        task.advance(len(texts) - len(used), f"{len(texts) - len(used):,} with an output of their own")
+        search = _KeptSearch([texts[i] for i in order.tolist()], order < kept, threshold)
+        begins = np.flatnonzero(np.diff(groups[order], prepend=-1))
+        many = sizes[order[begins]] > _MANY_IN_GROUP
+        found: list[Near] = []
+        few = np.flatnonzero(sizes[order] <= _MANY_IN_GROUP)
+        if len(few):
+            begin_of = np.repeat(begins, sizes[order[begins]])
+            found += search.small_groups(few, begin_of[few], task)
+        for begin in begins[many].tolist():
+            found += search.large_group(np.arange(begin, begin + sizes[order[begin]]), task)
+    if not found:
+        return Pairs(*(np.empty(0, dtype=np.int64),) * 2, np.empty(0))
+    first, second, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    ascending = np.argsort(order[first])
+    return Pairs(order[first[ascending]], order[second[ascending]], similarity[ascending])
+
+
+class _KeptSearch:
+    """The search of :func:`nearest_kept`, over texts in order of group and number; pairs are of places in it."""
+
+    def __init__(self, texts: Sequence[str], always: Mask, threshold: float) -> None:
+        self._rows, self._threshold, self._always = shingle_matrix(texts), threshold, always
+        self._sizes = np.diff(self._rows.indptr).astype(np.int64)
+        typical = int(np.quantile(self._sizes, 0.9)) if len(texts) else 1
+        self._sketches = Sketches(self._rows, self._sizes, threshold, typical)
+        self._gone = np.zeros(len(texts), dtype=bool)
+
+    def small_groups(self, places: Indices, begins: Indices, task: Task) -> Iterator[Near]:
+        """Of small groups all pairs, many groups at once; each place comes with where its group begins."""
+        pairs = np.concatenate([[0], np.cumsum(places - begins)])
+        at = 0
+        while at < len(places):
+            to = max(at + 1, int(np.searchsorted(pairs, pairs[at] + _CELLS, side="right")) - 1)
+            entry = np.repeat(np.arange(at, to), np.diff(pairs[at : to + 1]))
+            first = places[entry]
+            yield self._settled(*self._near(first, np.arange(pairs[at], pairs[to]) - pairs[entry] + begins[entry]))
+            task.advance(to - at)
+            at = to
+
+    def large_group(self, places: Indices, task: Task) -> Iterator[Near]:
+        """Of a large group each text with those that are kept: few, where most are near-equal."""
+        new = np.flatnonzero(~self._always[places])
+        kept = [places[self._always[places]]]
+        task.advance(len(places) - len(new))
+        for some in np.array_split(places[new], math.ceil(len(new) / _BLOCK)) if len(new) else ():
+            near = self._met(some, np.concatenate(kept))
+            # Those that are near a kept one are not kept, so only the others have to be compared with each other.
+            self._gone[near[0]] = True
+            own = self._settled(*self._met(some[~self._gone[some]], None))
+            yield own
+            added = some[~self._gone[some]]
+            later = self._met(np.unique(near[0]), added)
+            yield _best(*(np.concatenate(parts) for parts in zip(near, later, strict=True)))
+            kept.append(added)
+            task.advance(len(some), f"{sum(map(len, kept)):,} kept of an output with {len(places):,} rows")
+
+    def _met(self, places: Indices, others: Indices | None) -> Near:
+        """Near pairs of these places with others that come before, or with each other."""
+        pairs = [(first, second) for first, second, _ in self._sketches.meetings(places, others)]
+        if not pairs:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0)
+        first, second = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        if others is None:
+            first, second = np.maximum(first, second), np.minimum(first, second)
+        before = second < first
+        return verified(self._rows, self._sizes, first[before], second[before], self._threshold)
+
+    def _near(self, first: Indices, second: Indices) -> Near:
+        ask = ~self._always[first]
+        ask[ask] = self._sketches.likely(first[ask], second[ask])
+        return verified(self._rows, self._sizes, first[ask], second[ask], self._threshold)
+
+    def _settled(self, first: Indices, second: Indices, similarity: Similarities) -> Near:
+        """Decide in order which of these texts go, given all near pairs that they are the later text of."""
+        order = np.argsort(first, kind="stable")
+        first, second, similarity = first[order], second[order], similarity[order]
+        begins = np.flatnonzero(np.diff(first, prepend=-1))
+        for place, begin, end in zip(first[begins].tolist(), begins, np.append(begins, len(first))[1:], strict=True):
+            self._gone[place] = not self._gone[second[begin:end]].all()
+        left = ~self._gone[second]
+        return _best(first[left], second[left], similarity[left])
+
+
+def _best(first: Indices, second: Indices, similarity: Similarities) -> Near:
+    """Of each first text the most similar second one."""
+    order = np.lexsort((second, -similarity, first))
+    order = order[np.flatnonzero(np.diff(first[order], prepend=-1))]
+    return first[order], second[order], similarity[order]
+
+
+def _join(labels: Indices, first: Indices, second: Indices) -> None:
+    """Give the texts of each pair, and all that have their labels, one label: the lowest number among them."""
+    if not len(first):
+        return
+    count = len(labels)
+    # A link to its label stands for all links that a text has had so far.
+    ends = (np.concatenate([np.arange(count), first]), np.concatenate([labels, second]))
+    links = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(count, count))
+    components = connected_components(links, directed=False)[1]
+    labels[:] = np.unique(components, return_index=True)[1][components]
+
+
+def _batches(candidates: Iterator[tuple[Indices, Indices]], wanted: Wanted) -> Iterator[tuple[Indices, Indices]]:
+    """The candidates that are wanted, first > second, many at a time."""
+    held: list[tuple[Indices, Indices]] = []
+    count = 0
+    for first, second in candidates:
+        ask = wanted(first, second)
+        held.append((first[ask], second[ask]))
+        count += len(held[-1][0])
+        if count >= _BATCH:
+            yield from _wanted_still(held, wanted)
+            held, count = [], 0
+    if count:
+        yield from _wanted_still(held, wanted)
+
+
+def _wanted_still(held: Sequence[tuple[Indices, Indices]], wanted: Wanted) -> Iterator[tuple[Indices, Indices]]:
+    """What is held, in batches of like size; of each only what its turn finds wanted."""
+    first, second = (np.concatenate(parts) for parts in zip(*held, strict=True))
+    for start in range(0, len(first), _BATCH):
+        a, b = first[start : start + _BATCH], second[start : start + _BATCH]
+        ask = wanted(a, b)
+        yield np.maximum(a, b)[ask], np.minimum(a, b)[ask]
+
+
+def verified(
+    rows: Any, sizes: Indices, first: Indices, second: Indices, threshold: float
+) -> tuple[Indices, Indices, Similarities]:
+    """Those of the pairs that are at or above the threshold."""
+    shared = _shared(rows, sizes, first, second)
+    similarity = shared / (sizes[first] + sizes[second] - shared)
+    near = similarity >= threshold
+    return first[near], second[near], similarity[near]
+
+
+def shingle_matrix(texts: Sequence[str]) -> Any:
+    """A 0/1 csr matrix [texts, shingles] whose columns run from the rarest shingle to the most frequent."""
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    counts = np.maximum(lengths - SHINGLE + 1, 1)
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    columns = _shingle_numbers(texts, lengths, counts, ends)
+    frequency = np.bincount(columns)
+    rank = np.empty(len(frequency), dtype=np.int32)
+    rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency), dtype=np.int32)
+    matrix = csr_array((np.ones(len(columns), dtype=np.int32), rank[columns], ends), shape=(len(texts), len(frequency)))
+    del columns
+    matrix.sum_duplicates()  # sorts each row too
+    matrix.data[:] = 1
+    return matrix
+
+
+def similarities(some: Any, others: Any) -> Any:
+    """Jaccard similarities [some, others] of the rows of two shingle matrices with the same columns; csr, no zeros."""
+    shared = coo_array(some @ others.T)
+    sizes, other_sizes = np.diff(some.indptr), np.diff(others.indptr)
+    union = sizes[shared.row] + other_sizes[shared.col] - shared.data
+    return csr_array((shared.data / union, (shared.row, shared.col)), shape=shared.shape)
+
+
+def _shingle_numbers(texts: Sequence[str], lengths: Indices, counts: Indices, ends: Indices) -> Indices:
+    """A number for each shingle of each text, one after the other: arithmetic on arrays, not a million dicts.
+
+    Numbers of characters make numbers of pairs of them, and these make numbers of 4-grams. Each text is followed by
+    zeros, which no character has: so a short text is one shingle that no other equals.
+    """
+    letters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    padding = SHINGLE  # even an empty text has one shingle
+    begins = np.concatenate([[0], np.cumsum(lengths + padding)])
+    padded = np.zeros(begins[-1] + 1, dtype=np.int64)
+    padded[np.arange(len(letters)) + np.repeat(np.arange(len(texts)) * padding, lengths)] = 1 + _numbered(letters)
+    twos = _paired(padded[:-1], padded[1:])
+    at = np.arange(ends[-1]) + np.repeat(begins[:-1] - ends[:-1], counts)
+    return _paired(twos[at], twos[at + 2])
+
+
+def _paired(first: Indices, second: Indices) -> Indices:
+    """Numbers for pairs of numbers, from 0 without gaps. There are less than 2^31 different ones, so none overflows."""
+    return _numbered(first * (int(second.max(initial=0)) + 1) + second)
+
+
+def _numbered(values: npt.NDArray[Any]) -> Indices:
+    """Equal numbers for equal values, from 0 without gaps; by a table where one is small enough, else by sorting."""
+    top = int(values.max(initial=0)) + 1
+    if top > _TABLE:
+        return np.unique(values, return_inverse=True)[1].astype(np.int64)
+    used = np.zeros(top, dtype=bool)
+    used[values] = True
+    numbers: Indices = (np.cumsum(used, dtype=np.int64) - 1)[values]
+    return numbers
+
+
+def _shared(rows: Any, sizes: Indices, first: Indices, second: Indices) -> Indices:
+    """How many shingles the two rows of each pair have in common."""
+    parts = max(1, math.ceil(int(np.sum(sizes[first] + sizes[second])) / _CELLS))
+    counts = [
+        rows[a].multiply(rows[b]).sum(axis=1)
+        for a, b in zip(np.array_split(first, parts), np.array_split(second, parts), strict=True)
+    ]
+    shared: Indices = np.concatenate(counts).astype(np.int64)
+    return shared

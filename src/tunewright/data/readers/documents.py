@@ -1,0 +1,259 @@
+"""Rows inside one JSON document, where a JMESPath expression finds them."""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import jmespath
+from jmespath.exceptions import JMESPathError
+
+from tunewright.core.errors import UserError
+from tunewright.data.readers.encodings import foreign_places
+from tunewright.data.readers.json_rows import RawRow, numbers_note
+from tunewright.data.readers.parents import PARENT, Parent, compiled, refuse_unfound
+from tunewright.data.readers.row_errors import CODES, JsonPath
+from tunewright.data.readers.validate import RowError, row_object
+
+_WHERE = "data.rows (--rows)"
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}]|NaN|-?Infinity', re.DOTALL)
+_PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MOST_KEYS = 8
+
+
+@dataclass
+class _Document:
+    """A whole JSON text, what it says, and where its objects and faults stand in it."""
+
+    text: str
+    path: Path
+    value: Any = None
+    objects: list[dict[str, Any]] = field(default_factory=list)
+    """In the order in which they end, which is that of the decoder."""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    """Where each of ``objects`` begins and ends."""
+    faults: list[tuple[int, RowError]] = field(default_factory=list)
+    """By place: what is wrong in the text, though it can be read."""
+
+    def line(self, place: int) -> int:
+        """The line (from 1) of a place in the text."""
+        return bisect_left(self._breaks, place) + 1
+
+    def __post_init__(self) -> None:
+        self._breaks = [match.start() for match in re.finditer("\n", self.text)]
+
+    def fault_in(self, start: int, end: int) -> RowError | None:
+        """The first fault between two places."""
+        at = bisect_left(self.faults, start, key=lambda fault: fault[0])
+        return self.faults[at][1] if at < len(self.faults) and self.faults[at][0] < end else None
+
+
+def check_expression(expression: str) -> jmespath.parser.ParsedResult:
+    """The compiled expression.
+
+    Raises:
+        UserError: it is no JMESPath.
+    """
+    return compiled(expression, _WHERE, "Such as values(@), *[] or data.rows: docs/formats.md.")
+
+
+def document_rows(
+    text: TextIO, path: Path, expression: str, notes: list[str], groups: Sequence[str] = ()
+) -> Iterator[RawRow]:
+    """The objects that an expression finds in a JSON document; the whole document is held in memory.
+
+    A row that stands in the document as it is has its line (or, if two of them start on one line, all have their
+    numbers), and the keys and objects above it. If an item is anything
+    else, such as an object that the expression makes, every row is told by its number in the result (from 1), and a
+    note says so.
+
+    Args:
+        groups: those of data.groups that stand above the rows.
+
+    Raises:
+        UserError: not one JSON document, by file and line; an expression that fails on it or finds no list; a group
+            that is found above no row.
+    """
+    whole = text.read()
+    if not whole.strip():
+        return
+    document = _read(whole, path)
+    found = _found(document, expression)
+    places = {id(each): number for number, each in enumerate(document.objects)}
+    if all(id(item) in places for item in found):
+        yield from _placed(document, found, places, groups, notes)
+        return
+    refuse_unfound(groups, [None], path)
+    if document.faults:
+        place, fault = document.faults[0]
+        raise _refused(document, place, fault)
+    notes.append(
+        f"{path}: rows are told by their number in what data.rows finds, not by their line, since not all of them "
+        "are objects that stand in the document"
+    )
+    for number, item in enumerate(found, start=1):
+        try:
+            yield RawRow(number, row_object(item))
+        except RowError as fault:
+            yield RawRow(number, fault)
+
+
+def _read(text: str, path: Path) -> _Document:
+    document = _Document(text, path)
+    doubles: dict[int, str] = {}
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            keys = [key for key, _ in pairs]
+            doubles[len(document.objects)] = next(key for key in keys if keys.count(key) > 1)
+        document.objects.append(row)
+        return row
+
+    try:
+        document.value = json.JSONDecoder(object_pairs_hook=keep).decode(text)
+    except json.JSONDecodeError as error:
+        extra = error.msg == "Extra data"
+        what = "text after the end of the document" if extra else error.msg
+        fix = "data.rows looks into one JSON document; JSON Lines and an array of rows need none." if extra else None
+        raise UserError(f"not one JSON document: {what}", where=f"{path}:{error.lineno}", fix=fix) from None
+    except RecursionError:
+        raise UserError("not JSON that can be read: nested too deep", where=str(path)) from None
+    except ValueError as error:  # a whole number of more digits than Python reads
+        raise UserError(f"not JSON that can be read: {error}", where=str(path)) from None
+    document.spans, constants = _tokens(text)
+    faults = [(at, RowError("E105", f"{name} is not JSON")) for at, name in constants]
+    faults += [(document.spans[n][0], RowError("E104", f'the key "{key}" stands twice')) for n, key in doubles.items()]
+    faults += [
+        (at, RowError("E101", f"not UTF-8: a foreign byte in line {document.line(at)}")) for at in foreign_places(text)
+    ]
+    document.faults = sorted(faults, key=lambda fault: fault[0])
+    return document
+
+
+def _tokens(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, str]]]:
+    """The spans of a valid JSON text's objects, in the order in which they end; and what is no JSON, but was read."""
+    spans: list[tuple[int, int]] = []
+    constants: list[tuple[int, str]] = []
+    open_at: list[int] = []
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token == "{":
+            open_at.append(match.start())
+        elif token == "}":
+            spans.append((open_at.pop(), match.end()))
+        elif not token.startswith('"'):
+            constants.append((match.start(), token))
+    return spans, constants
+
+
+def _found(document: _Document, expression: str) -> list[Any]:
+    try:
+        found = check_expression(expression).search(document.value)
+    except (JMESPathError, RecursionError) as error:
+        raise UserError(f"{expression!r} fails on {document.path}: {error}", where=_WHERE) from None
+    if isinstance(found, list) and found:
+        return found
+    what = "nothing" if found is None or found == [] else f"{_kind(found)}, not a list of rows,"
+    raise UserError(f"{expression!r} finds {what} in {document.path}", where=_WHERE, fix=_shape(document.value))
+
+
+def _kind(value: Any) -> str:
+    return {dict: "one object", str: "a text", bool: "true or false"}.get(type(value), "a number")
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"The document's keys: {keys_told(value)}."
+    items = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    if not items:
+        return "The document has no object, and a row is one."
+    there = keys_told(dict.fromkeys(key for item in items for key in item))
+    return (
+        f"The document is an array, and its objects have the keys {there}. If they are the rows, leave data.rows out."
+    )
+
+
+def keys_told(keys: Iterable[str]) -> str:
+    """Return keys in words, the first eight of them."""
+    names = list(keys)
+    more = f" and {len(names) - _MOST_KEYS:,} more" if len(names) > _MOST_KEYS else ""
+    return f"{', '.join(names[:_MOST_KEYS])}{more}"
+
+
+def _placed(
+    document: _Document, found: list[Any], places: dict[int, int], groups: Sequence[str], notes: list[str]
+) -> Iterator[RawRow]:
+    spans = [document.spans[places[id(item)]] for item in found]
+    covered: set[int] = set()
+    for start, end in spans:
+        at = bisect_left(document.faults, start, key=lambda fault: fault[0])
+        while at < len(document.faults) and document.faults[at][0] < end:
+            covered.add(at)
+            at += 1
+    for number, (place, fault) in enumerate(document.faults):
+        if number not in covered:  # a key of the document that stands twice may have cost rows
+            raise _refused(document, place, fault)
+    ways = _ways(document.value, {id(item) for item in found})
+    refuse_unfound(groups, (parent for _, parent in ways.values()), document.path)
+    starts = {start for start, _ in spans}
+    numbered = len({document.line(start) for start in starts}) < len(starts)
+    if numbered:
+        notes.append(numbers_note(document.path))
+    for number, (item, (start, end)) in enumerate(zip(found, spans, strict=True), start=1):
+        line = number if numbered else document.line(start)
+        yield RawRow(line, document.fault_in(start, end) or item, *ways[id(item)])
+
+
+def _ways(value: Any, wanted: set[int]) -> dict[int, tuple[JsonPath, Parent | None]]:
+    """The keys and indices from the document down to each wanted object, and the objects above it."""
+    ways: dict[int, tuple[JsonPath, Parent | None]] = {}
+    ahead: list[tuple[JsonPath, Parent | None, Any]] = [((), None, value)]
+    while ahead:
+        way, parent, inner = ahead.pop()
+        if id(inner) in wanted:
+            ways[id(inner)] = way, parent
+        if isinstance(inner, dict):
+            # Copied, so that "parent" is no key of the document; its values are not.
+            above: Parent | None = {**inner, PARENT: parent}
+            items: Iterable[tuple[str | int, Any]] = inner.items()
+        else:
+            above, items = parent, enumerate(inner)
+        ahead += [((*way, key), above, each) for key, each in items if isinstance(each, dict | list)]
+    return ways
+
+
+def _refused(document: _Document, place: int, fault: RowError) -> UserError:
+    where = f"{document.path}:{document.line(place)}"
+    return UserError(f"{fault}, outside the rows that data.rows finds", where=where, fix=CODES[fault.code][1])
+
+
+def rows_hint(document: dict[str, Any]) -> str | None:
+    """The expression that finds the rows in a document whose values seem to hold them; None where none do."""
+    if not document:
+        return None
+    if all(isinstance(value, dict) for value in document.values()):
+        return "values(@)"
+    lists = [key for key, value in document.items() if _holds_rows(value)]
+    if len(lists) == len(document) and len(lists) > 1:
+        return "*[]"
+    return _key(lists[0]) if lists else None
+
+
+def array_hint(items: Sequence[dict[str, Any]]) -> str | None:
+    """The expression that finds the rows in the objects of an array that all have a list of objects under one key."""
+    keys = [key for key in items[0] if all(_holds_rows(item.get(key)) for item in items)] if items else []
+    return f"[].{_key(keys[0])}[]" if keys else None
+
+
+def _key(name: str) -> str:
+    return name if _PLAIN_KEY.fullmatch(name) else json.dumps(name, ensure_ascii=False)
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)

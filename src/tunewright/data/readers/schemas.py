@@ -1,0 +1,263 @@
+"""The kinds of rows that people have, told apart by their keys, and the turns in each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tunewright.config import DataConfig
+from tunewright.data.readers.mapping import mapping_of
+from tunewright.data.readers.parents import Parent
+from tunewright.data.readers.row_errors import JsonPath, RowError, place
+
+ROW_SHAPES = '{"messages": [...]} or {"prompt": "...", "completion": "..."}'
+
+_MOST_KEYS = 8  # named in one fault: an object of a thousand rows has a thousand keys
+_NEAR = 0.8  # of 1: "mesages", "promt" and "imput" reach it, "context" does not
+_SHARE_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_TOOL_ROLES = ("tool", "function", "function_call", "observation")
+_TOOL_KEYS = ("tools", "available_tools", "functions", "tool_calls", "function_call")
+_UNTRAINABLE = {
+    "chosen": "rows of preferences (chosen, rejected) have two outputs and say which is better",
+    "rejected": "rows of preferences (chosen, rejected) have two outputs and say which is better",
+    "preferred_output": "rows of preferences (Together, OpenAI) have two outputs and say which is better",
+    "input_ids": "rows of token ids belong to one base's tokenizer",
+    "text": "rows of plain text (Together's general format) do not tell the input from the ideal output",
+}
+
+KNOWN_KEYS = frozenset(
+    ("messages", "interactions", "conversation", "conversations", "instruction", "prompt", "completion", *_UNTRAINABLE)
+)
+"""By each of these an object is a row, be it a faulty one."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn as a file has it, unchecked: whatever stands for role and content, and where."""
+
+    role: Any
+    content: Any
+    path: JsonPath
+    content_path: JsonPath
+    rest: Mapping[str, Any] = field(default_factory=dict)
+    """Keys besides role and content."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of a row, the kind of row (as people call it), the keys that told, and all keys that it uses."""
+
+    kind: str
+    reason: str
+    turns: tuple[Turn, ...]
+    keys: frozenset[str] = frozenset()
+
+
+def conversation_of(
+    row: Mapping[str, Any], data: DataConfig, above: JsonPath = (), parent: Parent | None = None
+) -> Conversation:
+    """The unchecked turns of a row of any known kind; keys in data.ignore are not looked at.
+
+    Args:
+        above: the keys and indices that lead to the row in a document, for templates of the config.
+        parent: the objects above the row in a document, for the same.
+
+    Raises:
+        RowError: no known kind, missing keys, a key that a known one was mistyped for, turns that are no list of
+            objects, a template that fails. Other keys are no faults: ``metadata_of`` keeps them.
+    """
+    if data.ignore:
+        row = {key: value for key, value in row.items() if key not in data.ignore}
+    mapping = mapping_of(data)
+    if mapping is not None and mapping.templated:
+        sides = (("user", mapping.input), ("assistant", mapping.output))
+        turns = tuple(Turn(role, side.value(row, above, parent), side.path, side.path) for role, side in sides)
+        return Conversation(
+            "mapped pairs", mapping.reason, turns, frozenset(row) if mapping.whole_row else mapping.keys
+        )
+    if data.input in row and data.output in row:
+        assert data.input is not None and data.output is not None
+        keys = _used(row, {data.input, data.output}, (), data)
+        reason = f"the config names {data.input} as input and {data.output} as output"
+        return Conversation("mapped pairs", reason, _pair(row, data.input, data.output), keys)
+    _refuse_images(row, data)
+    for key in ("messages", "interactions", "conversation"):
+        if key in row:
+            return _chat(row, key, data)
+    if "conversations" in row:
+        return _share_gpt(row, data)
+    _refuse_untrainable(row, data)
+    if "instruction" in row:
+        return _alpaca(row, data)
+    if meant := mistyped(row):
+        key, known = next(iter(meant.items()))
+        raise RowError("E201", f'unknown key "{key}", did you mean "{known}"?', (key,))
+    keys = _used(row, {"prompt", "completion"}, (), data)
+    return Conversation(
+        "prompt/completion pairs", "rows have prompt and completion", _pair(row, "prompt", "completion"), keys
+    )
+
+
+def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data: DataConfig) -> frozenset[str]:
+    """The keys that this kind of row uses; refuse a row without a needed one, or with a mistyped one."""
+    used = frozenset((*needed, *also, *_TOOL_KEYS))
+    if row.keys() == needed:
+        return used
+    for key in row:
+        if key in _TOOL_KEYS and key not in {*needed, *also, *data.groups}:
+            if row[key] in (None, [], "", "[]"):
+                continue
+            raise RowError("E204", f'the row has "{key}": tools cannot be trained', (key,))
+    unknown = [key for key in row if key not in used and key not in data.groups]
+    meant = {key: known for key in unknown if (known := misspelt(key, (*needed, *also)))}
+    told = [f'unknown key "{key}", did you mean "{known}"?' for key, known in list(meant.items())[:_MOST_KEYS]]
+    missing = [key for key in sorted(needed) if key not in row and key not in meant.values()]
+    if missing:
+        others = [key for key in unknown if key not in meant]
+        told = [f"unknown key {_quoted(others)}"] * bool(others) + told + [f"missing key {_quoted(missing)}"]
+        of = ROW_SHAPES if needed <= {"messages", "prompt", "completion"} else _quoted([*sorted(needed), *also])
+        told[-1] += f": a row is {of}"
+    if told:
+        first = (next(iter(meant or unknown)),) if unknown else ()
+        raise RowError("E201" if unknown else "E202", " and ".join(told).replace("? and ", " and "), first)
+    return used
+
+
+def mistyped(row: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of a row without any known key that seem to be misspellings of one, and which."""
+    if not KNOWN_KEYS.isdisjoint(row):
+        return {}
+    known = KNOWN_KEYS - _UNTRAINABLE.keys()
+    return {key: near for key in row if (near := misspelt(key, known))}
+
+
+def misspelt(key: str, known: Iterable[str]) -> str | None:
+    """The known key that this one seems to be a misspelling of; ``prompt_id`` is none of ``prompt``."""
+    plain = key.strip().lower()
+    near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=_NEAR)
+    return near[0] if near and plain.count("_") == near[0].count("_") else None
+
+
+def _refuse_images(row: Mapping[str, Any], data: DataConfig) -> None:
+    for key in ("image", "images"):
+        if row.get(key) and key not in data.groups:
+            raise RowError("E208", f'images are not supported: the row has "{key}"', (key,))
+
+
+def _quoted(keys: Sequence[str]) -> str:
+    told = ", ".join(f'"{key}"' for key in keys[:_MOST_KEYS])
+    return f"{told} and {len(keys) - _MOST_KEYS:,} more" if len(keys) > _MOST_KEYS else told
+
+
+def _refuse_untrainable(row: Mapping[str, Any], data: DataConfig) -> None:
+    for key, reason in _UNTRAINABLE.items():
+        if key in row and key not in data.groups and "completion" not in row and "output" not in row:
+            raise RowError("E203", f"{reason}: they cannot be trained on here", (key,))
+
+
+def _pair(row: Mapping[str, Any], prompt: str, completion: str) -> tuple[Turn, ...]:
+    return (
+        Turn("user", row[prompt], (prompt,), (prompt,)),
+        Turn("assistant", row[completion], (completion,), (completion,)),
+    )
+
+
+def _alpaca(row: Mapping[str, Any], data: DataConfig) -> Conversation:
+    """Stanford Alpaca's row, with LLaMA-Factory's system and history (its data/README.md): input below instruction."""
+    keys = _used(row, {"instruction", "output"}, ("input", "system", "history"), data)
+    history = row.get("history")
+    if history is None:
+        history = []
+    if not isinstance(history, list):
+        raise RowError("E206", "history must be a list of [input, output]", ("history",))
+    turns = _system(row, "system")
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError("E206", f"history[{i}] must be [input, output]", ("history", i))
+        for j, role in enumerate(("user", "assistant")):
+            turns.append(Turn(role, pair[j], ("history", i), ("history", i, j)))
+    asked = row["instruction"]
+    more = row.get("input")
+    if more is not None and not isinstance(more, str):
+        raise RowError("E305", f"input is {type(more).__name__}, not text", ("input",))
+    if isinstance(asked, str) and more:
+        asked = f"{asked}\n{more}"
+    turns.append(Turn("user", asked, ("instruction",), ("instruction",)))
+    turns.append(Turn("assistant", row["output"], ("output",), ("output",)))
+    return Conversation("Alpaca instructions", "rows have instruction and output", tuple(turns), keys)
+
+
+def _system(row: Mapping[str, Any], *keys: str) -> list[Turn]:
+    """The system turn that a key beside the turns holds; an absent, null or empty one is none."""
+    return [Turn("system", row[key], (key,), (key,)) for key in keys if row.get(key) not in (None, "")]
+
+
+def _share_gpt(row: Mapping[str, Any], data: DataConfig) -> Conversation:
+    keys = _used(row, {"conversations"}, ("system",), data)
+    turns = _listed(row, "conversations", ("from", "role"), ("value", "content"))
+    named = [_renamed(turn) for turn in turns]
+    first = turns[0].content_path[-1]
+    reason = f"rows have conversations[].{'from' if first == 'value' else 'role'}/{first}"
+    return Conversation("ShareGPT conversations", reason, (*_system(row, "system"), *named), keys)
+
+
+def _renamed(turn: Turn) -> Turn:
+    if not isinstance(turn.role, str):
+        return turn
+    if turn.role in _TOOL_ROLES:
+        raise RowError("E204", f'{place(turn.path)} is from "{turn.role}": tool calls cannot be trained', turn.path)
+    return replace(turn, role=_SHARE_ROLES.get(turn.role, turn.role))
+
+
+def _chat(row: Mapping[str, Any], key: str, data: DataConfig) -> Conversation:
+    """OpenAI's and Together's rows, and Mistral's: interactions for messages, text for content, a system_prompt."""
+    mistral = key == "interactions" or not {"system", "system_prompt", "only_last"}.isdisjoint(row)
+    used = _used(row, {key}, ("system", "system_prompt", "only_last"), data)
+    turns = _listed(row, key, ("role",), ("content", "text"))
+    first = turns[0].content_path[-1]
+    mistral = mistral or first == "text"
+    if _flag(row, "only_last"):
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        for i in answers[:-1]:
+            turns[i] = replace(turns[i], rest={**turns[i].rest, "weight": 0})
+    kind = "Mistral conversations" if mistral else "OpenAI chats"
+    if key == "conversation":
+        kind = "Together conversations"
+    reason = f"rows have {key}[].role/{first}"
+    return Conversation(kind, reason, (*_system(row, "system", "system_prompt"), *turns), used)
+
+
+def _flag(row: Mapping[str, Any], key: str) -> bool:
+    value = row.get(key, False)
+    if not isinstance(value, bool | None):
+        raise RowError("E305", f"{key} is neither true nor false", (key,))
+    return bool(value)
+
+
+def _listed(row: Mapping[str, Any], key: str, roles: Sequence[str], contents: Sequence[str]) -> list[Turn]:
+    """The turns in a list of objects; the first of ``roles`` and ``contents`` are the names that errors ask for."""
+    turns = row[key]
+    if not isinstance(turns, list) or not turns:
+        raise RowError("E206", f"{key} must be a list of turns", (key,))
+    return [_turn(turn, (key, i), roles, contents) for i, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, path: JsonPath, roles: Sequence[str], contents: Sequence[str]) -> Turn:
+    if not isinstance(turn, dict):
+        raise RowError("E301", f"{place(path)} must be an object with {roles[0]} and {contents[0]}", path)
+    names = []
+    for known in (roles, contents):
+        there = [name for name in known if name in turn]
+        if len(there) > 1:
+            raise RowError("E303", f"{place(path)} has both {_quoted(there)}", path)
+        calls = [name for name in _TOOL_KEYS if turn.get(name)]
+        if not there and calls:
+            raise RowError("E204", f'{place(path)} has "{calls[0]}": tool calls cannot be trained', path)
+        if not there:
+            raise RowError("E302", f'{place(path)} has no "{known[0]}"', path)
+        names.append(there[0])
+    role, content = names
+    rest = {key: value for key, value in turn.items() if key not in names}
+    return Turn(turn[role], turn[content], path, (*path, content), rest)

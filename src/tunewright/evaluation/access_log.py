@@ -1,0 +1,157 @@
+"""The ledger of openings: evaluations/ledger.jsonl, to which lines are added and in which none is changed or removed.
+
+Each line holds the digest of the one before and its own, so a line that was changed, removed or put in is found. The
+last lines could be cut off unseen, but for the evidence, which holds the line that it was opened on. Whoever rewrites
+the whole chain and all evidence is not found by this file: commit it to git.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, text_lines, write_text, writing
+from tunewright.data.versions.members import read_places
+from tunewright.evidence.schema import EVIDENCE_FILE
+from tunewright.evidence.test_set_access import EarlierAccess, TestSetAccess
+
+LEDGER = "ledger.jsonl"
+_RESTORE = "Restore the ledger as it was, from git for example: without it nobody knows how often the test was opened."
+
+
+class Ledger:
+    """The openings so far.
+
+    Args:
+        evaluations: the project's folder of evaluations.
+
+    Raises:
+        UserError: naming the first line that is not as it was written, or that is missing.
+    """
+
+    def __init__(self, evaluations: Path) -> None:
+        self.path = evaluations / LEDGER
+        self.openings = _read(self.path)
+        self._require_those_of_the_evidence()
+
+    def open(self, **facts: Any) -> TestSetAccess:
+        """The line of this evaluation: the one that is there, or a new one.
+
+        Args:
+            facts: fields of `TestSetAccess`, without number, time and digests.
+        """
+        with _locked(self.path.parent):
+            self.openings = _read(self.path)
+            known = next((o for o in self.openings if o.evaluation == facts["evaluation"]), None)
+            if known is not None:
+                return known
+            opening = TestSetAccess(
+                number=len(self.openings) + 1,
+                time=now(),
+                previous=self.openings[-1].digest if self.openings else "",
+                digest="",
+                **facts,
+            )
+            opening = opening.model_copy(update={"digest": opening.true_digest})
+            text = self.path.read_text(encoding="utf-8") if self.openings else ""
+            write_text(self.path, f"{text}{canonical_json(opening.model_dump(mode='json'))}\n")
+            self.openings.append(opening)
+            return opening
+
+    def earlier(self, opening: TestSetAccess, dataset: Path, keys: set[str]) -> tuple[EarlierAccess, ...]:
+        """The openings before this one that had items of it.
+
+        Args:
+            opening: a line of this ledger.
+            dataset: the project's dataset versions, which tell what earlier evaluations opened.
+            keys: the pair keys of this opening's items.
+        """
+        found = []
+        for other in self.openings[: opening.number - 1]:
+            shared = _shared(other, dataset, keys)
+            if shared != 0:
+                told = other.model_dump(include=set(EarlierAccess.model_fields))
+                found.append(EarlierAccess(**told, shared_items=shared))
+        return tuple(found)
+
+    def _require_those_of_the_evidence(self) -> None:
+        for file in sorted(self.path.parent.glob(f"[!.]*/{EVIDENCE_FILE}")):
+            opened = _opening_in(file)
+            if opened is None:
+                continue
+            there = self.openings[opened["number"] - 1] if opened["number"] <= len(self.openings) else None
+            if there is None or there.digest != opened["digest"]:
+                what = "was changed" if there else "is missing"
+                raise UserError(
+                    f"line {opened['number']} {what}: evaluation {file.parent.name} was opened on it",
+                    where=f"{self.path}:{opened['number']}",
+                    fix=_RESTORE,
+                )
+
+
+def _read(path: Path) -> list[TestSetAccess]:
+    """The lines, each held to its own digest and to the line before."""
+    openings: list[TestSetAccess] = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for number, line in enumerate(text_lines(text), start=1):
+        where = f"{path}:{number}"
+        try:
+            opening = TestSetAccess.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            what = f"not a line of the ledger: {'.'.join(map(str, first['loc']))} {first['msg']}"
+            raise UserError(what, where=where, fix=_RESTORE) from None
+        if opening.true_digest != opening.digest:
+            raise UserError(f"line {number} was changed after it was written", where=where, fix=_RESTORE)
+        if (opening.number, opening.previous) != (number, openings[-1].digest if openings else ""):
+            raise UserError(
+                f"line {number} does not follow the line before it: one was changed, removed or put in",
+                where=where,
+                fix=_RESTORE,
+            )
+        openings.append(opening)
+    return openings
+
+
+def _opening_in(file: Path) -> dict[str, Any] | None:
+    """What an evidence file says of its line; None if that is nothing. Evidence of any schema is read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("opening")
+    except (ValueError, AttributeError):
+        return None  # no evidence at all: whoever reads it as such is told so
+    return found if isinstance(found, dict) and {"number", "digest"} <= found.keys() else None
+
+
+def _shared(other: TestSetAccess, dataset: Path, keys: set[str]) -> int | None:
+    """How many of these items an earlier evaluation opened; None where its dataset version is not here."""
+    try:
+        places = read_places(dataset, other.dataset)
+    except UserError:
+        return None
+    return sum(
+        (place.split == "test" or other.design == "cross-fitted") and not place.mixed
+        for key, place in places.items()
+        if key in keys
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the ledger for one writer, waiting for another; the lock dies with its process."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,299 @@
+"""Measuring arms: their prompts, their answers, and what these are worth; which arms, and on what, others decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunewright.adapters.registry import Adapter
+from tunewright.chat import ChatFormat
+from tunewright.chat.answers import answer_lengths, answer_limit, stop_strings, warn_of_longer_references
+from tunewright.config import Config, Quantize
+from tunewright.config.project import ProjectFolder
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.data.splits import Split
+from tunewright.data.versions import DatasetVersion, Member
+from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
+from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
+from tunewright.evaluation.generations import Generator, Prompt
+from tunewright.evaluation.instructions import Instruction, find_instruction
+from tunewright.evidence.schema import SCHEMA_VERSION, Arm
+from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
+from tunewright.evidence.statistics import RESAMPLES
+from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, references_of, score_all
+from tunewright.models.bases import Base
+from tunewright.models.loading import context_length
+from tunewright.training.lineage import packages
+from tunewright.training.packing.plan import common_prefix
+
+if TYPE_CHECKING:
+    from tunewright.evaluation.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One item's answer by one arm."""
+
+    text: str
+    truncated: bool
+    prompt: Prompt
+    tokens: int
+    """Of the answer, the end token included, which an answer that was cut has not."""
+
+
+class ArmRunner:
+    """One dataset version and a base, and the arms' answers to its rows.
+
+    Args:
+        project: its config decides what is measured.
+        version: the rows; demonstrations are of its training split.
+        generator: answers prompts.
+        reporter: shows progress, hears warnings.
+        folder: where advice and evidence are kept (None: with the project's own).
+        limit: the longest answer in tokens (None: see `answer_limit`, of the training split).
+    """
+
+    def __init__(
+        self,
+        project: ProjectFolder,
+        version: DatasetVersion,
+        generator: Generator,
+        reporter: Reporter,
+        *,
+        folder: Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.project = project
+        self.version = version
+        self.generator = generator
+        self.reporter = reporter
+        self.settings = project.config.evaluate
+        self.scorers = open_scorers(self.settings, project.root)
+        self.folder = project.evaluations if folder is None else folder
+        # Generic rows are trained on, but are no demonstrations of the task and say nothing of its answers' length.
+        self.demonstrations = Demonstrations(version.domain_of("train"), project.config.seed)
+        self.context = context_length(generator.base)
+        self._limit = limit
+        self.schedule: Schedule | None = None
+        self._warned_of: set[Split] = set()
+        self._built: dict[tuple[ArmPlan, str], Prompt] = {}
+
+    @cached_property
+    def limit(self) -> int:
+        """The longest answer in tokens."""
+        if self._limit is not None:
+            return self._limit
+        return answer_limit(self.project.config, self.generator.chat, self.version.domain_of("train"))
+
+    def longer_than_limit(self, members: Sequence[Member]) -> int:
+        """Return how many of these rows' right answers have more tokens than an answer may have."""
+        return sum(n > self.limit for n in answer_lengths(self.generator.chat, [m.example for m in members]))
+
+    def warn_of_longer(self, split: Split) -> None:
+        """Warn, once for each split, of right answers longer than an answer may be."""
+        if split not in self._warned_of:
+            self._warned_of.add(split)
+            examples = [m.example for m in self.version.examples(split)]
+            warn_of_longer_references(self.generator.chat, examples, self.limit, split, self.reporter)
+
+    @cached_property
+    def instruction(self) -> Instruction:
+        """What the pairs are told alike, where evaluate.instructions are put.
+
+        Raises:
+            UserError: it cannot be told what that is.
+        """
+        return find_instruction(self.version.domain)
+
+    def inputs(self, limit: int) -> dict[str, Any]:
+        """All that decides the answers of an arm, apart from its adapter."""
+        return {
+            "dataset": self.version.digest,
+            "base": self.generator.base.digest,
+            "template": self.generator.chat.digest,
+            "dtype": self.generator.dtype,
+            "quantize": self.generator.quantize,
+            "max_new_tokens": limit,
+            "stop": self.generator.stop,
+            "constrain": self.generator.grammar.rule if self.generator.grammar else None,
+            "metrics": [metric_inputs(metric, self.project.root) for metric in self.settings.metrics],
+            "seed": self.project.config.seed,
+            "schema": SCHEMA_VERSION,
+            **references_inputs(self.version.domain),
+            **self.generator.engine.identity,
+        }
+
+    def misfit(self, plan: ArmPlan, members: Sequence[Member]) -> str | None:
+        """Why this arm cannot answer all of these rows with as many demonstrations as it has; None if it can."""
+        fewest = min(len(self.demonstrations.shown(plan, m)) for m in members)
+        if fewest < plan.shots:
+            return f"the training rows have only {fewest} demonstrations for a question"
+        too_long = sum(not self._fits(self._whole_prompt(plan, m)) for m in members)
+        if too_long:
+            return (
+                f"{too_long} of {len(members)} prompts do not fit the base's context of {self.context:,} tokens with "
+                f"an answer of {self.limit}"
+            )
+        return None
+
+    def answers(
+        self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None
+    ) -> list[Answered]:
+        """The answers to these rows, in their order; a prompt that is too long shows fewer demonstrations, and said so.
+
+        Args:
+            plan: the way of answering.
+            members: the rows.
+            split: their name, for the progress display.
+            adapter: answers the plans that are adapted.
+
+        Raises:
+            UserError: a row does not fit the base's context even alone.
+        """
+        assert adapter is not None or not plan.adapted
+        prompts, cut = self.prompts(plan, members)
+        if cut:
+            self.reporter.warn(
+                f"{plan.name} on {split}: {cut} of {len(members)} prompts show fewer demonstrations, to fit the base's "
+                f"context of {self.context:,} tokens with an answer of {self.limit}"
+            )
+        title = f"{plan.name} on {split}"
+        generations = self.generator.answer(
+            title, prompts, self.limit, adapter if plan.adapted else None, constrained=plan.constrained
+        )
+        counts = self.generator.chat.tokenizer([g.text for g in generations], add_special_tokens=False)["input_ids"]
+        return [
+            Answered(g.text, g.truncated, p, len(ids) + (not g.truncated))
+            for g, p, ids in zip(generations, prompts, counts, strict=True)
+        ]
+
+    def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> tuple[list[Prompt], int]:
+        """Return the prompts of these rows, and how many of them show fewer demonstrations to fit the context.
+
+        Raises:
+            UserError: a row does not fit the base's context even alone.
+        """
+        built = [self._fitting_prompt(plan, member) for member in members]
+        return [prompt for prompt, _ in built], sum(not whole for _, whole in built)
+
+    def dev_scores(self, adapter: Adapter | None) -> Scores:
+        """The dev split by the deciding metric, answered by the adapter, or by the base alone, zero-shot."""
+        plan = ZERO_SHOT if adapter is None else TUNED
+        dev = self.version.examples("dev")
+        answers = self.answers(plan, dev, "dev", adapter)
+        return score_all(self.scorers[0], [a.text for a in answers], [m.example for m in dev])
+
+    def _fitting_prompt(self, plan: ArmPlan, member: Member) -> tuple[Prompt, bool]:
+        """The prompt, with as many demonstrations as fit; and whether these are all."""
+        prompt = self._whole_prompt(plan, member)
+        shown = self.demonstrations.shown(plan, member)
+        left = len(shown)
+        while not self._fits(prompt) and left:
+            left -= 1  # the first are the least similar ones
+            prompt = self._prompt(plan, member, shown[len(shown) - left :])
+        if not self._fits(prompt):
+            raise UserError(
+                f"row {member.key[:12]} alone makes a prompt of {len(prompt):,} tokens; with an answer of "
+                f"{self.limit} it does not fit the base's context of {self.context:,}",
+                where="evaluate.max_new_tokens",
+                fix="Shorten the row or the answers, or take a base with a longer context.",
+            )
+        return prompt, left == len(shown)
+
+    def _fits(self, prompt: Prompt) -> bool:
+        return len(prompt) + self.limit <= self.context
+
+    def _whole_prompt(self, plan: ArmPlan, member: Member) -> Prompt:
+        key = (plan, member.key)
+        if key not in self._built:
+            self._built[key] = self._prompt(plan, member, self.demonstrations.shown(plan, member))
+        return self._built[key]
+
+    def _prompt(self, plan: ArmPlan, member: Member, shown: Sequence[Member]) -> Prompt:
+        messages = with_demonstrations(member, shown)
+        if plan.instruction:
+            messages = self.instruction.replaced(messages, self.settings.instructions[plan.instruction - 1])
+        return self.generator.chat.prompt(messages)
+
+
+def references_inputs(domain: Sequence[Member]) -> dict[str, Any]:
+    """Return what is added to a measurement's inputs where an input has several outputs; else nothing.
+
+    Scores by one reference, and demonstrations that repeat an input, are another measurement.
+    """
+    several = any(len(references) > 1 for references in references_of([m.example for m in domain]))
+    return {"references": "all of an input's", "demonstrations": "distinct inputs"} if several else {}
+
+
+# Parts that advice and evidence have in common
+
+
+def scored_arms(
+    scorers: Sequence[Scorer],
+    members: Sequence[Member],
+    answers: Mapping[str, Sequence[Answered]],
+    split: Sequence[Member] | None = None,
+) -> ScoredArms:
+    """Score every arm's answers to the members once by every metric; ``split`` has all rows that are references."""
+    return score_arms(
+        scorers,
+        [m.example for m in members],
+        [m.cluster for m in members],
+        {name: [a.text for a in given] for name, given in answers.items()},
+        None if split is None else [m.example for m in split],
+    )
+
+
+def measured_arm(
+    name: str,
+    plan: ArmPlan,
+    answers: Sequence[Answered],
+    scored: ScoredArms,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> Arm:
+    """One arm's scores; ``answers`` are those that were scored.
+
+    Raises:
+        UserError: a metric that can score none of the answers.
+    """
+    prompts = [a.prompt for a in answers]
+    arm = score_arm(
+        name=name,
+        kind=plan.kind,
+        shots=plan.shots,
+        scores=scored.of_arm(name),
+        clusters=scored.clusters,
+        truncated=sum(a.truncated for a in answers),
+        prompt_tokens=sum(map(len, prompts)) / len(prompts),
+        seed=seed,
+        resamples=resamples,
+    )
+    # What the first and the last of them in order begin with, all begin with.
+    shared = common_prefix(min(prompts), max(prompts))
+    written = sum(a.tokens for a in answers) / len(answers)
+    return arm.model_copy(update={**asdict(plan), "shared_tokens": shared, "answer_tokens": written})
+
+
+def measured_with(config: Config, base: Base, chat: ChatFormat, quantize: Quantize, limit: int) -> dict[str, Any]:
+    """What the evidence's lineage says of the means; ``created`` is UTC, ISO 8601."""
+    return {
+        "created": now(),
+        "base": {"spec": base.spec, "digest": base.digest},
+        "template_digest": chat.digest,
+        "decoding": {
+            "greedy": True,
+            "max_new_tokens": limit,
+            "stop": list(stop_strings(config, chat)),
+            "constrain": config.evaluate.constrain.model_dump(mode="json") if config.evaluate.constrain else None,
+            "batch_size": config.evaluate.batch_size,
+            "dtype": config.train.dtype,
+            "quantize": quantize,
+        },
+        "packages": packages(quantize),
+    }

@@ -1,0 +1,263 @@
+"""What suites are measured with, and what they have in common: items drawn, controls, the suite's numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunewright.adapters.registry import Adapter
+from tunewright.config.general import FileSuite
+from tunewright.config.project import ProjectFolder
+from tunewright.core.io import digest, file_digest, write_json
+from tunewright.core.progress import Reporter
+from tunewright.data.dedup import distinctive
+from tunewright.data.dedup.similarity import link
+from tunewright.data.splits import join_groups
+from tunewright.data.versions import DatasetVersion
+from tunewright.evaluation.generations import Generator
+from tunewright.evidence.benchmarks import Control, Suite, SuiteKind
+from tunewright.evidence.non_inferiority import items_needed, paired_drop, smallest_margin
+from tunewright.evidence.statistics import effective_items, wilson
+
+CONTROL_ITEMS = 200
+"""Of a control that costs passes of its own, at most."""
+
+Floats = NDArray[np.float64]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A project's base with the adapter off and on."""
+
+    project: ProjectFolder
+    version: DatasetVersion
+    generator: Generator
+    adapter: Adapter
+    reporter: Reporter
+
+    @property
+    def seed(self) -> int:
+        """Decides which items are drawn, how controls are dealt, and resamples."""
+        return self.project.config.seed
+
+    def clusters(self, suite: str, texts: Sequence[str], groups: Sequence[str | None]) -> list[str]:
+        """The cluster of each item: what its file calls one group, and what is as alike as rows of one cluster are.
+
+        Items of a cluster (questions on one passage, a question asked twice) are not independent, and counting them as
+        if they were would make limits too narrow.
+
+        Args:
+            suite: its name, for what is said where there are fewer clusters than items.
+            texts: what is asked, [items].
+            groups: what the file says, [items]; None where it says nothing.
+        """
+        alike = link(distinctive(texts), self.project.config.data.similarity, self.reporter, "clustering").tolist()
+        names = _joined(alike, groups)
+        count = len(set(names))
+        if count < len(names):
+            self.reporter.say(
+                f"{suite}: {len(names):,} items in {count:,} clusters of alike or grouped ones: limits go by clusters."
+            )
+        return names
+
+    def kept(self, what: str, adapter: Adapter | None, **decides: Any) -> Kept:
+        """What is known already of items measured with an adapter, or the base alone."""
+        identity = {
+            "what": what,
+            "base": self.generator.base.digest,
+            "weights": self.generator.weights,
+            "adapter": adapter.digest if adapter else None,
+            **decides,
+        }
+        return Kept(self.project.work / "general" / "items" / f"{digest(identity)[:16]}.json")
+
+
+class Kept:
+    """Measured items by name, kept in a file that is written whole each time."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def add(self, measured: dict[str, Any]) -> None:
+        """Keep more of them."""
+        self.known |= measured
+        write_json(self.file, self.known)
+
+
+class OpenSuite(Protocol):
+    """A suite whose items have been read, and nothing measured yet."""
+
+    name: str
+    identity: dict[str, Any]
+    """All that decides its measurement beside base and adapter."""
+
+    @property
+    def margin(self) -> float | None:
+        """The drop that is still no loss; None where it is to decide nothing."""
+
+    def expected(self) -> str:
+        """What can be said beforehand of how much it will show."""
+
+    def measure(self, bench: Bench) -> Suite:
+        """The suite with the adapter off and on."""
+
+
+def draw(items: Sequence[T], wanted: int | None, seed: int) -> list[T]:
+    """So many items, in their own order; all where there are no more."""
+    if wanted is None or wanted >= len(items):
+        return list(items)
+    return [items[place] for place in sorted(np.random.default_rng(seed).permutation(len(items))[:wanted].tolist())]
+
+
+def _joined(alike: Sequence[int], groups: Sequence[str | None]) -> list[str]:
+    """Names of the clusters, [items]: of what is alike, joined where two of them share a group."""
+    members: defaultdict[str, list[str]] = defaultdict(list)
+    for place, label in enumerate(alike):
+        members[f"{label:09}"].append(f"{place}")
+    named = {f"{place}": (group,) for place, group in enumerate(groups) if group is not None}
+    cluster_of = {place: name for name, places in join_groups(members, named).items() for place in places}
+    return [cluster_of[f"{place}"] for place in range(len(alike))]
+
+
+def file_identity(engine: str, path: Path, settings: FileSuite, margin: float) -> dict[str, Any]:
+    """What decides the measurement of a suite whose items are in a file, beside base and adapter."""
+    return {
+        "engine": engine,
+        "file": file_digest(path),
+        "settings": settings.model_dump(mode="json"),
+        "margin": margin,
+    }
+
+
+def fitting(
+    suite: str, items: Sequence[T], fits: Callable[[T], bool], long: str, bench: Bench
+) -> tuple[list[T], list[str]]:
+    """The items that fit the base's context, and what is said of the others.
+
+    Args:
+        suite: its name.
+        items: all of them.
+        fits: whether one does.
+        long: what those are that do not, such as "prompts are longer than the base's context".
+        bench: told, where there are any.
+    """
+    kept = [item for item in items if fits(item)]
+    if len(kept) == len(items):
+        return kept, []
+    told = f"{len(items) - len(kept)} {long}"
+    bench.reporter.warn(f"{suite}: {told}, and are left out.")
+    return kept, [told]
+
+
+def dealt(count: int, seed: int) -> list[int]:
+    """For each of at least two places another one: a cycle through all, so that none is dealt itself."""
+    order = np.random.default_rng(seed).permutation(count)
+    other = np.empty(count, dtype=np.int64)
+    other[order] = np.roll(order, 1)
+    return [int(place) for place in other]
+
+
+def expected_text(name: str, items: int, margin: float) -> str:
+    """How many items the margin takes, said before anything is measured."""
+    needed = items_needed(margin)
+    said = (
+        f"{name}: {items:,} items. To show a drop of less than {100 * margin:g} points takes about {needed:,} "
+        "(80% power, if a tenth of the items change)"
+    )
+    if items >= needed:
+        return f"{said}."
+    return f"{said}: too few. So many show a drop of less than {100 * smallest_margin(items):.1f} points at best."
+
+
+# Controls
+
+
+def above_chance(base: Floats, clusters: Sequence[str], chance: float, margin: float) -> Control:
+    """Whether the base is so far above guessing that it can fall by the margin."""
+    return Control(
+        name=f"the base, where guessing gives {chance:.1%}",
+        score=float(base.mean()),
+        items=len(base),
+        wanted=f"more than {100 * margin:g} points above guessing, with 95% certainty",
+        passed=lower_limit(base, clusters) - chance > margin,
+    )
+
+
+def above_floor(name: str, base: Floats, floor: Floats, clusters: Sequence[str], margin: float, seed: int) -> Control:
+    """Whether a control without the ability falls below the base by more than the margin, on the same items."""
+    return Control(
+        name=name,
+        score=float(floor.mean()),
+        items=len(floor),
+        wanted=f"more than {100 * margin:g} points below the base ({base.mean():.1%}), with 95% certainty",
+        passed=paired_drop(base, floor, clusters, seed).lower > margin,
+    )
+
+
+def lower_limit(scores: Floats, clusters: Sequence[str]) -> float:
+    """One-sided 95% lower limit of a mean of scores from 0 to 1: Wilson's, on the effective number of items.
+
+    Of graded scores too: among scores in that range with a given mean, right and wrong have the largest variance.
+    """
+    items = len(scores) if len(set(clusters)) == len(scores) else effective_items(scores, clusters)
+    return wilson(float(scores.mean()), items, level=0.9).low
+
+
+# A suite's numbers
+
+
+def suite_of(
+    *,
+    name: str,
+    kind: SuiteKind,
+    metric: str,
+    base: Floats,
+    tuned: Floats,
+    clusters: Sequence[str],
+    margin: float,
+    controls: Sequence[Control],
+    seed: int,
+    left_out: Sequence[str] = (),
+    truncated: tuple[int, int] | None = None,
+) -> Suite:
+    """A suite of items that score from 0 to 1; ``base``, ``tuned`` and ``clusters`` are theirs, [items]."""
+    drop = paired_drop(base, tuned, clusters, seed)
+    binary = bool(np.isin([base, tuned], (0.0, 1.0)).all())
+    # Of graded scores the mean square of the changes is what the share of changed items is of right and wrong.
+    changed = float(np.square(base - tuned).mean())
+    # No change among n items still leaves about 1 in n + 2 (Laplace): no margin is shown by no items.
+    needed = items_needed(margin, max(changed, 1 / (len(base) + 2)))
+    if len(set(clusters)) < len(base):  # so many independent ones, and more of these
+        needed = math.ceil(needed * len(base) / effective_items(base - tuned, clusters))
+    return Suite(
+        name=name,
+        kind=kind,
+        unit="share",
+        metric=metric,
+        items=len(base),
+        clusters=len(set(clusters)),
+        left_out=tuple(left_out),
+        base=float(base.mean()),
+        tuned=float(tuned.mean()),
+        drop=drop.value,
+        interval=drop.interval,
+        limit=drop.limit,
+        method=drop.method,
+        margin=margin,
+        changed=changed if binary else None,
+        items_needed=needed,
+        expected_items=items_needed(margin),
+        truncated=truncated,
+        controls=tuple(controls),
+        result=drop.against(margin),
+    )

@@ -1,0 +1,155 @@
+"""Files of instructions: prompts with checks, in this project's own form or Google's for IFEval."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tunewright.core.errors import UserError
+from tunewright.evaluation.benchmarks.checks import Check
+
+_CHECK: TypeAdapter[Check] = TypeAdapter(Check)
+_OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A prompt, and what its answer has to pass; at least one check."""
+
+    prompt: str
+    checks: tuple[Check, ...]
+    group: str | None = None
+    """What it shares with other prompts, such as a text; None: nothing that the file says."""
+
+    def followed(self, answer: str) -> bool:
+        """Whether the answer passes all checks, as it stands (IFEval's strict); an empty one never does."""
+        return bool(answer.strip()) and all(check.passes(answer) for check in self.checks)
+
+
+def read_instructions(path: Path) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions of a JSONL file, and of the checks that are not supported how many prompts have each.
+
+    A line is ``{"prompt": …, "checks": [{"check": "words", "at_least": 300}, …]}``, or one of Google's, with
+    ``instruction_id_list`` and ``kwargs``. A prompt with a check that is not supported is left out as a whole. A
+    ``group`` says which prompts belong together.
+
+    Raises:
+        UserError: cannot be read, or a line that is neither (naming file and line).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8: {error.reason}", where=str(path)) from None
+    found: list[Instruction] = []
+    unsupported: Counter[str] = Counter()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        instruction, lacking = _read(line, f"{path}:{number}")
+        unsupported.update(lacking)
+        if instruction is not None:
+            found.append(instruction)
+    return found, dict(unsupported.most_common())
+
+
+def _read(line: str, where: str) -> tuple[Instruction | None, set[str]]:
+    try:
+        row = json.loads(line)
+        prompt = row["prompt"]
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError("prompt is no text")
+        if "instruction_id_list" in row:
+            ids, values = row["instruction_id_list"], row["kwargs"]
+            wanted = [_google(name, given) for name, given in zip(ids, values, strict=True)]
+            lacking = {name for name, check in zip(ids, wanted, strict=True) if check is None}
+        else:
+            wanted, lacking = [dict(check) for check in row["checks"]], set()
+        if lacking:
+            return None, lacking
+        if not wanted:
+            raise ValueError("there is no check")
+        checks, group = tuple(_CHECK.validate_python(check) for check in wanted), row.get("group")
+        return Instruction(prompt, checks, None if group is None else str(group)), set()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(
+            f"not a check: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            where=where,
+            fix="docs/general.md lists the checks and what each takes.",
+        ) from None
+    except KeyError as error:
+        raise UserError(f"not an instruction with prompt and checks: {error} is missing", where=where) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"not an instruction with prompt and checks: {error}", where=where) from None
+
+
+def _google(name: str, given: Values) -> dict[str, Any] | None:
+    """A check of Google's as one of ours; None where there is none that is the same."""
+    make = _GOOGLE.get(name)
+    # Copies of the file name every keyword on every line, most of them with null.
+    return None if make is None else make({key: value for key, value in given.items() if value is not None})
+
+
+def _related(values: Values, number: str, relation: str = "relation") -> dict[str, int]:
+    least = {"at least": True, "less than": False}[values[relation]]
+    return {"at_least": values[number]} if least else {"at_most": values[number] - 1}
+
+
+def _exactly(number: int) -> dict[str, int]:
+    return {"at_least": number, "at_most": number}
+
+
+_GOOGLE: Mapping[str, Callable[[Values], dict[str, Any]]] = {
+    "punctuation:no_comma": lambda _: {"check": "occurrences", "of": ",", "at_most": 0},
+    "length_constraints:number_words": lambda v: {"check": "words", **_related(v, "num_words")},
+    "length_constraints:number_sentences": lambda v: {"check": "sentences", **_related(v, "num_sentences")},
+    "length_constraints:number_paragraphs": lambda v: {
+        "check": "paragraphs",
+        "separator": "***",
+        **_exactly(v["num_paragraphs"]),
+    },
+    "keywords:forbidden_words": lambda v: {"check": "forbids", "words": v["forbidden_words"]},
+    "keywords:existence": lambda v: {"check": "contains", "texts": v["keywords"]},
+    "keywords:frequency": lambda v: {"check": "occurrences", "of": v["keyword"], **_related(v, "frequency")},
+    "keywords:letter_frequency": lambda v: {
+        "check": "occurrences",
+        "of": v["letter"],
+        **_related(v, "let_frequency", "let_relation"),
+    },
+    "detectable_format:number_highlighted_sections": lambda v: {"check": "highlights", "at_least": v["num_highlights"]},
+    "detectable_format:number_bullet_lists": lambda v: {"check": "bullets", **_exactly(v["num_bullets"])},
+    "detectable_format:multiple_sections": lambda v: {
+        "check": "sections",
+        "marker": v["section_spliter"],
+        "at_least": v["num_sections"],
+    },
+    "detectable_format:title": lambda _: {"check": "title"},
+    "detectable_format:json_format": lambda _: {"check": "json"},
+    "detectable_format:constrained_response": lambda _: {"check": "contains_one", "texts": _OPTIONS},
+    "detectable_content:number_placeholders": lambda v: {"check": "placeholders", "at_least": v["num_placeholders"]},
+    "detectable_content:postscript": lambda v: {"check": "postscript", "marker": v["postscript_marker"]},
+    "combination:repeat_prompt": lambda v: {"check": "starts_with", "text": v["prompt_to_repeat"]},
+    "startend:end_checker": lambda v: {"check": "ends_with", "text": v["end_phrase"]},
+    "startend:quotation": lambda _: {"check": "quoted"},
+    # Google's also ask a model whether the text is English, which is left out.
+    "change_case:english_lowercase": lambda _: {"check": "case", "letters": "lower"},
+    "change_case:english_capital": lambda _: {"check": "case", "letters": "upper"},
+}
+
+
+def unsupported_text(unsupported: Mapping[str, int], left_out: int) -> Sequence[str]:
+    """What is told of prompts that are left out for a check that is not supported."""
+    if not unsupported:
+        return []
+    named = ", ".join(f"{name} ({count})" for name, count in unsupported.items())
+    return [f"{left_out} prompts have a check that is not supported: {named}"]

@@ -1,0 +1,179 @@
+"""Tasks of EleutherAI's lm-evaluation-harness as suites, through its Python API."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunewright.adapters.registry import Adapter
+from tunewright.config.general import LmEvalSuite as Settings
+from tunewright.core.errors import UserError
+from tunewright.evaluation.benchmarks.bench import Bench, above_chance, expected_text, suite_of
+from tunewright.evidence.benchmarks import Suite
+from tunewright.models.loading import load_tokenizer
+
+_ENGINE = "lm-eval-2"
+_BATCH = 16
+_PREFERRED = "acc_norm"
+
+
+class LmEvalSuite:
+    """A task or a group of tasks; an item scores what lm-eval gives it, as a share.
+
+    Without a chat template, as lm-eval does by default. Its own cache is not used: it does not know adapters apart.
+
+    Raises:
+        UserError: lm-eval is not installed, or has no such task.
+    """
+
+    def __init__(self, settings: Settings, root: Path, margin: float) -> None:
+        if find_spec("lm_eval") is None:
+            raise UserError(
+                f"the task {settings.task} is measured with lm-eval, which is not installed",
+                where="general.lm_eval",
+                fix="pip install 'lm-eval[hf]'",
+            )
+        from lm_eval.tasks import TaskManager
+
+        self.settings = settings
+        self.name = settings.task
+        self.margin = margin
+        self.tasks = TaskManager(include_path=None if settings.folder is None else str(root / settings.folder))
+        if settings.task not in self.tasks.all_tasks:
+            raise UserError(
+                f"lm-eval has no task {settings.task!r}",
+                where="general.lm_eval",
+                fix="`lm-eval ls tasks` lists them; those of your own are found in the suite's `folder`.",
+            )
+        self.identity: dict[str, Any] = {
+            "engine": _ENGINE,
+            "lm_eval": version("lm_eval"),
+            "settings": settings.model_dump(mode="json"),
+            "margin": margin,
+        }
+
+    def expected(self) -> str:
+        """How many items the margin takes, where the number of items is known beforehand."""
+        if self.settings.items is None:
+            return f"{self.name}: all items of the task, against a margin of {100 * self.margin:g} points."
+        return expected_text(self.name, self.settings.items, self.margin)
+
+    def measure(self, bench: Bench) -> Suite:
+        """The task with the adapter off and on; the control is whether the base is above guessing.
+
+        Raises:
+            UserError: the task's data cannot be fetched, or its metric is not a share for each item.
+        """
+        off = self._measured(bench, None, "adapter off")
+        on = self._measured(bench, bench.adapter, "adapter on")
+        assert off["scores"].keys() == on["scores"].keys(), "the same items"
+        names = list(off["scores"])
+        base, tuned = (np.array([given["scores"][name] for name in names], dtype=np.float64) for given in (off, on))
+        clusters = bench.clusters(self.name, [off["texts"][name] for name in names], [None] * len(names))
+        return suite_of(
+            name=self.name,
+            kind="lm_eval",
+            metric=off["metric"],
+            base=base,
+            tuned=tuned,
+            clusters=clusters,
+            margin=self.margin,
+            controls=[above_chance(base, clusters, off["chance"], self.margin)],
+            seed=bench.seed,
+        )
+
+    def _measured(self, bench: Bench, adapter: Adapter | None, what: str) -> dict[str, Any]:
+        """Each item's score and text by its name, the metric, and what guessing gives on average."""
+        kept = bench.kept(_ENGINE, adapter, **self.identity)
+        if not kept.known:
+            with bench.reporter.task(f"{self.name}, {what}", 1, "runs of lm-eval") as task:
+                samples, metric = self._run(bench, adapter)
+                kept.add(
+                    {
+                        "scores": {name: self._share(sample, metric) for name, sample in samples.items()},
+                        "texts": {name: _asked(sample) for name, sample in samples.items()},
+                        "metric": metric,
+                        "chance": float(np.mean([_chance(sample) for sample in samples.values()])),
+                    }
+                )
+                task.advance()
+        return kept.known
+
+    def _run(self, bench: Bench, adapter: Adapter | None) -> tuple[dict[str, dict[str, Any]], str]:
+        """What lm-eval logged of each item, by the item's task and number, and the metric to go by."""
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        # Its own tokenizer: lm-eval sets padding on it.
+        tokenizer = load_tokenizer(bench.generator.base)
+        with bench.generator.answering(adapter) as model, redirect_stdout(sys.stderr):
+            try:
+                results = simple_evaluate(
+                    model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH),
+                    tasks=[self.settings.task],
+                    num_fewshot=self.settings.shots,
+                    limit=self.settings.items,
+                    task_manager=self.tasks,
+                    log_samples=True,
+                    bootstrap_iters=0,
+                    random_seed=bench.seed,
+                    numpy_random_seed=bench.seed,
+                    torch_random_seed=bench.seed,
+                    fewshot_random_seed=bench.seed,
+                )
+            except OSError as error:  # also of the hub and of `datasets`, where a data set cannot be fetched
+                raise UserError(f"its data cannot be read: {error}", where=self.name) from error
+        samples: dict[str, dict[str, Any]] = {}
+        for name, logged in results["samples"].items():
+            kind = results["configs"][name]["output_type"]
+            for sample in logged:
+                # An item stands there once for each of the task's filters; the first filter counts.
+                samples.setdefault(f"{name}/{sample['doc_id']}", {**sample, "output_type": kind})
+        return samples, self._metric(samples, results)
+
+    def _metric(self, samples: dict[str, dict[str, Any]], results: dict[str, Any]) -> str:
+        known = list(dict.fromkeys(metric for sample in samples.values() for metric in sample["metrics"]))
+        wanted = self.settings.metric or (_PREFERRED if _PREFERRED in known else known[0])
+        if wanted not in known:
+            raise UserError(f"it has no metric {wanted!r}", where=self.name, fix=f"There are: {', '.join(known)}.")
+        if not all(better.get(wanted, True) for better in results["higher_is_better"].values()):
+            raise UserError(f"less is better by its metric {wanted}", where=self.name, fix="Name another metric.")
+        return wanted
+
+    def _share(self, sample: dict[str, Any], metric: str) -> float:
+        value = sample.get(metric)
+        if not isinstance(value, bool | int | float | np.number) or not 0 <= float(value) <= 1:
+            raise UserError(
+                f"its metric {metric} is not a share from 0 to 1 for each item", where=self.name, fix="Name another."
+            )
+        return float(value)
+
+
+def _asked(sample: dict[str, Any]) -> str:
+    """What an item's data have of texts beside its choices, which other items may share: what tells how alike two are.
+
+    Tasks name their fields as they like, and the prompt may have other items in it as worked examples.
+    """
+    of_choices = sample["output_type"] == "multiple_choice"
+    choices = {str(choice).strip() for _, choice in sample["arguments"]} if of_choices else set()
+    return " ".join(text for text in _texts(sample["doc"]) if text.strip() not in choices)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _chance(sample: dict[str, Any]) -> float:
+    """What guessing gives: one over the choices; of a generated answer, nothing."""
+    return 1 / len(sample["filtered_resps"]) if sample["output_type"] == "multiple_choice" else 0.0

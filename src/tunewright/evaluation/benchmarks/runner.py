@@ -1,0 +1,152 @@
+"""All suites of the config's general section, measured with an adapter off and on, as a section of the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.adapters.registry import Adapter
+from tunewright.config.project import ProjectFolder
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_json
+from tunewright.core.progress import Reporter
+from tunewright.evaluation.arm_runner import ArmRunner
+from tunewright.evaluation.benchmarks.bench import Bench, OpenSuite
+from tunewright.evaluation.benchmarks.choices import ChoicesSuite
+from tunewright.evaluation.benchmarks.instructions import InstructionsSuite
+from tunewright.evaluation.benchmarks.lm_eval import LmEvalSuite
+from tunewright.evaluation.benchmarks.samples import SamplesSuite
+from tunewright.evaluation.runner import EvaluateResult, evaluate
+from tunewright.evidence.benchmarks import Benchmarks, Suite
+from tunewright.evidence.regression_rule import Standing, standing
+from tunewright.evidence.schema import Advice, amend, evidence_on, load_evidence
+from tunewright.training.lineage import packages
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What `general` did."""
+
+    adapter: Adapter
+    general: Benchmarks
+    measured: bool
+    """False when the same suites had been measured before."""
+    folder: Path | None
+    """The evaluation whose evidence holds it; None where the adapter has not been evaluated yet."""
+
+    @property
+    def standing(self) -> Standing:
+        """Whether the adapter is worse at what the base could do."""
+        return standing(self.general)
+
+
+def open_suites(project: ProjectFolder) -> list[OpenSuite]:
+    """The config's suites with their items read; nothing is loaded or measured.
+
+    Raises:
+        UserError: no suite, a file that cannot be read, two suites of one name, or lm-eval is named and not installed.
+    """
+    settings, root, seed = project.config.general, project.root, project.config.seed
+    if not settings.measures:
+        raise UserError(
+            "the config names no suite", where="general", fix="Set general.samples, or list files of items."
+        )
+    suites: list[OpenSuite] = [SamplesSuite(settings.samples, settings.samples_margin)] if settings.samples else []
+    suites += [ChoicesSuite(s, root, s.margin or settings.margin, seed) for s in settings.choices]
+    suites += [InstructionsSuite(s, root, s.margin or settings.margin, seed) for s in settings.instructions]
+    suites += [LmEvalSuite(s, root, s.margin or settings.margin) for s in settings.lm_eval]
+    names = [suite.name for suite in suites]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two suites are called {twice}", where="general", fix="Rename one of the files.")
+    return suites
+
+
+def measure_general(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[OpenSuite]) -> BenchmarkResult:
+    """Measure the suites, or find them measured; evidence on this adapter gets the section.
+
+    Args:
+        measurement: the project's, of the dataset version that the adapter was trained on.
+        adapter: the adapter.
+        suites: as :func:`open_suites` gives them.
+    """
+    project, generator = arm_runner.project, arm_runner.generator
+    identity = digest(
+        {
+            "suites": [suite.identity for suite in suites],
+            "adapter": adapter.digest,
+            "base": generator.base.digest,
+            "template": generator.chat.digest,
+            "weights": generator.inputs,
+            "dataset": arm_runner.version.digest,
+            "seed": project.config.seed,
+            "similarity": project.config.data.similarity,
+        }
+    )[:12]
+    file = project.work / "general" / f"{identity}.json"
+    known = file.exists()
+    if known:
+        general = Benchmarks.model_validate_json(file.read_text(encoding="utf-8"))
+    else:
+        bench = Bench(project, arm_runner.version, generator, adapter, arm_runner.reporter)
+        general = _measured(bench, suites, identity)
+        write_json(file, general.model_dump(mode="json"))
+    folder = evaluation_of(project, adapter, arm_runner.reporter)
+    if folder is not None and load_evidence(folder).general != general:
+        amend(folder, general=general)
+    return BenchmarkResult(adapter, general, not known, folder)
+
+
+def evaluate_with_general(
+    arm_runner: ArmRunner, adapter: Adapter, advice: Advice, suites: Sequence[OpenSuite]
+) -> EvaluateResult:
+    """Answer the test split, and measure the suites besides; with none, evidence keeps what was measured before."""
+    result = evaluate(arm_runner, adapter, advice)
+    if not suites:
+        return result
+    general = measure_general(arm_runner, adapter, suites)
+    evidence = load_evidence(result.folder)
+    if evidence.general != general.general:  # it is not the newest evaluation of its adapter
+        evidence = amend(result.folder, general=general.general)
+    return EvaluateResult(result.folder, evidence, result.evaluated or general.measured)
+
+
+def evaluation_of(project: ProjectFolder, adapter: Adapter, reporter: Reporter) -> Path | None:
+    """The newest held-out evaluation of an adapter; None where there is none."""
+    evidence = evidence_on(project.evaluations, adapter.digest, reporter)
+    return None if evidence is None else project.evaluations / evidence.id
+
+
+def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> Benchmarks:
+    for suite in suites:
+        bench.reporter.say(suite.expected())
+    measured: list[Suite] = []
+    not_measured: list[str] = []
+    for suite in suites:
+        try:
+            measured.append(suite.measure(bench))
+        except UserError as error:
+            if suite.margin is not None:  # it was to decide: without it there is no result
+                raise
+            told = f"{suite.name}: {error.what}"
+            bench.reporter.warn(f"Not measured: {told}")
+            not_measured.append(told)
+    generator = bench.generator
+    return Benchmarks(
+        id=identity,
+        adapter=bench.adapter.digest,
+        suites=tuple(measured),
+        not_measured=tuple(not_measured),
+        lineage={
+            "created": now(),
+            "base": {"spec": generator.base.spec, "digest": generator.base.digest},
+            "template_digest": generator.chat.digest,
+            "weights": generator.weights,
+            "engine": generator.used.model_dump(mode="json"),
+            "seed": bench.seed,
+            "suites": {suite.name: suite.identity for suite in suites},
+            "packages": packages(generator.quantize),
+        },
+    )

@@ -1,0 +1,202 @@
+"""The base's own conversations as a suite: how much less likely the adapter finds what the base says by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+
+from tunewright.adapters.registry import Adapter
+from tunewright.chat import Tokens
+from tunewright.core.errors import UserError
+from tunewright.evaluation.benchmarks.bench import Bench, Floats
+from tunewright.evaluation.forgetting import ForgettingMeter
+from tunewright.evaluation.losses import judged_batches, most_places, whole_model
+from tunewright.evidence.benchmarks import Control, Suite
+from tunewright.evidence.non_inferiority import items_needed, ratio_drop
+from tunewright.models.loading import decoder_layers
+
+_ENGINE = "samples-1"
+_CONTROL_SAMPLES = 8
+_NOTHING = 1e-3  # nats per token, of the base against itself
+
+Answering = Callable[[], AbstractContextManager[Any]]
+Compared = list[float]
+"""Of one answer, in nats per token: loss under the first, loss under the second, divergence from first to second."""
+
+
+class SamplesSuite:
+    """So many samples; the margin is in nats per token."""
+
+    name = "the base's own samples"
+
+    def __init__(self, wanted: int, margin: float | None) -> None:
+        self.wanted = wanted
+        self.margin = margin
+        self.identity: dict[str, Any] = {"engine": _ENGINE, "samples": wanted, "margin": margin}
+
+    def expected(self) -> str:
+        """How far the samples vary is not known beforehand."""
+        told = "" if self.margin is None else f", against a margin of {self.margin:g} nats per token"
+        return f"{self.name}: {self.wanted} of them{told}."
+
+    def measure(self, bench: Bench) -> Suite:
+        """The samples, drawn at first use, with the adapter off and on; and the controls.
+
+        Raises:
+            UserError: nothing that the base writes is of use, or all of it was trained on.
+        """
+        meter = ForgettingMeter(bench.project, bench.version, bench.generator, self.wanted)
+        rows = meter.unseen(bench.adapter)
+        if len(rows) < 2:
+            raise UserError(f"{len(rows)} samples that the adapter was not trained on", where="general.samples")
+        generator = bench.generator
+        off, on = (lambda: generator.answering(None)), (lambda: generator.answering(bench.adapter))
+        some = dict(list(rows.items())[:_CONTROL_SAMPLES])
+        controls = self._controls(bench, off, some)
+        compared = self._compared(bench, "adapter off and on", bench.adapter, (off, on), rows)
+        return self._suite(rows, compared, controls, bench)
+
+    def _controls(self, bench: Bench, off: Answering, some: Mapping[str, Tokens]) -> list[Control]:
+        same = self._compared(bench, "the base against itself", None, (off, off), some)
+        layers = decoder_layers(bench.generator.base)
+
+        @contextmanager
+        def damaged() -> Iterator[Any]:
+            with off() as model, without_layer(model, layers // 2):
+                yield model
+
+        hurt = self._compared(bench, f"the base without layer {layers // 2 + 1}", None, (off, damaged), some)
+        drop = ratio_drop(_sums(some, hurt), bench.seed)
+        least = self.margin or 0.0
+        nothing = max(abs(each[2]) for each in same.values())
+        return [
+            Control(
+                name="the base against itself",
+                score=nothing,
+                items=len(some),
+                wanted=f"at most {_NOTHING:g} nats in any sample",
+                passed=nothing <= _NOTHING,
+            ),
+            Control(
+                name=f"the base without layer {layers // 2 + 1} of its {layers}",
+                score=drop.value,
+                items=len(some),
+                wanted=f"worse by more than {least:g} nats, with 95% certainty",
+                passed=drop.lower > least,
+            ),
+        ]
+
+    def _compared(
+        self,
+        bench: Bench,
+        what: str,
+        adapter: Adapter | None,
+        two: tuple[Answering, Answering],
+        rows: Mapping[str, Tokens],
+    ) -> dict[str, Compared]:
+        """Two models on these rows, by pair key; what is known already is not computed again."""
+        kept = bench.kept(f"{_ENGINE}: {what}", adapter, template=bench.generator.chat.digest)
+        missing = {key: row for key, row in rows.items() if key not in kept.known}
+        if missing:
+            with bench.reporter.task(f"{self.name}, {what}", len(missing), "samples") as task:
+                for part in compare(*two, missing, bench.generator.chat.tokenizer.pad_token_id):
+                    kept.add(part)
+                    task.advance(len(part))
+        return {key: kept.known[key] for key in rows}
+
+    def _suite(
+        self, rows: Mapping[str, Tokens], compared: Mapping[str, Compared], controls: list[Control], bench: Bench
+    ) -> Suite:
+        drop = ratio_drop(_sums(rows, compared), bench.seed)
+        tokens = np.array([sum(row.loss_mask) for row in rows.values()], dtype=np.float64)
+        # [samples, 3]: nats of each answer
+        nats = np.array([compared[key] for key in rows]) * tokens[:, None]
+        base, tuned, divergence = (nats.sum(axis=0) / tokens.sum()).tolist()
+        spread = ratio_drop(np.column_stack([nats[:, 2], tokens]), bench.seed)
+        needed = None
+        if self.margin is not None:
+            # As for shares, with n times the squared error of the mean in place of the share that changed.
+            error = (drop.interval.high - drop.interval.low) / (2 * 1.96)
+            needed = max(items_needed(self.margin, len(rows) * error**2), 2)
+        return Suite(
+            name=self.name,
+            kind="samples",
+            unit="nats per token",
+            metric="negative log-likelihood",
+            items=len(rows),
+            base=base,
+            tuned=tuned,
+            drop=drop.value,
+            interval=drop.interval,
+            limit=drop.limit,
+            method=drop.method,
+            margin=self.margin,
+            changed=None,
+            items_needed=needed,
+            divergence=divergence,
+            divergence_interval=spread.interval,
+            controls=tuple(controls),
+            result="can't tell" if self.margin is None else drop.against(self.margin),
+        )
+
+
+def _sums(rows: Mapping[str, Tokens], compared: Mapping[str, Compared]) -> Floats:
+    """Each sample's increase in nats and its tokens, [samples, 2]."""
+    tokens = {key: sum(row.loss_mask) for key, row in rows.items()}
+    return np.array([[(compared[key][1] - compared[key][0]) * n, n] for key, n in tokens.items()], dtype=np.float64)
+
+
+def compare(
+    first: Answering, second: Answering, rows: Mapping[str, Tokens], pad_id: int
+) -> Iterator[dict[str, Compared]]:
+    """How likely two models find each row's last answer, and the divergence from one to the other over it.
+
+    The divergence is taken over the whole vocabulary at each place. Both models see the same batches.
+
+    Args:
+        first, second: while open, what they give is the model.
+        rows: name to ids and mask.
+        pad_id: any token id.
+
+    Yields:
+        Name to means over the answer's tokens, of each batch.
+    """
+    import torch
+    from torch.nn.functional import kl_div
+
+    for batch in judged_batches(rows, pad_id):
+        states = []
+        for answering in (first, second):
+            with answering() as model, torch.inference_mode():  # inside: what loads adapters is no inference
+                states.append(batch.states(model))
+        with torch.inference_mode():
+            head = whole_model(model).get_output_embeddings()
+            targets = batch.targets.to(states[0].device)
+            step = most_places(head)
+            found: list[list[Any]] = [[], [], []]
+            for one, other, target in zip(*(s.split(step) for s in states), targets.split(step), strict=True):
+                log_p, log_q = head(one).float().log_softmax(-1), head(other).float().log_softmax(-1)
+                found[0].append(-log_p.gather(1, target[:, None])[:, 0])
+                found[1].append(-log_q.gather(1, target[:, None])[:, 0])
+                found[2].append(kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+            means = [batch.means(torch.cat(values).cpu()) for values in found]
+        yield {name: [each[name] for each in means] for name in batch.names}
+
+
+@contextmanager
+def without_layer(model: Any, number: int) -> Iterator[None]:
+    """While this is open, one decoder layer (from 0) lets its input through as it is: damage that any base feels."""
+
+    def let_through(_layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *output[1:]) if isinstance(output, tuple) else given
+
+    layers = whole_model(model).get_decoder().layers
+    hook = layers[number].register_forward_hook(let_through, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

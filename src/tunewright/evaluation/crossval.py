@@ -1,0 +1,383 @@
+"""Cross-fitted evaluation: every row is answered once, by an adapter that saw neither it nor a near-duplicate of it.
+
+A tenth of a small set is too few items to show anything. Here the rows are dealt into folds, and each fold goes the
+normal road with all its choices inside: its training rows make an adapter, its dev rows choose the epoch and the
+prompting arm, its test rows are answered. All rows' answers together are the evidence. It speaks of the config on this
+much data, the mean over the folds' adapters, and not of one of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunewright.adapters.registry import Adapter, list_adapters
+from tunewright.chat import ChatFormat
+from tunewright.chat.answers import answer_limit, stop_strings
+from tunewright.config.project import ProjectFolder
+from tunewright.core.io import digest
+from tunewright.core.progress import Reporter, duration
+from tunewright.data.dedup.leakage import nearest_training
+from tunewright.data.dedup.output_leakage import new_templates
+from tunewright.data.splits import SPLITS
+from tunewright.data.versions import DatasetVersion, Member
+from tunewright.data.versions.author import current_author
+from tunewright.evaluation.access_log import Ledger
+from tunewright.evaluation.arm_runner import (
+    Answered,
+    ArmRunner,
+    measured_arm,
+    measured_with,
+    references_inputs,
+    scored_arms,
+)
+from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
+from tunewright.evaluation.distance import Distances, scores_by_distance, scores_by_template
+from tunewright.evaluation.folds import fold_versions
+from tunewright.evaluation.generations import Generator, grammar_of
+from tunewright.evaluation.prompt_search import advise, choosing_inputs
+from tunewright.evaluation.runner import (
+    EvaluateResult,
+    contest,
+    declare,
+    measured_contrasts,
+    save_evaluation,
+    tell_opening,
+)
+from tunewright.evidence.answer_format import answer_form
+from tunewright.evidence.schema import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold, load_evidence
+from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, tell_references
+from tunewright.evidence.test_set_access import TestSetAccess
+from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
+from tunewright.models.bases import Base
+from tunewright.training.min_examples import forced_below
+from tunewright.training.train import train, training_inputs
+
+BEST_PROMPTING = "best-prompting"
+"""The arm that is each fold's own best prompting arm, where they are not all the same."""
+TUNED_RETRIEVED = "tuned+retrieved"
+"""Each fold's adapter with its own best retrieved demonstrations, where these are not all the same."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A fold that has gone its road."""
+
+    version: DatasetVersion
+    adapter: Adapter
+    trained: bool
+    advice: Advice
+    plans: list[ArmPlan]
+    answers: dict[str, list[Answered]]
+    """Of the fold's test rows, by arm."""
+    longer: int
+    """Right answers of the fold's test rows that are longer than an answer may be."""
+
+
+@dataclass(frozen=True)
+class _Role:
+    """An arm as the evidence has it: one plan for each fold, which need not be the same one."""
+
+    name: str
+    plans: list[ArmPlan]
+
+    @property
+    def plan(self) -> ArmPlan:
+        """What the evidence says of it."""
+        return self.plans[0] if len(set(self.plans)) == 1 else ArmPlan("mixed")
+
+
+class CrossValidation:
+    """The folds of a dataset version, and all that decides what comes out of them.
+
+    Args:
+        project: its config decides; the folds' adapters are kept in its working folder, apart from its own.
+        version: the rows, of all splits.
+        base: what is adapted and prompted.
+        chat: how conversations become tokens.
+        reporter: shows progress, hears warnings.
+        folds: how many, at least 2.
+        force: train on fewer pairs than are refused otherwise.
+
+    Raises:
+        UserError: too few clusters or pairs.
+    """
+
+    def __init__(
+        self,
+        project: ProjectFolder,
+        version: DatasetVersion,
+        base: Base,
+        chat: ChatFormat,
+        reporter: Reporter,
+        *,
+        folds: int,
+        force: bool = False,
+    ) -> None:
+        self.project = project
+        self.config = project.config
+        self.version = version
+        self.base = base
+        self.chat = chat
+        self.reporter = reporter
+        self.scorers = open_scorers(self.config.evaluate, project.root)
+        self.versions = fold_versions(version, folds, self.config.seed)
+        fewest = min(len(v.domain_of("train")) for v in self.versions)
+        place = f" in the smallest of {folds} folds"
+        self.forced = forced_below(fewest, force=force, reporter=reporter, place=place)
+        # Of all rows, so that no fold cuts what another would not, and an answer of the base serves every fold.
+        self.limit = answer_limit(self.config, chat, version.domain)
+        # The folds' adapters are all trained by this config.
+        self.quantize = self.config.evaluate.quantize or self.config.train.quantize
+        self.generator()  # an engine that cannot answer is refused before anything is trained
+        self.trainings = digest([training_inputs(project, v, base, chat) for v in self.versions])
+
+    def generator(self) -> Generator:
+        """Return a fresh generator: each fold has one, since the next fold trains on a base of its own."""
+        return Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
+
+    @property
+    def identity(self) -> str:
+        """12 hex digits: a digest of all that decides the measurement."""
+        settings = self.config.evaluate
+        decides = {
+            "trainings": self.trainings,
+            "max_new_tokens": self.limit,
+            "stop": stop_strings(self.config, self.chat),
+            "constrain": grammar.rule if (grammar := grammar_of(self.project)) else None,
+            "quantize": self.quantize,
+            "metrics": [metric_inputs(metric, self.project.root) for metric in settings.metrics],
+            "margin": settings.margin,
+            "schema": SCHEMA_VERSION,
+            **choosing_inputs(settings),
+            **references_inputs(self.version.domain),
+            "tuned_retrieved": settings.tuned_retrieved,
+            **self.generator().engine.identity,
+        }
+        return digest(decides)[:12]
+
+    def run(self) -> EvaluateResult:
+        """Evaluate the config on all rows; a stopped run goes on, and what is finished is found done.
+
+        Raises:
+            UserError: whatever a training or an evaluation raises.
+            KeyboardInterrupt: stopped by a signal; what was finished is kept.
+        """
+        folder = self.project.evaluations / self.identity
+        ledger = Ledger(self.project.evaluations)
+        if (folder / EVIDENCE_FILE).exists():
+            return EvaluateResult(folder, load_evidence(folder), evaluated=False)
+        opening = self._open(ledger)
+        earlier = ledger.earlier(opening, self.project.dataset, {m.key for m in self.version.domain})
+        tell_opening(opening, earlier, self.reporter)
+        tell_references([m.example for m in self.version.domain], "item", self.reporter)
+        done: list[_Done] = []
+        for number in range(1, len(self.versions) + 1):
+            began = time.monotonic()
+            done.append(self._go(number))
+            left = len(self.versions) - number
+            # The first that has not been found done tells how long one takes.
+            if left and done[-1].trained and not any(fold.trained for fold in done[:-1]):
+                seconds = time.monotonic() - began
+                self.reporter.say(f"That took {duration(seconds)}; {left} more: about {duration(left * seconds)}.")
+        roles = self._roles(done)
+        answers = {role.name: _in_order(self.version.domain, done, role) for role in roles}
+        scored = scored_arms(self.scorers, self.version.domain, answers)
+        evidence = self._evidence(done, roles, answers, scored)
+        nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
+        near = [nearest[m.key] for m in self.version.domain]
+        nearness = scores_by_distance(scored, near, evidence.contrasts[0], self.config.seed)
+        new = self._new_templates()
+        templates = (
+            new
+            if new is None
+            else scores_by_template(
+                scored, [new[m.key] for m in self.version.domain], evidence.contrasts[0], self.config.seed
+            )
+        )
+        evidence = evidence.model_copy(
+            update={"opening": opening, "openings": earlier, "nearness": nearness, "output_templates": templates}
+        )
+        fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
+        save_evaluation(folder, evidence, self.version.domain, answers, scored, Distances(nearest, new), fold_of)
+        return EvaluateResult(folder, evidence, evaluated=True)
+
+    def _new_templates(self) -> dict[str, bool] | None:
+        """Whether no row that an item's own fold trained on has its output template; None where that says nothing."""
+        by_fold = [new_templates(version.members) for version in self.versions]
+        return {key: new for fold in by_fold for key, new in (fold or {}).items()} if all(by_fold) else None
+
+    def _open(self, ledger: Ledger) -> TestSetAccess:
+        """The line in the ledger; what prompting arm each fold will choose is not known yet."""
+        with_retrieved = TUNED_RETRIEVED if self._tries_retrieved else None
+        return ledger.open(
+            author=current_author(self.project.root),
+            evaluation=self.identity,
+            design="cross-fitted",
+            dataset=self.version.digest,
+            test_split=self.version.split_digest("test"),
+            items=len(self.version.domain),
+            adapter=None,
+            adapter_digest=None,
+            base=self.base.digest,
+            declared=declare(self.config, self.scorers[0].name, BEST_PROMPTING, with_retrieved),
+        )
+
+    @property
+    def _tries_retrieved(self) -> bool:
+        settings = self.config.evaluate
+        return settings.tuned_retrieved and bool(settings.retrievers)
+
+    def _go(self, number: int) -> _Done:
+        """One fold's road."""
+        version = self.versions[number - 1]
+        train_rows, dev_rows, test_rows = (len(version.examples(split)) for split in SPLITS)
+        self.reporter.say(
+            f"Fold {number} of {len(self.versions)}: {train_rows:,} rows to train on, {dev_rows:,} to choose by, "
+            f"{test_rows:,} to answer"
+        )
+        facts: dict[str, Any] = {
+            "fold": {
+                "crossfit": self.trainings[:12],
+                "of": self.version.digest,
+                "number": number,
+                "folds": len(self.versions),
+            }
+        }
+        if self.forced:
+            facts["forced"] = self.forced
+        adapters = self.project.fold_adapters
+        trained = train(self.project, version, self.base, self.chat, self.reporter, adapters=adapters, facts=facts)
+        arm_runner = ArmRunner(
+            self.project, version, self.generator(), self.reporter, folder=adapters.parent, limit=self.limit
+        )
+        advice = advise(arm_runner).advice
+        plans = contest(advice, with_retrieved=self.config.evaluate.tuned_retrieved)
+        members = version.examples("test")
+        answers = {plan.name: arm_runner.answers(plan, members, "the fold", trained.adapter) for plan in plans}
+        longer = arm_runner.longer_than_limit(members)
+        return _Done(version, trained.adapter, trained.trained, advice, plans, answers, longer)
+
+    def _roles(self, done: Sequence[_Done]) -> list[_Role]:
+        """The arms that all folds have, each fold its own; the second is the prompting arm that tuned has to beat."""
+        best = [next(plan for plan in fold.plans if plan.name == fold.advice.best) for fold in done]
+        retrieved = [plan for fold in done for plan in fold.plans if plan.kind == "tuned-retrieved"]
+        each = [
+            ([ZERO_SHOT] * len(done), ZERO_SHOT.name),
+            (best, BEST_PROMPTING),
+            ([TUNED] * len(done), TUNED.name),
+        ]
+        if len(retrieved) == len(done):
+            each.append((retrieved, TUNED_RETRIEVED))
+        elif self._tries_retrieved:
+            self.reporter.warn(
+                f"{TUNED_RETRIEVED} is left out: {len(done) - len(retrieved)} of {len(done)} folds have no retrieved "
+                "arm"
+            )
+        return [_Role(plans[0].name if len(set(plans)) == 1 else name, plans) for plans, name in each]
+
+    def _evidence(
+        self,
+        done: Sequence[_Done],
+        roles: Sequence[_Role],
+        answers: dict[str, list[Answered]],
+        scored: ScoredArms,
+    ) -> Evidence:
+        members, settings = self.version.domain, self.config.evaluate
+        references = count_references([m.example for m in members])
+        control = roles[1].name
+        with_retrieved = roles[3].name if len(roles) > 3 else None
+        declared = declare(self.config, self.scorers[0].name, control, with_retrieved)
+        return Evidence(
+            id=self.identity,
+            project=self.config.name,
+            metric=self.scorers[0].name,
+            metrics=measured_metrics(self.scorers, several=references is not None),
+            references=references,
+            margin=settings.margin,
+            design="cross-fitted",
+            folds=tuple(_told(number, fold, roles, self.scorers[0]) for number, fold in enumerate(done, start=1)),
+            items=len(members),
+            clusters=len({m.cluster for m in members}),
+            train_items=round(sum(len(fold.version.examples("train")) for fold in done) / len(done)),
+            dev_arms=[],
+            best_prompting=control,
+            arms=[
+                measured_arm(role.name, role.plan, answers[role.name], scored, self.config.seed)
+                for role in {role.name: role for role in roles}.values()
+            ],
+            contrasts=measured_contrasts(scored, declared, self.config.seed),
+            engine=self.generator().used,
+            form=answer_form(
+                [m.example.output for m in members],
+                [m.example.output for m in members],
+                {name: [a.text for a in given] for name, given in answers.items()},
+                sum(fold.longer for fold in done),
+            ),
+            lineage={
+                **measured_with(self.config, self.base, self.chat, self.quantize, self.limit),
+                "dataset": self.version.digest,
+                "folds": [fold.version.digest for fold in done],
+                "adapters": [{"name": fold.adapter.name, "digest": fold.adapter.digest} for fold in done],
+                "config": self.config.model_dump(mode="json"),
+                "forced": self.forced,
+            },
+        )
+
+
+def _in_order(members: Sequence[Member], done: Sequence[_Done], role: _Role) -> list[Answered]:
+    """The folds' answers together, in the members' order."""
+    by_key: dict[str, Answered] = {}
+    for fold, plan in zip(done, role.plans, strict=True):
+        by_key |= {m.key: a for m, a in zip(fold.version.examples("test"), fold.answers[plan.name], strict=True)}
+    return [by_key[m.key] for m in members]
+
+
+def _told(number: int, fold: _Done, roles: Sequence[_Role], scorer: Scorer) -> Fold:
+    test = fold.version.examples("test")
+    own = {role.name: role.plans[number - 1].name for role in roles}
+    scores = {
+        role: score_all(scorer, [a.text for a in fold.answers[arm]], [m.example for m in test])
+        for role, arm in own.items()
+    }
+    return Fold(
+        number=number,
+        train_items=len(fold.version.examples("train")),
+        dev_items=len(fold.version.examples("dev")),
+        items=len(test),
+        best_prompting=fold.advice.best,
+        scores={role: each.total() if each.scored.any() else None for role, each in scores.items()},
+        dev_losses=[epoch["dev_loss"] for epoch in fold.adapter.lineage["training"]["epochs"]],
+        adapter=fold.adapter.digest,
+    )
+
+
+def out_of_fold(
+    project: ProjectFolder, version: DatasetVersion, base: Base, chat: ChatFormat
+) -> list[tuple[Adapter, list[Member]]]:
+    """Each fold's adapter with the rows that it was kept from, of the newest complete cross-fit of this version.
+
+    Empty where there is none that belongs to this base and chat format.
+    """
+    runs: dict[str, dict[int, Adapter]] = defaultdict(dict)
+    for adapter in list_adapters(project.fold_adapters):
+        lineage = adapter.lineage
+        fits = (lineage["base"]["digest"], lineage["template_digest"]) == (base.digest, chat.digest)
+        if fits and lineage["fold"]["of"] == version.digest:
+            runs[lineage["fold"]["crossfit"]][lineage["fold"]["number"]] = adapter
+    complete = [run for run in runs.values() if len(run) == run[min(run)].lineage["fold"]["folds"]]
+    if not complete:
+        return []
+    newest = max(complete, key=lambda run: max(str(a.lineage["created"]) for a in run.values()))
+    lineage = newest[1].lineage
+    versions = fold_versions(version, lineage["fold"]["folds"], lineage["seed"])
+    pairs = [(newest[number], fold) for number, fold in enumerate(versions, start=1)]
+    # An earlier release may have dealt the rows otherwise: then it is not known here who saw what.
+    if any(adapter.lineage["dataset"]["digest"] != fold.digest for adapter, fold in pairs):
+        return []
+    for adapter, _ in pairs:
+        adapter.verify()
+    return [(adapter, fold.examples("test")) for adapter, fold in pairs]

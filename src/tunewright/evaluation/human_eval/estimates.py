@@ -1,0 +1,139 @@
+"""What a stratified sample of people's verdicts says of all test items, alone and with a judge's help.
+
+One estimator serves both: stratified prediction-powered inference. For items i of strata h, with a verdict y where
+people gave one and a judge's f everywhere, it is
+
+    theta = sum_h W_h ( mean of y - L f over reviewed items of h  +  L times the mean of f over all items of h )
+
+which is unbiased whatever the judge's errors, since reviewed items are a random part of their stratum: the judge's mean
+is corrected by its mean error there. L = 0 is the classical stratified mean; L is tuned to make the variance small
+(PPI++). After Angelopoulos et al. 2023, "Prediction-powered inference" (arXiv 2301.09633); Angelopoulos, Duchi and
+Zrnic 2023, "PPI++" (arXiv 2311.01453); Fisch et al. 2024, "Stratified prediction-powered inference" (arXiv 2406.04291).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+from tunewright.evidence.base import Interval
+from tunewright.evidence.statistics import cluster_sums
+
+_Z = float(norm.ppf(0.975))
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of y over all items, from -1 to 1, with its 95% interval, and the L that was used."""
+
+    value: float
+    interval: Interval
+    tuning: float
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A mean by strata: its value, how each item moves it ([items]), and how two made-up clusters do ([2])."""
+
+    value: float
+    influence: Floats
+    made_up: Floats
+
+
+class Design:
+    """Which items were reviewed, of which strata and clusters.
+
+    Args:
+        strata: each item's stratum, [items].
+        reviewed: which items have a verdict, [items]; at least one of each stratum.
+        certain: which are known without asking (equal answers): reviewed strata of their own, [items].
+        clusters: each item's cluster, [items].
+    """
+
+    def __init__(
+        self, strata: Sequence[str], reviewed: NDArray[np.bool_], certain: NDArray[np.bool_], clusters: Sequence[str]
+    ) -> None:
+        names, self.stratum = np.unique(np.asarray(strata, dtype=str), return_inverse=True)
+        self.clusters = list(clusters)
+        self.reviewed = reviewed
+        count = len(names)
+        self.sizes = np.bincount(self.stratum, minlength=count).astype(float)
+        self.answered = np.bincount(self.stratum[reviewed], minlength=count).astype(float)
+        assert (self.answered > 0).all(), "a stratum without a verdict says nothing"
+        asked = reviewed & ~certain
+        # One made-up cluster of all preferred and one of none, of mean size, spread over the strata that were asked.
+        drawn = np.bincount(self.stratum[asked], minlength=count).astype(float)
+        self.extra = drawn / max(len({self.clusters[i] for i in np.flatnonzero(asked)}), 1)
+
+    def term(self, values: Floats, made_up: float, adjusted: bool = True) -> _Term:
+        """The stratified mean of ``values`` ([items], read where reviewed), with the made-up clusters counted in."""
+        held = self.answered + (2 * self.extra if adjusted else 0)
+        seen = np.where(self.reviewed, values, 0.0)
+        means = np.bincount(self.stratum, weights=seen, minlength=len(self.sizes)) / held
+        value = float(self.sizes @ means / self.sizes.sum())
+        weight = self.sizes / held
+        deviation = np.where(self.reviewed, values - means[self.stratum], 0.0)
+        influence = means[self.stratum] - value + weight[self.stratum] * deviation
+        signs = np.array([made_up, -made_up])
+        return _Term(value, influence, (self.extra * weight) @ (signs[None, :] - means[:, None]))
+
+    def centred(self, values: Floats) -> Floats:
+        """``values`` ([items]) less their mean over all items of the stratum."""
+        means = np.bincount(self.stratum, weights=values, minlength=len(self.sizes)) / self.sizes
+        return np.asarray(values - means[self.stratum], dtype=np.float64)
+
+    def by_cluster(self, influence: Floats) -> Floats:
+        """Influences summed within clusters, [clusters]."""
+        sums: NDArray[Any] = cluster_sums(influence[:, None], self.clusters)
+        return np.asarray(sums[:, 0], dtype=np.float64)
+
+
+def estimate(design: Design, verdicts: Floats, judged: Floats | None = None, tuning: float | None = None) -> Estimate:
+    """Estimate the mean verdict over all items, as if they were drawn from a world of such clusters.
+
+    The interval is normal, with the linearised variance over clusters (both phases: which items the test set has, and
+    which of them were asked about), and with Bonett and Price's (2012) adjustment for small samples: two made-up
+    clusters, one of treatment preferred and one of control preferred, are counted in. Without it, 50 verdicts of one
+    kind would give an interval of no width.
+
+    Args:
+        design: what was reviewed.
+        verdicts: y from -1 to 1, [items]; not read where an item was not reviewed.
+        judged: f, the judge's, [items] (None: there is no judge). Any fixed value may stand where the judge is silent.
+        tuning: L (None: the one of least variance, within 0 and 1).
+    """
+    plain = design.term(verdicts, 0.0, adjusted=False)
+    people = design.term(verdicts, 1.0)
+    if judged is None:
+        return _bounded(design, plain.value, people, 0.0)
+    f = design.centred(judged)
+    judge = design.term(f, 0.0)
+    # The judge's part: what its mean over all items adds, less what its mean over reviewed ones took away.
+    moved = judge.influence - f
+    if tuning is None:
+        ours, theirs = design.by_cluster(people.influence), design.by_cluster(moved)
+        spread = float(theirs @ theirs + judge.made_up @ judge.made_up)
+        together = float(ours @ theirs + people.made_up @ judge.made_up)
+        tuning = min(max(together / spread, 0.0), 1.0) if spread > 1e-12 else 0.0
+    value = plain.value - tuning * design.term(f, 0.0, adjusted=False).value
+    both = _Term(
+        people.value - tuning * judge.value,
+        people.influence - tuning * moved,
+        people.made_up - tuning * judge.made_up,
+    )
+    return _bounded(design, value, both, tuning)
+
+
+def _bounded(design: Design, value: float, term: _Term, tuning: float) -> Estimate:
+    moves = np.concatenate([design.by_cluster(term.influence), term.made_up])
+    count = len(moves)
+    error = np.sqrt(np.square(moves).sum() * count / (count - 1)) / design.sizes.sum()
+    low, high = term.value - _Z * error, term.value + _Z * error
+    return Estimate(min(max(value, -1.0), 1.0), Interval(low=float(max(low, -1.0)), high=float(min(high, 1.0))), tuning)

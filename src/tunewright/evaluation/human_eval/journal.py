@@ -1,0 +1,182 @@
+"""What a reviewer said, one event a line in ``review/NAME.jsonl``, only ever appended to.
+
+Verdicts are kept as they were given, of A and B: which arm that was follows from the sample's seed, and is nowhere in
+the file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+from urllib.parse import quote, unquote
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tunewright.core.errors import UserError
+from tunewright.core.io import writing
+
+FOLDER = "review"
+"""Beside the evidence."""
+_LONGEST_NAME = 200  # bytes, of the 255 that a file name may have
+
+Side = Literal["A", "B", "both", "neither", "skip"]
+SIDES: tuple[Side, ...] = get_args(Side)
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    reviewer: str
+    when: Annotated[str, Field(description="UTC, ISO 8601.")]
+
+
+class Judged(_Event):
+    """Which answer is better, or that both are good or neither is."""
+
+    event: Literal["verdict"] = "verdict"
+    verdict: Side
+    reference: Annotated[bool, Field(description="The reference had been shown.")]
+
+
+class Undone(_Event):
+    """The reviewer takes back the latest verdict on an item that stands."""
+
+    event: Literal["undo"] = "undo"
+
+
+class Shown(_Event):
+    """The reviewer was shown the item's reference."""
+
+    event: Literal["reference"] = "reference"
+
+
+class Noted(_Event):
+    """The reviewer's note on an item, in place of any earlier one; an empty one removes it."""
+
+    event: Literal["note"] = "note"
+    text: str
+
+
+Event = Judged | Undone | Shown | Noted
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A reviewer's events, and what stands of them."""
+
+    reviewer: str
+    events: tuple[Event, ...] = ()
+    torn: bool = False
+    """The file ends in half a line: a crash cut off the last event."""
+    stacks: dict[str, list[Judged]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    shown: frozenset[str] = frozenset()
+
+    @property
+    def standing(self) -> dict[str, Judged]:
+        """The verdict that stands on each item, by pair key."""
+        return {key: stack[-1] for key, stack in self.stacks.items() if stack}
+
+    def latest(self) -> Judged | None:
+        """The verdict given last, of those that stand."""
+        alive = {id(judged) for judged in self.standing.values()}
+        return next((e for e in reversed(self.events) if isinstance(e, Judged) and id(e) in alive), None)
+
+
+def journal_path(folder: Path, reviewer: str) -> Path:
+    """Where a reviewer's journal is.
+
+    Raises:
+        UserError: no name, or one that no file can have.
+    """
+    name = reviewer.strip()
+    if not name or not name.isprintable():
+        raise UserError("the reviewer has no name", where="--reviewer", fix="Give a name.")
+    file = quote(name, safe=" ")
+    if len(file) > _LONGEST_NAME:
+        raise UserError("the reviewer's name is too long for a file's name", where="--reviewer", fix="Shorten it.")
+    return folder / f"{file}.jsonl"
+
+
+def read_journals(folder: Path) -> list[Journal]:
+    """The journals of all reviewers, by name."""
+    return [_parse(path) for path in sorted(folder.glob("*.jsonl"))]
+
+
+def read_journal(folder: Path, reviewer: str) -> Journal:
+    """One reviewer's journal; it may be empty.
+
+    Raises:
+        UserError: naming file and line: not an event.
+    """
+    path = journal_path(folder, reviewer)
+    return _parse(path) if path.is_file() else Journal(reviewer.strip())
+
+
+def _parse(path: Path) -> Journal:
+    whole, torn = _whole_lines(path.read_bytes())
+    events: list[Event] = []
+    for number, line in enumerate(whole.split(b"\n"), start=1):
+        if line.strip():
+            events.append(_event(line, f"{path}:{number}"))
+    reviewer = unquote(path.stem)
+    if other := next((e.reviewer for e in events if e.reviewer != reviewer), None):
+        raise UserError(f"verdicts of {reviewer} and of {other} in one file", where=str(path), fix="Restore the file.")
+    return _stood(reviewer, events, torn)
+
+
+def _event(line: bytes, where: str) -> Event:
+    try:
+        return _EVENT.validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = f"not a verdict: {'.'.join(map(str, first['loc']))} {first['msg']}"
+        raise UserError(what, where=where, fix="Restore the file.") from None
+
+
+def _stood(reviewer: str, events: Sequence[Event], torn: bool) -> Journal:
+    stacks: dict[str, list[Judged]] = {}
+    notes: dict[str, str] = {}
+    for event in events:
+        if isinstance(event, Judged):
+            stacks.setdefault(event.key, []).append(event)
+        elif isinstance(event, Undone) and stacks.get(event.key):
+            stacks[event.key].pop()
+        elif isinstance(event, Noted):
+            notes[event.key] = event.text
+    shown = frozenset(e.key for e in events if isinstance(e, Shown))
+    return Journal(reviewer, tuple(events), torn, stacks, {k: text for k, text in notes.items() if text}, shown)
+
+
+def _whole_lines(data: bytes) -> tuple[bytes, bool]:
+    """The lines without half a last one, and whether there was one."""
+    end = data.rfind(b"\n") + 1
+    return data[:end], end < len(data)
+
+
+def append_events(folder: Path, events: Sequence[Event]) -> None:
+    """Add one reviewer's events to the end of their journal; what a crash left of half a line goes first.
+
+    Raises:
+        UserError: the disk is full or refuses.
+    """
+    path = journal_path(folder, events[0].reviewer)
+    lines = "".join(f"{event.model_dump_json()}\n" for event in events).encode()
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            data = file.read()
+            whole, torn = _whole_lines(data)
+            if torn:
+                file.truncate(len(whole))
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,174 @@
+"""What all reviewers of an evaluation said, and what it says of all test items: the evidence's section ``review``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from tunewright.core.errors import UserError
+from tunewright.evaluation.human_eval.agreement import agreement
+from tunewright.evaluation.human_eval.estimates import Design, Estimate, estimate
+from tunewright.evaluation.human_eval.journal import FOLDER, Journal, read_journals
+from tunewright.evaluation.human_eval.judged import JudgePreferences
+from tunewright.evaluation.human_eval.sample import Sample, load_sample, stratify, treatment_is_a
+from tunewright.evidence.base import Interval, Score
+from tunewright.evidence.human_eval import AnswerReview, Powered, RaterAgreement, Reviewer, ReviewStratum
+from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
+from tunewright.evidence.statistics import exact_mcnemar
+
+CLASSICAL = "stratified mean, linearised over clusters, Bonett-Price adjusted"
+POWERED = "stratified PPI++, linearised over clusters, Bonett-Price adjusted"
+_SAME = "same"
+
+Preferences = Mapping[str, int]
+"""Pair key to 1 (treatment preferred), -1 (control) or 0 (both or neither)."""
+
+
+def review_results(folder: Path, judge: JudgePreferences | None = None) -> AnswerReview:
+    """Put together what reviewers said, weighted to all test items.
+
+    Args:
+        folder: the evaluation's.
+        judge: a judge's preferences on the same two arms.
+
+    Raises:
+        UserError: no evaluation there, or no review of it has been begun.
+    """
+    evidence, items = load_evidence(folder), load_items(folder)
+    sample = load_sample(folder / FOLDER, evidence)
+    if sample is None:
+        raise UserError("nobody has reviewed this evaluation", where=str(folder), fix="`tunewright review` does it.")
+    journals = read_journals(folder / FOLDER)
+    said = {journal.reviewer: preferences(journal, sample) for journal in journals}
+    by_item = {key: [theirs[key] for theirs in said.values() if key in theirs] for key in sample.order}
+    scores = {key: float(np.mean(each)) for key, each in by_item.items() if each}
+    return _section(evidence, items, sample, journals, said, scores, judge)
+
+
+def preferences(journal: Journal, sample: Sample) -> dict[str, int]:
+    """A reviewer's standing verdicts on the sample, told of the arms; skipped items are not in it."""
+    found = {}
+    for key in sample.order:
+        judged = journal.standing.get(key)
+        if judged is None or judged.verdict == "skip":
+            continue
+        if judged.verdict in ("both", "neither"):
+            found[key] = 0
+        else:
+            found[key] = 1 if (judged.verdict == "A") == treatment_is_a(sample.seed, key) else -1
+    return found
+
+
+def _section(
+    evidence: Evidence,
+    items: Sequence[Item],
+    sample: Sample,
+    journals: Sequence[Journal],
+    said: Mapping[str, Preferences],
+    scores: Mapping[str, float],
+    judge: JudgePreferences | None,
+) -> AnswerReview:
+    stratum_of = stratify(items, sample.treatment, sample.control, evidence.metric)
+    strata = tuple(
+        ReviewStratum(
+            name=size.name,
+            items=size.items,
+            asked=size.asked,
+            answered=sum(stratum_of[key] == size.name for key in scores),
+            treatment=sum(stratum_of[key] == size.name and score > 0 for key, score in scores.items()),
+            control=sum(stratum_of[key] == size.name and score < 0 for key, score in scores.items()),
+        )
+        for size in sample.strata
+    )
+    lacking = _lacking(strata)
+    clusters = {item.key: item.cluster for item in items}
+    classical = powered = None
+    if lacking is None:
+        classical, powered = _estimates(items, stratum_of, scores, judge)
+    signs = np.array([np.sign(score) for score in scores.values()])
+    of = [clusters[key] for key in scores]
+    return AnswerReview(
+        treatment=sample.treatment,
+        control=sample.control,
+        items=sample.items,
+        same=sample.same,
+        asked=len(sample.order),
+        answered=len(scores),
+        reviewers=tuple(_reviewer(journal, sample) for journal in journals),
+        strata=strata,
+        preferred=(int((signs > 0).sum()), int((signs < 0).sum())),
+        p_value=exact_mcnemar(signs, of) if scores else 1.0,
+        test="exact sign test" if len(set(of)) == len(of) else "exact sign test by cluster",
+        win_rate=None if classical is None else _win_rate(classical, CLASSICAL),
+        powered=powered,
+        agreements=tuple(_agreements(said, judge, clusters, sample.seed)),
+        lacking=lacking,
+    )
+
+
+def _lacking(strata: Sequence[ReviewStratum]) -> str | None:
+    """Why there is no estimate yet: a stratum without two verdicts has no variance, and may not be left out."""
+    short = [s.name for s in strata if s.answered < min(2, s.items)]
+    if not short:
+        return None
+    return f"fewer than two verdicts on items of the kind {' and '.join(short)}"
+
+
+def _estimates(
+    items: Sequence[Item],
+    stratum_of: Mapping[str, str],
+    scores: Mapping[str, float],
+    judge: JudgePreferences | None,
+) -> tuple[Estimate, Powered | None]:
+    keys = [item.key for item in items]
+    certain = np.array([key not in stratum_of for key in keys])
+    verdicts = np.array([scores.get(key, 0.0) for key in keys])
+    design = Design(
+        [stratum_of.get(key, _SAME) for key in keys],
+        np.array([key in scores for key in keys]) | certain,
+        certain,
+        [item.cluster for item in items],
+    )
+    classical = estimate(design, verdicts)
+    if judge is None:
+        return classical, None
+    # Where the judge is silent a tie stands for it: any value will do that does not look at people's verdicts.
+    judged = np.array([0.0 if key not in stratum_of else float(judge.preferences.get(key, 0)) for key in keys])
+    told = sum(key in judge.preferences for key in stratum_of)
+    found = estimate(design, verdicts, judged)
+    return classical, Powered(win_rate=_win_rate(found, POWERED), tuning=found.tuning, judged=told)
+
+
+def _win_rate(found: Estimate, method: str) -> Score:
+    """From the mean of -1, 0 and 1 to the share of wins, ties counting half."""
+    interval = Interval(low=(1 + found.interval.low) / 2, high=(1 + found.interval.high) / 2)
+    return Score(value=(1 + found.value) / 2, interval=interval, method=method)
+
+
+def _reviewer(journal: Journal, sample: Sample) -> Reviewer:
+    stands = [judged for key in sample.order if (judged := journal.standing.get(key))]
+    verdicts = [judged.verdict for judged in stands]
+    return Reviewer(
+        name=journal.reviewer,
+        answered=len(verdicts) - verdicts.count("skip"),
+        skipped=verdicts.count("skip"),
+        both=verdicts.count("both"),
+        neither=verdicts.count("neither"),
+        reference_shown=sum(judged.reference and judged.verdict != "skip" for judged in stands),
+    )
+
+
+def _agreements(
+    said: Mapping[str, Preferences], judge: JudgePreferences | None, clusters: Mapping[str, str], seed: int
+) -> list[RaterAgreement]:
+    raters = [*said.items(), *([(judge.name, judge.preferences)] if judge else [])]
+    found = []
+    for (a, of_a), (b, of_b) in combinations(raters, 2):
+        both = sorted(of_a.keys() & of_b.keys())
+        if both:
+            firsts, seconds = [of_a[key] for key in both], [of_b[key] for key in both]
+            found.append(agreement((a, b), firsts, seconds, [clusters[key] for key in both], seed))
+    return found

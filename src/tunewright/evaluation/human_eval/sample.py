@@ -1,0 +1,205 @@
+"""Which test items people are asked about, and which answer is shown on which side.
+
+Drawn at random within strata that the deciding metric makes, so that each item's chance is known and what is found can
+be weighted back to all items. The seed is a digest of the evaluation: nobody chooses it, and anybody can check it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from tunewright.config import MetricName
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_json
+from tunewright.evidence.base import Part
+from tunewright.evidence.schema import Evidence, Item
+from tunewright.metrics import normalised
+
+SAMPLE_FILE = "sample.json"
+ITEMS = 50
+"""Asked about by default. 33 of 50 that all show a preference are significant at 5%."""
+SMALLEST = 5
+"""Items of each stratum, if it has them and the sample is large enough, so that broken ones are looked at too."""
+
+StratumName = Literal["fixed", "broken", "both right", "both wrong"]
+STRATA: tuple[StratumName, ...] = get_args(StratumName)
+
+
+class StratumSize(Part):
+    """How many items of a stratum are asked about, of how many with different answers."""
+
+    name: StratumName
+    items: int
+    asked: int
+
+
+class Sample(Part):
+    """The items to ask about, in the order of asking; nothing in it tells the sides."""
+
+    evaluation: Annotated[str, Field(description="The evidence's ID.")]
+    treatment: str
+    control: str
+    metric: str
+    seed: int
+    items: Annotated[int, Field(description="All test items.")]
+    same: Annotated[int, Field(description="Items with equal answers, which are ties.")]
+    strata: tuple[StratumSize, ...]
+    order: Annotated[tuple[str, ...], Field(description="Pair keys.")]
+
+
+def open_sample(folder: Path, evidence: Evidence, items: Sequence[Item], count: int | None) -> Sample:
+    """The sample of this evaluation: the one there is, or a new one of ``count`` items (None: `ITEMS`).
+
+    Args:
+        folder: where reviews of the evaluation are kept.
+        evidence: its first contrast is what is reviewed.
+        items: all test items.
+        count: how many to ask about.
+
+    Raises:
+        UserError: the sample there is has another size or is of other items, or none can be drawn.
+    """
+    sample = load_sample(folder, evidence)
+    if sample is None:
+        return draw_sample(evidence, items, ITEMS if count is None else count)
+    if count is not None and min(count, sum(s.items for s in sample.strata)) != len(sample.order):
+        raise UserError(
+            f"the sample of this evaluation has {len(sample.order)} items, and stays as it is",
+            where="--items",
+            fix="Leave the option out.",
+        )
+    return sample
+
+
+def keep_sample(folder: Path, evidence: Evidence, sample: Sample) -> None:
+    """Record the sample, unless it is recorded.
+
+    Raises:
+        UserError: another one was recorded meanwhile, or the disk refuses.
+    """
+    there = load_sample(folder, evidence)
+    if there is None:
+        write_json(folder / SAMPLE_FILE, sample.model_dump(mode="json"))
+    elif there != sample:
+        raise UserError("another sample was drawn meanwhile", where=str(folder / SAMPLE_FILE), fix="Begin again.")
+
+
+def load_sample(folder: Path, evidence: Evidence) -> Sample | None:
+    """The sample that was drawn, if one was.
+
+    Raises:
+        UserError: the file is no sample of this evaluation.
+    """
+    path = folder / SAMPLE_FILE
+    try:
+        sample = Sample.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        what = " ".join(str(error).splitlines()[1:3])
+        raise UserError(f"not the sample of a review: {what}", where=str(path), fix="Restore the file.") from None
+    if sample.evaluation != evidence.id:
+        what = f"the sample of evaluation {sample.evaluation}, not of {evidence.id}"
+        raise UserError(what, where=str(path), fix="Restore the file.")
+    return sample
+
+
+def draw_sample(evidence: Evidence, items: Sequence[Item], count: int) -> Sample:
+    """Draw from the items whose answers by the deciding contrast's two arms differ.
+
+    Raises:
+        UserError: fewer than two items for each stratum, or no answers that differ.
+    """
+    first = evidence.contrasts[0]
+    strata = stratify(items, first.treatment, first.control, evidence.metric)
+    if not strata:
+        raise UserError(
+            f"{first.treatment} and {first.control} answer all {len(items):,} test items alike: "
+            "there is nothing to compare"
+        )
+    seed = int(digest({"review": evidence.id})[:12], 16)
+    chosen = draw(strata, count, seed)
+    names = [strata[key] for key in chosen]
+    sizes = [(name, sum(each == name for each in strata.values()), names.count(name)) for name in STRATA]
+    return Sample(
+        evaluation=evidence.id,
+        treatment=first.treatment,
+        control=first.control,
+        metric=evidence.metric,
+        seed=seed,
+        items=len(items),
+        same=len(items) - len(strata),
+        strata=tuple(StratumSize(name=name, items=size, asked=asked) for name, size, asked in sizes if size),
+        order=tuple(chosen),
+    )
+
+
+def stratify(items: Sequence[Item], treatment: str, control: str, metric: MetricName) -> dict[str, StratumName]:
+    """The stratum of each item whose answers differ (after `normalised`), by pair key.
+
+    ``fixed`` is where the metric scores the treatment higher, ``broken`` lower; ``both right`` is where both have the
+    full score, ``both wrong`` where they have the same lower one, or where the item is not scored in both arms.
+    """
+    different = [i for i in items if normalised(i.answers[treatment]) != normalised(i.answers[control])]
+    return {i.key: _stratum_of(i.scores[metric], treatment, control) for i in different}
+
+
+def _stratum_of(scores: Mapping[str, float], treatment: str, control: str) -> StratumName:
+    if treatment in scores and control in scores:
+        return _stratum(scores[treatment], scores[control])
+    return "both wrong"
+
+
+def _stratum(treatment: float, control: float) -> StratumName:
+    if treatment != control:
+        return "fixed" if treatment > control else "broken"
+    return "both right" if treatment == 1 else "both wrong"
+
+
+def draw(strata: Mapping[str, StratumName], count: int, seed: int) -> list[str]:
+    """Draw ``count`` keys, without replacement and at random within each stratum, and shuffle them over all strata.
+
+    Whoever stops early has then answered a random part of each stratum.
+
+    Raises:
+        UserError: fewer than two for each stratum.
+    """
+    rng = np.random.default_rng(seed)
+    by_name = {name: sorted(key for key in strata if strata[key] == name) for name in STRATA}
+    asked = allocate({name: len(keys) for name, keys in by_name.items() if keys}, count)
+    chosen = [key for name, size in asked.items() for key in rng.permutation(by_name[name])[:size].tolist()]
+    shuffled: list[str] = rng.permutation(sorted(chosen)).tolist()
+    return shuffled
+
+
+def allocate(sizes: Mapping[StratumName, int], count: int) -> dict[StratumName, int]:
+    """How many to draw of each stratum: in proportion to its size, but no fewer than `SMALLEST` where it has them.
+
+    Raises:
+        UserError: fewer than two for each stratum, without which a variance cannot be estimated.
+    """
+    total = sum(sizes.values())
+    count = min(count, total)
+    least = min(SMALLEST, count // len(sizes))
+    if least < 2 and count < total:
+        raise UserError(
+            f"{count} items are too few: the metric makes {len(sizes)} kinds of items here ({', '.join(sizes)})",
+            where="--items",
+            fix=f"Take {2 * len(sizes)} at least.",
+        )
+    asked = {name: min(least, size) for name, size in sizes.items()}
+    while sum(asked.values()) < count:
+        short = {name: count * size / total - asked[name] for name, size in sizes.items() if asked[name] < size}
+        asked[max(short, key=lambda name: short[name])] += 1
+    return asked
+
+
+def treatment_is_a(seed: int, key: str) -> bool:
+    """Whether the treatment's answer is shown as A: a fair coin that depends on the seed and the item alone."""
+    return bool(hashlib.sha256(f"{seed}:{key}".encode()).digest()[0] & 1)

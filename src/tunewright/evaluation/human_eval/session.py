@@ -1,0 +1,191 @@
+"""A blind review under way: which pair comes next, and what becomes of the verdict. Any screen can drive it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.evaluation.human_eval.journal import (
+    FOLDER,
+    Event,
+    Judged,
+    Noted,
+    Shown,
+    Side,
+    Undone,
+    append_events,
+    read_journal,
+)
+from tunewright.evaluation.human_eval.sample import keep_sample, open_sample, treatment_is_a
+from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one input, of two arms that are not named."""
+
+    key: str
+    number: int
+    """Its place in the order of asking, from 1."""
+    input: str
+    a: str
+    b: str
+    reference: str | None
+    """None until the reviewer has asked for it."""
+    note: str
+    verdict: Side | None
+    """What the reviewer has said of it so far."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a reviewer is: items with a verdict, those skipped, all to be asked, and those not asked as equal."""
+
+    answered: int
+    skipped: int
+    asked: int
+    same: int
+
+
+class BlindReview:
+    """One reviewer's pass over an evaluation's sample; all that is said is on disk before the next pair is shown.
+
+    Args:
+        folder: the evaluation's.
+        reviewer: whose verdicts these are.
+        reporter: is told of a sample drawn, and of what a crash cut off.
+        items: how many to ask about, where no sample has been drawn yet (None: 50).
+
+    Raises:
+        UserError: no evaluation there, no name, or another sample than the one there is.
+    """
+
+    def __init__(self, folder: Path, reviewer: str, reporter: Reporter, *, items: int | None = None) -> None:
+        self.evidence = load_evidence(folder)
+        self.folder = folder / FOLDER
+        self.journal = read_journal(self.folder, reviewer)
+        self.reviewer = self.journal.reviewer
+        if self.journal.torn:
+            reporter.warn(
+                "The last line of the review was cut off by a crash and does not count: judge that pair again."
+            )
+        every = load_items(folder)
+        require_arms(self.evidence, every)
+        self.sample = open_sample(self.folder, self.evidence, every, items)
+        self._items = {item.key: item for item in every}
+        _require_items(self.sample.order, self._items, self.folder)
+        if strangers := self.journal.standing.keys() - set(self.sample.order):
+            reporter.warn(f"{len(strangers):,} verdicts are on items outside the sample and do not count.")
+        self._passed: set[str] = set()  # skipped in this pass: not offered again before the next one
+        self._back: str | None = None  # taken back: comes next
+
+    @property
+    def progress(self) -> Progress:
+        """How far this reviewer is."""
+        said = [judged.verdict for key in self.sample.order if (judged := self.journal.standing.get(key))]
+        skipped = said.count("skip")
+        return Progress(len(said) - skipped, skipped, len(self.sample.order), self.sample.same)
+
+    def next(self) -> Pair | None:
+        """The pair to judge now; None where all are judged, or skipped in this pass."""
+        if self._back is not None:
+            return self.pair(self._back)
+        key = next((key for key in self.open_keys() if key not in self._passed), None)
+        return None if key is None else self.pair(key)
+
+    def open_keys(self) -> list[str]:
+        """The items without a verdict, those skipped among them, in the order of asking."""
+        standing = self.journal.standing
+        return [key for key in self.sample.order if key not in standing or standing[key].verdict == "skip"]
+
+    def pair(self, key: str) -> Pair:
+        """An item of the sample as the reviewer may see it."""
+        item, sample = self._items[key], self.sample
+        answers = [item.answers[sample.treatment], item.answers[sample.control]]
+        a, b = answers if treatment_is_a(sample.seed, key) else reversed(answers)
+        said = self.journal.standing.get(key)
+        return Pair(
+            key=key,
+            number=sample.order.index(key) + 1,
+            input=item.input,
+            a=a,
+            b=b,
+            reference=item.reference if key in self.journal.shown else None,
+            note=self.journal.notes.get(key, ""),
+            verdict=None if said is None else said.verdict,
+        )
+
+    def reference(self, key: str) -> str:
+        """What the answer to an item should be, for a sheet: there nobody can say who looks at it when."""
+        return self._items[key].reference
+
+    def answer(self, pair: Pair, verdict: Side) -> None:
+        """Record a verdict; it takes the place of an earlier one."""
+        self._append(self.judged(pair.key, verdict))
+        self._back = None
+        if verdict == "skip":
+            self._passed.add(pair.key)
+
+    def show_reference(self, pair: Pair) -> Pair:
+        """The pair with its reference; that it was shown is recorded."""
+        if pair.reference is None:
+            self._append(Shown(key=pair.key, reviewer=self.reviewer, when=now()))
+        return self.pair(pair.key)
+
+    def note(self, pair: Pair, text: str) -> Pair:
+        """Keep a note on the pair, in place of any earlier one."""
+        if text.strip() != pair.note:
+            self._append(Noted(key=pair.key, text=text.strip(), reviewer=self.reviewer, when=now()))
+        return self.pair(pair.key)
+
+    def undo(self) -> Pair | None:
+        """Take back this reviewer's latest verdict, of an earlier pass too; the pair that it was on comes next."""
+        last = self.journal.latest()
+        if last is None or last.key not in self.sample.order:
+            return None
+        self._append(Undone(key=last.key, reviewer=self.reviewer, when=now()))
+        self._passed.discard(last.key)
+        self._back = last.key
+        return self.pair(last.key)
+
+    def keep_sample(self) -> None:
+        """Record which items are asked about, as the first verdict does too: from then on they stay the same."""
+        keep_sample(self.folder, self.evidence, self.sample)
+
+    def judged(self, key: str, verdict: Side) -> Judged:
+        """A verdict as the journal keeps it."""
+        shown = key in self.journal.shown
+        return Judged(key=key, verdict=verdict, reference=shown, reviewer=self.reviewer, when=now())
+
+    def record(self, events: list[Event]) -> None:
+        """Add several events at once."""
+        if events:
+            self.keep_sample()
+            append_events(self.folder, events)
+            self.journal = read_journal(self.folder, self.reviewer)
+
+    def _append(self, event: Event) -> None:
+        self.record([event])
+
+
+def require_arms(evidence: Evidence, items: list[Item]) -> None:
+    """Refuse items that lack an answer of the deciding contrast's arms.
+
+    Raises:
+        UserError: naming the arm.
+    """
+    first = evidence.contrasts[0]
+    for arm in (first.treatment, first.control):
+        lacking = sum(arm not in item.answers for item in items)
+        if lacking:
+            raise UserError(f"{lacking:,} test items have no answer of {arm}", fix="Evaluate again.")
+
+
+def _require_items(order: tuple[str, ...], items: dict[str, Item], folder: Path) -> None:
+    lost = [key for key in order if key not in items]
+    if lost:
+        what = f"{len(lost):,} items of the sample are no longer among the test items, {lost[0][:12]} first"
+        raise UserError(what, where=str(folder), fix="Restore items.jsonl.")

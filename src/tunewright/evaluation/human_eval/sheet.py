@@ -1,0 +1,123 @@
+"""A blind review in a spreadsheet: pairs out as CSV, verdicts back in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.core.clock import now
+from tunewright.core.csv import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
+from tunewright.core.errors import UserError
+from tunewright.evaluation.human_eval.journal import SIDES, Event, Noted, Shown, Side
+from tunewright.evaluation.human_eval.session import BlindReview
+
+COLUMNS = ("evaluation", "item", "input", "A", "B", "verdict", "note")
+REFERENCE = "reference"
+"""A column more, where it was asked for."""
+_SIDE_OF: Mapping[str, Side] = {side.lower(): side for side in SIDES}
+
+
+@dataclass(frozen=True)
+class SheetTaken:
+    """What an import did: verdicts recorded, those that stood already, rows without one, and notes recorded."""
+
+    recorded: int
+    known: int
+    blank: int
+    notes: int
+
+
+def export_sheet(review: BlindReview, path: Path, *, reference: bool = False) -> int:
+    """Write the pairs that the reviewer has not judged yet, for a spreadsheet; how many.
+
+    Args:
+        reference: with the references; whoever fills such a sheet in counts as having seen them.
+
+    Raises:
+        UserError: nothing is left to judge, the file is there already, or the disk refuses.
+    """
+    keys = review.open_keys()
+    if not keys:
+        raise UserError(
+            f"{review.reviewer} has judged all pairs", fix="`tunewright review --results` says how it stands."
+        )
+    columns = [*COLUMNS[:3], REFERENCE, *COLUMNS[3:]] if reference else COLUMNS
+    rows = []
+    for key in keys:
+        pair = review.pair(key)
+        cells = {"evaluation": review.evidence.id, "item": key, "input": pair.input, "A": pair.a, "B": pair.b}
+        cells |= {REFERENCE: review.reference(key), "verdict": "", "note": pair.note}
+        rows.append([cells[name] for name in columns])
+    write_sheet(path, columns, rows)
+    review.keep_sample()
+    return len(rows)
+
+
+def import_sheet(review: BlindReview, path: Path) -> SheetTaken:
+    """Record the verdicts and notes of a filled-in sheet as this reviewer's: all of them, or none if a row is faulty.
+
+    Raises:
+        UserError: the file cannot be read, is of another evaluation, or rows in it are faulty (each named by its line).
+    """
+    faults: list[str] = []
+    events: list[Event] = []
+    taken = {"recorded": 0, "known": 0, "blank": 0, "notes": 0}
+    seen: dict[str, int] = {}
+    for line, cells in read_sheet(path, COLUMNS, "tunewright review --export"):
+        _require_evaluation(cells["evaluation"], review, f"{path}:{line}")
+        key = cells["item"]
+        fault = _fault(review, cells)
+        if key in seen and not fault:
+            fault = f"the item of line {seen[key]} again"
+        seen.setdefault(key, line)
+        if fault:
+            faults.append(f"{path}:{line}: {fault}")
+        else:
+            _take(review, cells, events, taken)
+    refuse_faulty(faults)
+    review.record(events)
+    return SheetTaken(**taken)
+
+
+def _require_evaluation(told: str, review: BlindReview, where: str) -> None:
+    if told.strip() != review.evidence.id:
+        raise UserError(
+            f"a sheet of evaluation {told.strip() or 'unknown'}, not of {review.evidence.id}; no verdict was recorded",
+            where=where,
+            fix=f"`tunewright review {told.strip()} --import …` takes it." if told.strip() else None,
+        )
+
+
+def _fault(review: BlindReview, cells: Mapping[str, str]) -> str | None:
+    key, verdict = cells["item"], cells["verdict"].strip()
+    if key not in review.sample.order:
+        return f"the sample has no item {key[:12]!r}"
+    if verdict and verdict.lower() not in _SIDE_OF:
+        return f"the verdict is {verdict!r}; it can be {', '.join(SIDES)} or nothing"
+    pair = review.pair(key)
+    for name, text in (("A", pair.a), ("B", pair.b)):
+        if one_line_end(restored_cell(cells[name])) != one_line_end(text):
+            return f"answer {name} was changed: leave it as it was exported, and write what you think in note"
+    return None
+
+
+def _take(review: BlindReview, cells: Mapping[str, str], events: list[Event], taken: dict[str, int]) -> None:
+    key, verdict = cells["item"], cells["verdict"].strip().lower()
+    note = one_line_end(restored_cell(cells["note"])).strip()
+    if note and note != review.journal.notes.get(key, ""):
+        events.append(Noted(key=key, text=note, reviewer=review.reviewer, when=now()))
+        taken["notes"] += 1
+    if not verdict:
+        taken["blank"] += 1
+        return
+    stands = review.journal.standing.get(key)
+    if stands is not None and stands.verdict == _SIDE_OF[verdict]:
+        taken["known"] += 1
+        return
+    shown = key in review.journal.shown
+    if REFERENCE in cells and not shown:
+        events.append(Shown(key=key, reviewer=review.reviewer, when=now()))
+        shown = True
+    events.append(review.judged(key, _SIDE_OF[verdict]).model_copy(update={"reference": shown}))
+    taken["recorded"] += 1

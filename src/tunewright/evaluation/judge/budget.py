@@ -1,0 +1,56 @@
+"""What a judgement may cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class OutOfBudgetError(Exception):
+    """One more request might cost more than is left."""
+
+
+class JudgeBudget:
+    """A budget that is never overdrawn: a request sets aside the most that it can cost before it is sent.
+
+    Args:
+        budget: in the prices' currency; None: no cap.
+    """
+
+    def __init__(self, budget: float | None) -> None:
+        self.budget = budget
+        self.spent = 0.0
+        self._reserved = 0.0
+        self._under_way = 0
+        self._freed: asyncio.Event | None = None
+
+    def pay(self, amount: float) -> None:
+        """Count a reply's cost."""
+        self.spent += amount
+
+    @asynccontextmanager
+    async def reserved(self, most: float) -> AsyncIterator[None]:
+        """Set ``most`` aside, first waiting for requests under way, which may cost less than they set aside.
+
+        Raises:
+            OutOfBudgetError: nothing is under way, and ``most`` is more than is left.
+        """
+        while self.budget is not None and self.spent + self._reserved + most > self.budget:
+            if not self._under_way:
+                raise OutOfBudgetError(
+                    f"the budget of {self.budget:g} is used up: {self.spent:.4f} is spent, and the next request may "
+                    f"cost {most:.4f}"
+                )
+            self._freed = self._freed or asyncio.Event()
+            await self._freed.wait()
+        self._reserved += most
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._reserved -= most
+            self._under_way -= 1
+            if self._freed is not None:
+                self._freed.set()
+                self._freed = None

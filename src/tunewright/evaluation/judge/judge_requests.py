@@ -1,0 +1,95 @@
+"""Everything that the judge is asked about an evaluation, before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tunewright.evaluation.judge.prompts import Question, correctness, pairwise
+from tunewright.evaluation.judge.rows import Answered, Compared, JudgedItem, Pair
+from tunewright.evaluation.judge.style import without_markdown
+from tunewright.evaluation.judge.votes import Vote, outcome
+from tunewright.evidence.schema import Item
+from tunewright.metrics import normalised
+
+Votes = Callable[[Question], Vote]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One item with the answers that are compared; an arm without an answer to it has a reason in its place."""
+
+    item: Item
+    answers: Mapping[str, str]
+    lacking: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class JudgeRequests:
+    """The questions about all items.
+
+    Deterministic first: an answer that equals the reference is correct, and equal answers tie, unasked.
+    """
+
+    candidates: Sequence[Candidate]
+    treatment: str
+    opponents: Sequence[str]
+    criteria: str | None
+
+    @property
+    def questions(self) -> list[Question]:
+        """What has to be asked, in the items' order."""
+        asked: list[Question] = []
+
+        def listen(question: Question) -> Vote:
+            asked.append(question)
+            return Vote(None, "not asked yet", "")
+
+        self.count(listen)
+        return asked
+
+    def count(self, votes: Votes) -> list[JudgedItem]:
+        """The items' rows; ``votes`` is called with each question that has to be asked."""
+        return [self._row(candidate, votes) for candidate in self.candidates]
+
+    def _row(self, candidate: Candidate, votes: Votes) -> JudgedItem:
+        return JudgedItem(
+            key=candidate.item.key,
+            correctness={arm: self._answered(candidate, arm, votes) for arm in (self.treatment, *self.opponents)},
+            pairs={opponent: self._pair(candidate, opponent, votes) for opponent in self.opponents},
+        )
+
+    def _answered(self, candidate: Candidate, arm: str, votes: Votes) -> Answered:
+        if arm in candidate.lacking:
+            return Answered(correct=None, unscored=candidate.lacking[arm])
+        item, answer = candidate.item, candidate.answers[arm]
+        if normalised(answer) == normalised(item.reference):
+            return Answered(correct=True, exact=True)
+        told = votes(correctness(item.input, item.reference, answer, self.criteria))
+        correct = None if told.verdict is None else told.verdict == "correct"
+        return Answered(correct=correct, unscored=told.unscored, reply=told.reply)
+
+    def _pair(self, candidate: Candidate, opponent: str, votes: Votes) -> Pair:
+        if opponent in candidate.lacking:
+            return Pair(plain=Compared(outcome=None, unscored=candidate.lacking[opponent]))
+        texts = (candidate.item.reference, candidate.answers[self.treatment], candidate.answers[opponent])
+        stripped = tuple(map(without_markdown, texts))
+        has_markdown = any(text.strip() != plain for text, plain in zip(texts, stripped, strict=True))
+        return Pair(
+            plain=self._compared(votes, candidate.item.input, *texts),
+            stripped=self._compared(votes, candidate.item.input, *stripped) if has_markdown else None,
+        )
+
+    def _compared(self, votes: Votes, task: str, reference: str, ours: str, theirs: str) -> Compared:
+        if normalised(ours) == normalised(theirs):
+            return Compared(outcome="tie", equal=True)
+        both = (
+            votes(pairwise(task, reference, ours, theirs, self.criteria)),
+            votes(pairwise(task, reference, theirs, ours, self.criteria)),
+        )
+        replies = tuple(each.reply for each in both)
+        missing = next((each.unscored for each in both if each.unscored), None)
+        if missing is not None:
+            return Compared(outcome=None, unscored=missing, replies=replies)
+        result, flipped = outcome(*both)
+        return Compared(outcome=result, flipped=flipped, replies=replies)

@@ -1,0 +1,80 @@
+"""Answers of another model to the test prompts: from a file by pair key, or asked of an endpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.evaluation.judge.endpoint import Endpoint
+from tunewright.evaluation.judge.replies import Conversation
+from tunewright.evidence.schema import Item
+
+REFERENCE_MODEL = "reference model"
+"""Its name among the arms."""
+
+_MISSING = "no answer of the reference model"
+
+
+@dataclass(frozen=True)
+class ReferenceAnswers:
+    """By pair key: the answers, and for items without one the reason."""
+
+    answers: Mapping[str, str]
+    lacking: Mapping[str, str]
+
+
+def asked_answers(
+    endpoint: Endpoint, prompts: Sequence[Conversation], items: Sequence[Item], reporter: Reporter
+) -> ReferenceAnswers:
+    """The endpoint's answers to the prompts, which are the items' in their order."""
+    replies = endpoint.ask("Answers of the reference model", prompts)
+    cut = sum(reply.finish == "length" for reply in replies)
+    if cut:
+        reporter.warn(
+            f"{cut} of {len(replies)} answers of the reference model ran into its token limit and are judged as they "
+            "are; raise max_tokens in judge.reference_model.parameters."
+        )
+    told = list(zip(items, replies, strict=True))
+    return ReferenceAnswers(
+        {item.key: reply.text for item, reply in told if reply.refused is None},
+        {item.key: f"{_MISSING}: {reply.refused}" for item, reply in told if reply.refused is not None},
+    )
+
+
+def read_answers(path: Path, items: Sequence[Item]) -> ReferenceAnswers:
+    """The items' answers in a JSONL file of ``{"key": PAIR KEY, "answer": TEXT}``; other keys in it are no fault.
+
+    Raises:
+        UserError: cannot be read, a line is none of that form, a key stands twice, or an item has no answer.
+    """
+    where = "judge.reference_model.answers"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}", where=where) from None
+    answers: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            key, answer = row["key"], row["answer"]
+        except (ValueError, KeyError, TypeError):
+            key = answer = None
+        if not isinstance(key, str) or not isinstance(answer, str):
+            raise UserError('not {"key": PAIR KEY, "answer": TEXT}', where=f"{path}:{number}")
+        if key in answers:
+            raise UserError(f"the key {key[:12]} stands twice", where=f"{path}:{number}")
+        answers[key] = answer
+    missing = [item.key for item in items if item.key not in answers]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(items)} test items have no answer there, {missing[0]} the first",
+            where=str(path),
+            fix="Keys are the pair keys in items.jsonl of the evaluation.",
+        )
+    return ReferenceAnswers({item.key: answers[item.key] for item in items}, {})

@@ -1,0 +1,289 @@
+"""Judging an evaluation: what it would cost, the controls, and only if they hold the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from tunewright.config.project import ProjectFolder
+from tunewright.core.clock import now, to_the_second
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_text
+from tunewright.core.progress import Reporter
+from tunewright.evaluation.judge.budget import JudgeBudget
+from tunewright.evaluation.judge.controls import control_cases, measured_controls, veto
+from tunewright.evaluation.judge.endpoint import Endpoint
+from tunewright.evaluation.judge.families import shared_family
+from tunewright.evaluation.judge.figures import judged_arm, judged_contrast, preference
+from tunewright.evaluation.judge.judge_requests import Candidate, JudgeRequests
+from tunewright.evaluation.judge.prompts import Question, prompts_digest
+from tunewright.evaluation.judge.reference_answers import REFERENCE_MODEL, ReferenceAnswers, asked_answers, read_answers
+from tunewright.evaluation.judge.replies import Conversation, cost, guessed_tokens
+from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRow, JudgedItem
+from tunewright.evaluation.judge.tasks import test_prompts, with_tasks
+from tunewright.evaluation.judge.votes import Vote, vote
+from tunewright.evidence.base import Part
+from tunewright.evidence.judge import Control, Judgement, Spent
+from tunewright.evidence.schema import Evidence, amend, load_evidence, load_items
+
+_Number = TypeVar("_Number", int, float)
+
+_IDENTITY = ("model", "url", "parameters", "prompts", "reference_model")
+"""What makes a judgement the same one, done again."""
+
+
+@dataclass(frozen=True)
+class JudgeResult:
+    """What `judge` did."""
+
+    folder: Path
+    evidence: Evidence
+    judgement: Judgement
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What judging would take beyond what is journalled already; tokens are guessed from characters."""
+
+    controls: int
+    questions: int
+    reference_answers: int
+    known: int
+    prompt_tokens: int
+    most_completion_tokens: int | None
+    """None: the parameters set no limit."""
+    most_cost: float | None
+    """None: no prices, or no limit on replies."""
+
+
+class Judge:
+    """One evaluation and the config's judge.
+
+    Args:
+        project: its config names the judge.
+        folder: the evaluation's folder.
+        reporter: shows progress, hears warnings.
+
+    Raises:
+        UserError: no judge in the config, no key, too few items to test the judge on, or no such evaluation.
+    """
+
+    def __init__(self, project: ProjectFolder, folder: Path, reporter: Reporter) -> None:
+        self.settings = project.config.judge
+        if self.settings.url is None or self.settings.model is None:
+            raise UserError(
+                "the config names no judge",
+                where="judge.url",
+                fix="Set url and model (and key_env) in its judge section, for example of a model that you serve.",
+            )
+        self.project = project
+        self.folder = folder if folder.is_dir() else folder.parent
+        self.reporter = reporter
+        self.evidence = load_evidence(folder)
+        self.items = with_tasks(project.dataset, self.evidence, load_items(self.folder), reporter)
+        self.treatment = self.evidence.contrasts[0].treatment
+        self.control = self.evidence.contrasts[0].control
+        self.cases = control_cases(self.items, self.settings.controls, project.config.seed, self.settings.criteria)
+        purse, journals = JudgeBudget(self.settings.budget), project.work / "judge"
+        self.endpoint = Endpoint(self.settings, "judge", journals, purse, reporter)
+        self.other: Endpoint | None = None
+        reference = self.settings.reference_model
+        if reference is not None and reference.url is not None:
+            self.other = Endpoint(reference, "judge.reference_model", journals, purse, reporter)
+        self._file_answers: ReferenceAnswers | None = None
+        if reference is not None and reference.answers is not None:
+            self._file_answers = read_answers(project.root / reference.answers, self.items)
+
+    def estimate(self) -> Estimate:
+        """Calls, tokens and cost, with nothing sent."""
+        prompts = self._test_prompts()
+        controls = {q for case in self.cases for q in case.questions}
+        questions = set(self._ballot(self._expected_answers(prompts)).questions) - controls
+        asked = [(self.endpoint, _conversation(q)) for q in (*controls, *questions)]
+        if self.other is not None:
+            asked += [(self.other, prompt) for prompt in {self.other.journal.key(p): p for p in prompts}.values()]
+        missing = [(endpoint, said) for endpoint, said in asked if not endpoint.is_known(said)]
+        tokens = [sum(guessed_tokens(message["content"]) for message in said) for _, said in missing]
+        limits = [endpoint.config.reply_limit for endpoint, _ in missing]
+        costs = [
+            None if limit is None else cost(endpoint.config, count, limit)
+            for (endpoint, _), count, limit in zip(missing, tokens, limits, strict=True)
+        ]
+        return Estimate(
+            controls=len(controls),
+            questions=len(questions),
+            reference_answers=len(asked) - len(controls) - len(questions),
+            known=len(asked) - len(missing),
+            prompt_tokens=sum(tokens),
+            most_completion_tokens=_total(limits),
+            most_cost=_total(costs),
+        )
+
+    def _expected_answers(self, prompts: Sequence[Conversation]) -> ReferenceAnswers | None:
+        """The reference model's answers; those that are not there yet as texts of the references' length."""
+        if self.other is None:
+            return self._file_answers
+        if all(map(self.other.is_known, prompts)):
+            return asked_answers(self.other, prompts, self.items, self.reporter)
+        return ReferenceAnswers({item.key: "?" * len(item.reference) for item in self.items}, {})
+
+    def judge(self) -> JudgeResult:
+        """Test the judge; if it holds, have it judge; put the findings, or the veto, into the evidence.
+
+        Raises:
+            UserError: an endpoint fails or the budget is used up (what was answered is kept), or no verdict at all can
+                be read for some arm.
+        """
+        family = self._warn_of_family()
+        self.reporter.say(f"Test items and answers are sent to {self.settings.model} at {self.settings.url}")
+        cases = self._tested()
+        controls = measured_controls(cases)
+        vetoed = veto(controls)
+        if vetoed:
+            return self._store(self._judgement(family, controls, vetoed), cases, [])
+        prompts, other = self._test_prompts(), self._file_answers
+        if self.other is not None:
+            other = asked_answers(self.other, prompts, self.items, self.reporter)
+        ballot = self._ballot(other)
+        told = self._votes("Judging", ballot.questions)
+        rows = ballot.count(told.__getitem__)
+        return self._store(self._findings(self._judgement(family, controls, ()), ballot, rows), cases, rows)
+
+    def _warn_of_family(self) -> str | None:
+        base = str(self.evidence.lineage["base"]["spec"])
+        shared = shared_family(str(self.settings.model), base)
+        if shared is not None:
+            self.reporter.warn(
+                f"The judge {self.settings.model} is of the base's own family ({shared}): judges favour text as they "
+                "would write it themselves, which is the untuned arm's. Take one of another family."
+            )
+        return shared
+
+    def _tested(self) -> list[ControlRow]:
+        told = self._votes("Testing the judge", [q for case in self.cases for q in case.questions])
+        return [case.row([told[question] for question in case.questions]) for case in self.cases]
+
+    def _votes(self, title: str, questions: Sequence[Question]) -> dict[Question, Vote]:
+        asked = list(dict.fromkeys(questions))
+        replies = self.endpoint.ask(title, [_conversation(question) for question in asked])
+        return {question: vote(question, reply) for question, reply in zip(asked, replies, strict=True)}
+
+    def _test_prompts(self) -> list[Conversation]:
+        return [] if self.other is None else test_prompts(self.project.dataset, self.evidence, self.items)
+
+    def _ballot(self, other: ReferenceAnswers | None) -> JudgeRequests:
+        arms = (self.treatment, self.control)
+        candidates = []
+        for item in self.items:
+            answers, lacking = {arm: item.answers[arm] for arm in arms}, {}
+            if other is not None and item.key in other.answers:
+                answers[REFERENCE_MODEL] = other.answers[item.key]
+            elif other is not None:
+                lacking[REFERENCE_MODEL] = other.lacking[item.key]
+            candidates.append(Candidate(item, answers, lacking))
+        opponents = [self.control] if other is None else [self.control, REFERENCE_MODEL]
+        return JudgeRequests(candidates, self.treatment, opponents, self.settings.criteria)
+
+    def _judgement(self, family: str | None, controls: tuple[Control, ...], vetoed: tuple[str, ...]) -> Judgement:
+        reference = self.settings.reference_model
+        return Judgement(
+            model=str(self.settings.model),
+            url=str(self.settings.url),
+            parameters=self.settings.parameters,
+            prompts=prompts_digest(self.settings.criteria),
+            criteria=self.settings.criteria,
+            created=now(),
+            same_family=family,
+            reference_model=None if reference is None else reference.model or reference.answers,
+            controls=controls,
+            vetoed=vetoed,
+            spent=_spent(self.endpoint),
+            reference_spent=None if self.other is None else _spent(self.other),
+        )
+
+    def _findings(self, judgement: Judgement, ballot: JudgeRequests, rows: Sequence[JudgedItem]) -> Judgement:
+        seed, clusters = self.project.config.seed, [item.cluster for item in self.items]
+        arms, preferences = [], []
+        for arm in (self.treatment, *ballot.opponents):
+            verdicts = [row.correctness[arm] for row in rows]
+            _require_some([v.unscored for v in verdicts], f"the answers of {arm}")
+            arms.append(judged_arm(arm, verdicts, clusters))
+        for opponent in ballot.opponents:
+            _require_some([row.pairs[opponent].plain.unscored for row in rows], f"{self.treatment} against {opponent}")
+            preferences.append(preference(self.treatment, opponent, rows, _lengths(ballot, opponent), clusters, seed))
+        return judgement.model_copy(
+            update={
+                "arms": tuple(arms),
+                "contrast": judged_contrast(self.treatment, self.control, rows, clusters, seed),
+                "preferences": tuple(preferences),
+                "spent": _spent(self.endpoint),
+            }
+        )
+
+    def _store(self, judgement: Judgement, cases: Sequence[ControlRow], rows: Sequence[JudgedItem]) -> JudgeResult:
+        """Rows first: evidence that speaks of rows has them. A vetoed judge leaves none."""
+        judgement = judgement.model_copy(update={"replaced": _replaced(self.evidence.judge, judgement)})
+        file = self.folder / ROWS_FILE
+        write_text(self.folder / CONTROLS_FILE, _lines(cases))
+        if not judgement.vetoed:
+            write_text(file, _lines(rows))
+        evidence = amend(self.folder, judge=judgement)
+        if judgement.vetoed:
+            file.unlink(missing_ok=True)
+        return JudgeResult(self.folder, evidence, judgement)
+
+
+def _conversation(question: Question) -> Conversation:
+    # All in the user's turn: some templates refuse a system turn.
+    return ({"role": "user", "content": question.text},)
+
+
+def _lengths(ballot: JudgeRequests, opponent: str) -> dict[str, tuple[int, int]]:
+    return {
+        candidate.item.key: (len(candidate.answers[ballot.treatment]), len(candidate.answers.get(opponent, "")))
+        for candidate in ballot.candidates
+    }
+
+
+def _require_some(unscored: Sequence[str | None], what: str) -> None:
+    if all(unscored):
+        reasons = ", ".join(sorted({reason for reason in unscored if reason}))
+        raise UserError(
+            f"not one verdict on {what} could be read ({reasons})",
+            where="judge.model",
+            fix="Give it more tokens (judge.parameters), or take another judge.",
+        )
+
+
+def _replaced(earlier: Judgement | None, new: Judgement) -> tuple[str, ...]:
+    """What the evidence said before, so that nobody can ask judges until one says the right thing, and not be seen."""
+    if earlier is None:
+        return ()
+    if all(getattr(earlier, name) == getattr(new, name) for name in _IDENTITY):
+        return earlier.replaced
+    told = f"{earlier.model}, {to_the_second(earlier.created)}{', vetoed' if earlier.vetoed else ''}"
+    return (*earlier.replaced, told)
+
+
+def _spent(endpoint: Endpoint) -> Spent:
+    replies = endpoint.used.values()
+    prompt, completion = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
+    return Spent(
+        calls=len(replies),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        estimated=sum(r.estimated for r in replies),
+        cost=cost(endpoint.config, prompt, completion),
+    )
+
+
+def _lines(rows: Sequence[Part]) -> str:
+    return "".join(f"{row.model_dump_json()}\n" for row in rows)
+
+
+def _total(numbers: Sequence[_Number | None]) -> _Number | None:
+    """The sum; None if one of them is not known."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None

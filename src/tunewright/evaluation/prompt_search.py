@@ -1,0 +1,272 @@
+"""Which prompting arm is the best on dev: all of them on a part of it, the finalists on the whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.config import EvaluateConfig
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_json
+from tunewright.data.versions import Member
+from tunewright.evaluation.arm_runner import Answered, ArmRunner, measured_arm, scored_arms
+from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, other_instructions, plan_of, prompting_arms
+from tunewright.evaluation.reachable import warn_of_unreachable
+from tunewright.evidence.schema import Advice, Arm, LeftOut, Narrowing, SeedSpread
+from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, scored_contrast
+from tunewright.metrics import check_references, points_text
+
+_RESAMPLES = 1_000
+"""For choosing; the evidence of the test split has ten times as many."""
+
+
+@dataclass(frozen=True)
+class AdviseResult:
+    """What `advise` did."""
+
+    file: Path
+    advice: Advice
+    measured: bool
+    """False when the same arms had been measured before."""
+
+
+def advise(arm_runner: ArmRunner) -> AdviseResult:
+    """Measure the prompting arms on the dev split with the untuned base, and choose the best.
+
+    Raises:
+        UserError: evaluate.instructions cannot be put into the pairs, a metric suits none of them, no arm fits the
+            base's context, no reference matches evaluate.constrain, or the schedule's budget is too small.
+    """
+    schedule = arm_runner.schedule
+    if schedule is not None:
+        schedule.settle()
+    left_out = schedule.budget.left_out if schedule is not None and schedule.budget is not None else ()
+    file = advice_file(arm_runner, left_out)
+    if file.exists():
+        return AdviseResult(file, Advice.model_validate_json(file.read_text(encoding="utf-8")), measured=False)
+    if schedule is None:  # else its first step was that
+        prepare(arm_runner)
+    with arm_runner.generator.countdown.shown():
+        advice = _Choice(arm_runner).advice()
+    arm_runner.generator.countdown.close("entrants", "finalists")
+    write_json(file, advice.model_dump(mode="json"))
+    return AdviseResult(file, advice, measured=True)
+
+
+def advice_file(arm_runner: ArmRunner, left_out: Sequence[str] = ()) -> Path:
+    """Return where the advice is kept, whether it has been measured or not.
+
+    Args:
+        measurement: measures it.
+        left_out: arms that a budget has no time for.
+    """
+    decides = {**arm_runner.inputs(arm_runner.limit), **choosing_inputs(arm_runner.settings)}
+    decides["arms"] = [name for name in decides["arms"] if name not in left_out]
+    return arm_runner.folder / f"advice-{digest(decides)[:12]}.json"
+
+
+def prepare(arm_runner: ArmRunner) -> None:
+    """Refuse what cannot be measured, and warn of what will score low, before anything is answered.
+
+    Raises:
+        UserError: as of :func:`advise`.
+    """
+    if arm_runner.settings.instructions:
+        _ = arm_runner.instruction
+    warn_of_unreachable(arm_runner.generator, arm_runner.version.domain, arm_runner.reporter)
+    dev = [m.example for m in arm_runner.version.examples("dev")]
+    check_references(arm_runner.scorers, dev, "dev", arm_runner.reporter)
+    arm_runner.warn_of_longer("dev")
+
+
+def choosing_inputs(settings: EvaluateConfig) -> dict[str, Any]:
+    """All in the config that decides which prompting arms there are and how the best is chosen."""
+    return {
+        "arms": [plan.name for plan in prompting_arms(settings)],
+        "instructions": settings.instructions,
+        "first_items": settings.first_items,
+        "finalists": settings.finalists,
+    }
+
+
+def first_rows(arm_runner: ArmRunner) -> list[Member]:
+    """Return the dev rows that every prompting arm answers: all of dev, where that is no more than first_items."""
+    dev, count = arm_runner.version.examples("dev"), arm_runner.settings.first_items
+    if count is None or count >= len(dev):
+        return list(dev)
+    return [dev[place] for place in first_items(dev, count, arm_runner.project.config.seed)]
+
+
+class _Choice:
+    """One choice under way: the arms' answers so far, and which arms were left out."""
+
+    def __init__(self, arm_runner: ArmRunner) -> None:
+        self._arm_runner = arm_runner
+        self._config = arm_runner.project.config
+        self._settings = arm_runner.settings
+        self._metric = arm_runner.scorers[0].name
+        self._dev = arm_runner.version.examples("dev")
+        self._schedule = arm_runner.schedule
+        self._budget = None if self._schedule is None else self._schedule.budget
+        self._left_out = {} if self._budget is None else dict.fromkeys(self._budget.prompting, self._budget.why)
+
+    def advice(self) -> Advice:
+        dev, first = self._dev, first_rows(self._arm_runner)
+        narrow = len(first) < len(dev)
+        answered = self._entrants(first)
+        scored, entrants = self._scored(first, answered)
+        arms, narrowing = entrants, None
+        if narrow:
+            fates = self._fates(scored, entrants)
+            going_on = [plan for plan in entrants if plan.name not in fates]
+            narrowing = Narrowing(
+                items=len(first),
+                clusters=len({m.cluster for m in first}),
+                rule=_rule(self._settings.finalists),
+                arms=list(entrants.values()),
+                finalists=tuple(plan.name for plan in going_on),
+                fates=fates,
+            )
+            self._arm_runner.reporter.say(
+                f"{len(going_on)} of {len(entrants)} prompting arms go on from {len(first)} dev items to all "
+                f"{len(dev)}: {', '.join(narrowing.finalists)}"
+            )
+            if self._schedule is not None:
+                self._schedule.expect("finalists", going_on, dev, "dev", counted=len(first))
+            on_all = {plan: given for plan in going_on if (given := self._answers(plan, dev)) is not None}
+            arms = self._scored(dev, on_all)[1]
+        if not arms:
+            raise UserError("no prompt fits the base's context", fix="Shorten the examples or take another base.")
+        # If none of the finalists retrieves, the first items tell which would have.
+        retrieving = _of_kind("retrieved", arms) or _of_kind("retrieved", entrants)
+        return Advice(
+            metric=self._metric,
+            metrics=measured_metrics(
+                self._arm_runner.scorers, several=count_references([m.example for m in self._dev]) is not None
+            ),
+            items=len(dev),
+            clusters=len({m.cluster for m in dev}),
+            arms=list(arms.values()),
+            best=self._best(arms).name,
+            best_retrieved=self._best(retrieving).name if retrieving else None,
+            narrowing=narrowing,
+            static=self._spreads(entrants),
+            left_out=tuple(LeftOut(name=name, why=why) for name, why in self._left_out.items()),
+            max_new_tokens=self._arm_runner.limit,
+            engine=self._arm_runner.generator.used,
+            budget=self._budget,
+        )
+
+    def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answered]]:
+        """All arms' answers to the first items; the best arm with demonstrations also with the other instructions."""
+        answered: dict[ArmPlan, list[Answered]] = {}
+        for plan in prompting_arms(self._settings):
+            if plan.name in self._left_out:
+                continue
+            if (given := self._answers(plan, first)) is not None:
+                answered[plan] = given
+        with_shots = {plan: given for plan, given in answered.items() if plan.shots}
+        if with_shots and self._settings.instructions:
+            _, arms = self._scored(first, with_shots)
+            for plan in other_instructions(plan_of(self._best(arms)), self._settings):
+                if (given := self._answers(plan, first)) is not None:
+                    answered[plan] = given
+        return answered
+
+    def _answers(self, plan: ArmPlan, members: Sequence[Member]) -> list[Answered] | None:
+        why = self._arm_runner.misfit(plan, members)
+        if why is not None:
+            self._left_out[plan.name] = why
+            self._arm_runner.reporter.warn(f"{plan.name} is left out: {why}")
+            return None
+        return self._arm_runner.answers(plan, members, "dev")
+
+    def _scored(
+        self, members: Sequence[Member], answered: Mapping[ArmPlan, Sequence[Answered]]
+    ) -> tuple[ScoredArms, dict[ArmPlan, Arm]]:
+        """All arms' scores on the same items, and what each arm comes to."""
+        given_by = {plan.name: given for plan, given in answered.items()}
+        scored = scored_arms(self._arm_runner.scorers, members, given_by, self._dev)
+        seed = self._config.seed
+        return scored, {p: measured_arm(p.name, p, given, scored, seed, _RESAMPLES) for p, given in answered.items()}
+
+    def _best(self, arms: Mapping[ArmPlan, Arm]) -> Arm:
+        """The best score; of equal ones the fewest demonstrations, then the first."""
+        return max(arms.values(), key=lambda arm: (arm.score(self._metric).value, -arm.shots))
+
+    def _fates(self, scored: ScoredArms, arms: Mapping[ArmPlan, Arm]) -> dict[str, str]:
+        """Why arms do not go on, by name (see `_rule`)."""
+        fates: dict[str, str] = {}
+        leader = self._best(arms)
+        left: list[Arm] = []
+        for plan, arm in arms.items():
+            draws = {p: a for p, a in arms.items() if p.any_seed == plan.any_seed}
+            if (chosen := self._best(draws)) != arm:
+                fates[arm.name] = f"{chosen.name} is the best of its draws"
+            elif arm == leader or (why := self._worse(scored, arm, leader)) is None:
+                left.append(arm)
+            else:
+                fates[arm.name] = why
+        ranked = sorted(left, key=lambda arm: (-arm.score(self._metric).value, arm.shots))
+        for arm in ranked[self._settings.finalists :]:
+            fates[arm.name] = (
+                f"not shown to be worse than {leader.name}, but not among the best {self._settings.finalists}"
+            )
+        fates.pop(ZERO_SHOT.name, None)
+        return fates
+
+    def _worse(self, scored: ScoredArms, arm: Arm, leader: Arm) -> str | None:
+        found = scored_contrast(scored, self._metric, arm.name, leader.name, self._config.seed, _RESAMPLES)
+        if found.interval.high >= 0:
+            return None
+        low, high = points_text(found.interval.low), points_text(found.interval.high)
+        return f"{points_text(found.difference)} points against {leader.name}, 95% interval {low} to {high}"
+
+    def _spreads(self, arms: Mapping[ArmPlan, Arm]) -> tuple[SeedSpread, ...]:
+        static = {
+            plan.any_seed: [a for p, a in arms.items() if p.any_seed == plan.any_seed] for plan in arms if plan.seed
+        }
+        return tuple(
+            SeedSpread(
+                name=plan.name,
+                shots=plan.shots,
+                items=drawn[0].items,
+                scores=tuple(arm.score(self._metric).value for arm in drawn),
+            )
+            for plan, drawn in static.items()
+        )
+
+
+def _of_kind(kind: str, arms: Mapping[ArmPlan, Arm]) -> dict[ArmPlan, Arm]:
+    return {plan: arm for plan, arm in arms.items() if plan.kind == kind}
+
+
+def _rule(finalists: int) -> str:
+    return (
+        "of static arms with the same number of demonstrations the best draw; of all arms those whose difference to "
+        f"the leader has a paired 95% interval that reaches 0, at most {finalists}, by score; and zero-shot in any case"
+    )
+
+
+def first_items(members: Sequence[Member], count: int, seed: int) -> list[int]:
+    """Places of a systematic sample: every row is as likely as any other, every cluster has its share to within a row.
+
+    Rows are laid out cluster by cluster, in an order drawn from the seed, and taken at equal distances from a start
+    that is drawn too (Cochran 1977, "Sampling Techniques", chapter 8).
+
+    Args:
+        members: more than ``count``.
+        count: how many to take.
+        seed: decides which.
+    """
+    line = sorted(range(len(members)), key=lambda i: (_luck(seed, members[i].cluster), _luck(seed, members[i].key)))
+    step = len(members) / count
+    start = int(_luck(seed, "start")[:13], 16) / 16**13 * step
+    return sorted(line[int(start + n * step)] for n in range(count))
+
+
+def _luck(seed: int, name: str) -> str:
+    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()

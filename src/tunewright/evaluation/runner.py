@@ -1,0 +1,355 @@
+"""The contrast on the test split: zero-shot, the best prompting arm and the adapter, on the same items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tunewright.adapters.registry import Adapter
+from tunewright.config import Config, MetricName
+from tunewright.core.io import digest, new_folder, write_json, write_text
+from tunewright.core.progress import Reporter
+from tunewright.data.dedup.leakage import nearest_training
+from tunewright.data.dedup.output_leakage import new_templates
+from tunewright.data.versions import Member
+from tunewright.data.versions.author import current_author
+from tunewright.evaluation.access_log import LEDGER, Ledger
+from tunewright.evaluation.arm_runner import Answered, ArmRunner, measured_arm, measured_with, scored_arms
+from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
+from tunewright.evaluation.distance import Distances, scores_by_distance, scores_by_template
+from tunewright.evaluation.repeats import noise_floor
+from tunewright.evidence.answer_format import answer_form
+from tunewright.evidence.budget import Budget
+from tunewright.evidence.schema import (
+    DEV_PREFIX,
+    EVIDENCE_FILE,
+    ITEMS_FILE,
+    Advice,
+    Arm,
+    Contrast,
+    Evidence,
+    Item,
+    find_evaluation,
+    load_evidence,
+)
+from tunewright.evidence.scoring import (
+    ScoredArms,
+    count_references,
+    declared_contrasts,
+    measured_metrics,
+    tell_references,
+)
+from tunewright.evidence.test_set_access import Declared, EarlierAccess, TestSetAccess, openings_text
+from tunewright.metrics import check_references, references_of
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What `evaluate` or `crossfit` did."""
+
+    folder: Path
+    evidence: Evidence
+    evaluated: bool
+    """False when evidence of the same inputs was there already."""
+
+
+def contest(advice: Advice, *, with_retrieved: bool, held: bool = False, budget: Budget | None = None) -> list[ArmPlan]:
+    """The arms that meet on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
+
+    And tuned ``held`` to the grammar. A ``budget`` may have left the last two out.
+    """
+    left_out = budget.left_out if budget else ()
+    with_retrieved = with_retrieved and "tuned+retrieved" not in left_out
+    held = held and TUNED_CONSTRAINED.name not in left_out
+    known = {arm.name: plan_of(arm) for arm in _all_arms(advice)}
+    plans = [ZERO_SHOT, known[advice.best], TUNED]
+    if with_retrieved and advice.best_retrieved is not None:
+        plans.append(tuned_retrieved(known[advice.best_retrieved]))
+    if held:
+        plans.append(TUNED_CONSTRAINED)
+    return list(dict.fromkeys(plans))
+
+
+def _all_arms(advice: Advice) -> list[Arm]:
+    return [*advice.arms, *(advice.narrowing.arms if advice.narrowing else [])]
+
+
+def declare(config: Config, metric: MetricName, best: str, with_retrieved: str | None) -> tuple[Declared, ...]:
+    """The contrasts that are going to be measured: tuned against the best prompting arm, which decides, and zero-shot.
+
+    Args:
+        config: has the margin.
+        metric: the deciding one.
+        best: name of the best prompting arm.
+        with_retrieved: name of the arm that is tuned and has demonstrations too, if it is measured.
+    """
+    pairs = [(TUNED.name, control) for control in dict.fromkeys([best, ZERO_SHOT.name])]
+    if with_retrieved is not None:
+        pairs.append((with_retrieved, TUNED.name))
+    margin = config.evaluate.margin
+    return tuple(
+        Declared(treatment=treatment, control=control, metric=metric, margin=margin if number == 0 else None)
+        for number, (treatment, control) in enumerate(pairs)
+    )
+
+
+def measured_contrasts(scored: ScoredArms, declared: Sequence[Declared], seed: int) -> list[Contrast]:
+    """What was declared, measured: by the deciding metric no contrast more and none less, then by those beside it."""
+    return declared_contrasts(scored, [(each.treatment, each.control) for each in declared], seed)
+
+
+def tell_opening(opening: TestSetAccess, earlier: Sequence[EarlierAccess], reporter: Reporter) -> None:
+    """Say what the test split is opened for, and how often it had been before."""
+    first = opening.declared[0]
+    assert first.margin is not None
+    reporter.say(
+        f"The test split is opened (line {opening.number} of {LEDGER}). Declared: {first.treatment} "
+        f"against {first.control} by {first.metric}, margin {100 * first.margin:g} points"
+        + "".join(f"; {other.treatment} against {other.control}" for other in opening.declared[1:])
+    )
+    if earlier:
+        reporter.warn(openings_text(earlier, opening.items))
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """All that an evaluation is decided by, before an answer is there."""
+
+    plans: list[ArmPlan]
+    declared: tuple[Declared, ...]
+    identity: str
+
+
+def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _Settled:
+    settings, config = arm_runner.settings, arm_runner.project.config
+    budget = _budget(arm_runner)
+    plans = contest(advice, with_retrieved=settings.tuned_retrieved, held=settings.constrain is not None, budget=budget)
+    with_retrieved = next((plan.name for plan in plans if plan.kind == "tuned-retrieved"), None)
+    inputs = arm_runner.inputs(arm_runner.limit) | {
+        "adapter": adapter.digest,
+        "arms": [plan.name for plan in plans],
+        "instructions": settings.instructions,
+        "margin": settings.margin,
+        **({"left_out": sorted(budget.left_out)} if budget else {}),
+    }
+    return _Settled(
+        plans, declare(config, arm_runner.scorers[0].name, advice.best, with_retrieved), digest(inputs)[:12]
+    )
+
+
+def _budget(arm_runner: ArmRunner) -> Budget | None:
+    return None if arm_runner.schedule is None else arm_runner.schedule.budget
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far an evaluation has got."""
+
+    plans: list[ArmPlan]
+    evaluated: bool
+    """Its evidence is there."""
+    opened: bool
+    """Its prompts may be made: its line is in the ledger, or it is on dev."""
+
+
+def standing_of(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]) -> Standing:
+    """Return how far the evaluation of an adapter has got; nothing is opened.
+
+    Raises:
+        UserError: the ledger is not whole.
+    """
+    settled = _settle(arm_runner, adapter, advice)
+    evaluated = (_folder(arm_runner, settled, split) / EVIDENCE_FILE).exists()
+    opened = split == "dev" or any(o.evaluation == settled.identity for o in Ledger(arm_runner.folder).openings)
+    return Standing(settled.plans, evaluated, opened)
+
+
+def _folder(arm_runner: ArmRunner, settled: _Settled, split: Literal["test", "dev"]) -> Path:
+    return arm_runner.folder / (settled.identity if split == "test" else f"{DEV_PREFIX}{settled.identity}")
+
+
+def _tell_of_newer(folder: Path, reporter: Reporter) -> None:
+    """Say that the evidence that is there already is not what other commands take, if they are not told which."""
+    newest = find_evaluation(folder.parent)
+    if newest != folder:
+        reporter.warn(
+            f"Measured before: evaluation {folder.name}. {newest.name} is newer, and `tunewright verdict` and "
+            f"`tunewright report` take that one unless they are given {folder.name}."
+        )
+
+
+def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> EvaluateResult:
+    """Open the test split: answer it zero-shot, with the best prompting arm and with the adapter, and compare.
+
+    What is going to be compared is in the ledger before any of its prompts is made.
+
+    Raises:
+        UserError: the ledger is not whole.
+    """
+    config, version = arm_runner.project.config, arm_runner.version
+    settled = _settle(arm_runner, adapter, advice)
+    ledger = Ledger(arm_runner.folder)
+    folder = _folder(arm_runner, settled, "test")
+    if (folder / EVIDENCE_FILE).exists():
+        _tell_of_newer(folder, arm_runner.reporter)
+        return EvaluateResult(folder, load_evidence(folder), evaluated=False)
+    test = version.examples("test")
+    arm_runner.warn_of_longer("test")
+    opening = ledger.open(
+        author=current_author(arm_runner.project.root),
+        evaluation=settled.identity,
+        design="held-out",
+        dataset=version.digest,
+        test_split=version.split_digest("test"),
+        items=len(test),
+        adapter=adapter.name,
+        adapter_digest=adapter.digest,
+        base=arm_runner.generator.base.digest,
+        declared=settled.declared,
+    )
+    earlier = ledger.earlier(opening, arm_runner.project.dataset, {m.key for m in test})
+    tell_opening(opening, earlier, arm_runner.reporter)
+    tell_references([m.example for m in test], "test item", arm_runner.reporter)
+    check_references(arm_runner.scorers, [m.example for m in test], "test", arm_runner.reporter)
+    if arm_runner.schedule is not None:
+        arm_runner.schedule.expect("contest", settled.plans, test, "test", adapter)
+    with arm_runner.generator.countdown.shown():
+        answers = {plan.name: arm_runner.answers(plan, test, "test", adapter) for plan in settled.plans}
+        prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
+        noise = noise_floor(arm_runner.generator, test, prompts, arm_runner.limit, arm_runner.scorers[0], config.seed)
+    scored = scored_arms(arm_runner.scorers, test, answers)
+    settled = replace(settled, declared=opening.declared)
+    evidence = _evidence(arm_runner, adapter, advice, settled, answers, scored, "test")
+    evidence, distances = _by_distance(arm_runner, evidence, scored, "test")
+    evidence = evidence.model_copy(update={"noise_floor": noise, "opening": opening, "openings": earlier})
+    save_evaluation(folder, evidence, test, answers, scored, distances)
+    return EvaluateResult(folder, evidence, evaluated=True)
+
+
+def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> EvaluateResult:
+    """Compare the same arms on the dev split; the test split stays closed, and no release is made on the evidence."""
+    settled = _settle(arm_runner, adapter, advice)
+    folder = _folder(arm_runner, settled, "dev")
+    if (folder / EVIDENCE_FILE).exists():
+        _tell_of_newer(folder, arm_runner.reporter)
+        return EvaluateResult(folder, load_evidence(folder), evaluated=False)
+    dev = arm_runner.version.examples("dev")
+    arm_runner.warn_of_longer("dev")
+    tell_references([m.example for m in dev], "dev item", arm_runner.reporter)
+    if arm_runner.schedule is not None:
+        # The others were counted while a prompt was chosen.
+        tuned = [plan for plan in settled.plans if plan.adapted]
+        arm_runner.schedule.expect("contest", tuned, dev, "dev", adapter)
+    with arm_runner.generator.countdown.shown():
+        answers = {plan.name: arm_runner.answers(plan, dev, "dev", adapter) for plan in settled.plans}
+    scored = scored_arms(arm_runner.scorers, dev, answers)
+    evidence = _evidence(arm_runner, adapter, advice, settled, answers, scored, "dev")
+    evidence, distances = _by_distance(arm_runner, evidence, scored, "dev")
+    save_evaluation(folder, evidence, dev, answers, scored, distances)
+    return EvaluateResult(folder, evidence, evaluated=True)
+
+
+def _by_distance(
+    arm_runner: ArmRunner, evidence: Evidence, scored: ScoredArms, split: Literal["test", "dev"]
+) -> tuple[Evidence, Distances]:
+    """Return the evidence with its scores by distance from the training rows, and the distances of each item."""
+    version, seed, deciding = arm_runner.version, arm_runner.project.config.seed, evidence.contrasts[0]
+    keys = [m.key for m in version.examples(split)]
+    nearest = nearest_training(version, arm_runner.reporter, split)
+    new = new_templates(version.members, (split,))
+    templates = None if new is None else scores_by_template(scored, [new[key] for key in keys], deciding, seed)
+    nearness = scores_by_distance(scored, [nearest[key] for key in keys], deciding, seed)
+    measured = evidence.model_copy(update={"nearness": nearness, "output_templates": templates})
+    return measured, Distances(nearest, new)
+
+
+def _evidence(
+    arm_runner: ArmRunner,
+    adapter: Adapter,
+    advice: Advice,
+    settled: _Settled,
+    answers: Mapping[str, Sequence[Answered]],
+    scored: ScoredArms,
+    split: Literal["test", "dev"],
+) -> Evidence:
+    config, generator, version = arm_runner.project.config, arm_runner.generator, arm_runner.version
+    members = version.examples(split)
+    references = count_references([m.example for m in members])
+    return Evidence(
+        id=_folder(arm_runner, settled, split).name,
+        project=config.name,
+        metric=arm_runner.scorers[0].name,
+        metrics=measured_metrics(arm_runner.scorers, several=references is not None),
+        references=references,
+        margin=config.evaluate.margin,
+        split=split,
+        items=len(members),
+        clusters=len({m.cluster for m in members}),
+        train_items=len(version.examples("train")),
+        dev_arms=advice.arms,
+        narrowing=advice.narrowing,
+        static=advice.static,
+        left_out=advice.left_out,
+        budget=_budget(arm_runner),
+        best_prompting=advice.best,
+        arms=[measured_arm(plan.name, plan, answers[plan.name], scored, config.seed) for plan in settled.plans],
+        contrasts=measured_contrasts(scored, settled.declared, config.seed),
+        engine=generator.used,
+        form=answer_form(
+            [m.example.output for m in version.domain],
+            [m.example.output for m in members],
+            {name: [a.text for a in given] for name, given in answers.items()},
+            arm_runner.longer_than_limit(members),
+        ),
+        lineage={
+            **measured_with(config, generator.base, generator.chat, generator.quantize, arm_runner.limit),
+            "adapter": {
+                "name": adapter.name,
+                "digest": adapter.digest,
+                "lineage": adapter.lineage,
+                **({"imported": adapter.imported} if adapter.imported else {}),
+            },
+            "dataset": version.digest,
+            "test_split": version.split_digest("test"),
+            "dev_split": version.split_digest("dev"),
+            "instructions": list(config.evaluate.instructions),
+        },
+    )
+
+
+def save_evaluation(
+    folder: Path,
+    evidence: Evidence,
+    members: Sequence[Member],
+    answers: Mapping[str, Sequence[Answered]],
+    scored: ScoredArms,
+    distances: Distances,
+    fold_of: Mapping[str, int] | None = None,
+) -> None:
+    """Write evidence and items, whole or not at all.
+
+    ``distances`` has how near each item is to the training rows, if that was measured; ``fold_of`` maps pair keys to
+    folds.
+    """
+    references = references_of([m.example for m in members])
+    items = [
+        Item(
+            key=m.key,
+            cluster=m.cluster,
+            input=m.example.input_text,
+            reference=m.example.output,
+            other_references=references[i][1:] or None,
+            answers={name: given[i].text for name, given in answers.items()},
+            scores=scored.of_item(i),
+            unscored=scored.why_not(i),
+            nearest=distances.nearest.get(m.key),
+            new_template=None if distances.new_template is None else distances.new_template[m.key],
+            fold=None if fold_of is None else fold_of[m.key],
+        )
+        for i, m in enumerate(members)
+    ]
+    with new_folder(folder) as temporary:
+        write_text(temporary / ITEMS_FILE, "".join(item.model_dump_json(exclude_none=True) + "\n" for item in items))
+        write_json(temporary / EVIDENCE_FILE, evidence.model_dump(mode="json"))

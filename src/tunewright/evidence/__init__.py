@@ -1,0 +1,1 @@
+"""Schemas, statistics and verdict of evaluations; never imports torch."""

@@ -1,0 +1,45 @@
+"""The evidence's record of a time budget: which arms were left out, and by what rule."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tunewright.evidence.base import Part
+
+RULE = (
+    "left out first: the adapter with demonstrations or a grammar, which decides nothing; then the prompting arms with "
+    "the most demonstrations, of equal numbers static before retrieved and the later before the earlier; last, other "
+    "instructions and grammars zero-shot. Never left out: zero-shot, the retrieved arm with the fewest demonstrations, "
+    "tuned, any item, and arms that would save no time, since their answers are all there"
+)
+
+
+class Budget(Part):
+    """Arms that ``--minutes`` left out."""
+
+    minutes: Annotated[float, Field(description="What --minutes said.")]
+    expected: Annotated[float, Field(description="Minutes that the other arms were expected to take, by the speed.")]
+    left_out: Annotated[tuple[str, ...], Field(description="Arms, in the order in which they were left out.")]
+    rule: Annotated[str, Field(description="Which arms are left out first, in words.")] = RULE
+
+    @property
+    def prompting(self) -> tuple[str, ...]:
+        """The prompting arms among those left out: what makes the baseline weaker."""
+        return tuple(name for name in self.left_out if not name.startswith("tuned"))
+
+    @property
+    def why(self) -> str:
+        """The reason for one arm, as it follows the arm's name."""
+        return f"--minutes {self.minutes:g} has no time for it"
+
+    @property
+    def caution(self) -> str | None:
+        """What a verdict has to say; None where prompting was tried as hard as ever."""
+        if not self.prompting:
+            return None
+        return (
+            f"Prompting was not tried as hard as usual: --minutes {self.minutes:g} left out {len(self.prompting)} "
+            f"prompting arms ({', '.join(self.prompting)}). The best prompt may be better than the one compared here."
+        )

@@ -1,0 +1,125 @@
+"""A learning curve as it was measured, and what it says of more data; readable without torch or the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunewright.config import MetricName
+from tunewright.core.errors import UserError
+from tunewright.evidence.base import Interval
+from tunewright.evidence.power import FEWEST_CLUSTERS
+from tunewright.evidence.schema import Evidence
+from tunewright.metrics import points_text, score_text
+
+CURVE_FILE = "curve.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Point(_Part):
+    """One adapter of the curve."""
+
+    share: float
+    seed: Annotated[int, Field(description="Of the draw of the rows and of the training.")]
+    rows: Annotated[int, Field(description="Training rows of the domain.")]
+    score: Annotated[float, Field(description="On all dev rows, as a share from 0 to 1.")]
+    dev_loss: Annotated[float, Field(description="Of the kept epoch.")]
+    adapter: Annotated[str, Field(description="Its digest.")]
+
+
+class Curve(_Part):
+    """Everything that was measured; ``curve.json``."""
+
+    schema_version: Literal[1] = 1
+    id: str
+    project: str
+    metric: MetricName
+    margin: float
+    items: int
+    clusters: int
+    shares: tuple[float, ...]
+    seeds: tuple[int, ...]
+    points: list[Point]
+    slope: Annotated[float, Field(description="What a doubling of the training rows brings, as a share from 0 to 1.")]
+    interval: Annotated[Interval, Field(description="95%, of the slope.")]
+    method: str
+    lineage: dict[str, Any]
+
+    def mean(self, share: float) -> float:
+        """The mean score of all seeds at one share."""
+        scores = [point.score for point in self.points if point.share == share]
+        return sum(scores) / len(scores)
+
+
+def find_curve(curves: Path, evidence: Evidence) -> Curve | None:
+    """The newest learning curve on an evaluation's data and base, by its metric; None if none was measured.
+
+    Args:
+        curves: the project's folder of curves.
+        evidence: the evaluation's.
+
+    Raises:
+        UserError: a curve that cannot be read.
+    """
+    found = []
+    for file in sorted(curves.glob(f"[!.]*/{CURVE_FILE}")):
+        try:
+            curve = Curve.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            what = f"not a learning curve: {' '.join(str(error).splitlines()[:3])}"
+            fix = "Remove its folder; `tunewright train --curve` measures it again."
+            raise UserError(what, where=str(file), fix=fix) from None
+        same = all(curve.lineage.get(key) == evidence.lineage.get(key) for key in ("dataset", "base"))
+        if same and curve.metric == evidence.metric:
+            found.append(curve)
+    return max(found, key=lambda curve: str(curve.lineage.get("created", "")), default=None)
+
+
+@dataclass(frozen=True)
+class MoreData:
+    """The answer, and why in plain sentences."""
+
+    answer: Literal["yes", "no", "can't tell"]
+    reasons: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 where more data would help, 3 where it would not (a measured no), 4 where it can't be told."""
+        return {"yes": 0, "no": 3, "can't tell": 4}[self.answer]
+
+
+def more_data(curve: Curve) -> MoreData:
+    """Whether more data would help, from the curve alone.
+
+    No, where the whole interval of what a doubling brings lies at or below the margin that is worth shipping; yes,
+    where it lies above zero otherwise; else it can't be told, nor with fewer than `FEWEST_CLUSTERS` dev clusters.
+    """
+    points = f"{points_text(curve.slope)} points"
+    interval = f"95% interval {points_text(curve.interval.low)} to {points_text(curve.interval.high)}"
+    margin = f"{100 * curve.margin:g} points"
+    before, whole = curve.shares[-2:]
+    rows = max(point.rows for point in curve.points)
+    last = (
+        f"The last step, from {before:.0%} to all {rows:,} rows, brought "
+        f"{points_text(curve.mean(whole) - curve.mean(before))} points: {score_text(curve.metric, curve.mean(before))} "
+        f"to {score_text(curve.metric, curve.mean(whole))} on dev."
+    )
+    measured = f"each doubling of the training rows brought {points} ({interval})"
+    answer: Literal["yes", "no", "can't tell"]
+    if curve.clusters < FEWEST_CLUSTERS:
+        answer = "can't tell"
+        why = f"{measured}, but {curve.clusters} independent dev clusters show nothing"
+    elif curve.interval.high <= curve.margin:
+        answer, why = "no", f"{measured}: not more than the margin of {margin} that is worth shipping"
+    elif curve.interval.low > 0:
+        answer, why = "yes", f"{measured}. Twice the rows would bring about as much once more, if the curve goes on so"
+    else:
+        answer, why = "can't tell", f"{measured}: at this size that holds both nothing and more than {margin}"
+        why += ". More dev rows or --seeds would narrow it"
+    return MoreData(answer, (f"Would more data help? {answer[0].upper()}{answer[1:]}: {why}.", last))

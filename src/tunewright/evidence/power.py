@@ -1,0 +1,120 @@
+"""What a number of items can show: power and the smallest detectable difference, before and after measuring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from tunewright.metrics import Kind
+
+POWER = 0.8
+ALPHA = 0.05
+FEWEST_CLUSTERS = 6
+"""With c clusters the smallest two-sided p of a test that swaps them is 2 / 2**c: below 0.05 from six on."""
+ASSUMED = (0.1, 0.2, 0.3)
+"""Shares of items that exactly one of two arms gets right, to tell what a split can show before anything is measured.
+The middle one is what is reckoned with."""
+
+
+def power(items: float, discordant: float, difference: float, alpha: float = ALPHA) -> float:
+    """How often a paired two-sided test finds a true difference of right and wrong (Miettinen 1968).
+
+    Args:
+        items: number of independent items (`effective_items` of clustered ones).
+        discordant: q, the share of items that exactly one arm gets right; at least the difference.
+        difference: d, the true one, as a share above 0.
+        alpha: level of the test.
+
+    Returns:
+        Phi((d sqrt(n) - z_(1-alpha/2) sqrt(q)) / sqrt(q - d^2)).
+    """
+    spread = max(discordant - difference**2, 0.0) ** 0.5
+    excess = difference * items**0.5 - float(norm.ppf(1 - alpha / 2)) * discordant**0.5
+    return float(norm.cdf(excess / spread)) if spread else float(excess >= 0)
+
+
+def minimum_detectable_effect(items: float, discordant: float, power: float = POWER, alpha: float = ALPHA) -> float:
+    """Smallest true difference of right and wrong that a paired two-sided test finds with this power.
+
+    Solves Miettinen's (1968) n = (z_(1-alpha/2) sqrt(q) + z_power sqrt(q - d^2))^2 / d^2 for d. A difference is never
+    larger than the share of items that changed, so where few changed q grows with d: all of them change one way.
+
+    Args:
+        items: number of independent items (`effective_items` of clustered ones).
+        discordant: q, the share of items that exactly one arm gets right.
+        power: chance of finding the difference.
+        alpha: level of the two-sided test.
+
+    Returns:
+        A share; 1.0 where no difference could be found.
+    """
+    z_alpha, z_power = norm.ppf(1 - alpha / 2), norm.ppf(power)
+
+    def excess(d: float) -> float:
+        q = max(discordant, d)
+        return float(np.sqrt(items) * d - z_alpha * np.sqrt(q) - z_power * np.sqrt(max(q - d * d, 0.0)))
+
+    if excess(1.0) <= 0:
+        return 1.0
+    return float(brentq(excess, 1e-12, 1.0))
+
+
+def detectable(standard_error: float, power: float = POWER, alpha: float = ALPHA) -> float:
+    """Smallest true difference that is found with this power, from the standard error of the measured one."""
+    return min(float(norm.ppf(1 - alpha / 2) + norm.ppf(power)) * standard_error, 1.0)
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a split can show, reckoned before anything is measured on it."""
+
+    split: str
+    items: int
+    clusters: int
+    effects: dict[float, float]
+    """Assumed share of items that change to the smallest detectable difference, each cluster counted as one item."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        effects = [{"changed": q, "minimum_detectable_effect": d} for q, d in self.effects.items()]
+        return {"split": self.split, "items": self.items, "clusters": self.clusters, "assumed": effects}
+
+
+def prospect(split: str, items: int, clusters: int) -> Prospect:
+    """What so many items in so many clusters can show, if `ASSUMED` shares of them change from one arm to the other."""
+    return Prospect(split, items, clusters, {q: minimum_detectable_effect(clusters, q) for q in ASSUMED})
+
+
+def prospect_text(told: Prospect, kind: Kind, margin: float) -> str:
+    """The prospect in plain sentences, with what is assumed.
+
+    Args:
+        told: the prospect.
+        kind: the deciding metric's.
+        margin: the config's.
+    """
+    place = f"The {told.split} split's {told.items:,} items in {told.clusters:,} clusters"
+    if told.clusters < FEWEST_CLUSTERS:
+        return (
+            f"{place} are too few: no difference can be shown, because that takes {FEWEST_CLUSTERS} clusters or more."
+        )
+    low, middle, high = (f"{100 * effect:.1f}" for effect in told.effects.values())
+    few, usual, many = (f"{q:.0%}" for q in told.effects)
+    text = (
+        f"{place} show a true difference of {middle} points or more (80% power), if {usual} of the items change "
+        f"between two arms: an assumption. {low} points if {few} change, {high} if {many}."
+    )
+    if kind == "corpus":
+        text += " That is reckoned for right and wrong answers; for a metric of the whole corpus it is a rough guide."
+    elif kind == "mean":
+        text += " That is reckoned for right and wrong answers; scores in between vary less, so it is the worst case."
+    if told.split != "test":
+        return text
+    expected = 100 * (margin + told.effects[ASSUMED[1]])
+    if expected >= 100:
+        return f"{text} With a margin of {100 * margin:g} points no gain would be enough to ship."
+    return f"{text} With a margin of {100 * margin:g} points a fine-tune has to gain about {expected:.0f} to ship."

@@ -1,0 +1,318 @@
+"""From answers to the parts of the evidence: an arm's scores, and the contrast of two arms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunewright.config import MetricName
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.data.examples import Example
+from tunewright.evidence.base import ArmScore, References
+from tunewright.evidence.power import detectable, minimum_detectable_effect
+from tunewright.evidence.schema import Arm, ArmKind, Contrast, Measured
+from tunewright.evidence.statistics import (
+    RESAMPLES,
+    Floats,
+    bootstrap_sums,
+    cluster_sums,
+    difference_interval,
+    effective_items,
+    exact_mcnemar,
+    farthest,
+    holm,
+    percentiles,
+    swapping_test,
+    wilson,
+)
+from tunewright.metrics import Scorer, Scores, references_of, score_all
+
+
+def measured_metrics(scorers: Sequence[Scorer], *, several: bool) -> dict[str, Measured]:
+    """Return what the evidence says of the metrics; ``several``: some items have several references."""
+    return {s.name: Measured(kind=s.kind, definition=s.definition_for(several)) for s in scorers}
+
+
+def count_references(examples: Sequence[Example]) -> References | None:
+    """Count the items' inputs and references; None where no input has several references."""
+    of_input = {e.asked: references for e, references in zip(examples, references_of(examples), strict=True)}
+    several = sum(len(references) > 1 for references in of_input.values())
+    if not several:
+        return None
+    return References(
+        items=len(examples), inputs=len(of_input), several=several, references=sum(map(len, of_input.values()))
+    )
+
+
+def tell_references(examples: Sequence[Example], what: str, reporter: Reporter) -> None:
+    """Say how many references the items have, where some inputs have several; ``what`` is one item."""
+    found = count_references(examples)
+    if found is not None:
+        reporter.say(f"{found.items:,} {what}s, {found.text}: an answer is scored by all references of its input.")
+
+
+@dataclass(frozen=True)
+class ScoredArms:
+    """The answers of several arms to the same items, each scored once by every metric."""
+
+    clusters: tuple[str, ...]
+    """The items'."""
+    by_metric: Mapping[MetricName, Mapping[str, Scores]]
+    """Metric, the deciding one first, to arm name to scores."""
+
+    def of_arm(self, arm: str) -> list[Scores]:
+        """One arm's scores by every metric."""
+        return [arms[arm] for arms in self.by_metric.values()]
+
+    def of_item(self, place: int) -> dict[MetricName, dict[str, float]]:
+        """One item's own scores, of the arms in which it is scored."""
+        return {
+            metric: {arm: float(s.values[place]) for arm, s in arms.items() if place not in s.unscored}
+            for metric, arms in self.by_metric.items()
+        }
+
+    def why_not(self, place: int) -> dict[MetricName, dict[str, str]] | None:
+        """Why one item is unscored, by metric and arm; None where it is scored everywhere."""
+        reasons = {
+            metric: {arm: s.unscored[place] for arm, s in arms.items() if place in s.unscored}
+            for metric, arms in self.by_metric.items()
+        }
+        return {metric: arms for metric, arms in reasons.items() if arms} or None
+
+
+def score_arms(
+    scorers: Sequence[Scorer],
+    examples: Sequence[Example],
+    clusters: Sequence[str],
+    answers: Mapping[str, Sequence[str]],
+    among: Sequence[Example] | None = None,
+) -> ScoredArms:
+    """Score every arm's answers; ``examples`` hold the references, and ``among`` those of all rows of their split.
+
+    Raises:
+        UserError: a function of the project's own fails on an item.
+    """
+    return ScoredArms(
+        tuple(clusters),
+        {s.name: {arm: score_all(s, given, examples, among) for arm, given in answers.items()} for s in scorers},
+    )
+
+
+# An arm
+
+
+def score_arm(
+    *,
+    name: str,
+    kind: ArmKind,
+    shots: int,
+    scores: Sequence[Scores],
+    clusters: Sequence[str],
+    truncated: int,
+    prompt_tokens: float,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> Arm:
+    """Measure one arm by every metric; ``clusters`` are per item.
+
+    Raises:
+        UserError: a metric that can score none of the items.
+    """
+    return Arm(
+        name=name,
+        kind=kind,
+        shots=shots,
+        items=len(clusters),
+        scores={each.scorer.name: score_of(each, clusters, seed, resamples) for each in scores},
+        truncated=truncated,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def score_of(scores: Scores, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES) -> ArmScore:
+    """The score of all scored items with its interval: Wilson's for right and wrong, else a bootstrap over clusters.
+
+    Raises:
+        UserError: no item is scored.
+    """
+    value = scores.total()
+    values, names = scores.values[scores.scored], _of(clusters, scores.scored)
+    worth = effective_items(values, names)
+    if scores.scorer.kind == "right or wrong" or (scores.scorer.kind == "mean" and np.ptp(values) == 0):
+        # Equal graded scores resample to themselves; Wilson's interval is of the widest distribution with that mean.
+        interval = wilson(value, worth)
+        method = "Wilson" if round(worth) == len(values) else f"Wilson, {worth:.0f} effective items"
+    else:
+        sums = cluster_sums(scores.statistics[scores.scored], names)
+        interval = percentiles(scores.scorer.corpus(bootstrap_sums(sums, seed, resamples)))
+        method = _bootstrap_name(resamples)
+    return ArmScore(
+        value=value,
+        interval=interval,
+        method=method,
+        scored=len(values),
+        unscored=scores.reasons,
+        outside=scores.outside,
+    )
+
+
+# A contrast
+
+
+def contrast(
+    *,
+    treatment: str,
+    control: str,
+    ours: Scores,
+    theirs: Scores,
+    clusters: Sequence[str],
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> Contrast:
+    """Compare two arms by one metric, on the items that are scored in both.
+
+    Args:
+        treatment, control: the arms' names.
+        ours: the treatment's scores.
+        theirs: the control's, by the same metric.
+        clusters: the items'.
+        seed: decides resamples and swaps.
+        resamples: how many.
+
+    Raises:
+        UserError: no item is scored in both.
+    """
+    assert ours.scorer.name == theirs.scorer.name
+    both = ours.scored & theirs.scored
+    if not both.any():
+        raise UserError(
+            f"no item is scored by {ours.scorer.name} in both {treatment} and {control}: {_left_out(ours, theirs)}",
+            where="evaluate.metric",
+        )
+    names = _of(clusters, both)
+    changes = ours.values[both] - theirs.values[both]
+    sums = cluster_sums(ours.statistics[both], names), cluster_sums(theirs.statistics[both], names)
+    if ours.scorer.kind == "corpus":
+        measured = _corpus_contrast(*sums, ours.scorer, seed, resamples)
+    else:
+        measured = _mean_contrast(changes, *sums, names, ours.scorer, seed, resamples)
+    return Contrast(
+        treatment=treatment,
+        control=control,
+        metric=ours.scorer.name,
+        scored=int(both.sum()),
+        left_out=_left_out(ours, theirs),
+        clusters=len(set(names)),
+        fixed=int((changes > 0).sum()),
+        broken=int((changes < 0).sum()),
+        p_adjusted=None,
+        **measured,
+    )
+
+
+def declared_contrasts(
+    scored: ScoredArms, pairs: Sequence[tuple[str, str]], seed: int, resamples: int = RESAMPLES
+) -> list[Contrast]:
+    """Each treatment against its control by every metric; the first one decides.
+
+    Those by the first metric are the declared ones, with p-values adjusted for being several; those by the metrics that
+    are only measured beside it follow.
+
+    Args:
+        scored: all arms' scores.
+        pairs: names of treatment and control.
+        seed, resamples: as of `contrast`.
+    """
+    measured: list[Contrast] = []
+    for metric in scored.by_metric:
+        found = [scored_contrast(scored, metric, *pair, seed, resamples) for pair in pairs]
+        measured += found if measured else adjusted(found)
+    return measured
+
+
+def scored_contrast(
+    scored: ScoredArms, metric: MetricName, treatment: str, control: str, seed: int, resamples: int = RESAMPLES
+) -> Contrast:
+    """Two of the arms by one metric."""
+    arms = scored.by_metric[metric]
+    return contrast(
+        treatment=treatment,
+        control=control,
+        ours=arms[treatment],
+        theirs=arms[control],
+        clusters=scored.clusters,
+        seed=seed,
+        resamples=resamples,
+    )
+
+
+def adjusted(contrasts: Sequence[Contrast]) -> list[Contrast]:
+    """The declared contrasts, with Holm's p-values over all of them."""
+    return [
+        each.model_copy(update={"p_adjusted": p_value})
+        for each, p_value in zip(contrasts, holm([c.p_value for c in contrasts]), strict=True)
+    ]
+
+
+def _mean_contrast(
+    changes: Floats, ours: Floats, theirs: Floats, names: Sequence[str], scorer: Scorer, seed: int, resamples: int
+) -> dict[str, Any]:
+    """Right and wrong, or graded items."""
+    worth = effective_items(changes, names)
+    binary = scorer.kind == "right or wrong"
+    reach = 1.0 if binary else farthest(changes)
+    by_cluster = "" if len(set(names)) == len(names) else " by cluster"
+    spread = float(changes.std())
+    if binary or spread == 0:
+        effect = minimum_detectable_effect(worth, float(np.abs(changes).mean()))
+    else:
+        effect = detectable(spread / worth**0.5)
+    return {
+        "difference": float(changes.mean()),
+        "interval": difference_interval(changes, names, seed, resamples, reach=reach),
+        "interval_method": f"{_bootstrap_name(resamples)}, Bonett-Price adjusted",
+        "p_value": exact_mcnemar(changes, names)
+        if binary
+        else swapping_test(ours, theirs, scorer.corpus, seed, resamples),
+        "test": f"exact McNemar{by_cluster}" if binary else _swapping_name(resamples),
+        "effective_items": worth,
+        "minimum_detectable_effect": effect,
+    }
+
+
+def _corpus_contrast(ours: Floats, theirs: Floats, scorer: Scorer, seed: int, resamples: int) -> dict[str, Any]:
+    drawn = bootstrap_sums(np.hstack([ours, theirs]), seed, resamples)
+    differences = scorer.corpus(drawn[:, : scorer.columns]) - scorer.corpus(drawn[:, scorer.columns :])
+    error = float(differences.std())
+    return {
+        "difference": float(scorer.corpus(ours.sum(axis=0)) - scorer.corpus(theirs.sum(axis=0))),
+        "interval": percentiles(differences),
+        "interval_method": _bootstrap_name(resamples),
+        "p_value": swapping_test(ours, theirs, scorer.corpus, seed, resamples),
+        "test": _swapping_name(resamples),
+        "effective_items": None,
+        # Where nothing varies: the share of clusters that would have had to change to be noticed.
+        "minimum_detectable_effect": detectable(error) if error > 1e-12 else minimum_detectable_effect(len(ours), 0.0),
+    }
+
+
+def _left_out(ours: Scores, theirs: Scores) -> dict[str, int]:
+    """Why items are in one of the arms, or in both, unscored."""
+    return dict(Counter((theirs.unscored | ours.unscored).values()))
+
+
+def _of(clusters: Sequence[str], places: Any) -> list[str]:
+    return [name for name, here in zip(clusters, places, strict=True) if here]
+
+
+def _bootstrap_name(resamples: int) -> str:
+    return f"percentile bootstrap over clusters, {resamples:,} resamples"
+
+
+def _swapping_name(trials: int) -> str:
+    return f"paired randomisation by cluster, {trials:,} trials"

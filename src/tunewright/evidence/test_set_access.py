@@ -1,0 +1,79 @@
+"""Openings of a test split: what was declared before it, and what the ledger says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tunewright.config import MetricName
+from tunewright.core.io import digest
+from tunewright.evidence.base import Part
+
+Design = Literal["held-out", "cross-fitted"]
+
+
+class Declared(Part):
+    """A contrast that is going to be measured, fixed before the test split is opened for it."""
+
+    treatment: str
+    control: str
+    metric: MetricName
+    margin: Annotated[float | None, Field(description="The gain worth shipping, of the contrast that decides.")]
+
+
+class TestSetAccess(Part):
+    """A line of ``ledger.jsonl``: an evaluation that is about to have the test split answered."""
+
+    schema_version: Literal[1] = 1
+    number: Annotated[int, Field(description="The line, from 1.")]
+    time: Annotated[str, Field(description="UTC, ISO 8601.")]
+    author: Annotated[str | None, Field(description="git's user.name, else the login name.")]
+    evaluation: Annotated[str, Field(description="The evaluation's ID; a stopped one that goes on has the same.")]
+    design: Annotated[Design, Field(description="cross-fitted: all rows are opened, the test split's among them.")]
+    dataset: Annotated[str, Field(description="Digest of the dataset version.")]
+    test_split: Annotated[str, Field(description="Digest of the test split's pair keys.")]
+    items: Annotated[int, Field(description="Rows opened.")]
+    adapter: Annotated[str | None, Field(description="The adapter's name; null if each fold trains its own.")]
+    adapter_digest: str | None
+    base: Annotated[str, Field(description="Digest of the base.")]
+    declared: Annotated[tuple[Declared, ...], Field(description="The contrasts; the first one decides.")]
+    previous: Annotated[str, Field(description="The digest of the line before; empty in the first.")]
+    digest: Annotated[str, Field(description="SHA-256 of this line without this field, as canonical JSON.")]
+
+    @property
+    def true_digest(self) -> str:
+        """What ``digest`` has to be."""
+        return digest(self.model_dump(mode="json", exclude={"digest"}))
+
+
+class EarlierAccess(Part):
+    """An earlier opening of items that an evaluation has too."""
+
+    number: Annotated[int, Field(description="Its line in the ledger.")]
+    time: str
+    author: str | None
+    evaluation: str
+    adapter: str | None
+    shared_items: Annotated[
+        int | None, Field(description="Items that both have; null where its dataset version is not here to tell.")
+    ]
+
+
+def openings_text(earlier: Sequence[EarlierAccess], items: int) -> str:
+    """How often these items had been opened before, and by whom the last time."""
+    last = earlier[-1]
+    times = "once" if len(earlier) == 1 else f"{len(earlier)} times"
+    most = max((each.shared_items or 0 for each in earlier), default=0)
+    which = "The test items" if most == items else f"{most:,} of the {items:,} test items" if most else "Test items"
+    by = f" by {last.author}" if last.author else ""
+    how = "with an adapter for each fold" if last.adapter is None else f"with {last.adapter}"
+    unknown = [str(each.number) for each in earlier if each.shared_items is None]
+    told = (
+        f"{which} had been opened {times} before this (the last time on {last.time[:10]}{by}, {how}): what has been "
+        "chosen after such a look may owe its score to it, and only new rows are untouched."
+    )
+    if unknown:
+        told += f" What the ledger's line {', '.join(unknown)} opened is not known: its dataset version is not here."
+    return told

@@ -1,0 +1,1 @@
+"""Text generation: decoding loop, KV cache, batched LoRA, constraints, sampling."""

@@ -1,0 +1,127 @@
+"""One prompt and how to continue it, its row while it decodes, and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tunewright.generation.constraints import Constraint
+from tunewright.generation.lora_dispatch import BASE_ROW
+from tunewright.generation.text_stream import Decode, TextStream
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how to continue it.
+
+    Args:
+        prompt_ids: the prompt, at least one token.
+        adapter: the PEFT adapter that answers, or None for the base.
+        max_new_tokens: the most tokens that the answer may have, at least 1.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        top_p: sample among the likeliest tokens that together hold this probability (Holtzman et al. 2020).
+        seed: the same seed samples the same answer, whatever else is in the batch; None draws a fresh one.
+        stop: texts, none empty; the first to be complete ends the answer, which is what stands before it.
+        constraint: what the answer has to match; one that is cut at the limit may not do so yet.
+    """
+
+    prompt_ids: tuple[int, ...]
+    adapter: str | None
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
+
+    def __post_init__(self) -> None:
+        assert self.prompt_ids, "a prompt has at least one token"
+        assert self.max_new_tokens >= 1
+        assert self.temperature >= 0
+        assert 0 < self.top_p <= 1
+        assert self.adapter != BASE_ROW, "the base is asked for with None"
+        assert all(self.stop), "an empty text would end every answer"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer: its tokens without the stop token, and why it ended."""
+
+    ids: tuple[int, ...]
+    finish: Finish
+    before_stop: str | None = None
+    """Of an answer that a stop string ended, the text before that; its tokens go further than this text does."""
+
+
+class Row:
+    """A request under way; ``ids`` grows with each step until ``finish`` says why it ended.
+
+    Args:
+        request: what to continue.
+        decode: tokens to text, needed where the request has stop strings.
+    """
+
+    def __init__(self, request: Request, decode: Decode | None = None) -> None:
+        self.request = request
+        self.ids: list[int] = []
+        self.finish: Finish | None = None
+        self.guide = request.constraint.start() if request.constraint else None
+        self._before_stop: str | None = None
+        self._text, self._stream = "", None
+        if request.stop:
+            assert decode is not None, "stop strings are found in text"
+            self._stream = TextStream(decode, request.stop)
+        self._generator: torch.Generator | None = None
+        if request.temperature > 0:
+            self._generator = torch.Generator()
+            if request.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(request.seed)
+
+    @property
+    def completion(self) -> Completion:
+        """The answer of a row that has finished."""
+        assert self.finish is not None
+        return Completion(tuple(self.ids), self.finish, self._before_stop)
+
+    def uniform(self) -> float:
+        """The next number of the row's generator, from 0 up to 1, 1 not included: one for each token that it draws.
+
+        The generator is on the CPU, so that a seed means the same on every device.
+        """
+        assert self._generator is not None, "a greedy row draws nothing"
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
+    def take(self, token: int, stop_ids: Collection[int]) -> None:
+        """Append the next token, or finish on it."""
+        if token in stop_ids:
+            self._end("stop")
+            return
+        self.ids.append(token)
+        if self.guide is not None:
+            self.guide.take(token)
+        if self._stream is not None:
+            self._text += self._stream.push(token)
+            if self._stream.stopped:
+                self._end("stop")
+                return
+        if self.guide is not None and self.guide.complete:
+            self._end("stop")
+        elif len(self.ids) == self.request.max_new_tokens:
+            self._end("length")
+
+    def _end(self, finish: Finish) -> None:
+        self.finish = finish
+        if self._stream is None:
+            return
+        if not self._stream.stopped:
+            # What the last tokens hold of an unfinished character may still complete a stop string.
+            self._text += self._stream.flush()
+        if self._stream.stopped:
+            self.finish, self._before_stop = "stop", self._text

@@ -1,0 +1,66 @@
+"""What people preferred, blind, and how far they and the judge agree."""
+
+from __future__ import annotations
+
+from tunewright.evidence.base import Score
+from tunewright.evidence.human_eval import AnswerReview, RaterAgreement
+from tunewright.evidence.preferences import people_line
+from tunewright.evidence.schema import Evidence
+from tunewright.metrics import p_text
+from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.wording import percent_interval
+
+
+def section(evidence: Evidence) -> Section | None:
+    """Win rates on all items, verdicts by stratum, and agreement."""
+    review = evidence.review
+    if review is None:
+        return None
+    blocks: list[Block] = [Lead(people_line(review))]
+    if review.win_rate is not None:
+        blocks.append(_win_rates(review, review.win_rate))
+    blocks.append(_strata(review))
+    if review.agreements:
+        head = ("Raters", "Items both judged", "Agreed", "Cohen’s kappa", "95% interval")
+        blocks.append(Table("Table of agreement", head, tuple(_agreement(each) for each in review.agreements)))
+    blocks.append(Notes(_notes(review)))
+    return Section("people", "What people say", tuple(blocks))
+
+
+def _win_rates(review: AnswerReview, alone: Score) -> Table:
+    head = (f"{review.treatment} preferred, of all {review.items:,} items", "Win rate, %", "95% interval", "How")
+    rows = [Row(cells("people alone", f"{100 * alone.value:.1f}", percent_interval(alone.interval), alone.method))]
+    if review.powered is not None:
+        found = review.powered
+        name = Cell("people and the judge", f"lambda {found.tuning:.2f}, {found.judged:,} items judged")
+        score = found.win_rate
+        rows.append(Row(cells(name, f"{100 * score.value:.1f}", percent_interval(score.interval), score.method)))
+    return Table("Table of win rates", head, tuple(rows))
+
+
+def _strata(review: AnswerReview) -> Table:
+    head = ("By the metric", "Items", "Asked", "Judged", f"For {review.treatment}", f"For {review.control}", "Tie")
+    rows = [
+        Row(cells(s.name, *(f"{n:,}" for n in (s.items, s.asked, s.answered, s.treatment, s.control, s.ties))))
+        for s in review.strata
+    ]
+    if review.same:
+        rows.append(Row(cells("equal answers", f"{review.same:,}", "", "", "", "", f"{review.same:,}")))
+    return Table("Table of strata", head, tuple(rows))
+
+
+def _agreement(each: RaterAgreement) -> Row:
+    kappa = "not defined" if each.kappa is None else f"{each.kappa:.2f}"
+    interval = "" if each.interval is None else f"{each.interval.low:.2f} to {each.interval.high:.2f}"
+    return Row(cells(" and ".join(each.raters), f"{each.items}", f"{each.agreed}", kappa, interval))
+
+
+def _notes(review: AnswerReview) -> tuple[str, ...]:
+    ties = review.answered - sum(review.preferred)
+    told = [f"Of the judged pairs {ties} have no preference: {p_text(review.p_value)} ({review.test})."]
+    told += [
+        f"{who.name}: {who.answered} judged ({who.both} both good, {who.neither} neither), {who.skipped} skipped, "
+        f"{who.reference_shown} with the reference shown."
+        for who in review.reviewers
+    ]
+    return tuple(told)

@@ -1,0 +1,45 @@
+"""How often the test items had been opened, and what was declared before they were."""
+
+from __future__ import annotations
+
+from tunewright.evidence.schema import Evidence
+from tunewright.evidence.test_set_access import Declared, EarlierAccess, openings_text
+from tunewright.metrics import metric_label
+from tunewright.report.blocks import Block, Lead, Row, Section, Table, cells
+
+
+def section(evidence: Evidence) -> Section | None:
+    """This opening and those before it; none in evidence that is older than the ledger."""
+    opening = evidence.opening
+    if opening is None:
+        return None
+    by = f" by {opening.author}" if opening.author else ""
+    lead = (
+        f"Line {opening.number} of the ledger, {_day(opening.time)}{by}. Declared before a prompt was made: "
+        f"{'; '.join(_declared(each) for each in opening.declared)}."
+    )
+    blocks: list[Block] = [Lead(lead)]
+    if evidence.openings:
+        head = ("Earlier opening", "When (UTC)", "By", "Evaluation", "Adapter", "Items shared")
+        blocks += [
+            Lead(openings_text(evidence.openings, evidence.items)),
+            Table("Table of openings", head, tuple(_earlier(each) for each in evidence.openings)),
+        ]
+    else:
+        blocks.append(Lead("These test items had never been opened before: this is the first look at them."))
+    return Section("ledger", "Openings of the test items", tuple(blocks))
+
+
+def _day(time: str) -> str:
+    return time[:16].replace("T", " ")
+
+
+def _declared(each: Declared) -> str:
+    margin = "" if each.margin is None else f", margin {100 * each.margin:g} points, which decides"
+    return f"{each.treatment} against {each.control} by {metric_label(each.metric)}{margin}"
+
+
+def _earlier(each: EarlierAccess) -> Row:
+    shared = "not known" if each.shared_items is None else f"{each.shared_items:,}"
+    adapter = each.adapter or "one for each fold"
+    return Row(cells(f"line {each.number}", _day(each.time), each.author or "", each.evaluation, adapter, shared))

@@ -1,0 +1,242 @@
+"""Successive halving within a budget: who is trained next, who goes on, and what there is no time for."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from tunewright.config import MetricName
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter, duration
+from tunewright.metrics import score_text
+from tunewright.training.divergence import DivergedError
+from tunewright.training.sweep.ledger import Entry, Event, Ledger
+from tunewright.training.sweep.search_space import Pace, Schedule, Trial, survivors
+
+FIRST_STEPS = 5
+"""Steps of the first trial that tell how long a step takes, before anything else is started."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a trial stands after it was trained up to some step."""
+
+    steps: int
+    """Made just now."""
+    training_seconds: float
+    dev_loss: float
+    dev_metric: float | None
+
+
+TrainTo = Callable[[Trial, int], Progress]
+"""Trains a trial on, up to a step, and measures it on dev; raises DivergedError, or KeyboardInterrupt when saved."""
+
+
+class SuccessiveHalving:
+    """One sweep of trials; all that happens is in the ledger, and what is there is not done again.
+
+    Args:
+        trials: most promising first.
+        schedule: when they are compared.
+        ledger: of this sweep.
+        train_to: does the work.
+        budget: seconds for the whole sweep, those in the ledger included; None: as long as it takes.
+        reporter: hears what is done and what is left out.
+        clock: tells seconds.
+    """
+
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        schedule: Schedule,
+        ledger: Ledger,
+        train_to: TrainTo,
+        budget: float | None,
+        reporter: Reporter,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.trials = trials
+        self.schedule = schedule
+        self.ledger = ledger
+        self.train_to = train_to
+        self.budget = budget
+        self.reporter = reporter
+        self.clock = clock
+        self._told = False
+
+    def run(self) -> Trial | None:
+        """Go through all rungs.
+
+        Returns:
+            The winner, trained to its end; None where the budget or every trial ended before.
+
+        Raises:
+            UserError: the budget is too small for a single trial.
+            KeyboardInterrupt: stopped; the ledger has all that was finished.
+        """
+        if self.budget is not None and self._pace() is None:
+            self._time_first_steps()
+        alive = list(self.trials)
+        for rung, step in enumerate(self.schedule.rungs):
+            self.reporter.say(
+                f"Rung {rung + 1} of {len(self.schedule.rungs)}, to step {step:,} of {self.schedule.rungs[-1]:,}: "
+                f"{len(alive)} trial{'' if len(alive) == 1 else 's'}"
+            )
+            through = self._through(alive, rung)
+            if not any(entry.event != "diverged" for entry in through.values()):
+                return None
+            alive = self._better_half(alive, through, rung)
+        return alive[0]
+
+    def _through(self, alive: Sequence[Trial], rung: int) -> dict[str, Entry]:
+        """The results of this rung, of those in the ledger and those that there is time for."""
+        number = rung + 1
+        through = {t.name: e for t in alive if (e := self.ledger.result(t.name, number)) is not None}
+        waiting = [trial for trial in alive if trial.name not in through]
+        for place, trial in enumerate(waiting):
+            self._tell_time()
+            if not self._there_is_time(trial, len(through), rung):
+                self._leave_out(waiting[place:], rung, anything=bool(through))
+                break
+            through[trial.name] = self._go(trial, rung)
+        return through
+
+    def _go(self, trial: Trial, rung: int) -> Entry:
+        """Train one trial through one rung."""
+        step, number = self.schedule.rungs[rung], rung + 1
+        self.reporter.say(f"{trial.name}, rung {number}")
+        began = self.clock()
+        try:
+            progress = self.train_to(trial, step)
+        except DivergedError as error:
+            return self._diverged(trial, number, error, began)
+        except KeyboardInterrupt:
+            self.ledger.add("stopped", trial.name, number, step, seconds=self._since(began))
+            raise
+        event: Event = "finished" if number == len(self.schedule.rungs) else "measured"
+        entry = self.ledger.add(event, trial.name, number, step, seconds=self._since(began), **_values(progress))
+        self.reporter.say(f"{trial.name}, rung {number}: {measured_text(entry, self.ledger.head.metric)}")
+        return entry
+
+    def _time_first_steps(self) -> None:
+        """Make a few steps of one of the slowest trials, so that nothing is started that could not end."""
+        if self.schedule.rungs[0] <= FIRST_STEPS:
+            return  # the first rung is no longer than that
+        for trial in sorted(self.trials, key=lambda t: -len(t.train.targets)):
+            self.reporter.say(f"{FIRST_STEPS} steps of {trial.name}, to see how long they take")
+            began = self.clock()
+            try:
+                progress = self.train_to(trial, FIRST_STEPS)
+            except DivergedError as error:
+                self._diverged(trial, 1, error, began)
+                continue
+            except KeyboardInterrupt:
+                self.ledger.add("stopped", trial.name, 0, 0, seconds=self._since(began))
+                raise
+            self.ledger.add("timed", trial.name, 0, FIRST_STEPS, seconds=self._since(began), **_values(progress))
+            return
+
+    def _diverged(self, trial: Trial, number: int, error: DivergedError, began: float) -> Entry:
+        why = error.what.split("; ")[0]  # without the rows of the step, which every trial has
+        self.reporter.warn(f"{trial.name} is out: {why}")
+        step = self.schedule.rungs[number - 1]
+        return self.ledger.add("diverged", trial.name, number, step, seconds=self._since(began), why=why)
+
+    def _better_half(self, alive: Sequence[Trial], through: dict[str, Entry], rung: int) -> list[Trial]:
+        """Who goes on; of the last rung, the winner."""
+        last = rung + 1 == len(self.schedule.rungs)
+        measured = [t for t in alive if t.name in through and through[t.name].event != "diverged"]
+        # Stable: of equal ones the more promising.
+        ranked = sorted(measured, key=lambda t: through[t.name].rank, reverse=True)
+        keep = 1 if last else survivors(len(through))
+        for place, trial in enumerate(ranked):
+            event: Event = "out" if place >= keep else "winner" if last else "goes on"
+            self.ledger.decide(event, trial.name, rung + 1, self.schedule.rungs[rung])
+        return ranked[:keep]
+
+    # Time
+
+    def _since(self, began: float) -> float:
+        return round(self.clock() - began, 3)
+
+    def _pace(self) -> Pace | None:
+        """What steps and rungs have taken so far; of kinds of trials the slowest counts."""
+        done = [e for e in self.ledger.entries if e.steps]
+        if not done:
+            return None
+        kinds = {t.name: len(t.train.targets) for t in self.trials}
+        steps: dict[int, int] = defaultdict(int)
+        seconds: dict[int, float] = defaultdict(float)
+        for entry in done:
+            steps[kinds[entry.trial]] += entry.steps
+            seconds[kinds[entry.trial]] += entry.training_seconds
+        return Pace(
+            step=max(seconds[kind] / steps[kind] for kind in steps),
+            rung=fmean(entry.seconds - entry.training_seconds for entry in done),
+        )
+
+    def _left(self) -> float:
+        assert self.budget is not None
+        return self.budget - self.ledger.seconds
+
+    def _there_is_time(self, trial: Trial, through: int, rung: int) -> bool:
+        """Whether this trial's rung can end in the budget, and the better half of all that are through theirs too."""
+        pace = self._pace()
+        if self.budget is None or pace is None:
+            return True
+        return self._with_one_more(trial, through, rung, pace) <= self._left()
+
+    def _with_one_more(self, trial: Trial, through: int, rung: int, pace: Pace) -> float:
+        behind = min(self.ledger.steps_of(trial.name), self.schedule.rungs[rung])
+        return self.schedule.seconds_with_one_more(through, rung, behind, pace)
+
+    def _leave_out(self, trials: Sequence[Trial], rung: int, *, anything: bool) -> None:
+        pace = self._pace()
+        assert self.budget is not None and pace is not None
+        needed = self.ledger.seconds + self._with_one_more(trials[0], 0, rung, pace)
+        if rung == 0 and not anything:
+            raise UserError(
+                f"the budget of {duration(self.budget)} is too small for a single trial, which takes about "
+                f"{duration(needed)} in all",
+                where="--minutes",
+                fix=f"Give at least --minutes {needed / 60 + 0.5:.0f}; what is done so far counts.",
+            )
+        names = ", ".join(trial.name for trial in trials)
+        why = f"no time left in {duration(self.budget)}"
+        for trial in trials:
+            self.ledger.decide("left out", trial.name, rung + 1, self.schedule.rungs[rung], why)
+        self.reporter.warn(f"Left out of rung {rung + 1}, {why}: {names}. A larger --minutes goes on from here.")
+
+    def _tell_time(self) -> None:
+        """As soon as it is known how long things take: how long it will be, and what the budget has room for."""
+        pace, trials = self._pace(), len(self.trials)
+        if pace is None or self._told:
+            return
+        self._told = True
+        whole = f"{trials} trials take about {duration(self.schedule.seconds(trials, 0, pace))} in all"
+        if self.budget is None:
+            self.reporter.say(f"{whole}.")
+            return
+        count = max((k for k in range(1, trials + 1) if self.schedule.seconds(k, 0, pace) <= self.budget), default=0)
+        room = "all fit" if count == trials else f"there is time for {count}"
+        self.reporter.say(f"{whole}; {room} in {duration(self.budget)}.")
+
+
+def measured_text(entry: Entry, metric: MetricName | None) -> str:
+    """What dev says of a trial at a rung: ``62.5%, loss 0.512``."""
+    if entry.dev_loss is None:
+        return "diverged"
+    score = f"{score_text(metric, entry.dev_metric)}, " if metric and entry.dev_metric is not None else ""
+    return f"{score}loss {entry.dev_loss:.3f}"
+
+
+def _values(progress: Progress) -> dict[str, float | int | None]:
+    return {
+        "steps": progress.steps,
+        "training_seconds": round(progress.training_seconds, 3),
+        "dev_loss": progress.dev_loss,
+        "dev_metric": progress.dev_metric,
+    }

@@ -1,0 +1,198 @@
+"""What is read of an adapter without touching the base, against what peft builds into it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from safetensors.torch import load_file, save_file
+
+from decoding_helpers import llama
+from tunewright.adapters.lora_weights import read_matrices
+from tunewright.adapters.registry import CONFIG, WEIGHTS
+from tunewright.core.errors import UserError
+from tunewright.generation.lora_dispatch import LoraDispatch
+
+KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+IDS = torch.tensor([[9, 10, 11, 12], [13, 14, 15, 16]])
+PATTERNS = st.sampled_from(["q_proj", "layers.1.self_attn.v_proj", r"model.layers.0.*", r".*\.down_proj"])
+RANKS, ALPHAS = st.integers(1, 9), st.sampled_from([1, 3, 8.0, 20, 0.5])
+CONFIGS = st.fixed_dictionaries(
+    {
+        "r": RANKS,
+        "lora_alpha": ALPHAS,
+        "use_rslora": st.booleans(),
+        "lora_dropout": st.sampled_from([0.0, 0.3]),
+        "init_lora_weights": st.sampled_from([True, False, "gaussian"]),
+        # The first that matches holds, and peft writes them sorted.
+        "rank_pattern": st.dictionaries(PATTERNS, RANKS, max_size=2).map(lambda found: dict(sorted(found.items()))),
+        "alpha_pattern": st.dictionaries(PATTERNS, ALPHAS, max_size=2).map(lambda found: dict(sorted(found.items()))),
+    },
+    optional={"exclude_modules": st.sampled_from([["layers.0.self_attn.q_proj"], ["k_proj"], r".*\.1\..*", []])},
+)
+TARGETS = st.one_of(
+    st.fixed_dictionaries({"target_modules": st.lists(st.sampled_from(KINDS), min_size=1, unique=True)}),
+    st.fixed_dictionaries(
+        {
+            "target_modules": st.lists(st.sampled_from(KINDS[:7]), min_size=1, unique=True),
+            "layers_to_transform": st.sampled_from([0, 1, [0], [0, 1], []]),
+            "layers_pattern": st.sampled_from([None, "layers", ["layers"]]),
+        }
+    ),
+    st.fixed_dictionaries({"target_modules": st.sampled_from(["all-linear", r".*\.layers\.1\..*_proj", r".*q_proj"])}),
+)
+
+
+def _base(dtype: torch.dtype) -> Any:
+    return llama().float().to(dtype)
+
+
+def _save(folder: Path, config: LoraConfig, weights_in: torch.dtype = torch.float32) -> None:
+    """What peft writes of an adapter that has an effect."""
+    wrapped: Any = get_peft_model(llama().float(), config)
+    torch.manual_seed(4)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.4)
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: tensor.to(weights_in) for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    config=CONFIGS,
+    targets=TARGETS,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    weights_in=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_whatever_the_configuration_it_is_what_peft_loads_to_the_bit(
+    config: dict[str, Any], targets: dict[str, Any], dtype: torch.dtype, weights_in: torch.dtype
+) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        try:
+            _save(folder, LoraConfig(**config, **targets), weights_in)
+        except ValueError:
+            assume(False)  # nothing that it could be for, or what excludes itself: peft does not make it
+        base = _base(dtype)
+        names = [name for name, _ in base.named_modules()]
+        read = read_matrices(folder, base)
+        assert [name for name, _ in base.named_modules()] == names
+        wrapped = PeftModel.from_pretrained(_base(dtype), folder).eval()
+    built = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in wrapped.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    assert read.keys() == built.keys()
+    for name, lora in read.items():
+        layer: Any = built[name]
+        assert lora.scale == layer.scaling["default"]
+        for ours, theirs in ((lora.down, layer.lora_A["default"].weight), (lora.up, layer.lora_B["default"].weight)):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs.t())
+            assert ours.stride() == theirs.t().stride()
+    beside = LoraDispatch(base, mixed=True)
+    beside.put("default", read)
+    with torch.inference_mode():
+        expected = wrapped(input_ids=IDS).logits
+        with beside.answering(["default", "default"]):
+            found = base(input_ids=IDS).logits
+        with LoraDispatch(wrapped, mixed=True).answering(["default", "default"]):
+            before = wrapped(input_ids=IDS).logits
+        plain = base(input_ids=IDS).logits
+    assert torch.equal(found, before), "as rows of a PeftModel are answered"
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found, plain)
+
+
+PLAIN: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens, which is no linear layer"),
+    ],
+)
+def test_more_than_plain_lora_is_refused_and_what_it_is_is_named(
+    more: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    get_peft_model(llama().float(), LoraConfig(**PLAIN | more)).save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match=named):
+        read_matrices(tmp_path, llama().float())
+
+
+def test_a_key_that_this_peft_does_not_know_is_refused_unless_it_says_nothing(tmp_path: Path) -> None:
+    _save(tmp_path, LoraConfig(**PLAIN))
+    said = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(said | {"use_tomorrow": False}))
+    assert len(read_matrices(tmp_path, llama().float())) == 4
+    (tmp_path / CONFIG).write_text(json.dumps(said | {"use_tomorrow": True}))
+    with pytest.raises(UserError, match="use_tomorrow: true"):
+        read_matrices(tmp_path, llama().float())
+
+
+NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensors: tensors.pop(NAME), f"{NAME} is missing"),
+        (lambda tensors: tensors.update({NAME.replace("q_proj", "k_proj"): tensors[NAME].clone()}), "not called for"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME][:3].clone()}), r"is \[3, 64\], and with this base"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME][:, :32].clone()}), r"is \[4, 32\], and with this base"),
+    ],
+)
+def test_weights_that_peft_would_leave_out_or_make_up_are_refused(
+    change: Callable[[dict[str, Any]], Any], told: str, tmp_path: Path
+) -> None:
+    _save(tmp_path, LoraConfig(**PLAIN))
+    tensors = load_file(tmp_path / WEIGHTS)
+    change(tensors)
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=told):
+        read_matrices(tmp_path, llama().float())
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    _save(tmp_path, LoraConfig(**PLAIN))
+    (tmp_path / WEIGHTS).write_bytes(b"no safetensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_matrices(tmp_path, llama().float())
+    said = {"peft_type": "LORA", "target_modules": ".*_proj", "layers_to_transform": [0]}
+    (tmp_path / CONFIG).write_text(json.dumps(said))
+    with pytest.raises(UserError, match="peft does not take"):
+        read_matrices(tmp_path, llama().float())
+
+
+def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
+    """Reading maps the file; a write into it would otherwise be an answer of nobody's adapter."""
+    _save(tmp_path, LoraConfig(**PLAIN))
+    read = read_matrices(tmp_path, llama().float())
+    before = {name: lora.down.clone() for name, lora in read.items()}
+    with (tmp_path / WEIGHTS).open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size - 4096)
+        file.write(b"\0" * 4096)
+    assert all(torch.equal(read[name].down, before[name]) for name in read)

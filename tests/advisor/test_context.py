@@ -1,0 +1,117 @@
+"""The score over the number of demonstrations: k*, what fits, and whether it is still rising."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tunewright.advisor.context import cheapest_enough, context_budget
+from tunewright.advisor.items import Answers, Items
+from tunewright.advisor.signals import ContextBudget
+from tunewright.data.examples import Example, Message
+from tunewright.evaluation.arms import ArmPlan
+from tunewright.evidence.scoring import score_arm
+from tunewright.metrics import score_all, scorer_of
+
+COUNT = 300
+CLUSTERS = [str(n) for n in range(COUNT)]
+ITEMS = Items(clusters=CLUSTERS, metric="exact_match", margin=0.02, seed=0)
+EXAMPLES = [Example((Message("user", "what?"), Message("assistant", "right")))] * COUNT
+SCORER = scorer_of("exact_match", Path())
+
+
+def _arm(plan: ArmPlan, right: int, tokens: int) -> Answers:
+    """An arm that answers the first so many items rightly, after prompts of this length."""
+    texts = ["right"] * right + ["wrong"] * (COUNT - right)
+    scores = score_all(SCORER, texts, EXAMPLES)
+    arm = score_arm(
+        name=plan.name,
+        kind=plan.kind,
+        shots=plan.shots,
+        scores=[scores],
+        clusters=CLUSTERS,
+        truncated=0,
+        prompt_tokens=tokens,
+        seed=0,
+        resamples=50,
+    ).model_copy(update=asdict(plan))
+    return Answers(arm, texts, [(1,) * tokens] * COUNT, [False] * COUNT, scores)
+
+
+def _arms(*right: int) -> list[Answers]:
+    """Zero-shot, and retrieved demonstrations 1, 2, 4, … with so many right answers; each adds 30 tokens."""
+    plans = [ArmPlan("zero-shot"), *(ArmPlan("retrieved", 2**n, retriever="bm25") for n in range(len(right) - 1))]
+    return [_arm(plan, count, 40 + 30 * plan.shots) for plan, count in zip(plans, right, strict=True)]
+
+
+def _budget(*right: int, context: int = 2048) -> ContextBudget:
+    return context_budget(_arms(*right), ITEMS, context, list(range(1, 101)), [10] * 99 + [50])
+
+
+def test_enough_is_the_smallest_k_that_is_not_worse_by_the_margin() -> None:
+    (curve,) = _budget(0, 100, 199, 200, 200).curves
+    assert (curve.best, curve.enough) == (4, 2)
+    (curve,) = _budget(0, 100, 150, 190, 200).curves
+    assert (curve.best, curve.enough) == (8, 8)
+    (curve,) = _budget(200, 200, 200, 190, 190).curves
+    assert (curve.best, curve.enough) == (0, 0)
+
+
+def test_the_interval_and_not_the_score_says_what_is_as_good() -> None:
+    """Three of 300 items are a point, within the margin; that many more or fewer are not ruled out."""
+    (curve,) = _budget(0, 100, 150, 197, 200).curves
+    low = ITEMS.difference(_arms(0, 100, 150, 197, 200)[3], _arms(0, 100, 150, 197, 200)[4])[1].low
+    assert low < -0.02
+    assert curve.enough == 8
+
+
+def test_as_many_demonstrations_fit_as_the_context_less_nearly_every_query_and_answer_holds() -> None:
+    budget = _budget(0, 1, 2)
+    assert budget.query_p99 == np.percentile(range(1, 101), 99, method="higher")
+    assert budget.output_p99 == 50
+    (curve,) = budget.curves
+    assert curve.tokens_per_example == 30
+    assert curve.most == (2048 - 100 - 50) // 30
+    assert curve.room
+    assert not _budget(0, 1, 2, context=250).curves[0].room
+    assert _budget(0, 1, 2, context=120).curves[0].most == 0
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"),
+    [((0, 50, 100, 150), "yes"), ((0, 50, 147, 150), "unclear"), ((0, 50, 180, 150), "no")],
+)
+def test_rising_is_what_the_last_doubling_shows(right: tuple[int, ...], expected: str) -> None:
+    (curve,) = _budget(*right).curves
+    assert curve.last is not None
+    assert (curve.last.before, curve.last.after) == (2, 4)
+    assert curve.last.difference == pytest.approx((right[3] - right[2]) / COUNT)
+    assert curve.rising == expected
+
+
+def test_a_single_k_has_no_doubling() -> None:
+    (curve,) = _budget(0, 100).curves
+    assert (curve.last, curve.rising) == (None, "unclear")
+
+
+def test_the_cheapest_arm_that_is_as_good_is_found_among_all() -> None:
+    arms = _arms(0, 100, 200, 200, 200)
+    assert cheapest_enough(arms, arms[4], ITEMS) is arms[2]
+    assert cheapest_enough(arms[:2], arms[1], ITEMS) is arms[1]
+
+
+def test_each_kind_has_its_curve_and_of_several_draws_the_best_counts() -> None:
+    draws = [
+        _arm(ArmPlan("static", k, seed=seed), right, 40 + 30 * k)
+        for k, seed, right in [(1, 1, 30), (1, 2, 60), (2, 1, 80), (2, 2, 50)]
+    ]
+    other = _arm(ArmPlan("retrieved", 2, retriever="bm25", instruction=1), 300, 100)
+    budget = context_budget([*_arms(0, 100, 200), *draws, other], ITEMS, 2048, [40], [10])
+    by_name = {curve.name: [(p.arm, p.shots) for p in curve.points] for curve in budget.curves}
+    assert by_name == {
+        "retrieved by bm25": [("zero-shot", 0), ("retrieved-1", 1), ("retrieved-2", 2)],
+        "static": [("zero-shot", 0), ("static-1-seed-2", 1), ("static-2-seed-1", 2)],
+    }

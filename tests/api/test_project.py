@@ -1,0 +1,79 @@
+"""``tunewright.open(".")``: the command line's verbs, from Python."""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+import tunewright
+from command_line import tiny_project
+from command_line import tunewright as command
+from tunewright.cli import commands
+from tunewright.core.errors import UserError
+
+NO_VERBS = {"init", "config", "demo"}
+"""What makes a project, or tells of the config."""
+
+
+def test_each_command_is_a_verb_and_each_group_of_commands_has_its_own(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project = tunewright.open(tiny_project(tmp_path / "project", tiny_base_folder))
+    lacking = []
+    for path in _paths(get_command(commands())):
+        place: object = project
+        for part in path.split("."):
+            verb = part.replace("-", "_")
+            place = getattr(place, f"{verb}_" if keyword.iskeyword(verb) else verb, None)
+        if not callable(place):
+            lacking.append(path)
+    assert lacking == []
+
+
+def _paths(group: Any) -> Iterator[str]:
+    """The commands of a group, and of the groups in it."""
+    for name, found in group.commands.items():
+        if name in NO_VERBS:
+            continue
+        if hasattr(found, "commands"):
+            yield from (f"{name}.{path}" for path in _paths(found))
+        else:
+            yield name
+
+
+def test_versions_from_python_are_those_of_the_command_line(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    data = tunewright.open(folder).data
+    first = data.add([folder / "pairs.jsonl"], message="all").version.digest
+    more = folder / "more.jsonl"
+    more.write_text('{"prompt": "what is as none of the others", "completion": "this"}\n', encoding="utf-8")
+    second = data.add([more]).version.digest
+    assert [m.digest for m in data.log()] == [first, second]
+    assert [m["digest"] for m in command("data", "log", "-p", folder, "--json").document["versions"]] == [first, second]
+
+    row = data.show("more.jsonl:1")
+    assert [m.key for m in data.diff(first).added] == [row.key]
+    assert data.blame("more.jsonl:1").version.digest == second
+    assert data.where(row.key[:12]) == (row.key, ())
+
+    assert data.checkout(first[:12]).digest == data.version().digest == first
+    with pytest.raises(UserError, match="has no row"):
+        data.show(row.key)
+    assert data.verify().ok
+
+
+def test_a_review_from_python_goes_on_on_the_command_line(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    data = tunewright.open(folder).data
+    data.add([folder / "pairs.jsonl"])
+    review = data.review("ann", fixed=0)
+    card = review.next()
+    assert card is not None
+    review.judge(card, "right")
+    status = data.review_status()
+    assert status.outcome is not None
+    assert status.outcome.checked == 1
+    assert command("data", "review", "--status", "-p", folder, "--json").document == status.as_dict()

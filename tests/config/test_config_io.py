@@ -1,0 +1,168 @@
+"""The config file: what it refuses, where it points, and that what `init` writes is what it says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.config import Config, TrainConfig, metric_name
+from tunewright.config.io import load_config, write_config
+from tunewright.core.errors import UserError
+
+
+def _load(tmp_path: Path, text: str) -> Config:
+    path = tmp_path / "tunewright.yaml"
+    path.write_text(text)
+    return load_config(path)
+
+
+def test_defaults_are_the_fields_config() -> None:
+    train = Config().train
+    assert (train.rank, train.alpha, train.targets) == (16, 32, ("q_proj", "v_proj"))
+    assert (train.learning_rate, train.schedule, train.warmup, train.epochs) == (2e-4, "cosine", 0.1, 3)
+    assert train.dtype == "bfloat16"
+
+
+def test_a_preset_fills_only_what_the_user_left_open() -> None:
+    train = TrainConfig.model_validate({"preset": "all-linear", "epochs": 2})
+    assert len(train.targets) == 7
+    assert train.epochs == 2
+
+
+def test_on_and_off_mean_what_they_say_though_yaml_reads_booleans(tmp_path: Path) -> None:
+    train = _load(tmp_path, "train:\n  prefix_sharing: off\n  compile: on\n").train
+    assert (train.prefix_sharing, train.compile) == ("off", "on")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("name: a\ntrian:\n  rank: 4\n", 2, "did you mean train?"),
+        ("train:\n  epochs: 2\n  lerning_rate: 1\n", 3, "did you mean train.learning_rate?"),
+        ("train:\n  epochs: 2\n  rank: sixteen\n", 3, "train.rank: input should be a valid integer"),
+        ("evaluate:\n  shots: [1, 0]\n", 2, "evaluate.shots.1"),
+        ("train:\n  preset: best\n", 2, "'classic' or 'all-linear'"),
+        ("seed: 1\nname: a\nseed: 2\n", 3, "the key seed stands twice"),
+        ("a: [", 1, "not valid YAML"),
+        ("- a\n", 1, "a mapping"),
+        ("train:\n  batch_size: 5\n  micro_batch: 2\n", 1, "not a multiple"),
+        ("data:\n  dev: .nan\n", 2, "data.dev"),
+    ],
+)
+def test_a_fault_is_told_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _load(tmp_path, text)
+    assert caught.value.where == f"{tmp_path / 'tunewright.yaml'}:{line}"
+    assert words in caught.value.what
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 faults") as caught:
+        _load(tmp_path, "train:\n  rank: 0\n  epochs: 0\n")
+    assert ":2: train.rank" in caught.value.what
+    assert ":3: train.epochs" in caught.value.what
+
+
+def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tunewright init"):
+        load_config(tmp_path / "tunewright.yaml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"name: \xe9"])
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "tunewright.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="UTF-8"):
+        load_config(path)
+
+
+def test_a_section_with_every_key_commented_out_means_the_defaults(tmp_path: Path) -> None:
+    assert _load(tmp_path, "train:\n  # rank: 8\n") == Config()
+
+
+def test_the_written_file_reads_back_as_the_defaults(tmp_path: Path) -> None:
+    assert _load(tmp_path, write_config({})) == Config()
+
+
+def test_every_default_in_the_written_file_is_true(tmp_path: Path) -> None:
+    """Taking the comment sign off every key changes nothing."""
+    text = write_config({})
+    bare = re.sub(r"^( *)#(?=[a-z])", r"\1", text, flags=re.MULTILINE)
+    assert len(yaml.safe_load(bare)["train"]) == len(TrainConfig.model_fields)
+    assert _load(tmp_path, bare) == Config()
+
+
+def test_every_key_has_a_description() -> None:
+    schema = Config.model_json_schema()
+    for section in ("DataConfig", "TrainConfig", "EvaluateConfig", "ServeConfig"):
+        for name, field in schema["$defs"][section]["properties"].items():
+            assert field.get("description"), f"{section}.{name}"
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_config_or_a_user_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.mktemp("config") / "tunewright.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        load_config(path)
+    except UserError as error:
+        assert error.where
+
+
+@pytest.mark.parametrize(
+    "value", ["2024-13-45", "2024-02-30", "0", "1721952000", "yesterday", "2024-07-26T10:00:00", "true"]
+)
+def test_what_is_no_date_is_told_with_its_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "tunewright.yaml"
+    path.write_text(f"name: x\nchat:\n  date: {value}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert caught.value.where == f"{path}:3"
+    path.write_text('name: x\nchat:\n  date: "2024-02-29"\n')
+    assert load_config(path).chat.date.isoformat() == "2024-02-29"
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("bleu", "bleu"),
+        ("{exact_match: {casefold: true}}", "exact_match casefold"),
+        ("{choices: [granted, 'no']}", "choices"),
+        ("json", "json"),
+        ("{json: {fields: [name, date]}}", "json name,date"),
+        ("{regex: '[A-Z]+'}", "regex [A-Z]+"),
+        ("{python: 'scoring.court:citation'}", "python scoring.court:citation"),
+    ],
+)
+def test_a_metric_is_a_name_or_a_mapping_and_dumps_as_it_is_written(tmp_path: Path, written: str, name: str) -> None:
+    config = _load(tmp_path, f"evaluate:\n  metric: {written}\n  also: [chrf]\n")
+    assert [metric_name(m) for m in config.evaluate.metrics] == [name, "chrf"]
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+    assert config.model_dump(mode="json", exclude_unset=True)["evaluate"]["metric"] == yaml.safe_load(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "what"),
+    [
+        ("exct_match", "a metric is one of exact_match, bleu"),
+        ("{choises: [a, b]}", "a metric is one of exact_match, bleu"),
+        ("{choices: [yes, no]}", "quote what YAML reads otherwise"),
+        ("{choices: [a, ' a']}", "the choices differ from each other"),
+        ("{regex: '('}", "evaluate.metric.regex: not a regular expression"),
+        ("{json: {fieldz: [a]}}", "unknown key evaluate.metric.json.fieldz: did you mean evaluate.metric.json.fields?"),
+        ("{python: scoring}", "evaluate.metric.python"),
+    ],
+)
+def test_what_is_no_metric_is_told_with_its_place(tmp_path: Path, written: str, what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _load(tmp_path, f"evaluate:\n  metric: {written}\n")
+    assert what in caught.value.what
+    assert str(caught.value.where).endswith(":2")
+
+
+def test_a_metric_is_measured_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.also: bleu is measured already"):
+        _load(tmp_path, "evaluate:\n  metric: bleu\n  also: [chrf, bleu]\n")

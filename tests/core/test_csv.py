@@ -1,0 +1,52 @@
+"""Sheets: whatever a cell holds comes back, and no cell is a formula."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.core.csv import read_sheet, restored_cell, safe_cell, write_sheet
+from tunewright.core.errors import UserError
+
+# Text that UTF-8 can hold; half of it begins as formulas and their quoted forms do.
+CELL = st.text(st.characters(codec="utf-8"))
+TRICKY = st.builds(lambda start, rest: start + rest, st.text(alphabet="'=+-@\t\r\n＝", max_size=4), CELL)
+
+
+@given(st.one_of(CELL, TRICKY))
+def test_a_cell_comes_back_and_is_no_formula(text: str) -> None:
+    cell = safe_cell(text)
+    assert restored_cell(cell) == text
+    assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠"))
+
+
+@given(st.lists(st.tuples(TRICKY, TRICKY), min_size=1, max_size=5))
+def test_a_sheet_comes_back_cell_by_cell(rows: list[tuple[str, str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sheet.csv"
+        write_sheet(path, ["one", "two"], rows)
+        read = read_sheet(path, ["one", "two"], "this test")
+    kept = [row for row in rows if any(row)]
+    assert [tuple(map(restored_cell, cells.values())) for _, cells in read] == kept
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_what_spreadsheets_save_is_read_with_the_line_that_each_row_starts_at(tmp_path: Path, delimiter: str) -> None:
+    path = tmp_path / "saved.csv"
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        table = csv.writer(file, delimiter=delimiter)
+        table.writerows([["a", "b"], ["1\r\n2", "x"], ["", ""], ["3", "y"]])
+    assert read_sheet(path, ["a"], "it") == [(2, {"a": "1\r\n2", "b": "x"}), (5, {"a": "3", "b": "y"})]
+
+
+def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.csv"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="there is a file"):
+        write_sheet(path, ["a"], [["b"]])
+    assert path.read_text() == "mine"

@@ -1,0 +1,338 @@
+"""Near-equal inputs: the search against brute force, what counts as a duplicate, what shares a cluster."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from data_helpers import Listener, example, jaccard, unlike_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunewright.data.dedup import (
+    Repeat,
+    comparison_texts,
+    find_clusters,
+    find_duplicates,
+    largest_clusters,
+    partition,
+    similarity,
+)
+from tunewright.data.dedup.similarity import near_pairs, shingles
+from tunewright.data.examples import Example, Message
+
+BANKING77 = Path(__file__).parents[2] / ".." / "shared" / "data" / "banking77" / "train.csv"
+
+# Few letters and short words: many texts at every similarity, and many exactly at a threshold.
+texts_like_each_other = st.lists(
+    st.one_of(st.text("ab ", max_size=9), st.text("abcdef", min_size=10, max_size=14), st.just("abcdefgh")), max_size=14
+)
+
+
+def _found(texts: Sequence[str], threshold: float) -> dict[tuple[int, int], float]:
+    found = {}
+    for pairs in near_pairs(texts, threshold, lambda a, _: np.ones(len(a), dtype=bool), Listener(), "searching"):
+        for first, second, value in zip(pairs.first, pairs.second, pairs.similarity, strict=True):
+            assert (first, second) not in found
+            found[int(first), int(second)] = float(value)
+    return found
+
+
+def _brute(texts: Sequence[str], threshold: float) -> dict[tuple[int, int], float]:
+    grams = [shingles(text) for text in texts]
+    out = {}
+    for i, a in enumerate(grams):
+        for j, b in enumerate(grams[:i]):
+            shared = len(a & b)
+            if shared / (len(a) + len(b) - shared) >= threshold:
+                out[i, j] = shared / (len(a) + len(b) - shared)
+    return out
+
+
+@given(texts_like_each_other, st.sampled_from([0.05, 0.2, 1 / 3, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 1.0]))
+def test_the_search_finds_exactly_the_pairs_that_brute_force_finds(texts: list[str], threshold: float) -> None:
+    assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
+
+
+Way = tuple[str, int]
+WAYS: list[Way] = [(kind, pairs) for kind in ("_by_rare_shingles", "_by_parts") for pairs in (1, 1 << 14)]
+
+
+@contextmanager
+def _many_texts(way: Way) -> Iterator[None]:
+    """Join few texts as many are: by one kind of signatures, in blocks from so many pairs of one signature on."""
+    kind, pairs = way
+    signed = patch.object(partition.SizeClass, "_signed", getattr(partition.SizeClass, kind))
+    with signed, patch.multiple(partition, _FEW=0, _GAIN=0, _MANY=pairs):
+        yield
+
+
+@settings(deadline=None)  # each example is joined in several ways
+@given(
+    st.one_of(texts_like_each_other, st.lists(st.text(max_size=8), max_size=8)),
+    st.sampled_from([0.2, 0.5, 2 / 3, 0.75, 0.8, 0.9, 1.0]),
+    st.sampled_from(WAYS),
+)
+def test_signatures_find_exactly_the_pairs_that_brute_force_finds(texts: list[str], threshold: float, way: Way) -> None:
+    with _many_texts(way):
+        assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
+
+
+_NAMES = ("Ann Lee", "Ann Li", "Bob Marlow", "Bartholomew Featherstone", "Zoë", "Éva Nagy")
+_TEMPLATES = (
+    "what is the balance of account {number} held by {name} at the end of the month",
+    "please transfer {number} euros to {name} before next friday",
+    "has invoice {number} been paid by {name}",
+)
+templated_texts = st.lists(
+    st.builds(
+        lambda template, number, name: template.format(number=number, name=name),
+        st.sampled_from(_TEMPLATES),
+        st.integers(0, 99_999),
+        st.sampled_from(_NAMES),
+    ),
+    max_size=40,
+)
+
+
+@settings(deadline=None)  # each example is joined in several ways
+@given(templated_texts, st.sampled_from([0.6, 0.75, 0.8, 0.9]), st.sampled_from(WAYS))
+def test_templated_texts_are_joined_exactly(texts: list[str], threshold: float, way: Way) -> None:
+    expected = _brute(texts, threshold)
+    assert _found(texts, threshold) == pytest.approx(expected)
+    labels = _components(len(texts), expected)
+    assert similarity.link(texts, threshold, Listener(), "linking").tolist() == labels
+    with _many_texts(way):
+        assert _found(texts, threshold) == pytest.approx(expected)
+        assert similarity.link(texts, threshold, Listener(), "linking").tolist() == labels
+
+
+def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """The lowest number among all texts that each is linked with."""
+    labels = list(range(count))
+    for i, j in pairs:
+        low, high = sorted((labels[i], labels[j]))
+        labels = [low if label == high else label for label in labels]
+    return labels
+
+
+@settings(deadline=None)  # each example is joined in several ways
+@given(
+    st.one_of(texts_like_each_other, templated_texts),
+    st.sampled_from([0.3, 0.6, 0.8]),
+    st.integers(1, 3),
+    st.integers(0, 10),
+    st.sampled_from([1, 4, 128]),
+    st.randoms(),
+)
+def test_duplicates_are_those_of_a_loop_over_all_rows(
+    inputs: list[str], threshold: float, outputs: int, kept: int, many: int, draw: random.Random
+) -> None:
+    """Row by row, against the kept rows of the same output, with groups of rows on both sides of each limit."""
+    rows = [example(text, f"output {draw.randrange(outputs)}") for text in inputs]
+    near = _brute(comparison_texts(rows), threshold)
+    expected: dict[int, tuple[int, float]] = {}
+    for row in range(kept, len(rows)):
+        alike = [
+            (-near[row, other], other)
+            for other in range(row)
+            if (row, other) in near and other not in expected and rows[row].output == rows[other].output
+        ]
+        if alike:
+            expected[row] = min(alike)[1], -min(alike)[0]
+    with patch.multiple(similarity, _MANY_IN_GROUP=many, _BLOCK=3):
+        found = find_duplicates(rows, kept, threshold, Listener())
+    assert {row: (repeat.of, repeat.similarity) for row, repeat in found.items()} == expected
+
+
+def test_characters_of_all_scripts_are_told_apart() -> None:
+    """So many different ones that their pairs are numbered by sorting and not by a table."""
+    letters = [chr(c) for c in range(0x21, 0x1FFFF) if chr(c).isalpha()]
+    texts = ["".join(letters[i : i + 4]) for i in range(0, len(letters), 4)]
+    assert len(texts) > 10_000
+    assert _found([*texts, texts[3]], 0.8) == {(len(texts), 3): 1.0}
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_the_similarity_is_jaccard_of_character_4_grams(a: str, b: str) -> None:
+    assert _found([a, b], 0.01).get((1, 0), 0.0) == pytest.approx(jaccard(a, b))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_the_search_misses_nothing_in_long_texts_and_over_many_blocks(threshold: float) -> None:
+    """Templates with slots and edited copies of long texts, as in real families."""
+    draw = random.Random(0)
+    texts = []
+    for number in range(350):
+        base = " ".join(text for text, _ in unlike_pairs(draw.choice([1, 1, 1, 12]), seed=number))
+        texts.append(base)
+        for _ in range(draw.randrange(3)):
+            at = draw.randrange(len(base))
+            texts.append(base[:at] + "edited" * draw.randrange(1, 4) + base[at + draw.randrange(9) :])
+    draw.shuffle(texts)
+    expected = _brute(texts, threshold)
+    assert len(texts) > 600
+    assert len(expected) > 100
+    assert _found(texts, threshold) == expected
+    for way in WAYS:
+        with _many_texts(way):
+            assert _found(texts, threshold) == expected
+
+
+@pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not beside this checkout")
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8])
+def test_the_search_misses_nothing_in_real_questions(threshold: float) -> None:
+    with BANKING77.open(newline="", encoding="utf-8") as file:
+        rows = [example(row["text"], row["category"]) for row in csv.DictReader(file)]
+    texts = comparison_texts(rows[:2500])
+    expected = _brute(texts, threshold)
+    assert _found(texts, threshold) == expected
+    for way in WAYS:
+        with _many_texts(way):
+            assert _found(texts, threshold) == expected
+
+
+@pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not beside this checkout")
+def test_duplicates_and_clusters_are_the_same_however_many_rows_there_are() -> None:
+    with BANKING77.open(newline="", encoding="utf-8") as file:
+        rows = [example(row["text"], row["category"]) for row in csv.DictReader(file)]
+    rows = list({row.pair_key: row for row in rows}.values())[:3000]
+    dropped, clusters = find_duplicates(rows, 0, 0.75, Listener()), find_clusters(rows, 0.75, Listener())
+    assert len(dropped) > 20
+    for way in WAYS:
+        with _many_texts(way):
+            assert find_clusters(rows, 0.75, Listener()) == clusters
+    with patch.multiple(similarity, _MANY_IN_GROUP=1, _BLOCK=40):
+        assert find_duplicates(rows, 0, 0.75, Listener()) == dropped
+
+
+def test_an_instruction_in_every_input_is_not_compared() -> None:
+    words = ["the fee for late payment", "how to close an account", "what a wire costs", "lost my card abroad"]
+    texts = comparison_texts([example(f"Classify  this QUESTION:\n{w}\nAnswer with one label.", "x") for w in words])
+    assert texts == [f"{w}" for w in words]
+
+
+def test_only_whole_words_that_all_inputs_share_are_left_out() -> None:
+    assert comparison_texts([example("court of appeal 12", "x"), example("court of appeal 13", "y")]) == ["12", "13"]
+    assert comparison_texts([example("same text", "x"), example("Same  text", "y")]) == ["same text", "same text"]
+    assert comparison_texts([example("pay", "x"), example("pay now", "y")]) == ["pay", "pay now"]
+    assert comparison_texts([]) == []
+
+
+@given(st.lists(st.text(max_size=30), max_size=8))
+def test_comparison_texts_are_equal_only_where_inputs_are(inputs: list[str]) -> None:
+    """Leaving out what all share loses no difference (case, white space and Unicode form apart)."""
+    rows = [example(text, "x") for text in inputs]
+    texts = comparison_texts(rows)
+    whole = [comparison_texts([row])[0] for row in rows]
+    assert [a == b for a in texts for b in texts] == [a == b for a in whole for b in whole]
+
+
+def test_near_equal_input_with_equal_output_is_a_duplicate_and_with_another_output_it_is_not() -> None:
+    near = "what is the monthly fee for a late card payment"
+    rows = [
+        example(near, "fees"),
+        example(near + "?", "fees "),
+        example(near + "!", "cards"),
+        *(example(text, "fees") for text, _ in unlike_pairs(20)),
+    ]
+    assert find_duplicates(rows, 0, 0.8, Listener()) == {1: Repeat(0, jaccard(near, near + "?"))}
+
+
+def test_the_same_input_under_another_instruction_is_no_duplicate() -> None:
+    rows = [example("Buy now, buy cheap", "yes", "Is this spam?"), example("Buy now, buy cheap", "yes", "English?")]
+    assert find_duplicates(rows, 0, 0.8, Listener()) == {}
+    assert len(set(find_clusters(rows, 0.8, Listener()))) == 1
+
+
+def test_earlier_turns_are_part_of_the_input() -> None:
+    def talk(first: str) -> Example:
+        turns = [("user", first), ("assistant", "Yes?"), ("user", "How long?"), ("assistant", "Two days.")]
+        return Example(tuple(Message(role, text) for role, text in turns))  # type: ignore[arg-type]
+
+    rows = [talk("I lost my card in Lisbon"), talk("A wire to Denmark has not arrived")]
+    assert find_duplicates(rows, 0, 0.8, Listener()) == {}
+
+
+def test_a_chain_of_small_differences_is_not_eaten_up() -> None:
+    """Each row is near the next but not the one after: only rows near a kept one go."""
+    text = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    chain = [text[i * 3 : i * 3 + 40].swapcase() + "." for i in range(6)]
+    rows = [example(t, "same") for t in chain]
+    dropped = find_duplicates(rows, 0, 0.8, Listener())
+    texts = comparison_texts(rows)
+    for row in range(len(rows)):
+        kept = [other for other in range(row) if other not in dropped]
+        near = {other: jaccard(texts[row], texts[other]) for other in kept if jaccard(texts[row], texts[other]) >= 0.8}
+        assert (row in dropped) == bool(near)
+        if row in dropped:
+            assert dropped[row].similarity == pytest.approx(max(near.values()))
+
+
+def test_rows_of_an_earlier_version_are_never_dropped() -> None:
+    rows = [example("the very same question", "a"), example("the very same question ", "a")]
+    assert list(find_duplicates(rows, 0, 0.8, Listener())) == [1]
+    assert find_duplicates(rows, 2, 0.8, Listener()) == {}
+
+
+@given(texts_like_each_other, st.sampled_from([0.3, 0.5, 0.8]), st.randoms())
+def test_clusters_are_the_connected_components_of_near_pairs(
+    inputs: list[str], threshold: float, draw: random.Random
+) -> None:
+    rows = list({e.pair_key: e for e in (example(t, f"{i}") for i, t in enumerate(inputs))}.values())
+    texts = comparison_texts(rows)
+    names = [{i} for i in range(len(rows))]
+    for i, j in _brute(texts, threshold):
+        union = names[i] | names[j]
+        for member in union:
+            names[member] = union
+    expected = [min(rows[i].pair_key for i in group) for group in names]
+    assert find_clusters(rows, threshold, Listener()) == expected
+
+    shuffled = list(zip(rows, expected, strict=True))
+    draw.shuffle(shuffled)
+    assert find_clusters([row for row, _ in shuffled], threshold, Listener()) == [name for _, name in shuffled]
+
+
+def test_clusters_grow_together_over_many_blocks_and_stay_apart() -> None:
+    """Long chains in random order among rows of their own: no block sees more than a piece of a chain."""
+    draw = random.Random(1)
+    chains = []
+    for _ in range(3):
+        letters = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=2 * 300 + 60))
+        chains.append([example(letters[i * 2 : i * 2 + 60], "x") for i in range(300)])
+    chains += [[example(*pair)] for pair in unlike_pairs(300)]
+    name = {row.pair_key: min(r.pair_key for r in chain) for chain in chains for row in chain}
+    rows = [row for chain in chains for row in chain]
+    draw.shuffle(rows)
+    assert find_clusters(rows, 0.8, Listener()) == [name[row.pair_key] for row in rows]
+
+
+def test_the_largest_clusters_come_first_with_two_rows_far_apart() -> None:
+    letters = "".join(random.Random(2).choices("abcdefghijklmnopqrstuvwxyz", k=200))
+    chain = [example(letters[i * 4 : i * 4 + 60], "x") for i in range(30)]
+    pair = [example("a card lost abroad on a Sunday", "x"), example("a card lost abroad on a Sunday!", "y")]
+    rows = [*pair, *chain, *(example(*p) for p in unlike_pairs(20))]
+    names = find_clusters(rows, 0.8, Listener())
+    first, second = largest_clusters(rows, names, 5)
+    assert (first.name, first.rows, first.similarity) == (names[2], 30, 0)
+    assert {names[row] for row in first.ends} == {first.name}
+    assert (second.rows, second.ends) == (2, (0, 1))
+    assert second.similarity == pytest.approx(jaccard(*(row.input_text.casefold() for row in pair)))
+    assert largest_clusters(rows, names, 1) == [first]
+    assert largest_clusters([], [], 3) == []
+
+
+def test_progress_ends_at_the_number_of_examples() -> None:
+    listener = Listener()
+    find_clusters([example(*pair) for pair in unlike_pairs(300)], 0.8, listener)
+    assert listener.steps == {"clustering": (300, 300)}
+    with _many_texts(WAYS[0]):
+        find_clusters([example(*pair) for pair in unlike_pairs(300)], 0.8, listener)
+    assert listener.steps == {"clustering": (300, 300)}

@@ -1,0 +1,357 @@
+"""Secrets and personal data: what is found and what is not, that no value is ever told, and consistent redaction."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from secret_samples import NEGATIVES, Sample, negatives, positives, with_iban_check, with_luhn
+
+from real_data import DATA_SETS, SHARED
+from tunewright.config import DataConfig, Findable
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.data.add import add
+from tunewright.data.examples import Example, Message
+from tunewright.data.pii import LABELS, blocked, find, let_through, redact, scan, warned
+from tunewright.data.pii.personal_patterns import iban_valid, luhn
+from tunewright.data.pii.secret_patterns import checksummed
+
+POSITIVES = positives(seed=7, each=30)
+BY_KIND = sorted({sample.name for sample in POSITIVES})
+
+
+def _found(text: str) -> list[tuple[str, str]]:
+    return [(finding.kind, text[finding.start : finding.end]) for finding in find(text)]
+
+
+def _example(*turns: str) -> Example:
+    """A conversation; its first turn is the system's."""
+    roles = ["system"] + ["user", "assistant"] * len(turns)
+    return Example(tuple(Message(role, text) for role, text in zip(roles, turns, strict=False)))  # type: ignore[arg-type]
+
+
+def _sample(name: str) -> Sample:
+    return next(sample for sample in POSITIVES if sample.name == name)
+
+
+def _small_numbers(address: str) -> bool:
+    return ":" not in address and all(int(part) < 100 for part in address.split("."))
+
+
+@pytest.mark.parametrize("name", BY_KIND)
+def test_every_kind_is_found_whole_and_by_its_name(name: str) -> None:
+    samples = [sample for sample in POSITIVES if sample.name == name]
+    if name == "ip_address":  # four numbers under 100 are a section or a version unless they are called an address
+        samples = [sample for sample in samples if not _small_numbers(sample.expected[0][1])]
+    missed = [sample.text for sample in samples if Counter(_found(sample.text)) != Counter(sample.expected)]
+    assert missed == []
+
+
+@pytest.mark.parametrize("name", [name for name in NEGATIVES if name != "bare 16 digits"])
+def test_what_only_looks_like_one_is_not_found(name: str) -> None:
+    found = [(sample.text, _found(sample.text)) for sample in negatives(seed=11, each=100) if sample.name == name]
+    wrong = [(text, kinds) for text, kinds in found if kinds]
+    # Of wrong IBANs, one in some hundreds ends like a phone number.
+    assert len(wrong) <= (1 if name == "bad IBAN" else 0), wrong
+
+
+def test_of_bare_numbers_of_16_digits_only_those_pass_that_a_card_could_have() -> None:
+    samples = [sample.text for sample in negatives(seed=11, each=400) if sample.name == "bare 16 digits"]
+    found = [text for text in samples if find(text)]
+    assert len(found) < 0.05 * len(samples)
+    assert all(luhn(re.sub(r"\D", "", text)) for text in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("My card: 4539 1488 0343 6467, exp 12/27", ["card"]),
+        ("Wire it to IBAN DE27100777770209299700 (BIC NORSDE51XXX)", ["iban"]),
+        ("Server 91.75.86.52 is down", ["ip_address"]),
+        ("see 91.75.86.52 in the manual", []),
+        ("version 185.220.101.4", []),
+        ("ssh root@185.220.101.4", ["ip_address"]),
+        ("SSN: 212 45 6798", ["us_ssn"]),
+        ("Call 911, or text 12345 to win 10 000 000", []),
+        ("call me on 2024-05-17 or 17.05.2024", []),
+        ("iPhone 13128256512", []),
+        ("mailto:maria@uni-bonn.de?subject=x", ["email"]),
+        ("写信到maria@uni-bonn.de吧", ["email"]),
+        ("@maria@social.coop and git@github.com:a/b.git", []),
+        ("std::vector a::b 2001:4860::", []),
+        ("https://maria@uni-bonn.de/ and https://host:8080/a@b", []),
+    ],
+)
+def test_the_surroundings_decide(text: str, kinds: list[str]) -> None:
+    assert [kind for kind, _ in _found(text)] == kinds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "password: hunter2",
+        "Password: Tr0ub4dor&3",
+        "the login is bob, pwd=hunter2 thanks",
+        '{"user": "bob", "password": "correct7horse"}',
+        "**Password:** Xk29!pqa.",
+        "Passwort: Sommer2024!",
+        "password: Blue#Moon",
+    ],
+)
+def test_a_plain_password_is_found_by_its_name(text: str) -> None:
+    assert [kind for kind, _ in _found(text)] == ["password"]
+    redacted, _ = redact(_example("x", text, "ok"))
+    assert "<PASSWORD_1>" in redacted.messages[1].content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "password: the one you chose",
+        "Password: required!",
+        "password: ********",
+        "password=${DB_PASSWORD}",
+        "password: <PASSWORD_1>",
+        "password: {{ vault.pw1 }}",
+        "password: your-password-1",
+        "password: changeme123",
+        "password: P@ssw0rd",
+        "password = os.environ['X1']",
+        "password = getpass.getpass()",
+        "password: config.db.pw1",
+        "password=request.form.pw1",
+        "password: string;",
+        "password: at least 8 characters",
+        "pwd: /home/u1/x",
+        "Password Recovery: step2",
+        "password: https://x.io/a1b2c3",
+    ],
+)
+def test_what_only_speaks_of_a_password_is_no_password(text: str) -> None:
+    assert "password" not in [kind for kind, _ in _found(text)]
+
+
+def test_a_token_in_a_url_is_named_as_the_token_and_a_password_is_no_e_mail_address() -> None:
+    ((_, token),) = _sample("gitlab_token").expected
+    assert _found(f"git clone https://oauth2:{token}@gitlab.com/a/b.git") == [("gitlab_token", token)]
+    assert _found("amqp://svc:hunter2Zq@mail.startup.io") == [("url_credentials", "svc:hunter2Zq")]
+    assert _found("amqp://ann@corp.io:hunter2Zq@mq.io") == [("url_credentials", "ann@corp.io:hunter2Zq")]
+    assert _found("psql postgres://ann:p@ss!word9@db.startup.io/x") == [("url_credentials", "ann:p@ss!word9")]
+
+
+def test_a_cut_off_private_key_is_found_as_far_as_it_goes_and_the_prose_behind_it_is_not_taken() -> None:
+    key = _sample("private_key").expected[0][1].partition("\n-----END")[0]
+    assert _found(f"{key}\n\nCan you see my key?") == [("private_key", key)]
+
+
+def test_checksums_agree_with_published_numbers() -> None:
+    # An expired token that shows the format, from the gist of a library for it (therootcompany/base62-token.js).
+    assert checksummed("ghp_" + "zQWBuTSOoRi4A9spHcVY5ncnsDkxkJ" + "0mLq17")
+    # The registry's examples (SWIFT, IBAN registry) and the card processors' test numbers.
+    for iban in (
+        "GB29NWBK60161331926819",
+        "FR1420041010050500013M02606",
+        "NO9386011117947",
+        "MT84MALT011000012345MTLCAST001S",
+    ):
+        assert iban_valid(iban)
+    for card in ("4242424242424242", "378282246310005", "6011111111111117", "30569309025904", "2223003122003222"):
+        assert luhn(card)
+
+
+@given(st.text("0123456789", min_size=11, max_size=18), st.data())
+def test_one_wrong_digit_breaks_card_numbers_and_ibans(body: str, data: st.DataObject) -> None:
+    place, step = data.draw(st.integers(0, len(body) - 1)), data.draw(st.integers(1, 9))
+    wrong = body[:place] + str((int(body[place]) + step) % 10) + body[place + 1 :]
+    card, iban = with_luhn(body), with_iban_check("DE", body)
+    assert luhn(card)
+    assert not luhn(wrong + card[-1])
+    assert iban_valid(iban)
+    assert not iban_valid(iban[:4] + wrong)
+
+
+@given(st.text(max_size=200) | st.text("0123456789 .-+()@:/AKIsk_xogh", max_size=200))
+def test_findings_are_in_order_apart_and_within_the_text(text: str) -> None:
+    end = 0
+    for finding in find(text):
+        assert end <= finding.start < finding.end <= len(text)
+        assert finding.kind in LABELS
+        end = finding.end
+
+
+def test_no_value_is_told_anywhere() -> None:
+    rows = [(f"a.jsonl:{i}", _example("Answer.", sample.text, "Yes.")) for i, sample in enumerate(POSITIVES, start=1)]
+    result = scan(rows)
+    told = [repr(result), json.dumps(result.as_dict()), warned(result), str(blocked(result)), *map(str, result.places)]
+    for sample in POSITIVES:
+        for _, value in sample.expected:
+            assert not any(value in text for text in told)
+
+
+def test_a_scan_says_row_turn_and_offsets_and_counts_by_kind() -> None:
+    mail, other = "maria@uni-bonn.de", "b.ok@startup.io"
+    rows = [
+        ("a.jsonl:3", _example(f"Sign as {other}.", "Hello", f"Write to {mail} or {other}")),
+        ("a.jsonl:4", _example(f"Sign as {other}.", "Bye", "Bye")),
+    ]
+    listener = Listener()
+    result = scan(rows, listener)
+    places = [(p.row, p.message, p.role, p.finding.start, p.finding.end) for p in result.places]
+    assert places == [
+        ("a.jsonl:3", 0, "system", 8, 8 + len(other)),
+        ("a.jsonl:3", 2, "assistant", 9, 9 + len(mail)),
+        ("a.jsonl:3", 2, "assistant", 9 + len(mail) + 4, 9 + len(mail) + 4 + len(other)),
+        ("a.jsonl:4", 0, "system", 8, 8 + len(other)),
+    ]
+    assert result.counts == {"email": 4}
+    assert list(listener.steps.values()) == [(2, 2)]
+
+
+def test_the_refusal_names_file_line_turn_and_kind_and_says_how_to_go_on() -> None:
+    key, card = _sample("stripe_key").expected[0][1], "4539148803436467"
+    rows = [
+        ("a.jsonl:8", _example("Answer.", f"key {key}", "Thanks")),
+        ("a.jsonl:9", _example("x", "hi", f"pay {card}")),
+    ]
+    text = str(blocked(scan(rows)))
+    assert f"  a.jsonl:8: Stripe live key in messages[1] (user), 4-{4 + len(key)}\n" in text
+    assert "  a.jsonl:9: payment card number in messages[2] (assistant), 4-20\n" in text
+    assert "2 secrets in 2 rows" in text
+    assert "--redact" in text
+    assert warned(scan(rows)) == ""
+
+
+def test_the_warning_counts_all_and_lists_some() -> None:
+    rows = [(f"a.jsonl:{i}", _example("x", f"I am m{i}@uni-bonn.de", "Hello")) for i in range(1, 26)]
+    result = scan(rows)
+    text = warned(result)
+    assert result.of("secret") == ()
+    assert "25 rows (e-mail address: 25)" in text
+    assert text.count("a.jsonl:") + 15 == 25
+    assert "and 15 more" in text
+
+
+def test_both_sides_of_a_pair_get_the_same_placeholder_however_a_value_is_written() -> None:
+    example = _example(
+        "Be brief.",
+        "I am Maria@uni-bonn.de, my friend is b.ok@startup.io. Card 4539 1488 0343 6467, call me at 415 555 2671",
+        "maria@uni-bonn.de (and b.ok@startup.io) pays with 4539-1488-0343-6467. I'll try 4155552671; not 14155552671.",
+    )
+    redacted, counts = redact(example)
+    assert [m.content for m in redacted.messages] == [
+        "Be brief.",
+        "I am <EMAIL_1>, my friend is <EMAIL_2>. Card <CARD_1>, call me at <PHONE_1>",
+        "<EMAIL_1> (and <EMAIL_2>) pays with <CARD_1>. I'll try <PHONE_1>; not 14155552671.",
+    ]
+    assert counts == {"email": 4, "card": 2, "phone": 2}
+
+
+def test_a_secret_that_only_its_neighbour_gives_away_is_replaced_in_every_turn() -> None:
+    sample = next(s for s in POSITIVES if s.name == "aws_secret" and len(s.expected) == 2)
+    (secret,) = [value for kind, value in sample.expected if kind == "aws_secret"]
+    assert find(f"It was {secret}.") == []
+    redacted, _ = redact(_example("x", sample.text, f"It was {secret}."))
+    assert redacted.output == "It was <AWS_SECRET_1>."
+
+
+def test_numbers_go_on_behind_placeholders_that_are_there() -> None:
+    redacted, counts = redact(_example("x", "From <EMAIL_2>", "To maria@uni-bonn.de"))
+    assert redacted.output == "To <EMAIL_3>"
+    assert counts == {"email": 1}
+
+
+def test_an_example_without_findings_is_returned_as_it_is() -> None:
+    example = Example((Message("user", "Hello <EMAIL_1>"), Message("assistant", "Hi", 0), Message("assistant", "Ok")))
+    assert redact(example) == (example, {})
+
+
+def test_weights_and_roles_stay() -> None:
+    turns = (Message("user", "a@uni-bonn.de"), Message("assistant", "a@uni-bonn.de", 0), Message("user", "b"))
+    redacted, _ = redact(Example((*turns, Message("assistant", "c"))))
+    assert [(m.role, m.weight) for m in redacted.messages] == [
+        ("user", 1),
+        ("assistant", 0),
+        ("user", 1),
+        ("assistant", 1),
+    ]
+
+
+def test_kinds_that_are_allowed_are_counted_and_told_but_neither_block_nor_warn() -> None:
+    key, mail = _sample("stripe_key").expected[0][1], "maria@uni-bonn.de"
+    rows = [("a.jsonl:8", _example("Answer.", f"key {key}", f"Ask {mail}, or call 415-555-2671"))]
+    result = scan(rows, allow=["stripe_key", "phone"])
+    assert result.counts == {"stripe_key": 1, "email": 1, "phone": 1}
+    assert result.of("secret") == ()
+    assert [place.finding.kind for place in result.of("personal")] == ["email"]
+    told = let_through(result)
+    assert told.count("\n") == 0
+    assert "Stripe live key: 1, phone number: 1, in 1 row" in told
+    assert key not in told
+    assert let_through(scan(rows)) == ""
+
+
+def test_what_is_allowed_is_not_redacted_not_even_in_part() -> None:
+    example = _example("x", "Write to ann@uni-bonn.de or call 415-555-2671", "Not ann@uni-bonn.de: 415-555-2671")
+    redacted, counts = redact(example, allow=["phone"])
+    assert [m.content for m in redacted.messages][1:] == [
+        "Write to <EMAIL_1> or call 415-555-2671",
+        "Not <EMAIL_1>: 415-555-2671",
+    ]
+    assert counts == {"email": 2}
+    within = _example("x", "Connect to amqp://ann@corp.io:hunter2Zq@mq.io", "It is for ann@corp.io, as you know")
+    kept, _ = redact(within, allow=["url_credentials"])
+    assert [m.content for m in kept.messages][1:] == [
+        "Connect to amqp://ann@corp.io:hunter2Zq@mq.io",
+        "It is for <EMAIL_1>, as you know",
+    ]
+
+
+def test_the_config_knows_every_kind_that_is_found() -> None:
+    assert set(get_args(Findable)) == set(LABELS)
+    assert DataConfig.model_validate({"allow": ["phone"]}).allow == ("phone",)
+    with pytest.raises(ValidationError, match="github_token"):
+        DataConfig.model_validate({"allow": ["telephone"]})
+
+
+def test_a_data_set_with_allowed_kinds_is_added_and_the_refusal_names_the_way(tmp_path: Path) -> None:
+    key = _sample("stripe_key").expected[0][1]
+    pairs = [*unlike_pairs(60), ("Which key is for tests?", f"It is {key}")]
+    path = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    project = new_project(tmp_path / "p")
+    with pytest.raises(UserError) as caught:
+        add(project, [path], Listener())
+    assert "data.allow: [stripe_key]" in (caught.value.fix or "")
+    config = project.config
+    changed = config.model_copy(update={"data": config.data.model_copy(update={"allow": ("stripe_key",)})})
+    listener = Listener()
+    added = add(ProjectFolder(project.root, changed), [path], listener)
+    assert (added.added, added.personal) == (61, {"stripe_key": 1})
+    assert any("Let through, as data.allow says: Stripe live key: 1" in said for said in listener.said)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(POSITIVES), min_size=1, max_size=5), st.sampled_from([" ", "\n", ", ", "; "]))
+def test_what_is_redacted_holds_nothing_more_and_is_not_changed_again(samples: list[Sample], between: str) -> None:
+    texts = [sample.text for sample in samples]
+    example = _example(texts[0], between.join(texts), between.join(reversed(texts)))
+    found = sum(len(find(message.content)) for message in example.messages)
+    redacted, counts = redact(example)
+    assert [find(message.content) for message in redacted.messages] == [[], [], []]
+    assert sum(counts.values()) >= found
+    assert redact(redacted) == (redacted, {})
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not there")
+@pytest.mark.parametrize("name", ["banking77", "snips_slots", "pubmedqa"])
+def test_nothing_is_found_in_real_data_that_holds_nothing(name: str) -> None:
+    rows = [(f"{name}:{i}", example) for i, example in enumerate(DATA_SETS[name](), start=1)]
+    assert scan(rows).counts == {}

@@ -1,0 +1,98 @@
+"""The judge's rows become preferences, unless the judge is vetoed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factories import make_evidence, make_items
+from people_helpers import begin, save, side_of_treatment
+from tunewright.api import Project
+from tunewright.config.project import ProjectFolder
+from tunewright.core.io import write_text
+from tunewright.core.progress import LogReporter
+from tunewright.evaluation.human_eval.judged import heard_judge
+from tunewright.evaluation.judge.rows import ROWS_FILE, Compared, JudgedItem, Outcome, Pair
+from tunewright.evidence.judge import Judgement, Spent
+from tunewright.evidence.schema import Item, amend, load_evidence
+
+ITEMS = make_items(120, tuned=0.7, retrieved=0.3)
+
+
+def _judgement(**changes: Any) -> Judgement:
+    facts: dict[str, Any] = {
+        "model": "m",
+        "url": "http://127.0.0.1:1/v1",
+        "parameters": {},
+        "prompts": "0" * 64,
+        "criteria": None,
+        "created": "2026-01-01T00:00:00+00:00",
+        "same_family": None,
+        "reference_model": None,
+        "controls": (),
+        "vetoed": (),
+        "spent": Spent(calls=0, prompt_tokens=0, completion_tokens=0, estimated=0, cost=None),
+    }
+    return Judgement(**{**facts, **changes})
+
+
+def _outcome(item: Item) -> Outcome | None:
+    outcomes: tuple[Outcome | None, ...] = ("win", "win", "tie", "loss", None)
+    return outcomes[int(item.key[:8], 16) % 5]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An evaluation with a judge's rows, whose verdicts follow from the keys."""
+    folder = save(tmp_path / "evaluations" / "0123456789ab", ITEMS, make_evidence(ITEMS))
+    rows = [
+        JudgedItem(
+            key=item.key,
+            correctness={},
+            pairs={
+                "retrieved-4": Pair(plain=Compared(outcome=_outcome(item))),
+                "zero-shot": Pair(plain=Compared(outcome="win")),
+            },
+        )
+        for item in ITEMS
+    ]
+    write_text(folder / ROWS_FILE, "".join(f"{row.model_dump_json()}\n" for row in rows))
+    amend(folder, judge=_judgement())
+    return folder
+
+
+def test_outcomes_against_the_deciding_control_become_preferences(folder: Path) -> None:
+    found = heard_judge(folder, load_evidence(folder), LogReporter())
+    assert found is not None
+    assert found.name == "judge m"
+    signs = {"win": 1, "tie": 0, "loss": -1}
+    assert found.preferences == {i.key: signs[told] for i in ITEMS if (told := _outcome(i)) is not None}
+
+
+def test_a_vetoed_judge_is_not_heard_and_that_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    amend(folder, judge=_judgement(vetoed=("it says yes to all",)))
+    assert heard_judge(folder, load_evidence(folder), LogReporter()) is None
+    assert "vetoed" in caplog.text
+
+
+def test_without_a_judge_there_is_none(folder: Path) -> None:
+    assert heard_judge(folder, make_evidence(ITEMS), LogReporter()) is None
+
+
+def test_the_roads_results_have_the_judges_help_in_the_evidence(folder: Path) -> None:
+    review = begin(folder)
+    while (pair := review.next()) is not None:
+        told = _outcome(next(i for i in ITEMS if i.key == pair.key))
+        ours = side_of_treatment(review, pair)
+        review.answer(pair, "both" if told in ("tie", None) else "A" if (told == "win") == (ours == "A") else "B")
+    found = Project(ProjectFolder(folder.parent.parent), LogReporter()).review_results(folder.name)
+    assert found == load_evidence(folder).review
+    assert found.powered is not None
+    assert found.powered.tuning > 0.8
+    (agreed,) = found.agreements
+    assert agreed.raters == ("ada", "judge m")
+    assert agreed.agreed == agreed.items
+    unscored = sum(_outcome(i) is None for i in ITEMS if i.key in review.sample.order)
+    assert agreed.items == len(review.sample.order) - unscored

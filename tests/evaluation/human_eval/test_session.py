@@ -1,0 +1,169 @@
+"""A reviewer's pass: what is said is kept at once, taken back, and gone on with after a crash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from people_helpers import begin, evaluation, side_of_treatment
+from tunewright.core.errors import UserError
+from tunewright.evaluation.human_eval.journal import Side
+from tunewright.evaluation.human_eval.session import BlindReview, Pair
+from tunewright.evidence.schema import load_items
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return evaluation(tmp_path)
+
+
+def _next(review: BlindReview) -> Pair:
+    pair = review.next()
+    assert pair is not None
+    return pair
+
+
+def _prefer_a(review: BlindReview, count: int) -> None:
+    for _ in range(count):
+        _answer(review, "A")
+
+
+def _answer(review: BlindReview, *sides: Side) -> list[Pair]:
+    pairs = []
+    for side in sides:
+        pairs.append(_next(review))
+        review.answer(pairs[-1], side)
+    return pairs
+
+
+def test_a_pair_shows_the_two_arms_answers_on_the_sides_that_the_seed_says(folder: Path) -> None:
+    review = begin(folder)
+    items = {item.key: item for item in load_items(folder)}
+    sides = set()
+    for key in review.open_keys():
+        pair, answers = review.pair(key), items[key].answers
+        side = side_of_treatment(review, pair)
+        sides.add(side)
+        shown = (answers["tuned"], answers["retrieved-4"])
+        assert (pair.a, pair.b) == (shown if side == "A" else shown[::-1])
+        assert pair.reference is None
+    assert sides == {"A", "B"}
+
+
+def test_verdicts_are_gone_on_with_and_another_reviewer_begins_at_the_same_pair(folder: Path) -> None:
+    first = _answer(begin(folder), "A", "B", "both")
+    again = begin(folder)
+    assert again.progress.answered == 3
+    assert _next(again).number == 4
+    assert _next(begin(folder, "ben")) == first[0]
+
+
+def test_undo_takes_back_the_latest_verdict_also_of_an_earlier_pass_and_asks_again(folder: Path) -> None:
+    review = begin(folder)
+    pairs = _answer(review, "A", "B")
+    assert begin(folder).undo() == pairs[1]
+    review = begin(folder)
+    assert review.progress.answered == 1
+    _answer(review, "skip", "A")
+    undone = review.undo()
+    assert undone is not None
+    assert _next(review).key == undone.key
+    assert review.undo() is not None  # the skip
+    assert review.undo() is not None
+    assert review.undo() is None
+    assert review.progress.answered == review.progress.skipped == 0
+
+
+def test_a_skipped_pair_is_not_offered_again_in_this_pass_but_in_the_next(folder: Path) -> None:
+    review = begin(folder, items=12)
+    skipped = _answer(review, "skip")[0]
+    _prefer_a(review, 11)
+    assert review.next() is None
+    assert review.progress.skipped == 1
+    assert _next(begin(folder)).key == skipped.key
+
+
+def test_that_the_reference_was_shown_is_kept_even_over_a_crash(folder: Path) -> None:
+    review = begin(folder)
+    first = review.show_reference(_next(review))
+    items = {item.key: item for item in load_items(folder)}
+    assert first.reference == items[first.key].reference
+    again = begin(folder)
+    _answer(again, "A", "B")
+    standing = again.journal.standing
+    assert [standing[key].reference for key in again.sample.order[:2]] == [True, False]
+
+
+def test_a_note_is_kept_replaced_and_removed(folder: Path) -> None:
+    review = begin(folder)
+    pair = review.note(_next(review), "  both miss the county ")
+    assert pair.note == begin(folder).pair(pair.key).note == "both miss the county"
+    assert review.note(pair, "").note == ""
+
+
+@pytest.mark.parametrize("cut", [1, 20])
+def test_half_a_line_that_a_crash_left_does_not_count_and_is_told(
+    folder: Path, cut: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    _answer(begin(folder), "A", "B", "both")
+    path = folder / "review" / "ada.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    again = begin(folder)
+    assert "cut off by a crash" in caplog.text
+    assert (again.progress.answered, _next(again).number) == (2, 3)
+    _answer(again, "neither")
+    assert path.read_bytes().count(b"\n") == 3
+    assert [e.event for e in begin(folder).journal.events] == ["verdict"] * 3
+
+
+def test_a_line_that_is_no_event_is_named(folder: Path) -> None:
+    _answer(begin(folder), "A", "B")
+    path = folder / "review" / "ada.jsonl"
+    path.write_text(path.read_text().replace('"B"', '"C"'))
+    with pytest.raises(UserError, match="not a verdict") as caught:
+        begin(folder)
+    assert caught.value.where == f"{path}:2"
+
+
+def test_the_journal_only_grows(folder: Path) -> None:
+    path = folder / "review" / "ada.jsonl"
+    review, seen = begin(folder), b""
+    for step in range(4):
+        if step == 2:
+            review.undo()
+        _answer(review, "A")
+        now = path.read_bytes()
+        assert now.startswith(seen)
+        seen = now
+
+
+@pytest.mark.parametrize("name", ["Ada Lovelace", "żółć", "../ada", "a/b", "."])
+def test_any_name_is_kept_within_the_folder(folder: Path, name: str) -> None:
+    _answer(begin(folder, name), "A")
+    assert begin(folder, name).progress.answered == 1
+    assert len(list((folder / "review").glob("*.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\nb", "x" * 300])
+def test_a_name_that_no_file_can_have_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(UserError, match="name"):
+        begin(folder, name)
+
+
+def test_two_sessions_of_one_reviewer_lose_nothing(folder: Path) -> None:
+    terminal, page = begin(folder), begin(folder)
+    pair = _next(terminal)
+    terminal.answer(pair, "A")
+    page.answer(page.pair(page.sample.order[5]), "B")
+    assert begin(folder).progress.answered == 2
+
+
+def test_verdicts_outside_the_sample_are_told_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    review = begin(folder, items=60)
+    _prefer_a(review, 60)
+    (folder / "review" / "sample.json").unlink()
+    smaller = begin(folder, items=10)
+    assert "outside the sample" in caplog.text
+    assert smaller.progress.answered <= 10

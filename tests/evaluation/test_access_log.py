@@ -1,0 +1,180 @@
+"""The ledger of openings: a line that was changed, removed or put in is found and named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from factories import make_evidence, make_items, make_opening
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, write_text
+from tunewright.evaluation.access_log import LEDGER, Ledger
+from tunewright.evidence.schema import EVIDENCE_FILE
+from tunewright.evidence.test_set_access import EarlierAccess, TestSetAccess, openings_text
+from tunewright.evidence.verdict import verdict
+
+EVIDENCE = make_evidence(make_items())
+
+
+def chain(count: int) -> list[TestSetAccess]:
+    openings: list[TestSetAccess] = []
+    for number in range(1, count + 1):
+        openings.append(make_opening(number, openings[-1].digest if openings else ""))
+    return openings
+
+
+def lines(openings: list[TestSetAccess]) -> list[str]:
+    return [canonical_json(opening.model_dump(mode="json")) for opening in openings]
+
+
+def written(folder: Path, text: list[str]) -> Path:
+    write_text(folder / LEDGER, "".join(f"{line}\n" for line in text))
+    return folder
+
+
+def facts(opening: TestSetAccess) -> dict[str, Any]:
+    kept = set(TestSetAccess.model_fields) - {"schema_version", "number", "time", "previous", "digest"}
+    return {name: getattr(opening, name) for name in kept}
+
+
+def found(folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        Ledger(folder)
+    assert error.value.where is not None
+    assert "Restore the ledger" in str(error.value.fix)
+    return error.value.where.removeprefix(str(folder / LEDGER))
+
+
+def test_openings_are_chained_and_read_back(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert ledger.openings == []
+    first, second = (ledger.open(**facts(make_opening(n))) for n in (1, 2))
+    assert (first.number, first.previous, second.number, second.previous) == (1, "", 2, first.digest)
+    assert Ledger(tmp_path).openings == [first, second]
+
+
+def test_a_line_that_is_there_is_never_written_anew(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.open(**facts(make_opening(1)))
+    before = (tmp_path / LEDGER).read_text()
+    ledger.open(**facts(make_opening(2)))
+    assert (tmp_path / LEDGER).read_text().startswith(before)
+
+
+def test_an_evaluation_that_goes_on_is_the_same_opening(tmp_path: Path) -> None:
+    first = Ledger(tmp_path).open(**facts(make_opening(1)))
+    Ledger(tmp_path).open(**facts(make_opening(2)))
+    assert Ledger(tmp_path).open(**facts(make_opening(1))) == first
+    assert len(Ledger(tmp_path).openings) == 2
+
+
+def test_two_that_open_at_once_both_have_their_line(tmp_path: Path) -> None:
+    one, other = Ledger(tmp_path), Ledger(tmp_path)
+    one.open(**facts(make_opening(1)))
+    assert other.open(**facts(make_opening(2))).number == 2
+    assert len(Ledger(tmp_path).openings) == 2
+
+
+CHANGES = [("margin", "0.02", "0.01"), ("author", '"ann"', '"bob"'), ("time", "2026-01", "2025-01")]
+
+
+@pytest.mark.parametrize("line", [1, 2, 3])
+@pytest.mark.parametrize(("field", "was", "becomes"), CHANGES)
+def test_a_changed_line_is_named(tmp_path: Path, line: int, field: str, was: str, becomes: str) -> None:
+    text = lines(chain(3))
+    assert was in text[line - 1], field
+    text[line - 1] = text[line - 1].replace(was, becomes)
+    assert found(written(tmp_path, text)) == f":{line}"
+
+
+@given(st.integers(0, 2), st.data())
+def test_any_other_character_in_any_line_is_found(tmp_path_factory: Any, line: int, data: st.DataObject) -> None:
+    text = lines(chain(3))
+    place = data.draw(st.integers(0, len(text[line]) - 1))
+    other = data.draw(st.characters(codec="utf-8", exclude_characters="\n" + text[line][place]))
+    text[line] = text[line][:place] + other + text[line][place + 1 :]
+    folder = written(tmp_path_factory.mktemp("ledger"), text)
+    try:
+        assert Ledger(folder).openings == chain(3)  # white space between values says nothing
+    except UserError as error:
+        assert str(error.where).endswith((f":{line + 1}", f":{line + 2}"))
+
+
+@pytest.mark.parametrize("line", [1, 2])
+def test_a_removed_line_is_found_at_the_next(tmp_path: Path, line: int) -> None:
+    text = lines(chain(3))
+    del text[line - 1]
+    assert found(written(tmp_path, text)) == f":{line}"
+
+
+def test_a_line_that_was_changed_with_its_digest_is_found_at_the_next(tmp_path: Path) -> None:
+    openings = chain(3)
+    forged = openings[1].model_copy(update={"author": "bob", "digest": ""})
+    openings[1] = forged.model_copy(update={"digest": forged.true_digest})
+    assert found(written(tmp_path, lines(openings))) == ":3"
+
+
+def test_a_line_put_in_or_exchanged_is_found(tmp_path: Path) -> None:
+    first, second, third = lines(chain(3))
+    assert found(written(tmp_path, [first, first, second, third])) == ":2"
+    assert found(written(tmp_path, [first, third, second])) == ":2"
+
+
+def test_a_line_that_is_none_is_named(tmp_path: Path) -> None:
+    text = lines(chain(2))
+    assert found(written(tmp_path, [*text, "{}"])) == ":3"
+    assert found(written(tmp_path, [*text, text[0][:40]])) == ":3"
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_lines_cut_off_at_the_end_are_missed_by_the_evidence(tmp_path: Path, left: int) -> None:
+    openings = chain(2)
+    evidence = EVIDENCE.model_copy(update={"opening": openings[1], "id": openings[1].evaluation})
+    write_text(tmp_path / evidence.id / EVIDENCE_FILE, evidence.model_dump_json())
+    assert Ledger(written(tmp_path, lines(openings))).openings == openings
+    assert found(written(tmp_path, lines(openings)[:left])) == ":2"
+    (tmp_path / LEDGER).unlink()
+    assert found(tmp_path) == ":2"
+
+
+def test_a_chain_made_anew_is_not_the_one_that_the_evidence_was_opened_on(tmp_path: Path) -> None:
+    opening = chain(1)[0]
+    evidence = EVIDENCE.model_copy(update={"opening": opening})
+    write_text(tmp_path / evidence.id / EVIDENCE_FILE, evidence.model_dump_json())
+    assert found(written(tmp_path, lines([make_opening(1, author="bob")]))) == ":1"
+
+
+def test_evidence_from_before_there_was_a_ledger_needs_none(tmp_path: Path) -> None:
+    older = {k: v for k, v in json.loads(EVIDENCE.model_dump_json()).items() if k not in {"opening", "openings"}}
+    write_text(tmp_path / EVIDENCE.id / EVIDENCE_FILE, json.dumps(older))
+    assert Ledger(tmp_path).openings == []
+
+
+# What a verdict says of earlier openings
+
+
+def earlier(number: int, shared: int | None = 60) -> EarlierAccess:
+    opening = make_opening(number)
+    return EarlierAccess(**opening.model_dump(include=set(EarlierAccess.model_fields)), shared_items=shared)
+
+
+def test_a_verdict_warns_of_earlier_openings_with_their_number() -> None:
+    assert "opened" not in " ".join(verdict(EVIDENCE).reasons)
+    opened = EVIDENCE.model_copy(update={"openings": (earlier(1), earlier(2))})
+    (caution,) = [reason for reason in verdict(opened).reasons if "opened" in reason]
+    assert caution.startswith(
+        "Caution: The test items had been opened 2 times before this (the last time on 2026-01-02"
+    )
+    assert "by ann, with court-citations-2" in caution
+    assert verdict(opened).decision == verdict(EVIDENCE).decision
+
+
+def test_it_is_told_how_many_items_were_opened_and_what_is_not_known() -> None:
+    assert openings_text([earlier(1, 13)], 60).startswith("13 of the 60 test items had been opened once")
+    unknown = openings_text([earlier(1, None)], 60)
+    assert "What the ledger's line 1 opened is not known" in unknown

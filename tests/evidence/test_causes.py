@@ -1,0 +1,192 @@
+"""Causes of a *don't ship*: each from golden evidence, and none where it could not change the outcome."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from factories import make_evidence, make_items
+from report_evidence import CURVE
+from tunewright.evidence.answer_format import AnswerFormat
+from tunewright.evidence.base import Interval
+from tunewright.evidence.causes import Known, Labels, decided
+from tunewright.evidence.schema import Evidence
+
+WORSE = make_evidence(make_items(120, tuned=0.05, retrieved=0.6))
+assert decided(WORSE).decision == "don't ship"
+
+
+def trained(evidence: Evidence, *dev_losses: float, epochs: int | None = None) -> Evidence:
+    """The same evidence on an adapter whose run had these dev losses, an epoch each."""
+    recorded = [
+        {"step": 10 * n, "epoch": float(n), "train_loss": loss, "dev_loss": loss, "dev_metric": None}
+        for n, loss in enumerate(dev_losses, start=1)
+    ]
+    config = {"train": {"epochs": epochs or len(dev_losses)}}
+    adapter = {"name": "legal-1", "digest": "0" * 64, "lineage": {"training": {"epochs": recorded}, "config": config}}
+    return evidence.model_copy(update={"lineage": {**evidence.lineage, "adapter": adapter}})
+
+
+def formed(evidence: Evidence, tuned: int, *, longer: int = 0, what: str = "JSON with the fields name") -> Evidence:
+    """The same evidence where so many tuned answers have the form that all references have."""
+    form = AnswerFormat(
+        what=what, items=120, references=120, answers={"tuned": tuned, "retrieved-4": 120}, longer=longer
+    )
+    return evidence.model_copy(update={"form": form})
+
+
+def cut(evidence: Evidence, answers: int, limit: int = 32) -> Evidence:
+    """The same evidence where so many tuned answers ran into a token limit."""
+    arms = [arm.model_copy(update={"truncated": answers}) if arm.name == "tuned" else arm for arm in evidence.arms]
+    return evidence.model_copy(
+        update={"arms": arms, "lineage": {**evidence.lineage, "decoding": {"max_new_tokens": limit}}}
+    )
+
+
+def found(evidence: Evidence, **known: Any) -> list[str]:
+    """The causes, by their first words."""
+    return [cause.what for cause in decided(evidence, Known(**known)).causes]
+
+
+def steps(first: float, last: float, count: int = 40) -> list[dict[str, float]]:
+    """A training run whose loss goes evenly from one value to another."""
+    return [{"step": n, "loss": first + (last - first) * n / (count - 1)} for n in range(count)]
+
+
+def test_a_loss_that_still_falls_is_undertrained() -> None:
+    (cause,) = decided(trained(WORSE, 1.5, 1.1, 0.9)).causes
+    assert cause.what == "Undertrained: the loss was still falling when training ended"
+    assert "1.500 → 1.100 → 0.900" in cause.evidence
+    assert "train.epochs: 6 (now 3)" in cause.next_command
+    assert "`tunewright train`" in cause.next_command
+
+
+@pytest.mark.parametrize("losses", [(1.5, 0.9, 0.895), (1.5, 0.9, 1.1), (0.9, 1.1)])
+def test_a_flat_or_rising_loss_is_not_undertrained(losses: tuple[float, ...]) -> None:
+    assert not any("Undertrained" in what for what in found(trained(WORSE, *losses)))
+
+
+def test_one_evaluation_is_judged_by_the_losses_of_its_steps() -> None:
+    once = trained(WORSE, 2.0)
+    assert found(once, history=steps(3.0, 1.0)) == ["Undertrained: the loss was still falling when training ended"]
+    assert not any("Undertrained" in what for what in found(once, history=steps(1.02, 1.0)))
+    assert not any("Undertrained" in what for what in found(once, history=steps(3.0, 1.0, count=4)))
+
+
+def test_undertrained_is_given_when_the_last_third_still_adds_to_what_the_run_gained() -> None:
+    """A single epoch with a cosine rate: little falls at the end, but all of it with 6% of the rate."""
+    once = trained(WORSE, 3.0)
+    slow = [7.7, *[4.0] * 42, *[3.12] * 43, *[2.93] * 43]
+    done = [7.7, *[4.0] * 42, *[2.0] * 43, *[1.94] * 43]
+    noisy = [loss + (1.5 if n % 2 else -1.5) for n, loss in enumerate(slow)]
+
+    def undertrained(losses: list[float]) -> bool:
+        history = [{"step": n, "loss": loss} for n, loss in enumerate(losses)]
+        return any("Undertrained" in what for what in found(once, history=history))
+
+    assert [undertrained(losses) for losses in (slow, done, noisy)] == [True, False, False]
+
+
+def test_causes_of_an_undecided_verdict_are_what_training_can_mend() -> None:
+    even = make_evidence(make_items(120, tuned=0.04, retrieved=0.02))
+    assert decided(even).decision == "can't tell"
+    assert found(even) == []
+    assert found(trained(even, 3.5, 3.0)) == ["Undertrained: the loss was still falling when training ended"]
+    assert found(formed(even, 31)) == ["The form of the answer is not learnt"]
+    assert found(even, labels=Labels(rows=900, conflicts=0, checked=80, wrong=9)) == []
+
+
+def test_retrieval_is_not_enough_when_neither_arm_works() -> None:
+    hopeless = make_evidence(make_items(400, tuned=0.0, retrieved=0.05))
+    assert decided(hopeless).decision == "don't ship"
+    (cause,) = decided(hopeless).causes
+    assert cause.what == "Neither prompting nor training works"
+    assert cause.evidence == "retrieved-4 has 6.5%, tuned 0.0%"
+
+
+def test_a_form_that_is_not_learnt_is_told_with_its_share() -> None:
+    (cause,) = decided(formed(WORSE, 31)).causes
+    assert cause.what == "The form of the answer is not learnt"
+    assert "31 of 120 tuned answers are JSON with the fields name (26%); of the references 120" in cause.evidence
+    assert "evaluate.constrain" in cause.next_command
+    assert "The form of the answer is not learnt" not in found(formed(WORSE, 115))
+
+
+def test_a_form_that_could_not_change_the_outcome_is_not_told() -> None:
+    hopeless = make_evidence(make_items(120, tuned=0.0, retrieved=0.95))
+    assert found(formed(hopeless, 120 - 20)) == ["Retrieval is enough"]
+
+
+def test_answers_without_an_end_belong_to_the_form_and_not_to_the_limit() -> None:
+    (cause,) = decided(cut(formed(WORSE, 31, longer=0), 80)).causes
+    assert cause.what == "The form of the answer is not learnt"
+    assert "80 ran on to the token limit, where their references do not" in cause.evidence
+
+
+def test_the_token_limit_is_a_cause_only_where_right_answers_are_longer() -> None:
+    (cause,) = decided(cut(formed(WORSE, 120, longer=90), 90)).causes
+    assert cause.what == "The token limit cuts answers"
+    assert "90 of 120 tuned answers were cut at the limit of 32 tokens; 90 right answers are longer" in cause.evidence
+    assert "evaluate.max_new_tokens: 64" in cause.next_command
+    assert "The token limit cuts answers" not in found(cut(formed(WORSE, 120, longer=0), 90))
+
+
+def test_the_token_limit_is_not_told_where_no_cut_answer_could_turn_the_verdict() -> None:
+    assert "The token limit cuts answers" not in found(cut(formed(WORSE, 120, longer=10), 10))
+
+
+def test_wrong_labels_are_told_from_the_review() -> None:
+    causes = decided(WORSE, Known(labels=Labels(rows=900, conflicts=0, checked=80, wrong=9))).causes
+    assert causes[0].what == "Labels are noisy"
+    assert causes[0].evidence == "9 of 80 reviewed rows are wrong (11%)"
+    assert "`tunewright data suspects`" in causes[0].next_command
+    assert "Labels are noisy" not in found(WORSE, labels=Labels(rows=900, conflicts=0, checked=80, wrong=1))
+    assert "Labels are noisy" not in found(WORSE, labels=Labels(rows=900, conflicts=0, checked=5, wrong=2))
+
+
+def test_several_outputs_are_noise_by_right_or_wrong_and_not_by_a_graded_metric() -> None:
+    many = Labels(rows=900, conflicts=200)
+    assert "Labels are noisy" in found(WORSE, labels=many)
+    graded = make_evidence(make_items(120, tuned=0.05, retrieved=0.6), metric="bleu", also=["exact_match"])
+    assert decided(graded).decision == "don't ship"
+    assert "Labels are noisy" not in found(graded, labels=many)
+
+
+def test_few_rows_are_told_by_the_learning_curve() -> None:
+    rising = CURVE.model_copy(update={"slope": 0.2, "interval": Interval(low=0.1, high=0.3)})
+    cause = next(c for c in decided(WORSE, Known(curve=rising)).causes if c.what == "Too few rows")
+    assert "+20.0 points on dev" in cause.evidence
+    assert "`tunewright data add FILE`" in cause.next_command
+
+
+def test_more_rows_are_not_told_where_the_curve_is_flat_or_they_would_be_beyond_reach() -> None:
+    few = WORSE.model_copy(update={"train_items": 120})
+    flat = CURVE.model_copy(update={"slope": 0.001, "interval": Interval(low=-0.01, high=0.01)})
+    slow = CURVE.model_copy(update={"slope": 0.03, "interval": Interval(low=0.01, high=0.05)})
+    assert found(few, curve=flat) == found(few, curve=slow) == ["Retrieval is enough"]
+
+
+def test_few_rows_without_a_curve_ask_for_one_unless_something_else_is_wrong() -> None:
+    few = WORSE.model_copy(update={"train_items": 120})
+    cause = decided(few).causes[0]
+    assert (cause.what, cause.next_command) == ("Perhaps too few rows", "`tunewright train --curve`")
+    assert found(trained(few, 1.5, 1.0)) == ["Undertrained: the loss was still falling when training ended"]
+
+
+def test_retrieval_is_enough_where_nothing_can_be_mended() -> None:
+    (cause,) = decided(WORSE).causes
+    assert cause.what == "Retrieval is enough"
+    assert "412 prompt tokens" in cause.evidence
+    assert "against 71" in cause.evidence
+    assert "`tunewright advise`" in cause.next_command
+    priced = decided(WORSE, Known(cost="a call costs 1.25 s with retrieved-4, 0.31 s tuned")).causes[0]
+    assert "a call costs 1.25 s" in priced.evidence
+
+
+def test_no_other_verdict_has_causes_and_more_test_items_are_never_one() -> None:
+    better = make_evidence(make_items(120))
+    assert decided(better).decision == "ship"
+    assert found(trained(better, 1.5, 1.0)) == []
+    told = " ".join(f"{c.what} {c.next_command}" for c in decided(trained(cut(formed(WORSE, 31), 80), 2, 1)).causes)
+    assert "test items" not in told

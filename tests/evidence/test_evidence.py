@@ -1,0 +1,93 @@
+"""Evidence on disk: what is written reads back, and what is not evidence is refused with its place."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from factories import cross_fitted, make_evidence, make_items, with_contrast
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_text
+from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Contrast, find_evaluation, load_evidence, load_items
+
+ITEMS = make_items(8)
+EVIDENCE = make_evidence(ITEMS)
+
+
+def test_evidence_and_items_survive_the_disk(tmp_path: Path) -> None:
+    write_text(tmp_path / EVIDENCE_FILE, EVIDENCE.model_dump_json(indent=2))
+    write_text(tmp_path / ITEMS_FILE, "".join(f"{item.model_dump_json()}\n" for item in ITEMS))
+    assert load_evidence(tmp_path) == load_evidence(tmp_path / EVIDENCE_FILE) == EVIDENCE
+    assert load_items(tmp_path) == ITEMS
+
+
+def test_cross_fitted_evidence_survives_the_disk_and_older_evidence_is_held_out(tmp_path: Path) -> None:
+    folded = cross_fitted(EVIDENCE)
+    write_text(tmp_path / EVIDENCE_FILE, folded.model_dump_json())
+    assert load_evidence(tmp_path) == folded
+    older = {k: v for k, v in EVIDENCE.model_dump(mode="json").items() if k not in {"design", "folds"}}
+    write_text(tmp_path / EVIDENCE_FILE, json.dumps(older))
+    assert load_evidence(tmp_path) == EVIDENCE
+
+
+def test_text_with_odd_line_ends_stays_one_item(tmp_path: Path) -> None:
+    odd = ITEMS[0].model_copy(update={"input": "a\u2028b\x85c\nd\x0ce"})
+    write_text(tmp_path / ITEMS_FILE, f"{odd.model_dump_json()}\n{ITEMS[1].model_dump_json()}\n")
+    assert load_items(tmp_path) == [odd, ITEMS[1]]
+
+
+def test_a_line_that_is_not_an_item_is_named(tmp_path: Path) -> None:
+    write_text(tmp_path / ITEMS_FILE, f'{ITEMS[0].model_dump_json()}\n{{"key": 1}}\n')
+    with pytest.raises(UserError, match="not a test item") as caught:
+        load_items(tmp_path)
+    assert caught.value.where == f"{tmp_path / ITEMS_FILE}:2"
+
+
+def test_missing_items_say_what_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tunewright evaluate"):
+        load_items(tmp_path)
+
+
+def test_a_missing_file_says_what_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tunewright evaluate") as caught:
+        load_evidence(tmp_path)
+    assert caught.value.where == str(tmp_path / EVIDENCE_FILE)
+
+
+@pytest.mark.parametrize(
+    "change", [{"schema_version": "2"}, {"contrasts": []}, {"margin": "much"}, {"unknown": 1}, {"arms": None}]
+)
+def test_what_is_not_evidence_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    write_text(tmp_path / EVIDENCE_FILE, json.dumps(EVIDENCE.model_dump() | change))
+    with pytest.raises(UserError, match="not evidence of schema 2"):
+        load_evidence(tmp_path)
+
+
+def test_evidence_of_an_older_schema_asks_for_another_evaluation(tmp_path: Path) -> None:
+    write_text(tmp_path / EVIDENCE_FILE, json.dumps({"schema_version": 1, "bleu_signature": "nrefs:1"}))
+    with pytest.raises(UserError, match="evidence of schema 1; this tunewright reads schema 2") as caught:
+        load_evidence(tmp_path)
+    assert "Evaluate again" in str(caught.value.fix)
+
+
+def test_the_newest_evaluation_is_found_beside_older_ones_of_another_schema(tmp_path: Path) -> None:
+    old = {"schema_version": 1, "lineage": {"created": "2026-10-01T00:00:00+00:00"}}
+    write_text(tmp_path / "old" / EVIDENCE_FILE, json.dumps(old))
+    write_text(tmp_path / "new" / EVIDENCE_FILE, EVIDENCE.model_dump_json())
+    assert find_evaluation(tmp_path) == tmp_path / "new"
+    write_text(tmp_path / "old" / EVIDENCE_FILE, json.dumps(old | {"lineage": {"created": "2026-12-01"}}))
+    with pytest.raises(UserError, match="schema 1"):
+        load_evidence(find_evaluation(tmp_path))
+
+
+def test_numbers_that_are_none_are_refused() -> None:
+    fields = EVIDENCE.contrasts[0].model_dump() | {"p_value": float("nan")}
+    with pytest.raises(ValidationError, match="p_value"):
+        Contrast.model_validate(fields)
+
+
+def test_an_arm_is_found_by_its_name() -> None:
+    assert EVIDENCE.arm("tuned").kind == "tuned"
+    assert EVIDENCE.arm("tuned").score("exact_match") == EVIDENCE.arm("tuned").scores["exact_match"]
+    assert with_contrast(EVIDENCE, fixed=99).contrasts[0].fixed == 99

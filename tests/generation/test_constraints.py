@@ -1,0 +1,188 @@
+"""Constrained answers: held to re, jsonschema and membership; and left alone where they match anyway."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import makers
+from tiny import byte_tokenizer, chat_of
+from tunewright.chat.answers import constraint_on
+from tunewright.config import ConstrainConfig
+from tunewright.core.errors import UserError
+from tunewright.data.examples import Message
+from tunewright.generation.constraints import Constraint, Grammar
+from tunewright.generation.decoding import Completion, Request, generate
+
+TOKENIZER = byte_tokenizer()
+STOP_IDS = frozenset([TOKENIZER.eos_token_id])
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "court": {"enum": ["Ala.", "Ga.", "Fla."]},
+        "number": {"type": "integer", "minimum": 0, "maximum": 999},
+        "appeal": {"type": "boolean"},
+    },
+    "required": ["court", "number"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Random weights that end an answer now and then, with a few logits more than there are tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model_config = LlamaConfig(vocab_size=len(TOKENIZER) + 5, num_attention_heads=4, initializer_range=0.3, **shape)
+    return LlamaForCausalLM(model_config).eval()
+
+
+def _constraint(**how: Any) -> Constraint:
+    return Constraint(Grammar.of(ConstrainConfig(**how), Path()), TOKENIZER, STOP_IDS)
+
+
+def _requests(texts: Sequence[str], constraint: Constraint | None, limit: int = 60, **how: Any) -> list[Request]:
+    ids = [tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return [Request(prompt, None, limit, constraint=constraint, **how) for prompt in ids]
+
+
+def _answers(model: Any, requests: list[Request]) -> list[Completion]:
+    return generate(model, requests, stop_ids=STOP_IDS, pad_id=TOKENIZER.pad_token_id, batch_size=3)
+
+
+def _text(completion: Completion) -> str:
+    return str(TOKENIZER.decode(completion.ids))
+
+
+def _is_json_of_schema(text: str) -> bool:
+    try:
+        jsonschema.validate(json.loads(text), SCHEMA)
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+CHOICES = ("Ala. Cir. Ct.", "Ala. Cir.", 'Ga.\n"Super\\', "é – Fla.")
+PATTERN = r"[A-Z][a-z]{1,3}\. (Cir|Dist)/\d{1,3}(, [A-Z][a-zé ]{0,5})?"
+KINDS: list[tuple[Constraint, Callable[[str], bool]]] = [
+    (_constraint(choices=CHOICES), lambda text: text in CHOICES),
+    (_constraint(regex=PATTERN), lambda text: re.fullmatch(PATTERN, text) is not None),
+    (_constraint(json_schema=SCHEMA), _is_json_of_schema),
+]
+PROMPTS = st.lists(st.text("abcXYZ 0,{", min_size=1, max_size=8), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize(("constraint", "right"), KINDS, ids=["choices", "regex", "json"])
+@given(PROMPTS, st.sampled_from([0.0, 1.5]))
+@settings(max_examples=12, deadline=None)
+def test_every_answer_that_is_not_cut_at_the_limit_matches(
+    model: Any, constraint: Constraint, right: Callable[[str], bool], prompts: list[str], temperature: float
+) -> None:
+    for completion in _answers(model, _requests(prompts, constraint, temperature=temperature, seed=1)):
+        text = _text(completion)
+        assert completion.finish == "length" or right(text)
+        assert completion.finish == "length" or constraint.matches(text)
+
+
+def test_most_free_answers_of_this_model_do_not_match(model: Any) -> None:
+    free = _answers(model, _requests(["abc", "X", "0,{"], None))
+    assert not any(right(_text(completion)) for completion in free for _, right in KINDS)
+
+
+@given(PROMPTS)
+@settings(max_examples=15, deadline=None)
+def test_an_answer_that_matches_anyway_is_unchanged(model: Any, prompts: list[str]) -> None:
+    free = _answers(model, _requests(prompts, None, limit=30))
+    whole = [completion for completion in free if completion.finish == "stop" and completion.ids]
+    texts = sorted({_text(completion) for completion in whole} | {"another"})
+    # The grammar reads text: bytes that are none cannot be asked of it.
+    loose = _constraint(regex=r"(?s).*")
+    held = _answers(model, _requests(prompts, loose, limit=30))
+    readable = ["\ufffd" not in _text(completion) for completion in free]
+    assert [c for c, r in zip(held, readable, strict=True) if r] == [
+        c for c, r in zip(free, readable, strict=True) if r
+    ]
+    named = [text for text in texts if "\ufffd" not in text]
+    held = _answers(model, _requests(prompts, _constraint(choices=named), limit=30))
+    for completion, before in zip(held, free, strict=True):
+        if before.finish == "stop" and _text(before) in named:
+            assert completion == before
+
+
+def test_free_and_constrained_rows_share_a_batch(model: Any) -> None:
+    texts = ["abc", "X", "0,{", "bb"]
+    free = _answers(model, _requests(texts, None, limit=20))
+    held = _answers(model, _requests(texts, KINDS[0][0], limit=20))
+    mixed = [*_requests(texts, None, limit=20), *_requests(texts, KINDS[0][0], limit=20)]
+    assert _answers(model, mixed) == [*free, *held]
+
+
+@given(st.text(max_size=12), st.sampled_from(range(3)))
+@settings(max_examples=60, deadline=None)
+def test_a_text_matches_the_grammar_just_where_the_independent_check_says_so(text: str, kind: int) -> None:
+    constraint, right = KINDS[kind]
+    assert constraint.matches(text) == right(text.strip())
+
+
+@pytest.mark.parametrize("text", [*CHOICES, "Ala. Cir/12", "Ga. Dist/007, Xy é", '{"court": "Ga.", "number": 12}'])
+def test_texts_of_each_grammar_match_it_alone(text: str) -> None:
+    matching = [constraint.matches(text) for constraint, _ in KINDS]
+    assert matching == [right(text) for _, right in KINDS]
+    assert sum(matching) == 1
+
+
+@pytest.mark.parametrize("name", ["bytes", "mistral-v3", "llama2"])
+def test_an_answer_as_the_chat_format_writes_it_is_allowed_token_by_token(name: str) -> None:
+    """SentencePiece's first token has a space before the word; Llama 2's form writes a space after the answer, too."""
+    makes: dict[str, Callable[[], Any]] = {
+        "mistral-v3": lambda: makers.mistral_tokenizer("v3"),
+        "llama2": makers.llama2_tokenizer,
+        "bytes": byte_tokenizer,
+    }
+    chat = chat_of(makes[name]())
+    constraint = constraint_on(chat, Grammar.of(ConstrainConfig(choices=("Yes indeed", "No")), Path()))
+    written = chat.encode([Message("user", "Is it?"), Message("assistant", "Yes indeed")])
+    answer = [token for token, trained in zip(written.ids, written.loss_mask, strict=True) if trained]
+    guide = constraint.start()
+    for token in answer:
+        allowed = np.unpackbits(np.frombuffer(guide.allowed(), dtype=np.uint8), bitorder="little")
+        assert allowed[token]
+        if token not in chat.stop_ids:
+            guide.take(token)
+    assert constraint.matches(chat.text(answer))
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"regex": "(?=a)b"}, "look-around"),
+        ({"regex": r"(a)\1"}, "backreferences"),
+        ({"json_schema": {"type": "object", "not": {}}}, "not"),
+    ],
+)
+def test_what_the_engine_does_not_take_is_the_users_to_change(how: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=rf"(?s)evaluate\.constrain: .*{told}"):
+        _constraint(**how)
+
+
+def test_a_schemas_file_is_read_and_its_faults_are_told(tmp_path: Path) -> None:
+    (tmp_path / "answer.json").write_text(json.dumps(SCHEMA))
+    config = ConstrainConfig(json_schema="answer.json")
+    assert Grammar.of(config, tmp_path) == Grammar.of(ConstrainConfig(json_schema=SCHEMA), tmp_path)
+    (tmp_path / "answer.json").write_text("{")
+    with pytest.raises(UserError, match=r"answer\.json: not a JSON schema"):
+        Grammar.of(config, tmp_path)
+    with pytest.raises(UserError, match=r"other\.json: no such JSON schema"):
+        Grammar.of(ConstrainConfig(json_schema="other.json"), tmp_path)

@@ -1,0 +1,216 @@
+"""One pass for rows of many adapters, against PEFT's own way to mix them in a batch."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+
+from decoding_helpers import llama
+from tunewright.generation.batched_lora import Lora
+from tunewright.generation.lora_dispatch import BASE_ROW, LoraDispatch
+from tunewright.training.lora import use_fused_lora
+
+CONFIGS = {
+    "wide": LoraConfig(r=8, lora_alpha=20, target_modules=["q_proj", "v_proj", "down_proj", "o_proj"]),
+    "narrow": LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"]),
+    "scaled": LoraConfig(r=5, lora_alpha=3, use_rslora=True, target_modules=["down_proj", "lm_head"]),
+    "words": LoraConfig(r=3, lora_alpha=6, target_modules=["embed_tokens", "v_proj"]),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Adapters of unlike rank, scale and layers."""
+    names = list(CONFIGS)
+    wrapped: Any = get_peft_model(llama().float(), CONFIGS[names[0]], names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, CONFIGS[name])
+    torch.manual_seed(3)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    return wrapped.eval()
+
+
+@settings(max_examples=30, deadline=None)
+@given(names=st.lists(st.sampled_from([None, *CONFIGS]), min_size=1, max_size=9), tokens=st.integers(1, 5))
+def test_rows_are_answered_as_peft_answers_them(model: Any, names: list[str | None], tokens: int) -> None:
+    ids = torch.randint(8, 128, (len(names), tokens), generator=torch.Generator().manual_seed(tokens))
+    with torch.inference_mode():
+        expected = model(input_ids=ids, adapter_names=[name or BASE_ROW for name in names]).logits
+        with LoraDispatch(model, mixed=True).answering(names):
+            found = model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_afterwards_the_model_is_as_it_was_also_after_a_failure(model: Any) -> None:
+    ids = torch.tensor([[9, 10, 11]])
+    adapters = LoraDispatch(model, mixed=True)
+    model.set_adapter("wide")
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+        with pytest.raises(RuntimeError), adapters.answering(["narrow"]):
+            raise RuntimeError
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_the_base_s_precision_is_kept_and_the_sum_is_rounded_once() -> None:
+    """As PEFT adds one adapter's change, with which it was trained: in float32, rounded to the base's type after."""
+    wrapped: Any = get_peft_model(llama().to(torch.bfloat16), CONFIGS["narrow"], "narrow", autocast_adapter_dtype=True)
+    torch.nn.init.normal_(wrapped.base_model.model.model.layers[0].self_attn.q_proj.lora_B["narrow"].weight)
+    wrapped.eval()
+    ids = torch.tensor([[9, 10, 11], [12, 13, 14]])
+    with torch.inference_mode():
+        expected = wrapped(input_ids=ids).logits
+        with LoraDispatch(wrapped, mixed=True).answering(["narrow", "narrow"]):
+            found = wrapped(input_ids=ids).logits
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
+BESIDE = ["wide", "narrow", "scaled"]
+
+
+def _loras(model: Any, adapter: str) -> dict[str, Lora]:
+    """Copies of what an adapter of a PeftModel brings, by the names of the base's layers."""
+    return {
+        name.removeprefix("base_model.model."): Lora(
+            layer.lora_A[adapter].weight.detach().clone().t(),
+            layer.lora_B[adapter].weight.detach().clone().t(),
+            layer.scaling[adapter],
+        )
+        for name, layer in model.named_modules()
+        if adapter in getattr(layer, "lora_A", ())
+    }
+
+
+def _logits(model: Any, adapters: LoraDispatch, names: list[str | None], ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(), adapters.answering(names):
+        found: torch.Tensor = model(input_ids=ids).logits
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    names=st.lists(st.sampled_from([None, *BESIDE]), min_size=1, max_size=9),
+    tokens=st.integers(1, 5),
+    others=st.lists(st.tuples(st.sampled_from(BESIDE), st.booleans()), max_size=8),
+)
+def test_adapters_beside_a_base_answer_as_peft_s_own_whatever_came_and_went_before(
+    model: Any, names: list[str | None], tokens: int, others: list[tuple[str, bool]]
+) -> None:
+    base = llama().float()
+    adapters = LoraDispatch(base, mixed=True)
+    for name, put in [*others, *((name, True) for name in names if name is not None)]:
+        if put:
+            adapters.put(name, _loras(model, name))
+        else:
+            adapters.drop(name)
+    ids = torch.randint(8, 128, (len(names), tokens), generator=torch.Generator().manual_seed(tokens))
+    found = _logits(base, adapters, names, ids)
+    assert torch.equal(found, _logits(model, LoraDispatch(model, mixed=True), names, ids))
+    with torch.inference_mode():
+        expected = model(input_ids=ids, adapter_names=[name or BASE_ROW for name in names]).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_base_is_the_same_before_with_and_after_adapters_beside_it_and_nothing_of_them_stays(model: Any) -> None:
+    base, ids = llama().float(), torch.tensor([[9, 10, 11]])
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    parts = [(name, type(part), sorted(vars(part))) for name, part in base.named_modules()]
+    plain = base(input_ids=ids).logits
+    adapters = LoraDispatch(base, mixed=True)
+    loras = _loras(model, "wide")
+    held = [weakref.ref(lora.down) for lora in loras.values()]
+    adapters.put("wide", loras)
+    del loras
+    adapters.require(["wide"])
+    assert not torch.equal(_logits(base, adapters, ["wide"], ids), plain)
+    assert torch.equal(_logits(base, adapters, [None], ids), plain)
+    adapters.drop("wide")
+    adapters.drop("wide")  # once more does no harm
+    with pytest.raises(ValueError, match="no adapter wide"):
+        adapters.require(["wide"])
+    assert not any(ref() is not None for ref in held)
+    assert [(name, type(part), sorted(vars(part))) for name, part in base.named_modules()] == parts
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
+    assert torch.equal(base(input_ids=ids).logits, plain)
+
+
+def test_an_adapter_for_a_layer_that_the_base_has_not_leaves_everything_as_it_was(model: Any) -> None:
+    base, ids = llama().float(), torch.tensor([[9, 10, 11]])
+    adapters = LoraDispatch(base, mixed=True)
+    adapters.put("wide", _loras(model, "wide"))
+    before = _logits(base, adapters, ["wide"], ids)
+    lora = next(iter(_loras(model, "narrow").values()))
+    for name in ("narrow", "wide"):
+        with pytest.raises(AttributeError):
+            adapters.put(name, {"model.layers.0.self_attn.q_proj": lora, "model.layers.9.self_attn.q_proj": lora})
+    assert torch.equal(_logits(base, adapters, ["wide"], ids), before)
+    with pytest.raises(ValueError, match="no adapter narrow"):
+        adapters.require(["narrow"])
+
+
+def _trained_as(fused: bool, dtype: torch.dtype) -> Any:
+    """A model with the layers that training has, or those that evaluation has; the numbers are the same."""
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "v_proj", "down_proj"])
+    if fused:
+        use_fused_lora(config)
+    wrapped: Any = get_peft_model(llama().to(dtype), config)
+    torch.manual_seed(4)
+    for name, weight in wrapped.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape) * 0.3
+    return wrapped.eval()
+
+
+def test_answers_while_training_are_those_of_the_evaluation_to_the_bit() -> None:
+    """Training's own layers, under the autocast that transformers' trainer has, against peft's without."""
+    ids = torch.tensor([[9, 10, 11], [12, 13, 14]])
+    names: list[str | None] = ["default", "default"]
+    training, evaluation = _trained_as(True, torch.bfloat16), _trained_as(False, torch.bfloat16)
+    adapters = LoraDispatch(training, mixed=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _logits(training, adapters, names, ids)
+    assert torch.equal(found, _logits(evaluation, LoraDispatch(evaluation, mixed=False), names, ids))
+
+
+def test_attached_layers_answer_pass_after_pass_and_are_the_model_s_own_afterwards(model: Any) -> None:
+    base, ids = llama().float(), torch.tensor([[9, 10, 11], [12, 13, 14]])
+    plain = base(input_ids=ids).logits
+    adapters = LoraDispatch(base, mixed=True)
+    adapters.put("wide", _loras(model, "wide"))
+    passes: list[list[str | None]] = [["wide", None], ["wide", None], [None, None], ["narrow", "wide"], [None, "wide"]]
+    found = []
+    with pytest.raises(RuntimeError), adapters.attached():
+        for names in passes:
+            if "narrow" in names:
+                adapters.put("narrow", _loras(model, "narrow"))  # on layers that had none before
+            found.append(_logits(base, adapters, names, ids))
+        with pytest.raises(AssertionError):
+            base(input_ids=ids)  # whose rows are these?
+        raise RuntimeError
+    alone = LoraDispatch(model, mixed=True)
+    for names, logits in zip(passes, found, strict=True):
+        torch.testing.assert_close(logits, _logits(model, alone, names, ids))
+    assert not any("forward" in vars(part) for part in base.modules())
+    assert torch.equal(base(input_ids=ids).logits, plain)
+
+
+def test_attached_layers_are_set_once_for_many_passes(model: Any) -> None:
+    base, ids = llama().float(), torch.tensor([[9, 10, 11]])
+    adapters = LoraDispatch(base, mixed=True)
+    adapters.put("wide", _loras(model, "wide"))
+    layer = base.model.layers[0].self_attn.q_proj
+    with adapters.attached():
+        before = layer.forward
+        _logits(base, adapters, ["wide"], ids)
+        with adapters.answering([None]):
+            assert layer.forward is before

@@ -1,0 +1,80 @@
+"""Stop strings in the decoding loop: found wherever token boundaries fall, against a search in the whole answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decoding_helpers import PAD, STOPS, VOCABULARY, llama, reference
+from tunewright.generation.decoding import Completion, Request, generate
+
+PIECES = ["a", "b", "ab", "\n", "\n\n", "# ", "##", "ba\n", "é", "", "#"]
+MODEL = llama()
+PROMPTS = [tuple(range(start, start + 6)) for start in range(8, 108, 10)]
+
+
+def _decode(ids: Sequence[int]) -> str:
+    """Every token is a piece of text, some of several characters, some of none."""
+    return "".join(PIECES[token % len(PIECES)] for token in ids)
+
+
+ANSWERS = [reference(MODEL, Request(prompt, None, 24)) for prompt in PROMPTS]
+# Stop strings that are in some answer, from anywhere to anywhere in it, beside those that are in none.
+INSIDE = st.builds(
+    lambda answer, start, length: _decode(answer.ids)[start : start + length],
+    st.sampled_from(ANSWERS),
+    st.integers(0, 20),
+    st.integers(1, 6),
+).filter(bool)
+STOP_STRINGS = st.lists(INSIDE | st.text("ab\n#é", min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str | None:
+    """Before the stop string that is complete first; of those complete at once, before the longest."""
+    for end in range(1, len(text) + 1):
+        hits = [stop for stop in stops if text[:end].endswith(stop)]
+        if hits:
+            return text[: end - len(max(hits, key=len))]
+    return None
+
+
+@given(STOP_STRINGS, st.integers(1, 10))
+@settings(max_examples=40, deadline=None)
+def test_an_answer_ends_before_its_first_stop_string_and_is_whole_without_one(stops: list[str], batch: int) -> None:
+    requests = [Request(prompt, None, 24, stop=tuple(stops)) for prompt in PROMPTS]
+    told = generate(MODEL, requests, stop_ids=STOPS, pad_id=PAD, batch_size=batch, decode=_decode)
+    for completion, whole in zip(told, ANSWERS, strict=True):
+        cut = _cut(_decode(whole.ids), stops)
+        if cut is None:
+            assert completion == whole
+            continue
+        assert (completion.finish, completion.before_stop) == ("stop", cut)
+        # Nothing was decoded past the token that completed the stop string.
+        assert completion.ids == whole.ids[: len(completion.ids)]
+        assert _cut(_decode(completion.ids[:-1]), stops) is None
+
+
+def test_a_row_that_meets_its_stop_string_makes_room_at_once() -> None:
+    passes: list[int] = []
+    hook = MODEL.register_forward_pre_hook(lambda _m, _a, k: passes.append(len(k["input_ids"])), with_kwargs=True)
+    first = _decode(ANSWERS[0].ids[:1])
+    try:
+        request = Request(PROMPTS[0], None, 24, stop=(first,) if first else ("a",))
+        (completion,) = generate(MODEL, [request], stop_ids=STOPS, pad_id=PAD, batch_size=1, decode=_decode)
+    finally:
+        hook.remove()
+    assert len(passes) == len(completion.ids)
+    assert isinstance(completion, Completion)
+
+
+def test_requests_with_and_without_stop_strings_share_a_batch() -> None:
+    model: Any = MODEL
+    stop = _decode(ANSWERS[1].ids)[2:4]
+    requests = [Request(p, None, 24, stop=(stop,) if n == 1 else ()) for n, p in enumerate(PROMPTS)]
+    told = generate(model, requests, stop_ids=STOPS, pad_id=PAD, batch_size=4, decode=_decode)
+    assert [t for n, t in enumerate(told) if n != 1] == [a for n, a in enumerate(ANSWERS) if n != 1]
+    assert told[1].before_stop == _cut(_decode(ANSWERS[1].ids), (stop,))
+    assert max(max(a.ids) for a in ANSWERS) < VOCABULARY

@@ -1,0 +1,103 @@
+"""Text while it is made: the pieces are the whole, in whole characters, and stop strings never show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from tiny import byte_tokenizer
+from tunewright.generation.text_stream import Detokenizer, StopFilter, TextStream
+
+BYTES = byte_tokenizer()
+
+
+def _decode(ids: Sequence[int]) -> str:
+    return str(BYTES.decode(ids, skip_special_tokens=True))
+
+
+def _sentencepiece_decoder() -> Callable[[Sequence[int]], str]:
+    """Llama 2's and Mistral's decoder: ``▁`` for spaces, the first one dropped, bytes for what is not in the list."""
+    pieces = ["<unk>", "▁", "▁a", "▁b", "c", "é"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return lambda ids: str(tokenizer.decode(list(ids)))
+
+
+def _pieces(stream: Any, tokens: Sequence[int]) -> list[str]:
+    return [*(stream.push(token) for token in tokens), stream.flush()]
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\ufffd")))
+def test_pieces_are_whole_characters_and_together_the_text(text: str) -> None:
+    pieces = _pieces(Detokenizer(_decode), BYTES.encode(text, add_special_tokens=False))
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_a_character_comes_with_its_last_byte() -> None:
+    pieces = _pieces(Detokenizer(_decode), BYTES.encode("a€b", add_special_tokens=False))
+    assert pieces == ["a", "", "", "€", "b", ""]
+
+
+def test_a_character_that_the_end_cuts_off_shows_as_a_replacement_character() -> None:
+    tokens = BYTES.encode("a€", add_special_tokens=False)
+    assert _pieces(Detokenizer(_decode), tokens[:-1]) == ["a", "", "", "\ufffd"]
+
+
+@given(st.lists(st.sampled_from(range(256))))
+def test_bytes_that_are_no_text_read_as_the_whole_reads(tokens: list[int]) -> None:
+    assert "".join(_pieces(Detokenizer(_decode), tokens)) == _decode(tokens)
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 4, 5])), st.text("ß€🙂", max_size=3))
+def test_sentencepiece_tokens_keep_their_spaces(tokens: list[int], tail: str) -> None:
+    decode = _sentencepiece_decoder()
+    tokens = tokens + [6 + byte for byte in tail.encode()]
+    assert "".join(_pieces(Detokenizer(decode), tokens)) == decode(tokens)
+
+
+def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """Reads the text letter by letter: the plain way to say what stops it."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            return text[: end - len(max(found, key=len))], True
+    return text, False
+
+
+@given(st.lists(st.text("abc", max_size=4)), st.lists(st.text("abc", min_size=1, max_size=4), max_size=4))
+def test_text_ends_before_the_first_stop_string_however_it_arrives(pieces: list[str], stops: list[str]) -> None:
+    passed, stopped = _cut("".join(pieces), stops)
+    filtered = StopFilter(stops)
+    sent = ""
+    for piece in pieces:
+        sent += filtered.push(piece)
+        assert passed.startswith(sent)
+        if filtered.stopped:
+            break
+    assert (sent + filtered.flush(), filtered.stopped) == (passed, stopped)
+
+
+def test_what_may_become_a_stop_string_waits_and_the_rest_does_not() -> None:
+    filtered = StopFilter(["END"])
+    assert [filtered.push(piece) for piece in ("x", "E", "N", "E", "ND!")] == ["x", "", "", "EN", ""]
+    assert filtered.stopped
+
+
+@pytest.mark.parametrize("stops", [("€",), ("b€",)])
+def test_a_stop_string_is_found_across_the_bytes_of_a_character(stops: tuple[str, ...]) -> None:
+    stream = TextStream(_decode, stops)
+    text = ""
+    for token in BYTES.encode("ab€c", add_special_tokens=False):
+        text += stream.push(token)
+        if stream.stopped:
+            break
+    assert stream.stopped
+    assert text + stream.flush() == "ab€c".split(stops[0])[0]

@@ -1,0 +1,33 @@
+"""Whose helpers a process has, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HELPERS = """
+import os, torch
+from tunewright.generation.threads import release_cores
+def threads():
+    return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+before = threads()
+numbers = torch.arange(2**20, dtype=torch.float32)
+norm = numbers.norm()
+computing = threads()
+release_cores()
+after = threads()
+print(computing - before, computing - after, bool(numbers.norm() == norm))
+"""
+
+
+def _said(script: str) -> str:
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return ran.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_a_thread_that_hands_its_model_over_keeps_no_helpers_and_can_compute_again() -> None:
+    assert _said(HELPERS) == "2 2 True"

@@ -1,0 +1,484 @@
+"""What training needs of memory: parameters, bytes by part, and what fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiny import tiny_model
+from tunewright.config import PRESETS, TrainConfig
+from tunewright.core.errors import UserError
+from tunewright.models.cards import card_named
+from tunewright.models.families import ATTENTION, FAMILIES
+from tunewright.models.loading import drop_vision
+from tunewright.models.memory import estimate as fit_memory
+from tunewright.models.memory.estimate import (
+    Load,
+    Way,
+    adapter_copies,
+    attention_saved,
+    layer_saved,
+    need,
+    weight_bytes,
+)
+from tunewright.models.memory.plan import memory_at_hand, plan
+from tunewright.models.memory.shape import Shape, read_shape
+from tunewright.models.memory.sizes import gigabytes, parse_size
+
+LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
+LLAMA_2_7B: dict[str, Any] = {
+    "architectures": [LLAMA],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+LLAMA_31_8B = {**LLAMA_2_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+MISTRAL_7B = {**LLAMA_2_7B, "architectures": [MISTRAL], "intermediate_size": 14336, "num_key_value_heads": 8}
+LLAMA_31_70B = {
+    **LLAMA_31_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+MISTRAL_SMALL_31: dict[str, Any] = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "mistral",
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 131072,
+    },
+    "vision_config": {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24},
+}
+MINISTRAL_3_8B = {
+    **MISTRAL_SMALL_31,
+    "text_config": {
+        "model_type": "ministral3",
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "vocab_size": 131072,
+    },
+}
+MINISTRAL_3_3B = {
+    **MINISTRAL_3_8B,
+    "tie_word_embeddings": True,
+    "text_config": {
+        **MINISTRAL_3_8B["text_config"],
+        "hidden_size": 3072,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+    },
+}
+DEVSTRAL_2 = {
+    **MINISTRAL_3_8B["text_config"],
+    "architectures": ["Ministral3ForCausalLM"],
+    "hidden_size": 12288,
+    "intermediate_size": 28672,
+    "num_attention_heads": 96,
+    "num_hidden_layers": 88,
+}
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+}
+EXPERTS = Shape(2, 48, 80, 6, 2, 8, 101, tied=False, attention_bias=False, mlp_bias=False, experts=4, chosen=2)
+TINY = Shape(2, 48, 80, 6, 2, 8, 101, tied=False, attention_bias=False, mlp_bias=False)
+ALL_LINEAR: tuple[str, ...] = PRESETS["all-linear"]["targets"]
+CLASSIC: tuple[str, ...] = PRESETS["classic"]["targets"]
+
+
+def _shape(folder: Path, config: dict[str, Any]) -> Shape:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return read_shape(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (LLAMA_2_7B, 6_738_415_616),
+        (LLAMA_31_8B, 8_030_261_248),
+        (MISTRAL_7B, 7_241_732_096),
+        (LLAMA_31_70B, 70_553_706_496),
+        (MISTRAL_SMALL_31, 23_572_403_200),
+        (MINISTRAL_3_8B, 8_489_553_920),
+        (MINISTRAL_3_3B, 3_429_006_336),
+        (DEVSTRAL_2, 125_025_988_608),
+        (MIXTRAL_8X7B, 46_702_792_704),
+    ],
+)
+def test_parameters_are_those_of_transformers_text_model(
+    tmp_path: Path, config: dict[str, Any], parameters: int
+) -> None:
+    import transformers
+
+    assert _shape(tmp_path, config).parameters == parameters
+    (architecture,) = config["architectures"]
+    kind = getattr(transformers, architecture)
+    with torch.device("meta"):
+        model = kind(kind.config_class.from_dict(config))
+    if FAMILIES[architecture].vision:
+        drop_vision(model)
+    assert sum(weight.numel() for weight in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("extra", [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+def test_tied_embeddings_and_biases_are_counted(tmp_path: Path, extra: dict[str, Any]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {**LLAMA_31_8B, "num_hidden_layers": 2, **extra}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    assert _shape(tmp_path, config).parameters == sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({**LLAMA_2_7B, "hidden_size": "wide"}, "not a configuration of"),
+        ({**LLAMA_2_7B, "num_attention_heads": 0}, "not a configuration of"),
+        ({**LLAMA_2_7B, "num_hidden_layers": -1}, "its sizes make no model"),
+        ({**LLAMA_2_7B, "num_key_value_heads": 5}, "its sizes make no model"),
+        ({**LLAMA_2_7B, "architectures": ["Qwen2ForCausalLM"]}, "is not supported"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _shape(tmp_path, config)
+
+
+def _model(dtype: str, targets: tuple[str, ...], layers: int, shape: Shape = TINY) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tunewright.training.packing import attention
+    from tunewright.training.packing.fused_loss import add_token_losses
+
+    attention.register()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head,
+    )
+    base: Any = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    base.set_attn_implementation(attention.NAME)
+    add_token_losses(base)
+    return _with_lora(base, targets)
+
+
+def _with_lora(base: Any, targets: tuple[str, ...]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    from tunewright.training.lora import use_fused_lora
+
+    lora = LoraConfig(r=5, target_modules=list(targets), task_type="CAUSAL_LM")
+    use_fused_lora(lora)
+    model: Any = get_peft_model(base, lora)
+    # As with checkpointing; without it the very first norm keeps nothing.
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def _batch(load: Load, vocabulary: int = TINY.vocabulary) -> Any:
+    from tunewright.training.packing import Group, pack
+
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        drawn: list[int] = torch.randint(0, vocabulary, (count,), generator=generator).tolist()
+        return drawn
+
+    prefix = ids(load.shared)
+    rows = [prefix + ids(load.own) for _ in range(load.rows)]
+    labels = [[-100] * (len(row) - load.trained) + row[-load.trained :] for row in rows]
+    return pack(rows, labels, share=True, groups=[Group(load.shared, tuple(range(load.rows)))])
+
+
+def _saved_bytes(model: Any, batch: Any, dtype: str) -> int:
+    """Bytes of all that autograd keeps, parameters apart, each storage once."""
+    from tunewright.training.packing.fused_loss import token_losses_of
+
+    parameters = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in parameters:
+            kept[place] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+    ):
+        _loss = token_losses_of(model, batch).sum()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [CLASSIC, ALL_LINEAR, ("o_proj", "up_proj")])
+@pytest.mark.parametrize(
+    "load", [Load(2, 0, 16, 4), Load(2, 10, 16, 4), Load(3, 0, 140, 7), Load(2, 131, 16, 4), Load(2, 131, 150, 150)]
+)
+def test_a_layer_keeps_to_the_byte_what_autograd_saves(dtype: Any, targets: tuple[str, ...], load: Load) -> None:
+    one, two = (_saved_bytes(_model(dtype, targets, layers), _batch(load), dtype) for layers in (1, 2))
+    way = Way(targets, 5, dtype)
+    copies = adapter_copies(replace(TINY, layers=1), way)
+    assert two - one == layer_saved(TINY, way, load.tokens) + attention_saved(TINY, way, load) + copies
+
+
+def _experts_model(dtype: str, targets: tuple[str, ...], layers: int, shape: Shape = EXPERTS) -> Any:
+    from tunewright.training.packing import attention
+    from tunewright.training.packing.fused_loss import add_token_losses
+
+    attention.register()
+    base = tiny_model(
+        "mixtral",
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head,
+    ).to(getattr(torch, dtype))
+    base.set_attn_implementation(attention.NAME)
+    add_token_losses(base)
+    return _with_lora(base, targets)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [CLASSIC, ATTENTION])
+@pytest.mark.parametrize("load", [Load(2, 0, 16, 4), Load(2, 10, 16, 4), Load(2, 131, 150, 150)])
+def test_experts_saved_equals_what_autograd_saves(dtype: Any, targets: tuple[str, ...], load: Load) -> None:
+    one, two = (_saved_bytes(_experts_model(dtype, targets, layers), _batch(load), dtype) for layers in (1, 2))
+    way = Way(targets, 5, dtype)
+    copies = adapter_copies(replace(EXPERTS, layers=1), way)
+    assert two - one == layer_saved(EXPERTS, way, load.tokens) + attention_saved(EXPERTS, way, load) + copies
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("load", [Load(8, 0, 100, 1), Load(8, 60, 40, 40)])
+def test_the_peak_of_a_step_is_the_allocators(experts: bool, dtype: Any, checkpointing: bool, load: Load) -> None:
+    """Every allocation of a step, as torch's profiler sees them, against the sum of the parts."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from tunewright.training.packing.fused_loss import token_losses_of
+
+    shape = Shape(3, 192, 512, 6, 2, 32, 4000, tied=False, attention_bias=False, mlp_bias=False)
+    build, targets = _model, ALL_LINEAR
+    if experts:
+        shape, build, targets = replace(shape, experts=4, chosen=2), _experts_model, ATTENTION
+    model, batch = build(dtype, targets, 3, shape), _batch(load, 4000)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = token_losses_of(model, batch).sum()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    step()  # what is cached once, such as masks, is there then
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events: Any = profiled.profiler
+    allocations = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(allocations, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    way = Way(targets, 5, dtype, checkpointing=checkpointing)
+    told = need(shape, way, load)
+    assert told.activations + told.attention + told.head + told.working + adapter_copies(shape, way) == pytest.approx(
+        peak, rel=0.15
+    )
+
+
+def test_bytes_in_nf4_are_those_of_bitsandbytes() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    shape = Shape(1, 256, 512, 4, 2, 64, 100, tied=True, attention_bias=False, mlp_bias=False)
+    total = 0
+    for name in ALL_LINEAR:
+        inputs, outputs = shape.linear(name)
+        weight = torch.randn(outputs, inputs)
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            weight, quant_type="nf4", blocksize=64, compress_statistics=True
+        )
+        parts = (packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+        total += sum(part.numel() * part.element_size() for part in parts)
+    assert weight_bytes(shape, Way(ALL_LINEAR, 8, nf4=True)) - 2 * shape.other_parameters == total
+
+
+def _plan(shape: Shape, gpu: str, preset: Any = "all-linear", rows: int = 1, length: int = 2048) -> Any:
+    return plan(
+        "base",
+        shape,
+        TrainConfig(preset=preset),
+        memory_at_hand(gpu),
+        rows=rows,
+        length=length,
+        shared=0,
+        answer=length,
+    )
+
+
+def test_seven_billion_fit_with_lora_into_24_gb(tmp_path: Path) -> None:
+    for config in (LLAMA_2_7B, MISTRAL_7B):
+        told = _plan(_shape(tmp_path, config), "24GB")
+        checkpointed = next(p for p in told.ways if p.way.checkpointing and not p.way.nf4)
+        assert checkpointed.asked.total <= 24e9
+        assert checkpointed.largest[2048] >= 1
+        whole = next(p for p in told.ways if not p.way.checkpointing and not p.way.nf4)
+        assert whole.largest[4096] == 0
+
+
+def test_seventy_billion_in_4_bit_fit_on_an_80_gb_card_and_in_16_do_not(tmp_path: Path) -> None:
+    told = _plan(_shape(tmp_path, LLAMA_31_70B), "80GB")
+    fits = {(p.way.nf4, p.way.checkpointing): p.asked.total <= 80e9 for p in told.ways}
+    assert fits == {(False, False): False, (False, True): False, (True, False): False, (True, True): True}
+    assert all(p.longest == 0 for p in told.ways if not p.way.nf4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 64),
+    shared=st.integers(0, 300),
+    own=st.integers(1, 300),
+    nf4=st.booleans(),
+    checkpointing=st.booleans(),
+)
+def test_more_rows_or_tokens_never_need_less_on_a_card(
+    rows: int, shared: int, own: int, nf4: bool, checkpointing: bool
+) -> None:
+    way = Way(ALL_LINEAR, 8, nf4=nf4, checkpointing=checkpointing, card=True)
+    here = need(TINY, way, Load(rows, shared, own, 1)).total
+    assert need(TINY, way, Load(rows + 1, shared, own, 1)).total > here
+    assert need(TINY, way, Load(rows, shared, own + 1, 1)).total > here
+    assert need(TINY, way, Load(rows, shared + 1, own, 1)).total > here
+    if rows > 1 and shared:
+        assert need(TINY, way, Load(rows, 0, shared + own, 1)).total > here  # computed once, it takes less
+
+
+def test_the_largest_that_fits_is_the_largest(tmp_path: Path) -> None:
+    shape = _shape(tmp_path, LLAMA_31_8B)
+    for planned in _plan(shape, "24GB").ways:
+        for length, rows in planned.largest.items():
+            if rows:
+                assert need(shape, planned.way, Load(rows, 0, length, length)).total <= 24e9
+            assert need(shape, planned.way, Load(rows + 1, 0, length, length)).total > 24e9
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GB", 24 * 10**9),
+        ("24GiB", 24 << 30),
+        (" 80 gb", 80 * 10**9),
+        ("1.5TB", 1_500_000_000_000),
+        ("512MB", 512_000_000),
+    ],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "24", "GB", "24 apples", "-1GB", "0GB", "24GBs", "KB", "1e3GB", "inf GB"])
+def test_memory_at_hand_refuses_text_that_is_no_size(text: str) -> None:
+    assert parse_size(text) is None
+    with pytest.raises(UserError, match="is neither a size of memory nor a known card") as caught:
+        memory_at_hand(text)
+    assert caught.value.where == "--gpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("RTX 4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("h100", "H100 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("a100-80gb", "A100 80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("Tesla T4", "T4"),
+        ("rtx_a6000", "RTX A6000"),
+        ("l40s", "L40S"),
+    ],
+)
+def test_card_named_finds_card_as_people_and_torch_write_it(text: str, name: str) -> None:
+    assert card_named(text, "--gpu").name == name
+    assert memory_at_hand(text).bytes == card_named(name, "--gpu").bytes
+
+
+def test_card_named_gives_memory_of_nvidia_smi() -> None:
+    assert card_named("RTX 4090", "--gpu").bytes == 24564 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        ("a100", "sold with different memory", "a100-40gb or a100-80gb"),
+        ("v100", "sold with different memory", "v100-16gb or v100-32gb"),
+        ("rtx 4091", "nor a known card", "RTX 4090"),
+        ("RTX 4090 Laptop GPU", "nor a known card", "RTX 4090"),
+        ("abacus", "nor a known card", "such as 24GB or 24GiB"),
+    ],
+)
+def test_card_named_refuses_unknown_name_with_near_ones(text: str, what: str, fix: str) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        card_named(text, "--gpu")
+    assert caught.value.fix is not None
+    assert fix in caught.value.fix
+
+
+def test_sizes_are_written_for_people() -> None:
+    assert [gigabytes(size) for size in (13_476_831_232, 52_000_000, 0)] == ["13.5 GB", "0.05 GB", "0.00 GB"]
+
+
+def test_without_a_size_the_memory_here_is_told_with_its_source() -> None:
+    here = memory_at_hand(None)
+    assert here.bytes > 0
+    assert here.card == torch.cuda.is_available()
+    assert "free" in here.source or "left" in here.source
+
+
+def test_numbers_that_two_places_need_agree() -> None:
+    from tunewright.training.packing import attention, fused_loss
+
+    assert fit_memory.TILE_LOGITS == fused_loss.TILE_LOGITS
+    assert fit_memory.SHORT == attention.SHORT

@@ -1,0 +1,400 @@
+"""Packed batches with shared prefixes: the loss and every gradient are those of the rows one by one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from tiny import ARCHITECTURES, KINDS, Kind, tiny_model
+from tunewright.core.progress import LogReporter
+from tunewright.models.bases import resolve_base
+from tunewright.models.families import ATTENTION, FAMILIES, MLP
+from tunewright.models.loading import drop_vision, load_model
+from tunewright.training.lora import use_fused_lora
+from tunewright.training.packing import Group, attention, pack, plan_groups
+from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
+from tunewright.training.packing.layout import Sequences
+from tunewright.training.packing.plan import GROUP_COST, common_prefix, computed_tokens
+from tunewright.training.rows import IGNORED
+
+VOCABULARY = 61
+TARGETS = (*ATTENTION, *MLP)
+
+Rows = list[list[int]]
+
+
+def _model(
+    kind: Kind,
+    *,
+    heads: int = 4,
+    key_heads: int = 2,
+    window: int | None = None,
+    layers: int = 2,
+    fused: bool = True,
+) -> Any:
+    """A random model with LoRA whose B matrices are not zero, so that A's gradients are not either."""
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 8 * heads,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        **({"sliding_window": window} if window else {}),
+    }
+    base = tiny_model(kind, **shape)
+    family = FAMILIES[ARCHITECTURES[kind]]
+    if family.vision:
+        drop_vision(base)
+    add_token_losses(base)
+    return _with_lora(base, fused=fused, targets=family.linear)
+
+
+def _with_lora(base: Any, *, fused: bool = True, targets: Sequence[str] = TARGETS) -> Any:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=list(targets))
+    if fused:
+        use_fused_lora(lora)
+    model: Any = get_peft_model(base, lora)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model.train()
+
+
+def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _one_by_one(model: Any, rows: Rows, labels: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reference: each row alone through transformers' own attention, and its own logits."""
+    model.base_model.model.set_attn_implementation("eager")
+    wanted = sum(label != IGNORED for row in labels for label in row[1:])
+    total = torch.zeros(())
+    for row, label in zip(rows, labels, strict=True):
+        logits = model(input_ids=torch.tensor([row])).logits[0, :-1]
+        total = total + cross_entropy(logits, torch.tensor(label[1:]), reduction="sum", ignore_index=IGNORED)
+    loss = total / wanted
+    return loss.detach(), _gradients(model, loss)
+
+
+def _packed(
+    model: Any, rows: Rows, labels: Rows, *, share: bool = True, groups: Sequence[Group] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    attention.register()
+    model.base_model.model.set_attn_implementation(attention.NAME)
+    loss = token_losses_of(model, pack(rows, labels, share=share, groups=groups)).mean()
+    return loss.detach(), _gradients(model, loss)
+
+
+def _assert_equal(ours: tuple[Tensor, dict[str, Tensor]], reference: tuple[Tensor, dict[str, Tensor]]) -> None:
+    """Within float32 rounding: relative 1e-5 for each LoRA matrix's gradient as a whole.
+
+    A gradient that cancels out (of the query's weights, where there is but one key) is held to the size of the whole:
+    a tenth of it times 1e-5 is eight times float32's own step.
+    """
+    assert float(ours[0]) == pytest.approx(float(reference[0]), rel=1e-5)
+    assert ours[1].keys() == reference[1].keys()
+    whole = torch.stack([gradient.norm() for gradient in reference[1].values()]).norm()
+    for name, gradient in ours[1].items():
+        difference = (gradient - reference[1][name]).norm()
+        assert difference <= 1e-5 * max(reference[1][name].norm(), whole / 10), name
+
+
+def _rows(prefixes: Sequence[int], suffixes: Sequence[int], answers: Sequence[int], seed: int = 0) -> tuple[Rows, Rows]:
+    """Row i: one of the prefixes (by turns), its own rest of the prompt, and its answer, which is trained."""
+    luck = random.Random(seed)
+    shared = [[luck.randrange(VOCABULARY) for _ in range(length)] for length in prefixes]
+    rows, labels = [], []
+    for place, (rest, answer) in enumerate(zip(suffixes, answers, strict=True)):
+        prompt = [*shared[place % len(shared)], *(luck.randrange(VOCABULARY) for _ in range(rest))]
+        said = [luck.randrange(VOCABULARY) for _ in range(answer)]
+        rows.append(prompt + said)
+        labels.append([IGNORED] * len(prompt) + said)
+    return rows, labels
+
+
+CASES = {
+    "one instruction": _rows([13], [4, 7, 2, 9], [3, 1, 5, 2]),
+    "one-token completions": _rows([13], [4, 7, 2, 9], [1, 1, 1, 1]),
+    "prompt wholly shared": _rows([13], [0, 0, 0], [4, 2, 6]),
+    "several prefixes": _rows([13, 21, 9], [4, 7, 2, 9, 1, 3, 5], [3, 1, 5, 2, 2, 4, 1]),
+    "nothing shared": _rows([0], [14, 17, 12, 9], [3, 1, 5, 2]),
+    "one row": _rows([13], [5], [4]),
+    "lengths far apart": _rows([13], [1, 40, 3, 90, 2], [2, 3, 1, 8, 2]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("llama", {}),
+        ("llama", {"heads": 4, "key_heads": 1}),
+        ("llama", {"heads": 3, "key_heads": 3}),
+        ("mistral", {}),
+        ("mistral", {"window": 6}),
+        ("mistral3", {}),
+        ("mistral3-ministral3", {}),
+        ("ministral3", {}),
+        ("ministral3", {"window": 6}),
+        ("mixtral", {}),
+        ("mixtral", {"window": 6}),
+    ],
+)
+def test_loss_and_every_gradient_equal_those_of_the_rows_one_by_one(
+    case: str, kind: Kind, shape: dict[str, Any]
+) -> None:
+    rows, labels = CASES[case]
+    model = _model(kind, **shape)
+    reference = _one_by_one(model, rows, labels)
+    for share in (True, False):
+        _assert_equal(_packed(model, rows, labels, share=share), reference)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), min_size=1, max_size=6),
+    st.sampled_from([None, 5]),
+    st.integers(0, 99),
+)
+def test_any_batch_has_the_loss_and_gradients_of_its_rows(
+    prefixes: list[int], suffixes: list[tuple[int, int]], window: int | None, seed: int
+) -> None:
+    rests, answers = zip(*suffixes, strict=True)
+    rows, labels = _rows([length + 1 for length in prefixes], rests, answers, seed)
+    model = _model("mistral", window=window)
+    _assert_equal(_packed(model, rows, labels), _one_by_one(model, rows, labels))
+
+
+def test_trained_turns_within_a_shared_prefix_count_once_for_each_row() -> None:
+    """Conversations that begin with the same question and trained answer."""
+    rows, labels = _rows([20], [4, 7, 2], [3, 1, 5])
+    for row, label in zip(rows, labels, strict=True):
+        label[8:12] = row[8:12]
+    model = _model("llama")
+    assert plan_groups(rows) == [Group(20, (0, 1, 2))] or plan_groups(rows)[0].prefix == 20
+    _assert_equal(_packed(model, rows, labels), _one_by_one(model, rows, labels))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_of_activations_changes_no_gradient(kind: Kind) -> None:
+    rows, labels = CASES["several prefixes"]
+    model = _model(kind)
+    plain = _packed(model, rows, labels)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _assert_equal(_packed(model, rows, labels), plain)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_over_a_base_in_nf4_they_are_equal_too(tiny_base_folder: Path, checkpointing: bool) -> None:
+    base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
+    quantized = load_model(base, "float32", "nf4")
+    add_token_losses(quantized)
+    model = _with_lora(quantized, fused=False)
+    rows, labels = CASES["several prefixes"]
+    reference = _one_by_one(model, rows, labels)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _assert_equal(_packed(model, rows, labels), reference)
+
+
+def test_peft_s_own_lora_layers_give_the_same_gradients() -> None:
+    rows, labels = CASES["one instruction"]
+    _assert_equal(
+        _packed(_model("llama", fused=True), rows, labels), _one_by_one(_model("llama", fused=False), rows, labels)
+    )
+
+
+def test_in_bfloat16_long_and_short_suffixes_stay_near_float32() -> None:
+    rows, labels = _rows([30], [3, 140, 150, 9], [4, 3, 2, 5])
+    model = _model("llama")
+    reference = _one_by_one(model, rows, labels)
+    loss, gradients = _packed(model.to(torch.bfloat16), rows, labels)
+    assert float(loss) == pytest.approx(float(reference[0]), rel=0.02)
+    for name, gradient in gradients.items():
+        cosine = torch.cosine_similarity(gradient.float().flatten(), reference[1][name].flatten(), dim=0)
+        assert cosine > 0.99, name
+
+
+def _sequence_by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, window: int | None
+) -> Tensor:
+    """Attention over ragged sequences by its documented meaning, in a loop."""
+    shared = query.shape[1] // key.shape[1]
+    outputs = []
+    for i in range(sequences.count):
+        q = query[sequences.ends_q[i] : sequences.ends_q[i + 1]]
+        k, v = (
+            each[sequences.ends_k[i] : sequences.ends_k[i + 1]].repeat_interleave(shared, 1) for each in (key, value)
+        )
+        assert len(q) <= sequences.longest_q
+        assert len(k) <= sequences.longest_k
+        place = torch.arange(len(k) - len(q), len(k))[:, None]
+        seen = torch.arange(len(k)) <= place
+        if window is not None:
+            seen &= torch.arange(len(k)) > place - window
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scaling
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_ragged_sequences_attend_as_the_blocks_do_with_the_same_gradients(
+    case: str, share: bool, window: int | None
+) -> None:
+    """What a card computes (tests/gpu runs the same with FlashAttention's own interface), here in float64."""
+    torch.manual_seed(0)
+    batch = pack(*CASES[case], share=share)
+    tokens = batch.input_ids.shape[1]
+    query = torch.randn(1, 4, tokens, 8, dtype=torch.float64)
+    key, value = (torch.randn(1, 2, tokens, 8, dtype=torch.float64) for _ in range(2))
+    wanted = torch.randn(1, tokens, 4, 8, dtype=torch.float64)
+    inputs = [each.requires_grad_() for each in (query, key, value)]
+
+    blocks = attention.attend(None, query, key, value, None, layout=batch.layout, scaling=0.3, sliding_window=window)[0]
+    sequences = attention.ragged(query, key, value, batch.layout.sequences, 0.3, window, _sequence_by_sequence)[None]
+
+    torch.testing.assert_close(sequences, blocks)
+    gradients = [torch.autograd.grad((each * wanted).sum(), inputs) for each in (sequences, blocks)]
+    # Sums are in float32 where keys are gathered.
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [2, 8, 64, 256])
+def test_gathered_gradients_are_rounded_once_at_any_number_of_rows(rows: int) -> None:
+    """Against float64: rounding a sum to bfloat16 once leaves 0.17% (2^-9 over root 3 of a uniform mantissa)."""
+    generator = torch.Generator().manual_seed(rows)
+    prefix, size = 16, 512
+    places = torch.arange(prefix).repeat(rows)
+    sent_back = torch.randn(rows * prefix, size, generator=generator).bfloat16()
+    packed = torch.zeros(prefix, size, dtype=torch.bfloat16, requires_grad=True)
+    exact = sent_back.double().view(rows, prefix, size).sum(0)
+
+    def error(gradient: Tensor) -> float:
+        assert gradient.dtype == torch.bfloat16
+        return float((gradient.double() - exact).norm() / exact.norm())
+
+    (gradient,) = torch.autograd.grad(attention.gather(packed, places), packed, sent_back)
+    assert error(gradient) < 0.002
+    # As a card adds up the gradient of index_select: in bfloat16, row by row.
+    one_by_one = torch.zeros(prefix, size, dtype=torch.bfloat16)
+    for row in sent_back.view(rows, prefix, size):
+        one_by_one += row
+    if rows >= 64:
+        assert error(one_by_one) > 0.005
+
+
+@pytest.mark.parametrize("window", [None, 4096])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_options_of_varlen_attn_are_those_of_the_torch_that_is_installed(window: int | None, grouped: bool) -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = attention.flash_options(0.1, window, grouped=grouped)
+    bound = signature(varlen_attn).bind(*range(7), **options).arguments
+    assert bound["window_size"] == ((-1, 0) if window is None else (4095, 0))
+    assert bound["scale"] == 0.1
+
+
+def _all_tensors(value: Any) -> list[Tensor]:
+    """Every tensor of a batch, whatever it is nested in."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for each in value for tensor in _all_tensors(each)]
+    if is_dataclass(value):
+        return [tensor for field in fields(value) for tensor in _all_tensors(getattr(value, field.name))]
+    return []
+
+
+def test_packed_batch_moves_all_of_its_tensors() -> None:
+    """Those of replay and of padded blocks too; DDP moves none of them."""
+    rows, labels = CASES["several prefixes"]
+    batch = pack(rows, labels, share=True, replayed=[place % 2 == 0 for place in range(len(rows))])
+    here, there = _all_tensors(batch), _all_tensors(batch.to("meta"))
+    assert len(here) == len(there) >= 11
+    assert {tensor.device.type for tensor in there} == {"meta"}
+
+
+def test_packed_batch_makes_no_mask_of_the_square_of_its_tokens() -> None:
+    """Nothing as large as [T, T] is made: neither a mask nor scores, on the CPU either."""
+    rows, labels = _rows([40], [8] * 32, [4] * 32)
+    batch = pack(rows, labels, share=True)
+    tokens = batch.input_ids.shape[1]
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest, *(each.numel() for each in tree_iter(out) if isinstance(each, Tensor))])
+            return out
+
+    model = _model("llama", heads=1, key_heads=1)
+    attention.register()
+    model.base_model.model.set_attn_implementation(attention.NAME)
+    with Watch():
+        token_losses_of(model, batch).sum().backward()
+    assert largest < tokens**2 / 4
+
+
+def test_prefixes_are_chosen_as_by_trying_all_groupings_of_neighbours() -> None:
+    luck = random.Random(3)
+    for _ in range(60):
+        rows = [[luck.randrange(2) for _ in range(luck.randrange(1, 60))] for _ in range(luck.randrange(1, 7))]
+        for row in rows[1:]:
+            keep = luck.randrange(len(rows[0]) + 1)
+            row[:keep] = rows[0][:keep]
+        groups = plan_groups(rows)
+        assert sorted(row for group in groups for row in group.rows) == list(range(len(rows)))
+        for group in groups:
+            assert len({tuple(rows[row][: group.prefix]) for row in group.rows}) == 1
+            assert all(len(rows[row]) > group.prefix for row in group.rows)
+        order = sorted(range(len(rows)), key=lambda place: rows[place])
+        best = min(_cost([rows[place] for place in order], cuts) for cuts in range(2 ** (len(rows) - 1)))
+        cost = computed_tokens(rows, groups) + GROUP_COST * sum(group.prefix > 0 for group in groups)
+        assert cost == best
+
+
+def _cost(ordered: Rows, cuts: int) -> int:
+    """Tokens and further groups, where bit i of ``cuts`` ends a group after row i."""
+    total, start = 0, 0
+    for end in range(1, len(ordered) + 1):
+        if end == len(ordered) or cuts >> (end - 1) & 1:
+            run = ordered[start:end]
+            whole = sum(map(len, run))
+            prefix = min(min(common_prefix(run[0], row) for row in run), min(map(len, run)) - 1)
+            shared = whole - (len(run) - 1) * prefix + GROUP_COST
+            total += min(whole, shared) if len(run) > 1 and prefix else whole
+            start = end
+    return total
+
+
+def test_linear_work_and_keys_grow_with_rows_and_never_with_the_square_of_the_packed_length() -> None:
+    rows, labels = _rows([200], [10] * 64, [4] * 64)
+    batch = pack(rows, labels, share=True)
+    assert batch.input_ids.numel() == 200 + 64 * 14
+    assert batch.layout.sequences.key_places is not None
+    assert len(batch.layout.sequences.key_places) == 200 + 64 * 214
+    assert batch.predict_from.numel() == batch.targets.numel() == 64 * 4

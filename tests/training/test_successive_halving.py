@@ -1,0 +1,271 @@
+"""Successive halving against a brute-force reference, with budgets, stops and trials that come to nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunewright.config import PRESETS, TrainConfig
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
+from tunewright.training.divergence import DivergedError
+from tunewright.training.sweep.ledger import LEDGER, Head, Ledger
+from tunewright.training.sweep.search_space import (
+    Schedule,
+    Trial,
+    default_rates,
+    fitting_rate,
+    halving_schedule,
+    make_trials,
+)
+from tunewright.training.sweep.successive_halving import FIRST_STEPS, Progress, SuccessiveHalving
+
+STEP, LOAD = 2.0, 30.0
+
+
+def _trials(count: int) -> list[Trial]:
+    return [Trial(f"t{n}", TrainConfig(learning_rate=1e-4 * (n + 1))) for n in range(count)]
+
+
+def _head(trials: list[Trial], schedule: Schedule) -> Head:
+    return Head(
+        sweep="s",
+        dataset="d",
+        base="b",
+        template="t",
+        metric=None,
+        steps=schedule.rungs[-1],
+        rungs=schedule.rungs,
+        trials={t.name: {} for t in trials},
+    )
+
+
+class World:
+    """Trials that take known times and come to known losses; it keeps what was asked of it."""
+
+    def __init__(self, losses: dict[tuple[str, int], float]) -> None:
+        self.losses = losses
+        self.now = 0.0
+        self.at: dict[str, int] = {}
+        self.calls: list[tuple[str, int]] = []
+        self.stop_before = math.inf
+
+    def train_to(self, trial: Trial, step: int) -> Progress:
+        if len(self.calls) >= self.stop_before:
+            raise KeyboardInterrupt
+        self.calls.append((trial.name, step))
+        made = step - self.at.get(trial.name, 0)
+        assert made > 0, "no step is made twice"
+        self.at[trial.name] = step
+        self.now += LOAD + made * STEP
+        loss = self.losses.get((trial.name, step), 1.0)
+        if math.isnan(loss):
+            raise DivergedError("the loss is nan")
+        return Progress(made, made * STEP, loss, None)
+
+    def halving(self, folder: Path, trials: list[Trial], schedule: Schedule, budget: float | None) -> SuccessiveHalving:
+        ledger = Ledger(folder, _head(trials, schedule))
+        return SuccessiveHalving(trials, schedule, ledger, self.train_to, budget, LogReporter(), lambda: self.now)
+
+
+def _brute_force(
+    names: list[str], rungs: tuple[int, ...], losses: dict[tuple[str, int], float]
+) -> tuple[str, list[tuple[str, int]]]:
+    """The schedule written out: everybody, then the better half, and so on."""
+    calls = []
+    for rung in rungs:
+        calls += [(name, rung) for name in names]
+        names = sorted(names, key=lambda name: losses[name, rung])
+        names = names[: max(1, len(names) // 2)] if rung != rungs[-1] else names[:1]
+    return names[0], calls
+
+
+@given(st.integers(1, 13), st.integers(1, 200), st.randoms(use_true_random=False))
+@settings(max_examples=25, deadline=None)  # every line of the ledger is synced to disk
+def test_it_goes_as_the_schedule_written_out(
+    tmp_path_factory: pytest.TempPathFactory, n: int, steps: int, rng: Random
+) -> None:
+    trials, schedule = _trials(n), halving_schedule(n, steps, steps)
+    losses = {(t.name, rung): rng.random() for t in trials for rung in schedule.rungs}
+    world = World(losses)
+    winner = world.halving(tmp_path_factory.mktemp("sweep"), trials, schedule, None).run()
+    expected, calls = _brute_force([t.name for t in trials], schedule.rungs, losses)
+    assert (winner.name if winner else None, world.calls) == (expected, calls)
+
+
+def test_six_trials_are_compared_after_a_quarter_and_a_half() -> None:
+    assert halving_schedule(6, 100, 34).rungs == (25, 50, 100)
+    assert halving_schedule(6, 2, 1).rungs == (1, 2)
+    assert halving_schedule(1, 7, 7).rungs == (7,)
+
+
+@given(st.floats(100, 6000), st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_the_budget_is_kept_and_as_many_trials_as_fit_are_run(
+    tmp_path_factory: pytest.TempPathFactory, budget: float, rng: Random
+) -> None:
+    trials, schedule = _trials(6), halving_schedule(6, 120, 50)
+    losses = {(t.name, rung): rng.random() for t in trials for rung in schedule.rungs}
+    world = World(losses)
+    halving = world.halving(tmp_path_factory.mktemp("sweep"), trials, schedule, budget)
+
+    def cost(count: int) -> float:
+        """By hand: 30 steps each, 30 more for half of them, 60 for one; a run measures by itself after 50 and 100."""
+        first_steps = LOAD  # the steps themselves are not made again
+        return first_steps + count * (LOAD + 60) + max(1, count // 2) * (2 * LOAD + 60) + (2 * LOAD + 120)
+
+    fit = [count for count in range(1, 7) if cost(count) <= budget]
+    if not fit:
+        with pytest.raises(UserError, match="too small for a single trial"):
+            halving.run()
+        assert world.calls == [("t0", FIRST_STEPS)]
+        return
+    winner = halving.run()
+    assert world.now <= budget
+    run = [t.name for t in trials[: max(fit)]]
+    expected, calls = _brute_force(run, schedule.rungs, losses)
+    assert winner is not None
+    assert (winner.name, world.calls) == (expected, [("t0", FIRST_STEPS), *calls])
+    left_out = [e.trial for e in halving.ledger.entries if e.event == "left out"]
+    assert left_out == [t.name for t in trials[max(fit) :]]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.randoms(use_true_random=False))
+@settings(max_examples=15, deadline=None)
+def test_a_stopped_sweep_goes_on_and_nothing_is_run_twice(
+    tmp_path_factory: pytest.TempPathFactory, stops: list[int], rng: Random
+) -> None:
+    trials, schedule = _trials(6), halving_schedule(6, 40, 20)
+    losses = {(t.name, rung): rng.random() for t in trials for rung in schedule.rungs}
+    world, folder = World(losses), tmp_path_factory.mktemp("sweep")
+    for stop in stops:
+        world.stop_before = len(world.calls) + stop
+        try:
+            winner = world.halving(folder, trials, schedule, None).run()
+        except KeyboardInterrupt:
+            continue
+        break
+    world.stop_before = math.inf
+    winner = world.halving(folder, trials, schedule, None).run()
+    expected, calls = _brute_force([t.name for t in trials], schedule.rungs, losses)
+    assert (winner.name if winner else None, world.calls) == (expected, calls)
+
+
+def test_a_larger_budget_goes_on_with_what_was_left_out(tmp_path: Path) -> None:
+    trials, schedule = _trials(6), halving_schedule(6, 120, 120)
+    losses = {(t.name, rung): 6.0 - n for n, t in enumerate(trials) for rung in schedule.rungs}
+    world = World(losses)
+    first = world.halving(tmp_path, trials, schedule, 800).run()
+    assert first is not None and first.name == "t3"
+    calls = list(world.calls)
+    again = world.halving(tmp_path, trials, schedule, 800).run()
+    assert again == first and world.calls == calls
+    later = world.halving(tmp_path, trials, schedule, None).run()
+    assert later is not None and later.name == "t5"
+    assert world.calls[: len(calls)] == calls
+
+
+def test_a_trial_whose_loss_is_no_number_is_out(tmp_path: Path) -> None:
+    trials, schedule = _trials(6), halving_schedule(6, 40, 40)
+    losses = {("t0", 10): math.nan, ("t1", 10): math.nan, ("t5", 10): 0.5, ("t4", 10): 0.6}
+    losses |= {("t5", 20): math.nan, ("t4", 20): 0.4}
+    world = World(losses)
+    winner = world.halving(tmp_path, trials, schedule, None).run()
+    assert winner is not None and winner.name == "t4"
+    assert [name for name, step in world.calls if step == 20] == ["t5", "t4", "t2"]
+    again = World(losses)
+    assert again.halving(tmp_path, trials, schedule, None).run() == winner
+    assert again.calls == []
+
+
+def test_if_all_come_to_nothing_there_is_no_winner(tmp_path: Path) -> None:
+    trials, schedule = _trials(2), halving_schedule(2, 40, 40)
+    world = World({(t.name, 20): math.nan for t in trials})
+    assert world.halving(tmp_path, trials, schedule, None).run() is None
+
+
+def test_the_ledger_says_what_happened_and_is_only_added_to(tmp_path: Path) -> None:
+    trials, schedule = _trials(3), halving_schedule(3, 40, 40)
+    world = World({("t0", 20): 0.3, ("t1", 20): 0.1, ("t2", 20): 0.2})
+    world.stop_before = 2
+    with pytest.raises(KeyboardInterrupt):
+        world.halving(tmp_path, trials, schedule, None).run()
+    before = (tmp_path / LEDGER).read_text()
+    world.stop_before = math.inf
+    world.halving(tmp_path, trials, schedule, None).run()
+    after = (tmp_path / LEDGER).read_text()
+    assert after.startswith(before)
+    told = [json.loads(line) for line in after.splitlines()[1:]]
+    assert [(e["event"], e["trial"]) for e in told] == [
+        ("measured", "t0"),
+        ("measured", "t1"),
+        ("stopped", "t2"),
+        ("measured", "t2"),
+        ("goes on", "t1"),
+        ("out", "t2"),
+        ("out", "t0"),
+        ("finished", "t1"),
+        ("winner", "t1"),
+    ]
+    assert told[0]["dev_loss"] == 0.3
+    assert told[0]["seconds"] == LOAD + 20 * STEP
+
+
+@pytest.mark.parametrize("fault", ["{}", "no json", '{"event": "measured"}'])
+def test_a_ledger_that_was_changed_is_told_with_its_line(tmp_path: Path, fault: str) -> None:
+    trials, schedule = _trials(2), halving_schedule(2, 10, 10)
+    World({}).halving(tmp_path, trials, schedule, None).run()
+    path = tmp_path / LEDGER
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], fault, *lines[2:]]) + "\n")
+    with pytest.raises(UserError, match="not a line of a ledger") as caught:
+        World({}).halving(tmp_path, trials, schedule, None)
+    assert caught.value.where == f"{path}:2"
+    path.write_text(_head(_trials(3), schedule).model_dump_json() + "\n")
+    with pytest.raises(UserError, match="not the ledger of this sweep"):
+        World({}).halving(tmp_path, trials, schedule, None)
+
+
+# What is tried
+
+
+def test_the_fitting_rate_is_that_of_the_published_fit() -> None:
+    """Values of the published formula, rounded: an 8B Llama, a 70B one, and a small one."""
+    assert [f"{fitting_rate(width):.1e}" for width in (4096, 8192, 576)] == ["2.9e-04", "1.7e-04", "1.3e-03"]
+
+
+@given(st.floats(1e-6, 0.5), st.sampled_from([64, 576, 2048, 4096, 8192]))
+def test_the_recipes_own_rate_is_among_the_three(own: float, width: int) -> None:
+    rates = default_rates(own, width)
+    assert own in rates
+    assert len(set(rates)) == len(rates) == 3
+    assert list(rates) == sorted(rates)
+    assert sum(rate != own for rate in rates) == 2
+
+
+def test_both_presets_are_tried_at_each_rate_and_the_config_itself_first() -> None:
+    own = TrainConfig(epochs=2, rank=8)
+    trials = make_trials(own, [1e-3, 2e-4, 5e-3])
+    assert [t.name for t in trials] == [
+        "classic-0.0002",
+        "all-linear-0.001",
+        "all-linear-0.0002",
+        "all-linear-0.005",
+        "classic-0.001",
+        "classic-0.005",
+    ]
+    assert trials[0].train == own
+    assert all(t.train.targets == PRESETS[t.train.preset]["targets"] for t in trials)
+    assert {(t.train.epochs, t.train.rank) for t in trials} == {(2, 8)}
+
+
+@pytest.mark.parametrize("rates", [[0.0], [2.0], [math.nan], [1e-3, 1e-3]])
+def test_rates_that_are_none_are_refused(rates: list[float]) -> None:
+    with pytest.raises(UserError):
+        make_trials(TrainConfig(), rates)
