@@ -60,7 +60,7 @@ def main() -> None:
     capacities: list[float] = []
     with tempfile.TemporaryDirectory() as temporary:
         url = f"sqlite:///{temporary}/state.sqlite"
-        keys = tenants(url, opened.project)
+        keys = tenants(url, opened.folder)
         prompts = [row.example.prompt for row in load_version(opened.folder.dataset).examples("test")]
         with Host(options.project, url, options.threads) as host:
             meter = Meter(Clients(host.url, keys, ["model"] * 2), prompts)

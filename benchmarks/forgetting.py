@@ -72,8 +72,8 @@ def main() -> None:
 
     domain = project_in(options.work / "domain", options, reporter, mix=False)
     adapters = trained(domain, options, reporter)
-    arm_runner = ProjectContext(domain.project, reporter).arm_runner()
-    meter = ForgettingMeter(domain.project, arm_runner.version, arm_runner.generator, options.samples)
+    arm_runner = ProjectContext(domain.folder, reporter).arm_runner()
+    meter = ForgettingMeter(domain.folder, arm_runner.version, arm_runner.generator, options.samples)
     result = scale(arm_runner, meter, adapters["plain"])
     adapters[f"plain, scaled by {result.chosen.factor:g}"] = result.adapter
     questions, why_not = arc(options.questions)
@@ -87,13 +87,13 @@ def main() -> None:
         "machine": {
             "platform": platform.platform(),
             "cpu": cpu(),
-            "packages": packages(domain.project.config.train.quantize),
+            "packages": packages(domain.folder.config.train.quantize),
         },
         "task": {
             "dataset": arm_runner.version.digest,
             "train": len(arm_runner.version.domain_of("train")),
             "dev": len(arm_runner.version.examples("dev")),
-            "base": domain.project.config.base,
+            "base": domain.folder.config.base,
         },
         "arc_easy": {"questions": len(questions), "seed": SEED, "skipped": why_not},
         "rows": rows,
@@ -141,11 +141,11 @@ def self_instruct() -> str:
 
 def trained(domain: Project, options: argparse.Namespace, reporter: Reporter) -> dict[str, Adapter]:
     """The adapter of each way of training, by its name."""
-    config = domain.project.config
+    config = domain.folder.config
 
     def changed(**train: Any) -> Adapter:
         train_config = config.train.model_copy(update=train)
-        project = ProjectFolder(domain.project.root, config.model_copy(update={"train": train_config}))
+        project = ProjectFolder(domain.folder.root, config.model_copy(update={"train": train_config}))
         return Project(project, reporter).train().adapter
 
     adapters = {"plain": changed()}

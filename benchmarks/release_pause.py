@@ -61,7 +61,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     found = ProjectContext(ProjectFolder(options.project), LogReporter())
-    trained = find_adapter(found.project.adapters)
+    trained = find_adapter(found.folder.adapters)
     with tempfile.TemporaryDirectory() as place:
         made = [disturbed(Path(place), trained, seed, NOISE) for seed in range(max(options.adapters) + 1)]
         for count in options.adapters:
@@ -89,7 +89,7 @@ async def measure(
     found: ProjectContext, resident: list[Adapter], late: Adapter, rounds: int, rows: int
 ) -> dict[str, Any]:
     """The longest gap of each round, by what was done meanwhile."""
-    config = found.project.config
+    config = found.folder.config
     wanted = Wanted(
         found.base, replace(found.chat, stop_ids=frozenset()), "none", {each.digest: each.folder for each in resident}
     )
@@ -168,7 +168,7 @@ async def decoding(engine: Engine, adapters: list[str]) -> AsyncIterator[Tokens]
 
 def by_peft(found: ProjectContext, resident: list[Adapter], late: Adapter, rounds: int) -> dict[str, list[float]]:
     """Seconds that peft takes beside as many adapters."""
-    base = load_model(found.base, found.project.config.train.dtype, "none")
+    base = load_model(found.base, found.folder.config.train.dtype, "none")
     model = with_adapters(base, {each.digest: each.folder for each in resident})
     taken: dict[str, list[float]] = {"peft_load_s": [], "peft_delete_s": []}
     for _ in range(rounds):

@@ -78,7 +78,7 @@ def show_two_tenants(opened: Project, result: RunResult) -> TwoTenants | None:
     """
     from tunewright.serving.state import State
 
-    trained, project = result.trained.adapter, opened.project
+    trained, project = result.trained.adapter, opened.folder
     if not trained.checkpoints:
         opened.reporter.warn(f"{trained.name} has no earlier checkpoint, which would be the second tenant's adapter.")
         return None

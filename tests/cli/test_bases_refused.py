@@ -47,7 +47,7 @@ class _ConfigHub(BaseHTTPRequestHandler):
     def _reply(self, *, body: bool) -> None:
         self.asked.add(self.path.split("/main/")[-1])
         found = self.path == "/org/model/resolve/main/config.json"
-        content = json.dumps(self.config).encode() if found else b"{}"
+        content = json.dumps(self.model_config).encode() if found else b"{}"
         self.send_response(200 if found else 404)
         self.send_header("ETag", '"0"')
         self.send_header("X-Repo-Commit", "0" * 40)
@@ -147,7 +147,7 @@ def test_train_offers_several_cards_when_4_bits_do_not_fit_either(
 def test_command_refuses_unsupported_base_before_fetching_weights(
     changed: dict[str, Any], words: str, verb: str, hub: type[_ConfigHub], tmp_path: Path
 ) -> None:
-    hub.config |= changed
+    hub.model_config |= changed
     _refused(command(verb, "-p", _project(tmp_path, "org/model")), words)
     assert hub.asked == {"config.json"}
 

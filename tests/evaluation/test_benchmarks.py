@@ -88,8 +88,8 @@ def test_samples_are_those_likelihoods_and_divergences(
     project: Project, adapter: Adapter, measured: dict[str, Any], tiny_base_folder: Path
 ) -> None:
     """One answer at a time, by log-softmax over the whole vocabulary in double precision."""
-    arm_runner = ProjectContext(project.project, project.reporter).arm_runner()
-    rows = ForgettingMeter(project.project, arm_runner.version, arm_runner.generator, 6).unseen(adapter)
+    arm_runner = ProjectContext(project.folder, project.reporter).arm_runner()
+    rows = ForgettingMeter(project.folder, arm_runner.version, arm_runner.generator, 6).unseen(adapter)
     models = _two(tiny_base_folder, adapter)
     sums = {"base": 0.0, "tuned": 0.0, "divergence": 0.0}
     count = 0

@@ -52,8 +52,8 @@ def adapter(project: Project) -> Adapter:
 
 
 def _meter(project: Project, samples: int = 8) -> ForgettingMeter:
-    arm_runner = ProjectContext(project.project, project.reporter).arm_runner()
-    return ForgettingMeter(project.project, arm_runner.version, arm_runner.generator, samples)
+    arm_runner = ProjectContext(project.folder, project.reporter).arm_runner()
+    return ForgettingMeter(project.folder, arm_runner.version, arm_runner.generator, samples)
 
 
 def test_forgetting_is_what_the_bases_own_answers_lose_in_likelihood(

@@ -50,7 +50,7 @@ def _room(opened: ProjectContext, monkeypatch: pytest.MonkeyPatch, free: int) ->
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
     reporter = _Heard()
-    require_room(ProjectContext(opened.project, reporter))
+    require_room(ProjectContext(opened.folder, reporter))
     return reporter.warnings
 
 

@@ -28,7 +28,7 @@ def _opened_project(folder: Path, base: Path) -> Project:
 
 def _until(project: Project, work: Path, step: int) -> Paused:
     return train_until(
-        project.project, project.data.version(), project.base, project.chat, LogReporter(), work=work, step=step
+        project.folder, project.data.version(), project.base, project.chat, LogReporter(), work=work, step=step
     )
 
 
@@ -55,7 +55,7 @@ def test_pauses_change_nothing_and_each_is_measured_once_it_is_reached(
     assert _until(project, work, 13).step == 13
     place = tmp_path / "project" / "adapters"
     ended = train(
-        project.project, project.data.version(), project.base, project.chat, LogReporter(), work=work, adapters=place
+        project.folder, project.data.version(), project.base, project.chat, LogReporter(), work=work, adapters=place
     )
     assert ended.adapter.digest == unstopped.adapter.digest
     assert _numbers(ended) == _numbers(unstopped)

@@ -142,7 +142,7 @@ def test_a_sweep_counts_the_rows_that_there_are_and_not_those_that_were_wanted(
     monkeypatch.setattr(self_samples, "_FEWEST_CHUNKS", 1)
     monkeypatch.setattr(self_samples, "_MOST_DRAWN", 1)
     opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 24}\n  evaluate_rows: 0\n")
-    sweep = Sweep(opened.project, opened.data.version(), opened.base, opened.chat, opened.reporter)
+    sweep = Sweep(opened.folder, opened.data.version(), opened.base, opened.chat, opened.reporter)
     progress = sweep._train_to(sweep.trials[0], sweep.steps)
     adapter = opened.adapters.list()[-1]
     replayed = adapter.lineage["replay"]["rows"]
@@ -308,9 +308,9 @@ def test_the_adapters_weights_are_trained_after_the_base_was_asked(tmp_path: Pat
 
 def test_a_divergence_is_never_negative_and_moves_only_the_adapters_side() -> None:
     torch.manual_seed(0)
-    fused_loss = torch.nn.Linear(8, 50, bias=False)
+    head = torch.nn.Linear(8, 50, bias=False)
     on, off = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
-    values = divergences(on, off, fused_loss)
+    values = divergences(on, off, head)
     assert bool((values >= 0).all())
     values.sum().backward()
     assert on.grad is not None
@@ -358,7 +358,7 @@ def test_replay_by_vllm_is_drawn_before_the_base_is_loaded_and_is_another_adapte
     install_fake(monkeypatch, tmp_path)
     monkeypatch.setenv("FAKE_TOKEN_SECONDS", "0")
     opened = replay_project(tmp_path / "project", tiny_base_folder)
-    embedded = replay_inputs(opened.project)
+    embedded = replay_inputs(opened.folder)
     config = opened.folder.config
     by_vllm = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"engine": "vllm"})})
     project = ProjectFolder(opened.folder.root, by_vllm)

@@ -170,7 +170,7 @@ def test_samples_of_no_use_are_left_out_by_number_and_counted(tmp_path: Path, ti
 def test_no_sample_is_near_the_domain_or_holds_a_held_out_row(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "project", tiny_base_folder)
     version = project.data.version()
-    screen = outsiders(project.project, version, project.chat, 400, project.reporter)
+    screen = outsiders(project.folder, version, project.chat, 400, project.reporter)
     test, train = version.examples("test")[0].example.input_text, version.examples("train")[0].example.input_text
     told = {
         "copy of a training row": train + ".",
@@ -203,7 +203,7 @@ def test_without_replay_nothing_is_drawn(tmp_path: Path, tiny_base_folder: Path)
     def never() -> Any:
         raise AssertionError("no base is needed")
 
-    replay = draw_replay(project.project, project.data.version(), project.base, project.chat, never, 100, LogReporter())
+    replay = draw_replay(project.folder, project.data.version(), project.base, project.chat, never, 100, LogReporter())
     assert (replay.rows, replay.lineage, replay.files) == ([], {}, {})
 
 
@@ -213,7 +213,7 @@ def test_a_replay_that_is_none_is_refused_with_its_line(value: str, tmp_path: Pa
     file = project.folder.root / "tunewright.yaml"
     file.write_text(file.read_text().replace("replay: {samples: 6}", f"replay: {value}"))
     with pytest.raises(UserError) as caught:
-        _ = tunewright.open(project.folder.root).project.config
+        _ = tunewright.open(project.folder.root).folder.config
     assert "replay" in str(caught.value)
 
 

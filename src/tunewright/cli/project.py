@@ -53,7 +53,7 @@ def config_show(project: Folder = HERE, json: Json = False) -> None:
     import tunewright
 
     with session(json) as current:
-        values = tunewright.open(project).project.config.model_dump(mode="json")
+        values = tunewright.open(project).folder.config.model_dump(mode="json")
         current.show(values, yaml.safe_dump(values, sort_keys=False).rstrip())
 
 

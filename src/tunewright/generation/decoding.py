@@ -116,7 +116,7 @@ class Batch:
         self._cache = new_cache()
 
     def attached(self) -> AbstractContextManager[None]:
-        """Open around many passes, so that adapters are not attached and detached in each: see :class:`LoraDispatch`."""
+        """Open around many passes, so that adapters are attached once: see :class:`LoraDispatch`."""
         return self._adapters.attached()
 
     def put(self, adapter: str, loras: Mapping[str, Lora]) -> None:
