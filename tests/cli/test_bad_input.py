@@ -101,7 +101,7 @@ def test_the_same_pairs_under_another_system_turn_are_told(project: Path) -> Non
 
 def test_a_file_in_the_way_of_a_project_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    _refused(tunewright("init", tmp_path / "file"), "a file is where a folder has to be")
+    _refused(tunewright("init", tmp_path / "file"), "a file is in the place of a folder")
 
 
 def test_an_evaluation_that_is_not_there_is_told(project: Path) -> None:

@@ -74,7 +74,7 @@ def test_the_disks_refusal_is_a_user_error(tmp_path: Path, error: Exception, wor
     with pytest.raises(UserError, match=words) as caught, writing(tmp_path / "file"):
         raise error
     assert caught.value.where == str(tmp_path / "file")
-    assert "nothing that was there before has changed" in caught.value.what
+    assert "existing files are unchanged" in caught.value.what
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), RuntimeError("bug"), UserError("theirs")])

@@ -148,8 +148,8 @@ def test_a_faulty_row_is_named_by_its_line_and_nothing_is_recorded(
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "no column row"),
-        (b"row,verdict\nabc,right\n", "no column draw, answer, new_output"),
+        (b"", "missing or repeated column: row"),
+        (b"row,verdict\nabc,right\n", "missing or repeated column: draw, answer, new_output"),
         ("row,draw,answer,verdict,new_output\nä".encode("utf-16"), "not UTF-8"),
         (b"row,draw,answer,verdict,new_output\na,b\n", "2 fields where the header has 5"),
         (b'row,draw,answer,verdict,new_output\n"a\n', "not CSV"),

@@ -160,7 +160,7 @@ def test_an_error_in_one_process_ends_all_with_one_message(
     ended = server.run("train", "-p", folder, processes=2, file_limit=100_000)
     assert ended.code == 2
     assert ended.stderr.count("Error: ") == 1, ended.stderr
-    assert "a file grew over the size that is allowed here" in " ".join(ended.stderr.split())
+    assert "the file exceeds the size limit of this system" in " ".join(ended.stderr.split())
     assert "Traceback" not in ended.stderr
 
 

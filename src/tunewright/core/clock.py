@@ -1,4 +1,4 @@
-"""The time, as everything that is kept has it."""
+"""Timestamps of stored files."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from datetime import UTC, datetime
 
 
 def now() -> str:
-    """This moment in UTC, ISO 8601, to the millisecond: the newest of two made in one second is told by it."""
+    """Return the current UTC time in ISO 8601.
+
+    Milliseconds order two files that were made in the same second.
+    """
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def to_the_second(time: str) -> str:
-    """A time of ``now`` as people read it."""
+    """Return a time of :func:`now` without its milliseconds."""
     return datetime.fromisoformat(time).isoformat(timespec="seconds")
 
 
 def seconds_since(time: str) -> float:
-    """Return the seconds from a time of ``now`` to this moment."""
+    """Return the seconds since a time of :func:`now`."""
     return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()

@@ -1,15 +1,15 @@
-"""The user's mistakes, told so that they can be mended."""
+"""The error for mistakes that only the user can fix."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something only the user can mend: bad input, a wrong key, a missing file, a full disk.
+    """A problem that only the user can fix: bad input, a wrong key, a missing file, a full disk.
 
     Args:
-        what: what is wrong, one sentence.
-        where: the place of it: ``file:line``, a config key or a path.
-        fix: what to do about it.
+        what: the problem in one sentence.
+        where: ``file:line``, a config key or a path.
+        fix: the action that solves it.
     """
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
@@ -23,5 +23,5 @@ class UserError(ValueError):
         return f"{text}\n{self.fix}" if self.fix else text
 
     def as_dict(self) -> dict[str, str | None]:
-        """The error as ``--json`` prints it."""
+        """Return the error as ``--json`` prints it."""
         return {"what": self.what, "where": self.where, "fix": self.fix}

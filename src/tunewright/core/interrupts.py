@@ -1,4 +1,4 @@
-"""What a stop by Ctrl-C or SIGTERM waits for, and who else takes signals: shared by long work and the command line."""
+"""Blocks that Ctrl-C and SIGTERM wait for, and servers that handle signals themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ _finishing: list[str] = []
 
 @contextmanager
 def finishing(what: str) -> Iterator[None]:
-    """Have a stop wait for this block, which itself takes care to end soon. ``what`` says what it does first."""
+    """Make a stop wait for this block, which must end soon by itself.
+
+    Args:
+        what: the work that the stop waits for, as the terminal shows it.
+    """
     _finishing.append(what)
     try:
         yield
@@ -20,13 +24,13 @@ def finishing(what: str) -> Iterator[None]:
 
 
 def waits_for() -> str | None:
-    """Return what a stop would wait for now; None if it waits for nothing."""
+    """Return the work that a stop would wait for now, or None."""
     return _finishing[-1] if _finishing else None
 
 
 @contextmanager
 def handled_elsewhere() -> Iterator[None]:
-    """Hide signals from the command line while a server handles and reports them itself; from the main thread only."""
+    """Leave signals to a server that handles and reports them itself. Main thread only."""
     before = signal.set_wakeup_fd(-1)
     try:
         yield

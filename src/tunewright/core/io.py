@@ -1,4 +1,4 @@
-"""Digests, and files that are written whole or not at all."""
+"""Digests and atomic writes."""
 
 from __future__ import annotations
 
@@ -19,44 +19,47 @@ _REFUSALS = {
     errno.ENOSPC: ("the disk is full", "Free some space and run the same command again."),
     errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
     errno.EFBIG: (
-        "a file grew over the size that is allowed here",
+        "the file exceeds the size limit of this system",
         "Raise the limit (ulimit -f), or choose another folder.",
     ),
-    errno.EEXIST: ("a file is where a folder has to be", "Choose another folder."),
-    errno.ENOTDIR: ("a file is where a folder has to be", "Choose another folder."),
+    errno.EEXIST: ("a file is in the place of a folder", "Choose another folder."),
+    errno.ENOTDIR: ("a file is in the place of a folder", "Choose another folder."),
     errno.EROFS: ("the file system is read-only", "Choose a folder that can be written to."),
     errno.EACCES: ("permission denied", "Choose a folder that you may write to."),
     errno.EPERM: ("permission denied", "Choose a folder that you may write to."),
 }
 
 MANIFEST = "manifest.json"
-"""In a sealed folder: its files' names to their SHA-256, written last."""
+"""In a sealed folder: file names and their SHA-256 digests, written last."""
 
 
 def canonical_json(value: Any) -> str:
-    """One spelling per value: sorted keys, no spaces, UTF-8 kept, no NaN (after RFC 8785)."""
+    """Return the only spelling of a value: sorted keys, no spaces, UTF-8 kept, no NaN (after RFC 8785)."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def text_lines(text: str) -> list[str]:
-    """The lines of a text; ``str.splitlines`` also cuts at the line and page separators that values may hold."""
+    """Return the lines of a text.
+
+    ``str.splitlines`` would also split at line and page separators inside values.
+    """
     return text.removesuffix("\n").split("\n") if text else []
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (64 hex digits) of a JSON value's canonical spelling."""
+    """Return the SHA-256 (64 hex digits) of a JSON value's canonical spelling."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (64 hex digits) of a file's bytes."""
+    """Return the SHA-256 (64 hex digits) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write below ``path`` into a UserError; the rest passes."""
+    """Raise a UserError where the operating system refuses to write below ``path``."""
     try:
         yield
     except Exception as error:
@@ -64,23 +67,23 @@ def writing(path: Path) -> Iterator[None]:
         if number is None or isinstance(error, UserError):
             raise
         what, fix = _REFUSALS[number]
-        raise UserError(f"{what}; nothing that was there before has changed", where=str(path), fix=fix) from error
+        raise UserError(f"{what}; existing files are unchanged", where=str(path), fix=fix) from error
 
 
 def _refusal(error: Exception, path: Path) -> int | None:
-    """The error number behind a failed write, also where a library's native writer hides it in a message."""
+    """Return the error number of a failed write, also if a native writer only has it in its message."""
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return error.errno
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         if os.strerror(number) in str(error):  # safetensors: "I/O error: No space left on device (os error 28)"
             return number
-    if "inline_container.cc" in str(error):  # torch.save says only that it failed: a write of our own says why
+    if "inline_container.cc" in str(error):  # torch.save gives no reason, so a test write finds it
         return _probe(next(p for p in (path, *path.parents) if p.is_dir()))
     return None
 
 
 def _probe(folder: Path) -> int | None:
-    """What 16 MB written to ``folder`` are refused with, if they are refused."""
+    """Return the error number of writing 16 MB to ``folder``, or None if that works."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             for _ in range(16):
@@ -93,7 +96,7 @@ def _probe(folder: Path) -> int | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file, or leave what was there: temporary file, fsync, rename."""
+    """Write a file atomically: temporary file, fsync, rename."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -112,20 +115,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON document for people and programs: sorted, indented, whole or not at all."""
+    """Write a sorted, indented JSON document atomically."""
     write_text(path, json_document(value))
 
 
 def json_document(value: Any) -> str:
-    """Return what ``write_json`` writes."""
+    """Return the text that :func:`write_json` writes."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a temporary folder that becomes ``path`` at the end, and only if nothing was raised.
+    """Yield a temporary folder that is renamed to ``path`` at the end if nothing was raised.
 
-    ``path`` must not exist yet: folders made this way are named by content, so a second writer made the same.
+    An existing ``path`` is kept: these folders are named by content, so both writers made the same one.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +147,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Mark a folder as whole: its files reach the disk first, then the list of their digests appears at once."""
+    """Mark a folder as complete: sync its files to disk, then write their digests atomically."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     for file in files:
         _sync_file(file)
@@ -154,7 +157,7 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> list[str]:
-    """Which files of a sealed folder are not as they were sealed, each with what is wrong; empty if it is whole."""
+    """Return a message for each file of a sealed folder that is missing or has changed."""
     path = folder / MANIFEST
     try:
         sealed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
