@@ -44,9 +44,9 @@ def test_what_spreadsheets_save_is_read_with_the_line_that_each_row_starts_at(tm
     assert read_sheet(path, ["a"], "it") == [(2, {"a": "1\r\n2", "b": "x"}), (5, {"a": "3", "b": "y"})]
 
 
-def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
+def test_write_sheet_keeps_an_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "sheet.csv"
     path.write_text("mine")
-    with pytest.raises(UserError, match="there is a file"):
+    with pytest.raises(UserError, match="the file already exists"):
         write_sheet(path, ["a"], [["b"]])
     assert path.read_text() == "mine"

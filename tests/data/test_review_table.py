@@ -150,9 +150,9 @@ def test_a_faulty_row_is_named_by_its_line_and_nothing_is_recorded(
     [
         (b"", "missing or repeated column: row"),
         (b"row,verdict\nabc,right\n", "missing or repeated column: draw, answer, new_output"),
-        ("row,draw,answer,verdict,new_output\nä".encode("utf-16"), "not UTF-8"),
+        ("row,draw,answer,verdict,new_output\nä".encode("utf-16"), "the file is not UTF-8"),
         (b"row,draw,answer,verdict,new_output\na,b\n", "2 fields where the header has 5"),
-        (b'row,draw,answer,verdict,new_output\n"a\n', "not CSV"),
+        (b'row,draw,answer,verdict,new_output\n"a\n', "invalid CSV"),
     ],
 )
 def test_a_file_that_is_no_export_is_refused(project: ProjectFolder, content: bytes, told: str) -> None:
@@ -166,7 +166,7 @@ def test_a_file_that_is_no_export_is_refused(project: ProjectFolder, content: by
 
 def test_an_export_never_replaces_a_file_and_says_when_nothing_is_left(project: ProjectFolder) -> None:
     path, _ = _export(project)
-    with pytest.raises(UserError, match="a file of this name"):
+    with pytest.raises(UserError, match="the file already exists"):
         export_csv(path, review(project), 5)
     judge_next(review(project), *right(len(load_version(project.dataset).members)))
     with pytest.raises(UserError, match="no row is left"):

@@ -19,8 +19,8 @@ class Task(Protocol):
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
         """Record values at ``step`` of the work.
 
-        Training records ``loss`` and ``eval_loss``, the task's metric, and with replay ``pair_loss`` and ``replay_kl`` (or
-        ``replay_loss``).
+        Training records ``loss`` and ``eval_loss``, the task's metric, and with replay ``pair_loss`` and
+        ``replay_kl`` (or ``replay_loss``).
         """
 
 
@@ -72,7 +72,7 @@ def duration(seconds: float) -> str:
 
 
 def minutes_text(seconds: float) -> str:
-    """Return an expected duration, rounded to minutes: ``less than a minute``, ``about 7 minutes``, ``about 3.5 hours``."""
+    """Return an expected duration, rounded: ``less than a minute``, ``about 7 minutes``, ``about 3.5 hours``."""
     if seconds < 60:
         return "less than a minute"
     minutes = round(seconds / 60)
