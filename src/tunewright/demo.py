@@ -37,7 +37,7 @@ class ThreeAnswers:
     answers: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """The answers as ``--json`` prints them."""
+        """Return the answers as ``--json`` prints them."""
         return asdict(self)
 
 
@@ -61,7 +61,7 @@ class Rest:
 
 
 def example_files(name: str) -> dict[str, str]:
-    """The files of the example project called ``name``.
+    """Return the files of the example project called ``name``.
 
     Raises:
         UserError: there is no such example.
@@ -72,7 +72,7 @@ def example_files(name: str) -> dict[str, str]:
 
 
 def open_demo(directory: Path, reporter: Reporter) -> Project:
-    """The demo project in ``directory``: a new one, or the one that is there already."""
+    """Return the demo project in ``directory``: a new one, or the one that is there already."""
     if not (directory / CONFIG_FILE).exists():
         create_project(directory, example_files(legal_citations.NAME))
         reporter.say(f"Wrote the example project {legal_citations.NAME} in {directory}")
@@ -102,7 +102,7 @@ def ask_three_ways(project: Project, result: RunResult) -> ThreeAnswers:
 
 
 def measure_the_rest(project: Project, evaluation: Path) -> Rest:
-    """All else that the report can show of an evaluation (its folder) but what people say.
+    """Return all else that the report can show of an evaluation (its folder) but what people say.
 
     The base is a judge that everybody has, and a poor one: its controls say so, and then it is not heard.
     """

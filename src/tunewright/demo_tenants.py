@@ -112,7 +112,7 @@ def _release(opened: Project, alias: str, adapter: Adapter, because: str | None)
 
 
 def _live(opened: Project) -> list[Release]:
-    """The last release of each alias that answers something."""
+    """Return the last release of each alias that answers something."""
     last = {release.alias: release for release in opened.releases()}
     return [release for release in last.values() if not release.withdrawn]
 
@@ -145,7 +145,7 @@ def _visit(opened: Project, result: RunResult, adapters: Mapping[str, str]) -> T
 
 
 def _ask(client: httpx.Client, alias: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tenant gets for its own alias, for the other one's and for one that nobody has."""
+    """Return what a tenant gets for its own alias, for the other one's and for one that nobody has."""
     (other,) = set(TENANTS.values()) - {alias}
     listed = client.get("/v1/models").raise_for_status().json()["data"]
     own, others, nobodys = (

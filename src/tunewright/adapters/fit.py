@@ -50,7 +50,7 @@ def require_fit(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
 
 
 def trained_quantize(adapters: Sequence[Adapter]) -> Quantize:
-    """How the base was held while these adapters (at least one) were trained on it.
+    """Return how the base was held while these adapters (at least one) were trained on it.
 
     Raises:
         UserError: not the same for all.

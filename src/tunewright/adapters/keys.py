@@ -50,7 +50,7 @@ class TrustedKey(Record):
     revoked: Act | None = None
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
-        """Whether this key made the signature (64 bytes) over the message."""
+        """Return whether this key made the signature (64 bytes) over the message."""
         from cryptography.exceptions import InvalidSignature
 
         try:
@@ -95,7 +95,7 @@ class PrivateKey:
         return _identity(self._key.public_key())
 
     def sign(self, message: bytes) -> bytes:
-        """The signature (64 bytes) over a message."""
+        """Return the signature (64 bytes) over a message."""
         return self._key.sign(message)
 
 
@@ -170,7 +170,7 @@ class TrustedKeys:
         return [key for key in self.all if key.revoked is None]
 
     def find(self, identity: str) -> TrustedKey | None:
-        """The key of this ID."""
+        """Return the key of this ID."""
         return next((key for key in self.all if key.id == identity), None)
 
     def trust(self, name: str, public_key: str, by: str | None) -> TrustedKey:
@@ -227,7 +227,7 @@ def _read_trusted(path: Path) -> TrustedKey:
 
 
 def _read_secret(path: Path) -> bytes:
-    """A private key's file, if only its owner can read it (as ssh has it)."""
+    """Return a private key's file, if only its owner can read it (as ssh has it)."""
     handle = os.open(path, os.O_RDONLY)
     with os.fdopen(handle, "rb") as file:
         facts = os.fstat(file.fileno())

@@ -66,7 +66,7 @@ class Trace:
     packages: Mapping[str, str]
 
     def as_dict(self, *, rows: bool) -> dict[str, Any]:
-        """The trace as ``--json`` prints it, with the rows' keys or without."""
+        """Return the trace as ``--json`` prints it, with the rows' keys or without."""
         document = asdict(self)
         for split in document["dataset"]["splits"] if document["dataset"] and not rows else ():
             del split["keys"]
@@ -119,7 +119,7 @@ def _dataset(lineage: Mapping[str, Any], dataset: Path) -> DatasetTrace:
 
 
 def _find(dataset: Path, digest: str) -> tuple[Places | None, str]:
-    """The places of the rows of the version with that digest, purged ones included, or why there is none."""
+    """Return the places of the rows of the version with that digest, purged ones included, or why there is none."""
     if digest not in {manifest.digest for manifest in list_versions(dataset)}:
         return None, "it is not here"
     try:

@@ -80,7 +80,7 @@ def read_matrices(folder: Path, base: nn.Module) -> dict[str, Lora]:
 
 
 def _plain_config(path: Path) -> LoraConfig:
-    """The configuration, if whatever it says is heeded here."""
+    """Return the configuration, if whatever it says is heeded here."""
     from peft import LoraConfig
 
     said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def _plain_config(path: Path) -> LoraConfig:
 
 
 def _targets(config: LoraConfig, base: nn.Module, path: Path) -> dict[str, Any]:
-    """The linear layers that it is for, by name."""
+    """Return the linear layers that it is for, by name."""
     from peft.tuners.tuners_utils import check_target_module_exists
     from torch import nn
 

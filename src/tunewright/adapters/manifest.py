@@ -39,7 +39,7 @@ R = TypeVar("R", bound=Record)
 
 
 def parse_record(kind: type[R], data: bytes, where: str) -> R:
-    """The record that ``data`` spells as JSON.
+    """Return the record that ``data`` spells as JSON.
 
     Raises:
         UserError: JSON of two meanings (:func:`strict_json`), or another document than such a record.
@@ -86,7 +86,7 @@ class Manifest(Record):
 
 
 def make_manifest(folder: Path, name: str, lineage: Mapping[str, Any]) -> Manifest:
-    """The manifest of what is in ``folder`` now.
+    """Return the manifest of what is in ``folder`` now.
 
     Raises:
         UserError: a link or another thing that is no plain file, or a lineage that names no digests.
@@ -107,7 +107,7 @@ def make_manifest(folder: Path, name: str, lineage: Mapping[str, Any]) -> Manife
 
 
 def _named(lineage: Mapping[str, Any], *keys: str) -> Any:
-    """What a lineage has at a key within a key; None where it has nothing there."""
+    """Return what a lineage has at a key within a key; None where it has nothing there."""
     found: Any = lineage
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -115,12 +115,12 @@ def _named(lineage: Mapping[str, Any], *keys: str) -> Any:
 
 
 def file_facts(path: Path) -> FileFacts:
-    """A file's size and SHA-256."""
+    """Return a file's size and SHA-256."""
     return FileFacts(bytes=path.stat().st_size, sha256=file_digest(path))
 
 
 def covered_files(folder: Path) -> list[str]:
-    """Every file in an adapter's folder that its manifest speaks of, sorted.
+    """Return every file in an adapter's folder that its manifest speaks of, sorted.
 
     Raises:
         UserError: a link or another thing that is no plain file.
@@ -139,7 +139,7 @@ def covered_files(folder: Path) -> list[str]:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """The manifest that ``data`` spells.
+    """Return the manifest that ``data`` spells.
 
     Raises:
         UserError: it is none, or not its canonical spelling.
@@ -151,7 +151,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in an adapter's folder; None where there is none, as with adapters of an earlier tunewright.
+    """Return the manifest in an adapter's folder; None where there is none, as with adapters of an earlier tunewright.
 
     Raises:
         UserError: it cannot be read.
@@ -163,7 +163,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def changes(folder: Path, manifest: Manifest, files: Iterable[str] | None = None) -> list[str]:
-    """How ``folder`` differs from its manifest, each in a few words; empty where it is as it was stored.
+    """Return how ``folder`` differs from its manifest, each in a few words; empty where it is as it was stored.
 
     Args:
         files: those to look at (None: all, and that there is no other).

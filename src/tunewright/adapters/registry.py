@@ -84,7 +84,7 @@ class Adapter:
         return found
 
     def was_trained_by(self, inputs_digest: str) -> bool:
-        """Whether these inputs (dataset, base, template, config, seed) made this adapter."""
+        """Return whether these inputs (dataset, base, template, config, seed) made this adapter."""
         return inputs_digest in (*self._trained_by, *self.local.get("also_inputs", []))
 
     @property
@@ -124,7 +124,7 @@ class Adapter:
         return {f.name: f for f in sorted(folders, key=lambda f: int(f.name.removeprefix("step-")))}
 
     def checkpoint(self, step: str) -> Path:
-        """The folder of the adapter at another evaluation.
+        """Return the folder of the adapter at another evaluation.
 
         Raises:
             UserError: there is none of that name.
@@ -234,7 +234,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def list_adapters(adapters: Path) -> list[Adapter]:
-    """All stored adapters, the newest last.
+    """Return all stored adapters, the newest last.
 
     Raises:
         UserError: a lineage that cannot be read.
@@ -244,7 +244,7 @@ def list_adapters(adapters: Path) -> list[Adapter]:
 
 
 def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
-    """The adapter called ``name`` (a beginning that only one has will do); the newest where no name is given.
+    """Return the adapter called ``name`` (a beginning that only one has will do); the newest where no name is given.
 
     Of those trained here, if there is any: what came in by import is meant only where it is named.
 

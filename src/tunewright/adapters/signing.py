@@ -48,7 +48,7 @@ class Signed:
 
 
 def signed_bytes(payload: bytes) -> bytes:
-    """What DSSE signs: the payload and its type, each with its length, so that neither passes for another."""
+    """Return what DSSE signs: the payload and its type, each with its length, so that neither passes for another."""
     kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
@@ -69,7 +69,7 @@ def sign(folder: Path, key: PrivateKey) -> bool:
 
 
 def read_signatures(folder: Path) -> tuple[Signature, ...]:
-    """The signatures in an adapter's folder; none where nobody signed.
+    """Return the signatures in an adapter's folder; none where nobody signed.
 
     Raises:
         UserError: they cannot be read.
@@ -81,7 +81,7 @@ def read_signatures(folder: Path) -> tuple[Signature, ...]:
 
 
 def weigh(folder: Path, trusted: TrustedKeys) -> list[Signed]:
-    """What each signature over the manifest in ``folder`` is worth to a project that trusts these keys.
+    """Return what each signature over the manifest in ``folder`` is worth to a project that trusts these keys.
 
     Raises:
         UserError: the signatures cannot be read.
@@ -107,7 +107,7 @@ def _weighed(signature: Signature, payload: bytes, trusted: TrustedKeys) -> Sign
 
 
 def store_signer(keys: Path, reporter: Reporter) -> PrivateKey | None:
-    """The key that signs what is stored in a project without being asked to; said, and also why there is none.
+    """Return the key that signs what is stored in a project without being asked to; said, and also why there is none.
 
     Somebody without keys hears nothing: signing is not in use there.
 

@@ -16,7 +16,7 @@ _DEEPEST = 32
 
 
 def strict_json(data: bytes, where: str) -> Any:
-    """The value that ``data`` spells in UTF-8.
+    """Return the value that ``data`` spells in UTF-8.
 
     Raises:
         UserError: not UTF-8, not JSON, a key given twice, a number that is none, or too deep a nesting.
@@ -34,7 +34,7 @@ def strict_json(data: bytes, where: str) -> Any:
 
 
 def strict_object(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object that ``data`` spells.
+    """Return the JSON object that ``data`` spells.
 
     Raises:
         UserError: as for :func:`strict_json`, or another value than an object.

@@ -30,7 +30,7 @@ class Standing:
     reasons: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The standing as ``--json`` prints it."""
+        """Return the standing as ``--json`` prints it."""
         return asdict(self)
 
 
@@ -58,7 +58,7 @@ def standing(adapter: Adapter, trusted: TrustedKeys, *, weights: bool = True) ->
 
 
 def _faults(adapter: Adapter, *, weights: bool) -> list[str]:
-    """What is not as it was stored."""
+    """Return what is not as it was stored."""
     manifest = read_manifest(adapter.folder)
     lineage = adapter.lineage
     if manifest is None:  # an earlier tunewright stored it

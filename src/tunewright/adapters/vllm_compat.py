@@ -71,7 +71,7 @@ def vllm_refusals(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def weight_faults(path: Path) -> list[str]:
-    """What is no finite number among an adapter's weights, a sentence for each tensor; empty where all are."""
+    """Return what is no finite number among an adapter's weights, a sentence for each tensor; empty where all are."""
     from safetensors import SafetensorError, safe_open
 
     faults = []

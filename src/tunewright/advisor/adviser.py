@@ -115,7 +115,7 @@ class Adviser:
         return AdviceResult(file, signals, measured=True)
 
     def _found(self, prompting: Path) -> bool:
-        """Whether all signals were measured before, with this choice of a prompt."""
+        """Return whether all signals were measured before, with this choice of a prompt."""
         return prompting.exists() and self._file(prompting).exists()
 
     def _file(self, prompting: Path) -> Path:
@@ -210,7 +210,7 @@ class Adviser:
         return [answer_length(row.loss_mask) for row in rows]
 
     def _tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text has, without its end token."""
+        """Return how many tokens each text has, without its end token."""
         found = self.generator.chat.tokenizer(list(texts), add_special_tokens=False)
         return [len(ids) for ids in found["input_ids"]]
 
@@ -243,7 +243,7 @@ class Adviser:
         return ForgettingMeter(self.project, self.version, self.generator, GENERIC_SAMPLES)
 
     def _generic(self) -> list[str]:
-        """What the base answers by itself; of the draw that forgetting is measured on."""
+        """Return what the base answers by itself; of the draw that forgetting is measured on."""
         if not self.config.general.samples:
             return []
         try:
@@ -270,7 +270,7 @@ class Adviser:
         )
 
     def _row(self, member: Member, prompt: tuple[int, ...]) -> Tokens | None:
-        """The prompt and the right answer; None where they are longer than the context."""
+        """Return the prompt and the right answer; None where they are longer than the context."""
         whole = self.generator.chat.encode(member.example.messages)
         start, end = trained_spans(whole)[-1]
         answer = whole.ids[start:end]
@@ -345,7 +345,7 @@ class Adviser:
         )
 
     def _speed(self, answers: Answers, adapter: Adapter | None = None) -> Speed:
-        """How fast an arm's calls are: of the base alone, or with the adapter beside it, as `serve` holds it."""
+        """Return how fast an arm's calls are: of the base alone, or with the adapter beside it, as `serve` holds it."""
         generator = self.generator
         with self.reporter.task(f"timing {answers.arm.name}", 1, "batches") as task:
             model = generator.model_with(adapter)

@@ -15,7 +15,7 @@ from tunewright.evaluation.arms import ZERO_SHOT
 def context_budget(
     arms: Sequence[Answers], items: Items, context: int, query_tokens: Sequence[int], output_tokens: Sequence[int]
 ) -> ContextBudget:
-    """The curve over k of each kind of demonstrations, and what fits.
+    """Return the curve over k of each kind of demonstrations, and what fits.
 
     Args:
         arms: prompting arms with their answers to the same items; zero-shot is one of them. Those with other
@@ -68,7 +68,7 @@ def _curve(name: str, arms: Sequence[Answers], items: Items, free: int) -> ShotC
 
 
 def cheapest_enough(arms: Sequence[Answers], best: Answers, items: Items) -> Answers:
-    """The arm of the shortest prompts that is not shown to be worse than the best by the margin or more.
+    """Return the arm of the shortest prompts that is not shown to be worse than the best by the margin or more.
 
     That is, the whole 95% interval of its paired difference lies above minus the margin; the best itself always does.
     """

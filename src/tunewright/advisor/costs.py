@@ -50,7 +50,7 @@ def token_prices(prices: PriceConfig | None, speed: Speed | None) -> TokenPrices
 
 
 def training_cost(prices: PriceConfig | None, seconds: float) -> float:
-    """What training on all rows costs, which takes so many seconds: its price, or this machine's time."""
+    """Return what training on all rows costs, which takes so many seconds: its price, or this machine's time."""
     prices = prices or PriceConfig()
     return seconds / _HOUR * (prices.hour or 1.0) if prices.training is None else prices.training
 
@@ -115,7 +115,7 @@ def _calls(once: float, saving: float) -> float | None:
 
 
 def _costs(lengths: Lengths, prices: TokenPrices) -> Floats:
-    """What each item's call costs; [items]."""
+    """Return what each item's call costs; [items]."""
     inputs = np.asarray(lengths.inputs, dtype=np.float64) - prices.cached_discount * lengths.cached
     return inputs * prices.input + np.asarray(lengths.outputs, dtype=np.float64) * prices.output
 

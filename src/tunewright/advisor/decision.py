@@ -65,7 +65,7 @@ class Grounds:
 
     @property
     def enough_clusters(self) -> bool:
-        """Whether any difference could be significant."""
+        """True if any difference could be significant."""
         return self.clusters >= FEWEST_CLUSTERS
 
     @cached_property
@@ -93,7 +93,7 @@ class Grounds:
 
     @property
     def beats(self) -> bool:
-        """Whether the pilot is better by more than the margin and the headroom, and the test agrees."""
+        """True if the pilot is better by more than the margin and the headroom, and the test agrees."""
         gain = self.signals.gain
         if gain is None or not self.enough_clusters:
             return False
@@ -102,7 +102,7 @@ class Grounds:
 
     @property
     def as_good(self) -> bool:
-        """Whether the pilot is shown to be less than the margin below the best prompting arm."""
+        """True if the pilot is shown to be less than the margin below the best prompting arm."""
         gain = self.signals.gain
         return gain is not None and self.enough_clusters and gain.contrast.interval.low > -self.signals.margin
 
@@ -119,12 +119,12 @@ class Grounds:
 
     @property
     def no_gain(self) -> bool:
-        """Whether no adapter of these rows may be better by more than the margin."""
+        """True if no adapter of these rows may be better by more than the margin."""
         return self.enough_clusters and self.reach <= self.signals.margin
 
     @property
     def pays(self) -> Literal["yes", "no", "unclear"]:
-        """Whether training pays by the calls that it saves on."""
+        """True if training pays by the calls that it saves on."""
         even = self.signals.break_even
         return "unclear" if even is None else even.pays
 
@@ -135,7 +135,7 @@ def brought(curve: ShotCurve) -> float:
 
 
 def doublings_left(gain: TuningGain) -> float:
-    """How often the pilot's rows can be doubled until they are all rows."""
+    """Return how often the pilot's rows can be doubled until they are all rows."""
     return math.log2(gain.all_rows / gain.pilot.rows)
 
 
@@ -147,7 +147,7 @@ def _still_to_come(gain: TuningGain) -> float:
 
 
 def decide(signals: Signals) -> Decision:
-    """The answer; see the table above.
+    """Return the answer; see the table above.
 
     Args:
         signals: as measured, or read from ``advice/ID.json``.
@@ -167,7 +167,7 @@ def decide(signals: Signals) -> Decision:
 
 
 def _without_gain(signals: Signals, grounds: Grounds) -> Decision:
-    """The answer where training may bring nothing worth having but cheaper calls."""
+    """Return the answer where training may bring nothing worth having but cheaper calls."""
     best = signals.prompting.best
     if grounds.pays == "yes" and grounds.reach > -signals.margin:
         why = f"Training would pay by its cheaper calls, but whether it is as good as {best} is not shown."

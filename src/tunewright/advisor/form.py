@@ -15,7 +15,7 @@ from tunewright.metrics.pattern import matches
 
 
 def form(metrics: Sequence[Metric], texts: Sequence[str], examples: Sequence[Example]) -> Format | None:
-    """How many answers are a declared choice, JSON, or match a pattern; None where no metric asks for a form.
+    """Return how many answers are a declared choice, JSON, or match a pattern; None where no metric asks for a form.
 
     Args:
         metrics: the config's; the first that asks for a form is taken.

@@ -36,7 +36,7 @@ class Items:
     seed: int
 
     def score(self, answers: Answers) -> ArmScore:
-        """An arm's score on these items, by the deciding metric."""
+        """Return an arm's score on these items, by the deciding metric."""
         return answers.arm.score(self.metric)
 
     def contrast(self, treatment: Answers, control: Answers) -> Contrast:
@@ -51,13 +51,13 @@ class Items:
         )
 
     def difference(self, treatment: Answers, control: Answers) -> tuple[float, Interval]:
-        """The paired difference of two arms' scores with its 95% interval."""
+        """Return the paired difference of two arms' scores with its 95% interval."""
         measured = self.contrast(treatment, control)
         return measured.difference, measured.interval
 
 
 def per_doubling(larger: Answers, smaller: Answers, after: int, before: int, items: Items) -> Doubling:
-    """What an arm with ``after`` rows or demonstrations has over one with ``before``, as of one doubling."""
+    """Return what an arm with ``after`` rows or demonstrations has over one with ``before``, as of one doubling."""
     difference, interval = items.difference(larger, smaller)
     doublings = math.log2(after / before)
     return Doubling(

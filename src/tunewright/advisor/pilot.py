@@ -72,7 +72,7 @@ def train_pilot(
 
 
 def measured_part(part: Part, adapter: Adapter, answers: Answers, items: Items) -> PilotPart:
-    """What a part's adapter scored."""
+    """Return what a part's adapter scored."""
     return PilotPart(
         rows=part.rows,
         score=items.score(answers),
@@ -84,7 +84,7 @@ def measured_part(part: Part, adapter: Adapter, answers: Answers, items: Items) 
 def gain(
     parts: Sequence[PilotPart], answers: Sequence[Answers], best: Answers, items: Items, all_rows: int
 ) -> TuningGain:
-    """The pilot against the best prompting arm, and what its last doubling brought.
+    """Return the pilot against the best prompting arm, and what its last doubling brought.
 
     Args:
         parts: one or two, the pilot last.

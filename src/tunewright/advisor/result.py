@@ -27,7 +27,7 @@ class AdviceResult:
         return decide(self.signals)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as ``--json`` prints it."""
+        """Return all of it as ``--json`` prints it."""
         decision = self.decision
         return {
             "file": str(self.file),

@@ -57,7 +57,7 @@ class ShotCurve(Part):
 
     @property
     def room(self) -> bool:
-        """Whether twice as many demonstrations as were tried would fit."""
+        """True if twice as many demonstrations as were tried would fit."""
         return 2 * self.points[-1].shots <= self.most
 
 
@@ -175,7 +175,7 @@ class BreakEven(Part):
 
     @property
     def pays(self) -> Answer:
-        """Whether the expected calls are above the whole interval of V* (yes), below it (no), or neither is known."""
+        """True if the expected calls are above the whole interval of V* (yes), below it (no), or neither is known."""
         if self.calls_low is None:
             return "no"
         if self.expected_calls is None:
@@ -253,7 +253,7 @@ def load_signals(file: Path) -> Signals:
 
 
 def find_advice(folder: Path, name: str | Path) -> Path:
-    """A stored advice's file, by its ID or path.
+    """Return a stored advice's file, by its ID or path.
 
     Args:
         folder: the project's advice.

@@ -16,7 +16,7 @@ _RISING = {"yes": "still rising", "no": "flat", "unclear": "not shown to be risi
 
 
 def measured(signals: Signals) -> dict[str, str]:
-    """One sentence or two for each signal, by its name."""
+    """Return one sentence or two for each signal, by its name."""
     return {
         "context budget": _context(signals),
         "specificity": _specificity(signals),
@@ -84,7 +84,7 @@ def break_even_text(signals: Signals) -> str:
 
 
 def calls_cost(even: BreakEven) -> str:
-    """What a call costs with the best prompt and tuned."""
+    """Return what a call costs with the best prompt and tuned."""
     return (
         f"a call costs {cost(even, even.prompting.cost)} with {even.prompting.arm}, {cost(even, even.tuned.cost)} tuned"
     )
@@ -102,7 +102,7 @@ def _span(months: float) -> str:
 
 
 def cost(even: BreakEven, value: float) -> str:
-    """An amount in the unit of the break-even, and of what it is."""
+    """Return an amount in the unit of the break-even, and of what it is."""
     return amount(even, value) if even.unit == "money" else f"{amount(even, value)} of this machine"
 
 
@@ -141,7 +141,7 @@ def _slope(gain: TuningGain) -> str:
 
 
 def changes(signals: Signals, decision: Decision) -> list[str]:
-    """What would change the answer, each with the number that it would take."""
+    """Return what would change the answer, each with the number that it would take."""
     grounds = Grounds(signals)
     told = {
         "fine-tune": [*_prompting_catches_up(signals, grounds), *_fewer_calls(signals, grounds)],
@@ -254,7 +254,7 @@ def _more_rows(signals: Signals, grounds: Grounds) -> list[str]:
 
 
 def _more_pairs(gain: TuningGain, bar: float) -> list[str]:
-    """How many training rows would take the difference to the bar, at the pace of the last doubling."""
+    """Return how many training rows would take the difference to the bar, at the pace of the last doubling."""
     lacking = bar - gain.contrast.difference
     if gain.slope is None or gain.slope.difference <= 0 or lacking <= 0:
         return []
@@ -278,7 +278,7 @@ def _more_shots(signals: Signals, grounds: Grounds) -> list[str]:
 
 
 def expectations(signals: Signals) -> list[str]:
-    """What to expect of fewer pairs than `FEW_TRAINING_PAIRS`; nothing else."""
+    """Return what to expect of fewer pairs than `FEW_TRAINING_PAIRS`; nothing else."""
     if signals.pairs >= FEW_TRAINING_PAIRS:
         return []
     shown = "little"

@@ -130,7 +130,7 @@ class Project(EvaluationsApi):
         self.reporter.say(f"{name}: {'done' if done_now else 'unchanged'}, {what}")
 
     def prospects(self) -> tuple[Prospect, ...]:
-        """What the current version's dev and test splits can show, reckoned from their items and clusters."""
+        """Return what the current version's dev and test splits can show, reckoned from their items and clusters."""
         version = self.data.version()
         held_out = {split: version.examples(split) for split in ("dev", "test")}
         return tuple(
@@ -301,7 +301,7 @@ class Project(EvaluationsApi):
         return evaluate_with_general(*self._contest(adapter, "test", minutes), suites)
 
     def evaluate_on_dev(self, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:
-        """The comparison of :meth:`evaluate` on the dev split, which chose the adapter and the prompting arm."""
+        """Return the comparison of :meth:`evaluate` on the dev split, which chose the adapter and the prompting arm."""
         from tunewright.evaluation.runner import evaluate_on_dev
 
         return evaluate_on_dev(*self._contest(adapter, "dev", minutes))
@@ -365,7 +365,7 @@ class Project(EvaluationsApi):
         engine: EngineName | None = None,
         system_prompts: bool = True,
     ) -> Service:
-        """A server, loaded but not yet started.
+        """Return a server, loaded but not yet started.
 
         Without tenants: for the base and adapters (all that fit the base by default), to everybody on this machine.
         ``NAME@step-N`` is an adapter's earlier checkpoint. Adapters that are named decide how the base is held (as
@@ -393,7 +393,7 @@ class Project(EvaluationsApi):
         return open_service(self._context, adapters, served, auth=auth, system_prompts=system_prompts)
 
     def self_test(self, adapters: Sequence[str] = (), *, engine: EngineName | None = None) -> IsolationResult:
-        """Whether an engine keeps the base and the adapters apart that :meth:`serve` would serve.
+        """Return whether an engine keeps the base and the adapters apart that :meth:`serve` would serve.
 
         Asked are dev items of the current version, if there is one, and general questions.
 

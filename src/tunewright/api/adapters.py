@@ -36,7 +36,7 @@ class Shown:
     """Evaluations by ID, the newest last."""
 
     def as_dict(self, *, rows: bool) -> dict[str, Any]:
-        """All of it as ``--json`` prints it, with the rows' keys or without."""
+        """Return all of it as ``--json`` prints it, with the rows' keys or without."""
         evaluations = [{"id": name, "decision": decision} for name, decision in self.verdicts]
         return {**self.trace.as_dict(rows=rows), "standing": self.standing.as_dict(), "evaluations": evaluations}
 
@@ -49,11 +49,11 @@ class AdaptersApi:
         self._project = opened.folder
 
     def list(self) -> Sequence[Adapter]:
-        """The stored adapters, the newest last."""
+        """Return the stored adapters, the newest last."""
         return list_adapters(self._project.adapters)
 
     def show(self, adapter: str | None = None) -> Shown:
-        """What an adapter (the newest by default) was made of, followed to the rows, and what is known of it.
+        """Return what an adapter (the newest by default) was made of, followed to the rows, and what is known of it.
 
         Raises:
             UserError: no such adapter.
@@ -66,7 +66,7 @@ class AdaptersApi:
         )
 
     def _verdicts(self, adapter: Adapter) -> Sequence[tuple[str, Decision]]:
-        """What each evaluation of the adapter came to; evidence of another schema is named and left out."""
+        """Return what each evaluation of the adapter came to; evidence of another schema is named and left out."""
         found = []
         for path in self._project.evaluations.glob(f"*/{EVIDENCE_FILE}"):
             try:

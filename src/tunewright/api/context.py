@@ -42,7 +42,7 @@ class ProjectContext:
         return open_chat(self.base, self.folder.config.chat, self.reporter)
 
     def state(self, *, make: bool = False) -> State:
-        """The serving state; the caller closes it. The project's own is made where there is none.
+        """Return the serving state; the caller closes it. The project's own is made where there is none.
 
         Args:
             make: one that is elsewhere, too. Else a path with a mistake in it would be an empty state.

@@ -56,7 +56,7 @@ class SuspectsResult:
     """Share of rows whose answer a model of other rows gives, where answers are classes."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The suspects as ``--json`` prints them, each with its row's input and answer."""
+        """Return the suspects as ``--json`` prints them, each with its row's input and answer."""
         examples = {m.key: m.example for m in self.version.members}
         return {
             "version": self.version.digest,
@@ -127,7 +127,7 @@ class DatasetApi:
         return added
 
     def foresight(self) -> SplitPower:
-        """What a comparison on the current version's test split can show."""
+        """Return what a comparison on the current version's test split can show."""
         version = self.version()
         clusters = clusters_by_split(version.members)
         return foresee(version.manifest.counts.domain, clusters, self._project.config.data.test)
@@ -212,13 +212,13 @@ class DatasetApi:
             return fix_file(Path(file), Path(out), data, task)
 
     def _with(self, data: DataConfig, *, accept_conflicts: bool) -> ProjectFolder:
-        """The project with this data section."""
+        """Return the project with this data section."""
         if accept_conflicts:
             data = data.model_copy(update={"conflicts": "accept"})
         return ProjectFolder(self._project.root, self._project.config.model_copy(update={"data": data}))
 
     def _mapped(self, paths: Sequence[Path], rows: str | None, input_: str | None, output: str | None) -> DataConfig:
-        """The config's data section with a command's options in it.
+        """Return the config's data section with a command's options in it.
 
         Raises:
             UserError: an option that is empty, or that no file has a use for.
@@ -236,15 +236,15 @@ class DatasetApi:
         return data
 
     def version(self, digest: str | None = None) -> DatasetVersion:
-        """A dataset version; the current one where no digest is given."""
+        """Return a dataset version; the current one where no digest is given."""
         return load_version(self._dataset, digest)
 
     def log(self) -> list[Manifest]:
-        """The dataset's versions, the newest last."""
+        """Return the dataset's versions, the newest last."""
         return list_versions(self._dataset)
 
     def show(self, row: str) -> Member:
-        """One row of the current version, by the beginning of its key or by ``FILE:LINE``."""
+        """Return one row of the current version, by the beginning of its key or by ``FILE:LINE``."""
         return find_row(self._dataset, self.version(), row)
 
     def metadata(self, key: str) -> dict[str, Any]:
@@ -269,13 +269,13 @@ class DatasetApi:
         return measure_lengths(self._context.chat, base.spec, self.version(), limit, self._reporter)
 
     def leak(self) -> LeakReport:
-        """How near held-out rows are to training rows, and how near a random split would have brought them."""
+        """Return how near held-out rows are to training rows, and how near a random split would have brought them."""
         from tunewright.data.dedup.leakage import leak
 
         return leak(self.version(), self._project.config.seed, self._reporter)
 
     def scores_by_distance(self, report: LeakReport, evaluation: str | Path) -> list[BandScore]:
-        """An evaluation's exact match by how near its items are to the training rows.
+        """Return an evaluation's exact match by how near its items are to the training rows.
 
         Raises:
             UserError: there is no such evaluation, or it is of another version or of no single split.
@@ -306,7 +306,7 @@ class DatasetApi:
         )
 
     def scores_by_template(self, evaluation: str | Path) -> list[TemplateScore]:
-        """An evaluation's exact match on items with an output template of training rows, and with a new one.
+        """Return an evaluation's exact match on items with an output template of training rows, and with a new one.
 
         Empty where outputs are alike by nature: `leak` says why.
 
@@ -441,21 +441,21 @@ class DatasetApi:
         return review_report(self._dataset, self.version())
 
     def diff(self, a: str, b: str | None = None) -> Diff:
-        """What differs between two versions (the second: the current one by default)."""
+        """Return what differs between two versions (the second: the current one by default)."""
         from tunewright.data.versions.changes import diff
 
         before, after = (load_version(self._dataset, digest, without_purged=True) for digest in (a, b))
         return diff(before, after)
 
     def blame(self, row: str) -> Blame:
-        """How a row of the current version came into the dataset; ``row`` as in :meth:`show`."""
+        """Return how a row of the current version came into the dataset; ``row`` as in :meth:`show`."""
         from tunewright.data.versions.changes import blame
 
         version = self.version()
         return blame(self._dataset, version, find_row(self._dataset, version, row).key)
 
     def where(self, row: str) -> tuple[str, tuple[Sighting, ...]]:
-        """A row's key, and what each adapter's training did with it.
+        """Return a row's key, and what each adapter's training did with it.
 
         Args:
             row: as in :meth:`show`; also a key that only earlier versions have, since adapters may have seen it there.

@@ -38,7 +38,7 @@ class EnginesApi:
         return install(self._reporter, to=to, build=build, torch_index=torch_index)
 
     def show(self, name: str) -> Environment:
-        """The environment that is installed.
+        """Return the environment that is installed.
 
         Raises:
             UserError: no such engine, or it is not installed.

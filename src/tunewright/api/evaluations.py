@@ -82,7 +82,7 @@ class EvaluationsApi:
         return decided(evidence, known_of(self._context.folder, evidence, self._context.reporter))
 
     def ledger(self) -> list[TestSetAccess]:
-        """Every opening of the test split, the first one first.
+        """Return every opening of the test split, the first one first.
 
         Raises:
             UserError: naming the first line that was changed or is missing.
@@ -90,7 +90,7 @@ class EvaluationsApi:
         return Ledger(self._context.folder.evaluations).openings
 
     def verdict_markdown(self, evaluation: str | Path | None = None) -> str:
-        """The verdict with what was measured, as GitHub markdown for a comment on a pull request.
+        """Return the verdict with what was measured, as GitHub markdown for a comment on a pull request.
 
         Raises:
             UserError: as :meth:`verdict`.
@@ -148,7 +148,7 @@ class EvaluationsApi:
         return out
 
     def evaluation(self, evaluation: str | Path | None = None, *, dev: bool = True) -> Path:
-        """An evaluation's folder: as given (ID, folder or evidence file), else the newest.
+        """Return an evaluation's folder: as given (ID, folder or evidence file), else the newest.
 
         Args:
             evaluation: which.
@@ -160,7 +160,7 @@ class EvaluationsApi:
         return find_evaluation(self._context.folder.evaluations, evaluation, dev=dev)
 
     def _evidence(self, evaluation: str | Path | None) -> Evidence:
-        """An evaluation's evidence; of the project's own, only with the whole ledger."""
+        """Return an evaluation's evidence; of the project's own, only with the whole ledger."""
         place = self.evaluation(evaluation)
         if self._context.folder.evaluations.resolve() in place.resolve().parents:
             self.ledger()
@@ -168,5 +168,5 @@ class EvaluationsApi:
 
 
 def _folder(evaluation: Path) -> Path:
-    """An evaluation's folder, where its evidence was named."""
+    """Return an evaluation's folder, where its evidence was named."""
     return evaluation if evaluation.is_dir() else evaluation.parent

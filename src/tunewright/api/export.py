@@ -185,7 +185,7 @@ class ExportApi:
         return export(target, "gguf-merged" if merged else "gguf-lora", tuned, made_of, build)
 
     def _base_gguf(self, file_type: FileType) -> Path:
-        """The base as a GGUF file, in the working folder: it can be made again at any time."""
+        """Return the base as a GGUF file, in the working folder: it can be made again at any time."""
         from tunewright.export.gguf.model import write_model
         from tunewright.export.weights import Weights
 
@@ -210,7 +210,7 @@ class ExportApi:
         return self._context.folder.exports / f"{adapter.name}-{what}" if to is None else Path(to).expanduser()
 
     def _made_of(self, adapter: Adapter, settings: dict[str, Any]) -> dict[str, Any]:
-        """All that decides what is exported."""
+        """Return all that decides what is exported."""
         opened = self._context
         system = self._system_prompt(adapter)
         return {
@@ -223,7 +223,7 @@ class ExportApi:
         }
 
     def _system_prompt(self, adapter: Adapter) -> str | None:
-        """The system prompt that the adapter was trained with, if it is known that there is one."""
+        """Return the system prompt that the adapter was trained with, if it is known that there is one."""
         return system_prompt(adapter, self._context.folder.dataset).text
 
     def _system_notes(self, adapter: Adapter, *, template: bool = True) -> tuple[str, ...]:
@@ -236,7 +236,7 @@ class ExportApi:
         return (f"its chat template adds the trained system prompt where there is none: {prompt.shown}",)
 
     def _trained(self, adapter: Adapter) -> Trained:
-        """The trained model on dev prompts of the version that it was trained on."""
+        """Return the trained model on dev prompts of the version that it was trained on."""
         from tunewright.export.probe import draw_probe
         from tunewright.export.trained import measure_trained
         from tunewright.metrics import open_scorers

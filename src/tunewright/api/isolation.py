@@ -48,7 +48,7 @@ def canary_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
 
 
 def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineName | None) -> SelfTest:
-    """The test of what ``Project.serve`` would serve.
+    """Return the test of what ``Project.serve`` would serve.
 
     Raises:
         UserError: as for ``Project.serve``.

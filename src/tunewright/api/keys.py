@@ -31,7 +31,7 @@ class KnownKey:
     trusted: TrustedKey | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The key as ``--json`` prints it."""
+        """Return the key as ``--json`` prints it."""
         trusted = None if self.trusted is None else self.trusted.model_dump(mode="json")
         return {**asdict(self), "trusted": trusted}
 
@@ -58,7 +58,7 @@ class SigningKeysApi:
         return [*mine, *(KnownKey(k.name, k.id, own=False, trusted=k) for k in trusted.values() if k.id not in own)]
 
     def show(self, name: str) -> str:
-        """The public half of a key (PEM): this user's own, else the project's.
+        """Return the public half of a key (PEM): this user's own, else the project's.
 
         Raises:
             UserError: neither has one of that name.

@@ -51,7 +51,7 @@ def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> 
 
 
 def _labels(dataset: Path, version: str) -> Labels | None:
-    """How many rows of a version are in conflict or were found wrong; None where the version is not here."""
+    """Return how many rows of a version are in conflict or were found wrong; None where the version is not here."""
     try:
         places = {key: place for key, place in read_places(dataset, version).items() if not place.mixed}
         manifest = read_manifest(version_folder(dataset, version))

@@ -145,7 +145,7 @@ def _require_card(shape: Shape, opened: ProjectContext) -> None:
 
 
 def _what_fits(nf4: Planned | None, own: Planned, memory: Memory) -> str:
-    """What to do where ``own`` does not fit; ``nf4`` is None where the family cannot be held so."""
+    """Return what to do where ``own`` does not fit; ``nf4`` is None where the family cannot be held so."""
     others = "take a smaller base, or divide this one among several cards (docs/recovery.md)"
     if nf4 is None or nf4 is own:
         return f"{others[0].upper()}{others[1:]}."

@@ -47,7 +47,7 @@ class DeployResult:
         return self.verdict.exit_code
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         decided = self.verdict.as_dict() if self.verdict else None
         return {
             "release": self.release.as_dict() if self.release else None,
@@ -206,7 +206,7 @@ class ReleasesApi:
             return state.releases.withdraw(alias, because)
 
     def history(self, alias: str | None = None) -> list[Release]:
-        """All releases (of one alias), the first one first.
+        """Return all releases (of one alias), the first one first.
 
         Raises:
             UserError: no such alias.
@@ -215,7 +215,7 @@ class ReleasesApi:
             return state.releases.history(alias)
 
     def shadow(self, alias: str) -> list[ShadowLine]:
-        """What candidates in an alias's shadow were asked, and would have answered.
+        """Return what candidates in an alias's shadow were asked, and would have answered.
 
         Raises:
             UserError: no such alias.
@@ -225,7 +225,7 @@ class ReleasesApi:
             return state.meter.shadow_lines(alias)
 
     def _judge(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, str | None]:
-        """The verdict of the adapter's newest evaluation, and that one's ID."""
+        """Return the verdict of the adapter's newest evaluation, and that one's ID."""
         evidence = evidence_on(self._context.folder.evaluations, adapter.digest, self._context.reporter)
         if evidence is None:
             if because is None:

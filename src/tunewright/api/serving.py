@@ -32,7 +32,7 @@ def open_service(
     auth: bool,
     system_prompts: bool,
 ) -> Service:
-    """A server for tenants where there are any, else for everybody; see ``Project.serve``.
+    """Return a server for tenants where there are any, else for everybody; see ``Project.serve``.
 
     Args:
         config: the project's, with what is to be otherwise about this server.
@@ -110,7 +110,7 @@ def refuse_names(names: Sequence[str]) -> None:
 
 
 def released(opened: ProjectContext, state: State) -> tuple[Quantize, list[Adapter]]:
-    """How the base is held for the live releases, and the adapters that they need, as far as they are here.
+    """Return how the base is held for the live releases, and the adapters that they need, as far as they are here.
 
     Raises:
         UserError: they were trained on it held in different ways, and the config does not choose.
@@ -126,7 +126,7 @@ def released(opened: ProjectContext, state: State) -> tuple[Quantize, list[Adapt
 
 
 def adapter_of(opened: ProjectContext, name: str, digest: str) -> Adapter:
-    """The adapter of a release, which is known by its digest; the name is for people.
+    """Return the adapter of a release, which is known by its digest; the name is for people.
 
     Raises:
         UserError: it is not here.
@@ -162,7 +162,7 @@ def _require_private(host: str) -> None:
 
 
 def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantize, dict[str, Path]]:
-    """How the base is held, and the folders of the adapters so named (all that fit, where none is), by name.
+    """Return how the base is held, and the folders of the adapters so named (all that fit, where none is), by name.
 
     Raises:
         UserError: a named adapter that does not fit, or that cannot be served together with the others.

@@ -22,7 +22,7 @@ class NewKey:
     key: Key
 
     def as_dict(self) -> dict[str, Any]:
-        """The key as ``--json`` prints it."""
+        """Return the key as ``--json`` prints it."""
         return {"key": self.secret, **self.key.as_dict()}
 
 
@@ -70,7 +70,7 @@ class TenantKeysApi:
             return state.tenants.revoke_key(key)
 
     def list(self, tenant: str | None = None) -> Sequence[Key]:
-        """A tenant's keys (None: everybody's), the oldest first.
+        """Return a tenant's keys (None: everybody's), the oldest first.
 
         Raises:
             UserError: no such tenant.
@@ -100,7 +100,7 @@ class TenantsApi:
             return made
 
     def list(self) -> Sequence[Tenant]:
-        """All tenants by name."""
+        """Return all tenants by name."""
         with self._context.state() as state:
             return state.tenants.list()
 
@@ -143,7 +143,7 @@ class TenantsApi:
             return state.tenants.limit(name, limits)
 
     def get(self, name: str) -> Tenant:
-        """One tenant.
+        """Return one tenant.
 
         Raises:
             UserError: there is none of that name.
@@ -152,7 +152,7 @@ class TenantsApi:
             return state.tenants.get(name)
 
     def usage(self, name: str | None = None, *, since: float | None = None) -> Sequence[UsageSum]:
-        """What was used, by tenant, alias and adapter.
+        """Return what was used, by tenant, alias and adapter.
 
         Args:
             name: one tenant (None: all).
@@ -165,7 +165,7 @@ class TenantsApi:
             return state.meter.sums(name, since)
 
     def requests(self, name: str | None = None, *, since: float | None = None) -> Sequence[UsageLine]:
-        """Every request that has its line still, the first one first; arguments as of :meth:`usage`."""
+        """Return every request that has its line still, the first one first; arguments as of :meth:`usage`."""
         with self._context.state() as state:
             from tunewright.serving.state.times import iso
 
@@ -201,7 +201,7 @@ class AuditApi:
         self._context = opened
 
     def show(self) -> Sequence[AuditLine]:
-        """Every line, the first one first."""
+        """Return every line, the first one first."""
         with self._context.state() as state:
             return state.audit.lines()
 

@@ -23,7 +23,7 @@ PLAIN_STOPS = tuple(f"{line}### {heading}" for heading in ("Instruction", "Respo
 
 
 def stop_strings(config: Config, chat: ChatFormat) -> tuple[str, ...]:
-    """What ends an answer beside the base's end tokens: the config's, else the plain form's headings.
+    """Return what ends an answer beside the base's end tokens: the config's, else the plain form's headings.
 
     A base's own chat template ends turns with a token, so it has none unless the config names some.
     """
@@ -33,12 +33,12 @@ def stop_strings(config: Config, chat: ChatFormat) -> tuple[str, ...]:
 
 
 def answer_text(chat: ChatFormat, completion: Completion) -> str:
-    """What a completed answer says, up to the stop string that ended it."""
+    """Return what a completed answer says, up to the stop string that ended it."""
     return chat.text(completion.ids) if completion.before_stop is None else completion.before_stop
 
 
 def constraint_on(chat: ChatFormat, grammar: Grammar) -> Constraint:
-    """The grammar over this format's answers.
+    """Return the grammar over this format's answers.
 
     Raises:
         UserError: the grammar engine does not take it.
@@ -52,7 +52,7 @@ def constraint_on(chat: ChatFormat, grammar: Grammar) -> Constraint:
 
 
 def answer_limit(config: Config, chat: ChatFormat, members: Iterable[Member]) -> int:
-    """The longest answer in tokens: the config's, else the 99th percentile of these with room.
+    """Return the longest answer in tokens: the config's, else the 99th percentile of these with room.
 
     The room is a quarter of it, at least 8 tokens. The very longest answer may be a stray one, and every answer that
     comes to no end runs as far as the limit.

@@ -105,7 +105,7 @@ class ChatFormat:
         return (self.bos_id, *ids) if self.adds_bos else tuple(ids)
 
     def user_turn(self) -> UserTurn:
-        """How the first user turn begins and ends, after whatever system turn the template writes by itself."""
+        """Return how the first user turn begins and ends, after whatever system turn the template writes by itself."""
         mark = "\ue000"  # private use: no template writes it, and none takes it for white space
         text = self.template.render([Message("user", mark)], generation_prompt=True)
         before, after = text.split(mark)
@@ -178,11 +178,11 @@ class ChatFormat:
         return rows
 
     def text(self, ids: Sequence[int]) -> str:
-        """What an answer's ids say, without its special tokens."""
+        """Return what an answer's ids say, without its special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def texts(self, many: Sequence[Sequence[int]]) -> list[str]:
-        """What each list of ids says, special tokens included."""
+        """Return what each list of ids says, special tokens included."""
         texts: list[str] = self.tokenizer.backend_tokenizer.decode_batch(
             [list(ids) for ids in many], skip_special_tokens=False
         )
@@ -195,18 +195,18 @@ class ChatFormat:
 
     @cached_property
     def adds_bos(self) -> bool:
-        """Whether the tokenizer itself puts BOS before every text; where the template doesn't write it, we do."""
+        """True if the tokenizer itself puts BOS before every text; where the template doesn't write it, we do."""
         ids: list[int] = self.tokenizer("a")["input_ids"]
         return ids[0] == self.bos_id
 
     @cached_property
     def writes_bos(self) -> bool:
-        """Whether conversations begin with BOS."""
+        """True if conversations begin with BOS."""
         return self._neutral_ids(("user",))[:1] == [self.bos_id] or self.adds_bos
 
     @cached_property
     def bos_opens_turns(self) -> bool:
-        """Whether the template writes BOS more than once, as a mark of turns (Llama 2; SmolLM2's ``<|im_start|>``)."""
+        """True if the template writes BOS more than once, as a mark of turns (Llama 2; SmolLM2's ``<|im_start|>``)."""
         return any(self._control_ids(text).count(self.bos_id) > 1 for text in self._neutrals())
 
     @cached_property
@@ -350,7 +350,7 @@ class ChatFormat:
 
 
 def chat_format(tokenizer: Any, *, stop_ids: frozenset[int], kind: TemplateKind, today: date) -> ChatFormat:
-    """The format that this tokenizer's conversations have.
+    """Return the format that this tokenizer's conversations have.
 
     Raises:
         UserError: no template (where its own is asked for), a template that cannot be used, or a tokenizer whose

@@ -15,7 +15,7 @@ from tunewright.models.loading import TEKKEN, end_token_ids, load_tokenizer
 
 
 def open_chat(base: Base, settings: ChatConfig | None = None, reporter: Reporter | None = None) -> ChatFormat:
-    """The format that conversations with this base have.
+    """Return the format that conversations with this base have.
 
     Raises:
         UserError: no usable template, or one that writes tokens whose embeddings were never trained.

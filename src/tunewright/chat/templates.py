@@ -50,7 +50,7 @@ class Template:
 
     @classmethod
     def of(cls, tokenizer: Any, kind: TemplateKind, today: date) -> Template:
-        """The tokenizer's own template, or the plain form.
+        """Return the tokenizer's own template, or the plain form.
 
         Raises:
             UserError: no template of its own, several without a default, or a syntax error in it.
@@ -64,11 +64,11 @@ class Template:
 
     @property
     def uses_date(self) -> bool:
-        """Whether what it writes depends on the day."""
+        """True if what it writes depends on the day."""
         return "strftime_now" in self.source or "date_string" in self.source
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """The conversation as text; with ``generation_prompt``, up to where the assistant's next answer begins.
+        """Return the conversation as text; with ``generation_prompt``, up to where the assistant's next answer begins.
 
         Raises:
             UserError: the template refuses this conversation.

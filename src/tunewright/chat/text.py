@@ -80,7 +80,7 @@ class TextEncoder:
         return hidden, {code: text for text, code in stand_ins.items()}
 
     def control_places(self, text: str) -> list[tuple[int, int, int]]:
-        """The control tokens that the template wrote: each one's id, where it begins and where it ends."""
+        """Return the control tokens that the template wrote: each one's id, where it begins and where it ends."""
         return [(self.control[m.group().strip()], m.start(), m.end()) for m in self._written.finditer(text)]
 
     def pieces(self, text: str, hidden: Mapping[int, str], *, start: bool) -> list[Piece]:
@@ -105,7 +105,7 @@ class TextEncoder:
         return [piece.translate(hidden) if isinstance(piece, str) else piece for piece in pieces] if hidden else pieces
 
     def ids(self, runs: Iterable[str]) -> dict[str, list[int]]:
-        """The ids of each distinct run of text.
+        """Return the ids of each distinct run of text.
 
         Raises:
             UserError: the vocabulary spells a control token, so that text could become one.
@@ -122,7 +122,7 @@ class TextEncoder:
 
 
 def _as_written(token: Any) -> str:
-    """A pattern for the token in a template's text; some take the white space beside them along."""
+    """Return a pattern for the token in a template's text; some take the white space beside them along."""
     content = str(token.content)
     return (r"\s*" if token.lstrip else "") + re.escape(content) + (r"\s*" if token.rstrip else "")
 

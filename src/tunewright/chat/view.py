@@ -19,7 +19,7 @@ class TokenView:
 
 
 def view(chat: ChatFormat, tokens: Tokens) -> list[TokenView]:
-    """The tokens of a row, one by one."""
+    """Return the tokens of a row, one by one."""
     pieces: list[str] = chat.tokenizer.convert_ids_to_tokens(list(tokens.ids))
     control = set(chat.encoder.control.values())
     as_text = _of_bytes if "ByteLevel" in repr(chat.tokenizer.backend_tokenizer.decoder) else _of_sentencepiece
@@ -34,7 +34,7 @@ def _of_sentencepiece(piece: str) -> str:
 
 
 def _of_bytes(piece: str) -> str:
-    """The text of a byte-level piece, in which each character stands for a byte (Radford et al. 2019, GPT-2)."""
+    """Return the text of a byte-level piece, in which each character stands for a byte (Radford et al. 2019, GPT-2)."""
     alphabet = _alphabet()
     if not all(character in alphabet for character in piece):
         return piece

@@ -57,7 +57,7 @@ class PriceConfig(Section):
 
     @property
     def in_money(self) -> bool:
-        """Whether costs come out in the config's currency; else in hours of this machine."""
+        """True if costs come out in the config's currency; else in hours of this machine."""
         return self.hour is not None or self.input is not None
 
 

@@ -54,7 +54,7 @@ def _differing(before: TrainConfig, wanted: TrainConfig) -> dict[str, Any]:
 
 
 def _is(text: str, path: Path, before: Config, key: str, value: Any) -> bool:
-    """Whether an edited text is a config that has this value, and the others' sections unchanged."""
+    """Return whether an edited text is a config that has this value, and the others' sections unchanged."""
     try:
         config = parse_config(text, path)
     except UserError:
@@ -63,7 +63,7 @@ def _is(text: str, path: Path, before: Config, key: str, value: Any) -> bool:
 
 
 def _spelt(value: Any) -> str:
-    """A value in YAML's flow style; floats never with an exponent, which YAML 1.1 would take for text."""
+    """Return a value in YAML's flow style; floats never with an exponent, which YAML 1.1 would take for text."""
     if isinstance(value, float):
         return f"{value:.12f}".rstrip("0").removesuffix(".")
     plain = list(value) if isinstance(value, tuple) else value
@@ -71,7 +71,7 @@ def _spelt(value: Any) -> str:
 
 
 def _with_value(text: str, key: str, spelt: str) -> str | None:
-    """The text with ``key`` of the section set; None where it cannot be done in place."""
+    """Return the text with ``key`` of the section set; None where it cannot be done in place."""
     newline = "\r\n" if "\r\n" in text else "\n"
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     section = _pair(root, _SECTION)

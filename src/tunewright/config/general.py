@@ -46,7 +46,7 @@ class LmEvalSuite(Section):
 
 
 def _named(key: str) -> BeforeValidator:
-    """A suite may be given by its name alone."""
+    """Return a suite may be given by its name alone."""
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
@@ -97,5 +97,5 @@ class GeneralConfig(Section):
 
     @property
     def measures(self) -> bool:
-        """Whether there is any suite."""
+        """True if there is any suite."""
         return bool(self.samples or self.choices or self.instructions or self.lm_eval)

@@ -57,7 +57,7 @@ def parse_config(text: str, path: Path) -> Config:
 
 
 def _without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
-    """A section whose keys are all commented out reads as null: it means the defaults."""
+    """Return a section whose keys are all commented out reads as null: it means the defaults."""
     return {k: v for k, v in values.items() if not (v is None and _section(k) is not None)}
 
 
@@ -68,7 +68,7 @@ def _section(key: str) -> type[BaseModel] | None:
 
 
 def _model_at(parents: list[str]) -> type[BaseModel] | None:
-    """The section that these keys lead to, one that may be null or is one of several included."""
+    """Return the section that these keys lead to, one that may be null or is one of several included."""
     sections: list[type[BaseModel]] = [Config]
     for key in parents:
         if key.isdigit():  # a place in a list
@@ -86,7 +86,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Location, int]:
-    """The line (from 1) of every key and list item."""
+    """Return the line (from 1) of every key and list item."""
     lines: dict[_Location, int] = {}
     children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
@@ -109,7 +109,7 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
 
 
 def _bad_scalar(node: yaml.Node) -> int:
-    """The line (from 1) of the first value that YAML's own types refuse."""
+    """Return the line (from 1) of the first value that YAML's own types refuse."""
     loader = yaml.SafeLoader("")
     if isinstance(node, yaml.ScalarNode):
         try:
@@ -122,7 +122,7 @@ def _bad_scalar(node: yaml.Node) -> int:
 
 
 def _explain(errors: list[ErrorDetails], lines: dict[_Location, int], path: Path) -> UserError:
-    """One UserError for all faults, the first one's place in front."""
+    """Return one UserError for all faults, the first one's place in front."""
     faults = [(_line(_keys(e["loc"]), lines), _fault(e)) for e in errors]
     where = f"{path}:{faults[0][0]}"
     if len(faults) == 1:

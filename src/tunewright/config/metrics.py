@@ -104,7 +104,7 @@ class Python(_Keyed):
 
 
 def _kind(value: Any) -> str | None:
-    """Which form a metric is written in, as the tag of the type that reads it."""
+    """Return which form a metric is written in, as the tag of the type that reads it."""
     if isinstance(value, str):
         return "a name" if value in get_args(PlainMetric) else None
     if isinstance(value, _Keyed):
@@ -131,7 +131,7 @@ Metric = Annotated[
 
 
 def metric_name(metric: Metric) -> MetricName:
-    """What evidence and tables call this metric."""
+    """Return what evidence and tables call this metric."""
     match metric:
         case ExactMatch(exact_match=settings):
             forgiven = [name for name, on in settings if on]

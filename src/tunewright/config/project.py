@@ -29,7 +29,7 @@ class ProjectFolder:
 
     @property
     def has_config(self) -> bool:
-        """Whether this is a project at all."""
+        """True if this is a project at all."""
         return self.changed_config is not None or (self.root / CONFIG_FILE).exists()
 
     @property

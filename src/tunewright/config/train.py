@@ -229,7 +229,7 @@ class TrainConfig(Section):
         return {**PRESETS[preset], **values} if preset in PRESETS else values
 
     def deciding(self) -> dict[str, Any]:
-        """The values that decide which adapter comes out; none: how often it is saved, who is told or serves."""
+        """Return the values that decide which adapter comes out; none: how often it is saved, who is told or serves."""
         return self.model_dump(mode="json", exclude={"checkpoint_every", "report_to", "servable"})
 
     @model_validator(mode="after")

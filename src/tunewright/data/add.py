@@ -80,7 +80,7 @@ class AddResult:
     """Where the rows were read that an earlier ``replace`` took out and that stay out; not counted as known."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         outputs, version = self.outputs.as_dict(), self.version.model_dump(mode="json")
         return {**asdict(self), "outputs": outputs, "version": version}
 
@@ -185,7 +185,7 @@ class Plan:
 
     @property
     def created(self) -> bool:
-        """Whether it differs from the current version."""
+        """True if it differs from the current version."""
         return self.merged.parent is None or self.merged.parent.digest != members_digest(self.found.members)
 
 
@@ -387,7 +387,7 @@ def _warn(merged: Merge, contents: VersionBuilder, accepted: Sequence[Conflict],
 
 
 def _sources(given: _Given, root: Path) -> dict[str, Source]:
-    """Each file under the name it was read by; on disk it is named within the project, or by its bare name."""
+    """Return each file under the name it was read by; on disk it is named within the project, or by its bare name."""
     sources: dict[str, Source] = {}
     for path, reading in zip(given.files, given.readings, strict=True):
         full, home = path.resolve(), root.resolve()
@@ -406,7 +406,7 @@ def _imports(
     merged: Merge,
     contents: VersionBuilder,
 ) -> list[dict[str, Any]]:
-    """The lines of imports.jsonl: one for each row of each file, in the files' order of names and lines."""
+    """Return the lines of imports.jsonl: one for each row of each file, in the files' order of names and lines."""
     lines = [
         {
             "source": sources[row.source].name,

@@ -24,7 +24,7 @@ class Message:
     """0 for an assistant turn that is shown to the model but not trained (as in OpenAI's chat format)."""
 
     def as_dict(self) -> dict[str, str | int]:
-        """The turn as JSON files hold it."""
+        """Return the turn as JSON files hold it."""
         turn: dict[str, str | int] = {"role": self.role, "content": self.content}
         return turn if self.weight == 1 else {**turn, "weight": self.weight}
 
@@ -85,7 +85,7 @@ class Example:
 
 
 def in_conflict(examples: Sequence[Example]) -> bool:
-    """Whether different examples that ask the same (equal ``asked``) are given different outputs.
+    """Return whether different examples that ask the same (equal ``asked``) are given different outputs.
 
     Where inputs differ in case or white space, so may outputs, which often repeat a part of them.
     """

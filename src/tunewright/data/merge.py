@@ -63,11 +63,11 @@ class Merge:
         return f"version {short(self.parent.digest if self.parent else '')}, row {short(key)}"
 
     def stands_for(self, key: str) -> str:
-        """The kept row in which a read one is: itself, the one that it repeats, or what an edit made of it."""
+        """Return the kept row in which a read one is: itself, the one that it repeats, or what an edit made of it."""
         return self.dropped[key][0] if key in self.dropped else self.edited.get(key, key)
 
     def fate(self, row: SourceRow) -> dict[str, Any]:
-        """What became of a row, as imports.jsonl tells it: known, duplicate (of which, how similar) or added."""
+        """Return what became of a row, as imports.jsonl tells it: known, duplicate (of which, how similar) or added."""
         key = row.example.pair_key
         if key in self.withheld:
             return {"fate": "removed", "key": key, "reason": self.withheld[key].because}
@@ -109,7 +109,7 @@ class Merge:
         return tuple(sorted(found, key=lambda r: (r.source, r.line)))
 
     def duplicates(self, rows: Sequence[SourceRow]) -> tuple[Duplicate, ...]:
-        """The rows that were dropped, with those that they repeat."""
+        """Return the rows that were dropped, with those that they repeat."""
         fates = [(row, fate) for row in rows if "of" in (fate := self.fate(row))]
         return tuple(
             Duplicate(row.source, row.line, fate["key"], fate["of"], self.place(fate["of"]), fate["similarity"])
@@ -117,7 +117,7 @@ class Merge:
         )
 
     def conflicts(self) -> tuple[Conflict, ...]:
-        """The inputs that have several outputs; case and white space make no other input."""
+        """Return the inputs that have several outputs; case and white space make no other input."""
         by_input: dict[str, list[str]] = defaultdict(list)
         for key, example in sorted(self.kept.items()):
             by_input[example.asked].append(key)

@@ -91,7 +91,7 @@ def mix_in(
 
 
 def _read(path: Path, data: DataConfig, mix: MixConfig, seed: int, reporter: Reporter) -> list[SourceRow]:
-    """The source's different rows, in the order of the draw."""
+    """Return the source's different rows, in the order of the draw."""
     own = DataConfig(
         rows=mix.rows,
         input=mix.input,

@@ -25,7 +25,7 @@ def unfit(
     reporter: Reporter,
     what: str,
 ) -> dict[str, str]:
-    """The rows that may not be trained on, by key, and why.
+    """Return the rows that may not be trained on, by key, and why.
 
     They are nearly equal to a row of the domain, hold a held-out row or a benchmark item, or have secrets in them.
 

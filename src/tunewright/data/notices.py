@@ -90,7 +90,7 @@ class Largest:
 
 
 def faulty(faults: Sequence[Fault]) -> UserError:
-    """The refusal of files with faulty rows."""
+    """Return the refusal of files with faulty rows."""
     return UserError(
         f"{count_of(len(faults), 'faulty row')}, nothing was added\n{by_cause(faults)}",
         fix="Correct them, or add the others with --skip-bad. `tunewright data check FILE --json` lists every one.",
@@ -149,7 +149,7 @@ def near_duplicates(kept: Sequence[Duplicate]) -> str:
 
 
 def duplicates(dropped: Sequence[Duplicate], setting: Duplicates) -> str:
-    """The warning of dropped duplicates."""
+    """Return the warning of dropped duplicates."""
     told = (f"{d.source}:{d.line} repeats {d.of_place} (similarity {d.similarity:.2f})" for d in dropped)
     lines = listed(told, len(dropped), _MOST_EXAMPLES, "the result and the version's imports.jsonl list all")
     alike = "the input (nearly)" if setting == "drop" else "the input"
@@ -246,7 +246,7 @@ def warn_of_untrained_answers(members: Sequence[Member], reporter: Reporter) -> 
 
 
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:
-    """The warning of rows that came up in the draw of the mix-in and were passed over."""
+    """Return the warning of rows that came up in the draw of the mix-in and were passed over."""
     lines = listed(
         (f"{place}: {reason}" for place, reason in left_out),
         len(left_out),
@@ -257,7 +257,7 @@ def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:
 
 
 def largest(clusters: Sequence[Largest]) -> str:
-    """The largest clusters, in a line."""
+    """Return the largest clusters, in a line."""
     told = ", ".join(f"{cluster.rows:,} rows like {_excerpt(cluster.one)}" for cluster in clusters[:3])
     return f"Largest clusters: {told}"
 
@@ -309,7 +309,7 @@ def warn_of_idle_groups(names: Sequence[str], groups: Mapping[str, Sequence[str]
 
 
 def known_outputs(found: OutputLeak) -> str:
-    """The warning of a test whose outputs, or their templates, are in training."""
+    """Return the warning of a test whose outputs, or their templates, are in training."""
     return (
         f"{found.share('template'):.0%} of the test rows have an output template that training rows have "
         f"({found.share('identical'):.0%} an identical output): scores on them do not show what happens with a new "
@@ -346,7 +346,7 @@ def standing(rows: Sequence[SourceRow]) -> str:
 
 
 def reweighted(examples: Sequence[Example]) -> str:
-    """The warning of rows that take the place of the same turns with other weights."""
+    """Return the warning of rows that take the place of the same turns with other weights."""
     told = (_excerpt(example.input_text) for example in examples)
     lines = listed(told, len(examples), _MOST_EXAMPLES, "`tunewright data log` shows the version before")
     return f"{count_of(len(examples), 'row')} replaced: the same turns were there with other weights\n{lines}"
@@ -416,7 +416,7 @@ def _outputs(conflict: Conflict) -> str:
 
 
 def listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
-    """The first lines, and how many more there are and where all of them stand."""
+    """Return the first lines, and how many more there are and where all of them stand."""
     shown = [f"  {line}" for _, line in zip(range(most), lines, strict=False)]
     if count > most:
         shown.append(f"  and {count - most} more: {where_all}")

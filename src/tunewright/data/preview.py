@@ -69,11 +69,11 @@ class Preview:
 
     @property
     def ok(self) -> bool:
-        """Whether `data add` would add the files with the same options."""
+        """True if `data add` would add the files with the same options."""
         return not self.refusals and all(file.unreadable is None for file in self.files.files)
 
     def as_dict(self) -> dict[str, Any]:
-        """The preview as ``--json`` prints it."""
+        """Return the preview as ``--json`` prints it."""
         return {
             **self.files.as_dict(),
             "ok": self.ok,
@@ -132,7 +132,7 @@ def preview(
 
 
 def _beforehand(refusal: UserError) -> UserError:
-    """The refusal of ``add`` as a check words it: nothing has been tried yet."""
+    """Return the refusal of ``add`` as a check words it: nothing has been tried yet."""
     what = refusal.what.replace("nothing was added", "nothing would be added").replace(
         "nothing was replaced", "nothing would be replaced"
     )

@@ -73,7 +73,7 @@ def purge(
 
 
 def _grouped(rows: Mapping[str, Member]) -> tuple[Holder, ...]:
-    """The groups of purged rows stay: the digests of versions are made of them."""
+    """Return the groups of purged rows stay: the digests of versions are made of them."""
     values = sorted({value for m in rows.values() for value in m.groups})
     if not values:
         return ()
@@ -170,7 +170,7 @@ def _files(root: Path, apart: Path) -> Iterator[Path]:
 
 
 def _needles(rows: Iterable[Example]) -> dict[bytes, set[int]]:
-    """What is searched for, to the numbers of the rows that have it."""
+    """Return what is searched for, to the numbers of the rows that have it."""
     needles: dict[bytes, set[int]] = defaultdict(set)
     for number, example in enumerate(rows):
         for message in example.messages:
@@ -199,7 +199,7 @@ def _search(path: Path, name: str, needles: Mapping[bytes, set[int]]) -> Holder 
 
 
 def _found(data: bytes, needles: Iterable[bytes]) -> set[bytes]:
-    """The needles that are in the data, by their first bytes: the time does not grow with their number."""
+    """Return the needles that are in the data, by their first bytes: the time does not grow with their number."""
     by_anchor: dict[int, list[bytes]] = defaultdict(list)
     for needle in needles:
         by_anchor[int.from_bytes(needle[:_ANCHOR], "little")].append(needle)

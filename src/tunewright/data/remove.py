@@ -81,7 +81,7 @@ class RemoveResult:
         return {split: counts[split] for split in SPLITS}
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {**asdict(self), "version": self.version.model_dump(mode="json"), "splits": self.splits}
 
 
@@ -158,7 +158,7 @@ def _nothing(selection: Selection, parent: DatasetVersion, purging: bool) -> Use
 
 
 def _all_members(dataset: Path, parent: DatasetVersion) -> dict[str, Member]:
-    """The rows of all versions that have their text, in the place that the latest version gives each."""
+    """Return the rows of all versions that have their text, in the place that the latest version gives each."""
     places: dict[str, Place] = {}
     for manifest in list_versions(dataset):
         places |= read_places(dataset, manifest.digest)
@@ -174,7 +174,7 @@ def _family(
     members: Mapping[str, Member],
     left: Collection[str],
 ) -> dict[str, Member]:
-    """The chosen rows and, of those that are not current, what they were made of and what has their input."""
+    """Return the chosen rows and, of those that are not current, what they were made of and what has their input."""
     family = {m.key for m in chosen}
     became = replaced(dataset, parent.manifest)
     family |= {old for old, now in became.items() if now in family and old in members}
@@ -212,7 +212,7 @@ def _result(
 
 
 def _measured(evaluations: Path, keys: Collection[str]) -> dict[str, int]:
-    """How many of these rows each evaluation measured on, by its folder's name."""
+    """Return how many of these rows each evaluation measured on, by its folder's name."""
     found: dict[str, int] = {}
     for path in sorted(evaluations.glob("[!.]*/items.jsonl")):
         if count := sum(key.decode() in keys for key in _ITEM_KEY.findall(path.read_bytes())):

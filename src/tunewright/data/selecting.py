@@ -200,7 +200,7 @@ def _names(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _listed(document: Any) -> list[Any]:
-    """The rows of a JSON document: an array's items, those under `suspects` or `rows`, or the one that it is."""
+    """Return the rows of a JSON document: an array's items, those under `suspects` or `rows`, or the one that it is."""
     if isinstance(document, dict) and "key" not in document:
         document = next((document[name] for name in ("suspects", "rows") if name in document), document)
     return document if isinstance(document, list) else [document]

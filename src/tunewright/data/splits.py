@@ -57,7 +57,7 @@ def assign_splits(
     seed: int,
     class_of: Mapping[str, str] | None = None,
 ) -> dict[str, Split]:
-    """The split of every cluster.
+    """Return the split of every cluster.
 
     A cluster with a row that was ever held out for the test stays in the test, then likewise for dev and train. New
     clusters come in an order drawn from the seed and their names; they fill the test and then dev up to their shares
@@ -108,7 +108,7 @@ def assign_splits(
 
 
 def _settled(clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split]) -> dict[str, Split]:
-    """The split of each cluster that has rows of the version before."""
+    """Return the split of each cluster that has rows of the version before."""
     splits: dict[str, Split] = {}
     for name, keys in clusters.items():
         before = {former[key] for key in keys if key in former}
@@ -122,7 +122,7 @@ def _settled(clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split])
 def _fill(
     free: Sequence[str], clusters: Mapping[str, Sequence[str]], room: int, most: int, allowed: Callable[[str], bool]
 ) -> list[str]:
-    """Which free clusters go into a split with room for so many rows: in their order, each that fits."""
+    """Return which free clusters go into a split with room for so many rows: in their order, each that fits."""
     taken: list[str] = []
     for name in free:
         if len(clusters[name]) <= room and len(taken) < most and allowed(name):
@@ -161,7 +161,7 @@ class _Classes:
         return fits
 
     def cost(self, name: str) -> float:
-        """How much further from their shares the cluster would bring its classes, in squared rows."""
+        """Return how much further from their shares the cluster would bring its classes, in squared rows."""
         return sum(count * (count - 2 * self.lacking[label]) for label, count in self.counts[name].items())
 
 

@@ -43,7 +43,7 @@ class VersionBuilder:
     outputs: OutputLeak
 
     def fate(self, row: SourceRow, merged: Merge) -> dict[str, Any]:
-        """What became of a row that was read."""
+        """Return what became of a row that was read."""
         fate = merged.fate(row)
         return {**fate, "fate": "contaminated"} if fate.get("of", fate["key"]) in self.left_out else fate
 
@@ -114,7 +114,7 @@ def _domain(
     reporter: Reporter,
     inherited: Mapping[str, Split],
 ) -> list[Member]:
-    """The rows of the domain with clusters, joined where they share a group (or an output template), and splits.
+    """Return the rows of the domain with clusters, joined where they share a group (or an output template), and splits.
 
     Rows of ``training`` are not dealt out: they are for training, unless their cluster is held out already.
     """

@@ -113,7 +113,7 @@ class Child:
 
     @property
     def stopping(self) -> bool:
-        """Whether it has been stopped for good."""
+        """True if it has been stopped for good."""
         return self._stopping.is_set()
 
     def client(self) -> httpx.AsyncClient:
@@ -148,14 +148,14 @@ class Child:
             await asyncio.shield(closing)
 
     async def is_well(self) -> bool:
-        """Whether it says so now: one that has failed as a whole says it of each request, too, until it ends."""
+        """Return whether it says so now: one that has failed as a whole says it of each request, too, until it ends."""
         try:
             return (await self.client().get("/health", timeout=PATIENCE_SECONDS)).status_code == 200
         except httpx.TransportError:
             return False
 
     def said(self, lines: int = 12) -> str:
-        """The end of its log."""
+        """Return the end of its log."""
         with suppress(FileNotFoundError):
             return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
         return ""
@@ -271,14 +271,14 @@ class Child:
         return reply is not None and reply.status_code == 200
 
     def _signs(self) -> list[str] | None:
-        """What changes when it computes; None where it does not say so now."""
+        """Return what changes when it computes; None where it does not say so now."""
         reply = self._get("/metrics")
         if reply is None:
             return None
         return [line for line in reply.text.splitlines() if line.startswith(self._plan.metrics)]
 
     def _get(self, route: str) -> httpx.Response | None:
-        """What it answers; None if nothing in time."""
+        """Return what it answers; None if nothing in time."""
         with socket.socket(socket.AF_UNIX) as listening:
             if listening.connect_ex(str(self.socket)) != 0:
                 return None

@@ -93,7 +93,7 @@ def _installed() -> Environment:
 
 
 def _obstacle(config: Config, quantize: Quantize, adapter: Path | None, *, constrained: bool) -> str | None:
-    """Why vLLM cannot answer as the embedded loop would; None if it can."""
+    """Return why vLLM cannot answer as the embedded loop would; None if it can."""
     if quantize == "nf4":
         return "the base is held in NF4, and vLLM would hold it in 16 bits, which is another model"
     if constrained:

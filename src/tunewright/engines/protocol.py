@@ -52,7 +52,7 @@ class Engine(Protocol):
 
     @property
     def dead(self) -> bool:
-        """Whether it stays stopped, so that the server has to be started again."""
+        """True if it stays stopped, so that the server has to be started again."""
 
     @property
     def under_way(self) -> tuple[int, int]:

@@ -44,7 +44,7 @@ class Ledger:
         self._require_those_of_the_evidence()
 
     def open(self, **facts: Any) -> TestSetAccess:
-        """The line of this evaluation: the one that is there, or a new one.
+        """Return the line of this evaluation: the one that is there, or a new one.
 
         Args:
             facts: fields of `TestSetAccess`, without number, time and digests.
@@ -68,7 +68,7 @@ class Ledger:
             return opening
 
     def earlier(self, opening: TestSetAccess, dataset: Path, keys: set[str]) -> tuple[EarlierAccess, ...]:
-        """The openings before this one that had items of it.
+        """Return the openings before this one that had items of it.
 
         Args:
             opening: a line of this ledger.
@@ -99,7 +99,7 @@ class Ledger:
 
 
 def _read(path: Path) -> list[TestSetAccess]:
-    """The lines, each held to its own digest and to the line before."""
+    """Return the lines, each held to its own digest and to the line before."""
     openings: list[TestSetAccess] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for number, line in enumerate(text_lines(text), start=1):
@@ -123,7 +123,7 @@ def _read(path: Path) -> list[TestSetAccess]:
 
 
 def _opening_in(file: Path) -> dict[str, Any] | None:
-    """What an evidence file says of its line; None if that is nothing. Evidence of any schema is read."""
+    """Return what an evidence file says of its line; None if that is nothing. Evidence of any schema is read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")).get("opening")
     except (ValueError, AttributeError):
@@ -132,7 +132,7 @@ def _opening_in(file: Path) -> dict[str, Any] | None:
 
 
 def _shared(other: TestSetAccess, dataset: Path, keys: set[str]) -> int | None:
-    """How many of these items an earlier evaluation opened; None where its dataset version is not here."""
+    """Return how many of these items an earlier evaluation opened; None where its dataset version is not here."""
     try:
         places = read_places(dataset, other.dataset)
     except UserError:

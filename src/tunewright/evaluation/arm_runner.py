@@ -111,7 +111,7 @@ class ArmRunner:
         return find_instruction(self.version.domain)
 
     def inputs(self, limit: int) -> dict[str, Any]:
-        """All that decides the answers of an arm, apart from its adapter."""
+        """Return all that decides the answers of an arm, apart from its adapter."""
         return {
             "dataset": self.version.digest,
             "base": self.generator.base.digest,
@@ -129,7 +129,7 @@ class ArmRunner:
         }
 
     def misfit(self, plan: ArmPlan, members: Sequence[Member]) -> str | None:
-        """Why this arm cannot answer all of these rows with as many demonstrations as it has; None if it can."""
+        """Return why this arm cannot answer all of these rows with as many demonstrations as it has; None if it can."""
         fewest = min(len(self.demonstrations.shown(plan, m)) for m in members)
         if fewest < plan.shots:
             return f"the training rows have only {fewest} demonstrations for a question"
@@ -182,14 +182,14 @@ class ArmRunner:
         return [prompt for prompt, _ in built], sum(not whole for _, whole in built)
 
     def dev_scores(self, adapter: Adapter | None) -> Scores:
-        """The dev split by the deciding metric, answered by the adapter, or by the base alone, zero-shot."""
+        """Return the dev split by the deciding metric, answered by the adapter, or by the base alone, zero-shot."""
         plan = ZERO_SHOT if adapter is None else TUNED
         dev = self.version.examples("dev")
         answers = self.answers(plan, dev, "dev", adapter)
         return score_all(self.scorers[0], [a.text for a in answers], [m.example for m in dev])
 
     def _fitting_prompt(self, plan: ArmPlan, member: Member) -> tuple[Prompt, bool]:
-        """The prompt, with as many demonstrations as fit; and whether these are all."""
+        """Return the prompt, with as many demonstrations as fit; and whether these are all."""
         prompt = self._whole_prompt(plan, member)
         shown = self.demonstrations.shown(plan, member)
         left = len(shown)
@@ -257,7 +257,7 @@ def measured_arm(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Arm:
-    """One arm's scores; ``answers`` are those that were scored.
+    """Return one arm's scores; ``answers`` are those that were scored.
 
     Raises:
         UserError: a metric that can score none of the answers.
@@ -281,7 +281,7 @@ def measured_arm(
 
 
 def measured_with(config: Config, base: Base, chat: ChatFormat, quantize: Quantize, limit: int) -> dict[str, Any]:
-    """What the evidence's lineage says of the means; ``created`` is UTC, ISO 8601."""
+    """Return what the evidence's lineage says of the means; ``created`` is UTC, ISO 8601."""
     return {
         "created": now(),
         "base": {"spec": base.spec, "digest": base.digest},

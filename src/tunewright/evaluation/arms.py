@@ -44,7 +44,7 @@ class ArmPlan:
 
     @property
     def adapted(self) -> bool:
-        """Whether the adapter answers, and not the base alone."""
+        """True if the adapter answers, and not the base alone."""
         return self.kind in {"tuned", "tuned-retrieved"}
 
     @property
@@ -59,12 +59,12 @@ TUNED_CONSTRAINED = ArmPlan("tuned", constrained=True)
 
 
 def plan_of(arm: Arm) -> ArmPlan:
-    """The way of answering that was measured."""
+    """Return the way of answering that was measured."""
     return ArmPlan(arm.kind, arm.shots, arm.seed, arm.retriever, arm.instruction, arm.constrained)
 
 
 def prompting_arms(settings: EvaluateConfig) -> list[ArmPlan]:
-    """Every arm that needs no training, with the pairs' own instruction; then zero-shot with each other one.
+    """Return every arm that needs no training, with the pairs' own instruction; then zero-shot with each other one.
 
     Zero-shot (with each instruction: one of them may name what the grammar allows) and retrieved arms also held to the
     grammar, where the config has one.
@@ -84,7 +84,7 @@ def prompting_arms(settings: EvaluateConfig) -> list[ArmPlan]:
 
 
 def other_instructions(plan: ArmPlan, settings: EvaluateConfig) -> list[ArmPlan]:
-    """The same arm with each instruction of evaluate.instructions."""
+    """Return the same arm with each instruction of evaluate.instructions."""
     return _instructed(plan, settings, own=False)
 
 

@@ -56,17 +56,17 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def chosen(model: Any, tokenizer: Any, questions: Sequence[Question], task: Task) -> list[int]:
-    """Which choice the model finds likeliest by the character; arguments as of :func:`likelihoods`."""
+    """Return which choice the model finds likeliest by the character; arguments as of :func:`likelihoods`."""
     return [likeliest(each) for each in likelihoods(model, tokenizer, questions, task)]
 
 
 def likeliest(by_character: Sequence[float]) -> int:
-    """The number of the likeliest choice, the first of equals."""
+    """Return the number of the likeliest choice, the first of equals."""
     return max(range(len(by_character)), key=by_character.__getitem__)
 
 
 def likelihoods(model: Any, tokenizer: Any, questions: Sequence[Question], task: Task) -> list[list[float]]:
-    """Each choice's log-likelihood after "…\\nAnswer:" divided by its characters.
+    """Return each choice's log-likelihood after "…\\nAnswer:" divided by its characters.
 
     As lm-eval's ``acc_norm`` has it, without a chat template. BOS stands first where the tokenizer itself puts it.
 

@@ -211,7 +211,7 @@ class CrossValidation:
         return {key: new for fold in by_fold for key, new in (fold or {}).items()} if all(by_fold) else None
 
     def _open(self, ledger: Ledger) -> TestSetAccess:
-        """The line in the ledger; what prompting arm each fold will choose is not known yet."""
+        """Return the line in the ledger; what prompting arm each fold will choose is not known yet."""
         with_retrieved = TUNED_RETRIEVED if self._tries_retrieved else None
         return ledger.open(
             author=current_author(self.project.root),
@@ -232,7 +232,7 @@ class CrossValidation:
         return settings.tuned_retrieved and bool(settings.retrievers)
 
     def _go(self, number: int) -> _Done:
-        """One fold's road."""
+        """Return one fold's road."""
         version = self.versions[number - 1]
         train_rows, dev_rows, test_rows = (len(version.examples(split)) for split in SPLITS)
         self.reporter.say(
@@ -329,7 +329,7 @@ class CrossValidation:
 
 
 def _in_order(members: Sequence[Member], done: Sequence[_Done], role: _Role) -> list[Answered]:
-    """The folds' answers together, in the members' order."""
+    """Return the folds' answers together, in the members' order."""
     by_key: dict[str, Answered] = {}
     for fold, plan in zip(done, role.plans, strict=True):
         by_key |= {m.key: a for m, a in zip(fold.version.examples("test"), fold.answers[plan.name], strict=True)}
@@ -358,7 +358,7 @@ def _told(number: int, fold: _Done, roles: Sequence[_Role], scorer: Scorer) -> F
 def out_of_fold(
     project: ProjectFolder, version: DatasetVersion, base: Base, chat: ChatFormat
 ) -> list[tuple[Adapter, list[Member]]]:
-    """Each fold's adapter with the rows that it was kept from, of the newest complete cross-fit of this version.
+    """Return each fold's adapter with the rows that it was kept from, of the newest complete cross-fit of this version.
 
     Empty where there is none that belongs to this base and chat format.
     """

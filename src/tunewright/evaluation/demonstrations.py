@@ -87,7 +87,7 @@ class Demonstrations:
         self._orders: dict[tuple[RetrieverName, str], list[int]] = {}
 
     def shown(self, plan: ArmPlan, query: Member) -> list[Member]:
-        """What the prompt of ``query`` shows, in its order; none is of the query's own cluster."""
+        """Return what the prompt of ``query`` shows, in its order; none is of the query's own cluster."""
         if not plan.shots:
             return []
         if plan.retriever is not None:
@@ -117,7 +117,7 @@ class Demonstrations:
         return [self._train[i] for i in self._orders[key][:k]]
 
     def drawn(self, seed: int) -> list[Member]:
-        """The training pairs in the order in which static arms of this seed show them, one of each cluster.
+        """Return the training pairs in the order in which static arms of this seed show them, one of each cluster.
 
         A smaller number of shots is the beginning of a larger one. Where outputs repeat (classes), each distinct one
         comes before any comes again.
@@ -149,7 +149,7 @@ def _luck(name: str) -> bytes:
 
 
 def with_demonstrations(query: Member, demonstrations: Sequence[Member]) -> tuple[Message, ...]:
-    """The query's prompt with worked examples before it, as turns of the conversation, in their order."""
+    """Return the query's prompt with worked examples before it, as turns of the conversation, in their order."""
     prompt = query.example.prompt
     system = tuple(m for m in prompt if m.role == "system")
     asked = tuple(m for m in prompt if m.role != "system")

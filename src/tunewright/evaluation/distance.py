@@ -32,7 +32,7 @@ SIMILARITY = "Jaccard similarity of the inputs' character 4-grams, without what 
 def scores_by_distance(
     scored: ScoredArms, nearest: Sequence[float], deciding: Contrast, seed: int, resamples: int = RESAMPLES
 ) -> TrainSimilarity:
-    """Each arm's score by the deciding metric, and the difference that decides, in bands of similarity.
+    """Return each arm's score by the deciding metric, and the difference that decides, in bands of similarity.
 
     Args:
         scored: the arms on the test items.
@@ -60,7 +60,7 @@ def scores_by_distance(
 def scores_by_template(
     scored: ScoredArms, new: Sequence[bool], deciding: Contrast, seed: int, resamples: int = RESAMPLES
 ) -> OutputTemplates:
-    """Each arm's score by the deciding metric on items with a new output template, and on the others.
+    """Return each arm's score by the deciding metric on items with a new output template, and on the others.
 
     Args:
         scored: the arms on the test items.
@@ -108,7 +108,7 @@ def _subset(
 
 
 def _part(scores: Scores, here: NDArray[np.bool_]) -> Scores:
-    """The scores of some of the items; how many of them are outside the choices is not known."""
+    """Return the scores of some of the items; how many of them are outside the choices is not known."""
     places = np.flatnonzero(here).tolist()
     unscored = {new: scores.unscored[old] for new, old in enumerate(places) if old in scores.unscored}
     return Scores(scores.scorer, scores.values[here], scores.statistics[here], unscored, 0)

@@ -14,7 +14,7 @@ from tunewright.data.versions import DatasetVersion, Member, keys_digest, member
 
 
 def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[DatasetVersion]:
-    """The version once for each fold: the fold's rows are test, of the others some are dev and the rest train.
+    """Return the version once for each fold: the fold's rows are test, of the others some are dev and the rest train.
 
     The generic mix-in, which is like no row of the domain, is in the training part of every fold.
 

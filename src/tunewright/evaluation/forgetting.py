@@ -48,7 +48,7 @@ class Forgetting:
     """Of the increase: 95%, by a bootstrap over samples."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The measurement as JSON has it."""
+        """Return the measurement as JSON has it."""
         return {**self.__dict__, "interval": self.interval.model_dump()}
 
 
@@ -99,7 +99,7 @@ class ForgettingMeter:
         return self.sampler.draw(self.wanted, screen, finished=False)
 
     def measure(self, adapter: Adapter) -> Forgetting:
-        """What this adapter has forgotten.
+        """Return what this adapter has forgotten.
 
         Raises:
             UserError: nothing that the base writes is of use.

@@ -221,7 +221,7 @@ class Generator:
         *,
         constrained: bool = False,
     ) -> list[Request]:
-        """What the decoding loop is asked for each prompt."""
+        """Return what the decoding loop is asked for each prompt."""
         assert self.grammar or not constrained
         name = None if adapter is None else self._name(adapter)
         held_to = self.constraint if constrained else None
@@ -313,7 +313,7 @@ class Generator:
         return self.generate(requests, on_finished, stop_ids=ends, at_once=None if self._vllm else BATCH)
 
     def _name(self, adapter: Adapter) -> str:
-        """What the engine calls it."""
+        """Return what the engine calls it."""
         return adapter.name if self._vllm is None else adapter.digest
 
     def _announce(self) -> None:
@@ -331,7 +331,7 @@ class Generator:
         clear_device_cache(garbage_collection=True)
 
     def model_with(self, adapter: Adapter | None = None) -> Any:
-        """The base in this process, with this adapter and those that were asked for before; vLLM ends first."""
+        """Return the base in this process, with this adapter and those that were asked for before; vLLM ends first."""
         if self._model is None:
             if self._vllm is not None:
                 self._vllm.stop()
@@ -384,7 +384,7 @@ class Generator:
             yield model
 
     def decoding(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool = False) -> Decoding:
-        """What decides these answers; its key names their journal."""
+        """Return what decides these answers; its key names their journal."""
         if self.engine.environment is None:
             names = [*_PACKAGES, *(["bitsandbytes"] if self.quantize == "nf4" else [])]
             if constrained:
@@ -410,7 +410,7 @@ class Generator:
 
 
 def grammar_of(project: ProjectFolder) -> Grammar | None:
-    """What the project's constrained answers have to be.
+    """Return what the project's constrained answers have to be.
 
     Raises:
         UserError: the config names a schema that cannot be read.

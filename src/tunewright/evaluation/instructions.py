@@ -37,7 +37,7 @@ class Instruction:
     """With the white space that parts it from what follows."""
 
     def replaced(self, messages: Sequence[Message], other: str) -> tuple[Message, ...]:
-        """The conversation with ``other`` in the instruction's place, in every user turn that begins with it."""
+        """Return the conversation with ``other`` in the instruction's place, in every user turn that begins with it."""
         if self.place == "none":
             return (Message("system", other), *messages)
         if self.place == "system":
@@ -53,7 +53,7 @@ class Instruction:
 
 
 def find_instruction(members: Sequence[Member]) -> Instruction:
-    """The instruction of these pairs.
+    """Return the instruction of these pairs.
 
     Raises:
         UserError: some pairs have a system turn and others have none, or another, or several.

@@ -161,7 +161,7 @@ class LearningCurve:
         return train(project, part, self.base, self.chat, self.reporter, adapters=place, facts=facts)
 
     def _scores(self, adapter: Adapter) -> Scores:
-        """The dev rows' answers, scored."""
+        """Return the dev rows' answers, scored."""
         generator = self.generator()
         examples = [m.example for m in self.version.examples("dev")]
         answers = generator.answer("answering dev", [self.chat.prompt(e.prompt) for e in examples], self.limit, adapter)
@@ -206,7 +206,7 @@ class LearningCurve:
         )
 
     def _slope(self, points: Sequence[Point], scores: Mapping[tuple[int, float], Scores]) -> Slope:
-        """The slope on the dev rows that are scored for every adapter."""
+        """Return the slope on the dev rows that are scored for every adapter."""
         everywhere = np.logical_and.reduce([each.scored for each in scores.values()])
         if not everywhere.any():
             raise UserError(f"no dev item is scored by {self.scorer.name} for every adapter", where="evaluate.metric")

@@ -129,7 +129,7 @@ def row_losses(
 
 
 def _without_input(member: Member) -> Member:
-    """The member's answer after a dash in place of its conversation; its system turn stays."""
+    """Return the member's answer after a dash in place of its conversation; its system turn stays."""
     system = [turn for turn in member.example.messages if turn.role == "system"]
     return replace(member, example=Example((*system, Message("user", "-"), member.example.messages[-1])))
 
@@ -173,7 +173,7 @@ def _warn_of_seen(adapter: Adapter, dataset: Path, version: DatasetVersion, repo
 
 
 def answer_rows(chat: ChatFormat, members: Sequence[Member], context: int, reporter: Reporter) -> dict[str, Tokens]:
-    """The row of each member's last answer, by pair key; who has none is named in a warning."""
+    """Return the row of each member's last answer, by pair key; who has none is named in a warning."""
     judged = [m for m in members if m.example.messages[-1].weight]
     encoded = encode_members(chat, judged, context)
     # Of an example with a row for each answer, the last row has the last answer.
@@ -256,7 +256,7 @@ class JudgedBatch(Generic[Name]):
         return self.ids[:, 1:][self.judged[:, 1:]]
 
     def states(self, model: Any) -> Any:
-        """What the head tells each judged token from, [places, width].
+        """Return what the head tells each judged token from, [places, width].
 
         Only these go through the head: of a long prompt and a large vocabulary the logits would not fit.
         """
@@ -270,13 +270,13 @@ class JudgedBatch(Generic[Name]):
         return hidden[:, :-1][self.judged[:, 1:].to(model.device)]
 
     def means(self, values: Any) -> dict[Name, float]:
-        """Each row's mean of values [places]."""
+        """Return each row's mean of values [places]."""
         parts = values.split(self.judged.sum(dim=1).tolist())
         return dict(zip(self.names, [float(part.double().mean()) for part in parts], strict=True))
 
 
 def whole_model(model: Any) -> Any:
-    """The base that a PeftModel is over, its adapters in it; any other model itself."""
+    """Return the base that a PeftModel is over, its adapters in it; any other model itself."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model

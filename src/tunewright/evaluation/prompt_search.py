@@ -83,7 +83,7 @@ def prepare(arm_runner: ArmRunner) -> None:
 
 
 def choosing_inputs(settings: EvaluateConfig) -> dict[str, Any]:
-    """All in the config that decides which prompting arms there are and how the best is chosen."""
+    """Return all in the config that decides which prompting arms there are and how the best is chosen."""
     return {
         "arms": [plan.name for plan in prompting_arms(settings)],
         "instructions": settings.instructions,
@@ -187,18 +187,18 @@ class _Choice:
     def _scored(
         self, members: Sequence[Member], answered: Mapping[ArmPlan, Sequence[Answered]]
     ) -> tuple[ScoredArms, dict[ArmPlan, Arm]]:
-        """All arms' scores on the same items, and what each arm comes to."""
+        """Return all arms' scores on the same items, and what each arm comes to."""
         given_by = {plan.name: given for plan, given in answered.items()}
         scored = scored_arms(self._arm_runner.scorers, members, given_by, self._dev)
         seed = self._config.seed
         return scored, {p: measured_arm(p.name, p, given, scored, seed, _RESAMPLES) for p, given in answered.items()}
 
     def _best(self, arms: Mapping[ArmPlan, Arm]) -> Arm:
-        """The best score; of equal ones the fewest demonstrations, then the first."""
+        """Return the best score; of equal ones the fewest demonstrations, then the first."""
         return max(arms.values(), key=lambda arm: (arm.score(self._metric).value, -arm.shots))
 
     def _fates(self, scored: ScoredArms, arms: Mapping[ArmPlan, Arm]) -> dict[str, str]:
-        """Why arms do not go on, by name (see `_rule`)."""
+        """Return why arms do not go on, by name (see `_rule`)."""
         fates: dict[str, str] = {}
         leader = self._best(arms)
         left: list[Arm] = []

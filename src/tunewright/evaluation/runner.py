@@ -56,7 +56,7 @@ class EvaluateResult:
 
 
 def contest(advice: Advice, *, with_retrieved: bool, held: bool = False, budget: Budget | None = None) -> list[ArmPlan]:
-    """The arms that meet on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
+    """Return the arms that meet on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
 
     And tuned ``held`` to the grammar. A ``budget`` may have left the last two out.
     """

@@ -47,7 +47,7 @@ class ScaleResult:
     rule: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "parent": self.parent.name,
             "adapter": self.adapter.name,
@@ -112,7 +112,7 @@ def choose(tried: Sequence[Scaled], margin: float) -> Scaled:
 
 
 def _scaled(arm_runner: ArmRunner, parent: Adapter, factor: float, place: Path) -> Adapter:
-    """The adapter times a factor, in a folder of trials."""
+    """Return the adapter times a factor, in a folder of trials."""
     weights = place / f".{parent.digest[:12]}-{factor:g}"
     scale_weights(parent.folder, factor, weights)
     identity = digest({"parent": parent.digest, "factor": factor})

@@ -181,7 +181,7 @@ class Schedule:
         return stages
 
     def _entrants(self, left_out: Sequence[str]) -> list[_Load]:
-        """The prompting arms that fit the context, on the items that all of them answer."""
+        """Return the prompting arms that fit the context, on the items that all of them answer."""
         plans = [plan for plan in prompting_arms(self._arm_runner.settings) if plan.name not in left_out]
         return [load for plan in plans if (load := self._fitting(plan)) is not None]
 
@@ -221,7 +221,7 @@ class Schedule:
         self._journals.clear()
 
     def _choosing(self, left_out: Sequence[str]) -> dict[str, list[_Load]]:
-        """All entrants on the first items, then at most so many of the dearest on the rest of dev."""
+        """Return all entrants on the first items, then at most so many of the dearest on the rest of dev."""
         settings, dev = self._arm_runner.settings, self._arm_runner.version.examples("dev")
         entrants = self._entrants(left_out)
         shown = [load for load in entrants if load.plan.shots]
@@ -251,7 +251,7 @@ class Schedule:
         }
 
     def _left(self, entrant: _Load) -> int:
-        """How many answers an arm lacks on the dev items that not all entrants answer."""
+        """Return how many answers an arm lacks on the dev items that not all entrants answer."""
         dev = self._arm_runner.version.examples("dev")
         if entrant.plan not in self._wholes:
             misfit = self._arm_runner.misfit(entrant.plan, dev)
@@ -362,7 +362,7 @@ class Schedule:
         return self._arm_runner.project.work / "budgets" / f"{self._identity}.json"
 
     def _recalled(self) -> Budget | None:
-        """What the same budget left out before: a run that resumes must not choose again by another speed."""
+        """Return what the same budget left out before: a run that resumes must not choose again by another speed."""
         if self._minutes is None or not self._decision.exists():
             return None
         found = Budget.model_validate_json(self._decision.read_text(encoding="utf-8"))
@@ -444,7 +444,7 @@ class Schedule:
         )
 
     def _not_counted(self, stages: Mapping[str, Sequence[_Load]]) -> str:
-        """What the command does besides answering, whose time is not known beforehand."""
+        """Return what the command does besides answering, whose time is not known beforehand."""
         besides = []
         if (
             self._contest is not None

@@ -13,7 +13,7 @@ from tunewright.data.versions.making import count_families
 
 
 def subset_versions(version: DatasetVersion, shares: Sequence[float], seed: int) -> list[DatasetVersion]:
-    """The version once for each share, with so much of its training rows; dev and test are unchanged.
+    """Return the version once for each share, with so much of its training rows; dev and test are unchanged.
 
     Clusters come in an order drawn from the seed and stay whole, and a smaller share's clusters are all in a larger
     one: each is as many from the front of the order as come nearest to the share of the rows. The generic mix-in is cut
@@ -47,7 +47,7 @@ def _mixed(version: DatasetVersion) -> list[Member]:
 
 
 def _prefixes(members: Iterable[Member], shares: Sequence[float], seed: int) -> list[set[str]]:
-    """The keys of each share's members."""
+    """Return the keys of each share's members."""
     clusters: dict[str, list[str]] = defaultdict(list)
     for member in members:
         clusters[member.cluster].append(member.key)

@@ -66,7 +66,7 @@ def _form(outputs: Sequence[str]) -> tuple[str, Check]:
 
 
 def _object(text: str) -> Any:
-    """The JSON object or array that a text is; None where it is none."""
+    """Return the JSON object or array that a text is; None where it is none."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -100,7 +100,7 @@ def _label(outputs: Sequence[str]) -> tuple[str, Check] | None:
 
 
 def _mask(text: str) -> str:
-    """A text with letters and digits masked and runs of them as one: ``2024-07-01`` is ``9-9-9``."""
+    """Return a text with letters and digits masked and runs of them as one: ``2024-07-01`` is ``9-9-9``."""
     letters = re.sub(r"[^\W\d_]+", "a", text.strip())
     return re.sub(r"\d+", "9", letters)
 

@@ -69,7 +69,7 @@ class Suite(Part):
 
     @property
     def gates(self) -> bool:
-        """Whether it may decide: a margin is set and all its controls passed."""
+        """True if it may decide: a margin is set and all its controls passed."""
         return self.margin is not None and not self.failed
 
 

@@ -122,7 +122,7 @@ def _undertrained(evidence: Evidence, known: Known) -> list[Reason]:
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]) -> str | None:
-    """The losses that show it; None where they do not. The last evaluation has to be the best one."""
+    """Return the losses that show it; None where they do not. The last evaluation has to be the best one."""
     losses = [epoch["dev_loss"] for epoch in epochs]
     if len(losses) > 1:
         fall = 1 - losses[-1] / losses[-2] if losses[-2] else 0.0
@@ -191,7 +191,7 @@ def _token_limit(evidence: Evidence, tuned: Arm) -> list[Reason]:
 
 
 def _could_change(evidence: Evidence, answers: int) -> bool:
-    """Whether the difference could pass the margin if these answers more were right."""
+    """Return whether the difference could pass the margin if these answers more were right."""
     first = evidence.contrasts[0]
     return first.difference + answers / max(first.scored, 1) > evidence.margin
 

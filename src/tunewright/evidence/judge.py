@@ -28,7 +28,7 @@ class Control(Part):
 
     @property
     def held(self) -> bool:
-        """Whether the judge passes this control."""
+        """True if the judge passes this control."""
         return self.limit >= self.required
 
 

@@ -52,13 +52,13 @@ class Curve(_Part):
     lineage: dict[str, Any]
 
     def mean(self, share: float) -> float:
-        """The mean score of all seeds at one share."""
+        """Return the mean score of all seeds at one share."""
         scores = [point.score for point in self.points if point.share == share]
         return sum(scores) / len(scores)
 
 
 def find_curve(curves: Path, evidence: Evidence) -> Curve | None:
-    """The newest learning curve on an evaluation's data and base, by its metric; None if none was measured.
+    """Return the newest learning curve on an evaluation's data and base, by its metric; None if none was measured.
 
     Args:
         curves: the project's folder of curves.
@@ -95,7 +95,7 @@ class MoreData:
 
 
 def more_data(curve: Curve) -> MoreData:
-    """Whether more data would help, from the curve alone.
+    """Return whether more data would help, from the curve alone.
 
     No, where the whole interval of what a doubling brings lies at or below the margin that is worth shipping; yes,
     where it lies above zero otherwise; else it can't be told, nor with fewer than `FEWEST_CLUSTERS` dev clusters.

@@ -52,7 +52,7 @@ class Drop:
 
 
 def paired_drop(before: Floats, after: Floats, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES) -> Drop:
-    """The drop of a mean over the same items: Tango's score limits for right and wrong, else a paired bootstrap.
+    """Return the drop of a mean over the same items: Tango's score limits for right and wrong, else a paired bootstrap.
 
     Items of one cluster are not independent. Then Tango's limits are those of the effective number of items (as
     Wilson's are in :mod:`tunewright.evidence.statistics`), with quantiles of Student's t of as many clusters, from
@@ -84,7 +84,7 @@ def paired_drop(before: Floats, after: Floats, clusters: Sequence[str], seed: in
 
 
 def ratio_drop(sums: Floats, seed: int, resamples: int = RESAMPLES) -> Drop:
-    """The drop of a mean over units of unlike size, such as texts of some tokens, by a bootstrap over the texts.
+    """Return the drop of a mean over units of unlike size, such as texts of some tokens, by a bootstrap over the texts.
 
     Args:
         sums: each text's summed drop and its number of units, [texts, 2].
@@ -151,5 +151,5 @@ def items_needed(margin: float, changes: float = EXPECTED_CHANGES) -> int:
 
 
 def smallest_margin(items: int, changes: float = EXPECTED_CHANGES) -> float:
-    """The margin that so many items are enough for, as of :func:`items_needed`."""
+    """Return the margin that so many items are enough for, as of :func:`items_needed`."""
     return min((_Z_ONE_SIDED + _Z_POWER) * math.sqrt(changes / items), 1.0)

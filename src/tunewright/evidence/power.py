@@ -21,7 +21,7 @@ The middle one is what is reckoned with."""
 
 
 def power(items: float, discordant: float, difference: float, alpha: float = ALPHA) -> float:
-    """How often a paired two-sided test finds a true difference of right and wrong (Miettinen 1968).
+    """Return how often a paired two-sided test finds a true difference of right and wrong (Miettinen 1968).
 
     Args:
         items: number of independent items (`effective_items` of clustered ones).
@@ -90,7 +90,7 @@ def prospect(split: str, items: int, clusters: int) -> Prospect:
 
 
 def prospect_text(told: Prospect, kind: Kind, margin: float) -> str:
-    """The prospect in plain sentences, with what is assumed.
+    """Return the prospect in plain sentences, with what is assumed.
 
     Args:
         told: the prospect.

@@ -22,7 +22,7 @@ class Preferences:
 
 
 def opinions(evidence: Evidence) -> Preferences:
-    """What people and the judge make of the deciding contrast; neither ever speaks for shipping.
+    """Return what people and the judge make of the deciding contrast; neither ever speaks for shipping.
 
     People are against where the whole interval of the win rate lies below one half and the sign test agrees (it guards
     a handful of verdicts). A judge is against where it passed its controls, is not of the base's family, and all that
@@ -38,7 +38,7 @@ def opinions(evidence: Evidence) -> Preferences:
 def _people(
     review: AnswerReview | None, contrast: Contrast
 ) -> tuple[Literal["treatment", "control"] | None, list[str]]:
-    """Which of the two arms people prefer, if that can be told."""
+    """Return which of the two arms people prefer, if that can be told."""
     if review is None:
         return None, []
     said = people_line(review)
@@ -101,7 +101,7 @@ def _preference(judge: Judgement, contrast: Contrast) -> Preference | None:
 
 
 def judge_line(judge: Judgement) -> str:
-    """What the judge found, against the arm that decides; of a vetoed one that it is not heard, and why."""
+    """Return what the judge found, against the arm that decides; of a vetoed one that it is not heard, and why."""
     if judge.vetoed:
         failed = ", ".join(f"{c.name} ({c.passed} of {c.items})" for c in judge.controls if not c.held)
         return f"Judge {judge.model}: vetoed, so nothing it said counts. Controls that it failed: {failed}."
@@ -118,7 +118,7 @@ def judge_line(judge: Judgement) -> str:
 
 
 def people_line(review: AnswerReview) -> str:
-    """What people preferred, and how far that goes for all test items."""
+    """Return what people preferred, and how far that goes for all test items."""
     wins, losses = review.preferred
     told = (
         f"People, blind: {review.answered} of {review.asked} pairs judged, {review.treatment} preferred on {wins}, "
@@ -133,5 +133,5 @@ def people_line(review: AnswerReview) -> str:
 
 
 def percents(value: float, interval: Interval) -> str:
-    """A share with its interval: ``62.5% (51.0 to 73.2)``."""
+    """Return a share with its interval: ``62.5% (51.0 to 73.2)``."""
     return f"{100 * value:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"

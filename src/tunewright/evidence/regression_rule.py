@@ -47,7 +47,7 @@ def _together(asked: list[Suite], deciding: list[Suite]) -> Result | None:
 
 
 def suite_text(suite: Suite) -> str:
-    """A suite in a sentence: what was measured, and what follows."""
+    """Return a suite in a sentence: what was measured, and what follows."""
     return f"{_measured(suite)} {_follows(suite)}"
 
 

@@ -266,7 +266,7 @@ class Evidence(Part):
     judge: Annotated[Judgement | None, Field(description="What `tunewright judge` found, or why it is vetoed.")] = None
 
     def arm(self, name: str) -> Arm:
-        """The test arm called ``name``."""
+        """Return the test arm called ``name``."""
         return next(a for a in self.arms if a.name == name)
 
     @property
@@ -347,7 +347,7 @@ def _require_schema(text: str, file: Path) -> None:
 
 
 def _peek(text: str) -> dict[str, Any]:
-    """What the file says, whatever its schema; nothing of what is no JSON object."""
+    """Return what the file says, whatever its schema; nothing of what is no JSON object."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -368,7 +368,7 @@ def amend(folder: Path, **sections: Part) -> Evidence:
 
 
 def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: bool = True) -> Path:
-    """An evaluation's folder: as given (ID, folder or evidence file), else the newest.
+    """Return an evaluation's folder: as given (ID, folder or evidence file), else the newest.
 
     Args:
         evaluations: the project's folder of evaluations.
@@ -397,7 +397,7 @@ def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: b
 
 
 def evidence_on(evaluations: Path, adapter: str, reporter: Reporter) -> Evidence | None:
-    """The newest evidence on one adapter, measured on rows held out from it; None where there is none.
+    """Return the newest evidence on one adapter, measured on rows held out from it; None where there is none.
 
     Args:
         evaluations: the project's folder of evaluations.

@@ -66,18 +66,18 @@ class ScoredArms:
     """Metric, the deciding one first, to arm name to scores."""
 
     def of_arm(self, arm: str) -> list[Scores]:
-        """One arm's scores by every metric."""
+        """Return one arm's scores by every metric."""
         return [arms[arm] for arms in self.by_metric.values()]
 
     def of_item(self, place: int) -> dict[MetricName, dict[str, float]]:
-        """One item's own scores, of the arms in which it is scored."""
+        """Return one item's own scores, of the arms in which it is scored."""
         return {
             metric: {arm: float(s.values[place]) for arm, s in arms.items() if place not in s.unscored}
             for metric, arms in self.by_metric.items()
         }
 
     def why_not(self, place: int) -> dict[MetricName, dict[str, str]] | None:
-        """Why one item is unscored, by metric and arm; None where it is scored everywhere."""
+        """Return why one item is unscored, by metric and arm; None where it is scored everywhere."""
         reasons = {
             metric: {arm: s.unscored[place] for arm, s in arms.items() if place in s.unscored}
             for metric, arms in self.by_metric.items()
@@ -218,7 +218,7 @@ def contrast(
 def declared_contrasts(
     scored: ScoredArms, pairs: Sequence[tuple[str, str]], seed: int, resamples: int = RESAMPLES
 ) -> list[Contrast]:
-    """Each treatment against its control by every metric; the first one decides.
+    """Return each treatment against its control by every metric; the first one decides.
 
     Those by the first metric are the declared ones, with p-values adjusted for being several; those by the metrics that
     are only measured beside it follow.
@@ -252,7 +252,7 @@ def scored_contrast(
 
 
 def adjusted(contrasts: Sequence[Contrast]) -> list[Contrast]:
-    """The declared contrasts, with Holm's p-values over all of them."""
+    """Return the declared contrasts, with Holm's p-values over all of them."""
     return [
         each.model_copy(update={"p_adjusted": p_value})
         for each, p_value in zip(contrasts, holm([c.p_value for c in contrasts]), strict=True)
@@ -302,7 +302,7 @@ def _corpus_contrast(ours: Floats, theirs: Floats, scorer: Scorer, seed: int, re
 
 
 def _left_out(ours: Scores, theirs: Scores) -> dict[str, int]:
-    """Why items are in one of the arms, or in both, unscored."""
+    """Return why items are in one of the arms, or in both, unscored."""
     return dict(Counter((theirs.unscored | ours.unscored).values()))
 
 

@@ -33,7 +33,7 @@ def slope_weights(rows: Sequence[float]) -> Floats:
 def share_slope(
     right: Floats, rows: NDArray[np.int64], clusters: Sequence[str], seed: int, resamples: int = RESAMPLES
 ) -> Slope:
-    """The slope of a share of right answers.
+    """Return the slope of a share of right answers.
 
     Two made-up clusters of mean size join the resampling, one all wrong with the fewest rows and all right with the
     most, one the other way round: as in `statistics.difference_interval`, and for the same reason. Without them ten
@@ -63,7 +63,7 @@ def corpus_slope(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Slope:
-    """The slope of a mean of graded scores, or of a metric of the corpus.
+    """Return the slope of a mean of graded scores, or of a metric of the corpus.
 
     Args:
         statistics: of each item's answer by each adapter, [seeds, sizes, items, columns].
@@ -86,7 +86,7 @@ def corpus_slope(
 
 
 def _combined(by_seed: Floats, drawn: Floats, clusters: int) -> Slope:
-    """The mean slope with a t interval over both sources of chance.
+    """Return the mean slope with a t interval over both sources of chance.
 
     One is which items are in dev: the spread of the slope over resampled clusters (``drawn``). The other is which rows
     were in the subsets and how training went: the spread over seeds, of which there are too few to resample. The

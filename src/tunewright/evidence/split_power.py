@@ -65,7 +65,7 @@ def foresee(rows: Mapping[Split, int], clusters: Mapping[Split, int], share: flo
 
 
 def _clusters_for(effect: float) -> int:
-    """How many clusters show a difference with `POWER`, if `USUAL` of the items change."""
+    """Return how many clusters show a difference with `POWER`, if `USUAL` of the items change."""
     few, enough = 1, 1
     while minimum_detectable_effect(enough, USUAL) > effect:
         few, enough = enough, 2 * enough
@@ -76,7 +76,7 @@ def _clusters_for(effect: float) -> int:
 
 
 def foresight_text(told: SplitPower) -> str:
-    """One line for a split that shows enough, and the warning for one that does not."""
+    """Return one line for a split that shows enough, and the warning for one that does not."""
     tests = _count(told.clusters["test"], "test cluster")
     aim = f"about {_count(told.rows_to_aim, 'more unlike row')} would show {100 * AIM:.0f} points."
     if not told.significant:

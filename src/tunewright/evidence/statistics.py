@@ -37,7 +37,7 @@ def cluster_sums(values: NDArray[Any], clusters: Sequence[str]) -> NDArray[Any]:
 
 
 def effective_items(values: Floats, clusters: Sequence[str]) -> float:
-    """How many independent items these clustered ones are worth for estimating the mean of ``values`` ([items]).
+    """Return how many independent items these clustered ones are worth for estimating the mean of ``values`` ([items]).
 
     Items divided by the design effect: the variance of the mean over clusters (Miller, appendix A, with its
     C / (C - 1) correction) by the variance that independent items would give. A design effect below 1 is taken for
@@ -94,7 +94,7 @@ def _chunks(rows: int, columns: int) -> Iterator[int]:
 
 
 def percentiles(values: Floats) -> Interval:
-    """The middle 95% of resampled values."""
+    """Return the middle 95% of resampled values."""
     low, high = np.quantile(values, [0.025, 0.975])
     return Interval(low=float(low), high=float(high))
 
@@ -124,7 +124,7 @@ def difference_interval(
 
 
 def farthest(changes: Floats) -> float:
-    """The largest change of an item, either way: the ``reach`` of graded scores. 1 where no item changes."""
+    """Return the largest change of an item, either way: the ``reach`` of graded scores. 1 where no item changes."""
     return float(np.abs(changes).max()) or 1.0
 
 

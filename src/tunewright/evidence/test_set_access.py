@@ -62,7 +62,7 @@ class EarlierAccess(Part):
 
 
 def openings_text(earlier: Sequence[EarlierAccess], items: int) -> str:
-    """How often these items had been opened before, and by whom the last time."""
+    """Return how often these items had been opened before, and by whom the last time."""
     last = earlier[-1]
     times = "once" if len(earlier) == 1 else f"{len(earlier)} times"
     most = max((each.shared_items or 0 for each in earlier), default=0)

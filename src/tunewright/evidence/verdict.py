@@ -54,7 +54,7 @@ class Verdict:
         return _EXIT_CODES[self.decision]
 
     def as_dict(self) -> dict[str, Any]:
-        """The verdict as ``--json`` prints it."""
+        """Return the verdict as ``--json`` prints it."""
         causes = [{"what": c.what, "evidence": c.evidence, "next": c.next_command} for c in self.causes]
         return {"decision": self.decision, "split": self.split, "reasons": list(self.reasons), "causes": causes}
 
@@ -88,7 +88,7 @@ def verdict(evidence: Evidence) -> Verdict:
 
 
 def _with_general(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
-    """What is left of a decision by the gain, after what the base could do before was looked at; and why."""
+    """Return what is left of a decision by the gain, after what the base could do before was looked at; and why."""
     if evidence.general is None:
         return decision, []
     found = standing(evidence.general)
@@ -102,7 +102,7 @@ def _with_general(evidence: Evidence, decision: Decision) -> tuple[Decision, lis
 
 
 def _with_opinions(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
-    """What is left of a decision after people and a judge were heard, who can only make it stricter; and why."""
+    """Return what is left of a decision after people and a judge were heard, who can only make it stricter; and why."""
     found = opinions(evidence)
     if found.against == "people":
         decision = "don't ship"
@@ -144,7 +144,7 @@ def fewest_clusters(contrasts: int) -> int:
 
 
 def _left_out(contrast: Contrast) -> list[str]:
-    """The items that the contrast is not of."""
+    """Return the items that the contrast is not of."""
     if not contrast.left_out:
         return []
     why = "; ".join(f"{reason} ({count:,})" for reason, count in contrast.left_out.items())
@@ -160,7 +160,7 @@ def _more_items(evidence: Evidence) -> str:
 
 
 def _scope(evidence: Evidence) -> list[str]:
-    """What a cross-fitted verdict speaks of, and what it costs; a held-out one speaks of its adapter."""
+    """Return what a cross-fitted verdict speaks of, and what it costs; a held-out one speaks of its adapter."""
     if evidence.design == "held-out":
         return []
     return [
@@ -188,7 +188,7 @@ def _arm_runner(evidence: Evidence, contrast: Contrast) -> str:
 
 
 def changed_words(evidence: Evidence, metric: MetricName) -> tuple[str, str]:
-    """What items are called that the treatment changed for the better and for the worse."""
+    """Return what items are called that the treatment changed for the better and for the worse."""
     return ("fixed", "broken") if evidence.metrics[metric].kind == "right or wrong" else ("better", "worse")
 
 
@@ -211,7 +211,7 @@ def _power(evidence: Evidence, contrast: Contrast) -> str:
 
 
 def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:
-    """How many test items would bring the interval off the margin, if the difference stays what it is."""
+    """Return how many test items would bring the interval off the margin, if the difference stays what it is."""
     unit = f"{evidence.items_text}s" if evidence.design == "held-out" else "pairs"
     needed = items_to_settle(contrast.difference, contrast.interval, evidence.margin, contrast.scored)
     if needed is None:

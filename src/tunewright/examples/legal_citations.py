@@ -14,7 +14,7 @@ PAIRS_FILE = "pairs.jsonl"
 
 
 def project_files() -> dict[str, str]:
-    """The project's files by name.
+    """Return the project's files by name.
 
     Raises:
         UserError: the package ``courts-db`` is not installed.

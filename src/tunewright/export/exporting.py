@@ -53,11 +53,11 @@ class ExportResult:
 
     @property
     def good(self) -> bool:
-        """Whether it is as the trained model is."""
+        """True if it is as the trained model is."""
         return not self.record.shortcomings
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "folder": str(self.folder) if self.folder else None,
             "good": self.good,
@@ -76,7 +76,7 @@ class _NotGoodError(Exception):
 
 
 def found_export(target: Path, made_of: Mapping[str, Any]) -> ExportResult | None:
-    """What lies at ``target`` already, if it was made of the same; None where nothing is there.
+    """Return what lies at ``target`` already, if it was made of the same; None where nothing is there.
 
     Raises:
         UserError: something else lies there, or a file of it has changed.

@@ -62,7 +62,7 @@ class GoTemplate:
     """From the last user's text to where the answer begins."""
 
     def render(self, messages: Sequence[Message]) -> str:
-        """What the Go template writes for a conversation that the user speaks last in."""
+        """Return what the Go template writes for a conversation that the user speaks last in."""
         system = next((m.content for m in messages if m.role == "system"), "")
         turns = [m for m in messages if m.role != "system"]
         front = bool(system) and self.system_place == "front"
@@ -101,7 +101,7 @@ class GoTemplate:
 
 
 def go_template(chat: ChatFormat) -> GoTemplate:
-    """The chat format as a Go template, without the beginning-of-text token that an engine writes itself.
+    """Return the chat format as a Go template, without the beginning-of-text token that an engine writes itself.
 
     Raises:
         UserError: the format writes something that depends on more than the roles and the order of messages.
@@ -157,7 +157,7 @@ def conversations(*, system: bool, count: int = CONVERSATIONS, seed: int = 0) ->
 
 
 def strips(chat: ChatFormat) -> bool:
-    """Whether the chat format takes white space off a message's ends, which a Go template cannot."""
+    """Return whether the chat format takes white space off a message's ends, which a Go template cannot."""
     padded, bare = (chat.template.render([Message("user", text)], generation_prompt=True) for text in (" x ", "x"))
     return padded == bare
 
@@ -175,7 +175,7 @@ def _accepts_system(template: Template) -> bool:
 
 
 def _cut(template: Template, users: int, *, system: bool) -> list[str]:
-    """What is written before, between and after the turns of a conversation of so many users' turns."""
+    """Return what is written before, between and after the turns of a conversation of so many users' turns."""
     marks = [chr(_FIRST + place) for place in range(2 * users - 1)]
     turns = [Message("user" if place % 2 == 0 else "assistant", mark) for place, mark in enumerate(marks)]
     messages = [Message("system", _SYSTEM), *turns] if system else turns

@@ -58,7 +58,7 @@ class LlamaCpp:
     client: httpx.Client
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """What it makes of a conversation with the file's own chat template and tokenizer."""
+        """Return what it makes of a conversation with the file's own chat template and tokenizer."""
         turns = [{"role": m.role, "content": m.content} for m in messages]
         text = self._ask("/apply-template", {"messages": turns})["prompt"]
         body = {"content": text, "add_special": True, "parse_special": True}
@@ -66,12 +66,12 @@ class LlamaCpp:
         return ids
 
     def answer(self, prompt: Sequence[int], limit: int) -> tuple[int, ...]:
-        """The greedy answer."""
+        """Return the greedy answer."""
         body = {"prompt": list(prompt), "n_predict": limit, "temperature": 0, "return_tokens": True}
         return tuple(self._ask("/completion", {**body, "cache_prompt": False})["tokens"])
 
     def next_token(self, ids: Sequence[int]) -> Listed:
-        """The likeliest next tokens after these, by the softmax over all of its logits."""
+        """Return the likeliest next tokens after these, by the softmax over all of its logits."""
         body = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "n_probs": LISTED, "cache_prompt": True}
         found = self._ask("/completion", body)["completion_probabilities"][0]["top_logprobs"]
         # Of a logit of minus infinity there is no JSON number.
@@ -123,7 +123,7 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
 
 
 def see_gguf(model: Path, trained: Trained, reporter: Reporter, lora: Path | None = None) -> Seen:
-    """What a GGUF file gives, with a LoRA file on it or not.
+    """Return what a GGUF file gives, with a LoRA file on it or not.
 
     Raises:
         EngineFailedError: llama.cpp does not take it.
@@ -156,7 +156,7 @@ def see_gguf(model: Path, trained: Trained, reporter: Reporter, lora: Path | Non
 
 
 def _told(log: bytes) -> str:
-    """What llama.cpp's log says of an error."""
+    """Return what llama.cpp's log says of an error."""
     lines = log.decode("utf-8", "replace").strip().splitlines()
     errors = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line]
     return errors[0] if errors else " ".join(lines[-_LOG_LINES:])

@@ -31,7 +31,7 @@ _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
 def choose_way(trained: Trained, reporter: Reporter) -> tuple[Weights, Way, tuple[WayMeasured, ...]]:
-    """The merged weights, by the way that comes closest to the trained model where there are two.
+    """Return the merged weights, by the way that comes closest to the trained model where there are two.
 
     Returns:
         The weights, the way, and the ways that were measured.
@@ -60,7 +60,7 @@ def choose_way(trained: Trained, reporter: Reporter) -> tuple[Weights, Way, tupl
 
 
 def _distributions(trained: Trained, weights: Weights) -> Tensor:
-    """What a model with these weights predicts; it is freed when this returns, before another is loaded."""
+    """Return what a model with these weights predicts; it is freed when this returns, before another is loaded."""
     model = load_model(trained.base, trained.arithmetic, "none")
     put_into(model, weights, weights.stored)
     return distributions(model, trained.contexts)
@@ -91,7 +91,7 @@ def write_merged(
 
 
 def generation_settings(base: Base, chat: ChatFormat) -> dict[str, Any]:
-    """The base's generation settings, with all tokens that end an answer."""
+    """Return the base's generation settings, with all tokens that end an answer."""
     path = base.folder / _GENERATION
     own: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     stops = sorted(chat.stop_ids)
@@ -108,7 +108,7 @@ def save_tokenizer(folder: Path, chat: ChatFormat, system_prompt: str | None) ->
 
 
 def see_merged(folder: Path, trained: Trained, reporter: Reporter) -> Seen:
-    """What the model in ``folder`` gives, loaded from there by transformers with nothing of ours."""
+    """Return what the model in ``folder`` gives, loaded from there by transformers with nothing of ours."""
     import transformers
     from transformers import AutoTokenizer
 

@@ -42,7 +42,7 @@ class Distance:
 def answer(
     model: Any, probe: Probe, chat: ChatFormat, adapter: str | None, on_answer: Callable[[], None]
 ) -> list[Completion]:
-    """The greedy answers to the probe's prompts."""
+    """Return the greedy answers to the probe's prompts."""
     return generate(
         model,
         [Request(prompt, adapter, probe.limit, stop=probe.stop) for prompt in probe.prompts],

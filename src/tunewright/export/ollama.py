@@ -82,7 +82,7 @@ def write_ollama(
 
 
 def modelfile_system(text: str) -> str | None:
-    """The line of a Modelfile that sets the system prompt; None for a text that its parser cannot read back.
+    """Return the line of a Modelfile that sets the system prompt; None for a text that its parser cannot read back.
 
     Ollama's parser drops what cannot be printed, and ends a value at the first line that ends with its quotes.
     """
@@ -101,7 +101,7 @@ def modelfile(
     context: int,
     system: str | None = None,
 ) -> str:
-    """The Modelfile's text."""
+    """Return the Modelfile's text."""
     ends = sorted(str(chat.tokenizer.convert_ids_to_tokens(token)) for token in chat.stop_ids)
     lines = [
         f"FROM ./{model}",

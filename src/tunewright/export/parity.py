@@ -75,7 +75,7 @@ LIMITS: dict[Precision, Limits] = {
 
 
 def shortcomings(figures: Figures, limits: Limits) -> list[str]:
-    """Why an artefact is not good, one sentence each; empty where it is."""
+    """Return why an artefact is not good, one sentence each; empty where it is."""
     found = []
     if figures.effect < EFFECT:
         found.append(
@@ -107,5 +107,5 @@ def shortcomings(figures: Figures, limits: Limits) -> list[str]:
 
 
 def _too_many(same: float, needed: float, of: int) -> bool:
-    """Whether more differ than may."""
+    """Return whether more differ than may."""
     return round((1 - same) * of) > max((1 - needed) * of, FEW)

@@ -51,7 +51,7 @@ class Export(Part):
 
 
 def read_record(folder: Path) -> Export:
-    """The record of an exported folder.
+    """Return the record of an exported folder.
 
     Raises:
         UserError: there is none, or it cannot be read.

@@ -21,7 +21,7 @@ _ESCAPES = str.maketrans({"\\": r"\\", "'": r"\'", "\n": r"\n", "\r": r"\r", "\t
 
 
 def exported_template(chat: ChatFormat, system_prompt: str | None = None) -> str:
-    """The Jinja template of the chat format, with what else decides its rendering written into it.
+    """Return the Jinja template of the chat format, with what else decides its rendering written into it.
 
     That is the system prompt that the adapter was trained with, for conversations that have no system message; the
     pinned date (`chat.date`), and the beginning-of-text token where the tokenizer writes it and the
@@ -66,7 +66,7 @@ def rendered_alike(
     ids: Sequence[Sequence[int]],
     system_prompt: str | None = None,
 ) -> int:
-    """How many conversations a tokenizer's own template renders to these ids, up to where the answer begins.
+    """Return how many conversations a tokenizer's own template renders to these ids, up to where the answer begins.
 
     Those that begin with ``system_prompt`` have to come to them without it, too.
     """

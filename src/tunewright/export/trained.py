@@ -84,11 +84,11 @@ class Trained:
         return [answer_text(self.chat, completion) for completion in self.completions]
 
     def score(self, texts: Sequence[str]) -> float:
-        """What these answers are worth by the config's metric."""
+        """Return what these answers are worth by the config's metric."""
         return score_all(self.scorer, texts, [member.example for member in self.probe.members]).total()
 
     def figures(self, seen: Seen) -> Figures:
-        """The artefact beside the trained model."""
+        """Return the artefact beside the trained model."""
         found = distance(self.log_probs, seen.distributions)
         kl, effect = float(found.kl.mean()), float(distance(self.log_probs, self.base_log_probs).kl.mean())
         same = sum(ours == theirs for ours, theirs in zip(self.answers, seen.answers, strict=True))
@@ -111,7 +111,7 @@ class Trained:
 
 
 def trained_model(base: Base, adapter: Adapter, arithmetic: str) -> Any:
-    """The base with the very weights that training held, computing in ``arithmetic``, and the adapter on it."""
+    """Return the base with the very weights that training held, computing in ``arithmetic``, and the adapter on it."""
     model = load_model(base, arithmetic, "none")
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, trained_dtype(adapter))).to(weight.dtype)

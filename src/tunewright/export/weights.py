@@ -45,7 +45,7 @@ class Change:
     """DoRA's length of each output's weights (Liu et al. 2024), [outputs]; None of plain LoRA."""
 
     def applied(self, weight: Tensor) -> Tensor:
-        """The layer's weights [outputs, inputs] with the change; float32 in, float32 out."""
+        """Return the layer's weights [outputs, inputs] with the change; float32 in, float32 out."""
         changed: Tensor = weight + self.scale * (self.b @ self.a)
         if self.magnitude is None:
             return changed
@@ -84,7 +84,7 @@ def read_changes(folder: Path) -> dict[str, Change]:
 
 
 def _place(name: str, folder: Path) -> tuple[str, str]:
-    """The layer and the part of it that a tensor of an adapter is."""
+    """Return the layer and the part of it that a tensor of an adapter is."""
     module, _, part = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
     layer = text_name(module)
     if (
@@ -170,19 +170,19 @@ class Weights:
         return iter(self.base)
 
     def __getitem__(self, name: str) -> Tensor:
-        """One weight with its change, in float32."""
+        """Return one weight with its change, in float32."""
         whole = self._dequantized and is_quantized(name)
         weight = self.held(name) if whole else self.base[name]
         change = self.changes.get(name)
         return weight.float() if change is None else change.applied(weight.float())
 
     def held(self, name: str) -> Tensor:
-        """One weight as training held the base, without the change."""
+        """Return one weight as training held the base, without the change."""
         weight = self.base[name].to(self._dtype)
         return dequantized(weight) if self._dequantized and is_quantized(name) else weight
 
     def stored(self, name: str) -> Tensor:
-        """One weight in the type that the base has it in: cast once, or as it was where nothing changes it."""
+        """Return one weight in the type that the base has it in: cast once, or as it was where nothing changes it."""
         weight = self.base[name]
         if name not in self.changes and not (self._dequantized and is_quantized(name)):
             return weight
@@ -190,12 +190,12 @@ class Weights:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether NF4 holds this weight in 4 bits: those of the decoder's linear layers."""
+    """Return whether NF4 holds this weight in 4 bits: those of the decoder's linear layers."""
     return text_name(name) is not None and name.endswith(tuple(f".{layer}.weight" for layer in _LINEAR))
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """What training computed with where it held these weights in NF4 (see `tunewright.models.quantized`)."""
+    """Return what training computed with where it held these weights in NF4 (see `tunewright.models.quantized`)."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     held, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
@@ -204,7 +204,7 @@ def dequantized(weight: Tensor) -> Tensor:
 
 
 def trained_dtype(adapter: Adapter) -> str:
-    """What the base was held in (or computed in, over NF4) while the adapter was trained."""
+    """Return what the base was held in (or computed in, over NF4) while the adapter was trained."""
     return str(adapter.lineage["config"]["train"]["dtype"])
 
 

@@ -42,7 +42,7 @@ class Places:
         """By when they were asked for, the last ones last."""
 
     def take(self, names: Sequence[str], most: int) -> tuple[str | None, ...] | None:
-        """What lies at each place once these have one; None where there are not so many (``most``)."""
+        """Return what lies at each place once these have one; None where there are not so many (``most``)."""
         if len(names) > most:
             return None
         if len(self._names) > most:  # a larger adapter has come, of which fewer fit
@@ -57,7 +57,7 @@ class Places:
         return tuple(self._names)
 
     def _room(self, wanted: set[str], most: int) -> int:
-        """A place that nobody needs now: an empty one, else the one whose adapter was not asked for longest."""
+        """Return a place that nobody needs now: an empty one, else the one whose adapter was not asked for longest."""
         if None not in self._names and len(self._names) < len(wanted):
             self._names += [None] * min(_GROWTH, most - len(self._names))
         if None in self._names:
@@ -95,7 +95,7 @@ class BatchedLora:
                 self._held[place] = name
 
     def changes(self, x: Tensor) -> Tensor:
-        """What the adapters make of their rows: [places, rows, in] to [places, rows, out]."""
+        """Return what the adapters make of their rows: [places, rows, in] to [places, rows, out]."""
         return x.bmm(self._down).bmm(self._up)
 
     def _copy(self, place: int, lora: Lora | None) -> None:

@@ -32,7 +32,7 @@ class Grammar:
 
     @classmethod
     def of(cls, config: ConstrainConfig, root: Path) -> Grammar:
-        """The config's constraint; a schema's file is looked for in ``root``.
+        """Return the config's constraint; a schema's file is looked for in ``root``.
 
         Raises:
             UserError: the schema's file is not there, or is not JSON.
@@ -85,11 +85,11 @@ class Constraint:
             raise UserError(f"the constraint cannot be used: {told[:300]}", where=_WHERE)
 
     def start(self) -> Guide:
-        """A guide for a row that has no token yet."""
+        """Return a guide for a row that has no token yet."""
         return Guide(self._fresh.deep_copy())
 
     def matches(self, text: str) -> bool:
-        """Whether this text is an allowed answer, outer white space apart."""
+        """Return whether this text is an allowed answer, outer white space apart."""
         matcher = self._fresh.deep_copy()
         tokens = self._tokenizer.tokenize_str(text.strip())
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
@@ -108,11 +108,11 @@ class Guide:
 
     @property
     def complete(self) -> bool:
-        """Whether the text matches and nothing can follow."""
+        """True if the text matches and nothing can follow."""
         return self._matcher.is_stopped() and self._matcher.is_accepting()
 
     def allowed(self) -> bytes:
-        """A bit for each token of the vocabulary, the lowest first.
+        """Return a bit for each token of the vocabulary, the lowest first.
 
         Raises:
             UserError: the grammar has become too complex for the engine.
@@ -123,7 +123,7 @@ class Guide:
 
 
 def only_allowed(logits: Tensor, guides: Sequence[Guide | None]) -> Tensor:
-    """The logits [rows, vocabulary], minus infinity where a row's guide forbids a token."""
+    """Return the logits [rows, vocabulary], minus infinity where a row's guide forbids a token."""
     if all(guide is None for guide in guides):
         return logits
     # A bit for each token goes to the device, in one copy for all rows. Rows without a guide may take any token; a
@@ -142,7 +142,7 @@ def only_allowed(logits: Tensor, guides: Sequence[Guide | None]) -> Tensor:
 
 
 def around_answers(tokenizer: Any, answer_ids: Sequence[int], text: str) -> tuple[str, str]:
-    """What a chat format writes before and after an answer's text: white space of its own, mostly none.
+    """Return what a chat format writes before and after an answer's text: white space of its own, mostly none.
 
     Args:
         tokenizer: as of :class:`Constraint`.

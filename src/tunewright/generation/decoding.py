@@ -58,7 +58,7 @@ class Prefix:
     """Of one row."""
 
     def begins(self, request: Request) -> bool:
-        """Whether the request's prompt begins so, and goes on."""
+        """Return whether the request's prompt begins so, and goes on."""
         length = len(self.ids)
         return (request.adapter, request.prompt_ids[:length]) == (self.adapter, self.ids) and len(
             request.prompt_ids
@@ -339,7 +339,7 @@ class _Queue:
         return rows
 
     def _computed(self, group: Shared) -> Prefix | None:
-        """The group's prefix; the one before it is let go, as its requests have all joined."""
+        """Return the group's prefix; the one before it is let go, as its requests have all joined."""
         if group.length == 0:
             return None
         if self._prefix is None or self._prefix[0] is not group:

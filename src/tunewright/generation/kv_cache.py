@@ -64,7 +64,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def new_cache() -> Cache:
-    """An empty cache whose layers are made as they are needed."""
+    """Return an empty cache whose layers are made as they are needed."""
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 

@@ -160,7 +160,7 @@ class LoraDispatch:
         return self._rows
 
     def _name_rows(self, _layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """A layer that is not plain has PEFT tell its rows apart."""
+        """Return a layer that is not plain has PEFT tell its rows apart."""
         names = [BASE_ROW if name is None else name for name in self._current().of]
         return args, {**kwargs, "adapter_names": names}
 
@@ -229,7 +229,7 @@ class _Rows:
         self._last = self._last_spread = None
 
     def spread(self, inputs: Tensor) -> Tensor:
-        """One token a row [rows, in] to where its adapter lies [places, slots, in]; made once, as they are."""
+        """Return one token a row [rows, in] to where its adapter lies [places, slots, in]; made once, as they are."""
         assert self.placed is not None
         if self._last_spread is None or self._last_spread[0] is not inputs:
             kind = inputs.shape[-1], inputs.dtype
@@ -243,7 +243,7 @@ class _Rows:
         return self._last_spread[1]
 
     def gathered(self, changes: Tensor) -> Tensor:
-        """What came of it [places, slots, out] by row [rows, out]; of the base's rows 0."""
+        """Return what came of it [places, slots, out] by row [rows, out]; of the base's rows 0."""
         return changes.view(-1, changes.shape[-1]).index_select(0, self._slots)
 
 
@@ -370,7 +370,7 @@ def _by_the_number(sums: Tensor) -> bool:
 
 
 def _in_4_bits(layer: Any) -> bool:
-    """Whether it is a linear layer whose weights are whole numbers.
+    """Return whether it is a linear layer whose weights are whole numbers.
 
     To what that makes of an input, peft adds a change only after rounding it (peft/tuners/lora/bnb.py).
     """
@@ -378,7 +378,7 @@ def _in_4_bits(layer: Any) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether it is a linear layer, whole or in 4 bits, with nothing but two matrices for each adapter."""
+    """Return whether it is a linear layer, whole or in 4 bits, with nothing but two matrices for each adapter."""
     return (
         (isinstance(layer, Linear) or _in_4_bits(getattr(layer, "base_layer", None)))
         and not layer.lora_variant

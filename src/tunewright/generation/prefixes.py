@@ -51,7 +51,7 @@ class _Node:
 
 
 def shared_prefixes(prompts: Sequence[Prompt], pass_tokens: int = PASS_TOKENS) -> list[Shared]:
-    """The beginnings that save the most tokens when each is computed once for all prompts that go on from it.
+    """Return the beginnings that save the most tokens when each is computed once for all prompts that go on from it.
 
     A beginning of n tokens saves n for every prompt but one, and costs a pass. Prompts that are in no
     group are computed whole.

@@ -22,7 +22,7 @@ class Detokenizer:
         self._after: list[int] = []
 
     def push(self, token: int) -> str:
-        """The new text that this token completes: empty while a character lacks some of its bytes."""
+        """Return the new text that this token completes: empty while a character lacks some of its bytes."""
         self._after.append(token)
         text = self._new()
         if not text or text.endswith(_UNFINISHED):
@@ -31,7 +31,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that the answer's end cut off."""
+        """Return what is left at the end: U+FFFD for a character that the answer's end cut off."""
         text = self._new() if self._after else ""
         self._after = []
         return text
@@ -52,7 +52,7 @@ class StopFilter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is certain to belong to the answer."""
+        """Return the text that is certain to belong to the answer."""
         for character in text:
             self._held += character
             hits = [stop for stop in self._stops if self._held.endswith(stop)]
@@ -67,7 +67,7 @@ class StopFilter:
         return self._let_go(len(self._held) - held_back)
 
     def flush(self) -> str:
-        """What was held back, once the answer has ended without a stop string."""
+        """Return what was held back, once the answer has ended without a stop string."""
         return "" if self.stopped else self._let_go(len(self._held))
 
     def _let_go(self, length: int) -> str:
@@ -84,13 +84,13 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has been found: nothing more comes."""
+        """True if a stop string has been found: nothing more comes."""
         return self._filter.stopped
 
     def push(self, token: int) -> str:
-        """The text to send on after this token."""
+        """Return the text to send on after this token."""
         return self._filter.push(self._detokenizer.push(token))
 
     def flush(self) -> str:
-        """The rest of the text, once the last token is in."""
+        """Return the rest of the text, once the last token is in."""
         return self._filter.push(self._detokenizer.flush()) + self._filter.flush()

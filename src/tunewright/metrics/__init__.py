@@ -42,7 +42,7 @@ __all__ = [
 
 
 def scorer_of(metric: Metric, root: Path) -> Scorer:
-    """The metric at work.
+    """Return the metric at work.
 
     Args:
         metric: as the config has it.
@@ -85,7 +85,7 @@ def metric_kind(metric: Metric) -> Kind:
 
 
 def open_scorers(settings: EvaluateConfig, root: Path) -> tuple[Scorer, ...]:
-    """All metrics of the config at work, the deciding one first; errors as of `scorer_of`."""
+    """Return all metrics of the config at work, the deciding one first; errors as of `scorer_of`."""
     return tuple(scorer_of(metric, root) for metric in settings.metrics)
 
 

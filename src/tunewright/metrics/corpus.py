@@ -67,7 +67,7 @@ def _share(score: float) -> float:
 
 
 def _by_row(score: Callable[[Floats], float]) -> Callable[[Floats], Floats]:
-    """The score of each of many summed statistics: [..., columns] to [...]."""
+    """Return the score of each of many summed statistics: [..., columns] to [...]."""
 
     def scores(sums: Floats) -> Floats:
         rows = sums.reshape(-1, sums.shape[-1])

@@ -13,7 +13,7 @@ from tunewright.metrics.scorer import Floats, ItemScore, Pair, Scorer, Unscored,
 
 
 def parsed(text: str) -> Any:
-    """The value of a JSON text (RFC 8259: no NaN, nothing before or after it).
+    """Return the value of a JSON text (RFC 8259: no NaN, nothing before or after it).
 
     Raises:
         ValueError: it is none.
@@ -72,7 +72,7 @@ def json_fields(name: MetricName, fields: Sequence[str] | None) -> Scorer:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two parsed JSON values are equal: Python takes true for 1, JSON does not."""
+    """Return whether two parsed JSON values are equal: Python takes true for 1, JSON does not."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, list) and isinstance(other, list):

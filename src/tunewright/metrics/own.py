@@ -18,7 +18,7 @@ _RETURNS = "It returns a number from 0 to 1, or None for an item that cannot be 
 
 
 def own_function(name: MetricName, function: str, root: Path) -> Scorer:
-    """The mean of ``function(answer, reference, example)`` over the items for which it is not None.
+    """Return the mean of ``function(answer, reference, example)`` over the items for which it is not None.
 
     Of an input with several references it is called with each of them, and an item's score is the best result.
 
@@ -53,7 +53,7 @@ def own_function(name: MetricName, function: str, root: Path) -> Scorer:
 
 
 def module_file(function: str, root: Path) -> Path:
-    """The file of ``module:function`` in the project's folder.
+    """Return the file of ``module:function`` in the project's folder.
 
     Raises:
         UserError: there is none.

@@ -54,12 +54,12 @@ class Unscored:
 
 
 def mean_score(value: float, *, outside: bool = False) -> ItemScore:
-    """One item of a metric that is the mean of its items' scores."""
+    """Return one item of a metric that is the mean of its items' scores."""
     return ItemScore(value, (value, 1.0), outside)
 
 
 def mean_of(sums: Floats) -> Floats:
-    """The mean of items whose summed statistics are these; [..., 2] to [...]."""
+    """Return the mean of items whose summed statistics are these; [..., 2] to [...]."""
     mean: Floats = sums[..., 0] / sums[..., 1]
     return mean
 
@@ -120,7 +120,7 @@ class Scores:
         return dict(Counter(self.unscored.values()))
 
     def total(self) -> float:
-        """The metric of all scored items together, from 0 to 1.
+        """Return the metric of all scored items together, from 0 to 1.
 
         Raises:
             UserError: no item is scored.

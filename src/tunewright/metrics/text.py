@@ -9,7 +9,7 @@ _SCORES = {"bleu": "BLEU", "chrf": "chrF", "token_f1": "token F1", "json": "fiel
 
 
 def metric_label(metric: MetricName) -> str:
-    """What a table calls the metric: ``exact match``, ``BLEU``, ``field F1 (name,date)``."""
+    """Return what a table calls the metric: ``exact match``, ``BLEU``, ``field F1 (name,date)``."""
     kind, _, settings = metric.partition(" ")
     if kind == "python":
         return settings.partition(":")[2]
@@ -18,7 +18,7 @@ def metric_label(metric: MetricName) -> str:
 
 
 def axis_label(metric: MetricName) -> str:
-    """The metric with its unit: ``exact match, %``, ``corpus BLEU``."""
+    """Return the metric with its unit: ``exact match, %``, ``corpus BLEU``."""
     kind = metric.partition(" ")[0]
     if kind in _SHARES:
         return f"{metric_label(metric)}, %"
@@ -26,7 +26,7 @@ def axis_label(metric: MetricName) -> str:
 
 
 def score_text(metric: MetricName, share: float) -> str:
-    """A score as people say it: ``86.0%``, ``BLEU 43.2``, ``citation 71.0`` (of a function so called)."""
+    """Return a score as people say it: ``86.0%``, ``BLEU 43.2``, ``citation 71.0`` (of a function so called)."""
     kind = metric.partition(" ")[0]
     if kind in _SHARES:
         return f"{100 * share:.1f}%"
@@ -35,13 +35,13 @@ def score_text(metric: MetricName, share: float) -> str:
 
 
 def points_text(difference: float) -> str:
-    """A difference of shares in points, with its sign: ``+35.0``."""
+    """Return a difference of shares in points, with its sign: ``+35.0``."""
     # The sum with zero turns a rounded -0.0 into +0.0.
     return f"{round(100 * difference, 1) + 0.0:+.1f}"
 
 
 def p_text(p_value: float) -> str:
-    """A p-value as people can read it: ``p = 0.031``, ``p = 2e-05``, ``p < 1e-15``."""
+    """Return a p-value as people can read it: ``p = 0.031``, ``p = 2e-05``, ``p < 1e-15``."""
     if p_value < 1e-15:
         return "p < 1e-15"
     return f"p = {p_value:.0e}" if p_value < 0.001 else f"p = {p_value:.3f}"

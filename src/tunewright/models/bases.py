@@ -66,7 +66,7 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
 
 
 def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Path:
-    """The ``config.json`` of the base that ``spec`` names; of a hub id nothing else is fetched.
+    """Return the ``config.json`` of the base that ``spec`` names; of a hub id nothing else is fetched.
 
     Raises:
         UserError: as for :func:`resolve_base`.
@@ -121,7 +121,7 @@ def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
 
 
 def check_base_folder(folder: Path) -> str:
-    """The architecture of the base in ``folder``.
+    """Return the architecture of the base in ``folder``.
 
     Raises:
         UserError: the folder is not a base that can be trained and served.
@@ -134,7 +134,7 @@ def check_base_folder(folder: Path) -> str:
 
 
 def check_architecture(path: Path) -> str:
-    """The architecture that a base's ``config.json`` names.
+    """Return the architecture that a base's ``config.json`` names.
 
     Raises:
         UserError: an unsupported family, code of its own, or weights that are quantized already.
@@ -160,7 +160,7 @@ def _unquantized(method: str) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A base's ``config.json`` as it is.
+    """Return a base's ``config.json`` as it is.
 
     Raises:
         UserError: there is none, or it holds no JSON object.

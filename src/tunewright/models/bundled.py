@@ -22,7 +22,7 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def bundled_folder(name: str, reporter: Reporter) -> Path:
-    """The cached folder of the bundled base, made at first use.
+    """Return the cached folder of the bundled base, made at first use.
 
     Raises:
         UserError: another name, or the package is not installed.

@@ -86,7 +86,7 @@ def named(base: Base, quantize: Quantize) -> str:
 
 
 def load_tokenizer(base: Base) -> Any:
-    """The base's own tokenizer, with a padding token (the end of text, where it has none).
+    """Return the base's own tokenizer, with a padding token (the end of text, where it has none).
 
     Mistral's tekken.json decides where there is one: tokenizer.json files next to it were published with another rule
     for cutting text, which gives other tokens.
@@ -171,22 +171,22 @@ def text_settings(base: Base) -> Any:
 
 
 def context_length(base: Base) -> int:
-    """The longest conversation, prompt and answer together, in tokens."""
+    """Return the longest conversation, prompt and answer together, in tokens."""
     return int(text_settings(base).max_position_embeddings)
 
 
 def decoder_layers(base: Base) -> int:
-    """How many layers the base has."""
+    """Return how many layers the base has."""
     return int(text_settings(base).num_hidden_layers)
 
 
 def hidden_size(base: Base) -> int:
-    """The width of the base: numbers in a token's hidden state."""
+    """Return the width of the base: numbers in a token's hidden state."""
     return int(text_settings(base).hidden_size)
 
 
 def end_token_ids(base: Base) -> frozenset[int]:
-    """The tokens that end an answer by the base's generation settings, read without its weights.
+    """Return the tokens that end an answer by the base's generation settings, read without its weights.
 
     Raises:
         UserError: settings that cannot be read, or that name what is no token.

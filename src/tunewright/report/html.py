@@ -62,7 +62,7 @@ def render_report(
     advice: Signals | None = None,
     known: Known | None = None,
 ) -> str:
-    """The report as HTML text."""
+    """Return the report as HTML text."""
     environment = Environment(
         loader=PackageLoader("tunewright.report"),
         autoescape=True,
@@ -85,7 +85,7 @@ def page_sections(
     curve: Curve | None,
     advice: Signals | None,
 ) -> list[Section]:
-    """The page's sections in their order; what was not measured has none."""
+    """Return the page's sections in their order; what was not measured has none."""
     found = (
         contrasts.section(evidence),
         arms.section(evidence),

@@ -22,7 +22,7 @@ _BREAK = "\u200b"  # of no width
 
 
 def verdict_markdown(evidence: Evidence, known: Known | None = None) -> str:
-    """The verdict with its reasons and causes, what was measured in tables, and what it was measured with.
+    """Return the verdict with its reasons and causes, what was measured in tables, and what it was measured with.
 
     Whatever users' text holds, it is shown as text: it makes no markup, notifies nobody and refers to no issue.
     """
@@ -133,7 +133,7 @@ def _interval(interval: Interval) -> str:
 
 
 def _made_with(evidence: Evidence) -> str:
-    """What the comment can be checked against: the evidence's id, and digests of what it was measured with."""
+    """Return what the comment can be checked against: the evidence's id, and digests of what it was measured with."""
     lineage = evidence.lineage
     told = [f"Evidence {plain(evidence.id)}"]
     for name in ("created", "dataset", "base", "adapter"):

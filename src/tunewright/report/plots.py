@@ -140,7 +140,7 @@ def forest_plot(
 
 
 def _short(label: str) -> str:
-    """A name, in one line or more, that fits beside the axis; the table below has it whole."""
+    """Return a name, in one line or more, that fits beside the axis; the table below has it whole."""
     most = int((_MOST_LABELS - 20) / _LETTER)
     return "\n".join(line if len(line) <= most else f"{line[: most - 1]}…" for line in label.split("\n"))
 
@@ -200,7 +200,7 @@ def _mark_kept(panels: Sequence[Axes], step: int) -> None:
 
 
 def curve_plot(curve: Curve) -> str:
-    """A learning curve as an SVG file of its own."""
+    """Return a learning curve as an SVG file of its own."""
     return curve_figure(f"curve-{curve.id}", curve, _FILE_COLOURS) + "\n"
 
 
@@ -228,7 +228,7 @@ def curve_figure(name: str, curve: Curve, colours: Mapping[str, str] = _PAGE_COL
 
 
 def break_even_figure(name: str, even: BreakEven) -> str:
-    """What so many calls cost with the prompt and tuned, and where the lines cross; an ``<svg>`` element.
+    """Return what so many calls cost with the prompt and tuned, and where the lines cross; an ``<svg>`` element.
 
     Args:
         name: prefix of the SVG's ids, unique on the page.
@@ -260,7 +260,7 @@ def break_even_figure(name: str, even: BreakEven) -> str:
 
 
 def inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = _PAGE_COLOURS) -> str:
-    """The figure as an ``<svg>`` element: page colours, ids of its own, a title, no fixed size."""
+    """Return the figure as an ``<svg>`` element: page colours, ids of its own, a title, no fixed size."""
     buffer = io.StringIO()
     # No date, no program version: the same evidence gives the same bytes.
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -14,40 +14,40 @@ HEADLINES: dict[Decision, str] = {"ship": "Ship", "don't ship": "Don’t ship", 
 
 
 def headline(found: Verdict) -> str:
-    """The decision in large print; one on the dev split is marked."""
+    """Return the decision in large print; one on the dev split is marked."""
     told = HEADLINES[found.decision]
     return f"{told} (on dev)" if found.split == "dev" else told
 
 
 def cause_text(cause: Reason) -> str:
-    """A cause of a *don't ship*, what shows it, and what to do."""
+    """Return a cause of a *don't ship*, what shows it, and what to do."""
     return f"{cause.what}: {cause.evidence}. Next: {cause.next_command}."
 
 
 def metric_order(evidence: Evidence) -> list[MetricName]:
-    """The metrics, the deciding one first; the evidence's file has them by name."""
+    """Return the metrics, the deciding one first; the evidence's file has them by name."""
     return sorted(evidence.metrics, key=lambda name: name != evidence.metric)
 
 
 def suite_result(suite: Suite) -> str:
-    """What came of a suite, or why it does not decide."""
+    """Return what came of a suite, or why it does not decide."""
     if suite.margin is None:
         return "no margin: decides nothing"
     return suite.result if suite.gates else f"decides nothing: {suite.failed[0].name} failed"
 
 
 def percent_interval(interval: Interval) -> str:
-    """An interval of shares in hundredths: ``51.0 to 73.2``."""
+    """Return an interval of shares in hundredths: ``51.0 to 73.2``."""
     return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def points_interval(interval: Interval) -> str:
-    """An interval of a difference, in points: ``-1.2 to +3.4``."""
+    """Return an interval of a difference, in points: ``-1.2 to +3.4``."""
     return f"{points_text(interval.low)} to {points_text(interval.high)}"
 
 
 def noise_line(noise: NoiseFloor) -> str:
-    """What changes when nothing is changed."""
+    """Return what changes when nothing is changed."""
     return (
         f"Noise floor: {noise.changed:,} of {noise.items:,} answers changed when the base gave them again "
         f"({noise.how}), and its score by {points_text(noise.score_difference)} points."
@@ -60,5 +60,5 @@ def capitalised(text: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things: ``1 item``, ``1,200 items``."""
+    """Return a number of things: ``1 item``, ``1,200 items``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -94,10 +94,10 @@ class Visitor(Protocol):
         """The most tokens that prompts and answers of one request may have together; None: no limit."""
 
     def models(self) -> list[str]:
-        """The names that it may ask for."""
+        """Return the names that it may ask for."""
 
     def target(self, asked: AnyRequest) -> Target:
-        """What answers its request.
+        """Return what answers its request.
 
         Raises:
             ApiError: 404, nothing of that name does.
@@ -146,7 +146,7 @@ class Access(Protocol):
         """What requests without a system message get as one, by the name that they ask for."""
 
     def running(self) -> AbstractAsyncContextManager[None]:
-        """What has to run beside the server."""
+        """Return what has to run beside the server."""
 
     async def enter(self, authorization: str | None) -> Visitor:
         """Who it is, by the header ``Authorization``.

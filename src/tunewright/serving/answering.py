@@ -85,12 +85,12 @@ class Answering:
 
     @property
     def finished(self) -> bool:
-        """Whether there is a whole answer, in ``text``."""
+        """True if there is a whole answer, in ``text``."""
         return self._outcome in ("stop", "length")
 
     @property
     def waits(self) -> bool:
-        """Whether its turn has not come yet."""
+        """True if its turn has not come yet."""
         return self._turn is None
 
     def wait_from_now(self) -> None:

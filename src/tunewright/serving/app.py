@@ -117,7 +117,7 @@ class Gateway:
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
     async def _health(self, _http: HttpRequest) -> Response:
-        """Whether the process is to be left alone: an engine that starts again by itself needs nobody."""
+        """Return whether the process is to be left alone: an engine that starts again by itself needs nobody."""
         if self._engine.dead:
             return JSONResponse({"status": "stopped", "reason": self._engine.stopped}, 503)
         status: dict[str, Any] = {"status": "ok"}
@@ -127,7 +127,7 @@ class Gateway:
         return JSONResponse(status)
 
     async def _ready(self, _http: HttpRequest) -> Response:
-        """Whether a request that came now would be answered. While the server loads, nothing listens yet."""
+        """Return whether a request that came now would be answered. While the server loads, nothing listens yet."""
         if self._draining:
             return JSONResponse({"status": "draining"}, 503)
         if self._engine.stopped:
@@ -218,7 +218,7 @@ class Gateway:
     async def _streamed(
         self, http: HttpRequest, choices: Choices, envelope: Envelope, headers: dict[str, str], arrived: float
     ) -> Response:
-        """A stream, once there is something to send: what fails before is told by its status."""
+        """Return a stream, once there is something to send: what fails before is told by its status."""
         pieces = choices.pieces()
         try:
             first = await unless_hung_up(http, anext(pieces))
@@ -255,7 +255,7 @@ def _shutting_down() -> ApiError:
 
 
 def _refusal(error: ApiError | RequestFailedError | EngineStoppedError | StateUnavailableError) -> ApiError:
-    """What a client is told."""
+    """Return what a client is told."""
     if isinstance(error, StateUnavailableError):
         return ApiError("Keys and limits cannot be looked up now.", status=503, code="state_unavailable")
     return as_api_error(error)

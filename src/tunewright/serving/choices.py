@@ -50,12 +50,12 @@ class Choices:
 
     @property
     def waits(self) -> bool:
-        """Whether no prompt has had its turn yet."""
+        """True if no prompt has had its turn yet."""
         return all(answering.waits for answering in self.answering)
 
     @property
     def finished(self) -> bool:
-        """Whether each answer is whole, in its ``text``."""
+        """True if each answer is whole, in its ``text``."""
         return all(answering.finished for answering in self.answering)
 
     def usage(self, tokens: int) -> Usage:

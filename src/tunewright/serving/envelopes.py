@@ -18,19 +18,19 @@ class Envelope(Protocol):
     """What all documents about one answer have in common."""
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
-        """A whole answer: a choice for each text."""
+        """Return a whole answer: a choice for each text."""
 
     def opening(self) -> list[dict[str, Any]]:
-        """What a stream begins with."""
+        """Return what a stream begins with."""
 
     def piece(self, index: int, text: str) -> dict[str, Any]:
         """Some text of a streamed choice."""
 
     def end(self, index: int, finish: Finish) -> dict[str, Any]:
-        """Why a streamed choice ended."""
+        """Return why a streamed choice ended."""
 
     def usage(self, usage: Usage) -> dict[str, Any]:
-        """The piece after the last, for who asked for it."""
+        """Return the piece after the last, for who asked for it."""
 
 
 def _number() -> str:
@@ -50,7 +50,7 @@ class ChatEnvelope:
     created: int = field(default_factory=_now)
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
-        """A ``chat.completion``."""
+        """Return a ``chat.completion``."""
         choices = []
         for index, (text, finish) in enumerate(answers):
             message = {"role": "assistant", "content": text, "refusal": None}
@@ -58,19 +58,19 @@ class ChatEnvelope:
         return self._document("chat.completion", choices, usage=usage.as_dict())
 
     def opening(self) -> list[dict[str, Any]]:
-        """The role."""
+        """Return the role."""
         return [self._chunk(0, {"role": "assistant", "content": ""})]
 
     def piece(self, index: int, text: str) -> dict[str, Any]:
-        """A ``chat.completion.chunk`` with text."""
+        """Return a ``chat.completion.chunk`` with text."""
         return self._chunk(index, {"content": text})
 
     def end(self, index: int, finish: Finish) -> dict[str, Any]:
-        """A ``chat.completion.chunk`` without."""
+        """Return a ``chat.completion.chunk`` without."""
         return self._chunk(index, {}, finish)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
-        """A ``chat.completion.chunk`` without choices."""
+        """Return a ``chat.completion.chunk`` without choices."""
         return self._document("chat.completion.chunk", [], usage=usage.as_dict())
 
     def _chunk(self, index: int, delta: dict[str, str], finish: Finish | None = None) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class CompletionEnvelope:
     created: int = field(default_factory=_now)
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
-        """The texts with their usage."""
+        """Return the texts with their usage."""
         choices = [_choice(index, text, finish) for index, (text, finish) in enumerate(answers)]
         return self._document(choices, usage=usage.as_dict())
 

@@ -40,7 +40,7 @@ class FairQueue:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody has a place or waits for one."""
+        """True if nobody has a place or waits for one."""
         return self._turns.idle
 
     @asynccontextmanager

@@ -326,7 +326,7 @@ def _ask(
 
 
 def _lengthened(prompt: Ids, tokens: int) -> Ids:
-    """The last so many tokens of the prompt over and over: it ends as the prompt does, where models differ."""
+    """Return the last so many tokens of the prompt over and over: it ends as the prompt does, where models differ."""
     return (prompt * -(-tokens // len(prompt)))[-tokens:]
 
 
@@ -353,7 +353,7 @@ class _Judge:
         return [self._known[model, prompt, answer] for answer in answers]
 
     def whose(self, one: _Asked, models: Iterable[Digest], tolerance: float) -> tuple[Digest] | None:
-        """The other model whose answer it could be."""
+        """Return the other model whose answer it could be."""
         others = [model for model in models if model != one.model]
         for model in others:
             if self._said.get((model, one.prompt)) == one.answer:

@@ -91,13 +91,13 @@ class PeftOracle:
         return tuple(found)
 
     def _ended(self, said: list[int]) -> Answer:
-        """An answer without what follows its end."""
+        """Return an answer without what follows its end."""
         ends = [place for place, token in enumerate(said) if token in self._stop_ids]
         return Answer(tuple(said[: ends[0]]), "stop") if ends else Answer(tuple(said), "length")
 
     @torch.inference_mode()
     def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
-        """One pass for all; what is put behind a shorter answer is seen by no token of it."""
+        """Return one pass for all; what is put behind a shorter answer is seen by no token of it."""
         longest = max(len(answer.ids) for answer in answers)
         ids = [[*prompt, *answer.ids, *[0] * (longest - len(answer.ids))] for answer in answers]
         with self._answering(model):

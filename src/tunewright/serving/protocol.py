@@ -150,7 +150,7 @@ class ChatMessage(_Part):
     name: str | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
 
     def as_message(self) -> Message:
-        """The turn as training would have it: Unicode's composed form, as in datasets."""
+        """Return the turn as training would have it: Unicode's composed form, as in datasets."""
         return Message(self.role, unicodedata.normalize("NFC", "".join(part.text for part in self.content)))
 
 
@@ -213,7 +213,7 @@ class _AnyRequest(_Part):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with its usage; an answer that is not streamed always has it."""
+        """True if a stream ends with its usage; an answer that is not streamed always has it."""
         return self.stream_options is not None and self.stream_options.include_usage is True
 
 

@@ -30,7 +30,7 @@ _UNREAD = {"Connection": "close"}
 
 
 async def read_body(http: HttpRequest, most: int, seconds: float) -> bytes:
-    """The request's body.
+    """Return the request's body.
 
     Raises:
         ApiError: 413, it has more bytes than that; 408, it does not come.
@@ -50,7 +50,7 @@ async def read_body(http: HttpRequest, most: int, seconds: float) -> bytes:
 
 
 async def unless_hung_up(http: HttpRequest, work: Awaitable[T]) -> T | None:
-    """The work's result, or None (and the work cancelled) once the client has closed the connection."""
+    """Return the work's result, or None (and the work cancelled) once the client has closed the connection."""
 
     async def hung_up() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -128,7 +128,7 @@ def _event(document: dict[str, Any]) -> str:
 
 
 def as_api_error(error: ApiError | RequestFailedError | EngineStoppedError) -> ApiError:
-    """What a client is told of an engine's failure."""
+    """Return what a client is told of an engine's failure."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineStoppedError):

@@ -76,7 +76,7 @@ class Shadows:
             shadow.let_go()
 
     async def _order(self, answered: Order, shadow: Shadow) -> Order:
-        """The same of the candidate, with the system prompt that it was trained with.
+        """Return the same of the candidate, with the system prompt that it was trained with.
 
         Raises:
             ApiError: its prompt is longer than is taken.

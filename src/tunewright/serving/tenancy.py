@@ -121,7 +121,7 @@ class TenantAccess:
         return {alias: text for alias, text in found.items() if text is not None}
 
     def system_prompt(self, digest: str, added: bool) -> str | None:
-        """What a loaded adapter's requests get as a system message where they have none, if it is ``added``."""
+        """Return what a loaded adapter's requests get as a system message where they have none, if it is ``added``."""
         return self._loaded[digest].text if added else None
 
     @asynccontextmanager
@@ -152,7 +152,7 @@ class TenantAccess:
         return TenantVisitor(self, caller)
 
     def route(self, alias: str) -> Release | None:
-        """What an alias stands for here, at this moment."""
+        """Return what an alias stands for here, at this moment."""
         return self._routes.get(alias)
 
     async def _ask(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -192,7 +192,7 @@ class TenantAccess:
         self._write(lambda: self._state.meter.settle(number, used))
 
     def shadow(self, number: int, release_id: int, digest: str, system_prompt: str | None) -> Shadow:
-        """The candidate that a request is to be asked of as well."""
+        """Return the candidate that a request is to be asked of as well."""
 
         def hold() -> bool:
             if digest not in self._loaded:
@@ -350,11 +350,11 @@ class TenantVisitor:
         return self.caller.tokens_per_minute
 
     def models(self) -> list[str]:
-        """The aliases that its key opens and that are live."""
+        """Return the aliases that its key opens and that are live."""
         return [alias for alias in self.access.names if alias in self.caller.aliases]
 
     def target(self, asked: AnyRequest) -> Target:
-        """What its alias stands for; one that is not there and one that is another's look the same."""
+        """Return what its alias stands for; one that is not there and one that is another's look the same."""
         release = self.access.route(asked.model) if asked.model in self.caller.aliases else None
         if release is None:
             raise model_not_found(asked.model, self)
@@ -384,7 +384,7 @@ class TenantVisitor:
 
 
 def falls_to(tenant: str, asked: AnyRequest, digest: str, share: float) -> bool:
-    """Whether a canary of this share answers: the same for all turns of a conversation, and on every server.
+    """Return whether a canary of this share answers: the same for all turns of a conversation, and on every server.
 
     It goes by a hash of the conversation's beginning, up to the user's first turn. Whoever was in a share is in a
     larger one of the same adapter, too.

@@ -57,7 +57,7 @@ class Turn:
 
     @property
     def short(self) -> bool:
-        """Whether its prompt is read together with others."""
+        """True if its prompt is read together with others."""
         return self.prompt <= READING_TOKENS
 
 
@@ -93,7 +93,7 @@ class Turns:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody is here."""
+        """True if nobody is here."""
         return not self._waiting and not self._inside
 
     def ask(self, tenant: str, prompt: int) -> Turn:
@@ -172,7 +172,7 @@ class Turns:
         return len(self._waiting.keys() | self._inside.keys() | self._gone.keys())
 
     def _floor(self) -> float:
-        """What a newcomer's counter is lifted to."""
+        """Return what a newcomer's counter is lifted to."""
         if self._waiting:
             return min(self._served[tenant] for tenant in self._waiting)
         return self._served[self._left_last] if self._left_last is not None else 0.0

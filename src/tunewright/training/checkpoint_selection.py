@@ -68,7 +68,7 @@ def adapter_folder(work: Path, step: int) -> Path:
 
 
 def history_rows(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The history that is kept of a run: a row for each step and each evaluation, in order."""
+    """Return the history that is kept of a run: a row for each step and each evaluation, in order."""
     kept = [entry for entry in log_history if "loss" in entry or DEV_LOSS in entry]
     return [{key: entry[key] for key in _KEPT if key in entry} for entry in kept]
 
@@ -96,12 +96,12 @@ def pairs_loss(row: Mapping[str, Any]) -> float | None:
 
 
 def best_of(evaluated: Sequence[Evaluation]) -> Evaluation:
-    """The best by the metric; the dev loss breaks ties, then the earlier."""
+    """Return the best by the metric; the dev loss breaks ties, then the earlier."""
     return max(evaluated, key=lambda e: e.rank)
 
 
 def worth_keeping(evaluated: Sequence[Evaluation]) -> list[Evaluation]:
-    """Those whose adapters stay on the disk, in order: the eight best, and the latest.
+    """Return those whose adapters stay on the disk, in order: the eight best, and the latest.
 
     What is among them at the end has been among them ever since it was evaluated.
     """
@@ -110,7 +110,7 @@ def worth_keeping(evaluated: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def runs_out_of_patience(evaluated: Sequence[Evaluation], patience: int | None) -> bool:
-    """Whether so many evaluations have passed without a better one."""
+    """Return whether so many evaluations have passed without a better one."""
     if patience is None or not evaluated:
         return False
     return len(evaluated) - 1 - evaluated.index(best_of(evaluated)) >= patience

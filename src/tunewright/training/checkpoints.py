@@ -106,7 +106,7 @@ def restore_random(state: dict[str, Any]) -> None:
 
 
 def owes_evaluation(checkpoint: Path, every: int) -> bool:
-    """Whether a stop cut off the evaluation that belongs to a checkpoint's step."""
+    """Return whether a stop cut off the evaluation that belongs to a checkpoint's step."""
     state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     step = state["global_step"]
     evaluated = evaluations(state["log_history"])
@@ -132,7 +132,7 @@ def _let_go_of_others(work: Path) -> None:
 
 
 def _needed(checkpoint: Path) -> list[Evaluation]:
-    """The evaluations whose adapters a run that goes on from this checkpoint may still keep."""
+    """Return the evaluations whose adapters a run that goes on from this checkpoint may still keep."""
     state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     return worth_keeping(evaluations(state["log_history"]))
 
@@ -155,12 +155,12 @@ def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
 
 
 def whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Return whether a checkpoint was written to its end."""
     return (checkpoint / MANIFEST).exists()
 
 
 def whole_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that is whole, if there is one."""
+    """Return the newest checkpoint that is whole, if there is one."""
     return next((checkpoint for checkpoint in _newest_first(work) if not damage(checkpoint)), None)
 
 
@@ -188,7 +188,7 @@ def usable_checkpoint(work: Path, base: Base, reporter: Reporter) -> Path | None
 
 
 def _lost_adapters(work: Path, checkpoint: Path, base: Base) -> list[str]:
-    """What is wrong with the evaluated adapters that a checkpoint has behind it; its own is made good."""
+    """Return what is wrong with the evaluated adapters that a checkpoint has behind it; its own is made good."""
     faults = []
     for evaluation in _needed(checkpoint):
         kept = evaluation.folder(work)
@@ -245,7 +245,7 @@ def working_folder(work: Path) -> Iterator[None]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was made."""
+    """Return the step after which a checkpoint was made."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 

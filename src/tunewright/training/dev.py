@@ -58,7 +58,7 @@ class DevTask:
         return [answer_text(self.chat, c) for c in completions]
 
     def worth(self, answers: Sequence[str]) -> float:
-        """What the answers to all requests are worth by the deciding metric, as a share from 0 to 1.
+        """Return what the answers to all requests are worth by the deciding metric, as a share from 0 to 1.
 
         Raises:
             UserError: not one of them can be scored.

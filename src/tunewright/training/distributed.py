@@ -33,12 +33,12 @@ _DECIDED = {
 
 
 def count() -> int:
-    """How many processes there are, by the launcher's word."""
+    """Return how many processes there are, by the launcher's word."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and reports."""
+    """Return whether this is the process that writes and reports."""
     return count() == 1 or int(os.environ["RANK"]) == 0
 
 
@@ -84,7 +84,7 @@ def _require_usable() -> None:
 
 
 def in_pieces() -> bool:
-    """Whether the processes divide the base among them (FSDP), instead of holding it each."""
+    """Return whether the processes divide the base among them (FSDP), instead of holding it each."""
     return count() > 1 and _asked(_FSDP)
 
 
@@ -112,7 +112,7 @@ def wait() -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether ``flag`` is true in any process; all of them ask at once."""
+    """Return whether ``flag`` is true in any process; all of them ask at once."""
     if count() == 1:
         return flag
     import torch
@@ -124,7 +124,7 @@ def any_of(flag: bool) -> bool:
 
 
 def by_main(make: Callable[[], Value]) -> Value:
-    """What the main process makes, in every process."""
+    """Return what the main process makes, in every process."""
     if count() == 1:
         return make()
     from accelerate.utils import broadcast_object_list
@@ -135,7 +135,7 @@ def by_main(make: Callable[[], Value]) -> Value:
 
 
 def first_to_fail() -> bool:
-    """Whether this process fails before any other, and so is the one to say why."""
+    """Return whether this process fails before any other, and so is the one to say why."""
     if count() == 1:
         return True
     from torch import distributed
@@ -150,5 +150,5 @@ def first_to_fail() -> bool:
 
 
 def lost_another(error: RuntimeError) -> bool:
-    """Whether an error only says that another process is gone."""
+    """Return whether an error only says that another process is gone."""
     return count() > 1 and bool(re.search("gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE))

@@ -46,7 +46,7 @@ class BrokenRunError(Exception):
 
 
 def fault(loss: float, gradient_norm: float, losses: Sequence[float], vocabulary: int) -> str | None:
-    """What is wrong with a step, if anything.
+    """Return what is wrong with a step, if anything.
 
     A loss has exploded if it has been over a bound for several steps in a row:
 

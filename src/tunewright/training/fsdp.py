@@ -40,12 +40,12 @@ def divide(accelerator: Any, model: Any) -> None:
 
 
 def is_divided(model: Any) -> bool:
-    """Whether this model is in pieces."""
+    """Return whether this model is in pieces."""
     return isinstance(model, FSDPModule)
 
 
 def whole_weight(layer: Any) -> Tensor:
-    """A layer's weight, put together where it is in pieces: for who uses it without calling the layer."""
+    """Return a layer's weight, put together where it is in pieces: for who uses it without calling the layer."""
     if isinstance(layer, FSDPModule):
         layer.unshard()
     weight: Tensor = layer.weight
@@ -74,7 +74,7 @@ def bytes_held(model: Any) -> int:
 
 
 def adapter_weights(model: Any) -> dict[str, Any]:
-    """The trained weights, whole, in the main process; all processes have to ask."""
+    """Return the trained weights, whole, in the main process; all processes have to ask."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
     return weights

@@ -57,13 +57,13 @@ class LengthReport:
     """Rows with text that looks like a control token of this base; it stays text."""
 
     def refused(self, *, dropping: bool) -> bool:
-        """Whether training, or the evaluation after it, would refuse this version."""
+        """Return whether training, or the evaluation after it, would refuse this version."""
         left = {s.split: s.rows - sum(row["split"] == s.split for row in self.too_long) for s in self.splits}
         too_long = any(row["split"] != "test" for row in self.too_long)
         return bool(self.faults) or (too_long and not dropping) or not all(left.get(s) for s in ("train", "dev"))
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as ``--json`` prints it."""
+        """Return the report as ``--json`` prints it."""
         return asdict(self)
 
 

@@ -39,7 +39,7 @@ class FusedLinear(Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output for x [..., in]: [..., out]."""
+        """Return the layer's output for x [..., in]: [..., out]."""
         base: Any = self.get_base_layer()
         if args or kwargs or base.weight.requires_grad or not adds_one_adapter(self):
             plain: Tensor = super().forward(x, *args, **kwargs)

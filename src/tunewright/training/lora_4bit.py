@@ -19,7 +19,7 @@ class FusedLinear4bit(Linear4bit):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output for x [..., in]: [..., out]."""
+        """Return the layer's output for x [..., in]: [..., out]."""
         base: Any = self.get_base_layer()
         # FSDP puts another parameter in the weight's place for each pass; bitsandbytes gives that its state then.
         packed = None if base.weight.is_floating_point() else base.weight.quant_state

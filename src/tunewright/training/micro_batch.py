@@ -36,7 +36,7 @@ class RawRows:
     rows: tuple[Mapping[str, Any], ...]
 
     def pieces(self, size: int, as_of: int = 0) -> list[tuple[Mapping[str, Any], ...]]:
-        """The rows in pieces of at most ``size``, as even as can be.
+        """Return the rows in pieces of at most ``size``, as even as can be.
 
         Fewer rows than ``as_of`` make as many pieces as those would, some of them empty.
         """
@@ -96,7 +96,7 @@ class MicroBatch:
 
 
 def too_little_memory(why: str) -> UserError:
-    """What to tell where no smaller micro-batch helps."""
+    """Return what to tell where no smaller micro-batch helps."""
     return UserError(
         f"there is too little memory for a training step: {why}",
         where="train.micro_batch",

@@ -50,7 +50,7 @@ def replay_inputs(project: ProjectFolder) -> dict[str, Any]:
 
 
 def _engine(project: ProjectFolder) -> AnswerEngine:
-    """What lets the base write: the engine of evaluation, where it can hold the base as training does."""
+    """Return what lets the base write: the engine of evaluation, where it can hold the base as training does."""
     config = project.config
     if distributed.count() > 1:
         return AnswerEngine("peft", "several processes train together, each on a card of its own")
@@ -68,7 +68,7 @@ def draw_replay(
     limit: int,
     reporter: Reporter,
 ) -> Replay:
-    """The rows of the config's train.replay.
+    """Return the rows of the config's train.replay.
 
     Args:
         project: its config says how many; its working folder keeps what was drawn.
@@ -108,7 +108,7 @@ def draw_replay(
 def _sampler(
     project: ProjectFolder, base: Base, chat: ChatFormat, load: Callable[[], Any], reporter: Reporter
 ) -> tuple[Sampler, Callable[[], None]]:
-    """A sampler, and what frees the memory of the engine that writes for it."""
+    """Return a sampler, and what frees the memory of the engine that writes for it."""
     config, engine, loaded = project.config, _engine(project), cache(load)
     wanted = None if config.train.replay is None else config.train.replay.samples
     vllm: VllmAnswers | None = None
@@ -132,7 +132,7 @@ def _sampler(
 def outsiders(
     project: ProjectFolder, version: DatasetVersion, chat: ChatFormat, limit: int, reporter: Reporter
 ) -> Screen:
-    """What keeps samples apart from the domain and from all that is measured, and rows whole.
+    """Return what keeps samples apart from the domain and from all that is measured, and rows whole.
 
     Raises:
         UserError: a benchmark's file cannot be read.

@@ -75,7 +75,7 @@ def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int)
 def training_rows(
     chat: ChatFormat, members: Sequence[Member], max_length: int, too_long: str, reporter: Reporter
 ) -> EncodedRows:
-    """The rows of one split, with rows over ``max_length`` left out and named where ``too_long`` is "drop".
+    """Return the rows of one split, with rows over ``max_length`` left out and named where ``too_long`` is "drop".
 
     Raises:
         UserError: naming each example that is too long (unless they are to be left out) or that no row can be made of.
@@ -105,7 +105,7 @@ def training_rows(
 
 
 def as_columns(encoded: Sequence[Tokens], replay: Sequence[Tokens] = ()) -> dict[str, list[Any]]:
-    """The columns that trl takes as they are: ``input_ids`` and ``labels``, one list of ids a row.
+    """Return the columns that trl takes as they are: ``input_ids`` and ``labels``, one list of ids a row.
 
     Rows of ``replay`` come after the others, and a third column, ``replayed``, then tells which they are.
     """
@@ -129,7 +129,7 @@ def render_digest(rows: Sequence[Tokens]) -> str:
 
 
 def name_of(member: Member) -> str:
-    """How people are told of an example: the beginning of its key and of its text."""
+    """Return how people are told of an example: the beginning of its key and of its text."""
     text = member.example.input_text
     return f"example {member.key[:12]} ({text[:40]!r}{'…' if len(text) > 40 else ''})"
 

@@ -130,7 +130,7 @@ class Run:
         add_evaluation(checkpoint, trainer.state, self.base)
 
     def how(self) -> dict[str, Any]:
-        """How the rows went through the model, for the lineage."""
+        """Return how the rows went through the model, for the lineage."""
         return {
             "micro_batch": self.micro_batch.rows,
             "compiled": decided_in(self.work),
@@ -195,7 +195,7 @@ class Run:
         return trainer
 
     def _compile(self) -> Literal["auto", "on", "off"]:
-        """What the config says of compiling; several processes would each decide by a clock of its own."""
+        """Return what the config says of compiling; several processes would each decide by a clock of its own."""
         setting = self.config.train.compile
         if setting == "auto" and distributed.count() > 1:
             self.reporter.say("Not compiled: several processes do it only with train.compile: 'on'")
@@ -311,7 +311,7 @@ def _require_same_division(checkpoint: Path) -> None:
 
 
 def _ended(checkpoint: Path, patience: int | None, until: int | None) -> Any:
-    """The trainer's state in a checkpoint from which there is nothing to train; None where the run goes on.
+    """Return the trainer's state in a checkpoint from which there is nothing to train; None where the run goes on.
 
     That is where it had stopped early, or where ``until`` is.
     """

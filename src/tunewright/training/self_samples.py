@@ -81,7 +81,7 @@ class Drawn:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def told(self) -> str:
-        """How many were drawn and what became of them, in words."""
+        """Return how many were drawn and what became of them, in words."""
         counts: dict[str, int] = {}
         for reason in self.left_out.values():
             # "nearly equal to the row 0123" is one reason, whatever the row.
@@ -188,7 +188,7 @@ class Sampler:
         return sum(2 * self.chunk for chunk in chunks if not (self.folder / f"{chunk:04d}.json").exists())
 
     def _faults(self, samples: Sequence[Sample], asked: set[str], finished: bool) -> dict[int, str]:
-        """Why samples are of no use whatever the domain; ``asked`` gets the instructions seen so far."""
+        """Return why samples are of no use whatever the domain; ``asked`` gets the instructions seen so far."""
         reasons: dict[int, str] = {}
         for sample in samples:
             question = normalised(sample.instruction)
@@ -247,7 +247,7 @@ class Sampler:
 
 
 def _instruction(chat: ChatFormat, end_text: str | None, turn: Completion) -> str | None:
-    """What the base wrote as the user; None where it came to no end.
+    """Return what the base wrote as the user; None where it came to no end.
 
     A base without a token for that ends the turn with the template's own text, or never learnt to: then at the first
     empty line.
@@ -262,7 +262,7 @@ def _instruction(chat: ChatFormat, end_text: str | None, turn: Completion) -> st
 
 
 def _answer(chat: ChatFormat, begin_text: str | None, turn: Completion) -> tuple[str, bool]:
-    """What the base answered, and whether that came to an end: an end token or the next turn."""
+    """Return what the base answered, and whether that came to an end: an end token or the next turn."""
     text = chat.text(turn.ids)
     if begin_text is not None and begin_text in text:
         return text.partition(begin_text)[0].strip(), True

@@ -27,11 +27,11 @@ class StopRequest:
         as weights or files are being changed."""
 
     def after(self, step: int) -> bool:
-        """Whether this step is the last one for now; all processes of the run ask after the same steps."""
+        """Return whether this step is the last one for now; all processes of the run ask after the same steps."""
         return self.agreed() or step == self.pause_after
 
     def agreed(self) -> bool:
-        """Whether any process of the run has been asked; all of them have to call this at the same places."""
+        """Return whether any process of the run has been asked; all of them have to call this at the same places."""
         self.asked = distributed.any_of(self.asked)
         return self.asked
 

@@ -65,7 +65,7 @@ class Paused:
 
 
 def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
-    """All that decides which adapter comes out of a training.
+    """Return all that decides which adapter comes out of a training.
 
     Raises:
         UserError: a benchmark's file, which replay is held against, cannot be read.
@@ -84,7 +84,7 @@ def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base,
 
 
 def _choice(project: ProjectFolder) -> dict[str, Any]:
-    """What decides, beside the train section, which evaluation's adapter is kept."""
+    """Return what decides, beside the train section, which evaluation's adapter is kept."""
     config = project.config
     if config.train.evaluate_rows == 0:
         return {"metric": None}
@@ -300,7 +300,7 @@ def _store(
 
 
 def trained_before(adapters: Path, name: str, identity: str) -> Adapter | None:
-    """The adapter of this project name that these inputs made, if there is one; checked."""
+    """Return the adapter of this project name that these inputs made, if there is one; checked."""
     for adapter in list_adapters(adapters):
         if adapter.was_trained_by(identity) and adapter.name.startswith(f"{name}-"):
             adapter.verify()
@@ -309,7 +309,7 @@ def trained_before(adapters: Path, name: str, identity: str) -> Adapter | None:
 
 
 def _account(encoded: EncodedRows, evaluated: Sequence[Evaluation], best: Evaluation, seconds: float) -> dict[str, Any]:
-    """The training's own numbers."""
+    """Return the training's own numbers."""
     return {
         "examples": len({m.key for m in encoded.members}),
         "rows": len(encoded.rows),
@@ -332,7 +332,7 @@ def _account(encoded: EncodedRows, evaluated: Sequence[Evaluation], best: Evalua
 
 
 def _rendering(encoded: EncodedRows) -> dict[str, Any]:
-    """What training saw of a split, by digest, and what the config had it leave out."""
+    """Return what training saw of a split, by digest, and what the config had it leave out."""
     return {
         "digest": render_digest(encoded.rows),
         "rows": len(encoded.rows),

@@ -233,7 +233,7 @@ class Trainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The mean loss of the step's trained tokens, or this micro-batch's part in it."""
+        """Return the mean loss of the step's trained tokens, or this micro-batch's part in it."""
         assert not return_outputs, "the logits are never held"
         batch: PackedBatch = inputs["packed"]
         losses = token_losses_of(model, batch, self._reference(model, batch))
@@ -247,7 +247,7 @@ class Trainer(SFTTrainer):
         return scaled
 
     def _reference(self, model: Any, batch: PackedBatch) -> Reference | None:
-        """What the base predicts for replayed rows: the same pass, laid out alike, with the adapter off.
+        """Return what the base predicts for replayed rows: the same pass, laid out alike, with the adapter off.
 
         Before the pass that is trained: PEFT's switch is also one of the weights' gradients.
         """
@@ -350,7 +350,7 @@ class Trainer(SFTTrainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _worth_of_answers(self, task: DevTask) -> float:
-        """The dev rows answered, each by one of the processes, and valued together."""
+        """Return the dev rows answered, each by one of the processes, and valued together."""
         mine = range(self.accelerator.process_index, len(task.requests), self.accelerator.num_processes)
         with fsdp.keeping_step(self.model, self._idle_pass):
             own = list(zip(mine, task.answers(self.model, mine), strict=True))

@@ -193,7 +193,7 @@ class _Prefix:
         self._folder: str | None = None
 
     def within(self, name: str, where: str) -> str:
-        """A member's path within the adapter."""
+        """Return a member's path within the adapter."""
         plain = name.removeprefix("./")
         require_plain_path(plain, where)
         if self._folder is None:

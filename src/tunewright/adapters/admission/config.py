@@ -57,7 +57,7 @@ Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 def _number(value: Any) -> Any:
-    """A whole number where a float is wanted; never true or false, or a text."""
+    """Return a whole number where a float is wanted; never true or false, or a text."""
     return float(value) if type(value) is int else value
 
 
@@ -123,11 +123,11 @@ class ForeignConfig:
         }
 
     def rank(self, module: str) -> int:
-        """The rank of its weights on a module."""
+        """Return the rank of its weights on a module."""
         return self.document.rank_pattern.get(_pattern_of(module, self.document.rank_pattern), self.document.r)
 
     def scale(self, module: str) -> float:
-        """What the product of B and A is multiplied by on a module."""
+        """Return what the product of B and A is multiplied by on a module."""
         document = self.document
         alpha = document.alpha_pattern.get(_pattern_of(module, document.alpha_pattern), document.lora_alpha)
         rank = self.rank(module)
@@ -141,7 +141,7 @@ def _pattern_of(module: str, patterns: dict[str, Any]) -> str:
 
 
 def read_config(data: bytes, shape: Shape, architecture: str, where: str) -> ForeignConfig:
-    """The configuration that ``data`` spells, of an adapter for a base of this shape and architecture.
+    """Return the configuration that ``data`` spells, of an adapter for a base of this shape and architecture.
 
     Raises:
         UserError: naming the key that is not let in, and why.

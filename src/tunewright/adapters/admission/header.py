@@ -35,7 +35,7 @@ class Entry:
 
 
 def read_header(path: Path, where: str) -> dict[str, Entry]:
-    """The tensors of a safetensors file, by name.
+    """Return the tensors of a safetensors file, by name.
 
     Args:
         path: the file.
@@ -61,7 +61,7 @@ def read_header(path: Path, where: str) -> dict[str, Entry]:
 
 
 def parse_header(text: bytes, data: int, where: str) -> dict[str, Entry]:
-    """The tensors that a header describes.
+    """Return the tensors that a header describes.
 
     Args:
         text: the header.
@@ -112,5 +112,5 @@ def _entry(name: str, value: Any, where: str) -> Entry:
 
 
 def _counts(value: Any) -> bool:
-    """Whether it is a list of whole numbers that are not negative; true and 1.0 are none."""
+    """Return whether it is a list of whole numbers that are not negative; true and 1.0 are none."""
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)

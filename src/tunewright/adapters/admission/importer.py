@@ -71,7 +71,7 @@ class Admitted:
     lineage: Literal["its own", "stated"]
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "adapter": self.adapter.name,
             "folder": str(self.adapter.folder),
@@ -153,7 +153,7 @@ class Admission:
                 self._reporter.say(f"{name} is not taken along.")
 
     def _configs(self, files: Path, where: str) -> dict[Path, ForeignConfig]:
-        """The configurations, by folder: the adapter's own, and those of its earlier checkpoints."""
+        """Return the configurations, by folder: the adapter's own, and those of its earlier checkpoints."""
         return {
             path.parent: read_config(
                 path.read_bytes(), self._shape, self._base.architecture, f"{where}, {path.relative_to(files)}"
@@ -225,7 +225,7 @@ class Admission:
         return state
 
     def _name(self, files: Path, manifest: Manifest | None, source: Path, said: Statement) -> str:
-        """What it is called, before the digest."""
+        """Return what it is called, before the digest."""
         if manifest is not None:
             if said.name is not None:
                 raise UserError(f"its manifest names it: {manifest.name}", where="--name", fix="Leave it out.")

@@ -105,7 +105,7 @@ def _check_change(a: Any, b: Any, scale: float, norm: float, where: str) -> None
 
 
 def base_norms(base: Path, modules: Iterable[str], task: Task) -> dict[str, float]:
-    """The Frobenius norms of the weights of some of the base's modules.
+    """Return the Frobenius norms of the weights of some of the base's modules.
 
     Args:
         base: the base's folder.

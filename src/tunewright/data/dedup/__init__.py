@@ -46,7 +46,7 @@ def distinctive(texts: Sequence[str]) -> list[str]:
 
 
 def _common_head(texts: Collection[str]) -> str:
-    """The longest beginning that all texts share: that of the first and the last in sorted order."""
+    """Return the longest beginning that all texts share: that of the first and the last in sorted order."""
     low, high = min(texts), max(texts)
     same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     return low[:same]
@@ -79,7 +79,7 @@ def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, re
 
 
 def _answer(example: Example) -> tuple[tuple[str, ...], str]:
-    """What has to be equal in duplicates besides the input: "yes" to another instruction is another answer."""
+    """Return what has to be equal in duplicates besides the input: "yes" to another instruction is another answer."""
     return tuple(m.content for m in example.prompt if m.role == "system"), example.output.strip()
 
 
@@ -117,7 +117,7 @@ class Family:
 
 
 def largest_clusters(examples: Sequence[Example], clusters: Sequence[str], count: int) -> list[Family]:
-    """The largest clusters of more than one row, the largest first, each with two of its least similar rows.
+    """Return the largest clusters of more than one row, the largest first, each with two of its least similar rows.
 
     The two are found in two sweeps, as the ends of a tree's longest path are: the row least like the first, then the
     row least like that one. There may be two that are still less alike.
@@ -142,7 +142,7 @@ def largest_clusters(examples: Sequence[Example], clusters: Sequence[str], count
 
 
 def _least_like(matrix: Any, row: int) -> tuple[int, float]:
-    """The other row of a shingle matrix that is least similar to this one, and how similar it is."""
+    """Return the other row of a shingle matrix that is least similar to this one, and how similar it is."""
     similarity = similarities(matrix[[row]], matrix).toarray()[0]
     similarity[row] = np.inf
     least = int(np.argmin(similarity))

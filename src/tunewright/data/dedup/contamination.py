@@ -34,7 +34,7 @@ class Contamination:
     found: tuple[HeldItem, ...]
 
     def rows(self, source: str) -> Counter[How]:
-        """How many training rows hold an item of a source, each row by the surest of its hits."""
+        """Return how many training rows hold an item of a source, each row by the surest of its hits."""
         best: dict[str, How] = {}
         for held in self.found:
             if held.source == source:
@@ -42,7 +42,7 @@ class Contamination:
         return Counter(best.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """The finding as ``--json`` prints it."""
+        """Return the finding as ``--json`` prints it."""
         return asdict(self)
 
 

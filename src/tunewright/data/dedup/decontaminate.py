@@ -62,7 +62,7 @@ class Hit:
     score: float
 
     def as_dict(self) -> dict[str, Any]:
-        """The hit as ``--json`` prints it."""
+        """Return the hit as ``--json`` prints it."""
         return asdict(self)
 
 
@@ -117,7 +117,7 @@ TEST = "the test split"
 
 
 def training_hits(members: Sequence[Member], benchmarks: Mapping[str, Sequence[str]], reporter: Reporter) -> list[Hit]:
-    """The training rows that hold a test input or a benchmark item.
+    """Return the training rows that hold a test input or a benchmark item.
 
     Args:
         members: all rows of a version, or of one to be; an item's number in ``TEST`` counts its test rows, in order.
@@ -130,7 +130,7 @@ def training_hits(members: Sequence[Member], benchmarks: Mapping[str, Sequence[s
 
 
 def item_names(hits: Sequence[Hit], members: Sequence[Member]) -> list[str]:
-    """What people are told of each hit's item: the test row's key, or the file and the item's number, from 1."""
+    """Return what people are told of each hit's item: the test row's key, or the file and the item's number, from 1."""
     tests = _tests(members)
     return [
         f"test row {short(tests[hit.item].key)}" if hit.source == TEST else f"item {hit.item + 1} of {hit.source}"

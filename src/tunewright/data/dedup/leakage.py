@@ -79,7 +79,7 @@ class LeakReport:
         return counts
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as ``--json`` prints it."""
+        """Return the report as ``--json`` prints it."""
         histogram = {split: self.histogram(split) for split in ("dev", "test")}
         return {**asdict(self), "outputs": self.outputs.as_dict(), "histogram": histogram}
 
@@ -110,7 +110,7 @@ class BandScore:
     interval: tuple[float, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """The score as ``--json`` prints it."""
+        """Return the score as ``--json`` prints it."""
         return {**asdict(self), "exact_match": self.exact / self.items}
 
 
@@ -128,7 +128,7 @@ class TemplateScore:
     interval: tuple[float, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """The score as ``--json`` prints it."""
+        """Return the score as ``--json`` prints it."""
         return {**asdict(self), "exact_match": self.exact / self.items}
 
 
@@ -256,7 +256,7 @@ def score_by_distance(items: Iterable[Answered], report: LeakReport) -> list[Ban
 
 
 def score_by_template(items: Iterable[Answered], new: Mapping[str, bool], version: str) -> list[TemplateScore]:
-    """Each arm's exact match on the items whose output template training rows have, and on the others.
+    """Return each arm's exact match on the items whose output template training rows have, and on the others.
 
     Args:
         items: the items of an evaluation.
@@ -289,12 +289,12 @@ def _exact(items: Iterable[Answered], place: Mapping[str, int], version: str) ->
 
 
 def band_of(similarity: float) -> int:
-    """The number of the band, from 0, that a similarity lies in."""
+    """Return the number of the band, from 0, that a similarity lies in."""
     return min(int(similarity * len(BANDS) + _ROUNDING), len(BANDS) - 1)
 
 
 def _spelling(text: str) -> str:
-    """What exact match compares, as in ``tunewright.metrics``."""
+    """Return what exact match compares, as in ``tunewright.metrics``."""
     return unicodedata.normalize("NFC", text).strip()
 
 

@@ -70,16 +70,16 @@ class OutputLeak:
     natural: str | None
 
     def share(self, how: How) -> float:
-        """The share of test rows that overlap in this way."""
+        """Return the share of test rows that overlap in this way."""
         return next(each.here for each in self.overlaps if each.how == how)
 
     @property
     def high(self) -> bool:
-        """Whether it is worth a warning."""
+        """True if it is worth a warning."""
         return self.natural is None and self.share("template") >= HIGH
 
     def as_dict(self) -> dict[str, Any]:
-        """The measurement as ``--json`` prints it."""
+        """Return the measurement as ``--json`` prints it."""
         return {**asdict(self), "high": self.high}
 
 

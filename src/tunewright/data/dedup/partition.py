@@ -51,7 +51,7 @@ class _Signed:
     smaller_begins: Indices
 
     def pairs(self, large: _Large | None = None) -> Indices:
-        """How many pairs each signature makes, without those of texts that have one of the large labels."""
+        """Return how many pairs each signature makes, without those of texts that have one of the large labels."""
         pairs: Indices = np.diff(self.larger_begins) * np.diff(self.smaller_begins)
         for number in range(large.count if large else 0):
             assert large is not None
@@ -61,19 +61,19 @@ class _Signed:
         return pairs
 
     def work(self, large: _Large | None = None) -> int:
-        """What comparing all these pairs takes, in pairs that are compared in a block."""
+        """Return what comparing all these pairs takes, in pairs that are compared in a block."""
         pairs = self.pairs(large)
         return int(np.sum(np.where(pairs >= _MANY, pairs + _MANY, _DEAR * pairs)))
 
     def where(self, mask: Mask) -> _Signed:
-        """The signatures for which the mask is true."""
+        """Return the signatures for which the mask is true."""
         return _Signed(
             *_cut(self.larger, self.larger_begins, mask),
             *_cut(self.smaller, self.smaller_begins, mask),
         )
 
     def apart(self, labels: Indices) -> _Signed:
-        """The signatures of texts that do not all have one label."""
+        """Return the signatures of texts that do not all have one label."""
         if len(self.larger_begins) < 2:
             return self
         one, other = labels[self.larger], labels[self.smaller]
@@ -236,7 +236,7 @@ class SizeClass:
             at = to
 
     def _likely(self, first: Indices, second: Indices, labels: Indices | None) -> Pairs:
-        """Those of the pairs that may be near-equal, and have not one label, each once."""
+        """Return those of the pairs that may be near-equal, and have not one label, each once."""
         ask = (self._large[first] | self._large[second]) & (first != second)
         if labels is not None:
             ask &= labels[self._texts[first]] != labels[self._texts[second]]
@@ -246,7 +246,7 @@ class SizeClass:
         return keys // len(self._texts), keys % len(self._texts)
 
     def _signed(self) -> _Signed:
-        """The texts by the kind of signatures that makes less work."""
+        """Return the texts by the kind of signatures that makes less work."""
         rare = self._by_rare_shingles()
         if rare.work() <= _DEAR * len(self._texts):
             return rare

@@ -42,7 +42,7 @@ class Pairs:
 
 
 def shingles(text: str) -> set[str]:
-    """The set of a text's character 4-grams; a shorter text is its own only shingle."""
+    """Return the set of a text's character 4-grams; a shorter text is its own only shingle."""
     return {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}
 
 
@@ -103,7 +103,7 @@ def link(texts: Sequence[str], threshold: float, reporter: Reporter, title: str)
 def nearest_kept(
     texts: Sequence[str], groups: Indices, kept: int, threshold: float, reporter: Reporter, title: str
 ) -> Pairs:
-    """Each text that is near one before it in its group that is kept, with the most similar of those; ascending.
+    """Return each text that is near one before it in its group that is kept, with the most similar of those; ascending.
 
     A text is kept unless it is near one that is; of equally similar ones the first is taken.
 
@@ -249,7 +249,7 @@ def _wanted_still(held: Sequence[tuple[Indices, Indices]], wanted: Wanted) -> It
 def verified(
     rows: Any, sizes: Indices, first: Indices, second: Indices, threshold: float
 ) -> tuple[Indices, Indices, Similarities]:
-    """Those of the pairs that are at or above the threshold."""
+    """Return those of the pairs that are at or above the threshold."""
     shared = _shared(rows, sizes, first, second)
     similarity = shared / (sizes[first] + sizes[second] - shared)
     near = similarity >= threshold
@@ -257,7 +257,7 @@ def verified(
 
 
 def shingle_matrix(texts: Sequence[str]) -> Any:
-    """A 0/1 csr matrix [texts, shingles] whose columns run from the rarest shingle to the most frequent."""
+    """Return a 0/1 csr matrix [texts, shingles] whose columns run from the rarest shingle to the most frequent."""
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     counts = np.maximum(lengths - SHINGLE + 1, 1)
     ends = np.concatenate([[0], np.cumsum(counts)])
@@ -281,7 +281,7 @@ def similarities(some: Any, others: Any) -> Any:
 
 
 def _shingle_numbers(texts: Sequence[str], lengths: Indices, counts: Indices, ends: Indices) -> Indices:
-    """A number for each shingle of each text, one after the other: arithmetic on arrays, not a million dicts.
+    """Return a number for each shingle of each text, one after the other: arithmetic on arrays, not a million dicts.
 
     Numbers of characters make numbers of pairs of them, and these make numbers of 4-grams. Each text is followed by
     zeros, which no character has: so a short text is one shingle that no other equals.
@@ -313,7 +313,7 @@ def _numbered(values: npt.NDArray[Any]) -> Indices:
 
 
 def _shared(rows: Any, sizes: Indices, first: Indices, second: Indices) -> Indices:
-    """How many shingles the two rows of each pair have in common."""
+    """Return how many shingles the two rows of each pair have in common."""
     parts = max(1, math.ceil(int(np.sum(sizes[first] + sizes[second])) / _CELLS))
     counts = [
         rows[a].multiply(rows[b]).sum(axis=1)

@@ -52,7 +52,7 @@ class Sketches:
             self._words[:, start : start + step] = packed.T
 
     def likely(self, first: Indices, second: Indices) -> Mask:
-        """Which of the pairs may be near-equal."""
+        """Return which of the pairs may be near-equal."""
         sizes, others = self.sizes[first], self.sizes[second]
         mask: Mask = np.minimum(sizes, others) >= self._threshold * np.maximum(sizes, others) - ROUNDING
         left = np.flatnonzero(mask)
@@ -106,7 +106,7 @@ class Sketches:
 
 
 def _differing(words: Words, others: Words) -> npt.NDArray[Any]:
-    """How many bits each sketch of [words, rows] differs in from each of [words, columns]; [rows, columns]."""
+    """Return how many bits each sketch of [words, rows] differs in from each of [words, columns]; [rows, columns]."""
     count = np.zeros((words.shape[1], others.shape[1]), dtype=np.uint8 if len(words) < 4 else np.uint32)
     for mine, theirs in zip(words, others, strict=True):
         count += np.bitwise_count(mine[:, None] ^ theirs)

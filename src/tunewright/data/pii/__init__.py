@@ -69,7 +69,7 @@ class Scan:
         return dict(Counter(place.finding.kind for place in self.places).most_common())
 
     def as_dict(self) -> dict[str, Any]:
-        """The scan as ``--json`` prints it."""
+        """Return the scan as ``--json`` prints it."""
         places = [asdict(place) for place in self.places]
         return {"rows": self.rows, "counts": self.counts, "places": places, "allow": sorted(self.allow)}
 
@@ -216,7 +216,7 @@ def _replaced(
     counts: Counter[str],
     again: Callable[[str], str],
 ) -> str:
-    """The text with placeholders for its findings, and what ``again`` makes of the text between them."""
+    """Return the text with placeholders for its findings, and what ``again`` makes of the text between them."""
     parts, end = [], 0
     for finding in findings:
         value = text[finding.start : finding.end]
@@ -229,7 +229,7 @@ def _replaced(
 
 
 def _occurrences(names: dict[tuple[str, str], str], counts: Counter[str]) -> Callable[[str], str]:
-    """A function that replaces further occurrences of the values that have a name, the longest first."""
+    """Return a function that replaces further occurrences of the values that have a name, the longest first."""
     longest_first = sorted(((_bare(value), kind, value) for kind, value in names), key=lambda each: -len(each[0]))
 
     def replace_again(text: str) -> str:
@@ -252,14 +252,14 @@ def _bare(text: str) -> str:
 
 
 def _identity(kind: str, value: str) -> str:
-    """What is the same in all spellings of a value."""
+    """Return what is the same in all spellings of a value."""
     if kind in _SPACED:
         return _bare(value)
     return value.lower() if kind == "email" else value
 
 
 def _spelled(kind: str, value: str) -> str:
-    """A regular expression for all spellings of a value."""
+    """Return a regular expression for all spellings of a value."""
     if kind in _SPACED:
         return rf"(?i)(?<![A-Za-z0-9])[+(]*{'[ ().+/-]{0,3}'.join(value)}(?![A-Za-z0-9])"
     if kind in NAME_LABELS:
@@ -268,13 +268,13 @@ def _spelled(kind: str, value: str) -> str:
 
 
 def told_secrets(text: str, allow: Collection[str] = ()) -> str:
-    """The secrets in a text by kind, such as "GitHub token, payment card number"; empty if there is none."""
+    """Return the secrets in a text by kind, such as "GitHub token, payment card number"; empty if there is none."""
     kinds = dict.fromkeys(f.kind for f in find(text) if f.category == "secret" and f.kind not in allow)
     return ", ".join(LABELS[kind] for kind in kinds)
 
 
 def blocked(scan: Scan) -> UserError:
-    """The refusal of rows with secrets: where each is and what it is, never the value."""
+    """Return the refusal of rows with secrets: where each is and what it is, never the value."""
     secrets = scan.of("secret")
     assert secrets, "there is no secret in the scan"
     kinds = sorted({place.finding.kind for place in secrets})
@@ -288,7 +288,7 @@ def blocked(scan: Scan) -> UserError:
 
 
 def warned(scan: Scan) -> str:
-    """The warning of personal data; empty if there is none."""
+    """Return the warning of personal data; empty if there is none."""
     personal = scan.of("personal")
     if not personal:
         return ""
@@ -299,7 +299,7 @@ def warned(scan: Scan) -> str:
 
 
 def let_through(scan: Scan) -> str:
-    """What ``data.allow`` let through, in one line; empty if nothing."""
+    """Return what ``data.allow`` let through, in one line; empty if nothing."""
     allowed = [place for place in scan.places if place.finding.kind in scan.allow]
     return f"Let through, as data.allow says: {_kinds(allowed)}, in {_rows(allowed)}" if allowed else ""
 

@@ -26,7 +26,7 @@ _WHERE = "--presidio"
 
 
 def open_presidio(model: str) -> Finder:
-    """A finder of names and places by presidio and a spaCy model.
+    """Return a finder of names and places by presidio and a spaCy model.
 
     Args:
         model: the name of an installed spaCy model, such as en_core_web_lg, or a folder with one. It decides the
@@ -84,7 +84,7 @@ def _analyzer(nlp: Language, language: str, model: str) -> AnalyzerEngine:
 
 
 def presidio_finder(analyzer: AnalyzerEngine, language: str) -> Finder:
-    """A finder by an analyzer with recognizers of one's own: its PERSON, LOCATION and NRP are told."""
+    """Return a finder by an analyzer with recognizers of one's own: its PERSON, LOCATION and NRP are told."""
     entities = sorted(_KINDS.keys() & set(analyzer.get_supported_entities(language)))
 
     @lru_cache(_REMEMBERED)

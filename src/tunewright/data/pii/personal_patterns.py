@@ -66,13 +66,13 @@ _COUNTRY_CODES = re.compile(  # ITU-T E.164's list of assigned codes
 
 
 def luhn(digits: str) -> bool:
-    """Whether the check digit is right (ISO/IEC 7812-1, annex B): every second digit from the right doubled."""
+    """Return whether the check digit is right (ISO/IEC 7812-1, annex B): every second digit from the right doubled."""
     doubled = (sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
     return (sum(map(int, digits[-1::-2])) + sum(doubled)) % 10 == 0
 
 
 def iban_valid(iban: str) -> bool:
-    """Whether the two check digits are right: mod 97 is 1 (ISO 7064, MOD 97-10)."""
+    """Return whether the two check digits are right: mod 97 is 1 (ISO 7064, MOD 97-10)."""
     return int("".join(str(int(character, 36)) for character in iban[4:] + iban[:4])) % 97 == 1
 
 
@@ -154,7 +154,7 @@ def _national_american(match: re.Match[str]) -> bool:
 
 
 def _national(match: re.Match[str]) -> bool:
-    """The trunk's 0, and 10 or 11 digits in all (Britain, France, Germany, Italy, Japan, Australia)."""
+    """Return the trunk's 0, and 10 or 11 digits in all (Britain, France, Germany, Italy, Japan, Australia)."""
     digits = _digits(match)
     return 10 <= len(digits) <= 11 and not _fictional(digits) and not _numbered(match)
 

@@ -47,22 +47,22 @@ class Pattern:
 
 
 def words(text: str) -> frozenset[str]:
-    """A set written as one line of words."""
+    """Return a set written as one line of words."""
     return frozenset(text.split())
 
 
 def value(match: re.Match[str]) -> str:
-    """The text that is found: the group ``value``, or all that matches."""
+    """Return the text that is found: the group ``value``, or all that matches."""
     return match["value"] if "value" in match.re.groupindex else match[0]
 
 
 def made_up(token: str) -> bool:
-    """Whether a token says itself that it is none: "your-api-key", "xxxx", AKIAIOSFODNN7EXAMPLE, aaaaaaaa."""
+    """Return whether a token says itself that it is none: "your-api-key", "xxxx", AKIAIOSFODNN7EXAMPLE, aaaaaaaa."""
     return _MADE_UP.search(token) is not None or len(set(token)) < _FEWEST_DIFFERENT
 
 
 def checksummed(token: str) -> bool:
-    """Whether the last six characters are the CRC32 of those between the prefix and them, in base 62.
+    """Return whether the last six characters are the CRC32 of those between the prefix and them, in base 62.
 
     GitHub's format ("Behind GitHub's new authentication token formats", github.blog, 2021-04-05), which npm took over.
     """
@@ -79,7 +79,7 @@ def _checksummed(match: re.Match[str]) -> bool:
 
 
 def _json_web_token(match: re.Match[str]) -> bool:
-    """The header decodes to a JSON object that names an algorithm (RFC 7515); jwt.io's John Doe is nobody."""
+    """Return the header decodes to a JSON object that names an algorithm (RFC 7515); jwt.io's John Doe is nobody."""
     header = match[0].partition(".")[0]
     try:
         decoded = json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))
@@ -144,7 +144,7 @@ def _key_after_name(match: re.Match[str]) -> bool:
 
 
 def _token(body: str, flags: int = 0) -> re.Pattern[str]:
-    """A token that stands alone: no letter, digit or hyphen goes on before or behind it."""
+    """Return a token that stands alone: no letter, digit or hyphen goes on before or behind it."""
     return re.compile(rf"(?<![A-Za-z0-9])(?:{body})(?![\w-])", flags | re.ASCII)
 
 

@@ -138,7 +138,7 @@ def _told(path: Path, container: str, kinds: Counter[tuple[str, str]]) -> Iterat
 
 
 def fault_of(error: RowError, path: Path, line: int) -> Fault:
-    """The fault that an error makes of a file's row."""
+    """Return the fault that an error makes of a file's row."""
     return Fault(str(path), line, str(error), error.code, json_path(error.path), error.fix)
 
 

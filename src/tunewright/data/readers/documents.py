@@ -41,20 +41,20 @@ class _Document:
     """By place: what is wrong in the text, though it can be read."""
 
     def line(self, place: int) -> int:
-        """The line (from 1) of a place in the text."""
+        """Return the line (from 1) of a place in the text."""
         return bisect_left(self._breaks, place) + 1
 
     def __post_init__(self) -> None:
         self._breaks = [match.start() for match in re.finditer("\n", self.text)]
 
     def fault_in(self, start: int, end: int) -> RowError | None:
-        """The first fault between two places."""
+        """Return the first fault between two places."""
         at = bisect_left(self.faults, start, key=lambda fault: fault[0])
         return self.faults[at][1] if at < len(self.faults) and self.faults[at][0] < end else None
 
 
 def check_expression(expression: str) -> jmespath.parser.ParsedResult:
-    """The compiled expression.
+    """Return the compiled expression.
 
     Raises:
         UserError: it is no JMESPath.
@@ -211,7 +211,7 @@ def _placed(
 
 
 def _ways(value: Any, wanted: set[int]) -> dict[int, tuple[JsonPath, Parent | None]]:
-    """The keys and indices from the document down to each wanted object, and the objects above it."""
+    """Return the keys and indices from the document down to each wanted object, and the objects above it."""
     ways: dict[int, tuple[JsonPath, Parent | None]] = {}
     ahead: list[tuple[JsonPath, Parent | None, Any]] = [((), None, value)]
     while ahead:
@@ -234,7 +234,7 @@ def _refused(document: _Document, place: int, fault: RowError) -> UserError:
 
 
 def rows_hint(document: dict[str, Any]) -> str | None:
-    """The expression that finds the rows in a document whose values seem to hold them; None where none do."""
+    """Return the expression that finds the rows in a document whose values seem to hold them; None where none do."""
     if not document:
         return None
     if all(isinstance(value, dict) for value in document.values()):

@@ -42,7 +42,7 @@ class Encoding:
 
 
 def find_encoding(path: Path) -> Encoding:
-    """The encoding of a whole text file.
+    """Return the encoding of a whole text file.
 
     A byte-order mark decides. Without one it is UTF-8, if all bytes are; else cp1252, of which latin-1's text is a
     part, if fewer than one in a hundred of the sequences beyond ASCII are UTF-8's. What stands between is a UTF-8 file
@@ -127,7 +127,7 @@ def _around_foreign(text: str) -> str:
 
 
 def note_on(path: Path, encoding: Encoding) -> str | None:
-    """What the user is told of an encoding that nothing in the file declares."""
+    """Return what the user is told of an encoding that nothing in the file declares."""
     if encoding.codec != "cp1252":
         return None
     return (

@@ -49,7 +49,7 @@ class FileCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether every row of every file is an example, and none holds a secret."""
+        """True if every row of every file is an example, and none holds a secret."""
         return not self.faults and not self.secrets and all(file.unreadable is None for file in self.files)
 
     @property
@@ -72,7 +72,7 @@ class FileCheck:
         return "\n".join(told)
 
     def as_dict(self) -> dict[str, Any]:
-        """The check as ``--json`` prints it."""
+        """Return the check as ``--json`` prints it."""
         return {"ok": self.ok, "counts": self.counts, **asdict(self)}
 
 

@@ -107,7 +107,7 @@ def told_apart(rows: Iterator[RawRow], path: Path, notes: list[str]) -> Iterator
 
 
 def numbers_note(path: Path) -> str:
-    """The note that places in a file are the numbers of its rows."""
+    """Return the note that places in a file are the numbers of its rows."""
     return f"{path}: places are row numbers (FILE:NUMBER), not lines, because several rows start on one line"
 
 
@@ -121,7 +121,7 @@ class _Cursor:
         self.line = 1
 
     def peek(self) -> str:
-        """The next character that is no white space, "" at the end."""
+        """Return the next character that is no white space, "" at the end."""
         while True:
             match = _SPACE.match(self.buffer, self.at)
             assert match is not None
@@ -136,7 +136,7 @@ class _Cursor:
         self._move(self.at + 1)
 
     def row(self) -> RawRow:
-        """The JSON value that begins here."""
+        """Return the JSON value that begins here."""
         while True:
             start = self.line
             try:
@@ -167,7 +167,7 @@ class _Cursor:
             return fault, _PLAIN.raw_decode(self.buffer, self.at)[1]
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
-        """Whether the error may come from the end of the part in memory, and not from the file."""
+        """Return whether the error may come from the end of the part in memory, and not from the file."""
         return error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
 
     def _more(self) -> bool:
@@ -186,7 +186,7 @@ class _Cursor:
         self.at = to
 
     def refusal(self, reason: str) -> UserError:
-        """The file cannot be read from here on."""
+        """Return the file cannot be read from here on."""
         return UserError(
             f"not JSON that can be read from here on: {reason}",
             where=f"{self.path}:{self.line}",

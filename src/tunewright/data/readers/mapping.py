@@ -52,7 +52,7 @@ class Side:
         return (self.text,) if self.template is None else ()
 
     def value(self, row: AnyMapping[str, Any], above: JsonPath, parent: Parent | None = None) -> Any:
-        """What stands there: a key's value as it is, or a template's text.
+        """Return what stands there: a key's value as it is, or a template's text.
 
         Raises:
             RowError: the row lacks what is used, or the template fails or writes a value that is no text.
@@ -81,7 +81,7 @@ class Mapping:
 
     @property
     def templated(self) -> bool:
-        """Whether a side is a template; if none is, rows without both keys may be of another kind."""
+        """True if a side is a template; if none is, rows without both keys may be of another kind."""
         return self.input.template is not None or self.output.template is not None
 
     @cached_property
@@ -91,7 +91,7 @@ class Mapping:
 
     @property
     def whole_row(self) -> bool:
-        """Whether any key may be used."""
+        """True if any key may be used."""
         return self.input.whole_row or self.output.whole_row
 
     @property
@@ -101,7 +101,7 @@ class Mapping:
         return "the config maps " + " and ".join(f"{_named(side)} to the {name}" for side, name in sides)
 
     def columns(self, header: Sequence[str]) -> list[str]:
-        """The columns of a table that are used."""
+        """Return the columns of a table that are used."""
         named = list(dict.fromkeys((*self.input.keys, *self.output.keys)))
         return [*named, *(name for name in header if self.whole_row and name not in named)]
 
@@ -112,7 +112,7 @@ def _named(side: Side) -> str:
 
 
 def mapping_of(data: DataConfig) -> Mapping | None:
-    """The config's mapping, or None where it does not name both sides and neither is a template.
+    """Return the config's mapping, or None where it does not name both sides and neither is a template.
 
     Raises:
         UserError: a template that is none, or without the other side; a key used that data.ignore leaves out.

@@ -51,7 +51,7 @@ def metadata_of(
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it; what JSON has no form for raises TypeError or ValueError when it is written."""
+    """Return the value as JSON has it; what JSON has no form for raises TypeError or ValueError when it is written."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, Decimal):

@@ -34,7 +34,7 @@ def compiled(expression: str, where: str, fix: str) -> jmespath.parser.ParsedRes
 
 
 def names_parent(group: str, data: DataConfig) -> bool:
-    """Whether a group of ``data.groups`` is a JMESPath from the object above the row, such as ``parent.id``."""
+    """Return whether a group of ``data.groups`` is a JMESPath from the object above the row, such as ``parent.id``."""
     return data.rows is not None and group.startswith((f"{PARENT}.", f"{PARENT}["))
 
 

@@ -27,7 +27,7 @@ def mend(turns: Sequence[Turn], error: RowError) -> Mended | None:
 
 
 def _key(turns: list[Turn], at: int, error: RowError) -> Mended | None:
-    """A key that says nothing; a name, which no chat template writes."""
+    """Return a key that says nothing; a name, which no chat template writes."""
     key = str(error.path[-1])
     if key not in turns[at].rest or (error.code != "E309" and turns[at].rest[key] not in (None, "", [], {})):
         return None
@@ -74,7 +74,7 @@ def _part_text(part: Any) -> str | None:
 
 
 def _blank(turns: list[Turn], at: int, error: RowError) -> Mended | None:
-    """A blank turn at the end, where an answer stands before it, or a blank system turn."""
+    """Return a blank turn at the end, where an answer stands before it, or a blank system turn."""
     last = at == len(turns) - 1 and any(turn.role == "assistant" for turn in turns[:at])
     if not last and not (at == 0 and turns[0].role == "system"):
         return None

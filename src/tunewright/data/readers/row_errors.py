@@ -67,7 +67,7 @@ class RowError(ValueError):
 
 
 def json_path(path: JsonPath) -> str:
-    """A place inside a row as a JSONPath (RFC 9535): ``$.messages[2].content``; ``$`` is the row."""
+    """Return a place inside a row as a JSONPath (RFC 9535): ``$.messages[2].content``; ``$`` is the row."""
     steps = []
     for step in path:
         if isinstance(step, int):
@@ -81,5 +81,5 @@ def json_path(path: JsonPath) -> str:
 
 
 def place(path: JsonPath) -> str:
-    """The same for a sentence: ``messages[2].content``."""
+    """Return the same for a sentence: ``messages[2].content``."""
     return json_path(path)[1:].removeprefix(".")

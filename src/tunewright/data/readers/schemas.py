@@ -58,7 +58,7 @@ class Conversation:
 def conversation_of(
     row: Mapping[str, Any], data: DataConfig, above: JsonPath = (), parent: Parent | None = None
 ) -> Conversation:
-    """The unchecked turns of a row of any known kind; keys in data.ignore are not looked at.
+    """Return the unchecked turns of a row of any known kind; keys in data.ignore are not looked at.
 
     Args:
         above: the keys and indices that lead to the row in a document, for templates of the config.
@@ -101,7 +101,7 @@ def conversation_of(
 
 
 def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data: DataConfig) -> frozenset[str]:
-    """The keys that this kind of row uses; refuse a row without a needed one, or with a mistyped one."""
+    """Return the keys that this kind of row uses; refuse a row without a needed one, or with a mistyped one."""
     used = frozenset((*needed, *also, *_TOOL_KEYS))
     if row.keys() == needed:
         return used
@@ -134,7 +134,7 @@ def mistyped(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def misspelt(key: str, known: Iterable[str]) -> str | None:
-    """The known key that this one seems to be a misspelling of; ``prompt_id`` is none of ``prompt``."""
+    """Return the known key that this one seems to be a misspelling of; ``prompt_id`` is none of ``prompt``."""
     plain = key.strip().lower()
     near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=_NEAR)
     return near[0] if near and plain.count("_") == near[0].count("_") else None
@@ -190,7 +190,7 @@ def _alpaca(row: Mapping[str, Any], data: DataConfig) -> Conversation:
 
 
 def _system(row: Mapping[str, Any], *keys: str) -> list[Turn]:
-    """The system turn that a key beside the turns holds; an absent, null or empty one is none."""
+    """Return the system turn that a key beside the turns holds; an absent, null or empty one is none."""
     return [Turn("system", row[key], (key,), (key,)) for key in keys if row.get(key) not in (None, "")]
 
 

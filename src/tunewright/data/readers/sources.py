@@ -174,7 +174,7 @@ def _no_nested_rows(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Ite
 
 
 def _no_row(row: dict[str, Any], data: DataConfig) -> RowError | None:
-    """Why an object without any known key is no row; None where it may be one."""
+    """Return why an object without any known key is no row; None where it may be one."""
     if not row.keys().isdisjoint(KNOWN_KEYS) or mistyped(row):
         return None
     try:

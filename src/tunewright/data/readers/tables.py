@@ -234,7 +234,7 @@ def _arrow_rows(
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The texts of ``datasets.ClassLabel`` columns, which hold numbers."""
+    """Return the texts of ``datasets.ClassLabel`` columns, which hold numbers."""
     described = (schema.metadata or {}).get(b"huggingface")
     if described is None:
         return {}

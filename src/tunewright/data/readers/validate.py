@@ -46,7 +46,7 @@ def parse_json_row(line: bytes | str) -> dict[str, Any]:
 
 
 def row_object(value: Any) -> dict[str, Any]:
-    """The value, if it is an object.
+    """Return the value, if it is an object.
 
     Raises:
         RowError: it is something else.
@@ -74,7 +74,7 @@ json_decoder = json.JSONDecoder(object_pairs_hook=_without_doubles, parse_consta
 
 
 def example_from_object(row: Mapping[str, Any], data: DataConfig) -> Example:
-    """The example in a row of any kind that ``conversation_of`` knows.
+    """Return the example in a row of any kind that ``conversation_of`` knows.
 
     Raises:
         RowError: unknown, missing or mixed keys, or what ``example_from_turns`` refuses.
@@ -83,7 +83,7 @@ def example_from_object(row: Mapping[str, Any], data: DataConfig) -> Example:
 
 
 def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = None) -> dict[str, str]:
-    """The values of the config's data.groups in a row, as text; a null or empty value is no group.
+    """Return the values of the config's data.groups in a row, as text; a null or empty value is no group.
 
     Args:
         parent: the objects above the row in its document, for groups that stand there.
@@ -109,7 +109,7 @@ def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = 
 
 
 def example_from_turns(turns: Sequence[Turn], data: DataConfig) -> Example:
-    """The example made of these turns, after the config's system turn if they have none of their own.
+    """Return the example made of these turns, after the config's system turn if they have none of their own.
 
     Texts are kept in Unicode's composed form (NFC), so that equal digests mean equal text.
 

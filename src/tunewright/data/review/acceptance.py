@@ -50,7 +50,7 @@ class SequentialPlan(_Plan):
         return 1 - self.beta
 
     def decide(self, checked: int, wrong: int, unsettled: int = 0) -> Decision:
-        """The decision after so many rows; an unsettled one counts against whichever decision is asked for."""
+        """Return the decision after so many rows; an unsettled one counts against whichever decision is asked for."""
         if self._evidence(checked, wrong + unsettled) <= math.log(self.beta / (1 - self.alpha)):
             return "accepted"
         if self._evidence(checked, wrong) >= math.log((1 - self.beta) / self.alpha):
@@ -58,12 +58,12 @@ class SequentialPlan(_Plan):
         return "go on"
 
     def needed(self, checked: int, wrong: int) -> int:
-        """How many more rows, if all are right, it takes to accept."""
+        """Return how many more rows, if all are right, it takes to accept."""
         left = self._evidence(checked, wrong) - math.log(self.beta / (1 - self.alpha))
         return max(0, math.ceil(left / math.log((1 - self.good) / (1 - self.limit))))
 
     def _evidence(self, checked: int, wrong: int) -> float:
-        """The log of how much likelier these counts are at the limit than at the good share."""
+        """Return the log of how much likelier these counts are at the limit than at the good share."""
         right = checked - wrong
         return wrong * math.log(self.limit / self.good) + right * math.log((1 - self.limit) / (1 - self.good))
 
@@ -82,14 +82,14 @@ class FixedPlan(_Plan):
         return fixed_size(self.allowed, self.limit, self.confidence)
 
     def decide(self, checked: int, wrong: int, unsettled: int = 0) -> Decision:
-        """The decision after so many rows; too many wrong ones end it early."""
+        """Return the decision after so many rows; too many wrong ones end it early."""
         if wrong > self.allowed:
             return "rejected"
         done = checked >= self.size and wrong + unsettled <= self.allowed
         return "accepted" if done else "go on"
 
     def needed(self, checked: int, wrong: int) -> int:
-        """How many more rows are to be checked."""
+        """Return how many more rows are to be checked."""
         return max(0, self.size - checked) if wrong <= self.allowed else 0
 
 
@@ -114,7 +114,7 @@ def fixed_size(allowed: int, limit: float = LIMIT, confidence: float = CONFIDENC
 
 
 def upper_bound(wrong: int, checked: int, confidence: float = CONFIDENCE) -> float:
-    """The one-sided upper bound of the share wrong (Clopper and Pearson 1934); 1 where nothing has been checked.
+    """Return the one-sided upper bound of the share wrong (Clopper and Pearson 1934); 1 where nothing has been checked.
 
     It is that of a sample whose size was fixed beforehand; a sequential plan's promise is its own ``beta``.
     """

@@ -37,7 +37,7 @@ class Agreement:
 
 
 def agreements(reviews: Reviews) -> list[Agreement]:
-    """The agreement of each two reviewers that judged a row in common."""
+    """Return the agreement of each two reviewers that judged a row in common."""
     verdicts: dict[str, dict[str, bool]] = {}
     for key in reviews.stacks:
         for name, judged in reviews.standing(key).items():

@@ -56,7 +56,7 @@ class EditResult:
     """Pair keys that reviewers gave different answers, or that another called right: left as they are."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "version": self.version.model_dump(mode="json"),
             "edited": [asdict(edit) for edit in self.edited],
@@ -114,7 +114,7 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
 
 
 def _chosen(reviews: Reviews, version: DatasetVersion) -> tuple[dict[str, list[Judged]], list[str]]:
-    """The edits that all who judged a row agree on, by pair key; and the keys of those that they don't."""
+    """Return the edits that all who judged a row agree on, by pair key; and the keys of those that they don't."""
     chosen: dict[str, list[Judged]] = {}
     disputed: list[str] = []
     for member in version.domain:
@@ -177,7 +177,7 @@ def _imports(edited: Sequence[Edited], source: Source) -> list[dict[str, Any]]:
 
 
 def replaced(dataset: Path, manifest: Manifest) -> dict[str, str]:
-    """The rows that edits took out of a version or those before it: former pair key to the one that came of it.
+    """Return the rows that edits took out of a version or those before it: former pair key to the one that came of it.
 
     A file with the former row may be added again; the row is then known, and its edit stands. Rows that
     `data add --replace` put in another's place count as edits.
@@ -195,6 +195,6 @@ def replaced(dataset: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def waiting_edits(reviews: Reviews, version: DatasetVersion) -> tuple[int, int]:
-    """How many rows of a version have an edit that is not in it yet: agreed on, and disputed."""
+    """Return how many rows of a version have an edit that is not in it yet: agreed on, and disputed."""
     chosen, disputed = _chosen(reviews, version)
     return len(chosen), len(disputed)

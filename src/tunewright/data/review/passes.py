@@ -124,7 +124,7 @@ class Review:
         return f"suspects: {done:,} of {len(self.order):,} looked at"
 
     def next(self) -> Card | None:
-        """The row to judge now; None where the sample has decided or the queue is empty."""
+        """Return the row to judge now; None where the sample has decided or the queue is empty."""
         if self.drawn is not None and not self.second:
             found = self.outcome
             if found is not None and found.decision != "go on":
@@ -143,7 +143,7 @@ class Review:
         return sum(self._open(key) for key in self.order)
 
     def coming(self, most: int) -> list[Card]:
-        """The next rows to judge, up to so many, for those who judge them elsewhere."""
+        """Return the next rows to judge, up to so many, for those who judge them elsewhere."""
         numbered = ((number, key) for number, key in enumerate(self.order, start=1) if self._open(key))
         return [self._card(key, number) for (number, key), _ in zip(numbered, range(most), strict=False)]
 
@@ -225,7 +225,7 @@ def check_options(actions: Mapping[str, bool], choices: Mapping[str, bool], mess
 
 
 def default_reviewer() -> str:
-    """The login name.
+    """Return the login name.
 
     Raises:
         UserError: there is none, as in some containers.

@@ -56,7 +56,7 @@ class ReviewReport:
         return told
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as ``--json`` prints it."""
+        """Return the report as ``--json`` prints it."""
         return {
             "version": self.version,
             "status": self.status,

@@ -91,7 +91,7 @@ class Reviews:
     """The file ends in half a line: a crash cut off the last event."""
 
     def standing(self, key: str) -> dict[str, Judged]:
-        """The verdict of each reviewer on a row."""
+        """Return the verdict of each reviewer on a row."""
         return {name: stack[-1] for name, stack in self.stacks.get(key, {}).items() if stack}
 
     def finding(self, key: str) -> Finding | None:
@@ -108,11 +108,11 @@ class Reviews:
         return max(found, key=lambda e: e.draw) if found else None
 
     def line(self, event: Judged) -> int:
-        """The line that an event is on."""
+        """Return the line that an event is on."""
         return next(line for line, each in zip(self.lines, self.events, strict=True) if each is event)
 
     def cited(self, record: Mapping[str, Any]) -> int | None:
-        """The line of the verdict that an edit's record in imports.jsonl cites; None: it is not in this log.
+        """Return the line of the verdict that an edit's record in imports.jsonl cites; None: it is not in this log.
 
         The record's own line is that of the log where the edit was applied, which another side's may be.
         """
@@ -129,14 +129,14 @@ class Reviews:
         return record["line"] if record["line"] in theirs else theirs[-1] if theirs else None
 
     def latest(self, version: str, reviewer: str) -> Judged | None:
-        """The verdict that ``reviewer`` gave last on this version, of those that stand."""
+        """Return the verdict that ``reviewer`` gave last on this version, of those that stand."""
         theirs = [stack[-1] for names in self.stacks.values() if (stack := names.get(reviewer))]
         alive = {id(judged) for judged in theirs if judged.version == version}
         return next((e for e in reversed(self.events) if isinstance(e, Judged) and id(e) in alive), None)
 
 
 def read_reviews(dataset: Path) -> Reviews:
-    """All reviews of a dataset; there may be none.
+    """Return all reviews of a dataset; there may be none.
 
     Raises:
         UserError: naming file and line: not an event, or it was changed.
@@ -176,18 +176,18 @@ def _order(event: Event) -> tuple[str, int | None, str, str]:
 
 
 def event_digest(event: Event) -> str:
-    """What names an event in every log that has it: the first 16 digits of the SHA-256 of its canonical JSON."""
+    """Return what names an event in every log that has it: the first 16 digits of the SHA-256 of its canonical JSON."""
     return json_digest(event.model_dump(mode="json", exclude_none=True, exclude={"digest"}))[:_DIGITS]
 
 
 def event_line(event: Event) -> str:
-    """An event as a line of the log, with its digest."""
+    """Return an event as a line of the log, with its digest."""
     facts = event.model_dump(mode="json", exclude_none=True, exclude={"digest"})
     return canonical_json({**facts, "digest": event_digest(event)}) + "\n"
 
 
 def parse_event(line: bytes, where: str) -> Event:
-    """The event on a line.
+    """Return the event on a line.
 
     Raises:
         UserError: it is none, or it does not have its digest.
@@ -269,7 +269,7 @@ def unite_reviews(dataset: Path, events: Sequence[Event]) -> list[Event]:
 
 
 def lacking(events: Sequence[Event], known: Sequence[Event]) -> list[Event]:
-    """Those of the events that are not known, once each, by time."""
+    """Return those of the events that are not known, once each, by time."""
     there = {event_digest(event) for event in known}
     new = {event_digest(event): event for event in events}
     return sorted((event for name, event in new.items() if name not in there), key=_order)
@@ -353,7 +353,7 @@ def findings(reviews: Reviews, order: Sequence[str]) -> Iterator[Finding]:
 
 
 def status_line(found: Outcome, plan: SequentialPlan | FixedPlan, draw: int = 0) -> str:
-    """An outcome in words, such as "accepted: 0 of 72 wrong, under 5% at 95%"."""
+    """Return an outcome in words, such as "accepted: 0 of 72 wrong, under 5% at 95%"."""
     count = f"{found.wrong:,} of {found.checked:,} wrong"
     promise = f"under {100 * plan.limit:g}%"
     extra = [f"{found.unsettled:,} unsettled"] if found.unsettled else []

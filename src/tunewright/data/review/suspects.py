@@ -78,7 +78,7 @@ class Suspect:
     detail: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The suspect as ``--json`` prints it."""
+        """Return the suspect as ``--json`` prints it."""
         return asdict(self)
 
 
@@ -92,19 +92,19 @@ class Found:
 
 
 def class_like(outputs: Sequence[str]) -> bool:
-    """Whether answers are classes: at most 200 different ones, and on average at least 5 rows for each."""
+    """Return whether answers are classes: at most 200 different ones, and on average at least 5 rows for each."""
     different = len(set(outputs))
     return 1 < different <= MOST_CLASSES and len(outputs) >= ROWS_PER_CLASS * different
 
 
 def answers_repeat(outputs: Sequence[str]) -> bool:
-    """Whether at least half of the rows share their answer with another row, as with a thousand labels."""
+    """Return whether at least half of the rows share their answer with another row, as with a thousand labels."""
     counts = Counter(outputs)
     return len(counts) > 1 and sum(n for n in counts.values() if n > 1) >= REPEATED * len(outputs)
 
 
 def conflicts_accepted(version: DatasetVersion) -> bool:
-    """Whether several outputs of one input are meant.
+    """Return whether several outputs of one input are meant.
 
     Versions of earlier releases do not say. They too have only conflicts that were accepted, but in classes these stay
     suspects.
@@ -304,7 +304,7 @@ def _echoes(members: Sequence[Member]) -> NDArray[np.bool_]:
 
 
 def excerpt(text: str, most: int = 60) -> str:
-    """A text in quotes, on one line, cut to so many characters with a mark where it is cut."""
+    """Return a text in quotes, on one line, cut to so many characters with a mark where it is cut."""
     line = " ".join(text.split())
     return f'"{line if len(line) <= most else line[: most - 1] + "…"}"'
 
@@ -418,7 +418,7 @@ def _doubts(
 
 
 def _texts(members: Sequence[Member]) -> list[str]:
-    """What the answer depends on: the input, and the system turn where there are several."""
+    """Return what the answer depends on: the input, and the system turn where there are several."""
     systems = {tuple(m.content for m in one.example.prompt if m.role == "system") for one in members}
     if len(systems) < 2:
         return [one.example.input_text for one in members]
@@ -428,7 +428,7 @@ def _texts(members: Sequence[Member]) -> list[str]:
 def _out_of_fold(
     texts: Sequence[str], labels: NDArray[Any], clusters: NDArray[Any], seed: int, reporter: Reporter
 ) -> NDArray[np.float64]:
-    """Each row's class probabilities [rows, classes] by a model that saw no row of its cluster."""
+    """Return each row's class probabilities [rows, classes] by a model that saw no row of its cluster."""
     from sklearn.linear_model import SGDClassifier
     from sklearn.model_selection import GroupKFold
 

@@ -39,7 +39,7 @@ def word_changes(before: str, after: str) -> list[tuple[Mark, str]]:
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many words both begin with."""
+    """Return how many words both begin with."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -69,7 +69,7 @@ def _middle_cut(text: str, *, first: bool, last: bool) -> str:
 
 
 def diff_text(diff: Diff, *, most: int = 20) -> str:
-    """The whole difference as text; of each kind of change ``most`` rows are shown, and the rest is counted."""
+    """Return the whole difference as text; of each kind of change ``most`` rows are shown, and the rest is counted."""
     lines = [f"{short(diff.a.digest)} → {short(diff.b.digest)}: {_summary(diff)}", _comparability(diff)]
     # Test rows first: they decide whether scores can be compared.
     test = {key for keys in diff.test_changes.values() for key in keys}

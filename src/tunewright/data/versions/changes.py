@@ -36,7 +36,7 @@ class Edited:
     after: Member
 
     def as_dict(self) -> dict[str, Any]:
-        """The edit as ``--json`` prints it."""
+        """Return the edit as ``--json`` prints it."""
         return {
             "input": self.after.example.input_text,
             "before": {"key": self.before.key, "output": self.before.example.output, "split": self.before.split},
@@ -52,7 +52,7 @@ class Moved:
     before: Split
 
     def as_dict(self) -> dict[str, Any]:
-        """The move as ``--json`` prints it."""
+        """Return the move as ``--json`` prints it."""
         return {**_row(self.member), "before": self.before}
 
 
@@ -91,12 +91,12 @@ class Diff:
 
     @property
     def comparable(self) -> bool:
-        """Whether scores on the one version's test split can be compared with scores on the other's."""
+        """True if scores on the one version's test split can be compared with scores on the other's."""
         return self.test_rows_changed == 0
 
     @property
     def same(self) -> bool:
-        """Whether both have the same rows in the same splits and clusters."""
+        """True if both have the same rows in the same splits and clusters."""
         return self.a.digest == self.b.digest
 
     @cached_property
@@ -108,7 +108,7 @@ class Diff:
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole difference as ``--json`` prints it."""
+        """Return the whole difference as ``--json`` prints it."""
         return {
             "a": self.a.digest,
             "b": self.b.digest,
@@ -125,7 +125,7 @@ class Diff:
 
 
 def diff(a: DatasetVersion, b: DatasetVersion) -> Diff:
-    """What has to be done to version ``a`` to get version ``b``."""
+    """Return what has to be done to version ``a`` to get version ``b``."""
     before, after = ({m.key: m for m in version.members} for version in (a, b))
     gone, new = _by_input(before, after), _by_input(after, before)
     edited: list[Edited] = []
@@ -160,7 +160,7 @@ def _regrouped(before: Sequence[Member], after: Sequence[Member]) -> int:
 
 
 def _by_input(mine: dict[str, Member], other: dict[str, Member]) -> dict[str, list[Member]]:
-    """The members that only one version has, by input key, each list in the order of outputs."""
+    """Return the members that only one version has, by input key, each list in the order of outputs."""
     found: dict[str, list[Member]] = defaultdict(list)
     for key in mine.keys() - other.keys():
         found[mine[key].example.input_key].append(mine[key])
@@ -204,12 +204,12 @@ class Blame:
     older_missing: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The finding as ``--json`` prints it."""
+        """Return the finding as ``--json`` prints it."""
         return {**asdict(self), "version": self.version.model_dump(mode="json")}
 
 
 def blame(dataset: Path, version: DatasetVersion, key: str) -> Blame:
-    """The version that brought a row in, and where that version had it from.
+    """Return the version that brought a row in, and where that version had it from.
 
     Args:
         key: the row's whole pair key.
@@ -285,7 +285,7 @@ class Sighting:
     reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """The sighting as ``--json`` prints it."""
+        """Return the sighting as ``--json`` prints it."""
         return asdict(self)
 
 
@@ -382,5 +382,5 @@ def seen_by(dataset: Path, adapters: Path, keys: Iterable[str]) -> tuple[Seen, .
 
 
 def trained_on(sightings: Sequence[Sighting]) -> list[str]:
-    """The adapters that were trained on the row."""
+    """Return the adapters that were trained on the row."""
     return [s.adapter for s in sightings if s.use == "trained"]

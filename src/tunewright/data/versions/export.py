@@ -37,7 +37,7 @@ class Exported:
     system: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "path": str(self.path),
             "format": self.format,
@@ -111,7 +111,7 @@ def _check(path: Path, form: Format, split: Split | None) -> None:
 
 
 def _fit(members: Sequence[Member], form: Format) -> str | None:
-    """The system turn that every row has, where the format has no place for it.
+    """Return the system turn that every row has, where the format has no place for it.
 
     Raises:
         UserError: rows that the format cannot hold.

@@ -18,7 +18,7 @@ from tunewright.data.versions.removals import read_removals
 
 
 def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
-    """The member that ``row`` names: some first digits of its key, or ``FILE:LINE`` as in an imported file.
+    """Return the member that ``row`` names: some first digits of its key, or ``FILE:LINE`` as in an imported file.
 
     Raises:
         UserError: no such row, several that begin so, or a row that was left out (with the reason).
@@ -77,7 +77,7 @@ def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str
 
 
 def source_name(file: str, sources: Sequence[str], root: Path, where: str = "ROW") -> str:
-    """The added file that ``file`` means: its name in the project, a path to it, or its bare name."""
+    """Return the added file that ``file`` means: its name in the project, a path to it, or its bare name."""
     path = Path(file).resolve()
     within = path.relative_to(root.resolve()).as_posix() if path.is_relative_to(root.resolve()) else None
     for name in filter(None, (file, within)):

@@ -34,7 +34,7 @@ def new_manifest(
     near_duplicates: int = 0,
     split_from: SplitFrom | None = None,
 ) -> Manifest:
-    """The manifest of a version of these members, made now; author, imports and seal come when it is saved."""
+    """Return the manifest of a version of these members, made now; author, imports and seal come when it is saved."""
     return Manifest(
         digest=members_digest(members),
         parent=parent.digest if parent else None,
@@ -90,7 +90,7 @@ def cluster_sizes(members: Sequence[Member], split: Split) -> tuple[int, ...]:
 
 
 def renamed(members: Sequence[Member]) -> list[Member]:
-    """The members, sorted, with each cluster called after the smallest key in it, after rows came or went."""
+    """Return the members, sorted, with each cluster called after the smallest key in it, after rows came or went."""
     names: dict[str, str] = {}
     for member in members:
         names[member.cluster] = min(names.get(member.cluster, member.key), member.key)

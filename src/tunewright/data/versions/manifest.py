@@ -119,17 +119,17 @@ class Manifest(_Record):
 
 
 def short(digest: str) -> str:
-    """The first 12 digits: what folders are called and people read."""
+    """Return the first 12 digits: what folders are called and people read."""
     return digest[:12]
 
 
 def manifest_seal(document: Mapping[str, Any]) -> str:
-    """The seal of a manifest as JSON has it: any other value of any field gives another."""
+    """Return the seal of a manifest as JSON has it: any other value of any field gives another."""
     return json_digest({name: value for name, value in document.items() if name != "seal"})
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in a version's folder."""
+    """Return the manifest in a version's folder."""
     path = folder / MANIFEST
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())

@@ -57,12 +57,12 @@ class _Link:
 
 
 def members_sha256(text: str) -> str:
-    """The digest of a version with these members."""
+    """Return the digest of a version with these members."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_members(dataset: Path, digest: str, data: bytes | None = None, where: str = "") -> str:
-    """All members of a version, one a line, verified against its digest.
+    """Return all members of a version, one a line, verified against its digest.
 
     Args:
         digest: the version's whole digest.
@@ -82,7 +82,7 @@ def read_members(dataset: Path, digest: str, data: bytes | None = None, where: s
 
 
 def read_places(dataset: Path, digest: str) -> Places:
-    """The place of each pair key in a version, verified, without its rows; ``digest`` is whole."""
+    """Return the place of each pair key in a version, verified, without its rows; ``digest`` is whole."""
     return places_of(read_members(dataset, digest))
 
 
@@ -97,7 +97,7 @@ def places_of(text: str) -> Places:
 
 
 def member_line(key: str, place: Place) -> str:
-    """The one spelling of a member, with the line break."""
+    """Return the one spelling of a member, with the line break."""
     more: dict[str, Any] = {"groups": list(place.groups)} if place.groups else {}
     if place.mixed:
         more["mix"] = True
@@ -129,7 +129,7 @@ def _is_more(field: str) -> bool:
 
 
 def members_file(dataset: Path, text: str, parent: str | None) -> str:
-    """What a version's file holds: its lines, or their difference from its parent's.
+    """Return what a version's file holds: its lines, or their difference from its parent's.
 
     All differences that a reader goes through come to at most half of the lines themselves.
     """
@@ -144,7 +144,7 @@ def members_file(dataset: Path, text: str, parent: str | None) -> str:
 
 
 def _chain(dataset: Path, digest: str, data: bytes | None = None, where: str = "") -> list[_Link]:
-    """The files that make up a version's members: the one that has all lines first, the version's own last."""
+    """Return the files that make up a version's members: the one that has all lines first, the version's own last."""
     links: list[_Link] = []
     step: str | None = digest[:12]
     while step is not None:

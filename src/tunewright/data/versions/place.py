@@ -31,13 +31,13 @@ _BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}
 
 
 def _loaded(module: str, name: str) -> type[Exception] | None:
-    """An exception of a library that is there only if somebody needed it."""
+    """Return an exception of a library that is there only if somebody needed it."""
     found: type[Exception] | None = getattr(sys.modules.get(module), name, None)
     return found
 
 
 def _refused() -> tuple[type[Exception], ...]:
-    """What a file system raises; those of S3 and HTTP are no OSErrors, and there only where those are in use."""
+    """Return what a file system raises; those of S3 and HTTP are no OSErrors, and there only where those are in use."""
     names = (
         ("botocore.exceptions", "BotoCoreError"),
         ("botocore.exceptions", "ClientError"),
@@ -57,7 +57,7 @@ def _code(error: Exception) -> str:
 
 
 def _told(error: Exception) -> tuple[str, str]:
-    """What an exception says to whoever gave the URL, and what to do."""
+    """Return what an exception says to whoever gave the URL, and what to do."""
     told = getattr(error, "strerror", None) or str(error) or type(error).__name__
     code = _code(error)
     no_credentials = _loaded("botocore.exceptions", "NoCredentialsError")
@@ -127,7 +127,7 @@ class Place:
         return data
 
     def has(self, digest: str) -> bool:
-        """Whether a version is there, whole."""
+        """Return whether a version is there, whole."""
         with self._refusals():
             return bool(self.fs.exists(f"{self.root}/versions/{short(digest)}/{MANIFEST}"))
 
@@ -146,7 +146,7 @@ class Place:
             self.fs.rm_file(f"{self.root}/{name}")
 
     def versions(self) -> list[str]:
-        """The names of the folders of all versions there, of whichever branch."""
+        """Return the names of the folders of all versions there, of whichever branch."""
         with self._refusals():
             try:
                 listed = self.fs.ls(f"{self.root}/versions", detail=False)
@@ -156,7 +156,7 @@ class Place:
         return sorted(name for name in names if re.fullmatch("[0-9a-f]{12}", name))
 
     def removals(self, reporter: Reporter) -> list[Removal]:
-        """All events of the logs of removals there.
+        """Return all events of the logs of removals there.
 
         Raises:
             UserError: naming the file: it was changed.
@@ -234,7 +234,7 @@ class Place:
             ) from error
 
     def head(self) -> str | None:
-        """The digest of the version that was pushed last.
+        """Return the digest of the version that was pushed last.
 
         Raises:
             UserError: HEAD holds something else.
@@ -248,7 +248,7 @@ class Place:
         return digest
 
     def reviews(self, reporter: Reporter) -> list[Event]:
-        """All events of reviews there.
+        """Return all events of reviews there.
 
         Raises:
             UserError: naming the file: it was changed.
@@ -268,7 +268,7 @@ class Place:
         return events
 
     def _names(self, folder: str, reporter: Reporter) -> list[str]:
-        """The files in a folder; none where there is no such folder."""
+        """Return the files in a folder; none where there is no such folder."""
         with self._refusals():
             try:
                 listed = self.fs.ls(f"{self.root}/{folder}", detail=False)

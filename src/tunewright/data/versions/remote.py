@@ -80,7 +80,7 @@ class Transfer:
     verdicts: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "url": self.url,
             "versions": list(self.versions),
@@ -236,7 +236,7 @@ def _push_removals(dataset: Path, place: Place, reporter: Reporter) -> set[str]:
 
 
 def _position(line: Sequence[Manifest], digest: str | None) -> int:
-    """How many versions of a line, newest first, come after the one with this digest; all if none has it."""
+    """Return how many versions of a line, newest first, come after the one with this digest; all if none has it."""
     return next((i for i, m in enumerate(line) if m.digest == digest), len(line))
 
 
@@ -258,7 +258,7 @@ def _diverged(here: Sequence[Manifest], there: Sequence[Manifest], url: str) -> 
 
 
 def _packed(dataset: Path, manifest: Manifest, purged: Collection[str]) -> tuple[int, dict[str, bytes]]:
-    """How many rows a version brought, and its files as they are pushed, the manifest last."""
+    """Return how many rows a version brought, and its files as they are pushed, the manifest last."""
     version = load_version(dataset, manifest.digest, without_purged=True)
     known = _parents_rows(dataset, manifest)
     new = {m.key: m.example for m in version.members if m.key not in known and m.key not in purged}
@@ -271,7 +271,7 @@ def _packed(dataset: Path, manifest: Manifest, purged: Collection[str]) -> tuple
 
 
 def _parents_rows(dataset: Path, manifest: Manifest) -> Mapping[str, Any]:
-    """The parent's members by pair key; none where there is no parent, or the dataset does not have it."""
+    """Return the parent's members by pair key; none where there is no parent, or the dataset does not have it."""
     if manifest.parent is None or not version_folder(dataset, manifest.parent).is_dir():
         return {}
     return read_places(dataset, manifest.parent)

@@ -43,12 +43,12 @@ class BadRow:
 
 
 def row_line(key: str, example: Example) -> str:
-    """The one spelling of a row, without the line break."""
+    """Return the one spelling of a row, without the line break."""
     return canonical_json({"key": key, "messages": [m.as_dict() for m in example.messages]})
 
 
 def rows_text(examples: Mapping[str, Example]) -> str:
-    """A file of rows, sorted by pair key; empty where there are none."""
+    """Return a file of rows, sorted by pair key; empty where there are none."""
     return "".join(row_line(key, example) + "\n" for key, example in sorted(examples.items()))
 
 
@@ -76,7 +76,7 @@ def scan_rows(data: bytes) -> Iterator[Row | BadRow]:
 
 
 def parse_rows(data: bytes, where: str) -> dict[str, Example]:
-    """The examples in a file of rows, by pair key; ``where`` names the file in errors.
+    """Return the examples in a file of rows, by pair key; ``where`` names the file in errors.
 
     Raises:
         UserError: naming line and key: a row is not what its key says.
@@ -133,7 +133,7 @@ def remove_rows(folder: Path, keys: Iterable[str]) -> None:
 
 
 def read_rows(folder: Path, keys: Iterable[str]) -> dict[str, Example]:
-    """The examples of these pair keys, each checked against its key.
+    """Return the examples of these pair keys, each checked against its key.
 
     Raises:
         UserError: naming file and key: a row is missing, or is not what its key says.

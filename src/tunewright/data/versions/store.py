@@ -69,11 +69,11 @@ class DatasetVersion:
         return tuple(member for member in self.members if not member.mixed)
 
     def examples(self, split: Split) -> list[Member]:
-        """The members of one split, sorted by pair key; the training split has the generic mix-in."""
+        """Return the members of one split, sorted by pair key; the training split has the generic mix-in."""
         return [member for member in self.members if member.split == split]
 
     def domain_of(self, split: Split) -> list[Member]:
-        """The members of one split without the generic mix-in, sorted by pair key."""
+        """Return the members of one split without the generic mix-in, sorted by pair key."""
         return [member for member in self.domain if member.split == split]
 
     def split_digest(self, split: Split) -> str:
@@ -87,12 +87,12 @@ def keys_digest(keys: Iterable[str]) -> str:
 
 
 def members_text(members: Iterable[Member]) -> str:
-    """The members, one a line, sorted: the SHA-256 of this text is the version's digest."""
+    """Return the members, one a line, sorted: the SHA-256 of this text is the version's digest."""
     return "".join(sorted(member_line(m.key, Place(m.split, m.cluster, m.groups, m.mixed)) for m in members))
 
 
 def members_digest(members: Iterable[Member]) -> str:
-    """The version digest of these members, in any order."""
+    """Return the version digest of these members, in any order."""
     return members_sha256(members_text(members))
 
 
@@ -329,12 +329,12 @@ def _none_yet(dataset: Path) -> UserError:
 
 
 def has_version(dataset: Path) -> bool:
-    """Whether there is a current version."""
+    """Return whether there is a current version."""
     return current_manifest(dataset) is not None
 
 
 def list_versions(dataset: Path) -> list[Manifest]:
-    """The manifests of all versions, each after the one it was made from, else by age."""
+    """Return the manifests of all versions, each after the one it was made from, else by age."""
     folder = dataset / "versions"
     paths = [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
     manifests = sorted((read_manifest(path) for path in paths), key=lambda m: (m.created, m.digest))
@@ -359,7 +359,7 @@ def ancestry(dataset: Path, manifest: Manifest) -> list[Manifest]:
 
 
 def import_files(dataset: Path, manifest: Manifest) -> list[Path]:
-    """The imports.jsonl of a version and of all that it was made from, the newest first."""
+    """Return the imports.jsonl of a version and of all that it was made from, the newest first."""
     return [version_folder(dataset, m.digest) / IMPORTS for m in ancestry(dataset, manifest)]
 
 
@@ -369,7 +369,7 @@ def version_folder(dataset: Path, digest: str) -> Path:
 
 
 def current_manifest(dataset: Path) -> Manifest | None:
-    """The current version's manifest, if there is one.
+    """Return the current version's manifest, if there is one.
 
     Raises:
         UserError: HEAD names a version that is not there, or is missing where it has been.

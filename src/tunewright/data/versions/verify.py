@@ -71,11 +71,11 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is as it was written."""
+        """True if everything is as it was written."""
         return not self.damage
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         document = {**asdict(self), "purges": [purge.model_dump(mode="json") for purge in self.purges]}
         return {"ok": self.ok, **document}
 
@@ -142,7 +142,7 @@ def _check_reviews(path: Path) -> tuple[int, int, list[Damage]]:
 
 
 def _check_removals(path: Path) -> tuple[list[Damage], dict[str, Removal]]:
-    """The lines of the log of removals that are not as they were written, and the purges of the others."""
+    """Return the lines of the log of removals that are not as they were written, and the purges of the others."""
     if not path.is_file():
         return [], {}
     damage, events = [], []

@@ -179,7 +179,7 @@ class VllmAnswers:
 async def _completed(
     engine: VllmEngine, request: Request, stop_ids: Collection[int], decode: Decode | None, whose: str
 ) -> Completion:
-    """One answer, ended where the embedded loop ends it: both feed their tokens to the same :class:`Row`."""
+    """Return one answer, ended where the embedded loop ends it: both feed their tokens to the same :class:`Row`."""
     assert request.constraint is None
     row, asked = Row(request, decode), replace(request, stop=())
     if not request.stop:

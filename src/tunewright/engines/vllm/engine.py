@@ -82,7 +82,7 @@ class VllmSettings:
         return next(rank for rank in RANKS if rank >= self.max_rank)
 
     def options(self) -> list[str]:
-        """The command line of vLLM's API server."""
+        """Return the command line of vLLM's API server."""
         options: dict[str, object] = {
             "--model": self.base,
             "--served-model-name": BASE,
@@ -142,7 +142,7 @@ class VllmEngine:
 
     @property
     def dead(self) -> bool:
-        """Whether vLLM has died too often to be started again."""
+        """True if vLLM has died too often to be started again."""
         return self.child.given_up
 
     @property
@@ -292,7 +292,7 @@ class VllmEngine:
             )
 
     def _why_not(self, digest: str) -> str | None:
-        """What vLLM's log says of an adapter that it did not load."""
+        """Return what vLLM's log says of an adapter that it did not load."""
         for line in reversed(self.child.said(200).splitlines()):
             if digest in line and "Failed to load" in line:
                 return line.partition("ListedAdapters: ")[2].removesuffix(" Trying next resolver.") or line
@@ -300,7 +300,7 @@ class VllmEngine:
 
 
 def _streamed(line: str, stop_ids: Collection[int]) -> Delta | None:
-    """What a line of the event stream brings; None if nothing."""
+    """Return what a line of the event stream brings; None if nothing."""
     if not line.startswith("data: {"):
         return None
     delta = _delta(_only_choice(json.loads(line.removeprefix("data: "))), stop_ids)
@@ -308,7 +308,7 @@ def _streamed(line: str, stop_ids: Collection[int]) -> Delta | None:
 
 
 def _only_choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The one choice of a reply or an event.
+    """Return the one choice of a reply or an event.
 
     Raises:
         RequestFailedError: it holds an error instead.
@@ -320,7 +320,7 @@ def _only_choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _delta(choice: Mapping[str, Any], stop_ids: Collection[int]) -> Delta:
-    """A choice's tokens without the one that ended it."""
+    """Return a choice's tokens without the one that ended it."""
     ids = tuple(choice["token_ids"] or ())
     finish = choice["finish_reason"]
     if finish not in (None, "stop", "length"):
@@ -332,7 +332,7 @@ def _delta(choice: Mapping[str, Any], stop_ids: Collection[int]) -> Delta:
 
 
 def _entry(digest: str, folder: Path) -> dict[str, Any]:
-    """What vLLM's resolver holds an adapter to: see :data:`tunewright.engines.vllm.inside.MANIFEST`.
+    """Return what vLLM's resolver holds an adapter to: see :data:`tunewright.engines.vllm.inside.MANIFEST`.
 
     Raises:
         UserError: its manifest is not of these files.
@@ -352,12 +352,12 @@ def _entry(digest: str, folder: Path) -> dict[str, Any]:
 
 
 def adapter_rank(config: Mapping[str, Any]) -> int:
-    """The highest rank of an adapter, by its configuration."""
+    """Return the highest rank of an adapter, by its configuration."""
     return max([int(config.get("r", 0)), *map(int, (config.get("rank_pattern") or {}).values())])
 
 
 def max_rank(folders: Sequence[Path]) -> int:
-    """The highest rank of these adapters; 1 where there is none."""
+    """Return the highest rank of these adapters; 1 where there is none."""
     configs = [json.loads((folder / CONFIG).read_text(encoding="utf-8")) for folder in folders]
     return max([1, *map(adapter_rank, configs)])
 
@@ -378,7 +378,7 @@ def kv_cache_bytes(config: Mapping[str, Any], dtype: str, max_batch: int) -> int
 
 
 def _refusal(body: bytes) -> str:
-    """What an answer with an error says."""
+    """Return what an answer with an error says."""
     try:
         return f"vLLM refuses this request: {json.loads(body)['error']['message']}"
     except (ValueError, KeyError, TypeError):

@@ -58,7 +58,7 @@ class Environment:
 
 
 def pins(build: Build) -> tuple[str, ...]:
-    """The requirements of a build that hold on this machine, each with its version."""
+    """Return the requirements of a build that hold on this machine, each with its version."""
     text = resources.files("tunewright.engines.vllm").joinpath(f"{build}.txt").read_text(encoding="utf-8")
     wanted = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
     return tuple(f"{w.name}{w.specifier}" for w in wanted if w.marker is None or w.marker.evaluate())
@@ -78,7 +78,7 @@ def default_folder(build: Build) -> Path:
 
 
 def find(build: Build | None = None) -> Environment:
-    """The environment that is installed.
+    """Return the environment that is installed.
 
     Raises:
         UserError: there is none.
@@ -192,7 +192,7 @@ def _groups(missing: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _installed(folder: Path) -> set[str]:
-    """What is whole in an environment, as pins; what is not is taken away, since pip takes it for whole."""
+    """Return what is whole in an environment, as pins; what is not is taken away, since pip takes it for whole."""
     found = set()
     for info in folder.glob("lib/python*/site-packages/*.dist-info"):
         if not (info / "RECORD").exists() or not (info / "INSTALLER").exists():
@@ -216,7 +216,7 @@ def _normal(name: str) -> str:
 
 
 def _run(command: Sequence[str], folder: Path) -> str:
-    """What a command prints.
+    """Return what a command prints.
 
     Raises:
         UserError: it fails; with the end of what it says.

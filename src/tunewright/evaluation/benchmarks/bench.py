@@ -70,7 +70,7 @@ class Bench:
         return names
 
     def kept(self, what: str, adapter: Adapter | None, **decides: Any) -> Kept:
-        """What is known already of items measured with an adapter, or the base alone."""
+        """Return what is known already of items measured with an adapter, or the base alone."""
         identity = {
             "what": what,
             "base": self.generator.base.digest,
@@ -106,10 +106,10 @@ class OpenSuite(Protocol):
         """The drop that is still no loss; None where it is to decide nothing."""
 
     def expected(self) -> str:
-        """What can be said beforehand of how much it will show."""
+        """Return what can be said beforehand of how much it will show."""
 
     def measure(self, bench: Bench) -> Suite:
-        """The suite with the adapter off and on."""
+        """Return the suite with the adapter off and on."""
 
 
 def draw(items: Sequence[T], wanted: int | None, seed: int) -> list[T]:
@@ -130,7 +130,7 @@ def _joined(alike: Sequence[int], groups: Sequence[str | None]) -> list[str]:
 
 
 def file_identity(engine: str, path: Path, settings: FileSuite, margin: float) -> dict[str, Any]:
-    """What decides the measurement of a suite whose items are in a file, beside base and adapter."""
+    """Return what decides the measurement of a suite whose items are in a file, beside base and adapter."""
     return {
         "engine": engine,
         "file": file_digest(path),
@@ -142,7 +142,7 @@ def file_identity(engine: str, path: Path, settings: FileSuite, margin: float) -
 def fitting(
     suite: str, items: Sequence[T], fits: Callable[[T], bool], long: str, bench: Bench
 ) -> tuple[list[T], list[str]]:
-    """The items that fit the base's context, and what is said of the others.
+    """Return the items that fit the base's context, and what is said of the others.
 
     Args:
         suite: its name.
@@ -168,7 +168,7 @@ def dealt(count: int, seed: int) -> list[int]:
 
 
 def expected_text(name: str, items: int, margin: float) -> str:
-    """How many items the margin takes, said before anything is measured."""
+    """Return how many items the margin takes, said before anything is measured."""
     needed = items_needed(margin)
     said = (
         f"{name}: {items:,} items. To show a drop of less than {100 * margin:g} points takes about {needed:,} "
@@ -183,7 +183,7 @@ def expected_text(name: str, items: int, margin: float) -> str:
 
 
 def above_chance(base: Floats, clusters: Sequence[str], chance: float, margin: float) -> Control:
-    """Whether the base is so far above guessing that it can fall by the margin."""
+    """Return whether the base is so far above guessing that it can fall by the margin."""
     return Control(
         name=f"the base, where guessing gives {chance:.1%}",
         score=float(base.mean()),
@@ -194,7 +194,7 @@ def above_chance(base: Floats, clusters: Sequence[str], chance: float, margin: f
 
 
 def above_floor(name: str, base: Floats, floor: Floats, clusters: Sequence[str], margin: float, seed: int) -> Control:
-    """Whether a control without the ability falls below the base by more than the margin, on the same items."""
+    """Return whether a control without the ability falls below the base by more than the margin, on the same items."""
     return Control(
         name=name,
         score=float(floor.mean()),
@@ -230,7 +230,7 @@ def suite_of(
     left_out: Sequence[str] = (),
     truncated: tuple[int, int] | None = None,
 ) -> Suite:
-    """A suite of items that score from 0 to 1; ``base``, ``tuned`` and ``clusters`` are theirs, [items]."""
+    """Return a suite of items that score from 0 to 1; ``base``, ``tuned`` and ``clusters`` are theirs, [items]."""
     drop = paired_drop(base, tuned, clusters, seed)
     binary = bool(np.isin([base, tuned], (0.0, 1.0)).all())
     # Of graded scores the mean square of the changes is what the share of changed items is of right and wrong.

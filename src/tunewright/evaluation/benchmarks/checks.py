@@ -21,15 +21,15 @@ class _Check(BaseModel):
 
     @abstractmethod
     def passes(self, text: str) -> bool:
-        """Whether the text is as it has to be."""
+        """Return whether the text is as it has to be."""
 
     @abstractmethod
     def good(self) -> str:
-        """A text that passes."""
+        """Return a text that passes."""
 
     @abstractmethod
     def bad(self) -> str:
-        """A text that fails."""
+        """Return a text that fails."""
 
 
 class _Count(_Check):
@@ -59,11 +59,11 @@ class _Count(_Check):
 
     @abstractmethod
     def count(self, text: str) -> int:
-        """How often it stands there."""
+        """Return how often it stands there."""
 
     @abstractmethod
     def make(self, times: int) -> str:
-        """A text in which it stands so often."""
+        """Return a text in which it stands so often."""
 
 
 class Words(_Count):

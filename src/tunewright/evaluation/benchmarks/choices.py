@@ -54,11 +54,11 @@ class ChoicesSuite:
         self.identity: dict[str, Any] = file_identity(_ENGINE, path, settings, margin)
 
     def expected(self) -> str:
-        """How many items the margin takes."""
+        """Return how many items the margin takes."""
         return expected_text(self.name, len(self.questions), self.margin)
 
     def measure(self, bench: Bench) -> Suite:
-        """The questions and the controls with the adapter off, then the questions with it on.
+        """Return the questions and the controls with the adapter off, then the questions with it on.
 
         Raises:
             UserError: no two questions fit the base's context.

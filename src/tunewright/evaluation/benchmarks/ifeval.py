@@ -30,12 +30,12 @@ class Instruction:
     """What it shares with other prompts, such as a text; None: nothing that the file says."""
 
     def followed(self, answer: str) -> bool:
-        """Whether the answer passes all checks, as it stands (IFEval's strict); an empty one never does."""
+        """Return whether the answer passes all checks, as it stands (IFEval's strict); an empty one never does."""
         return bool(answer.strip()) and all(check.passes(answer) for check in self.checks)
 
 
 def read_instructions(path: Path) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions of a JSONL file, and of the checks that are not supported how many prompts have each.
+    """Return the instructions of a JSONL file, and of the checks that are not supported how many prompts have each.
 
     A line is ``{"prompt": …, "checks": [{"check": "words", "at_least": 300}, …]}``, or one of Google's, with
     ``instruction_id_list`` and ``kwargs``. A prompt with a check that is not supported is left out as a whole. A
@@ -94,7 +94,7 @@ def _read(line: str, where: str) -> tuple[Instruction | None, set[str]]:
 
 
 def _google(name: str, given: Values) -> dict[str, Any] | None:
-    """A check of Google's as one of ours; None where there is none that is the same."""
+    """Return a check of Google's as one of ours; None where there is none that is the same."""
     make = _GOOGLE.get(name)
     # Copies of the file name every keyword on every line, most of them with null.
     return None if make is None else make({key: value for key, value in given.items() if value is not None})
@@ -148,7 +148,7 @@ _GOOGLE: Mapping[str, Callable[[Values], dict[str, Any]]] = {
 
 
 def unsupported_text(unsupported: Mapping[str, int], left_out: int) -> Sequence[str]:
-    """What is told of prompts that are left out for a check that is not supported."""
+    """Return what is told of prompts that are left out for a check that is not supported."""
     if not unsupported:
         return []
     named = ", ".join(f"{name} ({count})" for name, count in unsupported.items())

@@ -55,11 +55,11 @@ class InstructionsSuite:
         self.identity: dict[str, Any] = file_identity(_ENGINE, path, settings, margin)
 
     def expected(self) -> str:
-        """How many items the margin takes, and what is left out."""
+        """Return how many items the margin takes, and what is left out."""
         return "\n".join([expected_text(self.name, len(self.instructions), self.margin), *self.left_out])
 
     def measure(self, bench: Bench) -> Suite:
-        """The answers with the adapter off and on, and the controls.
+        """Return the answers with the adapter off and on, and the controls.
 
         Raises:
             UserError: no two prompts fit the base's context with an answer.

@@ -60,13 +60,13 @@ class LmEvalSuite:
         }
 
     def expected(self) -> str:
-        """How many items the margin takes, where the number of items is known beforehand."""
+        """Return how many items the margin takes, where the number of items is known beforehand."""
         if self.settings.items is None:
             return f"{self.name}: all items of the task, against a margin of {100 * self.margin:g} points."
         return expected_text(self.name, self.settings.items, self.margin)
 
     def measure(self, bench: Bench) -> Suite:
-        """The task with the adapter off and on; the control is whether the base is above guessing.
+        """Return the task with the adapter off and on; the control is whether the base is above guessing.
 
         Raises:
             UserError: the task's data cannot be fetched, or its metric is not a share for each item.
@@ -90,7 +90,7 @@ class LmEvalSuite:
         )
 
     def _measured(self, bench: Bench, adapter: Adapter | None, what: str) -> dict[str, Any]:
-        """Each item's score and text by its name, the metric, and what guessing gives on average."""
+        """Return each item's score and text by its name, the metric, and what guessing gives on average."""
         kept = bench.kept(_ENGINE, adapter, **self.identity)
         if not kept.known:
             with bench.reporter.task(f"{self.name}, {what}", 1, "runs of lm-eval") as task:
@@ -107,7 +107,7 @@ class LmEvalSuite:
         return kept.known
 
     def _run(self, bench: Bench, adapter: Adapter | None) -> tuple[dict[str, dict[str, Any]], str]:
-        """What lm-eval logged of each item, by the item's task and number, and the metric to go by."""
+        """Return what lm-eval logged of each item, by the item's task and number, and the metric to go by."""
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -175,5 +175,5 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _chance(sample: dict[str, Any]) -> float:
-    """What guessing gives: one over the choices; of a generated answer, nothing."""
+    """Return what guessing gives: one over the choices; of a generated answer, nothing."""
     return 1 / len(sample["filtered_resps"]) if sample["output_type"] == "multiple_choice" else 0.0

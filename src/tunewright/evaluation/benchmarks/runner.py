@@ -38,12 +38,12 @@ class BenchmarkResult:
 
     @property
     def standing(self) -> Standing:
-        """Whether the adapter is worse at what the base could do."""
+        """True if the adapter is worse at what the base could do."""
         return standing(self.general)
 
 
 def open_suites(project: ProjectFolder) -> list[OpenSuite]:
-    """The config's suites with their items read; nothing is loaded or measured.
+    """Return the config's suites with their items read; nothing is loaded or measured.
 
     Raises:
         UserError: no suite, a file that cannot be read, two suites of one name, or lm-eval is named and not installed.
@@ -114,7 +114,7 @@ def evaluate_with_general(
 
 
 def evaluation_of(project: ProjectFolder, adapter: Adapter, reporter: Reporter) -> Path | None:
-    """The newest held-out evaluation of an adapter; None where there is none."""
+    """Return the newest held-out evaluation of an adapter; None where there is none."""
     evidence = evidence_on(project.evaluations, adapter.digest, reporter)
     return None if evidence is None else project.evaluations / evidence.id
 

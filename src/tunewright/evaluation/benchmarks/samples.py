@@ -38,12 +38,12 @@ class SamplesSuite:
         self.identity: dict[str, Any] = {"engine": _ENGINE, "samples": wanted, "margin": margin}
 
     def expected(self) -> str:
-        """How far the samples vary is not known beforehand."""
+        """Return how far the samples vary is not known beforehand."""
         told = "" if self.margin is None else f", against a margin of {self.margin:g} nats per token"
         return f"{self.name}: {self.wanted} of them{told}."
 
     def measure(self, bench: Bench) -> Suite:
-        """The samples, drawn at first use, with the adapter off and on; and the controls.
+        """Return the samples, drawn at first use, with the adapter off and on; and the controls.
 
         Raises:
             UserError: nothing that the base writes is of use, or all of it was trained on.
@@ -144,7 +144,7 @@ class SamplesSuite:
 
 
 def _sums(rows: Mapping[str, Tokens], compared: Mapping[str, Compared]) -> Floats:
-    """Each sample's increase in nats and its tokens, [samples, 2]."""
+    """Return each sample's increase in nats and its tokens, [samples, 2]."""
     tokens = {key: sum(row.loss_mask) for key, row in rows.items()}
     return np.array([[(compared[key][1] - compared[key][0]) * n, n] for key, n in tokens.items()], dtype=np.float64)
 

@@ -84,7 +84,7 @@ class Journal:
         return {key: stack[-1] for key, stack in self.stacks.items() if stack}
 
     def latest(self) -> Judged | None:
-        """The verdict given last, of those that stand."""
+        """Return the verdict given last, of those that stand."""
         alive = {id(judged) for judged in self.standing.values()}
         return next((e for e in reversed(self.events) if isinstance(e, Judged) and id(e) in alive), None)
 
@@ -105,12 +105,12 @@ def journal_path(folder: Path, reviewer: str) -> Path:
 
 
 def read_journals(folder: Path) -> list[Journal]:
-    """The journals of all reviewers, by name."""
+    """Return the journals of all reviewers, by name."""
     return [_parse(path) for path in sorted(folder.glob("*.jsonl"))]
 
 
 def read_journal(folder: Path, reviewer: str) -> Journal:
-    """One reviewer's journal; it may be empty.
+    """Return one reviewer's journal; it may be empty.
 
     Raises:
         UserError: naming file and line: not an event.
@@ -155,7 +155,7 @@ def _stood(reviewer: str, events: Sequence[Event], torn: bool) -> Journal:
 
 
 def _whole_lines(data: bytes) -> tuple[bytes, bool]:
-    """The lines without half a last one, and whether there was one."""
+    """Return the lines without half a last one, and whether there was one."""
     end = data.rfind(b"\n") + 1
     return data[:end], end < len(data)
 

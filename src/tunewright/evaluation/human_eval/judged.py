@@ -25,7 +25,7 @@ class JudgePreferences:
 
 
 def heard_judge(folder: Path, evidence: Evidence, reporter: Reporter) -> JudgePreferences | None:
-    """The evaluation's judge on its deciding contrast; None if there is none, or if it may not be heard.
+    """Return the evaluation's judge on its deciding contrast; None if there is none, or if it may not be heard.
 
     Raises:
         UserError: the judge's rows cannot be read.

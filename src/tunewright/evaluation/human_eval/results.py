@@ -49,7 +49,7 @@ def review_results(folder: Path, judge: JudgePreferences | None = None) -> Answe
 
 
 def preferences(journal: Journal, sample: Sample) -> dict[str, int]:
-    """A reviewer's standing verdicts on the sample, told of the arms; skipped items are not in it."""
+    """Return a reviewer's standing verdicts on the sample, told of the arms; skipped items are not in it."""
     found = {}
     for key in sample.order:
         judged = journal.standing.get(key)
@@ -110,7 +110,7 @@ def _section(
 
 
 def _lacking(strata: Sequence[ReviewStratum]) -> str | None:
-    """Why there is no estimate yet: a stratum without two verdicts has no variance, and may not be left out."""
+    """Return why there is no estimate yet: a stratum without two verdicts has no variance, and may not be left out."""
     short = [s.name for s in strata if s.answered < min(2, s.items)]
     if not short:
         return None

@@ -54,7 +54,7 @@ class Sample(Part):
 
 
 def open_sample(folder: Path, evidence: Evidence, items: Sequence[Item], count: int | None) -> Sample:
-    """The sample of this evaluation: the one there is, or a new one of ``count`` items (None: `ITEMS`).
+    """Return the sample of this evaluation: the one there is, or a new one of ``count`` items (None: `ITEMS`).
 
     Args:
         folder: where reviews of the evaluation are kept.
@@ -91,7 +91,7 @@ def keep_sample(folder: Path, evidence: Evidence, sample: Sample) -> None:
 
 
 def load_sample(folder: Path, evidence: Evidence) -> Sample | None:
-    """The sample that was drawn, if one was.
+    """Return the sample that was drawn, if one was.
 
     Raises:
         UserError: the file is no sample of this evaluation.
@@ -141,7 +141,7 @@ def draw_sample(evidence: Evidence, items: Sequence[Item], count: int) -> Sample
 
 
 def stratify(items: Sequence[Item], treatment: str, control: str, metric: MetricName) -> dict[str, StratumName]:
-    """The stratum of each item whose answers differ (after `normalised`), by pair key.
+    """Return the stratum of each item whose answers differ (after `normalised`), by pair key.
 
     ``fixed`` is where the metric scores the treatment higher, ``broken`` lower; ``both right`` is where both have the
     full score, ``both wrong`` where they have the same lower one, or where the item is not scored in both arms.
@@ -201,5 +201,5 @@ def allocate(sizes: Mapping[StratumName, int], count: int) -> dict[StratumName, 
 
 
 def treatment_is_a(seed: int, key: str) -> bool:
-    """Whether the treatment's answer is shown as A: a fair coin that depends on the seed and the item alone."""
+    """Return whether the treatment's answer is shown as A: a fair coin that depends on the seed and the item alone."""
     return bool(hashlib.sha256(f"{seed}:{key}".encode()).digest()[0] & 1)

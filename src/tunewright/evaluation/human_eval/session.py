@@ -90,19 +90,19 @@ class BlindReview:
         return Progress(len(said) - skipped, skipped, len(self.sample.order), self.sample.same)
 
     def next(self) -> Pair | None:
-        """The pair to judge now; None where all are judged, or skipped in this pass."""
+        """Return the pair to judge now; None where all are judged, or skipped in this pass."""
         if self._back is not None:
             return self.pair(self._back)
         key = next((key for key in self.open_keys() if key not in self._passed), None)
         return None if key is None else self.pair(key)
 
     def open_keys(self) -> list[str]:
-        """The items without a verdict, those skipped among them, in the order of asking."""
+        """Return the items without a verdict, those skipped among them, in the order of asking."""
         standing = self.journal.standing
         return [key for key in self.sample.order if key not in standing or standing[key].verdict == "skip"]
 
     def pair(self, key: str) -> Pair:
-        """An item of the sample as the reviewer may see it."""
+        """Return an item of the sample as the reviewer may see it."""
         item, sample = self._items[key], self.sample
         answers = [item.answers[sample.treatment], item.answers[sample.control]]
         a, b = answers if treatment_is_a(sample.seed, key) else reversed(answers)
@@ -119,7 +119,7 @@ class BlindReview:
         )
 
     def reference(self, key: str) -> str:
-        """What the answer to an item should be, for a sheet: there nobody can say who looks at it when."""
+        """Return what the answer to an item should be, for a sheet: there nobody can say who looks at it when."""
         return self._items[key].reference
 
     def answer(self, pair: Pair, verdict: Side) -> None:
@@ -130,7 +130,7 @@ class BlindReview:
             self._passed.add(pair.key)
 
     def show_reference(self, pair: Pair) -> Pair:
-        """The pair with its reference; that it was shown is recorded."""
+        """Return the pair with its reference; that it was shown is recorded."""
         if pair.reference is None:
             self._append(Shown(key=pair.key, reviewer=self.reviewer, when=now()))
         return self.pair(pair.key)
@@ -156,7 +156,7 @@ class BlindReview:
         keep_sample(self.folder, self.evidence, self.sample)
 
     def judged(self, key: str, verdict: Side) -> Judged:
-        """A verdict as the journal keeps it."""
+        """Return a verdict as the journal keeps it."""
         shown = key in self.journal.shown
         return Judged(key=key, verdict=verdict, reference=shown, reviewer=self.reviewer, when=now())
 

@@ -40,7 +40,7 @@ class Case:
     questions: tuple[Question, ...]
 
     def row(self, votes: Sequence[Vote]) -> ControlRow:
-        """Whether the judge passed; ``votes`` are on this case's questions."""
+        """Return whether the judge passed; ``votes`` are on this case's questions."""
         missing = next((vote.unscored for vote in votes if vote.unscored), None)
         return ControlRow(
             key=self.key,
@@ -105,7 +105,7 @@ def _cases(item: Item, other: Item, criteria: str | None) -> list[Case]:
 
 
 def measured_controls(rows: Sequence[ControlRow]) -> tuple[Control, ...]:
-    """Each control's count and limit."""
+    """Return each control's count and limit."""
     controls = []
     for name, expected in _EXPECTED.items():
         of_it = [row for row in rows if row.control == name]
@@ -125,7 +125,7 @@ def measured_controls(rows: Sequence[ControlRow]) -> tuple[Control, ...]:
 
 
 def veto(controls: Sequence[Control]) -> tuple[str, ...]:
-    """Why the judge is not heard; empty if it passes all controls."""
+    """Return why the judge is not heard; empty if it passes all controls."""
     return tuple(
         f"{c.name} ({c.expected}): {c.passed} of {c.items} passed"
         f"{_without_verdict(c)}; that is at least {c.limit:.0%} with 95% "

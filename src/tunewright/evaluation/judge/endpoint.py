@@ -49,7 +49,7 @@ class _RequestError(Exception):
 
     @property
     def transient(self) -> bool:
-        """Whether the same request may succeed later."""
+        """True if the same request may succeed later."""
         return self.status is None or self.status in _TRANSIENT or self.status >= 500
 
 
@@ -118,7 +118,7 @@ class Endpoint:
         return [self.journal.replies[key] for key in keys]
 
     def is_known(self, conversation: Conversation) -> bool:
-        """Whether the journal has a reply to it."""
+        """Return whether the journal has a reply to it."""
         return self.journal.key(conversation) in self.journal.replies
 
     def _use(self, key: str) -> None:
@@ -233,7 +233,7 @@ class Endpoint:
         )
 
     def _told(self, response: httpx.Response) -> str:
-        """What the endpoint says of an error, without the key that it may repeat."""
+        """Return what the endpoint says of an error, without the key that it may repeat."""
         try:
             error = response.json()["error"]
             text = str(error["message"] if isinstance(error, dict) else error)

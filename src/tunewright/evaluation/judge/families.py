@@ -12,13 +12,13 @@ _FAMILIES = {
 
 
 def family(model: str) -> str | None:
-    """The family that a model's name tells of: smollm, mistral or llama; None where it tells of none."""
+    """Return the family that a model's name tells of: smollm, mistral or llama; None where it tells of none."""
     name = model.lower()
     return next((name_of for name_of, words in _FAMILIES.items() if re.search(words, name)), None)
 
 
 def shared_family(judge: str, base: str) -> str | None:
-    """The family of both models, if it is the same one.
+    """Return the family of both models, if it is the same one.
 
     Judges favour text that they themselves find likely (Wataoka et al. 2024, arXiv 2410.21819), which is how the
     untuned base of their family writes.

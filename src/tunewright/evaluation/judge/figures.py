@@ -133,7 +133,7 @@ def preference(
 
 
 def _stripped_rate(rows: Sequence[JudgedItem], opponent: str, clusters: Sequence[str], seed: int) -> WinRate | None:
-    """All pairs, of which those without markdown keep their verdict; None if no text has any."""
+    """Return all pairs, of which those without markdown keep their verdict; None if no text has any."""
     pairs = [row.pairs[opponent] for row in rows]
     if all(pair.stripped is None for pair in pairs):
         return None
@@ -165,7 +165,7 @@ def win_rate(results: Floats, clusters: Sequence[str], seed: int) -> WinRate:
 def length_controlled(
     results: Floats, lengths: Floats, clusters: Sequence[str], seed: int, resamples: int = _LENGTH_RESAMPLES
 ) -> tuple[LengthControlled | None, str | None]:
-    """The win rate at equal length: sigmoid(a) of P(win) = sigmoid(a + b tanh(gap / s)).
+    """Return the win rate at equal length: sigmoid(a) of P(win) = sigmoid(a + b tanh(gap / s)).
 
     gap is the treatment's length minus the opponent's in characters, s the gaps' standard deviation; a tie is half a
     win and half a loss; b has a normal prior of deviation 2.5. This is the length term of length-controlled AlpacaEval
@@ -243,7 +243,7 @@ def logistic(covariate: Floats, wins: Floats, weights: Floats) -> tuple[Floats, 
 
 
 def reasons(verdicts: Sequence[Answered] | Sequence[Compared] | Sequence[ControlRow]) -> dict[str, int]:
-    """Why there is no verdict to how often."""
+    """Return why there is no verdict to how often."""
     counted = Counter(v.unscored for v in verdicts if v.unscored is not None)
     return dict(sorted(counted.items()))
 

@@ -49,7 +49,7 @@ class JudgeRequests:
         return asked
 
     def count(self, votes: Votes) -> list[JudgedItem]:
-        """The items' rows; ``votes`` is called with each question that has to be asked."""
+        """Return the items' rows; ``votes`` is called with each question that has to be asked."""
         return [self._row(candidate, votes) for candidate in self.candidates]
 
     def _row(self, candidate: Candidate, votes: Votes) -> JudgedItem:

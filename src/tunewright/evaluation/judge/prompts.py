@@ -74,7 +74,7 @@ def correctness(task: str, reference: str, answer: str, criteria: str | None = N
 
 
 def pairwise(task: str, reference: str, first: str, second: str, criteria: str | None = None) -> Question:
-    """Which of two answers is better, given the reference?"""
+    """Return which of two answers is better, given the reference?"""
     blocks = [("TASK", task), ("REFERENCE", reference), ("ANSWER A", first), ("ANSWER B", second)]
     return Question("pairwise", _message("pairwise", blocks, criteria))
 

@@ -30,7 +30,7 @@ class ReferenceAnswers:
 def asked_answers(
     endpoint: Endpoint, prompts: Sequence[Conversation], items: Sequence[Item], reporter: Reporter
 ) -> ReferenceAnswers:
-    """The endpoint's answers to the prompts, which are the items' in their order."""
+    """Return the endpoint's answers to the prompts, which are the items' in their order."""
     replies = endpoint.ask("Answers of the reference model", prompts)
     cut = sum(reply.finish == "length" for reply in replies)
     if cut:

@@ -39,7 +39,7 @@ class Reply:
 
 
 def cost(endpoint: EndpointConfig, prompt_tokens: int, completion_tokens: int) -> float | None:
-    """The price of so many tokens; None where no prices are given."""
+    """Return the price of so many tokens; None where no prices are given."""
     if endpoint.price_input is None or endpoint.price_output is None:
         return None
     return (prompt_tokens * endpoint.price_input + completion_tokens * endpoint.price_output) / 1e6
@@ -61,7 +61,7 @@ class Journal:
         self.replies = dict(_read(self.path))
 
     def key(self, conversation: Conversation) -> str:
-        """What a reply to ``conversation`` is filed under."""
+        """Return what a reply to ``conversation`` is filed under."""
         return digest({**self._asked, "messages": list(conversation)})
 
     @contextmanager

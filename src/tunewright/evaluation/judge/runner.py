@@ -122,7 +122,7 @@ class Judge:
         )
 
     def _expected_answers(self, prompts: Sequence[Conversation]) -> ReferenceAnswers | None:
-        """The reference model's answers; those that are not there yet as texts of the references' length."""
+        """Return the reference model's answers; those that are not there yet as texts of the references' length."""
         if self.other is None:
             return self._file_answers
         if all(map(self.other.is_known, prompts)):
@@ -284,6 +284,6 @@ def _lines(rows: Sequence[Part]) -> str:
 
 
 def _total(numbers: Sequence[_Number | None]) -> _Number | None:
-    """The sum; None if one of them is not known."""
+    """Return the sum; None if one of them is not known."""
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None

@@ -15,7 +15,7 @@ _CELL_ENDS = {"th_close", "td_close"}
 
 
 def without_markdown(text: str) -> str:
-    """The words of ``text`` without headings' marks, emphasis, bullets, rules, fences and table lines.
+    """Return the words of ``text`` without headings' marks, emphasis, bullets, rules, fences and table lines.
 
     Numbers of ordered lists stay: "1986. A good year" is a list to CommonMark. A link leaves its text, an image its
     description. Text without markdown comes back as it was, outer white space apart.

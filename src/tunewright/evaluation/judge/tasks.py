@@ -14,7 +14,7 @@ from tunewright.evidence.schema import Evidence, Item
 
 
 def test_prompts(dataset: Path, evidence: Evidence, items: Sequence[Item]) -> list[Conversation]:
-    """What a chat model is sent for each item: its messages up to the answer, the system prompt included.
+    """Return what a chat model is sent for each item: its messages up to the answer, the system prompt included.
 
     Raises:
         UserError: the dataset version that was evaluated is not here.
@@ -37,7 +37,7 @@ def with_tasks(dataset: Path, evidence: Evidence, items: Sequence[Item], reporte
 
 
 def task_text(messages: Sequence[Message]) -> str:
-    """A prompt as one text; who speaks is told where that is not plain."""
+    """Return a prompt as one text; who speaks is told where that is not plain."""
     if [message.role for message in messages if message.role != "system"] == ["user"]:
         return "\n\n".join(message.content for message in messages)
     return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)

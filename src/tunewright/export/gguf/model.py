@@ -129,14 +129,14 @@ def require_gguf(base: Base) -> None:
 
 
 def gguf_context(config: Any) -> int:
-    """The most tokens that llama.cpp can have of a base: it has no sliding window for this architecture."""
+    """Return the most tokens that llama.cpp can have of a base: it has no sliding window for this architecture."""
     window = getattr(config, "sliding_window", None)
     context = int(config.max_position_embeddings)
     return context if window is None else min(int(window), context)
 
 
 def heads_of(name: str, config: Any) -> int | None:
-    """How many heads the rows of a tensor are of, where llama.cpp has them in another order; else None."""
+    """Return how many heads the rows of a tensor are of, where llama.cpp has them in another order; else None."""
     if ".q_proj." in name:
         return int(config.num_attention_heads)
     return int(config.num_key_value_heads) if ".k_proj." in name else None
@@ -177,7 +177,7 @@ def _add_shape(writer: Any, config: Any) -> list[str]:
 
 
 def _rope_factors(config: Any) -> Tensor | None:
-    """What each of Llama 3.1's frequencies is divided by, [head / 2]; None where positions are not stretched so.
+    """Return what each of Llama 3.1's frequencies is divided by, [head / 2]; None where positions are not stretched so.
 
     Raises:
         UserError: positions that are stretched in another way.

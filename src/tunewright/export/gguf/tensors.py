@@ -22,7 +22,7 @@ _BLOCK = 32
 
 
 def gguf_name(name: str, layers: int) -> str:
-    """A tensor's name in GGUF.
+    """Return a tensor's name in GGUF.
 
     Raises:
         UserError: the architecture "llama" has no such tensor.

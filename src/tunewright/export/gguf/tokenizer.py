@@ -93,7 +93,7 @@ def add_numbers(writer: Any, stop_ids: Collection[int], vocabulary: int) -> None
 
 
 def cutting_rule(stored: Mapping[str, Any], where: str) -> str:
-    """What llama.cpp calls the rule by which a tokenizer.json cuts texts into words.
+    """Return what llama.cpp calls the rule by which a tokenizer.json cuts texts into words.
 
     Raises:
         UserError: a rule that it does not have.

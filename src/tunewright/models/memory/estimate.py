@@ -71,7 +71,7 @@ class Way:
 
     @property
     def copies_inputs(self) -> bool:
-        """Whether each adapted layer keeps an input of its own.
+        """True if each adapted layer keeps an input of its own.
 
         training.lora.FusedLinear and FusedLinear4bit keep the input that the layers share. peft's own layers, which
         dropout needs, convert it to the adapter's float32 and autocast converts it back, so that each keeps a copy.
@@ -80,7 +80,7 @@ class Way:
 
     @property
     def flash(self) -> bool:
-        """Whether attention is FlashAttention, which takes 16 bits only."""
+        """True if attention is FlashAttention, which takes 16 bits only."""
         return self.card and self.dtype == "bfloat16"
 
     @property
@@ -168,7 +168,7 @@ class Need:
 
 
 def weight_bytes(shape: Shape, way: Way) -> int:
-    """The base: 16 bits (or 32) each, or 4-bit linear layers and the rest in 16."""
+    """Return the base: 16 bits (or 32) each, or 4-bit linear layers and the rest in 16."""
     if not way.nf4:
         return shape.parameters * way.number
     count = shape.linear_parameters
@@ -188,17 +188,17 @@ def adapter_copies(shape: Shape, way: Way) -> int:
 
 
 def layer_saved(shape: Shape, way: Way, tokens: int) -> int:
-    """What one layer keeps for the backward pass, attention apart."""
+    """Return what one layer keeps for the backward pass, attention apart."""
     return _attention_half_saved(shape, way, tokens) + _mlp_half_saved(shape, way, tokens)
 
 
 def _norm(shape: Shape) -> int:
-    """What a norm keeps of each token: its input in float32, and one number for its scale."""
+    """Return what a norm keeps of each token: its input in float32, and one number for its scale."""
     return FLOAT * shape.hidden + FLOAT
 
 
 def _inputs(shape: Shape, way: Way, names: tuple[str, ...]) -> int:
-    """What adapted layers that read the same keep of it, for each token."""
+    """Return what adapted layers that read the same keep of it, for each token."""
     adapted = [name for name in names if name in way.targets]
     if way.copies_inputs:
         # Its own copy for each; a dropped one also has a mask.
@@ -207,7 +207,7 @@ def _inputs(shape: Shape, way: Way, names: tuple[str, ...]) -> int:
 
 
 def _attention_half_saved(shape: Shape, way: Way, tokens: int) -> int:
-    """What a layer's first half keeps: its norm and its four linear layers."""
+    """Return what a layer's first half keeps: its norm and its four linear layers."""
     b = way.number
     inputs = _inputs(shape, way, ("q_proj", "k_proj", "v_proj"))
     if way.copies_inputs:
@@ -219,7 +219,7 @@ def _attention_half_saved(shape: Shape, way: Way, tokens: int) -> int:
 
 
 def _mlp_half_saved(shape: Shape, way: Way, tokens: int) -> int:
-    """What a layer's second half keeps: its norm and its three linear layers."""
+    """Return what a layer's second half keeps: its norm and its three linear layers."""
     if shape.experts:
         return tokens * _norm(shape) + experts_saved(shape, way, tokens)
     b = way.number
@@ -231,7 +231,7 @@ def _mlp_half_saved(shape: Shape, way: Way, tokens: int) -> int:
 
 
 def experts_saved(shape: Shape, way: Way, tokens: int) -> int:
-    """What a layer's experts and their router keep for the backward pass, computed as one grouped product.
+    """Return what a layer's experts and their router keep for the backward pass, computed as one grouped product.
 
     Of each (token, expert) pair: the outputs of gate and up, of the activation, and of down, which the router's weight
     multiplies; three places in the order by experts. Of each token: the router's probabilities, and its choice.
@@ -243,7 +243,7 @@ def experts_saved(shape: Shape, way: Way, tokens: int) -> int:
 
 
 def attention_saved(shape: Shape, way: Way, load: Load) -> int:
-    """What one layer's attention keeps for the backward pass."""
+    """Return what one layer's attention keeps for the backward pass."""
     b = way.number
     if way.flash:
         # Queries, output and a number for each head; keys and values, gathered for each row where rows share a prefix.
@@ -272,7 +272,7 @@ def attention_saved(shape: Shape, way: Way, load: Load) -> int:
 
 
 def _efficient_saved(shape: Shape, way: Way, load: Load) -> int:
-    """What SDPA's memory-efficient kernel keeps on a card, which float32 is left to; not measured."""
+    """Return what SDPA's memory-efficient kernel keeps on a card, which float32 is left to; not measured."""
     b = way.number
     kept = load.tokens * (2 * b * shape.queries + FLOAT * shape.heads)
     for rows, queries, before in load.blocks:
@@ -283,7 +283,7 @@ def _efficient_saved(shape: Shape, way: Way, load: Load) -> int:
 
 
 def attention_working(shape: Shape, way: Way, load: Load) -> int:
-    """What the backward pass through one layer's attention needs for a moment, beyond what was kept for it."""
+    """Return what the backward pass through one layer's attention needs for a moment, beyond what was kept for it."""
     b, tokens = way.number, load.tokens
     # The gradients of the layer's and of attention's output, and of queries, keys and values.
     gradients = tokens * b * (shape.hidden + 2 * shape.queries) + 2 * b * load.keys * shape.keys
@@ -300,7 +300,7 @@ def attention_working(shape: Shape, way: Way, load: Load) -> int:
 
 
 def layer_working(shape: Shape, way: Way, load: Load) -> int:
-    """What the backward pass through one layer needs for a moment, beyond what was kept for it."""
+    """Return what the backward pass through one layer needs for a moment, beyond what was kept for it."""
     b, tokens = way.number, load.tokens
     mlp = b * shape.intermediate * (2 if "down_proj" in way.targets else 3) + b * shape.hidden
     if shape.experts:
@@ -321,12 +321,12 @@ def head_bytes(shape: Shape, way: Way, trained: int) -> int:
 
 
 def malloc_bytes(way: Way, passing: int) -> int:
-    """What malloc holds that nobody asked for, where so many bytes come and go with each step."""
+    """Return what malloc holds that nobody asked for, where so many bytes come and go with each step."""
     return PROCESS_LEFTOVER + int((PROCESS_SLACK_NF4 if way.nf4 else PROCESS_SLACK) * passing)
 
 
 def need(shape: Shape, way: Way, load: Load) -> Need:
-    """What one step with this micro-batch needs, at the moment when most is in use."""
+    """Return what one step with this micro-batch needs, at the moment when most is in use."""
     b, tokens = way.number, load.tokens
     adapter = shape.adapter_parameters(way.targets, way.rank)
     layer, attention = layer_saved(shape, way, tokens), attention_saved(shape, way, load)

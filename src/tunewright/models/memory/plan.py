@@ -60,7 +60,7 @@ def memory_at_hand(gpu: str | None) -> Memory:
 
 
 def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a control group leaves to this process; None where there is no limit."""
+    """Return what a control group leaves to this process; None where there is no limit."""
     try:
         limit = (group / "memory.max").read_text().strip()
         return None if limit == "max" else int(limit) - int((group / "memory.current").read_text())
@@ -103,7 +103,7 @@ class Plan:
         return need(self.shape, way, _load(rows, length, self.asked.shared, self.answer))
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as ``--json`` prints it; bytes everywhere."""
+        """Return the plan as ``--json`` prints it; bytes everywhere."""
         return {
             "base": self.base,
             "parameters": self.shape.parameters,
@@ -175,7 +175,7 @@ def _load(rows: int, length: int, shared: int, answer: int) -> Load:
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number from 1 to ``limit`` that fits, where all below one that fits do too; 0 for none."""
+    """Return the largest number from 1 to ``limit`` that fits, where all below one that fits do too; 0 for none."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

@@ -25,7 +25,7 @@ COLOURS: dict[ArmKind, str] = {
 
 
 def section(evidence: Evidence) -> Section:
-    """The arms on the items that were held out, a figure for each metric."""
+    """Return the arms on the items that were held out, a figure for each metric."""
     items, clusters = f"{evidence.items:,} items", f"{evidence.clusters:,} clusters{evidence.inputs_text}"
     if evidence.design == "cross-fitted":
         title = "Arms on all rows, cross-fitted"

@@ -16,7 +16,7 @@ _AXES: dict[Unit, str] = {"share": "loss, points", "nats per token": "loss, nats
 
 
 def section(evidence: Evidence) -> Section | None:
-    """Every suite, and the loss that its margin allows."""
+    """Return every suite, and the loss that its margin allows."""
     found = evidence.general
     if found is None:
         return None

@@ -55,7 +55,7 @@ def _row(arm: Arm) -> Row:
 
 
 def _pays(advice: Signals | None) -> tuple[Block, ...]:
-    """The break-even, what it is made of and where it comes from; or only how to measure it."""
+    """Return the break-even, what it is made of and where it comes from; or only how to measure it."""
     if advice is None:
         return (Lead(_UNMEASURED),)
     even = advice.break_even

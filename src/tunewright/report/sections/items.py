@@ -78,7 +78,7 @@ def _count(items: Sequence[Numbered]) -> str:
 
 
 def _sorted_items(items: Sequence[Item], contrast: Contrast) -> dict[str, list[Numbered]]:
-    """The items, numbered from 1 in their own order, by what the treatment did to their score."""
+    """Return the items, numbered from 1 in their own order, by what the treatment did to their score."""
     groups: dict[str, list[Numbered]] = {
         name: [] for name in ("broken", "fixed", "still_wrong", "both_right", "unscored")
     }

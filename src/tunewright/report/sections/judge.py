@@ -11,7 +11,7 @@ from tunewright.report.wording import percent_interval, points_interval
 
 
 def section(evidence: Evidence) -> Section | None:
-    """The judge's controls first; of a vetoed judge nothing else."""
+    """Return the judge's controls first; of a vetoed judge nothing else."""
     judge = evidence.judge
     if judge is None:
         return None

@@ -38,7 +38,7 @@ def section(evidence: Evidence) -> Section:
 
 
 def lineage(evidence: Evidence) -> Section:
-    """All that the evidence says of what made it."""
+    """Return all that the evidence says of what made it."""
     rows = tuple(Row(cells(name, value)) for name, value in _flat(evidence.lineage))
     table = Table("Table of lineage", (), rows, "lineage")
     return Section("lineage", "Lineage", (Lead("What made these numbers, by digest."), table))

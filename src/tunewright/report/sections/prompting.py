@@ -9,7 +9,7 @@ from tunewright.report.sections.arms import arms_figure, arms_table
 
 
 def section(evidence: Evidence) -> Section | None:
-    """The prompting arms that were tried, or the folds; none where the evidence has neither."""
+    """Return the prompting arms that were tried, or the folds; none where the evidence has neither."""
     if evidence.design == "cross-fitted":
         return _folds(evidence)
     if not evidence.dev_arms:

@@ -36,7 +36,7 @@ class Summary:
 
 
 def summary(evidence: Evidence, known: Known | None = None) -> Summary:
-    """The verdict with its causes, and the contrast that decides."""
+    """Return the verdict with its causes, and the contrast that decides."""
     result, first = decided(evidence, known), evidence.contrasts[0]
     treatment, control = evidence.arm(first.treatment), evidence.arm(first.control)
     better, worse = changed_words(evidence, first.metric)
@@ -61,7 +61,7 @@ def summary(evidence: Evidence, known: Known | None = None) -> Summary:
 
 
 def _meaning(evidence: Evidence) -> str:
-    """The contrast that decides, as a hundred requests would show it."""
+    """Return the contrast that decides, as a hundred requests would show it."""
     first = evidence.contrasts[0]
     if evidence.metrics[first.metric].kind == "right or wrong":
         ours, theirs = (evidence.arm(name).score(first.metric).value for name in (first.treatment, first.control))

@@ -41,7 +41,7 @@ def section(evidence: Evidence) -> Section | None:
 
 
 def templates_section(evidence: Evidence) -> Section | None:
-    """Each arm's score on items whose output template is in training, and on those with a new one."""
+    """Return each arm's score on items whose output template is in training, and on those with a new one."""
     found = evidence.output_templates
     if found is None:
         return None

@@ -30,7 +30,7 @@ def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | 
 
 
 def curve_section(curve: Curve | None) -> Section | None:
-    """The learning curve, if one was measured on the same data."""
+    """Return the learning curve, if one was measured on the same data."""
     if curve is None:
         return None
     caption = (

@@ -53,7 +53,7 @@ class _Ticket:
         return self.row is not None and self.row.finish is not None
 
     def new_tokens(self) -> Delta:
-        """Those that have not been taken from here yet."""
+        """Return those that have not been taken from here yet."""
         assert self.row is not None
         new = tuple(self.row.ids[self._taken :])
         self._taken += len(new)
@@ -113,7 +113,7 @@ class PeftEngine:
 
     @property
     def dead(self) -> bool:
-        """Whether it has stopped: it does not start again."""
+        """True if it has stopped: it does not start again."""
         return self._stopped is not None
 
     @property
@@ -290,7 +290,7 @@ class PeftEngine:
         return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
 
     def _can_wait(self, free: int) -> bool:
-        """Whether newcomers lose little by being read some passes later, and with others.
+        """Return whether newcomers lose little by being read some passes later, and with others.
 
         Everybody under way waits for a pass in which prompts are read, and one prompt takes nearly as long as two. So
         who is one of many for few places can wait, and who has more than an even part of the batch already.

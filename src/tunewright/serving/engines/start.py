@@ -44,7 +44,7 @@ class Wanted:
 
 
 def start_engine(kind: EngineName, config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
-    """An engine that is ready, with the adapters loaded.
+    """Return an engine that is ready, with the adapters loaded.
 
     Raises:
         UserError: the engine is not installed or does not start, or cannot hold this base or these adapters.
@@ -176,7 +176,7 @@ def _llamacpp(config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
 
 
 def _with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
-    """The engine with these loaded; it is stopped if that fails."""
+    """Return the engine with these loaded; it is stopped if that fails."""
     try:
         asyncio.run(load_all(engine, adapters))
     except BaseException:

@@ -119,7 +119,7 @@ class State:
 
 
 def _comparable(release: Mapping[str, Any]) -> str:
-    """A release as canonical JSON; what there was no word of yet when it was made is as good as its default."""
+    """Return a release as canonical JSON; what there was no word of yet when it was made is as good as its default."""
     grounds = {name: value for name, value in release["grounds"].items() if value is not None}
     candidate = release["candidate"] and _without_default(release["candidate"])
     return canonical_json({**_without_default(release), "grounds": grounds, "candidate": candidate})

@@ -50,7 +50,7 @@ class AuditLine:
         return digest(told)
 
     def as_dict(self) -> dict[str, Any]:
-        """The line as ``--json`` prints it."""
+        """Return the line as ``--json`` prints it."""
         return asdict(self)
 
 
@@ -64,7 +64,7 @@ class AuditCheck:
     faults: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The check as ``--json`` prints it."""
+        """Return the check as ``--json`` prints it."""
         return {"ok": not self.faults, **asdict(self)}
 
 
@@ -111,7 +111,7 @@ class Audit:
         self._database = database
 
     def lines(self) -> list[AuditLine]:
-        """Every line, the first one first."""
+        """Return every line, the first one first."""
         return self._read()[0]
 
     def verify(self, noted: str | None = None) -> AuditCheck:

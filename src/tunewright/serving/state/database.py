@@ -139,7 +139,7 @@ class Database:
 
 
 def is_made(url: str) -> bool:
-    """Whether SQLite's file is there; of a server's database, True.
+    """Return whether SQLite's file is there; of a server's database, True.
 
     Raises:
         UserError: no such kind of database.

@@ -55,7 +55,7 @@ class IsolationTest:
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> IsolationTest:
-        """What the state keeps of one."""
+        """Return what the state keeps of one."""
         lists = {
             "adapters": tuple(kept["adapters"]),
             "checks": tuple(IsolationCheck(**check) for check in kept["checks"]),

@@ -20,22 +20,22 @@ _NOBODYS = hashlib.sha256(secrets.token_bytes(_SECRET_BYTES)).hexdigest()
 
 
 def new_key() -> tuple[str, str]:
-    """A fresh key, and its prefix."""
+    """Return a fresh key, and its prefix."""
     prefix = f"tw_{secrets.token_hex(_PREFIX_BYTES)}"
     return f"{prefix}_{secrets.token_urlsafe(_SECRET_BYTES)}", prefix
 
 
 def prefix_of(key: str) -> str | None:
-    """The part of a key that its line is found by; None of what is no key at all."""
+    """Return the part of a key that its line is found by; None of what is no key at all."""
     match = _KEY.fullmatch(key)
     return match.group(1) if match else None
 
 
 def key_hash(key: str) -> str:
-    """What is kept of a key: SHA-256 in hex."""
+    """Return what is kept of a key: SHA-256 in hex."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def is_key(key: str, kept: str | None) -> bool:
-    """Whether ``key`` is the one of which ``kept`` was kept (None: of no key); in the same time either way."""
+    """Return whether ``key`` is the one of which ``kept`` was kept (None: of no key); in the same time either way."""
     return hmac.compare_digest(key_hash(key), kept or _NOBODYS) and kept is not None

@@ -21,7 +21,7 @@ class Limits:
     """Requests under way at once, those that wait for their turn included."""
 
     def as_dict(self) -> dict[str, int | None]:
-        """The limits as ``--json`` prints them."""
+        """Return the limits as ``--json`` prints them."""
         return asdict(self)
 
 
@@ -29,7 +29,7 @@ UNLIMITED = Limits()
 
 
 def changed_limits(limits: Limits, *, requests: str | None, tokens: str | None, concurrency: str | None) -> Limits:
-    """The limits with those replaced that are given: a number, or ``none`` for no limit.
+    """Return the limits with those replaced that are given: a number, or ``none`` for no limit.
 
     Raises:
         UserError: what is neither.

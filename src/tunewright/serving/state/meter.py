@@ -113,7 +113,7 @@ class UsageSum:
     mean_first_token_s: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The sum as ``--json`` prints it."""
+        """Return the sum as ``--json`` prints it."""
         return asdict(self)
 
 
@@ -132,7 +132,7 @@ class ShadowLine:
     """There is no answer of the shadow."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The line as ``--json`` prints it."""
+        """Return the line as ``--json`` prints it."""
         return asdict(self)
 
 
@@ -183,7 +183,7 @@ class Meter:
             connection.execute(delete(gateways).where(gateways.c.id == gateway))
 
     def servers(self) -> list[tuple[str, int]]:
-        """The servers that live: what each is called, and the newest release that it answers by."""
+        """Return the servers that live: what each is called, and the newest release that it answers by."""
         with self._database.reading() as connection:
             now = self._database.now(connection)
             rows = connection.execute(select(gateways).where(gateways.c.seen > now - LOST_SECONDS)).all()
@@ -198,7 +198,7 @@ class Meter:
             connection.execute(insert(shadow_answers).values(request_id=number, release_id=release_id, **told))
 
     def shadow_lines(self, alias: str) -> list[ShadowLine]:
-        """What candidates in an alias's shadow were asked, the first one first."""
+        """Return what candidates in an alias's shadow were asked, the first one first."""
         query = select(shadow_answers, requests.c.started, tenants.c.name, releases.c.candidate)
         query = query.join(requests, shadow_answers.c.request_id == requests.c.id)
         query = query.join(tenants, requests.c.tenant_id == tenants.c.id)
@@ -220,7 +220,7 @@ class Meter:
         ]
 
     def lines(self, tenant: str | None = None, since: float | None = None) -> list[UsageLine]:
-        """Every request (of one tenant, from a time on), the first one first.
+        """Return every request (of one tenant, from a time on), the first one first.
 
         Raises:
             UserError: no such tenant.

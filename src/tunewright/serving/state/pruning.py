@@ -36,7 +36,7 @@ class Pruned:
     """What candidates in the shadow said to those requests; no sum is kept of it."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts as ``--json`` prints them."""
+        """Return the counts as ``--json`` prints them."""
         return asdict(self)
 
 
@@ -72,7 +72,7 @@ class Pruning:
 
 
 def _prune_day(change: Change, day: int, until: float) -> tuple[int, int]:
-    """How many requests of a day became sums, and how many answers of shadows went with them."""
+    """Return how many requests of a day became sums, and how many answers of shadows went with them."""
     connection = change.connection
     # One under way is on no bill yet; it is left for the next time.
     old = and_(
@@ -144,6 +144,6 @@ def day_sums(connection: Connection, tenant_id: int | None, since: float | None)
 
 
 def pruned_until(connection: Connection) -> float | None:
-    """The end of the last day of which requests were pruned; None where none were."""
+    """Return the end of the last day of which requests were pruned; None where none were."""
     last = connection.execute(select(func.max(usage_days.c.day))).scalar()
     return None if last is None else float((last + 1) * DAY_SECONDS)

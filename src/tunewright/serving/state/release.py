@@ -69,7 +69,7 @@ class Release:
 
     @property
     def withdrawn(self) -> bool:
-        """Whether the alias answers nothing from here on."""
+        """True if the alias answers nothing from here on."""
         return self.action == "withdraw"
 
     @property
@@ -89,5 +89,5 @@ class Release:
         return frozenset(digest for _, digest in self.adapters)
 
     def as_dict(self) -> dict[str, Any]:
-        """The release as ``--json`` prints it."""
+        """Return the release as ``--json`` prints it."""
         return {**asdict(self), "created": iso(self.created)}

@@ -36,17 +36,17 @@ class Releases:
         self._actor = actor
 
     def live(self) -> dict[str, Release]:
-        """Each alias's last release, by alias, without those that are withdrawn."""
+        """Return each alias's last release, by alias, without those that are withdrawn."""
         with self._database.reading() as connection:
             return {release.alias: release for release in _live(connection)}
 
     def newest(self) -> int:
-        """The id of the newest release of all; 0 before the first."""
+        """Return the id of the newest release of all; 0 before the first."""
         with self._database.reading() as connection:
             return int(connection.execute(select(func.coalesce(func.max(releases.c.id), 0))).scalar_one())
 
     def history(self, alias: str | None = None) -> list[Release]:
-        """All releases (of one alias), the first one first.
+        """Return all releases (of one alias), the first one first.
 
         Raises:
             UserError: no such alias.
@@ -57,12 +57,12 @@ class Releases:
             return [_release(row) for row in connection.execute(select(releases).order_by(releases.c.id))]
 
     def passed(self, subject: str) -> IsolationTest | None:
-        """The newest isolation test of exactly this that a release went live by."""
+        """Return the newest isolation test of exactly this that a release went live by."""
         tests = [release.grounds.isolation for release in self.history()]
         return next((test for test in reversed(tests) if test is not None and test.subject == subject), None)
 
     def refused(self, subject: str) -> IsolationTest | None:
-        """The newest isolation test of exactly this by which a release did not go live."""
+        """Return the newest isolation test of exactly this by which a release did not go live."""
         query = select(audit.c.details).where(audit.c.action == _REFUSED).order_by(audit.c.number.desc())
         with self._database.reading() as connection:
             told = [json.loads(details)["isolation"] for details in connection.execute(query).scalars()]
@@ -87,7 +87,7 @@ class Releases:
             _require_candidate(connection, alias, candidate)
 
     def promotable(self, alias: str) -> tuple[Release, Candidate]:
-        """What :meth:`promote` would go on from, and have the alias answer with.
+        """Return what :meth:`promote` would go on from, and have the alias answer with.
 
         Raises:
             UserError: as of it.
@@ -143,7 +143,7 @@ class Releases:
             return _add(change, before, "promote", alias, chosen.adapter, answer, None, by)
 
     def rollback_target(self, alias: str, number: int | None = None) -> Release:
-        """The release that :meth:`rollback` would bring back.
+        """Return the release that :meth:`rollback` would bring back.
 
         Raises:
             UserError: as of it.

@@ -27,7 +27,7 @@ class Retold:
     keys: Told
 
     def differing(self, tenants: Iterable[Tenant], keys: Iterable[Key]) -> list[str]:
-        """What is otherwise in the tables, a sentence each."""
+        """Return what is otherwise in the tables, a sentence each."""
         there = {tenant.name: _tenant(tenant.aliases, tenant.limits.as_dict()) for tenant in tenants}
         good = {key.prefix: _key(key.tenant, key.aliases, key.expires, key.replaced_by, key.revoked) for key in keys}
         return [*_differing("tenant", self.tenants, there), *_differing("key", self.keys, good)]

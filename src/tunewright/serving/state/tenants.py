@@ -44,7 +44,7 @@ class Tenant:
     """That are valid now."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The tenant as ``--json`` prints it."""
+        """Return the tenant as ``--json`` prints it."""
         return asdict(self)
 
 
@@ -64,7 +64,7 @@ class Key:
     state: KeyState
 
     def as_dict(self) -> dict[str, Any]:
-        """The key as ``--json`` prints it."""
+        """Return the key as ``--json`` prints it."""
         times = {name: iso(getattr(self, name)) for name in ("created", "expires", "revoked", "last_used")}
         return {**asdict(self), **times}
 
@@ -133,14 +133,14 @@ class Tenants:
             return _tenant(change.connection, _find(change.connection, name), change.now)
 
     def list(self) -> Sequence[Tenant]:
-        """All tenants by name."""
+        """Return all tenants by name."""
         with self._database.reading() as connection:
             now = self._database.now(connection)
             rows = connection.execute(select(tenants).order_by(tenants.c.name)).all()
             return [_tenant(connection, row, now) for row in rows]
 
     def any(self) -> bool:
-        """Whether there is a tenant at all: then nobody is served without a key."""
+        """Return whether there is a tenant at all: then nobody is served without a key."""
         with self._database.reading() as connection:
             return connection.execute(select(tenants.c.id).limit(1)).first() is not None
 
@@ -208,7 +208,7 @@ class Tenants:
             return _tenant(change.connection, _find(change.connection, name), change.now)
 
     def get(self, name: str) -> Tenant:
-        """One tenant.
+        """Return one tenant.
 
         Raises:
             UserError: there is none of that name.
@@ -283,7 +283,7 @@ class Tenants:
             return self._key(change.connection, prefix, change.now)
 
     def keys_of(self, name: str | None = None) -> Sequence[Key]:
-        """The keys of a tenant (None: of all), the oldest first.
+        """Return the keys of a tenant (None: of all), the oldest first.
 
         Raises:
             UserError: no such tenant.

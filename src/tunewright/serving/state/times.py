@@ -41,7 +41,7 @@ def moment(text: str, where: str) -> float:
 
 
 def percent(text: str, where: str) -> float:
-    """A share, of a text like 10% or 0.5%.
+    """Return a share, of a text like 10% or 0.5%.
 
     Raises:
         UserError: it is none above 0% and below 100%.

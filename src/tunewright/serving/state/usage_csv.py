@@ -12,7 +12,7 @@ from tunewright.serving.state.meter import UsageLine
 
 
 def usage_csv(lines: Sequence[UsageLine]) -> str:
-    """A line for each request, under the names of `UsageLine`; what is not known (yet) is empty."""
+    """Return a line for each request, under the names of `UsageLine`; what is not known (yet) is empty."""
     out = io.StringIO()
     writer = csv.DictWriter(out, [field.name for field in fields(UsageLine)], lineterminator="\n")
     writer.writeheader()

@@ -103,7 +103,7 @@ def _suffixes(
     scaling: float,
     window: int | None,
 ) -> Tensor:
-    """The suffixes of one block, each attending to the prefix and to itself: [tokens, H, D].
+    """Return the suffixes of one block, each attending to the prefix and to itself: [tokens, H, D].
 
     Args:
         block: which suffixes.
@@ -190,7 +190,7 @@ def _within_on_card(
 
 
 def _seen(queries: int, before: int, window: int | None, device: torch.device | None = None) -> Tensor:
-    """Which of the keys each query sees: bool [S, P]."""
+    """Return which of the keys each query sees: bool [S, P]."""
     place = torch.arange(before, before + queries, device=device)[:, None]
     key = torch.arange(before + queries, device=device)
     seen = key <= place
@@ -205,7 +205,7 @@ def _mask(queries: int, before: int, window: int | None) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _bias(queries: int, before: int, window: int | None, shared: int) -> Tensor:
-    """The same as what is added to scores, for the query heads that share a key head one below the other."""
+    """Return the same as what is added to scores, for the query heads that share a key head one below the other."""
     mask = _mask(queries, before, window)
     return torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill(~mask, float("-inf")).repeat(shared, 1)
 

@@ -84,7 +84,7 @@ class Reference:
 
 
 def losses_against(reference: Reference, states: Tensor, head: Any, targets: Tensor) -> Tensor:
-    """The losses of all targets in float32 [L]: weighted divergences from the reference where there is one.
+    """Return the losses of all targets in float32 [L]: weighted divergences from the reference where there is one.
 
     Args:
         reference: of some of the targets.
@@ -123,7 +123,7 @@ def _divergences(states: Tensor, reference: Tensor, head: Any) -> Tensor:
 
 
 def token_losses_of(model: Any, batch: Any, reference: Reference | None = None) -> Tensor:
-    """The losses of a packed batch's trained tokens [L], by a model that has `add_token_losses`."""
+    """Return the losses of a packed batch's trained tokens [L], by a model that has `add_token_losses`."""
     losses: Tensor = model(
         **batch.model_inputs(), predict_from=batch.predict_from, targets=batch.targets, reference=reference
     )

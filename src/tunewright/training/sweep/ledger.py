@@ -124,17 +124,17 @@ class Ledger:
             self.add(event, trial, rung, step, why=why)
 
     def result(self, trial: str, rung: int) -> Entry | None:
-        """How a trial did at a rung, if it is through: measured, finished or diverged."""
+        """Return how a trial did at a rung, if it is through: measured, finished or diverged."""
         found = [e for e in self.entries if (e.trial, e.rung) == (trial, rung) and e.event in _RESULTS]
         return found[-1] if found else None
 
     def fate(self, trial: str) -> Entry | None:
-        """What became of a trial in the end, as far as it has been decided."""
+        """Return what became of a trial in the end, as far as it has been decided."""
         told = [e for e in self.entries if e.trial == trial and (e.event in _DECISIONS or e.event == "diverged")]
         return told[-1] if told else None
 
     def steps_of(self, trial: str) -> int:
-        """The furthest step that a trial is known to have got to."""
+        """Return the furthest step that a trial is known to have got to."""
         return max((e.step for e in self.entries if e.trial == trial and e.steps), default=0)
 
     @property

@@ -24,7 +24,7 @@ class Trial:
 
 
 def fitting_rate(hidden_size: int) -> float:
-    """The learning rate that suits LoRA on a Llama of this width: 5e-5 x 10 x (2000 / width) ^ 0.781.
+    """Return the learning rate that suits LoRA on a Llama of this width: 5e-5 x 10 x (2000 / width) ^ 0.781.
 
     The fit of Schulman et al. 2025, "LoRA Without Regret", with the constants of Tinker's documentation ("SL
     hyperparameters"): LoRA wants ten times the rate of full fine-tuning, nearly whatever its rank, and narrow models
@@ -79,7 +79,7 @@ def _trial(own: TrainConfig, preset: str, rate: float) -> Trial:
 
 
 def survivors(trials: int) -> int:
-    """How many of so many go on: the better half, rounded down, and at least one."""
+    """Return how many of so many go on: the better half, rounded down, and at least one."""
     return max(trials // 2, 1)
 
 
@@ -111,7 +111,7 @@ class Schedule:
         return total
 
     def seconds_with_one_more(self, through: int, rung: int, behind: int, pace: Pace) -> float:
-        """What is still to be spent if one more trial goes through this rung, beside those that have.
+        """Return what is still to be spent if one more trial goes through this rung, beside those that have.
 
         Args:
             through: trials that are through it already.
@@ -122,7 +122,7 @@ class Schedule:
         return self._one(rung, behind, pace) + self.seconds(survivors(through + 1), rung + 1, pace)
 
     def _one(self, rung: int, behind: int, pace: Pace) -> float:
-        """One trial's way through one rung."""
+        """Return one trial's way through one rung."""
         end = self.rungs[rung]
         by_itself = sum(behind < step < end for step in self.evaluated)
         return (end - behind) * pace.step + (1 + by_itself) * pace.rung

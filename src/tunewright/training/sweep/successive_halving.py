@@ -92,7 +92,7 @@ class SuccessiveHalving:
         return alive[0]
 
     def _through(self, alive: Sequence[Trial], rung: int) -> dict[str, Entry]:
-        """The results of this rung, of those in the ledger and those that there is time for."""
+        """Return the results of this rung, of those in the ledger and those that there is time for."""
         number = rung + 1
         through = {t.name: e for t in alive if (e := self.ledger.result(t.name, number)) is not None}
         waiting = [trial for trial in alive if trial.name not in through]
@@ -163,7 +163,7 @@ class SuccessiveHalving:
         return round(self.clock() - began, 3)
 
     def _pace(self) -> Pace | None:
-        """What steps and rungs have taken so far; of kinds of trials the slowest counts."""
+        """Return what steps and rungs have taken so far; of kinds of trials the slowest counts."""
         done = [e for e in self.ledger.entries if e.steps]
         if not done:
             return None
@@ -226,7 +226,7 @@ class SuccessiveHalving:
 
 
 def measured_text(entry: Entry, metric: MetricName | None) -> str:
-    """What dev says of a trial at a rung: ``62.5%, loss 0.512``."""
+    """Return what dev says of a trial at a rung: ``62.5%, loss 0.512``."""
     if entry.dev_loss is None:
         return "diverged"
     score = f"{score_text(metric, entry.dev_metric)}, " if metric and entry.dev_metric is not None else ""

@@ -48,7 +48,7 @@ class SweepResult:
 
     @property
     def at_the_edge(self) -> str | None:
-        """Whether the winner's rate is the lowest or highest of all tried, so that the best may lie beyond."""
+        """True if the winner's rate is the lowest or highest of all tried, so that the best may lie beyond."""
         if self.winner is None:
             return None
         rate, rates = self.winner.train.learning_rate, [t["learning_rate"] for t in self.ledger.head.trials.values()]
@@ -156,7 +156,7 @@ class Sweep:
         return ProjectFolder(self.project.root, self.project.config.model_copy(update={"train": trial.train}))
 
     def _train_to(self, trial: Trial, step: int) -> Progress:
-        """One trial up to a step, from where it is; at the end its adapter is stored."""
+        """Return one trial up to a step, from where it is; at the end its adapter is stored."""
         project = self._project(trial)
         work = self.work / trial.name
         checkpoint = whole_checkpoint(work)

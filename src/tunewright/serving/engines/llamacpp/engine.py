@@ -63,7 +63,7 @@ class LlamaCppSettings:
     threads: int
 
     def plan(self, folder: Path, loras: Collection[Path]) -> Plan:
-        """The child over these adapters' files."""
+        """Return the child over these adapters' files."""
         told = {
             "model": str(self.base),
             "loras": [str(path) for path in loras],
@@ -94,7 +94,7 @@ class _Generation:
         self.retired = False
 
     def scales(self, adapter: str | None) -> list[dict[str, float]]:
-        """What a request says of each adapter: llama.cpp counts them from 0."""
+        """Return what a request says of each adapter: llama.cpp counts them from 0."""
         return [{"id": number, "scale": float(digest == adapter)} for digest, number in self.numbers.items()]
 
 
@@ -137,7 +137,7 @@ class LlamaCppEngine:
 
     @property
     def dead(self) -> bool:
-        """Whether llama.cpp has died too often to be started again."""
+        """True if llama.cpp has died too often to be started again."""
         return self._now.child.given_up
 
     @property
@@ -264,7 +264,7 @@ class LlamaCppEngine:
                         break
 
     def _has_room(self, turns: AdapterTurns, turn: Turn, request: Request, answered: int) -> bool:
-        """Whether the cache has room for another token."""
+        """Return whether the cache has room for another token."""
         used = len(request.prompt_ids) + answered
         if used < turn.tokens:
             return True
@@ -323,7 +323,7 @@ def _seed(request: Request, answered: int) -> int:
 
 
 def _refusal(body: bytes) -> str:
-    """What an answer with an error says."""
+    """Return what an answer with an error says."""
     try:
         return f"llama.cpp refuses this request: {json.loads(body)['error']['message']}"
     except (ValueError, KeyError, TypeError):

@@ -19,7 +19,7 @@ _FORMAT = 1
 
 
 def base_file(place: Path, base: Base, stop_ids: Collection[int], file_type: FileType, reporter: Reporter) -> Path:
-    """The base with a vocabulary of numbers: llama.cpp is given ids and gives ids.
+    """Return the base with a vocabulary of numbers: llama.cpp is given ids and gives ids.
 
     Args:
         place: the folder of all such files.
@@ -36,7 +36,7 @@ def base_file(place: Path, base: Base, stop_ids: Collection[int], file_type: Fil
 
 
 def lora_file(place: Path, base: Base, adapter: str, folder: Path, reporter: Reporter) -> Path:
-    """The adapter with this digest as a GGUF file in 16 bits: 8 save little of what is small.
+    """Return the adapter with this digest as a GGUF file in 16 bits: 8 save little of what is small.
 
     Raises:
         UserError: an adapter that llama.cpp does not have, or of another base; or no room on the disk.

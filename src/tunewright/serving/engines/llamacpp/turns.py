@@ -81,7 +81,7 @@ class AdapterTurns:
                 return
 
     def _let_in_of(self, adapter: str | None) -> bool:
-        """Those who wait for an adapter, in their order, as long as there is room; whether there was any."""
+        """Return those who wait for an adapter, in their order, as long as there is room; whether there was any."""
         entered = False
         for turn in [turn for turn in self.waiting if turn.adapter == adapter]:
             if len(self.running) >= self.rows or turn.tokens > self._free:
