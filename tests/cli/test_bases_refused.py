@@ -172,7 +172,7 @@ def test_train_refuses_large_base_when_cuda_build_has_no_usable_card(
     _cuda_build(monkeypatch, fault)
     _refused(
         command("train", "-p", project),
-        f"torch is built for CUDA and can use no card here: {told}",
+        f"torch is built for CUDA but cannot use a card: {told}",
         "set CUDA_VISIBLE_DEVICES=-1",
     )
     assert hub.asked == {"config.json"}
@@ -186,7 +186,7 @@ def test_train_warns_and_trains_small_base_when_cuda_build_has_no_usable_card(
     ran = command("train", "-p", project)
     assert ran.code == 0, ran.stderr
     told = " ".join(ran.stderr.split())
-    assert "Found no NVIDIA driver on your system. Training runs on the processor." in told
+    assert "Found no NVIDIA driver on your system. Training runs on the CPU." in told
 
 
 def test_train_says_nothing_of_cards_when_the_user_hides_them(

@@ -141,7 +141,7 @@ def test_a_budget_for_no_trial_is_refused_and_says_what_it_takes(tmp_path: Path,
         (["--sweep", "--rate", "3"], "3 is no learning rate"),
         (["--sweep", "--rate", "0.1", "--rate", "0.1"], "given twice"),
         (["--sweep", "--minutes", "0"], "no time"),
-        (["--curve", "--seeds", "1"], "Two are the fewest"),
+        (["--curve", "--seeds", "1"], "must be at least 2 (got 1)"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(

@@ -1,8 +1,7 @@
-"""A project with what its verbs share, whichever group they are in."""
+"""An open project: its folder, reporter, base and chat format, shared by all command groups."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,34 +20,34 @@ if TYPE_CHECKING:
     from tunewright.serving.state import State
 
 
-@dataclass(frozen=True)
 class ProjectContext:
-    """A project, who is told of what happens in it, and its base and chat format: loaded once, when first needed."""
+    """An open project. Its base and chat format are loaded once, when first needed."""
 
-    folder: ProjectFolder
-    reporter: Reporter
+    def __init__(self, folder: ProjectFolder, reporter: Reporter) -> None:
+        self.folder = folder
+        self.reporter = reporter
 
     @cached_property
     def base(self) -> Base:
-        """The config's base, found, fetched and checked."""
+        """The config's base, found, downloaded and checked."""
         config = self.folder.config
         return resolve_base(config.base, config.revision, self.folder.root, self.reporter)
 
     @cached_property
     def chat(self) -> ChatFormat:
-        """How conversations become tokens here."""
+        """The chat format that turns conversations into tokens."""
         from tunewright.chat import open_chat
 
         return open_chat(self.base, self.folder.config.chat, self.reporter)
 
     def state(self, *, make: bool = False) -> State:
-        """Return the serving state; the caller closes it. The project's own is made where there is none.
+        """Return the serving state, which the caller closes. The project's own state is created if it is missing.
 
         Args:
-            make: one that is elsewhere, too. Else a path with a mistake in it would be an empty state.
+            make: also create a state elsewhere. Otherwise a mistyped path would become an empty state.
 
         Raises:
-            UserError: a database that is not there or cannot be reached, or of a newer tunewright.
+            UserError: the database is missing, unreachable, or of a newer tunewright.
         """
         from tunewright.serving.state import State, is_made
 
@@ -56,16 +55,16 @@ class ProjectContext:
         url = named or f"sqlite:///{self.folder.serving_state.resolve()}"
         if named is not None and not is_made(named):
             if not make:
-                fix = "Look at the path; or `tunewright tenant add` and `tunewright deploy` make a state there."
+                fix = "Check the path, or create a state there with `tunewright tenant add` or `tunewright deploy`."
                 raise UserError("there is no serving state", where=named, fix=fix)
-            self.reporter.say(f"Making a serving state: {named}")
+            self.reporter.say(f"Creating a serving state: {named}")
         return State(url, current_author(self.folder.root))
 
     def arm_runner(self, adapter: Adapter | None = None) -> ArmRunner:
-        """The arms on the base as ``adapter`` was trained on it, or will be by the config; or as the config says.
+        """Return a runner of arms on the base, quantized as ``adapter`` was trained (None: as the config says).
 
         Raises:
-            UserError: an adapter that does not fit base or chat format, or of another version than the current one.
+            UserError: the adapter does not fit the base or chat format, or was trained on another version.
         """
         from tunewright.evaluation.arm_runner import ArmRunner
         from tunewright.evaluation.generations import Generator
@@ -84,11 +83,11 @@ class ProjectContext:
         trained_on = adapter.dataset
         if trained_on is None:
             self.reporter.warn(
-                f"{adapter.name} was imported, and what it was trained on is not known: held-out rows may be among it."
+                f"{adapter.name} was imported: its training data is unknown and may include held-out rows."
             )
         elif trained_on != version.digest:
             raise UserError(
-                f"{adapter.name} was trained on dataset version {trained_on[:12]}, the current one is "
-                f"{version.digest[:12]}: rows that it trained on may be held out there",
+                f"{adapter.name} was trained on dataset version {trained_on[:12]}, but the current version is "
+                f"{version.digest[:12]}, which may hold out rows that it trained on",
                 fix="Train on the current version first: tunewright train",
             )

@@ -1,4 +1,4 @@
-"""The verbs on engines that are installed beside tunewright: ``tunewright engine …``."""
+"""Commands on engines that have their own environment: ``tunewright engine …``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class EnginesApi:
-    """Engines with an environment of their own; they belong to the machine, not to a project."""
+    """Methods on engines with their own environment, which belong to the machine and not to a project."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -21,16 +21,16 @@ class EnginesApi:
     def install(
         self, name: str, *, to: Path | None = None, build: Build | None = None, torch_index: str | None = None
     ) -> Environment:
-        """Make an engine's environment, or go on where an earlier call was cut off.
+        """Create an engine's environment, or resume an interrupted installation.
 
         Args:
-            name: "vllm"; the other engines need none.
+            name: "vllm"; the other engines need no environment.
             to: its folder (None: in the user's cache).
-            build: "cpu" or "cuda" (None: by whether there is a GPU).
-            torch_index: where PyTorch's builds without CUDA are (None: where pip looks anyway).
+            build: "cpu" or "cuda" (None: "cuda" if there is a GPU).
+            torch_index: index of PyTorch's CPU builds (None: pip's default).
 
         Raises:
-            UserError: no such engine, no build of it for this machine, no room on the disk, or pip fails.
+            UserError: unknown engine, no build for this machine, not enough disk, or pip fails.
         """
         from tunewright.engines.vllm.environment import install
 
@@ -41,7 +41,7 @@ class EnginesApi:
         """Return the environment that is installed.
 
         Raises:
-            UserError: no such engine, or it is not installed.
+            UserError: unknown engine, or it is not installed.
         """
         from tunewright.engines.vllm.environment import find
 
@@ -52,6 +52,6 @@ class EnginesApi:
 def _require_vllm(name: str) -> None:
     if name != "vllm":
         raise UserError(
-            f"{name!r} has no environment of its own",
-            fix="`vllm` has. The engine peft is part of tunewright, and needs none.",
+            f"unknown engine {name!r}: only vllm has its own environment",
+            fix="The engine peft is part of tunewright and needs no installation.",
         )

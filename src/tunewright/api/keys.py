@@ -1,4 +1,4 @@
-"""The verbs on keys that sign adapters: ``tunewright keys …``."""
+"""Commands on keys that sign adapters: ``tunewright keys …``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tunewright.data.versions.author import current_author
 
 @dataclass(frozen=True)
 class KnownKey:
-    """A key that this user has, the project trusts or did, or both."""
+    """A key of this user, or one that the project trusts or has revoked."""
 
     name: str
     id: str
@@ -37,16 +37,16 @@ class KnownKey:
 
 
 class SigningKeysApi:
-    """What can be done with keys."""
+    """Methods on signing keys."""
 
     def __init__(self, opened: ProjectContext) -> None:
         self._project = opened.folder
 
     def new(self, name: str) -> PrivateKey:
-        """Make a key of one's own. The project does not trust it yet.
+        """Create a key for this user. The project does not trust it yet.
 
         Raises:
-            UserError: a name that is none, or that a key has already.
+            UserError: an invalid name, or a name that is taken.
         """
         return new_private_key(name)
 
@@ -61,7 +61,7 @@ class SigningKeysApi:
         """Return the public half of a key (PEM): this user's own, else the project's.
 
         Raises:
-            UserError: neither has one of that name.
+            UserError: no such key.
         """
         for key in TrustedKeys(self._project.keys).all:
             if key.name == name and name not in {own.name for own in private_keys()}:
@@ -69,14 +69,14 @@ class SigningKeysApi:
         return private_key(name).public_key
 
     def trust(self, key: str | Path, name: str | None = None) -> TrustedKey:
-        """Let the project trust a key from now on.
+        """Add a key to those that the project trusts.
 
         Args:
-            key: one of this user's own by name, or a file with a public key (PEM).
-            name: what the project calls it (None: as it is called, or as the file is).
+            key: a name of this user's keys, or a file with a public key (PEM).
+            name: its name in the project (None: its own name or the file's).
 
         Raises:
-            UserError: no such key or file, a key that was revoked, or a name that is another's.
+            UserError: no such key or file, a revoked key, or a name that is taken.
         """
         file = Path(key)
         own = {known.name: known for known in private_keys()}
@@ -86,18 +86,18 @@ class SigningKeysApi:
             pem, called = file.read_text(encoding="utf-8", errors="replace"), file.stem
         else:
             raise UserError(
-                f"{str(key)!r} is neither a key of yours nor a file",
+                f"{str(key)!r} is neither one of your keys nor a file",
                 where="KEY",
-                fix=f"Yours are: {', '.join(own)}." if own else "Make one: tunewright keys new NAME",
+                fix=f"Your keys: {', '.join(own)}." if own else "Create one with `tunewright keys new NAME`.",
             )
         if name is None and not NAME.fullmatch(called):
-            raise UserError(f"the file's name, {called!r}, is no name for a key", where="KEY", fix="Add --name NAME.")
+            raise UserError(f"the file name {called!r} is not a valid key name", where="KEY", fix="Add --name NAME.")
         return TrustedKeys(self._project.keys).trust(name or called, pem, current_author(self._project.root))
 
     def revoke(self, name: str, because: str) -> TrustedKey:
-        """Let the project trust a key no longer: what it signed counts for nothing from now on.
+        """Revoke a key: its signatures no longer count.
 
         Raises:
-            UserError: the project has no such key, it was revoked before, or no reason is given.
+            UserError: no such key, already revoked, or no reason given.
         """
         return TrustedKeys(self._project.keys).revoke(name, because, current_author(self._project.root))

@@ -1,4 +1,4 @@
-"""What is known of a project besides an evaluation's evidence: what its verdict's causes are found in."""
+"""Facts about a project beyond an evaluation's evidence, in which the causes of a verdict are found."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 
 def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> Known:
-    """Return what the project has on the evaluation's adapter and data.
+    """Return the project's facts about the evaluation's adapter and data.
 
-    What is not there is left out; what cannot be read too, with a warning: evidence is enough for a verdict.
+    Missing facts are left out. Unreadable ones are left out with a warning: evidence is enough for a verdict.
     """
     from tunewright.advisor.signals import fitting_advice
     from tunewright.advisor.wording import calls_cost
@@ -34,7 +34,7 @@ def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> 
         try:
             return read()
         except UserError as error:
-            reporter.warn(f"Not looked at for the verdict's causes: {error}")
+            reporter.warn(f"Ignored for the causes of the verdict: {error}")
             return None
 
     advice = readable(lambda: fitting_advice(project.advice, evidence))
@@ -51,7 +51,7 @@ def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> 
 
 
 def _labels(dataset: Path, version: str) -> Labels | None:
-    """Return how many rows of a version are in conflict or were found wrong; None where the version is not here."""
+    """Return how many rows of a version are in conflict or were found wrong; None without the version."""
     try:
         places = {key: place for key, place in read_places(dataset, version).items() if not place.mixed}
         manifest = read_manifest(version_folder(dataset, version))

@@ -1,4 +1,4 @@
-"""What training needs of memory, of a project or of a base alone."""
+"""Memory that training needs, for a project or a base alone."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tunewright.models.memory.sizes import gigabytes
 from tunewright.training import distributed
 
 SHORT_ROW = 32
-"""Tokens of a short question with a short answer: a card with no room for one such row cannot train the base."""
+"""Tokens of a short pair: a card without memory for one such row cannot train the base."""
 
 BY_MISTAKE = 1_000_000_000
-"""Parameters from which on a base is not trained on the processor only because the card cannot be used."""
+"""Parameters of a base that is probably on the CPU by mistake, because the card cannot be used."""
 
 
 def fitting_plan(
@@ -35,23 +35,23 @@ def fitting_plan(
     shared: int,
     answer: int | None,
 ) -> tuple[Plan, Answer]:
-    """Return the plan of `Project.fit`, which says what the arguments are, and whether training fits."""
+    """Return the plan and answer of :meth:`Project.fit`, which documents the arguments."""
     project, reporter = opened.folder, opened.reporter
     memory = memory_at_hand(gpu)
     alone = base is not None and not project.has_config
     config = Config() if alone else project.config
     if alone:
-        reporter.say("There is no project here: the config's defaults hold.")
+        reporter.say("There is no project here: the config's defaults apply.")
     spec, revision = (config.base, config.revision) if base is None else (base, None)
     settings = config.train
     if settings.dora:
-        reporter.warn("DoRA takes more than is told here: what it needs beyond LoRA is not counted.")
+        reporter.warn("DoRA needs more memory than this estimate, which counts LoRA only.")
     tokens = length or settings.max_length
     if shared + (answer or 1) > tokens:
         raise UserError(
-            f"{shared:,} shared and {answer or 1:,} trained tokens are more than a row's {tokens:,}",
+            f"{shared:,} shared and {answer or 1:,} trained tokens exceed the row length of {tokens:,}",
             where="--length",
-            fix="Raise it, or lower --shared or --answer.",
+            fix="Raise --length, or lower --shared or --answer.",
         )
     model_config = base_config(spec, revision, project.root, reporter)
     shape = read_shape(model_config)
@@ -66,7 +66,7 @@ def fitting_plan(
 
 
 def _longest_row(opened: ProjectContext, spec: str, revision: str | None) -> int | None:
-    """Return the tokens of the longest row that training or its evaluation sees; None if that cannot be known here."""
+    """Return the tokens of the longest row of train and dev; None if it is unknown here."""
     project, reporter = opened.folder, opened.reporter
     if current_manifest(project.dataset) is None:
         return None
@@ -91,13 +91,13 @@ def _longest_row(opened: ProjectContext, spec: str, revision: str | None) -> int
 
 
 def require_room(opened: ProjectContext) -> None:
-    """Check that the card here can train the config's base, from the base's config.json alone.
+    """Check that this machine can train the config's base, from the base's config.json alone.
 
-    What may not fit is a warning. On the processor memory is never refused: it may be swapped out.
+    Long rows that may not fit are a warning. On the CPU memory is never refused: it may be swapped out.
 
     Raises:
-        UserError: torch is built for CUDA and can use no card, and the base is large; the card has no room for one row
-            of `SHORT_ROW` tokens; or a base that is not supported, or not with these targets or in 4 bits.
+        UserError: the card cannot hold one row of `SHORT_ROW` tokens; torch is built for CUDA, cannot use a card and
+            the base is large; or the base is unsupported, also with these target modules or in 4 bits.
     """
     config, reporter = opened.folder.config, opened.reporter
     model_config = base_config(config.base, config.revision, opened.folder.root, reporter)
@@ -106,47 +106,45 @@ def require_room(opened: ProjectContext) -> None:
     require_quantizable(config.train.quantize, architecture, "train.quantize")
     _require_card(shape, opened)
     if distributed.in_pieces():
-        return  # each card holds a part of the base
+        return  # each card has a part of the base
     memory, settings = memory_at_hand(None), config.train
     least = plan(config.base, shape, settings, memory, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW)
     # As `tunewright train` does it: activations are recomputed on a card.
     ways = {planned.way.nf4: planned for planned in least.ways if planned.way.checkpointing == memory.card}
     own = ways[settings.quantize == "nf4"]
-    short = (
-        f"{config.base} needs at least {gigabytes(own.least)} to train ({own.way.name}), and there are {memory.source}"
-    )
+    short = f"{config.base} needs at least {gigabytes(own.least)} to train ({own.way.name}); available: {memory.source}"
     if own.least > memory.bytes:
-        # Where adapters were trained before, the command may have nothing to train.
+        # With adapters that are already trained, the command may have nothing to train.
         trained = any(adapter.imported is None for adapter in list_adapters(opened.folder.adapters))
         if memory.card and not trained:
             raise UserError(short, where="base", fix=_what_fits(ways.get(True), own, memory))
         reporter.warn(f"{short}.")
     elif own.longest < settings.max_length:
         reporter.warn(
-            f"Rows of more than {own.longest:,} tokens may not fit: there are {memory.source}, and train.max_length is "
+            f"Rows of more than {own.longest:,} tokens may not fit (available: {memory.source}); train.max_length is "
             f"{settings.max_length:,}."
         )
 
 
 def _require_card(shape: Shape, opened: ProjectContext) -> None:
-    """Check that a torch for CUDA has a card, or that the base is small enough to do without."""
+    """Check that a CUDA build of torch has a card, or that the base is small enough for the CPU."""
     why = unusable_card()
     if why is None:
         return
-    unused = f"torch is built for CUDA and can use no card here: {why}"
+    unused = f"torch is built for CUDA but cannot use a card: {why}"
     if shape.parameters >= BY_MISTAKE:
         raise UserError(
             unused,
             where="base",
             fix="Update the driver, or start the container with its cards. To train "
-            f"{shape.parameters:,} parameters on the processor, set CUDA_VISIBLE_DEVICES=-1.",
+            f"{shape.parameters:,} parameters on the CPU, set CUDA_VISIBLE_DEVICES=-1.",
         )
-    opened.reporter.warn(f"{unused}. Training runs on the processor.")
+    opened.reporter.warn(f"{unused}. Training runs on the CPU.")
 
 
 def _what_fits(nf4: Planned | None, own: Planned, memory: Memory) -> str:
-    """Return what to do where ``own`` does not fit; ``nf4`` is None where the family cannot be held so."""
-    others = "take a smaller base, or divide this one among several cards (docs/recovery.md)"
+    """Return what to do if ``own`` does not fit. ``nf4`` is None if the family cannot be quantized."""
+    others = "choose a smaller base, or shard this one over several cards (docs/recovery.md)"
     if nf4 is None or nf4 is own:
         return f"{others[0].upper()}{others[1:]}."
     if nf4.least > memory.bytes:
