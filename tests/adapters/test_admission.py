@@ -64,7 +64,7 @@ def test_ours_comes_in_to_the_byte_and_is_evaluated_as_where_it_was_trained(
     answers = [[item.answers for item in load_items(result.folder)] for result in (there, here)]
     assert answers[0] == answers[1]
     evidence = load_evidence(here.folder)
-    assert any("what it was trained on is only claimed" in reason for reason in verdict(evidence).reasons)
+    assert any("its training data is only claimed" in reason for reason in verdict(evidence).reasons)
     assert not any("imported" in reason for reason in verdict(load_evidence(there.folder)).reasons)
     shown = tunewright("adapters", "show", "-p", other, "--json").document
     assert shown["evaluations"] == [{"id": evidence.id, "decision": verdict(evidence).decision}]

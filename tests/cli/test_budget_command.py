@@ -224,7 +224,7 @@ def test_a_verdict_on_dev_is_marked_as_dev_everywhere(project: Path) -> None:
     assert told.code == {"ship": 0, "don't ship": 3, "can't tell": 4}[told.document["decision"]]
     assert told.document["split"] == "dev"
     assert "on 40 dev items" in told.document["reasons"][0]
-    assert any("no licence to ship" in reason for reason in told.document["reasons"])
+    assert any("does not accept this verdict" in reason for reason in told.document["reasons"])
     assert f"Verdict (on dev): {told.document['decision']}" in said(tunewright("verdict", "--project", project))
     markdown = tunewright("verdict", "--markdown", "--project", project).stdout
     assert "(on dev): " in markdown.splitlines()[0]

@@ -132,7 +132,7 @@ def test_verdict_and_report_say_what_they_speak_of(project: Path) -> None:
     told = " ".join(ran.document["reasons"])
     assert "(30 clusters), cross-fitted in 3 folds:" in told
     assert "the config on about 51 training pairs, the mean of 3 adapters" in told
-    assert "the test split is no longer untouched evidence" in told
+    assert "the test split is no longer untouched" in told
     page = Path(tunewright("report", "-p", project, "--json").document["report"]).read_text()
     assert "Arms on all rows, cross-fitted" in page
     assert "The folds" in page

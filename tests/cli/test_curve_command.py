@@ -150,8 +150,8 @@ def _curve(
         (_curve(0.03, 0.01, 0.05), "yes", 0, "Twice the rows would bring about as much once more"),
         (_curve(0.01, 0.005, 0.015), "no", 3, "not more than the margin of 2 points"),
         (_curve(-0.05, -0.08, -0.02), "no", 3, "-5.0 points"),
-        (_curve(0.03, -0.02, 0.08), "can't tell", 4, "holds both nothing and more than 2 points"),
-        (_curve(0.2, 0.1, 0.3, clusters=5), "can't tell", 4, "5 independent dev clusters show nothing"),
+        (_curve(0.03, -0.02, 0.08), "can't tell", 4, "the interval includes both no gain and more than 2 points"),
+        (_curve(0.2, 0.1, 0.3, clusters=5), "can't tell", 4, "5 independent dev clusters are too few"),
     ],
 )
 def test_a_curve_is_read_by_its_interval(curve: Curve, answer: str, code: int, words: str) -> None:

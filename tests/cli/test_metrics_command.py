@@ -100,7 +100,7 @@ def test_verdict_tables_and_report_tell_of_it(project: Path) -> None:
     evidence, _ = _evaluated(project)
     verdict = tunewright("verdict", "-p", project, "--json").document
     assert "tuned shared_letters " in verdict["reasons"][0]
-    assert any("Left out, as they cannot be scored in both arms" in reason for reason in verdict["reasons"])
+    assert any("Left out, not scored in both arms" in reason for reason in verdict["reasons"])
     shown = tunewright("evaluate", "-p", project).stdout
     for word in ("12 held-out test items", "tuned - ", "retrieved-1", "Evidence:"):
         assert word in shown

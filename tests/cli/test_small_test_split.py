@@ -31,7 +31,7 @@ def test_data_add_warns_last_of_few_test_clusters_and_succeeds(few_clusters: Pat
     assert ran.code == 0
     assert ran.document["clusters"] == {"train": 32, "dev": 4, "test": 4}
     warnings = [line for line in ran.stderr.splitlines() if line.startswith("Warning:")]
-    assert warnings[-1].startswith(f"Warning: 4 test clusters: {TOO_FEW}, because that takes 6 or more. About ")
+    assert warnings[-1].startswith(f"Warning: 4 test clusters: {TOO_FEW} with fewer than 6. About ")
     assert "Independent clusters: 32 train, 4 dev, 4 test." in ran.stderr
 
 

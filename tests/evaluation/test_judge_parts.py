@@ -216,7 +216,7 @@ def test_a_vetoed_judgement_holds_no_findings_and_no_decision_depends_on_it() ->
     without, told = verdict(evidence), verdict(evidence.model_copy(update={"judge": section}))
     assert told.decision == without.decision
     assert set(told.reasons) - set(without.reasons) == {
-        "Judge m: vetoed, so nothing it said counts. Controls that it failed: gold is correct (3 of 20)."
+        "Judge m: vetoed, so its judgements do not count. Failed controls: gold is correct (3 of 20)."
     }
     arm = {"name": "tuned", "items": 1, "correct": 1, "exact": 0, "unscored": {}}
     share = {"value": 1.0, "interval": {"low": 0.2, "high": 1.0}, "method": "Wilson"}

@@ -93,7 +93,7 @@ def test_causes_of_an_undecided_verdict_are_what_training_can_mend() -> None:
     assert decided(even).decision == "can't tell"
     assert found(even) == []
     assert found(trained(even, 3.5, 3.0)) == ["Undertrained: the loss was still falling when training ended"]
-    assert found(formed(even, 31)) == ["The form of the answer is not learnt"]
+    assert found(formed(even, 31)) == ["The adapter has not learned the form of the answers"]
     assert found(even, labels=Labels(rows=900, conflicts=0, checked=80, wrong=9)) == []
 
 
@@ -107,10 +107,10 @@ def test_retrieval_is_not_enough_when_neither_arm_works() -> None:
 
 def test_a_form_that_is_not_learnt_is_told_with_its_share() -> None:
     (cause,) = decided(formed(WORSE, 31)).causes
-    assert cause.what == "The form of the answer is not learnt"
+    assert cause.what == "The adapter has not learned the form of the answers"
     assert "31 of 120 tuned answers are JSON with the fields name (26%); of the references 120" in cause.evidence
     assert "evaluate.constrain" in cause.next_command
-    assert "The form of the answer is not learnt" not in found(formed(WORSE, 115))
+    assert "The adapter has not learned the form of the answers" not in found(formed(WORSE, 115))
 
 
 def test_a_form_that_could_not_change_the_outcome_is_not_told() -> None:
@@ -120,14 +120,14 @@ def test_a_form_that_could_not_change_the_outcome_is_not_told() -> None:
 
 def test_answers_without_an_end_belong_to_the_form_and_not_to_the_limit() -> None:
     (cause,) = decided(cut(formed(WORSE, 31, longer=0), 80)).causes
-    assert cause.what == "The form of the answer is not learnt"
-    assert "80 ran on to the token limit, where their references do not" in cause.evidence
+    assert cause.what == "The adapter has not learned the form of the answers"
+    assert "80 reached the token limit although their references do not" in cause.evidence
 
 
 def test_the_token_limit_is_a_cause_only_where_right_answers_are_longer() -> None:
     (cause,) = decided(cut(formed(WORSE, 120, longer=90), 90)).causes
     assert cause.what == "The token limit cuts answers"
-    assert "90 of 120 tuned answers were cut at the limit of 32 tokens; 90 right answers are longer" in cause.evidence
+    assert "90 of 120 tuned answers were cut at the limit of 32 tokens; 90 references are longer" in cause.evidence
     assert "evaluate.max_new_tokens: 64" in cause.next_command
     assert "The token limit cuts answers" not in found(cut(formed(WORSE, 120, longer=0), 90))
 

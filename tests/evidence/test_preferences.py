@@ -77,7 +77,7 @@ PEOPLE_AGAINST = _review(0.2, 0.45, 0.001)
 PEOPLE_FOR = _review(0.55, 0.8, 0.001)
 
 
-def test_people_who_prefer_the_other_arm_stop_it_whatever_the_metric() -> None:
+def test_verdict_is_dont_ship_when_people_prefer_the_other_arm() -> None:
     for evidence in (SHIPS, OPEN):
         result = verdict(_with(evidence, review=PEOPLE_AGAINST))
         assert (result.decision, result.exit_code) == ("don't ship", 3)
@@ -91,14 +91,14 @@ def test_a_handful_of_verdicts_is_a_caution() -> None:
     assert any(reason.startswith("Caution: people may prefer retrieved-4") for reason in result.reasons)
 
 
-def test_people_are_heard_with_the_judges_help_where_there_is_one() -> None:
+def test_verdict_uses_the_judge_assisted_win_rate_when_there_is_one() -> None:
     helped = _review(0.3, 0.6, 0.01, powered=(0.3, 0.48))
     assert verdict(_with(SHIPS, review=helped)).decision == "don't ship"
     assert verdict(_with(SHIPS, review=_review(0.3, 0.6, 0.01))).decision == "ship"
 
 
 @pytest.mark.parametrize("review", [PEOPLE_FOR, _review(0.4, 0.6, 0.9)])
-def test_people_who_do_not_object_are_told_and_change_nothing(review: AnswerReview) -> None:
+def test_verdict_is_unchanged_when_people_do_not_object(review: AnswerReview) -> None:
     for evidence in (SHIPS, OPEN, WORSE):
         before, after = verdict(evidence), verdict(_with(evidence, review=review))
         assert after.decision == before.decision
@@ -108,8 +108,8 @@ def test_people_who_do_not_object_are_told_and_change_nothing(review: AnswerRevi
 def test_a_review_of_other_arms_changes_nothing() -> None:
     other = PEOPLE_AGAINST.model_copy(update={"control": "zero-shot"})
     result = verdict(_with(SHIPS, review=other, judge=AGAINST))
-    assert result.decision == "can't tell", "the judge is heard: people did not speak of these arms"
-    assert any("not the two arms that decide" in reason for reason in result.reasons)
+    assert result.decision == "can't tell", "the judge counts: people reviewed other arms"
+    assert any("not the deciding arms" in reason for reason in result.reasons)
 
 
 def test_an_unfinished_review_says_why_it_has_no_win_rate() -> None:
@@ -152,10 +152,10 @@ def test_what_a_judge_finds_in_one_form_alone_or_not_for_sure_is_told_and_stops_
     assert set(after.reasons) - set(before.reasons) == {judge_line(judge)}
 
 
-def test_a_judge_of_the_bases_family_and_one_that_people_contradict_stop_nothing() -> None:
+def test_verdict_ignores_a_judge_of_the_bases_family_or_overruled_by_people() -> None:
     kin = AGAINST.model_copy(update={"same_family": "llama"})
     for sections, told in (
-        ({"judge": kin}, "it is of the base's family (llama)"),
+        ({"judge": kin}, "it belongs to the base's family (llama)"),
         ({"judge": AGAINST, "review": PEOPLE_FOR}, "but people prefer tuned"),
     ):
         result = verdict(_with(SHIPS, **sections))
@@ -163,17 +163,17 @@ def test_a_judge_of_the_bases_family_and_one_that_people_contradict_stop_nothing
         assert any(reason.startswith("Caution: the judge finds") and told in reason for reason in result.reasons)
 
 
-def test_a_vetoed_judge_is_told_and_not_used() -> None:
+def test_verdict_reports_a_vetoed_judge_and_ignores_it() -> None:
     gone = vetoed(AGAINST)
     result = verdict(_with(SHIPS, judge=gone))
     assert result.decision == "ship"
     assert (
-        "Judge fair-judge-70b: vetoed, so nothing it said counts. Controls that it failed: gold is correct (3 of 20)."
+        "Judge fair-judge-70b: vetoed, so its judgements do not count. Failed controls: gold is correct (3 of 20)."
         in result.reasons
     )
 
 
-def test_what_a_judge_finds_of_other_arms_is_no_objection() -> None:
+def test_judge_preference_between_other_arms_is_ignored() -> None:
     preference = AGAINST.preferences[0].model_copy(update={"opponent": "reference model"})
     assert AGAINST.contrast is not None
     contrast = AGAINST.contrast.model_copy(update={"control": "zero-shot", "difference": -0.5})

@@ -124,11 +124,11 @@ def test_the_reasons_are_plain_sentences() -> None:
         "arc, 500 items: 60.0% with the adapter off, 50.0% with it on; worse by 10 points, at most 15 points (95%). "
         "The whole interval lies above the margin of 2 points: the adapter is worse here than the base."
     ) in told
-    assert any(reason.startswith("The adapter is worse at what the base could do before") for reason in told)
+    assert any(reason.startswith("The adapter loses more than the margin in general ability") for reason in told)
     failed = standing(_general(_made("worse", passed=False))).reasons
-    assert failed[0].endswith("It decides nothing: guessing came to 60.0%, and has to be more.")
+    assert failed[0].endswith("It decides nothing: guessing scored 60.0%, but must be more.")
     unsure = standing(_general(_made("can't tell"))).reasons
-    assert unsure[0].endswith("Against a margin of 2 points this many items cannot tell. About 1,546 items would tell.")
+    assert unsure[0].endswith("of 2 points this many items can't tell. About 1,546 items would settle it.")
 
 
 def test_evidence_with_the_section_reads_back_as_it_was() -> None:

@@ -14,9 +14,9 @@ from tunewright.evidence.split_power import (
     AIM,
     USUAL,
     SplitPower,
-    foresee,
-    foresight_text,
     require_significance,
+    split_power,
+    split_power_text,
     warn_of_few_dev_clusters,
 )
 from tunewright.evidence.statistics import exact_mcnemar
@@ -32,11 +32,11 @@ class _Warned(LogReporter):
 
 def _foresee(tests: int, rows_each: int = 1, others: int = 50) -> SplitPower:
     rows: dict[Split, int] = {"train": others * rows_each, "dev": tests * rows_each, "test": tests * rows_each}
-    return foresee(rows, {"train": others, "dev": tests, "test": tests}, 0.1)
+    return split_power(rows, {"train": others, "dev": tests, "test": tests}, 0.1)
 
 
 @pytest.mark.parametrize("clusters", range(1, 12))
-def test_foresight_says_significant_exactly_where_unanimous_clusters_are(clusters: int) -> None:
+def test_split_power_is_significant_exactly_where_unanimous_clusters_are(clusters: int) -> None:
     best = exact_mcnemar(np.ones(clusters), [str(i) for i in range(clusters)])
     assert _foresee(clusters).significant == (best < 0.05)
 
@@ -54,13 +54,13 @@ def _clusters_in_test(large: int, single: int) -> tuple[dict[Split, int], dict[S
 
 
 @pytest.mark.parametrize("large", [15, 30, 50])
-def test_the_rows_that_foresight_asks_for_make_the_test_large_enough(large: int) -> None:
+def test_the_rows_that_split_power_suggests_make_the_test_large_enough(large: int) -> None:
     rows, clusters = _clusters_in_test(large, 0)
-    told = foresee(rows, clusters, DataConfig().test)
+    told = split_power(rows, clusters, DataConfig().test)
     assert not told.significant
     for needed, goal in ((told.rows_to_significant, 6), (told.rows_to_aim, 37)):
         assert _clusters_in_test(large, needed)[1]["test"] == pytest.approx(goal, abs=1)
-        assert foresee(*_clusters_in_test(large, needed + 20), DataConfig().test).clusters["test"] >= goal
+        assert split_power(*_clusters_in_test(large, needed + 20), DataConfig().test).clusters["test"] >= goal
         assert _clusters_in_test(large, needed - 20)[1]["test"] < goal
 
 
@@ -73,7 +73,7 @@ def test_the_aim_is_where_80_percent_power_begins() -> None:
 def test_a_test_split_that_is_large_enough_needs_no_rows() -> None:
     told = _foresee(100)
     assert (told.rows_to_significant, told.rows_to_aim) == (0, 0)
-    assert foresight_text(told) == (
+    assert split_power_text(told) == (
         "100 test clusters: a comparison finds a true difference of 12 points or more (80% power, if 20% of the items "
         "change)."
     )
@@ -94,9 +94,9 @@ def test_a_pipeline_without_a_possible_verdict_is_refused_unless_forced() -> Non
 @pytest.mark.parametrize(
     ("sizes", "told"),
     [
-        ([43, 30, 7, 2, 1, 1], "6 dev clusters of 43, 30, 7, 2, 1, … rows: dev says as much as 2.5 clusters of equal"),
-        ([5], "1 dev cluster of 5 rows: dev says as much as 1 cluster of equal size"),
-        ([4, 4, 4, 4, 4], "5 dev clusters of 4, 4, 4, 4, 4 rows: dev says as much as 5 clusters of equal size"),
+        ([43, 30, 7, 2, 1, 1], "6 dev clusters of 43, 30, 7, 2, 1, … rows: dev is worth 2.5 clusters of equal"),
+        ([5], "1 dev cluster of 5 rows: dev is worth 1 cluster of equal size"),
+        ([4, 4, 4, 4, 4], "5 dev clusters of 4, 4, 4, 4, 4 rows: dev is worth 5 clusters of equal size"),
     ],
 )
 def test_few_or_dominating_dev_clusters_are_a_warning(sizes: list[int], told: str) -> None:

@@ -27,8 +27,8 @@ ORDER = ["don't ship", "can't tell", "ship"]
         (0.01, 0.05, 0.09, 0.01, "can't tell", 4, "would show a true difference of"),
         (-0.02, 0.01, 0.04, 0.5, "can't tell", 4, "test items in all"),
         (0.03, 0.25, 0.5, 0.06, "can't tell", 4, "does not confirm it"),
-        (-0.02, 0.0, 0.02, 1.0, "don't ship", 3, "no gain worth shipping"),
-        (0.001, 0.01, 0.019, 0.03, "don't ship", 3, "no gain worth shipping"),
+        (-0.02, 0.0, 0.02, 1.0, "don't ship", 3, "too small a gain to ship"),
+        (0.001, 0.01, 0.019, 0.03, "don't ship", 3, "too small a gain to ship"),
         (-0.3, -0.2, -0.1, 1e-4, "don't ship", 3, "significantly worse than retrieved-4"),
         (-0.1, -0.02, 0.03, 0.04, "don't ship", 3, "significantly worse"),
     ],
@@ -83,16 +83,13 @@ def test_the_adjusted_p_value_decides() -> None:
 def test_items_left_out_and_answers_outside_the_choices_are_told() -> None:
     evidence = with_contrast(EVIDENCE, left_out={"the reference is not JSON": 3, "f returned None": 1})
     reasons = verdict(evidence).reasons
-    assert (
-        "Left out, as they cannot be scored in both arms: 4 items: the reference is not JSON (3); f returned None (1)."
-        in reasons
-    )
+    assert "Left out, not scored in both arms: 4 items: the reference is not JSON (3); f returned None (1)." in reasons
     tuned = EVIDENCE.arm("tuned")
     outside = tuned.model_copy(
         update={"scores": {"exact_match": tuned.score("exact_match").model_copy(update={"outside": 9})}}
     )
     told = verdict(EVIDENCE.model_copy(update={"arms": [*EVIDENCE.arms[:2], outside]})).reasons
-    assert "Caution: 9 of 60 answers of tuned are none of the declared choices, and count as wrong." in told
+    assert "Caution: 9 of 60 answers of tuned are not a declared choice and count as wrong." in told
 
 
 def test_a_graded_metric_tells_of_better_and_worse_items() -> None:
@@ -128,8 +125,8 @@ def test_answers_cut_by_the_token_limit_are_named() -> None:
     arms = [a.model_copy(update={"truncated": 9 if a.name == "retrieved-4" else 1}) for a in EVIDENCE.arms]
     reasons = verdict(EVIDENCE.model_copy(update={"arms": arms})).reasons
     assert [r for r in reasons if "token limit" in r] == [
-        "Caution: 9 of 60 answers of retrieved-4 ran into the token limit; "
-        "raise evaluate.max_new_tokens to see whether that is why they score low."
+        "Caution: 9 of 60 answers of retrieved-4 reached the token limit; "
+        "raise evaluate.max_new_tokens to see if that is why they score low."
     ]
 
 
@@ -138,9 +135,9 @@ def test_a_cross_fitted_verdict_speaks_of_the_config_and_of_the_spent_test_split
     assert result.decision == held_out.decision
     assert "(30 clusters), cross-fitted in 5 folds: " in result.reasons[0]
     told = " ".join(result.reasons[1:])
-    assert "the config on about 144 training pairs, the mean of 5 adapters" in told
-    assert "no longer untouched evidence" in told
-    assert "no longer untouched evidence" not in " ".join(held_out.reasons)
+    assert "the config on about 144 training pairs: the mean of 5 adapters" in told
+    assert "no longer untouched" in told
+    assert "no longer untouched" not in " ".join(held_out.reasons)
 
 
 def test_what_would_settle_cross_fitted_evidence_is_counted_in_pairs() -> None:
@@ -148,7 +145,7 @@ def test_what_would_settle_cross_fitted_evidence_is_counted_in_pairs() -> None:
     told = " ".join(verdict(evidence).reasons)
     assert "About 1,200 pairs in all (1,140 more)" in told
     few = verdict(with_contrast(evidence, clusters=5))
-    assert "Add more unlike pairs." in few.reasons[1]
+    assert "Add more distinct pairs." in few.reasons[1]
 
 
 SHARES = st.floats(-1, 1)

@@ -117,7 +117,7 @@ def test_suites_judge_and_people_are_there_when_they_were_measured_and_absent_el
 
 def test_a_vetoed_judge_says_only_that_and_why() -> None:
     shown = _lines(verdict_markdown(EVIDENCE.model_copy(update={"judge": vetoed(JUDGE)})))
-    assert "vetoed, so nothing it said counts." in shown
+    assert "vetoed, so its judgements do not count." in shown
     assert "wins" not in shown
 
 

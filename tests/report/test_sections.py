@@ -244,7 +244,7 @@ def test_judge_and_people_are_shown_with_controls_agreement_and_the_powered_esti
 
 def test_a_vetoed_judge_shows_that_and_why_and_no_finding() -> None:
     read = _read(FULL.model_copy(update={"judge": vetoed(JUDGE)}))
-    assert "vetoed, so nothing it said counts." in read.sections["judge"]
+    assert "vetoed, so its judgements do not count." in read.sections["judge"]
     assert [row[5] for row in read.tables["Table of controls"][1:]] == ["FAILS", "holds"]
     assert not {"Table of preferences", "Table of judged arms"} & set(read.tables)
 

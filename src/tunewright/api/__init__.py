@@ -24,7 +24,7 @@ from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data.add import AddResult
 from tunewright.evidence.power import Prospect, prospect, prospect_text
 from tunewright.evidence.schema import Advice
-from tunewright.evidence.split_power import foresight_text, require_significance
+from tunewright.evidence.split_power import require_significance, split_power_text
 from tunewright.evidence.verdict import Verdict
 from tunewright.metrics import metric_kind
 from tunewright.models.quantized import require_bitsandbytes
@@ -99,7 +99,7 @@ class Project(EvaluationsApi):
             )
         added = self.data.add([self.folder.root / source for source in sources])
         self._stage("data", added.created, f"version {added.version.digest[:12]}")
-        require_significance(self.data.foresight(), force=force, reporter=self.reporter)
+        require_significance(self.data.split_power(), force=force, reporter=self.reporter)
         self._refuse_up_front()
         forced = self._forced(force)
         advised = self.prompting()
@@ -199,9 +199,9 @@ class Project(EvaluationsApi):
 
         Fewer than 50 training pairs are refused. ``force`` trains anyway, and the lineage records it.
         """
-        told = self.data.foresight()
+        told = self.data.split_power()
         if not told.significant:
-            self.reporter.warn(foresight_text(told))
+            self.reporter.warn(split_power_text(told))
         self._refuse_up_front()
         forced = self._forced(force)
         self._tell_prospects()

@@ -21,7 +21,7 @@ from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout,
 from tunewright.data.versions.find import find_row
 from tunewright.data.versions.making import clusters_by_split
 from tunewright.evidence.schema import Item, find_evaluation, load_evidence, load_items
-from tunewright.evidence.split_power import SplitPower, foresee, tell_foresight, warn_of_few_dev_clusters
+from tunewright.evidence.split_power import SplitPower, report_split_power, split_power, warn_of_few_dev_clusters
 
 if TYPE_CHECKING:
     from tunewright.data.dedup.contamination import Contamination
@@ -123,14 +123,14 @@ class DatasetApi:
             split_from=None if split_from is None else Path(split_from),
         )
         warn_of_few_dev_clusters(added.dev_clusters, self._reporter)
-        tell_foresight(foresee(added.version.counts.domain, added.clusters, data.test), self._reporter)
+        report_split_power(split_power(added.version.counts.domain, added.clusters, data.test), self._reporter)
         return added
 
-    def foresight(self) -> SplitPower:
+    def split_power(self) -> SplitPower:
         """Return what a comparison on the current version's test split can show."""
         version = self.version()
         clusters = clusters_by_split(version.members)
-        return foresee(version.manifest.counts.domain, clusters, self._project.config.data.test)
+        return split_power(version.manifest.counts.domain, clusters, self._project.config.data.test)
 
     def remove(
         self,

@@ -1,4 +1,4 @@
-"""The form of the answers, whatever they say: what all references have in common, and which answers have it too."""
+"""The format that all references share, and the answers that follow it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pydantic import Field
 from tunewright.evidence.base import Part
 
 ENOUGH = 0.95
-"""Of the references: a form that fewer have is not the task's."""
+"""Share of the references that must have a format for it to be the task's."""
 _MOST_MASKS = 12
 _FEWEST = 20
-"""References: of fewer no form can be told."""
+"""References needed to infer a format."""
 
 Check = Callable[[str], bool]
 
 
 class AnswerFormat(Part):
-    """How many answers have the form that the references have."""
+    """Counts of answers in the references' format."""
 
     what: Annotated[str, Field(description="The form, in words, such as: JSON with the fields name, date.")]
     items: int
@@ -34,10 +34,10 @@ class AnswerFormat(Part):
 def answer_form(
     outputs: Sequence[str], references: Sequence[str], answers: Mapping[str, Sequence[str]], longer: int
 ) -> AnswerFormat | None:
-    """Return the form of a task's outputs and how many answers have it; None where the outputs have no common one.
+    """Return the format of a task's outputs and how many answers follow it; None with too few outputs.
 
-    The first of these that 95% of the outputs have: JSON (with the fields that all have); a label, where outputs are
-    class-like; a pattern of letters, digits and marks, where a dozen patterns hold them; else their length and lines.
+    The format is the first of these that 95% of the outputs have: JSON with the fields common to all; a label, if
+    outputs are class-like; one of a dozen patterns of letters, digits and punctuation; a range of length and lines.
 
     Args:
         outputs: of all rows of the task.
@@ -66,7 +66,7 @@ def _form(outputs: Sequence[str]) -> tuple[str, Check]:
 
 
 def _object(text: str) -> Any:
-    """Return the JSON object or array that a text is; None where it is none."""
+    """Return the JSON object or array in a text, or None."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -107,7 +107,7 @@ def _mask(text: str) -> str:
 
 def _pattern(outputs: Sequence[str]) -> tuple[str, Check] | None:
     masks = {mask for mask, _ in Counter(map(_mask, outputs)).most_common(_MOST_MASKS)}
-    # One word or several without marks is what any text can look like.
+    # Words without punctuation match any text.
     if all(re.fullmatch(r"a( a)*", mask) for mask in masks):
         return None
     example = Counter(map(_mask, outputs)).most_common(1)[0][0]
@@ -119,8 +119,8 @@ def _length(outputs: Sequence[str]) -> tuple[str, Check]:
     lengths = sorted(len(text.strip()) for text in outputs)
     low, high = lengths[len(lengths) // 100] // 2, 2 * lengths[-1 - len(lengths) // 100]
     lines = max(text.strip().count("\n") + 1 for text in outputs)
-    told = "1 line" if lines == 1 else f"at most {lines:,} lines"
+    counted = "1 line of" if lines == 1 else f"at most {lines:,} lines and"
     return (
-        f"{told} of {low:,} to {high:,} characters" if lines == 1 else f"{told} and {low:,} to {high:,} characters",
+        f"{counted} {low:,} to {high:,} characters",
         lambda text: low <= len(text.strip()) <= high and text.strip().count("\n") < lines,
     )

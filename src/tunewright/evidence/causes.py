@@ -1,6 +1,6 @@
-"""Why not to ship or why it can't be told, where that can be known.
+"""Known causes of a *don't ship* or *can't tell*.
 
-A pure function of the evidence and of what the project knows besides.
+A pure function of the evidence and of other facts about the project.
 """
 
 from __future__ import annotations
@@ -12,73 +12,73 @@ from typing import Any
 
 from tunewright.evidence.learning_curve import Curve, more_data
 from tunewright.evidence.schema import Arm, Evidence
-from tunewright.evidence.verdict import TOLD_SHARE, Reason, Verdict, verdict
+from tunewright.evidence.verdict import CAUTION_SHARE, Reason, Verdict, verdict
 from tunewright.metrics import points_text, score_text
 
 FEW_ROWS = 500
-"""As `data add` warns of: with fewer, more rows are the first thing to try."""
+"""With fewer rows, which `data add` warns of, more rows are the first thing to try."""
 NOISY = 0.05
-"""A share of wrong or contradicting rows that holds a score down; what `data review` accepts is below it."""
+"""A share of wrong or contradicting rows that lowers a score; `data review` accepts less than this."""
 FEWEST_REVIEWED = 20
 
 _FALLING = 0.02
-"""A relative fall of the dev loss over the last evaluation that says that training was not done."""
+"""A relative fall of the dev loss at the last evaluation that shows unfinished training."""
 _FALLING_STEPS = 0.1
-"""The same of the training loss, from the second third of the steps to the last: it is noisier."""
+"""The same for the noisier training loss, from the second third of the steps to the last."""
 _LAST_GAIN = 0.1
-"""Or the last third's part of all that the loss fell from the first third on, if that is no noise. Where the rate
-decays as a cosine, the last third has 6% of its sum: a loss that is done falling gains next to nothing there."""
+"""Or the last third's part of the total fall since the first third, if it exceeds the noise.
+
+Under a cosine schedule the last third has 6% of the summed rate, so a converged loss falls very little there."""
 _USELESS = 0.1
-"""Of a metric's range: an arm that scores less is no solution, whatever the others have."""
+"""Share of a metric's range below which an arm does not solve the task."""
 _FEWEST_STEPS = 8
 _FORM_LEARNT = 0.9
-"""Of the share of references with the form."""
+"""As a share of the references with the form."""
 _MOST_DOUBLINGS = 5
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of how many rows are wrong."""
+    """Counts of rows that are wrong or in conflict."""
 
     rows: int
-    """Of the dataset version."""
+    """Rows of the dataset version."""
     conflicts: int
     """Inputs with more than one output."""
     checked: int = 0
     """Rows that reviewers have checked."""
     wrong: int = 0
-    """Of them, wrong ones."""
+    """Checked rows that are wrong."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known besides the evidence; each may be missing."""
+    """Facts about the project beyond the evidence; each may be missing."""
 
     history: Sequence[Mapping[str, Any]] = ()
-    """The training run's rows (``metrics.jsonl``): of each step and each evaluation."""
+    """The training run's ``metrics.jsonl``: a row for each step and evaluation."""
     curve: Curve | None = None
     """A learning curve on the same data and base."""
     labels: Labels | None = None
     cost: str | None = None
-    """What calls cost with the prompting arm and tuned, where advice has measured it."""
+    """Cost of calls with the prompting arm and tuned, if advice measured it."""
 
 
 def decided(evidence: Evidence, known: Known | None = None) -> Verdict:
-    """Return the verdict, with its causes where it is not to ship."""
+    """Return the verdict, with its causes unless it is *ship*."""
     found = verdict(evidence)
     return replace(found, causes=causes(evidence, found, known or Known()))
 
 
 def causes(evidence: Evidence, found: Verdict, known: Known) -> tuple[Reason, ...]:
-    """Return what may have brought a *don't ship* about, the likeliest first; empty for a *ship*.
+    """Return the likely causes of a *don't ship*, likeliest first; empty for a *ship*.
 
-    For a *can't tell* only what training can mend is given: there, more test items are no better advice.
+    A *can't tell* only gets causes that training can remove. Causes that cannot change the outcome are left out: the
+    token limit if even correct answers in place of the cut ones would not suffice, more epochs if the loss has stopped
+    falling, more rows if the learning curve is flat. More test items are never a remedy for a *don't ship*, since the
+    interval is on the wrong side already.
 
-    A cause that cannot change the outcome is not given: the token limit where not even right answers in place of the
-    cut ones would do, more epochs where the loss has stopped falling, more rows where the learning curve is flat. More
-    test items never are: the interval lies on the wrong side already.
-
-    Where the gain would do and something else forbids to ship (general ability, people), there is none either.
+    There are no causes either if the gain suffices and benchmarks or people forbid to ship.
     """
     first = evidence.contrasts[0]
     if found.decision == "ship" or first.interval.low > evidence.margin:
@@ -105,31 +105,31 @@ def _undertrained(evidence: Evidence, known: Known) -> list[Reason]:
     lineage = evidence.lineage.get("adapter", {}).get("lineage", {})
     epochs = lineage.get("training", {}).get("epochs", [])
     if not epochs:
-        return []  # cross-fitted or imported: there is no one training run to look at
+        return []  # cross-validated or imported: there is no single training run
     last, config = epochs[-1], lineage.get("config", {}).get("train", {})
-    told = _still_falling(epochs, known.history)
-    if told is None:
+    text = _still_falling(epochs, known.history)
+    if text is None:
         return []
     planned = config.get("epochs", last["epoch"])
     wanted = max(2 * planned, 3)
     return [
         Reason(
             "Undertrained: the loss was still falling when training ended",
-            told,
+            text,
             f"Set train.epochs: {wanted:g} (now {planned:g}), then `tunewright train` and `tunewright evaluate --dev`",
         )
     ]
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the losses that show it; None where they do not. The last evaluation has to be the best one."""
+    """Return the losses that show unfinished training, or None. The last evaluation must be the best one."""
     losses = [epoch["dev_loss"] for epoch in epochs]
     if len(losses) > 1:
         fall = 1 - losses[-1] / losses[-2] if losses[-2] else 0.0
         if losses[-1] > min(losses) or fall < _FALLING:
             return None
         return f"dev loss {' → '.join(f'{loss:.3f}' for loss in losses[-3:])} at step {epochs[-1]['step']:,}, its last"
-    # One evaluation says nothing of where it was going; the steps' own losses do.
+    # One evaluation shows no trend, so the losses of the steps are used.
     steps = [float(row["loss"]) for row in history if "loss" in row]
     if len(steps) < _FEWEST_STEPS:
         return None
@@ -152,46 +152,46 @@ def _form(evidence: Evidence, tuned: Arm, *, undertrained: bool) -> list[Reason]
     lacking = form.references - right
     if right >= _FORM_LEARNT * form.references or not _could_change(evidence, lacking):
         return []
-    told = f"{right:,} of {form.items:,} tuned answers are {form.what} ({right / form.items:.0%})"
-    told += f"; of the references {form.references:,}"
+    text = f"{right:,} of {form.items:,} tuned answers are {form.what} ({right / form.items:.0%})"
+    text += f"; of the references {form.references:,}"
     endless = tuned.truncated - form.longer
-    if endless > TOLD_SHARE * tuned.items:
-        told += f"; {endless:,} ran on to the token limit, where their references do not"
-    step = "`tunewright train --sweep` looks for a rate and a preset that learn it"
+    if endless > CAUTION_SHARE * tuned.items:
+        text += f"; {endless:,} reached the token limit although their references do not"
+    step = "`tunewright train --sweep` searches for a rate and preset that learn it"
     if undertrained:
         step = "Train longer first (above)"
     elif evidence.arm(evidence.contrasts[0].control).constrained or form.what.startswith(("JSON", "one of")):
-        step = "Set evaluate.constrain to hold answers to the form, then `tunewright evaluate --dev`"
-    return [Reason("The form of the answer is not learnt", told, step)]
+        step = "Set evaluate.constrain to enforce the form, then `tunewright evaluate --dev`"
+    return [Reason("The adapter has not learned the form of the answers", text, step)]
 
 
 def _token_limit(evidence: Evidence, tuned: Arm) -> list[Reason]:
-    # Of the cut answers only as many as there are longer references can be cut for the limit's sake.
+    # The limit explains at most as many cut answers as there are references longer than it.
     cut = tuned.truncated if evidence.form is None else min(tuned.truncated, evidence.form.longer)
-    if cut <= TOLD_SHARE * tuned.items or not _could_change(evidence, cut):
+    if cut <= CAUTION_SHARE * tuned.items or not _could_change(evidence, cut):
         return []
     limit = evidence.lineage.get("decoding", {}).get("max_new_tokens")
-    longer = "" if evidence.form is None else f"; {evidence.form.longer:,} right answers are longer than it"
-    told = f"{tuned.truncated:,} of {tuned.items:,} tuned answers were cut at the limit"
+    longer = "" if evidence.form is None else f"; {evidence.form.longer:,} references are longer"
+    text = f"{tuned.truncated:,} of {tuned.items:,} tuned answers were cut at the limit"
     if limit is None:
         return [
             Reason(
                 "The token limit cuts answers",
-                f"{told}{longer}",
+                f"{text}{longer}",
                 "Raise evaluate.max_new_tokens, then `tunewright evaluate --dev`",
             )
         ]
     return [
         Reason(
             "The token limit cuts answers",
-            f"{told} of {limit:,} tokens{longer}",
+            f"{text} of {limit:,} tokens{longer}",
             f"Set evaluate.max_new_tokens: {2 * limit:,}".replace(",", "") + ", then `tunewright evaluate --dev`",
         )
     ]
 
 
 def _could_change(evidence: Evidence, answers: int) -> bool:
-    """Return whether the difference could pass the margin if these answers more were right."""
+    """Return whether the difference could pass the margin if this many more answers were right."""
     first = evidence.contrasts[0]
     return first.difference + answers / max(first.scored, 1) > evidence.margin
 
@@ -203,42 +203,42 @@ def _label_noise(evidence: Evidence, known: Known) -> list[Reason]:
     labels = known.labels
     if labels is None or not labels.rows:
         return []
-    told = []
+    text = []
     if labels.checked >= FEWEST_REVIEWED and labels.wrong >= NOISY * labels.checked:
-        told.append(
+        text.append(
             f"{labels.wrong:,} of {labels.checked:,} reviewed rows are wrong ({labels.wrong / labels.checked:.0%})"
         )
-    # A graded metric gives part of the score for another right output; right or wrong gives nothing.
+    # A graded metric gives partial credit for the other output; exact match gives none.
     graded = evidence.metrics[evidence.metric].kind != "right or wrong"
     if not graded and labels.conflicts >= NOISY * labels.rows:
-        told.append(
-            f"{labels.conflicts:,} inputs have more than one output ({labels.rows:,} rows), and no answer can match all"
+        text.append(
+            f"{labels.conflicts:,} inputs have more than one output ({labels.rows:,} rows), so no answer matches all"
         )
-    if not told:
+    if not text:
         return []
-    return [Reason("Labels are noisy", "; ".join(told), "`tunewright data suspects`, then `tunewright data review`")]
+    return [Reason("Labels are noisy", "; ".join(text), "`tunewright data suspects`, then `tunewright data review`")]
 
 
 def _few_rows(evidence: Evidence, known: Known, *, settled: bool) -> list[Reason]:
-    """That more rows would help, by the learning curve; without one where rows are few and nothing else is wrong."""
+    """Return *too few rows* if the learning curve rises, or without one if rows are few and nothing else is wrong."""
     curve, first = known.curve, evidence.contrasts[0]
     if curve is not None:
         if more_data(curve).answer != "yes":
             return []
         lacking = max(evidence.margin - first.difference, 0.0)
         doublings = lacking / curve.slope if curve.slope > 0 else float("inf")
-        told = f"each doubling of the training rows brought {points_text(curve.slope)} points on dev"
+        text = f"each doubling of the training rows brought {points_text(curve.slope)} points on dev"
         if doublings > _MOST_DOUBLINGS:
-            return []  # nobody has 32 times the rows
+            return []  # 32 times the rows is not realistic advice
         needed = evidence.train_items * 2**doublings
-        told += f"; about {needed:,.0f} would pass the margin if that holds"
-        return [Reason("Too few rows", told, "`tunewright data add FILE` with more, then `tunewright run`")]
+        text += f"; about {needed:,.0f} rows would pass the margin if that continues"
+        return [Reason("Too few rows", text, "`tunewright data add FILE` with more, then `tunewright run`")]
     if evidence.train_items >= FEW_ROWS or not settled:
         return []
     return [
         Reason(
             "Perhaps too few rows",
-            f"{evidence.train_items:,} training rows, fewer than {FEW_ROWS}; whether more would help is not measured",
+            f"{evidence.train_items:,} training rows, fewer than {FEW_ROWS}; the effect of more rows was not measured",
             "`tunewright train --curve`",
         )
     ]
@@ -248,14 +248,14 @@ def _few_rows(evidence: Evidence, known: Known, *, settled: bool) -> list[Reason
 
 
 def _enough(evidence: Evidence, mendable: Sequence[Reason], known: Known) -> list[Reason]:
-    """That prompting does as well: said where nothing was found that training could mend."""
+    """Return *prompting is enough* if nothing was found that training could improve."""
     first = evidence.contrasts[0]
     control, tuned = evidence.arm(first.control), evidence.arm(first.treatment)
     if mendable or control.kind not in {"retrieved", "static"}:
         return []
     score = score_text(evidence.metric, control.score(evidence.metric).value)
     ours = score_text(evidence.metric, tuned.score(evidence.metric).value)
-    told = (
+    text = (
         f"{control.name} has {score}, tuned {ours}; a call takes "
         f"{control.prompt_tokens:.0f} prompt tokens ({control.shared_tokens} of them the same in every call) "
         f"against {tuned.prompt_tokens:.0f}"
@@ -271,6 +271,10 @@ def _enough(evidence: Evidence, mendable: Sequence[Reason], known: Known) -> lis
     what = "Retrieval is enough" if control.kind == "retrieved" else "A prompt with demonstrations is enough"
     if known.cost is not None:
         return [
-            Reason(what, f"{told}; {known.cost}", f"Use the base with {control.name}; `tunewright report` has its cost")
+            Reason(what, f"{text}; {known.cost}", f"Use the base with {control.name}; `tunewright report` has its cost")
         ]
-    return [Reason(what, told, "`tunewright advise` measures from how many calls on shorter prompts pay for training")]
+    return [
+        Reason(
+            what, text, "`tunewright advise` measures how many calls it takes for shorter prompts to pay for training"
+        )
+    ]

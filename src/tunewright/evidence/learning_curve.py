@@ -1,4 +1,4 @@
-"""A learning curve as it was measured, and what it says of more data; readable without torch or the model."""
+"""A measured learning curve, and the answer to *would more data help?*; readable without torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Point(_Part):
 
 
 class Curve(_Part):
-    """Everything that was measured; ``curve.json``."""
+    """A learning curve; ``curve.json``."""
 
     schema_version: Literal[1] = 1
     id: str
@@ -83,22 +83,22 @@ def find_curve(curves: Path, evidence: Evidence) -> Curve | None:
 
 @dataclass(frozen=True)
 class MoreData:
-    """The answer, and why in plain sentences."""
+    """An answer with its reasons."""
 
     answer: Literal["yes", "no", "can't tell"]
     reasons: tuple[str, ...]
 
     @property
     def exit_code(self) -> int:
-        """0 where more data would help, 3 where it would not (a measured no), 4 where it can't be told."""
+        """0: more data would help, 3: it would not, 4: can't tell."""
         return {"yes": 0, "no": 3, "can't tell": 4}[self.answer]
 
 
 def more_data(curve: Curve) -> MoreData:
     """Return whether more data would help, from the curve alone.
 
-    No, where the whole interval of what a doubling brings lies at or below the margin that is worth shipping; yes,
-    where it lies above zero otherwise; else it can't be told, nor with fewer than `FEWEST_CLUSTERS` dev clusters.
+    No, if the whole interval of the gain per doubling lies at or below the margin. Yes, if it lies above zero
+    otherwise. Else, and with fewer than `FEWEST_CLUSTERS` dev clusters, can't tell.
     """
     points = f"{points_text(curve.slope)} points"
     interval = f"95% interval {points_text(curve.interval.low)} to {points_text(curve.interval.high)}"
@@ -114,12 +114,12 @@ def more_data(curve: Curve) -> MoreData:
     answer: Literal["yes", "no", "can't tell"]
     if curve.clusters < FEWEST_CLUSTERS:
         answer = "can't tell"
-        why = f"{measured}, but {curve.clusters} independent dev clusters show nothing"
+        why = f"{measured}, but {curve.clusters} independent dev clusters are too few"
     elif curve.interval.high <= curve.margin:
         answer, why = "no", f"{measured}: not more than the margin of {margin} that is worth shipping"
     elif curve.interval.low > 0:
-        answer, why = "yes", f"{measured}. Twice the rows would bring about as much once more, if the curve goes on so"
+        answer, why = "yes", f"{measured}. Twice the rows would bring about as much again, if the curve continues"
     else:
-        answer, why = "can't tell", f"{measured}: at this size that holds both nothing and more than {margin}"
+        answer, why = "can't tell", f"{measured}: the interval includes both no gain and more than {margin}"
         why += ". More dev rows or --seeds would narrow it"
     return MoreData(answer, (f"Would more data help? {answer[0].upper()}{answer[1:]}: {why}.", last))

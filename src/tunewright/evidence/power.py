@@ -1,4 +1,4 @@
-"""What a number of items can show: power and the smallest detectable difference, before and after measuring."""
+"""Statistical power and the minimum detectable effect of a number of items."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ ALPHA = 0.05
 FEWEST_CLUSTERS = 6
 """With c clusters the smallest two-sided p of a test that swaps them is 2 / 2**c: below 0.05 from six on."""
 ASSUMED = (0.1, 0.2, 0.3)
-"""Shares of items that exactly one of two arms gets right, to tell what a split can show before anything is measured.
-The middle one is what is reckoned with."""
+"""Assumed shares of items that exactly one of two arms gets right: low, usual (used for estimates) and high."""
 
 
 def power(items: float, discordant: float, difference: float, alpha: float = ALPHA) -> float:
@@ -70,7 +69,7 @@ def detectable(standard_error: float, power: float = POWER, alpha: float = ALPHA
 
 @dataclass(frozen=True)
 class Prospect:
-    """What a split can show, reckoned before anything is measured on it."""
+    """Differences that a split can show, computed before anything is measured on it."""
 
     split: str
     items: int
@@ -85,36 +84,36 @@ class Prospect:
 
 
 def prospect(split: str, items: int, clusters: int) -> Prospect:
-    """What so many items in so many clusters can show, if `ASSUMED` shares of them change from one arm to the other."""
+    """Return the differences that items in clusters can show, if `ASSUMED` shares of them change between arms."""
     return Prospect(split, items, clusters, {q: minimum_detectable_effect(clusters, q) for q in ASSUMED})
 
 
-def prospect_text(told: Prospect, kind: Kind, margin: float) -> str:
+def prospect_text(found: Prospect, kind: Kind, margin: float) -> str:
     """Return the prospect in plain sentences, with what is assumed.
 
     Args:
-        told: the prospect.
+        found: the prospect.
         kind: the deciding metric's.
         margin: the config's.
     """
-    place = f"The {told.split} split's {told.items:,} items in {told.clusters:,} clusters"
-    if told.clusters < FEWEST_CLUSTERS:
+    place = f"The {found.split} split's {found.items:,} items in {found.clusters:,} clusters"
+    if found.clusters < FEWEST_CLUSTERS:
         return (
             f"{place} are too few: no difference can be shown, because that takes {FEWEST_CLUSTERS} clusters or more."
         )
-    low, middle, high = (f"{100 * effect:.1f}" for effect in told.effects.values())
-    few, usual, many = (f"{q:.0%}" for q in told.effects)
+    low, middle, high = (f"{100 * effect:.1f}" for effect in found.effects.values())
+    few, usual, many = (f"{q:.0%}" for q in found.effects)
     text = (
         f"{place} show a true difference of {middle} points or more (80% power), if {usual} of the items change "
         f"between two arms: an assumption. {low} points if {few} change, {high} if {many}."
     )
     if kind == "corpus":
-        text += " That is reckoned for right and wrong answers; for a metric of the whole corpus it is a rough guide."
+        text += " This assumes right or wrong answers; for a corpus metric it is a rough guide."
     elif kind == "mean":
-        text += " That is reckoned for right and wrong answers; scores in between vary less, so it is the worst case."
-    if told.split != "test":
+        text += " This assumes right or wrong answers, the worst case: graded scores vary less."
+    if found.split != "test":
         return text
-    expected = 100 * (margin + told.effects[ASSUMED[1]])
+    expected = 100 * (margin + found.effects[ASSUMED[1]])
     if expected >= 100:
         return f"{text} With a margin of {100 * margin:g} points no gain would be enough to ship."
     return f"{text} With a margin of {100 * margin:g} points a fine-tune has to gain about {expected:.0f} to ship."

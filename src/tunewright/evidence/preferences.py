@@ -1,4 +1,4 @@
-"""What people and a judge say of the two arms that decide, and whether that stops a verdict: pure functions."""
+"""Preferences of people and a judge between the two deciding arms, and their effect on the verdict."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tunewright.metrics import p_text, points_text
 
 @dataclass(frozen=True)
 class Preferences:
-    """The sentences, and who says that the tuned answers are the worse ones: of both the one that weighs more."""
+    """Sentences about both, and the weightier of the two that finds the tuned answers worse."""
 
     against: Literal["people", "judge"] | None
     reasons: tuple[str, ...]
 
 
 def opinions(evidence: Evidence) -> Preferences:
-    """Return what people and the judge make of the deciding contrast; neither ever speaks for shipping.
+    """Return the preferences about the deciding contrast, which can only stop a *ship*.
 
-    People are against where the whole interval of the win rate lies below one half and the sign test agrees (it guards
-    a handful of verdicts). A judge is against where it passed its controls, is not of the base's family, and all that
-    it measured says so (:func:`_objections`); unless people prefer the tuned answers, for whom it only stands in.
+    People are against it if the whole interval of the win rate lies below one half and the sign test is significant;
+    the test guards against a handful of verdicts. A judge is against it if it passed its controls, is not of the base's
+    family, and all its measurements agree (:func:`_objections`). People who prefer the tuned answers overrule it.
     """
     contrast = evidence.contrasts[0]
     preferred, people_said = _people(evidence.review, contrast)
@@ -38,22 +38,22 @@ def opinions(evidence: Evidence) -> Preferences:
 def _people(
     review: AnswerReview | None, contrast: Contrast
 ) -> tuple[Literal["treatment", "control"] | None, list[str]]:
-    """Return which of the two arms people prefer, if that can be told."""
+    """Return the arm that people prefer, if any."""
     if review is None:
         return None, []
     said = people_line(review)
     if (review.treatment, review.control) != (contrast.treatment, contrast.control):
-        return None, [f"{said} These are not the two arms that decide, so it changes nothing."]
+        return None, [f"{said} These are not the deciding arms, so the verdict ignores it."]
     if review.decision == "treatment":
         return "treatment", [said]
     if review.decision != "control":
         return None, [said]
     p_value = p_text(review.p_value)
     if review.p_value < ALPHA:
-        told = f"So people prefer {review.control}, blind ({p_value}, {review.test}): whatever the metric counts"
-        return "control", [said, f"{told}, the tuned answers are not what is wanted."]
-    told = f"the whole interval lies below 50%, but the test does not confirm it ({p_value})"
-    return None, [said, f"Caution: people may prefer {review.control}: {told}. Ask about more pairs."]
+        text = f"So people prefer {review.control}, blind ({p_value}, {review.test}): whatever the metric says"
+        return "control", [said, f"{text}, the tuned answers are the worse ones."]
+    text = f"the whole interval lies below 50%, but the test does not confirm it ({p_value})"
+    return None, [said, f"Caution: people may prefer {review.control}: {text}. Review more pairs."]
 
 
 def _judge(judge: Judgement | None, contrast: Contrast, *, overruled: bool) -> tuple[bool, list[str]]:
@@ -63,23 +63,23 @@ def _judge(judge: Judgement | None, contrast: Contrast, *, overruled: bool) -> t
     objections = _objections(judge, contrast)
     if not objections:
         return False, [said]
-    told = f"the judge finds {contrast.control} better, {' and '.join(objections)}"
+    text = f"the judge finds {contrast.control} better, {' and '.join(objections)}"
     if judge.same_family:
-        kin = f"it is of the base's family ({judge.same_family}) and may like its own kind: it stops nothing"
-        return False, [said, f"Caution: {told}; but {kin}. Take a judge of another family, or ask people."]
+        kin = f"it belongs to the base's family ({judge.same_family}) and may favour it, so the verdict ignores it"
+        return False, [said, f"Caution: {text}; but {kin}. Use a judge of another family, or ask people."]
     if overruled:
         return False, [
             said,
-            f"Caution: {told}; but people prefer {contrast.treatment}, and it only stands in for them.",
+            f"Caution: {text}; but people prefer {contrast.treatment}, who overrule the judge.",
         ]
-    return True, [said, f"But {told}. `tunewright review` asks people, who outrank it."]
+    return True, [said, f"But {text}. `tunewright review` asks people, who overrule it."]
 
 
 def _objections(judge: Judgement, contrast: Contrast) -> list[str]:
-    """In what the judge finds the treatment significantly worse; a vetoed one has no findings.
+    """Return the respects in which the judge finds the treatment significantly worse.
 
-    A preference counts where it stands in every form that was measured: as the answers are, without markdown, and at
-    equal length. Else it may be one of style.
+    A preference counts only if it holds in every form that was measured: raw, without Markdown, and at equal length.
+    Otherwise it may be about style. A vetoed judge has no findings.
     """
     found = []
     correct = judge.contrast
@@ -101,26 +101,26 @@ def _preference(judge: Judgement, contrast: Contrast) -> Preference | None:
 
 
 def judge_line(judge: Judgement) -> str:
-    """Return what the judge found, against the arm that decides; of a vetoed one that it is not heard, and why."""
+    """Return the judge's result about the deciding arms, or the reason of its veto."""
     if judge.vetoed:
         failed = ", ".join(f"{c.name} ({c.passed} of {c.items})" for c in judge.controls if not c.held)
-        return f"Judge {judge.model}: vetoed, so nothing it said counts. Controls that it failed: {failed}."
+        return f"Judge {judge.model}: vetoed, so its judgements do not count. Failed controls: {failed}."
     if not judge.preferences:
-        return f"Judge {judge.model}: passed its controls, and compared no answers."
+        return f"Judge {judge.model}: passed its controls but compared no answers."
     found, correct = judge.preferences[0], judge.contrast
     rate = percents(found.rate.value, found.rate.interval)
     flips = "" if found.flip_rate is None else f"; {found.flip_rate:.0%} of its verdicts changed with the order"
-    told = f"Judge {judge.model}: {found.treatment} wins {rate} against {found.opponent}, ties half{flips}."
+    text = f"Judge {judge.model}: {found.treatment} wins {rate} against {found.opponent}, ties half{flips}."
     if correct is None:
-        return told
+        return text
     interval = f"{points_text(correct.interval.low)} to {points_text(correct.interval.high)}"
-    return f"{told} Correct by the reference: {points_text(correct.difference)} points ({interval})."
+    return f"{text} Correct by the reference: {points_text(correct.difference)} points ({interval})."
 
 
 def people_line(review: AnswerReview) -> str:
-    """Return what people preferred, and how far that goes for all test items."""
+    """Return the people's preferences, and the estimate for all test items."""
     wins, losses = review.preferred
-    told = (
+    text = (
         f"People, blind: {review.answered} of {review.asked} pairs judged, {review.treatment} preferred on {wins}, "
         f"{review.control} on {losses}."
     )
@@ -128,8 +128,8 @@ def people_line(review: AnswerReview) -> str:
         score = review.powered.win_rate if review.powered else review.win_rate
         helped = ", with the judge's help" if review.powered else ""
         rate = percents(score.value, score.interval)
-        return f"{told} On all items{helped}: {rate} for {review.treatment}."
-    return f"{told} No win rate for all items yet: {review.lacking}."
+        return f"{text} On all items{helped}: {rate} for {review.treatment}."
+    return f"{text} No win rate for all items yet: {review.lacking}."
 
 
 def percents(value: float, interval: Interval) -> str:

@@ -24,7 +24,7 @@ class Standing:
 
 
 def standing(general: Benchmarks) -> Standing:
-    """Worse if any suite that may decide is; not worse if all of them are; else it can't be told.
+    """Return *worse* if any deciding benchmark is worse, *not worse* if none can be, else *can't tell*.
 
     All have to be shown not worse, so their errors do not add up: no level has to be shared among them (an
     intersection-union test, Berger 1982). Without a margin there is no question, so the answer is not "can't tell".
@@ -32,7 +32,7 @@ def standing(general: Benchmarks) -> Standing:
     deciding = [suite for suite in general.suites if suite.gates]
     asked = [suite for suite in general.suites if suite.margin is not None]
     reasons = tuple(suite_text(suite) for suite in general.suites) + tuple(
-        f"Not measured: {told}" for told in general.not_measured
+        f"Not measured: {reason}" for reason in general.not_measured
     )
     return Standing(_together(asked, deciding), bool(deciding), reasons)
 
@@ -67,19 +67,17 @@ def _measured(suite: Suite) -> str:
 
 def _follows(suite: Suite) -> str:
     if suite.margin is None:
-        return "No margin is set, so it decides nothing."
+        return "It has no margin, so it decides nothing."
     margin = _amount(suite, suite.margin)
     if suite.failed:
         failed = suite.failed[0]
-        return (
-            f"It decides nothing: {failed.name} came to {_score(suite, failed.score)}, and has to be {failed.wanted}."
-        )
+        return f"It decides nothing: {failed.name} scored {_score(suite, failed.score)}, but must be {failed.wanted}."
     if suite.result == "worse":
         return f"The whole interval lies above the margin of {margin}: the adapter is worse here than the base."
     if suite.result == "not worse":
         return f"That is below the margin of {margin}: not worse."
-    needed = f" About {suite.items_needed:,} items would tell." if suite.items_needed else ""
-    return f"Against a margin of {margin} this many items cannot tell.{needed}"
+    needed = f" About {suite.items_needed:,} items would settle it." if suite.items_needed else ""
+    return f"Against a margin of {margin} this many items can't tell.{needed}"
 
 
 def _amount(suite: Suite, drop: float) -> str:

@@ -1,4 +1,4 @@
-"""What a dataset's held-out splits can show, and how many more rows they need, before anything is trained."""
+"""The differences that a dataset's held-out splits can show, before anything is trained."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tunewright.evidence.power import ASSUMED, FEWEST_CLUSTERS, POWER, minimum_d
 
 USUAL = ASSUMED[1]
 TOO_BLUNT = 0.3
-"""A test split that shows no difference below this gets a warning: fine-tuning seldom gains more over a good prompt."""
+"""A test split that cannot show less than this gets a warning: few fine-tunes gain more over a good prompt."""
 _SHOWN = 5
 AIM = 0.2
-"""The difference for which the warning says how many rows are needed."""
+"""The difference that the suggested number of rows would show."""
 
 
 @dataclass(frozen=True)
 class SplitPower:
-    """What a test split can show.
+    """Differences that a test split can show.
 
     Attributes:
         clusters: independent clusters in each split.
-        effect: smallest true difference that is found with 80% power, if 20% of the items change; 1.0: none is.
+        effect: smallest true difference found with 80% power if 20% of the items change; 1.0: none.
         significant: whether any difference can be significant.
-        rows_to_significant: about how many more rows, unlike each other and all others, would make one significant.
-        rows_to_aim: about how many more would show a difference of 20 points.
+        rows_to_significant: about how many more distinct rows would make any difference significant.
+        rows_to_aim: about how many more distinct rows would show a difference of 20 points.
     """
 
     clusters: dict[Split, int]
@@ -38,18 +38,18 @@ class SplitPower:
     rows_to_aim: int
 
 
-def foresee(rows: Mapping[Split, int], clusters: Mapping[Split, int], share: float) -> SplitPower:
-    """Tell from the splits what a comparison on the test split can show.
+def split_power(rows: Mapping[Split, int], clusters: Mapping[Split, int], share: float) -> SplitPower:
+    """Return the power of the test split.
 
     Args:
-        rows: how many rows each split has, mix-in apart.
-        clusters: in how many clusters.
-        share: the share of rows that the test split is to have (``data.test``).
+        rows: rows of each split, without mix-in.
+        clusters: clusters of each split.
+        share: the test split's share of the rows (``data.test``).
     """
     tests = clusters.get("test", 0)
 
     def more(needed: int) -> int:
-        """Rows that are clusters of their own fill the test split up to its share of all rows."""
+        """Return rows to add, each its own cluster, so that the test split's share has ``needed`` clusters."""
         missing = needed - tests
         if missing <= 0:
             return 0
@@ -75,67 +75,67 @@ def _clusters_for(effect: float) -> int:
     return enough
 
 
-def foresight_text(told: SplitPower) -> str:
-    """Return one line for a split that shows enough, and the warning for one that does not."""
-    tests = _count(told.clusters["test"], "test cluster")
-    aim = f"about {_count(told.rows_to_aim, 'more unlike row')} would show {100 * AIM:.0f} points."
-    if not told.significant:
+def split_power_text(power: SplitPower) -> str:
+    """Return a line about the test split's power."""
+    tests = _count(power.clusters["test"], "test cluster")
+    aim = f"about {_count(power.rows_to_aim, 'more distinct row')} would show {100 * AIM:.0f} points."
+    if not power.significant:
         return (
-            f"{tests}: no difference can be significant, because that takes {FEWEST_CLUSTERS} or more. About "
-            f"{_count(told.rows_to_significant, 'more unlike row')} are needed for any verdict, and {aim}"
+            f"{tests}: no difference can be significant with fewer than {FEWEST_CLUSTERS}. About "
+            f"{_count(power.rows_to_significant, 'more distinct row')} are needed for any verdict, and {aim}"
         )
     shown = (
-        f"{tests}: a comparison finds a true difference of {100 * told.effect:.0f} points or more ({POWER:.0%} power"
+        f"{tests}: a comparison finds a true difference of {100 * power.effect:.0f} points or more ({POWER:.0%} power"
     )
-    if told.effect > TOO_BLUNT:
+    if power.effect > TOO_BLUNT:
         return f'{shown}). Smaller gains stay "can\'t tell"; {aim}'
     return f"{shown}, if {USUAL:.0%} of the items change)."
 
 
-def tell_foresight(told: SplitPower, reporter: Reporter) -> None:
-    """Say the clusters of each split and what they show; warn where that is little."""
-    counts = ", ".join(f"{count:,} {split}" for split, count in told.clusters.items())
+def report_split_power(power: SplitPower, reporter: Reporter) -> None:
+    """Report the clusters of each split and their power, as a warning if that is low."""
+    counts = ", ".join(f"{count:,} {split}" for split, count in power.clusters.items())
     reporter.say(f"Independent clusters: {counts}.")
-    (reporter.warn if told.effect > TOO_BLUNT else reporter.say)(foresight_text(told))
+    (reporter.warn if power.effect > TOO_BLUNT else reporter.say)(split_power_text(power))
 
 
 def warn_of_few_dev_clusters(sizes: Sequence[int], reporter: Reporter) -> None:
-    """Warn of a dev split that says no more than a handful of independent clusters.
+    """Warn of a dev split with too few effective clusters.
 
-    Clusters with shares p of the rows say as much as 1 / sum(p²) clusters of equal size: Kish's effective sample size.
-    Below `FEWEST_CLUSTERS` not even a difference on which all clusters agree can be significant.
+    Clusters with shares p of the rows are worth 1 / sum(p²) clusters of equal size (Kish's effective sample size).
+    Below `FEWEST_CLUSTERS` no difference can be significant, even if all clusters agree on it.
 
     Args:
         sizes: rows of each dev cluster, the largest first.
-        reporter: hears the warning.
+        reporter: receives the warning.
     """
     effective = sum(sizes) ** 2 / sum(size**2 for size in sizes) if sizes else 0.0
     if effective >= FEWEST_CLUSTERS:
         return
     held = f"{', '.join(f'{size:,}' for size in sizes[:_SHOWN])}{', …' if len(sizes) > _SHOWN else ''}"
     reporter.warn(
-        f"{_count(len(sizes), 'dev cluster')} of {held} rows: dev says as much as "
-        f"{_count(round(effective, 1), 'cluster')} of equal size, and {FEWEST_CLUSTERS} are the fewest that can show a "
-        "difference. Dev chooses the prompt and the epoch, so both choices may suit these few clusters only. Add "
-        "unlike rows, or start a new dataset with a larger data.dev or another seed."
+        f"{_count(len(sizes), 'dev cluster')} of {held} rows: dev is worth "
+        f"{_count(round(effective, 1), 'cluster')} of equal size, and it takes at least {FEWEST_CLUSTERS} to show a "
+        "difference. Dev chooses the prompt and the epoch, so both choices may only suit these few clusters. Add "
+        "distinct rows, or start a new dataset with a larger data.dev or another seed."
     )
 
 
-def require_significance(told: SplitPower, *, force: bool, reporter: Reporter) -> None:
-    """Refuse a pipeline whose verdict is "can't tell" whatever is measured; with ``force``, warn instead.
+def require_significance(power: SplitPower, *, force: bool, reporter: Reporter) -> None:
+    """Refuse a pipeline whose verdict can only be "can't tell"; with ``force``, warn instead.
 
     Raises:
         UserError: too few test clusters, and not forced.
     """
-    if told.significant:
+    if power.significant:
         return
     if force:
-        reporter.warn(f'{foresight_text(told)} Continuing because of --force: the verdict will be "can\'t tell".')
+        reporter.warn(f'{split_power_text(power)} Continuing because of --force: the verdict will be "can\'t tell".')
         return
     raise UserError(
-        foresight_text(told),
+        split_power_text(power),
         where="test split",
-        fix="Add unlike rows. With the rows that you have, `tunewright crossfit` measures on all of them, and "
+        fix="Add distinct rows. With the present rows, `tunewright crossfit` measures on all of them, and "
         "`tunewright advise` compares prompts. --force runs the pipeline anyway.",
     )
 

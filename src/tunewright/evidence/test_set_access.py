@@ -1,4 +1,4 @@
-"""Openings of a test split: what was declared before it, and what the ledger says of it."""
+"""Accesses to a test split: the contrasts declared beforehand, and earlier accesses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Design = Literal["held-out", "cross-fitted"]
 
 
 class Declared(Part):
-    """A contrast that is going to be measured, fixed before the test split is opened for it."""
+    """A contrast declared before the test split is accessed to measure it."""
 
     treatment: str
     control: str
@@ -24,13 +24,13 @@ class Declared(Part):
 
 
 class TestSetAccess(Part):
-    """A line of ``ledger.jsonl``: an evaluation that is about to have the test split answered."""
+    """A line of ``ledger.jsonl``: an evaluation that is about to answer the test split."""
 
     schema_version: Literal[1] = 1
     number: Annotated[int, Field(description="The line, from 1.")]
     time: Annotated[str, Field(description="UTC, ISO 8601.")]
     author: Annotated[str | None, Field(description="git's user.name, else the login name.")]
-    evaluation: Annotated[str, Field(description="The evaluation's ID; a stopped one that goes on has the same.")]
+    evaluation: Annotated[str, Field(description="The evaluation's ID; a resumed evaluation keeps it.")]
     design: Annotated[Design, Field(description="cross-fitted: all rows are opened, the test split's among them.")]
     dataset: Annotated[str, Field(description="Digest of the dataset version.")]
     test_split: Annotated[str, Field(description="Digest of the test split's pair keys.")]
@@ -44,12 +44,12 @@ class TestSetAccess(Part):
 
     @property
     def true_digest(self) -> str:
-        """What ``digest`` has to be."""
+        """The digest that ``digest`` must equal."""
         return digest(self.model_dump(mode="json", exclude={"digest"}))
 
 
 class EarlierAccess(Part):
-    """An earlier opening of items that an evaluation has too."""
+    """An earlier access to items of this evaluation."""
 
     number: Annotated[int, Field(description="Its line in the ledger.")]
     time: str
@@ -62,7 +62,7 @@ class EarlierAccess(Part):
 
 
 def openings_text(earlier: Sequence[EarlierAccess], items: int) -> str:
-    """Return how often these items had been opened before, and by whom the last time."""
+    """Return a sentence about earlier accesses to these items."""
     last = earlier[-1]
     times = "once" if len(earlier) == 1 else f"{len(earlier)} times"
     most = max((each.shared_items or 0 for each in earlier), default=0)
@@ -70,10 +70,10 @@ def openings_text(earlier: Sequence[EarlierAccess], items: int) -> str:
     by = f" by {last.author}" if last.author else ""
     how = "with an adapter for each fold" if last.adapter is None else f"with {last.adapter}"
     unknown = [str(each.number) for each in earlier if each.shared_items is None]
-    told = (
-        f"{which} had been opened {times} before this (the last time on {last.time[:10]}{by}, {how}): what has been "
-        "chosen after such a look may owe its score to it, and only new rows are untouched."
+    text = (
+        f"{which} had been opened {times} before this (last on {last.time[:10]}{by}, {how}). Choices made after such a "
+        "look may owe their score to it; only new rows are untouched."
     )
     if unknown:
-        told += f" What the ledger's line {', '.join(unknown)} opened is not known: its dataset version is not here."
-    return told
+        text += f" The items of line {', '.join(unknown)} are unknown: its dataset version is missing."
+    return text

@@ -21,36 +21,36 @@ Decision = Literal["ship", "don't ship", "can't tell"]
 SIGNIFICANT = ALPHA
 
 _EXIT_CODES: dict[Decision, int] = {"ship": 0, "don't ship": 3, "can't tell": 4}
-TOLD_SHARE = 0.05
-"""Of answers: above this, a low score may be the token limit's or the format's doing."""
+CAUTION_SHARE = 0.05
+"""Share of answers above which the token limit or the format may cause a low score."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """A cause of a *don't ship* or *can't tell* that can be mended, and how."""
+    """A cause of a *don't ship* or *can't tell*, and its remedy."""
 
     what: str
     """The cause, in a few words."""
     evidence: str
-    """What was measured that shows it."""
+    """The measurement that shows it."""
     next_command: str
-    """What to change, if anything, and the command to run then."""
+    """The change to make, if any, and the next command."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do, and why in plain sentences; the first reason is the measurement itself."""
+    """A decision with its reasons; the first reason is the measurement itself."""
 
     decision: Decision
     reasons: tuple[str, ...]
     split: Literal["test", "dev"] = "test"
-    """Whose items it rests on. On dev it is no licence to ship: nothing is released on it."""
+    """The split of the items. Nothing is released on a verdict about dev."""
     causes: tuple[Reason, ...] = ()
-    """Why not to ship or why it can't be told, where that can be known; see `tunewright.evidence.causes`."""
+    """Known causes of a *don't ship* or *can't tell*; see `tunewright.evidence.causes`."""
 
     @property
     def exit_code(self) -> int:
-        """0 to ship, 3 not to (a measured no), 4 where it can't be told."""
+        """0: ship, 3: don't ship, 4: can't tell."""
         return _EXIT_CODES[self.decision]
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,21 +62,21 @@ class Verdict:
 def verdict(evidence: Evidence) -> Verdict:
     """Decide by the first contrast: the tuned arm against the best prompting arm.
 
-    Ship when the whole 95% interval lies above the margin and the test is significant too (resampling a handful of
-    items proves nothing), with its p-value adjusted for all declared contrasts. Don't ship when the whole interval
-    lies at or below the margin, or when tuned is significantly worse. Otherwise, and always with fewer clusters than
-    can be significant, it can't be told.
+    Ship if the whole 95% interval lies above the margin and the test is significant, with its p-value adjusted for all
+    declared contrasts; the test guards against intervals from a handful of items. Don't ship if the whole interval lies
+    at or below the margin, or if tuned is significantly worse. Otherwise, and always with too few clusters for any
+    significance: can't tell.
 
-    Whatever the gain, don't ship what is worse at a suite of general ability that may decide; and where such a suite
-    cannot tell, neither can the verdict, unless it is a "don't ship" already. Nor is shipped what people prefer less,
-    blind; and where a judge that passed its controls does, and nobody else was asked, it can't be told.
+    Three more checks can only make the decision stricter. Don't ship an adapter that is worse at a deciding benchmark;
+    if that benchmark can't tell, neither can a *ship*. Don't ship answers that people prefer less in a blind review.
+    Can't tell if only a judge that passed its controls prefers the other arm.
     """
     contrast = evidence.contrasts[0]
     decision, why = _decide(evidence, contrast)
-    decision, general = _with_general(evidence, decision)
-    decision, said = _with_opinions(evidence, decision)
+    decision, general = _with_benchmarks(evidence, decision)
+    decision, said = _with_preferences(evidence, decision)
     reasons = (
-        _arm_runner(evidence, contrast),
+        _measurement(evidence, contrast),
         *why,
         *_left_out(contrast),
         *general,
@@ -87,22 +87,22 @@ def verdict(evidence: Evidence) -> Verdict:
     return Verdict(decision, reasons, evidence.split)
 
 
-def _with_general(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
-    """Return what is left of a decision by the gain, after what the base could do before was looked at; and why."""
+def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
+    """Return the decision after the benchmarks, and the reasons."""
     if evidence.general is None:
         return decision, []
     found = standing(evidence.general)
     if found.result == "worse":
-        head = "The adapter is worse at what the base could do before, by more than the margin: whatever it gains."
+        head = "The adapter loses more than the margin in general ability, which no gain outweighs."
         return "don't ship", [head, *found.reasons]
     if found.result == "can't tell" and found.decides and decision == "ship":
-        head = "The gain would do, but whether the adapter has lost what the base could do before cannot be told."
+        head = "The gain is large enough, but the benchmarks cannot show if the adapter lost general ability."
         return "can't tell", [head, *found.reasons]
     return decision, list(found.reasons)
 
 
-def _with_opinions(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
-    """Return what is left of a decision after people and a judge were heard, who can only make it stricter; and why."""
+def _with_preferences(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
+    """Return the decision after people's and a judge's preferences, and the reasons."""
     found = opinions(evidence)
     if found.against == "people":
         decision = "don't ship"
@@ -123,56 +123,54 @@ def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]
     if contrast.difference < 0 and p_value < SIGNIFICANT:
         return "don't ship", [f"Tuned is significantly worse than {contrast.control}."]
     if contrast.interval.high <= evidence.margin:
-        return "don't ship", [f"The whole interval lies at or below the margin of {margin}: no gain worth shipping."]
+        return "don't ship", [f"The whole interval lies at or below the margin of {margin}: too small a gain to ship."]
     if contrast.interval.low <= evidence.margin:
         return "can't tell", [
-            f"The interval holds values on both sides of the margin of {margin}.",
+            f"The interval includes values on both sides of the margin of {margin}.",
             _power(evidence, contrast),
             _what_would_settle_it(evidence, contrast),
         ]
     if p_value >= SIGNIFICANT:
         return "can't tell", [
-            f"The interval lies above the margin of {margin}, but the test, which guards small samples, does not "
+            f"The interval lies above the margin of {margin}, but the significance test does not "
             f"confirm it. {_more_items(evidence)}",
         ]
-    return "ship", [f"The whole interval lies above the margin of {margin}, and the test agrees."]
+    return "ship", [f"The whole interval lies above the margin of {margin}, and the test is significant."]
 
 
 def fewest_clusters(contrasts: int) -> int:
-    """Fewer independent clusters than this cannot be significant, with p adjusted for so many contrasts."""
+    """Return the fewest independent clusters that can be significant, with p adjusted for this many contrasts."""
     return math.floor(math.log2(2 * contrasts / SIGNIFICANT)) + 1
 
 
 def _left_out(contrast: Contrast) -> list[str]:
-    """Return the items that the contrast is not of."""
+    """Return a sentence about items that are not in the contrast."""
     if not contrast.left_out:
         return []
     why = "; ".join(f"{reason} ({count:,})" for reason, count in contrast.left_out.items())
-    return [
-        f"Left out, as they cannot be scored in both arms: {_count(sum(contrast.left_out.values()), 'item')}: {why}."
-    ]
+    return [f"Left out, not scored in both arms: {_count(sum(contrast.left_out.values()), 'item')}: {why}."]
 
 
 def _more_items(evidence: Evidence) -> str:
     if evidence.design == "cross-fitted":
-        return "Add more unlike pairs."
-    return f"Put more unlike items into the {evidence.split} split."
+        return "Add more distinct pairs."
+    return f"Add more distinct items to the {evidence.split} split."
 
 
 def _scope(evidence: Evidence) -> list[str]:
-    """Return what a cross-fitted verdict speaks of, and what it costs; a held-out one speaks of its adapter."""
+    """Return the scope of a cross-validated verdict; a held-out verdict is about its adapter."""
     if evidence.design == "held-out":
         return []
     return [
-        f"This speaks of the config on about {evidence.train_items:,} training pairs, the mean of "
-        f"{len(evidence.folds)} adapters that each saw a part of the rows, and not of one adapter: `tunewright train` "
-        "makes the one to ship.",
-        "The rows of the dev and test splits are among these items: for whatever you change after reading this, the "
-        "test split is no longer untouched evidence. Only new rows are.",
+        f"This verdict is about the config on about {evidence.train_items:,} training pairs: the mean of "
+        f"{len(evidence.folds)} adapters, each trained on a part of the rows. `tunewright train` trains the adapter to "
+        "ship.",
+        "These items include the rows of the dev and test splits. If you change anything after reading this, the test "
+        "split is no longer untouched: only new rows are.",
     ]
 
 
-def _arm_runner(evidence: Evidence, contrast: Contrast) -> str:
+def _measurement(evidence: Evidence, contrast: Contrast) -> str:
     treatment, control = evidence.arm(contrast.treatment), evidence.arm(contrast.control)
     interval = contrast.interval
     better, worse = changed_words(evidence, contrast.metric)
@@ -188,7 +186,7 @@ def _arm_runner(evidence: Evidence, contrast: Contrast) -> str:
 
 
 def changed_words(evidence: Evidence, metric: MetricName) -> tuple[str, str]:
-    """Return what items are called that the treatment changed for the better and for the worse."""
+    """Return the words for items that the treatment improved and worsened."""
     return ("fixed", "broken") if evidence.metrics[metric].kind == "right or wrong" else ("better", "worse")
 
 
@@ -211,11 +209,11 @@ def _power(evidence: Evidence, contrast: Contrast) -> str:
 
 
 def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:
-    """Return how many test items would bring the interval off the margin, if the difference stays what it is."""
+    """Return how many test items would settle the verdict, if the difference stays the same."""
     unit = f"{evidence.items_text}s" if evidence.design == "held-out" else "pairs"
     needed = items_to_settle(contrast.difference, contrast.interval, evidence.margin, contrast.scored)
     if needed is None:
-        return f"The difference is so close to the margin that even 20 times as many {unit} would hardly settle it."
+        return f"The difference is so close to the margin that even 20 times as many {unit} may not settle it."
     side = "above" if contrast.difference > evidence.margin else "below"
     return (
         f"About {needed:,} {unit} in all ({needed - contrast.scored:,} more) would settle it, "
@@ -227,11 +225,11 @@ def _cautions(evidence: Evidence, contrast: Contrast) -> list[str]:
     arms = [evidence.arm(contrast.treatment), evidence.arm(contrast.control)]
     outside = [(arm, arm.score(evidence.metric).outside) for arm in arms]
     opened = [f"Caution: {openings_text(evidence.openings, evidence.items)}"] if evidence.openings else []
-    truncated = [f"Caution: {_cut(evidence, arm)}" for arm in arms if arm.truncated > TOLD_SHARE * arm.items]
+    truncated = [f"Caution: {_cut(evidence, arm)}" for arm in arms if arm.truncated > CAUTION_SHARE * arm.items]
     none_of_the_choices = [
-        f"Caution: {count} of {arm.items} answers of {arm.name} are none of the declared choices, and count as wrong."
+        f"Caution: {count} of {arm.items} answers of {arm.name} are not a declared choice and count as wrong."
         for arm, count in outside
-        if count > TOLD_SHARE * arm.items
+        if count > CAUTION_SHARE * arm.items
     ]
     return [
         *_on_dev(evidence),
@@ -245,62 +243,60 @@ def _cautions(evidence: Evidence, contrast: Contrast) -> list[str]:
 
 
 def _cut(evidence: Evidence, arm: Arm) -> str:
-    """Answers at the token limit; a longer limit helps only where right answers are longer than it."""
-    told = f"{arm.truncated} of {arm.items} answers of {arm.name} ran into the token limit"
+    """Describe answers cut at the token limit. A higher limit helps only if references are longer than it."""
+    text = f"{arm.truncated} of {arm.items} answers of {arm.name} reached the token limit"
     if evidence.form is not None and not evidence.form.longer:
-        return f"{told}, though every right answer is shorter than it: they do not end where they should."
-    return f"{told}; raise evaluate.max_new_tokens to see whether that is why they score low."
+        return f"{text}, although every reference is shorter: these answers do not end where they should."
+    return f"{text}; raise evaluate.max_new_tokens to see if that is why they score low."
 
 
 def _on_dev(evidence: Evidence) -> list[str]:
     if evidence.split == "test":
         return []
     return [
-        "Caution: these are dev items, which chose the adapter's step and the best prompt: both look better here than "
-        "they are. This is no licence to ship, and `tunewright deploy` does not take it: `tunewright evaluate` "
-        "measures on the test split."
+        "Caution: these are dev items, which chose the adapter's step and the best prompt, so both look better "
+        "than on new rows. `tunewright deploy` does not accept this verdict: `tunewright evaluate` measures on the "
+        "test split."
     ]
 
 
 def _trimmed(evidence: Evidence) -> list[str]:
-    """That a budget made the prompting arms weaker."""
+    """Return a caution if a time budget left out prompting arms."""
     caution = evidence.budget.caution if evidence.budget else None
     return [f"Caution: {caution}"] if caution else []
 
 
 def _known_templates(evidence: Evidence) -> list[str]:
-    """Say how much of the score comes from outputs whose template was trained on."""
+    """Return a caution if many outputs have a template that training rows have."""
     found = evidence.output_templates
     seen = found.seen.items if found is not None and found.seen is not None else 0
     if found is None or seen < HIGH * evidence.items:
         return []
     if found.new is None:
         return [
-            f"Caution: every {evidence.split} item has an output template seen in training, so the score does not "
-            "show what happens with a new one. data.split_by: output_template, in a new dataset, keeps templates apart."
+            f"Caution: every {evidence.split} item has an output template seen in training, so the score says "
+            "nothing about new templates. data.split_by: output_template, in a new dataset, keeps templates apart."
         ]
     scores = [
         f"{name} {score_text(evidence.metric, score.value)}"
         for name in (found.treatment, found.control)
         if (score := found.new.scores.get(name)) is not None
     ]
-    told = " and ".join(scores) if scores else "nothing is scored"
+    text = " and ".join(scores) if scores else "nothing is scored"
     return [
         f"Caution: {seen / evidence.items:.0%} of the {evidence.split} items have an output template seen in "
-        f"training; on the {_count(found.new.items, 'item')} with a new template: {told}."
+        f"training; on the {_count(found.new.items, 'item')} with a new template: {text}."
     ]
 
 
 def _unknown_training(evidence: Evidence) -> list[str]:
-    """Whether somebody else trained the adapter, so that the test rows may have been among what it was trained on."""
+    """Return a caution if the adapter was imported, since its training data may include test items."""
     adapter = evidence.lineage.get("adapter", {})
     imported = adapter.get("imported")
     if imported is None or imported["signed"]:
         return []
-    told = "only claimed" if "dataset" in adapter["lineage"] else "not known"
-    return [
-        f"Caution: the adapter was imported, and what it was trained on is {told}: these test items may be among it."
-    ]
+    text = "only claimed" if "dataset" in adapter["lineage"] else "unknown"
+    return [f"Caution: the adapter was imported and its training data is {text}: it may include these test items."]
 
 
 def _scored(evidence: Evidence, arm: Arm) -> str:

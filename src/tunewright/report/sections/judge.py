@@ -17,7 +17,7 @@ def section(evidence: Evidence) -> Section | None:
         return None
     title = "What a judge says"
     if judge.vetoed:
-        told = f"Judge {judge.model}: vetoed, so nothing it said counts."
+        told = f"Judge {judge.model}: vetoed, so its judgements do not count."
         return Section("judge", title, (Lead(told), _controls(judge.controls), Notes(judge.vetoed)))
     blocks: list[Block] = [Lead(judge_line(judge)), _controls(judge.controls)]
     if judge.preferences:
