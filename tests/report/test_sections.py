@@ -371,7 +371,7 @@ def test_the_report_command_needs_nothing_but_the_evaluation(tmp_path: Path, tin
     write_text(folder / "items.jsonl", "".join(item.model_dump_json(exclude_none=True) + "\n" for item in ITEMS))
     ran = tunewright("report", "-p", tmp_path)
     assert ran.code == 0, ran.stderr
-    assert "no longer here" in ran.stderr
+    assert "The evaluated adapter was removed" in ran.stderr
     read = _Tables((folder / "report.html").read_text())
     assert "`tunewright advise` measures it" in read.sections["cost"]
     assert {"nearness", "general", "people", "judge", "ledger"} <= set(read.sections)
