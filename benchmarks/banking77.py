@@ -101,14 +101,14 @@ def config(intents: Sequence[str], seed: int) -> str:
     return write_config(
         {
             "name": "banking77",
-            "base": "bundled:smollm2-135m-instruct",
+            "base_model": "bundled:smollm2-135m-instruct",
             "seed": seed,
             "data": {
                 "input": "text",
                 "output": "category",
-                "system": INSTRUCTION,
-                "dev": 0.08,
-                "test": 0.16,
+                "system_prompt": INSTRUCTION,
+                "val_size": 0.08,
+                "test_size": 0.16,
                 "contaminated": "drop",
                 "duplicates": "drop",  # as the recorded run had it
             },
@@ -116,13 +116,13 @@ def config(intents: Sequence[str], seed: int) -> str:
             "train": {"preset": "all-linear", "learning_rate": 1e-3, "epochs": 2},
             "evaluate": {
                 "metric": choices,
-                "constrain": choices,
+                "structured_outputs": choices,
                 "instructions": [listed],
                 # Two sizes of the default's five: retrieved ones are most of what there is to compute.
-                "shots": [4, 16],
+                "num_fewshot": [4, 16],
             },
             # What the base forgets is measured on the demo (docs/forgetting.md); half of the time goes into it.
-            "general": {"samples": 0},
+            "regressions": {"samples": 0},
         }
     )
 

@@ -2,9 +2,9 @@
 
     python benchmarks/compile_speed.py [--steps 12]
 
-Trains on the demo's rows, compiled from the first step (train.compile: on) and not at all, each in a process of its
-own. Prints seconds a step (the median after the fourth), what compiling cost, the gain, and after how many minutes of
-training it pays; training/compiling.py has its figures from here. Prints one line for people and one of JSON.
+Trains on the demo's rows, compiled from the first step (train.torch_compile: on) and not at all, each in a process of
+its own. Prints seconds a step (the median after the fourth), what compiling cost, the gain, and after how many minutes
+of training it pays; training/compiling.py has its figures from here. Prints one line for people and one of JSON.
 """
 
 from __future__ import annotations

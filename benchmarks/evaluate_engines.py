@@ -67,7 +67,7 @@ def main() -> None:
             LogReporter(),
             stop=stop_strings(config, project.chat),
             engine=engine,
-            rank=config.train.rank,
+            rank=config.train.lora_r,
         )
         for engine in engines
     }

@@ -20,7 +20,7 @@ from tunewright.config import PRESETS
 from tunewright.models.memory.estimate import Load, Way, need
 from tunewright.models.memory.shape import read_shape
 
-TARGETS: tuple[str, ...] = PRESETS["all-linear"]["targets"]
+TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 RANK = 16
 # Rows, shared tokens, own tokens, trained tokens of each row.
 CASES: list[tuple[str, str, bool, tuple[int, int, int, int]]] = [
@@ -83,7 +83,9 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
 
     dtype, quantize, checkpointing, numbers = case
     load = Load(*numbers)
-    settings = TrainConfig.model_validate({"preset": "all-linear", "dtype": dtype, "quantize": quantize, "rank": RANK})
+    settings = TrainConfig.model_validate(
+        {"preset": "all-linear", "dtype": dtype, "quantization": quantize, "lora_r": RANK}
+    )
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
     shape = read_shape(base.folder / "config.json")
     torch.manual_seed(0)
@@ -116,7 +118,7 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
         tiny_batch = pack([[1, 2, 3]], [[-100, 2, 3]], share=True)
         train(LlamaForCausalLM(tiny).to(getattr(torch, dtype)), tiny_batch)
         before = _status("VmRSS")
-        train(load_model(base, dtype, settings.quantize), batch)
+        train(load_model(base, dtype, settings.quantization), batch)
     way = Way(TARGETS, RANK, settings.dtype, nf4=quantize == "nf4", checkpointing=checkpointing)
     told = need(shape, way, load)
     return {

@@ -87,13 +87,13 @@ def main() -> None:
         "machine": {
             "platform": platform.platform(),
             "cpu": cpu(),
-            "packages": packages(domain.folder.config.train.quantize),
+            "packages": packages(domain.folder.config.train.quantization),
         },
         "task": {
             "dataset": arm_runner.version.digest,
             "train": len(arm_runner.version.domain_of("train")),
             "dev": len(arm_runner.version.examples("dev")),
-            "base": domain.folder.config.base,
+            "base": domain.folder.config.base_model,
         },
         "arc_easy": {"questions": len(questions), "seed": SEED, "skipped": why_not},
         "rows": rows,
@@ -116,7 +116,7 @@ def project_in(folder: Path, options: argparse.Namespace, reporter: Reporter, *,
     (folder / legal_citations.PAIRS_FILE).write_text("".join(pairs), encoding="utf-8")
     (folder / CONFIG_FILE).write_text(files[CONFIG_FILE], encoding="utf-8")
     config = ProjectFolder(folder).config
-    update: dict[str, Any] = {"base": options.base} if options.base else {}
+    update: dict[str, Any] = {"base_model": options.base} if options.base else {}
     if mix:
         (folder / "generic.jsonl").write_text(self_instruct(), encoding="utf-8")
         chosen_mix = MixConfig(source="generic.jsonl", fraction=MIX)

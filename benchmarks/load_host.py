@@ -138,7 +138,9 @@ def open_service(settings: dict[str, Any]) -> Service:
 
 def patient(config: Config) -> Config:
     """The config on any port, and without the gateway's limits on waits, which are to be measured and not cut off."""
-    waits = dict.fromkeys(("queue_s", "first_token_s", "between_tokens_s", "total_s"), 3600.0)
+    waits = dict.fromkeys(
+        ("queue_timeout_s", "first_token_timeout_s", "inter_token_timeout_s", "total_timeout_s"), 3600.0
+    )
     gateway, serve = config.gateway.model_copy(update=waits), config.serve.model_copy(update={"port": 0})
     return config.model_copy(update={"gateway": gateway, "serve": serve})
 

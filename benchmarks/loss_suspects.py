@@ -53,9 +53,9 @@ def _noisy_project(folder: Path, rows: int) -> tuple[Project, set[str]]:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     # No answer is needed here: one token of each is the least that an evaluation makes.
     (folder / CONFIG_FILE).write_text(
-        "data:\n  system: Give the citation abbreviation of this court.\n"
+        "data:\n  system_prompt: Give the citation abbreviation of this court.\n"
         "train:\n  preset: all-linear\n  learning_rate: 0.001\n  epochs: 3\n"
-        "evaluate:\n  shots: [1]\n  max_new_tokens: 1\n",
+        "evaluate:\n  num_fewshot: [1]\n  max_new_tokens: 1\n",
         encoding="utf-8",
     )
     project = tunewright.open(folder)

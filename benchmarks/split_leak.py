@@ -3,8 +3,8 @@
     python benchmarks/split_leak.py [banking77/train.csv banking77/test.csv]
 
 Files are CSV with the columns text and category; without any it takes the example project's pairs. Each setting of
-data.similarity adds them to a new project, as ``tunewright data add`` does, and measures as ``tunewright data leak``
-does. Prints tables and one JSON line.
+data.dedup_threshold adds them to a new project, as ``tunewright data add`` does, and measures as ``tunewright data
+leak`` does. Prints tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _version(root: Path, files: list[Path], similarity: float) -> tuple[DatasetV
     """The pairs as a dataset version of a new project."""
     root.mkdir()
     columns = {"input": "text", "output": "category"} if files else {}
-    data = DataConfig.model_validate({**columns, "similarity": similarity})
+    data = DataConfig.model_validate({**columns, "dedup_threshold": similarity})
     if not files:
         files = [root / PAIRS_FILE]
         files[0].write_text(project_files()[PAIRS_FILE], encoding="utf-8")
@@ -65,7 +65,7 @@ def _version(root: Path, files: list[Path], similarity: float) -> tuple[DatasetV
 def _leaks(version: DatasetVersion) -> dict[str, Any]:
     report = leak(version, 0, _Silent())
     counts = report.histogram("test")
-    similarity = version.manifest.settings.similarity
+    similarity = version.manifest.settings.dedup_threshold
     row = f"{similarity:>10} {len(version.members):>7,} " + " ".join(f"{count:>5}" for count in counts)
     for at in report.leaks:
         print(f"{row:<79} {at.threshold}: {at.here:>6.1%}; random {at.random:>6.1%}")
@@ -88,7 +88,7 @@ def _classes(version: DatasetVersion, data: DataConfig) -> dict[str, Any]:
     for name, class_of in (("by class", outputs), ("without", None)):
         splits = assign_splits(clusters, {}, data, 0, class_of)
         test = Counter(outputs[key] for cluster, keys in clusters.items() for key in keys if splits[cluster] == "test")
-        off[name] = round(max(abs(test[each] - data.test * size) for each, size in sizes.items()), 1)
+        off[name] = round(max(abs(test[each] - data.test_size * size) for each, size in sizes.items()), 1)
     print(f"{'':>10} {len(sizes)} classes, rows off their share of test at most: {off}")
     return {"classes": len(sizes), "rows_off": off}
 

@@ -74,7 +74,7 @@ def _noisy_project(folder: Path, file: Path, inputs: int) -> tuple[Project, set[
     lines = (json.dumps({"prompt": mr, "completion": ref}) for mr, ref in noisy)
     (folder / "pairs.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     (folder / CONFIG_FILE).write_text(
-        "data:\n  system: Describe the restaurant in a sentence.\n  conflicts: accept\n"
+        "data:\n  system_prompt: Describe the restaurant in a sentence.\n  conflicts: accept\n"
         "train:\n  preset: all-linear\n  learning_rate: 0.001\n  epochs: 1\n",
         encoding="utf-8",
     )

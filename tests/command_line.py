@@ -58,11 +58,11 @@ def tiny_project(folder: Path, base: Path, count: int = 120) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pairs.jsonl", pairs(count))
     (folder / "tunewright.yaml").write_text(
-        f"name: tiny\nbase: {base}\ndata:\n  sources: [pairs.jsonl]\n"
+        f"name: tiny\nbase_model: {base}\ndata:\n  sources: [pairs.jsonl]\n"
         "train:\n  preset: all-linear\n  learning_rate: 0.003\n  batch_size: 8\n  epochs: 2\n  dtype: float32\n"
-        "  checkpoint_every: 5\nevaluate:\n  shots: [1, 2]\n"
+        "  save_steps: 5\nevaluate:\n  num_fewshot: [1, 2]\n"
         # A base of random weights ends its turns late or never: that is waited for where it is what is tested.
-        "general:\n  samples: 0\n"
+        "regressions:\n  samples: 0\n"
     )
     return folder
 

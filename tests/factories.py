@@ -106,7 +106,7 @@ def make_evidence(
             "dataset": {"version": digest("version"), "split": digest("split")},
             "base": {"name": "smollm2-135m-instruct", "digest": digest("base")},
             "adapter": {"name": "legal-1", "digest": digest("adapter"), "lineage": {"training": {"metric": metric}}},
-            "config": {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj"], "learning_rate": 0.0002},
+            "config": {"lora_r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "learning_rate": 0.0002},
             "packages": {"torch": "2.13.0", "transformers": "5.24.0", "peft": "0.21.2"},
         },
     )

@@ -25,6 +25,6 @@ def version_of(sizes: Sequence[int]) -> DatasetVersion:
         sources=(),
         counts=Counts(**counts),
         splits={},
-        settings=Settings(similarity=0.8, dev=0.1, test=0.1, seed=0),
+        settings=Settings(dedup_threshold=0.8, val_size=0.1, test_size=0.1, seed=0),
     )
     return DatasetVersion(manifest, tuple(members))

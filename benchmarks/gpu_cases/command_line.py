@@ -20,20 +20,20 @@ COLOURS = ("red", "green", "blue", "amber", "violet", "ochre", "teal", "navy", "
 PAIRS = 72
 CONFIG = """
 name: gpu-proof
-base: {base}
+base_model: {base}
 data:
   sources: [pairs.jsonl]
 train:
   preset: all-linear
   batch_size: 4
   epochs: 1
-  checkpoint_every: 2
-  evaluate_rows: 0
-  compile: "off"
+  save_steps: 2
+  eval_max_samples: 0
+  torch_compile: "off"
 evaluate:
-  shots: [2]
+  num_fewshot: [2]
   max_new_tokens: 8
-general:
+regressions:
   samples: 0
 """
 

@@ -23,7 +23,7 @@ def run(report: Report, toy: bool, *, beyond: bool) -> None:
     length, trained = (TOY_LENGTH, TOY_TRAINED) if toy else (LENGTH, TRAINED)
     shape = shape_of("8b", toy)
     memory = TOY_MEMORY if toy else memory_at_hand(None)
-    settings = TrainConfig(preset="all-linear", rank=RANK)
+    settings = TrainConfig(preset="all-linear", lora_r=RANK)
     planned = plan("8b", shape, settings, memory, rows=1, length=length, shared=0, answer=trained)
     ways = [each for each in planned.ways if not each.way.nf4 and each.way.checkpointing == torch.cuda.is_available()]
     (way,) = ways

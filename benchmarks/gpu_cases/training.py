@@ -33,7 +33,7 @@ from tunewright.models.memory.shape import Shape
 from tunewright.models.quiet import quiet_transformers
 from tunewright.training.run import Run
 
-TARGETS: tuple[str, ...] = PRESETS["all-linear"]["targets"]
+TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 RANK = 16
 STEPS = 10
 LOAD = Load(rows=8, shared=384, own=128, trained=32)
@@ -156,7 +156,7 @@ def account(size: Shape, trained: Trained, row_tokens: float, computed: int | No
     useful = None if computed is None else 4 * size.linear_parameters * computed / seconds
     on_card = torch.cuda.is_available()
     return {
-        "quantize": "nf4" if nf4 else "none",
+        "quantization": "nf4" if nf4 else "none",
         "step_s": seconds,
         "row_tokens_s": row_tokens / seconds,
         "computed_tokens_s": None if computed is None else computed / seconds,
@@ -222,15 +222,15 @@ def config_of(rows: int, epochs: int, *, nf4: bool, liger: bool = False) -> Conf
     """Return the config of a tunewright run with ``rows`` rows in each step."""
     train = {
         "preset": "all-linear",
-        "rank": RANK,
+        "lora_r": RANK,
         "epochs": epochs,
         "batch_size": rows,
-        "quantize": "nf4" if nf4 else "none",
+        "quantization": "nf4" if nf4 else "none",
         # So few steps never pay for compiling, and deciding that takes steps too.
-        "compile": "off",
-        "evaluate_rows": 0,
-        "evaluate_every": 10**6,
-        "checkpoint_every": 10**6,
+        "torch_compile": "off",
+        "eval_max_samples": 0,
+        "eval_steps": 10**6,
+        "save_steps": 10**6,
         "use_liger_kernel": liger,
     }
     return Config.model_validate({"name": "gpu-proof", "train": train})

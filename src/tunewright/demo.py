@@ -109,7 +109,7 @@ def measure_the_rest(project: Project, evaluation: Path) -> Rest:
     advice, curve = project.advise(), project.curve()
     service = project.serve([], port=0)
     with service.running() as url:
-        judge = JudgeConfig(url=f"{url}/v1", model=project.base.spec, parameters=_REPLY)
+        judge = JudgeConfig(base_url=f"{url}/v1", model=project.base.spec, parameters=_REPLY)
         config = project.folder.config.model_copy(update={"judge": judge})
         judged = Project(ProjectFolder(project.folder.root, config), project.reporter).judge(evaluation)
     return Rest(advice, curve, judged, project.report(evaluation))

@@ -85,7 +85,7 @@ def show_two_tenants(opened: Project, result: RunResult) -> TwoTenants | None:
     step, folder = next(iter(trained.checkpoints.items()))
     state = f"sqlite:///{(project.serving_state.parent / STATE).resolve()}"
     State(state).close()  # made here: a state that is named has to be there
-    serve = project.config.serve.model_copy(update={"state": state})
+    serve = project.config.serve.model_copy(update={"database_url": state})
     own = Project(ProjectFolder(project.root, project.config.model_copy(update={"serve": serve})), opened.reporter)
     name, prompt = f"{project.config.name}-{step}", system_prompt(trained, project.dataset).text
     draft = own.adapters.import_(folder, base_matches=True, name=name, system_prompt=prompt).adapter
@@ -139,7 +139,7 @@ def _visit(opened: Project, result: RunResult, adapters: Mapping[str, str]) -> T
         tokens = sum(each.prompt_tokens + each.completion_tokens for each in used)
         requests = sum(each.requests for each in used)
         visits.append(Visit(tenant, alias, adapters[alias], requests=requests, tokens=tokens, **seen[tenant]))
-    state = opened.folder.config.serve.state
+    state = opened.folder.config.serve.database_url
     assert state is not None
     return TwoTenants(member.example.input_text, member.example.output, tuple(visits), tuple(_live(opened)), state)
 

@@ -77,7 +77,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     config = folder / "tunewright.yaml"
     text = config.read_text(encoding="utf-8").replace("epochs: 2", "epochs: 1")
     mix = "  mix: {source: generic.jsonl, fraction: 0.1}\n"
-    config.write_text(text.replace("data:\n", f"data:\n  system: {SYSTEM}\n{mix}"), encoding="utf-8")
+    config.write_text(text.replace("data:\n", f"data:\n  system_prompt: {SYSTEM}\n{mix}"), encoding="utf-8")
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     ran = tunewright("train", "-p", folder)
     assert ran.code == 0, ran.stderr

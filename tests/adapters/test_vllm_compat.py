@@ -99,17 +99,17 @@ def test_a_weight_that_is_no_number_is_named_and_never_kept(
         check_adapter(folder, servable=servable)
 
 
-@pytest.mark.parametrize(("keys", "where"), [({"dora": True}, "train.dora"), ({"rank": 600}, "train.rank")])
+@pytest.mark.parametrize(("keys", "where"), [({"use_dora": True}, "train.use_dora"), ({"lora_r": 600}, "train.lora_r")])
 def test_a_config_that_vllm_would_not_serve_is_refused_by_its_key(keys: dict[str, Any], where: str) -> None:
     with pytest.raises(UserError, match="vLLM does not load") as caught:
         require_servable(TrainConfig(**keys))
     assert caught.value.where == where
-    assert "train.servable to false" in (caught.value.fix or "")
-    require_servable(TrainConfig(**keys, servable=False))
+    assert "train.require_vllm_compatible to false" in (caught.value.fix or "")
+    require_servable(TrainConfig(**keys, require_vllm_compatible=False))
 
 
 def test_ranks_up_to_512_and_rslora_are_servable() -> None:
-    require_servable(TrainConfig(rank=512, rslora=True))
+    require_servable(TrainConfig(lora_r=512, use_rslora=True))
 
 
 # Through the command line
@@ -126,10 +126,10 @@ def _project(folder: Path, base: Path, **train: Any) -> Path:
 
 @pytest.mark.parametrize("command", ["train", "run", "crossfit"])
 def test_a_config_for_dora_is_refused_before_the_base_is_even_looked_for(command: str, tmp_path: Path) -> None:
-    folder = _project(tmp_path / "project", tmp_path / "no-such-base", dora=True)
+    folder = _project(tmp_path / "project", tmp_path / "no-such-base", use_dora=True)
     ran = tunewright(command, "--project", folder)
     assert ran.code == 2
-    assert "train.dora: vLLM does not load DoRA" in ran.stderr
+    assert "train.use_dora: vLLM does not load DoRA" in ran.stderr
     assert not (folder / "evaluations").exists()
 
 
@@ -137,7 +137,9 @@ def test_a_config_for_dora_is_refused_before_the_base_is_even_looked_for(command
 def test_dora_trains_saves_loads_and_is_evaluated_but_not_served(
     quantize: str, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    folder = _project(tmp_path / "project", tiny_base_folder, dora=True, servable=False, quantize=quantize)
+    folder = _project(
+        tmp_path / "project", tiny_base_folder, use_dora=True, require_vllm_compatible=False, quantization=quantize
+    )
     ran = tunewright("train", "--project", folder, "--json")
     assert ran.code == 0, ran.stderr
     adapter = Adapter(Path(ran.document["folder"]))
@@ -155,7 +157,7 @@ def test_dora_trains_saves_loads_and_is_evaluated_but_not_served(
 
 def test_dora_computes_what_its_paper_says(tmp_path: Path, tiny_base_folder: Path) -> None:
     """W' = m (W + s BA) / |W + s BA|, row by row (Liu et al. 2024, equation 5)."""
-    folder = _project(tmp_path / "project", tiny_base_folder, dora=True, servable=False)
+    folder = _project(tmp_path / "project", tiny_base_folder, use_dora=True, require_vllm_compatible=False)
     adapter = _same_logits_as(folder, tiny_base_folder, scale=32 / 16)
     base = AutoModelForCausalLM.from_pretrained(tiny_base_folder, dtype=torch.float32)
     for name, weight in load_file(adapter.folder / WEIGHTS).items():
@@ -166,7 +168,7 @@ def test_dora_computes_what_its_paper_says(tmp_path: Path, tiny_base_folder: Pat
 
 
 def test_rslora_scales_by_the_root_of_the_rank_and_is_served(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = _project(tmp_path / "project", tiny_base_folder, rslora=True, rank=4, alpha=8)
+    folder = _project(tmp_path / "project", tiny_base_folder, use_rslora=True, lora_r=4, lora_alpha=8)
     adapter = _same_logits_as(folder, tiny_base_folder, scale=8 / math.sqrt(4))
     with api.open(folder).serve([adapter.name], port=0).running():
         pass

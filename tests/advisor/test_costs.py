@@ -123,10 +123,10 @@ def test_without_prices_the_hour_cancels_out() -> None:
 @pytest.mark.parametrize(
     ("prices", "said"),
     [
-        ("{input: 1}", "input and output are named both or neither"),
-        ("{input: 1, output: 2}", "the price of tokens and that of training"),
-        ("{training: 5}", "the price of tokens and that of training"),
-        ("{labelling: 5}", "labelling and hosting are money"),
+        ("{input: 1}", "set both input and output, or neither"),
+        ("{input: 1, output: 2}", "set both the token prices and training"),
+        ("{training: 5}", "set both the token prices and training"),
+        ("{labelling: 5}", "labelling and hosting require hour"),
     ],
 )
 def test_prices_whose_units_do_not_meet_are_refused(prices: str, said: str) -> None:

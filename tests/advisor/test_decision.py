@@ -93,7 +93,9 @@ def test_demonstrations_that_fit_and_may_be_better_come_before_training(rising: 
     assert decision.answer == expected
     if expected == "can't tell":
         assert "twice the demonstrations" in decision.why
-        assert any("add 8 to evaluate.shots" in c for c in changes(make_signals(context=told, gain=BEATS), decision))
+        assert any(
+            "add 8 to evaluate.num_fewshot" in c for c in changes(make_signals(context=told, gain=BEATS), decision)
+        )
 
 
 def test_without_a_pilot_only_a_score_that_nothing_can_beat_is_a_no() -> None:

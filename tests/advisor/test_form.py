@@ -26,7 +26,7 @@ EXAMPLES = [Example((Message("user", "what?"), Message("assistant", "granted")))
     ],
 )
 def test_the_answers_that_have_the_form_are_counted(metric: Any, also: Any, what: str, valid: int) -> None:
-    settings = EvaluateConfig.model_validate({"metric": metric, "also": also})
+    settings = EvaluateConfig.model_validate({"metric": metric, "extra_metrics": also})
     told = form(settings.metrics, TEXTS, EXAMPLES)
     assert told is not None
     assert (told.what, told.items, told.valid) == (what, len(TEXTS), valid)

@@ -38,7 +38,7 @@ def test_the_smaller_part_is_half_of_the_pilots_rows_and_within_them(
     whole: tuple[ProjectFolder, DatasetVersion],
 ) -> None:
     count = len(whole[1].domain_of("train"))
-    half, pilot = _parts(whole, pilot_share=0.5)
+    half, pilot = _parts(whole, pilot_fraction=0.5)
     assert half < pilot < {m.key for m in whole[1].examples("train")}
     assert len(pilot) == pytest.approx(count / 2, abs=2)
     assert len(half) == pytest.approx(count / 4, abs=2)
@@ -47,16 +47,16 @@ def test_the_smaller_part_is_half_of_the_pilots_rows_and_within_them(
 def test_a_pilot_has_at_least_fifty_rows_and_at_most_what_the_config_allows(
     whole: tuple[ProjectFolder, DatasetVersion],
 ) -> None:
-    (pilot,) = _parts(whole, pilot_share=0.01)
+    (pilot,) = _parts(whole, pilot_fraction=0.01)
     assert len(pilot) == pytest.approx(50, abs=2)
-    half, pilot = _parts(whole, pilot_share=1, pilot_rows=120)
+    half, pilot = _parts(whole, pilot_fraction=1, pilot_max_samples=120)
     assert len(half) == pytest.approx(60, abs=2)
     assert len(pilot) == pytest.approx(120, abs=2)
 
 
 def test_a_pilot_of_all_rows_is_the_version_itself(whole: tuple[ProjectFolder, DatasetVersion]) -> None:
     project, version = whole
-    config = project.config.model_copy(update={"advise": AdviseConfig(pilot_share=1)})
+    config = project.config.model_copy(update={"advise": AdviseConfig(pilot_fraction=1)})
     assert pilot_parts(ProjectFolder(project.root, config), version)[-1].version is version
 
 

@@ -40,7 +40,7 @@ def _project(folder: Path, base: Path) -> Path:
     folder.mkdir()
     write_jsonl(folder / "pairs.jsonl", [{"messages": _dialogue(n)} for n in range(40)])
     (folder / "tunewright.yaml").write_text(
-        f"name: made\nbase: {base}\nchat:\n  date: 2026-02-28\ntrain:\n  epochs: 1\n  dtype: float32\n"
+        f"name: made\nbase_model: {base}\nchat:\n  date: 2026-02-28\ntrain:\n  epochs: 1\n  dtype: float32\n"
     )
     assert run("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     return folder

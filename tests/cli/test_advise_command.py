@@ -17,7 +17,7 @@ def advised(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     """A project whose pilots had 60 and 120 rows, and what the command printed."""
     project = tiny_project(tmp_path_factory.mktemp("advise") / "project", tiny_base_folder, 300)
     config = project / "tunewright.yaml"
-    config.write_text(config.read_text() + "advise:\n  pilot_share: 0.5\n  calls_per_month: 1000\n")
+    config.write_text(config.read_text() + "advise:\n  pilot_fraction: 0.5\n  calls_per_month: 1000\n")
     assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     return project, tunewright("advise", "--json", "-p", project)
 

@@ -94,7 +94,7 @@ def test_three_rows_in_all_are_too_few(tmp_path: Path, tiny_base_folder: Path) -
 
 def test_the_same_pairs_under_another_system_turn_are_told(project: Path) -> None:
     config = project / "tunewright.yaml"
-    config.write_text(config.read_text().replace("data:\n", "data:\n  system: Name the first colour.\n"))
+    config.write_text(config.read_text().replace("data:\n", "data:\n  system_prompt: Name the first colour.\n"))
     ran = tunewright("data", "add", project / "pairs.jsonl", "-p", project)
     assert (ran.code, "120 new rows: the version before has the same pair" in ran.stderr) == (0, True)
 
@@ -142,7 +142,7 @@ def test_a_stage_without_the_one_before_it_says_which(tmp_path: Path, tiny_base_
 def test_an_unknown_config_key_is_refused_with_the_nearest(project: Path) -> None:
     config = project / "tunewright.yaml"
     text = config.read_text()
-    config.write_text(text + "trian:\n  rank: 8\n")
+    config.write_text(text + "trian:\n  lora_r: 8\n")
     line = text.count("\n") + 1
     _refused(tunewright("train", "-p", project), f"tunewright.yaml:{line}:", "did you mean train?")
 
@@ -152,8 +152,8 @@ def test_a_base_without_weights_is_refused(project: Path, tmp_path: Path) -> Non
     base.mkdir()
     (base / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     config = project / "tunewright.yaml"
-    line = next(line for line in config.read_text().splitlines() if line.startswith("base:"))
-    config.write_text(config.read_text().replace(line, f"base: {base}"))
+    line = next(line for line in config.read_text().splitlines() if line.startswith("base_model:"))
+    config.write_text(config.read_text().replace(line, f"base_model: {base}"))
     for command in ("advise", "train", "serve"):
         _refused(tunewright(command, "-p", project), "no weights: model.safetensors missing")
 

@@ -122,7 +122,7 @@ def test_command_refuses_base_before_fetching_weights_when_card_is_too_small(
         command(*arguments, "-p", project),
         "org/model needs at least 16",
         "12.0 GB free on the card here",
-        "Set train.quantize: nf4, which needs 6.",
+        "Set train.quantization: nf4, which needs 6.",
         "fits rows of up to",
     )
     assert hub.asked == {"config.json"}

@@ -12,7 +12,7 @@ import pytest
 from command_line import Ran, tiny_project, tunewright
 from tunewright.evidence.schema import load_evidence
 
-CONFIG = "  first_items: 20\n  margin: 0.5\n"
+CONFIG = "  screening_items: 20\n  margin: 0.5\n"
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     folder = tiny_project(tmp_path_factory.mktemp("budget") / "project", tiny_base_folder, count=200)
     config = folder / "tunewright.yaml"
     text = config.read_text().replace(
-        "  sources: [pairs.jsonl]\n", "  sources: [pairs.jsonl]\n  dev: 0.2\n  test: 0.2\n"
+        "  sources: [pairs.jsonl]\n", "  sources: [pairs.jsonl]\n  val_size: 0.2\n  test_size: 0.2\n"
     )
     text = text.replace("  epochs: 2\n", "  epochs: 1\n")
-    config.write_text(text.replace("  shots: [1, 2]\n", f"  shots: [1, 2]\n{CONFIG}"))
+    config.write_text(text.replace("  num_fewshot: [1, 2]\n", f"  num_fewshot: [1, 2]\n{CONFIG}"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "--project", folder).code == 0
     assert tunewright("train", "--project", folder).code == 0
     refused = tunewright("evaluate", "--minutes", "0.000001", "--project", folder)
@@ -138,7 +138,7 @@ def test_advise_names_the_samples_that_it_writes_and_writes_none_when_the_config
     written = list((project / ".tunewright").glob("self-samples/*/*.json"))
     assert (named, bool(written)) == (samples > 0, samples > 0)
     if not samples:
-        assert ran.document["advice"]["left_out"]["generic text"] == "general.samples is 0"
+        assert ran.document["advice"]["left_out"]["generic text"] == "regressions.samples is 0"
 
 
 @pytest.mark.parametrize("minutes", ["0", "-3", "nan"])

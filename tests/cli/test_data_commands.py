@@ -198,7 +198,7 @@ def test_leak_looks_for_benchmark_items_in_training_rows(project: Path) -> None:
 def test_show_tells_a_row_s_groups_and_the_mix_in(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     config = folder / "tunewright.yaml"
-    data = "data:\n  groups: [customer]\n  mix: {source: generic.jsonl, fraction: 0.1}\n"
+    data = "data:\n  group_by: [customer]\n  mix: {source: generic.jsonl, fraction: 0.1}\n"
     config.write_text(config.read_text().replace("data:\n", data))
     write_jsonl(folder / "grouped.jsonl", [{**pair, "customer": f"c{i}"} for i, pair in enumerate(pairs(60))])
     write_jsonl(folder / "generic.jsonl", pairs(30, seed=8))

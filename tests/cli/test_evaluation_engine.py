@@ -19,7 +19,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     """A project with a trained adapter, and nothing measured."""
     folder = tiny_project(tmp_path_factory.mktemp("engine") / "project", tiny_base_folder)
     config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1\n  evaluate_rows: 0"))
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1\n  eval_max_samples: 0"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     ran = tunewright("train", "-p", folder)
     assert ran.code == 0, ran.stderr
@@ -72,8 +72,8 @@ def test_vllm_with_a_grammar_is_refused_before_the_test_split_is_opened(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     install_fake(monkeypatch, tmp_path)
-    ran = tunewright("evaluate", "-p", _with(project, "engine: vllm", "constrain: {choices: [red, green]}"))
-    _refused(ran, "evaluate.engine", "evaluate.constrain", "Set it to auto or peft")
+    ran = tunewright("evaluate", "-p", _with(project, "engine: vllm", "structured_outputs: {choices: [red, green]}"))
+    _refused(ran, "evaluate.engine", "evaluate.structured_outputs", "Set it to auto or peft")
     assert not (project / "evaluations").exists()
 
 

@@ -53,7 +53,7 @@ def test_json_has_bytes_by_part_and_what_fits(base: Path, tmp_path: Path) -> Non
     for way in told["ways"]:
         assert way["total"] == sum(way["bytes"].values())
         assert way["fits"] == (way["total"] <= 24_000_000_000)
-        assert {"length", "micro_batch"} == set(way["largest"][0])
+        assert {"length", "micro_batch_size"} == set(way["largest"][0])
 
 
 def test_in_a_project_its_base_and_config_hold(tmp_path: Path, tiny_base_folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_in_a_project_its_base_and_config_hold(tmp_path: Path, tiny_base_folder:
     assert told["base"] == str(tiny_base_folder)
     assert told["batch"]["rows"] == 8
     assert told["ways"][0]["name"] == "LoRA float32"
-    assert len(told["ways"][0]["targets"]) == 7
+    assert len(told["ways"][0]["target_modules"]) == 7
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,11 @@ def test_fit_exits_with_3_and_says_what_fits_when_nothing_does(base: Path, tmp_p
     answer = ran.stdout.splitlines()[0]
     assert answer.startswith("Does not fit: micro-batch 1 × 8,192 (LoRA bfloat16) needs ")
     assert "The longest single row that fits has " in answer
-    assert "With train.quantize: nf4 it fits." in answer
+    assert "With train.quantization: nf4 it fits." in answer
     document = tunewright(
         "fit", "--base", base, "--card", "RTX 4080", "--length", "8192", "--json", "--project", tmp_path
     ).document
-    assert (document["answer"]["fits"], document["answer"]["micro_batch"]) == (False, 0)
+    assert (document["answer"]["fits"], document["answer"]["micro_batch_size"]) == (False, 0)
     way = next(w for w in document["ways"] if w["name"] == "LoRA bfloat16" and w["gradient_checkpointing"])
     assert 0 < way["longest_row"] < 8192
 

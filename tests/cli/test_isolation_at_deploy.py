@@ -140,7 +140,7 @@ def test_exactly_what_has_passed_is_not_tested_again_and_anything_else_is(
     assert _deploy(project, "recipes", third).code == 3, "another adapter"
     config = (project / "tunewright.yaml").read_text()
     (project / "tunewright.yaml").unlink()
-    (project / "tunewright.yaml").write_text(f"{config}serve:\n  max_batch: 4\n")
+    (project / "tunewright.yaml").write_text(f"{config}serve:\n  max_num_seqs: 4\n")
     assert _deploy(project, "tickets", second).code == 3, "another engine"
     assert _live(project) == {"courts": second.name, "recipes": first.name}
 

@@ -90,7 +90,7 @@ def _asked(folder: Path, script: Script, *, turned: bool = False) -> tuple[Ran, 
     """Judge, review and what it comes to."""
     project = folder / "project"
     with scripted(script) as server:
-        evaluation = write_project(project, {"url": server.url, "model": "counts-words"}, ITEMS)
+        evaluation = write_project(project, {"base_url": server.url, "model": "counts-words"}, ITEMS)
         ran = tunewright("judge", "-p", project)
         assert ran.code == 0, ran.stderr
     sheet = folder / "pairs.csv"

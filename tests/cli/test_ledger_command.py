@@ -24,7 +24,7 @@ FAST = "  static_seeds: 1\n  retrievers: [bm25]\n"
 def add_keys(project: Path, text: str) -> None:
     """Add keys to the config's evaluate section."""
     config = project / "tunewright.yaml"
-    config.write_text(config.read_text().replace("  shots: [1, 2]\n", f"  shots: [1, 2]\n{text}"))
+    config.write_text(config.read_text().replace("  num_fewshot: [1, 2]\n", f"  num_fewshot: [1, 2]\n{text}"))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,9 @@ def test_train_and_evaluate_warn_of_longer_references_before_they_answer(
 ) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     config = folder / "tunewright.yaml"
-    text = config.read_text().replace("evaluate:\n  shots: [1, 2]\n", "evaluate:\n  shots: [1]\n  max_new_tokens: 4\n")
+    text = config.read_text().replace(
+        "evaluate:\n  num_fewshot: [1, 2]\n", "evaluate:\n  num_fewshot: [1]\n  max_new_tokens: 4\n"
+    )
     config.write_text(text.replace("  epochs: 2\n", "  epochs: 1\n"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "--project", folder).code == 0
     version = load_version(folder / "dataset")

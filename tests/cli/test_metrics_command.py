@@ -31,9 +31,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     config = (folder / "tunewright.yaml").read_text()
     colours = "[red, green, blue, amber, violet, ochre, teal, navy, olive, coral]"
     config = config.replace(
-        "  shots: [1, 2]\n",
-        "  shots: [1]\n  metric: {python: 'scoring:shared_letters'}\n"
-        f"  also: [exact_match, {{choices: {colours}}}, chrf]\n",
+        "  num_fewshot: [1, 2]\n",
+        "  num_fewshot: [1]\n  metric: {python: 'scoring:shared_letters'}\n"
+        f"  extra_metrics: [exact_match, {{choices: {colours}}}, chrf]\n",
     )
     (folder / "tunewright.yaml").write_text(config)
     (folder / "scoring.py").write_text(SCORING)

@@ -69,7 +69,7 @@ def test_the_schema_names_each_defaults_source() -> None:
     schema = json.loads(tunewright("config", "schema").stdout)
     train = schema["$defs"]["TrainConfig"]["properties"]
     assert "arXiv" in train["preset"]["description"]
-    assert train["rank"]["default"] == 16
+    assert train["lora_r"]["default"] == 16
 
 
 def test_every_stage_is_found_done_the_second_time(project: Path) -> None:
@@ -132,7 +132,7 @@ def test_lineage_leads_back_to_data_base_template_and_config(project: Path) -> N
     assert lineage["dataset"]["digest"] == version["digest"]
     assert lineage["dataset"]["splits"]["test"]["digest"] == version["splits"]["test"]
     assert set(lineage["base"]["files"]) >= {"model.safetensors", "config.json", "tokenizer.json"}
-    assert lineage["config"]["train"]["rank"] == 16
+    assert lineage["config"]["train"]["lora_r"] == 16
     assert {"torch", "peft", "trl", "transformers"} <= set(lineage["packages"])
     assert len(lineage["template_digest"]) == 64
 
@@ -168,7 +168,7 @@ def test_an_adapter_that_the_config_would_no_longer_make_is_told(project: Path, 
     other = Path(shutil.copytree(project, tmp_path / "other"))
     config = other / "tunewright.yaml"
     for before, after, told in (
-        ("checkpoint_every: 5", "checkpoint_every: 9", False),
+        ("save_steps: 5", "save_steps: 9", False),
         ("epochs: 2", "epochs: 3", True),
     ):
         config.write_text(config.read_text().replace(before, after))
@@ -184,8 +184,8 @@ def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) ->
     other = Path(shutil.copytree(project, tmp_path / "other"))
     build_base(tmp_path / "base", seed=1)
     text = (other / "tunewright.yaml").read_text()
-    base_line = next(line for line in text.splitlines() if line.startswith("base:"))
-    (other / "tunewright.yaml").write_text(text.replace(base_line, f"base: {tmp_path / 'base'}"))
+    base_line = next(line for line in text.splitlines() if line.startswith("base_model:"))
+    (other / "tunewright.yaml").write_text(text.replace(base_line, f"base_model: {tmp_path / 'base'}"))
     adapter = find_adapter(other / "adapters").name
     for command in (["evaluate"], ["serve", adapter]):
         ran = tunewright(*command, "--project", other)

@@ -23,7 +23,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tup
     write_jsonl(folder / "pairs.jsonl", rows)
     config = folder / "tunewright.yaml"
     text = config.read_text().replace(
-        "sources: [pairs.jsonl]", "sources: [pairs.jsonl]\n  conflicts: accept\n  test: 0.25"
+        "sources: [pairs.jsonl]", "sources: [pairs.jsonl]\n  conflicts: accept\n  test_size: 0.25"
     )
     config.write_text(text.replace("epochs: 2", "epochs: 1").replace("evaluate:\n", "evaluate:\n  metric: bleu\n"))
     found = tunewright("run", "--project", folder)

@@ -21,7 +21,7 @@ def few_clusters(tmp_path: Path) -> Path:
     ]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     (tmp_path / "tunewright.yaml").write_text(
-        f"name: few\nbase: {tmp_path / 'nowhere'}\ndata: {{sources: [pairs.jsonl], groups: [g]}}\n"
+        f"name: few\nbase_model: {tmp_path / 'nowhere'}\ndata: {{sources: [pairs.jsonl], group_by: [g]}}\n"
     )
     return tmp_path
 

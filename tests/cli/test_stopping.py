@@ -135,7 +135,7 @@ def _stopped_on_terminal(seen: str, *arguments: str | Path) -> tuple[int, str]:
 def test_data_add_that_is_stopped_adds_nothing_and_says_so(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tmp_path / "project"
     folder.mkdir()
-    (folder / "tunewright.yaml").write_text(f"name: tiny\nbase: {tiny_base_folder}\n")
+    (folder / "tunewright.yaml").write_text(f"name: tiny\nbase_model: {tiny_base_folder}\n")
     many = write_jsonl(folder / "many.jsonl", pairs(60_000))
     code, screen = _stopped_on_terminal("reading", "data", "add", many, "-p", folder)
     assert code == 130

@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     config = folder / "tunewright.yaml"
     # Not composed, as an editor may write it: what is added and what is asked have one form all the same.
     system = "Name the first colour, d'e\u0301te\u0301."
-    text = config.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system: "{system}"\n')
+    text = config.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system_prompt: "{system}"\n')
     config.write_text(text, encoding="utf-8")
     assert command("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     assert command("train", "-p", folder).code == 0
@@ -82,7 +82,7 @@ def test_a_users_turn_alone_is_served_as_the_ids_that_the_tuned_arm_is_asked_wit
 def test_the_base_gets_none_and_an_earlier_checkpoint_its_own(project: Path) -> None:
     adapter, members = _adapter(project), _test_members(project)[:1]
     name = f"{adapter.name}@{next(iter(adapter.checkpoints))}"
-    base = ProjectFolder(project).config.base
+    base = ProjectFolder(project).config.base_model
     for model, source in ((name, "adapter"), (base, "none")):
         service = tunewright.open(project).serve([name], port=0)
         assert service.system_prompts == {name: SYSTEM}

@@ -242,7 +242,7 @@ def test_postgresql_by_option_or_config(project: Path, postgres: Path) -> None:
     assert not (project / "serving").exists()
     config = (project / "tunewright.yaml").read_text()
     (project / "tunewright.yaml").unlink()
-    (project / "tunewright.yaml").write_text(f"{config}serve:\n  state: '{url}'\n")
+    (project / "tunewright.yaml").write_text(f"{config}serve:\n  database_url: '{url}'\n")
     assert _document(project, "tenant", "list")["tenants"] == [made]
 
 

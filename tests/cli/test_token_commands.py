@@ -124,7 +124,7 @@ def test_rows_over_the_limit_are_named_by_check_and_dropped_only_on_request(proj
     assert 0 < len(long) < 120
     assert all(row["tokens"] > 44 for row in long)
     assert "examples are longer than 44 tokens" in tunewright("train", "-p", limited).stderr
-    dropping = _change(limited, tmp_path / "dropping", "max_length: 44\n", "max_length: 44\n  too_long: drop\n")
+    dropping = _change(limited, tmp_path / "dropping", "max_length: 44\n", "max_length: 44\n  on_overlength: drop\n")
     assert tunewright("data", "check", "-p", dropping).code == 0
     ran = tunewright("train", "-p", dropping, "--json")
     in_train = {row["key"] for row in long if row["split"] == "train"}
@@ -151,7 +151,7 @@ def test_a_long_test_row_is_told_and_does_not_bar_the_training(tmp_path: Path, t
 
 
 def test_check_and_train_agree_where_dropping_leaves_nothing(project: Path, tmp_path: Path) -> None:
-    limited = "train:\n  max_length: 16\n  too_long: drop\n"
+    limited = "train:\n  max_length: 16\n  on_overlength: drop\n"
     empty = _change(project, tmp_path / "empty", "train:\n", limited)
     assert tunewright("data", "check", "-p", empty).code == tunewright("train", "-p", empty).code == 2
 
@@ -170,7 +170,7 @@ def test_check_lists_the_faults_where_no_row_is_right(project: Path, tmp_path: P
     base = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
     template = base / "chat_template.jinja"
     template.write_text(template.read_text().replace("message['content']", "message['content'] | upper"))
-    shouting = _change(project, tmp_path / "shouting", f"base: {tiny_base_folder}", f"base: {base}")
+    shouting = _change(project, tmp_path / "shouting", f"base_model: {tiny_base_folder}", f"base_model: {base}")
     ran = tunewright("data", "check", "-p", shouting, "--json")
     assert (ran.code, len(ran.document["faults"])) == (2, 120)
     assert "Cannot be trained on: 120" in tunewright("data", "check", "-p", shouting).stdout
@@ -226,7 +226,7 @@ def test_an_adapter_whose_base_has_another_template_now_is_refused_with_the_line
     base = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
     template = base / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_end|>\n", "<|im_end|>\n\n"))
-    other = _change(project, tmp_path / "other", f"base: {tiny_base_folder}", f"base: {base}")
+    other = _change(project, tmp_path / "other", f"base_model: {tiny_base_folder}", f"base_model: {base}")
     ran = tunewright("evaluate", "-p", other)
     assert ran.code == 2
     assert "other chat_template.jinja; the chat template differs from its line" in ran.stderr
@@ -246,7 +246,7 @@ def test_other_words_for_the_same_training_find_the_adapter_that_is_there(projec
     """Targets are a set: their order in peft's file changed with Python's hash seed, and the adapter's name with it."""
     model_config = json.loads((find_adapter(project / "adapters").folder / "adapter_config.json").read_text())
     assert model_config["target_modules"] == sorted(model_config["target_modules"])
-    other = _change(project, tmp_path / "other", "train:\n", "train:\n  micro_batch: 8\n")
+    other = _change(project, tmp_path / "other", "train:\n", "train:\n  micro_batch_size: 8\n")
     first, second = (tunewright("train", "-p", other, "--json").document for _ in range(2))
     assert (first["trained"], second["trained"]) == (True, False)
     assert first["adapter"] == second["adapter"] == find_adapter(project / "adapters").name

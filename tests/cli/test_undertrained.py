@@ -11,11 +11,15 @@ from command_line import Ran, tunewright
 
 CONFIG = """\
 name: too-short
-base: bundled:smollm2-135m-instruct
-data: {sources: [pairs.jsonl], system: Give the citation abbreviation of this court., dev: 0.1, test: 0.2}
+base_model: bundled:smollm2-135m-instruct
+data:
+  sources: [pairs.jsonl]
+  system_prompt: Give the citation abbreviation of this court.
+  val_size: 0.1
+  test_size: 0.2
 train: {preset: all-linear, learning_rate: 0.0003, epochs: 1, batch_size: 8}
-evaluate: {shots: [2], static_seeds: 0, retrievers: [bm25], tuned_retrieved: false, margin: 0.5}
-general: {samples: 0}
+evaluate: {num_fewshot: [2], static_seeds: 0, retrievers: [bm25], tuned_retrieved: false, margin: 0.5}
+regressions: {samples: 0}
 """
 
 

@@ -20,7 +20,7 @@ train:  # how
   learning_rate: 2.0e-4   # was 1e-4
 
   epochs: 2
-evaluate: {shots: [1, 2]}  # few
+evaluate: {num_fewshot: [1, 2]}  # few
 """
 
 
@@ -33,7 +33,7 @@ def _write(path: Path, text: str, **changes: object) -> tuple[str, dict[str, obj
 
 
 def _all_linear(rate: float) -> dict[str, object]:
-    return {"preset": "all-linear", "targets": PRESETS["all-linear"]["targets"], "learning_rate": rate}
+    return {"preset": "all-linear", "target_modules": PRESETS["all-linear"]["target_modules"], "learning_rate": rate}
 
 
 def test_comments_order_and_other_keys_survive(tmp_path: Path) -> None:
@@ -54,10 +54,12 @@ def test_a_config_that_says_so_already_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_targets_that_are_written_out_follow_the_preset(tmp_path: Path) -> None:
-    text = "train:\n  targets:\n  - q_proj\n  - v_proj\n  rank: 8\n"
+    text = "train:\n  target_modules:\n  - q_proj\n  - v_proj\n  lora_r: 8\n"
     after, written = _write(tmp_path / "tunewright.yaml", text, **_all_linear(1e-3))
-    assert list(written) == ["preset", "targets", "learning_rate"]
-    assert after.endswith("targets: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]\n  rank: 8\n")
+    assert list(written) == ["preset", "target_modules", "learning_rate"]
+    assert after.endswith(
+        "target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]\n  lora_r: 8\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,9 +94,9 @@ def test_any_way_of_writing_the_section_can_be_changed(tmp_path: Path, text: str
 @pytest.mark.parametrize(
     "text",
     [
-        "train:\n  learning_rate: &rate 0.0002\n  warmup: *rate\n",
+        "train:\n  learning_rate: &rate 0.0002\n  warmup_ratio: *rate\n",
         "seed: &n 1\ntrain:\n  learning_rate: *n\n",
-        "train:\n  targets:\n  - q_proj  # why\n  - v_proj\n",
+        "train:\n  target_modules:\n  - q_proj  # why\n  - v_proj\n",
     ],
 )
 def test_what_cannot_be_changed_in_place_is_told_and_left(tmp_path: Path, text: str) -> None:
@@ -114,7 +116,14 @@ def test_a_rate_of_two_digits_comes_back_as_it_was(tmp_path_factory: pytest.Temp
 
 
 def test_every_key_of_the_section_can_be_written(tmp_path: Path) -> None:
-    changed = TrainConfig(rank=4, schedule="linear", micro_batch=8, too_long="drop", dtype="float32", warmup=0.0)
+    changed = TrainConfig(
+        lora_r=4,
+        lr_scheduler_type="linear",
+        micro_batch_size=8,
+        on_overlength="drop",
+        dtype="float32",
+        warmup_ratio=0.0,
+    )
     path = tmp_path / "tunewright.yaml"
     path.write_text("name: a\n")
     write_train(path, changed)

@@ -21,35 +21,35 @@ def _load(tmp_path: Path, text: str) -> Config:
 
 def test_defaults_are_the_fields_config() -> None:
     train = Config().train
-    assert (train.rank, train.alpha, train.targets) == (16, 32, ("q_proj", "v_proj"))
-    assert (train.learning_rate, train.schedule, train.warmup, train.epochs) == (2e-4, "cosine", 0.1, 3)
+    assert (train.lora_r, train.lora_alpha, train.target_modules) == (16, 32, ("q_proj", "v_proj"))
+    assert (train.learning_rate, train.lr_scheduler_type, train.warmup_ratio, train.epochs) == (2e-4, "cosine", 0.1, 3)
     assert train.dtype == "bfloat16"
 
 
 def test_a_preset_fills_only_what_the_user_left_open() -> None:
     train = TrainConfig.model_validate({"preset": "all-linear", "epochs": 2})
-    assert len(train.targets) == 7
+    assert len(train.target_modules) == 7
     assert train.epochs == 2
 
 
 def test_on_and_off_mean_what_they_say_though_yaml_reads_booleans(tmp_path: Path) -> None:
-    train = _load(tmp_path, "train:\n  prefix_sharing: off\n  compile: on\n").train
-    assert (train.prefix_sharing, train.compile) == ("off", "on")
+    train = _load(tmp_path, "train:\n  prefix_sharing: off\n  torch_compile: on\n").train
+    assert (train.prefix_sharing, train.torch_compile) == ("off", "on")
 
 
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("name: a\ntrian:\n  rank: 4\n", 2, "did you mean train?"),
+        ("name: a\ntrian:\n  lora_r: 4\n", 2, "did you mean train?"),
         ("train:\n  epochs: 2\n  lerning_rate: 1\n", 3, "did you mean train.learning_rate?"),
-        ("train:\n  epochs: 2\n  rank: sixteen\n", 3, "train.rank: input should be a valid integer"),
-        ("evaluate:\n  shots: [1, 0]\n", 2, "evaluate.shots.1"),
+        ("train:\n  epochs: 2\n  lora_r: sixteen\n", 3, "train.lora_r: input should be a valid integer"),
+        ("evaluate:\n  num_fewshot: [1, 0]\n", 2, "evaluate.num_fewshot.1"),
         ("train:\n  preset: best\n", 2, "'classic' or 'all-linear'"),
-        ("seed: 1\nname: a\nseed: 2\n", 3, "the key seed stands twice"),
+        ("seed: 1\nname: a\nseed: 2\n", 3, "duplicate key seed"),
         ("a: [", 1, "not valid YAML"),
         ("- a\n", 1, "a mapping"),
-        ("train:\n  batch_size: 5\n  micro_batch: 2\n", 1, "not a multiple"),
-        ("data:\n  dev: .nan\n", 2, "data.dev"),
+        ("train:\n  batch_size: 5\n  micro_batch_size: 2\n", 1, "not a multiple"),
+        ("data:\n  val_size: .nan\n", 2, "data.val_size"),
     ],
 )
 def test_a_fault_is_told_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
@@ -60,9 +60,9 @@ def test_a_fault_is_told_with_its_line(tmp_path: Path, text: str, line: int, wor
 
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="2 faults") as caught:
-        _load(tmp_path, "train:\n  rank: 0\n  epochs: 0\n")
-    assert ":2: train.rank" in caught.value.what
+    with pytest.raises(UserError, match="2 errors") as caught:
+        _load(tmp_path, "train:\n  lora_r: 0\n  epochs: 0\n")
+    assert ":2: train.lora_r" in caught.value.what
     assert ":3: train.epochs" in caught.value.what
 
 
@@ -80,7 +80,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, content: bytes) -> N
 
 
 def test_a_section_with_every_key_commented_out_means_the_defaults(tmp_path: Path) -> None:
-    assert _load(tmp_path, "train:\n  # rank: 8\n") == Config()
+    assert _load(tmp_path, "train:\n  # lora_r: 8\n") == Config()
 
 
 def test_the_written_file_reads_back_as_the_defaults(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_what_is_no_date_is_told_with_its_line(tmp_path: Path, value: str) -> No
     ("written", "name"),
     [
         ("bleu", "bleu"),
-        ("{exact_match: {casefold: true}}", "exact_match casefold"),
+        ("{exact_match: {ignore_case: true}}", "exact_match ignore_case"),
         ("{choices: [granted, 'no']}", "choices"),
         ("json", "json"),
         ("{json: {fields: [name, date]}}", "json name,date"),
@@ -138,7 +138,7 @@ def test_what_is_no_date_is_told_with_its_line(tmp_path: Path, value: str) -> No
     ],
 )
 def test_a_metric_is_a_name_or_a_mapping_and_dumps_as_it_is_written(tmp_path: Path, written: str, name: str) -> None:
-    config = _load(tmp_path, f"evaluate:\n  metric: {written}\n  also: [chrf]\n")
+    config = _load(tmp_path, f"evaluate:\n  metric: {written}\n  extra_metrics: [chrf]\n")
     assert [metric_name(m) for m in config.evaluate.metrics] == [name, "chrf"]
     assert Config.model_validate(config.model_dump(mode="json")) == config
     assert config.model_dump(mode="json", exclude_unset=True)["evaluate"]["metric"] == yaml.safe_load(written)
@@ -149,8 +149,8 @@ def test_a_metric_is_a_name_or_a_mapping_and_dumps_as_it_is_written(tmp_path: Pa
     [
         ("exct_match", "a metric is one of exact_match, bleu"),
         ("{choises: [a, b]}", "a metric is one of exact_match, bleu"),
-        ("{choices: [yes, no]}", "quote what YAML reads otherwise"),
-        ("{choices: [a, ' a']}", "the choices differ from each other"),
+        ("{choices: [yes, no]}", "quote values that YAML reads otherwise"),
+        ("{choices: [a, ' a']}", "choices must be distinct"),
         ("{regex: '('}", "evaluate.metric.regex: not a regular expression"),
         ("{json: {fieldz: [a]}}", "unknown key evaluate.metric.json.fieldz: did you mean evaluate.metric.json.fields?"),
         ("{python: scoring}", "evaluate.metric.python"),
@@ -164,5 +164,5 @@ def test_what_is_no_metric_is_told_with_its_place(tmp_path: Path, written: str, 
 
 
 def test_a_metric_is_measured_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluate\.also: bleu is measured already"):
-        _load(tmp_path, "evaluate:\n  metric: bleu\n  also: [chrf, bleu]\n")
+    with pytest.raises(UserError, match=r"evaluate\.extra_metrics: bleu is measured already"):
+        _load(tmp_path, "evaluate:\n  metric: bleu\n  extra_metrics: [chrf, bleu]\n")

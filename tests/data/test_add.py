@@ -122,7 +122,7 @@ def test_no_two_inputs_at_the_threshold_ever_straddle_the_split(
 ) -> None:
     """In the first version and in those made of it, where new rows bridge old clusters."""
     project = new_project(
-        tmp_path_factory.mktemp("leak") / "p", f"data: {{similarity: {similarity}, conflicts: accept}}\n"
+        tmp_path_factory.mktemp("leak") / "p", f"data: {{dedup_threshold: {similarity}, conflicts: accept}}\n"
     )
     pairs = _families(40, seed)
     random.Random(seed).shuffle(pairs)
@@ -345,7 +345,7 @@ def test_a_changed_similarity_makes_a_new_version_of_the_same_rows(tmp_path: Pat
     text = "abcdefghijklmnopqrstuvwxyz"
     pairs = [*unlike_pairs(40), (text, "x"), (text[:-5], "y")]
     first = _add(project, *pairs)
-    (project.root / "tunewright.yaml").write_text("data: {similarity: 0.5}\n")
+    (project.root / "tunewright.yaml").write_text("data: {dedup_threshold: 0.5}\n")
     second = _add(ProjectFolder(project.root), *pairs)
     assert second.created
     assert second.added == 0

@@ -120,14 +120,14 @@ def test_of_several_outputs_of_one_input_only_the_changed_one_is_an_edit(project
 
 
 def test_settings_and_sources_that_differ_are_told(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", "data: {similarity: 0.8}\n")
+    project = new_project(tmp_path / "p", "data: {dedup_threshold: 0.8}\n")
     add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener())
     a = load_version(project.dataset)
     project = ProjectFolder(project.root, project.config.model_copy(update={"seed": 7}))
     b = _add(project, *unlike_pairs(20, seed=2))
     found = diff(a, b)
     assert found.metadata["settings.seed"] == (0, 7)
-    assert "settings.similarity" not in found.metadata
+    assert "settings.dedup_threshold" not in found.metadata
     assert [s["name"] for s in found.metadata["sources"][1]] == ["more.jsonl"]
     text = diff_text(found)
     assert "settings.seed: 0 → 7" in text

@@ -138,7 +138,7 @@ def test_commas_in_the_text_of_a_tab_separated_table_do_not_mislead(tmp_path: Pa
 
 
 def test_a_table_of_known_columns_needs_no_names(tmp_path: Path) -> None:
-    known = _read(tmp_path, "id,prompt,completion\n1,hi,ho\n", "a.csv", DataConfig(ignore=("id",)))
+    known = _read(tmp_path, "id,prompt,completion\n1,hi,ho\n", "a.csv", DataConfig(drop_columns=("id",)))
     assert _inputs(known) == ["hi"]
     alpaca = _read(tmp_path, "instruction,input,output\nSay,,ho\nSay,it,ho\n", "b.csv", DataConfig())
     assert _inputs(alpaca) == ["Say", "Say\nit"]
@@ -146,12 +146,12 @@ def test_a_table_of_known_columns_needs_no_names(tmp_path: Path) -> None:
 
 def test_a_table_s_groups_travel_and_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
     text = "q,a,customer\nhi,ho,7\nhe,ha,\n"
-    data = DataConfig(input="q", output="a", groups=("customer",))
+    data = DataConfig(input="q", output="a", group_by=("customer",))
     reading = _read(tmp_path, text, "a.csv", data)
     assert [row.groups for row in reading.rows] == [{"customer": "7"}, {}]
     assert not any("not used" in note for note in reading.notes)
     with pytest.raises(UserError, match='no column named "custmer", which data'):
-        _read(tmp_path, text, "a.csv", data.model_copy(update={"groups": ("custmer",)}))
+        _read(tmp_path, text, "a.csv", data.model_copy(update={"group_by": ("custmer",)}))
 
 
 def _parquet(path: Path, columns: dict[str, Any]) -> Path:
@@ -191,7 +191,7 @@ def test_conversations_in_arrow_are_read_without_the_nulls_that_it_adds(tmp_path
         for w in (1, None)
     ]
     path = write(tmp_path / "rows", {"messages": chats, "customer": [12, None]})
-    reading = read_pairs(path, DataConfig(groups=("customer",)))
+    reading = read_pairs(path, DataConfig(group_by=("customer",)))
     assert (_inputs(reading), [row.groups for row in reading.rows]) == (["a", "a"], [{"customer": "12"}, {}])
 
 

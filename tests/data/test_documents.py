@@ -244,7 +244,7 @@ FROM_PARENT = {"input": "{{ text }}", "output": "{{ parent.sql[0] }}"}
 def test_the_object_above_a_row_is_for_templates_and_groups(tmp_path: Path) -> None:
     groups = ("parent.sql[0]", "parent.id", "parent.parent.name")
     document = {"name": "geo", "queries": QUERIES}
-    reading = _read(tmp_path, document, "queries[].sentences[]", groups=groups, **FROM_PARENT)
+    reading = _read(tmp_path, document, "queries[].sentences[]", group_by=groups, **FROM_PARENT)
     assert [(row.example.input_text, row.example.output) for row in reading.rows] == [
         ("a", "select 1"),
         ("b", "select 1"),
@@ -277,39 +277,39 @@ def test_note_names_parent_and_above_where_a_template_takes_them(tmp_path: Path)
 
 def test_a_group_above_the_rows_is_refused_when_no_row_has_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'parent.sqls\[0\]' finds nothing above any row") as refusal:
-        _read(tmp_path, QUERIES, "[].sentences[]", groups=("parent.sqls[0]",), **FROM_PARENT)
+        _read(tmp_path, QUERIES, "[].sentences[]", group_by=("parent.sqls[0]",), **FROM_PARENT)
     assert (refusal.value.where, refusal.value.fix) == (
-        "data.groups",
+        "data.group_by",
         "Keys of the object above a row: sql, id, sentences.",
     )
     with pytest.raises(UserError, match="finds nothing above any row") as refusal:
-        _read(tmp_path, [{"prompt": "a", "completion": "b"}], "[]", groups=("parent.id",))
+        _read(tmp_path, [{"prompt": "a", "completion": "b"}], "[]", group_by=("parent.id",))
     assert refusal.value.fix == "data.rows finds rows below no object."
     with pytest.raises(UserError, match="finds nothing above any row"):  # rows that the expression makes
-        _read(tmp_path, QUERIES, "[].{prompt: sql[0], completion: 'x'}", groups=("parent.id",))
+        _read(tmp_path, QUERIES, "[].{prompt: sql[0], completion: 'x'}", group_by=("parent.id",))
 
 
 def test_a_group_above_the_rows_is_a_fault_of_each_row_that_lacks_it(tmp_path: Path) -> None:
     document = [QUERIES[0], {**QUERIES[1], "id": None}, {**QUERIES[1], "id": ["x"]}]
-    reading = _read(tmp_path, document, "[].sentences[]", groups=("parent.id",), **FROM_PARENT)
+    reading = _read(tmp_path, document, "[].sentences[]", group_by=("parent.id",), **FROM_PARENT)
     assert len(reading.rows) == 2
     assert [(fault.code, fault.reason) for fault in reading.faults] == [
-        ("E205", "data.groups: 'parent.id' finds nothing above the row"),
+        ("E205", "data.group_by: 'parent.id' finds nothing above the row"),
         ("E205", "parent.id is list, not text or a number"),
     ]
-    provided = _read(tmp_path, document[:2], "[].sentences[]", groups=("parent.id || ''",), **FROM_PARENT)
+    provided = _read(tmp_path, document[:2], "[].sentences[]", group_by=("parent.id || ''",), **FROM_PARENT)
     assert [row.groups for row in provided.rows] == [{"parent.id || ''": "7"}, {"parent.id || ''": "7"}, {}]
 
 
 def test_a_group_above_the_rows_is_refused_when_it_is_no_expression(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a JMESPath expression") as refusal:
-        _read(tmp_path, QUERIES, "[].sentences[]", groups=("parent.sql[0",), **FROM_PARENT)
-    assert refusal.value.where == "data.groups"
+        _read(tmp_path, QUERIES, "[].sentences[]", group_by=("parent.sql[0",), **FROM_PARENT)
+    assert refusal.value.where == "data.group_by"
 
 
 def test_parent_is_a_plain_key_when_there_is_no_document(tmp_path: Path) -> None:
     rows = '{"t": "a", "parent": {"n": "x"}, "parent.id": "1"}\n{"t": "b", "parent": {"n": "y"}, "parent.id": "2"}\n'
-    config = {"input": "{{ t }}", "output": "{{ parent.n }}", "groups": ("parent.id",)}
+    config = {"input": "{{ t }}", "output": "{{ parent.n }}", "group_by": ("parent.id",)}
     reading = _read(tmp_path, rows, None, "rows.jsonl", **config)
     assert [(row.example.output, row.groups) for row in reading.rows] == [
         ("x", {"parent.id": "1"}),

@@ -93,7 +93,9 @@ def test_one_turn_rows_come_back_from_csv_and_alpaca_as_the_same_examples(
     changed = _with(version, [example(p, c, system) for p, c in pairs])
     listener = Listener()
     result = export(changed, path, form, listener)
-    config = DataConfig(input="prompt", output="completion", system=result.system) if form == "csv" else DataConfig()
+    config = (
+        DataConfig(input="prompt", output="completion", system_prompt=result.system) if form == "csv" else DataConfig()
+    )
     assert _keys_read(path, config) == [m.key for m in changed.members]
     assert len(listener.warned) == (form == "csv" and system is not None)
     assert result.system == (system if form == "csv" else None)

@@ -167,7 +167,7 @@ def test_the_copy_has_no_byte_order_mark_and_is_utf8_and_both_are_listed(tmp_pat
 def test_other_kinds_become_chat_rows_with_their_groups_and_without_the_config_s_system_turn(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("q,a,customer,id\nhi,ho,7,1\nhe,ha,,2\n")
-    data = DataConfig(input="q", output="a", groups=("customer",), ignore=("id",), system="Be brief.")
+    data = DataConfig(input="q", output="a", group_by=("customer",), drop_columns=("id",), system_prompt="Be brief.")
     changes = fix_file(path, tmp_path / "out.jsonl", data)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows[0] == {

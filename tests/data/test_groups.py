@@ -20,7 +20,7 @@ from tunewright.data.versions import DatasetVersion, load_version, version_folde
 from tunewright.data.versions.members import Place, member_line, places_of
 from tunewright.data.versions.verify import verify
 
-GROUPED = "data: {groups: [customer, ticket], conflicts: accept}\n"
+GROUPED = "data: {group_by: [customer, ticket], conflicts: accept}\n"
 
 Row = dict[str, str | int | None]
 
@@ -102,7 +102,7 @@ def test_the_group_of_a_dropped_duplicate_binds_the_row_that_it_repeats(tmp_path
 
 def test_groups_named_later_are_told_by_adding_the_file_again(tmp_path: Path) -> None:
     """Also where no cluster changes by them: the next row of the group has to find it."""
-    project = new_project(tmp_path / "p", "data: {ignore: [customer, ticket]}\n")
+    project = new_project(tmp_path / "p", "data: {drop_columns: [customer, ticket]}\n")
     rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(40, 4, 1))])
     first = _add(project, rows)
     (project.root / "tunewright.yaml").write_text(GROUPED)
@@ -113,12 +113,12 @@ def test_groups_named_later_are_told_by_adding_the_file_again(tmp_path: Path) ->
     assert (again.added, again.known) == (0, 39)
     assert again.version.splits == first.version.splits
     assert any("1 row of the version before without the group customer" in warning for warning in listener.warned)
-    assert again.version.settings.groups == ("customer", "ticket")
+    assert again.version.settings.group_by == ("customer", "ticket")
 
 
 def test_a_row_without_the_key_is_a_fault(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", GROUPED)
-    with pytest.raises(UserError, match=r'missing key "ticket", which data\.groups names'):
+    with pytest.raises(UserError, match=r'missing key "ticket", which data\.group_by names'):
         _add(project, [*_rows(30, 5, 9), {"prompt": "a", "completion": "b", "customer": "c"}])
 
 
@@ -166,7 +166,7 @@ def test_a_secret_as_a_group_s_value_is_refused_and_redaction_keeps_the_group(tm
 
 
 def test_add_refuses_and_redacts_a_group_value_that_is_a_password_by_its_name(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", "data: {groups: [password]}\n")
+    project = new_project(tmp_path / "p", "data: {group_by: [password]}\n")
     rows = _unticketed([{**row, "password": f"hunter{i}xyz!"} for i, row in enumerate(_rows(40, 7, 1))])
     with pytest.raises(UserError, match="password in the group password"):
         _add(project, rows)
@@ -195,7 +195,7 @@ def test_personal_data_as_a_group_s_value_is_told(tmp_path: Path) -> None:
 def test_a_group_that_separates_nothing_is_warned_of(
     tmp_path: Path, customer: Callable[[int], str], words: str | None
 ) -> None:
-    project = new_project(tmp_path / "p", "data: {groups: [customer]}\n")
+    project = new_project(tmp_path / "p", "data: {group_by: [customer]}\n")
     rows = [
         {"prompt": text, "completion": answer, "customer": customer(i)}
         for i, (text, answer) in enumerate(unlike_pairs(60))
@@ -206,8 +206,8 @@ def test_a_group_that_separates_nothing_is_warned_of(
     if words is not None and words.startswith("all"):
         with pytest.raises(UserError, match="too few to split") as refusal:
             add(project, [path], listener)
-        assert "data.groups (customer) joins rows that share a value" in str(refusal.value.fix)
+        assert "data.group_by (customer) joins rows that share a value" in str(refusal.value.fix)
     else:
         add(project, [path], listener)
-    told = [w for w in listener.warned if w.startswith("data.groups:")]
+    told = [w for w in listener.warned if w.startswith("data.group_by:")]
     assert [words in w for w in told] == [True] if words is not None else not told

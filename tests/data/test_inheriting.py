@@ -16,7 +16,7 @@ from tunewright.data.versions import load_version
 @pytest.fixture
 def old(tmp_path: Path) -> ProjectFolder:
     """A project with 60 rows and a system turn."""
-    project = new_project(tmp_path / "old", "data: {system: Be kind.}\n")
+    project = new_project(tmp_path / "old", "data: {system_prompt: Be kind.}\n")
     add(project, [write_jsonl(tmp_path / "old.jsonl", unlike_pairs(60))], Listener())
     return project
 
@@ -29,7 +29,7 @@ def _splits(project: ProjectFolder) -> dict[str, str]:
 def test_shared_inputs_keep_their_split_under_another_system_turn_seed_and_output(
     tmp_path: Path, old: ProjectFolder, named: str
 ) -> None:
-    new = new_project(tmp_path / "new", "seed: 7\ndata: {system: Be terse.}\n")
+    new = new_project(tmp_path / "new", "seed: 7\ndata: {system_prompt: Be terse.}\n")
     rows = [(f" {text.upper()}", f"new {answer}") for text, answer in unlike_pairs(60)[5:]]
     listener = Listener()
     path = write_jsonl(tmp_path / "new.jsonl", [*rows, *unlike_pairs(20, seed=3)])
@@ -64,7 +64,7 @@ def test_a_cluster_follows_the_row_in_it_that_is_held_out_and_the_move_is_told(
 
 def test_rows_that_change_sides_because_a_cluster_joins_them_are_counted(tmp_path: Path) -> None:
     text = "what is the monthly fee for a late payment by credit card in {} if I pay it by hand"
-    old = new_project(tmp_path / "old", "data: {similarity: 0.99}\n")
+    old = new_project(tmp_path / "old", "data: {dedup_threshold: 0.99}\n")
     family = [(text.format(f"{n:02}"), f"answer {n}") for n in range(10, 40)]
     add(old, [write_jsonl(tmp_path / "a.jsonl", [*family, *unlike_pairs(20)])], Listener())
     assert {split for t, split in _splits(old).items() if t.startswith("what")} >= {"train", "test"}

@@ -35,7 +35,7 @@ def _version(rows: Sequence[tuple[Example, Split]]) -> DatasetVersion:
     zero = dict.fromkeys(Counts.model_fields, 0)
     manifest = Manifest(
         digest="d" * 64, parent=None, created="", message="", sources=(), counts=Counts(**zero), splits={},
-        settings=Settings(similarity=0.8, dev=0.1, test=0.1, seed=0),
+        settings=Settings(dedup_threshold=0.8, val_size=0.1, test_size=0.1, seed=0),
     )  # fmt: skip
     return DatasetVersion(manifest, tuple(members))
 

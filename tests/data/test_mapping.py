@@ -110,9 +110,9 @@ def test_a_row_that_a_template_cannot_be_written_from_is_a_fault_and_the_others_
         ({"output": None}, "data.input is a template, and there is no data.output", "data.output (--output)"),
         ({"output": "{{ title }}"}, "input and output at once", "data.output (--output)"),
         (
-            {"output": "{{ gold }}", "ignore": ("gold",)},
-            'uses the key "gold", which data.ignore leaves out',
-            "data.ignore",
+            {"output": "{{ gold }}", "drop_columns": ("gold",)},
+            'uses the key "gold", which data.drop_columns leaves out',
+            "data.drop_columns",
         ),
         ({"output": "{% include 'x' %}"}, "takes in another one", "data.output (--output)"),
         ({"output": "{{ above[0] }}"}, "there is no data.rows", "data.output (--output)"),
@@ -135,10 +135,10 @@ def test_a_template_that_is_none_is_refused_before_any_file_is_read(
 
 def test_the_note_says_what_is_mapped_and_other_keys_are_metadata(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    reading = _read(tmp_path, "{{ parts[gold].text }}", ROW, {**ROW, "extra": 1}, ignore=("id",))
+    reading = _read(tmp_path, "{{ parts[gold].text }}", ROW, {**ROW, "extra": 1}, drop_columns=("id",))
     assert reading.notes == [
         f"{path}: JSON Lines: mapped pairs, since the config maps title to the input and parts, gold to the output",
-        f"{path}: left out, as data.ignore says: id",
+        f"{path}: left out, as data.drop_columns says: id",
     ]
     whole = _read(tmp_path, "{{ row | tojson }}")
     assert len(whole.notes) == 1

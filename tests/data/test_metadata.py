@@ -74,9 +74,9 @@ def test_extra_keys_are_metadata_in_every_kind_of_file(
     reading = read_pairs(write(tmp_path / name, rows), DataConfig())
     assert reading.faults == []
     assert [row.metadata for row in reading.rows] == [{"id": "r1", "source": "mail"}]
-    ignoring = read_pairs(tmp_path / name, DataConfig(ignore=("source",)))
+    ignoring = read_pairs(tmp_path / name, DataConfig(drop_columns=("source",)))
     assert [row.metadata for row in ignoring.rows] == [{"id": "r1"}]
-    assert any("left out, as data.ignore says: source" in note for note in ignoring.notes)
+    assert any("left out, as data.drop_columns says: source" in note for note in ignoring.notes)
 
 
 def test_values_of_tables_become_json_and_what_json_lacks_is_told(tmp_path: Path) -> None:

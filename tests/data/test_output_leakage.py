@@ -131,7 +131,7 @@ def test_add_warns_when_the_test_has_known_templates(tmp_path: Path) -> None:
     assert len(told) == 1
     assert told[0].startswith(f"{result.outputs.share('template'):.0%} of the test rows")
     assert "data.split_by: output_template" in told[0]
-    assert "data.groups" in told[0]
+    assert "data.group_by" in told[0]
     free = Listener()
     _add(new_project(tmp_path / "free"), [(a, b) for (a, _), (b, _) in pairwise(unlike_pairs(400))], free)
     assert not any("output template" in w for w in free.warned)
@@ -183,6 +183,6 @@ def test_split_by_output_template_is_refused_when_a_version_was_split_by_input(t
     # What the messages propose.
     version = _add(new, _queries(300, 40)).version
     assert version.settings.split_by == "output_template"
-    again = new_project(tmp_path / "again", "data: {split_by: output_template, system: Be kind.}\n")
+    again = new_project(tmp_path / "again", "data: {split_by: output_template, system_prompt: Be kind.}\n")
     inherited = _add(again, _queries(300, 40), split_from=new.root).version
     assert [inherited.counts.test, inherited.counts.dev] == [version.counts.test, version.counts.dev]

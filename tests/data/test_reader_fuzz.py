@@ -23,8 +23,8 @@ from tunewright.data.readers import read_pairs
 from tunewright.data.readers.row_errors import CODES
 
 MAPPED = DataConfig(input="q", output="a")
-TEMPLATED = DataConfig(input="{{ q }}{{ b | tojson }}", output='{{ row["a"] | default(x[0].y) }}', ignore=("id",))
-RECIPES = st.sampled_from([DataConfig(), MAPPED, TEMPLATED, DataConfig(groups=("g",), ignore=("id",))])
+TEMPLATED = DataConfig(input="{{ q }}{{ b | tojson }}", output='{{ row["a"] | default(x[0].y) }}', drop_columns=("id",))
+RECIPES = st.sampled_from([DataConfig(), MAPPED, TEMPLATED, DataConfig(group_by=("g",), drop_columns=("id",))])
 PAIR = b'{"prompt": "two and two?", "completion": "four"}'
 CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]}'
 

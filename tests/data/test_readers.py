@@ -71,7 +71,7 @@ def test_a_turn_s_weight_is_kept_and_makes_another_example_only_where_it_is_0(tm
 
 def test_the_config_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> None:
     own = _turns(("system", "mine"), ("user", "a"), ("assistant", "b"))
-    reading = _read(tmp_path, PAIR + own, config=DataConfig(system="the config's"))
+    reading = _read(tmp_path, PAIR + own, config=DataConfig(system_prompt="the config's"))
     assert [row.example.messages[0].content for row in reading.rows] == ["the config's", "mine"]
 
 

@@ -42,7 +42,7 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 @pytest.fixture
 def project(tmp_path: Path) -> ProjectFolder:
     """A project with 40 rows of two customers in a.jsonl and 10 more in b.jsonl."""
-    project = new_project(tmp_path / "p", "data: {groups: [customer], conflicts: accept}\n")
+    project = new_project(tmp_path / "p", "data: {group_by: [customer], conflicts: accept}\n")
     rows = unlike_pairs(50)
     for name, part in (("a.jsonl", rows[:40]), ("b.jsonl", rows[40:])):
         lines = [

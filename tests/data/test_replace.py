@@ -286,7 +286,7 @@ def test_an_edit_of_a_reviewer_outlives_the_file_that_it_mended(tmp_path: Path) 
 
 
 def test_groups_go_to_the_row_that_replaces(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", "data: {groups: [customer]}\n")
+    project = new_project(tmp_path / "p", "data: {group_by: [customer]}\n")
     rows = [{"prompt": p, "completion": c, "customer": f"C{i}"} for i, (p, c) in enumerate(unlike_pairs(40))]
     path = project.root / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -163,7 +163,7 @@ def test_keys_that_the_config_names_are_input_and_output(tmp_path: Path) -> None
 
 
 def test_groups_travel_with_their_rows_and_null_is_no_group(tmp_path: Path) -> None:
-    data = DataConfig(groups=("customer", "document"))
+    data = DataConfig(group_by=("customer", "document"))
     pair = {"prompt": ASKED, "completion": ANSWERED}
     rows = [{**pair, "customer": "Acme", "document": 12}, {**pair, "customer": None, "document": 12.0}]
     reading = _read(tmp_path, rows, data)
@@ -175,22 +175,22 @@ def test_groups_travel_with_their_rows_and_null_is_no_group(tmp_path: Path) -> N
 
 def test_a_key_of_the_row_itself_can_be_a_group(tmp_path: Path) -> None:
     row = {"instruction": "Translate.", "input": "chat", "output": "cat"}
-    [read] = _read(tmp_path, [row], DataConfig(groups=("instruction",))).rows
+    [read] = _read(tmp_path, [row], DataConfig(group_by=("instruction",))).rows
     assert (read.groups, read.example.input_text) == ({"instruction": "Translate."}, "Translate.\nchat")
 
 
 def test_ignored_keys_are_left_out_and_told_once(tmp_path: Path) -> None:
     row = {"prompt": ASKED, "completion": ANSWERED, "id": 4, "source": {"url": "x"}}
-    reading = _read(tmp_path, [row, row], DataConfig(ignore=("id", "source", "date")))
+    reading = _read(tmp_path, [row, row], DataConfig(drop_columns=("id", "source", "date")))
     assert len(reading.rows) == 2
-    assert [note for note in reading.notes if "data.ignore" in note] == [
-        f"{tmp_path / 'rows.jsonl'}: left out, as data.ignore says: id, source"
+    assert [note for note in reading.notes if "data.drop_columns" in note] == [
+        f"{tmp_path / 'rows.jsonl'}: left out, as data.drop_columns says: id, source"
     ]
 
 
 def test_a_name_cannot_be_ignored_and_used() -> None:
-    with pytest.raises(ValueError, match="ignore names customer, which input, output or groups use"):
-        DataConfig(groups=("customer",), ignore=("customer",))
+    with pytest.raises(ValueError, match="drop_columns names customer, which input, output or group_by use"):
+        DataConfig(group_by=("customer",), drop_columns=("customer",))
 
 
 def test_every_code_is_in_the_documentation_with_its_meaning_and_remedy() -> None:
@@ -223,7 +223,7 @@ _keys = st.one_of(
 @given(st.dictionaries(_keys, _values, max_size=5))
 def test_any_object_is_an_example_or_a_fault_with_a_known_code(row: dict[str, Any]) -> None:
     try:
-        example = example_from_object(row, DataConfig(input="q", output="a", groups=("g",), ignore=("id",)))
+        example = example_from_object(row, DataConfig(input="q", output="a", group_by=("g",), drop_columns=("id",)))
     except RowError as error:
         assert error.code in CODES
     else:

@@ -97,7 +97,7 @@ def test_too_few_clusters_say_how_many_there_are_and_how_many_are_needed() -> No
 
 
 def test_one_giant_cluster_points_at_the_instruction_in_every_input() -> None:
-    with pytest.raises(UserError, match=r"One cluster holds 500 rows.*data\.system"):
+    with pytest.raises(UserError, match=r"One cluster holds 500 rows.*data\.system_prompt"):
         assign_splits(_clusters([500, 1, 1]), {}, CONFIG, 0)
 
 

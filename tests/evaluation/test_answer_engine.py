@@ -71,8 +71,8 @@ def test_auto_takes_vllm_with_a_card_and_its_cuda_environment(tmp_path: Path, mo
     ("config", "asked", "why"),
     [
         ({}, {"quantize": "nf4"}, "held in NF4"),
-        ({}, {"quantize": "none", "constrained": True}, "evaluate.constrain"),
-        ({"dora": True, "servable": False}, {"quantize": "none"}, "does not load DoRA"),
+        ({}, {"quantize": "none", "constrained": True}, "evaluate.structured_outputs"),
+        ({"use_dora": True, "require_vllm_compatible": False}, {"quantize": "none"}, "does not load DoRA"),
     ],
 )
 def test_what_vllm_cannot_answer_alike_stays_on_peft_by_auto_and_is_refused_where_vllm_is_asked_for(
@@ -95,7 +95,7 @@ def test_an_adapter_decides_by_its_own_configuration_and_not_by_the_recipes(
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "use_dora": True}))
     assert answer_engine(_config(), "none", adapter=tmp_path).name == "peft"
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8}))
-    assert answer_engine(_config(dora=True, servable=False), "none", adapter=tmp_path).name == "vllm"
+    assert answer_engine(_config(use_dora=True, require_vllm_compatible=False), "none", adapter=tmp_path).name == "vllm"
 
 
 def test_vllm_that_is_not_installed_is_refused_with_the_command_that_installs_it(

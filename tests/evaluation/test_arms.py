@@ -7,7 +7,9 @@ from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, other_instructions, p
 
 
 def test_arms_are_named_and_the_cheapest_is_first() -> None:
-    settings = EvaluateConfig(shots=(8, 1, 8), static_seeds=2, retrievers=("bm25", "tfidf"), instructions=("Do it.",))
+    settings = EvaluateConfig(
+        num_fewshot=(8, 1, 8), static_seeds=2, retrievers=("bm25", "tfidf"), instructions=("Do it.",)
+    )
     assert [arm.name for arm in prompting_arms(settings)] == [
         "zero-shot",
         "zero-shot-instruction-1",
@@ -24,7 +26,7 @@ def test_arms_are_named_and_the_cheapest_is_first() -> None:
 
 
 def test_kinds_of_arms_can_be_switched_off() -> None:
-    settings = EvaluateConfig(shots=(4,), static_seeds=0, retrievers=())
+    settings = EvaluateConfig(num_fewshot=(4,), static_seeds=0, retrievers=())
     assert prompting_arms(settings) == [ZERO_SHOT]
 
 

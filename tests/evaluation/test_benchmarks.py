@@ -24,10 +24,10 @@ from tunewright.evaluation.forgetting import ForgettingMeter
 from tunewright.evidence.benchmarks import Benchmarks, Suite
 from tunewright.training import self_samples
 
-CONFIG = """general:
+CONFIG = """regressions:
   samples: 6
-  choices: [{file: questions.jsonl, items: 12}]
-  instructions: [{file: prompts.jsonl, max_new_tokens: 12}]
+  multiple_choice: [{file: questions.jsonl, limit: 12}]
+  instruction_following: [{file: prompts.jsonl, max_new_tokens: 12}]
   margin: 0.05
 """
 
@@ -43,7 +43,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     """A project with suites of each kind and an adapter."""
     folder = tiny_project(tmp_path_factory.mktemp("general") / "project", tiny_base_folder)
     file = folder / "tunewright.yaml"
-    file.write_text(file.read_text().replace("general:\n  samples: 0\n", CONFIG))
+    file.write_text(file.read_text().replace("regressions:\n  samples: 0\n", CONFIG))
     words = ["stone", "water", "a long river", "sun", "ice and snow"]
     rng = np.random.default_rng(0)
     write_jsonl(
@@ -186,10 +186,16 @@ def test_only_what_is_new_is_measured_anew(project: Project, measured: dict[str,
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ("general: {samples: 0}", "names no suite"),
-        ("general: {choices: [nowhere.jsonl]}", "nowhere.jsonl"),
-        ("general: {choices: [{file: questions.jsonl}, {file: questions.jsonl, items: 3}]}", "two suites are called"),
-        ("general: {instructions: [{file: prompts.jsonl, max_new_token: 3}]}", "instructions.0.max_new_tokens?"),
+        ("regressions: {samples: 0}", "names no suite"),
+        ("regressions: {multiple_choice: [nowhere.jsonl]}", "nowhere.jsonl"),
+        (
+            "regressions: {multiple_choice: [{file: questions.jsonl}, {file: questions.jsonl, limit: 3}]}",
+            "two suites are called",
+        ),
+        (
+            "regressions: {instruction_following: [{file: prompts.jsonl, max_new_token: 3}]}",
+            "instruction_following.0.max_new_tokens?",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_measured(project: Project, section: str, words: str) -> None:
@@ -240,7 +246,7 @@ def test_alike_and_grouped_questions_are_clusters(project: Project) -> None:
     write_jsonl(project.folder.root / "grouped.jsonl", rows)
     file = project.folder.root / "tunewright.yaml"
     before = file.read_text()
-    file.write_text(before.replace(CONFIG, "general: {samples: 0, choices: [grouped.jsonl]}\n"))
+    file.write_text(before.replace(CONFIG, "regressions: {samples: 0, multiple_choice: [grouped.jsonl]}\n"))
     try:
         ran = command("general", "-p", project.folder.root, "--json")
     finally:

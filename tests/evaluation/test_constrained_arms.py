@@ -30,9 +30,10 @@ def _constrain(folder: Path, constraint: str) -> None:
     """Hold the project's answers to this, and make it a short one."""
     file = folder / "tunewright.yaml"
     config = file.read_text().replace("epochs: 2", "epochs: 1")
-    assert "  shots: [1, 2]\n" in config
-    held = f"  shots: [1]\n  static_seeds: 0\n  retrievers: [bm25]\n  max_new_tokens: 12\n  constrain: {constraint}\n"
-    file.write_text(config.replace("  shots: [1, 2]\n", held))
+    assert "  num_fewshot: [1, 2]\n" in config
+    held = "  num_fewshot: [1]\n  static_seeds: 0\n  retrievers: [bm25]\n  max_new_tokens: 12\n"
+    held += f"  structured_outputs: {constraint}\n"
+    file.write_text(config.replace("  num_fewshot: [1, 2]\n", held))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -56,17 +57,20 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) 
 
 
 def test_each_prompting_arm_has_a_held_one_behind_it() -> None:
-    plans = prompting_arms(EvaluateConfig(shots=(2, 1), constrain=ConstrainConfig(choices=("a",))))
+    plans = prompting_arms(EvaluateConfig(num_fewshot=(2, 1), structured_outputs=ConstrainConfig(choices=("a",))))
     held = [plan.name for plan in plans if plan.constrained]
     names = ["zero-shot", "retrieved-1", "retrieved-2", "retrieved-1-tfidf", "retrieved-2-tfidf"]
     assert held == [f"{name}+constrained" for name in names]
     free = [plan for plan in plans if not plan.constrained]
-    assert free == prompting_arms(EvaluateConfig(shots=(2, 1)))
+    assert free == prompting_arms(EvaluateConfig(num_fewshot=(2, 1)))
 
 
 def test_zero_shot_is_held_with_each_instruction_too() -> None:
     settings = EvaluateConfig(
-        shots=(1,), retrievers=(), instructions=("Say a or b.",), constrain=ConstrainConfig(choices=("a", "b"))
+        num_fewshot=(1,),
+        retrievers=(),
+        instructions=("Say a or b.",),
+        structured_outputs=ConstrainConfig(choices=("a", "b")),
     )
     held = [plan.name for plan in prompting_arms(settings) if plan.constrained]
     assert held == ["zero-shot+constrained", "zero-shot-instruction-1+constrained"]
@@ -93,7 +97,9 @@ def test_references_that_are_no_choice_are_named_with_their_number(evaluated: tu
     folder, advised, _ = evaluated
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     missing = sum(row["completion"] == COLOURS[-1] for row in rows)
-    assert f"evaluate.constrain: {missing} of {len(rows)} references do not match the grammar" in advised.stderr
+    assert (
+        f"evaluate.structured_outputs: {missing} of {len(rows)} references do not match the grammar" in advised.stderr
+    )
     assert COLOURS[-1] in advised.stderr
 
 
@@ -113,7 +119,7 @@ def test_a_grammar_that_fits_no_reference_is_refused_before_anything_is_answered
 @pytest.mark.parametrize("bad", ["{}", "{choices: [a], regex: b}", "{choices: []}", "{choice: [a]}"])
 def test_a_constraint_is_one_of_three(tmp_path: Path, bad: str) -> None:
     write_jsonl(tmp_path / "pairs.jsonl", [])
-    (tmp_path / "tunewright.yaml").write_text(f"evaluate:\n  constrain: {bad}\n")
+    (tmp_path / "tunewright.yaml").write_text(f"evaluate:\n  structured_outputs: {bad}\n")
     told = tunewright("config", "show", "-p", tmp_path)
     assert told.code == 2
     assert "tunewright.yaml:2" in told.stderr

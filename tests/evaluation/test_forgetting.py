@@ -39,7 +39,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     """A project with an adapter that was trained with replay."""
     folder = tiny_project(tmp_path_factory.mktemp("forgetting") / "project", tiny_base_folder)
     file = folder / "tunewright.yaml"
-    file.write_text(file.read_text().replace("train:\n", "train:\n  replay: {samples: 4, kl: null}\n"))
+    file.write_text(file.read_text().replace("train:\n", "train:\n  replay: {samples: 4, kl_coef: null}\n"))
     project = tunewright.open(folder)
     project.data.add([folder / "pairs.jsonl"])
     project.train()

@@ -63,7 +63,7 @@ def writes_garbage(asked: Asked) -> str:
 def judged(folder: Path, script: Script, items: list[Item] | None = None) -> tuple[int, Evidence, int]:
     """Exit code, evidence and number of requests of one run."""
     with scripted(script) as server:
-        evaluation = write_project(folder / "project", {"url": server.url, "model": "scripted"}, items)
+        evaluation = write_project(folder / "project", {"base_url": server.url, "model": "scripted"}, items)
         ran = tunewright("judge", "-p", folder / "project", "--json")
         evidence = load_evidence(evaluation)
         assert evidence.judge is not None
@@ -258,7 +258,7 @@ def test_items_without_a_verdict_are_left_out_and_counted_never_ties(tmp_path: P
 def test_a_verdict_before_the_token_limit_does_not_count(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.finish = "length"
-        evaluation = write_project(tmp_path / "project", {"url": server.url, "model": "scripted"})
+        evaluation = write_project(tmp_path / "project", {"base_url": server.url, "model": "scripted"})
         assert tunewright("judge", "-p", tmp_path / "project").code == 3
     rows = (evaluation / CONTROLS_FILE).read_text().splitlines()
     assert {json.loads(row)["unscored"] for row in rows} == {"cut at the token limit"}

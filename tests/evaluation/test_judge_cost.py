@@ -25,7 +25,7 @@ PRICES = {"price_input": 10.0, "price_output": 100.0}  # 100 prompt and 10 reply
 def test_an_estimate_sends_nothing_and_counts_what_is_sent_later(tmp_path: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
-        write_project(project, {"url": server.url, "model": "scripted", **PRICES})
+        write_project(project, {"base_url": server.url, "model": "scripted", **PRICES})
         estimated = tunewright("judge", "--estimate", "-p", project, "--json").document
         assert server.bodies == []
         judged = tunewright("judge", "-p", project, "--json").document["judge"]
@@ -42,7 +42,7 @@ def test_an_estimate_sends_nothing_and_counts_what_is_sent_later(tmp_path: Path)
 def test_the_budget_is_not_overdrawn_and_more_of_it_goes_on(tmp_path: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
-        settings = {"url": server.url, "model": "scripted", **PRICES, "budget": 0.3}
+        settings = {"base_url": server.url, "model": "scripted", **PRICES, "budget": 0.3}
         write_project(project, {**settings, "parameters": {"max_tokens": 10}})
         ran = tunewright("judge", "-p", project, "--json")
         assert ran.code == 2
@@ -58,7 +58,7 @@ def test_the_budget_is_not_overdrawn_and_more_of_it_goes_on(tmp_path: Path) -> N
 def test_replies_without_counts_are_guessed_and_said_so(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.usage = False
-        write_project(tmp_path / "project", {"url": server.url, "model": "scripted", **PRICES})
+        write_project(tmp_path / "project", {"base_url": server.url, "model": "scripted", **PRICES})
         spent = tunewright("judge", "-p", tmp_path / "project", "--json").document["judge"]["spent"]
         assert spent["estimated"] == spent["calls"] == len(server.bodies)
         assert spent["prompt_tokens"] == sum(-(-len(prompt) // 4) for prompt in server.prompts)
@@ -70,7 +70,7 @@ def test_replies_without_counts_are_guessed_and_said_so(tmp_path: Path) -> None:
 def test_a_reference_models_answers_come_from_a_file_by_pair_key(tmp_path: Path) -> None:
     items, project = make_items(), tmp_path / "project"
     with scripted(honest) as server:
-        settings = {"url": server.url, "model": "scripted", "reference_model": {"answers": "others.jsonl"}}
+        settings = {"base_url": server.url, "model": "scripted", "reference_model": {"answers": "others.jsonl"}}
         evaluation = write_project(project, settings, items)
         rows = [{"key": i.key, "answer": i.reference if n % 2 else f"**none** {n}"} for n, i in enumerate(items)]
         write_jsonl(project / "others.jsonl", rows[1:])
@@ -95,11 +95,11 @@ def test_a_reference_models_answers_come_from_a_file_by_pair_key(tmp_path: Path)
 def test_a_reference_model_is_asked_the_test_prompts(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
-        other = {"url": server.url, "model": "other", "parameters": {"max_tokens": 64}, **PRICES}
-        settings = {"url": server.url, "model": "scripted", "reference_model": other}
+        other = {"base_url": server.url, "model": "other", "parameters": {"max_tokens": 64}, **PRICES}
+        settings = {"base_url": server.url, "model": "scripted", "reference_model": other}
         evaluation = write_project(project, settings)
         rows = pairs(40)
-        config = f"base: {tiny_base_folder}\ndata:\n  system: Give the first word.\n"
+        config = f"base_model: {tiny_base_folder}\ndata:\n  system_prompt: Give the first word.\n"
         (project / "tunewright.yaml").write_text(config + (project / "tunewright.yaml").read_text())
         opened = package.open(project)
         opened.data.add([write_jsonl(project / "pairs.jsonl", rows)])

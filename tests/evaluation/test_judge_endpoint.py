@@ -40,7 +40,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(server: Server, folder: Path, count: int = 12, **settings: Any) -> list[str]:
     """Ask an endpoint directly; the replies' texts."""
-    config = EndpointConfig.model_validate({"url": server.url, "model": "scripted", **settings})
+    config = EndpointConfig.model_validate({"base_url": server.url, "model": "scripted", **settings})
     return [
         r.text
         for r in Endpoint(config, "judge", folder, JudgeBudget(None), LogReporter()).ask("t", CONVERSATIONS[:count])
@@ -93,14 +93,14 @@ def test_a_slow_reply_is_given_up_and_told(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.slow_s = 1.0
         with pytest.raises(UserError, match=r"no reply within 0.1 s; asked 2 times"):
-            ask(server, tmp_path, count=1, timeout=0.1, retries=1)
+            ask(server, tmp_path, count=1, timeout=0.1, max_retries=1)
 
 
 def test_nobody_there_is_told(tmp_path: Path) -> None:
     with scripted(honest) as server:
         pass
     with pytest.raises(UserError, match=r"does not answer \(no connection"):
-        ask(server, tmp_path, count=1, retries=0)
+        ask(server, tmp_path, count=1, max_retries=0)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_reply_of_another_protocol_is_told(tmp_path: Path, body: str) -> None:
     with scripted(honest) as server:
         server.misbehave = failing_first(99, PlainTextResponse(body))
         with pytest.raises(UserError, match="no chat completion"):
-            ask(server, tmp_path, count=1, retries=1)
+            ask(server, tmp_path, count=1, max_retries=1)
 
 
 def test_no_more_requests_at_once_than_allowed(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_key_is_sent_and_shown_to_nobody(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
     project = tmp_path / "project"
     with scripted(honest) as server:
-        write_project(project, {"url": server.url, "model": "scripted", "key_env": "JUDGE_KEY"})
+        write_project(project, {"base_url": server.url, "model": "scripted", "api_key_env": "JUDGE_KEY"})
         assert tunewright("judge", "-p", project).code == 0
         assert set(server.keys) == {"Bearer sk-very-secret"}
         server.misbehave = failing_first(999, JSONResponse({"error": {"message": "bad key sk-very-secret"}}, 401))
@@ -147,13 +147,13 @@ def test_the_key_is_sent_and_shown_to_nobody(tmp_path: Path, monkeypatch: pytest
 
 def test_a_failing_endpoint_ends_the_run_and_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
     with scripted(honest) as server:
-        settings = {"url": server.url, "model": "scripted", "retries": 1}
+        settings = {"base_url": server.url, "model": "scripted", "max_retries": 1}
         evaluation = write_project(tmp_path / "project", settings)
         before = {file: file.read_bytes() for file in evaluation.iterdir()}
         server.misbehave = lambda count: PlainTextResponse("down", 503) if count >= 100 else None
         ran = tunewright("judge", "-p", tmp_path / "project", "--json")
         assert ran.code == 2
-        assert ran.document["error"]["where"] == "judge.url"
+        assert ran.document["error"]["where"] == "judge.base_url"
         assert "the same command goes on from there" in ran.document["error"]["fix"]
         assert {file: file.read_bytes() for file in evaluation.iterdir()} == before
         server.misbehave = lambda count: None
@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
         server.slow_s = 0.03
-        write_project(project, {"url": server.url, "model": "scripted", "concurrency": 2})
+        write_project(project, {"base_url": server.url, "model": "scripted", "concurrency": 2})
         command = [sys.executable, "-m", "tunewright", "judge", "-p", str(project)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             while len(server.prompts) < 40:
@@ -200,7 +200,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_another_model_parameter_or_criterion_is_asked_anew(tmp_path: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
-        write_project(project, {"url": server.url, "model": "scripted"})
+        write_project(project, {"base_url": server.url, "model": "scripted"})
         assert tunewright("judge", "-p", project).code == 0
         once = len(server.bodies)
         config = (project / "tunewright.yaml").read_text()
@@ -213,7 +213,7 @@ def test_another_model_parameter_or_criterion_is_asked_anew(tmp_path: Path) -> N
 
 def test_what_a_judgement_replaced_stays_told(tmp_path: Path) -> None:
     with scripted(honest) as server:
-        evaluation = write_project(tmp_path / "project", {"url": server.url, "model": "first"})
+        evaluation = write_project(tmp_path / "project", {"base_url": server.url, "model": "first"})
         config = tmp_path / "project" / "tunewright.yaml"
         for _ in range(2):
             assert tunewright("judge", "-p", tmp_path / "project").code == 0
@@ -238,7 +238,7 @@ def test_an_item_too_long_for_the_judge_is_unscored_and_the_rest_judged(tmp_path
     wrong = next(i for i in items if i.answers["tuned"] != i.reference)
     too_long = JSONResponse({"error": {"message": "too many tokens", "code": "context_length_exceeded"}}, 400)
     with scripted(honest) as server:
-        evaluation = write_project(tmp_path / "project", {"url": server.url, "model": "scripted"}, items)
+        evaluation = write_project(tmp_path / "project", {"base_url": server.url, "model": "scripted"}, items)
         server.misbehave = lambda count: (
             too_long
             if f">>>\n{wrong.answers['tuned']}\n<<<" in server.bodies[count]["messages"][0]["content"]
@@ -257,16 +257,23 @@ def test_an_item_too_long_for_the_judge_is_unscored_and_the_rest_judged(tmp_path
     ("settings", "words"),
     [
         ({}, "the config names no judge"),
-        ({"url": "http://x/v1"}, "the config names no judge"),
-        ({"url": "http://u:p@x/v1", "model": "m"}, "judge.url"),
-        ({"url": "http://x/v1", "model": "m", "key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE is not set"),
-        ({"url": "http://x/v1", "model": "m", "budget": 1.0}, "a budget needs price_input"),
-        ({"url": "http://x/v1", "model": "m", "price_input": 1.0}, "go together"),
-        ({"url": "http://x/v1", "model": "m", "parameters": {"stream": True}}, "stream is set by the judge"),
-        ({"url": "http://x/v1", "model": "m", "controls": 5}, "judge.controls"),
-        ({"url": "http://x/v1", "model": "m", "reference_model": {"model": "m"}}, "either answers"),
+        ({"base_url": "http://x/v1"}, "the config names no judge"),
+        ({"base_url": "http://u:p@x/v1", "model": "m"}, "judge.base_url"),
+        ({"base_url": "http://x/v1", "model": "m", "api_key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE is not set"),
+        ({"base_url": "http://x/v1", "model": "m", "budget": 1.0}, "a budget requires price_input"),
+        ({"base_url": "http://x/v1", "model": "m", "price_input": 1.0}, "set both price_input and price_output"),
+        ({"base_url": "http://x/v1", "model": "m", "parameters": {"stream": True}}, "stream is set by the judge"),
+        ({"base_url": "http://x/v1", "model": "m", "controls": 5}, "judge.controls"),
+        ({"base_url": "http://x/v1", "model": "m", "reference_model": {"model": "m"}}, "set either answers"),
         (
-            {"url": "http://x/v1", "model": "m", "budget": 1, "price_input": 1, "price_output": 9, "parameters": {}},
+            {
+                "base_url": "http://x/v1",
+                "model": "m",
+                "budget": 1,
+                "price_input": 1,
+                "price_output": 9,
+                "parameters": {},
+            },
             "max_tokens",
         ),
     ],
@@ -281,7 +288,7 @@ def test_a_wrong_config_is_told_before_anything_is_sent(tmp_path: Path, settings
 
 def test_a_judge_of_the_bases_family_is_warned_of(tmp_path: Path) -> None:
     with scripted(honest) as server:
-        settings = {"url": server.url, "model": "Llama-3.3-70B-Instruct"}
+        settings = {"base_url": server.url, "model": "Llama-3.3-70B-Instruct"}
         evaluation = write_project(tmp_path / "project", settings, base="meta-llama/Llama-3.1-8B")
         assert "own family (llama)" in tunewright("judge", "-p", tmp_path / "project").stderr
     section = load_evidence(evaluation).judge

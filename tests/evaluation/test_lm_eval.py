@@ -29,7 +29,7 @@ TASK = {
     "doc_to_target": "gold",
     "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
 }
-CONFIG = "general:\n  samples: 0\n  lm_eval: [{task: substances, folder: tasks}]\n  margin: 0.05\n"
+CONFIG = "regressions:\n  samples: 0\n  lm_eval: [{task: substances, include_path: tasks}]\n  margin: 0.05\n"
 
 
 def _questions() -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     """A project with an adapter and a task file of its own, whose data lies beside it."""
     folder = tiny_project(tmp_path_factory.mktemp("lm-eval") / "project", tiny_base_folder)
     file = folder / "tunewright.yaml"
-    file.write_text(file.read_text().replace("general:\n  samples: 0\n", CONFIG))
+    file.write_text(file.read_text().replace("regressions:\n  samples: 0\n", CONFIG))
     (folder / "tasks").mkdir()
     data = write_jsonl(folder / "substances.jsonl", _questions())
     task = {**TASK, "dataset_kwargs": {"data_files": {"test": str(data)}}}
@@ -92,14 +92,14 @@ def test_a_task_scores_what_one_choice_at_a_time_does_adapter_off_and_on(
 @pytest.mark.parametrize(
     ("suite", "words"),
     [
-        ("{task: substance, folder: tasks}", "lm-eval has no task 'substance'"),
-        ("{task: substances, folder: tasks, metric: f1}", "it has no metric 'f1'"),
+        ("{task: substance, include_path: tasks}", "lm-eval has no task 'substance'"),
+        ("{task: substances, include_path: tasks, metric: f1}", "it has no metric 'f1'"),
     ],
 )
 def test_a_task_or_metric_that_there_is_not_is_named(project: Project, suite: str, words: str) -> None:
     file = project.folder.root / "tunewright.yaml"
     before = file.read_text()
-    file.write_text(before.replace("{task: substances, folder: tasks}", suite))
+    file.write_text(before.replace("{task: substances, include_path: tasks}", suite))
     try:
         ran = command("general", "-p", project.folder.root)
     finally:

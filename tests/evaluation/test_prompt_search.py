@@ -47,7 +47,9 @@ def project(tmp_path: Path, tiny_base_folder: Path) -> Project:
     """A project with 60 dev items."""
     folder = tiny_project(tmp_path / "project", tiny_base_folder, count=150)
     config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("  sources: [pairs.jsonl]", "  sources: [pairs.jsonl]\n  dev: 0.4"))
+    config.write_text(
+        config.read_text().replace("  sources: [pairs.jsonl]", "  sources: [pairs.jsonl]\n  val_size: 0.4")
+    )
     project = tunewright.open(folder)
     project.data.add([folder / "pairs.jsonl"])
     return project
@@ -77,14 +79,14 @@ def _luck(member: Member) -> float:
 def settings(project: Project, text: str, shots: str = "[1, 2]") -> Project:
     """The project again with these keys in its evaluate section."""
     config = project.folder.root / "tunewright.yaml"
-    config.write_text(config.read_text().replace("  shots: [1, 2]\n", f"  shots: {shots}\n{text}"))
+    config.write_text(config.read_text().replace("  num_fewshot: [1, 2]\n", f"  num_fewshot: {shots}\n{text}"))
     return tunewright.open(project.folder.root)
 
 
 def test_only_arms_that_are_not_shown_to_be_worse_answer_all_of_dev(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = settings(project, "  first_items: 30\n")
+    project = settings(project, "  screening_items: 30\n")
     right = {"retrieved-2": 0.9, "retrieved-1": 0.85, "retrieved-2-tfidf": 0.2, "static-2-seed-2": 0.8}
     asked = answering(monkeypatch, project, right)
     advice = project.prompting().advice
@@ -112,7 +114,7 @@ def test_static_draws_are_told_with_their_mean(project: Project, monkeypatch: py
 
 
 def test_at_most_so_many_go_on_and_the_cheapest_of_equals(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    project = settings(project, "  first_items: 30\n  finalists: 1\n")
+    project = settings(project, "  screening_items: 30\n  finalists: 1\n")
     answering(monkeypatch, project, {"retrieved-1": 0.5, "retrieved-2": 0.5, "retrieved-1-tfidf": 0.5})
     advice = project.prompting().advice
     assert advice.narrowing is not None
@@ -121,7 +123,7 @@ def test_at_most_so_many_go_on_and_the_cheapest_of_equals(project: Project, monk
 
 
 def test_without_first_items_every_arm_answers_all_of_dev(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    project = settings(project, "  first_items: null\n")
+    project = settings(project, "  screening_items: null\n")
     asked = answering(monkeypatch, project, {})
     advice = project.prompting().advice
     assert (advice.narrowing, len(advice.arms)) == (None, 11)
@@ -181,7 +183,9 @@ def test_instructions_that_cannot_be_put_anywhere_are_refused_before_anything_is
     ]
     write_jsonl(folder / "pairs.jsonl", [{"messages": [*t, {"role": "assistant", "content": "a"}]} for t in turns])
     config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("  shots: [1, 2]\n", "  shots: [1, 2]\n  instructions: [Do it.]\n"))
+    config.write_text(
+        config.read_text().replace("  num_fewshot: [1, 2]\n", "  num_fewshot: [1, 2]\n  instructions: [Do it.]\n")
+    )
     project = tunewright.open(folder)
     project.data.add([folder / "pairs.jsonl"])
     with pytest.raises(UserError, match="2 different system turns"):

@@ -166,9 +166,10 @@ def test_evaluate_names_vllm_in_its_evidence_and_finds_its_answers_again(small_b
     rows = [{"prompt": f"{n * 7919 % 10007} {'ab' * (n % 7)}", "completion": f"{n * 7919 % 10007}"} for n in range(120)]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     config = (
-        f"name: small\nbase: {small_base}\ndata:\n  sources: [pairs.jsonl]\n"
-        "train:\n  preset: all-linear\n  batch_size: 8\n  epochs: 1\n  dtype: float32\n  evaluate_rows: 0\n"
-        "evaluate:\n  shots: [1]\n  static_seeds: 1\n  retrievers: [bm25]\n  engine: ENGINE\ngeneral:\n  samples: 0\n"
+        f"name: small\nbase_model: {small_base}\ndata:\n  sources: [pairs.jsonl]\n"
+        "train:\n  preset: all-linear\n  batch_size: 8\n  epochs: 1\n  dtype: float32\n  eval_max_samples: 0\n"
+        "evaluate:\n  num_fewshot: [1]\n  static_seeds: 1\n  retrievers: [bm25]\n  engine: ENGINE\n"
+        "regressions:\n  samples: 0\n"
     )
     (tmp_path / "tunewright.yaml").write_text(config.replace("ENGINE", "vllm"))
     for command in (("data", "add", tmp_path / "pairs.jsonl"), ("train",)):

@@ -109,7 +109,7 @@ def test_a_form_that_is_not_learnt_is_told_with_its_share() -> None:
     (cause,) = decided(formed(WORSE, 31)).causes
     assert cause.what == "The adapter has not learned the form of the answers"
     assert "31 of 120 tuned answers are JSON with the fields name (26%); of the references 120" in cause.evidence
-    assert "evaluate.constrain" in cause.next_command
+    assert "evaluate.structured_outputs" in cause.next_command
     assert "The adapter has not learned the form of the answers" not in found(formed(WORSE, 115))
 
 

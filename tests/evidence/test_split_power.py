@@ -56,11 +56,11 @@ def _clusters_in_test(large: int, single: int) -> tuple[dict[Split, int], dict[S
 @pytest.mark.parametrize("large", [15, 30, 50])
 def test_the_rows_that_split_power_suggests_make_the_test_large_enough(large: int) -> None:
     rows, clusters = _clusters_in_test(large, 0)
-    told = split_power(rows, clusters, DataConfig().test)
+    told = split_power(rows, clusters, DataConfig().test_size)
     assert not told.significant
     for needed, goal in ((told.rows_to_significant, 6), (told.rows_to_aim, 37)):
         assert _clusters_in_test(large, needed)[1]["test"] == pytest.approx(goal, abs=1)
-        assert split_power(*_clusters_in_test(large, needed + 20), DataConfig().test).clusters["test"] >= goal
+        assert split_power(*_clusters_in_test(large, needed + 20), DataConfig().test_size).clusters["test"] >= goal
         assert _clusters_in_test(large, needed - 20)[1]["test"] < goal
 
 
@@ -104,7 +104,7 @@ def test_few_or_dominating_dev_clusters_are_a_warning(sizes: list[int], told: st
     warn_of_few_dev_clusters(sizes, reporter)
     (warning,) = reporter.warned
     assert told in warning
-    assert "larger data.dev or another seed" in warning
+    assert "larger data.val_size or another seed" in warning
 
 
 def test_dev_clusters_of_equal_size_are_no_warning_when_there_are_enough() -> None:

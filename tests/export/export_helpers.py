@@ -52,7 +52,11 @@ def in_bfloat16(folder: Path) -> Path:
 def adapted(base: Path, folder: Path, change: Callable[[Any], None] | None = None, **settings: Any) -> Adapter:
     """An adapter of every linear layer with random weights that move the base's logits, and a lineage."""
     torch.manual_seed(1)
-    model_config: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(PRESETS["all-linear"]["targets"])}
+    model_config: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": list(PRESETS["all-linear"]["target_modules"]),
+    }
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tuned = get_peft_model(model, LoraConfig(**(model_config | settings), task_type="CAUSAL_LM"))
     for name, weight in tuned.named_parameters():
@@ -63,7 +67,7 @@ def adapted(base: Path, folder: Path, change: Callable[[Any], None] | None = Non
     if change is not None:
         change(tuned)
     tuned.save_pretrained(str(folder))
-    config = {"train": {"dtype": "bfloat16", "quantize": "none"}}
+    config = {"train": {"dtype": "bfloat16", "quantization": "none"}}
     write_json(folder / "lineage.json", {"digest": adapter_digest(folder), "config": config})
     return Adapter(folder)
 

@@ -36,7 +36,7 @@ def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantize: 
     model.save_pretrained(base)
     project = tiny_project(folder / "project", base)
     config = project / "tunewright.yaml"
-    text = config.read_text(encoding="utf-8").replace("dtype: float32", f"dtype: bfloat16\n  quantize: {quantize}")
+    text = config.read_text(encoding="utf-8").replace("dtype: float32", f"dtype: bfloat16\n  quantization: {quantize}")
     text = text.replace("learning_rate: 0.003", "learning_rate: 0.01")
     # Random weights find many tokens as good as equally likely: of a long answer, 8 bits would change a token.
     config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"), encoding="utf-8")

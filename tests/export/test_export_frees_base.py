@@ -18,7 +18,7 @@ def test_merge_holds_one_base_at_a_time(
     """The trained model, over NF4 the two ways to merge, and the merged folder."""
     project = tiny_project(tmp_path / "project", tiny_base_folder, count=80)
     config = project / "tunewright.yaml"
-    text = config.read_text().replace("epochs: 2", f"epochs: 1\n  evaluate_rows: 0\n  quantize: {quantize}")
+    text = config.read_text().replace("epochs: 2", f"epochs: 1\n  eval_max_samples: 0\n  quantization: {quantize}")
     config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
     assert command("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     assert command("train", "-p", project).code == 0

@@ -25,7 +25,7 @@ SYSTEM = "Name the first colour, d'été."
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     folder = tiny_project(tmp_path_factory.mktemp("export") / "project", tiny_base_folder)
     config = folder / "tunewright.yaml"
-    text = config.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system: "{SYSTEM}"\n')
+    text = config.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system_prompt: "{SYSTEM}"\n')
     text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n").replace("0.003", "0.01")
     config.write_text(text, encoding="utf-8")
     assert command("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0

@@ -173,7 +173,7 @@ def test_an_answer_as_the_chat_format_writes_it_is_allowed_token_by_token(name: 
     ],
 )
 def test_what_the_engine_does_not_take_is_the_users_to_change(how: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=rf"(?s)evaluate\.constrain: .*{told}"):
+    with pytest.raises(UserError, match=rf"(?s)evaluate\.structured_outputs: .*{told}"):
         _constraint(**how)
 
 

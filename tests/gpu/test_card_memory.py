@@ -13,7 +13,7 @@ from tunewright.config import PRESETS
 from tunewright.models.memory.estimate import Load, Way, need
 from tunewright.models.memory.shape import Shape
 
-TARGETS: tuple[str, ...] = PRESETS["all-linear"]["targets"]
+TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 LORA = Way(TARGETS, 16, checkpointing=True, card=True)
 QLORA = replace(LORA, nf4=True)
 CARD = 80 * 10**9
@@ -23,11 +23,11 @@ def _counted(shape: Shape, way: Way, load: Load) -> int:
     """Run one step as ``tunewright train`` does, after the pass that chooses the micro-batch beside AdamW's moments."""
     settings = {
         "preset": "all-linear" if way.targets == TARGETS else "classic",
-        "rank": way.rank,
+        "lora_r": way.rank,
         "epochs": 1,
         "batch_size": load.rows,
         "max_length": 1 << 17,
-        "quantize": "nf4" if way.nf4 else "none",
+        "quantization": "nf4" if way.nf4 else "none",
     }
     with FakeCard() as card:
         model = build(shape, nf4=way.nf4)

@@ -50,8 +50,8 @@ def _run(
         "preset": "all-linear",
         "epochs": 1,
         "batch_size": load.rows,
-        "micro_batch": load.rows // 2,
-        "quantize": "nf4" if nf4 else "none",
+        "micro_batch_size": load.rows // 2,
+        "quantization": "nf4" if nf4 else "none",
         **settings,
     }
     dtype = getattr(torch, settings.get("dtype", "bfloat16"))
@@ -87,12 +87,12 @@ def test_training_is_on_the_card_whole(card: CardProcess, name: str, options: di
 
 @pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
 def test_replay_with_divergences_is_on_the_card_whole(card: CardProcess, options: dict[str, Any]) -> None:
-    report = card.run(_run, "tiny", 3, replay={"samples": 4, "kl": 0.5}, **options)
+    report = card.run(_run, "tiny", 3, replay={"samples": 4, "kl_coef": 0.5}, **options)
     assert {"loss", "pair_loss", "replay_kl"} <= report.history[0].keys()
     assert not [copy for copy in report.copies if copy.in_layer]
 
 
-@pytest.mark.parametrize(("replay", "reads"), [(None, 2), ({"samples": 4, "kl": 0.5}, 3)])
+@pytest.mark.parametrize(("replay", "reads"), [(None, 2), ({"samples": 4, "kl_coef": 0.5}, 3)])
 def test_step_reads_from_the_card_only_what_it_logs(
     card: CardProcess, replay: dict[str, Any] | None, reads: int
 ) -> None:
@@ -126,7 +126,7 @@ def _in_smaller_pieces(steps: int) -> Report:
     choose = micro_batch.MicroBatch.choose
     micro_batch.MicroBatch.choose = lambda self, rows, tokens: self._keep(1)  # type: ignore[method-assign]
     try:
-        return _run("tiny", steps, micro_batch=BATCH)
+        return _run("tiny", steps, micro_batch_size=BATCH)
     finally:
         micro_batch.MicroBatch.choose = choose  # type: ignore[method-assign]
 
@@ -138,7 +138,7 @@ def _blocking(report: Report) -> Counter[str]:
 @pytest.mark.parametrize("nf4", [False, True])
 def test_no_tensor_has_the_square_of_the_tokens(card: CardProcess, nf4: bool) -> None:
     load = Load(rows=32, shared=100, own=120, trained=4)
-    report = card.run(_run, "tiny", nf4=nf4, load=load, micro_batch=load.rows)
+    report = card.run(_run, "tiny", nf4=nf4, load=load, micro_batch_size=load.rows)
     assert report.largest[0] < load.tokens**2 / 8, report.largest
 
 

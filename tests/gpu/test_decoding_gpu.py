@@ -138,7 +138,7 @@ def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _
     from tunewright.training.adapter import keep_float32, lora_config
     from tunewright.training.dev import DevTask
 
-    settings: Any = {"preset": "all-linear", "quantize": quantize, "dropout": dropout}
+    settings: Any = {"preset": "all-linear", "quantization": quantize, "lora_dropout": dropout}
     requests = tuple(Request(tuple(range(5, 15 + row)), "default", 6) for row in range(4))
     scorer: Any = None  # answers are made here, and not valued
     task = DevTask(scorer, requests, (), (), (), 4, chat_of(byte_tokenizer()), LogReporter())

@@ -23,7 +23,7 @@ def _training_pass(fused: bool, checkpointing: bool) -> tuple[int, int, list[str
     from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
 
     config = LoraConfig(
-        r=16, lora_alpha=32, task_type="CAUSAL_LM", target_modules=list(TrainConfig(preset="all-linear").targets)
+        r=16, lora_alpha=32, task_type="CAUSAL_LM", target_modules=list(TrainConfig(preset="all-linear").target_modules)
     )
     if fused:
         use_fused_lora(config, "nf4")

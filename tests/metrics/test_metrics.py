@@ -57,9 +57,9 @@ def test_exact_match_forgives_outer_white_space_and_unicode_spelling_only(
 @pytest.mark.parametrize(
     ("option", "answer", "reference"),
     [
-        ("casefold", "STRASSE", "straße"),
-        ("collapse_white_space", "Ala.\n Ct.", "Ala. Ct."),
-        ("strip_punctuation", "«Ala Ct»!", "Ala. Ct."),
+        ("ignore_case", "STRASSE", "straße"),
+        ("collapse_whitespace", "Ala.\n Ct.", "Ala. Ct."),
+        ("ignore_punctuation", "«Ala Ct»!", "Ala. Ct."),
     ],
 )
 def test_each_option_forgives_what_it_says_and_nothing_else(option: str, answer: str, reference: str) -> None:
@@ -69,9 +69,9 @@ def test_each_option_forgives_what_it_says_and_nothing_else(option: str, answer:
 
 
 def test_options_are_in_the_metrics_name_and_definition() -> None:
-    metric = ExactMatch(exact_match=Normalisation(casefold=True, strip_punctuation=True))
+    metric = ExactMatch(exact_match=Normalisation(ignore_case=True, ignore_punctuation=True))
     (scorer,) = scorers([metric])
-    assert scorer.name == "exact_match casefold+strip_punctuation"
+    assert scorer.name == "exact_match ignore_case+ignore_punctuation"
     assert "case folded, punctuation taken out" in scorer.definition
 
 

@@ -111,8 +111,8 @@ MIXTRAL_8X7B = {
 }
 EXPERTS = Shape(2, 48, 80, 6, 2, 8, 101, tied=False, attention_bias=False, mlp_bias=False, experts=4, chosen=2)
 TINY = Shape(2, 48, 80, 6, 2, 8, 101, tied=False, attention_bias=False, mlp_bias=False)
-ALL_LINEAR: tuple[str, ...] = PRESETS["all-linear"]["targets"]
-CLASSIC: tuple[str, ...] = PRESETS["classic"]["targets"]
+ALL_LINEAR: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
+CLASSIC: tuple[str, ...] = PRESETS["classic"]["target_modules"]
 
 
 def _shape(folder: Path, config: dict[str, Any]) -> Shape:

@@ -63,7 +63,7 @@ def project(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = config.read_text().replace("epochs: 2", "epochs: 1").replace("0.003", "0.01")
     text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n")
     if kind == "mixtral":
-        text = text.replace("  preset: all-linear", f"  preset: all-linear\n  targets: [{', '.join(ATTENTION)}]")
+        text = text.replace("  preset: all-linear", f"  preset: all-linear\n  target_modules: [{', '.join(ATTENTION)}]")
     config.write_text(text)
     assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     ran = run("train", "-p", project)
@@ -124,11 +124,11 @@ def test_nf4_of_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base", "mixtral")
     project = tiny_project(tmp_path / "project", base, count=80)
     config = project / "tunewright.yaml"
-    config.write_text(config.read_text().replace("  preset: all-linear", "  preset: classic\n  quantize: nf4"))
+    config.write_text(config.read_text().replace("  preset: all-linear", "  preset: classic\n  quantization: nf4"))
     assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     ran = run("train", "-p", project)
     assert ran.code == 2
-    assert "train.quantize: Mixtral cannot be held in NF4" in ran.stderr
+    assert "train.quantization: Mixtral cannot be held in NF4" in ran.stderr
     with pytest.raises(UserError, match="Mixtral cannot be held in NF4"):
         load_model(_open(base), "float32", "nf4")
 
@@ -140,7 +140,7 @@ def test_a_target_that_a_family_does_not_have_is_refused_with_those_that_it_has(
         ran = run(*command, "-p", project)
         assert ran.code == 2
         assert "Mixtral has no linear layer gate_proj, up_proj, down_proj" in ran.stderr
-        assert "Set train.targets to [q_proj, k_proj, v_proj, o_proj]" in ran.stderr
+        assert "Set train.target_modules to [q_proj, k_proj, v_proj, o_proj]" in ran.stderr
 
 
 def test_fit_has_a_way_without_nf4_for_each_family_and_with_it_where_it_can_be_held(project: Path, kind: Kind) -> None:
@@ -267,7 +267,7 @@ def test_an_adapter_trained_in_nf4_is_merged_and_leaves_the_vision_tower_as_it_w
     base = build_base(tmp_path / "base", each)
     project = tiny_project(tmp_path / "project", base, count=80)
     config = project / "tunewright.yaml"
-    text = config.read_text().replace("epochs: 2", "epochs: 1\n  quantize: nf4").replace("0.003", "0.01")
+    text = config.read_text().replace("epochs: 2", "epochs: 1\n  quantization: nf4").replace("0.003", "0.01")
     config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
     for command in (["data", "add", project / "pairs.jsonl"], ["train"], ["export", "merge", "--json"]):
         ran = run(*command, "-p", project)
@@ -329,7 +329,7 @@ def test_an_image_in_an_example_is_refused_by_name(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a cat"}]},
     ]
     (tmp_path / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tunewright.yaml").write_text("name: images\nbase: bundled:smollm2-135m-instruct\n")
+    (tmp_path / "tunewright.yaml").write_text("name: images\nbase_model: bundled:smollm2-135m-instruct\n")
     ran = run("data", "add", tmp_path / "images.jsonl", "-p", tmp_path)
     assert ran.code == 2
     assert "images are not supported: messages[0].content holds one" in " ".join(ran.stderr.split())

@@ -56,7 +56,9 @@ def _base(folder: Path) -> Base:
 def _tuned(base: Base, dtype: str = "float32") -> Any:
     """An adapter that has an effect, on an NF4 base."""
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(PRESETS["all-linear"]["targets"]), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=list(PRESETS["all-linear"]["target_modules"]), task_type="CAUSAL_LM"
+    )
     model = get_peft_model(load_model(base, dtype, "nf4"), config)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -86,7 +88,7 @@ def test_the_seven_linear_layers_are_in_four_bits_and_nothing_else_is(
     four_bit = {name for name, part in model.named_modules() if isinstance(part, Linear4bit)}
     linear = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     assert four_bit == linear - {"lm_head"}
-    assert {name.rpartition(".")[2] for name in four_bit} == set(PRESETS["all-linear"]["targets"])
+    assert {name.rpartition(".")[2] for name in four_bit} == set(PRESETS["all-linear"]["target_modules"])
     for name, weight in model.named_parameters():
         held_whole = name.removesuffix(".weight") not in four_bit
         assert weight.dtype == (getattr(torch, dtype) if held_whole else torch.uint8), name

@@ -41,7 +41,7 @@ def _opened(folder: Path, quantize: str) -> ProjectContext:
     write_json(base / "config.json", LLAMA_2_7B)
     project = tiny_project(folder / "project", base)
     config = project / "tunewright.yaml"
-    config.write_text(config.read_text().replace("dtype: float32", f"dtype: bfloat16\n  quantize: {quantize}"))
+    config.write_text(config.read_text().replace("dtype: float32", f"dtype: bfloat16\n  quantization: {quantize}"))
     return ProjectContext(ProjectFolder(project), _Heard())
 
 

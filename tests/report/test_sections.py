@@ -365,7 +365,7 @@ def test_only_advice_on_the_same_data_base_and_metric_is_taken_and_the_newest_wi
 
 
 def test_the_report_command_needs_nothing_but_the_evaluation(tmp_path: Path, tiny_base_folder: Path) -> None:
-    write_text(tmp_path / "tunewright.yaml", f"name: p\nbase: {tiny_base_folder}\n")
+    write_text(tmp_path / "tunewright.yaml", f"name: p\nbase_model: {tiny_base_folder}\n")
     folder = tmp_path / "evaluations" / FULL.id
     write_json(folder / "evidence.json", FULL.model_dump(mode="json"))
     write_text(folder / "items.jsonl", "".join(item.model_dump_json(exclude_none=True) + "\n" for item in ITEMS))
@@ -392,7 +392,7 @@ def test_what_is_not_scored_cannot_be_told() -> None:
 
 
 def test_the_report_command_takes_the_projects_advice(tmp_path: Path, tiny_base_folder: Path) -> None:
-    write_text(tmp_path / "tunewright.yaml", f"name: p\nbase: {tiny_base_folder}\n")
+    write_text(tmp_path / "tunewright.yaml", f"name: p\nbase_model: {tiny_base_folder}\n")
     folder = tmp_path / "evaluations" / FULL.id
     write_json(folder / "evidence.json", FULL.model_dump(mode="json"))
     write_text(folder / "items.jsonl", "".join(item.model_dump_json(exclude_none=True) + "\n" for item in ITEMS))

@@ -73,7 +73,7 @@ def test_client_that_hangs_up_frees_all_prompts() -> None:
 
 def test_prompts_do_not_time_out_behind_their_own_siblings() -> None:
     engine = ScriptedEngine((0.15, 0.15), max_batch=1)
-    with scripted_server(engine, queue_s=0.5) as client:
+    with scripted_server(engine, queue_timeout_s=0.5) as client:
         reply = client.post(URL, json={"model": "base", "prompt": ["a"] * 4})
     assert reply.status_code == 200
     assert [choice["text"] for choice in reply.json()["choices"]] == ["aa"] * 4

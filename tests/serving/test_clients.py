@@ -41,7 +41,7 @@ def url() -> Iterator[str]:
     model = build_model()
     # Some SDKs raise where an answer does not end by itself.
     stop = expected_answer(model, MODELS[MODEL], QUESTION, ANSWER_TOKENS)[12:15]
-    limits = GatewayConfig(answer_tokens=ANSWER_TOKENS, prompt_tokens=1000)
+    limits = GatewayConfig(max_completion_tokens=ANSWER_TOKENS, max_prompt_tokens=1000)
     with running_server(model, stops=[stop], limits=limits) as address:
         yield f"{address}/v1"
 

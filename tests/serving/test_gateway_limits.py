@@ -94,13 +94,13 @@ def test_a_refusal_is_no_longer_than_a_request_however_many_faults_it_has() -> N
 @pytest.mark.parametrize(
     ("limits", "body", "expected"),
     [
-        ({"messages": 2}, {"messages": HELLO * 3}, (400, "too_many_messages", "messages")),
-        ({"prompt_tokens": PROMPT - 1}, {}, (400, "prompt_too_long", "messages")),
+        ({"max_messages": 2}, {"messages": HELLO * 3}, (400, "too_many_messages", "messages")),
+        ({"max_prompt_tokens": PROMPT - 1}, {}, (400, "prompt_too_long", "messages")),
         ({}, {"messages": [{"role": "user", "content": "x" * 2000}]}, (400, "context_length_exceeded", "messages")),
         ({}, {"n": 2}, (400, "invalid_value", "n")),
         ({}, {"stop": ["x"] * 5}, (400, "invalid_value", "stop")),
         ({}, {"stop": "x" * 1001}, (400, "invalid_value", "stop.0")),
-        ({"body_bytes": 2000}, {"user": "x" * 2000}, (413, "body_too_large", None)),
+        ({"max_body_bytes": 2000}, {"user": "x" * 2000}, (413, "body_too_large", None)),
     ],
 )
 def test_what_is_too_large_is_refused_and_named(limits: Any, body: Any, expected: Any) -> None:
@@ -112,7 +112,7 @@ def test_what_is_too_large_is_refused_and_named(limits: Any, body: Any, expected
 
 def test_max_tokens_is_capped_to_the_room_and_to_the_operators_limit() -> None:
     engine = ScriptedEngine()
-    with scripted_server(engine, answer_tokens=5) as client:
+    with scripted_server(engine, max_completion_tokens=5) as client:
         limits: list[dict[str, Any]] = [{"max_tokens": 6}, {"max_completion_tokens": 10**9}, {}]
         for limit in limits:
             assert ask(client, **limit).status_code == 200
@@ -126,7 +126,7 @@ def test_max_tokens_is_capped_to_the_room_and_to_the_operators_limit() -> None:
 
 def test_what_is_just_small_enough_is_answered() -> None:
     engine = ScriptedEngine()
-    with scripted_server(engine, messages=1, prompt_tokens=PROMPT, answer_tokens=5) as client:
+    with scripted_server(engine, max_messages=1, max_prompt_tokens=PROMPT, max_completion_tokens=5) as client:
         assert ask(client, max_tokens=5, stop=["x" * 1000] * 4).status_code == 200
         assert ask(client).status_code == 200
     with scripted_server(engine) as client:
@@ -162,7 +162,7 @@ def test_the_largest_body_follows_the_context_and_is_read_no_further() -> None:
 
 
 def test_a_body_that_does_not_come_is_not_waited_for() -> None:
-    with scripted_server(ScriptedEngine(), body_s=0.2) as client, half_sent(client, 100, 1) as read:
+    with scripted_server(ScriptedEngine(), body_timeout_s=0.2) as client, half_sent(client, 100, 1) as read:
         assert read() == (408, "body_timeout: The body did not come within 0.2 s.")
 
 
@@ -170,8 +170,8 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
 @pytest.mark.parametrize(
     ("waits", "limits", "status", "code"),
     [
-        ((60,), {"first_token_s": 0.2}, 504, "first_token_timeout"),
-        ((60,), {"total_s": 0.2}, 504, "total_timeout"),
+        ((60,), {"first_token_timeout_s": 0.2}, 504, "first_token_timeout"),
+        ((60,), {"total_timeout_s": 0.2}, 504, "total_timeout"),
     ],
 )
 def test_what_takes_too_long_to_begin_ends_with_a_status_and_is_aborted(
@@ -187,8 +187,8 @@ def test_what_takes_too_long_to_begin_ends_with_a_status_and_is_aborted(
 @pytest.mark.parametrize(
     ("waits", "limits", "code"),
     [
-        ((0, 0, 60), {"between_tokens_s": 0.3}, "idle_timeout"),
-        ((0.05,) * 100, {"total_s": 0.7}, "total_timeout"),
+        ((0, 0, 60), {"inter_token_timeout_s": 0.3}, "idle_timeout"),
+        ((0.05,) * 100, {"total_timeout_s": 0.7}, "total_timeout"),
     ],
 )
 def test_a_stream_that_takes_too_long_ends_with_an_error_event_and_is_aborted(
@@ -208,7 +208,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event_and_is_aborted(
 
 def test_who_waits_for_a_turn_too_long_may_ask_again_and_never_reaches_the_engine() -> None:
     engine = ScriptedEngine((0, 60), max_batch=1)
-    with scripted_server(engine, queue_s=0.3) as client:
+    with scripted_server(engine, queue_timeout_s=0.3) as client:
         with client.stream("POST", CHAT_URL, json={"model": "base", "messages": HELLO, "stream": True}) as busy:
             lines = busy.iter_lines()  # once it is gone, the connection is
             next(lines)

@@ -112,7 +112,7 @@ def test_what_waits_and_what_runs_is_told_and_forgotten() -> None:
 
 
 def test_timeouts_are_an_outcome() -> None:
-    limits = GatewayConfig(first_token_s=0.1)
+    limits = GatewayConfig(first_token_timeout_s=0.1)
     with server(ScriptedEngine((60,)), OpenAccess(MODELS), limits) as (client, metrics):
         assert client.post("/v1/completions", json={"model": "base", "prompt": "x"}).status_code == 504
         until(metrics, "requests_total", 1, tenant="everybody", alias="base", outcome="timed out")

@@ -139,7 +139,7 @@ def test_auto_trains_on_without_compiling_when_the_compiler_fails(
 def test_on_is_refused_before_the_first_step_when_the_compiler_fails(
     tmp_path: Path, model: Any, broken_compiler: Any
 ) -> None:
-    with pytest.raises(UserError, match=r"train\.compile: torch\.compile fails here"):
+    with pytest.raises(UserError, match=r"train\.torch_compile: torch\.compile fails here"):
         _run(Compile("on", tmp_path / "run", LogReporter()), model, broken_compiler, [1.0], steps=3)
 
 
@@ -150,7 +150,7 @@ def test_auto_does_not_compile_on_a_card_and_says_so(tmp_path: Path) -> None:
     for _ in range(2):
         callback.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=10**6), None, model=card)
     assert hears.said == [
-        "Not compiled: what compiling saves on a card has not been measured. train.compile: 'on' compiles."
+        "Not compiled: what compiling saves on a card has not been measured. train.torch_compile: 'on' compiles."
     ]
 
 

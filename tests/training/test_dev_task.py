@@ -22,7 +22,7 @@ def test_dev_task_answers_equal_prompts_once_and_scores_every_row(tiny_base_fold
     base = resolve_base(str(tiny_base_folder), None, tmp_path, LogReporter())
     chat = open_chat(base)
     rows = [_member("one", "a"), _member("two", "b"), _member("one", "c"), _member("three", "d"), _member("one", "e")]
-    config = Config.model_validate({"name": "tiny", "base": str(tiny_base_folder)})
+    config = Config.model_validate({"name": "tiny", "base_model": str(tiny_base_folder)})
     task = dev_task(config, tmp_path, chat, rows, rows, 512, LogReporter())
     assert task is not None
     assert [r.prompt_ids for r in task.requests] == [
@@ -34,7 +34,7 @@ def test_dev_task_answers_equal_prompts_once_and_scores_every_row(tiny_base_fold
 def test_dev_task_scores_a_sample_by_the_references_of_all_dev_rows(tiny_base_folder: Path, tmp_path: Path) -> None:
     base = resolve_base(str(tiny_base_folder), None, tmp_path, LogReporter())
     rows = [_member("one", letter) for letter in "abcd"]
-    settings = {"name": "tiny", "base": str(tiny_base_folder), "train": {"evaluate_rows": 2}}
+    settings = {"name": "tiny", "base_model": str(tiny_base_folder), "train": {"eval_max_samples": 2}}
     task = dev_task(Config.model_validate(settings), tmp_path, open_chat(base), rows, rows, 512, LogReporter())
     assert task is not None
     assert (len(task.requests), len(task.examples)) == (1, 2)

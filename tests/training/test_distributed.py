@@ -57,11 +57,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def _project(folder: Path, base: Path, batch: str = "batch_size: 8\n  micro_batch: 2", epochs: int = 2) -> Path:
+def _project(folder: Path, base: Path, batch: str = "batch_size: 8\n  micro_batch_size: 2", epochs: int = 2) -> Path:
     tiny_project(folder, base, count=121)
     config = folder / "tunewright.yaml"
     text = config.read_text().replace("batch_size: 8", batch).replace("epochs: 2", f"epochs: {epochs}")
-    config.write_text(text.replace("train:\n", "train:\n  evaluate_rows: 3\n  prefix_sharing: 'on'\n"))
+    config.write_text(text.replace("train:\n", "train:\n  eval_max_samples: 3\n  prefix_sharing: 'on'\n"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     return folder
 
@@ -168,7 +168,11 @@ def test_an_error_in_one_process_ends_all_with_one_message(
     ("batch", "count", "words"),
     [
         ("batch_size: 7", 2, "7 rows cannot be shared equally by 2 processes"),
-        ("batch_size: 12\n  micro_batch: 4", 2, "each of 2 processes has 6 rows of a batch, which is no multiple of 4"),
+        (
+            "batch_size: 12\n  micro_batch_size: 4",
+            2,
+            "each of 2 processes has 6 rows of a batch, which is no multiple of 4",
+        ),
     ],
 )
 def test_a_batch_that_cannot_be_shared_is_refused_once(

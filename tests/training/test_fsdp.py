@@ -39,9 +39,11 @@ def _project(folder: Path, base: Path, sharing: str = "on", also: str = "") -> P
     tiny_project(folder, base, count=71)
     config = folder / "tunewright.yaml"
     text = (
-        config.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch: 2").replace("epochs: 2", "epochs: 1")
+        config.read_text()
+        .replace("batch_size: 8", "batch_size: 8\n  micro_batch_size: 2")
+        .replace("epochs: 2", "epochs: 1")
     )
-    settings = f"train:\n  evaluate_rows: 3\n  prefix_sharing: '{sharing}'\n{also}"
+    settings = f"train:\n  eval_max_samples: 3\n  prefix_sharing: '{sharing}'\n{also}"
     config.write_text(text.replace("train:\n", settings).replace("evaluate:\n", "evaluate:\n  max_new_tokens: 5\n"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     return folder
@@ -125,14 +127,14 @@ def test_killed_while_it_saves_it_goes_on_to_the_same_adapter(
 @pytest.fixture(scope="module")
 def divided_in_4_bits(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, server: Server) -> Adapter:
     """What two processes with half of a base in NF4 each trained."""
-    folder = _project(tmp_path_factory.mktemp("divided") / "nf4", tiny_base_folder, also="  quantize: nf4\n")
+    folder = _project(tmp_path_factory.mktemp("divided") / "nf4", tiny_base_folder, also="  quantization: nf4\n")
     return _trained(server, folder, processes=2, environment=FSDP)
 
 
 def test_fsdp_over_nf4_gives_the_losses_and_the_adapter_of_one_process(
     divided_in_4_bits: Adapter, divided: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
-    whole = _trained(server, _project(tmp_path / "project", tiny_base_folder, also="  quantize: nf4\n"))
+    whole = _trained(server, _project(tmp_path / "project", tiny_base_folder, also="  quantization: nf4\n"))
     _require_alike(whole, divided_in_4_bits)
     losses = [row["loss"] for row in whole.history if "loss" in row]
     in_full = [row["loss"] for row in divided.history if "loss" in row]
@@ -155,7 +157,7 @@ def test_fsdp_over_nf4_holds_half_of_the_4_bit_weights(divided_in_4_bits: Adapte
 def test_fsdp_over_nf4_resumes_to_the_same_adapter_when_killed_while_saving(
     divided_in_4_bits: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
-    folder = _project(tmp_path / "project", tiny_base_folder, also="  quantize: nf4\n")
+    folder = _project(tmp_path / "project", tiny_base_folder, also="  quantization: nf4\n")
     killed = server.run(
         "train", "-p", folder, processes=2, environment=FSDP, killed_at=(f"*/checkpoint-8/*{MANIFEST}*", 1)
     )
@@ -170,7 +172,7 @@ def test_fsdp_over_nf4_resumes_to_the_same_adapter_when_killed_while_saving(
     ("also", "words"),
     [
         ("  replay: {samples: 6}\n", "replay needs passes of the base that processes make by themselves"),
-        ("  compile: 'on'\n", "compiled parts have not been tried on a base in pieces"),
+        ("  torch_compile: 'on'\n", "compiled parts have not been tried on a base in pieces"),
     ],
 )
 def test_what_a_base_in_pieces_cannot_have_is_refused_once(

@@ -25,7 +25,7 @@ from tunewright.training.adapter import lora_config
 from tunewright.training.lora import use_fused_lora
 from tunewright.training.lora_4bit import FusedLinear4bit
 
-ALL_LINEAR = tuple(PRESETS["all-linear"]["targets"])
+ALL_LINEAR = tuple(PRESETS["all-linear"]["target_modules"])
 IDS = torch.arange(3, 43).view(2, 20)
 SHAPE = Shape(2, 64, 128, 4, 2, 16, 256, tied=False, attention_bias=False, mlp_bias=False)
 
@@ -237,7 +237,7 @@ def test_memory_estimate_is_what_autograd_keeps_over_nf4_to_the_byte(dtype: torc
 
 def test_lora_config_of_a_config_over_nf4_builds_fused_layers(tiny_base_folder: Path) -> None:
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
-    settings = TrainConfig(preset="all-linear", quantize="nf4")
+    settings = TrainConfig(preset="all-linear", quantization="nf4")
     model: Any = get_peft_model(load_model(base, "float32", "nf4"), lora_config(settings))
     fused = [name for name, part in model.named_modules() if isinstance(part, FusedLinear4bit)]
     assert len(fused) == 14

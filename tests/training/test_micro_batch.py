@@ -89,7 +89,7 @@ def _train(folder: Path) -> tuple[Any, list[str]]:
 def test_a_batch_that_fits_is_taken_whole_and_said(tmp_path: Path, tiny_base_folder: Path) -> None:
     adapter, lines = _train(_project(tmp_path / "p", tiny_base_folder))
     assert any(re.match(r"Micro-batch: 8 rows; the longest batch, [\d,]+ tokens, fits", line) for line in lines)
-    assert adapter.lineage["training"]["micro_batch"] == 8
+    assert adapter.lineage["training"]["micro_batch_size"] == 8
 
 
 @pytest.mark.parametrize("after", [0, 3])
@@ -97,12 +97,12 @@ def test_a_batch_that_fits_is_taken_whole_and_said(tmp_path: Path, tiny_base_fol
 def test_halves_have_the_gradients_of_the_whole_step(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch, after: int, asked: str
 ) -> None:
-    whole, _ = _train(_project(tmp_path / "whole", tiny_base_folder, micro_batch=asked))
+    whole, _ = _train(_project(tmp_path / "whole", tiny_base_folder, micro_batch_size=asked))
     with monkeypatch.context() as patch:
         passes = _memory_for(patch, rows=2, after=after)
-        halved, lines = _train(_project(tmp_path / "halved", tiny_base_folder, micro_batch=asked))
+        halved, lines = _train(_project(tmp_path / "halved", tiny_base_folder, micro_batch_size=asked))
     assert max(passes[after + 3 :]) <= 2
-    assert halved.lineage["training"]["micro_batch"] == 2
+    assert halved.lineage["training"]["micro_batch_size"] == 2
     told = [line for line in lines if "Micro-batch: 2 rows of the" in line or "the step is done again with 2" in line]
     assert told
     expected, got = _weights(whole.folder), _weights(halved.folder)
@@ -116,7 +116,7 @@ def test_the_trying_pass_changes_nothing(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout, which draws random numbers, the adapter is that of a run whose micro-batch was known before."""
-    tried, _ = _train(_project(tmp_path / "tried", tiny_base_folder, dropout=0.1))
+    tried, _ = _train(_project(tmp_path / "tried", tiny_base_folder, lora_dropout=0.1))
     keep: Any = MicroBatch.__init__
 
     def known(self: MicroBatch, asked: int, work: Path, reporter: Any) -> None:
@@ -124,7 +124,7 @@ def test_the_trying_pass_changes_nothing(
         self.rows = asked
 
     monkeypatch.setattr(MicroBatch, "__init__", known)
-    untried, _ = _train(_project(tmp_path / "untried", tiny_base_folder, dropout=0.1))
+    untried, _ = _train(_project(tmp_path / "untried", tiny_base_folder, lora_dropout=0.1))
     assert tried.digest == untried.digest
 
 

@@ -73,9 +73,9 @@ def _project(folder: Path, base: Path, micro_batch: int) -> Path:
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tunewright.yaml").write_text(
-        f"name: wide\nbase: {base}\ndata:\n  sources: [pairs.jsonl]\n"
-        f"train:\n  batch_size: {BATCH}\n  micro_batch: {micro_batch}\n  epochs: 1\n  dtype: float32\n"
-        "  learning_rate: 0.003\n  prefix_sharing: 'off'\n  compile: 'off'\n  evaluate_rows: 0\n"
+        f"name: wide\nbase_model: {base}\ndata:\n  sources: [pairs.jsonl]\n"
+        f"train:\n  batch_size: {BATCH}\n  micro_batch_size: {micro_batch}\n  epochs: 1\n  dtype: float32\n"
+        "  learning_rate: 0.003\n  prefix_sharing: 'off'\n  torch_compile: 'off'\n  eval_max_samples: 0\n"
     )
     return folder
 
@@ -112,7 +112,7 @@ def test_a_step_that_memory_really_ran_out_in_is_done_again_in_halves(tmp_path: 
     opened = tunewright.open(halves)
     opened.data.add([halves / "pairs.jsonl"])
     adapter = opened.train(force=True).adapter
-    assert adapter.lineage["training"]["micro_batch"] == BATCH // 2
+    assert adapter.lineage["training"]["micro_batch_size"] == BATCH // 2
     expected, got = _weights(halves), _weights(limited)
     assert any(weight.abs().max() > 0 for name, weight in expected.items() if "lora_B" in name)
     for name, weight in expected.items():

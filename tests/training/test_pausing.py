@@ -20,7 +20,7 @@ def _opened_project(folder: Path, base: Path) -> Project:
         tiny_project(folder, base)
         config = folder / "tunewright.yaml"
         # Dropout draws random numbers at each step: a pause must not use up any.
-        config.write_text(config.read_text().replace("train:\n", "train:\n  dropout: 0.1\n"))
+        config.write_text(config.read_text().replace("train:\n", "train:\n  lora_dropout: 0.1\n"))
     project = tunewright.open(folder)
     project.data.add([folder / "pairs.jsonl"])
     return project

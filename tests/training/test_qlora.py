@@ -63,7 +63,7 @@ def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = Non
     if not folder.exists():
         tiny_project(folder, base)
         config = folder / "tunewright.yaml"
-        keys = "".join(f"  {key}: {str(value).lower()}\n" for key, value in ({"quantize": "nf4"} | train).items())
+        keys = "".join(f"  {key}: {str(value).lower()}\n" for key, value in ({"quantization": "nf4"} | train).items())
         config.write_text(config.read_text().replace("train:\n", f"train:\n{keys}"))
     opened = tunewright.open(folder, reporter)
     opened.data.add([folder / "pairs.jsonl"])
@@ -103,7 +103,7 @@ def test_the_loss_falls_and_lineage_says_how_the_base_was_held(adapter: Adapter)
     dev = [row["eval_loss"] for row in adapter.history if "eval_loss" in row]
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.5
     assert dev[1] < dev[0]
-    assert adapter.lineage["config"]["train"]["quantize"] == "nf4"
+    assert adapter.lineage["config"]["train"]["quantization"] == "nf4"
     assert adapter.lineage["packages"]["bitsandbytes"].startswith("0.")
 
 
@@ -182,7 +182,7 @@ def test_gradients_of_a_packed_batch_are_those_of_its_rows_one_by_one(tiny_base_
             model.set_attn_implementation(attention.NAME)
             add_token_losses(model)
         torch.manual_seed(0)
-        model = get_peft_model(model, lora_config(TrainConfig(preset="all-linear", quantize="nf4"))).train()
+        model = get_peft_model(model, lora_config(TrainConfig(preset="all-linear", quantization="nf4"))).train()
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.05)
@@ -220,39 +220,39 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
 
 def test_evaluation_holds_the_base_as_the_adapter_was_trained_on_it(project: Path, adapter: Adapter) -> None:
     as_trained = tunewright.open(project).evaluate().evidence
-    assert as_trained.lineage["decoding"]["quantize"] == "nf4"
+    assert as_trained.lineage["decoding"]["quantization"] == "nf4"
     assert "bitsandbytes" in as_trained.lineage["packages"]
     # Also where the config has changed since, which is said.
-    opened = _set(project, "quantize: nf4", "quantize: none")
+    opened = _set(project, "quantization: nf4", "quantization: none")
     assert opened.evaluate(adapter.name).evidence == as_trained
     assert any("train section has changed" in warning for warning in _warned(opened))
     # On a base that is held whole, as vLLM may serve it, only if that is asked for.
-    opened = _set(project, "quantize: none", "quantize: nf4")
-    opened = _set(project, "evaluate:\n", "evaluate:\n  quantize: none\n")
+    opened = _set(project, "quantization: none", "quantization: nf4")
+    opened = _set(project, "evaluate:\n", "evaluate:\n  quantization: none\n")
     whole = opened.evaluate(adapter.name).evidence
     assert whole.id != as_trained.id
-    assert whole.lineage["decoding"]["quantize"] == "none"
+    assert whole.lineage["decoding"]["quantization"] == "none"
     journals = list((project / ".tunewright" / "generations").glob("*.jsonl"))
     assert len(journals) == 4, "the base's answers and the adapter's, each on two bases"
-    _set(project, "evaluate:\n  quantize: none\n", "evaluate:\n")
+    _set(project, "evaluate:\n  quantization: none\n", "evaluate:\n")
 
 
 def test_adapters_over_nf4_and_over_a_whole_base_are_two_and_are_not_served_together(
     project: Path, adapter: Adapter
 ) -> None:
-    opened = _set(project, "quantize: nf4", "quantize: none")
+    opened = _set(project, "quantization: nf4", "quantization: none")
     other = opened.train().adapter
     assert other.digest != adapter.digest
-    with pytest.raises(UserError, match=f"{adapter.name} with train.quantize nf4, {other.name} with"):
+    with pytest.raises(UserError, match=f"{adapter.name} with train.quantization nf4, {other.name} with"):
         opened.serve([adapter.name, other.name])
     with opened.serve(port=0).running():
-        assert f"{adapter.name} is not served: it was trained with train.quantize nf4" in _warned(opened)[-1]
+        assert f"{adapter.name} is not served: it was trained with train.quantization nf4" in _warned(opened)[-1]
     for name in (adapter.name, other.name):
         service = opened.serve([name], port=0)
         assert service.models[1:] == [name]
         with service.running():
             pass
-    opened = _set(project, "evaluate:\n", "serve:\n  quantize: nf4\nevaluate:\n")
+    opened = _set(project, "evaluate:\n", "serve:\n  quantization: nf4\nevaluate:\n")
     service = opened.serve(port=0)
     assert sorted(service.models[1:]) == sorted([adapter.name, other.name])
     with service.running():

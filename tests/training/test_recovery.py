@@ -36,7 +36,7 @@ def _project(folder: Path, base: Path, epochs: int = STEPS // 12) -> Path:
     """A project of 12 steps an epoch, with a checkpoint at each epoch's end and every fifth step."""
     tiny_project(folder, base)
     config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("epochs: 2", f"epochs: {epochs}\n  evaluate_rows: 2"))
+    config.write_text(config.read_text().replace("epochs: 2", f"epochs: {epochs}\n  eval_max_samples: 2"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     return folder
 
@@ -131,7 +131,7 @@ def _slow_evaluations(folder: Path, base: Path) -> Path:
     config = folder / "tunewright.yaml"
     config.write_text(
         config.read_text()
-        .replace("evaluate_rows: 2", "evaluate_rows: 12")
+        .replace("eval_max_samples: 2", "eval_max_samples: 12")
         .replace("evaluate:\n", "evaluate:\n  max_new_tokens: 100\n  batch_size: 1\n")
     )
     return folder

@@ -75,7 +75,7 @@ def test_what_was_trained_on_is_kept_with_the_adapter(replayed: TrainResult) -> 
     assert told["method"] == self_samples.METHOD
     assert told["left_out"]
     assert {m["role"] for row in adapter.replayed for m in row} == {"user", "assistant"}
-    assert adapter.lineage["config"]["train"]["replay"] == {"samples": 6, "kl": 1.0}
+    assert adapter.lineage["config"]["train"]["replay"] == {"samples": 6, "kl_coef": 1.0}
 
 
 def test_the_training_loss_beside_the_dev_loss_is_that_of_the_pairs(replayed: TrainResult) -> None:
@@ -97,7 +97,7 @@ def test_replay_is_part_of_what_decides_the_adapter(
     assert again.adapter.digest == replayed.adapter.digest
     assert not opened.train().trained
     file = opened.folder.root / "tunewright.yaml"
-    for other in ("{samples: 6, kl: 3}", "{samples: 6, kl: null}", "null"):
+    for other in ("{samples: 6, kl_coef: 3}", "{samples: 6, kl_coef: null}", "null"):
         file.write_text(file.read_text().replace("replay: {samples: 6}", f"replay: {other}"))
         result = tunewright.open(opened.folder.root).train()
         assert result.trained
@@ -141,7 +141,7 @@ def test_a_sweep_counts_the_rows_that_there_are_and_not_those_that_were_wanted(
 ) -> None:
     monkeypatch.setattr(self_samples, "_FEWEST_CHUNKS", 1)
     monkeypatch.setattr(self_samples, "_MOST_DRAWN", 1)
-    opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 24}\n  evaluate_rows: 0\n")
+    opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 24}\n  eval_max_samples: 0\n")
     sweep = Sweep(opened.folder, opened.data.version(), opened.base, opened.chat, opened.reporter)
     progress = sweep._train_to(sweep.trials[0], sweep.steps)
     adapter = opened.adapters.list()[-1]
@@ -157,9 +157,9 @@ def test_a_sweep_counts_the_rows_that_there_are_and_not_those_that_were_wanted(
 
 def test_replay_on_a_base_in_nf4_holds_to_that_base(tmp_path: Path, tiny_base_folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 3}\n  quantize: nf4\n")
+    opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 3}\n  quantization: nf4\n")
     lineage = opened.train().adapter.lineage
-    assert lineage["replay"]["weights"] == {"dtype": "float32", "quantize": "nf4"}
+    assert lineage["replay"]["weights"] == {"dtype": "float32", "quantization": "nf4"}
     assert lineage["replay"]["rows"] == 3
 
 
@@ -321,7 +321,7 @@ def test_holding_to_the_base_keeps_it_where_learning_its_words_does_not(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     """Trained on the same pairs, an adapter held to the base by much is nearer to it than one that is not at all."""
-    held = replay_project(tmp_path / "held", tiny_base_folder, "  replay: {samples: 24, kl: 3}\n").train().adapter
+    held = replay_project(tmp_path / "held", tiny_base_folder, "  replay: {samples: 24, kl_coef: 3}\n").train().adapter
     plain = replay_project(tmp_path / "plain", tiny_base_folder, "  replay: null\n").train().adapter
     chat = chat_of(byte_tokenizer())
     assert _distance(held.folder, replayed, chat, tiny_base_folder) < 0.5 * _distance(

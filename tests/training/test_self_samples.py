@@ -207,7 +207,7 @@ def test_without_replay_nothing_is_drawn(tmp_path: Path, tiny_base_folder: Path)
     assert (replay.rows, replay.lineage, replay.files) == ([], {}, {})
 
 
-@pytest.mark.parametrize("value", ["selff", "{samples: 0}", "{kl: 0}", "{kl: -1}", "{fraction: 0.1}"])
+@pytest.mark.parametrize("value", ["selff", "{samples: 0}", "{kl_coef: 0}", "{kl_coef: -1}", "{fraction: 0.1}"])
 def test_a_replay_that_is_none_is_refused_with_its_line(value: str, tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "project", tiny_base_folder)
     file = project.folder.root / "tunewright.yaml"

@@ -250,7 +250,7 @@ def test_the_recipes_own_rate_is_among_the_three(own: float, width: int) -> None
 
 
 def test_both_presets_are_tried_at_each_rate_and_the_config_itself_first() -> None:
-    own = TrainConfig(epochs=2, rank=8)
+    own = TrainConfig(epochs=2, lora_r=8)
     trials = make_trials(own, [1e-3, 2e-4, 5e-3])
     assert [t.name for t in trials] == [
         "classic-0.0002",
@@ -261,8 +261,8 @@ def test_both_presets_are_tried_at_each_rate_and_the_config_itself_first() -> No
         "classic-0.005",
     ]
     assert trials[0].train == own
-    assert all(t.train.targets == PRESETS[t.train.preset]["targets"] for t in trials)
-    assert {(t.train.epochs, t.train.rank) for t in trials} == {(2, 8)}
+    assert all(t.train.target_modules == PRESETS[t.train.preset]["target_modules"] for t in trials)
+    assert {(t.train.epochs, t.train.lora_r) for t in trials} == {(2, 8)}
 
 
 @pytest.mark.parametrize("rates", [[0.0], [2.0], [math.nan], [1e-3, 1e-3]])

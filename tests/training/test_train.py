@@ -115,7 +115,7 @@ def test_step_that_outlasts_a_stop_is_abandoned_and_the_one_before_is_saved(
         folder = tiny_project(tmp_path / name, tiny_base_folder)
         config = folder / "tunewright.yaml"
         config.write_text(
-            config.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch: 1\n  dropout: 0.1")
+            config.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch_size: 1\n  lora_dropout: 0.1")
         )
         return _opened_project(folder, tiny_base_folder)
 
@@ -150,7 +150,7 @@ def test_the_same_inputs_are_not_trained_twice_and_another_seed_is(
     assert first.adapter.digest == unstopped.adapter.digest
     assert not project.train().trained
     config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("checkpoint_every: 5", "checkpoint_every: 7"))
+    config.write_text(config.read_text().replace("save_steps: 5", "save_steps: 7"))
     assert not _opened_project(folder, tiny_base_folder).train().trained
     config.write_text(config.read_text() + "seed: 1\n")
     other = tunewright.open(folder).train()

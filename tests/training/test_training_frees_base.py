@@ -24,8 +24,10 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def _opened_project(folder: Path, base: Path, also: str = "", count: int = 80) -> Any:
     config = tiny_project(folder, base, count=count) / "tunewright.yaml"
-    text = config.read_text().replace("epochs: 2", "epochs: 1\n  max_length: 512\n  evaluate_rows: 3" + also)
-    text = text.replace("evaluate:\n  shots: [1, 2]", "evaluate:\n  shots: [1]\n  max_new_tokens: 4\n  retrievers: []")
+    text = config.read_text().replace("epochs: 2", "epochs: 1\n  max_length: 512\n  eval_max_samples: 3" + also)
+    text = text.replace(
+        "evaluate:\n  num_fewshot: [1, 2]", "evaluate:\n  num_fewshot: [1]\n  max_new_tokens: 4\n  retrievers: []"
+    )
     config.write_text(text)
     project = tunewright.open(folder)
     project.data.add([folder / "pairs.jsonl"])
@@ -58,7 +60,7 @@ def test_sweep_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_
 def test_sweep_holds_one_base_at_a_time_when_trials_diverge(
     counts: list[int], tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    project = _opened_project(tmp_path / "project", tiny_base_folder, also="\n  alpha: 1" + 30 * "0")
+    project = _opened_project(tmp_path / "project", tiny_base_folder, also="\n  lora_alpha: 1" + 30 * "0")
     result, _ = project.sweep(rates=[1e-3])
     assert [entry.event for entry in result.ledger.entries] == ["diverged", "diverged"]
     assert counts == [0, 0]

@@ -89,7 +89,7 @@ def quick_base(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path)
 def learnt(tmp_path_factory: pytest.TempPathFactory, quick_base: Path) -> tuple[Project, Adapter, Told]:
     told = Told()
     folder = tmp_path_factory.mktemp("watch") / "p"
-    opened = _opened_project(folder, quick_base, told, schedule="constant", evaluate_every=20)
+    opened = _opened_project(folder, quick_base, told, lr_scheduler_type="constant", eval_steps=20)
     config = folder / "tunewright.yaml"
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 10"))
     opened = _opened_project(folder, quick_base, told)
@@ -169,7 +169,7 @@ def test_evaluating_more_often_does_not_disturb_training(tmp_path: Path, tiny_ba
     last = []
     for name, every in (("seldom", 24), ("often", 4)):
         told = Told()
-        opened = _opened_project(tmp_path / name, tiny_base_folder, told, dropout=0.2, evaluate_every=every)
+        opened = _opened_project(tmp_path / name, tiny_base_folder, told, lora_dropout=0.2, eval_steps=every)
         adapter = opened.train().adapter
         kept = adapter.lineage["training"]["kept_step"]
         folder = adapter.folder if kept == 24 else adapter.checkpoint("step-24")
@@ -192,7 +192,7 @@ def test_a_run_that_is_evaluated_at_every_step_keeps_nine_adapters_on_the_disk(
         most = max(most, len(list((work / "evaluated").iterdir())))
 
     monkeypatch.setattr(checkpoints, "_let_go_of_others", counting)
-    keys = {"evaluate_every": 1, "evaluate_rows": 0}
+    keys = {"eval_steps": 1, "eval_max_samples": 0}
     told = Told()
     whole = _opened_project(tmp_path / "whole", tiny_base_folder, told, **keys).train().adapter
     evaluated = whole.lineage["training"]["epochs"]
@@ -217,10 +217,10 @@ def test_rows_to_answer_are_bounded_said_and_none_leaves_the_loss_to_choose(
     tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     told = Told()
-    some = _opened_project(tmp_path / "some", tiny_base_folder, told, evaluate_rows=5).train().adapter
+    some = _opened_project(tmp_path / "some", tiny_base_folder, told, eval_max_samples=5).train().adapter
     assert some.lineage["training"]["dev_rows_answered"] == 5
-    assert "Each evaluation answers 5 of the 12 dev rows, drawn by the seed (train.evaluate_rows)." in told.lines
-    none = _opened_project(tmp_path / "none", tiny_base_folder, evaluate_rows=0).train().adapter
+    assert "Each evaluation answers 5 of the 12 dev rows, drawn by the seed (train.eval_max_samples)." in told.lines
+    none = _opened_project(tmp_path / "none", tiny_base_folder, eval_max_samples=0).train().adapter
     training = none.lineage["training"]
     assert (training["metric"], training["dev_rows_answered"]) == (None, 0)
     assert [e["dev_metric"] for e in training["epochs"]] == [None, None]
@@ -229,7 +229,7 @@ def test_rows_to_answer_are_bounded_said_and_none_leaves_the_loss_to_choose(
 
 def test_patience_ends_a_run_and_a_stopped_run_ends_there_too(tmp_path: Path, tiny_base_folder: Path) -> None:
     def project(name: str, reporter: Told) -> Project:
-        keys = {"evaluate_every": 1, "patience": 1, "schedule": "constant"}
+        keys = {"eval_steps": 1, "early_stopping_patience": 1, "lr_scheduler_type": "constant"}
         _opened_project(tmp_path / name, tiny_base_folder, reporter, **keys)
         config = tmp_path / name / "tunewright.yaml"
         config.write_text(config.read_text().replace("learning_rate: 0.003", "learning_rate: 0.3"))

@@ -57,10 +57,10 @@ def trained_quantize(adapters: Sequence[Adapter]) -> Quantize:
     """
     by_kind: dict[Quantize, str] = {a.quantize: a.name for a in adapters}
     if len(by_kind) > 1:
-        told = ", ".join(f"{name} with train.quantize {kind}" for kind, name in by_kind.items())
+        told = ", ".join(f"{name} with train.quantization {kind}" for kind, name in by_kind.items())
         raise UserError(
             f"they were trained on the base held in different ways: {told}",
-            where="quantize",
-            fix="Name adapters of one kind, or set serve.quantize for all.",
+            where="serve.quantization",
+            fix="Name adapters of one kind, or set serve.quantization for all.",
         )
     return next(iter(by_kind))

@@ -73,7 +73,7 @@ class Adapter:
     def quantize(self) -> Quantize:
         """How the base was held while it was trained."""
         # Before there was the key, every base was held whole.
-        held: Quantize = self.lineage.get("config", {}).get("train", self.lineage).get("quantize", "none")
+        held: Quantize = self.lineage.get("config", {}).get("train", self.lineage).get("quantization", "none")
         return held
 
     @property

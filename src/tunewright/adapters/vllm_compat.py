@@ -38,19 +38,20 @@ def require_servable(settings: TrainConfig) -> None:
     """Refuse, before anything is loaded, a config whose adapter vLLM would not load.
 
     Raises:
-        UserError: naming the config's key; not with ``servable: false``.
+        UserError: naming the config's key; not with ``require_vllm_compatible: false``.
     """
-    if not settings.servable:
+    if not settings.require_vllm_compatible:
         return
-    keys = {"use_dora": "dora", "r": "rank"}
-    config = {"use_dora": settings.dora, "r": settings.rank}
+    keys = {"use_dora": "use_dora", "r": "lora_r"}
+    config = {"use_dora": settings.use_dora, "r": settings.lora_r}
     for name, why in vllm_refusals(config).items():
         key = f"train.{keys[name]}"
         instead = f"Set it to {MAX_RANK} or less" if name == "r" else "Set it to false"
         raise UserError(
             f"vLLM does not load {why}",
             where=key,
-            fix=f"{instead}; or set train.servable to false, for an adapter to evaluate here and to load with peft.",
+            fix=f"{instead}; or set train.require_vllm_compatible to false, for an adapter to evaluate here and to "
+            "load with peft.",
         )
 
 
@@ -114,7 +115,7 @@ def check_adapter(folder: Path, *, servable: bool) -> None:
         raise UserError(
             f"vLLM does not load {why}: the adapter is not kept",
             where=f"{folder / CONFIG}, {key}",
-            fix="With train.servable: false it is.",
+            fix="With train.require_vllm_compatible: false it is.",
         )
 
 

@@ -78,10 +78,10 @@ class Adviser:
             self.left_out["gain"] = "--no-pilot"
         self.countdown = self.generator.countdown
         turns = 0
-        if self.config.general.samples:
+        if self.config.regressions.samples:
             turns = self._meter().sampler.turns_missing(GENERIC_SAMPLES)
         else:
-            self.left_out["generic text"] = "general.samples is 0"
+            self.left_out["generic text"] = "regressions.samples is 0"
         arm_runner.schedule = Schedule(
             arm_runner, minutes=minutes, pilots=len(self.parts), turns=turns, known=self._found
         )
@@ -244,7 +244,7 @@ class Adviser:
 
     def _generic(self) -> list[str]:
         """Return what the base answers by itself; of the draw that forgetting is measured on."""
-        if not self.config.general.samples:
+        if not self.config.regressions.samples:
             return []
         try:
             drawn = self._meter().drawn

@@ -32,8 +32,8 @@ class Part:
 def pilot_parts(project: ProjectFolder, version: DatasetVersion) -> list[Part]:
     """Half of the pilot's rows, if that is enough to train on, and the pilot's; nested, clusters whole.
 
-    The pilot has `advise.pilot_share` of the rows, but at least `FEWEST_TRAINING_PAIRS` and at most
-    `advise.pilot_rows`.
+    The pilot has `advise.pilot_fraction` of the rows, but at least `FEWEST_TRAINING_PAIRS` and at most
+    `advise.pilot_max_samples`.
 
     Raises:
         UserError: fewer training rows than any training wants, or too few clusters to make parts of.
@@ -42,7 +42,7 @@ def pilot_parts(project: ProjectFolder, version: DatasetVersion) -> list[Part]:
     count = len(version.domain_of("train"))
     if count < FEWEST_TRAINING_PAIRS:
         raise UserError(f"{count} training pairs, and a pilot takes at least {FEWEST_TRAINING_PAIRS}")
-    wanted = min(max(settings.pilot_share * count, FEWEST_TRAINING_PAIRS), settings.pilot_rows, count)
+    wanted = min(max(settings.pilot_fraction * count, FEWEST_TRAINING_PAIRS), settings.pilot_max_samples, count)
     parts = [rows / count for rows in (wanted / 2, wanted) if rows >= FEWEST_TRAINING_PAIRS]
     versions = subset_versions(version, sorted({*parts, 1.0}), project.config.seed)[: len(parts)]
     return [Part(part, len(part.domain_of("train"))) for part in versions]

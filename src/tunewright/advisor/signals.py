@@ -103,7 +103,8 @@ class Format(Part):
     items: int
     valid: int
     constrained: Annotated[
-        int | None, Field(description="The same, held to evaluate.constrain; None: not measured on all of dev.")
+        int | None,
+        Field(description="The same, held to evaluate.structured_outputs; None: not measured on all of dev."),
     ] = None
 
 

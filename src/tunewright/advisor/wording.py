@@ -175,7 +175,7 @@ def _prompting_catches_up(signals: Signals, grounds: Grounds) -> list[str]:
     fits = f"{curve.most:,} fit" if needed <= curve.most else f"only {curve.most:,} fit"
     return [
         f"{told}: at the pace of its last doubling that takes about k = {needed:,.0f} ({curve.name}), and {fits}. "
-        f"`evaluate.shots` with {2 * curve.last.after} in it would measure the next step."
+        f"`evaluate.num_fewshot` with {2 * curve.last.after} in it would measure the next step."
     ]
 
 
@@ -241,7 +241,8 @@ def _more_rows(signals: Signals, grounds: Grounds) -> list[str]:
     if left == 0:
         return _more_pairs(gain, signals.margin + grounds.headroom)
     told = (
-        f"The pilot had {gain.pilot.rows:,} of {gain.all_rows:,} rows: advise.pilot_share and pilot_rows give it more"
+        f"The pilot had {gain.pilot.rows:,} of {gain.all_rows:,} rows: advise.pilot_fraction and pilot_max_samples "
+        "give it more"
     )
     if gain.slope is None:
         return [f"{told}; then half of them are trained on too, and it is seen where more lead."]
@@ -269,9 +270,8 @@ def _more_shots(signals: Signals, grounds: Grounds) -> list[str]:
         return []
     curve = max(signals.context.curves, key=lambda c: grounds.lead(c) + brought(c))
     shots = 2 * curve.points[-1].shots
-    return [
-        f"Twice the demonstrations may bring {points_text(grounds.headroom)} points: add {shots} to evaluate.shots."
-    ]
+    brings = points_text(grounds.headroom)
+    return [f"Twice the demonstrations may bring {brings} points: add {shots} to evaluate.num_fewshot."]
 
 
 # Few pairs

@@ -269,7 +269,7 @@ class Project(EvaluationsApi):
         """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split.
 
         The access to the test split is logged first. Existing evidence is read again, not measured. The benchmarks of
-        the config's general section are measured too.
+        the config's regressions section are measured too.
 
         Args:
             adapter: a name or its beginning (None: the newest).
@@ -281,7 +281,7 @@ class Project(EvaluationsApi):
         from tunewright.evaluation.benchmarks.runner import evaluate_with_general, open_suites
 
         # Faults in a benchmark's file are reported before anything is measured.
-        suites = open_suites(self.folder) if self.folder.config.general.measures else []
+        suites = open_suites(self.folder) if self.folder.config.regressions.measures else []
         return evaluate_with_general(*self._contest(adapter, "test", minutes), suites)
 
     def evaluate_on_dev(self, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:
@@ -312,7 +312,7 @@ class Project(EvaluationsApi):
         return arm_runner, tuned, advise(arm_runner).advice
 
     def general(self, adapter: str | None = None) -> BenchmarkResult:
-        """Measure the benchmarks of the config's general section with an adapter off and on.
+        """Measure the benchmarks of the config's regressions section with an adapter off and on.
 
         The result is added to the adapter's evidence, if it has any.
 
@@ -353,7 +353,7 @@ class Project(EvaluationsApi):
 
         Without tenants it serves the base and the adapters (by default all that fit the base) to this machine, without
         keys. ``NAME@step-N`` is an earlier checkpoint. Named adapters decide if the base is quantized, as they were
-        trained on it, unless ``serve.quantize`` is set; otherwise the config decides.
+        trained on it, unless ``serve.quantization`` is set; otherwise the config decides.
 
         With tenants it answers only their API keys, from the releases of their aliases.
 
@@ -392,7 +392,7 @@ class Project(EvaluationsApi):
         """Refuse a config that cannot be trained, before a base is downloaded or anything measured."""
         settings = self.folder.config.train
         require_servable(settings)
-        require_bitsandbytes(settings.quantize, "train.quantize")
+        require_bitsandbytes(settings.quantization, "train.quantization")
         from tunewright.api.memory import require_room
 
         require_room(self)

@@ -31,7 +31,7 @@ class ProjectContext:
     def base(self) -> Base:
         """The config's base, found, downloaded and checked."""
         config = self.folder.config
-        return resolve_base(config.base, config.revision, self.folder.root, self.reporter)
+        return resolve_base(config.base_model, config.revision, self.folder.root, self.reporter)
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -51,7 +51,7 @@ class ProjectContext:
         """
         from tunewright.serving.state import State, is_made
 
-        named = self.folder.config.serve.state
+        named = self.folder.config.serve.database_url
         url = named or f"sqlite:///{self.folder.serving_state.resolve()}"
         if named is not None and not is_made(named):
             if not make:
@@ -74,8 +74,8 @@ class ProjectContext:
         if adapter is not None:
             require_fit(adapter, self.base, self.chat)
             self._require_version(adapter, version)
-        trained = config.train.quantize if adapter is None else trained_quantize([adapter])
-        quantize = config.evaluate.quantize or trained
+        trained = config.train.quantization if adapter is None else trained_quantize([adapter])
+        quantize = config.evaluate.quantization or trained
         generator = Generator.of(self.folder, self.base, self.chat, quantize, self.reporter, adapter)
         return ArmRunner(self.folder, version, generator, self.reporter)
 

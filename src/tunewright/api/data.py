@@ -123,14 +123,14 @@ class DatasetApi:
             split_from=None if split_from is None else Path(split_from),
         )
         warn_of_few_dev_clusters(added.dev_clusters, self._reporter)
-        report_split_power(split_power(added.version.counts.domain, added.clusters, data.test), self._reporter)
+        report_split_power(split_power(added.version.counts.domain, added.clusters, data.test_size), self._reporter)
         return added
 
     def split_power(self) -> SplitPower:
         """Return what a comparison on the current version's test split can show."""
         version = self.version()
         clusters = clusters_by_split(version.members)
-        return split_power(version.manifest.counts.domain, clusters, self._project.config.data.test)
+        return split_power(version.manifest.counts.domain, clusters, self._project.config.data.test_size)
 
     def remove(
         self,

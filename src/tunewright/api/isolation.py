@@ -57,7 +57,7 @@ def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineN
 
     project, config = opened.folder, opened.folder.config
     held, folders, spare = None, {}, 0
-    if config.serve.state is not None or project.serving_state.exists():
+    if config.serve.database_url is not None or project.serving_state.exists():
         with opened.state() as state:
             if state.tenants.any():
                 refuse_names(names)
@@ -99,7 +99,7 @@ class IsolationGate:
             config,
             opened.base,
             opened.chat,
-            config.serve.quantize or trained_quantize(list(adapters)),
+            config.serve.quantization or trained_quantize(list(adapters)),
             {each.name: each.folder for each in adapters},
             engine or config.serve.engine,
             config.serve.spare_adapters,

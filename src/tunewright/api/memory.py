@@ -42,9 +42,9 @@ def fitting_plan(
     config = Config() if alone else project.config
     if alone:
         reporter.say("There is no project here: the config's defaults apply.")
-    spec, revision = (config.base, config.revision) if base is None else (base, None)
+    spec, revision = (config.base_model, config.revision) if base is None else (base, None)
     settings = config.train
-    if settings.dora:
+    if settings.use_dora:
         reporter.warn("DoRA needs more memory than this estimate, which counts LoRA only.")
     tokens = length or settings.max_length
     if shared + (answer or 1) > tokens:
@@ -56,9 +56,9 @@ def fitting_plan(
     model_config = base_config(spec, revision, project.root, reporter)
     shape = read_shape(model_config)
     architecture = check_architecture(model_config)
-    require_targets(settings.targets, architecture)
-    require_quantizable(settings.quantize, architecture, "train.quantize")
-    at_once = rows or settings.micro_batch or settings.batch_size
+    require_targets(settings.target_modules, architecture)
+    require_quantizable(settings.quantization, architecture, "train.quantization")
+    at_once = rows or settings.micro_batch_size or settings.batch_size
     made = plan(spec, shape, settings, memory, rows=at_once, length=tokens, shared=shared, answer=answer or tokens)
     longest = None if alone else _longest_row(opened, spec, revision)
     told = answer_of(made, settings, longest, rows=rows is not None, length=length is not None)
@@ -100,19 +100,22 @@ def require_room(opened: ProjectContext) -> None:
             the base is large; or the base is unsupported, also with these target modules or in 4 bits.
     """
     config, reporter = opened.folder.config, opened.reporter
-    model_config = base_config(config.base, config.revision, opened.folder.root, reporter)
+    model_config = base_config(config.base_model, config.revision, opened.folder.root, reporter)
     architecture, shape = check_architecture(model_config), read_shape(model_config)
-    require_targets(config.train.targets, architecture)
-    require_quantizable(config.train.quantize, architecture, "train.quantize")
+    require_targets(config.train.target_modules, architecture)
+    require_quantizable(config.train.quantization, architecture, "train.quantization")
     _require_card(shape, opened)
     if distributed.in_pieces():
         return  # each card has a part of the base
     memory, settings = memory_at_hand(None), config.train
-    least = plan(config.base, shape, settings, memory, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW)
+    least = plan(config.base_model, shape, settings, memory, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW)
     # As `tunewright train` does it: activations are recomputed on a card.
     ways = {planned.way.nf4: planned for planned in least.ways if planned.way.checkpointing == memory.card}
-    own = ways[settings.quantize == "nf4"]
-    short = f"{config.base} needs at least {gigabytes(own.least)} to train ({own.way.name}); available: {memory.source}"
+    own = ways[settings.quantization == "nf4"]
+    short = (
+        f"{config.base_model} needs at least {gigabytes(own.least)} to train ({own.way.name}); "
+        f"available: {memory.source}"
+    )
     if own.least > memory.bytes:
         # With adapters that are already trained, the command may have nothing to train.
         trained = any(adapter.imported is None for adapter in list_adapters(opened.folder.adapters))
@@ -148,8 +151,8 @@ def _what_fits(nf4: Planned | None, own: Planned, memory: Memory) -> str:
     if nf4 is None or nf4 is own:
         return f"{others[0].upper()}{others[1:]}."
     if nf4.least > memory.bytes:
-        return f"train.quantize: nf4 needs {gigabytes(nf4.least)}, which does not fit either: {others}."
+        return f"train.quantization: nf4 needs {gigabytes(nf4.least)}, which does not fit either: {others}."
     return (
-        f"Set train.quantize: nf4, which needs {gigabytes(nf4.least)} and fits rows of up to {nf4.longest:,} tokens "
-        "(`tunewright fit` shows more)."
+        f"Set train.quantization: nf4, which needs {gigabytes(nf4.least)} and fits rows of up to {nf4.longest:,} "
+        "tokens (`tunewright fit` shows more)."
     )

@@ -245,7 +245,7 @@ class ReleasesApi:
         require_batchable(adapter.folder)
         require_sound(adapter, TrustedKeys(self._context.folder.keys))
         config = self._context.folder.config
-        if config.serve.quantize is None:
+        if config.serve.quantization is None:
             others = [release for name, release in state.releases.live().items() if name != alias]
             beside = [adapter_of(self._context, release.adapter, release.digest) for release in others]
             trained_quantize([adapter, *beside])

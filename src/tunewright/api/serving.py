@@ -39,7 +39,7 @@ def open_service(
         auth: without tenants, only this machine is answered.
         system_prompts: without tenants, requests that have no system message get the one of the adapter's training.
     """
-    if config.serve.state is not None or opened.folder.serving_state.exists():
+    if config.serve.database_url is not None or opened.folder.serving_state.exists():
         state = opened.state()
         try:
             if state.tenants.any():
@@ -80,12 +80,12 @@ def _for_tenants(opened: ProjectContext, state: State, names: Sequence[str], con
     def locate(name: str, digest: str) -> ServedAdapter:
         adapter = adapter_of(opened, name, digest)
         _require_servable(opened, adapter)
-        if config.serve.quantize is None and trained_quantize([adapter]) != held:
+        if config.serve.quantization is None and trained_quantize([adapter]) != held:
             raise UserError(
-                f"it was trained with train.quantize {trained_quantize([adapter])}, and this server holds the base "
+                f"it was trained with train.quantization {trained_quantize([adapter])}, and this server holds the base "
                 f"with {held}",
                 where=name,
-                fix="Restart the server, or set serve.quantize.",
+                fix="Restart the server, or set serve.quantization.",
             )
         return ServedAdapter(adapter.folder, system_prompt(adapter, opened.folder.dataset))
 
@@ -122,7 +122,9 @@ def released(opened: ProjectContext, state: State) -> tuple[Quantize, list[Adapt
         except UserError as error:  # told again by the server, which does without this release
             opened.reporter.warn(f"{release.alias}: {error}")
     config = opened.folder.config
-    return config.serve.quantize or (trained_quantize(adapters) if adapters else config.train.quantize), adapters
+    return config.serve.quantization or (
+        trained_quantize(adapters) if adapters else config.train.quantization
+    ), adapters
 
 
 def adapter_of(opened: ProjectContext, name: str, digest: str) -> Adapter:
@@ -169,7 +171,7 @@ def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantiz
     """
     config = opened.folder.config
     if not names:
-        held = config.serve.quantize or config.train.quantize
+        held = config.serve.quantization or config.train.quantization
         return held, {adapter.name: adapter.folder for adapter in _all_that_fit(opened, held)}
     folders: dict[str, Path] = {}
     named: list[Adapter] = []
@@ -183,7 +185,7 @@ def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantiz
             folders[f"{adapter.name}@{step}"] = adapter.checkpoint(step)
         else:
             folders[adapter.name] = adapter.folder
-    return config.serve.quantize or trained_quantize(named), folders
+    return config.serve.quantization or trained_quantize(named), folders
 
 
 def _all_that_fit(opened: ProjectContext, held: Quantize) -> Iterator[Adapter]:
@@ -192,10 +194,10 @@ def _all_that_fit(opened: ProjectContext, held: Quantize) -> Iterator[Adapter]:
         try:
             _require_servable(opened, adapter)
             trained = trained_quantize([adapter])
-            if opened.folder.config.serve.quantize is None and trained != held:
+            if opened.folder.config.serve.quantization is None and trained != held:
                 raise UserError(
-                    f"it was trained with train.quantize {trained}, and the base is held with {held}; name it to "
-                    "serve it, or set serve.quantize"
+                    f"it was trained with train.quantization {trained}, and the base is held with {held}; name it to "
+                    "serve it, or set serve.quantization"
                 )
         except UserError as error:
             opened.reporter.warn(f"{adapter.name} is not served: {error.what}")

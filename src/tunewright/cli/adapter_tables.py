@@ -74,8 +74,8 @@ def lineage_tree(shown: Shown) -> Tree:
     if trace.config:
         train = trace.config["train"]
         config = _add(tree, f"config, seed {trace.seed}")
-        _add(config, f"LoRA on {', '.join(train['targets'])}")
-        _add(config, f"rank {train['rank']}, alpha {train['alpha']}, learning rate {train['learning_rate']:g}")
+        _add(config, f"LoRA on {', '.join(train['target_modules'])}")
+        _add(config, f"rank {train['lora_r']}, alpha {train['lora_alpha']}, learning rate {train['learning_rate']:g}")
         _add(config, f"{train['epochs']} epochs in batches of {train['batch_size']}")
     base = _add(tree, f"base {trace.base['spec']}, digest {trace.base['digest'][:_SHORT]}" + _stated(trace))
     if trace.base["commit"]:

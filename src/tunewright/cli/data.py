@@ -218,7 +218,7 @@ def data_check(
                 raise typer.Exit(USER_ERROR)
             return
         report = opened.data.check()
-        dropping = opened.folder.config.train.too_long == "drop"
+        dropping = opened.folder.config.train.on_overlength == "drop"
         current.show(report.as_dict(), *check_tables(report, dropping=dropping))
         if report.refused(dropping=dropping):
             raise typer.Exit(USER_ERROR)

@@ -20,7 +20,7 @@ def general(
 ) -> None:
     """What the base could do before, with the adapter off and on: not worse (exit 0), worse (3) or can't tell (4).
 
-    The suites are those of the config's general section; `evaluate` measures them too. Goes on where it was stopped.
+    The suites are those of the config's regressions section; `evaluate` measures them too. Resumes where it stopped.
     """
     import tunewright
     from tunewright.cli.general_tables import general_document, general_tables

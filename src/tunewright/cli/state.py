@@ -32,5 +32,5 @@ def project_at(current: Session, project: Path, state: str | None) -> Project:
     if state is None:
         return opened
     config = opened.folder.config
-    serve = config.serve.model_copy(update={"state": state})
+    serve = config.serve.model_copy(update={"database_url": state})
     return Project(ProjectFolder(project, config.model_copy(update={"serve": serve})), current.reporter)

@@ -87,7 +87,7 @@ def check_tables(report: LengthReport, *, dropping: bool) -> list[RenderableType
     if report.look_alikes:
         parts.append(f"Text that looks like a control token, and stays text: in {report.look_alikes:,} examples.")
     if report.too_long:
-        what = "left out of the training" if dropping else "training would refuse them (train.too_long: error)"
+        what = "left out of the training" if dropping else "training would refuse them (train.on_overlength: error)"
         parts.append(f"Over {report.max_length:,} tokens: {len(report.too_long):,}; {what}, test rows apart:")
         parts += _named([f"{row['split']}: {row['name']}: {row['tokens']:,} tokens" for row in report.too_long])
     if report.faults:

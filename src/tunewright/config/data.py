@@ -1,4 +1,4 @@
-"""The config's data section: where the pairs come from and how they are divided."""
+"""The config's data section: where the pairs come from and how they are split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tunewright.config.section import Section
 
-# As data.secrets names what it finds: the first 22 are secrets, the next 5 personal data, the last 3 need --presidio.
+# The names that the data scan gives its findings: 22 secrets, 5 kinds of personal data, 3 that need --presidio.
 Findable = Literal[
     "private_key",
     "github_token",
@@ -47,43 +47,43 @@ Duplicates = Literal["keep", "drop"]
 
 
 class MixConfig(Section):
-    """Generic instruction data among the training rows, against forgetting what the base could do."""
+    """Generic instruction data that is mixed into the training rows to reduce forgetting."""
 
     source: Annotated[
-        str, Field(min_length=1, description="A file of pairs that are not of the domain, relative to this file.")
+        str, Field(min_length=1, description="A file of pairs from outside the domain, relative to this file.")
     ]
     fraction: Annotated[
         float,
         Field(
             gt=0,
             le=0.5,
-            description="Share of all training rows that is drawn from it, by the seed (0.05: Scialom et al. 2022, "
+            description="Share of all training rows to draw from this file, by the seed (0.05: Scialom et al. 2022, "
             "arXiv 2205.12393, find 1% enough for whole tasks).",
         ),
     ] = 0.05
-    rows: Annotated[str | None, Field(description="As data.rows, for this file.")] = None
-    input: Annotated[str | None, Field(description="As data.input, for this file.")] = None
-    output: Annotated[str | None, Field(description="As data.output, for this file.")] = None
-    ignore: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...], Field(description="As data.ignore, for this file.")
+    rows: Annotated[str | None, Field(description="Like data.rows, for this file.")] = None
+    input: Annotated[str | None, Field(description="Like data.input, for this file.")] = None
+    output: Annotated[str | None, Field(description="Like data.output, for this file.")] = None
+    drop_columns: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], Field(description="Like data.drop_columns, for this file.")
     ] = ()
 
 
 class DataConfig(Section):
-    """Where the pairs come from and how they are divided."""
+    """Where the pairs come from and how they are split."""
 
     sources: Annotated[
         tuple[str, ...],
         Field(
-            description="Files of pairs (JSON, CSV, Parquet or a saved `datasets` folder, relative to this file) that "
-            "`tunewright run` adds; also folders of such files, and patterns such as data/*.jsonl."
+            description="Files of pairs that `tunewright run` adds: JSON, CSV, Parquet or a saved `datasets` folder, "
+            "relative to this file. Folders of such files and patterns such as data/*.jsonl work too."
         ),
     ] = ()
     rows: Annotated[
         str | None,
         Field(
             min_length=1,
-            description="Where the rows are in a JSON document that is no array of rows: a JMESPath expression, such "
+            description="JMESPath expression that finds the rows in a JSON document that is not an array of rows, such "
             "as values(@) for {id: row, ...} or *[] for {name: [row, ...], ...}.",
         ),
     ] = None
@@ -91,7 +91,7 @@ class DataConfig(Section):
         str | None,
         Field(
             min_length=1,
-            description="The column or key that holds the input, or a Jinja template over the row's keys, such as "
+            description="Column or key of the input, or a Jinja template over the row's keys, such as "
             '{{ context ~ " " ~ question }}.',
         ),
     ] = None
@@ -99,100 +99,112 @@ class DataConfig(Section):
         str | None,
         Field(
             min_length=1,
-            description="The column or key that holds the ideal output, or a Jinja template, such as "
+            description="Column or key of the ideal output, or a Jinja template, such as "
             "{{ answers[0] }} or {{ slots | tojson }}.",
         ),
     ] = None
-    groups: Annotated[
+    group_by: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         Field(
-            description="Columns or keys, such as customer or document: rows that share a value of one are not "
-            "independent, and stay on one side of the split. With data.rows, also a JMESPath from the object above a "
-            "row, such as parent.id or parent.sql[0]; parent.parent is the next object above."
+            description="Columns or keys such as customer or document. Rows that share a value are not independent and "
+            "stay on one side of the split. With data.rows, also a JMESPath from the object above a row, such as "
+            "parent.id or parent.sql[0]; parent.parent is the next object above."
         ),
     ] = ()
-    ignore: Annotated[
+    drop_columns: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         Field(
-            description="Columns or keys to leave out, such as id or source; others that nothing uses are kept as "
-            "metadata."
+            description="Columns or keys to leave out, such as id or source. Other unused ones are kept as metadata."
         ),
     ] = ()
-    system: Annotated[
+    system_prompt: Annotated[
         str | None,
-        Field(description="An instruction put, when pairs are added, before each that has no system turn of its own."),
+        Field(description="System prompt for pairs without one, put before each pair when it is added."),
     ] = None
     allow: Annotated[
         tuple[Findable, ...],
         Field(
-            description="Kinds of secrets and personal data that are meant to be in the pairs, such as the firm's own "
-            "phone number or test keys: counted and told, but let through."
+            description="Kinds of secrets and personal data that may be in the pairs, such as the firm's phone number "
+            "or test keys. They are counted and reported, and do not block."
         ),
     ] = ()
     max_characters: Annotated[
         int,
         Field(
             gt=0,
-            description="A longer conversation is refused as faulty: it is nearly always a file pasted into a cell.",
+            description="Longest conversation in characters. A longer one is rejected: it is nearly always a file "
+            "pasted into a cell.",
         ),
     ] = 32_000
-    similarity: Annotated[
+    dedup_threshold: Annotated[
         float,
         Field(
             gt=0,
             le=1,
-            description="Inputs at or above this Jaccard similarity of character 4-grams share a cluster, which "
-            "never straddles the split (0.8: Lee et al. 2021, arXiv 2107.06499).",
+            description="Inputs at or above this Jaccard similarity of character 4-grams share a cluster, which never "
+            "straddles the split (0.8: Lee et al. 2021, arXiv 2107.06499).",
         ),
     ] = 0.8
     split_by: Annotated[
         Literal["input", "output_template"],
         Field(
-            description="Rows that share a cluster: those with near-equal inputs, or also those whose outputs are "
-            "equal but for quoted strings and numbers, such as queries made from one template."
+            description="`input` clusters rows with near-equal inputs. `output_template` also clusters rows whose "
+            "outputs differ only in quoted strings and numbers, such as queries made from one template."
         ),
     ] = "input"
     duplicates: Annotated[
         Duplicates,
         Field(
-            description="Rows with nearly the input (data.similarity) and the output of another are kept in its "
-            "cluster, or left out; counted, always. Exact duplicates are left out."
+            description="`keep` or `drop` rows that nearly repeat another's input (data.dedup_threshold) with the same "
+            "output. They are counted either way. Exact duplicates are always dropped."
         ),
     ] = "keep"
-    dev: Annotated[float, Field(gt=0, lt=0.5, description="Share of examples for choosing (prompts, checkpoints).")] = (
-        0.1
-    )
-    test: Annotated[
-        float, Field(gt=0, lt=0.5, description="Share of examples held out and never trained or chosen on.")
+    val_size: Annotated[
+        float,
+        Field(gt=0, lt=0.5, description="Share of examples in dev, the split that chooses prompts and checkpoints."),
+    ] = 0.1
+    test_size: Annotated[
+        float,
+        Field(
+            gt=0,
+            lt=0.5,
+            description="Share of examples in test, the held-out split: nothing is trained or chosen on it.",
+        ),
     ] = 0.1
 
     conflicts: Annotated[
         Literal["error", "accept"],
-        Field(description="New rows with the input of another and a different output are refused, or kept; shown."),
+        Field(
+            description="`error` rejects new rows that give another output for a known input; `accept` keeps them. "
+            "Both list them."
+        ),
     ] = "error"
     benchmarks: Annotated[
         tuple[str, ...],
         Field(
-            description="Files (JSONL) of items that measure general capability, relative to this file: training rows "
-            "are searched for them, as for the test rows."
+            description="JSONL files of benchmark items, relative to this file. Training rows are searched for these "
+            "items as they are for test rows."
         ),
     ] = ()
     contaminated: Annotated[
         Literal["warn", "drop"],
-        Field(description="A training row that holds a test or benchmark item is kept, or left out; named, always."),
+        Field(
+            description="`warn` keeps a training row that contains a test or benchmark item; `drop` leaves it out. "
+            "Both name it."
+        ),
     ] = "warn"
     mix: Annotated[
         MixConfig | None,
         Field(
-            description="Generic instruction data to train on besides, against forgetting: "
+            description="Generic instruction data to mix into training against forgetting: "
             "{source: FILE, fraction: 0.05}."
         ),
     ] = None
 
     @model_validator(mode="after")
     def _check_names(self) -> DataConfig:
-        used = {*self.groups, self.input, self.output}
-        both = [name for name in self.ignore if name in used]
+        used = {*self.group_by, self.input, self.output}
+        both = [name for name in self.drop_columns if name in used]
         if both:
-            raise ValueError(f"ignore names {both[0]}, which input, output or groups use")
+            raise ValueError(f"drop_columns names {both[0]}, which input, output or group_by use")
         return self

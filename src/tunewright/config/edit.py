@@ -1,4 +1,4 @@
-"""Changing values of ``tunewright.yaml`` where they stand: every other byte of the file stays what it is."""
+"""Changing values of ``tunewright.yaml`` in place: every other byte of the file stays the same."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SECTION = "train"
 def write_train(path: Path, wanted: TrainConfig) -> dict[str, Any]:
     """Change the config's train section to ``wanted``, key by key; comments, order and other keys survive.
 
-    The places come from the YAML parser itself, and the result is parsed again before it is written.
+    The YAML parser finds the places, and the result is parsed again before it is written.
 
     Returns:
-        The keys that were written, with their new values; none where the file says so already.
+        The keys that were changed, with their new values.
 
     Raises:
-        UserError: the config cannot be read, or a key is written in a way that cannot be changed in place.
+        UserError: The config cannot be read, or a key is written in a way that cannot be changed in place.
     """
     raw = path.read_bytes()
     mark, text = ("\ufeff", raw[3:].decode()) if raw.startswith(b"\xef\xbb\xbf") else ("", raw.decode())
@@ -36,11 +36,11 @@ def write_train(path: Path, wanted: TrainConfig) -> dict[str, Any]:
         if getattr(parse_config(text, path).train, key) != value:
             edited = _with_value(text, key, _spelt(value))
             if edited is None or not _is(edited, path, before, key, value):
-                told = ", ".join(f"{k}: {_spelt(v)}" for k, v in _differing(before.train, wanted).items())
+                listed = ", ".join(f"{k}: {_spelt(v)}" for k, v in _differing(before.train, wanted).items())
                 raise UserError(
                     f"{_SECTION}.{key} is written in a way that cannot be changed in place; nothing was changed",
                     where=str(path),
-                    fix=f"Write it yourself: {told}",
+                    fix=f"Edit it yourself: {listed}",
                 )
             text, written[key] = edited, value
     assert parse_config(text, path) == before.model_copy(update={_SECTION: wanted})
@@ -54,7 +54,7 @@ def _differing(before: TrainConfig, wanted: TrainConfig) -> dict[str, Any]:
 
 
 def _is(text: str, path: Path, before: Config, key: str, value: Any) -> bool:
-    """Return whether an edited text is a config that has this value, and the others' sections unchanged."""
+    """Return whether an edited text is a config with this value and all other sections unchanged."""
     try:
         config = parse_config(text, path)
     except UserError:
@@ -63,7 +63,7 @@ def _is(text: str, path: Path, before: Config, key: str, value: Any) -> bool:
 
 
 def _spelt(value: Any) -> str:
-    """Return a value in YAML's flow style; floats never with an exponent, which YAML 1.1 would take for text."""
+    """Return a value in YAML's flow style; floats without an exponent, which YAML 1.1 may read as text."""
     if isinstance(value, float):
         return f"{value:.12f}".rstrip("0").removesuffix(".")
     plain = list(value) if isinstance(value, tuple) else value
@@ -71,7 +71,7 @@ def _spelt(value: Any) -> str:
 
 
 def _with_value(text: str, key: str, spelt: str) -> str | None:
-    """Return the text with ``key`` of the section set; None where it cannot be done in place."""
+    """Return the text with ``key`` of the section set; None where that is impossible in place."""
     newline = "\r\n" if "\r\n" in text else "\n"
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     section = _pair(root, _SECTION)

@@ -1,4 +1,4 @@
-"""The config's gateway section: how large a request may be, and how long each part of it may take."""
+"""The config's gateway section: limits on the size and duration of requests."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from tunewright.config.section import Section
 
 
 class GatewayConfig(Section):
-    """What `tunewright serve` takes from clients: the largest request, and how long it waits for what."""
+    """Limits that `tunewright serve` puts on the size and duration of requests."""
 
-    body_bytes: Annotated[
+    max_body_bytes: Annotated[
         int | None,
         Field(
             ge=1024,
-            description="The largest request (null: 16 bytes for each token of the context and 64 KiB; text has 4 "
-            "bytes a token, and JSON spells some characters out).",
+            description="Largest request body in bytes (null: 64 KiB plus 16 bytes for each token of the context; text "
+            "has about 4 bytes a token, and JSON escapes some characters).",
         ),
     ] = None
-    messages: Annotated[
+    max_messages: Annotated[
         int,
         Field(
             ge=1,
-            description="The most messages of a conversation (128: rendered in 0.2 s; the time grows with the square).",
+            description="Most messages in a conversation (128: rendered in 0.2 s; the time grows with the square).",
         ),
     ] = 128
-    prompt_tokens: Annotated[
-        int | None, Field(ge=1, description="The longest prompt (null: what the context has room for).")
+    max_prompt_tokens: Annotated[
+        int | None, Field(ge=1, description="Longest prompt in tokens (null: what fits the context).")
     ] = None
-    answer_tokens: Annotated[
+    max_completion_tokens: Annotated[
         int | None,
         Field(
             ge=1,
-            description="The longest answer: a client that asks for more by max_tokens, or for nothing, gets this many "
-            "(null: what the context has room for).",
+            description="Longest answer in tokens. A larger max_tokens is capped to it, and it is the default of a "
+            "request without max_tokens (null: what fits the context).",
         ),
     ] = None
-    body_s: Annotated[float, Field(gt=0, description="Seconds in which a request has to be read whole.")] = 30
-    queue_s: Annotated[float, Field(gt=0, description="Seconds that a request may wait for its turn.")] = 60
-    first_token_s: Annotated[
-        float, Field(gt=0, description="Seconds from its turn to the first token (120: a long prompt without a GPU).")
+    body_timeout_s: Annotated[float, Field(gt=0, description="Seconds in which the whole body must arrive.")] = 30
+    queue_timeout_s: Annotated[float, Field(gt=0, description="Seconds that a request may wait in the queue.")] = 60
+    first_token_timeout_s: Annotated[
+        float, Field(gt=0, description="Seconds from admission to the first token (120: a long prompt without a GPU).")
     ] = 120
-    between_tokens_s: Annotated[float, Field(gt=0, description="Seconds from one token to the next.")] = 60
-    total_s: Annotated[
+    inter_token_timeout_s: Annotated[float, Field(gt=0, description="Seconds between two tokens.")] = 60
+    total_timeout_s: Annotated[
         float,
-        Field(gt=0, description="Seconds for a request in all (600: OpenAI's own client gives up after as long)."),
+        Field(gt=0, description="Seconds for the whole request (600: the default timeout of OpenAI's client)."),
     ] = 600
-    drain_s: Annotated[
-        float, Field(ge=0, description="Seconds that answers under way have to end when the server is told to stop.")
+    drain_timeout_s: Annotated[
+        float, Field(ge=0, description="Seconds that running answers have to finish when the server shuts down.")
     ] = 30

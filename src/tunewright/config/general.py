@@ -1,4 +1,4 @@
-"""The config's general section: what the base could do before, and must not lose."""
+"""The config's regressions section: suites that measure what the base could do before tuning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tunewright.config.section import Section
 
 Margin = Annotated[
     float | None,
-    Field(gt=0, lt=1, description="The drop that is still no loss, as a share (null: general.margin)."),
+    Field(gt=0, lt=1, description="Largest acceptable drop, as a share (null: regressions.margin)."),
 ]
 
 
@@ -18,84 +18,88 @@ class FileSuite(Section):
     """A suite whose items are in a file."""
 
     file: Annotated[str, Field(min_length=1, description="JSON Lines, relative to this file.")]
-    items: Annotated[int | None, Field(ge=1, description="So many of them, drawn by the seed (null: all).")] = None
+    limit: Annotated[int | None, Field(ge=1, description="Number of items, drawn by the seed (null: all).")] = None
     margin: Margin = None
 
 
 class InstructionsSuite(FileSuite):
-    """Prompts whose answers are checked by rules."""
+    """Prompts whose answers rules can check."""
 
     max_new_tokens: Annotated[
-        int, Field(ge=1, description="Longest answer in tokens (1280: lm-eval's for IFEval; less is quicker).")
+        int, Field(ge=1, description="Longest answer in tokens (1280: lm-eval's setting for IFEval; fewer is faster).")
     ] = 1280
 
 
 class LmEvalSuite(Section):
-    """A task of EleutherAI's lm-evaluation-harness, which you install."""
+    """A task of EleutherAI's lm-evaluation-harness, which is an extra."""
 
-    task: Annotated[str, Field(min_length=1, description="Its name in lm-eval.")]
-    folder: Annotated[
-        str | None, Field(min_length=1, description="A folder with task files of your own, relative to this file.")
+    task: Annotated[str, Field(min_length=1, description="The task's name in lm-eval.")]
+    include_path: Annotated[
+        str | None, Field(min_length=1, description="A folder with your own task files, relative to this file.")
     ] = None
     metric: Annotated[
         str | None, Field(min_length=1, description="One of the task's metrics (null: acc_norm, else its first).")
     ] = None
-    items: Annotated[int | None, Field(ge=1, description="The first so many of the task (null: all).")] = None
-    shots: Annotated[int, Field(ge=0, description="Worked examples before each question (0: lm-eval's default).")] = 0
+    limit: Annotated[int | None, Field(ge=1, description="Number of items, from the task's beginning (null: all).")] = (
+        None
+    )
+    num_fewshot: Annotated[
+        int, Field(ge=0, description="Worked examples before each question (0: lm-eval's default).")
+    ] = 0
     margin: Margin = None
 
 
 def _named(key: str) -> BeforeValidator:
-    """Return a suite may be given by its name alone."""
+    """Return a validator that accepts a suite's name alone."""
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
 class GeneralConfig(Section):
-    """What the base could do before, measured with the adapter off and on: `evaluate` and `general` do it."""
+    """Suites of general capability, measured with the adapter off and on to show what tuning lost."""
 
     samples: Annotated[
         int,
         Field(
             ge=0,
-            description="Conversations that the base writes itself, whose likelihood under the adapter is measured; 0: "
-            "none (32: about 200 seconds of one core for a base of 135M parameters, most of them once for a base).",
+            description="Conversations that the base writes, to measure their likelihood under the adapter; 0 turns "
+            "this off (32: about 200 seconds of one core for a base of 135M parameters, most of them once per base).",
         ),
     ] = 32
     samples_margin: Annotated[
         float | None,
         Field(
             gt=0,
-            description="How much less likely these may become, in nats per token (null: told, and decides nothing: "
-            "how many nats matter is known of no base beforehand).",
+            description="Largest acceptable drop of that likelihood, in nats per token (null: reported, and not part "
+            "of the verdict, because no general threshold is known).",
         ),
     ] = None
-    choices: Annotated[
+    multiple_choice: Annotated[
         tuple[Annotated[FileSuite, _named("file")], ...],
         Field(
-            description="Files of questions with choices: objects with query, choices and gold, and a group where "
-            "several belong together. Each a name, or {file: NAME, items: 500, margin: 0.02}."
+            description="Files of multiple-choice questions: objects with query, choices and gold, and with group "
+            "where several belong together. An entry is a file's name or {file: NAME, limit: 500, margin: 0.02}."
         ),
     ] = ()
-    instructions: Annotated[
+    instruction_following: Annotated[
         tuple[Annotated[InstructionsSuite, _named("file")], ...],
         Field(
-            description="Files of prompts with checks of the answer's form, or of Google's IFEval; as above, with "
-            "max_new_tokens besides."
+            description="Files of prompts with checks of the answer's form, such as Google's IFEval. Entries are as "
+            "above, with max_new_tokens as a further setting."
         ),
     ] = ()
     lm_eval: Annotated[
         tuple[Annotated[LmEvalSuite, _named("task")], ...],
         Field(
-            description="Tasks of lm-eval (pip install 'lm-eval[hf]'), such as hellaswag or "
-            "{task: hellaswag, items: 500}."
+            description="Tasks of lm-eval (pip install 'tunewright[lm-eval]'), such as hellaswag or "
+            "{task: hellaswag, limit: 500}."
         ),
     ] = ()
     margin: Annotated[
         float,
-        Field(gt=0, lt=1, description="The drop of a suite that is still no loss: 0.02 is 2 points."),
+        Field(gt=0, lt=1, description="Largest acceptable drop of a suite's score: 0.02 is 2 points."),
     ] = 0.02
 
     @property
     def measures(self) -> bool:
-        """True if there is any suite."""
-        return bool(self.samples or self.choices or self.instructions or self.lm_eval)
+        """Return whether any suite is configured."""
+        return bool(self.samples or self.multiple_choice or self.instruction_following or self.lm_eval)

@@ -1,4 +1,4 @@
-"""``tunewright.yaml``: read with line numbers, written with comments."""
+"""Reading ``tunewright.yaml`` with line numbers and writing it with comments."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def load_config(path: Path) -> Config:
     """Read and validate a config.
 
     Raises:
-        UserError: naming file, line and key: not YAML, an unknown key (with the nearest valid one), a bad value.
+        UserError: The file is not YAML, or has an unknown key or an invalid value; names file, line and key.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(
-            "no such file", where=str(path), fix="`tunewright init` writes one; or name the project's folder."
+            "no such file", where=str(path), fix="Run `tunewright init` to create one, or name the project's folder."
         ) from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"not a text file in UTF-8 ({error})", where=str(path)) from None
+        raise UserError(f"not a UTF-8 text file ({error})", where=str(path)) from None
     return parse_config(text, path)
 
 
 def parse_config(text: str, path: Path) -> Config:
-    """Validate a config's text; errors as of :func:`load_config`, and ``path`` is what they name."""
+    """Validate a config's text; raise the errors of :func:`load_config`, which name ``path``."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = {} if root is None else _lines(root, path)
@@ -45,11 +45,11 @@ def parse_config(text: str, path: Path) -> Config:
         raise UserError(f"not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
     except UserError:
         raise
-    except ValueError as error:  # what looks like a date or a number and is none
+    except ValueError as error:  # a scalar that looks like a date or a number
         assert root is not None
-        raise UserError(f"a value that is none: {error}", where=f"{path}:{_bad_scalar(root)}") from None
+        raise UserError(f"invalid value: {error}", where=f"{path}:{_bad_scalar(root)}") from None
     if not isinstance(values, dict | None):
-        raise UserError("a config is a mapping of keys to values", where=f"{path}:1")
+        raise UserError("the config must be a mapping of keys to values", where=f"{path}:1")
     try:
         return Config.model_validate(_without_empty_sections(values or {}))
     except ValidationError as error:
@@ -57,7 +57,7 @@ def parse_config(text: str, path: Path) -> Config:
 
 
 def _without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a section whose keys are all commented out reads as null: it means the defaults."""
+    """Remove sections that are null because all their keys are commented out; they mean the defaults."""
     return {k: v for k, v in values.items() if not (v is None and _section(k) is not None)}
 
 
@@ -68,10 +68,10 @@ def _section(key: str) -> type[BaseModel] | None:
 
 
 def _model_at(parents: list[str]) -> type[BaseModel] | None:
-    """Return the section that these keys lead to, one that may be null or is one of several included."""
+    """Return the section that these keys lead to, also where it is optional or one of several."""
     sections: list[type[BaseModel]] = [Config]
     for key in parents:
-        if key.isdigit():  # a place in a list
+        if key.isdigit():  # an index of a list
             continue
         fields = [f for section in sections for name, f in section.model_fields.items() if key in {name, f.alias}]
         sections = [section for field in fields for section in _models(field.annotation)]
@@ -79,7 +79,7 @@ def _model_at(parents: list[str]) -> type[BaseModel] | None:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that an annotation allows: itself, one that may be null, one of several, or a list of such."""
+    """Return the sections that an annotation allows, inside options, unions and lists too."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]
@@ -99,9 +99,9 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
         if location in lines:
             dotted = ".".join(map(str, location))
             raise UserError(
-                f"the key {dotted} stands twice",
+                f"duplicate key {dotted}",
                 where=f"{path}:{line}",
-                fix=f"First: line {lines[location]}.",
+                fix=f"Remove it here or on line {lines[location]}.",
             )
         lines[location] = line
         lines |= _lines(child, path, location)
@@ -109,7 +109,7 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
 
 
 def _bad_scalar(node: yaml.Node) -> int:
-    """Return the line (from 1) of the first value that YAML's own types refuse."""
+    """Return the line (from 1) of the first value that YAML's own types reject."""
     loader = yaml.SafeLoader("")
     if isinstance(node, yaml.ScalarNode):
         try:
@@ -122,17 +122,17 @@ def _bad_scalar(node: yaml.Node) -> int:
 
 
 def _explain(errors: list[ErrorDetails], lines: dict[_Location, int], path: Path) -> UserError:
-    """Return one UserError for all faults, the first one's place in front."""
+    """Return one UserError for all errors, at the place of the first."""
     faults = [(_line(_keys(e["loc"]), lines), _fault(e)) for e in errors]
     where = f"{path}:{faults[0][0]}"
     if len(faults) == 1:
         return UserError(faults[0][1], where=where)
-    told = "\n".join(f"  {path}:{line}: {what}" for line, what in faults)
-    return UserError(f"{len(faults)} faults\n{told}", where=str(path))
+    listed = "\n".join(f"  {path}:{line}: {what}" for line, what in faults)
+    return UserError(f"{len(faults)} errors\n{listed}", where=str(path))
 
 
 def _keys(location: _Location) -> _Location:
-    """A fault's place as the file has it: where one of several types was read, pydantic says the deciding key twice."""
+    """Return an error's location as in the file: of a union, pydantic repeats the deciding key."""
     return tuple(key for key, before in zip(location, ("", *location), strict=False) if key != before)
 
 
@@ -151,7 +151,9 @@ def _fault(error: ErrorDetails) -> str:
         *parents, unknown = map(str, location)
         section = _model_at(parents)
         known = list(section.model_fields) if section else []
-        nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+        # Part of a key's name (`base`) says more than similar letters (`advise`).
+        nearest = [name for name in known if unknown in name.split("_")]
+        nearest = nearest or difflib.get_close_matches(unknown, known, n=1)
         hint = f"did you mean {'.'.join([*parents, nearest[0]])}?" if nearest else f"valid keys: {', '.join(known)}"
         return f"unknown key {key}: {hint}"
     message = error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [1, 2]")
@@ -159,11 +161,11 @@ def _fault(error: ErrorDetails) -> str:
 
 
 def write_config(values: dict[str, Any]) -> str:
-    """A commented ``tunewright.yaml``: keys in ``values`` (nested by section) are set, all others shown as defaults.
+    """Return a commented ``tunewright.yaml``: keys in ``values`` (by section) are set, all others show their defaults.
 
-    Comments are the schema's own descriptions, so that file and schema cannot drift apart.
+    The comments are the schema's descriptions, so that file and schema cannot drift apart.
     """
-    out = ["# tunewright.yaml: everything that decides a result. A key behind '#' shows its default.", ""]
+    out = ["# tunewright.yaml: everything that decides a result. A commented key shows its default.", ""]
     out += _section_lines(Config, values, "")
     text = "\n".join(out) + "\n"
     Config.model_validate(_without_empty_sections(yaml.safe_load(text)))
@@ -202,4 +204,4 @@ def _choices(annotation: Any) -> str:
 def _wrap(text: str, width: int) -> list[str]:
     import textwrap
 
-    return textwrap.wrap(text, width)
+    return textwrap.wrap(text, width, break_on_hyphens=False)

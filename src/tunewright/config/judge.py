@@ -1,4 +1,4 @@
-"""The config's judge section: which model compares answers, and what it may cost."""
+"""The config's judge section: the model that compares answers, and its budget."""
 
 from __future__ import annotations
 
@@ -15,63 +15,66 @@ _OURS = {"model", "messages", "stream", "stream_options", "n"}
 class EndpointConfig(Section):
     """A model behind an OpenAI-compatible API."""
 
-    url: Annotated[
+    base_url: Annotated[
         str | None,
         Field(
             pattern=r"^https?://[^@\s]+$",
-            description="The API's root, such as https://api.openai.com/v1 (no password in it: key_env is for that).",
+            description="The API's root, such as https://api.openai.com/v1 (no password in it: api_key_env is "
+            "for that).",
         ),
     ] = None
-    model: Annotated[str | None, Field(min_length=1, description="The model's name there.")] = None
-    key_env: Annotated[
+    model: Annotated[str | None, Field(min_length=1, description="The model's name at that endpoint.")] = None
+    api_key_env: Annotated[
         str | None,
         Field(
             pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-            description="Name of the environment variable that holds the API key (null: none is sent).",
+            description="Name of the environment variable that holds the API key (null: no key is sent).",
         ),
     ] = None
     parameters: Annotated[
         dict[str, Any],
         Field(
-            description="Sent with every request as they are (temperature 0: a reply that can be had again; 512 "
-            "tokens: room for a short reason. A reasoning model wants its own, such as max_completion_tokens: 4096)."
+            description="Further parameters of every request (temperature 0 makes replies reproducible; 512 tokens "
+            "leave room for a short reason). A reasoning model needs others, such as max_completion_tokens: 4096."
         ),
     ] = _PARAMETERS
-    concurrency: Annotated[int, Field(ge=1, le=256, description="Requests under way at once.")] = 8
+    concurrency: Annotated[int, Field(ge=1, le=256, description="Requests in flight at once.")] = 8
     requests_per_minute: Annotated[
-        float | None, Field(gt=0, description="Most requests sent in a minute, retries included (null: no limit).")
+        float | None, Field(gt=0, description="Most requests sent per minute, retries included (null: no limit).")
     ] = None
-    timeout: Annotated[float, Field(gt=0, description="Seconds that a reply may take.")] = 120.0
-    retries: Annotated[
+    timeout: Annotated[float, Field(gt=0, description="Seconds to wait for a reply.")] = 120.0
+    max_retries: Annotated[
         int,
         Field(
             ge=0,
             le=20,
-            description="How often a request is sent again after a lost connection or status 408, 409, 429 or 5xx; "
-            "waits as Retry-After says, else 1, 2, 4, ... seconds.",
+            description="Retries of a request after a lost connection or status 408, 409, 429 or 5xx. Waits follow "
+            "Retry-After, else 1, 2, 4, ... seconds.",
         ),
     ] = 5
     price_input: Annotated[
-        float | None, Field(ge=0, description="Price of a million prompt tokens, in any one currency.")
+        float | None, Field(ge=0, description="Price of a million prompt tokens, in any currency.")
     ] = None
-    price_output: Annotated[float | None, Field(ge=0, description="Price of a million reply tokens.")] = None
+    price_output: Annotated[
+        float | None, Field(ge=0, description="Price of a million reply tokens, in the same currency.")
+    ] = None
 
     @field_validator("parameters")
     @classmethod
     def _none_of_ours(cls, parameters: dict[str, Any]) -> dict[str, Any]:
         for name in sorted(_OURS & parameters.keys()):
-            raise ValueError(f"{name} is set by the judge itself")
+            raise ValueError(f"{name} is set by the judge itself; remove it")
         return parameters
 
     @model_validator(mode="after")
     def _both_prices(self) -> EndpointConfig:
         if (self.price_input is None) != (self.price_output is None):
-            raise ValueError("price_input and price_output go together")
+            raise ValueError("set both price_input and price_output, or neither")
         return self
 
     @property
     def reply_limit(self) -> int | None:
-        """The most tokens that a reply may have, if the parameters say so."""
+        """Return the most tokens that the parameters allow a reply; None if they set no limit."""
         for name in ("max_completion_tokens", "max_tokens"):
             if isinstance(self.parameters.get(name), int):
                 return int(self.parameters[name])
@@ -79,57 +82,60 @@ class EndpointConfig(Section):
 
 
 class ReferenceModelConfig(EndpointConfig):
-    """A model whose answers the tuned ones are held against: asked for them, or its answers in a file."""
+    """A model to compare the tuned answers with: an endpoint, or its answers in a file."""
 
     answers: Annotated[
         str | None,
         Field(
             min_length=1,
-            description='A JSONL file of {"key": PAIR KEY, "answer": TEXT}, relative to this file, in place of url.',
+            description='A JSONL file of {"key": PAIR KEY, "answer": TEXT}, relative to this file, in place of '
+            "base_url.",
         ),
     ] = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ReferenceModelConfig:
-        if (self.answers is None) == (self.url is None):
-            raise ValueError("either answers (a file) or url and model (an endpoint)")
-        if self.url is not None and self.model is None:
-            raise ValueError("url needs a model")
+        if (self.answers is None) == (self.base_url is None):
+            raise ValueError("set either answers (a file) or base_url and model (an endpoint)")
+        if self.base_url is not None and self.model is None:
+            raise ValueError("base_url requires model")
         return self
 
 
 class JudgeConfig(EndpointConfig):
-    """Which model judges answers, held to controls on every run. Needs url and model."""
+    """The model that judges answers; controls test it on every run. Requires base_url and model."""
 
     criteria: Annotated[
         str | None,
-        Field(min_length=1, description="What counts here, added to the judge's instructions (null: nothing)."),
+        Field(min_length=1, description="Criteria to add to the judge's instructions (null: none)."),
     ] = None
     budget: Annotated[
         float | None,
-        Field(gt=0, description="Most that judging one evaluation may cost, in the prices' currency (null: no cap)."),
+        Field(gt=0, description="Highest cost of judging one evaluation, in the prices' currency (null: no limit)."),
     ] = None
     controls: Annotated[
         int,
         Field(
             ge=14,
-            description="Items, at most, on which the judge itself is tested (30: up to two failures of a control "
-            "pass; with fewer than 14 even none proves 80%).",
+            description="Most items on which the judge itself is tested (30: a control passes with up to two failures; "
+            "fewer than 14 cannot prove 80% even without a failure).",
         ),
     ] = 30
     reference_model: Annotated[
         ReferenceModelConfig | None,
-        Field(description="Another model to hold the tuned answers against: url and model, or answers (null: none)."),
+        Field(
+            description="Another model to compare the tuned answers with: base_url and model, or answers (null: none)."
+        ),
     ] = None
 
     @model_validator(mode="after")
     def _priced_budget(self) -> JudgeConfig:
         if self.budget is None:
             return self
-        asked = [self, self.reference_model] if self.reference_model and self.reference_model.url else [self]
+        asked = [self, self.reference_model] if self.reference_model and self.reference_model.base_url else [self]
         for endpoint in asked:
             if endpoint.price_input is None:
-                raise ValueError("a budget needs price_input and price_output of every endpoint")
+                raise ValueError("a budget requires price_input and price_output of every endpoint")
             if endpoint.reply_limit is None:
-                raise ValueError("a budget needs max_tokens or max_completion_tokens among the parameters")
+                raise ValueError("a budget requires max_tokens or max_completion_tokens among the parameters")
         return self

@@ -10,29 +10,27 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 from tunewright.config.section import Section
 
 MetricName = str
-"""What evidence and tables call a metric: its kind, and its settings where it has any."""
+"""A metric's name in evidence and tables: its kind, followed by its settings."""
 
 PlainMetric = Literal["exact_match", "bleu", "chrf", "token_f1", "json", "json_valid"]
 
 
 class _Keyed(Section):
-    """A metric with settings, written as a mapping of its one key; dumped as it is written."""
+    """A metric with settings: a mapping with one key, dumped as it was written."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
 
 class Normalisation(Section):
-    """What exact match forgives beside outer white space and Unicode spelling (NFC), which it always does."""
+    """Differences that exact match ignores, besides outer white space and Unicode form (NFC)."""
 
-    casefold: Annotated[bool, Field(description="Upper and lower case are the same.")] = False
-    collapse_white_space: Annotated[bool, Field(description="Any run of white space is one space.")] = False
-    strip_punctuation: Annotated[
-        bool, Field(description="Punctuation is taken out (Unicode's general category P).")
-    ] = False
+    ignore_case: Annotated[bool, Field(description="Ignore case.")] = False
+    collapse_whitespace: Annotated[bool, Field(description="Collapse each run of white space to one space.")] = False
+    ignore_punctuation: Annotated[bool, Field(description="Remove punctuation (Unicode's general category P).")] = False
 
 
 class ExactMatch(_Keyed):
-    """Exact match that forgives more: ``{exact_match: {casefold: true}}``."""
+    """Exact match with normalisation: ``{exact_match: {ignore_case: true}}``."""
 
     exact_match: Normalisation
 
@@ -42,30 +40,32 @@ class Choices(_Keyed):
 
     choices: Annotated[
         tuple[str, ...],
-        Field(min_length=2, description="All answers there are. Another answer is wrong, and counted as outside."),
+        Field(
+            min_length=2, description="All valid answers. Any other answer is wrong and counted as outside the list."
+        ),
     ]
 
     @field_validator("choices", mode="before")
     @classmethod
     def _texts(cls, choices: Any) -> Any:
         if isinstance(choices, list) and not all(isinstance(choice, str) for choice in choices):
-            raise ValueError("a choice is a text: quote what YAML reads otherwise, such as 'yes', 'no' and '1'")
+            raise ValueError("a choice must be text: quote values that YAML reads otherwise, such as 'yes' and '1'")
         return choices
 
     @field_validator("choices")
     @classmethod
     def _distinct(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
         if len({choice.strip() for choice in choices}) < len(choices) or not all(c.strip() for c in choices):
-            raise ValueError("the choices differ from each other, and none is empty")
+            raise ValueError("choices must be distinct and not empty")
         return choices
 
 
 class JsonFields(Section):
-    """Which fields of a JSON object count."""
+    """The fields of a JSON object to score."""
 
     fields: Annotated[
         tuple[str, ...] | None,
-        Field(min_length=1, description="Names of top-level fields (null: all that reference or answer have)."),
+        Field(min_length=1, description="Names of top-level fields (null: all fields of reference and answer)."),
     ] = None
 
 
@@ -76,7 +76,7 @@ class Json(_Keyed):
 
 
 class Regex(_Keyed):
-    """The share of answers that a pattern matches whole: ``{regex: '[A-Z]{2}-[0-9]+'}``."""
+    """The share of answers that match a pattern in full: ``{regex: '[A-Z]{2}-[0-9]+'}``."""
 
     regex: Annotated[str, Field(min_length=1, description="A pattern of Python's re.")]
 
@@ -91,20 +91,20 @@ class Regex(_Keyed):
 
 
 class Python(_Keyed):
-    """The mean of a function of your own: ``{python: 'scoring:citation'}``."""
+    """The mean of your own function's values: ``{python: 'scoring:citation'}``."""
 
     python: Annotated[
         str,
         Field(
             pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
-            description="module:function, in the project's folder. It is called as function(answer, reference, "
-            "example) and returns a number from 0 to 1, or None for an item that cannot be scored.",
+            description="module:function in the project's folder, called as function(answer, reference, example). It "
+            "returns a number from 0 to 1, or None for an item that cannot be scored.",
         ),
     ]
 
 
 def _kind(value: Any) -> str | None:
-    """Return which form a metric is written in, as the tag of the type that reads it."""
+    """Return the tag of the type that reads a metric."""
     if isinstance(value, str):
         return "a name" if value in get_args(PlainMetric) else None
     if isinstance(value, _Keyed):
@@ -131,7 +131,7 @@ Metric = Annotated[
 
 
 def metric_name(metric: Metric) -> MetricName:
-    """Return what evidence and tables call this metric."""
+    """Return the metric's name in evidence and tables."""
     match metric:
         case ExactMatch(exact_match=settings):
             forgiven = [name for name, on in settings if on]

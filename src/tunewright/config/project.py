@@ -84,7 +84,7 @@ class ProjectFolder:
 
     @property
     def serving_state(self) -> Path:
-        """Tenants, keys, releases and usage, unless serve.state puts them elsewhere; made at first use."""
+        """Tenants, keys, releases and usage, unless serve.database_url puts them elsewhere; made at first use."""
         return self.root / "serving" / "state.sqlite"
 
     @property

@@ -1,4 +1,4 @@
-"""What all sections of the config have in common."""
+"""The base class of all config sections, and types that several of them share."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 RetrieverName = Literal["bm25", "tfidf"]
-"""How demonstrations are found for a question."""
+"""Ways to retrieve demonstrations for a question."""
 
 EngineName = Literal["peft", "vllm", "llamacpp"]
 AnswerEngineName = Literal["auto", "peft", "vllm"]
-"""What computes an evaluation's answers."""
+"""Engines that can compute an evaluation's answers."""
 Quantize = Literal["none", "nf4"]
-"""How a base is held in memory."""
+"""Ways to hold a base in memory."""
 
 
 class Section(BaseModel):
-    """A frozen part of the config, in which an unknown key is refused."""
+    """A frozen section of the config that rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

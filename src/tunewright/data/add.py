@@ -214,7 +214,7 @@ def plan(
     merged = merge(
         project.dataset,
         rows,
-        data.similarity,
+        data.dedup_threshold,
         reporter,
         duplicates=data.duplicates,
         replace=arrival.replace,
@@ -342,11 +342,11 @@ def _settings(config: Config, parent: DatasetVersion | None) -> Settings:
     data = config.data
     before = parent is not None and parent.manifest.settings.conflicts == "accept"
     return Settings(
-        similarity=data.similarity,
-        dev=data.dev,
-        test=data.test,
+        dedup_threshold=data.dedup_threshold,
+        val_size=data.val_size,
+        test_size=data.test_size,
         seed=config.seed,
-        groups=data.groups,
+        group_by=data.group_by,
         conflicts="accept" if before else data.conflicts,
         split_by=data.split_by,
         duplicates=data.duplicates,

@@ -96,7 +96,7 @@ def _read(path: Path, data: DataConfig, mix: MixConfig, seed: int, reporter: Rep
         rows=mix.rows,
         input=mix.input,
         output=mix.output,
-        ignore=mix.ignore,
+        drop_columns=mix.drop_columns,
         max_characters=data.max_characters,
     )
     with reporter.task("reading the mix-in", source_size(path), "bytes") as task:

@@ -38,7 +38,7 @@ def unfit(
         what: what the rows are called there.
     """
     held_out = [m for m in domain if m.split != "train"]
-    reasons = _near(examples, domain, data.similarity, reporter, what)
+    reasons = _near(examples, domain, data.dedup_threshold, reporter, what)
     against = {"held-out rows": [m.example.input_text for m in held_out], **benchmarks}
     for hit in contaminated(examples, against, reporter):
         reasons.setdefault(hit.row, f"{hit.how} with item {hit.item + 1} of {hit.source}")

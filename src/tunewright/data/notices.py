@@ -80,7 +80,7 @@ class Move:
 class Largest:
     """A large cluster: how many rows it has, the inputs of two that have little in common, and their similarity.
 
-    Below data.similarity, only a chain of rows (or a shared group) links the two.
+    Below data.dedup_threshold, only a chain of rows (or a shared group) links the two.
     """
 
     rows: int
@@ -271,14 +271,14 @@ def warn_of_missing_groups(
 ) -> None:
     """Warn of rows of the version before, but those ``read`` again, that have no value of a group that is named now."""
     for name in names:
-        before = parent.domain if parent is not None and name not in parent.manifest.settings.groups else ()
+        before = parent.domain if parent is not None and name not in parent.manifest.settings.group_by else ()
         lacking = sum(
             m.key not in read and not any(v.startswith(f"{name}=") for v in groups.get(m.key, ())) for m in before
         )
         if lacking:
             reporter.warn(
                 f"{count_of(lacking, 'row')} of the version before without the group {name}: they were "
-                "added before data.groups named it, so nothing keeps them with the others of theirs. Add their files "
+                "added before data.group_by named it, so nothing keeps them with the others of theirs. Add their files "
                 "again to tell it."
             )
 
@@ -298,12 +298,12 @@ def warn_of_idle_groups(names: Sequence[str], groups: Mapping[str, Sequence[str]
             continue
         if len(counts) == 1:
             reporter.warn(
-                f"data.groups: all {rows:,} rows with {name} have the same value, so that it joins them into one "
+                f"data.group_by: all {rows:,} rows with {name} have the same value, so that it joins them into one "
                 "cluster. Name a key whose value differs between independent rows."
             )
         elif counts.most_common(1)[0][1] == 1:
             reporter.warn(
-                f"data.groups: {name} has {len(counts):,} different values in {rows:,} rows, so that it joins no two "
+                f"data.group_by: {name} has {len(counts):,} different values in {rows:,} rows, so that it joins no two "
                 "rows. Name a key that related rows share."
             )
 
@@ -314,7 +314,7 @@ def known_outputs(found: OutputLeak) -> str:
         f"{found.share('template'):.0%} of the test rows have an output template that training rows have "
         f"({found.share('identical'):.0%} an identical output): scores on them do not show what happens with a new "
         "template. Set data.split_by: output_template in a new dataset, or name the key that rows of one template "
-        "share in data.groups. `tunewright data leak` has the numbers."
+        "share in data.group_by. `tunewright data leak` has the numbers."
     )
 
 
@@ -353,14 +353,14 @@ def reweighted(examples: Sequence[Example]) -> str:
 
 
 def warn_of_another_system_turn(known: Iterable[Example], new: Iterable[Example], reporter: Reporter) -> None:
-    """Warn of pairs that were there before with another system turn, as when data.system has changed since."""
+    """Warn of pairs that were there before with another system turn, as when data.system_prompt has changed since."""
     before = {_turns(example) for example in known}
     again = sum(_turns(example) in before for example in new)
     if again:
         reporter.warn(
             f"{count_of(again, 'new row')}: the version before has the same pair with another system "
-            "turn, and both are kept. data.system is put before pairs when they are added; if you have changed it, "
-            "start a new dataset."
+            "turn, and both are kept. data.system_prompt is put before pairs when they are added; if you have changed "
+            "it, start a new dataset."
         )
 
 
@@ -405,8 +405,8 @@ def _large(cluster: Largest, rows: int) -> str:
     return (
         f"one cluster holds {cluster.rows:,} of {rows:,} rows and stays on one side of the split. Two of its rows, "
         f"{cluster.similarity:.2f} similar, are {_excerpt(cluster.one)} and {_excerpt(cluster.other)}. If an "
-        "instruction is written into each of them, move it to data.system; if chains or groups link what is "
-        "independent, raise data.similarity or group by something smaller."
+        "instruction is written into each of them, move it to data.system_prompt; if chains or groups link what is "
+        "independent, raise data.dedup_threshold or group by something smaller."
     )
 
 

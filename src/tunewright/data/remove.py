@@ -271,7 +271,7 @@ def _save(
         sources=[],
         left_out=LeftOut(),
         mix=mix and mix.model_copy(update={"drawn": sum(m.mixed for m in members)}),
-        near_duplicates=count_near_repeats(members, settings.similarity, reporter) if near else 0,
+        near_duplicates=count_near_repeats(members, settings.dedup_threshold, reporter) if near else 0,
     )
     places = [(origins.first.get(m.key, ("unknown", 0)), m.key) for m in going]
     imports = [

@@ -121,13 +121,13 @@ def _with_clean_values(
         raise UserError(
             f"{len(told['secret']):,} secrets as values of groups or metadata, nothing was added\n"
             f"{_places(told['secret'])}",
-            fix="Name the key in data.ignore (a group: group by something else), or add the rows with --redact, which "
-            "puts a digest in the value's place.",
+            fix="Name the key in data.drop_columns (a group: group by something else), or add the rows with --redact, "
+            "which puts a digest in the value's place.",
         )
     if told["personal"]:
         reporter.warn(
             "personal data as values of groups or metadata, which are kept with the version as they are; --redact puts "
-            f"digests in their place, data.ignore leaves a key out.\n{_places(told['personal'])}"
+            f"digests in their place, data.drop_columns leaves a key out.\n{_places(told['personal'])}"
         )
     return clean
 

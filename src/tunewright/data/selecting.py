@@ -232,7 +232,7 @@ def _checked(groups: Sequence[str], members: Iterable[Member]) -> set[str]:
     missing = [group for group in groups if group not in there]
     if missing:
         names = sorted({value.partition("=")[0] for value in there})
-        fix = f"Groups here: {', '.join(f'{n}=…' for n in names)}." if names else "No row has a group (data.groups)."
+        fix = f"Groups here: {', '.join(f'{n}=…' for n in names)}." if names else "No row has a group (data.group_by)."
         raise UserError(f"no row has the group {missing[0]!r}", where="--group", fix=fix)
     return set(groups)
 

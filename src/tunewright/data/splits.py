@@ -81,7 +81,7 @@ def assign_splits(
     splits = _settled(clusters, former)
     free = sorted(clusters.keys() - splits.keys(), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     total = sum(len(keys) for keys in clusters.values())
-    goals: tuple[tuple[Split, float], ...] = (("test", data.test), ("dev", data.dev))
+    goals: tuple[tuple[Split, float], ...] = (("test", data.test_size), ("dev", data.val_size))
     for split, share in goals:
         held = [name for name, s in splits.items() if s == split]
         room = round(share * total) - sum(len(clusters[name]) for name in held)
@@ -205,14 +205,14 @@ def _too_few(clusters: Mapping[str, Sequence[str]], data: DataConfig) -> UserErr
             f"data.split_by: output_template joins rows whose outputs differ only in quoted strings and numbers, here "
             f"up to {largest} of them. Set data.split_by: input, or add pairs whose outputs have other forms."
         )
-    elif data.groups and total >= MINIMUM_CLUSTERS:
+    elif data.group_by and total >= MINIMUM_CLUSTERS:
         fix = (
-            f"One cluster holds {largest} rows. data.groups ({', '.join(data.groups)}) joins rows that share a value: "
-            "group by something smaller, or add pairs of other groups."
+            f"One cluster holds {largest} rows. data.group_by ({', '.join(data.group_by)}) joins rows that share a "
+            "value: group by something smaller, or add pairs of other groups."
         )
     elif largest > total / 2 and total >= MINIMUM_CLUSTERS:
         fix = (
             f"One cluster holds {largest} rows, because their inputs are nearly equal. If that is an instruction "
-            "written into each of them, move it to data.system; else add pairs with other inputs."
+            "written into each of them, move it to data.system_prompt; else add pairs with other inputs."
         )
     return UserError(what, fix=fix)

@@ -119,14 +119,14 @@ def _domain(
     Rows of ``training`` are not dealt out: they are for training, unless their cluster is held out already.
     """
     keys = sorted(merged.kept)
-    names = find_clusters([merged.kept[key] for key in keys], config.data.similarity, reporter)
+    names = find_clusters([merged.kept[key] for key in keys], config.data.dedup_threshold, reporter)
     clusters: dict[str, list[str]] = defaultdict(list)
     for key, name in zip(keys, names, strict=True):
         clusters[name].append(key)
     groups = merged.groups(rows)
     read = {merged.stands_for(row.example.pair_key) for row in rows}
-    notices.warn_of_missing_groups(config.data.groups, merged.parent, groups, read, reporter)
-    notices.warn_of_idle_groups(config.data.groups, groups, reporter)
+    notices.warn_of_missing_groups(config.data.group_by, merged.parent, groups, read, reporter)
+    notices.warn_of_idle_groups(config.data.group_by, groups, reporter)
     outputs = {key: merged.kept[key].output.strip() for key in keys}
     by_template = template_groups(outputs) if config.data.split_by == "output_template" else {}
     together = {key: (*groups.get(key, ()), *([by_template[key]] if key in by_template else ())) for key in keys}

@@ -97,10 +97,12 @@ def _obstacle(config: Config, quantize: Quantize, adapter: Path | None, *, const
     if quantize == "nf4":
         return "the base is held in NF4, and vLLM would hold it in 16 bits, which is another model"
     if constrained:
-        return "evaluate.constrain takes the embedded loop, and vLLM has another release of the grammar library"
+        return (
+            "evaluate.structured_outputs takes the embedded loop, and vLLM has another release of the grammar library"
+        )
     if adapter is not None:
         model_config: Mapping[str, Any] = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     else:
-        model_config = {"use_dora": config.train.dora, "r": config.train.rank}
+        model_config = {"use_dora": config.train.use_dora, "r": config.train.lora_r}
     refused = list(vllm_refusals(model_config).values())
     return f"vLLM does not load {', '.join(refused)}" if refused else None

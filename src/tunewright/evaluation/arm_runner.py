@@ -117,10 +117,10 @@ class ArmRunner:
             "base": self.generator.base.digest,
             "template": self.generator.chat.digest,
             "dtype": self.generator.dtype,
-            "quantize": self.generator.quantize,
+            "quantization": self.generator.quantize,
             "max_new_tokens": limit,
             "stop": self.generator.stop,
-            "constrain": self.generator.grammar.rule if self.generator.grammar else None,
+            "structured_outputs": self.generator.grammar.rule if self.generator.grammar else None,
             "metrics": [metric_inputs(metric, self.project.root) for metric in self.settings.metrics],
             "seed": self.project.config.seed,
             "schema": SCHEMA_VERSION,
@@ -290,10 +290,12 @@ def measured_with(config: Config, base: Base, chat: ChatFormat, quantize: Quanti
             "greedy": True,
             "max_new_tokens": limit,
             "stop": list(stop_strings(config, chat)),
-            "constrain": config.evaluate.constrain.model_dump(mode="json") if config.evaluate.constrain else None,
+            "structured_outputs": config.evaluate.structured_outputs.model_dump(mode="json")
+            if config.evaluate.structured_outputs
+            else None,
             "batch_size": config.evaluate.batch_size,
             "dtype": config.train.dtype,
-            "quantize": quantize,
+            "quantization": quantize,
         },
         "packages": packages(quantize),
     }

@@ -18,7 +18,7 @@ class ArmPlan:
         seed: which draw of static demonstrations, from 1.
         retriever: what finds the demonstrations of each question.
         instruction: 0 for the pairs' own, else of evaluate.instructions, from 1.
-        constrained: held to evaluate.constrain while it decodes.
+        constrained: held to evaluate.structured_outputs while it decodes.
     """
 
     kind: ArmKind
@@ -71,14 +71,14 @@ def prompting_arms(settings: EvaluateConfig) -> list[ArmPlan]:
 
     Of arms of the same score an earlier one is taken: the cheaper is first.
     """
-    shots = sorted(set(settings.shots))
+    shots = sorted(set(settings.num_fewshot))
     static = [ArmPlan("static", k, seed=seed) for k in shots for seed in range(1, settings.static_seeds + 1)]
     retrieved = [
         ArmPlan("retrieved", k, retriever=retriever) for retriever in dict.fromkeys(settings.retrievers) for k in shots
     ]
     zero_shot = _instructed(ZERO_SHOT, settings, own=True)
     free = [*zero_shot, *static, *retrieved]
-    if settings.constrain is None:
+    if settings.structured_outputs is None:
         return free
     return [*free, *(replace(plan, constrained=True) for plan in [*zero_shot, *retrieved])]
 

@@ -131,7 +131,7 @@ class CrossValidation:
         # Of all rows, so that no fold cuts what another would not, and an answer of the base serves every fold.
         self.limit = answer_limit(self.config, chat, version.domain)
         # The folds' adapters are all trained by this config.
-        self.quantize = self.config.evaluate.quantize or self.config.train.quantize
+        self.quantize = self.config.evaluate.quantization or self.config.train.quantization
         self.generator()  # an engine that cannot answer is refused before anything is trained
         self.trainings = digest([training_inputs(project, v, base, chat) for v in self.versions])
 
@@ -147,8 +147,8 @@ class CrossValidation:
             "trainings": self.trainings,
             "max_new_tokens": self.limit,
             "stop": stop_strings(self.config, self.chat),
-            "constrain": grammar.rule if (grammar := grammar_of(self.project)) else None,
-            "quantize": self.quantize,
+            "structured_outputs": grammar.rule if (grammar := grammar_of(self.project)) else None,
+            "quantization": self.quantize,
             "metrics": [metric_inputs(metric, self.project.root) for metric in settings.metrics],
             "margin": settings.margin,
             "schema": SCHEMA_VERSION,

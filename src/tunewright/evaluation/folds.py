@@ -35,7 +35,7 @@ def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[Datase
     for member in version.domain:
         clusters[member.cluster].append(member)
     dealt = _deal({name: len(rows) for name, rows in clusters.items()}, folds, seed)
-    share = version.manifest.settings.dev
+    share = version.manifest.settings.val_size
     made = []
     for number, held_out in enumerate(dealt, start=1):
         rest = {name: len(rows) for name, rows in clusters.items() if name not in held_out}

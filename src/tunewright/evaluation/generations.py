@@ -79,7 +79,7 @@ class Generator:
             UserError: ``evaluate.engine`` asks for vLLM, and it is not installed or cannot answer this.
         """
         config = project.config
-        constrained = config.evaluate.constrain is not None
+        constrained = config.evaluate.structured_outputs is not None
         folder = None if adapter is None else adapter.folder
         return cls(
             base,
@@ -92,7 +92,7 @@ class Generator:
             stop=stop_strings(config, chat),
             grammar=grammar_of(project),
             engine=answer_engine(config, quantize, adapter=folder, constrained=constrained),
-            rank=config.train.rank,
+            rank=config.train.lora_r,
         )
 
     def __init__(
@@ -299,7 +299,7 @@ class Generator:
                 raise UserError(
                     "there is too little memory to decode a single answer",
                     where="evaluate.batch_size",
-                    fix="Free memory, take a shorter prompt or evaluate.max_new_tokens, or set train.quantize: nf4.",
+                    fix="Free memory, shorten the prompt or evaluate.max_new_tokens, or set train.quantization: nf4.",
                 )
             rows //= 2
             self.reporter.warn(f"Memory ran out with {2 * rows} rows at once. Decoding continues with {rows}.")
@@ -368,7 +368,7 @@ class Generator:
     @property
     def weights(self) -> dict[str, Any]:
         """What decides the base's predictions beside its files."""
-        return {"dtype": self.dtype, "quantize": self.quantize}
+        return {"dtype": self.dtype, "quantization": self.quantize}
 
     @contextmanager
     def answering(self, adapter: Adapter | None) -> Iterator[Any]:
@@ -415,5 +415,5 @@ def grammar_of(project: ProjectFolder) -> Grammar | None:
     Raises:
         UserError: the config names a schema that cannot be read.
     """
-    constrain = project.config.evaluate.constrain
+    constrain = project.config.evaluate.structured_outputs
     return Grammar.of(constrain, project.root) if constrain else None

@@ -78,7 +78,7 @@ class LearningCurve:
         self.chat = chat
         self.reporter = reporter
         self.scorer = scorer_of(project.config.evaluate.metric, project.root)
-        self.quantize = project.config.evaluate.quantize or project.config.train.quantize
+        self.quantize = project.config.evaluate.quantization or project.config.train.quantization
         self.seeds = tuple(range(project.config.seed, project.config.seed + seeds))
         self.parts = {
             (seed, share): part
@@ -109,7 +109,7 @@ class LearningCurve:
             "metric": metric_inputs(settings.metric, self.project.root),
             "margin": settings.margin,
             **references_inputs(self.version.domain),
-            "quantize": self.quantize,
+            "quantization": self.quantize,
             **self.generator().engine.identity,
         }
         return digest(decides)[:12]

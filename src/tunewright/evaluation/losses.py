@@ -106,7 +106,7 @@ def row_losses(
         return losses
     # The folds' adapters come from one config: all were trained on the base held in the same way.
     adapters = [adapter for adapter, _, _ in waiting if adapter is not None]
-    quantize = trained_quantize(adapters) if adapters else project.config.train.quantize
+    quantize = trained_quantize(adapters) if adapters else project.config.train.quantization
     reporter.say(f"Loading {named(base, quantize)}")
     model: Any = load_model(base, project.config.train.dtype, quantize)
     if adapters:
@@ -287,7 +287,7 @@ def _decides(project: ProjectFolder, base: Base, chat: ChatFormat, adapter: Adap
     how = {"template": chat.digest, "dtype": train.dtype, "losses": "given and alone"}
     if adapter is not None:
         return {"adapter": adapter.digest, **how}
-    return {"base": base.digest, "quantize": train.quantize, **how}
+    return {"base": base.digest, "quantization": train.quantization, **how}
 
 
 def _file(project: ProjectFolder, base: Base, chat: ChatFormat, adapter: Adapter | None) -> Path:

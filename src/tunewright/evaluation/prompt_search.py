@@ -38,7 +38,7 @@ def advise(arm_runner: ArmRunner) -> AdviseResult:
 
     Raises:
         UserError: evaluate.instructions cannot be put into the pairs, a metric suits none of them, no arm fits the
-            base's context, no reference matches evaluate.constrain, or the schedule's budget is too small.
+            base's context, no reference matches evaluate.structured_outputs, or the schedule's budget is too small.
     """
     schedule = arm_runner.schedule
     if schedule is not None:
@@ -87,14 +87,14 @@ def choosing_inputs(settings: EvaluateConfig) -> dict[str, Any]:
     return {
         "arms": [plan.name for plan in prompting_arms(settings)],
         "instructions": settings.instructions,
-        "first_items": settings.first_items,
+        "screening_items": settings.screening_items,
         "finalists": settings.finalists,
     }
 
 
 def first_rows(arm_runner: ArmRunner) -> list[Member]:
     """Return the dev rows that every prompting arm answers: all of dev, where that is no more than first_items."""
-    dev, count = arm_runner.version.examples("dev"), arm_runner.settings.first_items
+    dev, count = arm_runner.version.examples("dev"), arm_runner.settings.screening_items
     if count is None or count >= len(dev):
         return list(dev)
     return [dev[place] for place in first_items(dev, count, arm_runner.project.config.seed)]

@@ -31,7 +31,7 @@ def warn_of_unreachable(generator: Generator, members: Sequence[Member], reporte
             return not constraint.matches(text)
 
         what = "do not match the grammar, so no constrained answer can equal"
-        _warn("evaluate.constrain", what, differs, members, reporter)
+        _warn("evaluate.structured_outputs", what, differs, members, reporter)
 
 
 def _warn(where: str, what: str, wrong: Callable[[str], bool], members: Sequence[Member], reporter: Reporter) -> None:

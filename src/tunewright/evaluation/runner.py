@@ -125,7 +125,9 @@ class _Settled:
 def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _Settled:
     settings, config = arm_runner.settings, arm_runner.project.config
     budget = _budget(arm_runner)
-    plans = contest(advice, with_retrieved=settings.tuned_retrieved, held=settings.constrain is not None, budget=budget)
+    plans = contest(
+        advice, with_retrieved=settings.tuned_retrieved, held=settings.structured_outputs is not None, budget=budget
+    )
     with_retrieved = next((plan.name for plan in plans if plan.kind == "tuned-retrieved"), None)
     inputs = arm_runner.inputs(arm_runner.limit) | {
         "adapter": adapter.digest,

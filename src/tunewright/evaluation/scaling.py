@@ -144,7 +144,7 @@ def _store(
         {},
         lineage,
         parent.history,
-        servable=parent.lineage["config"]["train"]["servable"] if "config" in parent.lineage else True,
+        servable=parent.lineage["config"]["train"]["require_vllm_compatible"] if "config" in parent.lineage else True,
         texts={REPLAY: replayed.read_text(encoding="utf-8")} if replayed.exists() else None,
         signer=signer,
     )

@@ -293,7 +293,7 @@ class Schedule:
         if settings.tuned_retrieved and retrieved and TUNED_RETRIEVED not in left_out:
             read = max(retrieved) if advice is None or advice.best_retrieved is None else reads[advice.best_retrieved]
             loads.append(_Load(f"{TUNED_RETRIEVED} {on}", ArmPlan("tuned-retrieved", 1), items, 0, read))
-        if settings.constrain is not None and TUNED_CONSTRAINED.name not in left_out:
+        if settings.structured_outputs is not None and TUNED_CONSTRAINED.name not in left_out:
             loads.append(_Load(f"{TUNED_CONSTRAINED.name} {on}", TUNED_CONSTRAINED, items, 0, zero))
         return loads
 
@@ -449,14 +449,14 @@ class Schedule:
         if (
             self._contest is not None
             and self._contest.split == "test"
-            and self._arm_runner.project.config.general.measures
+            and self._arm_runner.project.config.regressions.measures
         ):
-            besides.append("the suites of the general section")
+            besides.append("the suites of the regressions section")
         if "pilots" in stages:
             besides.append("training the pilots")
         if self._turns:
             besides.append(
-                f"{self._turns:,} turns or more of the base's own samples (general.samples: 0 leaves them out)"
+                f"{self._turns:,} turns or more of the base's own samples (regressions.samples: 0 leaves them out)"
             )
         return f" Not counted: {', '.join(besides)}." if besides else ""
 

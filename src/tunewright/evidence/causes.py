@@ -161,7 +161,7 @@ def _form(evidence: Evidence, tuned: Arm, *, undertrained: bool) -> list[Reason]
     if undertrained:
         step = "Train longer first (above)"
     elif evidence.arm(evidence.contrasts[0].control).constrained or form.what.startswith(("JSON", "one of")):
-        step = "Set evaluate.constrain to enforce the form, then `tunewright evaluate --dev`"
+        step = "Set evaluate.structured_outputs to enforce the form, then `tunewright evaluate --dev`"
     return [Reason("The adapter has not learned the form of the answers", text, step)]
 
 

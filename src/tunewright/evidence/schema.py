@@ -42,7 +42,7 @@ class Arm(Part):
     seed: Annotated[int | None, Field(description="Which draw of static demonstrations, from 1.")] = None
     retriever: Annotated[RetrieverName | None, Field(description="What found the demonstrations.")] = None
     instruction: Annotated[int, Field(description="0: the pairs' own; else of evaluate.instructions, from 1.")] = 0
-    constrained: Annotated[bool, Field(description="Held to evaluate.constrain while it decoded.")] = False
+    constrained: Annotated[bool, Field(description="Held to evaluate.structured_outputs while it decoded.")] = False
     items: int
     scores: Annotated[dict[MetricName, ArmScore], Field(description="By every metric of the config.")]
     truncated: Annotated[int, Field(description="Answers that ran into the token limit.")]

@@ -44,7 +44,7 @@ def split_power(rows: Mapping[Split, int], clusters: Mapping[Split, int], share:
     Args:
         rows: rows of each split, without mix-in.
         clusters: clusters of each split.
-        share: the test split's share of the rows (``data.test``).
+        share: the test split's share of the rows (``data.test_size``).
     """
     tests = clusters.get("test", 0)
 
@@ -117,7 +117,7 @@ def warn_of_few_dev_clusters(sizes: Sequence[int], reporter: Reporter) -> None:
         f"{_count(len(sizes), 'dev cluster')} of {held} rows: dev is worth "
         f"{_count(round(effective, 1), 'cluster')} of equal size, and it takes at least {FEWEST_CLUSTERS} to show a "
         "difference. Dev chooses the prompt and the epoch, so both choices may only suit these few clusters. Add "
-        "distinct rows, or start a new dataset with a larger data.dev or another seed."
+        "distinct rows, or start a new dataset with a larger data.val_size or another seed."
     )
 
 

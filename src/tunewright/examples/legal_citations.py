@@ -40,12 +40,12 @@ def _config() -> str:
     return write_config(
         {
             "name": NAME,
-            "base": "bundled:smollm2-135m-instruct",
-            "data": {"sources": [PAIRS_FILE], "system": "Give the citation abbreviation of this court."},
+            "base_model": "bundled:smollm2-135m-instruct",
+            "data": {"sources": [PAIRS_FILE], "system_prompt": "Give the citation abbreviation of this court."},
             # A model this small learns at a higher rate than the 7B models that the preset's 2e-4 is for.
             "train": {"preset": "all-linear", "learning_rate": 1e-3, "epochs": 2},
             # Not the default's sixteen: retrieved, they would add two thirds to the time that all measuring takes.
-            "evaluate": {"shots": [1, 2, 4, 8]},
+            "evaluate": {"num_fewshot": [1, 2, 4, 8]},
         }
     )
 

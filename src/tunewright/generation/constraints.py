@@ -21,7 +21,7 @@ from torch import Tensor
 from tunewright.config import ConstrainConfig
 from tunewright.core.errors import UserError
 
-_WHERE = "evaluate.constrain"
+_WHERE = "evaluate.structured_outputs"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from tunewright.config.metrics import Normalisation
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, mean_score
 
 _WORDS = {
-    "casefold": "case folded",
-    "collapse_white_space": "runs of white space collapsed",
-    "strip_punctuation": "punctuation taken out",
+    "ignore_case": "case folded",
+    "collapse_whitespace": "runs of white space collapsed",
+    "ignore_punctuation": "punctuation taken out",
 }
 
 
@@ -19,12 +19,12 @@ def normalised(text: str, settings: Normalisation | None = None) -> str:
     """The spelling that is compared: outer white space stripped, Unicode NFC, and what the settings forgive besides."""
     settings = settings or Normalisation()
     text = unicodedata.normalize("NFC", text)
-    if settings.casefold:
+    if settings.ignore_case:
         # Casefolding can leave a letter decomposed.
         text = unicodedata.normalize("NFC", text.casefold())
-    if settings.strip_punctuation:
+    if settings.ignore_punctuation:
         text = "".join(letter for letter in text if not unicodedata.category(letter).startswith("P"))
-    return " ".join(text.split()) if settings.collapse_white_space else text.strip()
+    return " ".join(text.split()) if settings.collapse_whitespace else text.strip()
 
 
 def exact_match(name: MetricName, settings: Normalisation) -> Scorer:

@@ -119,7 +119,7 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
 
 
 def require_targets(targets: Sequence[str], architecture: str) -> None:
-    """Check that a family has the linear layers that ``train.targets`` names.
+    """Check that a family has the linear layers that ``train.target_modules`` names.
 
     Raises:
         UserError: naming the layers that the family does not have.
@@ -130,12 +130,12 @@ def require_targets(targets: Sequence[str], architecture: str) -> None:
         raise UserError(
             f"{family.name} has no linear layer {', '.join(missing)}: its experts are one tensor per layer, which is "
             "not adapted",
-            where="train.targets",
-            fix=f"Set train.targets to [{', '.join(family.linear)}], or to some of these.",
+            where="train.target_modules",
+            fix=f"Set train.target_modules to [{', '.join(family.linear)}], or to some of these.",
         )
 
 
-def require_quantizable(quantize: Quantize, architecture: str, key: str = "quantize") -> None:
+def require_quantizable(quantize: Quantize, architecture: str, key: str = "quantization") -> None:
     """Check that NF4 holds most of a family's weights.
 
     Raises:

@@ -165,24 +165,28 @@ class Answering:
     def _lateness(self) -> _Late:
         """When it will have taken too long for what it waits for now."""
         limits = self._limits
-        total = _Late(self._arrived + limits.total_s, "total_timeout", f"The answer took over {limits.total_s:g} s.")
+        total = _Late(
+            self._arrived + limits.total_timeout_s,
+            "total_timeout",
+            f"The answer took over {limits.total_timeout_s:g} s.",
+        )
         if self._turn is None:
             next_one = _Late(
-                self._waits_from + limits.queue_s,
+                self._waits_from + limits.queue_timeout_s,
                 "queue_timeout",
-                f"Its turn did not come within {limits.queue_s:g} s.",
+                f"Its turn did not come within {limits.queue_timeout_s:g} s.",
             )
         elif self._last is None:
             next_one = _Late(
-                self._turn + limits.first_token_s,
+                self._turn + limits.first_token_timeout_s,
                 "first_token_timeout",
-                f"The first token did not come within {limits.first_token_s:g} s.",
+                f"The first token did not come within {limits.first_token_timeout_s:g} s.",
             )
         else:
             next_one = _Late(
-                self._last + limits.between_tokens_s,
+                self._last + limits.inter_token_timeout_s,
                 "idle_timeout",
-                f"The next token did not come within {limits.between_tokens_s:g} s.",
+                f"The next token did not come within {limits.inter_token_timeout_s:g} s.",
             )
         return min(next_one, total, key=lambda late: late.at)
 

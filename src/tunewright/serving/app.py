@@ -187,7 +187,7 @@ class Gateway:
             who = visitor.name
             if self._draining:
                 raise _shutting_down()
-            asked = parse_request(kind, await read_body(http, self._orders.body_bytes, self._limits.body_s))
+            asked = parse_request(kind, await read_body(http, self._orders.body_bytes, self._limits.body_timeout_s))
             # Nothing may be awaited between this and admit: a release could take the adapter away.
             target, orders = await self._render(asked, visitor)
             if self._engine.stopped:
@@ -234,7 +234,7 @@ class Gateway:
             self._end(choices)
             self._entered -= 1
 
-        until = arrived + self._limits.total_s + FAREWELL_SECONDS
+        until = arrived + self._limits.total_timeout_s + FAREWELL_SECONDS
         return Stream(events(first, pieces, choices, envelope), headers, until=until, on_end=on_end)
 
     def _end(self, choices: Choices) -> None:

@@ -74,7 +74,7 @@ class Orders:
         self._texts = texts
         self._limits = limits
         self._context = context
-        self.body_bytes = limits.body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
+        self.body_bytes = limits.max_body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
         # Half a second for a long prompt: beside the event loop, or everybody's answers would pause. One thread, since
         # tokenizers are not made for several; and tenants in turn, so that nobody waits for another's many prompts.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunewright-render")
@@ -93,8 +93,8 @@ class Orders:
         Raises:
             ApiError: 400, the template refuses the messages, or there are too many.
         """
-        if isinstance(asked, ChatRequest) and len(asked.messages) > self._limits.messages:
-            message = f"There are {len(asked.messages)} messages, and at most {self._limits.messages} are taken."
+        if isinstance(asked, ChatRequest) and len(asked.messages) > self._limits.max_messages:
+            message = f"There are {len(asked.messages)} messages, and at most {self._limits.max_messages} are taken."
             raise ApiError(message, param="messages", code="too_many_messages")
         try:
             # A change of threads takes longer than a short prompt does.
@@ -110,9 +110,10 @@ class Orders:
     def order(self, asked: AnyRequest, target: Target, prompt: Ids, most_tokens: int | None = None) -> Order:
         """Return what the engine is asked for one of the prompts.
 
-        A ``max_tokens`` above what is left of the context, or above ``gateway.answer_tokens``, is capped: an answer
-        that ends there says so by its ``finish_reason``, "length". Without ``max_tokens``, prompt and answer together
-        have at most ``most_tokens``, so that a request with the defaults of an SDK stays within its tenant's limit.
+        A ``max_tokens`` above what is left of the context, or above ``gateway.max_completion_tokens``, is capped: an
+        answer that ends there says so by its ``finish_reason``, "length". Without ``max_tokens``, prompt and answer
+        together have at most ``most_tokens``, so that a request with the defaults of an SDK stays within its tenant's
+        limit.
 
         Raises:
             ApiError: 400, the prompt is too long.
@@ -120,14 +121,14 @@ class Orders:
         included = ""
         if system_source(asked, target.system_prompt) == "adapter":
             included = " with the system prompt that the adapter was trained with"
-        if (most := self._limits.prompt_tokens) is not None and len(prompt) > most:
+        if (most := self._limits.max_prompt_tokens) is not None and len(prompt) > most:
             message = f"The prompt has {len(prompt)} tokens{included}, and at most {most} are taken."
             raise ApiError(message, param=_subject(asked), code="prompt_too_long")
         room = self._context - len(prompt)
         if room < 1:
             message = f"The context has room for {self._context} tokens; the prompt alone has {len(prompt)}{included}."
             raise ApiError(message, param=_subject(asked), code="context_length_exceeded")
-        limit = min(room, self._limits.answer_tokens or room, asked.token_limit or asked.usual_tokens or room)
+        limit = min(room, self._limits.max_completion_tokens or room, asked.token_limit or asked.usual_tokens or room)
         if asked.token_limit is None and most_tokens is not None:
             limit = min(limit, max(1, most_tokens - len(prompt)))
         request = Request(

@@ -116,7 +116,7 @@ class Service:
                     self._config.serve.host,
                     self._config.serve.port,
                     drain=self._gateway,
-                    drain_seconds=self._config.gateway.drain_s,
+                    drain_seconds=self._config.gateway.drain_timeout_s,
                     on_ready=on_ready,
                     say=self._reporter.say,
                 )

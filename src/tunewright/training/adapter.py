@@ -18,16 +18,16 @@ def lora_config(settings: TrainConfig, *, vision: bool = False) -> Any:
 
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.target_modules),
         # Dropped from the model here, but there wherever else peft loads the adapter.
         exclude_modules=OUTSIDE_TEXT if vision else None,
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
     )
-    use_fused_lora(config, settings.quantize)
+    use_fused_lora(config, settings.quantization)
     return config
 
 
@@ -48,7 +48,7 @@ def require_precision(settings: TrainConfig) -> None:
         raise UserError(
             f"bfloat16 needs a card of compute capability 8.0 (Ampere) or later, and {name} has {major}.{minor}",
             where="train.dtype",
-            fix="Set train.dtype: float32; with train.quantize: nf4 the base still takes half a byte for each weight.",
+            fix="Set train.dtype: float32; with train.quantization: nf4 the base still takes half a byte a weight.",
         )
 
 

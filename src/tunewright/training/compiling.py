@@ -44,7 +44,7 @@ class Compile(TrainerCallback):
     before its first step, and a run that goes on from a checkpoint repeats it at the same step.
 
     Args:
-        setting: the config's train.compile.
+        setting: the config's train.torch_compile.
         work: the run's working folder.
         reporter: hears what was decided and why.
     """
@@ -60,22 +60,25 @@ class Compile(TrainerCallback):
         """Take up what was decided before a stop.
 
         Raises:
-            UserError: train.compile is on, and compiling is not possible here.
+            UserError: train.torch_compile is on, and compiling is not possible here.
         """
         model = kwargs["model"]
         if self.setting == "on" and (lacking := missing(model.device.type)):
             raise UserError(
                 f"torch.compile needs {' and '.join(lacking)}, which this machine does not have",
-                where="train.compile",
-                fix="Install it, or leave train.compile at auto.",
+                where="train.torch_compile",
+                fix="Install it, or leave train.torch_compile at auto.",
             )
         if self.setting == "on" and self.decided is None:
             write_json(self.file, {"from_step": 0, "until_step": None})
-            self.reporter.say("The feed-forward blocks are compiled (train.compile: on); the first steps take longer.")
+            self.reporter.say(
+                "The feed-forward blocks are compiled (train.torch_compile: on); the first steps take longer."
+            )
         if self.setting == "auto" and self.decided is None and model.device.type == "cuda":
             write_json(self.file, _NEVER)
             self.reporter.say(
-                "Not compiled: what compiling saves on a card has not been measured. train.compile: 'on' compiles."
+                "Not compiled: what compiling saves on a card has not been measured. "
+                "train.torch_compile: 'on' compiles."
             )
         self._apply(state.global_step, model)
 
@@ -128,7 +131,7 @@ class Compile(TrainerCallback):
         """Compile, or stop using what was compiled, as decided for the step after ``step``.
 
         Raises:
-            UserError: train.compile is on, and compiling fails.
+            UserError: train.torch_compile is on, and compiling fails.
         """
         decided = self.decided or _NEVER
         first, last = decided["from_step"], decided["until_step"]
@@ -138,7 +141,9 @@ class Compile(TrainerCallback):
             why = failure(model)
             if why is not None and self.setting == "on":
                 raise UserError(
-                    f"torch.compile fails here: {why}", where="train.compile", fix="Leave train.compile at auto."
+                    f"torch.compile fails here: {why}",
+                    where="train.torch_compile",
+                    fix="Leave train.torch_compile at auto.",
                 )
             if why is not None:
                 write_json(self.file, _NEVER)

@@ -80,7 +80,7 @@ def dev_task(
     Rows with equal prompts are answered once.
 
     Args:
-        config: its train.evaluate_rows bounds the number, its evaluate section says how answers are made and valued.
+        config: its train.eval_max_samples bounds the number, its evaluate section says how answers are made and valued.
         root: the project's folder, where a metric of its own is found.
         chat: makes the prompts.
         train: the longest answer is taken from these, as in evaluation.
@@ -94,13 +94,13 @@ def dev_task(
     Raises:
         UserError: a metric that can score none of the rows.
     """
-    most, split = config.train.evaluate_rows, tuple(m.example for m in dev)
+    most, split = config.train.eval_max_samples, tuple(m.example for m in dev)
     if most == 0:
         return None
     if most is not None and most < len(dev):
         places = sorted(random.Random(f"{config.seed}:dev").sample(range(len(dev)), most))
         reporter.say(
-            f"Each evaluation answers {most} of the {len(dev)} dev rows, drawn by the seed (train.evaluate_rows)."
+            f"Each evaluation answers {most} of the {len(dev)} dev rows, drawn by the seed (train.eval_max_samples)."
         )
         dev = [dev[place] for place in places]
     scorer = scorer_of(config.evaluate.metric, root)

@@ -40,5 +40,5 @@ def training_lineage(config: Config, version: DatasetVersion, base: Base, chat: 
         "chat": chat.description,
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
-        "packages": packages(config.train.quantize),
+        "packages": packages(config.train.quantization),
     }

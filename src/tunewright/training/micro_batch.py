@@ -99,8 +99,8 @@ def too_little_memory(why: str) -> UserError:
     """Return what to tell where no smaller micro-batch helps."""
     return UserError(
         f"there is too little memory for a training step: {why}",
-        where="train.micro_batch",
-        fix="`tunewright fit` tells what fits: set quantize: nf4, lower train.max_length, or take a smaller base.",
+        where="train.micro_batch_size",
+        fix="`tunewright fit` says what fits: set train.quantization: nf4, lower max_length, or take a smaller base.",
     )
 
 

@@ -45,7 +45,11 @@ def replay_inputs(project: ProjectFolder) -> dict[str, Any]:
     if project.config.train.replay is None:
         return {}
     data = project.config.data
-    screened = {"similarity": data.similarity, "allow": data.allow, "benchmarks": digest(_benchmarks(project))}
+    screened = {
+        "dedup_threshold": data.dedup_threshold,
+        "allow": data.allow,
+        "benchmarks": digest(_benchmarks(project)),
+    }
     return {"replay": {"method": METHOD, **screened, **_engine(project).identity}}
 
 
@@ -54,9 +58,9 @@ def _engine(project: ProjectFolder) -> AnswerEngine:
     config = project.config
     if distributed.count() > 1:
         return AnswerEngine("peft", "several processes train together, each on a card of its own")
-    if config.train.quantize == "nf4":
+    if config.train.quantization == "nf4":
         return AnswerEngine("peft", "the base is held in NF4")
-    return answer_engine(config, config.train.quantize)
+    return answer_engine(config, config.train.quantization)
 
 
 def draw_replay(
@@ -114,7 +118,7 @@ def _sampler(
     vllm: VllmAnswers | None = None
     if engine.environment is not None:
         size = config.evaluate.batch_size
-        vllm = VllmAnswers(base, config.train.dtype, engine.environment, size, config.train.rank, reporter)
+        vllm = VllmAnswers(base, config.train.dtype, engine.environment, size, config.train.lora_r, reporter)
 
     def complete(
         requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
@@ -124,7 +128,7 @@ def _sampler(
         pad = chat.tokenizer.pad_token_id
         return generate(loaded(), requests, stop_ids=ends, pad_id=pad, batch_size=BATCH, on_finished=on_finished)
 
-    inputs = {"dtype": config.train.dtype, "quantize": config.train.quantize, **engine.identity}
+    inputs = {"dtype": config.train.dtype, "quantization": config.train.quantization, **engine.identity}
     sampler = Sampler(base, chat, inputs, complete, config.seed, "replay", project.work, reporter, wanted)
     return sampler, (lambda: None) if vllm is None else vllm.stop
 

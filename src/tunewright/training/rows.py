@@ -92,12 +92,12 @@ def training_rows(
             f"{len(encoded.too_long)} of {len(members)} examples are longer than {max_length:,} tokens\n"
             + _listed(list(map(str, encoded.too_long))),
             where="train.max_length",
-            fix="Shorten or remove them, raise train.max_length, or leave long ones out with train.too_long: drop.",
+            fix="Shorten or remove them, raise train.max_length, or leave them out with train.on_overlength: drop.",
         )
     if encoded.too_long:
         reporter.warn(
             f"{len(encoded.too_long)} of {len(members)} examples are longer than {max_length:,} tokens and left out "
-            f"(train.too_long: drop)\n{_listed(list(map(str, encoded.too_long)))}"
+            f"(train.on_overlength: drop)\n{_listed(list(map(str, encoded.too_long)))}"
         )
     if not encoded.rows:
         raise UserError("no example is left to train on", where="train.max_length", fix="Raise it.")

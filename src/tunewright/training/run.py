@@ -43,7 +43,7 @@ def total_steps(settings: TrainConfig, rows: int) -> int:
 
 def evaluation_interval(settings: TrainConfig, steps: int) -> int:
     """Steps between a run's evaluations on dev, of so many in all."""
-    return settings.evaluate_every or steps // settings.epochs
+    return settings.eval_steps or steps // settings.epochs
 
 
 class Run:
@@ -100,7 +100,7 @@ class Run:
                 if owes_evaluation(checkpoint, evaluation_interval(settings, steps)):
                     self._make_up(trainer, checkpoint)
             began = time.monotonic()
-            ended = None if checkpoint is None else _ended(checkpoint, settings.patience, until)
+            ended = None if checkpoint is None else _ended(checkpoint, settings.early_stopping_patience, until)
             if ended is not None:
                 trainer.state = ended
             else:
@@ -132,7 +132,7 @@ class Run:
     def how(self) -> dict[str, Any]:
         """Return how the rows went through the model, for the lineage."""
         return {
-            "micro_batch": self.micro_batch.rows,
+            "micro_batch_size": self.micro_batch.rows,
             "compiled": decided_in(self.work),
             "bytes_held": self.held,
             **({} if self.sharing is None else {"prefix_sharing": self.sharing.as_dict()}),
@@ -160,7 +160,7 @@ class Run:
         self.sharing = measure_sharing(
             train["input_ids"],
             setting=settings.prefix_sharing,
-            dropout=settings.dropout,
+            dropout=settings.lora_dropout,
             micro_batch=micro_batch(settings),
             batch_size=settings.batch_size,
             seed=self.config.seed,
@@ -169,7 +169,7 @@ class Run:
         trainer = Trainer(
             model,
             share=self.sharing.share,
-            kl=settings.replay.kl if settings.replay else None,
+            kl=settings.replay.kl_coef if settings.replay else None,
             args=self._arguments(total_steps(settings, len(train["input_ids"]))),
             train_dataset=Dataset.from_dict(train),
             eval_dataset=Dataset.from_dict(dev),
@@ -196,9 +196,9 @@ class Run:
 
     def _compile(self) -> Literal["auto", "on", "off"]:
         """Return what the config says of compiling; several processes would each decide by a clock of its own."""
-        setting = self.config.train.compile
+        setting = self.config.train.torch_compile
         if setting == "auto" and distributed.count() > 1:
-            self.reporter.say("Not compiled: several processes do it only with train.compile: 'on'")
+            self.reporter.say("Not compiled: several processes do it only with train.torch_compile: 'on'")
             return "off"
         return setting
 
@@ -215,8 +215,10 @@ class Run:
             gradient_accumulation_steps=settings.batch_size // distributed.count() // micro,
             num_train_epochs=settings.epochs,
             learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=math.ceil(settings.warmup * steps),
+            lr_scheduler_type=settings.lr_scheduler_type
+            if settings.lr_scheduler_type != "constant"
+            else "constant_with_warmup",
+            warmup_steps=math.ceil(settings.warmup_ratio * steps),
             weight_decay=0.0,
             seed=self.config.seed,
             bf16=settings.dtype == "bfloat16",
@@ -233,7 +235,7 @@ class Run:
             eval_strategy="steps",
             eval_steps=evaluation_interval(settings, steps),
             save_strategy="steps",
-            save_steps=settings.checkpoint_every,
+            save_steps=settings.save_steps,
             logging_steps=1,
             logging_nan_inf_filter=False,
             report_to=list(settings.report_to) or "none",
@@ -261,11 +263,11 @@ def micro_batch(settings: TrainConfig) -> int:
             where="train.batch_size",
             fix=f"Take a multiple of {count}, or another number of processes.",
         )
-    micro = min(settings.micro_batch or share, share)
+    micro = min(settings.micro_batch_size or share, share)
     if share % micro:
         raise UserError(
             f"each of {count} processes has {share} rows of a batch, which is no multiple of {micro}",
-            where="train.micro_batch",
+            where="train.micro_batch_size",
         )
     return micro
 
@@ -281,7 +283,10 @@ def require_divisible(settings: TrainConfig) -> None:
             settings.replay is not None,
             "replay needs passes of the base that processes make by themselves",
         ),
-        "train.compile": (settings.compile == "on", "compiled parts have not been tried on a base in pieces"),
+        "train.torch_compile": (
+            settings.torch_compile == "on",
+            "compiled parts have not been tried on a base in pieces",
+        ),
     }
     for key, (is_asked, why) in asked.items():
         if is_asked:

@@ -86,7 +86,7 @@ def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base,
 def _choice(project: ProjectFolder) -> dict[str, Any]:
     """Return what decides, beside the train section, which evaluation's adapter is kept."""
     config = project.config
-    if config.train.evaluate_rows == 0:
+    if config.train.eval_max_samples == 0:
         return {"metric": None}
     settings = config.evaluate
     return {
@@ -207,9 +207,9 @@ def _fit(
     until: int | None = None,
 ) -> _Fitted:
     config = project.config
-    require_targets(config.train.targets, base.architecture)
-    require_quantizable(config.train.quantize, base.architecture, "train.quantize")
-    require_bitsandbytes(config.train.quantize, "train.quantize")
+    require_targets(config.train.target_modules, base.architecture)
+    require_quantizable(config.train.quantization, base.architecture, "train.quantization")
+    require_bitsandbytes(config.train.quantization, "train.quantization")
     require_liger(config.train.use_liger_kernel)
     require_precision(config.train)
     if distributed.in_pieces():
@@ -219,7 +219,7 @@ def _fit(
         )
     limit = min(config.train.max_length, context_length(base))
     splits = {
-        name: training_rows(chat, version.examples(name), limit, config.train.too_long, reporter)
+        name: training_rows(chat, version.examples(name), limit, config.train.on_overlength, reporter)
         for name in ("train", "dev")
     }
     encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows
@@ -230,11 +230,11 @@ def _fit(
     def fitted() -> _Fitted | UserError:
         @cache
         def model() -> Any:
-            reporter.say(f"Loading {named(base, config.train.quantize)}")
+            reporter.say(f"Loading {named(base, config.train.quantization)}")
             # A base that is to be divided need not fit on one card: it waits in memory, and goes there in pieces.
             in_pieces = distributed.in_pieces()
             place = "cpu" if in_pieces else None
-            return load_model(base, config.train.dtype, config.train.quantize, place, divisible=in_pieces)
+            return load_model(base, config.train.dtype, config.train.quantization, place, divisible=in_pieces)
 
         # Before the base is loaded: where vLLM writes the samples, it has the card for itself.
         replay = draw_replay(project, version, base, chat, model, limit, reporter)
@@ -293,7 +293,7 @@ def _store(
         {f"step-{e.step}": e.folder(work) for e in kept if e is not best},
         lineage,
         fitted.history,
-        servable=config.train.servable,
+        servable=config.train.require_vllm_compatible,
         texts=fitted.replay.files,
         signer=signer,
     )

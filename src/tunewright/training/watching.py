@@ -114,7 +114,7 @@ class FollowDev(TrainerCallback):
 
     def __init__(self, config: Config, reporter: Reporter) -> None:
         self.metric = metric_name(config.evaluate.metric)
-        self.patience = config.train.patience
+        self.patience = config.train.early_stopping_patience
         self.trained = "training loss" if config.train.replay is None else "pairs' training loss"
         self.reporter = reporter
 
@@ -129,7 +129,7 @@ class FollowDev(TrainerCallback):
             control.should_training_stop = True
             self.reporter.say(
                 f"Stopping early: {self.patience} evaluation{'' if self.patience == 1 else 's'} without a better one "
-                "(train.patience)."
+                "(train.early_stopping_patience)."
             )
 
     def _told(self, latest: Evaluation) -> str:

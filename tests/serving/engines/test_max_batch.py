@@ -43,7 +43,7 @@ def test_max_batch_is_the_engines_own_when_the_config_has_none(
 ) -> None:
     _machine(monkeypatch, build, card)
     assert max_batch(engine, Config()) == expected
-    assert max_batch(engine, Config(serve=ServeConfig(max_batch=3))) == 3
+    assert max_batch(engine, Config(serve=ServeConfig(max_num_seqs=3))) == 3
 
 
 def test_start_engine_passes_max_batch_to_vllm(monkeypatch: pytest.MonkeyPatch, tiny_base_folder: Path) -> None:

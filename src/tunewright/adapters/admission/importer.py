@@ -280,7 +280,7 @@ class Admission:
             "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
             "template_digest": self._chat.digest,
             "chat": self._chat.description,
-            "quantize": said.quantize or "none",
+            "quantization": said.quantize or "none",
             **({} if said.system_prompt is None else {SYSTEM_PROMPT: stated_system_prompt(said.system_prompt)}),
             "stated": {"by": said.by, "names_base": config.names_base},
         }

@@ -67,14 +67,14 @@ class _SystemPrompt(_Claim):
 
 
 class _Train(_Claim):
-    targets: list[str]
-    rank: int
-    alpha: int
+    target_modules: list[str]
+    lora_r: int
+    lora_alpha: int
     learning_rate: float
     epochs: int
     batch_size: int
-    quantize: Quantize = "none"
-    servable: bool = True
+    quantization: Quantize = "none"
+    require_vllm_compatible: bool = True
 
 
 class _Config(_Claim):

@@ -158,7 +158,7 @@ def leak(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOS
         for threshold, chance in zip(THRESHOLDS, chances, strict=True)
     )
     outputs = output_leak(members)
-    near = near_overlap(members, version.manifest.settings.similarity, seed, reporter)
+    near = near_overlap(members, version.manifest.settings.dedup_threshold, seed, reporter)
     outputs = replace(outputs, overlaps=(*outputs.overlaps, near))
     return LeakReport(version.digest, len(held_out), tuple(nearest), leaks, outputs)
 

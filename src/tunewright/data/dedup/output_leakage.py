@@ -41,7 +41,7 @@ class Overlap:
 
     Attributes:
         how: identical (case and white space set aside), template (equal by ``output_template``), near (Jaccard
-            similarity of character 4-grams at or above the version's ``similarity``).
+            similarity of character 4-grams at or above the version's ``dedup_threshold``).
         here: in this split.
         random: the share to be expected in a random split of the same sizes.
     """

@@ -43,7 +43,7 @@ class SourceRow:
     ``source`` is the file as the user named it, ``line`` the line (from 1) that the row starts at, in Parquet and saved
     datasets the number of the row (from 1), as it is for rows that data.rows makes and where several rows of a JSON
     document start on one line. ``groups`` has the row's
-    values of the config's data.groups, ``metadata`` those of keys that nothing uses.
+    values of the config's data.group_by, ``metadata`` those of keys that nothing uses.
     """
 
     example: Example
@@ -111,7 +111,7 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
         try:
             if isinstance(row, RowError):
                 raise row
-            ignored.update(row.keys() & data.ignore)
+            ignored.update(row.keys() & data.drop_columns)
             conversation = conversation_of(row, data, above, parent)
             kinds[conversation.kind, conversation.reason] += 1
             example = example_from_turns(conversation.turns, data)
@@ -127,8 +127,8 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
         what = f"no text or number, or longer than {MOST_CHARACTERS:,} characters"
         notes.append(f"{path}: not kept as metadata, because a value is {what}: {counted(left_out)}")
     if ignored:
-        names = ", ".join(name for name in data.ignore if name in ignored)
-        notes.append(f"{path}: left out, as data.ignore says: {names}")
+        names = ", ".join(name for name in data.drop_columns if name in ignored)
+        notes.append(f"{path}: left out, as data.drop_columns says: {names}")
 
 
 def _told(path: Path, container: str, kinds: Counter[tuple[str, str]]) -> Iterator[str]:

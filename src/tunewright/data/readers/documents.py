@@ -73,7 +73,7 @@ def document_rows(
     note says so.
 
     Args:
-        groups: those of data.groups that stand above the rows.
+        groups: those of data.group_by that stand above the rows.
 
     Raises:
         UserError: not one JSON document, by file and line; an expression that fails on it or finds no list; a group

@@ -154,7 +154,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
     notes: list[str] = []
     source = open_source(path, data, notes, task)
     changes: list[Change] = []
-    plain = data.model_copy(update={"system": None})
+    plain = data.model_copy(update={"system_prompt": None})
     with _new_file(out) as copy:
         written = 0
         for row in _fixed_rows(path, source, plain, changes):
@@ -190,15 +190,15 @@ def _fixed_rows(path: Path, source: Source, data: DataConfig, changes: list[Chan
             kinds.add(conversation.kind)
             what = f"{conversation.kind} written as chat rows, here and below"
             changes.append(Change(str(path), line, None, what))
-        dropped = [key for key in data.ignore if key in row]
+        dropped = [key for key in data.drop_columns if key in row]
         if dropped:
-            changes.append(Change(str(path), line, None, f"left out, as data.ignore says: {', '.join(dropped)}"))
+            changes.append(Change(str(path), line, None, f"left out, as data.drop_columns says: {', '.join(dropped)}"))
         changes += [Change(str(path), line, code, what) for code, what in done]
         lost += [key for key in metadata if key in _CHAT_KEYS]  # in a chat row they would mean something
         if lost:
             changes.append(Change(str(path), line, None, f"keys that are not in the copy: {', '.join(lost)}"))
             metadata = {key: value for key, value in metadata.items() if key not in lost}
-        plain = {key: groups.get(key) for key in data.groups}
+        plain = {key: groups.get(key) for key in data.group_by}
         yield {**metadata, **plain, "messages": [_written(turn) for turn in turns]}
 
 

@@ -115,9 +115,9 @@ def mapping_of(data: DataConfig) -> Mapping | None:
     """Return the config's mapping, or None where it does not name both sides and neither is a template.
 
     Raises:
-        UserError: a template that is none, or without the other side; a key used that data.ignore leaves out.
+        UserError: a template that is none, or without the other side; a key used that data.drop_columns leaves out.
     """
-    return _mapping(data.input, data.output, data.ignore, data.rows is not None)
+    return _mapping(data.input, data.output, data.drop_columns, data.rows is not None)
 
 
 @lru_cache(maxsize=16)
@@ -134,8 +134,10 @@ def _mapping(input_: str | None, output: str | None, ignore: tuple[str, ...], in
     for side in sides:
         left_out = [key for key in side.keys if key in ignore]
         if left_out:
-            what = f'{side.field} uses the key "{left_out[0]}", which data.ignore leaves out'
-            raise UserError(what, where="data.ignore", fix="Take it out of data.ignore, or out of the template.")
+            what = f'{side.field} uses the key "{left_out[0]}", which data.drop_columns leaves out'
+            raise UserError(
+                what, where="data.drop_columns", fix="Take it out of data.drop_columns, or out of the template."
+            )
     return Mapping(*sides)
 
 

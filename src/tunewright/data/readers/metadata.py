@@ -32,7 +32,7 @@ def metadata_of(
     if row.keys() <= conversation.keys:
         return kept, left_out
     for key, given in row.items():
-        if key in conversation.keys or key in data.groups or key in data.ignore:
+        if key in conversation.keys or key in data.group_by or key in data.drop_columns:
             continue
         try:
             value = _plain(given)

@@ -34,7 +34,7 @@ def compiled(expression: str, where: str, fix: str) -> jmespath.parser.ParsedRes
 
 
 def names_parent(group: str, data: DataConfig) -> bool:
-    """Return whether a group of ``data.groups`` is a JMESPath from the object above the row, such as ``parent.id``."""
+    """Whether a group of ``data.group_by`` is a JMESPath from the object above the row, such as ``parent.id``."""
     return data.rows is not None and group.startswith((f"{PARENT}.", f"{PARENT}["))
 
 
@@ -44,14 +44,14 @@ def check_groups(data: DataConfig) -> None:
     Raises:
         UserError: as it says.
     """
-    for group in data.groups:
+    for group in data.group_by:
         if names_parent(group, data):
             _expression(group)
 
 
 @lru_cache(maxsize=16)
 def _expression(group: str) -> jmespath.parser.ParsedResult:
-    return compiled(group, "data.groups", "Such as parent.id, parent.sql[0] or parent.parent.title: docs/formats.md.")
+    return compiled(group, "data.group_by", "Such as parent.id, parent.sql[0] or parent.parent.title: docs/formats.md.")
 
 
 def value_above(group: str, parent: Parent | None) -> Any:
@@ -63,9 +63,9 @@ def value_above(group: str, parent: Parent | None) -> Any:
     try:
         value = _expression(group).search({PARENT: parent})
     except (JMESPathError, RecursionError) as error:
-        raise RowError("E205", f"data.groups: {group!r} fails above the row: {error}") from None
+        raise RowError("E205", f"data.group_by: {group!r} fails above the row: {error}") from None
     if value is None:
-        raise RowError("E205", f"data.groups: {group!r} finds nothing above the row")
+        raise RowError("E205", f"data.group_by: {group!r} finds nothing above the row")
     return value
 
 
@@ -86,7 +86,7 @@ def refuse_unfound(groups: Iterable[str], parents: Iterable[Parent | None], path
             keys = list(dict.fromkeys(key for parent in different[:1] if parent for key in parent if key != PARENT))
             named = ", ".join(keys[:_MOST_KEYS]) + (f" and {len(keys) - _MOST_KEYS} more" * (len(keys) > _MOST_KEYS))
             fix = f"Keys of the object above a row: {named}." if keys else "data.rows finds rows below no object."
-            raise UserError(f"{group!r} finds nothing above any row of {path}", where="data.groups", fix=fix)
+            raise UserError(f"{group!r} finds nothing above any row of {path}", where="data.group_by", fix=fix)
 
 
 def _found(group: str, parent: Parent | None) -> bool:

@@ -14,7 +14,7 @@ CODES: dict[str, tuple[str, str]] = {
     "E105": ("NaN or Infinity, which JSON does not have", "Write text, or leave the row out."),
     "E106": ("lists or objects nested too deep to be read", "Leave the row out, or flatten it."),
     "E107": ("a CSV row with more or fewer fields than the header", "Put fields with delimiters or quotes in quotes."),
-    "E201": ("a key that no known kind of row has", "Correct its spelling, or name it in data.ignore."),
+    "E201": ("a key that no known kind of row has", "Correct its spelling, or name it in data.drop_columns."),
     "E202": (
         "a key that this kind of row needs is missing",
         "Add it, or name your keys by data.input and data.output.",
@@ -23,14 +23,14 @@ CODES: dict[str, tuple[str, str]] = {
     "E204": ("tools or tool calls, which are not trained", "Write the call as the text of a turn."),
     "E205": (
         "a group's value that is missing or not plain",
-        "Give each row the key of data.groups: text, number or null.",
+        "Give each row the key of data.group_by: text, number or null.",
     ),
     "E206": ("turns that are not a list", "Write a list of at least one user and one assistant turn."),
     "E207": (
         "a row that lacks what data.input or data.output uses",
         "Add it, or have the template provide for rows without it: is defined, default.",
     ),
-    "E208": ("an image, and only text is trained", "Leave such rows out, or name the key in data.ignore."),
+    "E208": ("an image, and only text is trained", "Leave such rows out, or name the key in data.drop_columns."),
     "E301": ("a turn that is not an object", "Write each turn as an object with a role and its content."),
     "E302": ("a turn without role or content", "Give the turn both."),
     "E303": ("a key that a turn does not have", "Take it out: a turn is a role, its content and perhaps a weight."),

@@ -58,7 +58,7 @@ class Conversation:
 def conversation_of(
     row: Mapping[str, Any], data: DataConfig, above: JsonPath = (), parent: Parent | None = None
 ) -> Conversation:
-    """Return the unchecked turns of a row of any known kind; keys in data.ignore are not looked at.
+    """Return the unchecked turns of a row of any known kind; keys in data.drop_columns are not looked at.
 
     Args:
         above: the keys and indices that lead to the row in a document, for templates of the config.
@@ -68,8 +68,8 @@ def conversation_of(
         RowError: no known kind, missing keys, a key that a known one was mistyped for, turns that are no list of
             objects, a template that fails. Other keys are no faults: ``metadata_of`` keeps them.
     """
-    if data.ignore:
-        row = {key: value for key, value in row.items() if key not in data.ignore}
+    if data.drop_columns:
+        row = {key: value for key, value in row.items() if key not in data.drop_columns}
     mapping = mapping_of(data)
     if mapping is not None and mapping.templated:
         sides = (("user", mapping.input), ("assistant", mapping.output))
@@ -106,11 +106,11 @@ def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data:
     if row.keys() == needed:
         return used
     for key in row:
-        if key in _TOOL_KEYS and key not in {*needed, *also, *data.groups}:
+        if key in _TOOL_KEYS and key not in {*needed, *also, *data.group_by}:
             if row[key] in (None, [], "", "[]"):
                 continue
             raise RowError("E204", f'the row has "{key}": tools cannot be trained', (key,))
-    unknown = [key for key in row if key not in used and key not in data.groups]
+    unknown = [key for key in row if key not in used and key not in data.group_by]
     meant = {key: known for key in unknown if (known := misspelt(key, (*needed, *also)))}
     told = [f'unknown key "{key}", did you mean "{known}"?' for key, known in list(meant.items())[:_MOST_KEYS]]
     missing = [key for key in sorted(needed) if key not in row and key not in meant.values()]
@@ -142,7 +142,7 @@ def misspelt(key: str, known: Iterable[str]) -> str | None:
 
 def _refuse_images(row: Mapping[str, Any], data: DataConfig) -> None:
     for key in ("image", "images"):
-        if row.get(key) and key not in data.groups:
+        if row.get(key) and key not in data.group_by:
             raise RowError("E208", f'images are not supported: the row has "{key}"', (key,))
 
 
@@ -153,7 +153,7 @@ def _quoted(keys: Sequence[str]) -> str:
 
 def _refuse_untrainable(row: Mapping[str, Any], data: DataConfig) -> None:
     for key, reason in _UNTRAINABLE.items():
-        if key in row and key not in data.groups and "completion" not in row and "output" not in row:
+        if key in row and key not in data.group_by and "completion" not in row and "output" not in row:
             raise RowError("E203", f"{reason}: they cannot be trained on here", (key,))
 
 

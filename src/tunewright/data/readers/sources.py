@@ -129,7 +129,7 @@ def _text_reader(head: str, path: Path, data: DataConfig, notes: list[str]) -> t
     named_json = suffix in JSON_NAMES
     expression = data.rows
     if expression is not None and (named_json or start.startswith(("{", "["))):
-        above = [group for group in data.groups if names_parent(group, data)]
+        above = [group for group in data.group_by if names_parent(group, data)]
         return f"rows at {expression} of a JSON document", lambda text: document_rows(
             text, path, expression, notes, above
         )

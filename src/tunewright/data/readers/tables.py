@@ -66,21 +66,21 @@ def columns(
                 fix=f"{do} --input COLUMN --output COLUMN, or set data.input and data.output. {there}",
             )
         names = known
-    names += [name for name in data.groups if name not in names]
+    names += [name for name in data.group_by if name not in names]
     for name in names:
         if header.count(name) != 1:
             what = "no column" if name not in header else "more than one column"
-            why = ", which data.groups names" if name in data.groups else ""
+            why = ", which data.group_by names" if name in data.group_by else ""
             raise UserError(f'{what} named "{name}"{why}', where=where, fix=there)
-    others = [name for name in header if name not in names and name not in data.ignore]
+    others = [name for name in header if name not in names and name not in data.drop_columns]
     # A CSV's cell holds no list of turns; of columns of one name, or of none, nobody could say which is which.
     kept = [name for name in others if name and header.count(name) == 1 and (nested or name != "history")]
     unused = list(dict.fromkeys(name or "(without a name)" for name in others if name not in kept))
     if unused:
         notes.append(f"{where.rsplit(':', 1)[0]}: columns that are not used: {', '.join(unused)}")
-    ignored = [name for name in header if name in data.ignore]
+    ignored = [name for name in header if name in data.drop_columns]
     if ignored:
-        notes.append(f"{where.rsplit(':', 1)[0]}: left out, as data.ignore says: {', '.join(ignored)}")
+        notes.append(f"{where.rsplit(':', 1)[0]}: left out, as data.drop_columns says: {', '.join(ignored)}")
     return names, kept
 
 

@@ -83,19 +83,19 @@ def example_from_object(row: Mapping[str, Any], data: DataConfig) -> Example:
 
 
 def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = None) -> dict[str, str]:
-    """Return the values of the config's data.groups in a row, as text; a null or empty value is no group.
+    """Return the values of the config's data.group_by in a row, as text; a null or empty value is no group.
 
     Args:
         parent: the objects above the row in its document, for groups that stand there.
 
     Raises:
-        RowError: a key of data.groups that the row does not have, or a list or an object in it.
+        RowError: a key of data.group_by that the row does not have, or a list or an object in it.
     """
     groups = {}
-    for key in data.groups:
+    for key in data.group_by:
         above = names_parent(key, data)
         if not above and key not in row:
-            raise RowError("E205", f'missing key "{key}", which data.groups names')
+            raise RowError("E205", f'missing key "{key}", which data.group_by names')
         value = value_above(key, parent) if above else row[key]
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # tables write whole numbers as 12.0 where the column has gaps
@@ -117,9 +117,9 @@ def example_from_turns(turns: Sequence[Turn], data: DataConfig) -> Example:
         RowError: turns out of order, an unknown role or key, an empty or too long text, half a surrogate pair.
     """
     messages = [_message(turn) for turn in turns]
-    if data.system is not None and messages[0].role != "system":
-        messages.insert(0, Message("system", data.system))
-        turns = [Turn("system", data.system, (), ()), *turns]
+    if data.system_prompt is not None and messages[0].role != "system":
+        messages.insert(0, Message("system", data.system_prompt))
+        turns = [Turn("system", data.system_prompt, (), ()), *turns]
     _check_order(messages, turns)
     for message, turn in zip(messages, turns, strict=True):
         if not message.content.strip():

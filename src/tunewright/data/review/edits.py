@@ -107,7 +107,7 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
             sources=[source],
             left_out=LeftOut(duplicates=len(collapsed)),
             mix=parent.manifest.mix,
-            near_duplicates=count_near_repeats(members, parent.manifest.settings.similarity, reporter),
+            near_duplicates=count_near_repeats(members, parent.manifest.settings.dedup_threshold, reporter),
         )
         version = save_version(dataset, version, members, _imports(edited, source), reporter)
     return EditResult(version, tuple(edited), tuple(disputed))

@@ -191,7 +191,7 @@ def _clustered_by_input(version: DatasetVersion, reporter: Reporter) -> DatasetV
     Its own put all rows of one answer together, so that no row of another cluster could be compared with it.
     """
     domain = version.domain
-    names = find_clusters([m.example for m in domain], version.manifest.settings.similarity, reporter)
+    names = find_clusters([m.example for m in domain], version.manifest.settings.dedup_threshold, reporter)
     clusters: dict[str, list[str]] = defaultdict(list)
     for member, name in zip(domain, names, strict=True):
         clusters[name].append(member.key)
@@ -352,7 +352,11 @@ def _near_duplicates(
     same: Counter[int] = Counter(range(len(members)))  # each row is on its own side
     other: dict[int, list[tuple[float, int]]] = defaultdict(list)
     near = near_pairs(
-        [texts[i] for i in rows], version.manifest.settings.similarity, wanted, reporter, "comparing near-duplicates"
+        [texts[i] for i in rows],
+        version.manifest.settings.dedup_threshold,
+        wanted,
+        reporter,
+        "comparing near-duplicates",
     )
     for block in near:
         for a, b, j in zip(block.first.tolist(), block.second.tolist(), block.similarity.tolist(), strict=True):

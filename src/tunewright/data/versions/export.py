@@ -96,7 +96,7 @@ def export(
     if system is not None:
         reporter.warn(
             f"CSV has no place for the system turn that all {len(members):,} rows share: it is not in {path}. To read "
-            f"the file back as the same examples, set data.system to: {system}"
+            f"the file back as the same examples, set data.system_prompt to: {system}"
         )
     return Exported(path, form, version.digest, split, len(members), system)
 

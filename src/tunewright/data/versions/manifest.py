@@ -66,11 +66,11 @@ class Settings(_Record):
     ``conflicts`` is "accept" from the first import on that accepted them; None in versions of earlier releases.
     """
 
-    similarity: float
-    dev: float
-    test: float
+    dedup_threshold: float
+    val_size: float
+    test_size: float
     seed: int
-    groups: tuple[str, ...] = ()
+    group_by: tuple[str, ...] = ()
     conflicts: Literal["error", "accept"] | None = None
     split_by: Literal["input", "output_template"] = "input"
     duplicates: Duplicates = "drop"  # versions of earlier releases have no such setting: they dropped them

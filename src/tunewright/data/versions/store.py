@@ -44,7 +44,7 @@ class Member:
     split: Split
     cluster: str
     groups: tuple[str, ...] = ()
-    """Values of data.groups that the row shares with others, such as "customer=ACME"; sorted."""
+    """Values of data.group_by that the row shares with others, such as "customer=ACME"; sorted."""
     mixed: bool = False
     """Whether it is of the generic mix-in: trained on, but no pair of the domain."""
 

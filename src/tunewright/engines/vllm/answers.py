@@ -99,7 +99,7 @@ class VllmAnswers:
             raise UserError(
                 f"a prompt and its answer have {longest:,} tokens, and vLLM has room for {engine.context_length:,}",
                 where=_WHERE,
-                fix="Set it to peft, or lower evaluate.max_new_tokens or evaluate.shots.",
+                fix="Set it to peft, or lower evaluate.max_new_tokens or evaluate.num_fewshot.",
             )
 
         async def one(request: Request) -> Completion:

@@ -60,7 +60,7 @@ class Bench:
             texts: what is asked, [items].
             groups: what the file says, [items]; None where it says nothing.
         """
-        alike = link(distinctive(texts), self.project.config.data.similarity, self.reporter, "clustering").tolist()
+        alike = link(distinctive(texts), self.project.config.data.dedup_threshold, self.reporter, "clustering").tolist()
         names = _joined(alike, groups)
         count = len(set(names))
         if count < len(names):

@@ -49,7 +49,7 @@ class ChoicesSuite:
         if len(everything) < 2:
             raise UserError(f"{len(everything)} questions make no suite", where=str(path))
         self.name = Path(settings.file).stem
-        self.questions = draw(everything, settings.items, seed)
+        self.questions = draw(everything, settings.limit, seed)
         self.margin = margin
         self.identity: dict[str, Any] = file_identity(_ENGINE, path, settings, margin)
 

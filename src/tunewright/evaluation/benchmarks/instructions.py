@@ -49,7 +49,7 @@ class InstructionsSuite:
             why = f": {self.left_out[0]}" if self.left_out else ""
             raise UserError(f"{len(everything)} prompts make no suite{why}", where=str(path))
         self.name = Path(settings.file).stem
-        self.instructions = draw(everything, settings.items, seed)
+        self.instructions = draw(everything, settings.limit, seed)
         self.limit = settings.max_new_tokens
         self.margin = margin
         self.identity: dict[str, Any] = file_identity(_ENGINE, path, settings, margin)

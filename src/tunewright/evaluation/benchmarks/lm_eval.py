@@ -37,7 +37,7 @@ class LmEvalSuite:
         if find_spec("lm_eval") is None:
             raise UserError(
                 f"the task {settings.task} is measured with lm-eval, which is not installed",
-                where="general.lm_eval",
+                where="regressions.lm_eval",
                 fix="pip install 'lm-eval[hf]'",
             )
         from lm_eval.tasks import TaskManager
@@ -45,11 +45,13 @@ class LmEvalSuite:
         self.settings = settings
         self.name = settings.task
         self.margin = margin
-        self.tasks = TaskManager(include_path=None if settings.folder is None else str(root / settings.folder))
+        self.tasks = TaskManager(
+            include_path=None if settings.include_path is None else str(root / settings.include_path)
+        )
         if settings.task not in self.tasks.all_tasks:
             raise UserError(
                 f"lm-eval has no task {settings.task!r}",
-                where="general.lm_eval",
+                where="regressions.lm_eval",
                 fix="`lm-eval ls tasks` lists them; those of your own are found in the suite's `folder`.",
             )
         self.identity: dict[str, Any] = {
@@ -61,9 +63,9 @@ class LmEvalSuite:
 
     def expected(self) -> str:
         """Return how many items the margin takes, where the number of items is known beforehand."""
-        if self.settings.items is None:
+        if self.settings.limit is None:
             return f"{self.name}: all items of the task, against a margin of {100 * self.margin:g} points."
-        return expected_text(self.name, self.settings.items, self.margin)
+        return expected_text(self.name, self.settings.limit, self.margin)
 
     def measure(self, bench: Bench) -> Suite:
         """Return the task with the adapter off and on; the control is whether the base is above guessing.
@@ -118,8 +120,8 @@ class LmEvalSuite:
                 results = simple_evaluate(
                     model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH),
                     tasks=[self.settings.task],
-                    num_fewshot=self.settings.shots,
-                    limit=self.settings.items,
+                    num_fewshot=self.settings.num_fewshot,
+                    limit=self.settings.limit,
                     task_manager=self.tasks,
                     log_samples=True,
                     bootstrap_iters=0,

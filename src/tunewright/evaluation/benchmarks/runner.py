@@ -1,4 +1,4 @@
-"""All suites of the config's general section, measured with an adapter off and on, as a section of the evidence."""
+"""All suites of the config's regressions section, measured with an adapter off and on, as a section of the evidence."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def open_suites(project: ProjectFolder) -> list[OpenSuite]:
     Raises:
         UserError: no suite, a file that cannot be read, two suites of one name, or lm-eval is named and not installed.
     """
-    settings, root, seed = project.config.general, project.root, project.config.seed
+    settings, root, seed = project.config.regressions, project.root, project.config.seed
     if not settings.measures:
         raise UserError(
-            "the config names no suite", where="general", fix="Set general.samples, or list files of items."
+            "the config names no suite", where="regressions", fix="Set regressions.samples, or list files of items."
         )
     suites: list[OpenSuite] = [SamplesSuite(settings.samples, settings.samples_margin)] if settings.samples else []
-    suites += [ChoicesSuite(s, root, s.margin or settings.margin, seed) for s in settings.choices]
-    suites += [InstructionsSuite(s, root, s.margin or settings.margin, seed) for s in settings.instructions]
+    suites += [ChoicesSuite(s, root, s.margin or settings.margin, seed) for s in settings.multiple_choice]
+    suites += [InstructionsSuite(s, root, s.margin or settings.margin, seed) for s in settings.instruction_following]
     suites += [LmEvalSuite(s, root, s.margin or settings.margin) for s in settings.lm_eval]
     names = [suite.name for suite in suites]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"two suites are called {twice}", where="general", fix="Rename one of the files.")
+        raise UserError(f"two suites are called {twice}", where="regressions", fix="Rename one of the files.")
     return suites
 
 
@@ -82,7 +82,7 @@ def measure_general(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[Op
             "weights": generator.inputs,
             "dataset": arm_runner.version.digest,
             "seed": project.config.seed,
-            "similarity": project.config.data.similarity,
+            "dedup_threshold": project.config.data.dedup_threshold,
         }
     )[:12]
     file = project.work / "general" / f"{identity}.json"

@@ -51,7 +51,7 @@ class SamplesSuite:
         meter = ForgettingMeter(bench.project, bench.version, bench.generator, self.wanted)
         rows = meter.unseen(bench.adapter)
         if len(rows) < 2:
-            raise UserError(f"{len(rows)} samples that the adapter was not trained on", where="general.samples")
+            raise UserError(f"{len(rows)} samples that the adapter was not trained on", where="regressions.samples")
         generator = bench.generator
         off, on = (lambda: generator.answering(None)), (lambda: generator.answering(bench.adapter))
         some = dict(list(rows.items())[:_CONTROL_SAMPLES])

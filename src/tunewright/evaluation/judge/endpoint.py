@@ -188,7 +188,7 @@ class Endpoint:
             return (error.retry_after or 0) <= LONGEST_WAIT
 
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(self.config.retries + 1),
+            stop=stop_after_attempt(self.config.max_retries + 1),
             wait=_wait,
             retry=retry_if_exception(worth_it),
             before_sleep=self._count_retry,
@@ -209,7 +209,7 @@ class Endpoint:
 
     async def _request(self, client: httpx.AsyncClient, conversation: Conversation) -> Reply:
         body = {"model": self.config.model, "messages": list(conversation), **self.config.parameters}
-        url = f"{str(self.config.url).rstrip('/')}/chat/completions"
+        url = f"{str(self.config.base_url).rstrip('/')}/chat/completions"
         try:
             async with asyncio.timeout(self.config.timeout):
                 response = await client.post(url, json=body)
@@ -248,28 +248,28 @@ class Endpoint:
         self._retried[f"status {error.status}" if error.status else "no reply"] += 1
 
     def _failed(self, error: _RequestError, tries: int) -> UserError:
-        what = f"{self.config.model} at {self.config.url} does not answer ({error}"
+        what = f"{self.config.model} at {self.config.base_url} does not answer ({error}"
         what += f"; asked {tries} times)" if tries > 1 else ")"
         fix = f"See url, model, key_env and parameters in the config's {self.where} section. {_KEPT}"
         if error.retry_after is not None and error.retry_after > LONGEST_WAIT:
             fix = f"It asks to wait {error.retry_after:,.0f} s. {_KEPT}"
         elif error.transient:
-            fix = f"Is it up? More retries, or fewer requests at once, may help ({self.where}.retries). {_KEPT}"
-        return UserError(what, where=f"{self.where}.url", fix=fix)
+            fix = f"Is it up? More retries, or fewer requests at once, may help ({self.where}.max_retries). {_KEPT}"
+        return UserError(what, where=f"{self.where}.base_url", fix=fix)
 
 
 def _secret(config: EndpointConfig, where: str) -> str | None:
-    if config.key_env is None:
+    if config.api_key_env is None:
         return None
-    key = os.environ.get(config.key_env, "").strip()
+    key = os.environ.get(config.api_key_env, "").strip()
     if not key:
         raise UserError(
-            f"the environment variable {config.key_env} is not set",
-            where=f"{where}.key_env",
-            fix=f"Set it to the endpoint's API key: export {config.key_env}=…",
+            f"the environment variable {config.api_key_env} is not set",
+            where=f"{where}.api_key_env",
+            fix=f"Set it to the endpoint's API key: export {config.api_key_env}=…",
         )
     if not key.isascii():
-        raise UserError(f"{config.key_env} is no API key: it is not ASCII", where=f"{where}.key_env")
+        raise UserError(f"{config.api_key_env} is no API key: it is not ASCII", where=f"{where}.api_key_env")
     return key
 
 

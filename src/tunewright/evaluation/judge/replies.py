@@ -53,7 +53,7 @@ class Journal:
 
     def __init__(self, folder: Path, endpoint: EndpointConfig) -> None:
         self._asked: dict[str, Any] = {
-            "url": endpoint.url,
+            "url": endpoint.base_url,
             "model": endpoint.model,
             "parameters": endpoint.parameters,
         }

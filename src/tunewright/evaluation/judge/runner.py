@@ -72,10 +72,10 @@ class Judge:
 
     def __init__(self, project: ProjectFolder, folder: Path, reporter: Reporter) -> None:
         self.settings = project.config.judge
-        if self.settings.url is None or self.settings.model is None:
+        if self.settings.base_url is None or self.settings.model is None:
             raise UserError(
                 "the config names no judge",
-                where="judge.url",
+                where="judge.base_url",
                 fix="Set url and model (and key_env) in its judge section, for example of a model that you serve.",
             )
         self.project = project
@@ -90,7 +90,7 @@ class Judge:
         self.endpoint = Endpoint(self.settings, "judge", journals, purse, reporter)
         self.other: Endpoint | None = None
         reference = self.settings.reference_model
-        if reference is not None and reference.url is not None:
+        if reference is not None and reference.base_url is not None:
             self.other = Endpoint(reference, "judge.reference_model", journals, purse, reporter)
         self._file_answers: ReferenceAnswers | None = None
         if reference is not None and reference.answers is not None:
@@ -137,7 +137,7 @@ class Judge:
                 be read for some arm.
         """
         family = self._warn_of_family()
-        self.reporter.say(f"Test items and answers are sent to {self.settings.model} at {self.settings.url}")
+        self.reporter.say(f"Test items and answers are sent to {self.settings.model} at {self.settings.base_url}")
         cases = self._tested()
         controls = measured_controls(cases)
         vetoed = veto(controls)
@@ -190,7 +190,7 @@ class Judge:
         reference = self.settings.reference_model
         return Judgement(
             model=str(self.settings.model),
-            url=str(self.settings.url),
+            url=str(self.settings.base_url),
             parameters=self.settings.parameters,
             prompts=prompts_digest(self.settings.criteria),
             criteria=self.settings.criteria,

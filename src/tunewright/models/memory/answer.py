@@ -30,7 +30,7 @@ class Answer:
         return {
             "fits": self.fits,
             "text": self.text,
-            "micro_batch": self.micro_batch,
+            "micro_batch_size": self.micro_batch,
             "length": self.length,
             "longest_row": self.longest_row,
         }
@@ -50,7 +50,7 @@ def answer(plan: Plan, settings: TrainConfig, longest_row: int | None, *, rows: 
     """
     # On a card training recomputes activations; on the processor it does not.
     ways = {each.way.nf4: each.way for each in plan.ways if each.way.checkpointing == plan.memory.card}
-    way = ways[settings.quantize == "nf4"]
+    way = ways[settings.quantization == "nf4"]
     asked = plan.asked.rows
     yours = "" if longest_row is None else f"; your longest row has {longest_row:,} tokens"
     many = _most(plan, way, plan.length, asked, halving=not rows)
@@ -95,5 +95,5 @@ def _instead(plan: Plan, ways: dict[bool, Way], way: Way, rows: int, length: int
         instead.append(f"The longest single row that fits has {longest:,} tokens.")
     nf4 = ways.get(True)
     if nf4 is not None and nf4 != way and plan.need(nf4, rows, length).total <= plan.memory.bytes:
-        instead.append("With train.quantize: nf4 it fits.")
+        instead.append("With train.quantization: nf4 it fits.")
     return instead

@@ -113,13 +113,15 @@ class Plan:
                 {
                     "name": planned.way.name,
                     "gradient_checkpointing": planned.way.checkpointing,
-                    "targets": list(planned.way.targets),
-                    "rank": planned.way.rank,
+                    "target_modules": list(planned.way.targets),
+                    "lora_r": planned.way.rank,
                     "adapter_parameters": self.shape.adapter_parameters(planned.way.targets, planned.way.rank),
                     "bytes": asdict(planned.asked),
                     "total": planned.asked.total,
                     "fits": planned.asked.total <= self.memory.bytes,
-                    "largest": [{"length": length, "micro_batch": rows} for length, rows in planned.largest.items()],
+                    "largest": [
+                        {"length": length, "micro_batch_size": rows} for length, rows in planned.largest.items()
+                    ],
                     "longest_row": planned.longest,
                 }
                 for planned in self.ways
@@ -148,13 +150,13 @@ def plan(
     for nf4 in (False,) if shape.experts else (False, True):
         for checkpointing in (False, True):
             way = Way(
-                tuple(settings.targets),
-                settings.rank,
+                tuple(settings.target_modules),
+                settings.lora_r,
                 settings.dtype,
                 nf4=nf4,
                 checkpointing=checkpointing,
                 card=memory.card,
-                dropout=settings.dropout > 0,
+                dropout=settings.lora_dropout > 0,
             )
 
             def fits(rows: int, length: int, way: Way = way) -> bool:

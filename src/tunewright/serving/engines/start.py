@@ -66,8 +66,8 @@ def max_batch(kind: EngineName, config: Config) -> int:
     Raises:
         UserError: the default of vLLM is asked for, and vLLM is not installed.
     """
-    if config.serve.max_batch is not None:
-        return config.serve.max_batch
+    if config.serve.max_num_seqs is not None:
+        return config.serve.max_num_seqs
     if kind == "vllm":
         import torch
 
@@ -117,9 +117,9 @@ def _vllm(config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
     if wanted.quantize == "nf4":
         raise UserError(
             "vLLM holds the base in 16 bits, and it is asked for in NF4",
-            where="serve.quantize",
-            fix="Serve with the engine peft; or set serve.quantize: none, and measure the adapter on that base first "
-            "(evaluate.quantize: none), for it is another model.",
+            where="serve.quantization",
+            fix="Serve with the engine peft; or set serve.quantization: none, and measure the adapter on that base "
+            "first (evaluate.quantization: none), for it is another model.",
         )
     found = environment.find()
     cpu = found.build == "cpu"
@@ -132,7 +132,7 @@ def _vllm(config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
         dtype=dtype,
         room=max(1, len(known) + wanted.spare),
         # Of the adapters that will be trained, the config tells the rank.
-        max_rank=max(max_rank(known), config.train.rank if wanted.spare else 1),
+        max_rank=max(max_rank(known), config.train.lora_r if wanted.spare else 1),
         max_batch=rows,
         kv_cache_bytes=kv_cache_bytes(text_settings(wanted.base).to_dict(), dtype, rows) if cpu else None,
         vision=FAMILIES[wanted.base.architecture].vision,
@@ -145,9 +145,9 @@ def _llamacpp(config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
     if wanted.quantize == "nf4":
         raise UserError(
             "llama.cpp holds the base in f16 or q8_0, and it is asked for in NF4",
-            where="serve.quantize",
-            fix="Serve with the engine peft; or set serve.quantize: none, and measure the adapter on that base first "
-            "(evaluate.quantize: none), for it is another model.",
+            where="serve.quantization",
+            fix="Serve with the engine peft; or set serve.quantization: none, and measure the adapter on that base "
+            "first (evaluate.quantization: none), for it is another model.",
         )
     import torch
 

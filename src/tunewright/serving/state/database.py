@@ -153,14 +153,14 @@ def _checked(url: str) -> URL:
         parsed = make_url(url)
         backend = parsed.get_backend_name()
     except (ArgumentError, NoSuchModuleError) as error:
-        raise UserError(f"{url!r} is no database's URL: {error}", where="serve.state") from None
+        raise UserError(f"{url!r} is no database's URL: {error}", where="serve.database_url") from None
     if backend == "sqlite" and parsed.database:
         return parsed.set(drivername="sqlite")
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
     raise UserError(
         f"{backend} is no database that the state can be in",
-        where="serve.state",
+        where="serve.database_url",
         fix="Write postgresql://USER@HOST/DATABASE, or sqlite:///FILE.",
     )
 

@@ -73,7 +73,7 @@ def make_trials(own: TrainConfig, rates: Sequence[float]) -> list[Trial]:
 
 def _trial(own: TrainConfig, preset: str, rate: float) -> Trial:
     changed = own.model_copy(
-        update={"preset": preset, "targets": PRESETS[preset]["targets"], "learning_rate": rate},
+        update={"preset": preset, "target_modules": PRESETS[preset]["target_modules"], "learning_rate": rate},
     )
     return Trial(f"{preset}-{rate:g}", changed)
 

@@ -125,7 +125,7 @@ class SuccessiveHalving:
         """Make a few steps of one of the slowest trials, so that nothing is started that could not end."""
         if self.schedule.rungs[0] <= FIRST_STEPS:
             return  # the first rung is no longer than that
-        for trial in sorted(self.trials, key=lambda t: -len(t.train.targets)):
+        for trial in sorted(self.trials, key=lambda t: -len(t.train.target_modules)):
             self.reporter.say(f"{FIRST_STEPS} steps of {trial.name}, to see how long they take")
             began = self.clock()
             try:
@@ -167,7 +167,7 @@ class SuccessiveHalving:
         done = [e for e in self.ledger.entries if e.steps]
         if not done:
             return None
-        kinds = {t.name: len(t.train.targets) for t in self.trials}
+        kinds = {t.name: len(t.train.target_modules) for t in self.trials}
         steps: dict[int, int] = defaultdict(int)
         seconds: dict[int, float] = defaultdict(float)
         for entry in done:

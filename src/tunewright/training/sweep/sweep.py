@@ -98,9 +98,9 @@ class Sweep:
                 f"rates of {', '.join(f'{rate:g}' for rate in sorted({t.train.learning_rate for t in self.trials}))}."
             )
         limit = min(own.max_length, context_length(base))
-        rows = training_rows(chat, version.examples("train"), limit, own.too_long, self.once)
+        rows = training_rows(chat, version.examples("train"), limit, own.on_overlength, self.once)
         # Drawn here and found by every trial: how many there are decides how many steps a trial has.
-        load = cache(lambda: load_model(base, own.dtype, own.quantize))
+        load = cache(lambda: load_model(base, own.dtype, own.quantization))
         with quiet_transformers():
             replay = draw_replay(project, version, base, chat, load, limit, self.once)
         load.cache_clear()
@@ -126,7 +126,7 @@ class Sweep:
             dataset=self.version.digest,
             base=self.base.digest,
             template=self.chat.digest,
-            metric=None if config.train.evaluate_rows == 0 else metric_name(config.evaluate.metric),
+            metric=None if config.train.eval_max_samples == 0 else metric_name(config.evaluate.metric),
             steps=self.steps,
             rungs=self.schedule.rungs,
             trials=trials,
