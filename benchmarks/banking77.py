@@ -49,7 +49,7 @@ INSTRUCTION = "Name the intent of the customer's message."
 ROAD: dict[str, tuple[str, ...]] = {
     "add": ("data", "add", PART, "-m", "a part of BANKING77"),
     "check": ("data", "check"),
-    "leak": ("data", "leak"),
+    "leak": ("data", "leakage"),
     "train": ("train",),
     "evaluate": ("evaluate",),
     "verdict": ("verdict",),

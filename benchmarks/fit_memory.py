@@ -1,4 +1,4 @@
-"""What `tunewright fit` predicts beside what a training step really takes, on this machine's processor.
+"""What `tunewright estimate-memory` predicts beside what a training step really takes, on this machine's processor.
 
     python benchmarks/fit_memory.py [OUT.json]
 

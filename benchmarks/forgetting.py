@@ -32,7 +32,7 @@ from rich.table import Table
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.api.context import ProjectContext
-from tunewright.cli.console import ConsoleReporter
+from tunewright.cli.live import ConsoleReporter
 from tunewright.config import MixConfig, ReplayConfig
 from tunewright.config.project import CONFIG_FILE, ProjectFolder
 from tunewright.core.io import digest, write_json

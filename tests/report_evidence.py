@@ -268,7 +268,7 @@ def full_evidence() -> Evidence:
             "arms": arms,
             "general": GENERAL,
             "judge": JUDGE,
-            "review": REVIEW,
+            "human_eval": REVIEW,
             "nearness": scores_by_distance(scored_items(ITEMS), _SIMILAR, evidence.contrasts[0], seed=0, resamples=500),
             "output_templates": scores_by_template(
                 scored_items(ITEMS), _NEW_TEMPLATE, evidence.contrasts[0], seed=0, resamples=500

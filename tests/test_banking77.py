@@ -23,8 +23,9 @@ from rich.console import Console, RenderableType
 from command_line import tunewright
 from factories import pair
 from real_data import SHARED
-from tunewright.cli.data_texts import leak_text
-from tunewright.cli.tables import evidence_tables, prompting_tables, verdict_text, version_table
+from tunewright.cli.data import leakage_text, version_table
+from tunewright.cli.evaluate import evidence_tables, prompting_tables
+from tunewright.cli.verdict import verdict_text
 from tunewright.config.io import load_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.data.dedup.leakage import Leak, LeakReport, Nearest
@@ -262,7 +263,7 @@ def _printed() -> list[str]:
     manifest = Manifest.model_validate_json((GOLDEN / MANIFEST).read_bytes())
     parts: list[RenderableType] = [
         version_table([manifest]),
-        leak_text(_leak(), ()),
+        leakage_text(_leak(), ()),
         *prompting_tables(_advice_anew()),
         _training_text(evidence),
         *evidence_tables(evidence),

@@ -1,4 +1,4 @@
-"""The largest micro-batch that `tunewright fit` says fits, and 10% more rows: does the border hold?"""
+"""The largest micro-batch that `tunewright estimate-memory` says fits, and 10% more rows: does the border hold?"""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def headlines() -> list[Headline]:
             ("segments/expandable", "segments/fixed"),
             _segments,
         ),
-        Headline("8B LoRA: the largest micro-batch of `tunewright fit`", ("largest/8b-lora",), _largest),
+        Headline("8B LoRA: the largest micro-batch of `tunewright estimate-memory`", ("largest/8b-lora",), _largest),
         Headline("8B LoRA: 10% more rows than that", ("largest/8b-lora-and-10%",), _beyond),
         Headline("8B decoding, tokens per second", ("decode",), _decode),
         Headline("8B on disk: `train`, killed, resumed, `evaluate`", ("command-line",), _command_line),

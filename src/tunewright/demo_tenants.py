@@ -114,7 +114,7 @@ def _release(opened: Project, alias: str, adapter: Adapter, because: str | None)
 def _live(opened: Project) -> list[Release]:
     """Return the last release of each alias that answers something."""
     last = {release.alias: release for release in opened.releases()}
-    return [release for release in last.values() if not release.withdrawn]
+    return [release for release in last.values() if not release.undeployed]
 
 
 def _visit(opened: Project, result: RunResult, adapters: Mapping[str, str]) -> TwoTenants:

@@ -103,9 +103,9 @@ def test_it_says_who_stated_what_and_nothing_that_is_not_known(stock: Path, othe
     assert (adapter.quantize, adapter.dataset) == ("nf4", None)
     assert not {"config", "training", "dataset", "inputs_digest"} & lineage.keys()
     shown = tunewright("adapters", "show", "-p", other)
-    assert "dataset: not known" in shown.stdout
-    assert "not proved" in shown.stdout
-    assert tunewright("data", "where", "pairs.jsonl:1", "-p", other).stdout.startswith(f"{adapter.name}: unknown")
+    assert "dataset: unknown" in shown.stdout
+    assert "not verified" in shown.stdout
+    assert tunewright("data", "trained-by", "pairs.jsonl:1", "-p", other).stdout.startswith(f"{adapter.name}: unknown")
 
 
 def test_the_system_prompt_of_a_foreign_adapter_is_what_is_stated(stock: Path, ours: Path, other: Path) -> None:

@@ -124,7 +124,7 @@ def _project(folder: Path, base: Path, **train: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["train", "run", "crossfit"])
+@pytest.mark.parametrize("command", ["train", "run", "crossval"])
 def test_a_config_for_dora_is_refused_before_the_base_is_even_looked_for(command: str, tmp_path: Path) -> None:
     folder = _project(tmp_path / "project", tmp_path / "no-such-base", use_dora=True)
     ran = tunewright(command, "--project", folder)

@@ -199,7 +199,7 @@ def test_the_training_rows_that_would_do_are_named_once_the_pilot_had_them_all()
 def test_few_pairs_are_told_what_to_expect() -> None:
     assert expectations(make_signals(pairs=500)) == []
     told = " ".join(expectations(make_signals(pairs=499)))
-    assert "499 pairs" in told and "8.0 points" in told and "crossfit" in told
+    assert "499 pairs" in told and "8.0 points" in told and "crossval" in told
 
 
 def test_a_stored_advice_is_decided_without_torch(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_versions_from_python_are_those_of_the_command_line(tmp_path: Path, tiny
     row = data.show("more.jsonl:1")
     assert [m.key for m in data.diff(first).added] == [row.key]
     assert data.blame("more.jsonl:1").version.digest == second
-    assert data.where(row.key[:12]) == (row.key, ())
+    assert data.trained_by(row.key[:12]) == (row.key, ())
 
     assert data.checkout(first[:12]).digest == data.version().digest == first
     with pytest.raises(UserError, match="has no row"):

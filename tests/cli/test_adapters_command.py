@@ -53,7 +53,7 @@ def test_show_follows_an_adapter_to_its_rows_and_the_rows_lead_back(project: Pat
     ]
     for split, use, key in (rows[0], rows[-1]):
         assert split in {"train", "test"}
-        found = tunewright("data", "where", key, "-p", project, "--json").document["adapters"]
+        found = tunewright("data", "trained-by", key, "-p", project, "--json").document["adapters"]
         assert [(each["adapter"], each["use"]) for each in found] == [(name, use)]
 
 
@@ -97,7 +97,7 @@ def test_a_row_that_was_taken_out_since_is_still_found_in_what_was_trained_on_it
     for path in (project / "dataset" / "rows").glob("*.jsonl"):
         with (fresh / "dataset" / "rows" / path.name).open("a", encoding="utf-8") as file:
             file.write(path.read_text(encoding="utf-8"))
-    ran = tunewright("data", "where", key[:12], "-p", fresh, "--json")
+    ran = tunewright("data", "trained-by", key[:12], "-p", fresh, "--json")
     assert ran.code == 0, ran.stdout
     assert ran.document["trained_on"] == [_name(project)]
     assert tunewright("data", "show", key, "-p", fresh).code == 2
@@ -111,7 +111,7 @@ def test_verify_tells_unsigned_signed_revoked_and_changed_by_state_and_exit_code
 
     assert verify() == (4, "unsigned")
     assert tunewright("adapters", "sign", "-p", project).code == 2  # no key yet
-    assert tunewright("keys", "new", "ann", "-p", project).code == 0
+    assert tunewright("keys", "create", "ann", "-p", project).code == 0
     assert "keys trust ann" in tunewright("adapters", "sign", "-p", project).stderr
     assert tunewright("keys", "trust", "ann", "-p", project).code == 0
     ran = tunewright("adapters", "sign", "-p", project, "--json")
@@ -139,7 +139,7 @@ def test_what_is_trained_with_a_trusted_key_is_signed_at_once_and_served(
     tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    tunewright("keys", "new", "ann", "-p", folder)
+    tunewright("keys", "create", "ann", "-p", folder)
     tunewright("keys", "trust", "ann", "-p", folder)
     tunewright("data", "add", folder / "pairs.jsonl", "-p", folder)
     ran = tunewright("train", "-p", folder)
@@ -153,7 +153,7 @@ def test_what_is_trained_with_a_trusted_key_is_signed_at_once_and_served(
 
 
 def test_where_keys_are_trusted_nothing_unsigned_is_released_whatever_the_reason(project: Path) -> None:
-    for arguments in (("keys", "new", "ann"), ("keys", "trust", "ann")):
+    for arguments in (("keys", "create", "ann"), ("keys", "trust", "ann")):
         assert tunewright(*arguments, "-p", project).code == 0
     deploy = ("deploy", "colours", _name(project), "--force", "--because", "a try", "-p", project)
     ran = tunewright(*deploy)
@@ -165,7 +165,7 @@ def test_where_keys_are_trusted_nothing_unsigned_is_released_whatever_the_reason
 def test_openssl_verifies_the_signature_with_what_the_documentation_says(project: Path, tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
-    for arguments in (("keys", "new", "ann"), ("keys", "trust", "ann"), ("adapters", "sign")):
+    for arguments in (("keys", "create", "ann"), ("keys", "trust", "ann"), ("adapters", "sign")):
         assert tunewright(*arguments, "-p", project).code == 0
     adapter = project / "adapters" / _name(project)
     (tmp_path / "ann.pem").write_text(tunewright("keys", "show", "ann", "-p", project).stdout)
@@ -187,7 +187,7 @@ def test_openssl_verifies_the_signature_with_what_the_documentation_says(project
 
 def test_keys_are_listed_with_whose_they_are_and_what_they_are_worth(project: Path) -> None:
     assert "No key yet" in tunewright("keys", "list", "-p", project).stdout
-    tunewright("keys", "new", "ann", "-p", project)
+    tunewright("keys", "create", "ann", "-p", project)
     public = tunewright("keys", "show", "ann", "-p", project).stdout
     assert public.startswith("-----BEGIN PUBLIC KEY-----")
     (project / "bob.pem").write_text(public)
@@ -202,7 +202,7 @@ def test_keys_are_listed_with_whose_they_are_and_what_they_are_worth(project: Pa
 
 
 def test_a_key_is_made_without_a_project(tmp_path: Path) -> None:
-    ran = tunewright("keys", "new", "ann", "-p", tmp_path, "--json")
+    ran = tunewright("keys", "create", "ann", "-p", tmp_path, "--json")
     assert ran.code == 0
     assert "PRIVATE" not in ran.stdout
     assert list(tmp_path.glob("*.json")) == []

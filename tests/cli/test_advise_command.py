@@ -119,7 +119,7 @@ def test_wrong_use_is_refused(advised: Advised, tmp_path: Path) -> None:
     unknown = tunewright("advise", "000000000000", "-p", project)
     assert (unknown.code, "no advice '000000000000'" in unknown.stderr) == (2, True)
     both = tunewright("advise", "000000000000", "--no-pilot", "-p", project)
-    assert (both.code, "stored advice is only read" in both.stderr) == (2, True)
+    assert (both.code, "does not apply to stored advice" in both.stderr) == (2, True)
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
     refused = tunewright("advise", broken, "-p", project)

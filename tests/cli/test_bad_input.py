@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
-from tunewright.cli.console import ConsoleReporter
+from tunewright.cli.live import ConsoleReporter
 from tunewright.core.progress import LogTask, Task
 
 GOOD = pairs(60)

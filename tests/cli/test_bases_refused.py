@@ -112,7 +112,7 @@ def _refused(ran: Ran, *words: str) -> None:
         assert each in told
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["run"], ["train", "--sweep"], ["train", "--curve"], ["crossfit"]])
+@pytest.mark.parametrize("arguments", [["train"], ["run"], ["train", "--sweep"], ["train", "--curve"], ["crossval"]])
 def test_command_refuses_base_before_fetching_weights_when_card_is_too_small(
     arguments: list[str], hub: type[_ConfigHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

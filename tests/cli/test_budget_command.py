@@ -201,7 +201,7 @@ def test_advise_takes_a_budget_too(project: Path) -> None:
     assert budget["left_out"][0] == "static-2-seed-3"
     assert "retrieved-1" not in budget["left_out"]
     stored = tunewright("advise", ran.document["file"], "--minutes", "3", "--project", project)
-    assert (stored.code, "stored advice is only read" in stored.stderr) == (2, True)
+    assert (stored.code, "does not apply to stored advice" in stored.stderr) == (2, True)
 
 
 def test_a_stopped_evaluation_counts_what_is_kept(project: Path) -> None:

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tunewright.cli.console import ConsoleReporter
-from tunewright.cli.curves import Curves, bars, thinned
+from tunewright.cli.live import ConsoleReporter, Curves, bars, thinned
 
 
 def _drawn(curves: Curves, height: int = 40, width: int = 100) -> str:

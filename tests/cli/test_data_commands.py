@@ -57,7 +57,7 @@ def test_where_names_the_adapters_that_saw_a_row(project: Path) -> None:
     for line in range(1, 121):
         row = _run(project, "show", f"pairs.jsonl:{line}")
         if row["split"] not in uses:
-            uses[row["split"]] = _run(project, "where", row["key"])
+            uses[row["split"]] = _run(project, "trained-by", row["key"])
     assert [a["use"] for a in uses["train"]["adapters"]] == ["trained"]
     assert uses["train"]["trained_on"] == [uses["train"]["adapters"][0]["adapter"]]
     assert (uses["test"]["trained_on"], uses["test"]["adapters"][0]["use"]) == ([], "test")
@@ -117,11 +117,11 @@ def test_a_flipped_byte_is_found_and_its_row_named(project: Path) -> None:
 
 
 def test_leak_measures_every_held_out_row(project: Path) -> None:
-    document = _run(project, "leak")
+    document = _run(project, "leakage")
     held_out = sum(sum(document["histogram"][split]) for split in ("dev", "test"))
     assert held_out == document["held_out"] == 24
     assert all(row["similarity"] < 0.8 for row in document["nearest"])
-    assert "in a random split" in tunewright("data", "leak", "-p", project).stdout
+    assert "in a random split" in tunewright("data", "leakage", "-p", project).stdout
 
 
 def test_check_of_files_lists_every_fault_with_its_code_and_mends_a_copy(project: Path, tmp_path: Path) -> None:
@@ -185,13 +185,13 @@ def test_leak_looks_for_benchmark_items_in_training_rows(project: Path) -> None:
     (project / "items.jsonl").write_text(json.dumps({"question": item}) + "\n")
     row = {"prompt": f"Say: {item} And why?", "completion": "the third"}
     _run(project, "add", write_jsonl(project / "more.jsonl", [row]))
-    found = _run(project, "leak", "--against", project / "items.jsonl")["contamination"]
+    found = _run(project, "leakage", "--against", project / "items.jsonl")["contamination"]
     [held] = [held for held in found["found"] if held["source"].endswith("items.jsonl")]
     assert (held["how"], held["mixed"]) == ("contained", False)
     assert held["row"] == _run(project, "show", "more.jsonl:1")["key"]
-    shown = tunewright("data", "leak", "--against", project / "items.jsonl", "-p", project).stdout
+    shown = tunewright("data", "leakage", "--against", project / "items.jsonl", "-p", project).stdout
     assert "one of the 1 items of" in shown
-    missing = _run(project, "leak", "--against", project / "nowhere.jsonl", code=2)
+    missing = _run(project, "leakage", "--against", project / "nowhere.jsonl", code=2)
     assert "nowhere.jsonl" in missing["error"]["where"]
 
 
@@ -224,11 +224,11 @@ def test_leak_tells_output_and_template_overlap_against_chance(tmp_path: Path, t
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     added = _run(folder, "add", write_jsonl(folder / "queries.jsonl", _queries(240, 24)))
     assert added["outputs"]["high"]
-    document = _run(folder, "leak")["outputs"]
+    document = _run(folder, "leakage")["outputs"]
     assert [each["how"] for each in document["overlaps"]] == ["identical", "template", "near"]
     assert (document["templates"], document["natural"], document["high"]) == (24, None, True)
     assert document["overlaps"][1]["here"] == 1
-    shown = tunewright("data", "leak", "-p", folder).stdout
+    shown = tunewright("data", "leakage", "-p", folder).stdout
     assert "Test rows with the same output template in training: 100.0% here, 100.0% in a random split" in shown
 
 

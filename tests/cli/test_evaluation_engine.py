@@ -58,7 +58,7 @@ def test_an_unknown_engine_is_refused_with_those_that_there_are(project: Path) -
     _refused(ran, "tunewright.yaml:", "evaluate.engine", "'auto', 'peft' or 'vllm'")
 
 
-@pytest.mark.parametrize("command", [("evaluate",), ("evaluate", "--dev"), ("advise", "--no-pilot"), ("crossfit",)])
+@pytest.mark.parametrize("command", [("evaluate",), ("evaluate", "--dev"), ("advise", "--no-pilot"), ("crossval",)])
 def test_vllm_that_is_not_installed_is_refused_before_the_test_split_is_opened(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: tuple[str, ...]
 ) -> None:

@@ -118,7 +118,7 @@ def test_on_an_engine_that_mixes_adapters_up_nothing_goes_live(
 
         ran = _run(project, "deploy", "courts", second.name, *FORCED, *options)
         assert "NOT isolated" in ran.stdout
-        assert "courts is as it was" in ran.stdout
+        assert "courts is unchanged" in ran.stdout
     refused = [line for line in _document(project, "audit", "show")["lines"] if line["action"] == "isolation.refused"]
     assert [line["subject"] for line in refused] == ["courts", "courts"]
     assert json.loads(refused[0]["details"])["digest"] == second.digest

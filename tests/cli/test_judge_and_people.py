@@ -94,10 +94,10 @@ def _asked(folder: Path, script: Script, *, turned: bool = False) -> tuple[Ran, 
         ran = tunewright("judge", "-p", project)
         assert ran.code == 0, ran.stderr
     sheet = folder / "pairs.csv"
-    out = tunewright("review", "-p", project, "--export", sheet, "--reference", "--reviewer", "ada")
+    out = tunewright("human-eval", "-p", project, "--export", sheet, "--reference", "--reviewer", "ada")
     assert out.code == 0, out.stderr
     _filled_in(sheet, turned=turned)
-    ran = tunewright("review", "-p", project, "--import", sheet, "--reviewer", "ada")
+    ran = tunewright("human-eval", "-p", project, "--import", sheet, "--reviewer", "ada")
     assert ran.code == 0, ran.stderr
     return ran, load_evidence(evaluation)
 
@@ -110,7 +110,7 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran, Evidence
 
 def test_a_judge_that_sees_what_people_see_narrows_their_win_rate(heard: tuple[Path, Ran, Evidence]) -> None:
     _, ran, evidence = heard
-    review = evidence.review
+    review = evidence.human_eval
     assert review is not None and review.win_rate is not None and review.powered is not None
     alone, helped = review.win_rate, review.powered.win_rate
     assert 0 < review.powered.tuning <= 1
@@ -146,9 +146,9 @@ def test_the_verdict_the_comment_and_the_report_tell_both(heard: tuple[Path, Ran
 def test_a_judge_that_only_sees_what_the_metric_sees_is_of_no_help(tmp_path: Path) -> None:
     """The sample has its strata by the metric, so within them such a judge never differs: lambda is 0."""
     ran, evidence = _asked(tmp_path, honest)
-    assert evidence.review is not None and evidence.review.powered is not None
-    assert evidence.review.powered.tuning == 0
-    assert evidence.review.powered.win_rate.interval == evidence.review.win_rate.interval  # type: ignore[union-attr]
+    assert evidence.human_eval is not None and evidence.human_eval.powered is not None
+    assert evidence.human_eval.powered.tuning == 0
+    assert evidence.human_eval.powered.win_rate.interval == evidence.human_eval.win_rate.interval  # type: ignore[union-attr]
     assert "people and the judge (lambda 0.00)" in ran.stdout
 
 

@@ -99,7 +99,7 @@ def test_a_ledger_that_was_changed_stops_verdict_and_evaluate_with_its_line(proj
     file = project / "evaluations" / LEDGER
     whole = file.read_text()
     file.write_text(whole.replace('"margin":0.02', '"margin":0.01'))
-    for command in ("verdict", "evaluate", "ledger", "crossfit"):
+    for command in ("verdict", "evaluate", "ledger", "crossval"):
         ran = tunewright(command, "-p", project, "--json")
         assert (ran.code, ran.document["error"]["where"]) == (2, f"{file}:1"), command
     file.unlink()
@@ -121,8 +121,8 @@ def test_rows_that_an_earlier_version_opened_are_told_of_a_later_one(project: Pa
     assert len({each["test_split"] for each in openings(project)}) == 2
 
 
-def test_crossfit_opens_the_test_split_too(project: Path) -> None:
-    assert tunewright("crossfit", "--folds", "2", "--force", "-p", project).code == 0
+def test_crossval_opens_the_test_split_too(project: Path) -> None:
+    assert tunewright("crossval", "--folds", "2", "--force", "-p", project).code == 0
     (opening,) = openings(project)
     assert (opening["design"], opening["adapter"], opening["items"]) == ("cross-fitted", None, 120)
     evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]

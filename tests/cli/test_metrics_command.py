@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from command_line import tiny_project, tunewright
-from tunewright.cli.tables import evidence_tables
+from tunewright.cli.evaluate import evidence_tables
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.statistics import holm
 

@@ -84,24 +84,24 @@ def test_evaluate_dev_scores_dev_items_by_template_and_distance(project: Path, t
 def test_leak_scores_an_evaluation_by_output_template(project: Path) -> None:
     _, items = _evaluation(project)
     (folder,) = (p for p in (project / "evaluations").iterdir() if p.is_dir())
-    found = tunewright("data", "leak", folder, "-p", project, "--json").document["templates"]
+    found = tunewright("data", "leakage", folder, "-p", project, "--json").document["templates"]
     assert {score["template"] for score in found} == {"new" if item["new_template"] else "seen" for item in items}
     assert {score["arm"] for score in found} == set(items[0]["answers"])
     for score in found:
         some = [item for item in items if item["new_template"] == (score["template"] == "new")]
         right = sum(item["answers"][score["arm"]].strip() == item["reference"] for item in some)
         assert (score["items"], score["exact"], score["exact_match"]) == (len(some), right, right / len(some))
-    shown = tunewright("data", "leak", folder, "-p", project).stdout
+    shown = tunewright("data", "leakage", folder, "-p", project).stdout
     words = {"seen": "output template in training", "new": "new output template"}
     for score in found:
         assert f"{score['arm']}, {words[score['template']]}: {score['exact']} of {score['items']} exact" in shown
-    assert tunewright("data", "leak", "-p", project, "--json").document["templates"] == []
+    assert tunewright("data", "leakage", "-p", project, "--json").document["templates"] == []
 
 
-def test_crossfit_scores_items_by_the_templates_of_their_own_fold(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_crossval_scores_items_by_the_templates_of_their_own_fold(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = _query_project(tmp_path / "project", tiny_base_folder)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
-    ran = tunewright("crossfit", "--folds", "3", "-p", folder)
+    ran = tunewright("crossval", "--folds", "3", "-p", folder)
     assert ran.code == 0, ran.stderr
     evidence, items = _evaluation(folder)
     alone = [

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import pytest
 from rich.console import Console
 
-from tunewright.cli import console
+from tunewright.cli import live
 
 
 def _lines(monkeypatch: pytest.MonkeyPatch, total: int, advances: Sequence[tuple[float, int]]) -> list[str]:
     """Return what a log shows of a task that begins at 0 s and advances at these times by these steps."""
     now = [0.0]
-    monkeypatch.setattr("tunewright.cli.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tunewright.cli.live.time.monotonic", lambda: now[0])
     written = io.StringIO()
-    task = console._LineTask(Console(file=written, width=120), "Scoring", total, "rows")
+    task = live._LineTask(Console(file=written, width=120), "Scoring", total, "rows")
     for at, steps in advances:
         now[0] = at
         task.advance(steps)

@@ -51,7 +51,7 @@ def test_the_lineage_of_an_adapter_is_followed_through_a_purge(project: Path) ->
     traced = tunewright("adapters", "show", "--rows", "-p", project, "--json").document
     keys = {key for split in traced["dataset"]["splits"] if split["split"] == "train" for key in split["keys"]}
     assert {row["key"] for row in done["rows"]} <= keys
-    place = tunewright("data", "where", done["rows"][0]["key"], "-p", project, "--json").document
+    place = tunewright("data", "trained-by", done["rows"][0]["key"], "-p", project, "--json").document
     assert len(place["trained_on"]) == 1
 
 

@@ -67,9 +67,9 @@ def test_evaluate_counts_inputs_and_keeps_every_items_references(ran: tuple[Path
 
 def test_leak_counts_no_exact_answers_when_the_metric_is_bleu(ran: tuple[Path, Ran]) -> None:
     folder = _folder(ran[0])
-    document = tunewright("data", "leak", folder, "-p", ran[0], "--json").document
+    document = tunewright("data", "leakage", folder, "-p", ran[0], "--json").document
     assert (document["bands"], document["templates"]) == ([], [])
     assert document["exact_not_counted"].startswith(f"Exact answers of evaluation {folder.name} are not counted")
-    shown = tunewright("data", "leak", folder, "-p", ran[0]).stdout
+    shown = tunewright("data", "leakage", folder, "-p", ran[0]).stdout
     assert "its deciding metric is BLEU." in " ".join(shown.split())
     assert " exact (" not in shown

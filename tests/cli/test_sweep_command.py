@@ -109,7 +109,7 @@ def test_a_sweep_that_is_done_is_found_done(tmp_path: Path, tiny_base_folder: Pa
     rates = ("--rate", "0.003", "--rate", "0.01")
     first = tunewright("train", "--sweep", *rates, "-p", project)
     assert first.code == 0, first.stderr
-    assert "compared on the dev split; test was not looked at" in first.stdout
+    assert "compared on the dev split; the test split stays closed" in first.stdout
     assert "The config as it is now is not among the trials" in first.stderr
     before = _ledger(project)
     again = tunewright("train", "--sweep", *rates, "--json", "-p", project)
@@ -133,11 +133,11 @@ def test_a_budget_for_no_trial_is_refused_and_says_what_it_takes(tmp_path: Path,
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--minutes", "3"], "--minutes: it means something with --sweep only"),
-        (["--write"], "--write: it means something with --sweep only"),
-        (["--seeds", "3"], "--seeds: it means something with --curve only"),
-        (["--sweep", "--seeds", "3"], "--seeds: it means something with --curve only"),
-        (["--sweep", "--curve"], "two commands"),
+        (["--minutes", "3"], "--minutes requires --sweep"),
+        (["--write"], "--write requires --sweep"),
+        (["--seeds", "3"], "--seeds requires --curve"),
+        (["--sweep", "--seeds", "3"], "--seeds requires --curve"),
+        (["--sweep", "--curve"], "mutually exclusive"),
         (["--sweep", "--rate", "3"], "3 is no learning rate"),
         (["--sweep", "--rate", "0.1", "--rate", "0.1"], "given twice"),
         (["--sweep", "--minutes", "0"], "no time"),

@@ -79,8 +79,8 @@ def test_a_tenant_its_limits_and_keys_by_command(project: Path) -> None:
     changed = _document(project, "tenant", "limit", "acme", "--tokens", "10000", "--requests", "none")
     assert changed["limits"] == {"requests_per_minute": None, "tokens_per_minute": 10000, "concurrency": None}
     assert _document(project, "tenant", "limit", "acme") == changed
-    assert _document(project, "tenant", "allow", "acme", "recipes")["aliases"] == ["courts", "recipes"]
-    assert _document(project, "tenant", "deny", "acme", "recipes")["aliases"] == ["courts"]
+    assert _document(project, "tenant", "grant", "acme", "recipes")["aliases"] == ["courts", "recipes"]
+    assert _document(project, "tenant", "revoke", "acme", "recipes")["aliases"] == ["courts"]
 
     key = _document(project, "tenant", "key", "add", "acme", "--expires", "30d", "--alias", "courts")
     assert key["key"].startswith(key["prefix"])
@@ -92,19 +92,19 @@ def test_a_tenant_its_limits_and_keys_by_command(project: Path) -> None:
     assert _document(project, "tenant", "key", "revoke", rotated["prefix"])["state"] == "revoked"
     states = {k["prefix"]: k["state"] for k in _document(project, "tenant", "key", "list")["keys"]}
     assert states == {key["prefix"]: "valid", rotated["prefix"]: "revoked"}
-    ended = _document(project, "tenant", "end", "acme")
+    ended = _document(project, "tenant", "disable", "acme")
     assert (ended["aliases"], ended["keys"]) == ([], 0)
     assert [t["name"] for t in _document(project, "tenant", "list")["tenants"]] == ["acme"]
     assert [line["action"] for line in _document(project, "audit", "show")["lines"]] == [
         "tenant.add",
         "tenant.limit",
-        "tenant.allow",
-        "tenant.deny",
+        "tenant.grant",
+        "tenant.revoke",
         "key.add",
         "key.rotate",
         "key.revoke",
         "key.revoke",
-        "tenant.deny",
+        "tenant.revoke",
     ]
 
 
@@ -138,9 +138,9 @@ def test_people_read_what_json_says(project: Path) -> None:
         (["audit", "verify", "--noted", ""], "'' is no digest"),
         (["promote", "courts"], "no alias 'courts'"),
         (["rollback", "courts"], "no alias 'courts'"),
-        (["withdraw", "courts"], "no alias 'courts'"),
-        (["withdraw", "courts", "--because", " "], "--because: the reason is empty"),
-        (["tenant", "end", "nobody"], "no tenant 'nobody'"),
+        (["undeploy", "courts"], "no alias 'courts'"),
+        (["undeploy", "courts", "--because", " "], "--because: the reason is empty"),
+        (["tenant", "disable", "nobody"], "no tenant 'nobody'"),
         (["deploy", "courts", "nowhere"], "no adapter is called 'nowhere'"),
         (["deploy", "courts", "tiny", "--canary", "110%"], "no share of the traffic"),
         (["deploy", "courts", "tiny", "--force"], "--force and --because go together"),
@@ -161,7 +161,7 @@ def test_only_an_adapter_whose_verdict_is_to_ship_is_deployed(project: Path) -> 
     assert (ran.code, "has not been evaluated" in ran.stderr) == (2, True)
     _evaluated(project, first, FAILS)
     ran = _run(project, "deploy", "courts", first.name)
-    assert (ran.code, "courts is as it was" in ran.stdout) == (3, True)
+    assert (ran.code, "courts is unchanged" in ran.stdout) == (3, True)
     _evaluated(project, first, OPEN, 2)  # the newest evaluation decides
     assert _run(project, "deploy", "courts", first.name).code == 4
     assert "Nothing has been released" in _run(project, "releases").stdout
@@ -202,9 +202,9 @@ def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
     assert _document(project, "promote", "courts")["release"]["adapter"] == second.name
     assert _document(project, "rollback", "courts")["adapter"] == first.name
     assert _document(project, "rollback", "courts", "--to", "5")["adapter"] == second.name
-    _document(project, "withdraw", "courts", "--because", "a typing mistake")
+    _document(project, "undeploy", "courts", "--because", "a typing mistake")
     told = _run(project, "releases").stdout
-    assert "courts 8 was withdrawn: a typing mistake" in told
+    assert "courts 8 was undeployed: a typing mistake" in told
     assert _document(project, "rollback", "courts")["adapter"] == second.name
     actions = [release["action"] for release in _document(project, "releases")["releases"]]
     assert actions == [
@@ -215,7 +215,7 @@ def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
         "promote",
         "rollback",
         "rollback",
-        "withdraw",
+        "undeploy",
         "rollback",
     ]
     assert "No candidate has been asked" in _run(project, "shadow", "courts").stdout
@@ -325,7 +325,7 @@ def test_a_running_server_takes_a_deploy_by_command(
     end = time.monotonic() + 60
     while answered_by() != second.digest:
         assert time.monotonic() < end
-    _document(project, "withdraw", "courts")
+    _document(project, "undeploy", "courts")
     end = time.monotonic() + 60
     while client.models.list().data:
         assert time.monotonic() < end
@@ -337,7 +337,7 @@ def test_a_running_server_takes_a_deploy_by_command(
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
     assert f"courts: release 2 is live: {second.name}" in stderr
-    assert "courts is withdrawn" in stderr
+    assert "courts is undeployed" in stderr
     (one, two) = _document(project, "tenant", "usage", "acme")["usage"]
     assert {one["digest"], two["digest"]} == {first.digest, second.digest}
     rows = list(csv.DictReader(io.StringIO(_run(project, "tenant", "usage", "--csv").stdout)))

@@ -65,7 +65,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 
 @pytest.fixture(scope="module")
 def measured(project: Project) -> dict[str, Any]:
-    ran = command("general", "-p", project.folder.root, "--json")
+    ran = command("regressions", "-p", project.folder.root, "--json")
     assert ran.code == 4, ran.stderr  # a base of random weights is above no floor: nothing may decide
     return ran.document
 
@@ -80,7 +80,7 @@ def _two(base: Path, adapter: Adapter) -> dict[str, Any]:
 
 
 def _suite(document: dict[str, Any], kind: str) -> Suite:
-    (found,) = (s for s in document["general"]["suites"] if s["kind"] == kind)
+    (found,) = (s for s in document["regressions"]["suites"] if s["kind"] == kind)
     return Suite.model_validate(found)
 
 
@@ -159,12 +159,12 @@ def test_what_was_measured_is_found_measured_and_goes_into_the_evidence(
     project: Project, measured: dict[str, Any]
 ) -> None:
     assert measured["evaluation"] is None
-    again = command("general", "-p", project.folder.root)
+    again = command("regressions", "-p", project.folder.root)
     assert again.code == 4
     assert "Loading" not in again.stderr
     assert "decides nothing" in again.stdout
     evidence = project.evaluate().evidence
-    assert evidence.general == Benchmarks.model_validate(measured["general"])
+    assert evidence.general == Benchmarks.model_validate(measured["regressions"])
     told = command("verdict", "-p", project.folder.root).stdout
     assert "It decides nothing" in told
 
@@ -174,11 +174,11 @@ def test_only_what_is_new_is_measured_anew(project: Project, measured: dict[str,
     file = project.folder.root / "tunewright.yaml"
     before = file.read_text()
     file.write_text(before.replace("margin: 0.05\n", "margin: 0.3\n"))
-    ran = command("general", "-p", project.folder.root, "--json")
+    ran = command("regressions", "-p", project.folder.root, "--json")
     file.write_text(before)
     assert ran.document["measured"]
     assert "Loading" not in ran.stderr
-    assert ran.document["general"]["id"] != measured["general"]["id"]
+    assert ran.document["regressions"]["id"] != measured["regressions"]["id"]
     wide, narrow = _suite(ran.document, "choices"), _suite(measured, "choices")
     assert (wide.margin, wide.limit, wide.base) == (0.3, narrow.limit, narrow.base)
 
@@ -203,7 +203,7 @@ def test_what_is_wrong_is_told_before_anything_is_measured(project: Project, sec
     before = file.read_text()
     file.write_text(before.replace(CONFIG, section + "\n"))
     try:
-        ran = command("general", "-p", project.folder.root)
+        ran = command("regressions", "-p", project.folder.root)
     finally:
         file.write_text(before)
     assert ran.code == 2
@@ -222,14 +222,14 @@ def test_a_base_that_writes_nothing_of_use_is_said_so_and_does_not_stop_the_rest
     before = file.read_text()
     try:
         file.write_text(before.replace("samples: 6", "samples: 5\n  samples_margin: 0.1"))
-        asked = command("general", "-p", project.folder.root)
+        asked = command("regressions", "-p", project.folder.root)
         file.write_text(before.replace("samples: 6", "samples: 5"))
-        ran = command("general", "-p", project.folder.root, "--json")
+        ran = command("regressions", "-p", project.folder.root, "--json")
     finally:
         file.write_text(before)
     assert asked.code == 2, "a suite that was to decide is not left out"
-    assert [s["kind"] for s in ran.document["general"]["suites"]] == ["choices", "instructions"]
-    assert ran.document["general"]["not_measured"] == [
+    assert [s["kind"] for s in ran.document["regressions"]["suites"]] == ["choices", "instructions"]
+    assert ran.document["regressions"]["not_measured"] == [
         "the base's own samples: nothing that the base writes can be used, of 5"
     ]
     assert "Warning: Not measured: the base's own samples" in ran.stderr
@@ -248,7 +248,7 @@ def test_alike_and_grouped_questions_are_clusters(project: Project) -> None:
     before = file.read_text()
     file.write_text(before.replace(CONFIG, "regressions: {samples: 0, multiple_choice: [grouped.jsonl]}\n"))
     try:
-        ran = command("general", "-p", project.folder.root, "--json")
+        ran = command("regressions", "-p", project.folder.root, "--json")
     finally:
         file.write_text(before)
     assert _suite(ran.document, "choices").clusters == 4 + 1 + 1

@@ -66,9 +66,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 def test_a_task_scores_what_one_choice_at_a_time_does_adapter_off_and_on(
     project: Project, tiny_base_folder: Path
 ) -> None:
-    ran = command("general", "-p", project.folder.root, "--json")
+    ran = command("regressions", "-p", project.folder.root, "--json")
     assert ran.code == 4, ran.stderr  # a base of random weights is not above guessing
-    (suite,) = ran.document["general"]["suites"]
+    (suite,) = ran.document["regressions"]["suites"]
     models = {
         "base": plain_base(tiny_base_folder),
         "tuned": plain_tuned(tiny_base_folder, only_adapter(project).folder),
@@ -83,7 +83,7 @@ def test_a_task_scores_what_one_choice_at_a_time_does_adapter_off_and_on(
     assert (suite["kind"], suite["metric"], suite["items"], suite["clusters"]) == ("lm_eval", "acc_norm", 16, 15)
     (control,) = suite["controls"]
     assert control["name"] == "the base, where guessing gives 25.0%"
-    again = command("general", "-p", project.folder.root, "--json")
+    again = command("regressions", "-p", project.folder.root, "--json")
     assert not again.document["measured"]
     assert "Loading" not in again.stderr
 
@@ -101,7 +101,7 @@ def test_a_task_or_metric_that_there_is_not_is_named(project: Project, suite: st
     before = file.read_text()
     file.write_text(before.replace("{task: substances, include_path: tasks}", suite))
     try:
-        ran = command("general", "-p", project.folder.root)
+        ran = command("regressions", "-p", project.folder.root)
     finally:
         file.write_text(before)
     assert ran.code == 2
@@ -112,7 +112,7 @@ def test_without_lm_eval_it_is_said_what_installs_it_before_anything_is_measured
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suites, "find_spec", lambda _name: None)
-    ran = command("general", "-p", project.folder.root)
+    ran = command("regressions", "-p", project.folder.root)
     assert ran.code == 2
     assert "pip install 'lm-eval[hf]'" in ran.stderr
     assert "Loading" not in ran.stderr

@@ -79,42 +79,42 @@ PEOPLE_FOR = _review(0.55, 0.8, 0.001)
 
 def test_verdict_is_dont_ship_when_people_prefer_the_other_arm() -> None:
     for evidence in (SHIPS, OPEN):
-        result = verdict(_with(evidence, review=PEOPLE_AGAINST))
+        result = verdict(_with(evidence, human_eval=PEOPLE_AGAINST))
         assert (result.decision, result.exit_code) == ("don't ship", 3)
         assert people_line(PEOPLE_AGAINST) in result.reasons
         assert any(reason.startswith("So people prefer retrieved-4, blind (p = 0.001") for reason in result.reasons)
 
 
 def test_a_handful_of_verdicts_is_a_caution() -> None:
-    result = verdict(_with(SHIPS, review=_review(0.2, 0.45, 0.06)))
+    result = verdict(_with(SHIPS, human_eval=_review(0.2, 0.45, 0.06)))
     assert result.decision == "ship"
     assert any(reason.startswith("Caution: people may prefer retrieved-4") for reason in result.reasons)
 
 
 def test_verdict_uses_the_judge_assisted_win_rate_when_there_is_one() -> None:
     helped = _review(0.3, 0.6, 0.01, powered=(0.3, 0.48))
-    assert verdict(_with(SHIPS, review=helped)).decision == "don't ship"
-    assert verdict(_with(SHIPS, review=_review(0.3, 0.6, 0.01))).decision == "ship"
+    assert verdict(_with(SHIPS, human_eval=helped)).decision == "don't ship"
+    assert verdict(_with(SHIPS, human_eval=_review(0.3, 0.6, 0.01))).decision == "ship"
 
 
 @pytest.mark.parametrize("review", [PEOPLE_FOR, _review(0.4, 0.6, 0.9)])
 def test_verdict_is_unchanged_when_people_do_not_object(review: AnswerReview) -> None:
     for evidence in (SHIPS, OPEN, WORSE):
-        before, after = verdict(evidence), verdict(_with(evidence, review=review))
+        before, after = verdict(evidence), verdict(_with(evidence, human_eval=review))
         assert after.decision == before.decision
         assert set(after.reasons) - set(before.reasons) == {people_line(review)}
 
 
 def test_a_review_of_other_arms_changes_nothing() -> None:
     other = PEOPLE_AGAINST.model_copy(update={"control": "zero-shot"})
-    result = verdict(_with(SHIPS, review=other, judge=AGAINST))
+    result = verdict(_with(SHIPS, human_eval=other, judge=AGAINST))
     assert result.decision == "can't tell", "the judge counts: people reviewed other arms"
     assert any("not the deciding arms" in reason for reason in result.reasons)
 
 
 def test_an_unfinished_review_says_why_it_has_no_win_rate() -> None:
     unfinished = REVIEW.model_copy(update={"win_rate": None, "powered": None, "lacking": "too few"})
-    result = verdict(_with(SHIPS, review=unfinished))
+    result = verdict(_with(SHIPS, human_eval=unfinished))
     assert result.decision == "ship"
     assert any("No win rate for all items yet: too few." in reason for reason in result.reasons)
 
@@ -156,7 +156,7 @@ def test_verdict_ignores_a_judge_of_the_bases_family_or_overruled_by_people() ->
     kin = AGAINST.model_copy(update={"same_family": "llama"})
     for sections, told in (
         ({"judge": kin}, "it belongs to the base's family (llama)"),
-        ({"judge": AGAINST, "review": PEOPLE_FOR}, "but people prefer tuned"),
+        ({"judge": AGAINST, "human_eval": PEOPLE_FOR}, "but people prefer tuned"),
     ):
         result = verdict(_with(SHIPS, **sections))
         assert result.decision == "ship"
@@ -205,5 +205,5 @@ def test_no_opinion_ever_makes_a_verdict_less_strict(
     evidence: Evidence, review: AnswerReview | None, judge: Judgement | None
 ) -> None:
     """So the rate at which chance alone ships stays below what it is without them."""
-    before, after = verdict(evidence).decision, verdict(_with(evidence, review=review, judge=judge)).decision
+    before, after = verdict(evidence).decision, verdict(_with(evidence, human_eval=review, judge=judge)).decision
     assert STRICTNESS.index(after) >= STRICTNESS.index(before)

@@ -136,7 +136,7 @@ def test_nf4_of_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
 def test_a_target_that_a_family_does_not_have_is_refused_with_those_that_it_has(tmp_path: Path) -> None:
     project = tiny_project(tmp_path / "project", build_base(tmp_path / "base", "mixtral"), count=80)
     assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
-    for command in (["train"], ["fit", "--gpu", "24GB"]):
+    for command in (["train"], ["estimate-memory", "--gpu", "24GB"]):
         ran = run(*command, "-p", project)
         assert ran.code == 2
         assert "Mixtral has no linear layer gate_proj, up_proj, down_proj" in ran.stderr
@@ -144,7 +144,7 @@ def test_a_target_that_a_family_does_not_have_is_refused_with_those_that_it_has(
 
 
 def test_fit_has_a_way_without_nf4_for_each_family_and_with_it_where_it_can_be_held(project: Path, kind: Kind) -> None:
-    plan = run("fit", "--gpu", "24GB", "-p", project, "--json").document
+    plan = run("estimate-memory", "--gpu", "24GB", "-p", project, "--json").document
     weights = load_model(_open(project.parent / "base"), "float32", "none")
     assert plan["parameters"] == sum(weight.numel() for weight in weights.parameters())
     assert {way["name"].split()[0] for way in plan["ways"]} == ({"LoRA"} if kind == "mixtral" else {"LoRA", "QLoRA"})
@@ -313,7 +313,7 @@ def test_a_base_that_is_not_supported_ends_the_command_with_2_and_what_to_do(
     (base / "config.json").write_text(json.dumps(model_config | values))
     project = tiny_project(tmp_path / "project", base, count=80)
     assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
-    for command in (["train"], ["fit"]):
+    for command in (["train"], ["estimate-memory"]):
         ran = run(*command, "-p", project, "--json")
         assert ran.code == 2
         error = ran.document["error"]

@@ -300,7 +300,7 @@ def test_text_of_users_stays_text_in_every_section() -> None:
         update={
             "general": general,
             "judge": JUDGE.model_copy(update={"model": NASTY}),
-            "review": REVIEW.model_copy(update={"reviewers": who}),
+            "human_eval": REVIEW.model_copy(update={"reviewers": who}),
             "opening": FULL.opening.model_copy(update={"author": NASTY}),
         }
     )

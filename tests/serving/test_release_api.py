@@ -95,18 +95,18 @@ def test_a_rollback_brings_the_former_answers_back(
     until(lambda: ask(client, "courts") == before)
 
 
-def test_a_withdrawn_alias_is_as_one_that_is_not_there_and_its_adapter_is_let_go(
+def test_an_undeployed_alias_is_as_one_that_is_not_there_and_its_adapter_is_let_go(
     server: Running, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
 ) -> None:
     client = server.client(two_tenants["acme"])
     ask(client, "courts")
-    state.releases.withdraw("courts")
+    state.releases.undeploy("courts")
     until(lambda: "courts" not in [model.id for model in client.models.list()])
-    with pytest.raises(openai.NotFoundError) as withdrawn:
+    with pytest.raises(openai.NotFoundError) as undeployed:
         ask(client, "courts")
     with pytest.raises(openai.NotFoundError) as unknown:
         ask(client, "nothing")
-    assert withdrawn.value.message == unknown.value.message.replace("nothing", "courts")
+    assert undeployed.value.message == unknown.value.message.replace("nothing", "courts")
     until(lambda: adapters["one"].digest not in server.loaded)
     state.releases.rollback("courts")
     until(lambda: "courts" in [model.id for model in client.models.list()])

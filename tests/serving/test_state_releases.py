@@ -17,7 +17,7 @@ STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("deploy"), st.sampled_from("abc")),
         st.tuples(st.just("canary"), st.sampled_from("abc")),
-        st.tuples(st.sampled_from(["promote", "rollback", "withdraw"]), st.just("")),
+        st.tuples(st.sampled_from(["promote", "rollback", "undeploy"]), st.just("")),
     ),
     max_size=12,
 )
@@ -36,28 +36,28 @@ class Stack:
         self.before: list[str] = []
         self.now: str | None = None
         self.candidate: str | None = None
-        self.withdrawn = False
+        self.undeployed = False
 
     def take(self, step: str, name: str) -> bool:
         """Whether it can be done; then it is."""
         if step == "deploy":
-            if self.now == name and self.candidate is None and not self.withdrawn:
+            if self.now == name and self.candidate is None and not self.undeployed:
                 return False
             self._answer_with(name)
         elif step == "canary":
-            if self.now is None or self.withdrawn or name in (self.now, self.candidate):
+            if self.now is None or self.undeployed or name in (self.now, self.candidate):
                 return False
             self.candidate = name
         elif step == "promote":
             if self.candidate is None:
                 return False
             self._answer_with(self.candidate)
-        elif step == "withdraw":
-            if self.now is None or self.withdrawn:
+        elif step == "undeploy":
+            if self.now is None or self.undeployed:
                 return False
-            self.withdrawn, self.candidate = True, None
-        elif self.candidate is not None or self.withdrawn:
-            self.candidate, self.withdrawn = None, False
+            self.undeployed, self.candidate = True, None
+        elif self.candidate is not None or self.undeployed:
+            self.candidate, self.undeployed = None, False
         else:
             if not self.before:
                 return False
@@ -67,7 +67,7 @@ class Stack:
     def _answer_with(self, name: str) -> None:
         if self.now is not None and self.now != name:
             self.before.append(self.now)
-        self.now, self.candidate, self.withdrawn = name, None, False
+        self.now, self.candidate, self.undeployed = name, None, False
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -84,8 +84,8 @@ def test_after_any_steps_an_alias_answers_as_a_stack_says(shared: State, steps: 
                 releases.try_beside(alias, Candidate(name, DIGESTS[name], 0.1), SHIP)
             elif step == "promote":
                 releases.promote(alias)
-            elif step == "withdraw":
-                releases.withdraw(alias)
+            elif step == "undeploy":
+                releases.undeploy(alias)
             else:
                 releases.rollback(alias)
         except UserError:
@@ -97,7 +97,7 @@ def test_after_any_steps_an_alias_answers_as_a_stack_says(shared: State, steps: 
             assert now[:-1] == history
             history = now
         live = releases.live().get(alias)
-        assert (None if live is None else live.adapter) == (None if stack.withdrawn else stack.now)
+        assert (None if live is None else live.adapter) == (None if stack.undeployed else stack.now)
         if live is not None:
             assert (live.candidate.adapter if live.candidate else None) == stack.candidate
 
@@ -122,14 +122,14 @@ def test_without_its_candidate_an_adapter_has_its_own_grounds_again(state_url: s
         assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
 
 
-def test_what_was_withdrawn_comes_back_with_its_grounds(state_url: str) -> None:
+def test_what_was_undeployed_comes_back_with_its_grounds(state_url: str) -> None:
     with State(state_url, "ann") as state:
         state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
-        ended = state.releases.withdraw("courts", "a typing mistake")
+        ended = state.releases.undeploy("courts", "a typing mistake")
         assert (ended.adapter, ended.grounds.because, ended.author) == ("a", "a typing mistake", "ann")
         assert state.releases.live() == {}
-        with pytest.raises(UserError, match="withdrawn already, since its release 2"):
-            state.releases.withdraw("courts")
+        with pytest.raises(UserError, match="undeployed already, since its release 2"):
+            state.releases.undeploy("courts")
         with pytest.raises(UserError, match="no release that a candidate"):
             state.releases.try_beside("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
         with pytest.raises(UserError, match="answered nothing from its release 2 on"):
@@ -201,7 +201,7 @@ def test_leaving_the_system_prompt_out_goes_with_the_release(state_url: str) -> 
         assert releases.rollback("courts").answer == (DIGESTS["a"], False)
         releases.try_beside("courts", Candidate("c", DIGESTS["c"], None, False), SHIP)
         assert releases.promote("courts").answer == (DIGESTS["c"], False)
-        assert not releases.withdraw("courts").system_prompt
+        assert not releases.undeploy("courts").system_prompt
         assert releases.rollback("courts").answer == (DIGESTS["c"], False)
         assert releases.rollback("courts").answer == (DIGESTS["a"], False)
         assert releases.rollback("courts").answer == (DIGESTS["a"], True)

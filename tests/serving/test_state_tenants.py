@@ -103,7 +103,7 @@ def test_a_tenant_that_is_ended_has_no_key_and_no_alias_and_others_have_theirs(s
         for key in keys:
             with pytest.raises(InvalidKeyError):
                 state.tenants.caller(key)
-        assert [line.action for line in state.audit.lines()[before:]] == ["key.revoke", "tenant.deny"]
+        assert [line.action for line in state.audit.lines()[before:]] == ["key.revoke", "tenant.revoke"]
         assert not state.verify().faults
         assert state.tenants.get("globex").aliases == ("courts",)
         assert state.tenants.get("globex").keys == 1

@@ -135,7 +135,7 @@ def test_one_row_that_does_not_fit_is_the_users_to_mend(
     _memory_for(monkeypatch, rows=0)
     with pytest.raises(UserError, match="too little memory") as caught:
         _train(folder)
-    assert "tunewright fit" in (caught.value.fix or "")
+    assert "tunewright estimate-memory" in (caught.value.fix or "")
 
 
 def test_a_run_that_goes_on_keeps_its_micro_batch(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_pilots_hold_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_
     assert set(counts) == {0}
 
 
-def test_crossfit_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_crossval_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
     _opened_project(tmp_path / "project", tiny_base_folder, count=130).crossval(folds=2)
     assert counts == [0] * 4
 

@@ -117,7 +117,7 @@ def private_key(name: str) -> PrivateKey:
     """
     known = {key.name: key for key in private_keys()}
     if name not in known:
-        there = f"There are: {', '.join(known)}." if known else f"`tunewright keys new {name}` makes it."
+        there = f"There are: {', '.join(known)}." if known else f"`tunewright keys create {name}` makes it."
         raise UserError(f"you have no key {name!r}", where=str(private_folder()), fix=there)
     return known[name]
 
@@ -186,7 +186,7 @@ class TrustedKeys:
                 raise UserError(
                     f"this key was revoked on {known.revoked.at} as {known.name}: {known.revoked.because}",
                     where=str(self.folder),
-                    fix="Make another: tunewright keys new NAME",
+                    fix="Make another: tunewright keys create NAME",
                 )
             if known.id == identity or known.name == name:
                 what = "the project trusts this key already" if known.id == identity else "the name is another key's"

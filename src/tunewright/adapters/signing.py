@@ -146,7 +146,7 @@ def signing_key(trusted: TrustedKeys, name: str | None = None) -> PrivateKey:
         return key
     own = private_keys()
     if not own:
-        raise UserError("you have no key to sign with", fix="`tunewright keys new NAME` makes one.")
+        raise UserError("you have no key to sign with", fix="`tunewright keys create NAME` makes one.")
     usable = [key for key in own if key.id in valid]
     names = ", ".join(key.name for key in usable or own)
     if not usable:

@@ -287,7 +287,7 @@ def expectations(signals: Signals) -> list[str]:
     return [
         f"{signals.pairs} pairs, fewer than {FEW_TRAINING_PAIRS}: expect prompting to be hard to beat, and an adapter "
         "that learns its pairs by heart within a few epochs (the one that is best on dev is kept).",
-        f"{signals.items} dev items show {shown}, and a test split of that size no more: `tunewright crossfit` makes "
+        f"{signals.items} dev items show {shown}, and a test split of that size no more: `tunewright crossval` makes "
         "each pair a test item once.",
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,17 +78,20 @@ class Project(EvaluationsApi):
         self.audit = AuditApi(self)
         releases = ReleasesApi(self, self.ledger)
         self.deploy, self.promote, self.rollback = releases.deploy, releases.promote, releases.rollback
-        self.withdraw, self.releases, self.shadow = releases.withdraw, releases.history, releases.shadow
+        self.undeploy, self.releases, self.shadow = releases.undeploy, releases.history, releases.shadow
         self.keys = SigningKeysApi(self)
         self.export = ExportApi(self)
 
-    def run(self, *, force: bool = False) -> RunResult:
+    def run(self, *, force: bool = False, stage_done: Callable[[str, bool, str], None] | None = None) -> RunResult:
         """Run the whole pipeline, skipping stages whose inputs have not changed.
 
         Args:
-            force: warn, instead of refusing, of a test split with too few clusters for any verdict and of too few
-                training pairs.
+            force: warn, instead of refusing, if the test split has too few clusters for any verdict. Also as in
+                :meth:`train`.
+            stage_done: takes each finished stage's name, whether anything was computed, and its result in words
+                (None: the reporter says it).
         """
+        done = stage_done or self._say_stage
         sources = self.folder.config.data.sources
         require_trackers(self.folder.config.train.report_to)
         if not sources:
@@ -98,22 +101,22 @@ class Project(EvaluationsApi):
                 fix="List your files, such as sources: [pairs.jsonl]",
             )
         added = self.data.add([self.folder.root / source for source in sources])
-        self._stage("data", added.created, f"version {added.version.digest[:12]}")
+        done("data", added.created, f"version {added.version.digest[:12]}")
         require_significance(self.data.split_power(), force=force, reporter=self.reporter)
         self._refuse_up_front()
         forced = self._forced(force)
         advised = self.prompting()
-        self._stage("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
+        done("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
         trained = self._train(forced)
-        self._stage("train", trained.trained, trained.adapter.name)
+        done("train", trained.trained, trained.adapter.name)
         evaluated = self.evaluate(trained.adapter.name)
-        self._stage("evaluate", evaluated.evaluated, f"evidence {evaluated.evidence.id}")
+        done("evaluate", evaluated.evaluated, f"evidence {evaluated.evidence.id}")
         decision = self.verdict(evaluated.folder)
         report = self.report(evaluated.folder)
         return RunResult(added, advised, trained, evaluated, decision, report)
 
-    def _stage(self, name: str, done_now: bool, what: str) -> None:
-        self.reporter.say(f"{name}: {'done' if done_now else 'unchanged'}, {what}")
+    def _say_stage(self, name: str, computed: bool, what: str) -> None:
+        self.reporter.say(f"{name}: {'done' if computed else 'unchanged'}, {what}")
 
     def prospects(self) -> tuple[Prospect, ...]:
         """Return the smallest difference that the current dev and test splits can show."""
@@ -165,7 +168,7 @@ class Project(EvaluationsApi):
         self._tell_prospects()
         return Adviser(self.arm_runner, pilot=pilot, minutes=minutes).advise()
 
-    def fit(
+    def estimate_memory(
         self,
         *,
         gpu: str | None = None,
@@ -311,7 +314,7 @@ class Project(EvaluationsApi):
             )
         return arm_runner, tuned, advise(arm_runner).advice
 
-    def general(self, adapter: str | None = None) -> BenchmarkResult:
+    def regressions(self, adapter: str | None = None) -> BenchmarkResult:
         """Measure the benchmarks of the config's regressions section with an adapter off and on.
 
         The result is added to the adapter's evidence, if it has any.

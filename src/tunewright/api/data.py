@@ -268,7 +268,7 @@ class DatasetApi:
         limit = min(self._project.config.train.max_length, context_length(base))
         return measure_lengths(self._context.chat, base.spec, self.version(), limit, self._reporter)
 
-    def leak(self) -> LeakReport:
+    def leakage(self) -> LeakReport:
         """Return how near held-out rows are to training rows, and how near a random split would have brought them."""
         from tunewright.data.dedup.leakage import leak
 
@@ -308,7 +308,7 @@ class DatasetApi:
     def scores_by_template(self, evaluation: str | Path) -> list[TemplateScore]:
         """Return an evaluation's exact match on items with an output template of training rows, and with a new one.
 
-        Empty where outputs are alike by nature: `leak` says why.
+        Empty where outputs are alike by nature: `leakage` says why.
 
         Raises:
             UserError: as for ``scores_by_distance``.
@@ -454,7 +454,7 @@ class DatasetApi:
         version = self.version()
         return blame(self._dataset, version, find_row(self._dataset, version, row).key)
 
-    def where(self, row: str) -> tuple[str, tuple[Sighting, ...]]:
+    def trained_by(self, row: str) -> tuple[str, tuple[Sighting, ...]]:
         """Return a row's key, and what each adapter's training did with it.
 
         Args:

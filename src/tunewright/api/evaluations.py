@@ -29,7 +29,7 @@ class EvaluationsApi(ProjectContext):
     :class:`Project` inherits them, since they are top-level commands.
     """
 
-    def review(
+    def human_eval(
         self, evaluation: str | Path | None = None, *, reviewer: str | None = None, items: int | None = None
     ) -> BlindReview:
         """Return a blind review of an evaluation's answers, resumed where its reviewer stopped.
@@ -51,7 +51,7 @@ class EvaluationsApi(ProjectContext):
             raise UserError("you have no name in git and no login name", where="--reviewer", fix="Give a name.")
         return BlindReview(folder, name, self.reporter, items=items)
 
-    def review_results(self, evaluation: str | Path | None = None) -> AnswerReview:
+    def human_eval_results(self, evaluation: str | Path | None = None) -> AnswerReview:
         """Add all reviewers' verdicts to the evidence and return them: preference, agreement, estimate for all items.
 
         A judge of the same evaluation is compared with the reviewers and sharpens their estimate.
@@ -64,7 +64,7 @@ class EvaluationsApi(ProjectContext):
 
         folder = _folder(self.evaluation(evaluation, dev=False))
         section = review_results(folder, heard_judge(folder, load_evidence(folder), self.reporter))
-        amend(folder, review=section)
+        amend(folder, human_eval=section)
         return section
 
     def verdict(self, evaluation: str | Path | None = None) -> Verdict:

@@ -42,7 +42,7 @@ class SigningKeysApi:
     def __init__(self, opened: ProjectContext) -> None:
         self._project = opened.folder
 
-    def new(self, name: str) -> PrivateKey:
+    def create(self, name: str) -> PrivateKey:
         """Create a key for this user. The project does not trust it yet.
 
         Raises:
@@ -88,7 +88,7 @@ class SigningKeysApi:
             raise UserError(
                 f"{str(key)!r} is neither one of your keys nor a file",
                 where="KEY",
-                fix=f"Your keys: {', '.join(own)}." if own else "Create one with `tunewright keys new NAME`.",
+                fix=f"Your keys: {', '.join(own)}." if own else "Create one with `tunewright keys create NAME`.",
             )
         if name is None and not NAME.fullmatch(called):
             raise UserError(f"the file name {called!r} is not a valid key name", where="KEY", fix="Add --name NAME.")

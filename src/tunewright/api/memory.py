@@ -154,5 +154,5 @@ def _what_fits(nf4: Planned | None, own: Planned, memory: Memory) -> str:
         return f"train.quantization: nf4 needs {gigabytes(nf4.least)}, which does not fit either: {others}."
     return (
         f"Set train.quantization: nf4, which needs {gigabytes(nf4.least)} and fits rows of up to {nf4.longest:,} "
-        "tokens (`tunewright fit` shows more)."
+        "tokens (`tunewright estimate-memory` shows more)."
     )

@@ -1,4 +1,4 @@
-"""The verbs on releases: ``tunewright deploy``, ``promote``, ``rollback``, ``withdraw``, ``releases``."""
+"""The verbs on releases: ``tunewright deploy``, ``promote``, ``rollback``, ``undeploy``, ``releases``."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ class ReleasesApi:
                 )
             return state.releases.rollback(alias, number)
 
-    def withdraw(self, alias: str, *, because: str | None = None) -> Release:
+    def undeploy(self, alias: str, *, because: str | None = None) -> Release:
         """Have an alias answer nothing from now on; a rollback or a deploy brings it back.
 
         Args:
@@ -199,11 +199,11 @@ class ReleasesApi:
             because: why, which is kept.
 
         Raises:
-            UserError: no such alias, it is withdrawn already, or an empty reason.
+            UserError: no such alias, it is undeployed already, or an empty reason.
         """
         _require_reason(because, "--because")
         with self._context.state() as state:
-            return state.releases.withdraw(alias, because)
+            return state.releases.undeploy(alias, because)
 
     def history(self, alias: str | None = None) -> list[Release]:
         """Return all releases (of one alias), the first one first.

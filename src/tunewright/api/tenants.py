@@ -104,7 +104,7 @@ class TenantsApi:
         with self._context.state() as state:
             return state.tenants.list()
 
-    def allow(self, name: str, aliases: Sequence[str]) -> Tenant:
+    def grant(self, name: str, aliases: Sequence[str]) -> Tenant:
         """Let a tenant call further aliases.
 
         Raises:
@@ -115,7 +115,7 @@ class TenantsApi:
             self._tell_unreleased(aliases, state.releases.live())
             return changed
 
-    def deny(self, name: str, aliases: Sequence[str]) -> Tenant:
+    def revoke(self, name: str, aliases: Sequence[str]) -> Tenant:
         """Take aliases from a tenant, from the next request on.
 
         Raises:
@@ -124,7 +124,7 @@ class TenantsApi:
         with self._context.state() as state:
             return state.tenants.allow(name, aliases, allowed=False)
 
-    def end(self, name: str) -> Tenant:
+    def disable(self, name: str) -> Tenant:
         """Revoke all of a tenant's keys and take its aliases, from the next request on; its usage stays.
 
         Raises:

@@ -8,20 +8,44 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
+# In the order in which each panel of the help lists their commands.
+_GROUPS = (
+    "data",
+    "data_rows",
+    "data_versions",
+    "data_review",
+    "advise",
+    "train",
+    "estimate_memory",
+    "adapters",
+    "evaluate",
+    "verdict",
+    "judge",
+    "human_eval",
+    "regressions",
+    "serve",
+    "releases",
+    "tenants",
+    "audit",
+    "keys",
+    "export",
+    "engine",
+    "project",
+    "doctor",
+)
+
 
 def commands() -> typer.Typer:
-    """The whole command line."""
+    """Return the whole command line."""
     from tunewright.cli.app import app
 
-    # Each registers its commands, in the order in which the help lists them.
-    steps = "project data removal versions review advise fit train measure judge general people"
-    for group in f"{steps} adapters keys export serve engine tenants releases".split():
+    for group in _GROUPS:
         import_module(f"tunewright.cli.{group}")
     return app
 
 
 def main() -> None:
-    """The console script ``tunewright``."""
+    """Run the console script ``tunewright``."""
     from tunewright.cli.stopping import own_process
 
     own_process()

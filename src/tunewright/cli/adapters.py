@@ -1,164 +1,285 @@
-"""Stored adapters: what they were made of, who stands for them, and which ones come in."""
+"""``adapters``: what adapters were made of, who signed them, and foreign ones."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import CANT_TELL, FAILED, session
+from tunewright.cli.app import TRAIN, Adapter, command, group
+from tunewright.cli.console import CANT_TELL, FAILED, Session
+from tunewright.core.clock import to_the_second
+
+if TYPE_CHECKING:
+    from tunewright.adapters.lineage import DatasetTrace, Trace
+    from tunewright.adapters.registry import Adapter as StoredAdapter
+    from tunewright.adapters.trust import Standing
+    from tunewright.api.adapters import Shown
+    from tunewright.evaluation.scaling import ScaleResult
 
 # As in config.section, which is too heavy to import for --help.
 Quantize = Literal["none", "nf4"]
 
-Adapter = Annotated[str | None, typer.Argument(help="The adapter's name, or its beginning.", show_default="the newest")]
+_SHORT = 12
 
-adapters_app = typer.Typer(help="Stored adapters.", no_args_is_help=True)
-app.add_typer(adapters_app, name="adapters")
+adapters_app = group("adapters", TRAIN, "List, inspect, verify, sign and import adapters.")
 
 
-@adapters_app.command("list")
-def adapters_list(project: Folder = HERE, json: Json = False) -> None:
+@command(adapters_app, "list", example="tunewright adapters list")
+def adapters_list(run: Session) -> None:
     """List the stored adapters, the newest last."""
-    import tunewright
-    from tunewright.cli.adapter_tables import adapter_row, adapters_table
-
-    with session(json, project) as current:
-        rows = [adapter_row(adapter) for adapter in tunewright.open(project).adapters.list()]
-        current.show({"adapters": rows}, adapters_table(rows) if rows else "No adapter has been trained yet.")
+    rows = [adapter_row(adapter) for adapter in run.project.adapters.list()]
+    run.show({"adapters": rows}, adapters_table(rows) if rows else "No adapter has been trained yet.")
 
 
-@adapters_app.command("show")
+@command(adapters_app, "show", example="tunewright adapters show legal-4f1c02a9")
 def adapters_show(
+    run: Session,
     adapter: Adapter = None,
     rows: Annotated[
         bool,
-        typer.Option("--rows", help="Print every row it was made of, a line each: split, use, key. The tree: stderr."),
+        typer.Option("--rows", help="Print every row on stdout, one per line (split, use, key); the tree on stderr."),
     ] = False,
-    project: Folder = HERE,
-    json: Json = False,
 ) -> None:
-    """What an adapter was made of, as a tree down to the rows. The other way round: tunewright data where ROW."""
-    import tunewright
-    from tunewright.cli.adapter_tables import lineage_tree, row_lines
-
-    with session(json, project) as current:
-        shown = tunewright.open(project, current.reporter).adapters.show(adapter)
-        lines = row_lines(shown.trace) if rows else None
-        current.show(shown.as_dict(rows=rows), lineage_tree(shown), alone=lines)
+    """Show what an adapter was made of, as a tree down to the rows. `tunewright data trained-by ROW` is the reverse."""
+    shown = run.project.adapters.show(adapter)
+    lines = row_lines(shown.trace) if rows else None
+    run.show(shown.as_dict(rows=rows), lineage_tree(shown), alone=lines)
 
 
-@adapters_app.command("verify")
+@command(adapters_app, "verify", example="tunewright adapters verify")
 def adapters_verify(
+    run: Session,
     adapters: Annotated[
-        list[str] | None, typer.Argument(help="Adapters, by name or its beginning.", show_default="all")
+        list[str] | None, typer.Argument(help="Adapter names or their first characters.", show_default="all")
     ] = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
+) -> int | None:
     """Check every file, weight and signature.
 
-    Exit code 0: all as stored and signed by a key that the project trusts; 1: one was changed, or its key revoked; 4:
-    whole, but unsigned or signed by a key that is not trusted, so that who made it cannot be told.
+    Exit code 0: all unchanged and signed by a key that the project trusts. 1: an adapter was changed, or its key was
+    revoked. 4: unchanged, but unsigned or signed by a key that is not trusted.
     """
-    import tunewright
-    from tunewright.cli.adapter_tables import standings_table
-
-    with session(json, project) as current:
-        found = tunewright.open(project, current.reporter).adapters.verify(adapters or ())
-        document = {"adapters": [each.as_dict() for each in found]}
-        current.show(document, standings_table(found) if found else "There is no adapter.")
-        states = {each.state for each in found}
-        if states & {"tampered", "revoked"}:
-            raise typer.Exit(FAILED)
-        if states & {"unsigned", "untrusted"}:
-            raise typer.Exit(CANT_TELL)
+    found = run.project.adapters.verify(adapters or ())
+    document = {"adapters": [each.as_dict() for each in found]}
+    run.show(document, standings_table(found) if found else "There is no adapter.")
+    states = {each.state for each in found}
+    if states & {"tampered", "revoked"}:
+        return FAILED
+    return CANT_TELL if states & {"unsigned", "untrusted"} else None
 
 
-@adapters_app.command("sign")
+@command(adapters_app, "sign", example="tunewright adapters sign legal-4f1c02a9 --key ann")
 def adapters_sign(
+    run: Session,
     adapter: Adapter = None,
     key: Annotated[
-        str | None, typer.Option(help="Your key.", show_default="the only one that the project trusts")
+        str | None, typer.Option(help="Name of your key.", show_default="the only one that the project trusts")
     ] = None,
-    project: Folder = HERE,
-    json: Json = False,
 ) -> None:
-    """Stand for an adapter as it is: sign the digests of all its files and of what it was made of."""
-    import tunewright
-
-    with session(json, project) as current:
-        signed, name, now = tunewright.open(project, current.reporter).adapters.sign(adapter, key=key)
-        told = f"{signed.name}: signed by {name}" + ("" if now else " already")
-        current.show({"adapter": signed.name, "key": name, "signed_now": now}, told)
+    """Sign the digests of all files of an adapter and of its lineage."""
+    signed, name, now = run.project.adapters.sign(adapter, key=key)
+    text = f"{signed.name}: {'' if now else 'already '}signed by {name}"
+    run.show({"adapter": signed.name, "key": name, "signed_now": now}, text)
 
 
-@adapters_app.command("import")
+@command(adapters_app, "import", example="tunewright adapters import legal-lora.zip --unsigned")
 def adapters_import(
-    source: Annotated[Path, typer.Argument(help="A folder, or a zip or tar archive.")],
+    run: Session,
+    source: Annotated[Path, typer.Argument(help="Folder, or zip or tar archive.")],
     name: Annotated[
-        str | None, typer.Option(help="What it is to be called.", show_default="as the folder or archive is")
+        str | None, typer.Option(help="Name of the imported adapter.", show_default="the folder's or archive's")
     ] = None,
     base_matches: Annotated[
         bool,
         typer.Option(
             "--base-matches",
-            help="You state that it was trained on this project's base and chat template, where it does not say so "
-            "by digest. Its lineage says who stated it.",
+            help="State that it was trained on this project's base and chat template, if no digest proves it. The "
+            "lineage records who stated it.",
         ),
     ] = False,
     quantize: Annotated[
         Quantize | None,
-        typer.Option(help="You state how the base was held in its training.", show_default="none"),
+        typer.Option(help="State how the base was quantized in its training.", show_default="none"),
     ] = None,
     system_prompt: Annotated[
         str | None,
-        typer.Option(help="You state that all its training rows had this system turn.", show_default="not known"),
+        typer.Option(help="State the system prompt of all its training rows.", show_default="unknown"),
     ] = None,
     unsigned: Annotated[
-        bool, typer.Option("--unsigned", help="Let it in without a signature of a key that the project trusts.")
+        bool, typer.Option("--unsigned", help="Accept it without a signature of a key that the project trusts.")
     ] = False,
-    project: Folder = HERE,
-    json: Json = False,
 ) -> None:
-    """Let a foreign adapter in, if nothing is wrong with it: only plain LoRA weights that fit the base, and no code."""
-    import tunewright
-
-    with session(json, project) as current:
-        opened = tunewright.open(project, current.reporter).adapters
-        got = opened.import_(
-            source,
-            name=name,
-            base_matches=base_matches,
-            quantize=quantize,
-            unsigned=unsigned,
-            system_prompt=system_prompt,
-        )
-        told = f"{'Imported' if got.new else 'There already'}: {got.adapter.name}, {got.signed}; lineage: {got.lineage}"
-        current.show(got.as_dict(), told)
+    """Import a foreign adapter after checking it: only plain LoRA weights that fit the base, and no code."""
+    imported = run.project.adapters.import_(
+        source,
+        name=name,
+        base_matches=base_matches,
+        quantize=quantize,
+        unsigned=unsigned,
+        system_prompt=system_prompt,
+    )
+    done = "Imported" if imported.new else "Already imported"
+    text = f"{done}: {imported.adapter.name}, {imported.signed}; lineage: {imported.lineage}"
+    run.show(imported.as_dict(), text)
 
 
-@adapters_app.command("scale")
+@command(adapters_app, "scale", example="tunewright adapters scale legal-4f1c02a9 --factor 0.5 --factor 0.75")
 def adapters_scale(
+    run: Session,
     adapter: Adapter = None,
     factor: Annotated[
         list[float] | None,
-        typer.Option(help="What the adapter's change is multiplied by; several.", show_default="0.25, 0.5, 0.75, 1"),
+        typer.Option(help="Factor of the adapter's weights (repeatable).", show_default="0.25, 0.5, 0.75, 1"),
     ] = None,
-    project: Folder = HERE,
-    json: Json = False,
 ) -> None:
-    """Against forgetting: keep less of an adapter, where that loses nothing on dev. Writes a new adapter.
+    """Reduce forgetting: scale an adapter down as far as dev loses nothing, and write the result as a new adapter.
 
-    Of the scales that lose less than evaluate.margin on dev against the best, the one is kept that forgets least.
+    Of the scales that lose less than evaluate.margin on dev against the best, the one that forgets least is kept.
     """
-    import tunewright
-    from tunewright.cli.tables import scales_table
+    result = run.project.adapters.scale(adapter, factor)
+    new = f"New adapter: {result.adapter.folder}"
+    kept = f"{result.parent.name} is best unscaled; no new adapter."
+    run.show(result.as_dict(), scales_table(result), new if result.adapter != result.parent else kept)
 
-    with session(json, project) as current:
-        result = tunewright.open(project, current.reporter).adapters.scale(adapter, factor)
-        new = f"New adapter: {result.adapter.folder}"
-        kept = f"{result.parent.name} is best as it is; no new adapter."
-        current.show(result.as_dict(), scales_table(result), new if result.adapter != result.parent else kept)
+
+def adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
+    """Return an adapter as a row of the list."""
+    return {
+        "name": adapter.name,
+        "digest": adapter.digest,
+        "created": adapter.lineage["created"],
+        "dataset": adapter.dataset,
+        "base": adapter.lineage["base"]["spec"],
+        "imported": adapter.imported is not None,
+        "checkpoints": list(adapter.checkpoints),
+    }
+
+
+def adapters_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of stored adapters."""
+    table = Table()
+    for name in ("adapter", "created", "dataset", "base", "checkpoints"):
+        table.add_column(name, no_wrap=name == "adapter")
+    for row in rows:
+        dataset = row["dataset"][:_SHORT] if row["dataset"] else "unknown"
+        dataset += ", imported" if row["imported"] else ""
+        table.add_row(row["name"], to_the_second(row["created"]), dataset, row["base"], ", ".join(row["checkpoints"]))
+    return table
+
+
+def standings_table(found: Sequence[Standing]) -> Table:
+    """Return the status of each adapter, with the reasons."""
+    table = Table()
+    for name in ("adapter", "state", "why"):
+        table.add_column(name)
+    for each in found:
+        table.add_row(each.adapter, each.state, Text("; ".join(each.reasons)))
+    return table
+
+
+def lineage_tree(shown: Shown) -> Tree:
+    """Return an adapter's base, data, training and evaluations as a tree."""
+    trace = shown.trace
+    tree = Tree(Text(f"{trace.name}, made {to_the_second(trace.created)}"))
+    standing = _add(tree, f"digest {trace.digest[:_SHORT]}, {shown.standing.state}")
+    for reason in shown.standing.reasons:
+        _add(standing, reason)
+    if trace.imported:
+        _add(
+            tree,
+            f"imported {to_the_second(trace.imported['at'])} from {trace.imported['source']}"
+            + _by(trace.imported["by"]),
+        )
+    if trace.scaled:
+        _add(tree, f"{trace.scaled['parent']} times {trace.scaled['factor']:g}")
+    if trace.config:
+        train = trace.config["train"]
+        config = _add(tree, f"config, seed {trace.seed}")
+        _add(config, f"LoRA on {', '.join(train['target_modules'])}")
+        _add(config, f"rank {train['lora_r']}, alpha {train['lora_alpha']}, learning rate {train['learning_rate']:g}")
+        _add(config, f"{train['epochs']} epochs in batches of {train['batch_size']}")
+    base = _add(tree, f"base {trace.base['spec']}, digest {trace.base['digest'][:_SHORT]}" + _stated(trace))
+    if trace.base["commit"]:
+        _add(base, f"commit {trace.base['commit']}")
+    for name, sha256 in trace.base["files"].items():
+        _add(base, f"{name} {sha256[:_SHORT]}")
+    _add(tree, f"chat template, digest {trace.template[:_SHORT]}" + _stated(trace))
+    if trace.dataset:
+        _dataset(tree, trace.dataset)
+    else:
+        _add(tree, "dataset: unknown; it was trained elsewhere and came without lineage")
+    _add(tree, f"system prompt: {trace.system_prompt.shown}")
+    if trace.replayed:
+        _add(tree, f"replay: {trace.replayed:,} conversations that the base wrote (replay.jsonl)")
+    if trace.training:
+        training = trace.training
+        _add(tree, f"training: step {training['kept_step']} kept, {training['seconds']:,.0f} s on {training['device']}")
+    packages = _add(tree, "packages") if trace.packages else tree
+    for name, version in trace.packages.items():
+        _add(packages, f"{name} {version}")
+    for name, decision in shown.verdicts:
+        _add(tree, f"evaluation {name}: {decision}")
+    if not shown.verdicts:
+        _add(tree, "not evaluated yet")
+    return tree
+
+
+def _add(tree: Tree, text: str) -> Tree:
+    return tree.add(Text(text))
+
+
+def _by(name: str | None) -> str:
+    return f" by {name}" if name else ""
+
+
+def _stated(trace: Trace) -> str:
+    return "" if trace.stated is None else f" (as stated{_by(trace.stated['by'])}, not verified)"
+
+
+def _dataset(tree: Tree, dataset: DatasetTrace) -> None:
+    here = "here, its rows as named" if dataset.found else dataset.why_not
+    branch = _add(tree, f"dataset version {dataset.digest[:_SHORT]}: {here}")
+    for split in dataset.splits:
+        trained = {"train": "trained on", "dev": "which chose the checkpoint", "test": "held out"}[split.split]
+        out = f", {len(split.left_out):,} of them left out as too long" if split.left_out else ""
+        rows = "row" if split.rows == 1 else "rows"
+        _add(branch, f"{split.split}: {split.rows:,} {rows}, {trained}{out}; digest {split.digest[:_SHORT]}")
+    if dataset.mix:
+        mixed = dataset.mix
+        _add(branch, f"of the training rows {mixed['drawn']:,} are of the mix-in {mixed['source']['name']}")
+
+
+def row_lines(trace: Trace) -> str:
+    """Return the rows of the dataset version, one per line: split, use in training, key."""
+    lines = []
+    for split in trace.dataset.splits if trace.dataset else ():
+        out = set(split.left_out)
+        use = {"train": "trained", "dev": "dev", "test": "test"}[split.split]
+        lines += [f"{split.split}\t{'left out' if key in out else use}\t{key}\n" for key in split.keys or ()]
+    return "".join(lines)
+
+
+def scales_table(result: ScaleResult) -> Table:
+    """Return an adapter's scores and forgetting at several scales, with the one chosen."""
+    from tunewright.metrics import axis_label
+
+    samples = result.chosen.forgetting.samples
+    title = f"{result.parent.name} on {result.dev_items} dev items and {samples} samples of the base"
+    table = Table(title=title, title_justify="left", caption=f"Chosen: {result.rule}.", caption_justify="left")
+    for name in ("factor", axis_label(result.metric), "forgotten, nats/token", "95% interval", ""):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for each in result.tried:
+        lost = each.forgetting
+        table.add_row(
+            f"{each.factor:g}",
+            f"{100 * each.dev:.1f}",
+            f"{lost.increase:+.4f}",
+            f"{lost.interval.low:+.4f} to {lost.interval.high:+.4f}",
+            "chosen" if each == result.chosen else "",
+        )
+    return table

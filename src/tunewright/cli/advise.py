@@ -1,53 +1,125 @@
-"""Whether to train at all: advise."""
+"""``advise``: whether to train at all."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import RESUMES, session
-from tunewright.cli.measure import Minutes
+from tunewright.cli.app import TRAIN, Minutes, app, command
+from tunewright.cli.console import RESUMES, Session
+from tunewright.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tunewright.advisor.result import AdviceResult
+    from tunewright.advisor.signals import Signals
+    from tunewright.evidence.base import Interval, Score
+
+_COLOURS = {"fine-tune": "bold green", "prompt": "bold cyan", "retrieve": "bold cyan", "can't tell": "bold yellow"}
+_WIDTH = 41
 
 
-@app.command()
+@command(app, "advise", panel=TRAIN, example="tunewright advise --minutes 20", kept=RESUMES)
 def advise(
+    run: Session,
     stored: Annotated[
         Path | None,
-        typer.Argument(metavar="[ADVICE]", help="Decide anew from stored advice (its ID or file); measure nothing."),
+        typer.Argument(metavar="ADVICE", help="ID or file of stored advice to decide from; nothing is measured."),
     ] = None,
     no_pilot: Annotated[
-        bool, typer.Option("--no-pilot", help="Train no pilot: what training brings is then not known.")
+        bool, typer.Option("--no-pilot", help="Train no pilot adapter; the gain from training is then unknown.")
     ] = False,
     minutes: Minutes = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Prompt, retrieve (exit 3), fine-tune (0) or can't tell (4): three signals and a pilot, measured on dev.
+) -> int:
+    """Say whether to prompt, retrieve (exit code 3) or fine-tune (0), or that the dev split can't tell (4).
 
-    What is measured: the score over the number of demonstrations, how special vocabulary and format are, from how many
-    calls on training pays, and a pilot adapter on a part of the rows against the best prompt. Goes on where it was
-    stopped.
+    Measures the score by number of demonstrations, how special vocabulary and format are, and after how many calls
+    training pays off. A pilot adapter, trained on a part of the rows, meets the best prompt. Resumes where it stopped.
     """
-    import tunewright
-    from tunewright.api import Project
-    from tunewright.cli.advice_tables import advice_tables
-    from tunewright.config.project import ProjectFolder
-    from tunewright.core.errors import UserError
+    if stored is None:
+        result = run.project.advise(pilot=not no_pilot, minutes=minutes)
+        document = {**result.as_dict(), "prospects": [each.as_dict() for each in run.project.prospects()]}
+    elif no_pilot or minutes is not None:
+        option = "--no-pilot" if no_pilot else "--minutes"
+        raise UserError(f"{option} does not apply to stored advice", where=option, fix="Leave one of the two out.")
+    else:
+        result = run.unopened.advise(stored)
+        document = result.as_dict()
+    run.show(document, *advice_tables(result))
+    return result.decision.exit_code
 
-    with session(json, project, kept=RESUMES) as current:
-        if stored is None:
-            opened = tunewright.open(project, current.reporter)
-            result = opened.advise(pilot=not no_pilot, minutes=minutes)
-            document = {**result.as_dict(), "prospects": [told.as_dict() for told in opened.prospects()]}
-        elif no_pilot or minutes is not None:
-            option = "--no-pilot" if no_pilot else "--minutes"
-            raise UserError("stored advice is only read", where=option, fix="Leave one of the two out.")
-        else:
-            # Not opened as a project: the file is enough, wherever it lies.
-            result = Project(ProjectFolder(project), current.reporter).advise(stored)
-            document = result.as_dict()
-        current.show(document, *advice_tables(result))
-        raise typer.Exit(result.decision.exit_code)
+
+def advice_tables(result: AdviceResult) -> list[RenderableType]:
+    """Return the arms, the score over k next to the pilot's, the signals, and the answer with what would change it."""
+    from tunewright.advisor.wording import changes, expectations
+    from tunewright.cli.evaluate import prompting_tables
+
+    signals, decision = result.signals, result.decision
+    answer = Text(f"Answer: {decision.answer}", style=_COLOURS[decision.answer])
+    if decision.arm is not None:
+        answer.append(f" ({decision.arm})")
+    lines = [decision.why, "What would change this answer:", *(f"  - {c}" for c in changes(signals, decision))]
+    lines += [f"Few pairs: {line}" for line in expectations(signals)]
+    answer.append("".join(f"\n  {line}" for line in lines), style="default")
+    return [
+        *prompting_tables(signals.prompting),
+        scores_plot(signals),
+        signals_table(signals),
+        answer,
+        f"Advice: {result.file}",
+    ]
+
+
+def signals_table(signals: Signals) -> Table:
+    """Return the measurements, one row for each signal."""
+    from tunewright.advisor.wording import measured
+
+    table = Table(title="Signals", title_justify="left", show_lines=True)
+    table.add_column("signal", no_wrap=True)
+    table.add_column("measured", overflow="fold")
+    for name, text in measured(signals).items():
+        table.add_row(name, Text(text))
+    return table
+
+
+def scores_plot(signals: Signals) -> Table:
+    """Return scores with their intervals on one axis: each kind of demonstrations over k, and the pilots."""
+    from tunewright.metrics import axis_label
+
+    rows: list[tuple[str, str, Score]] = [
+        (curve.name, str(point.shots), point.score) for curve in signals.context.curves for point in curve.points
+    ]
+    if signals.gain is not None:
+        rows += [("pilot", f"{part.rows:,} rows", part.score) for part in signals.gain.parts]
+    top = max((score.interval.high for _, _, score in rows), default=1.0)
+    table = Table(title=f"{axis_label(signals.metric)} over k, with 95% intervals", title_justify="left")
+    for name in ("demonstrations", "k", f"0 to {100 * top:.0f}", ""):
+        table.add_column(name, justify="right" if name == "k" else "left", no_wrap=True)
+    before = None
+    for kind, shots, score in rows:
+        if before not in (None, kind):
+            table.add_section()
+        table.add_row("" if kind == before else kind, shots, bar(score, top), f"{100 * score.value:.1f}")
+        before = kind
+    return table
+
+
+def bar(score: Score, top: float) -> str:
+    """Draw an interval and its value on an axis from 0 to ``top``: ``    ├──●───┤``."""
+
+    def place(share: float) -> int:
+        return round(share / (top or 1.0) * (_WIDTH - 1))
+
+    interval: Interval = score.interval
+    line = [" "] * _WIDTH
+    for column in range(place(interval.low), place(interval.high) + 1):
+        line[column] = "─"
+    line[place(interval.low)] = "├"
+    line[place(interval.high)] = "┤"
+    line[place(score.value)] = "●"
+    return "".join(line).rstrip()

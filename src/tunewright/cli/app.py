@@ -1,41 +1,160 @@
-"""The command ``tunewright`` and the options that its commands share."""
+"""The command ``tunewright``, and the decorator that makes a command of a function."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tunewright._version import __version__
+from tunewright.cli.console import NOTHING_KEPT, session
+
+DATA, TRAIN, EVALUATE, DEPLOY, PROJECT = PANELS = ("Data", "Train", "Evaluate", "Deploy", "Project")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-Folder = Annotated[
-    Path, typer.Option("--project", "-p", help="The project's folder.", show_default="the current folder")
+Folder = Annotated[Path, typer.Option("--project", "-p", help="Project folder.", show_default="current folder")]
+StateUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--state",
+        help="Serving state: postgresql://USER@HOST/DATABASE or sqlite:///FILE.",
+        show_default="serve.database_url in the config",
+    ),
 ]
-HERE = Path()
+Adapter = Annotated[str | None, typer.Argument(help="Adapter name or its first characters.", show_default="the newest")]
+Force = Annotated[bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        "--minutes",
+        help="Time limit for generating answers, estimated from the speed measured here. Arms are left out by name: "
+        "first those that decide nothing, then those with the most demonstrations.",
+        show_default="no limit",
+    ),
+]
+
+_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
+
+
+class _InPanels(TyperGroup):
+    """A group that lists its commands by panel, in the order of `PANELS`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        panels = {name: getattr(command, "rich_help_panel", PROJECT) for name, command in self.commands.items()}
+        return sorted(super().list_commands(ctx), key=lambda name: PANELS.index(panels[name]))
+
 
 app = typer.Typer(
     name="tunewright",
-    help="Fine-tune Llama and Mistral for your domain, and prove it beat prompting.\n\n"
+    cls=_InPanels,
+    help="Fine-tune Llama and Mistral for your domain, and prove that it beats prompting.\n\n"
     "Exit codes: 0 yes or done, 1 failed, 2 wrong usage or bad input, "
     "3 a measured no (don't ship, does not fit), 4 can't tell, 130 stopped by Ctrl-C.",
+    epilog="`tunewright COMMAND --help` shows an example of each command. "
+    "`tunewright --install-completion` makes the Tab key complete commands and options in this shell.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tunewright {__version__}")
+        lines = [f"tunewright {__version__}"]
+        for name in _PACKAGES:
+            try:
+                lines.append(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                lines.append(f"{name} not installed")
+        typer.echo("\n".join(lines))
         raise typer.Exit
 
 
 @app.callback()
 def _root(
     _version_wanted: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Print the versions of tunewright and its main dependencies.",
+        ),
     ] = False,
 ) -> None:
     pass
+
+
+def group(name: str, panel: str, text: str, *, within: typer.Typer = app) -> typer.Typer:
+    """Return a new group of commands."""
+    made = typer.Typer(help=text, no_args_is_help=True)
+    within.add_typer(made, name=name, rich_help_panel=panel)
+    return made
+
+
+def command(
+    within: typer.Typer,
+    name: str,
+    *,
+    example: str,
+    panel: str | None = None,
+    kept: str = NOTHING_KEPT,
+    status: bool = True,
+    project: bool = True,
+    state: bool = False,
+    json: bool = True,
+    together: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
+    """Return a decorator that makes a command of a function of a `Session`, which returns the exit code (None: 0).
+
+    Args:
+        within: the group that the command belongs to.
+        name: the command's name.
+        example: a complete command line, shown in its help. A test parses it.
+        panel: where the help of ``tunewright`` lists the command, if it is not in a group.
+        kept: what a stopped run leaves behind, and how to resume it.
+        status: say at the end whether reviewers have accepted the project's dataset version.
+        project: add ``--project``.
+        state: add ``--state``.
+        json: add ``--json``.
+        together: whether a run with these options may be one of several processes.
+    """
+
+    def decorate(function: Callable[..., int | None]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        shared = [
+            *([_option("state", StateUrl, None)] if state else []),
+            *([_option("project", Folder, Path())] if project else []),
+            *([_option("json", Json, False)] if json else []),
+        ]
+
+        @wraps(function)
+        def run(**options: Any) -> None:
+            as_json, folder = options.pop("json", False), options.pop("project", None)
+            url = options.pop("state", None)
+            reviewed = folder if status else None
+            with session(as_json, reviewed, together=together(options), kept=kept) as current:
+                current.folder, current.state = folder or Path(), url
+                code = function(current, **options)
+                if code:
+                    raise typer.Exit(code)
+
+        del run.__wrapped__  # typer would read the signature of `function`
+        run.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
+        run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        # Help keeps the line ends of a docstring's later paragraphs, which are where the source was wrapped.
+        text = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
+        within.command(name, rich_help_panel=panel, help=text, epilog=f"Example: {example}")(run)
+        return run
+
+    return decorate
+
+
+def _option(name: str, annotation: Any, default: object) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -8,39 +8,39 @@ import logging
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tunewright.cli.live import ConsoleReporter
 from tunewright.cli.stopping import STOPPED, stoppable
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Task
 from tunewright.training import distributed
 
 if TYPE_CHECKING:
-    from tunewright.cli.curves import Curves
+    from tunewright.api import Project
 
 FAILED = 1
 USER_ERROR = 2
 MEASURED_NO = 3
 CANT_TELL = 4
 RESUMES = "what was finished is kept, and the same command resumes from there"
-"""Of commands whose work is kept piece by piece."""
+"""What a stopped command leaves behind if it stores its work piece by piece."""
+NOTHING_KEPT = "nothing half done is kept; run the same command again"
+"""What a stopped command leaves behind if it stores its work at the end."""
 READER_LEFT = 128 + signal.SIGPIPE
-"""As shells report a command whose output nobody reads any more, such as in ``| head -1``."""
+"""Exit code of a command whose reader has closed the pipe, as in ``| head -1``."""
 _LOG_WIDTH = 120
 _PIPE_WIDTH = 10**6
-"""Columns of a pipe, where no cell may be cut and no row broken."""
+"""Columns of a pipe, where no cell may be cut and no row wrapped."""
 
 
 def _leave_reader() -> NoReturn:
@@ -84,124 +84,17 @@ def _on_one_line(cell: RenderableType) -> RenderableType:
     return cell.replace("\n", "\\n") if isinstance(cell, str) else cell
 
 
-class _BarTask:
-    """A bar, and curves above it once there are points to draw."""
-
-    def __init__(self, progress: Progress, title: str, total: int) -> None:
-        self.progress = progress
-        self.task_id = progress.add_task(title, total=total, note="")
-        self.total = total
-        self.curves: Curves | None = None
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self.progress.update(self.task_id, advance=steps, note=note)
-
-    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
-        if self.curves is None:
-            from tunewright.cli.curves import Curves
-
-            self.curves = Curves(self.total)
-        self.curves.add(step, numbers)
-
-    def __rich__(self) -> RenderableType:
-        return self.progress if self.curves is None else Group(self.curves, self.progress)
-
-
-class _LineTask:
-    """Progress where there is no terminal to draw on (a log, CI): a line every quarter of a minute."""
-
-    every_s = 15.0
-    short_s = 2.0  # work done sooner than this is not worth a line
-    burst_s = 1.0  # advances this soon after the first one belong to it
-
-    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
-        self.console = console
-        self.title = title
-        self.total = total
-        self.unit = unit
-        self.done = self.first = 0
-        self.began = self.told = self.since = time.monotonic()
-        self.first_at: float | None = None
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self.done += steps
-        now = time.monotonic()
-        self.first_at = now if self.first_at is None else self.first_at
-        if now - self.first_at < self.burst_s:
-            # What a resumed task had done already, or a whole batch after warming up: it does not show the speed.
-            self.first, self.since = self.done, now
-        finished = self.done == self.total and now - self.began > self.short_s
-        if now - self.told < self.every_s and not finished:
-            return
-        self.told = now
-        parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", note, self._left(now)]
-        self.console.print(", ".join(part for part in parts if part))
-
-    def _left(self, now: float) -> str:
-        """Return the time left by the speed since the first advances, or nothing before there are later ones."""
-        if self.done == self.total:
-            return "0 s left"
-        if self.done == self.first:
-            return ""
-        return f"{_duration((now - self.since) / (self.done - self.first) * (self.total - self.done))} left"
-
-    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Nothing is drawn on a log: each evaluation says its numbers itself."""
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-class ConsoleReporter:
-    """Reports to the terminal, on stderr."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bars: Progress | None = None
-
-    def say(self, message: str) -> None:
-        self.console.print(message, markup=False, highlight=False)
-
-    def warn(self, message: str) -> None:
-        self.console.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
-        if not self.console.is_terminal:
-            yield _LineTask(self.console, title, total, unit)
-            return
-        if self.bars is not None:  # within another task: a bar below its, gone when it is done
-            bar = _BarTask(self.bars, title, total)
-            yield bar
-            self.bars.remove_task(bar.task_id)
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
-        self.bars = Progress(*columns, console=self.console)
-        bar = _BarTask(self.bars, title, total)
-        try:
-            with Live(bar, console=self.console, refresh_per_second=4):
-                yield bar
-        finally:
-            self.bars = None
-
-
 class Session:
-    """One command under way."""
+    """A running command: its project, and where its result, notes and progress are printed."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        # It says at each import that a kernel of the hub, which nothing here uses, is not installed.
+        self.folder = Path()
+        self.state: str | None = None
+        """The serving state that ``--state`` names."""
+        # At each import it reports that a hub kernel, which nothing here uses, is not installed.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-        # A log has no width of its own: rows are not to be broken there.
+        # A log has no width, so rows are not wrapped there.
         on_terminal = sys.stderr.isatty()
         self.console = _Console(
             stderr=True,
@@ -209,7 +102,29 @@ class Session:
             width=None if on_terminal else _LOG_WIDTH,
             quiet=not distributed.is_main(),
         )
-        self.reporter = ConsoleReporter(self.console)
+        self.reporter = ConsoleReporter(self.console, live=not as_json)
+
+    @cached_property
+    def project(self) -> Project:
+        """The project in the folder, on the serving state that ``--state`` names. It must exist."""
+        import tunewright
+        from tunewright.api import Project
+        from tunewright.config.project import ProjectFolder
+
+        opened = tunewright.open(self.folder, self.reporter)
+        if self.state is None:
+            return opened
+        config = opened.folder.config
+        serve = config.serve.model_copy(update={"state": self.state})
+        return Project(ProjectFolder(self.folder, config.model_copy(update={"serve": serve})), self.reporter)
+
+    @cached_property
+    def unopened(self) -> Project:
+        """The folder's API without opening a project, for commands that need none."""
+        from tunewright.api import Project
+        from tunewright.config.project import ProjectFolder
+
+        return Project(ProjectFolder(self.folder), self.reporter)
 
     def show(self, document: dict[str, Any], *people: RenderableType, alone: str | None = None) -> None:
         """Print the command's result on stdout: ``document`` with ``--json``, else text and tables for people.
@@ -236,18 +151,18 @@ class Session:
             _write(text)
 
     def tell_standing(self, project: Path | None) -> None:
-        """Whether reviewers have accepted a project's current dataset version, if it has one."""
+        """Say whether reviewers have accepted a project's current dataset version, if it has one."""
         if project is None or not (project / "dataset").is_dir():
             return
         from tunewright.config.project import ProjectFolder
         from tunewright.data.review.status import standing
 
         try:
-            told = standing(ProjectFolder(project).dataset)
+            text = standing(ProjectFolder(project).dataset)
         except UserError as error:
-            told = f"Whether the current version is accepted cannot be told: {error.what}"
-        if told is not None:
-            self.reporter.say(told)
+            text = f"The review status of the current version cannot be read: {error.what}"
+        if text is not None:
+            self.reporter.say(text)
 
 
 @contextmanager
@@ -256,13 +171,15 @@ def session(
     project: Path | None = None,
     *,
     together: bool = False,
-    kept: str = "nothing half done is kept; run the same command again",
+    kept: str = NOTHING_KEPT,
 ) -> Iterator[Session]:
     """Run a command: a UserError becomes one clear message and exit code 2, a stop by Ctrl-C or SIGTERM one and 130.
 
-    Of the project it says at the end whether reviewers have accepted the current dataset version. With ``together``
-    the command may run in several processes at once, one of which speaks for all. ``kept`` says what a stopped command
-    leaves behind and how to resume it.
+    Args:
+        as_json: print the result as JSON.
+        project: report at the end whether reviewers have accepted its dataset version.
+        together: allow several processes, one of which prints for all.
+        kept: what a stopped command leaves behind, and how to resume it.
     """
     current = Session(as_json=as_json)
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -274,7 +191,7 @@ def session(
     except RuntimeError as error:
         if not distributed.lost_another(error):
             raise
-        what = "another process of this run was lost; the same command goes on from the last checkpoint"
+        what = "another process of this run was lost; the same command resumes from the last checkpoint"
         _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}", FAILED)
     except KeyboardInterrupt:
         what = f"stopped; {kept}"

@@ -1,60 +1,76 @@
-"""``data``: from raw files to dataset versions."""
+"""``data add``, ``check`` and ``leakage``: from raw files to dataset versions."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import USER_ERROR, session
+from tunewright.cli.app import DATA, command, group
+from tunewright.cli.console import USER_ERROR, Session
 from tunewright.core.errors import UserError
-from tunewright.core.io import canonical_json
 from tunewright.core.wording import count_of
 
-data_app = typer.Typer(help="Pairs, versions and splits.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tunewright.data.dedup.contamination import Contamination
+    from tunewright.data.dedup.leakage import BandScore, LeakReport, TemplateScore
+    from tunewright.data.dedup.output_leakage import OutputLeak
+    from tunewright.data.preview import Effect, Preview
+    from tunewright.data.versions import Manifest
+    from tunewright.training.lengths import LengthReport
+
+data_app = group("data", DATA, "Add, check, review, version and share training pairs.")
 
 Rows = Annotated[
     str | None,
-    typer.Option("--rows", help="JMESPath to the rows in a JSON document.", show_default="the config's data.rows"),
+    typer.Option("--rows", help="JMESPath to the rows in a JSON document.", show_default="data.rows in the config"),
 ]
 Input = Annotated[
     str | None,
-    typer.Option("--input", help="The input's column or key, or a template over the row.", show_default="the config's"),
+    typer.Option("--input", help="Column, key or template of the input.", show_default="data.input in the config"),
 ]
 Output = Annotated[
     str | None,
-    typer.Option("--output", help="The same for the ideal output.", show_default="the config's"),
+    typer.Option("--output", help="Column, key or template of the output.", show_default="data.output in the config"),
 ]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out, listed by cause.")]
-Redact = Annotated[bool, typer.Option("--redact", help="Put placeholders for secrets and personal data.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out and list them by cause.")]
+Redact = Annotated[bool, typer.Option("--redact", help="Replace secrets and personal data with placeholders.")]
 AcceptConflicts = Annotated[
-    bool, typer.Option("--accept-conflicts", help="Keep inputs with different outputs, instead of refusing.")
+    bool, typer.Option("--accept-conflicts", help="Keep inputs that have different outputs, instead of refusing.")
 ]
 Replace = Annotated[
-    bool, typer.Option("--replace", help="Let an output supersede the one that the dataset has for its input.")
+    bool, typer.Option("--replace", help="Let a new output supersede the dataset's output for the same input.")
 ]
-Restore = Annotated[bool, typer.Option("--restore", help="Take rows in again that were removed or superseded.")]
+Restore = Annotated[bool, typer.Option("--restore", help="Add rows again that were removed or superseded.")]
 SplitFrom = Annotated[
     Path | None,
-    typer.Option(help="A project whose split the rows of this new dataset keep.", show_default="a split of its own"),
+    typer.Option(help="Project whose split a new dataset's rows keep.", show_default="a new split"),
 ]
 Presidio = Annotated[
     str | None,
-    typer.Option(help="Look for names and places too, with this spaCy model.", show_default="patterns only"),
+    typer.Option(help="spaCy model that also finds names and places.", show_default="patterns only"),
 ]
 
 
-@data_app.command("add")
+@command(
+    data_app,
+    "add",
+    example="tunewright data add pairs.jsonl -m 'first export'",
+    kept="nothing was added; run the same command again",
+)
 def data_add(
+    run: Session,
     files: Annotated[
         list[Path],
-        typer.Argument(
-            help="Files of pairs: JSON, CSV, Parquet, saved `datasets` folders; folders or patterns of these."
-        ),
+        typer.Argument(help="Files of pairs (JSON, CSV, Parquet, saved `datasets` folders), folders or patterns."),
     ],
     rows: Rows = None,
     input_column: Input = None,
@@ -66,98 +82,45 @@ def data_add(
     restore: Restore = False,
     split_from: SplitFrom = None,
     presidio: Presidio = None,
-    message: Annotated[str, typer.Option("--message", "-m", help="Kept with the version.")] = "",
-    project: Folder = HERE,
-    json: Json = False,
+    message: Annotated[str, typer.Option("--message", "-m", help="Message stored with the version.")] = "",
 ) -> None:
-    """Add files of pairs: checked, deduplicated, clustered and split into a new dataset version."""
-    import tunewright
-    from tunewright.cli.tables import version_table
-
-    with session(json, project, kept="nothing was added; run the same command again") as current:
-        result = tunewright.open(project, current.reporter).data.add(
-            files,
-            rows=rows,
-            input_column=input_column,
-            output_column=output_column,
-            skip_bad=skip_bad,
-            redact=redact,
-            accept_conflicts=accept_conflicts,
-            presidio=presidio,
-            message=message,
-            replace=replace,
-            restore=restore,
-            split_from=split_from,
-        )
-        what = f"{count_of(result.added, 'example')} added, {result.known:,} known before, "
-        what += count_of(len(result.duplicates), "duplicate")
-        if result.skipped:
-            what += f", {len(result.skipped):,} left out as faulty"
-        if result.left_out:
-            what += f", {result.left_out:,} left out as holding a test input or a benchmark item"
-        what += f", {sum(len(r.before) for r in result.replaced):,} replaced" if result.replaced else ""
-        what += f", {len(result.superseded):,} superseded earlier and left out" if result.superseded else ""
-        what += f", {len(result.removed):,} removed earlier and left out" if result.removed else ""
-        if near := result.version.counts.near_duplicates:
-            what += f"; near-duplicates in the version: {near:,}, each in one cluster with the row that it is like"
-        status = "New version" if result.created else "Nothing new: still version"
-        current.show(
-            result.as_dict(), f"{status} {result.version.digest[:12]}: {what}", version_table([result.version])
-        )
+    """Check, deduplicate, cluster and split files of pairs into a new dataset version."""
+    result = run.project.data.add(
+        files,
+        rows=rows,
+        input_column=input_column,
+        output_column=output_column,
+        skip_bad=skip_bad,
+        redact=redact,
+        accept_conflicts=accept_conflicts,
+        presidio=presidio,
+        message=message,
+        replace=replace,
+        restore=restore,
+        split_from=split_from,
+    )
+    what = f"{count_of(result.added, 'example')} added, {result.known:,} known before, "
+    what += count_of(len(result.duplicates), "duplicate")
+    if result.skipped:
+        what += f", {len(result.skipped):,} left out as faulty"
+    if result.left_out:
+        what += f", {result.left_out:,} left out as holding a test input or a benchmark item"
+    what += f", {sum(len(r.before) for r in result.replaced):,} replaced" if result.replaced else ""
+    what += f", {len(result.superseded):,} superseded earlier and left out" if result.superseded else ""
+    what += f", {len(result.removed):,} removed earlier and left out" if result.removed else ""
+    if near := result.version.counts.near_duplicates:
+        what += f"; near-duplicates in the version: {near:,}, each in one cluster with the row that it is like"
+    status = "New version" if result.created else "Nothing new: still version"
+    run.show(result.as_dict(), f"{status} {result.version.digest[:12]}: {what}", version_table([result.version]))
 
 
-@data_app.command("show")
-def data_show(
-    row: Annotated[str, typer.Argument(help="The first digits of the row's key, or FILE:LINE of an added file.")],
-    tokens: Annotated[bool, typer.Option("--tokens", help="Token by token, as training sees it.")] = False,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Show one row: its conversation and where it belongs, or with --tokens what the model sees of it."""
-    import tunewright
-    from tunewright.cli.token_tables import conversation_text, row_document, row_heading, tokens_text
-
-    with session(json, project) as current:
-        opened = tunewright.open(project, current.reporter)
-        member = opened.data.show(row)
-        if not tokens:
-            metadata = opened.data.metadata(member.key)
-            counts = opened.data.cluster_counts(member)
-            told = [f"{key}: {canonical_json(value)}" for key, value in metadata.items()]
-            document = {**row_document(member, counts), "metadata": metadata}
-            current.show(document, row_heading(member, counts), *told, conversation_text(member))
-            return
-        from tunewright.chat.view import view
-        from tunewright.training.rows import row_faults, told_by
-
-        encoded = opened.chat.rows(member.example.messages)
-        rows = [view(opened.chat, each) for each in encoded]
-        faults = row_faults(opened.chat, encoded, told_by(member, len(encoded)))
-        document = {
-            **row_document(member),
-            "template_digest": opened.chat.digest,
-            "rows": [
-                {
-                    "ids": [t.id for t in each],
-                    "texts": [t.text for t in each],
-                    "loss_mask": [t.trained for t in each],
-                    "control": [t.control for t in each],
-                    "fault": fault,
-                }
-                for each, fault in zip(rows, faults, strict=True)
-            ],
-        }
-        current.show(document, row_heading(member), *(tokens_text(each) for each in rows))
-        for fault in filter(None, faults):
-            current.reporter.warn(f"training would refuse this row: {fault}")
-
-
-@data_app.command("check")
+@command(data_app, "check", example="tunewright data check pairs.csv --input question --output answer")
 def data_check(
+    run: Session,
     files: Annotated[
         list[Path] | None, typer.Argument(help="Files of pairs.", show_default="the current version")
     ] = None,
-    fix: Annotated[Path | None, typer.Option(help="Write a corrected copy of the one file here.")] = None,
+    fix: Annotated[Path | None, typer.Option(help="Write a corrected copy of one file to this path.")] = None,
     rows: Rows = None,
     input_column: Input = None,
     output_column: Output = None,
@@ -168,114 +131,258 @@ def data_check(
     restore: Restore = False,
     split_from: SplitFrom = None,
     presidio: Presidio = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Say what `data add` would do with files; without files, what training will see of the current version.
+) -> int | None:
+    """Show what `data add` would do with files or, without files, what training sees of the current version.
 
-    Of files: faults, duplicates, conflicts, secrets, splits; exit code 2 if `data add` with the same options would
-    refuse. Of the version: every row encoded: lengths, trained share, rows too long, rows that cannot be trained on.
+    With files: faults, duplicates, conflicts, secrets and splits; exit code 2 if `data add` with the same options would
+    refuse them. Without files, every row is encoded: lengths, trained share, and rows too long or unfit for training.
     """
-    import tunewright
-    from tunewright.cli.data_texts import preview_text
-    from tunewright.cli.token_tables import check_tables
-
-    with session(json, project) as current:
-        opened = tunewright.open(project, current.reporter)
-        mapped = {"rows": rows, "input_column": input_column, "output_column": output_column}
-        options = {"skip_bad": skip_bad, "redact": redact, "accept_conflicts": accept_conflicts, "replace": replace}
-        options |= {"restore": restore, "split_from": split_from is not None, "presidio": presidio is not None}
-        adding = [f"--{name.replace('_', '-')}" for name, given in options.items() if given]
-        if files is None and (any(mapped.values()) or adding):
-            named = [f"--{name.removesuffix('_column')}" for name, given in mapped.items() if given]
-            what = f"{', '.join([*named, *adding])} is for files, and none is named"
-            raise UserError(what, fix="Name the files.")
-        if fix is not None:
-            if files is None or len(files) != 1:
-                raise UserError("--fix corrects one file", where="--fix", fix="Name the file, and one only.")
-            if adding:
-                raise UserError(f"--fix does not use {', '.join(adding)}", where="--fix", fix="Leave the option out.")
-            changes = opened.data.fix_file(files[0], fix, **mapped)
-            left_out = sum(change.left_out for change in changes)
-            done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
-            document = {"out": str(fix), "changes": [asdict(change) for change in changes]}
-            current.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
-            return
-        if files is not None:
-            checked = opened.data.check_files(
-                files,
-                **mapped,
-                skip_bad=skip_bad,
-                redact=redact,
-                accept_conflicts=accept_conflicts,
-                presidio=presidio,
-                replace=replace,
-                restore=restore,
-                split_from=split_from,
-            )
-            current.show(checked.as_dict(), preview_text(checked))
-            if not checked.ok:
-                raise typer.Exit(USER_ERROR)
-            return
-        report = opened.data.check()
-        dropping = opened.folder.config.train.on_overlength == "drop"
-        current.show(report.as_dict(), *check_tables(report, dropping=dropping))
-        if report.refused(dropping=dropping):
-            raise typer.Exit(USER_ERROR)
+    mapped = {"rows": rows, "input_column": input_column, "output_column": output_column}
+    options = {"skip_bad": skip_bad, "redact": redact, "accept_conflicts": accept_conflicts, "replace": replace}
+    options |= {"restore": restore, "split_from": split_from is not None, "presidio": presidio is not None}
+    adding = [f"--{name.replace('_', '-')}" for name, given in options.items() if given]
+    data = run.project.data
+    if files is None and (any(mapped.values()) or adding):
+        named = [f"--{name.removesuffix('_column')}" for name, given in mapped.items() if given]
+        raise UserError(f"{', '.join([*named, *adding])} requires files (got none)", fix="Name the files.")
+    if fix is not None:
+        if files is None or len(files) != 1:
+            what = f"--fix requires exactly one file (got {len(files or ())})"
+            raise UserError(what, where="--fix", fix="Name one file.")
+        if adding:
+            raise UserError(f"--fix does not use {', '.join(adding)}", where="--fix", fix="Leave the option out.")
+        changes = data.fix_file(files[0], fix, **mapped)
+        left_out = sum(change.left_out for change in changes)
+        done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
+        document = {"out": str(fix), "changes": [asdict(change) for change in changes]}
+        run.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
+        return None
+    if files is not None:
+        checked = data.check_files(
+            files,
+            **mapped,
+            skip_bad=skip_bad,
+            redact=redact,
+            accept_conflicts=accept_conflicts,
+            presidio=presidio,
+            replace=replace,
+            restore=restore,
+            split_from=split_from,
+        )
+        run.show(checked.as_dict(), preview_text(checked))
+        return None if checked.ok else USER_ERROR
+    report = data.check()
+    dropping = run.project.folder.config.train.on_overlength == "drop"
+    run.show(report.as_dict(), *check_tables(report, dropping=dropping))
+    return USER_ERROR if report.refused(dropping=dropping) else None
 
 
-@data_app.command("leak")
-def data_leak(
+@command(data_app, "leakage", example="tunewright data leakage --against benchmark.jsonl")
+def data_leakage(
+    run: Session,
     evaluation: Annotated[
         Path | None,
-        typer.Argument(help="An evaluation, scored by distance and by output template too.", show_default="none"),
+        typer.Argument(help="Evaluation to score by distance and by output template too.", show_default="none"),
     ] = None,
     against: Annotated[
         list[Path] | None,
-        typer.Option(help="A JSONL file of benchmark items to look for, besides data.benchmarks.", show_default="none"),
+        typer.Option(
+            help="JSONL file of benchmark items to look for (repeatable); data.benchmarks are searched as well.",
+            show_default="none",
+        ),
     ] = None,
-    project: Folder = HERE,
-    json: Json = False,
 ) -> None:
-    """How near held-out rows are to training rows, what a random split would have leaked, and what training rows hold.
+    """Compare held-out rows with training rows, and with what a random split would have leaked.
 
-    Outputs are compared too: identical, of one template, near-equal. Training rows, those mixed in included, are
-    searched for test inputs and benchmark items.
+    Outputs are compared too: identical, of one template, near-equal. Training rows, including the mix-in, are searched
+    for test inputs and benchmark items.
     """
-    import tunewright
-    from tunewright.cli.data_texts import contamination_text, leak_text
-
-    with session(json, project) as current:
-        data = tunewright.open(project, current.reporter).data
-        report = data.leak()
-        bands = data.scores_by_distance(report, evaluation) if evaluation is not None else []
-        templates = data.scores_by_template(evaluation) if evaluation is not None else []
-        misleading = data.exact_match_misleads(evaluation) if evaluation is not None else None
-        if misleading is not None:
-            bands, templates = [], []
-        found = data.contamination(against or [])
-        document = {
-            **report.as_dict(),
-            "bands": [band.as_dict() for band in bands],
-            "templates": [score.as_dict() for score in templates],
-            "exact_not_counted": misleading,
-            "contamination": found.as_dict(),
-        }
-        texts = [leak_text(report, bands, templates), *([misleading] if misleading else [])]
-        current.show(document, *texts, contamination_text(found))
+    data = run.project.data
+    report = data.leakage()
+    bands = data.scores_by_distance(report, evaluation) if evaluation is not None else []
+    templates = data.scores_by_template(evaluation) if evaluation is not None else []
+    misleading = data.exact_match_misleads(evaluation) if evaluation is not None else None
+    if misleading is not None:
+        bands, templates = [], []
+    found = data.contamination(against or [])
+    document = {
+        **report.as_dict(),
+        "bands": [band.as_dict() for band in bands],
+        "templates": [score.as_dict() for score in templates],
+        "exact_not_counted": misleading,
+        "contamination": found.as_dict(),
+    }
+    texts = [leakage_text(report, bands, templates), *([misleading] if misleading else [])]
+    run.show(document, *texts, contamination_text(found))
 
 
-@data_app.command("log")
-def data_log(project: Folder = HERE, json: Json = False) -> None:
-    """List the dataset's versions, the newest last."""
-    import tunewright
-    from tunewright.cli.tables import version_table
-    from tunewright.data.versions import current_manifest
+_BAR = 40
+_MOST_HELD = 10
+_MOST_NAMED = 20
 
-    with session(json, project) as current:
-        opened = tunewright.open(project)
-        versions, head = opened.data.log(), current_manifest(opened.folder.dataset)
-        current.show(
-            {"versions": [v.model_dump(mode="json") for v in versions], "current": head.digest if head else None},
-            version_table(versions, head) if versions else "No version yet: tunewright data add FILE makes one.",
+
+def version_table(versions: Sequence[Manifest], current: Manifest | None = None) -> Table:
+    """Return the table of dataset versions; among several, the current one has a star."""
+    table = Table()
+    mixed = ["mixed in"] if any(v.counts.mixed for v in versions) else []
+    numbers = ("rows", "train", "dev", "test", *mixed, "clusters", "families", "conflicts")
+    for name in ("version", "created", *numbers, "message"):
+        text = name in {"version", "created", "message"}
+        table.add_column(name, justify="left" if text else "right", no_wrap=name != "message")
+    for version in versions:
+        c = version.counts
+        counts = (c.rows, c.train, c.dev, c.test, *([c.mixed] if mixed else []), c.clusters, c.families, c.conflicts)
+        star = "*" if len(versions) > 1 and current is not None and version.digest == current.digest else ""
+        table.add_row(version.digest[:12] + star, version.created[:16], *(f"{n:,}" for n in counts), version.message)
+    return table
+
+
+def preview_text(preview: Preview) -> str:
+    """Return what is in the files, each reason why `data add` would refuse them, and what it would do otherwise."""
+    from tunewright.data.readers.metadata import counted
+
+    checked = preview.files
+    lines = [note for file in checked.files for note in file.notes]
+    if preview.metadata:
+        lines.append(f"Kept as metadata: {counted(Counter(preview.metadata))}")
+    for refusal in (file.unreadable for file in checked.files if file.unreadable):
+        lines.append(f"{refusal['where']}: {refusal['what']}")
+        lines += [f"  {refusal['fix']}"] if refusal["fix"] else []
+    lines += [str(refusal) for refusal in preview.refusals]
+    lines.append(checked.summary.splitlines()[0])  # secrets are among the refusals, by place
+    if preview.effect is not None:
+        lines += _effect_lines(preview.effect, preview.ok)
+    verdict = "would add these files" if preview.ok else "would refuse these files (exit code 2)"
+    return "\n".join([*lines, f"`tunewright data add` {verdict}. Nothing was written."])
+
+
+def _effect_lines(effect: Effect, ok: bool) -> list[str]:
+    of = "" if ok else "Of the rows without faults: "
+    lines = [
+        f"{of}new {effect.added:,} (near-duplicates with the same output {effect.near_kept:,}), "
+        f"known before {effect.known:,}, replacing {effect.replaced:,}; "
+        f"left out: exact duplicates {effect.exact_duplicates:,}, "
+        f"near-duplicates {effect.near_dropped:,}, removed earlier {effect.removed:,}, "
+        f"superseded earlier {effect.superseded:,}; "
+        f"inputs with different outputs {effect.conflicts:,}; "
+        f"training rows that hold a test or benchmark item {effect.contaminated:,}; "
+        f"rows that change their split {effect.moved:,}",
+    ]
+    for size in effect.splits:
+        rows = "row" if size.rows == 1 else "rows"
+        lines.append(
+            f"  {size.split:<5} {size.rows:>8,} {rows} ({size.new:,} new) in {count_of(size.clusters, 'cluster')}"
         )
+    return lines
+
+
+def leakage_text(report: LeakReport, bands: Sequence[BandScore], templates: Sequence[TemplateScore] = ()) -> str:
+    """Return a histogram of similarities next to a random split's, and scores by distance and by output template."""
+    counts = [dev + test for dev, test in zip(report.histogram("dev"), report.histogram("test"), strict=True)]
+    lines = [f"Held-out rows by the similarity of their nearest training row, version {report.version[:12]}"]
+    for place, count in enumerate(counts):
+        bar = "█" * round(_BAR * count / max(*counts, 1)) or "▏" * (count > 0)
+        lines.append(f"{place / 10:.1f} to {(place + 1) / 10:.1f}  {bar} {count:,}")
+    lines += [
+        f"Test rows with a training row at {each.threshold} or above: {each.here:.1%} here, "
+        f"{each.random:.1%} in a random split"
+        for each in report.leaks
+    ]
+    lines += _output_lines(report.outputs)
+    lines += [
+        f"{band.arm}, nearest {band.low:.1f} to {band.high:.1f}: {band.exact} of {band.items} exact "
+        f"({band.interval[0]:.1%} to {band.interval[1]:.1%})"
+        for band in bands
+    ]
+    lines += [
+        f"{score.arm}, {_TEMPLATES[score.template]}: {score.exact} of {score.items} exact "
+        f"({score.interval[0]:.1%} to {score.interval[1]:.1%})"
+        for score in templates
+    ]
+    return "\n".join(lines)
+
+
+_TEMPLATES = {"seen": "output template in training", "new": "new output template"}
+_OVERLAPS = {"identical": "an identical output", "template": "the same output template", "near": "a near-equal output"}
+
+
+def _output_lines(found: OutputLeak) -> list[str]:
+    about = f"{found.outputs:,} different outputs, {found.templates:,} different templates"
+    if found.natural is not None:
+        return [f"Outputs in training and test are alike by nature: {found.natural} ({about})"]
+    lines = [
+        f"Test rows with {_OVERLAPS[each.how]} in training: {each.here:.1%} here, {each.random:.1%} in a random split"
+        for each in found.overlaps
+    ]
+    return [*lines, f"  ({about})"]
+
+
+def contamination_text(found: Contamination) -> str:
+    """Return how many training rows contain items of each source, and the surest matches."""
+    from tunewright.data.notices import HOLDS
+    from tunewright.data.versions import short
+
+    lines = []
+    for source, items in found.looked_for.items():
+        rows = found.rows(source)
+        whole, piece, words = rows["equal"], rows["contained"], rows["overlap"]
+        lines.append(
+            f"Training rows that hold one of the {items:,} items of {source}: {whole + piece:,} "
+            f"({whole:,} equal); {words:,} more share a run of 13 words with one"
+        )
+    for held in found.found[:_MOST_HELD]:
+        mixed = " (mixed in)" if held.mixed else ""
+        lines.append(f"  row {short(held.row)}{mixed} {HOLDS[held.how]} {held.item}")
+    if len(found.found) > _MOST_HELD:
+        lines.append(f"  and {len(found.found) - _MOST_HELD:,} more: --json lists all")
+    return "\n".join(lines)
+
+
+def check_tables(report: LengthReport, *, dropping: bool) -> list[RenderableType]:
+    """Return lengths by split, a histogram, and the rows that are too long or unfit for training."""
+    from tunewright.training.lengths import PERCENTILES
+
+    table = Table(title=f"Rows in tokens, version {report.version[:12]}, {report.base}", title_justify="left")
+    for name in ("split", "rows", *map(_percentile, PERCENTILES), "tokens", "trained"):
+        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
+    for split in report.splits:
+        lengths = (f"{split.percentiles[p]:,}" for p in PERCENTILES)
+        share = f"{split.trained / split.tokens:.1%}" if split.tokens else "-"
+        table.add_row(split.split, f"{split.rows:,}", *lengths, f"{split.tokens:,}", share)
+    parts: list[RenderableType] = [table, *([_histogram(report)] if report.histogram else [])]
+    if report.look_alikes:
+        parts.append(f"Text that looks like a control token, and stays text: in {report.look_alikes:,} examples.")
+    if report.too_long:
+        what = "left out of the training" if dropping else "training would refuse them (train.on_overlength: error)"
+        parts.append(f"Over {report.max_length:,} tokens: {len(report.too_long):,}; {what}, test rows apart:")
+        parts += _named([f"{row['split']}: {row['name']}: {row['tokens']:,} tokens" for row in report.too_long])
+    if report.faults:
+        parts.append(f"Cannot be trained on: {len(report.faults):,}:")
+        parts += _named(report.faults)
+    if not report.too_long and not report.faults:
+        parts.append(
+            f"Every row is whole and within {report.max_length:,} tokens, and ends with its end token, trained."
+        )
+    return parts
+
+
+def _percentile(percent: int) -> str:
+    return {0: "shortest", 50: "median", 100: "longest"}.get(percent, f"{percent}%")
+
+
+def _histogram(report: LengthReport) -> Text:
+    most = max(one.rows for one in report.histogram)
+    width = len(f"{report.histogram[-1].last:,}")
+    text = Text()
+    for one in report.histogram:
+        bar = "█" * round(_BAR * one.rows / most) or "▏" * (one.rows > 0)
+        text.append(f"{one.first:>{width},} to {one.last:>{width},}  ")
+        text.append(bar, style="red" if one.first > report.max_length else "cyan")
+        text.append(f" {one.rows:,}\n")
+    text.rstrip()
+    return text
+
+
+def _named(lines: Sequence[str]) -> list[str]:
+    more = [f"  and {len(lines) - _MOST_NAMED} more: --json lists all"] if len(lines) > _MOST_NAMED else []
+    return [*(f"  {line}" for line in lines[:_MOST_NAMED]), *more]

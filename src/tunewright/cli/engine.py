@@ -1,4 +1,4 @@
-"""``engine``: engines that have an environment of their own."""
+"""``engine``: inference engines with their own environment."""
 
 from __future__ import annotations
 
@@ -8,60 +8,59 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunewright.cli.app import Json, app
-from tunewright.cli.console import RESUMES, session
+from tunewright.cli.app import DEPLOY, command, group
+from tunewright.cli.console import RESUMES, Session
 
 if TYPE_CHECKING:
     from tunewright.engines.vllm.environment import Environment
 
-engine = typer.Typer(help="Engines that are installed beside tunewright.", no_args_is_help=True)
-app.add_typer(engine, name="engine")
+engine = group("engine", DEPLOY, "Install engines that need their own environment, such as vLLM.")
 
-Name = Annotated[str, typer.Argument(help="The engine: vllm.", show_default=False)]
+Name = Annotated[str, typer.Argument(help="Name of the engine: vllm.", show_default=False)]
 
 
 class Build(StrEnum):
-    """Which build of vLLM."""
+    """A build of vLLM."""
 
     cpu = "cpu"
     cuda = "cuda"
 
 
-@engine.command()
+@command(
+    engine, "install", example="tunewright engine install vllm --build cpu", status=False, project=False, kept=RESUMES
+)
 def install(
+    run: Session,
     name: Name,
     to: Annotated[
-        Path | None, typer.Option(help="The environment's folder.", show_default="in your cache", file_okay=False)
+        Path | None, typer.Option(help="Folder of the environment.", show_default="in your cache", file_okay=False)
     ] = None,
     build: Annotated[
-        Build | None, typer.Option(help="With CUDA or without.", show_default="cuda where a GPU answers")
+        Build | None, typer.Option(help="With CUDA or without.", show_default="cuda if a GPU is present")
     ] = None,
     torch_index: Annotated[
         str | None,
-        typer.Option(help="Where PyTorch's builds without CUDA are.", show_default="where pip looks anyway"),
+        typer.Option(help="Package index with PyTorch's builds without CUDA.", show_default="pip's own"),
     ] = None,
-    json: Json = False,
 ) -> None:
-    """Make the engine's own environment; the same command goes on where it was cut off."""
+    """Create the engine's environment. Resumes where it stopped."""
     from tunewright.api.engines import EnginesApi
     from tunewright.core.progress import Reporter
 
-    with session(json, kept=RESUMES) as current:
-        reporter: Reporter = current.reporter
-        made = EnginesApi(reporter).install(name, to=to, build=build.value if build else None, torch_index=torch_index)
-        current.show(made.as_dict(), _told(made))
+    reporter: Reporter = run.reporter
+    made = EnginesApi(reporter).install(name, to=to, build=build.value if build else None, torch_index=torch_index)
+    run.show(made.as_dict(), _summary(made))
 
 
-@engine.command()
-def show(name: Name, json: Json = False) -> None:
-    """Where the engine's environment is, and what is in it."""
+@command(engine, "show", example="tunewright engine show vllm", status=False, project=False)
+def show(run: Session, name: Name) -> None:
+    """Show where the engine's environment is and what is installed in it."""
     from tunewright.api.engines import EnginesApi
 
-    with session(json) as current:
-        found = EnginesApi(current.reporter).show(name)
-        current.show(found.as_dict(), _told(found))
+    found = EnginesApi(run.reporter).show(name)
+    run.show(found.as_dict(), _summary(found))
 
 
-def _told(environment: Environment) -> str:
+def _summary(environment: Environment) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items() if name != "cuda")
     return f"vLLM ({environment.build}) is ready in {environment.folder}: {versions}"

@@ -1,4 +1,4 @@
-"""``export``: adapters for other engines, each held to the trained model before it is kept."""
+"""``export``: adapters for other engines, each compared with the trained model before it is kept."""
 
 from __future__ import annotations
 
@@ -6,91 +6,75 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.table import Table
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import Session, session
+from tunewright.cli.app import DEPLOY, Adapter, command, group
+from tunewright.cli.console import MEASURED_NO, Session
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tunewright.export.exporting import ExportResult
     from tunewright.export.parity import Figures, Limits
 
-export_app = typer.Typer(
-    help="An adapter for other engines: a merged model, GGUF, Ollama. Exit code 3: not as the trained model, not kept.",
-    no_args_is_help=True,
+export_app = group(
+    "export",
+    DEPLOY,
+    "Export an adapter as a merged model, GGUF or for Ollama. Exit code 3: its answers differ; nothing was kept.",
 )
-app.add_typer(export_app, name="export")
 
-Name = Annotated[str | None, typer.Argument(help="An adapter by name (or its beginning).", show_default="the newest")]
-To = Annotated[Path | None, typer.Option(help="The folder to be made.", show_default="exports/NAME-…")]
-Type = Annotated[Literal["f16", "q8_0"], typer.Option("--type", help="16 bits, or 8 with a scale for each 32.")]
+To = Annotated[Path | None, typer.Option(help="Folder to create.", show_default="exports/NAME-…")]
+Type = Annotated[Literal["f16", "q8_0"], typer.Option("--type", help="16 bits, or 8 bits with one scale per 32.")]
 
 
-@export_app.command()
-def merge(adapter: Name = None, to: To = None, project: Folder = HERE, json: Json = False) -> None:
-    """Base and adapter as one model, for transformers and vLLM: added in float32, cast once."""
-    import tunewright
-
-    with session(json, project) as current:
-        _show(current, tunewright.open(project, current.reporter).export.merge(adapter, to=to))
+@command(export_app, "merge", example="tunewright export merge legal-4f1c02a9 --to merged")
+def merge(run: Session, adapter: Adapter = None, to: To = None) -> int | None:
+    """Merge base and adapter into one model for transformers and vLLM: added in float32, cast once."""
+    return _show(run, run.project.export.merge(adapter, to=to))
 
 
-@export_app.command()
+@command(export_app, "gguf", example="tunewright export gguf --merged --type q8_0")
 def gguf(
-    adapter: Name = None,
+    run: Session,
+    adapter: Adapter = None,
     merged: Annotated[
-        bool, typer.Option("--merged", help="Base and adapter in one file; else the adapter alone, as LoRA.")
+        bool, typer.Option("--merged", help="Write base and adapter to one file, not the adapter alone as LoRA.")
     ] = False,
     file_type: Type = "f16",
     to: To = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """The adapter as a GGUF file, alone or merged into its base; llama.cpp runs it before it is kept."""
-    import tunewright
-
-    with session(json, project) as current:
-        opened = tunewright.open(project, current.reporter).export
-        _show(current, opened.gguf(adapter, merged=merged, file_type=file_type, to=to))
+) -> int | None:
+    """Write the adapter as a GGUF file, alone or merged into its base, and test it in llama.cpp before keeping it."""
+    return _show(run, run.project.export.gguf(adapter, merged=merged, file_type=file_type, to=to))
 
 
-@export_app.command()
+@command(export_app, "ollama", example="tunewright export ollama legal-4f1c02a9")
 def ollama(
-    adapter: Name = None,
+    run: Session,
+    adapter: Adapter = None,
     lora: Annotated[
-        bool, typer.Option("--lora", help="Base and adapter in files of their own (FROM and ADAPTER); else merged.")
+        bool, typer.Option("--lora", help="Keep base and adapter in separate files (FROM and ADAPTER), not merged.")
     ] = False,
     file_type: Type = "f16",
     to: To = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """A folder for `ollama create`: GGUF, and a Modelfile with the chat template of training."""
-    import tunewright
-
-    with session(json, project) as current:
-        opened = tunewright.open(project, current.reporter).export
-        _show(current, opened.ollama(adapter, lora=lora, file_type=file_type, to=to))
+) -> int | None:
+    """Write a folder for `ollama create`: GGUF and a Modelfile with the chat template used in training."""
+    return _show(run, run.project.export.ollama(adapter, lora=lora, file_type=file_type, to=to))
 
 
-def _show(current: Session, result: ExportResult) -> None:
-    done = "Exported to" if result.made else "There already, and as it was exported:"
-    told = f"{done} {result.folder}" if result.good else f"Not kept. Its figures are in {result.numbers}"
-    faults = "\n".join(f"Not as the trained model: {fault}." for fault in result.record.shortcomings)
+def _show(run: Session, result: ExportResult) -> int | None:
+    done = "Exported to" if result.made else "Already exported and unchanged:"
+    text = f"{done} {result.folder}" if result.good else f"Not kept. Its figures are in {result.numbers}"
+    faults = "\n".join(f"Differs from the trained model: {fault}." for fault in result.record.shortcomings)
     notes = "\n".join(f"Note: {note}" for note in result.record.notes)
     tables = [_table(result.record.figures, result.record.limits)] if result.record.figures else []
-    current.show(result.as_dict(), *tables, *filter(None, (notes, faults)), told)
-    raise typer.Exit(0 if result.good else 3)
+    run.show(result.as_dict(), *tables, *filter(None, (notes, faults)), text)
+    return None if result.good else MEASURED_NO
 
 
 def _table(found: Figures, limits: Limits) -> Table:
-    from rich.table import Table
 
     from tunewright.metrics.text import score_text
 
     table = Table(
-        title=f"Beside the trained model, on {found.prompts} dev prompts ({found.places} places of its answers)",
+        title=f"Compared with the trained model on {found.prompts} dev prompts ({found.places} answer tokens)",
         title_justify="left",
     )
     for column in ("", "measured", "allowed"):

@@ -1,95 +1,95 @@
-"""Keys that adapters are signed with."""
+"""``keys``: keys that adapters are signed with."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
+from tunewright.cli.app import DEPLOY, command, group
+from tunewright.cli.console import Session
+from tunewright.core.clock import to_the_second
 
-keys_app = typer.Typer(help="Keys that sign adapters: your own, and those that a project trusts.", no_args_is_help=True)
-app.add_typer(keys_app, name="keys")
+if TYPE_CHECKING:
+    from tunewright.api.keys import KnownKey
 
-
-@keys_app.command("new")
-def keys_new(
-    name: Annotated[str, typer.Argument(help="What it is called, such as your own name.")],
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Make a key of your own (Ed25519). Its private half stays in your data folder, readable by you alone."""
-    from tunewright.api import Project
-    from tunewright.config.project import ProjectFolder
-
-    with session(json) as current:
-        # Not opened as a project: a key belongs to a person.
-        key = Project(ProjectFolder(project), current.reporter).keys.new(name)
-        current.show(
-            {"name": key.name, "id": key.id, "path": str(key.path), "public_key": key.public_key},
-            f"New key {key.name}, ID {key.id[:16]}: {key.path}\n"
-            f"A project signs with it once it trusts it: tunewright keys trust {key.name}",
-        )
+keys_app = group("keys", DEPLOY, "Manage the keys that sign adapters, and which of them a project trusts.")
 
 
-@keys_app.command("list")
-def keys_list(project: Folder = HERE, json: Json = False) -> None:
-    """List your own keys and those that the project trusts or did."""
-    import tunewright
-    from tunewright.cli.adapter_tables import keys_table
-
-    with session(json, project) as current:
-        found = tunewright.open(project, current.reporter).keys.list()
-        document = {"keys": [key.as_dict() for key in found]}
-        current.show(document, keys_table(found) if found else "No key yet: tunewright keys new NAME makes one.")
-
-
-@keys_app.command("show")
-def keys_show(
-    name: Annotated[str, typer.Argument(help="One of your own keys, or of the project's.")],
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Print the public half of a key, for others to trust: keys show NAME > NAME.pem"""
-    from tunewright.api import Project
-    from tunewright.config.project import ProjectFolder
-
-    with session(json) as current:
-        public = Project(ProjectFolder(project), current.reporter).keys.show(name)
-        current.show({"name": name, "public_key": public})
-        if not json:
-            current.print_out(public)
+@command(keys_app, "create", example="tunewright keys create ann", status=False)
+def keys_create(run: Session, name: Annotated[str, typer.Argument(help="Name of the key, such as your own.")]) -> None:
+    """Create a personal key (Ed25519). The private half stays in your data folder, readable only by you."""
+    key = run.unopened.keys.create(name)
+    run.show(
+        {"name": key.name, "id": key.id, "path": str(key.path), "public_key": key.public_key},
+        f"New key {key.name}, ID {key.id[:16]}: {key.path}\n"
+        f"A project signs with it once it trusts it: tunewright keys trust {key.name}",
+    )
 
 
-@keys_app.command("trust")
+@command(keys_app, "list", example="tunewright keys list")
+def keys_list(run: Session) -> None:
+    """List your own keys and those that the project trusts or has trusted."""
+    found = run.project.keys.list()
+    document = {"keys": [key.as_dict() for key in found]}
+    run.show(document, keys_table(found) if found else "No key yet: `tunewright keys create NAME` makes one.")
+
+
+@command(keys_app, "show", example="tunewright keys show ann", status=False)
+def keys_show(run: Session, name: Annotated[str, typer.Argument(help="Name of a key.")]) -> None:
+    """Print the public half of a key on stdout, for others to trust."""
+    public = run.unopened.keys.show(name)
+    run.show({"name": name, "public_key": public})
+    if not run.as_json:
+        run.print_out(public)
+
+
+@command(keys_app, "trust", example="tunewright keys trust ann.pem --name ann")
 def keys_trust(
-    key: Annotated[str, typer.Argument(help="One of your own keys, or a file with a public key.")],
+    run: Session,
+    key: Annotated[str, typer.Argument(help="Name of your key, or file with a public key.")],
     name: Annotated[
-        str | None, typer.Option(help="What the project calls it.", show_default="the key's or the file's name")
+        str | None, typer.Option(help="Name of the key in this project.", show_default="the key's or the file's")
     ] = None,
-    project: Folder = HERE,
-    json: Json = False,
 ) -> None:
-    """Let the project trust a key. From the first one on, only adapters that a trusted key signed are served."""
-    import tunewright
-
-    with session(json, project) as current:
-        trusted = tunewright.open(project, current.reporter).keys.trust(key, name)
-        told = f"Trusted from now on: {trusted.name}, ID {trusted.id[:16]}"
-        current.show(trusted.model_dump(mode="json"), told)
+    """Trust a key in this project. Once a key is trusted, only adapters signed by a trusted key are served."""
+    trusted = run.project.keys.trust(key, name)
+    run.show(trusted.model_dump(mode="json"), f"Trusted from now on: {trusted.name}, ID {trusted.id[:16]}")
 
 
-@keys_app.command("revoke")
+@command(keys_app, "revoke", example="tunewright keys revoke ann --because 'laptop stolen'")
 def keys_revoke(
-    name: Annotated[str, typer.Argument(help="A key that the project trusts.")],
-    because: Annotated[str, typer.Option(help="Why; it is kept.")],
-    project: Folder = HERE,
-    json: Json = False,
+    run: Session,
+    name: Annotated[str, typer.Argument(help="Name of a key that the project trusts.")],
+    because: Annotated[str, typer.Option(help="Reason, which is stored.")],
 ) -> None:
-    """Trust a key no longer: what it signed, whenever that was, counts for nothing."""
-    import tunewright
+    """Stop trusting a key, and everything that it has signed."""
+    revoked = run.project.keys.revoke(name, because)
+    run.show(revoked.model_dump(mode="json"), f"No longer trusted: {revoked.name}, ID {revoked.id[:16]}")
 
-    with session(json, project) as current:
-        revoked = tunewright.open(project, current.reporter).keys.revoke(name, because)
-        current.show(revoked.model_dump(mode="json"), f"No longer trusted: {revoked.name}, ID {revoked.id[:16]}")
+
+def keys_table(keys: Sequence[KnownKey]) -> Table:
+    """Return the table of keys."""
+    table = Table()
+    for name in ("key", "ID", "yours", "trusted by the project"):
+        table.add_column(name)
+    for key in keys:
+        table.add_row(key.name, key.id[:16], "yes" if key.own else "", Text(_trust(key)))
+    return table
+
+
+def _trust(key: KnownKey) -> str:
+    if key.trusted is None:
+        return "no"
+    called = f", as {key.trusted.name}" if key.trusted.name != key.name else ""
+    if key.trusted.revoked:
+        gone = key.trusted.revoked
+        return f"revoked {to_the_second(gone.at)}{_by(gone.by)}: {gone.because}{called}"
+    return f"since {to_the_second(key.trusted.trusted.at)}{_by(key.trusted.trusted.by)}{called}"
+
+
+def _by(name: str | None) -> str:
+    return f" by {name}" if name else ""

@@ -4,61 +4,75 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import RESUMES, session
+from tunewright.cli.app import PROJECT, app, command, group
+from tunewright.cli.console import RESUMES, Session
+from tunewright.cli.evaluate import evidence_tables
+from tunewright.cli.verdict import verdict_text
 
-config_app = typer.Typer(help="The config's schema and resolved values.", no_args_is_help=True)
-app.add_typer(config_app, name="config")
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tunewright.api import RunResult
+    from tunewright.demo import ThreeAnswers
+    from tunewright.demo_tenants import TwoTenants
+
+_SHORT = 12
+_STAGES = {"data": 0.2, "advise": 6.0, "train": 5.0, "evaluate": 9.0, "report": 0.2}
+"""Stages of `run`, with their minutes in the demo on two cores."""
+_DEMO_STAGES = _STAGES | {"answers": 0.5, "tenants": 2.0}
 
 
-@app.command()
+@command(
+    app, "init", panel=PROJECT, example="tunewright init courts --example legal-citations", status=False, project=False
+)
 def init(
-    directory: Annotated[Path, typer.Argument(help="The new project's folder.")] = HERE,
-    example: Annotated[str | None, typer.Option(help="Write a complete, runnable example: legal-citations.")] = None,
-    json: Json = False,
+    run: Session,
+    directory: Annotated[Path, typer.Argument(help="Folder of the new project.")] = Path(),
+    example: Annotated[str | None, typer.Option(help="Write this complete example project: legal-citations.")] = None,
 ) -> None:
     """Write a commented tunewright.yaml, or a whole example project."""
     from tunewright.config.io import write_config
     from tunewright.config.project import CONFIG_FILE, create_project
     from tunewright.demo import example_files
 
-    with session(json) as current:
-        files = example_files(example) if example else {CONFIG_FILE: write_config({})}
-        create_project(directory, files)
-        next_step = "tunewright run" if example else "edit it, then: tunewright data add FILE"
-        current.show(
-            {"project": str(directory), "files": sorted(files)},
-            f"Wrote {', '.join(sorted(files))} in {directory.resolve()}\nNext: {next_step}",
-        )
+    files = example_files(example) if example else {CONFIG_FILE: write_config({})}
+    create_project(directory, files)
+    next_step = "tunewright run" if example else "edit it, then run `tunewright data add FILE`"
+    run.show(
+        {"project": str(directory), "files": sorted(files)},
+        f"Wrote {', '.join(sorted(files))} in {directory.resolve()}\nNext: {next_step}",
+    )
 
 
-@config_app.command("schema")
-def config_schema() -> None:
-    """Print the config's JSON Schema, for editors."""
+config_app = group("config", PROJECT, "Show the config's resolved values and its JSON Schema.")
+
+
+@command(config_app, "schema", example="tunewright config schema", status=False, project=False, json=False)
+def config_schema(run: Session) -> None:
+    """Print the JSON Schema of tunewright.yaml, for editors."""
     from tunewright.config import Config
 
-    with session(as_json=False) as current:
-        current.print_out(json.dumps(Config.model_json_schema(), indent=2) + "\n")
+    run.print_out(json.dumps(Config.model_json_schema(), indent=2) + "\n")
 
 
-@config_app.command("show")
-def config_show(project: Folder = HERE, json: Json = False) -> None:
-    """Print every resolved value of the config, presets and defaults filled in."""
+@command(config_app, "show", example="tunewright config show", status=False)
+def config_show(run: Session) -> None:
+    """Print every value of the config, with presets and defaults filled in."""
     import yaml
 
-    import tunewright
-
-    with session(json) as current:
-        values = tunewright.open(project).folder.config.model_dump(mode="json")
-        current.show(values, yaml.safe_dump(values, sort_keys=False).rstrip())
+    values = run.project.folder.config.model_dump(mode="json")
+    run.show(values, yaml.safe_dump(values, sort_keys=False).rstrip())
 
 
-@app.command()
+@command(app, "run", panel=PROJECT, example="tunewright run", kept=RESUMES)
 def run(
+    run: Session,
     force: Annotated[
         bool,
         typer.Option(
@@ -66,51 +80,109 @@ def run(
             help="Continue with fewer than 50 training pairs, or with a test split too small for any verdict.",
         ),
     ] = False,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Go the whole road: data, advise, train, evaluate, verdict, report. Goes on where it was stopped."""
-    import tunewright
-    from tunewright.cli.tables import run_document, run_tables
-
-    with session(json, project, kept=RESUMES) as current:
-        result = tunewright.open(project, current.reporter).run(force=force)
-        current.show(run_document(result), *run_tables(result))
-        raise typer.Exit(result.verdict.exit_code)
+) -> int:
+    """Run the whole pipeline: data, advise, train, evaluate, verdict, report. Resumes where it stopped."""
+    with run.reporter.pipeline(_STAGES) as stage_done:
+        result = run.project.run(force=force, stage_done=stage_done)
+        if stage_done:
+            stage_done("report", True, result.report.name)
+    run.show(run_document(result), *run_tables(result))
+    return result.verdict.exit_code
 
 
-@app.command()
+@command(
+    app, "demo", panel=PROJECT, example="tunewright demo tunewright-demo", kept=RESUMES, status=False, project=False
+)
 def demo(
-    directory: Annotated[Path, typer.Argument(help="Where the demo project goes.")] = Path("tunewright-demo"),
+    run: Session,
+    directory: Annotated[Path, typer.Argument(help="Folder of the demo project.")] = Path("tunewright-demo"),
     whole: Annotated[
-        bool, typer.Option("--whole", help="Then a pilot, a learning curve and a judge: an hour more.")
+        bool, typer.Option("--whole", help="Also run a pilot, a learning curve and a judge, which takes an hour more.")
     ] = False,
-    json: Json = False,
-) -> None:
-    """The example project, the whole road, a held-out question answered three ways, and two tenants on one server."""
-    from tunewright.cli.advice_tables import advice_tables
-    from tunewright.cli.judge_tables import judgement_tables
-    from tunewright.cli.tables import answers_table, run_document, run_tables
-    from tunewright.cli.tenant_tables import two_tenants_tables
-    from tunewright.cli.training_tables import curve_tables
+) -> int:
+    """Run the pipeline on an example project, then serve its result to two tenants and ask it a held-out question."""
+    from tunewright.cli.advise import advice_tables
+    from tunewright.cli.judge import judgement_tables
+    from tunewright.cli.train import curve_tables
     from tunewright.demo import ask_three_ways, measure_the_rest, open_demo
     from tunewright.demo_tenants import show_two_tenants
 
-    with session(json, directory, kept=RESUMES) as current:
-        opened = open_demo(directory, current.reporter)
-        result = opened.run()
-        answered = ask_three_ways(opened, result)
-        tenants = show_two_tenants(opened, result)
-        document = {
-            **run_document(result),
-            "served": answered.as_dict(),
-            "tenants": tenants.as_dict() if tenants else None,
-        }
-        shown = [*run_tables(result), answers_table(answered), *(two_tenants_tables(tenants) if tenants else [])]
-        if whole:
-            rest = measure_the_rest(opened, result.evaluated.folder)
-            document |= rest.as_dict()
-            shown += [*advice_tables(rest.advice), *curve_tables(rest.curve.curve)]
-            shown += [*judgement_tables(rest.judged.judgement), f"Report: {rest.report}"]
-        current.show(document, *shown)
-        raise typer.Exit(result.verdict.exit_code)
+    project = open_demo(directory, run.reporter)
+    with run.reporter.pipeline(_DEMO_STAGES) as stage_done:
+        result = project.run(stage_done=stage_done)
+        if stage_done:
+            stage_done("report", True, result.report.name)
+        answered = ask_three_ways(project, result)
+        if stage_done:
+            stage_done("answers", True, "base, an earlier checkpoint and the adapter on one server")
+        tenants = show_two_tenants(project, result)
+        if stage_done:
+            stage_done("tenants", True, "isolation test, two tenants on one server")
+    document = {
+        **run_document(result),
+        "served": answered.as_dict(),
+        "tenants": tenants.as_dict() if tenants else None,
+    }
+    shown = [*run_tables(result), answers_table(answered), *(two_tenants_tables(tenants) if tenants else [])]
+    if whole:
+        rest = measure_the_rest(project, result.evaluated.folder)
+        document |= rest.as_dict()
+        shown += [*advice_tables(rest.advice), *curve_tables(rest.curve.curve)]
+        shown += [*judgement_tables(rest.judged.judgement), f"Report: {rest.report}"]
+    run.show(document, *shown)
+    run.tell_standing(directory)
+    return result.verdict.exit_code
+
+
+def run_tables(result: RunResult) -> list[RenderableType]:
+    """Return the pipeline's result as tables."""
+    return [*evidence_tables(result.evaluated.evidence), verdict_text(result.verdict), f"Report: {result.report}"]
+
+
+def run_document(result: RunResult) -> dict[str, Any]:
+    """Return the pipeline's result as JSON."""
+    return {
+        "data": result.added.as_dict(),
+        "advice": result.advised.advice.model_dump(mode="json"),
+        "adapter": result.trained.adapter.name,
+        "evidence": result.evaluated.evidence.model_dump(mode="json"),
+        "verdict": result.verdict.as_dict(),
+        "report": str(result.report),
+    }
+
+
+def answers_table(answered: ThreeAnswers) -> Table:
+    """Return one question and each model's answer."""
+    table = Table(
+        title=f"Served: {answered.question}\nReference: {answered.reference}", title_justify="left", show_lines=True
+    )
+    table.add_column("model", no_wrap=True)
+    table.add_column("answer", overflow="fold")
+    for model, answer in answered.answers.items():
+        table.add_row(model, Text(answer))
+    return table
+
+
+def two_tenants_tables(shown: TwoTenants) -> list[RenderableType]:
+    """Return what each of two tenants on one server sees, receives and has used."""
+    from tunewright.cli.releases import releases_tables
+
+    title = f"Two tenants on one base, asked: {shown.question}\nReference: {shown.reference}"
+    table = Table(title=title, title_justify="left")
+    for name in ("tenant", "sees", "answered by", "answer", "the other's alias", "used"):
+        table.add_column(name, overflow="fold")
+    for visit in shown.visits:
+        refused = f"{visit.others_alias}, as if it did\nnot exist" if visit.same_refusal else str(visit.others_alias)
+        table.add_row(
+            visit.tenant,
+            ", ".join(visit.sees),
+            visit.answered_by[:_SHORT],
+            Text(visit.answer),
+            refused,
+            f"{visit.requests} request{'' if visit.requests == 1 else 's'}\n{visit.tokens} tokens",
+        )
+    return [
+        *releases_tables(shown.releases),
+        table,
+        f"To look at it later: tunewright releases --state {shown.state}",
+    ]

@@ -1,173 +1,217 @@
-"""``deploy``, ``promote``, ``rollback``, ``withdraw``, ``releases``: which adapter an alias answers with."""
+"""Releases: which adapter an alias answers with, and how that changes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
-from tunewright.cli.serve import Engine
-from tunewright.cli.state import StateUrl, project_at
+from tunewright.cli.app import DEPLOY, app, command
+from tunewright.cli.console import Session
+from tunewright.cli.serve import Engine, isolation_table
+from tunewright.cli.verdict import verdict_text
+from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from tunewright.api.releases import DeployResult
-    from tunewright.cli.console import Session
+    from rich.console import RenderableType
 
-Alias = Annotated[str, typer.Argument(help="The name that tenants ask for.")]
+    from tunewright.api.releases import DeployResult
+    from tunewright.serving.state import Release
+    from tunewright.serving.state.meter import ShadowLine
+
+AUTHOR_WIDTH = 16  # columns; a name from git may be long
+
+Alias = Annotated[str, typer.Argument(help="Alias that tenants call.")]
 TestedOn = Annotated[
     Engine | None,
-    typer.Option("--engine", help="What the isolation test runs on.", show_default="the config's serve.engine"),
+    typer.Option("--engine", help="Engine of the isolation test.", show_default="serve.engine in the config"),
 ]
 Untested = Annotated[
     str | None,
-    typer.Option(help="Leave the isolation test out, for this reason, which is kept.", metavar="WHY"),
+    typer.Option(help="Skip the isolation test for this reason, which is stored.", metavar="REASON"),
 ]
+Because = Annotated[str | None, typer.Option(help="Reason, stored in the release history.")]
 
 
-@app.command()
+@command(app, "deploy", panel=DEPLOY, example="tunewright deploy legal legal-4f1c02a9 --canary 10%", state=True)
 def deploy(
+    run: Session,
     alias: Alias,
-    adapter: Annotated[str, typer.Argument(help="The adapter's name, or its beginning.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter name or its first characters.")],
     canary: Annotated[
-        str | None, typer.Option(help="Try it on this share of the traffic, such as 10%.", show_default="all")
+        str | None, typer.Option(help="Share of the traffic to try it on, such as 10%.", show_default="all")
     ] = None,
     shadow: Annotated[
-        bool, typer.Option("--shadow", help="Ask it too, and record what it says; it is not heard.")
+        bool, typer.Option("--shadow", help="Send it a copy of each request and record its answers; none is returned.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Whatever its verdict; needs --because.")] = False,
-    because: Annotated[str | None, typer.Option(help="Why, for the history.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Deploy whatever the verdict; requires --because.")] = False,
+    because: Because = None,
     no_system_prompt: Annotated[
         bool,
         typer.Option(
             "--no-system-prompt",
-            help="Do not add the trained system prompt to requests that have no system message.",
+            help="Do not add the trained system prompt to requests without a system message.",
         ),
     ] = False,
     engine: TestedOn = None,
     untested: Untested = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Have an alias answer with an adapter whose verdict is to ship; running servers take it within a second.
+) -> int | None:
+    """Point an alias at an adapter whose verdict is ship. Running servers follow within a second.
 
-    First the isolation test runs with all that is live: is each request answered by its own adapter? Exit code 3 if the
-    verdict is not to ship or the test finds a wrong answer, 4 if it can't be told: then no alias has changed.
+    The isolation test runs first, with all live adapters: is each request answered by its own adapter? Exit code 3 if
+    the verdict is not to ship or the test finds a wrong answer, 4 if the test can't tell; the alias is then unchanged.
     """
-    from tunewright.cli.tables import verdict_text
-    from tunewright.core.errors import UserError
     from tunewright.serving.state.times import percent
 
-    with session(json, project) as current:
-        if force != (because is not None):
-            where = "--force" if force else "--because"
-            raise UserError("--force and --because go together", where=where, fix="Give both, or neither of them.")
-        share = None if canary is None else percent(canary, "--canary")
-        opened = project_at(current, project, state)
-        result = opened.deploy(
-            alias,
-            adapter,
-            canary=share,
-            shadow=shadow,
-            because=because,
-            engine=engine.value if engine else None,
-            untested=untested,
-            system_prompt=not no_system_prompt,
-        )
-        if result.release is None and result.isolation is None:
-            assert result.verdict is not None
-            current.show(result.as_dict(), verdict_text(result.verdict), f"{alias} is as it was.")
-            raise typer.Exit(result.exit_code)
-        _show(current, alias, result)
+    if force != (because is not None):
+        where = "--force" if force else "--because"
+        raise UserError("--force and --because require each other", where=where, fix="Give both or neither.")
+    result = run.project.deploy(
+        alias,
+        adapter,
+        canary=None if canary is None else percent(canary, "--canary"),
+        shadow=shadow,
+        because=because,
+        engine=engine.value if engine else None,
+        untested=untested,
+        system_prompt=not no_system_prompt,
+    )
+    if result.release is None and result.isolation is None:
+        assert result.verdict is not None
+        run.show(result.as_dict(), verdict_text(result.verdict), f"{alias} is unchanged.")
+        return result.exit_code
+    return _show(run, alias, result)
 
 
-@app.command()
-def promote(
-    alias: Alias,
-    engine: TestedOn = None,
-    untested: Untested = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Have an alias answer with its candidate from now on; what is live is tested together, if it has not been yet."""
-    with session(json) as current:
-        opened = project_at(current, project, state)
-        _show(current, alias, opened.promote(alias, engine=engine.value if engine else None, untested=untested))
+@command(app, "promote", panel=DEPLOY, example="tunewright promote legal", status=False, state=True)
+def promote(run: Session, alias: Alias, engine: TestedOn = None, untested: Untested = None) -> int | None:
+    """Make an alias's candidate its live adapter, after an isolation test if these adapters have not passed one."""
+    return _show(run, alias, run.project.promote(alias, engine=engine.value if engine else None, untested=untested))
 
 
-def _show(current: Session, alias: str, result: DeployResult) -> None:
-    """What became of it; ends with the exit code where it did not pass the isolation test."""
-    from tunewright.cli.isolation_tables import isolation_table
-    from tunewright.cli.tenant_tables import releases_tables
-
+def _show(run: Session, alias: str, result: DeployResult) -> int | None:
+    """Show a release, or the isolation test that it did not pass."""
     if result.release is None:
         assert result.isolation is not None
         table = isolation_table(result.isolation, len(result.isolation.adapters))
-        current.show(result.as_dict(), *table, f"{alias} is as it was.")
-        raise typer.Exit(result.exit_code)
-    running = f"{result.servers} running servers take it." if result.servers != 1 else "The running server takes it."
-    told = running if result.servers else "No server is running: `tunewright serve` starts one."
-    current.show(result.as_dict(), *releases_tables([result.release]), told)
+        run.show(result.as_dict(), *table, f"{alias} is unchanged.")
+        return result.exit_code
+    running = f"{result.servers} running servers follow." if result.servers != 1 else "The running server follows."
+    text = running if result.servers else "No server is running: `tunewright serve` starts one."
+    run.show(result.as_dict(), *releases_tables([result.release]), text)
+    return None
 
 
-@app.command()
+@command(app, "rollback", panel=DEPLOY, example="tunewright rollback legal --to 3", status=False, state=True)
 def rollback(
+    run: Session,
     alias: Alias,
     to: Annotated[
-        int | None, typer.Option(min=1, help="The release to bring back, by its number.", show_default="the one before")
+        int | None, typer.Option(min=1, help="Number of the release to restore.", show_default="the previous one")
     ] = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
 ) -> None:
-    """Let an alias's candidate go; where there is none, bring back what it answered with before."""
-    from tunewright.cli.tenant_tables import releases_tables
-
-    with session(json) as current:
-        made = project_at(current, project, state).rollback(alias, to)
-        current.show(made.as_dict(), *releases_tables([made]))
+    """Drop an alias's candidate or, if it has none, restore an earlier release."""
+    made = run.project.rollback(alias, to)
+    run.show(made.as_dict(), *releases_tables([made]))
 
 
-@app.command()
-def withdraw(
-    alias: Alias,
-    because: Annotated[str | None, typer.Option(help="Why, for the history.")] = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Have an alias answer nothing any more, as one that is not there; `rollback` or `deploy` brings it back."""
-    from tunewright.cli.tenant_tables import releases_tables
-
-    with session(json) as current:
-        made = project_at(current, project, state).withdraw(alias, because=because)
-        current.show(made.as_dict(), *releases_tables([made]))
+@command(
+    app, "undeploy", panel=DEPLOY, example="tunewright undeploy legal --because mistyped", status=False, state=True
+)
+def undeploy(run: Session, alias: Alias, because: Because = None) -> None:
+    """Stop answering on an alias, as if it did not exist. `rollback` or `deploy` restores it."""
+    made = run.project.undeploy(alias, because=because)
+    run.show(made.as_dict(), *releases_tables([made]))
 
 
-@app.command()
-def shadow(alias: Alias, state: StateUrl = None, project: Folder = HERE, json: Json = False) -> None:
-    """What candidates in an alias's shadow would have answered, beside what was answered."""
-    from tunewright.cli.tenant_tables import shadow_tables
-
-    with session(json) as current:
-        lines = project_at(current, project, state).shadow(alias)
-        current.show({"asked": [line.as_dict() for line in lines]}, *shadow_tables(lines))
+@command(app, "shadow", panel=DEPLOY, example="tunewright shadow legal", status=False, state=True)
+def shadow(run: Session, alias: Alias) -> None:
+    """Compare the answers of an alias's shadow candidates with the answers that were returned."""
+    lines = run.project.shadow(alias)
+    run.show({"asked": [line.as_dict() for line in lines]}, *shadow_tables(lines))
 
 
-@app.command()
+@command(app, "releases", panel=DEPLOY, example="tunewright releases legal", status=False, state=True)
 def releases(
-    alias: Annotated[str | None, typer.Argument(help="An alias.", show_default="all")] = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
+    run: Session, alias: Annotated[str | None, typer.Argument(help="Alias to list.", show_default="all")] = None
 ) -> None:
-    """List the releases: what each alias answered with, from when on, and why it might."""
-    from tunewright.cli.tenant_tables import releases_tables
+    """List the releases: which adapter each alias answered with, since when, and on what grounds."""
+    known = run.project.releases(alias)
+    document = {"releases": [release.as_dict() for release in known]}
+    run.show(document, *(releases_tables(known) if known else ["Nothing has been released yet."]))
 
-    with session(json) as current:
-        known = project_at(current, project, state).releases(alias)
-        document = {"releases": [release.as_dict() for release in known]}
-        current.show(document, *(releases_tables(known) if known else ["Nothing has been released yet."]))
+
+def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
+    """Return the releases, each with its candidate, and the reasons of those that were forced."""
+    table = Table()
+    for name in ("release", "action", "answers with", "verdict", "isolation test", "by", "when"):
+        table.add_column(name, overflow="fold", max_width=AUTHOR_WIDTH if name == "by" else None)
+    for release in releases:
+        candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.told}"
+        bare = "" if release.system_prompt else "\nwithout its system prompt"
+        verdict = "" if release.undeployed else release.grounds.verdict or "not evaluated"
+        restores = "" if release.restores is None else f" to {release.restores}"
+        table.add_row(
+            f"{release.alias} {release.number}",
+            f"{release.action}{restores}",
+            f"nothing; was\n{release.adapter}" if release.undeployed else f"{release.adapter}{bare}{candidate}",
+            f"{verdict},\nforced" if release.grounds.because is not None and not release.undeployed else verdict,
+            _isolation(release),
+            release.author or "",
+            minute(release.created),
+        )
+    made_known = ("deploy", "canary", "shadow")
+    forced = [each for each in releases if each.grounds.because is not None and each.action in made_known]
+    untested = [each for each in releases if each.grounds.untested is not None and each.action != "rollback"]
+    ended = [each for each in releases if each.undeployed and each.grounds.because is not None]
+    return [
+        table,
+        *(f"{each.alias} {each.number} was forced: {each.grounds.because}" for each in forced),
+        *(f"{each.alias} {each.number} was not tested: {each.grounds.untested}" for each in untested),
+        *(f"{each.alias} {each.number} was undeployed: {each.grounds.because}" for each in ended),
+    ]
+
+
+def _isolation(release: Release) -> str:
+    test = release.grounds.isolation
+    if test is None:
+        if release.undeployed:
+            return ""
+        return "none" if release.grounds.untested is None else "left out"
+    return f"{test.verdict}\non {test.engine},\n{test.tested[:16].replace('T', ' ')}"
+
+
+def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[RenderableType]:
+    """Return how often shadow candidates gave the same answer, and the newest answers that differ."""
+    if not lines:
+        return ["No shadow candidate has answered yet."]
+    by_candidate: dict[str, list[ShadowLine]] = {}
+    for line in lines:
+        by_candidate.setdefault(line.candidate, []).append(line)
+    counts = Table()
+    counts.add_column("candidate")
+    for name in ("asked", "the same", "other", "no answer"):
+        counts.add_column(name, justify="right")
+    for candidate, asked in by_candidate.items():
+        answered = [line for line in asked if line.shadow_answer is not None]
+        same = sum(line.shadow_answer == line.answer for line in answered)
+        counts.add_row(candidate, *map(str, (len(asked), same, len(answered) - same, len(asked) - len(answered))))
+    others = [line for line in lines if line.shadow_answer not in (None, line.answer)]
+    if not others:
+        return [counts]
+    pairs = Table(title=f"The newest {min(differing, len(others))} that differ", title_justify="left", show_lines=True)
+    for name in ("request", "tenant", "answered", "in the shadow"):
+        pairs.add_column(name)
+    for line in others[-differing:]:
+        pairs.add_row(str(line.request), line.tenant, line.answer, line.shadow_answer)
+    return [counts, pairs]
+
+
+def minute(seconds: float | None) -> str:
+    """Return a time in UTC to the minute, or a dash."""
+    from tunewright.serving.state.times import iso
+
+    text = iso(seconds)
+    return "-" if text is None else text[:16].replace("T", " ")

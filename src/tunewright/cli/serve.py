@@ -6,98 +6,133 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import session
-from tunewright.cli.isolation_tables import EXIT_CODES, isolation_table
-from tunewright.cli.state import StateUrl, project_at
+from tunewright.cli.app import DEPLOY, app, command
+from tunewright.cli.console import Session
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from tunewright.config import EngineName
+    from tunewright.serving.isolation import IsolationResult
+    from tunewright.serving.state import IsolationTest
+
+EXIT_CODES = {"isolated": 0, "not isolated": 3, "can't tell": 4}
 
 
 class Engine(StrEnum):
-    """What computes the answers."""
+    """An inference engine."""
 
     peft = "peft"
     vllm = "vllm"
     llamacpp = "llamacpp"
 
 
-@app.command()
+@command(app, "serve", panel=DEPLOY, example="tunewright serve --port 8000 --engine vllm", status=False, state=True)
 def serve(
+    run: Session,
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Adapters by name (or its beginning), without tenants; NAME@step-N is an earlier checkpoint.",
+            help="Adapter names or their first characters, without tenants; NAME@step-N is an earlier checkpoint.",
             show_default="all that fit the base",
         ),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="the config's")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on.", show_default="serve.host in the config")
+    ] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0: any.", show_default="the config's")
+        int | None,
+        typer.Option(min=0, max=65535, help="Port to listen on; 0 for any.", show_default="serve.port in the config"),
     ] = None,
     metrics_port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="Port for Prometheus; 0: any.", show_default="the config's, if any"),
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port of Prometheus metrics; 0 for any.",
+            show_default="serve.metrics_port in the config",
+        ),
     ] = None,
     no_auth: Annotated[
         bool,
-        typer.Option("--no-auth", help="Without tenants: answer everybody, on an address that others can reach, too."),
+        typer.Option("--no-auth", help="Without tenants: accept everyone, even on an address reachable by others."),
     ] = False,
     no_system_prompt: Annotated[
         bool,
         typer.Option(
             "--no-system-prompt",
-            help="Without tenants: do not add the trained system prompt to requests that have no system message.",
+            help="Without tenants: do not add the trained system prompt to requests without a system message.",
         ),
     ] = False,
     engine: Annotated[
-        Engine | None, typer.Option(help="What computes the answers.", show_default="the config's serve.engine")
+        Engine | None, typer.Option(help="Inference engine.", show_default="serve.engine in the config")
     ] = None,
     self_test: Annotated[
         bool,
         typer.Option(
             "--self-test",
-            help="Serve nobody: test that no request is answered by another adapter than its own; 3: one was, 4: "
-            "adapters that answer alike cannot be told apart.",
+            help="Do not serve, but test that each request is answered by its own adapter. Exit code 3: one was not; "
+            "4: some adapters answer alike and cannot be told apart.",
         ),
     ] = False,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Serve from one copy of the base, until Ctrl-C: aliases to tenants, or without tenants all to this machine."""
-    with session(json) as current:
-        opened = project_at(current, project, state)
-        kind: EngineName | None = engine.value if engine else None
-        if self_test:
-            result = opened.self_test(adapters or (), engine=kind)
-            current.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
-            raise typer.Exit(EXIT_CODES[result.verdict])
-        service = opened.serve(
-            adapters or (),
-            host=host,
-            port=port,
-            metrics_port=metrics_port,
-            auth=not no_auth,
-            engine=kind,
-            system_prompts=not no_system_prompt,
+) -> int | None:
+    """Serve the base and its adapters from one copy of the base until Ctrl-C.
+
+    With tenants, each tenant's keys reach the releases of its aliases. Without tenants, everyone on this machine
+    reaches every adapter.
+    """
+    kind: EngineName | None = engine.value if engine else None
+    if self_test:
+        result = run.project.self_test(adapters or (), engine=kind)
+        run.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
+        return EXIT_CODES[result.verdict]
+    service = run.project.serve(
+        adapters or (),
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        auth=not no_auth,
+        engine=kind,
+        system_prompts=not no_system_prompt,
+    )
+
+    run.tell_standing(run.folder)
+
+    def started(url: str) -> None:
+        models = "\n".join(f"  {name}" for name in service.models)
+        metrics = f"Prometheus metrics: {service.metrics_url}\n" if service.metrics_url else ""
+        run.show(
+            {
+                "url": url,
+                "models": service.models,
+                "system_prompts": service.system_prompts,
+                "metrics": service.metrics_url,
+            },
+            f"Serving at {url}/v1\n{models}\n{metrics}Ctrl-C stops the server.",
         )
 
-        current.tell_standing(project)
+    service.run(started)
+    return None
 
-        def started(url: str) -> None:
-            models = "\n".join(f"  {name}" for name in service.models)
-            metrics = f"For Prometheus: {service.metrics_url}\n" if service.metrics_url else ""
-            current.show(
-                {
-                    "url": url,
-                    "models": service.models,
-                    "system_prompts": service.system_prompts,
-                    "metrics": service.metrics_url,
-                },
-                f"Serving at {url}/v1\n{models}\n{metrics}Ctrl-C stops the server.",
-            )
 
-        service.run(started)
+def isolation_table(result: IsolationResult | IsolationTest, adapters: int) -> list[RenderableType]:
+    """Return the checks, the failures, and the conclusion for the base and ``adapters`` adapters."""
+    table = Table("engine asked", "answers", "worst shortfall", "wrong", title=f"Isolation of {result.engine}")
+    for check in result.checks:
+        wrong = str(check.wrong or "none") if check.asked else "not run: needs two adapters"
+        table.add_row(check.name, str(check.asked), f"{check.worst:.3f} nats", wrong)
+    return [table, "\n".join([*result.reasons, _conclusion(result, adapters)])]
+
+
+def _conclusion(result: IsolationResult | IsolationTest, adapters: int) -> str:
+    models = f"the base and {adapters} adapter{'' if adapters == 1 else 's'}"
+    if result.verdict == "isolated":
+        return (
+            f"Isolated: {result.engine} keeps {models} apart; no token fell short of the oracle's choice by over "
+            f"{result.tolerance} nats."
+        )
+    if result.verdict == "not isolated":
+        return f"NOT isolated: {result.engine} answers with a model other than the requested one. Do not serve."
+    return f"Can't tell: no answer was wrong, but some of {models} answer alike."

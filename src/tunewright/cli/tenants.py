@@ -1,269 +1,259 @@
-"""``tenant`` and ``audit``: who may call what and how much, their keys, their usage, and the record of changes."""
+"""``tenant``: who may call which alias and how much, API keys and usage."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import FAILED, Session, session
-from tunewright.cli.state import StateUrl, project_at
+from tunewright.cli.app import DEPLOY, command, group
+from tunewright.cli.console import Session
+from tunewright.cli.releases import minute
+from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
     from tunewright.api.tenants import NewKey
+    from tunewright.serving.state import Key, Tenant
+    from tunewright.serving.state.meter import UsageSum
 
-tenant_app = typer.Typer(help="Who may call which alias, and how much.", no_args_is_help=True)
-key_app = typer.Typer(help="A tenant's API keys.", no_args_is_help=True)
-audit_app = typer.Typer(help="The record of all changes to tenants, keys, limits and releases.", no_args_is_help=True)
-tenant_app.add_typer(key_app, name="key")
-app.add_typer(tenant_app, name="tenant")
-app.add_typer(audit_app, name="audit")
+_SHORT = 12  # digits of a digest
 
-Name = Annotated[str, typer.Argument(help="The tenant's name.")]
+tenant_app = group("tenant", DEPLOY, "Manage tenants: aliases, limits, API keys and usage.")
+key_app = group("key", DEPLOY, "Manage a tenant's API keys.", within=tenant_app)
+
+Name = Annotated[str, typer.Argument(help="Name of the tenant.")]
+AnyName = Annotated[str | None, typer.Argument(help="Name of the tenant.", show_default="all")]
 Aliases = Annotated[list[str], typer.Argument(help="Aliases.")]
-Prefix = Annotated[str, typer.Argument(help="The key's prefix, as `tenant key list` shows it.")]
-Expires = Annotated[
-    str | None, typer.Option(help="How long the key is good for, such as 90d.", show_default="without end")
+Prefix = Annotated[str, typer.Argument(help="Prefix of the key, as `tenant key list` shows it.")]
+Expires = Annotated[str | None, typer.Option(help="Lifetime of the key, such as 90d.", show_default="unlimited")]
+Requests = Annotated[str | None, typer.Option("--requests", help="Requests per minute, or none for no limit.")]
+Tokens = Annotated[
+    str | None, typer.Option("--tokens", help="Prompt and answer tokens per minute, or none for no limit.")
 ]
-Requests = Annotated[str | None, typer.Option("--requests", help="Requests a minute, or none.")]
-Tokens = Annotated[str | None, typer.Option("--tokens", help="Tokens a minute, prompt and answer, or none.")]
-AtOnce = Annotated[str | None, typer.Option("--concurrency", help="Requests at once, or none.")]
+AtOnce = Annotated[str | None, typer.Option("--concurrency", help="Concurrent requests, or none for no limit.")]
 
 
-@tenant_app.command("add")
+@command(tenant_app, "add", example="tunewright tenant add acme --alias legal --requests 60", status=False, state=True)
 def tenant_add(
+    run: Session,
     name: Name,
-    alias: Annotated[list[str] | None, typer.Option(help="An alias that it may call; several.")] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="Alias the tenant may call (repeatable).")] = None,
     requests: Requests = None,
     tokens: Tokens = None,
     concurrency: AtOnce = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
 ) -> None:
-    """Make a tenant. From the first one on, the server asks everybody for a key."""
-    from tunewright.cli.tenant_tables import tenants_table
+    """Add a tenant. Once a tenant exists, every request needs an API key."""
     from tunewright.serving.state import Limits
     from tunewright.serving.state.limits import changed_limits
 
-    with session(json) as current:
-        limits = changed_limits(Limits(), requests=requests, tokens=tokens, concurrency=concurrency)
-        made = project_at(current, project, state).tenant.add(name, alias or (), limits)
-        told = f"`tunewright tenant key add {name}` makes a key for it."
-        current.show(made.as_dict(), tenants_table([made]), told)
+    limits = changed_limits(Limits(), requests=requests, tokens=tokens, concurrency=concurrency)
+    made = run.project.tenant.add(name, alias or (), limits)
+    run.show(made.as_dict(), tenants_table([made]), f"`tunewright tenant key add {name}` makes a key for it.")
 
 
-@tenant_app.command("list")
-def tenant_list(state: StateUrl = None, project: Folder = HERE, json: Json = False) -> None:
+@command(tenant_app, "list", example="tunewright tenant list", status=False, state=True)
+def tenant_list(run: Session) -> None:
     """List the tenants with their aliases and limits."""
-    from tunewright.cli.tenant_tables import tenants_table
-
-    with session(json) as current:
-        known = project_at(current, project, state).tenant.list()
-        document = {"tenants": [tenant.as_dict() for tenant in known]}
-        current.show(document, tenants_table(known) if known else "There is no tenant: the server asks for no key.")
+    known = run.project.tenant.list()
+    document = {"tenants": [tenant.as_dict() for tenant in known]}
+    run.show(document, tenants_table(known) if known else "There is no tenant: the server needs no key.")
 
 
-@tenant_app.command("allow")
-def tenant_allow(
-    name: Name, aliases: Aliases, state: StateUrl = None, project: Folder = HERE, json: Json = False
-) -> None:
-    """Let a tenant call further aliases."""
-    from tunewright.cli.tenant_tables import tenants_table
-
-    with session(json) as current:
-        changed = project_at(current, project, state).tenant.allow(name, aliases)
-        current.show(changed.as_dict(), tenants_table([changed]))
+@command(tenant_app, "grant", example="tunewright tenant grant acme legal", status=False, state=True)
+def tenant_grant(run: Session, name: Name, aliases: Aliases) -> None:
+    """Let a tenant call more aliases."""
+    changed = run.project.tenant.grant(name, aliases)
+    run.show(changed.as_dict(), tenants_table([changed]))
 
 
-@tenant_app.command("deny")
-def tenant_deny(
-    name: Name, aliases: Aliases, state: StateUrl = None, project: Folder = HERE, json: Json = False
-) -> None:
-    """Take aliases from a tenant, from its next request on."""
-    from tunewright.cli.tenant_tables import tenants_table
-
-    with session(json) as current:
-        changed = project_at(current, project, state).tenant.deny(name, aliases)
-        current.show(changed.as_dict(), tenants_table([changed]))
+@command(tenant_app, "revoke", example="tunewright tenant revoke acme legal", status=False, state=True)
+def tenant_revoke(run: Session, name: Name, aliases: Aliases) -> None:
+    """Stop a tenant from calling aliases, from its next request on."""
+    changed = run.project.tenant.revoke(name, aliases)
+    run.show(changed.as_dict(), tenants_table([changed]))
 
 
-@tenant_app.command("end")
-def tenant_end(name: Name, state: StateUrl = None, project: Folder = HERE, json: Json = False) -> None:
-    """Revoke all of a tenant's keys and take its aliases, from the next request on. Its usage stays."""
-    from tunewright.cli.tenant_tables import tenants_table
-
-    with session(json) as current:
-        ended = project_at(current, project, state).tenant.end(name)
-        told = f"What {name} could call answers on: `tunewright withdraw ALIAS` ends that."
-        current.show(ended.as_dict(), tenants_table([ended]), told)
+@command(tenant_app, "disable", example="tunewright tenant disable acme", status=False, state=True)
+def tenant_disable(run: Session, name: Name) -> None:
+    """Revoke all of a tenant's keys and aliases, from the next request on. Its usage is kept."""
+    disabled = run.project.tenant.disable(name)
+    text = f"The aliases that {name} could call still answer: `tunewright undeploy ALIAS` stops one."
+    run.show(disabled.as_dict(), tenants_table([disabled]), text)
 
 
-@tenant_app.command("limit")
+@command(tenant_app, "limit", example="tunewright tenant limit acme --tokens 100000", status=False, state=True)
 def tenant_limit(
-    name: Name,
-    requests: Requests = None,
-    tokens: Tokens = None,
-    concurrency: AtOnce = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
+    run: Session, name: Name, requests: Requests = None, tokens: Tokens = None, concurrency: AtOnce = None
 ) -> None:
-    """Show a tenant's limits, or change those that are given. They hold from its next request on."""
-    from tunewright.cli.tenant_tables import tenants_table
+    """Show a tenant's limits or change them, from its next request on."""
     from tunewright.serving.state.limits import changed_limits
 
-    with session(json) as current:
-        opened = project_at(current, project, state)
-        found = opened.tenant.get(name)
-        limits = changed_limits(found.limits, requests=requests, tokens=tokens, concurrency=concurrency)
-        if limits != found.limits:
-            found = opened.tenant.limit(name, limits)
-        current.show(found.as_dict(), tenants_table([found]))
+    found = run.project.tenant.get(name)
+    limits = changed_limits(found.limits, requests=requests, tokens=tokens, concurrency=concurrency)
+    if limits != found.limits:
+        found = run.project.tenant.limit(name, limits)
+    run.show(found.as_dict(), tenants_table([found]))
 
 
-@tenant_app.command("usage")
+@command(tenant_app, "usage", example="tunewright tenant usage acme --since 2026-11-01", status=False, state=True)
 def tenant_usage(
-    name: Annotated[str | None, typer.Argument(help="The tenant's name.", show_default="all")] = None,
-    since: Annotated[str | None, typer.Option(help="From this day on, such as 2026-11-01.")] = None,
-    csv: Annotated[bool, typer.Option("--csv", help="Every request, as CSV on stdout.")] = False,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
+    run: Session,
+    name: AnyName = None,
+    since: Annotated[str | None, typer.Option(help="First day, such as 2026-11-01.")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print every request as CSV on stdout.")] = False,
 ) -> None:
-    """Requests and tokens by tenant, alias and adapter."""
-    from tunewright.cli.tenant_tables import usage_table
-    from tunewright.core.errors import UserError
+    """Show requests and tokens by tenant, alias and adapter."""
     from tunewright.serving.state.times import moment
     from tunewright.serving.state.usage_csv import usage_csv
 
-    with session(json) as current:
-        if csv and json:
-            raise UserError("stdout has either CSV or JSON", where="--csv", fix="Leave one of them out.")
-        begins = None if since is None else moment(since, "--since")
-        opened = project_at(current, project, state)
-        if csv:
-            current.print_out(usage_csv(opened.tenant.requests(name, since=begins)))
-            return
-        sums = opened.tenant.usage(name, since=begins)
-        current.show({"usage": [each.as_dict() for each in sums]}, usage_table(sums) if sums else "No requests yet.")
+    if csv and run.as_json:
+        raise UserError("--csv and --json are mutually exclusive", where="--csv", fix="Choose one.")
+    begins = None if since is None else moment(since, "--since")
+    if csv:
+        run.print_out(usage_csv(run.project.tenant.requests(name, since=begins)))
+        return
+    sums = run.project.tenant.usage(name, since=begins)
+    run.show({"usage": [each.as_dict() for each in sums]}, usage_table(sums) if sums else "No requests yet.")
 
 
-@tenant_app.command("prune-usage")
+@command(
+    tenant_app, "prune-usage", example="tunewright tenant prune-usage --before 2026-11-01", status=False, state=True
+)
 def tenant_prune_usage(
-    before: Annotated[str, typer.Option(help="A day, such as 2026-11-01: requests of earlier days are pruned.")],
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
+    run: Session,
+    before: Annotated[str, typer.Option(help="Day, such as 2026-11-01: requests of earlier days are pruned.")],
 ) -> None:
-    """Make sums by day of old requests, whose lines go. `tenant usage` stays what it was."""
+    """Roll old requests up into daily totals and delete the individual records. `tenant usage` stays the same."""
     from tunewright.serving.state.times import moment
 
-    with session(json) as current:
-        pruned = project_at(current, project, state).tenant.prune_usage(before=moment(before, "--before"))
-        told = f"Requests that became sums: {pruned.requests:,}, of {pruned.days:,} days."
-        if pruned.shadow_answers:
-            told += f" With them went what candidates in the shadow said: {pruned.shadow_answers:,} answers."
-        current.show(pruned.as_dict(), told)
+    pruned = run.project.tenant.prune_usage(before=moment(before, "--before"))
+    text = f"Rolled up {pruned.requests:,} requests of {pruned.days:,} days."
+    if pruned.shadow_answers:
+        text += f" Deleted with them: {pruned.shadow_answers:,} answers of shadow candidates."
+    run.show(pruned.as_dict(), text)
 
 
-@key_app.command("add")
+@command(key_app, "add", example="tunewright tenant key add acme --expires 90d", status=False, state=True)
 def key_add(
-    tenant: Annotated[str, typer.Argument(help="The tenant's name.")],
+    run: Session,
+    tenant: Name,
     alias: Annotated[
         list[str] | None,
-        typer.Option(help="An alias that the key is good for; several.", show_default="all of the tenant's"),
+        typer.Option(help="Alias the key may call (repeatable).", show_default="all of the tenant's"),
     ] = None,
     expires: Expires = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
 ) -> None:
-    """Make a key. It is shown this once (on standard output, alone): only a hash of it is kept."""
+    """Make a key and print it on stdout, alone. It is shown only once: tunewright stores a hash of it."""
     from tunewright.serving.state.times import duration
 
-    with session(json) as current:
-        lifetime = None if expires is None else duration(expires, "--expires")
-        made = project_at(current, project, state).tenant.key.add(tenant, aliases=alias, lifetime=lifetime)
-        _show_key(current, made)
+    lifetime = None if expires is None else duration(expires, "--expires")
+    _show_key(run, run.project.tenant.key.add(tenant, aliases=alias, lifetime=lifetime))
 
 
-@key_app.command("rotate")
+@command(key_app, "rotate", example="tunewright tenant key rotate tw_4f1c02a9 --overlap 24h", status=False, state=True)
 def key_rotate(
+    run: Session,
     key: Prefix,
-    overlap: Annotated[str, typer.Option(help="How long the old key stays good, such as 24h or 0s.")] = "24h",
+    overlap: Annotated[str, typer.Option(help="How long the old key stays valid, such as 24h or 0s.")] = "24h",
     expires: Expires = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
 ) -> None:
-    """Make a key in another's place, with the same aliases; for a while both are good."""
+    """Replace a key by a new one with the same aliases. Both are valid during the overlap."""
     from tunewright.serving.state.times import duration
 
-    with session(json) as current:
-        lifetime = None if expires is None else duration(expires, "--expires")
-        both = duration(overlap, "--overlap")
-        made = project_at(current, project, state).tenant.key.rotate(key, overlap=both, lifetime=lifetime)
-        _show_key(current, made, f"{key} is good for {overlap} more.")
+    lifetime = None if expires is None else duration(expires, "--expires")
+    both = duration(overlap, "--overlap")
+    made = run.project.tenant.key.rotate(key, overlap=both, lifetime=lifetime)
+    _show_key(run, made, f"{key} stays valid for {overlap}.")
 
 
-def _show_key(current: Session, made: NewKey, *more: str) -> None:
-    """The key alone on stdout, so that a script can take it and no log gets it."""
-    from tunewright.cli.tenant_tables import new_key_text
-
-    current.show(made.as_dict(), new_key_text(made), *more, alone=f"{made.secret}\n")
+def _show_key(run: Session, made: NewKey, *more: str) -> None:
+    """Print the key alone on stdout, so that a script can read it and no log gets it."""
+    run.show(made.as_dict(), new_key_text(made), *more, alone=f"{made.secret}\n")
 
 
-@key_app.command("revoke")
-def key_revoke(key: Prefix, state: StateUrl = None, project: Folder = HERE, json: Json = False) -> None:
-    """End a key, from the next request on. An answer under way is finished."""
-    with session(json) as current:
-        ended = project_at(current, project, state).tenant.key.revoke(key)
-        current.show(ended.as_dict(), f"{ended.prefix} of {ended.tenant} is revoked.")
+@command(key_app, "revoke", example="tunewright tenant key revoke tw_4f1c02a9", status=False, state=True)
+def key_revoke(run: Session, key: Prefix) -> None:
+    """Revoke a key from the next request on. An answer in progress is finished."""
+    revoked = run.project.tenant.key.revoke(key)
+    run.show(revoked.as_dict(), f"{revoked.prefix} of {revoked.tenant} is revoked.")
 
 
-@key_app.command("list")
-def key_list(
-    tenant: Annotated[str | None, typer.Argument(help="The tenant's name.", show_default="all")] = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """List keys by their prefixes: whose, for what, until when, when last used."""
-    from tunewright.cli.tenant_tables import keys_table
-
-    with session(json) as current:
-        known = project_at(current, project, state).tenant.key.list(tenant)
-        current.show({"keys": [key.as_dict() for key in known]}, keys_table(known) if known else "There is no key.")
+@command(key_app, "list", example="tunewright tenant key list acme", status=False, state=True)
+def key_list(run: Session, tenant: AnyName = None) -> None:
+    """List keys by prefix: tenant, aliases, expiry and last use."""
+    known = run.project.tenant.key.list(tenant)
+    run.show({"keys": [key.as_dict() for key in known]}, keys_table(known) if known else "There is no key.")
 
 
-@audit_app.command("show")
-def audit_show(state: StateUrl = None, project: Folder = HERE, json: Json = False) -> None:
-    """List every change: who made it, when, and what it was."""
-    from tunewright.cli.tenant_tables import audit_table
+def tenants_table(tenants: Sequence[Tenant]) -> Table:
+    """Return the table of tenants, with a dash for no limit."""
+    table = Table()
+    for name in ("tenant", "aliases"):
+        table.add_column(name)
+    for name in ("requests/min", "tokens/min", "concurrency", "keys"):
+        table.add_column(name, justify="right")
+    for tenant in tenants:
+        limits = tenant.limits
+        table.add_row(
+            tenant.name,
+            ", ".join(tenant.aliases) or "none",
+            _count(limits.requests_per_minute),
+            _count(limits.tokens_per_minute),
+            _count(limits.concurrency),
+            str(tenant.keys),
+        )
+    return table
 
-    with session(json) as current:
-        lines = project_at(current, project, state).audit.show()
-        document = {"lines": [line.as_dict() for line in lines]}
-        current.show(document, audit_table(lines) if lines else "Nothing has been changed yet.")
+
+def new_key_text(made: NewKey) -> str:
+    """Return what a key is good for, and that it is shown only once."""
+    scope = "all aliases of" if made.key.aliases is None else f"{', '.join(made.key.aliases)} of"
+    until = f" until {minute(made.key.expires)} (UTC)" if made.key.expires is not None else ""
+    return f"Good for {scope} {made.key.tenant}{until}. It is not shown again: only its hash is stored."
 
 
-@audit_app.command("verify")
-def audit_verify(
-    noted: Annotated[
-        str | None, typer.Option(help="A line's digest that was noted elsewhere: it has to be there still.")
-    ] = None,
-    state: StateUrl = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Check every line against its digest and the one before. Exit code 1 where one was changed or is missing."""
-    with session(json) as current:
-        check = project_at(current, project, state).audit.verify(noted)
-        whole = f"{check.lines} lines, all as written. The last one's digest, to be noted elsewhere: {check.head}"
-        if not check.lines:
-            whole = "Nothing has been changed yet: there is no line."
-        current.show(check.as_dict(), "\n".join(check.faults) if check.faults else whole)
-        if check.faults:
-            raise typer.Exit(FAILED)
+def keys_table(keys: Sequence[Key]) -> Table:
+    """Return the table of keys by prefix."""
+    table = Table()
+    for name in ("key", "tenant", "aliases", "state", "made", "expires", "last used"):
+        table.add_column(name, overflow="fold")
+    for key in keys:
+        state = key.state if key.replaced_by is None else f"{key.state}, replaced\nby {key.replaced_by}"
+        table.add_row(
+            key.prefix,
+            key.tenant,
+            "all" if key.aliases is None else ", ".join(key.aliases),
+            state,
+            minute(key.created),
+            minute(key.expires),
+            minute(key.last_used),
+        )
+    return table
+
+
+def usage_table(sums: Sequence[UsageSum]) -> Table:
+    """Return usage by tenant, alias and adapter, with the mean time to the first token."""
+    table = Table()
+    for name in ("tenant", "alias", "adapter"):
+        table.add_column(name)
+    for name in ("requests", "in progress", "prompt tokens", "answer tokens", "first token, s"):
+        table.add_column(name, justify="right")
+    for each in sums:
+        first = each.mean_first_token_s
+        table.add_row(
+            each.tenant,
+            each.alias,
+            each.digest[:_SHORT],
+            f"{each.requests:,}",
+            f"{each.under_way:,}",
+            f"{each.prompt_tokens:,}",
+            f"{each.completion_tokens:,}",
+            "-" if first is None else f"{first:.3f}",
+        )
+    return table
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"

@@ -1,89 +1,95 @@
-"""Training: train, with its sweep and its curve."""
+"""``train``: an adapter, a sweep of presets and learning rates, or a learning curve."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import CANT_TELL, RESUMES, Session, session
+from tunewright.cli.app import TRAIN, Force, app, command
+from tunewright.cli.console import CANT_TELL, RESUMES, Session
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from tunewright.api import Project
+    from rich.console import RenderableType
+
     from tunewright.config import MetricName
+    from tunewright.evidence.learning_curve import Curve
+    from tunewright.training.sweep.ledger import Entry
+    from tunewright.training.sweep.sweep import SweepResult
 
 
-Force = Annotated[bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")]
-
-
-@app.command()
+@command(
+    app,
+    "train",
+    panel=TRAIN,
+    example="tunewright train --sweep --minutes 60 --write",
+    kept=RESUMES,
+    together=lambda options: not options["sweep"] and not options["curve"],
+)
 def train(
+    run: Session,
     force: Force = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try both presets with three learning rates, by successive halving on dev.")
     ] = False,
     minutes: Annotated[
-        float | None, typer.Option(help="--sweep: time for the whole of it.", show_default="as long as it takes")
+        float | None, typer.Option(help="Time limit of the whole sweep (--sweep only).", show_default="no limit")
     ] = None,
     rate: Annotated[
         list[float] | None,
-        typer.Option(help="--sweep: a learning rate to try; again for more.", show_default="what suits the base"),
+        typer.Option(
+            help="Learning rate to try (--sweep only, repeatable).", show_default="three around the base's usual rate"
+        ),
     ] = None,
     write: Annotated[
-        bool, typer.Option("--write", help="--sweep: put the winner's values into tunewright.yaml.")
+        bool, typer.Option("--write", help="Write the winner's values to tunewright.yaml (--sweep only).")
     ] = False,
     curve: Annotated[
-        bool, typer.Option("--curve", help="Train on parts of the rows: would more data help? Exit 0 yes, 3 no.")
+        bool, typer.Option("--curve", help="Train on parts of the rows: would more data help? Exit code 0 yes, 3 no.")
     ] = False,
     seeds: Annotated[
-        int | None, typer.Option(help="--curve: how many trainings of each part.", show_default="3")
+        int | None, typer.Option(help="Number of trainings of each part (--curve only).", show_default="3")
     ] = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Train the config's adapter on the current dataset version. Goes on where it was stopped."""
-    import tunewright
-
-    with session(json, project, together=not sweep and not curve, kept=RESUMES) as current:
-        _require_use({"--minutes": minutes, "--rate": rate, "--write": write or None}, "--sweep", given=sweep)
-        _require_use({"--seeds": seeds}, "--curve", given=curve)
-        if sweep and curve:
-            raise UserError("a sweep and a curve are two commands", where="--sweep/--curve")
-        opened = tunewright.open(project, current.reporter)
-        if sweep:
-            _sweep(opened, current, minutes, rate, write=write, force=force)
-        elif curve:
-            _curve(opened, current, seeds, force=force)
-        else:
-            _train(opened, current, force=force)
+) -> int | None:
+    """Train the config's adapter on the current dataset version. Resumes where it stopped."""
+    _require_use({"--minutes": minutes, "--rate": rate, "--write": write or None}, "--sweep", given=sweep)
+    _require_use({"--seeds": seeds}, "--curve", given=curve)
+    if sweep and curve:
+        raise UserError("--sweep and --curve are mutually exclusive", where="--sweep/--curve", fix="Choose one.")
+    if sweep:
+        return _sweep(run, minutes, rate, write=write, force=force)
+    if curve:
+        return _curve(run, seeds, force=force)
+    _train(run, force=force)
+    return None
 
 
 def _require_use(options: dict[str, object], wanted_by: str, *, given: bool) -> None:
     unused = [name for name, value in options.items() if value is not None]
     if unused and not given:
-        raise UserError(f"it means something with {wanted_by} only", where=unused[0], fix=f"Add {wanted_by}.")
+        raise UserError(f"{unused[0]} requires {wanted_by}", where=unused[0], fix=f"Add {wanted_by}.")
 
 
-def _train(opened: Project, current: Session, *, force: bool) -> None:
+def _train(run: Session, *, force: bool) -> None:
     from tunewright.config.metrics import metric_name
 
-    result = opened.train(force=force)
+    result = run.project.train(force=force)
     adapter = result.adapter
-    told = adapter.lineage["training"]
-    metric = metric_name(opened.folder.config.evaluate.metric)
-    evaluated = ", ".join(_evaluated(e, metric) for e in told["epochs"])
-    current.show(
+    training = adapter.lineage["training"]
+    metric = metric_name(run.project.folder.config.evaluate.metric)
+    evaluated = ", ".join(_evaluated(e, metric) for e in training["epochs"])
+    run.show(
         {
             "adapter": adapter.name,
             "folder": str(adapter.folder),
             "trained": result.trained,
-            "prospects": [each.as_dict() for each in opened.prospects()],
-            **told,
+            "prospects": [each.as_dict() for each in run.project.prospects()],
+            **training,
         },
         f"{'Trained' if result.trained else 'Already trained'}: {adapter.folder}\n"
-        f"{told['examples']} examples; dev loss by evaluation {evaluated}; kept step {told['kept_step']}",
+        f"{training['examples']} examples; dev loss by evaluation {evaluated}; kept step {training['kept_step']}",
     )
 
 
@@ -98,33 +104,121 @@ def _evaluated(evaluation: dict[str, Any], metric: MetricName) -> str:
     return f"{loss} ({f'{metric_label(metric)} {value}' if value.endswith('%') else value})"
 
 
-def _sweep(
-    opened: Project, current: Session, minutes: float | None, rates: list[float] | None, *, write: bool, force: bool
-) -> None:
-    from tunewright.cli.training_tables import sweep_document, sweep_tables
-
-    result, written = opened.sweep(minutes=minutes, rates=rates, write=write, force=force)
-    current.show(sweep_document(result, written), *sweep_tables(result, written))
-    raise typer.Exit(0 if result.winner is not None else CANT_TELL)
+def _sweep(run: Session, minutes: float | None, rates: list[float] | None, *, write: bool, force: bool) -> int:
+    result, written = run.project.sweep(minutes=minutes, rates=rates, write=write, force=force)
+    run.show(sweep_document(result, written), *sweep_tables(result, written))
+    return 0 if result.winner is not None else CANT_TELL
 
 
-def _curve(opened: Project, current: Session, seeds: int | None, *, force: bool) -> None:
+def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
     from tunewright.api import CURVE_PLOT, SEEDS
-    from tunewright.cli.training_tables import curve_tables
     from tunewright.evidence.learning_curve import more_data
 
-    result = opened.curve(seeds=SEEDS if seeds is None else seeds, force=force)
-    told = more_data(result.curve)
-    current.show(
+    result = run.project.curve(seeds=SEEDS if seeds is None else seeds, force=force)
+    found = more_data(result.curve)
+    run.show(
         {
             "folder": str(result.folder),
             "plot": str(result.folder / CURVE_PLOT),
             "measured": result.measured,
-            "more_data": told.answer,
-            "reasons": list(told.reasons),
+            "more_data": found.answer,
+            "reasons": list(found.reasons),
             "curve": result.curve.model_dump(mode="json"),
         },
         *curve_tables(result.curve),
         f"Curve: {result.folder / CURVE_PLOT}",
     )
-    raise typer.Exit(told.exit_code)
+    return found.exit_code
+
+
+def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[RenderableType]:
+    """Return each trial at each rung, its outcome, and the winner."""
+    from tunewright.core.progress import duration
+    from tunewright.training.sweep.successive_halving import measured_text
+
+    head, ledger = result.ledger.head, result.ledger
+    table = Table(
+        title=f"Sweep {head.sweep}, compared on the dev split; the test split stays closed", title_justify="left"
+    )
+    table.add_column("trial", no_wrap=True)
+    for number, step in enumerate(head.rungs, start=1):
+        table.add_column(f"rung {number}: step {step:,}", justify="right", no_wrap=True)
+    table.add_column("outcome")
+    for name in head.trials:
+        entries = [ledger.result(name, number) for number in range(1, len(head.rungs) + 1)]
+        table.add_row(
+            name, *("" if e is None else measured_text(e, head.metric) for e in entries), _fate(ledger.fate(name))
+        )
+    parts: list[RenderableType] = [table, f"Ledger: {ledger.path} ({duration(ledger.seconds)} in all)"]
+    if result.winner is None or result.adapter is None:
+        left_out = any(entry.event == "left out" for entry in ledger.entries)
+        what_to_do = "A larger --minutes resumes from here." if left_out else "Try lower rates with --rate."
+        return [*parts, f"There is no winner: no trial finished. {what_to_do}"]
+    parts.append(f"Winner: {result.winner.name}, fully trained: {result.adapter.folder}")
+    if result.at_the_edge:
+        parts.append(result.at_the_edge)
+    if written:
+        values = ", ".join(f"train.{key}: {_plain(value)}" for key, value in written.items())
+        parts.append(f"Written to tunewright.yaml: {values}")
+    parts.append(
+        f"Its dev score is the best of {len(head.trials)}, so it is optimistic. `tunewright evaluate` measures on test."
+    )
+    return parts
+
+
+def _fate(entry: Entry | None) -> str:
+    if entry is None:
+        return "not reached"
+    if entry.event in {"out", "left out", "diverged"}:
+        return f"{entry.event} at rung {entry.rung}" + (f": {entry.why}" if entry.why else "")
+    return "the winner" if entry.event == "winner" else entry.event
+
+
+def _plain(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else f"{value}"
+
+
+def sweep_document(result: SweepResult, written: dict[str, Any]) -> dict[str, Any]:
+    """Return the sweep as JSON."""
+    head, ledger = result.ledger.head, result.ledger
+    trials = []
+    for name, about in head.trials.items():
+        results = [ledger.result(name, number) for number in range(1, len(head.rungs) + 1)]
+        rungs = [e.model_dump(mode="json", exclude_none=True) for e in results if e is not None]
+        trials.append({"name": name, **about, "rungs": rungs, "fate": _fate(ledger.fate(name))})
+    return {
+        **head.model_dump(mode="json", exclude={"trials"}),
+        "ledger": str(ledger.path),
+        "seconds": round(ledger.seconds, 1),
+        "trials": trials,
+        "winner": None if result.winner is None else result.winner.name,
+        "adapter": None if result.adapter is None else result.adapter.name,
+        "at_the_edge": result.at_the_edge,
+        "written": {key: list(value) if isinstance(value, tuple) else value for key, value in written.items()},
+    }
+
+
+def curve_tables(curve: Curve) -> list[RenderableType]:
+    """Return scores and losses by share and seed, and the answer."""
+    from tunewright.evidence.learning_curve import more_data
+    from tunewright.metrics import score_text
+
+    table = Table(
+        title=f"{curve.items} dev items in {curve.clusters} clusters, answered after training on nested parts",
+        title_justify="left",
+    )
+    table.add_column("share", justify="right")
+    table.add_column("training rows", justify="right", no_wrap=True)
+    for seed in curve.seeds:
+        table.add_column(f"seed {seed}", justify="right", no_wrap=True)
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column("dev loss", justify="right", no_wrap=True)
+    for share in curve.shares:
+        points = [p for p in curve.points if p.share == share]
+        rows = sorted({p.rows for p in points})
+        counted = f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}"
+        scores = [score_text(curve.metric, p.score) for p in points]
+        mean = score_text(curve.metric, sum(p.score for p in points) / len(points))
+        loss = f"{sum(p.dev_loss for p in points) / len(points):.3f}"
+        table.add_row(f"{share:.0%}", counted, *scores, mean, loss)
+    return [table, *more_data(curve).reasons]

@@ -50,7 +50,7 @@ class ProjectFolder:
     @property
     def fold_adapters(self) -> Path:
         """The adapters of cross-fitted evaluations, apart from those that are served; all can be made again."""
-        return self.root / ".tunewright" / "crossfit" / "adapters"
+        return self.root / ".tunewright" / "crossval" / "adapters"
 
     @property
     def curve_adapters(self) -> Path:

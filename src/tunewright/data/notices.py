@@ -194,7 +194,7 @@ def contaminated(held: Sequence[tuple[str, How, str]], *, dropping: bool) -> str
         by_row.setdefault(row, []).append((how, item))
     told = (f"{row} {_holds(items)}" for row, items in by_row.items())
     most = len(by_row) if dropping else _MOST_EXAMPLES
-    lines = listed(told, len(by_row), most, "`tunewright data leak --json` lists all")
+    lines = listed(told, len(by_row), most, "`tunewright data leakage --json` lists all")
     what = "left out" if dropping else "kept (data.contaminated: drop leaves them out)"
     return f"{count_of(len(by_row), 'training row')} with a test input or a benchmark item inside, {what}:\n{lines}"
 
@@ -314,7 +314,7 @@ def known_outputs(found: OutputLeak) -> str:
         f"{found.share('template'):.0%} of the test rows have an output template that training rows have "
         f"({found.share('identical'):.0%} an identical output): scores on them do not show what happens with a new "
         "template. Set data.split_by: output_template in a new dataset, or name the key that rows of one template "
-        "share in data.group_by. `tunewright data leak` has the numbers."
+        "share in data.group_by. `tunewright data leakage` has the numbers."
     )
 
 
@@ -397,7 +397,7 @@ def warn_of_contents(
     elif training < FEW_TRAINING_PAIRS:
         reporter.warn(
             f"{count_of(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: expect the adapter to learn them "
-            "by heart (training loss falls, dev loss rises). `tunewright crossfit` measures on all rows."
+            "by heart (training loss falls, dev loss rises). `tunewright crossval` measures on all rows."
         )
 
 

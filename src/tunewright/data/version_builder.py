@@ -70,7 +70,7 @@ def contents(
     dropping = config.data.contaminated == "drop"
     training = _to_train(merged, benchmarks, reporter) if dropping else frozenset()
     domain = _domain(merged, rows, config, training, reporter, inherited or {})
-    # Phrases that rows share with an item are left to `data leak`.
+    # Phrases that rows share with an item are left to `data leakage`.
     hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter) if hit.how != "overlap")
     items = item_names(hits, domain)
     held = [(merged.place(hit.row), hit.how, item) for hit, item in zip(hits, items, strict=True)]

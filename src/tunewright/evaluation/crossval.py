@@ -241,7 +241,7 @@ class CrossValidation:
         )
         facts: dict[str, Any] = {
             "fold": {
-                "crossfit": self.trainings[:12],
+                "crossval": self.trainings[:12],
                 "of": self.version.digest,
                 "number": number,
                 "folds": len(self.versions),
@@ -367,7 +367,7 @@ def out_of_fold(
         lineage = adapter.lineage
         fits = (lineage["base"]["digest"], lineage["template_digest"]) == (base.digest, chat.digest)
         if fits and lineage["fold"]["of"] == version.digest:
-            runs[lineage["fold"]["crossfit"]][lineage["fold"]["number"]] = adapter
+            runs[lineage["fold"]["crossval"]][lineage["fold"]["number"]] = adapter
     complete = [run for run in runs.values() if len(run) == run[min(run)].lineage["fold"]["folds"]]
     if not complete:
         return []

@@ -148,7 +148,7 @@ def _newest_fit(project: ProjectFolder, base: Base, chat: ChatFormat, reporter: 
 def _warn_of_seen(adapter: Adapter, dataset: Path, version: DatasetVersion, reporter: Reporter) -> None:
     """Warn of rows whose answers the adapter has learnt."""
     trained_on = adapter.dataset
-    without = "`tunewright crossfit` makes adapters that judge only rows they have not seen."
+    without = "`tunewright crossval` makes adapters that judge only rows they have not seen."
     if trained_on is None:
         reporter.warn(
             f"{adapter.name} was imported, and what it was trained on is not known: its losses are too low for rows "

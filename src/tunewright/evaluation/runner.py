@@ -47,7 +47,7 @@ from tunewright.metrics import check_references, references_of
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What `evaluate` or `crossfit` did."""
+    """What `evaluate` or `crossval` did."""
 
     folder: Path
     evidence: Evidence

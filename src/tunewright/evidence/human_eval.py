@@ -1,4 +1,4 @@
-"""The evidence's section ``review``: what people preferred, blind, and how far they and the judge agree."""
+"""The evidence's section ``human_eval``: what people preferred, blind, and how far they and the judge agree."""
 
 from __future__ import annotations
 

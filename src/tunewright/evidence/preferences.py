@@ -29,7 +29,7 @@ def opinions(evidence: Evidence) -> Preferences:
     family, and all its measurements agree (:func:`_objections`). People who prefer the tuned answers overrule it.
     """
     contrast = evidence.contrasts[0]
-    preferred, people_said = _people(evidence.review, contrast)
+    preferred, people_said = _people(evidence.human_eval, contrast)
     judge_against, judge_said = _judge(evidence.judge, contrast, overruled=preferred == "treatment")
     against: Literal["people", "judge"] | None = "judge" if judge_against else None
     return Preferences("people" if preferred == "control" else against, (*people_said, *judge_said))
@@ -72,7 +72,7 @@ def _judge(judge: Judgement | None, contrast: Contrast, *, overruled: bool) -> t
             said,
             f"Caution: {text}; but people prefer {contrast.treatment}, who overrule the judge.",
         ]
-    return True, [said, f"But {text}. `tunewright review` asks people, who overrule it."]
+    return True, [said, f"But {text}. `tunewright human-eval` asks people, who overrule it."]
 
 
 def _objections(judge: Judgement, contrast: Contrast) -> list[str]:

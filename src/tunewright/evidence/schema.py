@@ -259,7 +259,7 @@ class Evidence(Part):
         dict[str, Any],
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),
     ]
-    review: Annotated[AnswerReview | None, Field(description="What people said of the answers, blind.")] = None
+    human_eval: Annotated[AnswerReview | None, Field(description="What people said of the answers, blind.")] = None
     general: Annotated[
         Benchmarks | None, Field(description="What the base could do before, adapter off and on; null: not measured.")
     ] = None
@@ -342,7 +342,7 @@ def _require_schema(text: str, file: Path) -> None:
         raise UserError(
             f"evidence of schema {version}; this tunewright reads schema {SCHEMA_VERSION}",
             where=str(file),
-            fix="Evaluate again: `tunewright evaluate` (or `crossfit`). Answers that are there are not made anew.",
+            fix="Evaluate again: `tunewright evaluate` (or `crossval`). Answers that are there are not made anew.",
         )
 
 

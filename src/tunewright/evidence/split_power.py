@@ -135,7 +135,7 @@ def require_significance(power: SplitPower, *, force: bool, reporter: Reporter) 
     raise UserError(
         split_power_text(power),
         where="test split",
-        fix="Add distinct rows. With the present rows, `tunewright crossfit` measures on all of them, and "
+        fix="Add distinct rows. With the present rows, `tunewright crossval` measures on all of them, and "
         "`tunewright advise` compares prompts. --force runs the pipeline anyway.",
     )
 

@@ -267,7 +267,7 @@ class TenantAccess:
         live = await self._read(self._state.releases.live)
         for alias in self._routes.keys() - live.keys():
             del self._routes[alias]
-            self._reporter.say(f"{alias} is withdrawn")
+            self._reporter.say(f"{alias} is undeployed")
         for alias in self._refused.keys() - live.keys():
             del self._refused[alias]
         for alias, release in live.items():

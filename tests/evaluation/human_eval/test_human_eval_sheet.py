@@ -41,7 +41,7 @@ def _save(path: Path, rows: list[Row], delimiter: str = ",", line_end: str = "\r
 
 
 def _kept(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "review").iterdir()}
+    return {path.name: path.read_bytes() for path in (folder / "human-eval").iterdir()}
 
 
 def test_a_sheet_holds_what_the_reviewer_may_see_in_the_order_of_asking(folder: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_sheet_of_another_evaluation_is_refused(folder: Path, tmp_path: Path) 
     other = save(tmp_path / "other", items, make_evidence(items).model_copy(update={"id": "ffffffffffff"}))
     with pytest.raises(UserError, match="a sheet of evaluation 0123456789ab, not of ffffffffffff"):
         import_sheet(begin(other), path)
-    assert not (other / "review").exists()
+    assert not (other / "human-eval").exists()
 
 
 def test_what_is_judged_already_is_not_exported_again(folder: Path) -> None:

@@ -87,8 +87,8 @@ def test_the_roads_results_have_the_judges_help_in_the_evidence(folder: Path) ->
         told = _outcome(next(i for i in ITEMS if i.key == pair.key))
         ours = side_of_treatment(review, pair)
         review.answer(pair, "both" if told in ("tie", None) else "A" if (told == "win") == (ours == "A") else "B")
-    found = Project(ProjectFolder(folder.parent.parent), LogReporter()).review_results(folder.name)
-    assert found == load_evidence(folder).review
+    found = Project(ProjectFolder(folder.parent.parent), LogReporter()).human_eval_results(folder.name)
+    assert found == load_evidence(folder).human_eval
     assert found.powered is not None
     assert found.powered.tuning > 0.8
     (agreed,) = found.agreements

@@ -123,7 +123,7 @@ def test_sides_are_a_fair_coin_that_does_not_know_the_stratum() -> None:
 def test_the_sample_is_kept_with_the_first_verdict_and_then_stays(tmp_path: Path) -> None:
     folder = evaluation(tmp_path)
     assert begin(folder, items=30).progress.asked == 30
-    assert not (folder / "review").exists()
+    assert not (folder / "human-eval").exists()
     review = begin(folder, items=20)
     pair = review.next()
     assert pair is not None

@@ -107,7 +107,7 @@ def test_half_a_line_that_a_crash_left_does_not_count_and_is_told(
     folder: Path, cut: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     _answer(begin(folder), "A", "B", "both")
-    path = folder / "review" / "ada.jsonl"
+    path = folder / "human-eval" / "ada.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     again = begin(folder)
@@ -120,7 +120,7 @@ def test_half_a_line_that_a_crash_left_does_not_count_and_is_told(
 
 def test_a_line_that_is_no_event_is_named(folder: Path) -> None:
     _answer(begin(folder), "A", "B")
-    path = folder / "review" / "ada.jsonl"
+    path = folder / "human-eval" / "ada.jsonl"
     path.write_text(path.read_text().replace('"B"', '"C"'))
     with pytest.raises(UserError, match="not a verdict") as caught:
         begin(folder)
@@ -128,7 +128,7 @@ def test_a_line_that_is_no_event_is_named(folder: Path) -> None:
 
 
 def test_the_journal_only_grows(folder: Path) -> None:
-    path = folder / "review" / "ada.jsonl"
+    path = folder / "human-eval" / "ada.jsonl"
     review, seen = begin(folder), b""
     for step in range(4):
         if step == 2:
@@ -143,7 +143,7 @@ def test_the_journal_only_grows(folder: Path) -> None:
 def test_any_name_is_kept_within_the_folder(folder: Path, name: str) -> None:
     _answer(begin(folder, name), "A")
     assert begin(folder, name).progress.answered == 1
-    assert len(list((folder / "review").glob("*.jsonl"))) == 1
+    assert len(list((folder / "human-eval").glob("*.jsonl"))) == 1
 
 
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "x" * 300])
@@ -163,7 +163,7 @@ def test_two_sessions_of_one_reviewer_lose_nothing(folder: Path) -> None:
 def test_verdicts_outside_the_sample_are_told_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     review = begin(folder, items=60)
     _prefer_a(review, 60)
-    (folder / "review" / "sample.json").unlink()
+    (folder / "human-eval" / "sample.json").unlink()
     smaller = begin(folder, items=10)
     assert "outside the sample" in caplog.text
     assert smaller.progress.answered <= 10

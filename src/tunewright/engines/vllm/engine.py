@@ -288,7 +288,7 @@ class VllmEngine:
             raise UserError(
                 f"vLLM was started with room for {self._settings.room} adapters, and they are all loaded",
                 where=str(folder),
-                fix="Raise serve.spare_adapters or withdraw an alias, then start the server again.",
+                fix="Raise serve.spare_adapters or undeploy an alias, then start the server again.",
             )
 
     def _why_not(self, digest: str) -> str | None:

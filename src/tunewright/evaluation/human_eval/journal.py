@@ -1,4 +1,4 @@
-"""What a reviewer said, one event a line in ``review/NAME.jsonl``, only ever appended to.
+"""What a reviewer said, one event a line in ``human-eval/NAME.jsonl``, only ever appended to.
 
 Verdicts are kept as they were given, of A and B: which arm that was follows from the sample's seed, and is nowhere in
 the file.
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tunewright.core.errors import UserError
 from tunewright.core.io import writing
 
-FOLDER = "review"
+FOLDER = "human-eval"
 """Beside the evidence."""
 _LONGEST_NAME = 200  # bytes, of the 255 that a file name may have
 

@@ -6,7 +6,7 @@ from tunewright.core.errors import UserError
 
 
 def check_options(*, results: bool, export: bool, sheet: bool, items: bool, reviewer: bool, reference: bool) -> None:
-    """Refuse options of ``tunewright review`` that would be ignored; each argument says whether it is given.
+    """Refuse options of ``tunewright human-eval`` that would be ignored; each argument says whether it is given.
 
     Raises:
         UserError: naming the options.

@@ -1,4 +1,4 @@
-"""What all reviewers of an evaluation said, and what it says of all test items: the evidence's section ``review``."""
+"""Results of all reviewers, and what they show for all test items: the evidence's section ``human_eval``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def review_results(folder: Path, judge: JudgePreferences | None = None) -> Answe
     evidence, items = load_evidence(folder), load_items(folder)
     sample = load_sample(folder / FOLDER, evidence)
     if sample is None:
-        raise UserError("nobody has reviewed this evaluation", where=str(folder), fix="`tunewright review` does it.")
+        raise UserError(
+            "nobody has reviewed this evaluation", where=str(folder), fix="`tunewright human-eval` does it."
+        )
     journals = read_journals(folder / FOLDER)
     said = {journal.reviewer: preferences(journal, sample) for journal in journals}
     by_item = {key: [theirs[key] for theirs in said.values() if key in theirs] for key in sample.order}

@@ -40,7 +40,7 @@ def export_sheet(review: BlindReview, path: Path, *, reference: bool = False) ->
     keys = review.open_keys()
     if not keys:
         raise UserError(
-            f"{review.reviewer} has judged all pairs", fix="`tunewright review --results` says how it stands."
+            f"{review.reviewer} has judged all pairs", fix="`tunewright human-eval --results` says how it stands."
         )
     columns = [*COLUMNS[:3], REFERENCE, *COLUMNS[3:]] if reference else COLUMNS
     rows = []
@@ -64,7 +64,7 @@ def import_sheet(review: BlindReview, path: Path) -> SheetTaken:
     events: list[Event] = []
     taken = {"recorded": 0, "known": 0, "blank": 0, "notes": 0}
     seen: dict[str, int] = {}
-    for line, cells in read_sheet(path, COLUMNS, "tunewright review --export"):
+    for line, cells in read_sheet(path, COLUMNS, "tunewright human-eval --export"):
         _require_evaluation(cells["evaluation"], review, f"{path}:{line}")
         key = cells["item"]
         fault = _fault(review, cells)
@@ -85,7 +85,7 @@ def _require_evaluation(told: str, review: BlindReview, where: str) -> None:
         raise UserError(
             f"a sheet of evaluation {told.strip() or 'unknown'}, not of {review.evidence.id}; no verdict was recorded",
             where=where,
-            fix=f"`tunewright review {told.strip()} --import …` takes it." if told.strip() else None,
+            fix=f"`tunewright human-eval {told.strip()} --import …` takes it." if told.strip() else None,
         )
 
 

@@ -53,13 +53,13 @@ def memory_at_hand(gpu: str | None) -> Memory:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    limit = _container_left()
+    limit = container_left()
     if limit is not None and limit < free:
         return Memory(limit, False, f"{gigabytes(limit)} left to this container; no card is present")
     return Memory(free, False, f"{gigabytes(free)} free in this machine's memory; no card is present")
 
 
-def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+def container_left(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return what a control group leaves to this process; None where there is no limit."""
     try:
         limit = (group / "memory.max").read_text().strip()

@@ -13,7 +13,7 @@ from tunewright.report.wording import percent_interval
 
 def section(evidence: Evidence) -> Section | None:
     """Win rates on all items, verdicts by stratum, and agreement."""
-    review = evidence.review
+    review = evidence.human_eval
     if review is None:
         return None
     blocks: list[Block] = [Lead(people_line(review))]

@@ -57,5 +57,5 @@ def check_limits(limits: Limits) -> None:
     for name, value in limits.as_dict().items():
         if value is not None and value < 1:
             raise UserError(
-                f"{name} of {value}: a limit is at least 1", fix="`tunewright tenant end` shuts a tenant out."
+                f"{name} of {value}: a limit is at least 1", fix="`tunewright tenant disable` shuts a tenant out."
             )

@@ -8,19 +8,19 @@ from typing import Any, Literal
 from tunewright.serving.state.isolation import IsolationTest
 from tunewright.serving.state.times import iso
 
-Action = Literal["deploy", "canary", "shadow", "promote", "rollback", "withdraw"]
+Action = Literal["deploy", "canary", "shadow", "promote", "rollback", "undeploy"]
 
 
 @dataclass(frozen=True)
 class Grounds:
-    """Why an adapter may be released; of a withdrawal, why it may not any more."""
+    """Why an adapter may be released; of an undeployment, why it may not any more."""
 
     verdict: str | None = None
     """What its newest evaluation says; None: it has none."""
     evaluation: str | None = None
     """That evaluation's ID."""
     because: str | None = None
-    """Why it is released without a verdict to ship, or withdrawn."""
+    """Why it is released without a verdict to ship, or undeployed."""
     isolation: IsolationTest | None = None
     """The test that it passed, with all else that was live."""
     untested: str | None = None
@@ -56,7 +56,7 @@ class Release:
     """Within the alias, from 1."""
     action: Action
     adapter: str
-    """What the alias answers with from here on; of a withdrawal, what it does not answer with any more."""
+    """What the alias answers with from here on; of an undeployment, what it does not answer with any more."""
     digest: str
     candidate: Candidate | None
     restores: int | None
@@ -68,9 +68,9 @@ class Release:
     """Whether requests without a system message get the one that the adapter was trained with."""
 
     @property
-    def withdrawn(self) -> bool:
+    def undeployed(self) -> bool:
         """True if the alias answers nothing from here on."""
-        return self.action == "withdraw"
+        return self.action == "undeploy"
 
     @property
     def answer(self) -> tuple[str, bool]:

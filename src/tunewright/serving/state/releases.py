@@ -36,7 +36,7 @@ class Releases:
         self._actor = actor
 
     def live(self) -> dict[str, Release]:
-        """Return each alias's last release, by alias, without those that are withdrawn."""
+        """Return each alias's last release, by alias, without those that are undeployed."""
         with self._database.reading() as connection:
             return {release.alias: release for release in _live(connection)}
 
@@ -166,24 +166,24 @@ class Releases:
             grounds = back.grounds
             return _add(change, history[-1], "rollback", alias, back.adapter, back.answer, None, grounds, back.number)
 
-    def withdraw(self, alias: str, because: str | None = None) -> Release:
+    def undeploy(self, alias: str, because: str | None = None) -> Release:
         """Have an alias answer nothing from now on, until something is released under it again.
 
         Raises:
-            UserError: no such alias, or it is withdrawn already.
+            UserError: no such alias, or it is undeployed already.
         """
         with changing(self._database, self._actor) as change:
             now = _history(change.connection, alias)[-1]
-            if now.withdrawn:
-                raise UserError(f"{alias} is withdrawn already, since its release {now.number}")
+            if now.undeployed:
+                raise UserError(f"{alias} is undeployed already, since its release {now.number}")
             grounds = Grounds(because=because)
-            return _add(change, now, "withdraw", alias, now.adapter, now.answer, None, grounds)
+            return _add(change, now, "undeploy", alias, now.adapter, now.answer, None, grounds)
 
 
 def _require_new(connection: Connection, alias: str, adapter: str, answer: tuple[str, bool]) -> Release | None:
     check_name(alias, "an alias")
     before = _last(connection, alias)
-    if before is not None and before.answer == answer and before.candidate is None and not before.withdrawn:
+    if before is not None and before.answer == answer and before.candidate is None and not before.undeployed:
         raise UserError(f"{alias} answers with {adapter} already, since its release {before.number}")
     return before
 
@@ -192,7 +192,7 @@ def _require_candidate(connection: Connection, alias: str, candidate: Candidate)
     if candidate.share is not None and not 0 < candidate.share < 1:
         raise UserError(f"{candidate.share:g} is no share: it is above 0 and below 1")
     before = _last(connection, alias)
-    if before is None or before.withdrawn:
+    if before is None or before.undeployed:
         raise UserError(
             f"{alias} has no release that a candidate could be tried beside", fix="Deploy one without it first."
         )
@@ -212,19 +212,19 @@ def _promotable(connection: Connection, alias: str) -> tuple[Release, Candidate]
 
 def _target(history: Sequence[Release], number: int | None) -> Release:
     now = history[-1]
-    ends_something = now.candidate is not None or now.withdrawn  # what a rollback would end, whatever it brings back
+    ends_something = now.candidate is not None or now.undeployed  # what a rollback would end, whatever it brings back
     if number is not None:
         if not 1 <= number <= len(history):
             raise UserError(f"{now.alias} has no release {number}", fix=f"It has releases 1 to {len(history)}.")
         back = history[number - 1]
-        if back.withdrawn:
+        if back.undeployed:
             raise UserError(f"{now.alias} answered nothing from its release {number} on", fix="Name another one.")
         if back.answer == now.answer and not ends_something:
             raise UserError(f"{now.alias} answers with {now.adapter}, as in its release {number}, already")
         return back
     if ends_something:
         # Not the candidate's own line: its grounds are the candidate's.
-        return next(line for line in reversed(history) if line.candidate is None and not line.withdrawn)
+        return next(line for line in reversed(history) if line.candidate is None and not line.undeployed)
     before = _before(history)
     if not before:
         raise UserError(f"{now.alias} has answered with nothing else before {now.adapter}")
@@ -237,7 +237,7 @@ def _before(history: Sequence[Release]) -> list[Release]:
     current = history[0]
     for release in history[1:]:
         if release.answer == current.answer:
-            continue  # a candidate has come or gone beside it, or it was withdrawn and is back
+            continue  # a candidate has come or gone beside it, or it was undeployed and is back
         if before and release.restores == before[-1].number:
             current = before.pop()
         else:
@@ -258,7 +258,7 @@ def _add(
     restores: int | None = None,
 ) -> Release:
     digest, system_prompt = answer
-    if action not in ("rollback", "withdraw"):
+    if action not in ("rollback", "undeploy"):
         _require_tested(change.connection, alias, digest, candidate, grounds)
     row = change.connection.execute(
         insert(releases)
@@ -303,7 +303,7 @@ def _live(connection: Connection) -> list[Release]:
     last = select(func.max(releases.c.id)).group_by(releases.c.alias)
     query = select(releases).where(releases.c.id.in_(last)).order_by(releases.c.alias)
     found = [_release(row) for row in connection.execute(query)]
-    return [release for release in found if not release.withdrawn]
+    return [release for release in found if not release.undeployed]
 
 
 def _release(row: Row[Any]) -> Release:

@@ -45,9 +45,9 @@ def _follow(told: Retold, action: str, subject: str, details: Mapping[str, Any])
     match action:
         case "tenant.add":
             told.tenants[subject] = _tenant(details["aliases"], details["limits"])
-        case "tenant.allow":
+        case "tenant.grant":
             told.tenants[subject]["aliases"] |= set(details["aliases"])
-        case "tenant.deny":
+        case "tenant.revoke":
             told.tenants[subject]["aliases"] -= set(details["aliases"])
         case "tenant.limit":
             told.tenants[subject]["limits"] = details["after"]

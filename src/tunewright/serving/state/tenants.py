@@ -169,7 +169,7 @@ class Tenants:
                         )
                     )
             if new:
-                change.log("tenant.allow" if allowed else "tenant.deny", name, aliases=new)
+                change.log("tenant.grant" if allowed else "tenant.revoke", name, aliases=new)
             return _tenant(change.connection, row, change.now)
 
     def end(self, name: str) -> Tenant:
@@ -190,7 +190,7 @@ class Tenants:
                 change.log("key.revoke", prefix, tenant=name)
             change.connection.execute(delete(tenant_aliases).where(tenant_aliases.c.tenant_id == row.id))
             if own:
-                change.log("tenant.deny", name, aliases=own)
+                change.log("tenant.revoke", name, aliases=own)
             return _tenant(change.connection, row, change.now)
 
     def limit(self, name: str, limits: Limits) -> Tenant:
@@ -237,7 +237,7 @@ class Tenants:
             if strange:
                 raise UserError(
                     f"{name} may not call {', '.join(strange)}",
-                    fix=f"`tunewright tenant allow {name} {' '.join(strange)}` lets it.",
+                    fix=f"`tunewright tenant grant {name} {' '.join(strange)}` lets it.",
                 )
             expires = None if lifetime is None else change.now + lifetime
             key, prefix = _make_key(change, row.id, scope, expires)

@@ -1,4 +1,4 @@
-"""``crossfit`` through the command line, on a tiny base: who saw what, going on after a kill, and what follows."""
+"""``crossval`` through the command line, on a tiny base: who saw what, going on after a kill, and what follows."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def family_project(folder: Path, base: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def crossfitted(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, list[list[str]]]:
+def crossvalidated(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, list[list[str]]]:
     """A project that has been cross-fitted, and the texts of the rows that each training and dev pass was given."""
     import tunewright.training.run as training
     from tiny import byte_tokenizer
     from tunewright.training.rows import as_columns
 
-    folder = family_project(tmp_path_factory.mktemp("crossfit") / "project", tiny_base_folder)
+    folder = family_project(tmp_path_factory.mktemp("crossval") / "project", tiny_base_folder)
     tokenizer = byte_tokenizer()
     given: list[list[str]] = []
 
@@ -57,7 +57,7 @@ def crossfitted(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(training, "as_columns", recording)
-        ran = tunewright("crossfit", "--folds", str(FOLDS), "-p", folder)
+        ran = tunewright("crossval", "--folds", str(FOLDS), "-p", folder)
     assert ran.code == 0, ran.stderr
     assert "Fold 3 of 3: 51 rows to train on, 9 to choose by, 30 to answer" in ran.stderr
     assert "2 more: about" in ran.stderr
@@ -65,8 +65,8 @@ def crossfitted(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path
 
 
 @pytest.fixture
-def project(crossfitted: tuple[Path, list[list[str]]], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(crossfitted[0], tmp_path / "project"))
+def project(crossvalidated: tuple[Path, list[list[str]]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(crossvalidated[0], tmp_path / "project"))
 
 
 def _evaluation(project: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -76,9 +76,9 @@ def _evaluation(project: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def test_every_row_is_answered_once_by_an_adapter_that_saw_nothing_like_it(
-    crossfitted: tuple[Path, list[list[str]]],
+    crossvalidated: tuple[Path, list[list[str]]],
 ) -> None:
-    folder, given = crossfitted
+    folder, given = crossvalidated
     evidence, items = _evaluation(folder)
     members = load_version(folder / "dataset").members
     assert [item["key"] for item in items] == [m.key for m in members]
@@ -99,7 +99,7 @@ def test_every_row_is_answered_once_by_an_adapter_that_saw_nothing_like_it(
 def test_the_adapters_are_not_among_the_users_and_say_what_they_are(project: Path) -> None:
     evidence, _ = _evaluation(project)
     assert list_adapters(project / "adapters") == []
-    stored = list_adapters(project / ".tunewright" / "crossfit" / "adapters")
+    stored = list_adapters(project / ".tunewright" / "crossval" / "adapters")
     assert {a.digest for a in stored} == {fold["adapter"] for fold in evidence["folds"]}
     assert [a.lineage["fold"]["number"] for a in stored] == [1, 2, 3]
     version = load_version(project / "dataset")
@@ -121,7 +121,7 @@ def test_the_evidence_is_of_all_rows_and_adds_up(project: Path) -> None:
 
 
 def test_it_is_found_done_the_second_time(project: Path) -> None:
-    ran = tunewright("crossfit", "--folds", str(FOLDS), "-p", project, "--json")
+    ran = tunewright("crossval", "--folds", str(FOLDS), "-p", project, "--json")
     assert ran.document["evaluated"] is False
     assert ran.document["evidence"] == _evaluation(project)[0]
 
@@ -141,7 +141,7 @@ def test_verdict_and_report_say_what_they_speak_of(project: Path) -> None:
 
 
 def _start(project: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tunewright", "crossfit", "--folds", str(FOLDS), "-p", str(project)]
+    command = [sys.executable, "-m", "tunewright", "crossval", "--folds", str(FOLDS), "-p", str(project)]
     return subprocess.Popen(
         command, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     )
@@ -149,7 +149,7 @@ def _start(project: Path) -> subprocess.Popen[bytes]:
 
 def test_a_killed_run_goes_on_to_the_same_evidence(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
     other = family_project(tmp_path / "killed", tiny_base_folder)
-    adapters = other / ".tunewright" / "crossfit" / "adapters"
+    adapters = other / ".tunewright" / "crossval" / "adapters"
     running = _start(other)
     end = time.monotonic() + 120
     while not list(adapters.glob("tiny-*")):
@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on_to_the_same_evidence(project: Path, tmp_path: Path
     assert [file.name for file in (other / "evaluations").iterdir()] == [LEDGER]
     before = {p: p.stat().st_mtime_ns for p in adapters.glob("tiny-*/*")}
     assert 0 < len(list_adapters(adapters)) < FOLDS
-    assert tunewright("crossfit", "--folds", str(FOLDS), "-p", other).code == 0
+    assert tunewright("crossval", "--folds", str(FOLDS), "-p", other).code == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
     (unstopped, items), (resumed, resumed_items) = _evaluation(project), _evaluation(other)
     assert resumed_items == items
@@ -174,7 +174,7 @@ def test_another_seed_deals_other_folds(project: Path) -> None:
     before, _ = _evaluation(project)
     config = project / "tunewright.yaml"
     config.write_text(config.read_text() + "seed: 1\n")
-    ran = tunewright("crossfit", "--folds", str(FOLDS), "-p", project, "--json")
+    ran = tunewright("crossval", "--folds", str(FOLDS), "-p", project, "--json")
     assert ran.document["evaluated"] is True
     after = ran.document["evidence"]
     assert not set(after["lineage"]["folds"]) & set(before["lineage"]["folds"])
@@ -183,18 +183,18 @@ def test_another_seed_deals_other_folds(project: Path) -> None:
 def test_too_few_pairs_or_clusters_are_refused_before_anything_is_trained(
     project: Path, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    ran = tunewright("crossfit", "--folds", "40", "-p", project)
+    ran = tunewright("crossval", "--folds", "40", "-p", project)
     assert (ran.code, "30 independent clusters are too few for 40 folds" in ran.stderr) == (2, True)
     small = tiny_project(tmp_path / "small", tiny_base_folder, count=60)
     assert tunewright("data", "add", small / "pairs.jsonl", "-p", small).code == 0
-    ran = tunewright("crossfit", "-p", small)
+    ran = tunewright("crossval", "-p", small)
     assert (ran.code, "42 training pairs in the smallest of 5 folds, fewer than 50" in ran.stderr) == (2, True)
-    assert not (small / ".tunewright" / "crossfit").exists()
-    ran = tunewright("crossfit", "--folds", "2", "--force", "-p", small)
+    assert not (small / ".tunewright" / "crossval").exists()
+    ran = tunewright("crossval", "--folds", "2", "--force", "-p", small)
     assert (ran.code, "Going on as --force says" in ran.stderr) == (0, True)
-    forced = list_adapters(small / ".tunewright" / "crossfit" / "adapters")
+    forced = list_adapters(small / ".tunewright" / "crossval" / "adapters")
     assert all("24 training pairs" in a.lineage["forced"] for a in forced)
-    assert tunewright("crossfit", "--folds", "1", "-p", small).code == 2
+    assert tunewright("crossval", "--folds", "1", "-p", small).code == 2
 
 
 # Suspects by loss
@@ -212,7 +212,7 @@ def test_suspects_are_ranked_by_each_rows_out_of_fold_adapter(project: Path, tin
     assert document["judged_by"].startswith("3 cross-fitted adapters")
     assert len(document["suspects"]) == 9
     _, items = _evaluation(project)
-    stored = {a.lineage["fold"]["number"]: a for a in list_adapters(project / ".tunewright" / "crossfit" / "adapters")}
+    stored = {a.lineage["fold"]["number"]: a for a in list_adapters(project / ".tunewright" / "crossval" / "adapters")}
     fold_of = {item["key"]: item["fold"] for item in items}
     every = {m.key: m for m in load_version(project / "dataset").members}
     for suspect in document["suspects"][:3]:
@@ -244,13 +244,13 @@ def test_a_named_adapter_judges_all_rows_and_what_it_was_trained_on_is_told(proj
     document, told = _suspects(project, "--adapter", trained)
     assert document["judged_by"] == trained
     assert "was trained on 72 of the 90 rows" in told
-    assert "`tunewright crossfit` makes adapters" in told
+    assert "`tunewright crossval` makes adapters" in told
     unknown = tunewright("data", "suspects", "--adapter", "x", "-p", project)
     assert (unknown.code, "no adapter is called 'x'" in unknown.stderr) == (2, True)
 
 
 def test_without_a_cross_fit_the_newest_adapter_judges(project: Path) -> None:
-    shutil.rmtree(project / ".tunewright" / "crossfit")
+    shutil.rmtree(project / ".tunewright" / "crossval")
     document, told = _suspects(project)
     assert document["judged_by"] is None
     assert "The loss of a trained adapter would rank them" in told

@@ -32,8 +32,8 @@ def folder(project: Path) -> Path:
 @pytest.fixture
 def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys that the reviewer will press, and a note after each w; all of them have to be asked for."""
-    import tunewright.cli.people as cli
-    import tunewright.cli.review as labels
+    import tunewright.cli.data_review as labels
+    import tunewright.cli.human_eval as cli
 
     commands()
     keys: list[str] = []
@@ -46,7 +46,7 @@ def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def _review(project: Path, *options: str | Path, reviewer: str | None = "ada"):  # type: ignore[no-untyped-def]
     who = ["--reviewer", reviewer] if reviewer else []
-    return tunewright("review", ID, "-p", project, *who, *options)
+    return tunewright("human-eval", ID, "-p", project, *who, *options)
 
 
 def test_a_pass_shows_both_answers_and_nothing_of_the_arms(project: Path, folder: Path, press: list[str]) -> None:
@@ -58,7 +58,7 @@ def test_a_pass_shows_both_answers_and_nothing_of_the_arms(project: Path, folder
         pair = review.pair(key)
         assert pair.a.split()[0] in ran.stderr
     assert not any(word in ran.stderr for word in ("tuned", "retrieved", "fixed", "broken", "Reference"))
-    assert "'x' is no key here" in ran.stderr
+    assert "Unknown key 'x'" in ran.stderr
     assert "4 of 50 pairs judged, 1 skipped" in ran.stderr
     assert [j.verdict for j in review.journal.standing.values()] == ["A", "B", "both", "neither", "skip"]
 
@@ -84,7 +84,7 @@ def test_the_last_verdict_shows_the_results_and_puts_them_into_the_evidence(
     ran = _review(project, "--items", "30", "--json")
     assert ran.code == 0
     assert (ran.document["preferred"], ran.document["decision"]) == ([30, 0], "treatment")
-    section = load_evidence(folder).review
+    section = load_evidence(folder).human_eval
     assert section is not None
     assert {**section.model_dump(mode="json"), "decision": section.decision} == ran.document
     told = _review(project, "--results", reviewer=None)
@@ -125,7 +125,7 @@ def test_a_spreadsheet_goes_out_and_comes_back(project: Path, folder: Path) -> N
     bad = _review(project, "--import", file, "--json", reviewer="eve")
     assert bad.code == 2
     assert f"{file}:" in bad.document["error"]["what"]
-    assert not (folder / "review" / "eve.jsonl").exists()
+    assert not (folder / "human-eval" / "eve.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -141,10 +141,10 @@ def test_a_spreadsheet_goes_out_and_comes_back(project: Path, folder: Path) -> N
 def test_options_that_would_be_ignored_and_a_missing_terminal_are_refused(
     project: Path, folder: Path, options: list[str]
 ) -> None:
-    ran = tunewright("review", ID, "-p", project, *options, "--json")
+    ran = tunewright("human-eval", ID, "-p", project, *options, "--json")
     assert ran.code == 2
     assert ran.document["error"]["what"]
-    assert not (folder / "review").exists()
+    assert not (folder / "human-eval").exists()
 
 
 def test_results_before_any_review_say_what_makes_one(project: Path) -> None:
@@ -155,11 +155,11 @@ def test_results_before_any_review_say_what_makes_one(project: Path) -> None:
 def test_a_narrow_terminal_has_the_answers_one_over_the_other(
     project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunewright.cli import people_tables
+    from tunewright.cli import human_eval
 
     press += ["q", "q"]
     wide = _review(project)
-    monkeypatch.setattr(people_tables, "SIDE_BY_SIDE", 1000)
+    monkeypatch.setattr(human_eval, "SIDE_BY_SIDE", 1000)
     narrow = _review(project)
     assert any("A ─" in line and "B ─" in line for line in wide.stderr.splitlines())
     assert not any("A ─" in line and "B ─" in line for line in narrow.stderr.splitlines())
@@ -168,12 +168,12 @@ def test_a_narrow_terminal_has_the_answers_one_over_the_other(
 def test_the_journal_has_no_arm_in_it(project: Path, folder: Path, press: list[str]) -> None:
     press += ["a", "b", "q"]
     _review(project)
-    for line in (folder / "review" / "ada.jsonl").read_text().splitlines():
+    for line in (folder / "human-eval" / "ada.jsonl").read_text().splitlines():
         assert set(json.loads(line)) == {"event", "key", "reviewer", "when", "verdict", "reference"}
 
 
 def test_a_pass_that_is_killed_has_kept_what_was_said_and_goes_on_and_back(project: Path, folder: Path) -> None:
-    arguments = ("review", ID, "-p", project, "--reviewer", "ada")
+    arguments = ("human-eval", ID, "-p", project, "--reviewer", "ada")
     terminal = Terminal(*arguments)
     terminal.wait_for("q quit")
     for key, shown in (("a", "1 of 50"), ("b", "2 of 50"), ("r", "Reference")):

@@ -1,38 +1,58 @@
-"""What suites of general ability came to, as people read it and as ``--json`` prints it."""
+"""``regressions``: whether the base's general abilities survived the fine-tune."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.evidence.benchmarks import Benchmarks, Control, Suite
+from tunewright.cli.app import EVALUATE, Adapter, app, command
+from tunewright.cli.console import RESUMES, Session
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from tunewright.evaluation.benchmarks.runner import BenchmarkResult
+    from tunewright.evidence.benchmarks import Benchmarks, Control, Suite
 
 _COLOURS = {"not worse": "green", "worse": "bold red", "can't tell": "yellow"}
 
 
-def general_document(result: BenchmarkResult) -> dict[str, Any]:
-    """The result as JSON."""
-    told = result.standing
+@command(app, "regressions", panel=EVALUATE, example="tunewright regressions legal-4f1c02a9", kept=RESUMES)
+def regressions(run: Session, adapter: Adapter = None) -> int:
+    """Compare general abilities without and with the adapter: not worse (exit code 0), worse (3) or can't tell (4).
+
+    The suites are those of the config's general section; `evaluate` measures them too. Resumes where it stopped.
+    """
+    result = run.project.regressions(adapter)
+    standing = result.standing
+    evidence = (
+        f"In the evidence: {result.folder}"
+        if result.folder
+        else "`tunewright evaluate` adds it to the adapter's evidence, once there is some."
+    )
+    run.show(regressions_document(result), *regressions_tables(result.general), *standing.reasons, evidence)
+    return standing.exit_code
+
+
+def regressions_document(result: BenchmarkResult) -> dict[str, Any]:
+    """Return the result as JSON."""
+    standing = result.standing
     return {
         "adapter": result.adapter.name,
         "measured": result.measured,
         "evaluation": None if result.folder is None else str(result.folder),
-        "result": told.result,
-        "decides": told.decides,
-        "reasons": list(told.reasons),
-        "general": result.general.model_dump(mode="json"),
+        "result": standing.result,
+        "decides": standing.decides,
+        "reasons": list(standing.reasons),
+        "regressions": result.general.model_dump(mode="json"),
     }
 
 
-def general_tables(general: Benchmarks) -> list[RenderableType]:
-    """The suites with the adapter off and on, and their controls."""
-    table = Table(title="What the base could do before, adapter off and on", title_justify="left")
+def regressions_tables(general: Benchmarks) -> list[RenderableType]:
+    """Return the suites without and with the adapter, and their controls."""
+    table = Table(title="General abilities without and with the adapter", title_justify="left")
     for name in ("suite", "items", "off", "on", "drop", "95% interval", "limit", "margin", "needed", "result"):
         table.add_column(name, justify="left" if name in ("suite", "result") else "right", no_wrap=True)
     for suite in general.suites:
@@ -58,13 +78,13 @@ def general_tables(general: Benchmarks) -> list[RenderableType]:
     for suite in general.suites:
         if suite.divergence is not None:
             tables.append(f"Divergence from base to tuned: {suite.divergence:.4f} nats per token.")
-        tables += [f"{suite.name}: {told}." for told in suite.left_out]
+        tables += [f"{suite.name}: {reason}." for reason in suite.left_out]
     return tables
 
 
 def _controls_table(general: Benchmarks) -> Table:
     table = Table(title="Controls: a suite that fails one decides nothing", title_justify="left")
-    for name in ("suite", "control", "items", "score", "has to be", ""):
+    for name in ("suite", "control", "items", "score", "required", ""):
         table.add_column(name, justify="right" if name in ("items", "score") else "left", overflow="fold")
     for suite in general.suites:
         for control in suite.controls:
@@ -84,5 +104,5 @@ def _level(suite: Suite, value: float) -> str:
 
 
 def _drop(suite: Suite, value: float) -> str:
-    """Points, or nats per token; with a sign, so that a rise is seen as one."""
+    """Return points or nats per token, with a sign so that a gain is visible."""
     return f"{round(100 * value, 1) + 0.0:+.1f}" if suite.unit == "share" else f"{round(value, 3) + 0.0:+.3f}"

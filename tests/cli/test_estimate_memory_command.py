@@ -28,7 +28,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_a_base_of_which_only_the_config_is_there_is_told_outside_of_a_project(base: Path, tmp_path: Path) -> None:
-    ran = tunewright("fit", "--base", base, "--gpu", "24GB", "--project", tmp_path)
+    ran = tunewright("estimate-memory", "--base", base, "--gpu", "24GB", "--project", tmp_path)
     assert ran.code == 0
     assert "6,738,415,616 parameters" in ran.stdout
     assert "LoRA bfloat16, checkpointed: at most" in ran.stdout
@@ -37,8 +37,8 @@ def test_a_base_of_which_only_the_config_is_there_is_told_outside_of_a_project(b
 
 def test_json_has_bytes_by_part_and_what_fits(base: Path, tmp_path: Path) -> None:
     ran = tunewright(
-        "fit", "--base", base, "--gpu", "24GB", "--rows", "4", "--length", "512", "--shared", "300", "--json",
-        "--project", tmp_path,
+        "estimate-memory", "--base", base, "--gpu", "24GB", "--rows", "4", "--length", "512", "--shared", "300",
+        "--json", "--project", tmp_path,
     )  # fmt: skip
     told = ran.document
     assert told["parameters"] == 6_738_415_616
@@ -58,7 +58,7 @@ def test_json_has_bytes_by_part_and_what_fits(base: Path, tmp_path: Path) -> Non
 
 def test_in_a_project_its_base_and_config_hold(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    told = tunewright("fit", "--gpu", "1GB", "--json", "--project", folder).document
+    told = tunewright("estimate-memory", "--gpu", "1GB", "--json", "--project", folder).document
     assert told["base"] == str(tiny_base_folder)
     assert told["batch"]["rows"] == 8
     assert told["ways"][0]["name"] == "LoRA float32"
@@ -74,26 +74,26 @@ def test_in_a_project_its_base_and_config_hold(tmp_path: Path, tiny_base_folder:
     ],
 )
 def test_what_cannot_be_is_one_clear_error(base: Path, tmp_path: Path, options: list[str], words: str) -> None:
-    ran = tunewright("fit", "--base", base, *options, "--project", tmp_path)
+    ran = tunewright("estimate-memory", "--base", base, *options, "--project", tmp_path)
     assert ran.code == 2
     assert words in ran.stderr
 
 
 def test_without_a_project_and_a_base_there_is_nothing_to_tell(tmp_path: Path) -> None:
-    ran = tunewright("fit", "--gpu", "24GB", "--project", tmp_path)
+    ran = tunewright("estimate-memory", "--gpu", "24GB", "--project", tmp_path)
     assert ran.code == 2
     assert "tunewright.yaml" in ran.stderr
 
 
 def test_fit_exits_with_3_and_says_what_fits_when_nothing_does(base: Path, tmp_path: Path) -> None:
-    ran = tunewright("fit", "--base", base, "--card", "RTX 4080", "--length", "8192", "--project", tmp_path)
+    ran = tunewright("estimate-memory", "--base", base, "--card", "RTX 4080", "--length", "8192", "--project", tmp_path)
     assert ran.code == 3
     answer = ran.stdout.splitlines()[0]
     assert answer.startswith("Does not fit: micro-batch 1 × 8,192 (LoRA bfloat16) needs ")
     assert "The longest single row that fits has " in answer
     assert "With train.quantization: nf4 it fits." in answer
     document = tunewright(
-        "fit", "--base", base, "--card", "RTX 4080", "--length", "8192", "--json", "--project", tmp_path
+        "estimate-memory", "--base", base, "--card", "RTX 4080", "--length", "8192", "--json", "--project", tmp_path
     ).document
     assert (document["answer"]["fits"], document["answer"]["micro_batch_size"]) == (False, 0)
     way = next(w for w in document["ways"] if w["name"] == "LoRA bfloat16" and w["gradient_checkpointing"])
@@ -102,18 +102,20 @@ def test_fit_exits_with_3_and_says_what_fits_when_nothing_does(base: Path, tmp_p
 
 def test_fit_takes_rows_as_asked_and_says_how_many_fit(base: Path, tmp_path: Path) -> None:
     options = ("--base", base, "--gpu", "24GB", "--rows", "16", "--project", tmp_path)
-    ran = tunewright("fit", *options)
+    ran = tunewright("estimate-memory", *options)
     assert ran.code == 3
     assert "Micro-batch 8 × 2,048 does." in ran.stdout.splitlines()[0]
 
 
 def test_fit_measures_longest_row_of_the_dataset(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    assert tunewright("fit", "--gpu", "1GB", "--json", "-p", folder).document["answer"]["longest_row"] is None
+    assert (
+        tunewright("estimate-memory", "--gpu", "1GB", "--json", "-p", folder).document["answer"]["longest_row"] is None
+    )
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     lengths = tunewright("data", "check", "--json", "-p", folder).document["splits"]
     longest = max(split["percentiles"]["100"] for split in lengths if split["split"] != "test")
-    ran = tunewright("fit", "--gpu", "4GB", "-p", folder)
+    ran = tunewright("estimate-memory", "--gpu", "4GB", "-p", folder)
     assert ran.code == 0
     assert f"; your longest row has {longest} tokens." in ran.stdout.splitlines()[0]
 
@@ -123,7 +125,7 @@ def test_fit_answers_for_longest_row_when_no_row_of_max_length_fits(tmp_path: Pa
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     config = folder / "tunewright.yaml"
     config.write_text(config.read_text().replace("  epochs: 2", "  epochs: 2\n  max_length: 1000000"))
-    answer = tunewright("fit", "--gpu", "2GB", "--json", "-p", folder).document["answer"]
+    answer = tunewright("estimate-memory", "--gpu", "2GB", "--json", "-p", folder).document["answer"]
     assert answer["fits"]
     assert answer["length"] == answer["longest_row"]
     assert "train.max_length (1,000,000) does not fit." in answer["text"]

@@ -1,17 +1,16 @@
-"""``fit``: whether training fits into memory, before anything is loaded."""
+"""``estimate-memory``: whether training fits into memory, before anything is loaded."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
-from tunewright.cli.app import HERE, Folder, Json, app
-from tunewright.cli.console import MEASURED_NO, session
+from tunewright.cli.app import TRAIN, app, command
+from tunewright.cli.console import MEASURED_NO, Session
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tunewright.models.memory.plan import Plan
 
 _PARTS = {
@@ -28,62 +27,56 @@ _PARTS = {
 }
 
 
-@app.command()
-def fit(
+@command(app, "estimate-memory", panel=TRAIN, example="tunewright estimate-memory --gpu 'RTX 4090'", status=False)
+def estimate_memory(
+    run: Session,
     gpu: Annotated[
         str | None,
         typer.Option(
             "--gpu",
             "--card",
-            help="A card's name or memory, such as 'RTX 4090', a100-80gb or 24GB.",
-            show_default="the card or machine here",
+            help="GPU by name or memory, such as 'RTX 4090', a100-80gb or 24GB.",
+            show_default="this machine's",
         ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Another base than the project's; works outside of a project too.", show_default=False),
+        typer.Option(help="Base other than the project's; needs no project.", show_default=False),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows of the micro-batch.", show_default="the config's")
+        int | None, typer.Option(min=1, help="Rows of a micro-batch.", show_default="from the config")
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of each row.", show_default="the config's max_length")
+        int | None, typer.Option(min=2, help="Tokens of a row.", show_default="max_length in the config")
     ] = None,
-    shared: Annotated[int, typer.Option(min=0, help="Tokens at the start of each row that all rows share.")] = 0,
+    shared: Annotated[int, typer.Option(min=0, help="Tokens at the start of a row that all rows share.")] = 0,
     trained: Annotated[
         int | None,
-        typer.Option("--answer", min=1, help="Trained tokens of each row.", show_default="all but the shared"),
+        typer.Option("--answer", min=1, help="Trained tokens of a row.", show_default="all but the shared"),
     ] = None,
-    project: Folder = HERE,
-    json: Json = False,
-) -> None:
-    """Say whether training fits into memory (exit 0) or not (3), then bytes by part and the largest micro-batches.
+) -> int:
+    """Estimate whether training fits into memory (exit code 0) or not (3), by part, with the largest micro-batches.
 
-    Arithmetic over the base's config.json; no weights are downloaded or loaded. Your longest row is measured where
-    the project has a dataset and the base's tokenizer is on this machine.
+    Computed from the base's config.json; no weights are downloaded or loaded. Your longest row is measured if the
+    project has a dataset and the base's tokenizer is on this machine.
     """
-    from tunewright.api import Project
-    from tunewright.config.project import ProjectFolder
     from tunewright.models.memory.sizes import gigabytes
 
-    with session(json) as current:
-        # Not opened as a project: with --base it needs none.
-        result, answer = Project(ProjectFolder(project), current.reporter).fit(
-            gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=trained
-        )
-        way = result.ways[0].way
-        current.show(
-            {"answer": answer.as_dict(), **result.as_dict()},
-            answer.text,
-            f"{result.base}: {result.shape.parameters:,} parameters; LoRA of rank {way.rank} on "
-            f"{', '.join(way.targets)}: {result.shape.adapter_parameters(way.targets, way.rank):,}\n"
-            f"Memory: {gigabytes(result.memory.bytes)} ({result.memory.source})",
-            _parts_table(result),
-            _fits_table(result),
-            _plain_words(result),
-        )
-        if not answer.fits:
-            raise typer.Exit(MEASURED_NO)
+    result, answer = run.unopened.estimate_memory(
+        gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=trained
+    )
+    way = result.ways[0].way
+    run.show(
+        {"answer": answer.as_dict(), **result.as_dict()},
+        answer.text,
+        f"{result.base}: {result.shape.parameters:,} parameters; LoRA of rank {way.rank} on "
+        f"{', '.join(way.targets)}: {result.shape.adapter_parameters(way.targets, way.rank):,}\n"
+        f"Memory: {gigabytes(result.memory.bytes)} ({result.memory.source})",
+        _parts_table(result),
+        _fits_table(result),
+        _summary(result),
+    )
+    return 0 if answer.fits else MEASURED_NO
 
 
 def _heads(plan: Plan) -> list[str]:
@@ -91,7 +84,6 @@ def _heads(plan: Plan) -> list[str]:
 
 
 def _parts_table(plan: Plan) -> Table:
-    from rich.table import Table
 
     from tunewright.models.memory.sizes import gigabytes
 
@@ -113,7 +105,6 @@ def _parts_table(plan: Plan) -> Table:
 
 
 def _fits_table(plan: Plan) -> Table:
-    from rich.table import Table
 
     from tunewright.models.memory.plan import MOST_ROWS
 
@@ -129,7 +120,7 @@ def _fits_table(plan: Plan) -> Table:
     return table
 
 
-def _plain_words(plan: Plan) -> str:
+def _summary(plan: Plan) -> str:
     lines = []
     for head, planned in zip(_heads(plan), plan.ways, strict=True):
         if not planned.longest:

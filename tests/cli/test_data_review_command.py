@@ -37,7 +37,7 @@ def project(added: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys that the reviewer will press; all of them have to be asked for."""
-    import tunewright.cli.review as cli
+    import tunewright.cli.data_review as cli
 
     commands()
     keys: list[str] = []
@@ -67,7 +67,7 @@ def test_a_pass_shows_rows_with_their_neighbours_and_counts_verdicts(project: Pa
     ran = tunewright("data", "review", "--reviewer", "ada", "-p", project)
     assert ran.code == 0
     assert "Nearest rows" in ran.stderr
-    assert "'x' is no key here" in ran.stderr
+    assert "Unknown key 'x'" in ran.stderr
     assert "under review: 1 of 3 wrong" in ran.stdout
     assert _status(project).startswith("under review: 1 of 3 wrong")
 

@@ -1,0 +1,81 @@
+"""``audit``: the record of all changes to tenants, keys, limits and releases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from tunewright.cli.app import DEPLOY, command, group
+from tunewright.cli.console import FAILED, Session
+from tunewright.cli.releases import AUTHOR_WIDTH, minute
+
+if TYPE_CHECKING:
+    from tunewright.serving.state import AuditLine
+
+audit_app = group("audit", DEPLOY, "Show and verify the record of changes to tenants, keys, limits and releases.")
+
+
+@command(audit_app, "show", example="tunewright audit show", status=False, state=True)
+def audit_show(run: Session) -> None:
+    """List every change: who made it, when, and what changed."""
+    lines = run.project.audit.show()
+    document = {"lines": [line.as_dict() for line in lines]}
+    run.show(document, audit_table(lines) if lines else "Nothing has been changed yet.")
+
+
+@command(audit_app, "verify", example="tunewright audit verify", status=False, state=True)
+def audit_verify(
+    run: Session,
+    noted: Annotated[
+        str | None, typer.Option(help="Digest of a line, noted elsewhere, that must still be in the record.")
+    ] = None,
+) -> int | None:
+    """Check every line against its digest and the previous line. Exit code 1 if one was changed or is missing."""
+    check = run.project.audit.verify(noted)
+    whole = f"{check.lines} lines, all as written. Digest of the last one, to note elsewhere: {check.head}"
+    if not check.lines:
+        whole = "Nothing has been changed yet: there is no line."
+    run.show(check.as_dict(), "\n".join(check.faults) if check.faults else whole)
+    return FAILED if check.faults else None
+
+
+def audit_table(lines: Sequence[AuditLine]) -> Table:
+    """Return the table of changes."""
+    table = Table()
+    table.add_column("line", justify="right")
+    for name in ("when", "by", "what", "of", "details"):
+        table.add_column(name, overflow="fold", max_width=AUTHOR_WIDTH if name == "by" else None)
+    for line in lines:
+        details = ", ".join(_details(json.loads(line.details)))
+        table.add_row(
+            str(line.number), line.time[:16].replace("T", " "), line.actor or "", line.action, line.subject, details
+        )
+    return table
+
+
+_IN_OTHER_COLUMNS = {"id", "alias", "author", "created", "action", "digest"}
+
+
+def _details(details: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a line's details in words, without those that are empty or in other columns."""
+    for name, value in details.items():
+        if value in (None, [], "") or name in _IN_OTHER_COLUMNS:
+            continue
+        words = prefix + name.replace("_", " ")
+        if name == "system_prompt":
+            if not value:
+                yield f"{prefix}without its system prompt"
+        elif name == "isolation":
+            yield f"isolation test: {value['verdict']} on {value['engine']}, {value['tested'][:16].replace('T', ' ')}"
+            if value["verdict"] != "isolated":
+                yield from value["reasons"]
+        elif isinstance(value, dict):
+            yield from _details(value, "" if name == "grounds" else f"{words} ")
+        elif name.endswith("expires"):
+            yield f"{words} {minute(value)}"
+        else:
+            yield f"{words} {', '.join(value) if isinstance(value, list) else value}"

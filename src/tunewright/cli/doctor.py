@@ -1,0 +1,249 @@
+"""``doctor``: whether this machine can do what tunewright does, and which command mends what it cannot."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from tunewright._version import __version__
+from tunewright.cli.app import PROJECT, app, command
+from tunewright.cli.console import FAILED, Session
+
+State = Literal["ok", "missing", "warning", "problem"]
+
+HUB_TIMEOUT_S = 3.0
+_NAMED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+_LEAST_FREE_GB = 1.0
+"""Of the disk: less stops a training at its first checkpoint."""
+_LITTLE_FREE_GB = 10.0
+"""Of the disk: less than most bases take."""
+_LITTLE_MEMORY_GB = 3.0
+"""Less than a training of the bundled base takes."""
+_EXTRAS = {
+    "postgresql": ("psycopg", "psycopg", "serve.database_url: postgresql://…"),
+    "examples": ("courts-db", "courts_db", "demo, init --example"),
+    "4bit": ("bitsandbytes", "bitsandbytes", "train.quantization: nf4"),
+    "liger": ("liger-kernel", "liger_kernel", "train.use_liger_kernel"),
+    "gguf": ("xllamacpp", "xllamacpp", "export gguf, export ollama"),
+    "presidio": ("presidio-analyzer", "presidio_analyzer", "data add --presidio"),
+    "lm-eval": ("lm-eval", "lm_eval", "general.lm_eval in regressions and evaluate"),
+    "s3": ("s3fs", "s3fs", "data push s3://…, data pull s3://…"),
+}
+"""Each extra's package, its module, and what needs it."""
+_COLOURS: dict[State, str] = {"ok": "green", "missing": "dim", "warning": "yellow", "problem": "bold red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A finding about this machine.
+
+    A ``problem`` stops the basic commands, a ``warning`` may stop or slow some of them, and ``missing`` is an option
+    that is not installed.
+    """
+
+    area: str
+    name: str
+    state: State
+    found: str
+    fix: str | None = None
+
+
+@command(app, "doctor", panel=PROJECT, example="tunewright doctor", status=False)
+def doctor(run: Session) -> int | None:
+    """Check versions, devices, memory, disk, hub access, engines and extras, and show the command that mends each gap.
+
+    Exit code 0 if the basic commands work, 1 if not.
+    """
+    checks = [check for part in _PARTS for check in part(run.folder)]
+    works = not any(check.state == "problem" for check in checks)
+    summary = "The basic commands work." if works else "Some basic commands do not work on this machine."
+    run.show({"works": works, "checks": [asdict(check) for check in checks]}, _checks_table(checks), summary)
+    return None if works else FAILED
+
+
+def _checks_table(checks: list[Check]) -> Table:
+    table = Table(title=f"tunewright {__version__} on this machine", title_justify="left")
+    for name in ("area", "check", "state", "found", "command that mends it"):
+        table.add_column(name, overflow="fold", no_wrap=name in {"area", "state"})
+    area = None
+    for check in checks:
+        if area not in (None, check.area):
+            table.add_section()
+        table.add_row(
+            "" if check.area == area else check.area,
+            check.name,
+            Text(check.state, _COLOURS[check.state]),
+            Text(check.found),
+            Text(check.fix or ""),
+        )
+        area = check.area
+    return table
+
+
+def _versions(_folder: Path) -> Iterator[Check]:
+    python = f"{platform.python_version()} in {sys.prefix}"
+    yield Check("versions", "python", "ok", python)
+    yield Check("versions", "tunewright", "ok", __version__)
+    for name in _NAMED:
+        try:
+            yield Check("versions", name, "ok", metadata.version(name))
+        except metadata.PackageNotFoundError:
+            yield Check("versions", name, "problem", "not installed", f"pip install {name}")
+    yield from _unmet()
+
+
+def _unmet() -> Iterator[Check]:
+    """Find packages that tunewright depends on and that are missing or too old."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(text) for text in metadata.requires("tunewright") or ()]
+    except metadata.PackageNotFoundError:
+        found = "tunewright runs from its source and is not installed, so its dependencies are not checked"
+        yield Check("versions", "dependencies", "warning", found, "pip install -e .")
+        return
+    needed = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
+    met = 0
+    for each in needed:
+        try:
+            version: str | None = metadata.version(each.name)
+        except metadata.PackageNotFoundError:
+            version = None
+        if version is not None and each.specifier.contains(version, prereleases=True):
+            met += 1
+        elif version is not None or each.name not in _NAMED:
+            found = f"{version or 'not installed'}; {each.specifier} is needed"
+            yield Check("versions", each.name, "problem", found, f"pip install '{each.name}{each.specifier}'")
+    if met == len(needed):
+        yield Check("versions", "dependencies", "ok", f"all {met} installed")
+
+
+def _devices(_folder: Path) -> Iterator[Check]:
+    cores = f"{os.cpu_count()} cores"
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        found = f"torch cannot be imported: {str(error).splitlines()[0]}"
+        yield Check("devices", "torch", "problem", found, "pip install --force-reinstall torch")
+        return
+    yield Check(
+        "devices",
+        "CPU",
+        "ok",
+        f"{cores}, {torch.get_num_threads()} threads used, {torch.backends.cpu.get_cpu_capability()}",
+    )
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        capability = f"compute capability {about.major}.{about.minor}"
+        found = f"{about.name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {capability}"
+        yield Check("devices", f"GPU {number}", "ok", found)
+    if torch.cuda.device_count():
+        return
+    if shutil.which("nvidia-smi") is None:
+        yield Check("devices", "GPU", "missing", "no NVIDIA GPU; training and serving use the CPU")
+    elif torch.version.cuda is None:
+        found = f"there is an NVIDIA driver, but torch {torch.__version__} is built without CUDA"
+        yield Check("devices", "GPU", "warning", found, "pip install --force-reinstall torch")
+    else:
+        found = f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU through the installed driver"
+        yield Check("devices", "GPU", "warning", found, "nvidia-smi")
+
+
+def _memory(_folder: Path) -> Iterator[Check]:
+    import psutil
+
+    from tunewright.models.memory.plan import container_left
+
+    memory, limit = psutil.virtual_memory(), container_left()
+    free = memory.available if limit is None else min(limit, memory.available)
+    found = f"{free / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    found += "" if limit is None or limit > memory.available else ", by this container's limit"
+    enough = free >= _LITTLE_MEMORY_GB * 1e9
+    yield Check("memory", "RAM", "ok" if enough else "warning", found, None if enough else "tunewright estimate-memory")
+
+
+def _disk(folder: Path) -> Iterator[Check]:
+    import platformdirs
+    from huggingface_hub import constants
+
+    places = {
+        "project": folder.absolute(),
+        "tunewright's cache": platformdirs.user_cache_path("tunewright"),
+        "Hugging Face cache": Path(constants.HF_HUB_CACHE),
+    }
+    for name, place in places.items():
+        there = next(each for each in (place, *place.parents) if each.exists())
+        free = shutil.disk_usage(there).free / 1e9
+        found = f"{free:.1f} GB free at {place}"
+        if not os.access(there, os.W_OK):
+            yield Check("disk", name, "problem", f"{there} is not writable", f"chmod u+w {there}")
+        elif free < _LEAST_FREE_GB:
+            yield Check("disk", name, "problem", found, f"du -sh {place}/*")
+        elif free < _LITTLE_FREE_GB:
+            yield Check("disk", name, "warning", found, f"du -sh {place}/*")
+        else:
+            yield Check("disk", name, "ok", found)
+
+
+def _hub(_folder: Path) -> Iterator[Check]:
+    import httpx
+    from huggingface_hub import constants, get_token
+
+    address = constants.ENDPOINT
+    if constants.HF_HUB_OFFLINE:
+        found = "HF_HUB_OFFLINE is set: only bases in the cache or in a folder can be used"
+        yield Check("hub", address, "warning", found, "unset HF_HUB_OFFLINE")
+        return
+    try:
+        code = httpx.head(address, timeout=HUB_TIMEOUT_S, follow_redirects=True).status_code
+    except httpx.HTTPError as error:
+        found = f"no answer ({type(error).__name__}): only bases in the cache or in a folder can be used"
+        yield Check("hub", address, "warning", found, f"curl -I {address}")
+        return
+    if code >= 500:
+        yield Check("hub", address, "warning", f"answers with HTTP status {code}", f"curl -I {address}")
+        return
+    if get_token() is None:
+        yield Check("hub", address, "ok", "reachable; no token, which gated bases such as Llama need", "hf auth login")
+    else:
+        yield Check("hub", address, "ok", "reachable, with a token")
+
+
+def _engines(_folder: Path) -> Iterator[Check]:
+    from tunewright.core.errors import UserError
+    from tunewright.engines.vllm.environment import find
+
+    yield Check("engines", "peft", "ok", "part of tunewright")
+    try:
+        vllm = find()
+        versions = ", ".join(f"{name} {version}" for name, version in vllm.versions.items() if name != "cuda")
+        yield Check("engines", "vllm", "ok", f"{vllm.build}: {versions}, in {vllm.folder}")
+    except UserError:
+        found = "not installed: serve --engine vllm, evaluate.engine: vllm"
+        yield Check("engines", "vllm", "missing", found, "tunewright engine install vllm")
+    yield _optional("engines", "llamacpp", "xllamacpp", "xllamacpp", "serve --engine llamacpp")
+
+
+def _extras(_folder: Path) -> Iterator[Check]:
+    for name, (package, module, needed_by) in _EXTRAS.items():
+        yield _optional("extras", name, package, module, needed_by)
+
+
+def _optional(area: str, extra: str, package: str, module: str, needed_by: str) -> Check:
+    if util.find_spec(module) is None:
+        return Check(area, extra, "missing", f"not installed: {needed_by}", f"pip install 'tunewright[{extra}]'")
+    return Check(area, extra, "ok", f"{package} {metadata.version(package)}")
+
+
+_PARTS = (_versions, _devices, _memory, _disk, _hub, _engines, _extras)

@@ -1,0 +1,280 @@
+"""``human-eval``: people compare the arms' answers, blind, with keys in the terminal or through a spreadsheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from tunewright.cli.app import EVALUATE, app, command
+from tunewright.cli.console import RESUMES, Session
+from tunewright.cli.data_review import read_key, require_terminal
+from tunewright.cli.data_rows import harmless
+from tunewright.cli.verdict import Evaluation
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tunewright.evaluation.human_eval.journal import Side
+    from tunewright.evaluation.human_eval.session import BlindReview, Pair, Progress
+    from tunewright.evidence.base import Interval, Score
+    from tunewright.evidence.human_eval import AnswerReview
+
+SIDE_KEYS: dict[str, Side] = {"a": "A", "b": "B", "g": "both", "n": "neither", "s": "skip"}
+EXIT_CODES = {"treatment": 0, "control": 3, "can't tell": 4}
+SIDE_BY_SIDE = 90  # columns of the terminal; below them A stands over B
+KEYS = (
+    "a A is better   b B is better   g both good   n neither",
+    "r reference   w write a note   s skip   u undo   q quit",
+)
+_SAID = {"treatment": "bold green", "control": "bold red", "can't tell": "bold yellow"}
+
+
+@command(
+    app,
+    "human-eval",
+    panel=EVALUATE,
+    example="tunewright human-eval --items 50 --reviewer ada",
+    kept=RESUMES,
+    status=False,
+)
+def human_eval(
+    run: Session,
+    evaluation: Evaluation = None,
+    items: Annotated[
+        int | None, typer.Option(min=1, help="Number of pairs to judge (first call only).", show_default="50")
+    ] = None,
+    reviewer: Annotated[
+        str | None, typer.Option(help="Name of the reviewer.", show_default="git's user.name, else your login name")
+    ] = None,
+    results: Annotated[bool, typer.Option("--results", help="Show the results of all reviewers and exit.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Write the remaining pairs to a CSV file.")] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="Include the references (--export only).")] = False,
+    import_file: Annotated[Path | None, typer.Option("--import", help="Read verdicts from such a CSV file.")] = None,
+) -> int | None:
+    """Judge the tuned answers against the best prompting arm's, side by side and blind, on a random sample.
+
+    Keys: a A is better, b B is better, g both good, n neither, r show the reference, w write a note, s skip, u undo,
+    q quit. Resumes where it stopped. With --results, the exit code is 0 if people prefer the tuned answers, 3 if they
+    prefer the others, 4 if neither is clear.
+    """
+    from tunewright.evaluation.human_eval.options import check_options
+
+    check_options(
+        results=results,
+        export=export is not None,
+        sheet=import_file is not None,
+        items=items is not None,
+        reviewer=reviewer is not None,
+        reference=reference,
+    )
+    if results:
+        return _show_results(run, evaluation)
+    if export is None and import_file is None:
+        require_terminal("--export and --import, or --results")
+    # An evaluation is enough, wherever it lies: no project is opened.
+    blind = run.unopened.human_eval(evaluation, reviewer=reviewer, items=items)
+    if export is not None:
+        _export(run, blind, export, reference=reference)
+    elif import_file is not None:
+        _import(run, blind, import_file)
+        _show_results(run, evaluation)
+    else:
+        _pass(run, blind)
+        if blind.next() is None:
+            _show_results(run, evaluation)
+        else:
+            _show_progress(run, blind)
+    return None
+
+
+def _export(run: Session, blind: BlindReview, file: Path, *, reference: bool) -> None:
+    from tunewright.evaluation.human_eval.sheet import export_sheet
+
+    count = export_sheet(blind, file, reference=reference)
+    text = f"Wrote {count} pairs to {file}: fill in verdict (A, B, both, neither or skip) and note"
+    run.show({"file": str(file), "pairs": count}, text)
+
+
+def _import(run: Session, blind: BlindReview, file: Path) -> None:
+    from tunewright.evaluation.human_eval.sheet import import_sheet
+
+    taken = import_sheet(blind, file)
+    counts = f"{taken.recorded} verdicts recorded, {taken.known} known, {taken.blank} pairs without one"
+    run.reporter.say(f"{counts}; {taken.notes} notes recorded")
+
+
+def _show_progress(run: Session, blind: BlindReview) -> None:
+
+    at = blind.progress
+    document = {"reviewer": blind.reviewer, "judged": at.answered, "skipped": at.skipped, "asked": at.asked}
+    run.show(document, f"{progress_text(at)}. Run the same command again to resume.")
+
+
+def _show_results(run: Session, evaluation: Path | None) -> int:
+    section = run.unopened.human_eval_results(evaluation)
+    run.show({**section.model_dump(mode="json"), "decision": section.decision}, *results_tables(section))
+    return EXIT_CODES[section.decision]
+
+
+def _pass(run: Session, blind: BlindReview) -> None:
+
+    note = ""
+    while (pair := blind.next()) is not None:
+        run.console.clear()
+        screen = pair_screen(pair, blind.progress, run.console.width, note)
+        run.console.print(*screen, sep="\n", markup=False, highlight=False)
+        key, note = read_key(), ""
+        if key == "q":
+            return
+        if key == "u":
+            note = "Taken back." if blind.undo() is not None else "There is nothing to take back."
+        elif key == "r":
+            blind.show_reference(pair)
+        elif key == "w":
+            blind.note(pair, read_note(run))
+        elif key in SIDE_KEYS:
+            blind.answer(pair, SIDE_KEYS[key])
+        else:
+            note = f"Unknown key {key!r}."
+
+
+def read_note(run: Session) -> str:
+    """Return a line that the reviewer types. It replaces an earlier note."""
+    try:
+        return run.console.input("Note: ", markup=False)
+    except EOFError:
+        return ""
+
+
+def progress_text(progress: Progress) -> str:
+    """Return the reviewer's progress."""
+    skipped = f", {progress.skipped} skipped" if progress.skipped else ""
+    same = f"; {progress.same:,} more items have equal answers, which are ties" if progress.same else ""
+    return f"{progress.answered} of {progress.asked} pairs judged{skipped}{same}"
+
+
+def pair_screen(pair: Pair, progress: Progress, width: int, note: str) -> list[RenderableType]:
+    """Return one pair: the input, both answers, the reference if requested, and the keys."""
+    panels = [Panel(_plain(text), title=name, title_align="left") for name, text in (("A", pair.a), ("B", pair.b))]
+    answers: list[RenderableType] = [*panels]
+    if width >= SIDE_BY_SIDE:
+        grid = Table.grid(expand=True)
+        grid.add_column(ratio=1)
+        grid.add_column(ratio=1)
+        grid.add_row(*panels)
+        answers = [grid]
+    parts: list[RenderableType] = [
+        Text(progress_text(progress), style="bold"),
+        Panel(_plain(pair.input), title=f"Input {pair.number}", title_align="left", style="cyan"),
+        *answers,
+    ]
+    if pair.reference is not None:
+        parts.append(Panel(_plain(pair.reference), title="Reference", title_align="left", style="green"))
+    if pair.note:
+        parts.append(_plain(f"Your note: {pair.note}"))
+    parts += [Text(line, style="bold") for line in KEYS]
+    return [*parts, Text(note, style="yellow")] if note else parts
+
+
+def _plain(text: str) -> Text:
+    if not text.strip():
+        return Text("(no text)", style="dim italic")
+    return Text("".join(map(harmless, text)))
+
+
+def results_tables(review: AnswerReview) -> list[RenderableType]:
+    """Return verdicts by stratum, the win rate on all items, agreement, and the result."""
+    return [
+        _strata_table(review),
+        _reviewers_text(review),
+        *_win_rates(review),
+        *_agreement_text(review),
+        _said(review),
+    ]
+
+
+def _strata_table(review: AnswerReview) -> Table:
+    title = f"{review.treatment} against {review.control}, blind: {review.answered} of {review.asked} pairs judged"
+    table = Table(title=title, title_justify="left")
+    for name in (
+        "by the metric",
+        "items",
+        "asked",
+        "judged",
+        f"for {review.treatment}",
+        f"for {review.control}",
+        "tie",
+    ):
+        table.add_column(name, justify="left" if name == "by the metric" else "right")
+    for s in review.strata:
+        table.add_row(s.name, *map(str, (s.items, s.asked, s.answered, s.treatment, s.control, s.ties)))
+    if review.same:
+        table.add_row("equal answers", str(review.same), "-", "-", "-", "-", str(review.same))
+    return table
+
+
+def _reviewers_text(review: AnswerReview) -> str:
+    from tunewright.metrics import p_text
+
+    wins, losses = review.preferred
+    lines = [
+        f"Of {review.answered} judged pairs {review.treatment} is preferred on {wins}, {review.control} on {losses}, "
+        f"none on {review.answered - wins - losses}: {p_text(review.p_value)} ({review.test})."
+    ]
+    for each in review.reviewers:
+        lines.append(
+            f"{each.name}: {each.answered} judged ({each.both} both good, {each.neither} neither), {each.skipped} "
+            f"skipped, {each.reference_shown} with the reference shown."
+        )
+    return "\n".join(lines)
+
+
+def _win_rates(review: AnswerReview) -> list[RenderableType]:
+    if review.win_rate is None:
+        return [f"No win rate for all {review.items:,} items yet: {review.lacking}."]
+    table = Table(
+        title=f"Win rate of {review.treatment} on all {review.items:,} items, ties half", title_justify="left"
+    )
+    for name in ("from", "win rate", "95% interval", "width"):
+        table.add_column(name, justify="left" if name == "from" else "right", no_wrap=name != "from")
+    table.add_row("people alone", *_cells(review.win_rate))
+    if review.powered is not None:
+        found = review.powered
+        table.add_row(f"people and the judge (lambda {found.tuning:.2f})", *_cells(found.win_rate))
+    return [table]
+
+
+def _cells(score: Score) -> tuple[str, str, str]:
+    low, high = score.interval.low, score.interval.high
+    return f"{score.value:.1%}", f"{100 * low:.1f} to {100 * high:.1f}", f"{100 * (high - low):.1f}"
+
+
+def _agreement_text(review: AnswerReview) -> list[RenderableType]:
+    lines = []
+    for found in review.agreements:
+        text = f"{' and '.join(found.raters)} agree on {found.agreed} of {found.items} items"
+        if found.kappa is None:
+            lines.append(f"{text}; kappa is not defined, since all their verdicts are the same.")
+        else:
+            lines.append(f"{text}; Cohen's kappa {found.kappa:.2f}{_between(found.interval)}.")
+    return ["\n".join(lines)] if lines else []
+
+
+def _between(interval: Interval | None) -> str:
+    return "" if interval is None else f" (95% interval {interval.low:.2f} to {interval.high:.2f})"
+
+
+def _said(review: AnswerReview) -> Text:
+    texts = {
+        "treatment": f"People prefer {review.treatment}.",
+        "control": f"People prefer {review.control}.",
+        "can't tell": "People show no clear preference yet: the interval includes 50%."
+        if review.win_rate
+        else "People show no clear preference yet.",
+    }
+    return Text(texts[review.decision], style=_SAID[review.decision])

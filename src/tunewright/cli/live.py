@@ -1,0 +1,342 @@
+"""Progress on stderr: bars and curves on a terminal, a pipeline's stages in one view, and lines in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from tunewright.core.progress import Task
+
+if TYPE_CHECKING:
+    from tunewright.config import MetricName
+
+StageDone = Callable[[str, bool, str], None]
+"""Takes a finished stage's name, whether anything was computed (False: found done), and its result in words."""
+
+_SOONEST_S = 10.0
+"""Elapsed time before a pipeline's time left is shown."""
+_LEAST_WEIGHT = 0.03
+"""Share of the pipeline that must be done before its time left is shown."""
+_LOSSES = {
+    "loss": ("train loss", "cyan"),
+    "pair_loss": ("of the pairs", "blue"),
+    "replay_kl": ("replay KL", "yellow"),
+    "replay_loss": ("of replay", "yellow"),
+    "eval_loss": ("dev loss", "magenta"),
+}
+_HEIGHT = 10
+_MOST_POINTS = 200
+_MOST_BARS = 24
+_BARS = "▁▂▃▄▅▆▇█"
+_FEWEST_LINES = 24  # on a lower terminal the plot would leave no room for anything else
+_STAGES_LINES = 10  # more that it takes where the stages of a pipeline are listed above
+
+
+class Curves:
+    """A plot that grows with its points; nothing is drawn before the first."""
+
+    def __init__(self, total: int, fewest_lines: int = _FEWEST_LINES) -> None:
+        self.total = total
+        self.fewest_lines = fewest_lines
+        self.points: dict[str, list[tuple[int, float]]] = {}
+        self._drawn: tuple[object, Panel] | None = None
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Add points of the curves at this step."""
+        for name, value in numbers.items():
+            self.points.setdefault(name, []).append((step, value))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.points or console.height < self.fewest_lines:
+            return
+        state = (options.max_width, {name: len(points) for name, points in self.points.items()})
+        if self._drawn is None or self._drawn[0] != state:
+            self._drawn = state, self._panel(options.max_width)
+        yield self._drawn[1]
+
+    def _panel(self, width: int) -> Panel:
+        from tunewright.metrics import score_text
+
+        text = Text.from_ansi(self._plot(width - 24))
+        legend = [
+            (f"  ━ {label} {self.points[name][-1][1]:.3f}", colour)
+            for name, (label, colour) in _LOSSES.items()
+            if name in self.points
+        ]
+        text.append_text(Text.assemble("\n", *legend))
+        for name, points in self.points.items():
+            if name not in _LOSSES:  # the deciding metric
+                values = [value for _, value in points]
+                text.append(
+                    f"\n  {bars(values)} {_named(name, values[-1])} on dev (best {score_text(name, max(values))})",
+                    "green",
+                )
+        return Panel(text, title="Losses by step", title_align="left", border_style="dim", width=width)
+
+    def _plot(self, width: int) -> str:
+        import plotille
+
+        figure = plotille.Figure()
+        figure.width, figure.height = width, _HEIGHT
+        figure.color_mode = "names"
+        figure.linesep = "\n"
+        figure.x_label, figure.y_label = "step", "loss"
+        figure.x_ticks_fkt = lambda low, _high: f"{low:,.0f}"
+        figure.y_ticks_fkt = lambda low, _high: f"{low:.2f}"
+        curves = {name: self.points[name] for name in _LOSSES if name in self.points}
+        highest = max(value for points in curves.values() for _, value in points)
+        figure.set_x_limits(min_=0, max_=self.total)
+        figure.set_y_limits(min_=0, max_=highest or 1)
+        for name, points in curves.items():
+            shown = thinned(points)
+            figure.plot([step for step, _ in shown], [value for _, value in shown], lc=_LOSSES[name][1])
+        drawn: str = figure.show()
+        return drawn
+
+
+def _named(metric: MetricName, share: float) -> str:
+    """Return a score with its metric's name, which a percentage alone does not say."""
+    from tunewright.metrics import metric_label, score_text
+
+    text = score_text(metric, share)
+    return f"{text} {metric_label(metric)}" if text.endswith("%") else text
+
+
+def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Return at most `_MOST_POINTS` points: means of neighbours, where there are more."""
+    size = -(-len(points) // _MOST_POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(fmean(step for step, _ in group), fmean(value for _, value in group)) for group in groups]
+
+
+def bars(shares: Sequence[float]) -> str:
+    """Return the latest shares from 0 to 1, one character each."""
+    return "".join(_BARS[min(int(share * len(_BARS)), len(_BARS) - 1)] for share in shares[-_MOST_BARS:])
+
+
+class _BarTask:
+    """A bar, and curves above it once there are points to draw."""
+
+    def __init__(self, screen: _Screen, title: str, total: int) -> None:
+        self.screen = screen
+        self.task_id = screen.bars.add_task(title, total=total, note="")
+        self.total = total
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.screen.bars.update(self.task_id, advance=steps, note=note)
+
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self.screen.curves is None:
+            more = _STAGES_LINES if self.screen.stages else 0
+            self.screen.curves = Curves(self.total, _FEWEST_LINES + more)
+        self.screen.curves.add(step, numbers)
+
+
+@dataclass
+class _Stage:
+    name: str
+    weight: float
+    began: float | None = None
+    ended: float | None = None
+    computed: bool = True
+    result: str = ""
+
+
+class _Screen:
+    """The display at the bottom of the terminal: stages, curves and bars."""
+
+    def __init__(self, console: Console, stages: Mapping[str, float]) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        self.bars = Progress(*columns, console=console)
+        self.curves: Curves | None = None
+        self.stages = [_Stage(name, weight) for name, weight in stages.items()]
+        self._began = time.monotonic()
+        if self.stages:
+            self.stages[0].began = self._began
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [self._stages_table()] if self.stages else []
+        parts += [self.curves] if self.curves is not None else []
+        return Group(*parts, self.bars) if self.bars.tasks else Group(*parts)
+
+    def done(self, name: str, computed: bool, result: str) -> None:
+        """Mark a stage as done; the next one begins."""
+        now = time.monotonic()
+        place = [stage.name for stage in self.stages].index(name)
+        stage = self.stages[place]
+        stage.ended, stage.computed, stage.result = now, computed, result
+        if place + 1 < len(self.stages):
+            self.stages[place + 1].began = now
+
+    def seconds_left(self) -> float | None:
+        """Return an estimate for the rest of the pipeline, or None while too little has been measured.
+
+        Weights are a pipeline's usual shares of the time. What the stages so far took gives the time of one unit; a
+        stage that was found done is ignored.
+        """
+        now = time.monotonic()
+        current = next((stage for stage in self.stages if stage.ended is None), None)
+        if current is None or current.began is None:
+            return None
+        finished, left_here = self._current_task()
+        took = [(s.ended - s.began, s.weight) for s in self.stages if s.ended and s.began and s.computed]
+        spent = sum(seconds for seconds, _ in took) + now - current.began
+        weight = sum(share for _, share in took) + current.weight * finished
+        if spent < _SOONEST_S or weight < _LEAST_WEIGHT * sum(stage.weight for stage in self.stages):
+            return None
+        later = sum(stage.weight for stage in self.stages if stage.began is None)
+        rest = current.weight * (1 - finished) * spent / weight if left_here is None else left_here
+        return rest + later * spent / weight
+
+    def _current_task(self) -> tuple[float, float | None]:
+        """Return how much of the outermost task is done, from 0 to 1, and the seconds that it has left, if known."""
+        if not self.bars.tasks:
+            return 0.0, None
+        outermost = self.bars.tasks[0]
+        return (outermost.completed / outermost.total if outermost.total else 0.0), outermost.time_remaining
+
+    def _stages_table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        now = time.monotonic()
+        for stage in self.stages:
+            if stage.ended is not None and stage.began is not None:
+                mark, style = ("✓", "green") if stage.computed else ("=", "dim")
+                text, took = stage.result, _duration(stage.ended - stage.began) if stage.computed else "unchanged"
+            elif stage.began is not None:
+                mark, style, took = "●", "bold cyan", _duration(now - stage.began)
+                text = self.bars.tasks[-1].description if self.bars.tasks else ""
+            else:
+                mark, style, text, took = "·", "dim", "", ""
+            table.add_row(Text(mark, style), Text(stage.name, style), Text(took), Text(text, overflow="ellipsis"))
+        left = self.seconds_left()
+        ending = "" if left is None else f"about {_duration(left)} left"
+        table.add_row("", Text("total"), Text(_duration(now - self._began)), Text(ending))
+        return table
+
+
+class _LineTask:
+    """Progress for a log or CI: a line every 15 seconds."""
+
+    every_s = 15.0
+    short_s = 2.0  # shorter work is not worth a line
+    burst_s = 1.0  # advances this soon after the first one belong to it
+
+    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
+        self.console = console
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.done = self.first = 0
+        self.began = self.printed = self.since = time.monotonic()
+        self.first_at: float | None = None
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.done += steps
+        now = time.monotonic()
+        self.first_at = now if self.first_at is None else self.first_at
+        if now - self.first_at < self.burst_s:
+            # Work resumed from an earlier run, or the first batch after warm-up, does not show the speed.
+            self.first, self.since = self.done, now
+        finished = self.done == self.total and now - self.began > self.short_s
+        if now - self.printed < self.every_s and not finished:
+            return
+        self.printed = now
+        parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", note, self._left(now)]
+        self.console.print(", ".join(part for part in parts if part))
+
+    def _left(self, now: float) -> str:
+        """Return the time left, by the speed since the first advances, or nothing before later ones."""
+        if self.done == self.total:
+            return "0 s left"
+        if self.done == self.first:
+            return ""
+        return f"{_duration((now - self.since) / (self.done - self.first) * (self.total - self.done))} left"
+
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Draw nothing: in a log each evaluation says its numbers itself."""
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+class ConsoleReporter:
+    """Reports to the terminal, on stderr.
+
+    Args:
+        console: where to.
+        live: redraw bars in place where the terminal can; else progress is lines, as in a log.
+    """
+
+    def __init__(self, console: Console, *, live: bool = True) -> None:
+        self.console = console
+        self._live = live and console.is_terminal and not console.is_dumb_terminal
+        self._screen: _Screen | None = None
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False, highlight=False)
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
+
+    @contextmanager
+    def pipeline(self, stages: Mapping[str, float]) -> Iterator[StageDone | None]:
+        """Show stages, the current task and the time left in one view, and yield what to call when a stage is done.
+
+        Args:
+            stages: names in their order, with their usual shares of the time.
+
+        Yields:
+            None where progress is lines: then each stage is a line like everything else.
+        """
+        if not self._live:
+            yield None
+            return
+        with self._drawn(stages) as screen:
+            yield screen.done
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        if not self._live:
+            yield _LineTask(self.console, title, total, unit)
+        elif self._screen is None:
+            with self._drawn({}) as screen:
+                yield _BarTask(screen, title, total)
+        else:  # within another task or a pipeline: a bar below, gone when it is done
+            screen = self._screen
+            bar, curves = _BarTask(screen, title, total), screen.curves
+            try:
+                yield bar
+            finally:
+                screen.bars.remove_task(bar.task_id)
+                screen.curves = curves
+
+    @contextmanager
+    def _drawn(self, stages: Mapping[str, float]) -> Iterator[_Screen]:
+        self._screen = _Screen(self.console, stages)
+        try:
+            with Live(self._screen, console=self.console, refresh_per_second=4):
+                yield self._screen
+        finally:
+            self._screen = None

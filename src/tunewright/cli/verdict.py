@@ -1,0 +1,94 @@
+"""``verdict``, ``report`` and ``ledger``: what the evidence says, and who opened the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from tunewright.cli.app import EVALUATE, app, command
+from tunewright.cli.console import Session
+
+if TYPE_CHECKING:
+    from tunewright.evidence.test_set_access import TestSetAccess
+    from tunewright.evidence.verdict import Verdict
+
+Evaluation = Annotated[
+    Path | None, typer.Argument(help="ID, folder or evidence.json of an evaluation.", show_default="the newest")
+]
+_COLOURS = {"ship": "bold green", "don't ship": "bold red", "can't tell": "bold yellow"}
+
+
+@command(app, "verdict", panel=EVALUATE, example="tunewright verdict --markdown")
+def verdict(
+    run: Session,
+    evaluation: Evaluation = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print GitHub markdown on stdout, for a pull-request comment.")
+    ] = False,
+) -> int:
+    """Decide from the evidence: ship (exit code 0), don't ship (3) or can't tell (4), with the reasons."""
+    # Evidence is enough, wherever it lies: no project is opened.
+    decision = run.unopened.verdict(evaluation)
+    document = decision.as_dict()
+    if markdown:
+        document["markdown"] = run.unopened.verdict_markdown(evaluation)
+    if markdown and not run.as_json:
+        run.print_out(document["markdown"])
+    else:
+        run.show(document, verdict_text(decision))
+    return decision.exit_code
+
+
+@command(app, "report", panel=EVALUATE, example="tunewright report")
+def report(run: Session, evaluation: Evaluation = None) -> None:
+    """Write the evaluation's report as one self-contained HTML file."""
+    path = run.project.report(evaluation)
+    run.show({"report": str(path)}, f"Report: {path}")
+
+
+@command(app, "ledger", panel=EVALUATE, example="tunewright ledger")
+def ledger(run: Session) -> None:
+    """List every opening of the test split: who, when and why. Changed or removed lines are detected."""
+    openings = run.unopened.ledger()
+    run.show(
+        {"openings": [opening.model_dump(mode="json") for opening in openings]},
+        ledger_table(openings) if openings else "The test split has not been opened yet.",
+    )
+
+
+def verdict_text(decision: Verdict) -> Text:
+    """Return the decision and its reasons."""
+    on_dev = " (on dev)" if decision.split == "dev" else ""
+    text = Text(f"Verdict{on_dev}: {decision.decision}\n", style=_COLOURS[decision.decision])
+    lines = [f"  {reason}" for reason in decision.reasons]
+    if decision.causes:
+        lines.append("Likely causes:")
+        lines += [f"  - {cause.what}: {cause.evidence}. Next: {cause.next_command}." for cause in decision.causes]
+    text.append("\n".join(lines), style="default")
+    return text
+
+
+def ledger_table(openings: Sequence[TestSetAccess]) -> Table:
+    """Return the openings of the test split, in the ledger's order."""
+    table = Table(title="Openings of the test split", title_justify="left")
+    for name in ("line", "opened (UTC)", "by", "evaluation", "adapter", "items", "declared"):
+        wide = name in {"by", "adapter", "declared"}
+        justify: Literal["left", "right"] = "right" if name in {"line", "items"} else "left"
+        table.add_column(name, justify=justify, no_wrap=not wide, overflow="fold")
+    for opening in openings:
+        first = opening.declared[0]
+        table.add_row(
+            str(opening.number),
+            opening.time[:16],
+            opening.author or "",
+            opening.evaluation,
+            opening.adapter or "one for each fold",
+            str(opening.items),
+            f"{first.treatment} against {first.control}",
+        )
+    return table

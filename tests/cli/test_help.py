@@ -1,0 +1,131 @@
+"""Help: each command in its panel, with an example that parses."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from command_line import tunewright
+from tunewright._version import __version__
+from tunewright.cli import commands
+from tunewright.cli.app import PANELS
+
+ROOT: Any = typer.main.get_command(commands())
+"""typer brings its own copy of click, whose classes have no stubs."""
+
+
+def _leaves(command: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if hasattr(command, "commands"):
+        for name, below in command.commands.items():
+            yield from _leaves(below, *names, name)
+    else:
+        yield names, command
+
+
+LEAVES = dict(_leaves(ROOT))
+
+
+def _parsed(line: str) -> tuple[str, ...]:
+    """Parse a command line with the command line's own parser, run nothing, and return the command's names."""
+    program, *arguments = shlex.split(line)
+    assert program == "tunewright"
+    context, command, names = ROOT.make_context("tunewright", list(arguments)), ROOT, []
+    while hasattr(command, "commands"):
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        names.append(name)
+        context = command.make_context(name, rest, parent=context)
+    return tuple(names)
+
+
+@pytest.mark.parametrize("names", LEAVES, ids=" ".join)
+def test_example_in_help_parses_as_a_call_of_its_command(names: tuple[str, ...]) -> None:
+    epilog = LEAVES[names].epilog
+    assert epilog.startswith("Example: tunewright ")
+    assert _parsed(epilog.removeprefix("Example: ")) == names
+
+
+@pytest.mark.parametrize(
+    "line", ["tunewright train --no-such-option", "tunewright data add", "tunewright tenant disable x"]
+)
+def test_parsing_an_example_fails_when_the_command_line_does_not_have_it(line: str) -> None:
+    with pytest.raises(Exception, match=r"No such|Missing parameter"):
+        _parsed(line)
+
+
+def test_root_help_lists_every_command_in_one_panel_in_order() -> None:
+    shown = tunewright("--help").stdout
+    places = [shown.index(f"─ {panel} ") for panel in PANELS]
+    assert places == sorted(places)
+    assert "─ Commands ─" not in shown
+    for name in ROOT.commands:
+        assert len(re.findall(rf"^│ {name} ", shown, re.M)) == 1, name
+
+
+@pytest.mark.parametrize("names", LEAVES, ids=" ".join)
+def test_help_is_an_imperative_sentence_without_wrapped_source_lines(names: tuple[str, ...]) -> None:
+    first, *others = LEAVES[names].help.split("\n\n")
+    assert re.match(r"[A-Z]\w+,? ", first)
+    assert not re.match(r"(What|Whether|How|Who|The|A|An) ", first)
+    assert not any("\n" in part for part in (first, *others))
+
+
+def test_every_option_and_argument_has_a_help_text() -> None:
+    bare = [
+        f"{' '.join(names)}: {parameter.name}"
+        for names, command in LEAVES.items()
+        for parameter in command.params
+        if not getattr(parameter, "help", None)
+    ]
+    assert bare == []
+
+
+def test_version_names_the_main_dependencies_without_importing_torch() -> None:
+    code = (
+        "import sys\nsys.argv = ['tunewright', '--version']\nfrom tunewright.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"tunewright {__version__}"
+    assert [line.split()[0] for line in lines[1:]] == ["torch", "transformers", "peft", "trl", "accelerate"]
+    assert all(re.fullmatch(r"\w+ \d[\w.+]*", line) for line in lines)
+
+
+def _complete(words: str, tmp_path: Path) -> list[str]:
+    """Return what bash is offered where the line ends with the last of these words."""
+    count = len(words.split()) - (0 if words.endswith(" ") else 1)
+    asked = {"_TUNEWRIGHT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+    code = "import sys; sys.argv = ['tunewright']; from tunewright.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    return done.stdout.split()
+
+
+def test_completion_offers_commands_options_and_choices(tmp_path: Path) -> None:
+    assert _complete("tunewright une", tmp_path) == []
+    assert _complete("tunewright und", tmp_path) == ["undeploy"]
+    assert _complete("tunewright data tr", tmp_path) == ["trained-by"]
+    assert _complete("tunewright serve --self", tmp_path) == ["--self-test"]
+    assert _complete("tunewright serve --engine v", tmp_path) == ["vllm"]
+
+
+def test_completion_script_is_shown_for_the_shell_in_use() -> None:
+    # typer asks the process table for the shell; named outright, the script is bash's in any environment.
+    code = "import sys; sys.argv = ['tunewright']; from tunewright.cli import main; main()"
+    asked = {"_TUNEWRIGHT_COMPLETE": "source_bash"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True, check=False
+    )
+    assert "_TUNEWRIGHT_COMPLETE=complete_bash" in done.stdout
+    assert "complete -o default -F" in done.stdout
