@@ -43,7 +43,7 @@ test-vllm: $(VENV)/.installed
 
 # Published SDKs and frameworks against the server: Python's in an environment of their own, npm's where there is npm.
 test-clients: $(VENV)/.installed build/clients/.installed
-	$(BIN)/pytest tests/serving/test_clients.py
+	$(BIN)/pytest tests/serving/gateway/test_clients.py
 
 build/clients/.installed: $(wildcard tests/serving/clients/*.txt tests/serving/clients/*.json)
 	$(PYTHON) -m venv build/clients/python

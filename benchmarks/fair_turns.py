@@ -35,8 +35,8 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.versions import load_version
 from tunewright.serving.engines.start import max_batch
-from tunewright.serving.state import Grounds, State
-from tunewright.serving.turns import COMPANY_SECONDS
+from tunewright.serving.gateway.fair_scheduler import ACTIVE_SECONDS
+from tunewright.serving.tenants import Grounds, State
 
 TENANTS = ("quiet", "loud")
 SHARE = 0.2  # of the server's capacity, asked for by the quiet tenant
@@ -66,7 +66,7 @@ def main() -> None:
             meter = Meter(Clients(host.url, keys, ["model"] * 2), prompts)
             for turn in range(options.rounds):
                 if turn:
-                    time.sleep(COMPANY_SECONDS + 1)  # who has had company lately leaves places free for it
+                    time.sleep(ACTIVE_SECONDS + 1)  # who has had company lately leaves places free for it
                 config = opened.folder.config
                 capacities.append(asyncio.run(meter.capacity(max_batch(config.serve.engine, config))))
                 for name, times in LOADS.items():
@@ -98,7 +98,7 @@ def tenants(url: str, project: ProjectFolder) -> list[str]:
         state.releases.deploy("model", adapter.name, adapter.digest, Grounds(None, None, "a benchmark"))
         for name in TENANTS:
             state.tenants.add(name, ["model"])
-        return [state.tenants.add_key(name)[0] for name in TENANTS]
+        return [state.keys.create(name)[0] for name in TENANTS]
 
 
 class Meter:

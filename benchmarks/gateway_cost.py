@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from arrivals import Ask
@@ -37,16 +37,16 @@ from tunewright.config import ChatConfig, GatewayConfig
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
-from tunewright.engines.protocol import Delta
+from tunewright.engines.protocol import Delta, TokenSink
 from tunewright.generation.requests import Request
 from tunewright.models.bases import resolve_base
-from tunewright.serving.access import ServedAdapter
-from tunewright.serving.app import Gateway
-from tunewright.serving.engines.outbox import Inbox, Outbox
-from tunewright.serving.orders import Texts
-from tunewright.serving.server import serving
-from tunewright.serving.state import Grounds, State
-from tunewright.serving.tenancy import TenantAccess
+from tunewright.serving.engines.token_dispatch import Subscription, TokenDispatch
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import ServedAdapter
+from tunewright.serving.gateway.preprocess import Tokenization
+from tunewright.serving.gateway.server import serving
+from tunewright.serving.gateway.tenant_auth import TenantAuth
+from tunewright.serving.tenants import Grounds, State
 
 SIDES = ("as it is", "pure Python")
 RESULTS = Path(__file__).with_name("results") / "gateway_cost.json"
@@ -89,36 +89,32 @@ class IdleEngine:
     max_batch, context_length = 16, 2048
     stopped: str | None = None
     dead = False
-    under_way = (0, 0)
+    in_flight = (0, 0)
 
     def __init__(self) -> None:
-        self._rows: dict[Inbox[Delta], int] = {}
+        self._rows: dict[Subscription, int] = {}
         """What each has to come yet."""
         self._changed = threading.Lock()
         threading.Thread(target=self._run, daemon=True).start()
 
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:  # noqa: ARG002
-        """A token with each pass."""
-        inbox = Inbox[Delta]()
+    def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:  # noqa: ARG002
+        """Deliver a token with each pass."""
+        subscription = Subscription(sink)
         with self._changed:
-            self._rows[inbox] = request.max_new_tokens
-        while True:
-            delta = await inbox.come.get()
-            yield delta
-            if delta.finish:
-                return
+            self._rows[subscription] = request.max_new_tokens
+        return lambda: None
 
     def _run(self) -> None:
-        box = Outbox[Delta]()
+        dispatch = TokenDispatch()
         while True:
             time.sleep(EVERY)
             with self._changed:
-                for inbox, left in list(self._rows.items()):
-                    box.put(inbox, Delta((100 + left,), None if left > 1 else "length"))
-                    self._rows[inbox] -= 1
+                for subscription, left in list(self._rows.items()):
+                    dispatch.put(subscription, Delta((100 + left,), None if left > 1 else "length"))
+                    self._rows[subscription] -= 1
                     if left == 1:
-                        del self._rows[inbox]
-            box.send()
+                        del self._rows[subscription]
+            dispatch.send()
 
     async def load(self, digest: str, folder: Path) -> None:
         """Nothing."""
@@ -137,14 +133,14 @@ def measure(options: argparse.Namespace) -> list[float]:
             sys.modules[name] = None  # type: ignore[assignment]  # as if it were not there
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
     chat = open_chat(base, ChatConfig(), LogReporter())
-    texts, took = Texts(chat.prompt, chat.continuation, chat.text), []
+    texts, took = Tokenization(chat.prompt, chat.continuation, chat.text), []
     with tempfile.TemporaryDirectory() as folder:
         state, engine = State(f"sqlite:///{folder}/state.sqlite", "gateway_cost"), IdleEngine()
         state.tenants.add("tenant", [ALIAS])
-        key, _ = state.tenants.add_key("tenant")
+        key, _ = state.keys.create("tenant")
         state.releases.deploy(ALIAS, "adapter", "0" * 64, Grounds(None, None, "a benchmark"))
         served = ServedAdapter(Path(folder), SystemPrompt(None))
-        access = TenantAccess(state, engine, lambda _name, _digest: served, LogReporter())
+        access = TenantAuth(state, engine, lambda _name, _digest: served, LogReporter())
         with serving(Gateway(engine, access, texts, GatewayConfig()).app) as url:
             for _ in range(options.rounds + 1):
                 before = time.process_time()

@@ -19,7 +19,7 @@ import aiohttp
 from arrivals import Answer, Ask
 
 from tunewright.data.examples import Message
-from tunewright.serving.app import ADAPTER_HEADER
+from tunewright.serving.gateway.app import ADAPTER_HEADER
 
 Prompt = Sequence[Message]
 

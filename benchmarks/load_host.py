@@ -36,19 +36,19 @@ from tunewright.api.serving import adapter_of
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
-from tunewright.engines.protocol import Engine
+from tunewright.engines.protocol import Engine, stream
 from tunewright.generation.requests import Request
-from tunewright.serving.access import ServedAdapter
-from tunewright.serving.fairness import FairQueue, Place
-from tunewright.serving.service import Service, Tenancy
-from tunewright.serving.state import State
+from tunewright.serving.gateway.admission import AdmissionQueue, Slot
+from tunewright.serving.gateway.auth import ServedAdapter
+from tunewright.serving.gateway.service import Service, TenantSource
+from tunewright.serving.tenants import State
 
 
 class Host:
     """The server's process.
 
     Args:
-        fair: requests have turns; else they are taken as they come.
+        fair: requests take turns; else they are taken as they come.
     """
 
     def __init__(self, project: Path, state: str, threads: int, *, fair: bool = True) -> None:
@@ -77,12 +77,12 @@ class Host:
         self._process.wait(60)
 
 
-class FirstCome(FairQueue):
+class FirstCome(AdmissionQueue):
     """The order in which engines take requests by themselves: everybody is one tenant."""
 
     @asynccontextmanager
-    async def place(self, tenant: str, prompt: int) -> AsyncIterator[Place]:  # noqa: ARG002
-        async with super().place("everybody", prompt) as place:
+    async def slot(self, tenant: str, prompt: int) -> AsyncIterator[Slot]:  # noqa: ARG002
+        async with super().slot("everybody", prompt) as place:
             yield place
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     # What the libraries print must not come between the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     settings = json.loads(sys.stdin.readline())
-    with nullcontext() if settings["fair"] else patch("tunewright.serving.app.FairQueue", FirstCome):
+    with nullcontext() if settings["fair"] else patch("tunewright.serving.gateway.app.AdmissionQueue", FirstCome):
         service = open_service(settings)
     engine: Engine = service._engine
     with service.running() as url:
@@ -127,7 +127,7 @@ def open_service(settings: dict[str, Any]) -> Service:
         replace(opened.chat, stop_ids=frozenset()),
         "none",
         # Prompts as long as the clients make them: nothing is added.
-        Tenancy(
+        TenantSource(
             state,
             lambda name, digest: ServedAdapter(adapter_of(opened, name, digest).folder, SystemPrompt(None)),
             folders,
@@ -153,7 +153,7 @@ async def ask_bare(engine: Engine, asks: list[tuple[float, list[int], str, int]]
         if (wait := began + due - time.perf_counter()) > 0:
             await asyncio.sleep(wait)
         asked, count, first = time.perf_counter(), 0, 0.0
-        async with aclosing(engine.stream(Request(tuple(prompt), digest, tokens))) as deltas:
+        async with aclosing(stream(engine, Request(tuple(prompt), digest, tokens))) as deltas:
             async for delta in deltas:
                 count += len(delta.ids)
                 first = first or time.perf_counter() - asked

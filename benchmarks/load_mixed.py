@@ -23,9 +23,9 @@ from load_tenants import Tenant, release
 
 from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
-from tunewright.serving.canaries import CANARY, Digest, Ids, Oracle, Own
-from tunewright.serving.isolation import TOLERANCE
-from tunewright.serving.state import State
+from tunewright.serving.isolation.checks import TOLERANCE
+from tunewright.serving.isolation.probes import PROBE_MARGIN, Digest, GreedyAnswer, Ids, Reference
+from tunewright.serving.tenants import State
 
 TOKENS = 4
 """Of an answer: few, so that many can be asked for."""
@@ -66,7 +66,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def find_telling(
-    oracle: Oracle, owned: Sequence[Sequence[str]], prompts: Sequence[Ids], decode: Decode, tolerance: float
+    reference: Reference, owned: Sequence[Sequence[str]], prompts: Sequence[Ids], decode: Decode, tolerance: float
 ) -> Telling:
     """Try prompts in their order, until each tenant has one; of many, those are taken that it answers most surely.
 
@@ -83,12 +83,12 @@ def find_telling(
     missing = list(range(len(owned)))
     for start in range(0, len(prompts), TRIED):
         group = range(start, min(start + TRIED, len(prompts)))
-        by_model = {model: oracle.own(model, [prompts[n] for n in group], TOKENS) for model in models}
+        by_model = {model: reference.greedy(model, [prompts[n] for n in group], TOKENS) for model in models}
         for place, n in enumerate(group):
             said = {model: answers[place] for model, answers in by_model.items()}
             texts = {model: decode(own.answer.ids) for model, own in said.items()}
             right |= {(n, model): text for model, text in texts.items()}
-            telling = {model for model in models if _tells(model, said, texts, CANARY * tolerance)}
+            telling = {model for model in models if _tells(model, said, texts, PROBE_MARGIN * tolerance)}
             for tenant, own in enumerate(owned):
                 if telling.issuperset(own):
                     told[tenant][n] = min(_surety(said[digest]) for digest in own)
@@ -100,13 +100,13 @@ def find_telling(
         raise UserError(
             f"no prompt of {len(prompts)} tells the adapters of {len(missing)} of {len(owned)} tenants from all others",
             where=f"tenants {', '.join(map(str, missing))}",
-            fix="Try more of them with --canaries, or adapters that are further apart with --noise.",
+            fix="Try more of them with --probes, or adapters that are further apart with --noise.",
         )
     surest = [sorted(found, key=lambda n: -found[n])[:MOST] for found in told]
     return Telling(dict(enumerate(surest)), right)
 
 
-def _tells(model: Digest, said: Mapping[Digest, Own], texts: Mapping[Digest, str], enough: float) -> bool:
+def _tells(model: Digest, said: Mapping[Digest, GreedyAnswer], texts: Mapping[Digest, str], enough: float) -> bool:
     """Whether no other model says what could be this one's answer."""
     others = [other for other in said if other != model]
     return texts[model] not in {texts[other] for other in others} and all(
@@ -114,19 +114,19 @@ def _tells(model: Digest, said: Mapping[Digest, Own], texts: Mapping[Digest, str
     )
 
 
-def _surety(own: Own) -> float:
+def _surety(own: GreedyAnswer) -> float:
     """By how many nats the second likeliest token is behind, where it is least."""
     return min(sorted(behind.values())[1] for behind in own.behind)
 
 
-def could_say(oracle: Oracle, model: Digest, prompt: Ids, text: str, decode: Decode, tolerance: float) -> bool:
+def could_say(reference: Reference, model: Digest, prompt: Ids, text: str, decode: Decode, tolerance: float) -> bool:
     """Whether the model comes to that text by tokens none of which falls short by more than the tolerance.
 
     The tokens of a text are not known: of all that are likely enough, those are followed that spell it.
     """
     paths: list[Ids] = [()]
     for _ in range(TOKENS):
-        steps = oracle.own(model, [(*prompt, *path) for path in paths], 1)
+        steps = reference.greedy(model, [(*prompt, *path) for path in paths], 1)
         longer = [
             (*path, token)
             for path, own in zip(paths, steps, strict=True)
@@ -222,17 +222,17 @@ def mixed(
     Raises:
         UserError: no prompt tells some tenant's adapter.
     """
-    from tunewright.serving.oracle import PeftOracle
+    from tunewright.serving.isolation.reference import PeftReference
 
     chat, dtype = opened.chat, opened.folder.config.train.dtype
     adapters = {one.adapter.digest: one.adapter.folder for one in (*tenants, *others)}
     owned = [[tenant.adapter.digest] for tenant in tenants]
     for own, other in zip(owned, others, strict=False):
         own.append(other.adapter.digest)
-    _say(f"the oracle loads {len(adapters)} adapters")
-    oracle = PeftOracle(opened.base, dtype, "none", adapters, stop_ids=())
+    _say(f"the reference loads {len(adapters)} adapters")
+    reference = PeftReference(opened.base, dtype, "none", adapters, stop_ids=())
     ids = [chat.prompt(prompt) for prompt in prompts]
-    telling = find_telling(oracle, owned, ids, chat.text, TOLERANCE[dtype])
+    telling = find_telling(reference, owned, ids, chat.text, TOLERANCE[dtype])
 
     draw = random.Random(seed)
     drawn = [draw.randrange(len(tenants)) for _ in range(requests)]
@@ -241,7 +241,7 @@ def mixed(
     seconds = asyncio.run(mix.ask(clients, state, prompts))
 
     def near(seen: Seen) -> bool:
-        return could_say(oracle, seen.digest, ids[seen.prompt], seen.text, chat.text, TOLERANCE[dtype])
+        return could_say(reference, seen.digest, ids[seen.prompt], seen.text, chat.text, TOLERANCE[dtype])
 
     verdicts = {seen: judge(seen, owned, telling, near) for seen in mix.seen}
     counts: Counter[str] = Counter()
@@ -255,7 +255,7 @@ def mixed(
         "tenants": len(tenants),
         "tenants_told_apart": len(telling.prompts),
         "prompts": len({prompt for own in telling.prompts.values() for prompt in own}),
-        "told_by_nats": CANARY * TOLERANCE[dtype],
+        "told_by_nats": PROBE_MARGIN * TOLERANCE[dtype],
         "releases_meanwhile": len(mix.switches),
         "adapters_that_answered": len(by_adapter),
         "fewest_answers_of_an_adapter": min(by_adapter.values()),

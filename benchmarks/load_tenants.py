@@ -11,7 +11,7 @@ from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, find_adapter,
 from tunewright.api.context import ProjectContext
 from tunewright.core.clock import now
 from tunewright.core.io import digest
-from tunewright.serving.state import Grounds, State
+from tunewright.serving.tenants import Grounds, State
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def make_tenants(opened: ProjectContext, state: State, count: int, seed: int, no
         adapter = trained if number == 0 else disturbed(opened.folder.adapters, trained, seed + number, noise)
         name, alias = f"tenant-{number:02}", f"model-{number:02}"
         state.tenants.add(name, [alias])
-        key, _ = state.tenants.add_key(name)
+        key, _ = state.keys.create(name)
         made.append(Tenant(name, key, alias, adapter))
     return made
 

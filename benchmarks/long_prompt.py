@@ -28,12 +28,13 @@ from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
+from tunewright.engines.protocol import stream
 from tunewright.generation.requests import Request
 from tunewright.models.loading import load_model, with_adapters
 from tunewright.serving.engines import peft
-from tunewright.serving.engines.peft import PIECE_TOKENS, PeftEngine
+from tunewright.serving.engines.peft import PREFILL_CHUNK, PeftEngine
 
-SIDES = {"whole": 1 << 20, f"in pieces of {PIECE_TOKENS}": PIECE_TOKENS}
+SIDES = {"whole": 1 << 20, f"in pieces of {PREFILL_CHUNK}": PREFILL_CHUNK}
 RESULTS = Path(__file__).with_name("results") / "long_prompt.json"
 
 
@@ -59,7 +60,7 @@ def main() -> None:
     try:
         for _ in range(options.rounds):
             for name, piece in SIDES.items():
-                with patch.object(peft, "PIECE_TOKENS", piece):
+                with patch.object(peft, "PREFILL_CHUNK", piece):
                     waits[name].append(asyncio.run(measured(engine, long)))
     finally:
         engine.stop()
@@ -82,12 +83,12 @@ async def measured(engine: PeftEngine, long: Request) -> tuple[float, float]:
 
     async def ask() -> None:
         began = time.perf_counter()
-        async with aclosing(engine.stream(long)) as deltas:
+        async with aclosing(stream(engine, long)) as deltas:
             async for _ in deltas:
                 first.set_result(time.perf_counter() - began)
                 return
 
-    async with aclosing(engine.stream(Request(long.prompt_ids[:20], None, len(long.prompt_ids)))) as deltas:
+    async with aclosing(stream(engine, Request(long.prompt_ids[:20], None, len(long.prompt_ids)))) as deltas:
         for _ in range(5):  # it is under way
             await anext(deltas)
         last, asking = time.perf_counter(), asyncio.create_task(ask())

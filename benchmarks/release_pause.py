@@ -37,10 +37,10 @@ from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
-from tunewright.engines.protocol import Engine
+from tunewright.engines.protocol import Engine, stream
 from tunewright.generation.requests import Request
 from tunewright.models.loading import load_model, with_adapters
-from tunewright.serving.engines.start import Wanted, start_engine
+from tunewright.serving.engines.start import EngineSpec, start_engine
 
 NOISE = 10.0
 PROMPT = 40
@@ -90,10 +90,10 @@ async def measure(
 ) -> dict[str, Any]:
     """The longest gap of each round, by what was done meanwhile."""
     config = found.folder.config
-    wanted = Wanted(
+    spec = EngineSpec(
         found.base, replace(found.chat, stop_ids=frozenset()), "none", {each.digest: each.folder for each in resident}
     )
-    engine = await asyncio.to_thread(start_engine, "peft", config, wanted, found.reporter)
+    engine = await asyncio.to_thread(start_engine, "peft", config, spec, found.reporter)
     gaps: dict[str, list[float]] = {"nothing": [], "load": [], "unload": []}
     seconds: dict[str, list[float]] = {"load": [], "unload": []}
     try:
@@ -152,7 +152,7 @@ async def decoding(engine: Engine, adapters: list[str]) -> AsyncIterator[Tokens]
     async def one(place: int) -> None:
         while True:
             prompt = tuple(1000 + place + n for n in range(PROMPT))
-            async for _ in engine.stream(Request(prompt, adapters[place], 4000)):
+            async for _ in stream(engine, Request(prompt, adapters[place], 4000)):
                 tokens.times[place].append(time.perf_counter())
 
     tasks = [asyncio.create_task(one(place)) for place in range(len(adapters))]

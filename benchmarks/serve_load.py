@@ -48,8 +48,8 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import load_version
-from tunewright.serving.state import State
-from tunewright.serving.turns import COMPANY_SECONDS
+from tunewright.serving.gateway.fair_scheduler import ACTIVE_SECONDS
+from tunewright.serving.tenants import State
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "serve_load.json"
@@ -105,7 +105,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=192, help="requests of one side in one round")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--requests", type=int, default=2000, help="whose adapter is checked")
-    parser.add_argument("--canaries", type=int, default=48, help="the most prompts tried that tell adapters apart")
+    parser.add_argument("--probes", type=int, default=48, help="the most prompts tried that tell adapters apart")
     parser.add_argument("--noise", type=float, default=14.0, help="how far tenants' adapters are from the trained one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--parts", nargs="*", default=names, choices=names)
@@ -257,7 +257,7 @@ class Load:
 
     def _be_alone(self) -> None:
         """Who has had company lately leaves places free for it."""
-        time.sleep(COMPANY_SECONDS + 1)
+        time.sleep(ACTIVE_SECONDS + 1)
 
     def memory(self) -> dict[str, Any]:
         """What each further tenant adds to the server, against its adapter's file."""
@@ -371,7 +371,7 @@ class Load:
         """Many short requests of all tenants mixed; each answer has to be its own adapter's."""
         self._release_all()
         prompts = sorted(self._prompts, key=lambda prompt: len(self._opened.chat.prompt(prompt)))
-        few, of = prompts[: self._options.canaries], self._options.requests
+        few, of = prompts[: self._options.probes], self._options.requests
         return mixed(self._opened, self._state, self._clients, self._tenants, self._late, few, of, SEED)
 
 

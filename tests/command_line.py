@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,16 +77,16 @@ def without_state(project: Path, folder: Path) -> Path:
 
 def recorded_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A list that gets the prompt's ids of every request that an engine is asked from now on."""
-    from tunewright.engines.protocol import Delta
+    from tunewright.engines.protocol import TokenSink
     from tunewright.generation.decoding import Request
     from tunewright.serving.engines.peft import PeftEngine
 
     seen: list[tuple[int, ...]] = []
-    stream = PeftEngine.stream
+    submit = PeftEngine.submit
 
-    def recording(self: PeftEngine, request: Request, **options: Any) -> AsyncGenerator[Delta, None]:
+    def recording(self: PeftEngine, request: Request, sink: TokenSink, **options: Any) -> Callable[[], object]:
         seen.append(tuple(request.prompt_ids))
-        return stream(self, request, **options)
+        return submit(self, request, sink, **options)
 
-    monkeypatch.setattr(PeftEngine, "stream", recording)
+    monkeypatch.setattr(PeftEngine, "submit", recording)
     return seen

@@ -2,52 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunewright.engines.protocol import Delta
+from tunewright.engines.protocol import Delta, TokenSink, pump, stream
 from tunewright.generation.requests import Request
 from tunewright.serving.engines.peft import PeftEngine
 
 
-class LastSlot(PeftEngine):
+@dataclass(frozen=True)
+class _Correct:
+    """The engine as it is without the bug."""
+
+    submit: Callable[..., Callable[[], object]]
+
+
+class Planted(PeftEngine):
+    """An engine whose subclass answers wrongly."""
+
+    def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
+        return pump(self.deltas(request), sink)
+
+    def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Yield the answer of the engine without the bug."""
+        return stream(_Correct(super().submit), request)  # type: ignore[arg-type]  # only submit is called
+
+
+class LastSlot(Planted):
     """vLLM's bug without a GPU: beside others, the base is answered with the adapter of the last slot."""
 
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
-        if request.adapter is None and sum(self.under_way) > 1 and self._loaded:
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
+        if request.adapter is None and sum(self.in_flight) > 1 and self._loaded:
             request = replace(request, adapter=max(self._loaded))
-        async for delta in super().stream(request):
+        async for delta in super().deltas(request):
             yield delta
 
 
-class StaleCache(PeftEngine):
+class StaleCache(Planted):
     """llama.cpp's bug: what one adapter computed for a prompt is taken for another one's."""
 
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         kept: dict[tuple[int, ...], list[Delta]] = self.__dict__.setdefault("kept", {})
         if request.prompt_ids not in kept:
-            kept[request.prompt_ids] = [delta async for delta in super().stream(request)]
+            kept[request.prompt_ids] = [delta async for delta in super().deltas(request)]
         for delta in kept[request.prompt_ids]:
             yield delta
 
 
-class CacheOfTwo(PeftEngine):
+class CacheOfTwo(Planted):
     """A key that is the same for two certain adapters: each finds what the other one has computed."""
 
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         kept: dict[tuple[str | None, tuple[int, ...]], list[Delta]] = self.__dict__.setdefault("kept", {})
         one, other = self.__dict__.setdefault("pair", sorted(self._loaded)[-2:])
         key = (one if request.adapter == other else request.adapter, request.prompt_ids)
         found = kept.get(key)
-        deltas = found or [delta async for delta in super().stream(request)]
+        deltas = found or [delta async for delta in super().deltas(request)]
         if not found:
             kept[key] = deltas
         for delta in deltas:
             yield delta
 
 
-class OldVersion(PeftEngine):
+class OldVersion(Planted):
     """What is unloaded lies in its slot still, and the next adapter is taken for it."""
 
     newest = False
@@ -62,9 +80,9 @@ class OldVersion(PeftEngine):
             stands[digest] = left.pop(-1 if self.newest else 0)
         await super().load(digest, folder)
 
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         stands: dict[str | None, str] = self.__dict__.get("stands", {})
-        async for delta in super().stream(replace(request, adapter=stands.get(request.adapter, request.adapter))):
+        async for delta in super().deltas(replace(request, adapter=stands.get(request.adapter, request.adapter))):
             yield delta
 
 

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from factories import make_evidence, make_items
 from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Item
 from tunewright.metrics import normalised
-from tunewright.serving.server import serving
+from tunewright.serving.gateway.server import serving
 
 _BLOCK = re.compile(r"<<<(TASK|REFERENCE|ANSWER|ANSWER A|ANSWER B) ([0-9a-f]{12})>>>\n(.*?)\n<<<END \2>>>", re.DOTALL)
 

@@ -60,8 +60,8 @@ def engine(tmp_path: Path, orders: Path, reporter: Told) -> Iterator[VllmEngine]
         engine.stop()
 
 
-async def ids(engine: VllmEngine, request: Request, whose: str = "") -> list[int]:
-    return [token async for delta in engine.stream(request, whose=whose) for token in delta.ids]
+async def ids(engine: VllmEngine, request: Request, tenant: str = "") -> list[int]:
+    return [token async for delta in engine.stream(request, tenant=tenant) for token in delta.ids]
 
 
 def seen(engine: VllmEngine) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tunewright.api import Project, RunResult
 from tunewright.config.project import ProjectFolder
 
 if TYPE_CHECKING:
-    from tunewright.serving.state import Release
+    from tunewright.serving.tenants import Release
 
 STATE = "two-tenants.sqlite"
 """A serving state of its own: `tunewright serve` in the demo's folder answers without a key still."""
@@ -76,7 +76,7 @@ def show_two_tenants(opened: Project, result: RunResult) -> TwoTenants | None:
 
     None, and a warning, where there is no checkpoint or a release does not pass.
     """
-    from tunewright.serving.state import State
+    from tunewright.serving.tenants import State
 
     trained, project = result.trained.adapter, opened.folder
     if not trained.checkpoints:

@@ -211,7 +211,7 @@ def test_vllm_ends_when_it_is_stopped_and_when_nobody_refers_to_it(engine: Answe
 def test_a_prompt_that_does_not_fit_is_refused_before_any_is_answered(answers: VllmAnswers) -> None:
     told: list[int] = []
     asked = [Request((5,), None, 1), Request((5,) * 500, None, 20)]
-    with pytest.raises(UserError, match="have 520 tokens, and vLLM has room for 512"):
+    with pytest.raises(UserError, match=r"need 520 tokens \(vLLM's limit: 512\)"):
         answers.generate(asked, stop_ids=(), on_finished=lambda index, _completion: told.append(index))
     assert told == []
 
@@ -270,7 +270,7 @@ def test_answers_before_vllm_died_are_kept_and_only_the_others_are_asked_for_aga
     prompts = [(n, 5) for n in range(9)]
     work = tmp_path / "work"
     dying = _generator(base, work, engine)
-    with pytest.raises(UserError, match="vLLM stopped before it had answered everything") as stopped:
+    with pytest.raises(UserError, match="vLLM stopped before all answers were complete") as stopped:
         dying.answer("x", [*prompts, (DIE,)], 3)
     assert "Run the same command again" in (stopped.value.fix or "")
     (journal,) = (work / "generations").iterdir()

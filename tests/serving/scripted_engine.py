@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +11,12 @@ import httpx
 
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
-from tunewright.engines.protocol import Delta
+from tunewright.engines.protocol import Delta, TokenSink, pump
 from tunewright.generation.requests import Request
-from tunewright.serving.access import OpenAccess
-from tunewright.serving.app import Gateway
-from tunewright.serving.orders import Texts
-from tunewright.serving.server import serving
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import AnonymousAuth
+from tunewright.serving.gateway.preprocess import Tokenization
+from tunewright.serving.gateway.server import serving
 
 A = ord("a")
 MODELS = {"base": None, "courts": "one"}
@@ -28,7 +28,7 @@ def render(messages: Sequence[Message]) -> tuple[int, ...]:
     return tuple("\n".join(f"{message.role}: {message.content}" for message in messages).encode())
 
 
-TEXTS = Texts(render, lambda text: tuple(text.encode()), lambda ids: bytes(ids).decode(errors="replace"))
+TOKENIZATION = Tokenization(render, lambda text: tuple(text.encode()), lambda ids: bytes(ids).decode(errors="replace"))
 
 
 class ScriptedEngine:
@@ -52,13 +52,17 @@ class ScriptedEngine:
         self.aborted = 0
 
     @property
-    def under_way(self) -> tuple[int, int]:
+    def in_flight(self) -> tuple[int, int]:
         """Requests at work."""
         return self.begun, 0
 
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
-        """As the script says."""
-        self.asked.append((request, whose))
+    def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
+        """Answer as the script says."""
+        self.asked.append((request, tenant))
+        return pump(self.deltas(request), sink)
+
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Yield the scripted tokens."""
         self.begun += 1
         whole = False
         try:
@@ -83,6 +87,6 @@ class ScriptedEngine:
 @contextmanager
 def scripted_server(engine: ScriptedEngine, **limits: float | int) -> Iterator[httpx.Client]:
     """A client of a server over the engine, within these limits."""
-    gateway = Gateway(engine, OpenAccess(MODELS), TEXTS, GatewayConfig.model_validate(limits))
+    gateway = Gateway(engine, AnonymousAuth(MODELS), TOKENIZATION, GatewayConfig.model_validate(limits))
     with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         yield client

@@ -14,11 +14,11 @@ from tiny import byte_tokenizer, chat_of
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
 from tunewright.generation.decoding import Request, generate
-from tunewright.serving.access import OpenAccess
-from tunewright.serving.app import Gateway
 from tunewright.serving.engines.peft import PeftEngine
-from tunewright.serving.orders import Texts
-from tunewright.serving.server import serving
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import AnonymousAuth
+from tunewright.serving.gateway.preprocess import Tokenization
+from tunewright.serving.gateway.server import serving
 
 TOKENIZER = byte_tokenizer()
 CHAT = chat_of(TOKENIZER)
@@ -93,9 +93,9 @@ def running_engine(model: Any, max_batch: int = 8, stop_ids: frozenset[int] = ST
         engine.stop()
 
 
-def texts(stops: Sequence[str] = ()) -> Texts:
+def texts(stops: Sequence[str] = ()) -> Tokenization:
     """Between text and ids, as a server has it."""
-    return Texts(render, CHAT.continuation, decode, tuple(stops))
+    return Tokenization(render, CHAT.continuation, decode, tuple(stops))
 
 
 @contextmanager
@@ -109,6 +109,6 @@ def running_server(
     """The address of a server over the model, with stop strings of its own."""
     with (
         running_engine(model, max_batch, stop_ids) as engine,
-        serving(Gateway(engine, OpenAccess(MODELS), texts(stops), limits).app) as url,
+        serving(Gateway(engine, AnonymousAuth(MODELS), texts(stops), limits).app) as url,
     ):
         yield url

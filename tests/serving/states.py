@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import create_engine, make_url, text
 
-from tunewright.serving.state import Caller, Grounds, Limits, Release, State, Wanted
+from tunewright.serving.tenants import Caller, Grounds, Limits, Release, Reservation, State
 
 NO_LIMITS = Limits()
 SHIP = Grounds("ship", "0123456789ab")
@@ -29,13 +29,13 @@ def with_tenant(state: State, name: str = "acme", limits: Limits = NO_LIMITS) ->
     """A tenant with a key, and the release of an alias that it may call."""
     alias = f"courts-{name}"
     state.tenants.add(name, [alias], limits)
-    key, _ = state.tenants.add_key(name)
-    return state.tenants.caller(key), state.releases.deploy(alias, "courts-1", DIGESTS["a"], SHIP)
+    key, _ = state.keys.create(name)
+    return state.keys.caller(key), state.releases.deploy(alias, "courts-1", DIGESTS["a"], SHIP)
 
 
-def wanted(caller: Caller, release: Release, tokens: int = 10) -> Wanted:
+def reservation(caller: Caller, release: Release, tokens: int = 10) -> Reservation:
     """A request."""
-    return Wanted(caller.tenant_id, caller.key_id, release.alias, release.id, release.digest, tokens)
+    return Reservation(caller.tenant_id, caller.key_id, release.alias, release.id, release.digest, tokens)
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from tunewright.adapters.registry import adapter_digest
 from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.serving.access import ServedAdapter
-from tunewright.serving.app import Gateway
 from tunewright.serving.engines.peft import PeftEngine
-from tunewright.serving.server import serving
-from tunewright.serving.state import Grounds, State
-from tunewright.serving.tenancy import TenantAccess
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import ServedAdapter
+from tunewright.serving.gateway.server import serving
+from tunewright.serving.gateway.tenant_auth import TenantAuth
+from tunewright.serving.tenants import Grounds, State
 
 SHIP = Grounds("ship", "0123456789ab")
 QUESTION = "Which court is this?"
@@ -98,7 +98,7 @@ def tenant_server(
     pad = TOKENIZER.pad_token_id
     engine = PeftEngine(build_base(), stop_ids=stop_ids, pad_id=pad, max_batch=max_batch, context_length=CONTEXT)
     told = Told()
-    access = TenantAccess(State(state_url), engine, locate, told)
+    access = TenantAuth(State(state_url), engine, locate, told)
     try:
         with serving(Gateway(engine, access, texts(), LIMITS).app) as url:
             running = Running(url, engine, told)

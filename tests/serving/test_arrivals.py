@@ -22,7 +22,7 @@ def test_zipf_shares_by_hand() -> None:
     assert zipf_shares(2, 2.0) == pytest.approx([0.8, 0.2])
 
 
-def test_arrivals_are_poisson_s() -> None:
+def test_arrivals_are_poisson() -> None:
     asks = poisson(5.0, 2000.0, [1.0], seed=1)
     assert len(asks) == pytest.approx(10_000, abs=4 * 100)  # four standard deviations
     gaps = np.diff([0.0, *(ask.at for ask in asks)])
@@ -32,7 +32,7 @@ def test_arrivals_are_poisson_s() -> None:
 
 
 @pytest.mark.parametrize("how", ["poisson", "burst"])
-def test_tenants_ask_by_their_shares(how: str) -> None:
+def test_tenants_send_requests_by_their_shares(how: str) -> None:
     shares = zipf_shares(8, 1.0)
     asks = poisson(5.0, 2000.0, shares, 3) if how == "poisson" else burst(10_000, shares, 3)
     counts = np.bincount([ask.tenant for ask in asks], minlength=8)
@@ -52,7 +52,7 @@ def test_jain_lies_between_one_nth_and_one_whatever_the_unit(values: list[float]
     assert jain(value * unit for value in values) == pytest.approx(jain(values))
 
 
-def test_waits_count_from_when_a_request_was_due() -> None:
+def test_waits_count_from_the_due_time() -> None:
     answer = Answer(0, due=10.0, tokens=(10.5, 10.7, 11.1), end=11.2)
     assert answer.first == pytest.approx(0.5)
     assert answer.between == pytest.approx([0.2, 0.4])
@@ -60,7 +60,7 @@ def test_waits_count_from_when_a_request_was_due() -> None:
     assert Answer(0, due=1.0, tokens=(), end=3.0).first == 2.0
 
 
-def test_what_came_in_time_and_what_did_not_come() -> None:
+def test_waits_count_late_and_missing_answers() -> None:
     bounds = Bounds(first=0.5, between=0.3)
     answers = [
         Answer(0, 0.0, (0.5, 0.75), 0.75),

@@ -26,11 +26,11 @@ from tiny import byte_tokenizer
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.models.bases import Base
-from tunewright.serving.canaries import CANARY, Answer, Digest, Ids, Own
-from tunewright.serving.oracle import PeftOracle
+from tunewright.serving.isolation.probes import PROBE_MARGIN, Answer, Digest, GreedyAnswer, Ids
+from tunewright.serving.isolation.reference import PeftReference
 
 TOLERANCE = 0.5
-FAR, CLOSE = CANARY * TOLERANCE, CANARY * TOLERANCE - 0.1
+FAR, CLOSE = PROBE_MARGIN * TOLERANCE, PROBE_MARGIN * TOLERANCE - 0.1
 SAID: dict[int, dict[Digest, str]] = {
     1: {None: "base", "a": "same", "b": "same", "c": "cccc"},
     2: {None: "base", "a": "aaaa", "b": "abbb", "c": "cccc"},
@@ -49,7 +49,7 @@ def encode(text: str) -> list[int]:
 
 @dataclass
 class Scripted:
-    """An oracle to whom all other tokens than a model's own are as unlikely as it is told.
+    """An reference to whom all other tokens than a model's own are as unlikely as it is told.
 
     Args:
         behind: nats, by model.
@@ -57,43 +57,43 @@ class Scripted:
 
     behind: dict[Digest, float] = field(default_factory=dict)
 
-    def own(self, model: Digest, prompts: Sequence[Ids], tokens: int = 8) -> list[Own]:
+    def greedy(self, model: Digest, prompts: Sequence[Ids], tokens: int = 8) -> list[GreedyAnswer]:
         answers = [Answer(tuple(encode(SAID[prompt][model] + "more")[:tokens]), "length") for (prompt,) in prompts]
         far = self.behind.get(model, FAR)
-        return [Own(one, tuple({token: 0.0, -2: far} for token in one.ids)) for one in answers]
+        return [GreedyAnswer(one, tuple({token: 0.0, -2: far} for token in one.ids)) for one in answers]
 
     def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
         raise AssertionError("own answers are enough")
 
-    def rest(self) -> None:
+    def unload(self) -> None:
         pass
 
 
-def found(oracle: Scripted, owned: list[list[str]], prompts: Sequence[int]) -> Telling:
-    return find_telling(oracle, owned, [(prompt,) for prompt in prompts], decode, TOLERANCE)
+def found(reference: Scripted, owned: list[list[str]], prompts: Sequence[int]) -> Telling:
+    return find_telling(reference, owned, [(prompt,) for prompt in prompts], decode, TOLERANCE)
 
 
-def test_a_tenant_is_asked_only_what_no_other_model_answers_alike() -> None:
+def test_tenant_gets_only_prompts_that_no_other_model_answers_alike() -> None:
     telling = found(Scripted(), [["a"], ["b"], ["c"]], (1, 2, 3))
     assert telling.prompts == {0: [1, 2], 1: [1, 2], 2: [0, 1]}
     assert telling.right[1, "b"] == "abbb"
 
 
-def test_no_more_prompts_are_tried_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_prompts_are_tried_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("load_mixed.TRIED", 1)
     telling = found(Scripted(), [["a"], ["b"], ["c"]], (1, 2, 3))
     assert telling.prompts == {0: [1], 1: [1], 2: [0, 1]}
     assert {prompt for prompt, _ in telling.right} == {0, 1}
 
 
-def test_all_adapters_of_a_tenant_have_to_be_told_from_each_other_too() -> None:
+def test_adapters_of_one_tenant_must_differ_too() -> None:
     assert found(Scripted(), [["a", "b"], ["c"]], (1, 2)).prompts == {0: [1], 1: [0, 1]}
 
 
 def test_tenants_whose_adapters_are_too_close_are_refused_by_name() -> None:
     with pytest.raises(UserError, match="tells the adapters of 1 of 3 tenants") as refused:
         found(Scripted({"b": CLOSE}), [["a"], ["b"], ["c"]], (1, 2, 3))
-    assert (refused.value.where, "--canaries" in (refused.value.fix or "")) == ("tenants 1", True)
+    assert (refused.value.where, "--probes" in (refused.value.fix or "")) == ("tenants 1", True)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_tenants_whose_adapters_are_too_close_are_refused_by_name() -> None:
         ("a", "aaxx", False, "no model's answer"),
     ],
 )
-def test_it_says_whose_answer_came(digest: str, text: str, near: bool, what: str) -> None:
+def test_wrong_answer_names_its_adapter(digest: str, text: str, near: bool, what: str) -> None:
     owned = [["a", "b"], ["c"]]
     telling = found(Scripted(), owned, (2,))
     seen = Seen(0, 0, 200, digest, text)
@@ -120,46 +120,44 @@ def test_it_says_whose_answer_came(digest: str, text: str, near: bool, what: str
 
 @settings(deadline=None)
 @given(st.data())
-def test_a_model_could_say_what_some_likely_tokens_spell_and_nothing_else(data: st.DataObject) -> None:
+def test_model_could_give_only_texts_of_likely_tokens(data: st.DataObject) -> None:
     pieces = [b"a", b"b", b"aa", b"ab", "\u00e9".encode()[:1], "\u00e9".encode()[1:]]
     draw = np.random.default_rng(data.draw(st.integers(0, 1000)))
     behind: dict[Ids, dict[int, float]] = {}
 
     class Table:
-        def own(self, model: Digest, prompts: Sequence[Ids], tokens: int = 8) -> list[Own]:
+        def greedy(self, model: Digest, prompts: Sequence[Ids], tokens: int = 8) -> list[GreedyAnswer]:
             assert tokens == 1
             for prompt in prompts:
                 if prompt not in behind:
                     short = draw.choice([0.2, TOLERANCE, 0.7], len(pieces)).tolist()
                     short[int(draw.integers(len(pieces)))] = 0.0
                     behind[prompt] = dict(enumerate(short))
-            return [Own(Answer((0,), "length"), (behind[prompt],)) for prompt in prompts]
+            return [GreedyAnswer(Answer((0,), "length"), (behind[prompt],)) for prompt in prompts]
 
     def spell(ids: Sequence[int]) -> str:
         return b"".join(pieces[token] for token in ids).decode(errors="replace")
 
-    oracle = cast("Any", Table())
+    reference = cast("Any", Table())
     said = data.draw(st.lists(st.sampled_from(range(len(pieces))), min_size=TOKENS, max_size=TOKENS))
     likely = {
         spell(ids)
         for ids in itertools.product(range(len(pieces)), repeat=TOKENS)
-        if all(oracle.own("a", [(9, *ids[:n])], 1)[0].behind[0][ids[n]] <= TOLERANCE for n in range(TOKENS))
+        if all(reference.greedy("a", [(9, *ids[:n])], 1)[0].behind[0][ids[n]] <= TOLERANCE for n in range(TOKENS))
     }
-    assert could_say(oracle, "a", (9,), spell(said), spell, TOLERANCE) == (spell(said) in likely)
+    assert could_say(reference, "a", (9,), spell(said), spell, TOLERANCE) == (spell(said) in likely)
 
 
-def test_an_adapter_could_say_its_own_answer_and_not_the_base_s(
-    small_base: Path, small_adapters: dict[str, Path]
-) -> None:
+def test_adapter_could_give_its_own_answer_and_not_the_bases(small_base: Path, small_adapters: dict[str, Path]) -> None:
     tokenizer = byte_tokenizer()
     base = Base("small", small_base, None, "LlamaForCausalLM", {})
-    oracle = PeftOracle(base, "float32", "none", small_adapters, stop_ids=())
+    reference = PeftReference(base, "float32", "none", small_adapters, stop_ids=())
     prompts = [tuple(tokenizer(text).input_ids) for text in ("Mobile County", "Where is it?", "a", "42 U.S.C.")]
-    telling = find_telling(oracle, [[digest] for digest in small_adapters], prompts, tokenizer.decode, 0.05)
+    telling = find_telling(reference, [[digest] for digest in small_adapters], prompts, tokenizer.decode, 0.05)
     for tenant, digest in enumerate(small_adapters):
         for n in telling.prompts[tenant]:
             for model in (None, *small_adapters):
-                said = could_say(oracle, digest, prompts[n], telling.right[n, model], tokenizer.decode, 0.05)
+                said = could_say(reference, digest, prompts[n], telling.right[n, model], tokenizer.decode, 0.05)
                 assert said == (model == digest)
 
 
@@ -180,10 +178,10 @@ def test_aliases_are_switched_and_all_are_switched_back() -> None:
     ]
 
 
-def test_every_request_is_asked_once_and_switches_come_where_they_are_due() -> None:
+def test_every_request_is_sent_once_and_switches_happen_when_due() -> None:
     asks = [(n % 3, n % 2) for n in range(300)]
     live = {f"model-{n}": str(n) for n in range(3)}
-    under_way, most, released = 0, 0, []
+    in_flight, most, released = 0, 0, []
 
     class Fake:
         def connected(self, connections: int) -> Any:
@@ -195,11 +193,11 @@ def test_every_request_is_asked_once_and_switches_come_where_they_are_due() -> N
         async def __aexit__(self, *_: object) -> None: ...
 
         async def ask(self, _: object, ask: Any, prompt: str, tokens: int, began: float) -> Any:
-            nonlocal under_way, most
-            under_way += 1
-            most = max(most, under_way)
+            nonlocal in_flight, most
+            in_flight += 1
+            most = max(most, in_flight)
             await asyncio.sleep(0)
-            under_way -= 1
+            in_flight -= 1
             came = Came(ask.tenant, 0.0, (), 1.0, f"{prompt} {tokens}", live[f"model-{ask.tenant}"])
             return SimpleNamespace(answer=came)
 

@@ -9,7 +9,7 @@ import pytest
 from served_model import build_model
 from tenant_server import Running, Stored, deploy, store_adapters, tenant_server
 
-from tunewright.serving.state import State
+from tunewright.serving.tenants import State
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Any:
+def reference() -> Any:
     """The model that says what each adapter answers alone."""
     return build_model()
 
@@ -36,7 +36,7 @@ def two_tenants(state: State, adapters: dict[str, Stored]) -> dict[str, str]:
     for tenant, alias, adapter in (("acme", "courts", "one"), ("globex", "recipes", "two")):
         deploy(state, alias, adapters[adapter])
         state.tenants.add(tenant, [alias])
-        keys[tenant], _ = state.tenants.add_key(tenant)
+        keys[tenant], _ = state.keys.create(tenant)
     return keys
 
 

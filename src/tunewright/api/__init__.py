@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from tunewright.evaluation.runner import EvaluateResult
     from tunewright.models.memory.answer import Answer
     from tunewright.models.memory.plan import Plan
-    from tunewright.serving.isolation import IsolationResult
-    from tunewright.serving.service import Service
+    from tunewright.serving.gateway.service import Service
+    from tunewright.serving.isolation.checks import IsolationResult
     from tunewright.training.sweep.sweep import SweepResult
     from tunewright.training.train import TrainResult
 

@@ -17,7 +17,7 @@ from tunewright.models.bases import Base, resolve_base
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.evaluation.arm_runner import ArmRunner
-    from tunewright.serving.state import State
+    from tunewright.serving.tenants import State
 
 
 class ProjectContext:
@@ -49,11 +49,11 @@ class ProjectContext:
         Raises:
             UserError: the database is missing, unreachable, or of a newer tunewright.
         """
-        from tunewright.serving.state import State, is_made
+        from tunewright.serving.tenants import State, exists
 
         named = self.folder.config.serve.database_url
         url = named or f"sqlite:///{self.folder.serving_state.resolve()}"
-        if named is not None and not is_made(named):
+        if named is not None and not exists(named):
             if not make:
                 fix = "Check the path, or create a state there with `tunewright tenant add` or `tunewright deploy`."
                 raise UserError("there is no serving state", where=named, fix=fix)

@@ -17,8 +17,8 @@ from tunewright.data.examples import Message
 from tunewright.data.versions import Member, has_version, load_version
 
 if TYPE_CHECKING:
-    from tunewright.serving.selftest import SelfTest
-    from tunewright.serving.state import IsolationTest, State
+    from tunewright.serving.isolation.runner import IsolationRunner
+    from tunewright.serving.tenants import IsolationTest, State
 
 DEV_PROMPTS = 16
 """Dev items that are tried first: on its own task an adapter differs most."""
@@ -47,13 +47,13 @@ def canary_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(opened.chat.prompt(messages) for messages in asked))
 
 
-def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineName | None) -> SelfTest:
+def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineName | None) -> IsolationRunner:
     """Return the test of what ``Project.serve`` would serve.
 
     Raises:
         UserError: as for ``Project.serve``.
     """
-    from tunewright.serving.selftest import SelfTest
+    from tunewright.serving.isolation.runner import IsolationRunner
 
     project, config = opened.folder, opened.folder.config
     held, folders, spare = None, {}, 0
@@ -66,7 +66,7 @@ def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineN
                 spare = config.serve.spare_adapters
     if held is None:
         held, folders = choose_served(opened, names)
-    return SelfTest(
+    return IsolationRunner(
         config, opened.base, opened.chat, held, folders, engine or config.serve.engine, spare, opened.reporter
     )
 
@@ -85,7 +85,7 @@ class IsolationGate:
     def __init__(
         self, opened: ProjectContext, state: State, alias: str, adapter: Adapter, engine: EngineName | None
     ) -> None:
-        from tunewright.serving.selftest import SelfTest
+        from tunewright.serving.isolation.runner import IsolationRunner
 
         self._context = opened
         self._state = state
@@ -95,7 +95,7 @@ class IsolationGate:
         self._own = {adapter.name, *(each.name for each in own)}
         adapters = {each.digest: each for each in (*others, *own, adapter)}.values()
         config = opened.folder.config
-        self._test = SelfTest(
+        self._test = IsolationRunner(
             config,
             opened.base,
             opened.chat,
@@ -122,8 +122,8 @@ class IsolationGate:
             return known, True
         count = len(self._test.folders)
         say(f"Isolation test on {self._test.engine}: the base and {count} adapter{'' if count == 1 else 's'}")
-        test = self._test.kept(canary_prompts(self._context))
-        say(f"Isolation test: {test.told}, {duration(test.seconds)}")
+        test = self._test.record(canary_prompts(self._context))
+        say(f"Isolation test: {test.summary}, {duration(test.seconds)}")
         passes = test.verdict != "not isolated" and not self._across(test)
         if passes:
             for one, other in test.alike:

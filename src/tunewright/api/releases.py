@@ -19,8 +19,8 @@ from tunewright.evidence.schema import evidence_on
 from tunewright.evidence.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
-    from tunewright.serving.state import IsolationTest, Release, State
-    from tunewright.serving.state.meter import ShadowLine
+    from tunewright.serving.tenants import IsolationTest, Release, State
+    from tunewright.serving.tenants.usage import ShadowLine
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ReleasesApi:
             UserError: no such adapter, one that does not fit or was never evaluated, it is there already, or an engine
                 that is not installed or cannot hold it.
         """
-        from tunewright.serving.state import Candidate, Grounds
+        from tunewright.serving.tenants import Candidate, Grounds
 
         if canary is not None and shadow:
             raise UserError("a candidate is a canary or a shadow", where="--shadow", fix="Leave one of them out.")
@@ -124,8 +124,8 @@ class ReleasesApi:
             if candidate is None:
                 made = state.releases.deploy(alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt)
             else:
-                made = state.releases.try_beside(alias, candidate, grounds)
-            return DeployResult(made, decided, test, len(state.meter.servers()))
+                made = state.releases.try_candidate(alias, candidate, grounds)
+            return DeployResult(made, decided, test, len(state.quota.servers()))
 
     def promote(self, alias: str, *, engine: EngineName | None = None, untested: str | None = None) -> DeployResult:
         """Have an alias answer with its candidate from now on, once the isolation test has passed.
@@ -151,7 +151,7 @@ class ReleasesApi:
             if not passes:
                 return DeployResult(None, None, test)
             made = state.releases.promote(alias, replace(before.grounds, isolation=test, untested=untested))
-            return DeployResult(made, None, test, len(state.meter.servers()))
+            return DeployResult(made, None, test, len(state.quota.servers()))
 
     def _tested(
         self, state: State, alias: str, adapter: Adapter, engine: EngineName | None, untested: str | None
@@ -222,7 +222,7 @@ class ReleasesApi:
         """
         with self._context.state() as state:
             state.releases.history(alias)
-            return state.meter.shadow_lines(alias)
+            return state.usage.shadow_lines(alias)
 
     def _judge(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, str | None]:
         """Return the verdict of the adapter's newest evaluation, and that one's ID."""

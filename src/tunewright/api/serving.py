@@ -19,9 +19,9 @@ from tunewright.config import Config, Quantize
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from tunewright.serving.access import ServedAdapter
-    from tunewright.serving.service import Service
-    from tunewright.serving.state import State
+    from tunewright.serving.gateway.auth import ServedAdapter
+    from tunewright.serving.gateway.service import Service
+    from tunewright.serving.tenants import State
 
 
 def open_service(
@@ -58,8 +58,8 @@ def open_service(
         state.close()
     if auth:
         _require_private(config.serve.host)
-    from tunewright.serving.access import ServedAdapter
-    from tunewright.serving.service import Service
+    from tunewright.serving.gateway.auth import ServedAdapter
+    from tunewright.serving.gateway.service import Service
 
     held, folders = choose_served(opened, names)
     served = {}
@@ -75,7 +75,7 @@ def _for_tenants(opened: ProjectContext, state: State, names: Sequence[str], con
     refuse_names(names)
     held, trained = released(opened, state)
 
-    from tunewright.serving.access import ServedAdapter
+    from tunewright.serving.gateway.auth import ServedAdapter
 
     def locate(name: str, digest: str) -> ServedAdapter:
         adapter = adapter_of(opened, name, digest)
@@ -89,9 +89,9 @@ def _for_tenants(opened: ProjectContext, state: State, names: Sequence[str], con
             )
         return ServedAdapter(adapter.folder, system_prompt(adapter, opened.folder.dataset))
 
-    from tunewright.serving.service import Service, Tenancy
+    from tunewright.serving.gateway.service import Service, TenantSource
 
-    served = Tenancy(state, locate, {adapter.name: adapter.folder for adapter in trained})
+    served = TenantSource(state, locate, {adapter.name: adapter.folder for adapter in trained})
     return Service(config, opened.base, opened.chat, held, served, opened.reporter)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tunewright.api.context import ProjectContext
 
 if TYPE_CHECKING:
-    from tunewright.serving.state import AuditCheck, AuditLine, Key, Limits, Pruned, Tenant
-    from tunewright.serving.state.meter import UsageLine, UsageSum
+    from tunewright.serving.tenants import AuditCheck, AuditLine, Key, Limits, RollupResult, Tenant
+    from tunewright.serving.tenants.usage import UsageLine, UsageSum
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TenantKeysApi:
             UserError: no such tenant, or an alias that is none of its own.
         """
         with self._context.state() as state:
-            return NewKey(*state.tenants.add_key(tenant, aliases=aliases, lifetime=lifetime))
+            return NewKey(*state.keys.create(tenant, aliases=aliases, lifetime=lifetime))
 
     def rotate(self, key: str, *, overlap: float, lifetime: float | None = None) -> NewKey:
         """Make a key in another's place, which is good for ``overlap`` seconds more.
@@ -58,7 +58,7 @@ class TenantKeysApi:
             UserError: no such key, or one that is not valid any more.
         """
         with self._context.state() as state:
-            return NewKey(*state.tenants.rotate_key(key, overlap=overlap, lifetime=lifetime))
+            return NewKey(*state.keys.rotate(key, overlap=overlap, lifetime=lifetime))
 
     def revoke(self, key: str) -> Key:
         """End a key, by its prefix, from the next request on.
@@ -67,7 +67,7 @@ class TenantKeysApi:
             UserError: no such key, or it is revoked already.
         """
         with self._context.state() as state:
-            return state.tenants.revoke_key(key)
+            return state.keys.revoke(key)
 
     def list(self, tenant: str | None = None) -> Sequence[Key]:
         """Return a tenant's keys (None: everybody's), the oldest first.
@@ -76,7 +76,7 @@ class TenantKeysApi:
             UserError: no such tenant.
         """
         with self._context.state() as state:
-            return state.tenants.keys_of(tenant)
+            return state.keys.list(tenant)
 
 
 class TenantsApi:
@@ -92,7 +92,7 @@ class TenantsApi:
         Raises:
             UserError: the name is taken or no name, or a limit is none.
         """
-        from tunewright.serving.state import Limits
+        from tunewright.serving.tenants import Limits
 
         with self._context.state(make=True) as state:
             made = state.tenants.add(name, aliases, limits or Limits())
@@ -111,7 +111,7 @@ class TenantsApi:
             UserError: no such tenant, or what is no alias.
         """
         with self._context.state() as state:
-            changed = state.tenants.allow(name, aliases)
+            changed = state.tenants.grant(name, aliases)
             self._tell_unreleased(aliases, state.releases.live())
             return changed
 
@@ -122,7 +122,7 @@ class TenantsApi:
             UserError: no such tenant, or an alias that it may not call as it is.
         """
         with self._context.state() as state:
-            return state.tenants.allow(name, aliases, allowed=False)
+            return state.tenants.revoke(name, aliases)
 
     def disable(self, name: str) -> Tenant:
         """Revoke all of a tenant's keys and take its aliases, from the next request on; its usage stays.
@@ -131,7 +131,7 @@ class TenantsApi:
             UserError: no such tenant, or it has neither keys nor aliases any more.
         """
         with self._context.state() as state:
-            return state.tenants.end(name)
+            return state.tenants.disable(name)
 
     def limit(self, name: str, limits: Limits) -> Tenant:
         """Set what a tenant may use, all three limits; they hold from the next request on.
@@ -162,22 +162,22 @@ class TenantsApi:
             UserError: no such tenant.
         """
         with self._context.state() as state:
-            return state.meter.sums(name, since)
+            return state.usage.sums(name, since)
 
     def requests(self, name: str | None = None, *, since: float | None = None) -> Sequence[UsageLine]:
         """Return every request that has its line still, the first one first; arguments as of :meth:`usage`."""
         with self._context.state() as state:
-            from tunewright.serving.state.times import iso
+            from tunewright.serving.tenants.times import iso
 
-            pruned = state.meter.pruned_until()
+            pruned = state.usage.rolled_up_until()
             if pruned is not None and (since is None or since < pruned):
                 day = str(iso(pruned))[:10]
                 self._context.reporter.warn(
                     f"Requests before {day} were pruned: `tunewright tenant usage` has their sums."
                 )
-            return state.meter.lines(name, since)
+            return state.usage.lines(name, since)
 
-    def prune_usage(self, *, before: float) -> Pruned:
+    def prune_usage(self, *, before: float) -> RollupResult:
         """Make sums by day of old requests, whose lines go. Usage stays what it was; the audit tells of each day.
 
         Args:
@@ -187,7 +187,7 @@ class TenantsApi:
             UserError: it is none, or to come.
         """
         with self._context.state() as state:
-            return state.pruning.prune(before)
+            return state.usage_rollup.roll_up(before)
 
     def _tell_unreleased(self, aliases: Sequence[str], live: Iterable[str]) -> None:
         for alias in sorted(set(aliases) - set(live)):

@@ -14,7 +14,7 @@ from tunewright.cli.console import FAILED, Session
 from tunewright.cli.releases import AUTHOR_WIDTH, minute
 
 if TYPE_CHECKING:
-    from tunewright.serving.state import AuditLine
+    from tunewright.serving.tenants import AuditLine
 
 audit_app = group("audit", DEPLOY, "Show and verify the record of changes to tenants, keys, limits and releases.")
 

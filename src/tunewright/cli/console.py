@@ -115,7 +115,7 @@ class Session:
         if self.state is None:
             return opened
         config = opened.folder.config
-        serve = config.serve.model_copy(update={"state": self.state})
+        serve = config.serve.model_copy(update={"database_url": self.state})
         return Project(ProjectFolder(self.folder, config.model_copy(update={"serve": serve})), self.reporter)
 
     @cached_property

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.api.releases import DeployResult
-    from tunewright.serving.state import Release
-    from tunewright.serving.state.meter import ShadowLine
+    from tunewright.serving.tenants import Release
+    from tunewright.serving.tenants.usage import ShadowLine
 
 AUTHOR_WIDTH = 16  # columns; a name from git may be long
 
@@ -63,7 +63,7 @@ def deploy(
     The isolation test runs first, with all live adapters: is each request answered by its own adapter? Exit code 3 if
     the verdict is not to ship or the test finds a wrong answer, 4 if the test can't tell; the alias is then unchanged.
     """
-    from tunewright.serving.state.times import percent
+    from tunewright.serving.tenants.times import percent
 
     if force != (because is not None):
         where = "--force" if force else "--because"
@@ -149,7 +149,7 @@ def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
     for name in ("release", "action", "answers with", "verdict", "isolation test", "by", "when"):
         table.add_column(name, overflow="fold", max_width=AUTHOR_WIDTH if name == "by" else None)
     for release in releases:
-        candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.told}"
+        candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.summary}"
         bare = "" if release.system_prompt else "\nwithout its system prompt"
         verdict = "" if release.undeployed else release.grounds.verdict or "not evaluated"
         restores = "" if release.restores is None else f" to {release.restores}"
@@ -211,7 +211,7 @@ def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[Rend
 
 def minute(seconds: float | None) -> str:
     """Return a time in UTC to the minute, or a dash."""
-    from tunewright.serving.state.times import iso
+    from tunewright.serving.tenants.times import iso
 
     text = iso(seconds)
     return "-" if text is None else text[:16].replace("T", " ")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.config import EngineName
-    from tunewright.serving.isolation import IsolationResult
-    from tunewright.serving.state import IsolationTest
+    from tunewright.serving.isolation.checks import IsolationResult
+    from tunewright.serving.tenants import IsolationTest
 
 EXIT_CODES = {"isolated": 0, "not isolated": 3, "can't tell": 4}
 
@@ -130,7 +130,7 @@ def _conclusion(result: IsolationResult | IsolationTest, adapters: int) -> str:
     models = f"the base and {adapters} adapter{'' if adapters == 1 else 's'}"
     if result.verdict == "isolated":
         return (
-            f"Isolated: {result.engine} keeps {models} apart; no token fell short of the oracle's choice by over "
+            f"Isolated: {result.engine} keeps {models} apart; no token fell short of the reference's choice by over "
             f"{result.tolerance} nats."
         )
     if result.verdict == "not isolated":

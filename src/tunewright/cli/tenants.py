@@ -15,8 +15,8 @@ from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
     from tunewright.api.tenants import NewKey
-    from tunewright.serving.state import Key, Tenant
-    from tunewright.serving.state.meter import UsageSum
+    from tunewright.serving.tenants import Key, Tenant
+    from tunewright.serving.tenants.usage import UsageSum
 
 _SHORT = 12  # digits of a digest
 
@@ -45,8 +45,8 @@ def tenant_add(
     concurrency: AtOnce = None,
 ) -> None:
     """Add a tenant. Once a tenant exists, every request needs an API key."""
-    from tunewright.serving.state import Limits
-    from tunewright.serving.state.limits import changed_limits
+    from tunewright.serving.tenants import Limits
+    from tunewright.serving.tenants.quota import changed_limits
 
     limits = changed_limits(Limits(), requests=requests, tokens=tokens, concurrency=concurrency)
     made = run.project.tenant.add(name, alias or (), limits)
@@ -88,7 +88,7 @@ def tenant_limit(
     run: Session, name: Name, requests: Requests = None, tokens: Tokens = None, concurrency: AtOnce = None
 ) -> None:
     """Show a tenant's limits or change them, from its next request on."""
-    from tunewright.serving.state.limits import changed_limits
+    from tunewright.serving.tenants.quota import changed_limits
 
     found = run.project.tenant.get(name)
     limits = changed_limits(found.limits, requests=requests, tokens=tokens, concurrency=concurrency)
@@ -105,8 +105,8 @@ def tenant_usage(
     csv: Annotated[bool, typer.Option("--csv", help="Print every request as CSV on stdout.")] = False,
 ) -> None:
     """Show requests and tokens by tenant, alias and adapter."""
-    from tunewright.serving.state.times import moment
-    from tunewright.serving.state.usage_csv import usage_csv
+    from tunewright.serving.tenants.times import moment
+    from tunewright.serving.tenants.usage import usage_csv
 
     if csv and run.as_json:
         raise UserError("--csv and --json are mutually exclusive", where="--csv", fix="Choose one.")
@@ -126,7 +126,7 @@ def tenant_prune_usage(
     before: Annotated[str, typer.Option(help="Day, such as 2026-11-01: requests of earlier days are pruned.")],
 ) -> None:
     """Roll old requests up into daily totals and delete the individual records. `tenant usage` stays the same."""
-    from tunewright.serving.state.times import moment
+    from tunewright.serving.tenants.times import moment
 
     pruned = run.project.tenant.prune_usage(before=moment(before, "--before"))
     text = f"Rolled up {pruned.requests:,} requests of {pruned.days:,} days."
@@ -146,7 +146,7 @@ def key_add(
     expires: Expires = None,
 ) -> None:
     """Make a key and print it on stdout, alone. It is shown only once: tunewright stores a hash of it."""
-    from tunewright.serving.state.times import duration
+    from tunewright.serving.tenants.times import duration
 
     lifetime = None if expires is None else duration(expires, "--expires")
     _show_key(run, run.project.tenant.key.add(tenant, aliases=alias, lifetime=lifetime))
@@ -160,7 +160,7 @@ def key_rotate(
     expires: Expires = None,
 ) -> None:
     """Replace a key by a new one with the same aliases. Both are valid during the overlap."""
-    from tunewright.serving.state.times import duration
+    from tunewright.serving.tenants.times import duration
 
     lifetime = None if expires is None else duration(expires, "--expires")
     both = duration(overlap, "--overlap")
@@ -247,7 +247,7 @@ def usage_table(sums: Sequence[UsageSum]) -> Table:
             each.alias,
             each.digest[:_SHORT],
             f"{each.requests:,}",
-            f"{each.under_way:,}",
+            f"{each.in_flight:,}",
             f"{each.prompt_tokens:,}",
             f"{each.completion_tokens:,}",
             "-" if first is None else f"{first:.3f}",

@@ -1,12 +1,16 @@
-"""An engine's server as a child process on a Unix socket, started again when it dies or hangs."""
+"""An engine's server as a child process on a Unix socket, restarted when it crashes or hangs."""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import shutil
 import signal
 import socket
+import stat
 import subprocess
+import tempfile
 import threading
 import time
 import weakref
@@ -19,41 +23,43 @@ import httpx
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, duration
-from tunewright.engines.private_folder import PrivateFolder
 
 START_SECONDS = 900
-"""The most that a start may take: with a GPU vLLM compiles the model first."""
+"""The longest start: with a GPU, vLLM compiles the model first."""
 STOP_SECONDS = 20
 TIDY_SECONDS = 5.0
-"""For what a server that has ended leaves behind to end by itself: Python's resource tracker is the last one, and frees
-the shared memory of all others (vLLM has hundreds of MB), which nobody would do in its place."""
+"""How long the other processes of a server that has ended may take to end. Python's resource tracker is the last one.
+It frees their shared memory (hundreds of MB in vLLM), and nothing else would."""
 GIVE_UP = 5
-"""Starts that may fail one after the other."""
+"""Consecutive failures after which the child is not restarted."""
 PROBE_SECONDS = 15.0
-"""Between two looks at whether it still answers."""
+"""The time between two health checks."""
 PATIENCE_SECONDS = 5.0
-"""For one such answer."""
+"""The timeout of a health check."""
 MISSED = 3
-"""Looks without an answer, one after the other, of what hangs."""
+"""Consecutive failed health checks of a server that hangs."""
 STUCK_SECONDS = 180.0
-"""With requests under way, and without a pass over the model: one over hundreds of tokens may take a minute. Time
-without requests does not count, but ends nothing: whoever is not answered gives up."""
+"""How long a server with requests may go without a pass over the model, which may itself take a minute.
+
+Time without requests does not count. It does not reset the count either, since clients of a hung server give up.
+"""
 _LONGEST_WAIT = 60.0
 _CALM = 300.0
-"""After so many seconds without a failure the next one is a first one again."""
-_TOLD_EVERY = 15.0
+"""After this many seconds without a failure, the count of failures restarts."""
+_REPORT_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run.
+    """The server to run.
 
     Args:
-        name: what people call it.
-        command: the server; it listens on ``socket``, and answers ``GET /health`` by 200 once it is ready.
+        name: its name for people.
+        command: the command line. The server listens on the socket, and answers ``GET /health`` with 200 once it is
+            ready.
         variables: its whole environment.
-        metrics: how the lines of ``GET /metrics`` begin that change with each pass over the model: it may answer probes
-            and compute nothing.
+        metrics: the prefix of those lines of ``GET /metrics`` that change with each pass over the model. A server may
+            pass its health checks and yet compute nothing.
     """
 
     name: str
@@ -65,14 +71,14 @@ class Plan:
 class Child:
     """A server on a socket that only this user can reach.
 
-    Its private folder (mode 0700) holds the socket, its log, and what ``plan`` puts there.
+    Its private folder (mode 0700) has the socket, its log, and whatever ``plan`` puts there.
 
     Args:
-        plan: what to run, given the private folder; it is asked once.
-        busy: whether it has requests.
+        plan: returns the server to run, given the private folder; it is called once.
+        busy: returns whether the server has requests.
 
     Raises:
-        UserError: it does not start; with the end of its log.
+        UserError: the server does not start; the message has the end of its log.
     """
 
     def __init__(self, plan: Callable[[Path], Plan], busy: Callable[[], bool], reporter: Reporter) -> None:
@@ -82,7 +88,7 @@ class Child:
         self.log = self.folder / "log"
         self._plan = plan(self.folder)
         self._busy = busy
-        # Connections belong to the event loop that opened them.
+        # A connection belongs to the event loop that opened it.
         self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
             weakref.WeakKeyDictionary()
         )
@@ -93,22 +99,22 @@ class Child:
         self._trouble: str | None = f"{self._plan.name} is starting."
         self._first_failure: str | None = None
         self._stopping = threading.Event()
-        self._end = "has died"
+        self._end = "crashed"
         self.starts = 0
         self.given_up = False
-        # One thread starts it and waits for it: Linux ends the child when the *thread* that started it ends.
+        # One thread starts the child and waits for it: Linux ends a child with the *thread* that started it.
         self._thread = threading.Thread(target=self._keep_running, name="tunewright-child", daemon=True)
         self._thread.start()
         self._await_first_start()
 
     @property
     def trouble(self) -> str | None:
-        """Why it answers nothing now, or None while it does."""
+        """Why it answers no requests now; None while it does."""
         return self._trouble
 
     @property
     def process_id(self) -> int | None:
-        """The running process."""
+        """The id of the running process."""
         return self._process.pid if self._process else None
 
     @property
@@ -117,10 +123,10 @@ class Child:
         return self._stopping.is_set()
 
     def client(self) -> httpx.AsyncClient:
-        """For requests to it, on the running event loop."""
+        """Return the HTTP client of the running event loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            # A new connection over a Unix socket costs nothing, and none is left to an event loop that has ended.
+            # A new connection over a Unix socket costs nothing, and no idle one outlives its event loop.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             transport = httpx.AsyncHTTPTransport(uds=str(self.socket), limits=limits)
             self._clients[loop] = httpx.AsyncClient(
@@ -130,12 +136,12 @@ class Child:
 
     @asynccontextmanager
     async def post(self, route: str, body: object) -> AsyncIterator[httpx.Response]:
-        """Ask it something; the connection is closed in the end, which ends the request over there, too.
+        """Send a request; the connection is closed at the end, which aborts the request in the child, too.
 
-        Whoever has all that it waits for is often cancelled while it closes, and a connection closed by half stays.
+        The caller may be cancelled at this point. So the close is shielded: a connection closed by half would stay.
 
         Raises:
-            httpx.TransportError: it has died.
+            httpx.TransportError: the child crashed.
         """
         client = self.client()
         reply = await client.send(client.build_request("POST", route, json=body), stream=True)
@@ -148,7 +154,7 @@ class Child:
             await asyncio.shield(closing)
 
     async def is_well(self) -> bool:
-        """Return whether it says so now: one that has failed as a whole says it of each request, too, until it ends."""
+        """Return whether it is healthy now. After an internal crash, a server fails every request until it exits."""
         try:
             return (await self.client().get("/health", timeout=PATIENCE_SECONDS)).status_code == 200
         except httpx.TransportError:
@@ -161,27 +167,25 @@ class Child:
         return ""
 
     def stop(self) -> None:
-        """End it: politely, then not."""
+        """Stop it: first by SIGTERM, then by SIGKILL."""
         self._stopping.set()
         self._thread.join()
         self._private.remove()
 
     def _await_first_start(self) -> None:
-        began = told = time.monotonic()
+        began = reported = time.monotonic()
         while True:
             with self._changed:
                 if self._changed.wait_for(lambda: self._trouble is None or self._first_failure, timeout=1):
                     break
             now = time.monotonic()
-            if now - told > _TOLD_EVERY:
-                self._reporter.say(f"{self._plan.name} is starting, {duration(now - began)} so far")
-                told = now
+            if now - reported > _REPORT_SECONDS:
+                self._reporter.say(f"{self._plan.name} is starting ({duration(now - began)} so far)")
+                reported = now
         if self._first_failure:
             failure = self._first_failure
             self.stop()
-            raise UserError(
-                f"{self._plan.name} does not start:\n{failure}", fix="The lines above are the end of its log."
-            )
+            raise UserError(f"{self._plan.name} failed to start. The end of its log:\n{failure}")
 
     def _keep_running(self) -> None:
         name, failures, last = self._plan.name, 0, time.monotonic()
@@ -190,25 +194,25 @@ class Child:
             if self._stopping.is_set():
                 break
             if not ready and self.starts == 1:
-                self._set_trouble(f"{name} does not start.", first_failure=self.said() or "It says nothing.")
+                self._set_trouble(f"{name} failed to start.", first_failure=self.said() or "The log is empty.")
                 return
             failures = 1 if time.monotonic() - last > _CALM else failures + 1
             last = time.monotonic()
             if failures >= GIVE_UP:
                 self.given_up = True
-                self._set_trouble(f"{name} has failed {failures} times in a row and the server must be restarted.")
+                self._set_trouble(f"{name} failed {failures} times in a row. Restart the server.")
                 self._reporter.warn(f"{self._trouble} The end of its log:\n{self.said()}")
                 return
             wait = min(2.0 ** (failures - 1), _LONGEST_WAIT)
-            self._set_trouble(f"{name} {self._end} and is being started again: try again in a minute.")
+            self._set_trouble(f"{name} {self._end} and is restarting. Try again in a minute.")
             self._reporter.warn(
-                f"{name} {self._end}; it is started again in {wait:.0f} s. The end of its log:\n{self.said()}"
+                f"{name} {self._end} and will be restarted in {wait:.0f} s. The end of its log:\n{self.said()}"
             )
             self._stopping.wait(wait)
         self._set_trouble("The server is shutting down.")
 
     def _run_once(self) -> bool:
-        """Start it and wait until it ends or is to end; whether it was ready in between."""
+        """Run it until it ends or must stop; return whether it became ready."""
         self.socket.unlink(missing_ok=True)
         self.starts += 1
         with self.log.open("ab") as log:
@@ -216,13 +220,13 @@ class Child:
                 self._plan.command,
                 env=dict(self._plan.variables),
                 cwd=self.folder,
-                stdin=subprocess.PIPE,  # it ends when the gateway does
+                stdin=subprocess.PIPE,  # closed when the gateway ends, which ends the child
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is the gateway's: it lets answers come to their end first
+                start_new_session=True,  # Ctrl-C is for the gateway, which finishes its answers first
             )
         self._process = process
-        self._end = "has died"
+        self._end = "crashed"
         try:
             ready = self._await_ready(process)
             if ready:
@@ -244,25 +248,25 @@ class Child:
         return False
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait until it ends, is to end, answers no more, or computes nothing though it has requests."""
-        looked = polled = time.monotonic()
+        """Wait until it ends, must stop, fails its health checks, or computes nothing although it has requests."""
+        checked = polled = time.monotonic()
         missed, stuck, signs = 0, 0.0, self._signs()
         while process.poll() is None and not self._stopping.wait(0.2):
             now = time.monotonic()
             if self._busy():
-                stuck += min(now - polled, PROBE_SECONDS)  # while the machine slept nothing was stuck
+                stuck += min(now - polled, PROBE_SECONDS)  # time in which the machine slept does not count
             polled = now
-            if now - looked < PROBE_SECONDS:
+            if now - checked < PROBE_SECONDS:
                 continue
-            looked = now
+            checked = now
             missed = 0 if self._answers() else missed + 1
             fresh = self._signs()
             if fresh not in (None, signs):
                 stuck, signs = 0.0, fresh
             if missed >= MISSED or stuck > STUCK_SECONDS:
-                self._end = "hangs"
-                # Whoever waits for it hears of it now: its connections are closed as it is killed.
-                self._set_trouble(f"{self._plan.name} hangs and is being started again: try again in a minute.")
+                self._end = "hung"
+                # Set before the kill, which closes the connections: waiting requests report this reason.
+                self._set_trouble(f"{self._plan.name} hung and is restarting. Try again in a minute.")
                 process.kill()
                 return
 
@@ -271,14 +275,14 @@ class Child:
         return reply is not None and reply.status_code == 200
 
     def _signs(self) -> list[str] | None:
-        """Return what changes when it computes; None where it does not say so now."""
+        """Return the metrics that change when it computes; None if it does not answer."""
         reply = self._get("/metrics")
         if reply is None:
             return None
         return [line for line in reply.text.splitlines() if line.startswith(self._plan.metrics)]
 
     def _get(self, route: str) -> httpx.Response | None:
-        """Return what it answers; None if nothing in time."""
+        """Return its response; None if there is none in time."""
         with socket.socket(socket.AF_UNIX) as listening:
             if listening.connect_ex(str(self.socket)) != 0:
                 return None
@@ -291,19 +295,19 @@ class Child:
     def _set_trouble(self, trouble: str | None, *, first_failure: str | None = None) -> None:
         with self._changed:
             if trouble is None and self.starts > 1:
-                self._reporter.say(f"{self._plan.name} answers again.")
+                self._reporter.say(f"{self._plan.name} is running again.")
             self._trouble = trouble
             self._first_failure = first_failure
             self._changed.notify_all()
 
 
 def socket_in(folder: Path) -> Path:
-    """Where a server in this private folder listens; llama.cpp knows a Unix socket by how its name ends."""
+    """Return the socket of a server with this private folder; llama.cpp recognizes a Unix socket by the suffix."""
     return folder / "engine.sock"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
+    """End a process and its descendants."""
     for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -322,3 +326,40 @@ def _group_ends(group: int) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+FOLDER_PREFIX = "tunewright-engine-"
+_LOCK = "lock"
+
+
+class PrivateFolder:
+    """A new folder for temporary files that only this user can open (mode 0700).
+
+    This process holds a lock in it, which the system releases however the process ends. So a folder with a free lock
+    belongs to a killed gateway, and the next start removes it. A folder without a lock file is left alone.
+    """
+
+    def __init__(self) -> None:
+        _remove_abandoned()
+        self.path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        # The lock gets its final name only once it is held, or another process could take it for abandoned.
+        fresh = self.path / f"{_LOCK}.new"
+        self._lock = fresh.open("xb")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        fresh.rename(self.path / _LOCK)
+
+    def remove(self) -> None:
+        """Remove the folder; a second call does nothing."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def _remove_abandoned() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with suppress(OSError):  # another process removes it, or holds its lock
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                continue
+            with (folder / _LOCK).open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)

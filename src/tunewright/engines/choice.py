@@ -1,4 +1,4 @@
-"""Which engine computes the answers of an evaluation and the base's own samples, and why it is that one."""
+"""The choice of the engine that computes the answers of an evaluation and the base's self-samples."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ _WHERE = "evaluate.engine"
 
 @dataclass(frozen=True)
 class AnswerEngine:
-    """The engine of a whole evaluation.
+    """The engine of an evaluation.
 
-    One engine answers every arm: with two, a contrast would count the difference between engines as one between arms.
+    One engine answers every arm. With two, a contrast would take the difference between the engines for one between
+    the arms.
 
     Args:
-        name: "peft" is the embedded loop over transformers and peft.
+        name: "peft" is the embedded loop on transformers and peft.
         why: the reason, for people.
-        environment: vLLM's; None with peft.
+        environment: vLLM's environment; None with peft.
     """
 
     name: Literal["peft", "vllm"]
@@ -36,15 +37,16 @@ class AnswerEngine:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What this engine adds to the digest of whatever rests on answers.
+        """The engine's part in the digest of everything that depends on answers.
 
-        Empty with peft: answers and evidence of versions that knew no other engine keep their names.
+        It is empty with peft, so that answers and evidence of older versions, which had no other engine, keep their
+        digests.
         """
         return {} if self.name == "peft" else {"engine": self.name}
 
     @property
     def versions(self) -> dict[str, str]:
-        """Versions of the packages of vLLM's own environment; empty with peft."""
+        """Versions of the packages in vLLM's environment; empty with peft."""
         if self.environment is None:
             return {}
         return {name: str(self.environment.versions[name]) for name in ("vllm", "torch")}
@@ -56,22 +58,22 @@ EMBEDDED = AnswerEngine("peft", "it is built in")
 def answer_engine(
     config: Config, quantize: Quantize, *, adapter: Path | None = None, constrained: bool = False
 ) -> AnswerEngine:
-    """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM where a CUDA card and its CUDA build are there.
+    """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM if there is a CUDA card and vLLM's CUDA build.
 
     Args:
-        config: says which engine, and what adapters will be trained.
-        quantize: how the base is held.
-        adapter: folder of the adapter that will answer; None where it is yet to be trained by the config, if at all.
-        constrained: some answers have to match a grammar.
+        config: names the engine, and the adapters that will be trained.
+        quantize: the precision of the base's weights.
+        adapter: folder of the adapter that will answer; None: it will be trained by the config, or there is none.
+        constrained: some answers must match a grammar.
 
     Raises:
-        UserError: vLLM is asked for, and is not installed or cannot answer this.
+        UserError: the config requires vLLM, which is not installed or cannot compute these answers.
     """
-    asked = config.evaluate.engine
-    if asked == "peft":
+    chosen = config.evaluate.engine
+    if chosen == "peft":
         return AnswerEngine("peft", f"{_WHERE} says so")
     obstacle = _obstacle(config, quantize, adapter, constrained=constrained)
-    if asked == "vllm":
+    if chosen == "vllm":
         if obstacle is not None:
             raise UserError(f"vLLM cannot answer here: {obstacle}", where=_WHERE, fix="Set it to auto or peft.")
         return AnswerEngine("vllm", f"{_WHERE} says so", _installed())

@@ -1,14 +1,15 @@
-"""What a gateway asks of an engine, whichever it is.
+"""The interface between the gateway and an engine.
 
-An engine knows no tenants, aliases or templates: it is given token ids, which the gateway renders with the function
-that training uses, and the digest of the adapter that is to go on from there; and it gives token ids back. So what the
-model sees does not depend on the engine, and a name that moves to another adapter is nothing that an engine could
-mistake.
+An engine knows no tenants, aliases or templates. It receives token ids, which the gateway renders with the function
+that training uses, and the digest of the adapter to apply; it returns token ids. So every engine sees the same prompt,
+and an alias that moves to another adapter cannot confuse an engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,74 +19,132 @@ from tunewright.generation.requests import Finish, Request
 
 @dataclass(frozen=True)
 class Delta:
-    """The newest tokens of one answer; ``finish`` is set on the last delta (which may be without tokens)."""
+    """New tokens of one answer; ``finish`` is set on the last delta, which may have no tokens."""
 
     ids: tuple[int, ...]
     finish: Finish | None
 
 
 class RequestFailedError(Exception):
-    """The model could not compute this one request; the engine goes on."""
+    """The model could not compute this request; the engine keeps running."""
 
 
 class AdapterFailedError(Exception):
-    """An adapter could not be put beside the others, or let go; the engine goes on without that change."""
+    """An adapter could not be loaded or unloaded; the engine keeps running without that change."""
 
 
 class EngineStoppedError(Exception):
-    """The engine answers nothing now: it has stopped, or has died and is being started again."""
+    """The engine answers no requests: it has stopped, or is restarting after a crash."""
+
+
+Event = Delta | RequestFailedError | EngineStoppedError
+"""An event of one request: some tokens, or the error that ended it."""
+
+
+class TokenSink(Protocol):
+    """The receiver of one request's events.
+
+    A sink belongs to the event loop in which its request was submitted, and is called in that loop only.
+    """
+
+    def deliver(self, event: Event) -> None:
+        """Take the next event; none follows an error or a delta with ``finish``."""
 
 
 class Engine(Protocol):
-    """The base and any number of its adapters, each called by its digest."""
+    """A base and any number of its adapters, each addressed by its digest."""
 
     name: str
-    """As in ``serve --engine``."""
+    """The name as in ``serve --engine``."""
     max_batch: int
-    """The most requests that it works on at once."""
+    """The number of requests that are computed at once."""
     context_length: int
-    """The most tokens that prompt and answer may have together."""
+    """The most tokens that a prompt and its answer may have together."""
 
     @property
     def stopped(self) -> str | None:
-        """Why it answers nothing now, or None while it does."""
+        """Why the engine answers no requests now; None while it does."""
 
     @property
     def dead(self) -> bool:
-        """True if it stays stopped, so that the server has to be started again."""
+        """True if the engine stays stopped, so that the server has to be restarted."""
 
     @property
-    def under_way(self) -> tuple[int, int]:
-        """Requests at work, and requests that wait inside the engine."""
+    def in_flight(self) -> tuple[int, int]:
+        """The number of running requests, and of requests waiting inside the engine."""
 
-    def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:
-        """Tokens as they come, those that end an answer left out; closing the iterator early aborts the request.
+    def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
+        """Start a request, and return a function that aborts it.
+
+        No event arrives after the abort; to abort a request that has ended does nothing. Tokens that end an answer are
+        not delivered. Errors are delivered too, never raised here.
 
         Args:
-            request: its ``adapter`` is the digest of one that is loaded, or None for the base; without stop strings.
-            whose: what one of them makes the engine remember (of prefixes, say) serves no other one. It may count
-                for when the prompt is read.
-
-        Raises:
-            RequestFailedError: this request could not be computed.
-            EngineStoppedError: the engine has stopped, before or meanwhile.
+            request: its ``adapter`` is the digest of a loaded adapter, or None for the base; it has no stop strings.
+            sink: receives the events in the running event loop.
+            tenant: what an engine keeps of a request (prefixes, for example) is reused for the same tenant only.
         """
 
     async def load(self, digest: str, folder: Path) -> None:
-        """Have an adapter ready; nothing happens if it is.
+        """Load an adapter; one that is loaded already is left alone.
 
         Raises:
-            UserError: its files are not those of the digest, or the engine cannot hold it, or no further one.
-            AdapterFailedError: the engine failed at it.
+            UserError: the files do not match the digest, or the engine cannot hold this adapter or any further one.
+            AdapterFailedError: the engine failed to load it.
             EngineStoppedError: the engine has stopped.
         """
 
     async def unload(self, digest: str) -> None:
-        """Let an adapter go; no request under way may need it.
+        """Free an adapter that no running request needs.
 
         Raises:
             EngineStoppedError: the engine has stopped.
         """
 
     def stop(self) -> None:
-        """Stop at once: what is under way gets :class:`EngineStoppedError`. Returns when all has ended."""
+        """Stop at once and wait for it; unfinished requests receive :class:`EngineStoppedError`."""
+
+
+def pump(deltas: AsyncGenerator[Delta, None], sink: TokenSink) -> Callable[[], object]:
+    """Deliver a generator's deltas to a sink from a task of its own, and return a function that cancels the task."""
+
+    async def run() -> None:
+        try:
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    sink.deliver(delta)
+        except (RequestFailedError, EngineStoppedError) as error:
+            sink.deliver(error)
+
+    return asyncio.get_running_loop().create_task(run()).cancel
+
+
+class _Queue:
+    """A sink to read from."""
+
+    def __init__(self) -> None:
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def deliver(self, event: Event) -> None:
+        self.events.put_nowait(event)
+
+
+async def stream(engine: Engine, request: Request, *, tenant: str = "") -> AsyncGenerator[Delta, None]:
+    """Yield a request's deltas; closing the generator early aborts the request.
+
+    Raises:
+        RequestFailedError: the model could not compute this request.
+        EngineStoppedError: the engine has stopped.
+    """
+    sink = _Queue()
+    abort = engine.submit(request, sink, tenant=tenant)
+    try:
+        while True:
+            event = await sink.events.get()
+            if not isinstance(event, Delta):
+                raise event
+            yield event
+            if event.finish:
+                return
+    finally:
+        abort()

@@ -260,7 +260,7 @@ class Generator:
                 decode=self.chat.text,
                 adapters={} if adapter is None else {self._name(adapter): adapter.folder},
                 at_once=at_once,
-                whose=company,
+                tenant=company,
                 on_finished=on_finished,
             )
         return self._decode(self.model_with(adapter), requests, on_finished, ends, at_once)

@@ -100,7 +100,7 @@ def too_little_memory(why: str) -> UserError:
     return UserError(
         f"there is too little memory for a training step: {why}",
         where="train.micro_batch_size",
-        fix="Set train.quantization: nf4, lower train.max_length or use a smaller base: `tunewright estimate-memory`.",
+        fix="Set train.quantization: nf4, lower train.max_length or use a smaller base (`tunewright estimate-memory`).",
     )
 
 

@@ -35,7 +35,7 @@ def project(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_self_test_of_trained_adapters_passes(kind: Any, project: Path) -> None:
+def test_self_test_passes_for_trained_adapters(kind: Any, project: Path) -> None:
     ran = command("serve", "--engine", kind, "--self-test", "--json", "-p", project)
     assert ran.code == 0, (ran.stdout, ran.stderr)
     told = ran.document
@@ -44,7 +44,7 @@ def test_the_self_test_of_trained_adapters_passes(kind: Any, project: Path) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_client_gets_from_it_what_it_gets_from_the_embedded_engine(kind: Any, project: Path) -> None:
+def test_engine_answers_clients_as_the_embedded_engine_does(kind: Any, project: Path) -> None:
     opened = tunewright.open(project)
     asked = ["violet red teal 17", "navy green blue 4"]
 
@@ -93,7 +93,7 @@ def _plain(client: openai.OpenAI, model: str, text: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_tenants_get_their_own_adapters_and_a_release_arrives_while_it_serves(
+def test_tenants_get_their_own_adapters_and_a_release_takes_effect_while_serving(
     kind: Any, project: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "project"

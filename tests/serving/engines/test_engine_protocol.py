@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from tunewright.core.errors import UserError
-from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError
+from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError, stream
 from tunewright.generation.requests import Request
 
 PROMPTS = [tuple(TOKENIZER(text).input_ids) for text in ("Mobile County", "Where is it?", "a", "The quick brown fox")]
@@ -39,8 +39,8 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 async def _deltas(engine: Engine, request: Request) -> list[Delta]:
-    async with aclosing(engine.stream(request)) as stream:
-        return [delta async for delta in stream]
+    async with aclosing(stream(engine, request)) as deltas:
+        return [delta async for delta in deltas]
 
 
 async def _answer(engine: Engine, request: Request) -> tuple[tuple[int, ...], str | None]:
@@ -66,7 +66,7 @@ def _expected(base: Path, folder: Path | None, prompt: tuple[int, ...], tokens: 
     return (tuple(whole[:-1]), "stop") if whole[-1] in STOPS else (tuple(whole), "length")
 
 
-def test_each_model_answers_as_transformers_does(
+def test_each_model_answers_as_transformers_generate(
     engine: Engine, small_base: Path, small_adapters: dict[str, Path]
 ) -> None:
     models: list[tuple[str | None, Path | None]] = [(None, None), *small_adapters.items()]
@@ -81,7 +81,7 @@ def test_each_model_answers_as_transformers_does(
     assert len(set(expected)) > len(expected) * 0.9, "the models differ, or this would show nothing"
 
 
-def test_an_answer_ends_before_a_stop_token_and_says_so(
+def test_answer_ends_before_a_stop_token_with_finish_stop(
     small_base: Path, small_adapters: dict[str, Path], engine: Engine
 ) -> None:
     async def ask() -> list[Any]:
@@ -95,7 +95,7 @@ def test_an_answer_ends_before_a_stop_token_and_says_so(
     assert {finish for _, finish in answers} == {"stop", "length"}
 
 
-def test_the_same_seed_samples_the_same_and_another_one_does_not(engine: Engine) -> None:
+def test_equal_seeds_sample_equal_answers_and_different_seeds_do_not(engine: Engine) -> None:
     def sampled(seed: int) -> Any:
         return _run(_answer(engine, Request(PROMPTS[0], None, 20, temperature=1.0, top_p=0.9, seed=seed)))
 
@@ -103,24 +103,24 @@ def test_the_same_seed_samples_the_same_and_another_one_does_not(engine: Engine)
     assert len({sampled(seed) for seed in range(4)}) > 1
 
 
-def test_tokens_come_one_by_one_and_not_all_at_the_end(engine: Engine) -> None:
+def test_tokens_are_streamed_one_by_one(engine: Engine) -> None:
     deltas = _run(_deltas(engine, Request(PROMPTS[0], None, 30)))
     assert len(deltas) > 3
 
 
-def test_who_leaves_early_leaves_nothing_running(engine: Engine) -> None:
+def test_closing_a_stream_early_aborts_its_request(engine: Engine) -> None:
     async def leave() -> None:
-        stream = engine.stream(Request(PROMPTS[1], None, 400))
-        await anext(stream)
-        assert sum(engine.under_way) == 1
-        await stream.aclose()
-        while sum(engine.under_way):
+        deltas = stream(engine, Request(PROMPTS[1], None, 400))
+        await anext(deltas)
+        assert sum(engine.in_flight) == 1
+        await deltas.aclose()
+        while sum(engine.in_flight):
             await asyncio.sleep(0.01)
 
     _run(leave())
 
 
-def test_an_adapter_that_is_not_loaded_is_refused_and_never_answered_by_the_base(
+def test_adapter_that_is_not_loaded_is_refused_and_never_answered_by_the_base(
     engine: Engine, small_adapters: dict[str, Path]
 ) -> None:
     async def ask() -> None:
@@ -131,7 +131,7 @@ def test_an_adapter_that_is_not_loaded_is_refused_and_never_answered_by_the_base
     _run(ask())
 
 
-def test_what_is_unloaded_is_gone_and_what_is_loaded_again_answers_as_before(
+def test_unloaded_adapter_is_refused_and_answers_as_before_when_reloaded(
     engine: Engine, small_adapters: dict[str, Path]
 ) -> None:
     digest, folder = next(iter(small_adapters.items()))
@@ -150,7 +150,7 @@ def test_what_is_unloaded_is_gone_and_what_is_loaded_again_answers_as_before(
     _run(there_and_gone())
 
 
-def test_files_that_are_not_what_the_digest_says_are_refused_and_the_others_go_on(
+def test_load_refuses_files_that_do_not_match_the_digest_and_running_answers_continue(
     engine: Engine, tmp_path: Path, small_adapters: dict[str, Path]
 ) -> None:
     digest, folder = next(iter(small_adapters.items()))
@@ -173,12 +173,12 @@ def test_files_that_are_not_what_the_digest_says_are_refused_and_the_others_go_o
     _run(ask())
 
 
-def test_a_stopped_engine_tells_who_asks_and_who_was_waiting(engine: Engine, small_base: Path) -> None:
+def test_stopped_engine_fails_running_and_new_requests(engine: Engine, small_base: Path) -> None:
     """The last test of this file: it ends the engine."""
 
     async def ask() -> None:
         asking = asyncio.create_task(_answer(engine, Request(PROMPTS[1], None, 480)))
-        while not sum(engine.under_way):
+        while not sum(engine.in_flight):
             await asyncio.sleep(0)
         await asyncio.to_thread(engine.stop)
         with pytest.raises(EngineStoppedError):

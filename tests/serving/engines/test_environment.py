@@ -58,7 +58,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     return ran
 
 
-def test_it_is_made_checked_by_importing_and_found_again(
+def test_install_creates_an_environment_checks_its_imports_and_finds_it_again(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="not installed"):
@@ -71,7 +71,7 @@ def test_it_is_made_checked_by_importing_and_found_again(
     assert ran == [], "nothing is left to do"
 
 
-def test_what_was_cut_off_is_gone_on_with_and_half_a_package_is_made_anew(
+def test_install_resumes_and_reinstalls_incomplete_packages(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "place"
@@ -90,25 +90,25 @@ def test_what_was_cut_off_is_gone_on_with_and_half_a_package_is_made_anew(
     assert record.read_text() == whole
 
 
-def test_an_environment_that_cannot_be_imported_is_not_taken_for_whole(wheels: Path, tmp_path: Path) -> None:
+def test_environment_that_fails_to_import_is_not_complete(wheels: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     with pytest.raises(UserError, match="No module named 'nothing'"):
         environment.install(LogReporter(), to=place, build="cpu", requirements=PINS, probe="import nothing")
     assert not (place / environment.MARK).exists()
 
 
-def test_without_room_on_the_disk_nothing_is_begun(
+def test_install_refuses_before_it_starts_when_the_disk_is_full(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"needs 2\.4 GB more, and 1\.0 GB are free"):
+    with pytest.raises(UserError, match=r"2\.4 GB needed, 1\.0 GB free"):
         _install(to=tmp_path / "place")
     assert not (tmp_path / "place").exists()
 
 
 @pytest.mark.parametrize("build", ["cpu", "cuda"])
-def test_every_package_of_a_build_has_one_version_and_vllm_is_of_the_release_that_is_known(
+def test_every_build_pins_each_package_once_and_the_known_vllm_release(
     build: environment.Build,
 ) -> None:
     pins = environment.pins(build)
@@ -121,8 +121,8 @@ def test_every_package_of_a_build_has_one_version_and_vllm_is_of_the_release_tha
         assert not any(name.startswith("nvidia") for name in names)
 
 
-def test_a_build_that_pip_does_not_find_is_named_with_the_option_that_helps(wheels: Path) -> None:
+def test_install_names_the_missing_build_and_the_torch_index_option(wheels: Path) -> None:
     pins = (*PINS, "torch==1.0+cpu")
-    with pytest.raises(UserError, match=r"pip finds no torch==1\.0\+cpu") as caught:
+    with pytest.raises(UserError, match=r"pip cannot find torch==1\.0\+cpu") as caught:
         environment.install(LogReporter(), build="cpu", requirements=pins, probe=PROBE)
     assert "--torch-index" in (caught.value.fix or "")

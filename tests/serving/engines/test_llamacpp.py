@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 import pytest
 from engine_kinds import STOPS, TOKENIZER, llamacpp_engine
-from test_isolation import PROMPTS, failed, result_of
+from isolation_helpers import PROMPTS, failed, result_of
 
 from small_models import write_adapter
 from tunewright.adapters.registry import adapter_digest
@@ -25,25 +25,25 @@ from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines.child import Plan
-from tunewright.engines.protocol import Engine, EngineStoppedError
+from tunewright.engines.protocol import Engine, EngineStoppedError, stream
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
-from tunewright.serving.canaries import Answer
 from tunewright.serving.engines.llamacpp.engine import BLOCK, LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file
-from tunewright.serving.engines.start import Wanted, start_engine
-from tunewright.serving.isolation import TOLERANCE
-from tunewright.serving.oracle import PeftOracle
+from tunewright.serving.engines.start import EngineSpec, start_engine
+from tunewright.serving.isolation.checks import TOLERANCE
+from tunewright.serving.isolation.probes import Answer
+from tunewright.serving.isolation.reference import PeftReference
 
 
 @pytest.fixture(scope="module")
-def oracle(small_base: Path, small_adapters: dict[str, Path]) -> PeftOracle:
+def reference(small_base: Path, small_adapters: dict[str, Path]) -> PeftReference:
     base = Base("small", small_base, None, "LlamaForCausalLM", {})
-    return PeftOracle(base, "float32", "none", small_adapters, stop_ids=STOPS)
+    return PeftReference(base, "float32", "none", small_adapters, stop_ids=STOPS)
 
 
 async def _ids(engine: Engine, request: Request) -> list[int]:
-    async with aclosing(engine.stream(request)) as deltas:
+    async with aclosing(stream(engine, request)) as deltas:
         return [token async for delta in deltas for token in delta.ids]
 
 
@@ -51,11 +51,11 @@ def _answer(ids: list[int], limit: int) -> Answer:
     return Answer(tuple(ids), "length" if len(ids) == limit else "stop")
 
 
-def test_llama_cpp_as_we_start_it_keeps_adapters_apart(
-    small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
+def test_llama_cpp_with_our_settings_is_isolated(
+    small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
 ) -> None:
     with llamacpp_engine(small_base) as engine:
-        result = result_of(engine, oracle, small_adapters)
+        result = result_of(engine, reference, small_adapters)
     assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())
     assert all(check.asked >= 8 for check in result.checks)
 
@@ -67,14 +67,14 @@ class WithPromptCache(LlamaCppSettings):
         plan = super().plan(folder, loras)
         program = (
             "import sys, xllamacpp\n"
-            "from tunewright.serving.engines.llamacpp import inside\n"
+            "from tunewright.serving.engines.llamacpp import worker\n"
             "kept = {'cache_prompt', 'cache_ram_mib', 'cache_idle_slots', 'slot_prompt_similarity'}\n"
             "class Default(xllamacpp.CommonParams):\n"
             "    def __setattr__(self, name, value):\n"
             "        if name not in kept:\n"
             "            super().__setattr__(name, value)\n"
             "xllamacpp.CommonParams = Default\n"
-            "inside.main(sys.argv[1])\n"
+            "worker.main(sys.argv[1])\n"
         )
         return replace(plan, command=[sys.executable, "-c", program, plan.command[-1]])
 
@@ -87,8 +87,8 @@ class TakesFromCache(LlamaCppEngine):
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_what_one_adapter_computed_is_taken_for_another_ones_by_llama_cpp_as_it_is_but_not_as_we_start_it(
-    ours: bool, small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
+def test_llama_cpp_reuses_another_adapters_prefix_with_its_defaults_but_not_with_our_settings(
+    ours: bool, small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
 ) -> None:
     """llama.cpp issue 26207: its cache of prompts does not know which adapter computed them."""
     (one, first), (two, second), _ = small_adapters.items()
@@ -104,13 +104,11 @@ def test_what_one_adapter_computed_is_taken_for_another_ones_by_llama_cpp_as_it_
             return await _ids(engine, Request(prompt, two, 8))
 
         ids = asyncio.run(asyncio.wait_for(ask(), 300))
-    (short,) = oracle.shortfalls(two, prompt, [_answer(ids, 8)])
+    (short,) = reference.shortfalls(two, prompt, [_answer(ids, 8)])
     assert (short <= TOLERANCE["float32"]) == ours
 
 
-def test_answers_that_find_no_room_in_the_cache_wait_for_it_and_go_on(
-    small_base: Path, small_adapters: dict[str, Path]
-) -> None:
+def test_answers_resume_when_the_cache_was_full(small_base: Path, small_adapters: dict[str, Path]) -> None:
     digest, folder = next(iter(small_adapters.items()))
     asked = [Request((*PROMPTS[n % 6], 5 + n), digest, 500 - 24) for n in range(5)]
     # Four of the five find room for what they begin with, and none of them for all that it becomes.
@@ -123,14 +121,14 @@ def test_answers_that_find_no_room_in_the_cache_wait_for_it_and_go_on(
         answers = asyncio.run(asyncio.wait_for(ask(), 300))
     assert max(map(len, answers)) > BLOCK
     base = Base("small", small_base, None, "LlamaForCausalLM", {})
-    oracle = PeftOracle(base, "float32", "none", {digest: folder}, stop_ids={0})
+    reference = PeftReference(base, "float32", "none", {digest: folder}, stop_ids={0})
     for request, ids in zip(asked, answers, strict=True):
         # Tokens that are read again are added up in another order; one left out or said twice would be seen.
-        (short,) = oracle.shortfalls(digest, request.prompt_ids, [_answer(ids, 500 - 24)])
+        (short,) = reference.shortfalls(digest, request.prompt_ids, [_answer(ids, 500 - 24)])
         assert short <= TOLERANCE["float32"]
 
 
-def test_an_answer_goes_on_while_adapters_change_and_then_the_old_process_ends(
+def test_running_answer_continues_while_adapters_change_and_the_old_process_ends_after_it(
     small_base: Path, small_adapters: dict[str, Path]
 ) -> None:
     (one, first), (two, second), _ = small_adapters.items()
@@ -143,20 +141,20 @@ def test_an_answer_goes_on_while_adapters_change_and_then_the_old_process_ends(
             expected = await _ids(engine, request)
             old = engine._now.child.process_id
             assert old is not None
-            stream = engine.stream(request)
-            ids = list((await anext(stream)).ids)
+            deltas = stream(engine, request)
+            ids = list((await anext(deltas)).ids)
             await engine.load(two, second)
             assert engine._now.child.process_id != old
             assert await _ids(engine, Request(PROMPTS[0], two, 4))
-            ids += [token async for delta in stream for token in delta.ids]
+            ids += [token async for delta in deltas for token in delta.ids]
             assert ids == expected
             await asyncio.to_thread(_wait_until, lambda: not _alive(old))
-            assert engine.under_way == (0, 0)
+            assert engine.in_flight == (0, 0)
 
         asyncio.run(asyncio.wait_for(change(), 300))
 
 
-def test_when_llama_cpp_dies_who_waits_is_told_and_it_is_started_again(
+def test_llama_cpp_restarts_and_fails_running_requests_when_it_crashes(
     small_base: Path, small_adapters: dict[str, Path]
 ) -> None:
     with llamacpp_engine(small_base) as engine:
@@ -168,7 +166,7 @@ def test_when_llama_cpp_dies_who_waits_is_told_and_it_is_started_again(
             request = Request(PROMPTS[1], next(iter(small_adapters)), 8)
             before = await _ids(engine, request)
             waiting = asyncio.create_task(_ids(engine, Request(PROMPTS[0], None, 400)))
-            while not engine.under_way[0]:
+            while not engine.in_flight[0]:
                 await asyncio.sleep(0)
             assert engine._now.child.process_id is not None
             os.kill(engine._now.child.process_id, signal.SIGKILL)
@@ -180,7 +178,7 @@ def test_when_llama_cpp_dies_who_waits_is_told_and_it_is_started_again(
         asyncio.run(asyncio.wait_for(ask(), 300))
 
 
-def test_the_file_of_the_base_has_numbers_for_tokens_and_ends_where_we_say(small_base: Path, tmp_path: Path) -> None:
+def test_base_file_has_a_vocabulary_of_numbers_and_our_stop_tokens(small_base: Path, tmp_path: Path) -> None:
     base = Base("small", small_base, None, "LlamaForCausalLM", {})
     path = base_file(tmp_path, base, {7, 3, 5, 9}, "q8_0", LogReporter())
     reader = gguf.GGUFReader(path)
@@ -199,7 +197,7 @@ def test_the_file_of_the_base_has_numbers_for_tokens_and_ends_where_we_say(small
         base_file(tmp_path, base, {3, 5, 7, 9}, "q8_0", LogReporter())
 
 
-def test_a_stop_token_for_which_gguf_has_no_name_ends_an_answer_too(small_base: Path) -> None:
+def test_stop_token_without_a_gguf_name_ends_an_answer(small_base: Path) -> None:
     with llamacpp_engine(small_base, stop_ids={0}) as engine:
         answers = {prompt: asyncio.run(_ids(engine, Request(prompt, None, 40))) for prompt in PROMPTS}
     prompt = max(PROMPTS, key=lambda prompt: len(answers[prompt]))
@@ -212,7 +210,7 @@ def test_a_stop_token_for_which_gguf_has_no_name_ends_an_answer_too(small_base: 
     assert cut == whole[: whole.index(fourth)]
 
 
-def test_what_llama_cpp_does_not_take_is_refused_with_its_log_and_the_others_go_on(
+def test_load_refuses_a_bad_file_with_llama_cpps_log_and_other_adapters_keep_answering(
     small_base: Path, tmp_path: Path, small_adapters: dict[str, Path]
 ) -> None:
     digest, folder = next(iter(small_adapters.items()))
@@ -222,7 +220,7 @@ def test_what_llama_cpp_does_not_take_is_refused_with_its_log_and_the_others_go_
         engine._settings = replace(engine._settings, lora_file=lambda digest, folder: tmp_path / "no.gguf")
 
         async def load() -> None:
-            with pytest.raises(UserError, match="does not take it") as caught:
+            with pytest.raises(UserError, match="cannot load it") as caught:
                 await engine.load(digest, folder)
             assert "no.gguf" in caught.value.what
             assert await _ids(engine, Request(PROMPTS[0], None, 4))
@@ -230,7 +228,9 @@ def test_what_llama_cpp_does_not_take_is_refused_with_its_log_and_the_others_go_
         asyncio.run(load())
 
 
-def test_what_gguf_does_not_have_is_refused_by_name_and_the_others_go_on(small_base: Path, tmp_path: Path) -> None:
+def test_load_refuses_what_gguf_cannot_express_and_other_adapters_keep_answering(
+    small_base: Path, tmp_path: Path
+) -> None:
     _, folder = write_adapter(small_base, tmp_path / "biased", seed=1)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
@@ -244,11 +244,13 @@ def test_what_gguf_does_not_have_is_refused_by_name_and_the_others_go_on(small_b
         asyncio.run(load())
 
 
-def test_without_llama_cpp_it_says_what_to_install(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_names_the_package_when_llama_cpp_is_not_installed(
+    small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tunewright.serving.engines.start.find_spec", lambda name: None)
-    wanted = Wanted(Base("small", small_base, None, "LlamaForCausalLM", {}), None, "none", {})  # type: ignore[arg-type]
+    spec = EngineSpec(Base("small", small_base, None, "LlamaForCausalLM", {}), None, "none", {})  # type: ignore[arg-type]
     with pytest.raises(UserError) as caught:
-        start_engine("llamacpp", Config(), wanted, LogReporter())
+        start_engine("llamacpp", Config(), spec, LogReporter())
     assert caught.value.fix == "pip install 'tunewright[llamacpp]'"
 
 

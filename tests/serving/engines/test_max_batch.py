@@ -16,7 +16,7 @@ from tunewright.engines.vllm import engine as vllm_engine
 from tunewright.engines.vllm import environment
 from tunewright.engines.vllm.environment import Build, Environment
 from tunewright.models.bases import resolve_base
-from tunewright.serving.engines.start import Wanted, max_batch, start_engine
+from tunewright.serving.engines.start import EngineSpec, max_batch, start_engine
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, build: Build, card: int | None) -> None:
@@ -38,7 +38,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch, build: Build, card: int | None) ->
         ("vllm", "cuda", None, 128),  # torch here is built without CUDA, vLLM's own is not
     ],
 )
-def test_max_batch_is_the_engines_own_when_the_config_has_none(
+def test_max_batch_is_the_engines_default_when_the_config_has_none(
     engine: EngineName, build: Build, card: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _machine(monkeypatch, build, card)
@@ -56,15 +56,15 @@ def test_start_engine_passes_max_batch_to_vllm(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(vllm_engine, "VllmEngine", engine)
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder.parent, LogReporter())
-    wanted = Wanted(base, open_chat(base, ChatConfig(), LogReporter()), "none", {})
-    start_engine("vllm", Config(), wanted, LogReporter())
+    spec = EngineSpec(base, open_chat(base, ChatConfig(), LogReporter()), "none", {})
+    start_engine("vllm", Config(), spec, LogReporter())
     (options,) = started
     assert options[options.index("--max-num-seqs") + 1] == "256"
 
 
 def test_start_engine_starts_peft_with_sixteen(tiny_base_folder: Path) -> None:
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder.parent, LogReporter())
-    wanted = Wanted(base, open_chat(base, ChatConfig(), LogReporter()), "none", {})
-    engine = start_engine("peft", Config(), wanted, LogReporter())
+    spec = EngineSpec(base, open_chat(base, ChatConfig(), LogReporter()), "none", {})
+    engine = start_engine("peft", Config(), spec, LogReporter())
     engine.stop()
     assert engine.max_batch == 16

@@ -14,33 +14,33 @@ from typing import Any
 
 import pytest
 from engine_kinds import STOPS, vllm_engine
-from test_isolation import PROMPTS, failed, result_of
+from isolation_helpers import PROMPTS, failed, result_of
 
-from tunewright.engines.protocol import Engine, EngineStoppedError
+from tunewright.engines.protocol import Engine, EngineStoppedError, stream
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.engines.vllm.launch import list_adapters
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
-from tunewright.serving.oracle import PeftOracle
+from tunewright.serving.isolation.reference import PeftReference
 
 pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")
-def oracle(small_base: Path, small_adapters: dict[str, Path]) -> PeftOracle:
+def reference(small_base: Path, small_adapters: dict[str, Path]) -> PeftReference:
     base = Base("small", small_base, None, "LlamaForCausalLM", {})
-    return PeftOracle(base, "float32", "none", small_adapters, stop_ids=STOPS)
+    return PeftReference(base, "float32", "none", small_adapters, stop_ids=STOPS)
 
 
 async def _ids(engine: Engine, request: Request) -> list[int]:
-    return [token async for delta in engine.stream(request) for token in delta.ids]
+    return [token async for delta in stream(engine, request) for token in delta.ids]
 
 
-def test_vllm_as_we_start_it_keeps_adapters_apart_and_answers_alike_after_its_core_was_killed(
-    small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
+def test_vllm_with_our_settings_is_isolated_and_answers_alike_after_a_crash(
+    small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
 ) -> None:
     with vllm_engine(small_base) as engine:
-        result = result_of(engine, oracle, small_adapters)
+        result = result_of(engine, reference, small_adapters)
         assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())
 
         asked = [Request(PROMPTS[0], digest, 8) for digest in (None, *small_adapters)]
@@ -54,14 +54,14 @@ def test_vllm_as_we_start_it_keeps_adapters_apart_and_answers_alike_after_its_co
 async def _lose_core(engine: VllmEngine) -> None:
     """Kill the process that computes, behind the one that answers, while requests are under way."""
     waiting = [asyncio.create_task(_ids(engine, Request(PROMPTS[0], None, 480))) for _ in range(2)]
-    while engine.under_way[0] < 2:
+    while engine.in_flight[0] < 2:
         await asyncio.sleep(0)
     assert engine.child.process_id is not None
     os.kill(_engine_core(engine.child.process_id), signal.SIGKILL)
     for outcome in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(outcome, EngineStoppedError), outcome
     while True:
-        with pytest.raises(EngineStoppedError, match="being started again"):
+        with pytest.raises(EngineStoppedError, match="restarting"):
             await _ids(engine, Request(PROMPTS[0], None, 2))
         if engine.stopped is not None:
             return
@@ -91,11 +91,11 @@ class SlotsLikeAdapters(VllmSettings):
         return self.room
 
 
-def test_the_bug_of_the_last_slot_is_found(
-    small_base: Path, small_adapters: dict[str, Path], oracle: PeftOracle
+def test_isolation_test_detects_vllms_last_slot_bug(
+    small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
 ) -> None:
     with vllm_engine(small_base, SlotsLikeAdapters, room=len(small_adapters)) as engine:
-        result = result_of(engine, oracle, small_adapters)
+        result = result_of(engine, reference, small_adapters)
     assert result.verdict == "not isolated"
     assert "the base in the mix" in failed(result)
     wrong = [failure for check in result.checks for failure in check.failures]
@@ -118,18 +118,18 @@ class NamedByAlias(VllmEngine):
         self._listed.pop(digest, None)
         (await self.child.client().delete("/tunewright/adapters/alias")).raise_for_status()
 
-    def _body(self, request: Request, stop_ids: Collection[int], whose: str) -> dict[str, Any]:
-        body = super()._body(request, stop_ids, whose)
+    def _body(self, request: Request, stop_ids: Collection[int], tenant: str) -> dict[str, Any]:
+        body = super()._body(request, stop_ids, tenant)
         return body if request.adapter is None else {**body, "model": "alias"}
 
 
-def test_what_a_version_before_left_in_the_prefix_cache_is_found(
+def test_isolation_test_detects_a_stale_prefix_cache(
     small_base: Path, small_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     """The keys of vLLM's prefix cache are name and path: with both the same, it takes the old version's."""
     (old, first), (new, second), _ = small_adapters.items()
     base = Base("small", small_base, None, "LlamaForCausalLM", {})
-    oracle = PeftOracle(base, "float32", "none", {old: first, new: second}, stop_ids=STOPS)
+    reference = PeftReference(base, "float32", "none", {old: first, new: second}, stop_ids=STOPS)
     prompt = PROMPTS[3] * 12  # more than a block of the cache, which holds whole blocks only
     with vllm_engine(small_base) as engine:
         engine.__class__ = NamedByAlias
@@ -144,9 +144,9 @@ def test_what_a_version_before_left_in_the_prefix_cache_is_found(
             return before, await _ids(engine, Request(prompt, new, 8))
 
         before, after = asyncio.run(replace())
-        from tunewright.serving.canaries import Answer
-        from tunewright.serving.isolation import TOLERANCE
+        from tunewright.serving.isolation.checks import TOLERANCE
+        from tunewright.serving.isolation.probes import Answer
 
-        (right,) = oracle.shortfalls(old, prompt, [Answer(tuple(before), "length" if len(before) == 8 else "stop")])
-        (wrong,) = oracle.shortfalls(new, prompt, [Answer(tuple(after), "length" if len(after) == 8 else "stop")])
+        (right,) = reference.shortfalls(old, prompt, [Answer(tuple(before), "length" if len(before) == 8 else "stop")])
+        (wrong,) = reference.shortfalls(new, prompt, [Answer(tuple(after), "length" if len(after) == 8 else "stop")])
         assert right <= TOLERANCE["float32"] < wrong

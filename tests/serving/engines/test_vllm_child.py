@@ -18,7 +18,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest, write_json
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import RequestFailedError
-from tunewright.engines.vllm import inside
+from tunewright.engines.vllm import worker
 from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.generation.requests import Request
 from vllm_child import ids, seen, settings, wait_until
@@ -26,7 +26,7 @@ from vllm_child import ids, seen, settings, wait_until
 pytest_plugins = ["vllm_child"]
 
 
-def test_slots_are_one_more_than_adapters_and_ranks_are_rounded_up(tmp_path: Path) -> None:
+def test_settings_have_one_spare_slot_and_round_ranks_up(tmp_path: Path) -> None:
     assert [settings(tmp_path, room=room).slots for room in (1, 7)] == [2, 8]
     assert [settings(tmp_path, max_rank=rank).allowed_rank for rank in (1, 4, 16, 17, 257)] == [1, 8, 16, 32, 320]
     options = settings(tmp_path, room=7, max_rank=17).options()
@@ -34,7 +34,7 @@ def test_slots_are_one_more_than_adapters_and_ranks_are_rounded_up(tmp_path: Pat
     assert (told["--max-loras"], told["--max-cpu-loras"], told["--max-lora-rank"]) == ("8", "8", "32")
 
 
-def test_nobody_else_reaches_the_socket_and_of_the_routes_only_those_that_are_used(engine: VllmEngine) -> None:
+def test_socket_is_private_and_only_the_gateways_routes_are_open(engine: VllmEngine) -> None:
     assert stat.S_IMODE(engine.child.folder.stat().st_mode) == 0o700
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(engine.child.socket)), base_url="http://vllm") as client:
         for path in (
@@ -49,7 +49,7 @@ def test_nobody_else_reaches_the_socket_and_of_the_routes_only_those_that_are_us
         assert client.get("/health").status_code == 200
 
 
-def test_what_the_callers_environment_says_of_vllm_is_not_handed_on(
+def test_vllm_variables_of_the_caller_are_not_inherited(
     tmp_path: Path, orders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
@@ -69,13 +69,13 @@ def test_what_the_callers_environment_says_of_vllm_is_not_handed_on(
     assert environment["VLLM_PLUGINS"] == "tunewright_vllm", "and not vLLM's own resolvers"
 
 
-def test_each_tenant_has_a_cache_of_its_own_and_a_request_says_all_that_decides_its_answer(
+def test_request_has_a_cache_salt_per_tenant_and_all_sampling_settings(
     engine: VllmEngine,
 ) -> None:
     salts = []
-    for whose in ("a", "b", "a"):
+    for tenant in ("a", "b", "a"):
         request = Request((5, 6), None, 3, temperature=0.5, top_p=0.9, seed=7)
-        assert asyncio.run(ids(engine, request, whose)) == [1, 2, 3]
+        assert asyncio.run(ids(engine, request, tenant)) == [1, 2, 3]
         body = seen(engine)["body"]
         salts.append(body.pop("cache_salt"))
     assert salts[0] == salts[2] != salts[1]
@@ -95,7 +95,7 @@ def test_each_tenant_has_a_cache_of_its_own_and_a_request_says_all_that_decides_
     }
 
 
-def test_adapters_are_listed_loaded_and_let_go_and_there_is_room_for_so_many(
+def test_adapters_are_listed_loaded_and_evicted_up_to_the_room(
     engine: VllmEngine, small_adapters: dict[str, Path]
 ) -> None:
     (one, first), (two, second), (three, third) = small_adapters.items()
@@ -117,14 +117,16 @@ def test_adapters_are_listed_loaded_and_let_go_and_there_is_room_for_so_many(
     assert {digest: entry["path"] for digest, entry in manifest.items()} == {two: str(second), three: str(third)}
 
 
-def test_a_name_is_looked_up_and_never_taken_for_a_path(tmp_path: Path, small_adapters: dict[str, Path]) -> None:
+def test_resolver_looks_names_up_and_never_takes_them_for_paths(
+    tmp_path: Path, small_adapters: dict[str, Path]
+) -> None:
     digest, folder = next(iter(small_adapters.items()))
     from tunewright.core.io import file_digest
 
     files = {name: file_digest(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors")}
     manifest = tmp_path / "adapters.json"
     manifest.write_text(json.dumps({digest: {"path": str(folder), "files": files}}))
-    assert inside.listed(manifest, digest) == str(folder)
+    assert worker.listed(manifest, digest) == str(folder)
     for name in (
         str(folder),
         f"../{folder.name}",
@@ -134,13 +136,13 @@ def test_a_name_is_looked_up_and_never_taken_for_a_path(tmp_path: Path, small_ad
         "",
         "meta-llama/Llama-3.1-8B",
     ):
-        assert inside.listed(manifest, name) is None
+        assert worker.listed(manifest, name) is None
     changed = {**files, "adapter_config.json": "0" * 64}
     manifest.write_text(json.dumps({digest: {"path": str(folder), "files": changed}}))
-    assert inside.listed(manifest, digest) is None
+    assert worker.listed(manifest, digest) is None
 
 
-def test_files_are_held_to_the_manifest_that_was_admitted(
+def test_resolver_checks_files_against_the_admitted_manifest(
     tmp_path: Path, engine: VllmEngine, small_adapters: dict[str, Path]
 ) -> None:
     digest, source = next(iter(small_adapters.items()))
@@ -151,27 +153,27 @@ def test_files_are_held_to_the_manifest_that_was_admitted(
     asyncio.run(engine.load(digest, folder))
     manifest = engine.child.folder / "adapters.json"
     assert json.loads(manifest.read_text())[digest]["manifest"] == file_digest(folder / "manifest.json")
-    assert inside.listed(manifest, digest) == str(folder.resolve())
+    assert worker.listed(manifest, digest) == str(folder.resolve())
 
     weights = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(weights[:-1] + b"\x7f")
-    assert inside.listed(manifest, digest) is None, "the file has changed"
+    assert worker.listed(manifest, digest) is None, "the file has changed"
     # Nor does it help to change the manifest with it.
     write_manifest(folder, "signed-one")
-    assert inside.listed(manifest, digest) is None
+    assert worker.listed(manifest, digest) is None
     asyncio.run(engine.unload(digest))
     (folder / "adapter_model.safetensors").write_bytes(weights)
-    with pytest.raises(UserError, match="its manifest is not of these files"):
+    with pytest.raises(UserError, match="the manifest does not match"):
         asyncio.run(engine.load(digest, folder))
 
 
-def test_when_vllm_does_not_start_its_log_is_told(tmp_path: Path, orders: Path) -> None:
+def test_failed_start_reports_vllms_log(tmp_path: Path, orders: Path) -> None:
     orders.write_text("no kernel image is available for execution")
     with pytest.raises(UserError, match="no kernel image is available"):
         VllmEngine(settings(tmp_path), stop_ids={0}, reporter=LogReporter())
 
 
-def test_a_client_that_hangs_up_is_aborted_in_vllm(engine: VllmEngine) -> None:
+def test_aborted_request_is_aborted_in_vllm(engine: VllmEngine) -> None:
     async def hang_up() -> None:
         stream = engine.stream(Request((ENDLESS,), None, 500))
         await anext(stream)
@@ -179,4 +181,4 @@ def test_a_client_that_hangs_up_is_aborted_in_vllm(engine: VllmEngine) -> None:
 
     asyncio.run(hang_up())
     wait_until(lambda: seen(engine)["hung_up"] == 1)
-    assert engine.under_way == (0, 0)
+    assert engine.in_flight == (0, 0)

@@ -1,4 +1,4 @@
-"""vLLM answering whole lists of requests: what evaluation and self-samples ask, with nobody waiting for one token."""
+"""vLLM for whole lists of requests, as evaluation and self-samples have, where no reader waits for single tokens."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ T = TypeVar("T")
 
 
 class VllmAnswers:
-    """vLLM for lists of requests, started by the first one; at most one adapter is loaded at a time.
+    """vLLM for lists of requests, started by the first list; at most one adapter is loaded at a time.
 
-    The process ends with :meth:`stop`, when this object is dropped, and when the interpreter exits.
+    The process ends with :meth:`stop`, when this object is garbage collected, and when the interpreter exits.
 
     Args:
-        base: the base that answers, alone or with an adapter.
+        base: the base, which answers alone or with an adapter.
         dtype: "bfloat16" or "float32".
-        environment: vLLM's.
-        batch_size: rows that decode at once without a card; with one, its memory decides.
-        rank: adapters of up to this LoRA rank are loaded without starting vLLM again.
-        reporter: hears that vLLM starts.
+        environment: vLLM's environment.
+        batch_size: the number of rows that decode at once without a GPU; with one, its memory decides.
+        rank: adapters up to this LoRA rank are loaded without restarting vLLM.
+        reporter: receives a message when vLLM starts.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class VllmAnswers:
 
     @cached_property
     def rows(self) -> int:
-        """Rows that decode at once."""
+        """The number of rows that decode at once."""
         return self._batch_size if self._environment.build == "cpu" else rows_at_once(_card_memory()[1])
 
     def generate(
@@ -71,23 +71,23 @@ class VllmAnswers:
         decode: Decode | None = None,
         adapters: Mapping[str, Path] | None = None,
         at_once: int | None = None,
-        whose: str = "",
+        tenant: str = "",
         on_finished: Callable[[int, Completion], None] = lambda _index, _completion: None,
     ) -> list[Completion]:
         """Answer all requests, and return the completions in the requests' order.
 
         Args:
-            requests: without constraints; an adapter is named by its digest.
+            requests: requests without constraints; an adapter is named by its digest.
             stop_ids: tokens that end an answer; they are not part of it.
-            decode: tokens to text, needed where requests have stop strings.
+            decode: converts tokens to text; needed if requests have stop strings.
             adapters: the folder of the adapter that the requests name, by digest; one at most.
-            at_once: requests that vLLM has at the same time (None: enough to keep it full).
-            whose: prefixes computed under another name are computed again.
-            on_finished: called with a request's index and its completion as soon as it is there (not in order, and on
-                another thread than this one).
+            at_once: the number of requests at vLLM at one time; None: enough to keep it full.
+            tenant: cached prefixes are reused under the same name only.
+            on_finished: called with a request's index and its completion as soon as it is finished, in any order and
+                in another thread.
 
         Raises:
-            UserError: vLLM does not start, dies, or cannot answer one of the requests.
+            UserError: vLLM fails to start, crashes, or cannot answer one of the requests.
         """
         named = adapters or {}
         assert len(named) <= 1
@@ -97,20 +97,20 @@ class VllmAnswers:
         longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
         if longest > engine.context_length:
             raise UserError(
-                f"a prompt and its answer have {longest:,} tokens, and vLLM has room for {engine.context_length:,}",
+                f"a prompt and its answer need {longest:,} tokens (vLLM's limit: {engine.context_length:,})",
                 where=_WHERE,
                 fix="Set it to peft, or lower evaluate.max_new_tokens or evaluate.num_fewshot.",
             )
 
         async def one(request: Request) -> Completion:
-            return await _completed(engine, request, stop_ids, decode, whose)
+            return await _completed(engine, request, stop_ids, decode, tenant)
 
-        # Twice as many as decode at once: the next ones are there when a row becomes free.
+        # Twice as many as decode at once, so that the next request is there when a row becomes free.
         workers = 2 * self.rows if at_once is None else at_once
         return self._run(_all_answered(requests, workers, one, on_finished))
 
     def stop(self) -> None:
-        """End vLLM and free its memory; the next :meth:`generate` starts it again."""
+        """Stop vLLM and free its memory; the next :meth:`generate` starts it again."""
         self._end()
         self._engine, self._loaded = None, None
 
@@ -129,7 +129,7 @@ class VllmAnswers:
             room=1,
             max_rank=min(rank, RANKS[-1]),
             max_batch=self.rows,
-            # A fourth of the cache that a server has: rows that it cannot hold wait, and nobody waits for them.
+            # A quarter of a server's cache: rows that do not fit may wait, since no reader waits for them.
             kv_cache_bytes=kv_cache_bytes(config, self._dtype, max(1, self.rows // 4)) if cpu else None,
             gpu_share=None if cpu else gpu_share(*_card_memory()),
         )
@@ -153,7 +153,7 @@ class VllmAnswers:
         self._loaded = digest
 
     def _run(self, coroutine: Awaitable[T]) -> T:
-        """Run on the engine's own event loop: this thread may have a loop of its own, as in a notebook."""
+        """Run a coroutine in the engine's event loop; this thread may have another loop running, as in a notebook."""
 
         async def awaited() -> T:
             return await coroutine
@@ -167,9 +167,9 @@ class VllmAnswers:
             said = self._engine.child.said() if self._engine else ""
             self.stop()
             raise UserError(
-                f"vLLM stopped before it had answered everything. The end of its log:\n{said or 'The log is empty.'}",
+                f"vLLM stopped before all answers were complete. The end of its log:\n{said or 'The log is empty.'}",
                 where=_WHERE,
-                fix="Run the same command again: answers that are there are kept. Or set it to peft.",
+                fix="Run the same command again, which keeps the finished answers. Or set it to peft.",
             ) from error
         except BaseException:
             future.cancel()
@@ -177,17 +177,17 @@ class VllmAnswers:
 
 
 async def _completed(
-    engine: VllmEngine, request: Request, stop_ids: Collection[int], decode: Decode | None, whose: str
+    engine: VllmEngine, request: Request, stop_ids: Collection[int], decode: Decode | None, tenant: str
 ) -> Completion:
-    """Return one answer, ended where the embedded loop ends it: both feed their tokens to the same :class:`Row`."""
+    """Compute an answer; it ends where the embedded loop ends it, since both feed the tokens to a :class:`Row`."""
     assert request.constraint is None
-    row, asked = Row(request, decode), replace(request, stop=())
+    row, without_stops = Row(request, decode), replace(request, stop=())
     if not request.stop:
-        delta = await engine.answer(asked, stop_ids, whose=whose)
+        delta = await engine.answer(without_stops, stop_ids, tenant=tenant)
         _take(row, delta.ids, ended=delta.finish == "stop")
         return row.completion
-    # With stop strings tokens are looked at as they come: what follows the first one need not be computed.
-    async with aclosing(engine.stream(asked, whose=whose, stop_ids=stop_ids)) as deltas:
+    # With stop strings tokens are streamed: vLLM need not compute what follows the first stop string.
+    async with aclosing(engine.stream(without_stops, tenant=tenant, stop_ids=stop_ids)) as deltas:
         async for delta in deltas:
             _take(row, delta.ids, ended=delta.finish == "stop")
             if row.finish is not None:
@@ -201,7 +201,7 @@ def _take(row: Row, ids: Sequence[int], *, ended: bool) -> None:
         if row.finish is not None:
             return
     if ended:
-        row.take(-1, (-1,))  # whichever end token it was: it is not part of the answer
+        row.take(-1, (-1,))  # the end token is not part of the answer, whichever it was
 
 
 async def _all_answered(
@@ -236,17 +236,17 @@ def _ended(engine: VllmEngine, loop: asyncio.AbstractEventLoop, thread: threadin
 
 
 def rows_at_once(memory: int) -> int:
-    """``--max-num-seqs`` for a card of this many bytes: what graphs and LoRA buffers leave room for.
+    """Return ``--max-num-seqs`` for a card with this many bytes, less what CUDA graphs and LoRA buffers take.
 
-    256 is vLLM's own default for cards of 40 GiB and more; a smaller card holds the keys and values of fewer rows.
+    256 is vLLM's default for cards of 40 GiB and more; a smaller card has room for the keys and values of fewer rows.
     """
     return next((rows for gib, rows in _ROWS_BY_CARD if memory < gib * _GIB), _MOST_ROWS)
 
 
 def gpu_share(free: int, total: int) -> float:
-    """``--gpu-memory-utilization``: of the card's ``total`` bytes, those that are ``free`` now, less 5% of all.
+    """Return ``--gpu-memory-utilization``: the share of the card's ``total`` bytes that is ``free``, less 5%.
 
-    vLLM does not start where less than this share is free, and other programs may hold some of the card.
+    vLLM does not start if less than this share is free, and other programs may use some of the card.
 
     Raises:
         UserError: less than a tenth of the card is left.
@@ -254,7 +254,7 @@ def gpu_share(free: int, total: int) -> float:
     share = min(0.9, int(100 * (free / total - _SPARE_SHARE)) / 100)
     if share < 0.1:
         raise UserError(
-            f"{free / _GIB:.1f} of the card's {total / _GIB:.1f} GiB are free, which is too little for vLLM",
+            f"not enough GPU memory for vLLM: {free / _GIB:.1f} of {total / _GIB:.1f} GiB are free",
             where=_WHERE,
             fix="Stop other programs that use the card, or set it to peft.",
         )
@@ -262,7 +262,7 @@ def gpu_share(free: int, total: int) -> float:
 
 
 def _card_memory() -> tuple[int, int]:
-    """Free and total bytes of this process's card."""
+    """Return the free and total bytes of this process's card."""
     import torch
 
     torch.cuda.empty_cache()

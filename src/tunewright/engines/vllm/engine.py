@@ -1,4 +1,4 @@
-"""The engine ``vllm`` as the gateway sees it."""
+"""The engine ``vllm`` in the gateway's process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hmac
 import json
 import math
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,36 +23,36 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
 from tunewright.core.progress import Reporter
 from tunewright.engines.child import Child
-from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError
-from tunewright.engines.vllm import inside
+from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError, TokenSink, pump
+from tunewright.engines.vllm import worker
 from tunewright.engines.vllm.launch import PACKAGE, list_adapters, plan
 from tunewright.generation.decoding import Finish, Request
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What ``--max-lora-rank`` may be (vLLM 0.32, MaxLoRARanks in vllm/config/lora.py)."""
+"""The valid values of ``--max-lora-rank`` (vLLM 0.32, MaxLoRARanks in vllm/config/lora.py)."""
 BASE = "base"
-"""What the base is called on the socket; adapters are called by their digests, which are longer."""
-_DIED = "vLLM has died while it answered and is being started again."
+"""The base's name on the socket; adapters are named by their digests, which are longer."""
+_CRASHED = "vLLM crashed and is restarting."
 CPU_BATCHED_TOKENS = 512
-"""Without a GPU vLLM gathers a copy of the LoRA weights for each token of a pass: 2,048 tokens at rank 64 take 3.5 GiB
-for an 8B base."""
+"""Tokens of a pass without a GPU, where vLLM gathers a copy of the LoRA weights for each token. 2,048 tokens at rank 64
+would take 3.5 GiB for an 8B base."""
 
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """How vLLM is started.
+    """Settings of vLLM.
 
     Args:
         python: the interpreter of its environment.
-        cpu: it is the build without a GPU.
+        cpu: whether it is the build without a GPU.
         base: the base's folder.
         dtype: "bfloat16" or "float32".
-        room: adapters that can be loaded at once, at least 1.
+        room: the number of adapters that can be loaded at once, at least 1.
         max_rank: the highest LoRA rank of any adapter that will be loaded.
-        max_batch: the most rows that decode at once.
-        kv_cache_bytes: what the key/value cache may take (None: vLLM decides); the context is what fits into it.
-        gpu_share: of the GPU's memory, what it may take (None: vLLM's 0.9).
-        vision: the base can read images; it is started without that, so its vision tower takes no memory.
+        max_batch: the number of rows that decode at once.
+        kv_cache_bytes: the size of the key/value cache, which also limits the context; None: vLLM decides.
+        gpu_share: the share of the GPU's memory that it may take; None: vLLM's 0.9.
+        vision: whether the base can read images. This is turned off, so that its vision tower takes no memory.
     """
 
     python: Path
@@ -68,17 +68,17 @@ class VllmSettings:
 
     @property
     def slots(self) -> int:
-        """``--max-loras``: one more than there are adapters at the most.
+        """``--max-loras``: one more than the most adapters.
 
-        vLLM marks a row without an adapter by -1, and without a GPU it then takes the *last* slot's weights: a request
-        for the base, beside a tenant's, is answered with the adapter that lies there. Slots are filled from the first
-        on, so that one to spare stays empty; and whoever is unloaded leaves its slot.
+        vLLM marks a row without an adapter by -1, and without a GPU takes the weights of the *last* slot for it. So in
+        a batch with a tenant's request, a request for the base would be answered with the adapter in that slot. Slots
+        are filled from the first one on, and an unloaded adapter frees its slot, so the spare one stays empty.
         """
         return self.room + 1
 
     @property
     def allowed_rank(self) -> int:
-        """``--max-lora-rank``: the lowest that holds them all; a higher one takes memory and time."""
+        """``--max-lora-rank``: the lowest one that fits all adapters; a higher one costs memory and time."""
         return next(rank for rank in RANKS if rank >= self.max_rank)
 
     def options(self) -> list[str]:
@@ -93,7 +93,7 @@ class VllmSettings:
             "--max-loras": self.slots,
             "--max-cpu-loras": self.slots,
             "--max-lora-rank": self.allowed_rank,
-            "--generation-config": "vllm",  # and not the base's defaults, which would add to what a request says
+            "--generation-config": "vllm",  # not the base's defaults, which would add to the request's sampling
             "--middleware": f"{PACKAGE}.Gate",
         }
         if self.cpu:
@@ -109,13 +109,13 @@ class VllmSettings:
 
 
 class VllmEngine:
-    """vLLM in a process of its own.
+    """vLLM in a child process.
 
     Args:
         stop_ids: tokens that end an answer; they are not part of it.
 
     Raises:
-        UserError: vLLM does not start.
+        UserError: vLLM failed to start.
     """
 
     name = "vllm"
@@ -137,62 +137,67 @@ class VllmEngine:
 
     @property
     def stopped(self) -> str | None:
-        """Why the engine answers nothing now, or None while it does."""
+        """Why the engine answers no requests now; None while it does."""
         return self.child.trouble
 
     @property
     def dead(self) -> bool:
-        """True if vLLM has died too often to be started again."""
+        """True if vLLM has crashed too often to be restarted."""
         return self.child.given_up
 
     @property
-    def under_way(self) -> tuple[int, int]:
-        """Requests at the engine, and 0: which of them decode only vLLM knows."""
+    def in_flight(self) -> tuple[int, int]:
+        """The number of requests at the engine, and 0: only vLLM knows which of them wait."""
         return self._running, 0
 
-    async def stream(
-        self, request: Request, *, whose: str = "", stop_ids: Collection[int] | None = None
-    ) -> AsyncGenerator[Delta, None]:
-        """Tokens as they come; closing the iterator early ends the request in vLLM, too.
+    def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
+        """Start a request: see :meth:`tunewright.engines.protocol.Engine.submit`.
 
-        Prefixes are shared among requests of one ``whose`` only, so that nobody can tell by the time to the first token
-        what another one has asked (CVE-2025-46570).
+        Prefixes are shared between requests of one tenant only. Otherwise a tenant could tell by the time to the first
+        token which prompts another one has sent (CVE-2025-46570).
+        """
+        return pump(self.stream(request, tenant=tenant), sink)
+
+    async def stream(
+        self, request: Request, *, tenant: str = "", stop_ids: Collection[int] | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """Yield a request's deltas; closing the generator early ends the request in vLLM, too.
 
         Args:
-            request, whose: as every engine takes them.
-            stop_ids: the tokens that end this answer (None: those of the engine).
+            request, tenant: see :meth:`submit`.
+            stop_ids: the tokens that end this answer; None: those of the engine.
 
         Raises:
             RequestFailedError: this request could not be computed.
-            EngineStoppedError: vLLM has died, or is being started again.
+            EngineStoppedError: vLLM crashed or is restarting.
         """
         ends = self._stop_ids if stop_ids is None else stop_ids
-        async with self._asked(request, {**self._body(request, ends, whose), "stream": True}) as reply:
+        async with self._post(request, {**self._body(request, ends, tenant), "stream": True}) as reply:
             async for line in reply.aiter_lines():
                 delta = _streamed(line, ends)
                 if delta is not None:
                     yield delta
                     if delta.finish:
                         return
-            raise EngineStoppedError("vLLM has ended an answer before it was whole.")
+            raise EngineStoppedError("vLLM ended an answer before it was complete.")
 
-    async def answer(self, request: Request, stop_ids: Collection[int], *, whose: str = "") -> Delta:
-        """Return the whole answer in one reply, which costs this process far less than an event for each token.
+    async def answer(self, request: Request, stop_ids: Collection[int], *, tenant: str = "") -> Delta:
+        """Return the complete answer from one reply, which costs this process far less than an event per token.
 
         Raises:
-            RequestFailedError: this request could not be computed, or vLLM read other token ids than it was given.
-            EngineStoppedError: vLLM has died, or is being started again.
+            RequestFailedError: vLLM could not compute this request, or got other token ids than were sent.
+            EngineStoppedError: vLLM crashed or is restarting.
         """
-        async with self._asked(request, self._body(request, stop_ids, whose)) as reply:
+        async with self._post(request, self._body(request, stop_ids, tenant)) as reply:
             choice = _only_choice(json.loads(await reply.aread()))
             if tuple(choice["prompt_token_ids"]) != request.prompt_ids:
-                raise RequestFailedError("vLLM has read other token ids than it was given.")
+                raise RequestFailedError("vLLM got other token ids than were sent.")
             return _delta(choice, stop_ids)
 
     @asynccontextmanager
-    async def _asked(self, request: Request, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
-        """The reply to a request, which counts as running until the block ends."""
-        assert request.constraint is None and not request.stop, "the caller looks for stop strings itself"
+    async def _post(self, request: Request, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
+        """Send a request and yield the reply; the request counts as running until the block ends."""
+        assert request.constraint is None and not request.stop, "the caller handles stop strings"
         if self.stopped:
             raise EngineStoppedError(self.stopped)
         if request.adapter is not None and request.adapter not in self._listed:
@@ -204,21 +209,21 @@ class VllmEngine:
                     raise RequestFailedError(_refusal(await reply.aread()))
                 yield reply
         except httpx.TransportError as error:
-            raise EngineStoppedError(self.stopped or _DIED) from error
+            raise EngineStoppedError(self.stopped or _CRASHED) from error
         except RequestFailedError as error:
-            # Where a process behind the one that we ask has died, each request fails, and none is at fault.
+            # After a crash of vLLM's core process every request fails, and none is at fault.
             if await self.child.is_well():
                 raise
-            raise EngineStoppedError(self.stopped or _DIED) from error
+            raise EngineStoppedError(self.stopped or _CRASHED) from error
         finally:
             self._running -= 1
 
     async def load(self, digest: str, folder: Path) -> None:
-        """List an adapter and have vLLM load it.
+        """Add an adapter to the list, and load it into vLLM.
 
         Raises:
-            UserError: there is no room for it, its files are not those of the digest, or vLLM does not load it.
-            EngineStoppedError: vLLM has died, or is being started again.
+            UserError: there is no room, the files do not match the digest, or vLLM cannot load the adapter.
+            EngineStoppedError: vLLM crashed or is restarting.
         """
         if digest in self._listed:
             return
@@ -231,27 +236,27 @@ class VllmEngine:
                 pass
         except RequestFailedError as error:
             await self.unload(digest)
-            raise UserError(f"vLLM does not load it: {self._why_not(digest) or error}", where=str(folder)) from error
+            raise UserError(f"vLLM cannot load it: {self._load_error(digest) or error}", where=str(folder)) from error
 
     async def unload(self, digest: str) -> None:
-        """Take an adapter off the list and out of its slot; no request under way may need it.
+        """Take an adapter that no running request needs off the list and out of its slot.
 
         Raises:
-            EngineStoppedError: vLLM has died, or is being started again (the adapter is off the list all the same).
+            EngineStoppedError: vLLM crashed or is restarting; the adapter is off the list nevertheless.
         """
         if self._listed.pop(digest, None) is None:
             return
         list_adapters(self.child.folder, self._listed)
         try:
-            (await self.child.client().delete(f"{inside.EVICT}{digest}")).raise_for_status()
+            (await self.child.client().delete(f"{worker.EVICT}{digest}")).raise_for_status()
         except httpx.TransportError as error:
-            raise EngineStoppedError("vLLM has died and is being started again.") from error
+            raise EngineStoppedError(_CRASHED) from error
 
     def stop(self) -> None:
-        """End vLLM; what is under way gets :class:`EngineStoppedError`."""
+        """Stop vLLM; unfinished requests receive :class:`EngineStoppedError`."""
         self.child.stop()
 
-    def _body(self, request: Request, stop_ids: Collection[int], whose: str) -> dict[str, Any]:
+    def _body(self, request: Request, stop_ids: Collection[int], tenant: str) -> dict[str, Any]:
         body = {
             "model": request.adapter or BASE,
             "prompt": list(request.prompt_ids),
@@ -259,10 +264,10 @@ class VllmEngine:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "stop_token_ids": sorted(stop_ids),
-            "ignore_eos": True,  # what ends an answer is said by stop_token_ids alone
+            "ignore_eos": True,  # stop_token_ids alone end an answer
             "add_special_tokens": False,
             "return_token_ids": True,
-            "cache_salt": hmac.new(self._secret, whose.encode(), hashlib.sha256).hexdigest(),
+            "cache_salt": hmac.new(self._secret, tenant.encode(), hashlib.sha256).hexdigest(),
         }
         if request.temperature > 0 and request.seed is not None:
             body["seed"] = request.seed
@@ -276,23 +281,23 @@ class VllmEngine:
     def _require_room(self, folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         for what in vllm_refusals(config).values():
-            raise UserError(f"vLLM does not load {what}", where=str(folder))
+            raise UserError(f"vLLM does not support {what}", where=str(folder))
         rank = adapter_rank(config)
         if rank > self._settings.allowed_rank:
             raise UserError(
-                f"its rank is {rank}, and vLLM was started for ranks up to {self._settings.allowed_rank}",
+                f"the adapter's rank is {rank}, and vLLM was started for ranks up to {self._settings.allowed_rank}",
                 where=str(folder),
-                fix="Start the server again: it looks at the ranks of the adapters that are there.",
+                fix="Restart the server: it reads the ranks of the stored adapters.",
             )
         if len(self._listed) >= self._settings.room:
             raise UserError(
-                f"vLLM was started with room for {self._settings.room} adapters, and they are all loaded",
+                f"vLLM was started with room for {self._settings.room} adapters, and all of it is used",
                 where=str(folder),
-                fix="Raise serve.spare_adapters or undeploy an alias, then start the server again.",
+                fix="Raise serve.spare_adapters or undeploy an alias, then restart the server.",
             )
 
-    def _why_not(self, digest: str) -> str | None:
-        """Return what vLLM's log says of an adapter that it did not load."""
+    def _load_error(self, digest: str) -> str | None:
+        """Return the reason in vLLM's log why it did not load an adapter."""
         for line in reversed(self.child.said(200).splitlines()):
             if digest in line and "Failed to load" in line:
                 return line.partition("ListedAdapters: ")[2].removesuffix(" Trying next resolver.") or line
@@ -300,7 +305,7 @@ class VllmEngine:
 
 
 def _streamed(line: str, stop_ids: Collection[int]) -> Delta | None:
-    """Return what a line of the event stream brings; None if nothing."""
+    """Return the delta of a line of the event stream; None if it has none."""
     if not line.startswith("data: {"):
         return None
     delta = _delta(_only_choice(json.loads(line.removeprefix("data: "))), stop_ids)
@@ -308,10 +313,10 @@ def _streamed(line: str, stop_ids: Collection[int]) -> Delta | None:
 
 
 def _only_choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the one choice of a reply or an event.
+    """Return the only choice of a reply or an event.
 
     Raises:
-        RequestFailedError: it holds an error instead.
+        RequestFailedError: it is an error.
     """
     if "error" in reply:
         raise RequestFailedError(f"vLLM could not compute this request: {reply['error'].get('message')}")
@@ -332,10 +337,10 @@ def _delta(choice: Mapping[str, Any], stop_ids: Collection[int]) -> Delta:
 
 
 def _entry(digest: str, folder: Path) -> dict[str, Any]:
-    """Return what vLLM's resolver holds an adapter to: see :data:`tunewright.engines.vllm.inside.MANIFEST`.
+    """Return the entry that vLLM's resolver checks an adapter against: see :data:`.worker.MANIFEST`.
 
     Raises:
-        UserError: its manifest is not of these files.
+        UserError: the adapter's manifest does not match its files.
     """
     entry: dict[str, Any] = {
         "path": str(folder.resolve()),
@@ -344,42 +349,42 @@ def _entry(digest: str, folder: Path) -> dict[str, Any]:
     if (folder / MANIFEST).exists():
         text = (folder / MANIFEST).read_bytes()
         manifest = parse_record(Manifest, text, str(folder / MANIFEST))
-        told = {name: manifest.files[name].sha256 for name in entry["files"] if name in manifest.files}
-        if manifest.digest != digest or told != entry["files"]:
-            raise UserError("its manifest is not of these files", where=str(folder / MANIFEST))
+        listed = {name: manifest.files[name].sha256 for name in entry["files"] if name in manifest.files}
+        if manifest.digest != digest or listed != entry["files"]:
+            raise UserError("the manifest does not match the adapter's files", where=str(folder / MANIFEST))
         entry["manifest"] = hashlib.sha256(text).hexdigest()
     return entry
 
 
 def adapter_rank(config: Mapping[str, Any]) -> int:
-    """Return the highest rank of an adapter, by its configuration."""
+    """Return the highest rank in an adapter's configuration."""
     return max([int(config.get("r", 0)), *map(int, (config.get("rank_pattern") or {}).values())])
 
 
 def max_rank(folders: Sequence[Path]) -> int:
-    """Return the highest rank of these adapters; 1 where there is none."""
+    """Return the highest rank of these adapters; 1 if there are none."""
     configs = [json.loads((folder / CONFIG).read_text(encoding="utf-8")) for folder in folders]
     return max([1, *map(adapter_rank, configs)])
 
 
 def kv_cache_bytes(config: Mapping[str, Any], dtype: str, max_batch: int) -> int:
-    """A small key/value cache, for where there is no GPU: a whole context or 2,048 tokens for each row; 4 GiB at most.
+    """Return the size of a small key/value cache without a GPU: a whole context or 2,048 tokens per row; at most 4 GiB.
 
     Args:
-        config: of the base's text model.
+        config: the configuration of the base's text model.
     """
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     per_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
     per_token *= 4 if dtype == "float32" else 2
     tokens = max(config["max_position_embeddings"], 2048 * max_batch)
-    # Blocks are of 128 tokens; one more for each row, for the one that is not full.
+    # In blocks of 128 tokens, with one more per row, since each row's last block is not full.
     return min(4 << 30, int(math.ceil(tokens / 128 + max_batch + 1) * 128 * per_token))
 
 
 def _refusal(body: bytes) -> str:
-    """Return what an answer with an error says."""
+    """Return the message of an error response."""
     try:
-        return f"vLLM refuses this request: {json.loads(body)['error']['message']}"
+        return f"vLLM refused the request: {json.loads(body)['error']['message']}"
     except (ValueError, KeyError, TypeError):
-        return f"vLLM refuses this request: {body[:500].decode(errors='replace')}"
+        return f"vLLM refused the request: {body[:500].decode(errors='replace')}"

@@ -1,4 +1,4 @@
-"""vLLM's own environment: its pins fight the trainer's, so it is a virtual environment beside it."""
+"""vLLM's virtual environment, separate from the trainer's, whose version pins conflict with vLLM's."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tunewright.core.progress import Reporter, Task
 Build = Literal["cpu", "cuda"]
 
 MARK = "tunewright-engine.json"
-"""Written last: an environment without it is not whole."""
+"""Written last: an environment without it is incomplete."""
 GIGABYTES = {"cpu": (0.6, 2.4), "cuda": (5.0, 11.0)}
-"""To download, and on the disk."""
+"""Gigabytes to download, and on disk."""
 
 _AT_ONCE = 8
 _TAIL = 12
 
-# Imports what a server needs, in the environment itself.
+# Imports everything a server needs, in the environment itself.
 _PROBE = """
 import json, importlib.metadata as metadata
 import vllm, vllm.entrypoints.openai.api_server, vllm.lora.resolver, torch
@@ -41,7 +41,7 @@ print(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "cuda": 
 
 @dataclass(frozen=True)
 class Environment:
-    """An environment that is whole."""
+    """A complete environment."""
 
     folder: Path
     build: Build
@@ -49,23 +49,23 @@ class Environment:
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """The path of its interpreter."""
         return self.folder / "bin" / "python"
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
+        """Return the environment as ``--json`` prints it."""
         return {"folder": str(self.folder), "build": self.build, "versions": self.versions}
 
 
 def pins(build: Build) -> tuple[str, ...]:
-    """Return the requirements of a build that hold on this machine, each with its version."""
+    """Return the pinned requirements of a build on this machine."""
     text = resources.files("tunewright.engines.vllm").joinpath(f"{build}.txt").read_text(encoding="utf-8")
     wanted = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
     return tuple(f"{w.name}{w.specifier}" for w in wanted if w.marker is None or w.marker.evaluate())
 
 
 def build_for_this_machine() -> Build:
-    """With CUDA where a driver answers, else without."""
+    """Return "cuda" if a driver answers, else "cpu"."""
     if shutil.which("nvidia-smi") is None:
         return "cpu"
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
@@ -73,25 +73,25 @@ def build_for_this_machine() -> Build:
 
 
 def default_folder(build: Build) -> Path:
-    """Where an environment is if nobody says otherwise; other pins have another folder."""
+    """Return the default folder of an environment; each set of pins has its own."""
     return platformdirs.user_cache_path("tunewright") / "engines" / f"vllm-{build}-{digest(list(pins(build)))[:12]}"
 
 
 def find(build: Build | None = None) -> Environment:
-    """Return the environment that is installed.
+    """Return the installed environment.
 
     Raises:
-        UserError: there is none.
+        UserError: it is not installed.
     """
     for candidate in (build,) if build else ("cuda", "cpu"):
         folder = default_folder(candidate)
         elsewhere = folder.with_suffix(".json")
         if elsewhere.exists():
             folder = Path(json.loads(elsewhere.read_text(encoding="utf-8"))["folder"])
-        whole = _marked(folder)
-        if whole is not None and whole.build == candidate:
-            return whole
-    raise UserError("the engine vllm is not installed", fix="`tunewright engine install vllm` does that.")
+        found = _complete(folder)
+        if found is not None and found.build == candidate:
+            return found
+    raise UserError("the engine vllm is not installed", fix="Install it with `tunewright engine install vllm`.")
 
 
 def install(
@@ -103,43 +103,43 @@ def install(
     requirements: Sequence[str] | None = None,
     probe: str = _PROBE,
 ) -> Environment:
-    """Make vLLM's environment, or go on where an earlier call was cut off; nothing is done where it is whole.
+    """Install vLLM's environment; resume an interrupted installation, and leave a complete one alone.
 
     Args:
-        to: its folder (None: in the user's cache).
-        build: None: by whether there is a GPU.
-        torch_index: where PyTorch's builds without CUDA are (None: where pip looks anyway, as it is set up).
-        requirements, probe: other packages, and what imports them.
+        to: its folder; None: in the user's cache.
+        build: None: "cuda" if there is a GPU.
+        torch_index: the package index with PyTorch's builds without CUDA; None: the index that pip is configured for.
+        requirements, probe: other packages, and code that imports them.
 
     Raises:
-        UserError: no such build for this machine, no room on the disk, or pip fails.
+        UserError: there is no build for this machine, the disk is full, or pip fails.
     """
     build = build or build_for_this_machine()
     _require_platform()
     wanted = pins(build) if requirements is None else tuple(requirements)
     folder = (to or default_folder(build)).absolute()
-    whole = _marked(folder)
-    if whole is not None and whole.build == build and _mark(folder)["pins"] == digest(list(wanted)):
-        return _remembered(whole, to)
+    found = _complete(folder)
+    if found is not None and found.build == build and _mark(folder)["pins"] == digest(list(wanted)):
+        return _remembered(found, to)
     _require_free(folder, build)
     download, on_disk = GIGABYTES[build]
     reporter.say(
         f"Installing vLLM ({build}) into {folder}: {len(wanted)} packages, about {download} GB to download, "
-        f"{on_disk} GB on the disk"
+        f"{on_disk} GB on disk"
     )
     (folder / MARK).unlink(missing_ok=True)
     if not (folder / "bin" / "pip").exists():
         _run([sys.executable, "-m", "venv", str(folder)], folder)
     with reporter.task("Installing", len(wanted), "packages") as task:
         _install_missing(folder, wanted, torch_index, task)
-    reporter.say("Importing vLLM, which compiles its Python files: a minute or two")
+    reporter.say("Importing vLLM, which compiles its Python files (a minute or two)")
     versions = json.loads(_run([str(folder / "bin" / "python"), "-c", probe], folder).splitlines()[-1])
     write_json(folder / MARK, {"build": build, "pins": digest(list(wanted)), "versions": versions})
     return _remembered(Environment(folder, build, versions), to)
 
 
 def _remembered(environment: Environment, to: Path | None) -> Environment:
-    """Note where an environment is that is not in the default place."""
+    """Record the location of an environment outside the default folder."""
     elsewhere = default_folder(environment.build).with_suffix(".json")
     if to is not None:
         write_json(elsewhere, {"folder": str(environment.folder)})
@@ -153,7 +153,7 @@ def _mark(folder: Path) -> dict[str, Any]:
     return mark
 
 
-def _marked(folder: Path) -> Environment | None:
+def _complete(folder: Path) -> Environment | None:
     if not (folder / MARK).exists():
         return None
     mark = _mark(folder)
@@ -164,7 +164,7 @@ def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | Non
     there = _installed(folder)
     missing = [pin for pin in wanted if pin not in there]
     if len(missing) < len(wanted):
-        task.advance(len(wanted) - len(missing), note="there already")
+        task.advance(len(wanted) - len(missing), note="already installed")
     for group in _groups(missing):
         pip = [str(folder / "bin" / "pip"), "install", "--no-deps", "--no-input", "--disable-pip-version-check"]
         try:
@@ -174,17 +174,17 @@ def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | Non
                 raise
             if torch_index is None:
                 raise UserError(
-                    f"pip finds no {' or '.join(group)}, a build without CUDA",
+                    f"pip cannot find {' or '.join(group)}, a build without CUDA",
                     where=str(folder),
-                    fix='PyTorch keeps these in an index of its own, which its page "Get started" names for the CPU: '
-                    "give its address with --torch-index.",
+                    fix="PyTorch has a separate package index for these; its Get Started page has the address for CPU. "
+                    "Set it with --torch-index.",
                 ) from None
             _run([*pip, "--extra-index-url", torch_index, *group], folder)
         task.advance(len(group), note=group[-1])
 
 
 def _groups(missing: Sequence[str]) -> Iterator[list[str]]:
-    """A few at a time, so that a second call goes on where the first was cut off; the large ones alone."""
+    """Yield a few packages at a time, so that a second call can resume; the large ones are alone."""
     alone = [pin for pin in missing if re.match(r"(torch|vllm(-cpu)?|torchvision)==", pin)]
     others = [pin for pin in missing if pin not in alone]
     yield from ([pin] for pin in alone)
@@ -192,7 +192,7 @@ def _groups(missing: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _installed(folder: Path) -> set[str]:
-    """Return what is whole in an environment, as pins; what is not is taken away, since pip takes it for whole."""
+    """Return the complete packages as pins; remove incomplete ones, which pip would take for complete."""
     found = set()
     for info in folder.glob("lib/python*/site-packages/*.dist-info"):
         if not (info / "RECORD").exists() or not (info / "INSTALLER").exists():
@@ -204,7 +204,7 @@ def _installed(folder: Path) -> set[str]:
 
 
 class _Pins(set[str]):
-    """Pins, however their names are spelt."""
+    """A set of pins that ignores the spelling of names."""
 
     def __contains__(self, pin: object) -> bool:
         name, _, version = str(pin).partition("==")
@@ -216,10 +216,10 @@ def _normal(name: str) -> str:
 
 
 def _run(command: Sequence[str], folder: Path) -> str:
-    """Return what a command prints.
+    """Return the output of a command.
 
     Raises:
-        UserError: it fails; with the end of what it says.
+        UserError: it fails; the message has the end of its output.
     """
     ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if ran.returncode != 0:
@@ -227,7 +227,7 @@ def _run(command: Sequence[str], folder: Path) -> str:
         raise UserError(
             f"{Path(command[0]).name} {' '.join(command[1:3])} failed:\n{tail}",
             where=str(folder),
-            fix="Mend that, and run the same command again: it goes on where it stopped.",
+            fix="Correct the cause and run the same command again; it resumes where it stopped.",
         )
     return ran.stdout
 
@@ -236,7 +236,7 @@ def _require_platform() -> None:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise UserError(
             f"there is no build of vLLM for {sys.platform} on {platform.machine()}",
-            fix="The engine peft runs here, and needs nothing besides.",
+            fix="Use the engine peft, which needs no installation.",
         )
 
 
@@ -246,7 +246,7 @@ def _require_free(folder: Path, build: Build) -> None:
     needed, free = GIGABYTES[build][1] * 1e9 - there, shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"vLLM needs {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free",
+            f"not enough disk space for vLLM: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
             where=str(place),
-            fix="Free some space, or give another folder with --to.",
+            fix="Free some space, or set another folder with --to.",
         )

@@ -1,4 +1,4 @@
-"""How vLLM's API server is started: its private folder, our plugin in it, and its environment."""
+"""The start of vLLM's API server: its private folder, our plugin in it, and its environment variables."""
 
 from __future__ import annotations
 
@@ -9,35 +9,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tunewright.engines.child import Plan, socket_in
-from tunewright.engines.vllm import inside
+from tunewright.engines.vllm import worker
 from tunewright.models import ALLOCATOR
 
 PACKAGE = "tunewright_vllm"
 
-# What the caller's environment may not decide: vLLM's own switches (one of them answers unknown names with the base),
-# and where Python looks for packages.
-_NOT_HANDED_ON = ("VLLM_", "PYTHON", "VIRTUAL_ENV", "LORA_")
+# Not inherited: vLLM's switches (one of them makes it answer unknown names with the base), and Python's search paths.
+_NOT_INHERITED = ("VLLM_", "PYTHON", "VIRTUAL_ENV", "LORA_")
 
 
 def plan(folder: Path, python: Path, options: Sequence[str], variables: Mapping[str, str]) -> Plan:
-    """vLLM's API server on the socket of a private folder, which may load no adapter yet.
+    """Return the plan of vLLM's API server on the socket of a private folder, without any adapter.
 
     Args:
         python: the interpreter of vLLM's environment.
-        options: of vLLM's API server, without the socket.
-        variables: for its environment.
+        options: options of vLLM's API server, without the socket.
+        variables: further environment variables.
     """
     list_adapters(folder, {})
     _write_plugin(folder / "site")
-    # The allocator's setting for training is not vLLM's, which reserves its memory at once.
+    # The allocator's setting is for training; vLLM reserves its memory at once.
     environment = [each for each in os.environ.items() if each != ALLOCATOR]
-    inherited = {name: value for name, value in environment if not name.startswith(_NOT_HANDED_ON)}
+    inherited = {name: value for name, value in environment if not name.startswith(_NOT_INHERITED)}
     ours = {
         "PYTHONPATH": str(folder / "site"),
-        inside.MANIFEST: str(_manifest(folder)),
-        inside.GATEWAY: str(os.getpid()),
-        "VLLM_PLUGINS": PACKAGE,  # and not vLLM's own resolvers
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # resolvers need it; the routes that it opens, the gate closes
+        worker.MANIFEST: str(_manifest(folder)),
+        worker.GATEWAY: str(os.getpid()),
+        "VLLM_PLUGINS": PACKAGE,  # without vLLM's own resolvers
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # resolvers need it; it also opens routes, which the gate closes
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
@@ -46,7 +45,7 @@ def plan(folder: Path, python: Path, options: Sequence[str], variables: Mapping[
 
 
 def list_adapters(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
-    """Say which adapters vLLM may load: see :data:`tunewright.engines.vllm.inside.MANIFEST`."""
+    """Write the list of adapters that vLLM may load: see :data:`tunewright.engines.vllm.worker.MANIFEST`."""
     manifest = _manifest(folder)
     fresh = manifest.with_suffix(".new")
     fresh.write_text(json.dumps(dict(entries)), encoding="utf-8")
@@ -58,11 +57,11 @@ def _manifest(folder: Path) -> Path:
 
 
 def _write_plugin(site: Path) -> None:
-    """The package that vLLM finds by its entry point."""
+    """Write the package that vLLM finds by its entry point."""
     package, info = site / PACKAGE, site / f"{PACKAGE}-1.dist-info"
     package.mkdir(parents=True)
     info.mkdir()
-    shutil.copyfile(inside.__file__, package / "__init__.py")
+    shutil.copyfile(worker.__file__, package / "__init__.py")
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1\n", encoding="utf-8")
     entry = f"[vllm.general_plugins]\n{PACKAGE} = {PACKAGE}:register\n"
     (info / "entry_points.txt").write_text(entry, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""The embedded engine, llama.cpp, and starting an engine of each kind."""
+"""The embedded engine, llama.cpp, and the start of an engine of each kind."""

@@ -1,4 +1,4 @@
-"""An engine of each kind, from a base and adapters."""
+"""Starts an engine of each kind with a base and adapters."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.models.loading import context_length, load_model, named, text_settings
-from tunewright.serving.isolation import TOLERANCE
+from tunewright.serving.isolation.checks import TOLERANCE
 
 LARGE_CARD = 70 * 10**9
-"""Bytes of a card on which vLLM decodes 256 rows by default: an 80 GB card has room for their keys and values."""
+"""GPU memory from which vLLM decodes 256 rows by default: an 80 GB card has room for their keys and values."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What an engine is to hold.
+class EngineSpec:
+    """The models of an engine.
 
     Args:
-        quantize: how the base is held.
-        adapters: folders by digest, loaded from the start.
+        quantize: the precision of the base's weights.
+        adapters: folders by digest, loaded at the start.
         to_come: folders of adapters that will be loaded later, as far as they are known.
-        spare: how many further adapters there has to be room for.
+        spare: the number of further adapters to reserve room for.
     """
 
     base: Base
@@ -43,28 +43,28 @@ class Wanted:
     spare: int = 0
 
 
-def start_engine(kind: EngineName, config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
-    """Return an engine that is ready, with the adapters loaded.
+def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
+    """Return a running engine with the adapters loaded.
 
     Raises:
-        UserError: the engine is not installed or does not start, or cannot hold this base or these adapters.
+        UserError: the engine is not installed, does not start, or cannot hold this base or these adapters.
     """
-    loaded = f" with {len(wanted.adapters)} of its adapters" if wanted.adapters else ""
-    reporter.say(f"Loading {named(wanted.base, wanted.quantize)}{loaded}")
+    loaded = f" with {len(spec.adapters)} of its adapters" if spec.adapters else ""
+    reporter.say(f"Loading {named(spec.base, spec.quantize)}{loaded}")
     match kind:
         case "peft":
-            return _peft(config, wanted)
+            return _peft(config, spec)
         case "vllm":
-            return _vllm(config, wanted, reporter)
+            return _vllm(config, spec, reporter)
         case "llamacpp":
-            return _llamacpp(config, wanted, reporter)
+            return _llamacpp(config, spec, reporter)
 
 
 def max_batch(kind: EngineName, config: Config) -> int:
-    """Return how many conversations the engine generates at once: the config's number, or the engine's default.
+    """Return the number of rows that the engine decodes at once: the config's number, or the engine's default.
 
     Raises:
-        UserError: the default of vLLM is asked for, and vLLM is not installed.
+        UserError: the default depends on vLLM, and vLLM is not installed.
     """
     if config.serve.max_num_seqs is not None:
         return config.serve.max_num_seqs
@@ -80,7 +80,7 @@ def max_batch(kind: EngineName, config: Config) -> int:
 
 
 def tolerance(kind: EngineName, config: Config) -> float:
-    """Nats by which an answer of this engine may fall short in the isolation test: by the rougher precision of two."""
+    """Return the isolation test's tolerance for an engine in nats, by the lower of the two precisions compared."""
     own = TOLERANCE[config.train.dtype]
     return max(own, TOLERANCE[config.serve.gguf]) if kind == "llamacpp" else own
 
@@ -89,7 +89,7 @@ def require_llamacpp() -> None:
     """Check that llama.cpp is installed.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not installed.
     """
     if find_spec("xllamacpp") is None:
         raise UserError(
@@ -97,57 +97,57 @@ def require_llamacpp() -> None:
         )
 
 
-def _peft(config: Config, wanted: Wanted) -> Engine:
+def _peft(config: Config, spec: EngineSpec) -> Engine:
     from tunewright.serving.engines.peft import PeftEngine
 
     engine = PeftEngine(
-        load_model(wanted.base, config.train.dtype, wanted.quantize),
-        stop_ids=wanted.chat.stop_ids,
-        pad_id=wanted.chat.tokenizer.pad_token_id,
+        load_model(spec.base, config.train.dtype, spec.quantize),
+        stop_ids=spec.chat.stop_ids,
+        pad_id=spec.chat.tokenizer.pad_token_id,
         max_batch=max_batch("peft", config),
-        context_length=context_length(wanted.base),
+        context_length=context_length(spec.base),
     )
-    return _with_adapters(engine, wanted.adapters)
+    return _with_adapters(engine, spec.adapters)
 
 
-def _vllm(config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
+def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     from tunewright.engines.vllm import environment
     from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, kv_cache_bytes, max_rank
 
-    if wanted.quantize == "nf4":
+    if spec.quantize == "nf4":
         raise UserError(
-            "vLLM holds the base in 16 bits, and it is asked for in NF4",
+            "vLLM cannot hold the base in NF4, only in 16 bits",
             where="serve.quantization",
-            fix="Serve with the engine peft; or set serve.quantization: none, and measure the adapter on that base "
-            "first (evaluate.quantization: none), for it is another model.",
+            fix="Use the engine peft. Or set serve.quantization: none, after evaluating the adapter on that base "
+            "(evaluate.quantization: none): it is a different model.",
         )
     found = environment.find()
     cpu = found.build == "cpu"
-    known = [*wanted.adapters.values(), *wanted.to_come]
+    known = [*spec.adapters.values(), *spec.to_come]
     dtype, rows = config.train.dtype, max_batch("vllm", config)
     settings = VllmSettings(
         python=found.python,
         cpu=cpu,
-        base=wanted.base.folder,
+        base=spec.base.folder,
         dtype=dtype,
-        room=max(1, len(known) + wanted.spare),
-        # Of the adapters that will be trained, the config tells the rank.
-        max_rank=max(max_rank(known), config.train.lora_r if wanted.spare else 1),
+        room=max(1, len(known) + spec.spare),
+        # Adapters trained later have the config's rank.
+        max_rank=max(max_rank(known), config.train.lora_r if spec.spare else 1),
         max_batch=rows,
-        kv_cache_bytes=kv_cache_bytes(text_settings(wanted.base).to_dict(), dtype, rows) if cpu else None,
-        vision=FAMILIES[wanted.base.architecture].vision,
+        kv_cache_bytes=kv_cache_bytes(text_settings(spec.base).to_dict(), dtype, rows) if cpu else None,
+        vision=FAMILIES[spec.base.architecture].vision,
     )
-    return _with_adapters(VllmEngine(settings, stop_ids=wanted.chat.stop_ids, reporter=reporter), wanted.adapters)
+    return _with_adapters(VllmEngine(settings, stop_ids=spec.chat.stop_ids, reporter=reporter), spec.adapters)
 
 
-def _llamacpp(config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
+def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     require_llamacpp()
-    if wanted.quantize == "nf4":
+    if spec.quantize == "nf4":
         raise UserError(
-            "llama.cpp holds the base in f16 or q8_0, and it is asked for in NF4",
+            "llama.cpp cannot hold the base in NF4, only in f16 or q8_0",
             where="serve.quantization",
-            fix="Serve with the engine peft; or set serve.quantization: none, and measure the adapter on that base "
-            "first (evaluate.quantization: none), for it is another model.",
+            fix="Use the engine peft. Or set serve.quantization: none, after evaluating the adapter on that base "
+            "(evaluate.quantization: none): it is a different model.",
         )
     import torch
 
@@ -155,7 +155,7 @@ def _llamacpp(config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
     from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings, cache_tokens
     from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 
-    base, rows = wanted.base, max_batch("llamacpp", config)
+    base, rows = spec.base, max_batch("llamacpp", config)
     place = platformdirs.user_cache_path("tunewright") / "gguf"
     require_gguf(base)
     model_config = text_settings(base)
@@ -163,20 +163,20 @@ def _llamacpp(config: Config, wanted: Wanted, reporter: Reporter) -> Engine:
     tokens = cache_tokens(model_config.to_dict(), longest, rows)
     context = min(longest, tokens)
     if context < model_config.max_position_embeddings:
-        reporter.warn(f"llama.cpp has room for {context:,} tokens of a conversation; the base could have more")
+        reporter.warn(f"The context is limited to {context:,} tokens, less than the base's, by llama.cpp's cache")
     settings = LlamaCppSettings(
-        base=base_file(place, base, wanted.chat.stop_ids, config.serve.gguf, reporter),
+        base=base_file(place, base, spec.chat.stop_ids, config.serve.gguf, reporter),
         lora_file=lambda digest, folder: lora_file(place, base, digest, folder, reporter),
         max_batch=rows,
         context=context,
         tokens=tokens,
         threads=torch.get_num_threads(),
     )
-    return LlamaCppEngine(settings, wanted.adapters, stop_ids=wanted.chat.stop_ids, reporter=reporter)
+    return LlamaCppEngine(settings, spec.adapters, stop_ids=spec.chat.stop_ids, reporter=reporter)
 
 
 def _with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
-    """Return the engine with these loaded; it is stopped if that fails."""
+    """Return the engine with these adapters loaded; stop it if that fails."""
     try:
         asyncio.run(load_all(engine, adapters))
     except BaseException:
@@ -186,6 +186,6 @@ def _with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
 
 
 async def load_all(engine: Engine, adapters: Mapping[str, Path]) -> None:
-    """Load adapters one after the other."""
+    """Load adapters one by one."""
     for digest, folder in adapters.items():
         await engine.load(digest, folder)

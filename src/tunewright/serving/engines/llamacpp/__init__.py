@@ -1,1 +1,1 @@
-"""The engine ``llamacpp``: llama.cpp over GGUF files of the base and its adapters, as a child of the gateway."""
+"""The engine ``llamacpp``: llama.cpp in a child process, on GGUF files of the base and its adapters."""

@@ -1,15 +1,15 @@
-"""The engine ``llamacpp`` as the gateway sees it.
+"""The engine ``llamacpp`` in the gateway's process.
 
-Ids go in, ids come out: llama.cpp neither encodes nor renders anything, its file of the base has no tokenizer, and
-so what the model sees is what training saw.
+llama.cpp gets token ids and returns token ids. It tokenizes nothing, since its file of the base has no tokenizer. So
+the model sees the same ids as in training.
 
-Which adapter answers is said by each request (its ``lora`` list names every adapter that is loaded, all but one with
-a scale of 0), and adapters take turns (:mod:`.turns`), so that llama.cpp has requests of one adapter only at any time.
-No key or value outlives its request.
+Each request selects its adapter: its ``lora`` list has every loaded adapter, all but one with a scale of 0. Adapters
+alternate (:mod:`.cache_slots`), so that llama.cpp has requests of one adapter only at any time. No key or value
+outlives its request.
 
-llama.cpp has no way to load a further adapter. So a change of adapters starts a second child with the new list beside
-the first; it takes the requests that come from then on, and the first ends with its last answer. The base lies in
-memory once: both map the same file. The cost is the start, and for as long as the older answers take a second cache.
+llama.cpp cannot load a further adapter. So a change of adapters starts a second child with the new list. It takes the
+requests from then on, and the first child ends with its last answer. The base is in memory once, since both map the
+same file. The cost is the start, and a second cache until the older answers have ended.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from tunewright.adapters.registry import require_digest
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.engines.child import Child, Plan, socket_in
-from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError
+from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError, TokenSink, pump
 from tunewright.generation.requests import Finish, Request
-from tunewright.serving.engines.llamacpp.turns import AdapterTurns, Turn
+from tunewright.serving.engines.llamacpp.cache_slots import CacheSlot, CacheSlots
 
 BLOCK = 256
-"""Tokens of an answer for which room is kept ahead."""
+"""Tokens of an answer for which cache is reserved ahead."""
 _SLACK = 8
-"""One part in so many of the cache is for requests that llama.cpp has not yet noticed to be gone."""
-_HANDED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+"""One part of the cache in this many is spare, for aborted requests that llama.cpp has not noticed yet."""
+_INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 
 
 @dataclass(frozen=True)
 class LlamaCppSettings:
-    """How llama.cpp is started.
+    """Settings of llama.cpp.
 
     Args:
         base: the GGUF file of the base.
-        lora_file: an adapter's GGUF file, by its digest and folder.
+        lora_file: returns an adapter's GGUF file, given its digest and folder.
         max_batch: the most requests at once.
-        context: the most tokens of one of them, prompt and answer together.
-        tokens: of all of them at once, at least ``context``.
-        threads: that compute.
+        context: the most tokens of one request, prompt and answer together.
+        tokens: the most tokens of all requests together, at least ``context``.
+        threads: the number of threads that compute.
     """
 
     base: Path
@@ -63,8 +63,8 @@ class LlamaCppSettings:
     threads: int
 
     def plan(self, folder: Path, loras: Collection[Path]) -> Plan:
-        """Return the child over these adapters' files."""
-        told = {
+        """Return the plan of a child with these adapters' files."""
+        settings = {
             "model": str(self.base),
             "loras": [str(path) for path in loras],
             "socket": str(socket_in(folder)),
@@ -72,11 +72,11 @@ class LlamaCppSettings:
             "tokens": self.tokens + self.tokens // _SLACK,
             "threads": self.threads,
         }
-        # What the caller's environment says of llama.cpp (LLAMA_ARG_…) is not handed on.
-        variables = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
+        # Settings of llama.cpp in the caller's environment (LLAMA_ARG_…) are not inherited.
+        variables = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         return Plan(
-            "llama.cpp", [sys.executable, "-m", f"{__package__}.inside", json.dumps(told)], variables, "llamacpp:"
+            "llama.cpp", [sys.executable, "-m", f"{__package__}.worker", json.dumps(settings)], variables, "llamacpp:"
         )
 
 
@@ -86,27 +86,27 @@ class _Generation:
     def __init__(self, settings: LlamaCppSettings, loras: Mapping[str, Path], reporter: Reporter) -> None:
         self.loras = dict(loras)
         self.numbers = {digest: number for number, digest in enumerate(loras)}
-        self.turns = AdapterTurns(settings.max_batch, settings.tokens)
+        self.slots = CacheSlots(settings.max_batch, settings.tokens)
         self.users = 0
         self.child = Child(
-            lambda folder: settings.plan(folder, loras.values()), lambda: bool(self.turns.running), reporter
+            lambda folder: settings.plan(folder, loras.values()), lambda: bool(self.slots.running), reporter
         )
         self.retired = False
 
     def scales(self, adapter: str | None) -> list[dict[str, float]]:
-        """Return what a request says of each adapter: llama.cpp counts them from 0."""
+        """Return a request's list of adapters; llama.cpp numbers them from 0."""
         return [{"id": number, "scale": float(digest == adapter)} for digest, number in self.numbers.items()]
 
 
 class LlamaCppEngine:
-    """llama.cpp in a process of its own.
+    """llama.cpp in a child process.
 
     Args:
-        adapters: folders by digest, there from the start.
+        adapters: folders by digest, loaded at the start.
         stop_ids: tokens that end an answer; they are not part of it.
 
     Raises:
-        UserError: an adapter's files are not those of its digest, or llama.cpp does not start.
+        UserError: an adapter's files do not match its digest, or llama.cpp does not start.
     """
 
     name = "llamacpp"
@@ -132,34 +132,34 @@ class LlamaCppEngine:
 
     @property
     def stopped(self) -> str | None:
-        """Why the engine answers nothing now, or None while it does."""
+        """Why the engine answers no requests now; None while it does."""
         return self._now.child.trouble
 
     @property
     def dead(self) -> bool:
-        """True if llama.cpp has died too often to be started again."""
+        """True if llama.cpp has crashed too often to be restarted."""
         return self._now.child.given_up
 
     @property
-    def under_way(self) -> tuple[int, int]:
-        """Requests that llama.cpp has, and requests that wait for their adapter's turn."""
-        turns = [generation.turns for generation in (self._now, *self._retired)]
-        return sum(len(one.running) for one in turns), sum(len(one.waiting) for one in turns)
+    def in_flight(self) -> tuple[int, int]:
+        """The number of requests in llama.cpp, and of requests that wait for a slot."""
+        all_slots = [generation.slots for generation in (self._now, *self._retired)]
+        return sum(len(slots.running) for slots in all_slots), sum(len(slots.waiting) for slots in all_slots)
 
-    async def stream(self, request: Request, *, whose: str = "") -> AsyncGenerator[Delta, None]:  # noqa: ARG002
-        """Tokens as they come; closing the iterator early ends the request in llama.cpp, too.
+    def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:  # noqa: ARG002
+        """Start a request: see :meth:`tunewright.engines.protocol.Engine.submit`.
 
-        Nothing is remembered from one request to another, so it makes no difference ``whose`` it is. An answer that
-        finds no more room in the cache gives its place up and is gone on with later; if it is sampled, by another draw
-        than it would have had.
-
-        Raises:
-            RequestFailedError: this request could not be computed.
-            EngineStoppedError: llama.cpp has died, or is being started again.
+        Nothing is kept from one request to the next, so the tenant makes no difference here. An answer that runs out of
+        cache gives its slot up and resumes later; if it is sampled, its remaining tokens are drawn with another seed.
         """
-        assert request.constraint is None and not request.stop, "the gateway looks for stop strings itself"
+        return pump(self._stream(request), sink)
+
+    async def _stream(self, request: Request) -> AsyncGenerator[Delta, None]:
+        assert request.constraint is None and not request.stop, "the gateway handles stop strings"
         if len(request.prompt_ids) + request.max_new_tokens > self.context_length:
-            raise RequestFailedError(f"Prompt and answer may have {self.context_length} tokens together.")
+            raise RequestFailedError(
+                f"The context length is {self.context_length} tokens for prompt and answer together."
+            )
         with self._counting:
             generation = self._now
             generation.users += 1
@@ -172,16 +172,16 @@ class LlamaCppEngine:
                 async for delta in pieces:
                     yield delta
         except httpx.TransportError as error:
-            trouble = generation.child.trouble or "llama.cpp has died while it answered and is being started again."
+            trouble = generation.child.trouble or "llama.cpp crashed and is restarting."
             raise EngineStoppedError(trouble) from error
         finally:
             self._left(generation)
 
     async def load(self, digest: str, folder: Path) -> None:
-        """Put an adapter beside those that are there: a second child takes over.
+        """Add an adapter: a second child takes over.
 
         Raises:
-            UserError: its files are not those of the digest, or llama.cpp does not have it.
+            UserError: the files do not match the digest, or llama.cpp does not support the adapter.
             EngineStoppedError: the engine has been stopped.
         """
 
@@ -193,12 +193,12 @@ class LlamaCppEngine:
                 try:
                     self._replace(loras)
                 except UserError as error:
-                    raise UserError(f"llama.cpp does not take it: {error.what}", where=str(folder)) from error
+                    raise UserError(f"llama.cpp cannot load it: {error.what}", where=str(folder)) from error
 
         await asyncio.to_thread(change)
 
     async def unload(self, digest: str) -> None:
-        """Let an adapter go: a second child without it takes over.
+        """Free an adapter: a second child without it takes over.
 
         Raises:
             EngineStoppedError: the engine has been stopped.
@@ -212,7 +212,7 @@ class LlamaCppEngine:
         await asyncio.to_thread(change)
 
     def stop(self) -> None:
-        """End llama.cpp; what is under way gets :class:`EngineStoppedError`."""
+        """Stop llama.cpp; unfinished requests receive :class:`EngineStoppedError`."""
         with self._changing:
             for generation in (*self._retired, self._now):
                 generation.child.stop()
@@ -236,7 +236,7 @@ class LlamaCppEngine:
         with self._counting:
             generation.users -= 1
         if generation.retired:
-            # Ending a process takes its time, which the event loop does not have.
+            # A process takes its time to end, and would block the event loop.
             threading.Thread(target=self._end_if_unused, args=(generation,), daemon=True).start()
 
     def _end_if_unused(self, generation: _Generation) -> None:
@@ -247,12 +247,12 @@ class LlamaCppEngine:
         generation.child.stop()
 
     async def _pieces(self, generation: _Generation, request: Request) -> AsyncGenerator[Delta, None]:
-        """The answer, over as many turns as it takes."""
+        """Yield the answer, over as many calls as it takes."""
         ids: list[int] = []
         while True:
             tokens = len(request.prompt_ids) + min(len(ids) + BLOCK, request.max_new_tokens)
             async with (
-                generation.turns.turn(request.adapter, tokens, again=bool(ids)) as turn,
+                generation.slots.slot(request.adapter, tokens, resumed=bool(ids)) as slot,
                 aclosing(self._asked(generation, request, ids)) as deltas,
             ):
                 async for delta in deltas:
@@ -260,18 +260,18 @@ class LlamaCppEngine:
                     yield delta
                     if delta.finish:
                         return
-                    if not self._has_room(generation.turns, turn, request, len(ids)):
+                    if not self._has_room(generation.slots, slot, request, len(ids)):
                         break
 
-    def _has_room(self, turns: AdapterTurns, turn: Turn, request: Request, answered: int) -> bool:
+    def _has_room(self, slots: CacheSlots, slot: CacheSlot, request: Request, answered: int) -> bool:
         """Return whether the cache has room for another token."""
         used = len(request.prompt_ids) + answered
-        if used < turn.tokens:
+        if used < slot.tokens:
             return True
-        return turns.extend(turn, len(request.prompt_ids) + min(answered + BLOCK, request.max_new_tokens))
+        return slots.extend(slot, len(request.prompt_ids) + min(answered + BLOCK, request.max_new_tokens))
 
     async def _asked(self, generation: _Generation, request: Request, before: list[int]) -> AsyncGenerator[Delta, None]:
-        """One call of llama.cpp, which goes on from what was answered before."""
+        """Yield the deltas of one call of llama.cpp, which continues the answer so far."""
         body = self._body(generation, request, before)
         async with generation.child.post("/completion", body) as reply:
             if reply.status_code != 200:
@@ -284,7 +284,7 @@ class LlamaCppEngine:
                     yield delta
                 if delta.finish:
                     return
-        raise EngineStoppedError(generation.child.trouble or "llama.cpp has ended an answer before it was whole.")
+        raise EngineStoppedError(generation.child.trouble or "llama.cpp ended an answer before it was complete.")
 
     def _body(self, generation: _Generation, request: Request, before: list[int]) -> dict[str, Any]:
         return {
@@ -292,7 +292,7 @@ class LlamaCppEngine:
             "n_predict": request.max_new_tokens - len(before),
             "temperature": request.temperature,
             "top_p": request.top_p,
-            "samplers": ["temperature", "top_p"],  # and none of those that llama.cpp has by default
+            "samplers": ["temperature", "top_p"],  # without the samplers that llama.cpp adds by default
             "seed": _seed(request, len(before)),
             "lora": generation.scales(request.adapter),
             "cache_prompt": False,
@@ -316,30 +316,30 @@ class LlamaCppEngine:
 
 
 def _seed(request: Request, answered: int) -> int:
-    """llama.cpp's seeds have 32 bits, of which all ones (-1) mean that it draws one itself."""
+    """Return llama.cpp's seed, which has 32 bits; all ones (-1) means a random one."""
     if request.seed is None:
         return -1
     return (request.seed + answered) % (2**32 - 1)
 
 
 def _refusal(body: bytes) -> str:
-    """Return what an answer with an error says."""
+    """Return the message of an error response."""
     try:
-        return f"llama.cpp refuses this request: {json.loads(body)['error']['message']}"
+        return f"llama.cpp refused the request: {json.loads(body)['error']['message']}"
     except (ValueError, KeyError, TypeError):
-        return f"llama.cpp refuses this request: {body[:500].decode(errors='replace')}"
+        return f"llama.cpp refused the request: {body[:500].decode(errors='replace')}"
 
 
 def cache_tokens(config: Mapping[str, Any], context: int, max_batch: int) -> int:
-    """Tokens that a small key/value cache in 16 bits has: a whole context or 2,048 for each row; 4 GiB at most.
+    """Return the tokens of a small 16-bit key/value cache: a whole context or 2,048 for each row; 4 GiB at most.
 
     Args:
         config: the base's ``config.json``.
-        context: the most tokens that llama.cpp can have of this base.
+        context: the base's context length in llama.cpp.
     """
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     per_token: int = 2 * 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
     tokens = min(max(context, 2048 * max_batch), (4 << 30) // per_token)
-    assert tokens >= BLOCK, "no Llama has 16 MB a token"
+    assert tokens >= BLOCK, "no Llama takes 16 MB per token"
     return tokens // BLOCK * BLOCK

@@ -1,4 +1,4 @@
-"""GGUF files of a base and of its adapters, each made once and kept under its digest."""
+"""GGUF files of a base and its adapters, each written once and cached under its digest."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from tunewright.export.weights import Weights, read_changes
 from tunewright.models.bases import Base
 
 _FORMAT = 1
-"""Another number where another tunewright writes the same weights otherwise."""
+"""Increase it when the same weights are written differently."""
 
 
 def base_file(place: Path, base: Base, stop_ids: Collection[int], file_type: FileType, reporter: Reporter) -> Path:
-    """Return the base with a vocabulary of numbers: llama.cpp is given ids and gives ids.
+    """Return the base's file, with numbers as vocabulary: llama.cpp gets ids and returns ids.
 
     Args:
         place: the folder of all such files.
 
     Raises:
-        UserError: a base that llama.cpp does not have, or no room on the disk.
+        UserError: llama.cpp does not support the base, or the disk is full.
     """
 
     def write(path: Path) -> None:
         write_model_of_numbers(path, base.spec, Weights(base, "float32", {}), base, stop_ids, file_type, reporter)
 
     made_of = {"base": base.digest, "stops": sorted(stop_ids), "type": file_type}
-    return _made(place / f"base-{digest([_FORMAT, made_of])[:24]}-{file_type}", write)
+    return _cached(place / f"base-{digest([_FORMAT, made_of])[:24]}-{file_type}", write)
 
 
 def lora_file(place: Path, base: Base, adapter: str, folder: Path, reporter: Reporter) -> Path:
-    """Return the adapter with this digest as a GGUF file in 16 bits: 8 save little of what is small.
+    """Return an adapter's file in 16 bits; 8 bits would save little of a small file.
 
     Raises:
-        UserError: an adapter that llama.cpp does not have, or of another base; or no room on the disk.
+        UserError: llama.cpp does not support the adapter, it has another base, or the disk is full.
     """
 
     def write(path: Path) -> None:
         write_lora(path, folder.name, Weights(base, "float32", read_changes(folder)), base, "f16", reporter)
 
-    return _made(place / f"lora-{digest([_FORMAT, {'base': base.digest, 'adapter': adapter}])[:24]}", write)
+    return _cached(place / f"lora-{digest([_FORMAT, {'base': base.digest, 'adapter': adapter}])[:24]}", write)
 
 
-def _made(folder: Path, write: Callable[[Path], None]) -> Path:
+def _cached(folder: Path, write: Callable[[Path], None]) -> Path:
     if not folder.exists():
         with new_folder(folder) as temporary:
             write(temporary / "weights.gguf")
             seal(temporary)
     for fault in damage(folder):
-        raise UserError(fault, where=str(folder), fix="Remove this folder: it is made again when it is needed.")
+        raise UserError(fault, where=str(folder), fix="Remove this folder; it is written again when needed.")
     return folder / "weights.gguf"

@@ -1,0 +1,77 @@
+"""The child process: llama.cpp's server on a Unix socket, until its standard input is closed.
+
+Usage: python -m tunewright.serving.engines.llamacpp.worker SETTINGS, a JSON object (see :func:`main`). llama.cpp may
+end the process on a bad file (``GGML_ASSERT``), so it must not be the gateway's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+
+def main(text: str) -> None:
+    """Serve.
+
+    Args:
+        text: settings as JSON: ``model`` (a file), ``loras`` (files), ``socket``, ``rows``, ``tokens`` (of the
+            key/value cache), ``threads``.
+    """
+    _end_with_parent()
+    import xllamacpp
+
+    settings: dict[str, Any] = json.loads(text)
+    params = xllamacpp.CommonParams()
+    params.model.path = settings["model"]
+    params.hostnames = [settings["socket"]]
+    params.n_ctx = settings["tokens"]
+    params.fit_params = False  # it would shrink the context silently
+    params.n_parallel = settings["rows"]
+    params.kv_unified = True  # a long row may use the cache that short ones leave
+    params.n_threads_http = settings["rows"] + 4
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
+    params.use_jinja = False
+    params.ui = False
+    params.endpoint_slots = False
+    params.endpoint_metrics = True  # the gateway detects a hang by them
+    # Adapters are loaded but not applied: each request selects one.
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in settings["loras"]]
+    params.lora_init_without_apply = True
+    # Nothing is kept from one request to the next: the prompt cache ignores adapters (llama.cpp issue 26207), and knows
+    # no tenants.
+    params.cache_prompt = False
+    params.cache_ram_mib = 0
+    params.cache_idle_slots = False
+    params.n_cache_reuse = 0
+    params.slot_prompt_similarity = 0.0
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        sys.exit(f"{error}")  # its log says why
+    sys.stdout.write(f"llama.cpp serves at {server.listening_address}\n")
+    sys.stdout.flush()
+    threading.Event().wait()
+
+
+def _end_with_parent() -> None:
+    """End with the parent process, however that ends, even while the model is loading."""
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    if sys.platform == "linux":
+        # A hanging process does not read its input: Linux kills it (PR_SET_PDEATHSIG).
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+def _end_with_stdin() -> None:
+    # Not through sys.stdin: Python would wait for its lock at exit.
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,1 @@
+"""HTTP front of the server: authentication, admission, scheduling, streaming."""

@@ -1,0 +1,296 @@
+"""The gateway's ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tunewright.config import GatewayConfig
+from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
+from tunewright.serving.gateway.admission import AdmissionQueue
+from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
+from tunewright.serving.gateway.handler import RequestHandler
+from tunewright.serving.gateway.metrics import Metrics, Now
+from tunewright.serving.gateway.preprocess import RequestPreprocessor, Tokenization
+from tunewright.serving.gateway.request import GenerationRequest
+from tunewright.serving.gateway.responses import ChatCompletionResponse, CompletionResponse, ResponseFormat
+from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, RequestBody, parse_request
+from tunewright.serving.gateway.shadows import Shadows
+from tunewright.serving.gateway.streaming import (
+    FLUSH_SECONDS,
+    EventStreamResponse,
+    as_api_error,
+    cancel_on_disconnect,
+    read_body,
+    sse_events,
+)
+from tunewright.serving.tenants import StateUnavailableError
+
+log = logging.getLogger("tunewright")
+
+ROUTES = (
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "GET /v1/models",
+    "GET /v1/models/NAME",
+    "GET /ready",
+    "GET /health",
+)
+ADAPTER_HEADER = "x-tunewright-adapter"
+SYSTEM_HEADER = "x-tunewright-system"
+
+BodyType = type[ChatRequest] | type[CompletionRequest]
+AnyError = ApiError | RequestFailedError | EngineStoppedError | StateUnavailableError
+
+
+class Gateway:
+    """The server as an ASGI application, ``app``, with its graceful shutdown.
+
+    Args:
+        engine: computes the answers; the caller stops it after the server has ended.
+        auth: decides which client may use which model.
+        tokenization: converts between text and token ids.
+        limits: limits of a request's size and time.
+    """
+
+    def __init__(self, engine: Engine, auth: Auth, tokenization: Tokenization, limits: GatewayConfig) -> None:
+        self._engine = engine
+        self._auth = auth
+        self._limits = limits
+        self._preprocessor = RequestPreprocessor(tokenization, limits, engine.context_length)
+        self._queue = AdmissionQueue(engine.max_batch)
+        self._shadows = Shadows(engine, self._queue, self._preprocessor)
+        self._in_flight = 0
+        self._handlers: set[RequestHandler] = set()
+        self._draining = False
+        self.metrics = Metrics(self._now)
+        self.app = self._application()
+
+    def drain(self) -> None:
+        """Refuse further requests; those in progress continue. Safe to call in a signal handler."""
+        self._draining = True
+
+    @property
+    def in_flight(self) -> int:
+        """The number of requests that have arrived and are not answered."""
+        return self._in_flight
+
+    def abort(self) -> None:
+        """End the requests in progress; their clients receive an error."""
+        for handler in self._handlers:
+            handler.abort(_shutting_down())
+
+    def _now(self) -> Now:
+        """Return the state for Prometheus, whose thread reads copies only."""
+        handlers = self._handlers.copy()
+        return Now(
+            ready=not self._draining and self._engine.stopped is None,
+            waiting=[handler.tenant for handler in handlers if handler.waiting],
+            running=[handler.tenant for handler in handlers if not handler.waiting],
+            released=self._auth.released,
+            resident=self._auth.resident,
+        )
+
+    def _application(self) -> Starlette:
+        routes = [
+            Route("/health", self._health),
+            Route("/ready", self._ready),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),  # a base's name may contain slashes
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+        ]
+        error_handlers: dict[Any, Any] = {
+            ApiError: _error_response,
+            HTTPException: _unknown_route,
+            RequestFailedError: _error_response,
+            EngineStoppedError: _error_response,
+            StateUnavailableError: _error_response,
+        }
+
+        @asynccontextmanager
+        async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+            async with self._auth.running():
+                yield
+                await self._shadows.close()
+
+        return Starlette(routes=routes, exception_handlers=error_handlers, lifespan=lifespan)
+
+    async def _health(self, _http: HttpRequest) -> Response:
+        """Report liveness: 503 only once the engine needs a restart from outside."""
+        if self._engine.dead:
+            return JSONResponse({"status": "stopped", "reason": self._engine.stopped}, 503)
+        status: dict[str, Any] = {"status": "ok"}
+        if self._auth.reports_load:
+            running, waiting = self._engine.in_flight
+            status |= {"running": running, "waiting": waiting + self._queue.waiting}
+        return JSONResponse(status)
+
+    async def _ready(self, _http: HttpRequest) -> Response:
+        """Report readiness: 200 if a request would be answered now. A server that is loading does not listen yet."""
+        if self._draining:
+            return JSONResponse({"status": "draining"}, 503)
+        if self._engine.stopped:
+            return JSONResponse({"status": "stopped", "reason": self._engine.stopped}, 503)
+        return JSONResponse({"status": "ready"})
+
+    async def _models(self, http: HttpRequest) -> Response:
+        principal = await self._authenticate(http)
+        return JSONResponse({"object": "list", "data": [_model_document(name) for name in principal.models()]})
+
+    async def _model(self, http: HttpRequest) -> Response:
+        principal = await self._authenticate(http)
+        name = http.path_params["name"]
+        if name not in principal.models():
+            raise model_not_found(name, principal)
+        return JSONResponse(_model_document(name))
+
+    async def _chat(self, http: HttpRequest) -> Response:
+        return await self._answer(http, ChatRequest)
+
+    async def _completions(self, http: HttpRequest) -> Response:
+        return await self._answer(http, CompletionRequest)
+
+    async def _authenticate(self, http: HttpRequest) -> Principal:
+        return await self._auth.authenticate(http.headers.get("authorization"))
+
+    async def _answer(self, http: HttpRequest, body_type: BodyType) -> Response:
+        self._in_flight += 1
+        streaming = False
+        try:
+            response = await self._respond(http, body_type)
+            streaming = isinstance(response, EventStreamResponse)
+            return response
+        finally:
+            if not streaming:  # a stream ends later, and counts itself out
+                self._in_flight -= 1
+
+    async def _respond(self, http: HttpRequest, body_type: BodyType) -> Response:
+        arrived = asyncio.get_running_loop().time()
+        body, handler = await self._admit(http, body_type, arrived)
+        target = handler.target
+        headers = {ADAPTER_HEADER: target.digest or "none", SYSTEM_HEADER: handler.system_source}
+        response_format: ResponseFormat
+        response_format = (ChatCompletionResponse if body_type is ChatRequest else CompletionResponse)(target.name)
+        if body.stream:
+            return await self._stream(http, handler, response_format, headers, arrived)
+        try:
+            result = await cancel_on_disconnect(http, handler.answers())
+        finally:
+            self._end(handler)
+        if result is None:
+            return Response(status_code=499)  # nobody reads it: the client has disconnected
+        return JSONResponse(response_format.response(*result), headers=headers)
+
+    async def _admit(
+        self, http: HttpRequest, body_type: BodyType, arrived: float
+    ) -> tuple[RequestBody, RequestHandler]:
+        """Authenticate, parse, tokenize and reserve quota."""
+        tenant = ""
+        try:
+            principal = await self._authenticate(http)
+            tenant = principal.name
+            if self._draining:
+                raise _shutting_down()
+            body = parse_request(
+                body_type, await read_body(http, self._preprocessor.body_bytes, self._limits.body_timeout_s)
+            )
+            # Nothing may be awaited between this and admit(): a release could take the adapter away.
+            requests = await self._preprocess(body, principal, arrived)
+            if self._engine.stopped:
+                raise EngineStoppedError(self._engine.stopped)
+            tokens = sum(request.prompt_tokens + request.engine_request.max_new_tokens for request in requests)
+            admission = await principal.admit(requests[0].target, tokens, body.end_user)
+        except (ApiError, EngineStoppedError, StateUnavailableError) as error:
+            self.metrics.refused(tenant, _as_response(error).code or "")
+            raise
+        handler = RequestHandler(requests, admission, self._engine, self._queue)
+        self._handlers.add(handler)
+        return body, handler
+
+    async def _preprocess(self, body: RequestBody, principal: Principal, arrived: float) -> list[GenerationRequest]:
+        """Tokenize the prompts; again if a release has changed the system prompt meanwhile."""
+        target = principal.target(body)  # an unknown model is refused before the prompt costs any time
+        while True:
+            prompts = await self._preprocessor.prompts(body, principal.name, target.system_prompt)
+            tokenized_for, target = target, principal.target(body)
+            if target.system_prompt == tokenized_for.system_prompt:
+                break
+        limit = None if principal.max_tokens is None else principal.max_tokens // len(prompts)
+        return [
+            self._preprocessor.request(body, target, prompt, tenant=principal.name, arrived=arrived, max_tokens=limit)
+            for prompt in prompts
+        ]
+
+    async def _stream(
+        self,
+        http: HttpRequest,
+        handler: RequestHandler,
+        response_format: ResponseFormat,
+        headers: dict[str, str],
+        arrived: float,
+    ) -> Response:
+        """Return a stream once there is something to send, so that an earlier failure has its own HTTP status."""
+        chunks = handler.chunks()
+        try:
+            first = await cancel_on_disconnect(http, anext(chunks))
+        except BaseException:
+            self._end(handler)
+            raise
+        if first is None:
+            self._end(handler)
+            return Response(status_code=499)
+
+        async def on_end() -> None:
+            await chunks.aclose()
+            self._end(handler)
+            self._in_flight -= 1
+
+        until = arrived + self._limits.total_timeout_s + FLUSH_SECONDS
+        events = sse_events(first, chunks, handler, response_format)
+        return EventStreamResponse(events, headers, until=until, on_end=on_end)
+
+    def _end(self, handler: RequestHandler) -> None:
+        self._handlers.discard(handler)
+        usage = handler.settle()
+        if usage is not None:
+            self.metrics.settled(handler.tenant, handler.target.name, usage)
+        self._shadows.start(handler)
+
+
+def _model_document(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "tunewright"}
+
+
+def _shutting_down() -> ApiError:
+    headers = {"Retry-After": "1", "Connection": "close"}
+    return ApiError("The server is shutting down.", status=503, code="shutting_down", headers=headers)
+
+
+def _as_response(error: AnyError) -> ApiError:
+    """Return the error as the client sees it."""
+    if isinstance(error, StateUnavailableError):
+        return ApiError("Authentication is temporarily unavailable.", status=503, code="state_unavailable")
+    return as_api_error(error)
+
+
+async def _error_response(_http: HttpRequest, error: AnyError) -> Response:
+    if isinstance(error, StateUnavailableError):
+        log.warning("a request was refused: %s", error)
+    response = _as_response(error)
+    return JSONResponse(response.body, response.status, headers=response.headers)
+
+
+async def _unknown_route(http: HttpRequest, error: HTTPException) -> Response:
+    message = f"{http.method} {http.url.path}: {error.detail}. Routes: {', '.join(ROUTES)}."
+    response = ApiError(message, status=error.status_code, code="unknown_route")
+    return JSONResponse(response.body, error.status_code, headers=error.headers)

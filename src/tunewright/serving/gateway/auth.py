@@ -1,0 +1,203 @@
+"""Authentication: its interface, and access without keys. Tenants authenticate in :mod:`.tenant_auth`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.serving.gateway.schemas import ApiError, RequestBody
+from tunewright.serving.tenants.quota import RequestUsage
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter to load, and the system prompt that it was trained with."""
+
+    folder: Path
+    system_prompt: SystemPrompt
+
+
+@dataclass(frozen=True)
+class Target:
+    """The adapter that answers a request, and its shadow."""
+
+    name: str
+    """The model's name in the request."""
+    digest: str | None
+    """The adapter's digest; None: the base."""
+    release_id: int | None = None
+    shadow: str | None = None
+    """The digest of the shadow adapter, which gets the same request, and whose answer is only recorded."""
+    system_prompt: str | None = None
+    """The system message added to requests without one; None: nothing is added."""
+    shadow_system_prompt: str | None = None
+    """The same for the shadow."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """An adapter that an alias has: its live one, or a candidate."""
+
+    alias: str
+    digest: str | None
+    """None: the base."""
+    role: Literal["live", "canary", "shadow"]
+    number: int
+    """The release's number; 0 on a server without releases."""
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """An adapter that gets a request after its live answer, and whose answer is only recorded.
+
+    Args:
+        digest: the adapter's.
+        system_prompt: the system message added to requests without one; None: nothing is added.
+        acquire: keeps the adapter loaded until ``release``; returns False if it is not loaded any more.
+        release: to be called once after each ``acquire`` that returned True.
+        record: stores the live answer, with the shadow's answer or the reason why it has none.
+    """
+
+    digest: str
+    system_prompt: str | None
+    acquire: Callable[[], bool]
+    release: Callable[[], None]
+    record: Callable[[str, str | None, str | None], None]
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The permission to answer a request.
+
+    Args:
+        settle: to be called once with the request's usage.
+        shadow: the adapter that gets the same request afterwards.
+    """
+
+    settle: Callable[[RequestUsage], None]
+    shadow: Shadow | None = None
+
+
+class Principal(Protocol):
+    """The authenticated sender of a request."""
+
+    @property
+    def name(self) -> str:
+        """The name under which the fair queue counts it."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens that the prompts and answers of one request may have together; None: no limit."""
+
+    def models(self) -> list[str]:
+        """Return the names of the models it may use."""
+
+    def target(self, body: RequestBody) -> Target:
+        """Return the adapter that answers a request.
+
+        Raises:
+            ApiError: 404, there is no such model.
+        """
+
+    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
+        """Reserve quota for a request. Call it right after :meth:`target`.
+
+        Args:
+            target: the adapter that answers.
+            tokens: the most that the prompts and answers can have together.
+            end_user: the client's label of its own user.
+
+        Raises:
+            ApiError: 429 or 400, the request is over a limit.
+        """
+
+
+def model_not_found(name: str, principal: Principal) -> ApiError:
+    """Return the error for a model that does not exist; a model of another tenant looks the same."""
+    models = ", ".join(principal.models()) or "none"
+    message = f"The model {name} does not exist or you do not have access to it. Available models: {models}."
+    return ApiError(message, status=404, param="model", code="model_not_found")
+
+
+class Auth(Protocol):
+    """Authenticates requests, and knows which models there are."""
+
+    reports_load: bool
+    """Whether `/health` reports the number of requests: not to tenants, who could watch each other by it."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all models."""
+
+    @property
+    def released(self) -> list[Released]:
+        """The adapters behind these names now; safe to read from any thread."""
+
+    @property
+    def resident(self) -> list[str]:
+        """The digests of the loaded adapters; safe to read from any thread."""
+
+    @property
+    def system_prompts(self) -> dict[str, str]:
+        """The system messages added to requests without one, by model."""
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Return a context that runs the background work while the server runs."""
+
+    async def authenticate(self, authorization: str | None) -> Principal:
+        """Return the sender of a request, given its ``Authorization`` header.
+
+        Raises:
+            ApiError: 401, the key is not valid.
+        """
+
+
+class AnonymousAuth:
+    """Access without keys: every client may use the base and all adapters, by name.
+
+    Args:
+        models: digests of adapters (None: the base) by model name.
+        system_prompts: the system messages added to requests without one, by model name.
+    """
+
+    reports_load = True
+    name = "everybody"
+    max_tokens = None
+
+    def __init__(self, models: Mapping[str, str | None], system_prompts: Mapping[str, str] | None = None) -> None:
+        self._models = dict(models)
+        self.system_prompts = dict(system_prompts or {})
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    @property
+    def released(self) -> list[Released]:
+        return [Released(name, digest, "live", 0) for name, digest in self._models.items()]
+
+    @property
+    def resident(self) -> list[str]:
+        return sorted({digest for digest in self._models.values() if digest is not None})
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        yield
+
+    async def authenticate(self, authorization: str | None) -> AnonymousAuth:  # noqa: ARG002 - SDKs always send a key
+        return self
+
+    def models(self) -> list[str]:
+        return list(self._models)
+
+    def target(self, body: RequestBody) -> Target:
+        if body.model not in self._models:
+            raise model_not_found(body.model, self)
+        return Target(body.model, self._models[body.model], system_prompt=self.system_prompts.get(body.model))
+
+    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:  # noqa: ARG002 - no quota
+        return Admission(settle=lambda _usage: None)

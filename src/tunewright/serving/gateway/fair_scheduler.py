@@ -1,0 +1,195 @@
+"""The scheduling policy: which tenant's request goes to the engine next.
+
+This is the only place with such a policy; engines fill free rows in the order of submission. Three rules keep a tenant
+with many requests from slowing down the others:
+
+*Order.* The waiting tenant with the fewest served tokens is next (Sheng et al. 2024, "Fairness in Serving Large
+Language Models", OSDI, arXiv 2401.00588, algorithm 2). The counters of two tenants that always have requests waiting
+differ by a constant at most, however many requests one of them sends. A tenant that returns after a pause is lifted to
+:data:`BURST_TOKENS` below the lowest waiting counter, so idle time earns no more credit than that. The paper lifts it
+to the lowest counter itself. But then a tenant that sends little alternates with one that always waits, though it
+should go first.
+
+*Rows.* A row stays occupied until its answer ends. So one row in eight is reserved for tenants below their equal share,
+and a tenant that returns need not wait for another one's answer to end.
+
+*Prefill.* Every row waits for each prefill pass. So a tenant has a token budget of prompts in prefill at one time, as
+in Sarathi-Serve (Agrawal et al. 2024, OSDI, arXiv 2403.02310). The budget is per tenant, or a tenant with one short
+prompt would wait for the prompts of all others. Prompts above the budget are computed in chunks by the engine, and one
+of them at a time over all tenants.
+
+The engine gets somewhat more requests than it has rows. Otherwise a row would stay empty for the pass in which the
+gateway hears of a finished answer and submits the next request (docs/decisions/0026).
+
+The last two rules cost throughput, so a tenant alone is exempt. It is alone if no other tenant has had a request here
+in the last minute.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+PROMPT_WEIGHT = 1.0
+ANSWER_WEIGHT = 2.0
+"""The paper's weights: an answer's token takes a pass of its own, and a prompt's token shares one."""
+PREFILL_TOKENS = 128
+"""A tenant's budget of prompt tokens in prefill; a prompt up to this length counts as short."""
+ROWS_PER_RESERVED = 8
+"""One row in this many is reserved for tenants below their equal share."""
+ROWS_PER_AHEAD = 4
+"""One request for this many rows may be at the engine before there is a row for it."""
+BURST_TOKENS = 1000.0
+"""The most credit, in weighted tokens, that a tenant has after a pause."""
+ACTIVE_SECONDS = 60.0
+"""How long a tenant counts as active after its last answer ended."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request in the scheduler: waiting, then admitted and in prefill, then admitted, then released."""
+
+    tenant: str
+    prompt: int
+    """Tokens of the prompt."""
+    admitted: bool = False
+    prefilling: bool = False
+
+    @property
+    def short(self) -> bool:
+        """True if the prompt is computed together with others."""
+        return self.prompt <= PREFILL_TOKENS
+
+
+class FairScheduler:
+    """Decides which requests are at the engine. It only decides: :mod:`.admission` does the waiting.
+
+    Args:
+        rows: requests that the engine computes at once.
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, rows: int, clock: Callable[[], float] = time.monotonic) -> None:
+        assert rows >= 1
+        self._rows = rows
+        self._ahead = rows // ROWS_PER_AHEAD
+        self._clock = clock
+        self._waiting: dict[str, deque[Ticket]] = {}
+        self._admitted: Counter[str] = Counter()
+        self._prefilling: set[Ticket] = set()
+        self._served: dict[str, float] = defaultdict(float)
+        self._idle_since: dict[str, float] = {}  # of tenants without a request here; the longest idle comes first
+        self._last_dequeued: str | None = None
+
+    @property
+    def waiting(self) -> int:
+        """The number of waiting requests."""
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def free(self) -> int:
+        """The number of further requests that could be admitted."""
+        return self._rows + self._ahead - self._admitted.total()
+
+    @property
+    def idle(self) -> bool:
+        """True if no request is waiting or admitted."""
+        return not self._waiting and not self._admitted
+
+    def enqueue(self, tenant: str, prompt: int) -> Ticket:
+        """Add a request with this many prompt tokens."""
+        if tenant not in self._waiting:
+            self._served[tenant] = max(self._served[tenant], self._lowest_waiting() - BURST_TOKENS)
+            self._waiting[tenant] = deque()
+        self._idle_since.pop(tenant, None)
+        ticket = Ticket(tenant, prompt)
+        self._waiting[tenant].append(ticket)
+        return ticket
+
+    def admit(self) -> list[Ticket]:
+        """Admit as many requests as the rules allow; call it after every change."""
+        admitted = []
+        while (ticket := self._next()) is not None:
+            self._dequeue(ticket)
+            ticket.admitted = ticket.prefilling = True
+            self._admitted[ticket.tenant] += 1
+            self._prefilling.add(ticket)
+            self.charge(ticket.tenant, prompt=ticket.prompt)
+            admitted.append(ticket)
+        return admitted
+
+    def finish_prefill(self, ticket: Ticket) -> None:
+        """Note that the engine has computed the prompt; later calls change nothing."""
+        if ticket.prefilling:
+            ticket.prefilling = False
+            self._prefilling.remove(ticket)
+
+    def release(self, ticket: Ticket) -> None:
+        """Remove a request, admitted or waiting."""
+        if ticket.admitted:
+            self.finish_prefill(ticket)
+            ticket.admitted = False
+            self._admitted[ticket.tenant] -= 1
+        else:
+            self._dequeue(ticket)
+        if not self._admitted[ticket.tenant]:
+            del self._admitted[ticket.tenant]
+            if ticket.tenant not in self._waiting:
+                self._idle_since[ticket.tenant] = self._clock()
+
+    def charge(self, tenant: str, *, prompt: int = 0, answer: int = 0) -> None:
+        """Add tokens to a tenant's counter."""
+        self._served[tenant] += PROMPT_WEIGHT * prompt + ANSWER_WEIGHT * answer
+
+    def _next(self) -> Ticket | None:
+        if not self._waiting or not self.free:
+            return None
+        active = self._active_tenants()
+        # Equal counters: the tenant with fewer admitted requests first, then the one that has waited longer (dicts
+        # keep their order, and sorting is stable).
+        for tenant in sorted(self._waiting, key=lambda name: (self._served[name], self._admitted[name])):
+            ticket = self._waiting[tenant][0]
+            if active == 1 or (self._may_take_row(tenant, active) and self._may_prefill(ticket)):
+                return ticket
+        return None
+
+    def _may_take_row(self, tenant: str, active: int) -> bool:
+        """Return whether the rule of rows allows the tenant another row; its first one is always allowed."""
+        own = self._admitted[tenant]
+        return own == 0 or own < self._rows // active or self.free > self._reserved
+
+    def _may_prefill(self, ticket: Ticket) -> bool:
+        """Return whether the rule of prefill allows this prompt now."""
+        if not ticket.short:
+            return all(other.short for other in self._prefilling)
+        own = sum(other.prompt for other in self._prefilling if other.short and other.tenant == ticket.tenant)
+        return own + ticket.prompt <= PREFILL_TOKENS
+
+    @property
+    def _reserved(self) -> int:
+        """Requests that only tenants below their equal share may add: the reserved rows, and all those ahead of rows.
+
+        A request ahead of its row delays every later one, so it must not belong to a tenant with many.
+        """
+        return self._ahead + max(self._rows // ROWS_PER_RESERVED, min(1, self._rows - 1))
+
+    def _active_tenants(self) -> int:
+        """Return the number of tenants with a request here, now or in the last :data:`ACTIVE_SECONDS`."""
+        since = self._clock() - ACTIVE_SECONDS
+        while self._idle_since and next(iter(self._idle_since.values())) < since:
+            del self._idle_since[next(iter(self._idle_since))]
+        return len(self._waiting.keys() | self._admitted.keys() | self._idle_since.keys())
+
+    def _lowest_waiting(self) -> float:
+        """Return the lowest counter of the waiting tenants; if none waits, the counter of the last one that did."""
+        if self._waiting:
+            return min(self._served[tenant] for tenant in self._waiting)
+        return self._served[self._last_dequeued] if self._last_dequeued is not None else 0.0
+
+    def _dequeue(self, ticket: Ticket) -> None:
+        self._waiting[ticket.tenant].remove(ticket)
+        if not self._waiting[ticket.tenant]:
+            del self._waiting[ticket.tenant]
+            self._last_dequeued = ticket.tenant

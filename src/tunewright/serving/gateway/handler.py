@@ -1,0 +1,146 @@
+"""Lifecycle of an HTTP request: queue, stream, record usage exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from tunewright.engines.protocol import Engine
+from tunewright.generation.requests import Finish
+from tunewright.serving.gateway.admission import AdmissionQueue
+from tunewright.serving.gateway.auth import Admission, Target
+from tunewright.serving.gateway.request import GenerationRequest, SystemSource, TextChunk
+from tunewright.serving.gateway.schemas import ApiError, Usage
+from tunewright.serving.tenants.quota import Outcome, RequestUsage
+
+_WORST_FIRST: tuple[Outcome, ...] = ("failed", "timed out", "hung up", "length", "stop")
+
+
+class RequestHandler:
+    """Answers the prompts of one admitted HTTP request, each of them a choice of the response.
+
+    Their chunks share one queue, which is the only one between the engine and the response.
+
+    Args:
+        requests: one for each prompt, in order.
+        admission: covers all of them.
+        engine: computes at most ``max_batch`` of the prompts at once.
+        queue: gives slots at the engine.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        admission: Admission,
+        engine: Engine,
+        queue: AdmissionQueue,
+    ) -> None:
+        self.requests = tuple(requests)
+        self.admission = admission
+        self._engine = engine
+        self._queue = queue
+        self._settled = False
+
+    @property
+    def target(self) -> Target:
+        """The adapter that answers."""
+        return self.requests[0].target
+
+    @property
+    def system_source(self) -> SystemSource:
+        """The origin of the system message."""
+        return self.requests[0].system_source
+
+    @property
+    def tenant(self) -> str:
+        """The tenant on whose account the prompts are computed."""
+        return self.requests[0].tenant
+
+    @property
+    def waiting(self) -> bool:
+        """True if no prompt has a slot at the engine yet."""
+        return all(request.waiting for request in self.requests)
+
+    @property
+    def finished(self) -> bool:
+        """True if each answer is complete, in its ``text``."""
+        return all(request.finished for request in self.requests)
+
+    @property
+    def include_usage(self) -> bool:
+        """True if a stream ends with the usage."""
+        return self.requests[0].body.include_usage
+
+    def usage(self, tokens: int) -> Usage:
+        """Return OpenAI's ``usage``, given the number of generated tokens."""
+        return Usage(sum(request.prompt_tokens for request in self.requests), tokens)
+
+    def abort(self, error: ApiError) -> None:
+        """End each unfinished answer after its computed text; the client receives the error."""
+        for request in self.requests:
+            request.fail(error)
+
+    async def chunks(self) -> AsyncGenerator[tuple[int, TextChunk], None]:
+        """Yield text as it is computed, each chunk with its choice's index; closing the generator aborts the rest.
+
+        Raises:
+            RequestFailedError, EngineStoppedError, ApiError: the first error of any choice; it ends the others too.
+        """
+        events: asyncio.Queue[tuple[int, TextChunk | BaseException]] = asyncio.Queue()
+        places = asyncio.Semaphore(self._engine.max_batch)
+
+        async def generate(index: int, request: GenerationRequest) -> None:
+            # A request with many prompts queues no more of them than the engine could compute at once.
+            async with places:
+                if index >= self._engine.max_batch:
+                    request.restart_queue_time()
+                await request.generate(self._engine, self._queue, lambda event: events.put_nowait((index, event)))
+
+        def report_crash(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                events.put_nowait((0, error))
+
+        tasks = [asyncio.create_task(generate(*numbered)) for numbered in enumerate(self.requests)]
+        for task in tasks:
+            task.add_done_callback(report_crash)
+        unfinished = len(tasks)
+        try:
+            while unfinished:
+                index, event = await events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                unfinished -= event.finish is not None
+                yield index, event
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def answers(self) -> tuple[list[tuple[str, Finish]], Usage]:
+        """Return each choice's text with its finish reason, and the usage of all."""
+        last: dict[int, TextChunk] = {}
+        async for index, chunk in self.chunks():
+            last[index] = chunk
+        answers = []
+        for index, request in enumerate(self.requests):
+            finish = last[index].finish
+            assert finish is not None
+            answers.append((request.text, finish))
+        return answers, self.usage(sum(chunk.tokens for chunk in last.values()))
+
+    def settle(self) -> RequestUsage | None:
+        """Record the usage; later calls record nothing and return None."""
+        if self._settled:
+            return None
+        self._settled = True
+        each = [request.usage() for request in self.requests]
+        outcomes = {usage.outcome for usage in each}
+        usage = RequestUsage(
+            prompt_tokens=sum(usage.prompt_tokens for usage in each),
+            completion_tokens=sum(usage.completion_tokens for usage in each),
+            queued_s=min(usage.queued_s for usage in each),
+            first_token_s=min((usage.first_token_s for usage in each if usage.first_token_s is not None), default=None),
+            total_s=max(usage.total_s for usage in each),
+            outcome=next(outcome for outcome in _WORST_FIRST if outcome in outcomes),
+        )
+        self.admission.settle(usage)
+        return usage

@@ -1,0 +1,151 @@
+"""Metrics for Prometheus, named by https://prometheus.io/docs/practices/naming/.
+
+Labels are tenants' names and aliases, which only the operator creates, and words from fixed lists. Nothing a client
+sends becomes a label, so no client can make the page grow.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from tunewright.core.errors import UserError
+from tunewright.serving.gateway.auth import Released
+from tunewright.serving.tenants.quota import RequestUsage
+
+disable_created_metrics()  # they double the number of series
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_OWNER = ("tenant", "alias")
+
+
+@dataclass(frozen=True)
+class Now:
+    """The server's state at one moment.
+
+    Args:
+        ready: whether it accepts requests.
+        waiting: the tenant of each request in the queue.
+        running: the tenant of each request at the engine.
+        released: the adapters of each alias.
+        resident: digests of the adapters in memory.
+    """
+
+    ready: bool
+    waiting: Sequence[str]
+    running: Sequence[str]
+    released: Sequence[Released]
+    resident: Sequence[str]
+
+
+class Metrics:
+    """Counters of one server.
+
+    Args:
+        now: called at each scrape, in another thread than the server's.
+    """
+
+    def __init__(self, now: Callable[[], Now]) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, labels: Sequence[str] = _OWNER) -> Counter:
+            return Counter(f"tunewright_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"tunewright_{name}", text, _OWNER, registry=self.registry, buckets=_SECONDS)
+
+        self._requests = counter("requests", "Admitted requests, by outcome.", (*_OWNER, "outcome"))
+        self._refusals = counter("refusals", "Refused requests, by error code.", ("tenant", "code"))
+        self._prompt = counter("prompt_tokens", "Prompt tokens.")
+        self._completion = counter("completion_tokens", "Generated tokens.")
+        self._queued = histogram("queue_seconds", "Time from arrival to the engine.")
+        self._first = histogram("first_token_seconds", "Time from arrival to the first token.")
+        self._total = histogram("request_seconds", "Time from arrival to the end.")
+        self.registry.register(_Gauges(now))
+        ProcessCollector(registry=self.registry)
+
+    def settled(self, tenant: str, alias: str, usage: RequestUsage) -> None:
+        """Count an admitted request that has ended."""
+        self._requests.labels(tenant, alias, usage.outcome).inc()
+        self._prompt.labels(tenant, alias).inc(usage.prompt_tokens)
+        self._completion.labels(tenant, alias).inc(usage.completion_tokens)
+        self._queued.labels(tenant, alias).observe(usage.queued_s)
+        if usage.first_token_s is not None:
+            self._first.labels(tenant, alias).observe(usage.first_token_s)
+        self._total.labels(tenant, alias).observe(usage.total_s)
+
+    def refused(self, tenant: str, code: str) -> None:
+        """Count a refused request; ``tenant`` is empty if it is not known."""
+        self._refusals.labels(tenant, code).inc()
+
+
+class _Gauges(Collector):
+    """Gauges read at each scrape, so that no stale series remains."""
+
+    def __init__(self, now: Callable[[], Now]) -> None:
+        self._now = now
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the current values."""
+        now = self._now()
+
+        def gauge(name: str, text: str, labels: Sequence[str] = ()) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"tunewright_{name}", text, labels=labels)
+
+        ready = gauge("ready", "1 while requests are accepted.")
+        ready.add_metric([], float(now.ready))
+        yield ready
+        for name, text, tenants in (
+            ("waiting_requests", "Requests in the queue.", now.waiting),
+            ("running_requests", "Requests at the engine.", now.running),
+        ):
+            family = gauge(name, text, ["tenant"])
+            for tenant, count in Tally(tenants).items():
+                family.add_metric([tenant], count)
+            yield family
+        resident = gauge("resident_adapter", "1 for each adapter in memory.", ["digest"])
+        for digest in sorted(now.resident):
+            resident.add_metric([digest[:12]], 1)
+        yield resident
+        release = gauge("release", "Release number of an alias's adapter.", ["alias", "digest", "role"])
+        for released in now.released:
+            release.add_metric([released.alias, (released.digest or "base")[:12], released.role], released.number)
+        yield release
+
+
+@contextmanager
+def exposed(metrics: Metrics, host: str, port: int) -> Iterator[str]:
+    """Serve the metrics while the block runs, and yield their address; port 0 picks a free one.
+
+    They have a listener of their own, since tenants must not see each other's names.
+
+    Raises:
+        UserError: the server cannot listen on the address.
+    """
+    try:
+        server, thread = start_http_server(port, host, metrics.registry)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}",
+            where="serve.metrics_port",
+            fix="Choose another port (0 takes a free one), or stop the program that uses it.",
+        ) from error
+    try:
+        shown = f"[{host}]" if ":" in host else host
+        yield f"http://{shown}:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,163 @@
+"""Preprocessing: from the body of an HTTP request to token ids and sampling, within the gateway's limits."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from tunewright.config import GatewayConfig
+from tunewright.core.errors import UserError
+from tunewright.data.examples import Message
+from tunewright.generation.requests import Request
+from tunewright.generation.text_stream import Decode
+from tunewright.serving.gateway.admission import AdmissionQueue
+from tunewright.serving.gateway.auth import Target
+from tunewright.serving.gateway.request import GenerationRequest, system_source
+from tunewright.serving.gateway.schemas import ApiError, ChatRequest, RequestBody
+
+Ids = tuple[int, ...]
+
+_BYTES_PER_TOKEN = 16
+_SPARE_BYTES = 64 << 10
+_INLINE_CHARACTERS = 4096
+"""A prompt up to this length is tokenized in the event loop, which takes about a millisecond."""
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """Conversion between text and token ids for one base.
+
+    Args:
+        render: converts messages to prompt ids with the base's chat template: the function that training uses. A
+            UserError that it raises becomes a response with status 400.
+        continuation: converts a text to continue to its ids, without the template. Its UserErrors become 400, too.
+        decode: converts an answer's ids to text, without special tokens.
+        stops: texts that end every chat answer, in addition to those of the request.
+    """
+
+    render: Callable[[Sequence[Message]], Ids]
+    continuation: Callable[[str], Ids]
+    decode: Decode
+    stops: tuple[str, ...] = ()
+
+
+class RequestPreprocessor:
+    """Tokenizes prompts, checks them against the limits, and makes generation requests of them.
+
+    Args:
+        context: the most tokens that a prompt and its answer may have together.
+    """
+
+    def __init__(self, tokenization: Tokenization, limits: GatewayConfig, context: int) -> None:
+        self._tokenization = tokenization
+        self._limits = limits
+        self._context = context
+        self.body_bytes = limits.max_body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
+        # A long prompt takes half a second, in which the event loop would send nobody's tokens. One thread only, since
+        # tokenizers are not thread-safe; its queue is fair, so that no tenant waits for all of another's prompts.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunewright-tokenizer")
+        self._queue = AdmissionQueue(1)
+        # Prompts arrive one by one: handing one to the tokenizer's own threads costs more than it saves.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    async def prompts(self, body: RequestBody, tenant: str, system_prompt: str | None) -> list[Ids]:
+        """Return the token ids of each prompt in the body.
+
+        Args:
+            tenant: on whose account it waits for the tokenizer.
+            system_prompt: added where the messages have no system message; None: nothing is added.
+
+        Raises:
+            ApiError: 400, the template refuses the messages, or there are too many.
+        """
+        if isinstance(body, ChatRequest) and len(body.messages) > self._limits.max_messages:
+            message = f"Too many messages: {len(body.messages)} (limit {self._limits.max_messages})."
+            raise ApiError(message, param="messages", code="too_many_messages")
+        try:
+            # A change of threads takes longer than a short prompt does.
+            characters = _characters(body) + len(system_prompt or "")
+            if self._queue.idle and characters <= _INLINE_CHARACTERS:
+                return self._ids(body, system_prompt)
+            async with self._queue.slot(tenant, characters):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, self._ids, body, system_prompt)
+        except UserError as error:
+            param = _prompt_param(body)
+            raise ApiError(str(error), param=param, code=f"invalid_{param}") from error
+
+    def request(
+        self,
+        body: RequestBody,
+        target: Target,
+        prompt: Ids,
+        *,
+        tenant: str,
+        arrived: float,
+        max_tokens: int | None = None,
+    ) -> GenerationRequest:
+        """Return the generation request of one prompt.
+
+        A token limit above the rest of the context, or above ``gateway.max_completion_tokens``, is lowered to it; an
+        answer that ends there has the ``finish_reason`` "length". Without a limit in the body, the prompt and its
+        answer have at most ``max_tokens`` together. So a request with an SDK's defaults stays within its tenant's
+        limit.
+
+        Raises:
+            ApiError: 400, the prompt is too long.
+        """
+        source = system_source(body, target.system_prompt)
+        added = " including the adapter's system prompt" if source == "adapter" else ""
+        if (limit := self._limits.max_prompt_tokens) is not None and len(prompt) > limit:
+            message = f"The prompt is too long: {len(prompt)} tokens{added} (limit {limit})."
+            raise ApiError(message, param=_prompt_param(body), code="prompt_too_long")
+        room = self._context - len(prompt)
+        if room < 1:
+            message = (
+                f"The prompt has {len(prompt)} tokens{added}, and the context length is {self._context} tokens for "
+                "prompt and answer together."
+            )
+            raise ApiError(message, param=_prompt_param(body), code="context_length_exceeded")
+        new_tokens = min(
+            room, self._limits.max_completion_tokens or room, body.token_limit or body.default_tokens or room
+        )
+        if body.token_limit is None and max_tokens is not None:
+            new_tokens = min(new_tokens, max(1, max_tokens - len(prompt)))
+        engine_request = Request(
+            prompt,
+            target.digest,
+            max_new_tokens=new_tokens,
+            temperature=body.temperature or 0.0,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=body.seed,
+        )
+        template_stops = self._tokenization.stops if isinstance(body, ChatRequest) else ()
+        return GenerationRequest(
+            body,
+            target,
+            engine_request,
+            (*template_stops, *(body.stop or ())),
+            decode=self._tokenization.decode,
+            limits=self._limits,
+            tenant=tenant,
+            arrived=arrived,
+        )
+
+    def _ids(self, body: RequestBody, system_prompt: str | None) -> list[Ids]:
+        if isinstance(body, ChatRequest):
+            messages = body.conversation
+            if system_prompt is not None and system_source(body, system_prompt) == "adapter":
+                messages.insert(0, Message("system", system_prompt))
+            return [self._tokenization.render(messages)]
+        return [self._tokenization.continuation(text) for text in body.texts]
+
+
+def _prompt_param(body: RequestBody) -> str:
+    return "messages" if isinstance(body, ChatRequest) else "prompt"
+
+
+def _characters(body: RequestBody) -> int:
+    if isinstance(body, ChatRequest):
+        return sum(len(part.text) for message in body.messages for part in message.content)
+    return sum(map(len, body.prompt))

@@ -1,0 +1,216 @@
+"""The adapters behind the aliases: follows the releases, and loads and unloads adapters for them.
+
+The adapters of a new release are loaded first, then the alias is switched, and the old adapter is unloaded after its
+last answer has ended. So a release drops no request, and no answer changes its adapter on the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol
+
+from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.engines.protocol import AdapterFailedError
+from tunewright.serving.gateway.auth import Released, ServedAdapter
+from tunewright.serving.tenants import Release, State
+from tunewright.serving.tenants.async_state import AsyncState
+
+
+class AdapterLoader(Protocol):
+    """The part of an engine that changes its adapters."""
+
+    name: str
+
+    async def load(self, digest: str, folder: Path) -> None:
+        """Load an adapter, or raise AdapterFailedError or EngineStoppedError."""
+
+    async def unload(self, digest: str) -> None:
+        """Free an adapter, or raise AdapterFailedError or EngineStoppedError."""
+
+
+class ReleaseRouter:
+    """The live releases as this server has them.
+
+    Args:
+        state: the releases.
+        engine: loads the adapters.
+        locate: returns an adapter by its name and digest. If it raises a UserError, that is reported and the alias
+            keeps its release.
+        reporter: receives a message for each change.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        async_state: AsyncState,
+        engine: AdapterLoader,
+        locate: Callable[[str, str], ServedAdapter],
+        reporter: Reporter,
+    ) -> None:
+        self._state = state
+        self._async_state = async_state
+        self._engine = engine
+        self._locate = locate
+        self._reporter = reporter
+        self._routes: dict[str, Release] = {}
+        self._loaded: dict[str, SystemPrompt] = {}
+        self._users: Counter[str] = Counter()  # requests and shadows that need an adapter
+        self._newest = -1
+        self._failed: dict[str, tuple[int, str]] = {}  # by alias: the release that could not be loaded, and why
+
+    @property
+    def names(self) -> list[str]:
+        """The aliases with a live release."""
+        return sorted(self._routes)
+
+    @property
+    def released(self) -> list[Released]:
+        """The adapters of each alias: the live one and its candidate."""
+        released = []
+        for alias, release in sorted(self._routes.copy().items()):
+            released.append(Released(alias, release.digest, "live", release.number))
+            if release.candidate is not None:
+                role: Literal["canary", "shadow"] = "shadow" if release.candidate.share is None else "canary"
+                released.append(Released(alias, release.candidate.digest, role, release.number))
+        return released
+
+    @property
+    def resident(self) -> list[str]:
+        """The digests of the loaded adapters."""
+        return sorted(self._loaded.copy())
+
+    @property
+    def system_prompts(self) -> dict[str, str]:
+        """The system messages added to requests without one, by alias."""
+        prompts = {alias: self.system_prompt(*release.answer) for alias, release in self._routes.copy().items()}
+        return {alias: text for alias, text in prompts.items() if text is not None}
+
+    @property
+    def incomplete(self) -> bool:
+        """True if a live release could not be loaded."""
+        return bool(self._failed)
+
+    @property
+    def newest_loaded(self) -> int:
+        """The id up to which this server has taken all releases."""
+        return min((release_id - 1 for release_id, _ in self._failed.values()), default=self._newest)
+
+    def system_prompt(self, digest: str, added: bool) -> str | None:
+        """Return the system prompt of a loaded adapter, if its release has it ``added``."""
+        return self._loaded[digest].text if added else None
+
+    def route(self, alias: str) -> Release | None:
+        """Return the live release of an alias."""
+        return self._routes.get(alias)
+
+    def acquire(self, digest: str) -> bool:
+        """Keep an adapter loaded until :meth:`release`; return False if it is not loaded."""
+        if digest not in self._loaded:
+            return False
+        self._users[digest] += 1
+        return True
+
+    def release(self, digest: str) -> None:
+        """Undo one :meth:`acquire`."""
+        self._users[digest] -= 1
+        if not self._users[digest]:
+            del self._users[digest]
+
+    async def has_changed(self) -> bool:
+        """Return whether there is a release that :meth:`update` has not seen.
+
+        Raises:
+            StateUnavailableError: the database does not answer.
+        """
+        return await self._async_state.read(self._state.releases.newest) != self._newest
+
+    async def update(self) -> None:
+        """Load the adapters of the live releases, then switch the aliases to them.
+
+        A release whose adapters cannot be loaded is reported, and its alias keeps the release before it.
+
+        Raises:
+            StateUnavailableError: the database does not answer.
+            EngineStoppedError: the engine has stopped.
+        """
+        newest = await self._async_state.read(self._state.releases.newest)
+        live = await self._async_state.read(self._state.releases.live)
+        for alias in self._routes.keys() - live.keys():
+            del self._routes[alias]
+            self._reporter.say(f"{alias} is undeployed")
+        for alias in self._failed.keys() - live.keys():
+            del self._failed[alias]
+        for alias, release in live.items():
+            before = self._routes.get(alias)
+            if before is not None and before.id == release.id:
+                continue
+            try:
+                await self._load(release)
+            except (UserError, AdapterFailedError) as error:
+                self._report_failure(release, before, str(error))
+                continue
+            self._failed.pop(alias, None)
+            self._routes[alias] = release
+            self._report(release)
+        self._newest = newest
+
+    async def unload_unused(self) -> None:
+        """Free the adapters that no alias and no running request needs.
+
+        Raises:
+            AdapterFailedError, EngineStoppedError: the engine could not free one.
+        """
+        needed = {digest for release in self._routes.values() for digest in release.digests}
+        for digest in self._loaded.keys() - needed:
+            if digest not in self._users:
+                del self._loaded[digest]
+                await self._engine.unload(digest)
+
+    async def _load(self, release: Release) -> None:
+        needed = {release.digest: release.adapter}
+        if release.candidate:
+            needed[release.candidate.digest] = release.candidate.adapter
+        for digest, adapter in needed.items():
+            if digest not in self._loaded:
+                served = await asyncio.to_thread(self._locate, adapter, digest)
+                await self._engine.load(digest, served.folder)
+                self._loaded[digest] = served.system_prompt
+
+    def _report_failure(self, release: Release, before: Release | None, error: str) -> None:
+        """Warn of a release that could not be loaded, once for each reason."""
+        if self._failed.get(release.alias) != (release.id, error):
+            kept = f"release {before.number} stays live" if before else "the alias is not served"
+            self._reporter.warn(f"{release.alias}: failed to load release {release.number}; {kept}: {error}")
+        self._failed[release.alias] = (release.id, error)
+
+    def _report(self, release: Release) -> None:
+        candidate = release.candidate
+        tried = f", and {candidate.adapter} {candidate.summary}" if candidate else ""
+        self._reporter.say(f"{release.alias}: release {release.number} is live: {release.adapter}{tried}")
+        adapters = [(release.adapter, *release.answer)]
+        if candidate is not None:
+            adapters.append((candidate.adapter, candidate.digest, candidate.system_prompt))
+        for adapter, digest, added in adapters:
+            prompt = self._loaded[digest]
+            if added:
+                prompt.report(f"{release.alias}, {adapter}", self._reporter)
+            elif prompt.text is not None:
+                self._reporter.say(
+                    f"{release.alias}, {adapter}: the release was made without the adapter's system prompt"
+                )
+        self._warn_untested(release)
+
+    def _warn_untested(self, release: Release) -> None:
+        """Warn of a release that has not passed the isolation test on this kind of engine."""
+        test = release.grounds.isolation
+        if test is None or test.engine != self._engine.name:
+            tested = f"tested for isolation on {test.engine} only" if test else "not tested for isolation"
+            self._reporter.warn(
+                f"{release.alias}: release {release.number} was {tested}, and this server runs {self._engine.name}. "
+                f"`tunewright serve --engine {self._engine.name} --self-test` tests the live releases."
+            )

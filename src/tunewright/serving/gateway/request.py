@@ -1,0 +1,260 @@
+"""One prompt on its way through the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from tunewright.config import GatewayConfig
+from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, Event, RequestFailedError
+from tunewright.generation.requests import Finish, Request
+from tunewright.generation.text_stream import Decode, TextStream
+from tunewright.serving.gateway.admission import AdmissionQueue, Slot
+from tunewright.serving.gateway.auth import Target
+from tunewright.serving.gateway.schemas import ApiError, ChatRequest, RequestBody
+from tunewright.serving.tenants.quota import Outcome, RequestUsage
+
+SystemSource = Literal["adapter", "request", "none"]
+"""The origin of a request's system message: the prompt that its adapter was trained with, or the request itself."""
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """Some text of an answer; the last chunk has ``finish`` set and may be empty."""
+
+    text: str
+    finish: Finish | None
+    tokens: int
+    """Tokens of the answer so far."""
+
+
+Failure = RequestFailedError | EngineStoppedError | ApiError
+"""An error that ends a request."""
+
+
+@dataclass(frozen=True)
+class _Deadline:
+    at: float
+    code: str
+    message: str
+
+    @property
+    def error(self) -> ApiError:
+        """The response: 503 if the engine has not begun, so that the client may retry; else 504."""
+        if self.code == "queue_timeout":
+            return ApiError(self.message, status=503, code=self.code, headers={"Retry-After": "1"})
+        return ApiError(self.message, status=504, code=self.code)
+
+
+class GenerationRequest:
+    """One prompt: the engine's request, and the sink of its tokens.
+
+    The engine delivers tokens here, in the gateway's event loop. Each delivery is counted, decoded and emitted as
+    text; no task or queue of this request stands between. All times are of the monotonic clock.
+
+    Args:
+        body: the HTTP request's body.
+        target: the adapter that answers.
+        engine_request: prompt and sampling for the engine.
+        stops: texts that end the answer.
+        tenant: on whose account it waits for a slot.
+        arrived: when the HTTP request arrived.
+    """
+
+    def __init__(
+        self,
+        body: RequestBody,
+        target: Target,
+        engine_request: Request,
+        stops: tuple[str, ...],
+        *,
+        decode: Decode,
+        limits: GatewayConfig,
+        tenant: str,
+        arrived: float,
+    ) -> None:
+        self.body = body
+        self.target = target
+        self.engine_request = engine_request
+        self.stops = stops
+        self.tenant = tenant
+        self.text = ""
+        self.tokens = 0
+        self.outcome: Outcome = "hung up"  # unless it ends in another way
+        self._limits = limits
+        self._stream = TextStream(decode, stops)
+        self._arrived = arrived
+        self._queued_at = arrived
+        self._admitted_at: float | None = None
+        self._first_token_at: float | None = None
+        self._last_token_at: float | None = None
+        self._slot: Slot | None = None
+        self._emit: Callable[[TextChunk | Failure], None] = lambda _event: None
+        self._ended = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.engine_request.prompt_ids)
+
+    @property
+    def system_source(self) -> SystemSource:
+        """The origin of the system message."""
+        return system_source(self.body, self.target.system_prompt)
+
+    @property
+    def waiting(self) -> bool:
+        """True if it has no slot at the engine yet."""
+        return self._admitted_at is None
+
+    @property
+    def finished(self) -> bool:
+        """True if the answer is complete, in ``text``."""
+        return self.outcome in ("stop", "length")
+
+    def restart_queue_time(self) -> None:
+        """Count the time in the queue from now: until now it was behind other prompts of its own HTTP request."""
+        self._queued_at = time.monotonic()
+
+    async def generate(
+        self, engine: Engine, queue: AdmissionQueue, emit: Callable[[TextChunk | Failure], None]
+    ) -> None:
+        """Wait for a slot, submit the request to the engine, and keep the slot until it has ended.
+
+        The slot is given back when the *engine* has ended, however slowly the client reads. Cancelling this coroutine
+        aborts the request.
+
+        Args:
+            emit: called with each chunk of text; the last call has a chunk with ``finish`` or an error.
+        """
+        self._emit = emit
+        self._watch()
+        try:
+            async with queue.slot(self.tenant, self.prompt_tokens) as self._slot:
+                if self._ended.is_set():  # it timed out in the queue
+                    return
+                self._admitted_at = time.monotonic()
+                self._watch()
+                abort = engine.submit(self.engine_request, self, tenant=self.tenant)
+                try:
+                    await self._ended.wait()
+                finally:
+                    abort()
+        finally:
+            self._unwatch()
+
+    def deliver(self, event: Event) -> None:
+        """Take an event of the engine: see :class:`tunewright.engines.protocol.TokenSink`."""
+        if self._ended.is_set():  # tokens that were on their way when a stop string or a timeout ended it
+            return
+        if not isinstance(event, Delta):
+            self._end("failed", event)
+            return
+        self._count(event)
+        text = ""
+        for token in event.ids:
+            self.tokens += 1
+            text += self._stream.push(token)
+            if self._stream.stopped:
+                break
+        if event.finish and not self._stream.stopped:
+            text += self._stream.flush()
+        finish: Finish | None = "stop" if self._stream.stopped else event.finish
+        self.text += text
+        if finish:
+            self._end(finish, TextChunk(text, finish, self.tokens))
+        elif text:
+            self._emit(TextChunk(text, None, self.tokens))
+
+    def fail(self, error: ApiError) -> None:
+        """End the request with an error, after the text that was computed so far."""
+        if not self._ended.is_set():
+            self._end("failed", error)
+
+    def usage(self) -> RequestUsage:
+        """Return what the request has used so far."""
+        now = time.monotonic()
+        return RequestUsage(
+            prompt_tokens=0 if self._admitted_at is None else self.prompt_tokens,
+            completion_tokens=self.tokens,
+            queued_s=(self._admitted_at or now) - self._arrived,
+            first_token_s=None if self._first_token_at is None else self._first_token_at - self._arrived,
+            total_s=now - self._arrived,
+            outcome=self.outcome,
+        )
+
+    def _count(self, delta: Delta) -> None:
+        assert self._slot is not None
+        self._slot.record_tokens(len(delta.ids))
+        if delta.ids:
+            self._last_token_at = time.monotonic()
+            if self._first_token_at is None:
+                self._first_token_at = self._last_token_at
+                self._watch()
+
+    def _end(self, outcome: Outcome, event: TextChunk | Failure) -> None:
+        self.outcome = outcome
+        self._ended.set()
+        self._unwatch()
+        self._emit(event)
+
+    def _watch(self) -> None:
+        """Set the timer for the next deadline.
+
+        A further token only moves the deadline. The timer finds that out when it rings, so that no token pays for
+        setting one.
+        """
+        self._unwatch()
+        loop, deadline = asyncio.get_running_loop(), self._deadline()
+        if loop.time() >= deadline.at:
+            self._end("timed out", deadline.error)
+        else:
+            self._timer = loop.call_at(deadline.at, self._watch)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _deadline(self) -> _Deadline:
+        limits = self._limits
+        total = _Deadline(
+            self._arrived + limits.total_timeout_s,
+            "total_timeout",
+            f"Timed out: the answer took over {limits.total_timeout_s:g} s.",
+        )
+        if self._admitted_at is None:
+            stage = _Deadline(
+                self._queued_at + limits.queue_timeout_s,
+                "queue_timeout",
+                f"Timed out after {limits.queue_timeout_s:g} s in the queue.",
+            )
+        elif self._last_token_at is None:
+            stage = _Deadline(
+                self._admitted_at + limits.first_token_timeout_s,
+                "first_token_timeout",
+                f"Timed out after {limits.first_token_timeout_s:g} s without a first token.",
+            )
+        else:
+            stage = _Deadline(
+                self._last_token_at + limits.inter_token_timeout_s,
+                "idle_timeout",
+                f"Timed out after {limits.inter_token_timeout_s:g} s without a further token.",
+            )
+        return min(stage, total, key=lambda deadline: deadline.at)
+
+
+def system_source(body: RequestBody, system_prompt: str | None) -> SystemSource:
+    """Return the origin of a request's system message if its adapter was trained with ``system_prompt``.
+
+    A text to continue has no messages, so nothing is put before it.
+    """
+    if not isinstance(body, ChatRequest):
+        return "none"
+    if any(message.role == "system" for message in body.messages):
+        return "request"
+    return "none" if system_prompt is None else "adapter"

@@ -1,0 +1,353 @@
+"""Request bodies and errors of OpenAI's API (https://platform.openai.com/docs/api-reference/chat and /completions).
+
+A request may have the fields declared here, whichever engine answers. SDKs send many others with a neutral value, one
+that changes nothing: those are dropped. Any other field or value is refused by name, be it one that would change the
+answer or one that only the server may set (``cache_salt``, ``priority``, ``lora_request``, …).
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from tunewright.data.examples import Message, Role
+
+
+class ApiError(Exception):
+    """An error in OpenAI's format.
+
+    Args:
+        message: the fault and its remedy.
+        status: the HTTP status.
+        param: the body's field at fault.
+        code: an identifier for programs.
+        kind: OpenAI's ``type``, if the status does not imply it.
+        headers: headers of the response.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+        self.code = code
+        self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+        self.headers = headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON document of the response."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+_EMPTY: tuple[Any, ...] = (False, 0, [], {})
+"""Neutral values of an undeclared field, besides null: an option that is off, or an empty list."""
+
+_ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "service_tier": ("auto", "default"),
+    # False and 0 are not neutral here: in vLLM and TGI these options are on, or 1, by default.
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (),
+    "detokenize": (True,),
+    "do_sample": (),
+    "length_penalty": (1,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "top_k": (0, -1),
+    "truncate_prompt_tokens": (),
+    # Nor is {}: a schema that every JSON value matches, or an option that turns web search on.
+    "guided_json": (),
+    "structured_outputs": (),
+    "web_search_options": (),
+}
+_CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tool_choice": ("auto", "none"),
+    "function_call": ("auto", "none"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "reasoning_effort": ("none",),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+}
+_COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "logprobs": (False,),  # 0 requests the log probability of each token of the answer
+}
+
+
+class _Part(BaseModel):
+    """A part of a body; undeclared fields must have a neutral value.
+
+    ``neutral`` lists the neutral values of fields to which :data:`_EMPTY` does not apply; null is always neutral.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            field: value for field, value in data.items() if field in cls.model_fields or not cls._neutral(field, value)
+        }
+
+    @classmethod
+    def _neutral(cls, field: str, value: Any) -> bool:
+        # False == 0 in Python, but as `logprobs` they differ.
+        return value is None or any(
+            value == known and isinstance(value, bool) is isinstance(known, bool)
+            for known in cls.neutral.get(field, _EMPTY)
+        )
+
+
+def _no_image(kind: Any) -> Any:
+    if "image" in str(kind):
+        raise PydanticCustomError("image", "images are not supported, only text: remove the image")
+    return kind
+
+
+class TextPart(_Part):
+    """One part of a message's content."""
+
+    type: Annotated[Literal["text"], BeforeValidator(_no_image)]
+    text: str
+
+
+def _one_part(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _as_system(role: Any) -> Any:
+    return "system" if role == "developer" else role
+
+
+class ChatMessage(_Part):
+    """One message; a plain string becomes a single part, and the role ``developer`` becomes ``system``."""
+
+    role: Annotated[Role, BeforeValidator(_as_system)]
+    content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_one_part)]
+    name: str | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
+
+    def as_message(self) -> Message:
+        """Return the message in the form of training data: Unicode NFC, as in datasets."""
+        return Message(self.role, unicodedata.normalize("NFC", "".join(part.text for part in self.content)))
+
+
+class StreamOptions(_Part):
+    """Options of a stream."""
+
+    include_usage: bool | None = None
+
+
+MAX_PROMPTS = 128
+"""The most prompts in one completion request."""
+
+Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""Stored with a tenant's usage: PostgreSQL takes no NUL."""
+
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _one_stop(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class _BaseRequest(_Part):
+    """The fields of both routes.
+
+    One default differs from OpenAI's: the temperature is 0, since a domain model should give its best answer unless
+    variety is requested. So ``top_p`` without a temperature has no effect, and is refused.
+    """
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _ANSWER_NEUTRAL
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[list[StopString] | None, Field(max_length=4), BeforeValidator(_one_stop)] = None
+    n: Literal[1] | None = None  # one answer per prompt
+    # Labels, and hints for OpenAI's storage and cache: no answer depends on them.
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    @model_validator(mode="after")
+    def _no_field_without_effect(self) -> Self:
+        if self.temperature is None and self.top_p not in (None, 1.0):
+            message = "top_p has no effect at temperature 0, the default: set temperature too."
+            raise ApiError(message, param="top_p", code="invalid_value")
+        return self
+
+    @property
+    def end_user(self) -> str | None:
+        """The client's label of its own user; ``safety_identifier`` is OpenAI's newer name of ``user``."""
+        return self.safety_identifier or self.user or None
+
+    @property
+    def include_usage(self) -> bool:
+        """True if a stream ends with its usage; other responses always have it."""
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+
+class ChatRequest(_BaseRequest):
+    """The body of ``POST /v1/chat/completions``."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _ANSWER_NEUTRAL | _CHAT_NEUTRAL
+    default_tokens: ClassVar[None] = None
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            message = "max_tokens and max_completion_tokens differ, and mean the same: set only one of them."
+            raise ApiError(message, param="max_tokens", code="invalid_value")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens the answer may have; None: as many as the context has room for."""
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The messages in the form of training data, with one system message at most at the beginning.
+
+        Some frameworks send several there, for example pydantic-ai its system prompt and its instructions. They are
+        joined by a blank line.
+        """
+        messages = [message.as_message() for message in self.messages]
+        system = list(takewhile(lambda message: message.role == "system", messages))
+        if len(system) > 1:
+            messages[: len(system)] = [Message("system", "\n\n".join(message.content for message in system))]
+        return messages
+
+    @property
+    def beginning(self) -> list[list[str]]:
+        """The conversation up to the first user message, which all its requests have in common."""
+        beginning = []
+        for message in self.conversation:
+            beginning.append([message.role, message.content])
+            if message.role == "user":
+                break
+        return beginning
+
+
+def _prompts(prompt: Any) -> Any:
+    if isinstance(prompt, list) and prompt and all(isinstance(one, int | list) for one in prompt):
+        raise PydanticCustomError("token_ids", "token ids are not supported: send text")
+    return [prompt] if isinstance(prompt, str) else prompt
+
+
+class CompletionRequest(_BaseRequest):
+    """The body of ``POST /v1/completions``: texts to continue, without the chat template."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _ANSWER_NEUTRAL | _COMPLETION_NEUTRAL
+    default_tokens: ClassVar[int] = 16
+    """OpenAI's default of ``max_tokens`` on this route."""
+
+    prompt: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        Field(min_length=1, max_length=MAX_PROMPTS),
+        BeforeValidator(_prompts),
+    ]
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens each answer may have; None: :attr:`default_tokens`."""
+        return self.max_tokens
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts in Unicode NFC, as in datasets."""
+        return [unicodedata.normalize("NFC", text) for text in self.prompt]
+
+    @property
+    def beginning(self) -> list[list[str]]:
+        """All prompts: no later request is known to continue them."""
+        return [["prompt", text] for text in self.texts]
+
+
+RequestBody = ChatRequest | CompletionRequest
+
+R = TypeVar("R", bound=_BaseRequest)
+
+_MAX_FAULTS = 10
+_MAX_PARAM = 100
+
+
+def parse_request(kind: type[R], body: bytes) -> R:
+    """Return the validated body.
+
+    Raises:
+        ApiError: 400, naming the fields at fault.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+        faults = [_fault(details) for details in errors[:_MAX_FAULTS]]
+        message = " ".join(fault.message for fault in faults)
+        if len(errors) > _MAX_FAULTS:
+            message += f" {len(errors) - _MAX_FAULTS} more errors."
+        raise ApiError(message, param=faults[0].param, code=faults[0].code) from error
+
+
+def _fault(details: ErrorDetails) -> ApiError:
+    param = ".".join(map(str, details["loc"])) or None
+    if param is not None and len(param) > _MAX_PARAM:  # the client chose it: an error must not repeat a megabyte
+        param = f"{param[:_MAX_PARAM]}…"
+    if details["type"] == "json_invalid":
+        return ApiError(f"The body is not valid JSON: {details['msg']}.", code="invalid_json")
+    if details["type"] == "extra_forbidden":
+        message = f"{param} is not supported: remove it."
+        return ApiError(message, param=param, code="unsupported_parameter")
+    if details["type"] == "missing":
+        return ApiError(f"{param} is missing.", param=param, code="missing_required_parameter")
+    where = param or "The body"
+    return ApiError(f"{where}: {details['msg']}.", param=param, code="invalid_value")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    def as_dict(self) -> dict[str, int]:
+        """Return OpenAI's ``usage`` object."""
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }

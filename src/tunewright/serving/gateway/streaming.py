@@ -1,0 +1,139 @@
+"""HTTP input and output: bodies read in time, work cancelled on disconnect, answers as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
+from tunewright.serving.gateway.handler import RequestHandler
+from tunewright.serving.gateway.request import TextChunk
+from tunewright.serving.gateway.responses import ResponseFormat
+from tunewright.serving.gateway.schemas import ApiError
+
+T = TypeVar("T")
+
+FLUSH_SECONDS = 5.0
+"""How long a client may take, after a stream's deadline, to read the error that ends it."""
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would create one for each event
+
+_CLOSE = {"Connection": "close"}
+"""The rest of the body is not read."""
+
+
+async def read_body(http: HttpRequest, limit: int, seconds: float) -> bytes:
+    """Return the request's body.
+
+    Raises:
+        ApiError: 413, it is larger than the limit; 408, it did not arrive in time.
+    """
+    body = b""
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in http.stream():
+                body += chunk
+                if len(body) > limit:
+                    message = f"Request body too large (limit {limit} bytes)."
+                    raise ApiError(message, status=413, code="body_too_large", headers=_CLOSE)
+    except TimeoutError:
+        message = f"Timed out after {seconds:g} s waiting for the request body."
+        raise ApiError(message, status=408, code="body_timeout", headers=_CLOSE) from None
+    return body
+
+
+async def cancel_on_disconnect(http: HttpRequest, work: Awaitable[T]) -> T | None:
+    """Return the work's result; if the client disconnects first, cancel the work and return None."""
+
+    async def disconnect() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        watching.cancel()
+
+
+class EventStreamResponse(StreamingResponse):
+    """A response of server-sent events.
+
+    Args:
+        until: when the client must have read it all, by the event loop's clock. Slower clients are disconnected.
+        on_end: called at the end, even if the response was never started.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        headers: dict[str, str],
+        *,
+        until: float,
+        on_end: Callable[[], Awaitable[None]],
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+        self._until = until
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with aclosing(self._events), asyncio.timeout_at(self._until):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            return  # the server closes the connection, so that an answer without its end does not look complete
+        finally:
+            await self._on_end()
+
+
+async def sse_events(
+    first: tuple[int, TextChunk],
+    rest: AsyncGenerator[tuple[int, TextChunk], None],
+    handler: RequestHandler,
+    response_format: ResponseFormat,
+) -> AsyncGenerator[str, None]:
+    """Yield the answers as server-sent events; an error on the way is the last one.
+
+    What is known at one moment is yielded together: to send costs more than to encode, however little is sent.
+    """
+    documents = response_format.first_chunks()
+    unfinished, tokens = len(handler.requests), 0
+    try:
+        item: tuple[int, TextChunk] | None = first
+        while item is not None:
+            index, chunk = item
+            if chunk.text:
+                documents.append(response_format.text_chunk(index, chunk.text))
+            if chunk.finish:
+                documents.append(response_format.finish_chunk(index, chunk.finish))
+                unfinished, tokens = unfinished - 1, tokens + chunk.tokens
+            if not unfinished and handler.include_usage:
+                documents.append(response_format.usage_chunk(handler.usage(tokens)))
+            yield "".join(map(_sse, documents)) + ("" if unfinished else "data: [DONE]\n\n")
+            documents = []
+            item = await anext(rest, None)
+    except (ApiError, RequestFailedError, EngineStoppedError) as error:
+        yield _sse(as_api_error(error).body)
+
+
+def _sse(document: dict[str, Any]) -> str:
+    return f"data: {_ENCODER.encode(document)}\n\n"
+
+
+def as_api_error(error: ApiError | RequestFailedError | EngineStoppedError) -> ApiError:
+    """Return the response to an engine's failure."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineStoppedError):
+        return ApiError(str(error), status=503, code="engine_stopped", headers={"Retry-After": "5"})
+    return ApiError(str(error), status=500, code="request_failed")

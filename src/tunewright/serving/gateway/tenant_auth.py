@@ -1,0 +1,272 @@
+"""Tenants at the gateway: keys, aliases and quota.
+
+Keys, limits and usage are read and written for each request. So a revoked key or a lowered limit takes effect with the
+next request, on every server of the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from tunewright.core.io import canonical_json
+from tunewright.core.progress import Reporter
+from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError
+from tunewright.serving.gateway.auth import Admission, Released, ServedAdapter, Shadow, Target, model_not_found
+from tunewright.serving.gateway.release_router import AdapterLoader, ReleaseRouter
+from tunewright.serving.gateway.schemas import ApiError, RequestBody
+from tunewright.serving.tenants import (
+    Caller,
+    InvalidKeyError,
+    LimitExceededError,
+    RequestUsage,
+    Reservation,
+    State,
+    StateUnavailableError,
+)
+from tunewright.serving.tenants.async_state import AsyncState
+from tunewright.serving.tenants.database import ceil_seconds
+from tunewright.serving.tenants.quota import LOST_SECONDS
+
+POLL_SECONDS = 0.5
+"""The time between two looks for new releases."""
+_HEARTBEAT_SECONDS = LOST_SECONDS / 4
+
+
+class TenantAuth:
+    """Access by API key: each tenant may use its own aliases, within its quota.
+
+    Args:
+        state: closed when the server ends.
+        engine: loads the adapters of releases.
+        locate: returns an adapter by its name and digest, or raises a UserError.
+        reporter: receives a message for each release.
+    """
+
+    reports_load = False
+
+    def __init__(
+        self, state: State, engine: AdapterLoader, locate: Callable[[str, str], ServedAdapter], reporter: Reporter
+    ) -> None:
+        self._state = state
+        self._async_state = AsyncState(state)
+        self.router = ReleaseRouter(state, self._async_state, engine, locate, reporter)
+        self._reporter = reporter
+        self.gateway = uuid.uuid4().hex
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._trouble: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The aliases with a live release."""
+        return self.router.names
+
+    @property
+    def released(self) -> list[Released]:
+        """The adapters of each alias."""
+        return self.router.released
+
+    @property
+    def resident(self) -> list[str]:
+        """The digests of the loaded adapters."""
+        return self.router.resident
+
+    @property
+    def system_prompts(self) -> dict[str, str]:
+        """The system messages added to requests without one, by alias."""
+        return self.router.system_prompts
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Follow the releases while the server runs; the present ones are loaded first."""
+        await self._update()
+        following = asyncio.create_task(self._follow())
+        try:
+            yield
+        finally:
+            following.cancel()
+            with suppress(asyncio.CancelledError):
+                await following
+            self._async_state.close(lambda: self._state.quota.remove_gateway(self.gateway))
+
+    async def authenticate(self, authorization: str | None) -> TenantPrincipal:
+        """Return the tenant of a Bearer key; each request reads the database, so that a revoked key is refused."""
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise _unauthorized("Missing API key. Send it in the header: Authorization: Bearer KEY.")
+        try:
+            caller = await self._async_state.read(self._state.keys.caller, key.strip())
+        except InvalidKeyError as error:
+            raise _unauthorized(str(error)) from None
+        return TenantPrincipal(self, caller)
+
+    async def reserve(self, reservation: Reservation) -> int:
+        """Reserve quota, keep the adapter loaded, and return the number to settle by.
+
+        Nothing may be awaited between :meth:`ReleaseRouter.route` and this, or the adapter could be unloaded.
+
+        Raises:
+            LimitExceededError: the request is over a limit.
+        """
+        acquired = self.router.acquire(reservation.digest)
+        assert acquired, "a live release's adapter is loaded"
+        try:
+            return await self._reserve(reservation)
+        except BaseException:
+            self.router.release(reservation.digest)
+            raise
+
+    async def _reserve(self, reservation: Reservation) -> int:
+        reserving = self._async_state.submit(self._state.quota.reserve, reservation, self.gateway)
+        try:
+            return await asyncio.wrap_future(reserving)
+        except asyncio.CancelledError:
+            # The client disconnected. The thread may still reserve, so the reservation is settled once it is there.
+            reserving.add_done_callback(self._settle_cancelled)
+            raise
+
+    def _settle_cancelled(self, reserving: Future[int]) -> None:
+        if not reserving.cancelled() and reserving.exception() is None:
+            number = reserving.result()
+            usage = RequestUsage(0, 0, 0.0, None, 0.0, "hung up")
+            self._async_state.write_later(lambda: self._state.quota.settle(number, usage))
+
+    def settle(self, number: int, digest: str, usage: RequestUsage) -> None:
+        """Record a request's usage, and release its adapter."""
+        self.router.release(digest)
+        self._async_state.write_later(lambda: self._state.quota.settle(number, usage))
+
+    def shadow(self, number: int, release_id: int, digest: str, system_prompt: str | None) -> Shadow:
+        """Return the shadow of a request."""
+
+        def record(answer: str, shadow_answer: str | None, why_not: str | None) -> None:
+            self._async_state.write_later(
+                lambda: self._state.quota.record_shadow(number, release_id, answer, shadow_answer, why_not)
+            )
+
+        return Shadow(
+            digest,
+            system_prompt,
+            acquire=lambda: self.router.acquire(digest),
+            release=lambda: self.router.release(digest),
+            record=record,
+        )
+
+    async def _follow(self) -> None:
+        beat = asyncio.get_running_loop().time()
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            try:
+                if await self.router.has_changed():
+                    await self._update()
+                await self.router.unload_unused()
+                await self._async_state.flush()
+                if asyncio.get_running_loop().time() - beat > _HEARTBEAT_SECONDS:
+                    if self.router.incomplete:  # an adapter's files may have arrived meanwhile
+                        await self.router.update()
+                    await self._send_heartbeat()
+                    beat = asyncio.get_running_loop().time()
+                self._report_trouble(None)
+            except StateUnavailableError as error:
+                self._report_trouble(str(error))
+            except EngineStoppedError:
+                pass  # a crashed engine may be restarting, and requests get this error
+            except AdapterFailedError:
+                pass  # an adapter could not be freed; the engine has logged why
+
+    async def _update(self) -> None:
+        await self.router.update()
+        await self._send_heartbeat()  # a deploy waits for the servers that have taken its release
+
+    async def _send_heartbeat(self) -> None:
+        newest = self.router.newest_loaded
+        await self._async_state.call(self._state.quota.heartbeat, self.gateway, self._name, newest)
+
+    def _report_trouble(self, trouble: str | None) -> None:
+        """Warn once when the database does not answer, and once when it does again."""
+        if trouble != self._trouble:
+            self._reporter.warn(trouble or "The serving state answers again.")
+            self._trouble = trouble
+
+
+@dataclass(frozen=True)
+class TenantPrincipal:
+    """A tenant with a valid key."""
+
+    auth: TenantAuth
+    caller: Caller
+
+    @property
+    def name(self) -> str:
+        """The tenant's name."""
+        return self.caller.tenant
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The tenant's limit of tokens per minute, which no single request can exceed."""
+        return self.caller.tokens_per_minute
+
+    def models(self) -> list[str]:
+        """Return the aliases that the key may use and that have a live release."""
+        return [alias for alias in self.auth.names if alias in self.caller.aliases]
+
+    def target(self, body: RequestBody) -> Target:
+        """Return the adapter of an alias; a missing alias and one of another tenant give the same error."""
+        router = self.auth.router
+        release = router.route(body.model) if body.model in self.caller.aliases else None
+        if release is None:
+            raise model_not_found(body.model, self)
+        digest, shadow = release.digest, None
+        prompt, shadow_prompt = router.system_prompt(*release.answer), None
+        if (candidate := release.candidate) is not None:
+            candidate_prompt = router.system_prompt(candidate.digest, candidate.system_prompt)
+            if candidate.share is None:
+                shadow, shadow_prompt = candidate.digest, candidate_prompt
+            elif falls_to(self.caller.tenant, body, candidate.digest, candidate.share):
+                digest, prompt = candidate.digest, candidate_prompt
+        return Target(body.model, digest, release.id, shadow, prompt, shadow_prompt)
+
+    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
+        """Reserve the most that the request can use."""
+        assert target.digest is not None and target.release_id is not None
+        caller, digest = self.caller, target.digest
+        reservation = Reservation(
+            caller.tenant_id, caller.key_id, target.name, target.release_id, digest, tokens, end_user
+        )
+        try:
+            number = await self.auth.reserve(reservation)
+        except LimitExceededError as error:
+            raise _over_limit(error) from None
+        shadow = None
+        if target.shadow is not None:
+            shadow = self.auth.shadow(number, target.release_id, target.shadow, target.shadow_system_prompt)
+        return Admission(settle=lambda usage: self.auth.settle(number, digest, usage), shadow=shadow)
+
+
+def falls_to(tenant: str, body: RequestBody, digest: str, share: float) -> bool:
+    """Return whether a canary with this share of the traffic answers a request.
+
+    It depends on a hash of the conversation up to the first user message. So all requests of a conversation have the
+    same adapter, on every server, and a conversation within one share is within each larger share of the same adapter.
+    """
+    hashed = hashlib.sha256(canonical_json([digest, tenant, body.beginning]).encode()).digest()
+    return int.from_bytes(hashed[:8]) < share * 2**64
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(message, status=401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _over_limit(error: LimitExceededError) -> ApiError:
+    if error.wait is None:
+        return ApiError(str(error), status=400, param="max_tokens", code="request_over_limit")
+    kind = "tokens" if error.limit == "tokens_per_minute" else "requests"
+    wait = {"Retry-After": str(ceil_seconds(error.wait))}
+    return ApiError(str(error), status=429, code="rate_limit_exceeded", kind=kind, headers=wait)

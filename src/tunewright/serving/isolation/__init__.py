@@ -1,0 +1,1 @@
+"""Isolation test: proof that an engine never answers with another tenant's adapter."""

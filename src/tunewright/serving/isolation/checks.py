@@ -1,0 +1,414 @@
+"""The isolation test: every request must get the answer of its own adapter, whatever else the engine computes.
+
+Engines ship no such test, and have had such bugs. vLLM's CPU build answers requests for the base with an adapter when
+its slots are full; llama.cpp and vLLM have reused keys and values that another adapter had computed. Nothing reports
+these bugs, since the answers look like answers.
+
+A reference (the base with one adapter at a time, which keeps nothing between prompts) first finds *probes*: prompts on
+which the models differ, so that an answer of a wrong model is detected (:mod:`.probes`). Then the engine gets requests
+in the patterns in which such bugs show. The reference scores each token of the answers: by how many nats the token is
+less likely than the best one after the same text. An engine adds numbers in another order, so of two tokens of about
+the same likelihood it may choose the other. That costs a small fraction of a nat. The text of a wrong adapter falls
+short by whole nats at some token.
+
+The numbers of requests and of reference passes grow with the adapters, and not with their pairs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing
+from dataclasses import dataclass, field
+from itertools import product, zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+from tunewright.core.progress import Reporter
+from tunewright.engines.protocol import Engine, stream
+from tunewright.generation.requests import Finish, Request
+from tunewright.serving.isolation.probes import TOKENS, Answer, Digest, Ids, Probes, Reference, find_probes
+
+TOLERANCE = {"bfloat16": 0.75, "float32": 0.05, "f16": 0.1, "q8_0": 1.5}
+"""The most nats by which a correct token may fall short, by the precision of the arithmetic.
+
+bfloat16 rounds logits to 8 bits, which is up to 1/16 for logits of 8 to 16, in each of the two models compared. The
+last two are llama.cpp's (see docs/engines.md): f16 has 11 bits, and q8_0 is a slightly different model.
+"""
+LONG = 144
+"""Tokens of a prompt that fills a block of vLLM's prefix cache, which keeps whole blocks only: of 128 tokens without a
+GPU, of 16 with one. The rest after the last block is computed by each model itself, so it should be short."""
+SHORT = 64
+"""The same for an engine that caches prefixes by the token, or none: longer prompts would only take longer."""
+VERSION = 2
+"""The version of the checks; a result of an earlier version does not count."""
+_ROUNDS = 2
+_MAX_REASONS = 8
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A wrong answer."""
+
+    asked: str
+    """The model that should have answered."""
+    shortfall: float
+    """In nats."""
+    like: str | None
+    """The model that could have given this answer, if there is one."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One pattern of requests, and its result."""
+
+    name: str
+    asked: int
+    """The number of requests."""
+    worst: float
+    """The largest shortfall, in nats."""
+    failures: tuple[Failure, ...]
+
+    @property
+    def wrong(self) -> int:
+        """The number of wrong answers."""
+        return len(self.failures)
+
+
+@dataclass(frozen=True)
+class IsolationResult:
+    """The result of the test."""
+
+    engine: str
+    tolerance: float
+    models: tuple[str, ...]
+    checks: tuple[Check, ...]
+    alike: tuple[tuple[str, str], ...]
+    """Pairs that no probe tells apart: if one answered for the other, the test would not detect it."""
+
+    @property
+    def verdict(self) -> Literal["isolated", "not isolated", "can't tell"]:
+        """The verdict: any wrong answer decides it; without one, every pair of models must be told apart."""
+        if any(check.failures for check in self.checks):
+            return "not isolated"
+        return "can't tell" if self.alike else "isolated"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The reasons for a verdict other than "isolated", one per line; of many, the first few and a count."""
+        lines = [
+            f"{check.name}: a request for {failure.asked} got "
+            + (
+                f"the answer of {failure.like}"
+                if failure.like
+                else f"an answer that falls short by {failure.shortfall:.1f} nats"
+            )
+            for check in self.checks
+            for failure in check.failures
+        ]
+        if len(lines) > _MAX_REASONS:
+            lines[_MAX_REASONS:] = [f"and {len(lines) - _MAX_REASONS} more"]
+        return (
+            *lines,
+            *(f"{one} and {other} give the same answers to all prompts" for one, other in self.alike),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as ``--json`` prints it."""
+        checks = [
+            {
+                "name": check.name,
+                "asked": check.asked,
+                "worst_shortfall": round(check.worst, 4),
+                "failures": [
+                    {"asked": f.asked, "shortfall": round(f.shortfall, 4), "like": f.like} for f in check.failures
+                ],
+            }
+            for check in self.checks
+        ]
+        return {
+            "verdict": self.verdict,
+            "engine": self.engine,
+            "tolerance_nats": self.tolerance,
+            "models": list(self.models),
+            "checks": checks,
+            "alike": [list(pair) for pair in self.alike],
+        }
+
+
+@dataclass(frozen=True)
+class _Observation:
+    """A request to the engine, and its answer."""
+
+    check: str
+    model: Digest
+    prompt: Ids
+    answer: Answer
+
+
+@dataclass
+class _Session:
+    """Sends requests to the engine, and collects its answers."""
+
+    engine: Engine
+    probes: Probes
+    long: Probes
+    folders: Mapping[str, Path]
+    shuffle: random.Random
+    observations: list[_Observation] = field(default_factory=list)
+
+    async def send(self, check: str, model: Digest, prompt: Ids) -> None:
+        ids: list[int] = []
+        finish: Finish | None = None
+        async with aclosing(stream(self.engine, Request(prompt, model, TOKENS))) as deltas:
+            async for delta in deltas:
+                ids += delta.ids
+                finish = delta.finish
+        assert finish is not None
+        self.observations.append(_Observation(check, model, prompt, Answer(tuple(ids), finish)))
+
+    async def send_together(self, check: str, requests: Iterable[tuple[Digest, Ids]]) -> None:
+        """Send requests at once, in random order: their rows share batches."""
+        shuffled = list(requests)
+        self.shuffle.shuffle(shuffled)
+        await asyncio.gather(*(self.send(check, model, prompt) for model, prompt in shuffled))
+
+    async def alone(self, check: str) -> None:
+        """One request at a time: the engine loads and applies each adapter correctly."""
+        for model, prompt in self.probes.every:
+            await self.send(check, model, prompt)
+
+    async def mixed(self, check: str) -> None:
+        """All models in one batch: each row gets its own adapter."""
+        for _ in range(_ROUNDS):
+            await self.send_together(check, self.probes.every)
+
+    async def base_in_the_mix(self, check: str) -> None:
+        """As many requests for the base as for all adapters together, in one batch with them.
+
+        Engines mark a row without an adapter by a special index, which vLLM's CPU build takes for the last slot.
+        """
+        base = self.probes.prompts[None]
+        adapters = [pair for pair in self.probes.every if pair[0] is not None]
+        for _ in range(_ROUNDS):
+            await self.send_together(check, [*adapters, *((None, base[n % len(base)]) for n in range(len(adapters)))])
+
+    async def warm_prefixes(self, check: str) -> None:
+        """Each long prompt to one model, then to all others, then to all models in another order.
+
+        So every model finds prefixes that another one has computed, and after the first round those of all. The order
+        within a round is random. So a cache that confuses two models only directly after each other may escape. But a
+        cache that does not distinguish two models at all has one entry for both, and the last round detects it.
+        """
+        prompts, models = self.long.distinct, list(self.long.prompts)
+        first = {prompt: models[place % len(models)] for place, prompt in enumerate(prompts)}
+        everyone = list(product(models, prompts))
+        await self.send_together(check, [(model, prompt) for prompt, model in first.items()])
+        await self.send_together(check, [(model, prompt) for model, prompt in everyone if model != first[prompt]])
+        await self.send_together(check, everyone)
+
+    async def evict_and_reload(self, check: str) -> None:
+        """All adapters unloaded, then loaded in another order, with requests for the base in between.
+
+        An engine may leave an adapter's weights in its slot after unloading it.
+        """
+        await self.unload(self.folders)
+        await self.send_together(check, [(None, prompt) for prompt in self.probes.prompts[None]])
+        for digest in reversed(list(self.folders)):
+            await self.load([digest])
+            await self.send_together(check, [(m, p) for m, p in self.probes.every if m in (None, digest)])
+        await self.mixed(check)
+
+    async def new_version(self, check: str) -> None:
+        """What releases do: an adapter replaces another one, or is loaded before the other is unloaded.
+
+        One half of the adapters replaces the other half one by one. Then the other half is loaded as well, and stays
+        alone. The same prompts are sent before and after. So each adapter follows another one with the same prompts.
+        And whichever free slot an engine takes first (the lowest, the oldest, the one left last), some adapter gets a
+        slot that another one has left.
+        """
+        digests, prompts = list(self.folders), self.long.distinct
+        if len(digests) < 2:
+            return
+        one, other = digests[: len(digests) // 2], digests[len(digests) // 2 :]
+        await self.unload([*other, *one])
+        await self.load(one)
+        await self.send_together(check, product(one, prompts))
+        for old, new in zip_longest(one, other):
+            await self.unload([old] if old else [])
+            await self.load([new])
+        await self.send_together(check, product([*other, None], prompts))
+        await self.load(one)
+        await self.send_together(check, product(one, prompts))
+        await self.unload(other)
+        await self.send_together(check, product([*one, None], prompts))
+        await self.load(other)
+
+    async def load(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            await self.engine.load(digest, self.folders[digest])
+
+    async def unload(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            await self.engine.unload(digest)
+
+
+def check_isolation(
+    start: Callable[[], AbstractContextManager[Engine]],
+    reference: Reference,
+    folders: Mapping[str, Path],
+    prompts: Sequence[Ids],
+    *,
+    context: int,
+    tolerance: float,
+    names: Mapping[Digest, str],
+    reporter: Reporter,
+    long: int = LONG,
+    seed: int = 0,
+) -> IsolationResult:
+    """Send an engine requests for the base and all adapters, in every pattern in which it could mix them up.
+
+    The reference and the engine are never in memory together, since each holds the base.
+
+    Args:
+        start: starts the engine with all adapters loaded, and stops it at the end of the context. The test unloads and
+            loads adapters, so nothing else may use the engine.
+        folders: the adapters by digest.
+        prompts: the candidates for probes, from the adapters' own tasks, on which they differ.
+        context: the engine's context length in tokens.
+        tolerance: the most nats by which a correct token may fall short: see :data:`TOLERANCE`.
+        names: names of the models for people.
+        long: tokens of the prompts that test prefix caches: see :data:`LONG` and :data:`SHORT`.
+
+    Raises:
+        RequestFailedError, EngineStoppedError: the engine fails to answer.
+    """
+    models: list[Digest] = [None, *folders]
+    longer = list(dict.fromkeys(_lengthened(prompt, min(long, context - TOKENS)) for prompt in prompts))
+    with reporter.task("Looking for prompts that tell the models apart", 2 * len(models), "models") as task:
+        probes = find_probes(reference, models, prompts, tolerance, task.advance)
+        long_probes = find_probes(reference, models, longer, tolerance, task.advance)
+    reference.unload()
+    answers = _collect(start, probes, long_probes, folders, reporter, seed)
+    scorer = _Scorer(reference, {**probes.answers, **long_probes.answers})
+    checks = _scored(answers, probes, scorer, tolerance, names, reporter)
+    reference.unload()
+    alike = sorted({_sorted(names[one], names[other]) for one, other in probes.alike & long_probes.alike})
+    return IsolationResult(
+        answers.engine,
+        tolerance,
+        tuple(names[model] for model in models),
+        checks,
+        tuple(alike),
+    )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """All answers of an engine."""
+
+    engine: str
+    checks: tuple[str, ...]
+    observations: Sequence[_Observation]
+
+
+def _collect(
+    start: Callable[[], AbstractContextManager[Engine]],
+    probes: Probes,
+    long_probes: Probes,
+    folders: Mapping[str, Path],
+    reporter: Reporter,
+    seed: int,
+) -> _Answers:
+    """Start the engine, send it all requests, and stop it."""
+    with start() as engine:
+        session = _Session(engine, probes, long_probes, folders, random.Random(seed))
+        checks = {
+            "each alone": session.alone,
+            "all mixed": session.mixed,
+            "the base in the mix": session.base_in_the_mix,
+            "prefixes warm": session.warm_prefixes,
+            "evicted and reloaded": session.evict_and_reload,
+            "a new version": session.new_version,
+        }
+
+        async def run() -> None:
+            with reporter.task("Testing the engine", len(checks), "checks") as task:
+                for name, check in checks.items():
+                    await check(name)
+                    task.advance(note=name)
+
+        asyncio.run(run())
+        return _Answers(engine.name, tuple(checks), session.observations)
+
+
+def _lengthened(prompt: Ids, tokens: int) -> Ids:
+    """Return the prompt repeated and cut from the left to a length; it keeps its end, where models differ."""
+    return (prompt * -(-tokens // len(prompt)))[-tokens:]
+
+
+def _sorted(one: str, other: str) -> tuple[str, str]:
+    return (one, other) if one <= other else (other, one)
+
+
+class _Scorer:
+    """Scores answers by the reference; an answer that occurs many times is scored once."""
+
+    def __init__(self, reference: Reference, correct: Mapping[tuple[Digest, Ids], Answer]) -> None:
+        self._reference = reference
+        self._correct = correct
+        # The reference's own answers need no scoring.
+        self._known = {(model, prompt, answer): 0.0 for (model, prompt), answer in correct.items()}
+
+    def shortfalls(self, model: Digest, prompt: Ids, answers: Iterable[Answer]) -> list[float]:
+        """Return the shortfall of each answer in nats, as an answer of this model."""
+        answers = list(answers)
+        unknown = list(dict.fromkeys(a for a in answers if (model, prompt, a) not in self._known))
+        if unknown:
+            short = self._reference.shortfalls(model, prompt, unknown)
+            self._known |= {(model, prompt, answer): nats for answer, nats in zip(unknown, short, strict=True)}
+        return [self._known[model, prompt, answer] for answer in answers]
+
+    def source(self, wrong: _Observation, models: Iterable[Digest], tolerance: float) -> tuple[Digest] | None:
+        """Return the other model that could have given a wrong answer."""
+        others = [model for model in models if model != wrong.model]
+        for model in others:
+            if self._correct.get((model, wrong.prompt)) == wrong.answer:
+                return (model,)
+        short = {model: self.shortfalls(model, wrong.prompt, [wrong.answer])[0] for model in others}
+        best = min(short, key=lambda model: short[model], default=None)
+        return (best,) if short and short[best] <= tolerance else None
+
+
+def _scored(
+    answers: _Answers,
+    probes: Probes,
+    scorer: _Scorer,
+    tolerance: float,
+    names: Mapping[Digest, str],
+    reporter: Reporter,
+) -> tuple[Check, ...]:
+    # By model first: the reference holds one adapter at a time.
+    by_model: dict[Digest, dict[Ids, list[_Observation]]] = {}
+    for observation in answers.observations:
+        by_model.setdefault(observation.model, {}).setdefault(observation.prompt, []).append(observation)
+    short: dict[_Observation, float] = {}
+    with reporter.task("Scoring its answers", len(by_model), "models") as task:
+        for model, by_prompt in by_model.items():
+            for prompt, observed in by_prompt.items():
+                nats = scorer.shortfalls(model, prompt, [observation.answer for observation in observed])
+                short |= zip(observed, nats, strict=True)
+            task.advance()
+    checks = []
+    for name in answers.checks:
+        own = [observation for observation in answers.observations if observation.check == name]
+        failures = []
+        for observation in own:
+            if short[observation] > tolerance:
+                source = scorer.source(observation, probes.prompts, tolerance)
+                like = None if source is None else names[source[0]]
+                failures.append(Failure(names[observation.model], short[observation], like))
+        worst = max((short[observation] for observation in own), default=0.0)
+        checks.append(Check(name, len(own), worst, tuple(failures)))
+    return tuple(checks)

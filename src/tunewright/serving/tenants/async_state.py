@@ -1,0 +1,86 @@
+"""The serving state for coroutines: reads and writes that do not block the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, ParamSpec, TypeVar
+
+from tunewright.serving.tenants import State, StateUnavailableError
+
+log = logging.getLogger("tunewright")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class AsyncState:
+    """Threads in which the state is read and written.
+
+    Args:
+        state: closed by :meth:`close`.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        # SQLite has one writer at a time: more threads would only wait for each other.
+        self._threads = ThreadPoolExecutor(1 if state.is_sqlite else 8, thread_name_prefix="tunewright-state")
+        self._unwritten: deque[Callable[[], None]] = deque()
+
+    async def read(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that only reads.
+
+        An SQLite read waits for no writer and takes less time than a change of threads, so it runs in the event loop.
+        """
+        return function(*arguments) if self._state.is_sqlite else await self.call(function, *arguments)
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def submit(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> Future[T]:
+        """Start a call in a thread; it runs even if the coroutine that waits for it is cancelled."""
+        return self._threads.submit(function, *arguments, **named)
+
+    def write_later(self, write: Callable[[], None]) -> None:
+        """Write in the background; if the database does not answer, :meth:`flush` tries again."""
+
+        def attempt() -> None:
+            try:
+                write()
+            except StateUnavailableError as error:
+                log.warning("usage cannot be written now and will be retried: %s", error)
+                self._unwritten.append(write)
+
+        self._threads.submit(attempt)
+
+    async def flush(self) -> None:
+        """Repeat the writes that failed.
+
+        Raises:
+            StateUnavailableError: the database does not answer yet.
+        """
+        while self._unwritten:
+            write = self._unwritten.popleft()
+            try:
+                await self.call(write)
+            except StateUnavailableError:
+                self._unwritten.appendleft(write)
+                raise
+
+    def close(self, last: Callable[[], None]) -> None:
+        """Finish all writes, then the last one, and close the state."""
+
+        def finish() -> None:
+            with suppress(StateUnavailableError):
+                while self._unwritten:
+                    self._unwritten.popleft()()
+                last()
+
+        self._threads.submit(finish)
+        self._threads.shutdown(wait=True)
+        self._state.close()

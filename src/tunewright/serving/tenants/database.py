@@ -1,0 +1,211 @@
+"""The database of the serving state: SQLite in the project's folder, or PostgreSQL shared by several machines."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, create_engine, event, extract, func, insert, inspect, make_url, select
+from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError
+
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_text, writing
+from tunewright.serving.tenants.tables import SCHEMA_VERSION, audit_head, metadata, schema
+
+BUSY_SECONDS = 10
+"""How long a writer waits for others, each of which holds SQLite for well under a millisecond."""
+
+_SCHEMA_LOCK = 7_263_148_051  # an arbitrary number among PostgreSQL's advisory locks
+_WRITES = "tunewright_writes"
+
+
+class StateUnavailableError(UserError):
+    """The database does not answer or refuses; nothing was changed."""
+
+
+class Database:
+    """Connections to the state, in atomic transactions.
+
+    Args:
+        url: ``sqlite:///FILE`` or ``postgresql://…``.
+        clock: seconds since 1970, in place of the database's clock (tests).
+
+    Raises:
+        UserError: the kind of database is not supported, it cannot be reached, or it belongs to a newer tunewright.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], float] | None = None) -> None:
+        self._url = _checked(url)
+        self.name = self._url.render_as_string(hide_password=True)
+        self._clock = clock
+        self.is_sqlite = self._url.get_backend_name() == "sqlite"
+        if self.is_sqlite:
+            _make_folder(Path(str(self._url.database)))
+            self._engine = create_engine(self._url, connect_args={"timeout": BUSY_SECONDS})
+            event.listen(self._engine, "connect", _on_sqlite_connect)
+            event.listen(self._engine, "begin", _on_sqlite_begin)
+        else:
+            try:
+                # A connection that the server closed meanwhile is detected before it is used.
+                self._engine = create_engine(self._url, pool_pre_ping=True)
+            except ModuleNotFoundError:
+                fix = 'Install it: pip install "tunewright[postgresql]"'
+                raise UserError("PostgreSQL's driver psycopg is not installed", where=self.name, fix=fix) from None
+        try:
+            self._create_or_check()
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Open a read-only transaction, which sees one state of the data.
+
+        Raises:
+            StateUnavailableError: the database does not answer.
+        """
+        with self._translated_errors(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Open a transaction, which is committed at the end unless an exception is raised.
+
+        Raises:
+            StateUnavailableError: the database does not answer, or cannot be written to.
+        """
+        with (
+            self._translated_errors(),
+            self._engine.connect().execution_options(**{_WRITES: True}) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    def now(self, connection: Connection) -> float:
+        """Return seconds since 1970, by one clock for all servers on this database."""
+        if self._clock is not None:
+            return self._clock()
+        if self.is_sqlite:
+            return time.time()
+        seconds = connection.execute(select(extract("epoch", func.clock_timestamp()))).scalar_one()
+        return float(seconds)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (IntegrityError, DataError):
+            raise  # the database answers, and the statement is wrong
+        except DatabaseError as error:
+            raise StateUnavailableError(
+                f"the serving state is unavailable: {' '.join(str(error.orig).split())}", where=self.name
+            ) from error
+
+    def _create_or_check(self) -> None:
+        with self.writing() as connection:
+            if not self.is_sqlite:
+                connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+            if inspect(connection).has_table(schema.name):
+                self._require_version(connection)
+                return
+            foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
+            if foreign:
+                raise UserError(
+                    f"the database has other tables with the names {', '.join(foreign)}",
+                    where=self.name,
+                    fix="Use a separate database or schema for the serving state.",
+                )
+            metadata.create_all(connection, checkfirst=False)
+            connection.execute(insert(schema).values(version=SCHEMA_VERSION))
+            connection.execute(insert(audit_head).values(id=1, number=0, digest=""))
+
+    def _require_version(self, connection: Connection) -> None:
+        version = connection.execute(select(schema.c.version)).scalar_one()
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"the serving state has schema {version}, and this tunewright supports schema {SCHEMA_VERSION}",
+                where=self.name,
+                fix="Use the tunewright version that created it, or a newer one.",
+            )
+
+
+def exists(url: str) -> bool:
+    """Return whether SQLite's file exists; True for PostgreSQL.
+
+    Raises:
+        UserError: the kind of database is not supported.
+    """
+    parsed = _checked(url)
+    return parsed.get_backend_name() != "sqlite" or Path(str(parsed.database)).exists()
+
+
+def _checked(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise UserError(f"invalid database URL {url!r}: {error}", where="serve.database_url") from None
+    if backend == "sqlite" and parsed.database:
+        return parsed.set(drivername="sqlite")
+    if backend == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    raise UserError(
+        f"unsupported database {backend}",
+        where="serve.database_url",
+        fix="Use postgresql://USER@HOST/DATABASE or sqlite:///FILE.",
+    )
+
+
+def _make_folder(path: Path) -> None:
+    """Create SQLite's file, readable by its owner only, in a folder that git ignores."""
+    with writing(path):
+        if not path.parent.exists():
+            write_text(path.parent / ".gitignore", "*\n")
+        if not path.exists():
+            path.touch(mode=0o600)
+
+
+def _on_sqlite_connect(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions by itself
+    # With write-ahead logging readers do not wait for a writer. A commit survives a crash of the process at once, and a
+    # crash of the machine from the next checkpoint on. Until then a change is lost together with its audit line.
+    _set_wal(connection)
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _set_wal(connection: Any) -> None:
+    """Turn write-ahead logging on.
+
+    On a new file this statement ignores the busy timeout: while another process opens the file, it fails at once.
+    """
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # The higher bits tell kinds of "busy" apart.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.005)
+
+
+def _on_sqlite_begin(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITES, False)
+    # IMMEDIATE: a transaction that reads first and writes later may fail at its first write.
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def ceil_seconds(seconds: float) -> int:
+    """Return the seconds to wait as a whole number, at least 1."""
+    return max(1, math.ceil(seconds))

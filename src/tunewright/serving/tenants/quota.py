@@ -1,0 +1,238 @@
+"""Limits: each request reserves the most tokens that it can use, and settles for those that it did use.
+
+One table serves as quota and as usage record. A limit counts a tenant's requests of the last 60 seconds (their number,
+and their tokens, reserved ones included) and its unfinished requests (concurrency). The count and the next request's
+row are one transaction, behind a lock on the tenant. So limits hold across all servers of a database, and in every
+interval of 60 seconds, not only in each minute of the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
+
+from tunewright.core.errors import UserError
+from tunewright.serving.tenants.database import Database
+from tunewright.serving.tenants.tables import gateways, requests, shadow_answers, tenants
+
+WINDOW_SECONDS = 60.0
+LOST_SECONDS = 45.0
+"""A server without a heartbeat for this long is dead, and its unfinished requests no longer count."""
+
+Outcome = Literal["stop", "length", "hung up", "timed out", "failed", "refused", "lost"]
+
+_UNLIMITED = "none"
+
+# Built once, since every request runs them.
+_LIMITS = select(tenants).where(tenants.c.id == bindparam("tenant_id")).with_for_update()
+_RESERVE = insert(requests).returning(requests.c.id)
+_SETTLE = update(requests).where(requests.c.id == bindparam("number"), requests.c.finished.is_(None))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A tenant's limits; None is no limit."""
+
+    requests_per_minute: int | None = None
+    """Requests that start within any 60 seconds."""
+    tokens_per_minute: int | None = None
+    """Tokens of prompts and answers, counted when their request starts."""
+    concurrency: int | None = None
+    """Unfinished requests at one time, including those in the queue."""
+
+    def as_dict(self) -> dict[str, int | None]:
+        """Return the limits as ``--json`` prints them."""
+        return asdict(self)
+
+
+UNLIMITED = Limits()
+
+
+def changed_limits(limits: Limits, *, requests: str | None, tokens: str | None, concurrency: str | None) -> Limits:
+    """Return the limits with the given ones replaced: each a number, or ``none`` for no limit.
+
+    Raises:
+        UserError: a value is neither.
+    """
+    given = {"requests_per_minute": requests, "tokens_per_minute": tokens, "concurrency": concurrency}
+    options = {"requests_per_minute": "--requests", "tokens_per_minute": "--tokens", "concurrency": "--concurrency"}
+    changes = {name: _limit(text, options[name]) for name, text in given.items() if text is not None}
+    return replace(limits, **changes)
+
+
+def _limit(text: str, where: str) -> int | None:
+    if text == _UNLIMITED:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) < 2**53):
+        raise UserError(
+            f"invalid limit {text!r}", where=where, fix=f"Use a number from 1 to 2^53 - 1, or {_UNLIMITED}."
+        )
+    return int(text)
+
+
+def check_limits(limits: Limits) -> None:
+    """Check that each limit is at least 1.
+
+    Raises:
+        UserError: a limit is below 1.
+    """
+    for name, value in limits.as_dict().items():
+        if value is not None and value < 1:
+            raise UserError(
+                f"{name} must be at least 1 (got {value})", fix="`tunewright tenant disable` disables a tenant."
+            )
+
+
+class LimitExceededError(Exception):
+    """A request is over a tenant's limit.
+
+    Args:
+        limit: the limit's name.
+        message: for the client.
+        wait: seconds after which the same request can pass; None: never, since it is over the limit by itself.
+    """
+
+    def __init__(self, limit: str, message: str, wait: float | None) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A request that is about to be answered."""
+
+    tenant_id: int
+    key_id: int
+    alias: str
+    release_id: int
+    digest: str
+    tokens: int
+    """The most that prompts and answers can have together."""
+    end_user: str | None = None
+    """The tenant's label of its own user."""
+
+
+@dataclass(frozen=True)
+class RequestUsage:
+    """The usage of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    queued_s: float
+    """The time from arrival to the engine."""
+    first_token_s: float | None
+    """The time from arrival to the first token; None: there was none."""
+    total_s: float
+    outcome: Outcome
+
+
+class Quota:
+    """Reservations in the state, and the servers that hold them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def reserve(self, reservation: Reservation, gateway: str) -> int:
+        """Reserve tokens for a request, and return the number to settle it by.
+
+        Raises:
+            LimitExceededError: the request is over a limit; nothing is reserved.
+        """
+        with self._database.writing() as connection:
+            # Waits for other reservations of this tenant; SQLite has a single writer anyway.
+            limits = connection.execute(_LIMITS, {"tenant_id": reservation.tenant_id}).one()
+            now = self._database.now(connection)
+            _check_quota(connection, limits, reservation, now)
+            row = connection.execute(_RESERVE, {"started": now, "gateway": gateway, **asdict(reservation)})
+            return int(row.scalar_one())
+
+    def settle(self, number: int, usage: RequestUsage) -> None:
+        """Replace a reservation by the request's usage; a second call changes nothing."""
+        with self._database.writing() as connection:
+            tokens, finished = usage.prompt_tokens + usage.completion_tokens, self._database.now(connection)
+            connection.execute(_SETTLE, {"number": number, "tokens": tokens, "finished": finished, **asdict(usage)})
+
+    def record_shadow(
+        self, number: int, release_id: int, answer: str, shadow_answer: str | None, why_not: str | None
+    ) -> None:
+        """Record a request's live answer, and the shadow's or the reason why it has none."""
+        row = {"answer": answer, "shadow_answer": shadow_answer, "why_not": why_not}
+        with self._database.writing() as connection:
+            connection.execute(insert(shadow_answers).values(request_id=number, release_id=release_id, **row))
+
+    def heartbeat(self, gateway: str, name: str, release_id: int) -> None:
+        """Record that a server is alive and has taken the releases up to an id.
+
+        The unfinished requests of servers without a heartbeat get the outcome "lost".
+        """
+        with self._database.writing() as connection:
+            now = self._database.now(connection)
+            values = {"name": name, "seen": now, "release_id": release_id}
+            if not connection.execute(update(gateways).where(gateways.c.id == gateway).values(**values)).rowcount:
+                connection.execute(insert(gateways).values(id=gateway, **values))
+            living = select(gateways.c.id).where(gateways.c.seen > now - LOST_SECONDS)
+            connection.execute(delete(gateways).where(gateways.c.seen <= now - LOST_SECONDS))
+            connection.execute(
+                update(requests)
+                .where(requests.c.finished.is_(None), requests.c.gateway.not_in(living))
+                .values(outcome="lost", finished=now)
+            )
+
+    def remove_gateway(self, gateway: str) -> None:
+        """Remove a server that has shut down."""
+        with self._database.writing() as connection:
+            connection.execute(delete(gateways).where(gateways.c.id == gateway))
+
+    def servers(self) -> list[tuple[str, int]]:
+        """Return the live servers: the name of each, and the newest release that it has taken."""
+        with self._database.reading() as connection:
+            now = self._database.now(connection)
+            rows = connection.execute(select(gateways).where(gateways.c.seen > now - LOST_SECONDS)).all()
+        return sorted((row.name, row.release_id) for row in rows)
+
+
+def _check_quota(connection: Connection, limits: Row[Any], reservation: Reservation, now: float) -> None:
+    if limits.tokens_per_minute is not None and reservation.tokens > limits.tokens_per_minute:
+        raise LimitExceededError(
+            "tokens_per_minute",
+            f"The prompt and max_tokens need {reservation.tokens} tokens, over the limit of "
+            f"{limits.tokens_per_minute} tokens per minute. Lower max_tokens.",
+            None,
+        )
+    if limits.concurrency is not None:
+        unfinished = connection.execute(
+            select(func.count()).where(requests.c.tenant_id == reservation.tenant_id, requests.c.finished.is_(None))
+        ).scalar_one()
+        if unfinished >= limits.concurrency:
+            message = f"Rate limit reached: {unfinished} requests in progress (limit {limits.concurrency})."
+            raise LimitExceededError("concurrency", message, 1.0)
+    if limits.requests_per_minute is None and limits.tokens_per_minute is None:
+        return
+    recent = select(requests.c.started, requests.c.tokens).where(
+        requests.c.tenant_id == reservation.tenant_id, requests.c.started > now - WINDOW_SECONDS
+    )
+    rows = [(row.started, row.tokens) for row in connection.execute(recent.order_by(requests.c.started))]
+    for limit, allowed, weights, weight in (
+        ("requests_per_minute", limits.requests_per_minute, [1] * len(rows), 1),
+        ("tokens_per_minute", limits.tokens_per_minute, [tokens for _, tokens in rows], reservation.tokens),
+    ):
+        if allowed is not None and sum(weights) + weight > allowed:
+            wait = _wait([started for started, _ in rows], weights, sum(weights) + weight - allowed, now)
+            what = limit.removesuffix("_per_minute")
+            message = f"Rate limit reached: {sum(weights)} {what} in the last 60 seconds (limit {allowed})"
+            if what == "tokens":
+                message += f", and this request may need {weight}"
+            raise LimitExceededError(limit, f"{message}.", wait)
+
+
+def _wait(started: Sequence[float], weights: Sequence[int], excess: int, now: float) -> float:
+    """Return the seconds until enough of the oldest requests have left the window to free ``excess``."""
+    for time, weight in zip(started, weights, strict=True):
+        excess -= weight
+        if excess <= 0:
+            return time + WINDOW_SECONDS - now
+    raise AssertionError("the request alone is within the limit")

@@ -1,0 +1,349 @@
+"""The release history of each alias, and the rules for its next release.
+
+A history is a list of releases, each with the alias's whole state from then on. None is changed later, and the last one
+is live.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import Connection, Row, func, insert, select
+
+from tunewright.core.errors import UserError
+from tunewright.serving.tenants.audit import Change, changing
+from tunewright.serving.tenants.database import Database
+from tunewright.serving.tenants.isolation_record import IsolationTest
+from tunewright.serving.tenants.release import Action, Candidate, Grounds, Release
+from tunewright.serving.tenants.tables import audit, releases
+from tunewright.serving.tenants.tenants import check_name
+
+_REFUSED = "isolation.refused"
+
+
+class Releases:
+    """The releases in the state.
+
+    Args:
+        actor: the author of changes, for the history and the audit log.
+    """
+
+    def __init__(self, database: Database, actor: str | None) -> None:
+        self._database = database
+        self._actor = actor
+
+    def live(self) -> dict[str, Release]:
+        """Return the live release of each alias; undeployed aliases have none."""
+        with self._database.reading() as connection:
+            return {release.alias: release for release in _live(connection)}
+
+    def newest(self) -> int:
+        """Return the id of the newest release of any alias; 0 if there is none."""
+        with self._database.reading() as connection:
+            return int(connection.execute(select(func.coalesce(func.max(releases.c.id), 0))).scalar_one())
+
+    def history(self, alias: str | None = None) -> list[Release]:
+        """Return all releases (of one alias), the oldest first.
+
+        Raises:
+            UserError: the alias does not exist.
+        """
+        with self._database.reading() as connection:
+            if alias is not None:
+                return _history(connection, alias)
+            return [_release(row) for row in connection.execute(select(releases).order_by(releases.c.id))]
+
+    def passed(self, subject: str) -> IsolationTest | None:
+        """Return the newest passed isolation test of this subject; None: there is none."""
+        tests = [release.grounds.isolation for release in self.history()]
+        return next((test for test in reversed(tests) if test is not None and test.subject == subject), None)
+
+    def refused(self, subject: str) -> IsolationTest | None:
+        """Return the newest failed isolation test of this subject; None: there is none."""
+        query = select(audit.c.details).where(audit.c.action == _REFUSED).order_by(audit.c.number.desc())
+        with self._database.reading() as connection:
+            tests = [json.loads(details)["isolation"] for details in connection.execute(query).scalars()]
+        return next((IsolationTest.of(test) for test in tests if test["subject"] == subject), None)
+
+    def require_deployable(self, alias: str, adapter: str, digest: str, *, system_prompt: bool = True) -> None:
+        """Check that :meth:`deploy` would accept this adapter now.
+
+        Raises:
+            UserError: as :meth:`deploy`.
+        """
+        with self._database.reading() as connection:
+            _require_new(connection, alias, adapter, (digest, system_prompt))
+
+    def require_triable(self, alias: str, candidate: Candidate) -> None:
+        """Check that :meth:`try_candidate` would accept this candidate now.
+
+        Raises:
+            UserError: as :meth:`try_candidate`.
+        """
+        with self._database.reading() as connection:
+            _require_candidate(connection, alias, candidate)
+
+    def promotable(self, alias: str) -> tuple[Release, Candidate]:
+        """Return the release and the candidate that :meth:`promote` would use.
+
+        Raises:
+            UserError: as :meth:`promote`.
+        """
+        with self._database.reading() as connection:
+            return _promotable(connection, alias)
+
+    def refuse(self, alias: str, adapter: str, digest: str, test: IsolationTest) -> None:
+        """Record in the audit log that an adapter failed its isolation test; nothing else changes."""
+        with changing(self._database, self._actor) as change:
+            change.log(_REFUSED, alias, adapter=adapter, digest=digest, isolation=asdict(test))
+
+    def deploy(self, alias: str, adapter: str, digest: str, grounds: Grounds, *, system_prompt: bool = True) -> Release:
+        """Make an adapter the live one of an alias, and drop its candidate.
+
+        Args:
+            system_prompt: whether the adapter's trained system prompt is added to requests without one.
+
+        Raises:
+            UserError: the adapter is live already, the alias's name is not valid, or another adapter has gone live
+                since the isolation test.
+        """
+        with changing(self._database, self._actor) as change:
+            answer = (digest, system_prompt)
+            before = _require_new(change.connection, alias, adapter, answer)
+            return _add(change, before, "deploy", alias, adapter, answer, None, grounds)
+
+    def try_candidate(self, alias: str, candidate: Candidate, grounds: Grounds) -> Release:
+        """Try a candidate next to the live adapter: on a share of the traffic, or in the shadow.
+
+        Raises:
+            UserError: the alias has no release, the candidate is live already, the share is not valid, or another
+                adapter has gone live since the isolation test.
+        """
+        with changing(self._database, self._actor) as change:
+            before = _require_candidate(change.connection, alias, candidate)
+            action: Action = "shadow" if candidate.share is None else "canary"
+            return _add(change, before, action, alias, before.adapter, before.answer, candidate, grounds)
+
+    def promote(self, alias: str, grounds: Grounds | None = None) -> Release:
+        """Make an alias's candidate its live adapter.
+
+        Args:
+            grounds: replace the candidate's grounds.
+
+        Raises:
+            UserError: the alias does not exist or has no candidate, or another adapter has gone live since the
+                isolation test.
+        """
+        with changing(self._database, self._actor) as change:
+            before, chosen = _promotable(change.connection, alias)
+            by = before.grounds if grounds is None else grounds
+            answer = (chosen.digest, chosen.system_prompt)
+            return _add(change, before, "promote", alias, chosen.adapter, answer, None, by)
+
+    def rollback_target(self, alias: str, number: int | None = None) -> Release:
+        """Return the release that :meth:`rollback` would restore.
+
+        Raises:
+            UserError: as :meth:`rollback`.
+        """
+        with self._database.reading() as connection:
+            return _target(_history(connection, alias), number)
+
+    def rollback(self, alias: str, number: int | None = None) -> Release:
+        """Drop the candidate; if there is none, restore the adapter before the live one.
+
+        Args:
+            number: restore this release instead.
+
+        Raises:
+            UserError: the alias or release does not exist, or there is no earlier adapter.
+        """
+        with changing(self._database, self._actor) as change:
+            history = _history(change.connection, alias)
+            back = _target(history, number)
+            grounds = back.grounds
+            return _add(change, history[-1], "rollback", alias, back.adapter, back.answer, None, grounds, back.number)
+
+    def undeploy(self, alias: str, because: str | None = None) -> Release:
+        """Take an alias out of service until its next release.
+
+        Raises:
+            UserError: the alias does not exist, or is undeployed already.
+        """
+        with changing(self._database, self._actor) as change:
+            now = _history(change.connection, alias)[-1]
+            if now.undeployed:
+                raise UserError(f"{alias} is already undeployed, since its release {now.number}")
+            grounds = Grounds(because=because)
+            return _add(change, now, "undeploy", alias, now.adapter, now.answer, None, grounds)
+
+
+def _require_new(connection: Connection, alias: str, adapter: str, answer: tuple[str, bool]) -> Release | None:
+    check_name(alias, "an alias")
+    before = _last(connection, alias)
+    if before is not None and before.answer == answer and before.candidate is None and not before.undeployed:
+        raise UserError(f"{adapter} is already live under {alias}, since its release {before.number}")
+    return before
+
+
+def _require_candidate(connection: Connection, alias: str, candidate: Candidate) -> Release:
+    if candidate.share is not None and not 0 < candidate.share < 1:
+        raise UserError(f"a canary's share must be above 0 and below 1 (got {candidate.share:g})")
+    before = _last(connection, alias)
+    if before is None or before.undeployed:
+        raise UserError(
+            f"{alias} has no live release to try a candidate against", fix="Deploy an adapter without --canary first."
+        )
+    if before.digest == candidate.digest:
+        raise UserError(f"{candidate.adapter} is already live under {alias}, since its release {before.number}")
+    if before.candidate == candidate:
+        raise UserError(f"{candidate.adapter} is already on trial {candidate.summary}, since release {before.number}")
+    return before
+
+
+def _promotable(connection: Connection, alias: str) -> tuple[Release, Candidate]:
+    before = _history(connection, alias)[-1]
+    if before.candidate is None:
+        raise UserError(
+            f"{alias} has no candidate", fix=f"Add one with `tunewright deploy {alias} ADAPTER --canary 10%`."
+        )
+    return before, before.candidate
+
+
+def _target(history: Sequence[Release], number: int | None) -> Release:
+    now = history[-1]
+    ends_something = now.candidate is not None or now.undeployed  # a rollback ends a trial or a withdrawal first
+    if number is not None:
+        if not 1 <= number <= len(history):
+            raise UserError(f"{now.alias} has no release {number}", fix=f"Use a release from 1 to {len(history)}.")
+        back = history[number - 1]
+        if back.undeployed:
+            raise UserError(f"release {number} of {now.alias} is a withdrawal", fix="Use another release.")
+        if back.answer == now.answer and not ends_something:
+            raise UserError(f"{now.adapter}, of release {number}, is already live under {now.alias}")
+        return back
+    if ends_something:
+        # Not the release that added the candidate: its grounds are the candidate's.
+        return next(line for line in reversed(history) if line.candidate is None and not line.undeployed)
+    before = _before(history)
+    if not before:
+        raise UserError(f"{now.alias} has no adapter before {now.adapter}")
+    return before[-1]
+
+
+def _before(history: Sequence[Release]) -> list[Release]:
+    """Return the earlier adapters of an alias as a stack, the newest last; a rollback pops one."""
+    before: list[Release] = []
+    current = history[0]
+    for release in history[1:]:
+        if release.answer == current.answer:
+            continue  # only its candidate changed, or it was undeployed and restored
+        if before and release.restores == before[-1].number:
+            current = before.pop()
+        else:
+            before.append(current)
+            current = release
+    return before
+
+
+def _add(
+    change: Change,
+    before: Release | None,
+    action: Action,
+    alias: str,
+    adapter: str,
+    answer: tuple[str, bool],
+    candidate: Candidate | None,
+    grounds: Grounds,
+    restores: int | None = None,
+) -> Release:
+    digest, system_prompt = answer
+    if action not in ("rollback", "undeploy"):
+        _require_tested(change.connection, alias, digest, candidate, grounds)
+    row = change.connection.execute(
+        insert(releases)
+        .values(
+            alias=alias,
+            number=1 if before is None else before.number + 1,
+            action=action,
+            adapter=adapter,
+            digest=digest,
+            candidate=candidate and candidate.adapter,
+            candidate_digest=candidate and candidate.digest,
+            share=candidate and candidate.share,
+            system_prompt=system_prompt,
+            candidate_system_prompt=candidate and candidate.system_prompt,
+            restores=restores,
+            author=change.actor,
+            created=change.now,
+            **asdict(grounds),  # includes the isolation test as JSON
+        )
+        .returning(releases)
+    ).one()
+    made = _release(row)
+    change.log(f"release.{action}", alias, **made.as_dict())
+    return made
+
+
+def _require_tested(
+    connection: Connection, alias: str, digest: str, candidate: Candidate | None, grounds: Grounds
+) -> None:
+    """Refuse a release if an adapter is live that was not part of its isolation test."""
+    if grounds.isolation is None:
+        return
+    beside = [release for release in _live(connection) if release.alias != alias]
+    needed = {digest, *({candidate.digest} if candidate else ())}.union(*(release.digests for release in beside))
+    if not needed <= set(grounds.isolation.adapters):
+        raise UserError(f"another release went live during the isolation test of {alias}", fix="Run the command again.")
+
+
+def _live(connection: Connection) -> list[Release]:
+    last = select(func.max(releases.c.id)).group_by(releases.c.alias)
+    query = select(releases).where(releases.c.id.in_(last)).order_by(releases.c.alias)
+    found = [_release(row) for row in connection.execute(query)]
+    return [release for release in found if not release.undeployed]
+
+
+def _release(row: Row[Any]) -> Release:
+    candidate = None
+    if row.candidate is not None:
+        adds = row.candidate_system_prompt is not False
+        candidate = Candidate(row.candidate, row.candidate_digest, row.share, adds)
+    return Release(
+        row.id,
+        row.alias,
+        row.number,
+        row.action,
+        row.adapter,
+        row.digest,
+        candidate,
+        row.restores,
+        Grounds(
+            row.verdict,
+            row.evaluation,
+            row.because,
+            None if row.isolation is None else IsolationTest.of(row.isolation),
+            row.untested,
+        ),
+        row.author,
+        row.created,
+        row.system_prompt is not False,
+    )
+
+
+def _last(connection: Connection, alias: str) -> Release | None:
+    query = select(releases).where(releases.c.alias == alias).order_by(releases.c.number.desc()).limit(1)
+    row = connection.execute(query).first()
+    return None if row is None else _release(row)
+
+
+def _history(connection: Connection, alias: str) -> list[Release]:
+    rows = connection.execute(select(releases).where(releases.c.alias == alias).order_by(releases.c.number)).all()
+    if not rows:
+        known = connection.execute(select(releases.c.alias).distinct().order_by(releases.c.alias)).scalars().all()
+        there = f"Aliases: {', '.join(known)}." if known else "Create one with `tunewright deploy`."
+        raise UserError(f"there is no alias {alias!r}", fix=there)
+    return [_release(row) for row in rows]

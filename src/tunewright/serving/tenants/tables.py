@@ -1,0 +1,191 @@
+"""The tables of the serving state. Times are seconds since 1970 by the database's clock; digests have 64 hex digits.
+
+tenants --< tenant_aliases        the aliases that a tenant may call
+   |---< api_keys                 hashes; a key may have fewer aliases than its tenant
+   |---< requests >--- releases   a row for each request: its reservation, then its usage
+   '---< usage_days               daily totals of deleted requests
+releases                          alias to adapter digest; rows are added, never changed
+audit, audit_head                 changes and their authors, chained by digests
+gateways                          the running servers, which share limits and releases
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+from sqlalchemy import Text as LongText
+
+SCHEMA_VERSION = 4
+
+NAME = String(63)
+DIGEST = String(64)
+
+metadata = MetaData()
+
+schema = Table("tunewright_schema", metadata, Column("version", Integer, nullable=False))
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", NAME, nullable=False, unique=True),
+    Column("created", Double, nullable=False),
+    # Null: no limit.
+    Column("requests_per_minute", BigInteger),
+    Column("tokens_per_minute", BigInteger),
+    Column("concurrency", BigInteger),
+)
+
+tenant_aliases = Table(
+    "tenant_aliases",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("alias", NAME, primary_key=True),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("prefix", String(32), nullable=False, unique=True),
+    Column("sha256", DIGEST, nullable=False),
+    Column("aliases", JSON(none_as_null=True)),  # null: all of its tenant's
+    Column("created", Double, nullable=False),
+    Column("expires", Double),
+    Column("revoked", Double),
+    Column("replaced_by", String(32)),  # prefix of the key that replaces it
+)
+
+releases = Table(
+    "releases",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("alias", NAME, nullable=False),
+    Column("number", Integer, nullable=False),  # within the alias, from 1
+    Column("action", String(16), nullable=False),
+    # The adapter of the alias from this row on.
+    Column("adapter", LongText),
+    Column("digest", DIGEST),
+    # The candidate, if there is one: on a share of the traffic, or (share null) in the shadow.
+    Column("candidate", LongText),
+    Column("candidate_digest", DIGEST),
+    Column("share", Double),
+    Column("restores", Integer),  # of a rollback: the number of the restored release
+    Column("verdict", String(16)),
+    Column("evaluation", LongText),
+    Column("because", LongText),  # the reason for a release without a verdict to ship
+    Column("isolation", JSON(none_as_null=True)),  # the isolation test that it passed
+    Column("untested", LongText),  # the reason for a release without that test
+    Column("author", LongText),
+    Column("created", Double, nullable=False),
+    # False: the trained system prompt is not added to requests without one. Null, as older versions wrote: it is.
+    Column("system_prompt", Boolean),
+    Column("candidate_system_prompt", Boolean),
+    UniqueConstraint("alias", "number"),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("key_id", ForeignKey("api_keys.id"), nullable=False),
+    Column("alias", NAME, nullable=False),
+    Column("release_id", ForeignKey("releases.id"), nullable=False),
+    Column("digest", DIGEST, nullable=False),
+    Column("gateway", String(32), nullable=False),
+    Column("started", Double, nullable=False),
+    # The reservation while the request is in progress; the usage once it is finished.
+    Column("tokens", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger),
+    Column("completion_tokens", BigInteger),
+    Column("queued_s", Double),
+    Column("first_token_s", Double),
+    Column("total_s", Double),
+    Column("outcome", String(16)),
+    Column("finished", Double),
+    Column("end_user", LongText),  # the tenant's label of its own user
+    # For the limits: a tenant's requests of the last minute, and its unfinished ones.
+    Index("requests_by_time", "tenant_id", "started"),
+)
+Index(
+    "requests_under_way",
+    requests.c.tenant_id,
+    sqlite_where=requests.c.finished.is_(None),
+    postgresql_where=requests.c.finished.is_(None),
+)
+
+# What remains of requests that were rolled up: daily totals, and the last use of each key.
+usage_days = Table(
+    "usage_days",
+    metadata,
+    Column("day", Integer, primary_key=True, autoincrement=False),  # since 1970, UTC
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("alias", NAME, primary_key=True),
+    Column("digest", DIGEST, primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("first_tokens", BigInteger, nullable=False),  # the number of requests with a first token
+    Column("first_token_s", Double, nullable=False),
+)
+
+key_uses = Table(
+    "key_uses",
+    metadata,
+    Column("key_id", ForeignKey("api_keys.id"), primary_key=True),
+    Column("last_used", Double, nullable=False),
+)
+
+shadow_answers = Table(
+    "shadow_answers",
+    metadata,
+    Column("request_id", ForeignKey("requests.id"), primary_key=True),
+    Column("release_id", ForeignKey("releases.id"), nullable=False),
+    Column("answer", LongText),
+    Column("shadow_answer", LongText),
+    Column("why_not", LongText),  # why the shadow has no answer
+)
+
+gateways = Table(
+    "gateways",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("name", LongText, nullable=False),
+    Column("seen", Double, nullable=False),
+    Column("release_id", Integer),  # the newest release that it has taken
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("time", String(32), nullable=False),
+    Column("actor", LongText),
+    Column("action", String(32), nullable=False),
+    Column("subject", LongText, nullable=False),
+    Column("details", LongText, nullable=False),  # canonical JSON
+    Column("previous", String(64), nullable=False),
+    Column("digest", DIGEST, nullable=False),
+)
+
+audit_head = Table(
+    "audit_head",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("number", Integer, nullable=False),
+    Column("digest", String(64), nullable=False),
+)

@@ -1,0 +1,284 @@
+"""The engine when things go wrong: nobody waits for an answer that will not come."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from contextlib import aclosing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served_model import CONTEXT, build_base, build_model, running_engine, running_server
+from tenant_server import store_adapters
+
+from tunewright.adapters.lora_weights import read_matrices
+from tunewright.adapters.registry import CONFIG, adapter_digest
+from tunewright.core.errors import UserError
+from tunewright.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError, stream
+from tunewright.generation.decoding import Request, generate
+from tunewright.serving.engines.peft import PREFILL_CHUNK, PeftEngine
+
+ENDLESS = Request((1, 2, 3), None, CONTEXT)
+
+
+async def _collect(engine: PeftEngine, request: Request) -> list[Delta]:
+    return [delta async for delta in stream(engine, request)]
+
+
+def test_stop_fails_running_and_waiting_requests() -> None:
+    async def run(engine: PeftEngine) -> None:
+        asking = [asyncio.create_task(_collect(engine, ENDLESS)) for _ in range(3)]
+        while engine.in_flight != (1, 2):
+            await asyncio.sleep(0)
+        await asyncio.to_thread(engine.stop)
+        for outcome in await asyncio.gather(*asking, return_exceptions=True):
+            assert isinstance(outcome, EngineStoppedError)
+        with pytest.raises(EngineStoppedError, match="shutting down"):
+            await _collect(engine, ENDLESS)
+
+    with running_engine(build_model(), max_batch=1, stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 60))
+
+
+def test_waiting_request_is_dropped_when_aborted() -> None:
+    async def run(engine: PeftEngine) -> None:
+        first, second, third = (
+            asyncio.create_task(_collect(engine, request)) for request in (ENDLESS, ENDLESS, Request((4, 5), "one", 5))
+        )
+        while engine.in_flight != (1, 2):
+            await asyncio.sleep(0)
+        second.cancel()
+        first.cancel()
+        assert (await third)[-1].finish
+        while engine.in_flight != (0, 0):
+            await asyncio.sleep(0)
+
+    model = build_model()
+    rows: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _model, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with running_engine(model, max_batch=1, stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 60))
+    assert set(rows) == {1}
+
+
+LONG = Request(tuple(range(8, 48)) * 100, "two", 5)
+
+
+def _passes(model: Any) -> list[tuple[int, int]]:
+    """Rows and columns of each pass, from here on."""
+    seen: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(
+        lambda _model, _args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return seen
+
+
+def test_long_prompt_is_prefilled_in_chunks_while_other_rows_decode() -> None:
+    model = build_model()
+    (expected,) = generate(build_model(), [LONG], stop_ids=(), pad_id=0, batch_size=1)
+    passes = _passes(model)
+
+    async def run(engine: PeftEngine) -> list[Delta]:
+        endless = stream(engine, ENDLESS)
+        await anext(endless)
+        long = asyncio.create_task(_collect(engine, LONG))
+        while max(passes)[1] < PREFILL_CHUNK and not long.done():
+            await anext(endless)
+        short = await _collect(engine, Request((4, 5), "one", 3))
+        assert sum(len(delta.ids) for delta in short) == 3
+        assert not long.done()  # it came before and needs ten times as many passes
+        answer = await long
+        await endless.aclose()
+        return answer
+
+    with running_engine(model, stop_ids=frozenset()) as engine:
+        answer = asyncio.run(asyncio.wait_for(run(engine), 60))
+    assert tuple(token for delta in answer for token in delta.ids) == expected.ids
+    pieces = [place for place, (rows, columns) in enumerate(passes) if columns > len(ENDLESS.prompt_ids)]
+    assert sum(passes[place][1] for place in pieces) == len(LONG.prompt_ids)
+    assert all(passes[place] in ((1, PREFILL_CHUNK), (1, len(LONG.prompt_ids) % PREFILL_CHUNK)) for place in pieces)
+    assert all(later - earlier > 1 for earlier, later in pairwise(pieces))
+
+
+def test_prefilling_request_is_dropped_when_aborted() -> None:
+    model = build_model()
+    passes = _passes(model)
+
+    async def run(engine: PeftEngine) -> None:
+        long = asyncio.create_task(_collect(engine, LONG))
+        while not passes:
+            await asyncio.sleep(0)
+        long.cancel()
+        while engine.in_flight != (0, 0):
+            await asyncio.sleep(0)
+        assert (await _collect(engine, Request((4, 5), "one", 5)))[-1].finish
+
+    with running_engine(model, stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 60))
+    assert sum(columns for _, columns in passes) < len(LONG.prompt_ids)
+
+
+def test_free_rows_are_filled_in_the_order_of_submission() -> None:
+    async def run(engine: PeftEngine) -> None:
+        first_tokens: list[int] = []
+
+        async def answer(number: int) -> None:
+            async for _ in stream(engine, Request((4, 5 + number), None, 20)):
+                if number not in first_tokens:
+                    first_tokens.append(number)
+
+        await asyncio.gather(*(answer(number) for number in range(6)))
+        # Rows that start together are prefilled in one pass, and delivered in that order.
+        assert first_tokens == list(range(6))
+
+    with running_engine(build_model(), stop_ids=frozenset(), max_batch=2) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 60))
+
+
+def test_request_is_dropped_when_its_event_loop_is_closed() -> None:
+    with running_engine(build_model(), stop_ids=frozenset()) as engine:
+        loop = asyncio.new_event_loop()
+        deltas = stream(engine, ENDLESS)
+        loop.run_until_complete(anext(deltas))
+        loop.close()
+        answer = asyncio.run(asyncio.wait_for(_collect(engine, Request((4, 5), None, 5)), 60))
+        assert answer[-1].finish
+        while engine.in_flight != (0, 0):
+            pass
+        asyncio.run(deltas.aclose())
+
+
+def test_model_failure_fails_running_and_later_requests() -> None:
+    model = build_model()
+    broken = False
+
+    def fail(*_: Any) -> None:
+        if broken:
+            raise RuntimeError("out of memory")
+
+    model.register_forward_pre_hook(fail)
+    body: dict[str, Any] = {"model": "courts", "messages": [{"role": "user", "content": "x"}]}
+    with (
+        running_server(model, stop_ids=frozenset()) as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as client,
+    ):
+        with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
+            lines = reply.iter_lines()
+            while '"content": ""' in next(line for line in lines if line):
+                pass  # the role comes before the model has done anything
+            broken = True
+            last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
+        health = client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "stopped")
+        assert "out of memory" in health.json()["reason"]
+        later = client.post("/v1/chat/completions", json=body)
+        assert (later.status_code, later.json()["error"]["type"]) == (503, "server_error")
+
+
+def _ids(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.ids]
+
+
+def test_answers_continue_while_an_adapter_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = store_adapters(tmp_path)["one"]
+    go_on = threading.Event()
+
+    def slowly(*arguments: Any) -> Any:
+        assert go_on.wait(60)
+        return read_matrices(*arguments)
+
+    async def run(engine: PeftEngine) -> None:
+        async with aclosing(stream(engine, ENDLESS)) as answer:
+            await anext(answer)
+            loading = asyncio.create_task(engine.load(stored.digest, stored.folder))
+            for _ in range(50):
+                await anext(answer)
+            assert not loading.done()
+            go_on.set()
+            await loading
+            await anext(answer)
+        assert await _collect(engine, Request((4, 5), stored.digest, 5))
+
+    monkeypatch.setattr("tunewright.serving.engines.peft.read_matrices", slowly)
+    with running_engine(build_base(), stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 120))
+
+
+def test_running_answers_do_not_change_when_adapters_are_loaded_and_unloaded(tmp_path: Path) -> None:
+    one, two, three = store_adapters(tmp_path).values()
+    asked = [Request((4, 5 + n), digest, 60) for n, digest in enumerate((None, one.digest, one.digest))]
+
+    async def run(engine: PeftEngine) -> None:
+        await engine.load(one.digest, one.folder)
+        alone = [_ids(await _collect(engine, request)) for request in asked]
+        answering = [asyncio.create_task(_collect(engine, request)) for request in asked]
+        changes = 0
+        while not all(task.done() for task in answering):
+            for stored in (two, three):
+                await engine.load(stored.digest, stored.folder)
+                await engine.unload(stored.digest)
+                changes += 1
+        assert [_ids(await task) for task in answering] == alone
+        assert changes > 2
+
+    with running_engine(build_base(), stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 120))
+
+
+def test_failed_load_changes_nothing_and_the_next_adapter_loads(tmp_path: Path) -> None:
+    one, two, three = store_adapters(tmp_path).values()
+    dora = json.loads((two.folder / CONFIG).read_text()) | {"use_dora": True}
+    (two.folder / CONFIG).write_text(json.dumps(dora))
+    broken = adapter_digest(two.folder)
+    request = Request((4, 5), one.digest, 30)
+
+    async def run(engine: PeftEngine) -> None:
+        await engine.load(one.digest, one.folder)
+        before = await _collect(engine, request)
+        answering = asyncio.create_task(_collect(engine, request))
+        with pytest.raises(UserError, match="use_dora"):
+            await engine.load(broken, two.folder)
+        (two.folder / CONFIG).write_text("[]")
+        with pytest.raises(AdapterFailedError, match="Failed to read the adapter"):
+            await engine.load(adapter_digest(two.folder), two.folder)
+        assert _ids(await answering) == _ids(before)
+        with pytest.raises(RequestFailedError, match="not loaded"):
+            await _collect(engine, Request((4, 5), broken, 5))
+        await engine.load(three.digest, three.folder)
+        assert _ids(await _collect(engine, Request((4, 5), three.digest, 30))) != _ids(before)
+
+    with running_engine(build_base(), stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 120))
+
+
+def test_unload_refuses_an_adapter_that_a_decoding_or_prefilling_request_needs(tmp_path: Path) -> None:
+    one = store_adapters(tmp_path)["one"]
+
+    async def run(engine: PeftEngine) -> None:
+        await engine.load(one.digest, one.folder)
+        request = Request((4, 5), one.digest, 40)
+        async with aclosing(stream(engine, request)) as answer:
+            deltas = [await anext(answer)]
+            with pytest.raises(AdapterFailedError, match="needs the adapter"):
+                await engine.unload(one.digest)
+            deltas += [delta async for delta in answer]
+        assert _ids(deltas) == _ids(await _collect(engine, request))
+        reading = asyncio.create_task(_collect(engine, Request(LONG.prompt_ids, one.digest, 2)))
+        while not engine._prefilling:
+            await asyncio.sleep(0)
+        with pytest.raises(AdapterFailedError, match="needs the adapter"):
+            await engine.unload(one.digest)
+        assert len(_ids(await reading)) == 2
+        await engine.unload(one.digest)
+        with pytest.raises(RequestFailedError, match="not loaded"):
+            await _collect(engine, request)
+
+    with running_engine(build_base(), stop_ids=frozenset()) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), 120))

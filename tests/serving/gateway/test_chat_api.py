@@ -1,0 +1,265 @@
+"""The server as OpenAI's own client sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from served_model import CONTEXT, MODELS, TOKENIZER, build_model, decode, render, running_server
+
+from tunewright.data.examples import Message
+from tunewright.generation.decoding import Request, generate
+
+NAMES = list(MODELS)
+QUESTION: list[Any] = [{"role": "user", "content": "Which court is this?"}]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server(build_model()) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with (
+        openai.DefaultHttpxClient(trust_env=False) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as opened,
+    ):
+        yield opened
+
+
+def _post(url: str, **body: Any) -> httpx.Response:
+    body = {"model": "base", "messages": QUESTION, "max_tokens": 4} | body
+    return httpx.post(f"{url}/v1/chat/completions", json=body, trust_env=False)
+
+
+def test_models_are_listed_by_name(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == NAMES
+
+
+@pytest.mark.parametrize(("name", "adapter"), MODELS.items(), ids=NAMES)
+def test_answer_equals_the_decoding_loops_and_names_its_adapter(
+    client: openai.OpenAI, name: str, adapter: str | None
+) -> None:
+    raw = client.chat.completions.with_raw_response.create(model=name, messages=QUESTION, max_tokens=30)
+    answer = raw.parse()
+    prompt = render([Message("user", "Which court is this?")])
+    (expected,) = generate(
+        build_model(),
+        [Request(prompt, adapter, 30)],
+        stop_ids={TOKENIZER.eos_token_id},
+        pad_id=TOKENIZER.pad_token_id,
+        batch_size=1,
+    )
+    (choice,) = answer.choices
+    assert (choice.message.content, choice.finish_reason) == (decode(expected.ids), expected.finish)
+    assert choice.message.role == "assistant"
+    assert answer.model == name
+    assert raw.headers["x-tunewright-adapter"] == (adapter or "none")
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(prompt)
+    assert answer.usage.completion_tokens == len(expected.ids)
+    assert answer.usage.total_tokens == len(prompt) + len(expected.ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.9, "top_p": 0.9, "seed": 7}])
+def test_stream_chunks_join_to_the_answer(client: openai.OpenAI, name: str, how: Any) -> None:
+    whole = client.chat.completions.create(model=name, messages=QUESTION, max_tokens=40, **how)
+    options: Any = {"include_usage": True}
+    chunks = list(
+        client.chat.completions.create(
+            model=name, messages=QUESTION, max_tokens=40, stream=True, stream_options=options, **how
+        )
+    )
+    *pieces, last, usage = chunks
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == whole.choices[0].message.content
+    assert len(pieces) > 2
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert last.choices[0].finish_reason == whole.choices[0].finish_reason
+    assert (usage.choices, usage.usage) == ([], whole.usage)
+    assert {chunk.model for chunk in chunks} == {name}
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_conversation_continues_with_the_previous_answer(client: openai.OpenAI) -> None:
+    first = client.chat.completions.create(model="courts", messages=QUESTION, max_tokens=8)
+    more: list[Any] = [*QUESTION, first.choices[0].message, {"role": "user", "content": "And this?"}]
+    assert client.chat.completions.create(model="courts", messages=more, max_tokens=8).choices[0].message.content
+
+
+def test_content_parts_are_joined(client: openai.OpenAI) -> None:
+    parts: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "Which court "}, {"type": "text", "text": "is this?"}]}
+    ]
+    answers = [client.chat.completions.create(model="base", messages=m, max_tokens=20) for m in (parts, QUESTION)]
+    assert answers[0].choices == answers[1].choices
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answer_ends_before_a_stop_string(client: openai.OpenAI, stream: bool) -> None:
+    create: Any = client.chat.completions.create
+    text = create(model="base", messages=QUESTION, max_tokens=40).choices[0].message.content
+    stop = text[10:13]
+    got = create(model="base", messages=QUESTION, max_tokens=40, stop=["never this", stop], stream=stream)
+    if stream:
+        chunks = list(got)
+        answer, finish = "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
+    else:
+        answer, finish = got.choices[0].message.content, got.choices[0].finish_reason
+        assert got.usage.completion_tokens < 40
+    assert (answer, finish) == (text[: text.index(stop)], "stop")
+
+
+def test_sixty_concurrent_requests_answer_as_each_alone(url: str) -> None:
+    bodies: list[dict[str, Any]] = [
+        {
+            "model": NAMES[index % len(NAMES)],
+            "messages": [{"role": "user", "content": f"Case {index}: " + "word " * (index * 7 % 30)}],
+            "max_tokens": 4 + index * 5 % 23,
+            "stream": index % 3 == 0,
+        }
+        | ({"temperature": 0.8, "seed": index} if index % 5 == 0 else {})
+        for index in range(60)
+    ]
+
+    async def ask(client: openai.AsyncOpenAI, body: Any) -> tuple[str, str | None]:
+        answer: Any = await client.chat.completions.create(**body)
+        if not body["stream"]:
+            assert answer.model == body["model"]
+            return answer.choices[0].message.content, answer.choices[0].finish_reason
+        chunks = [chunk async for chunk in answer]
+        return "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
+
+    async def run() -> tuple[list[Any], list[Any]]:
+        async with (
+            openai.DefaultAsyncHttpxClient(trust_env=False) as http,
+            openai.AsyncOpenAI(
+                base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http, timeout=120
+            ) as client,
+        ):
+            alone = [await ask(client, body) for body in bodies]
+            return alone, await asyncio.gather(*(ask(client, body) for body in bodies))
+
+    alone, together = asyncio.run(run())
+    assert together == alone
+    assert len(set(alone)) > 50
+
+
+def test_unknown_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="base, courts, recipes, tickets") as caught:
+        client.chat.completions.create(model="other", messages=QUESTION)
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_is_found_by_name(client: openai.OpenAI, name: str) -> None:
+    model = client.models.retrieve(name)
+    assert (model.id, model.object, model.owned_by) == (name, "model", "tunewright")
+
+
+@pytest.mark.parametrize("name", ["other", "HuggingFaceTB/SmolLM2-135M-Instruct"])
+def test_unknown_model_has_the_same_error_on_both_routes(client: openai.OpenAI, name: str) -> None:
+    with pytest.raises(openai.NotFoundError) as asked:
+        client.chat.completions.create(model=name, messages=QUESTION)
+    with pytest.raises(openai.NotFoundError) as retrieved:
+        client.models.retrieve(name)
+    assert retrieved.value.body == asked.value.body
+    assert retrieved.value.code == "model_not_found"
+
+
+def test_unsupported_field_is_refused_by_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="logprobs is not supported: remove it") as caught:
+        client.chat.completions.create(model="base", messages=QUESTION, logprobs=True)
+    assert (caught.value.param, caught.value.code, caught.value.type) == (
+        "logprobs",
+        "unsupported_parameter",
+        "invalid_request_error",
+    )
+
+
+def test_answer_may_fill_the_context_without_a_limit_but_the_prompt_must_fit(client: openai.OpenAI) -> None:
+    assert client.chat.completions.create(model="tickets", messages=QUESTION, stop="e").choices[0].finish_reason
+    long: list[Any] = [{"role": "user", "content": "x" * CONTEXT}]
+    with pytest.raises(openai.BadRequestError, match=f"the context length is {CONTEXT} tokens") as caught:
+        client.chat.completions.create(model="base", messages=long)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_body_over_the_limit_is_refused(url: str) -> None:
+    reply = _post(url, messages=[{"role": "user", "content": "x" * (2 << 20)}])
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_failed_request_does_not_affect_others(url: str) -> None:
+    async def ask(client: httpx.AsyncClient, content: str) -> httpx.Response:
+        body = {"model": "courts", "messages": [{"role": "user", "content": content}], "max_tokens": 30}
+        return await client.post(f"{url}/v1/chat/completions", json=body)
+
+    async def run() -> list[httpx.Response]:
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+            return await asyncio.gather(*(ask(client, text) for text in ("a", "POISON", "b", "POISON", "c")))
+
+    replies = asyncio.run(run())
+    assert [reply.status_code for reply in replies] == [200, 500, 200, 500, 200]
+    assert replies[1].json()["error"]["code"] == "request_failed"
+    assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_row_is_freed_when_the_client_disconnects(stream: bool) -> None:
+    async def run(url: str) -> None:
+        body = {"model": "base", "messages": QUESTION, "max_tokens": CONTEXT - 1000, "stream": stream}
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+            asking = asyncio.create_task(_read(client, url, body))
+            while await _running(client, url) == 0:
+                assert not asking.done(), "the answer must be under way when the client hangs up"
+            asking.cancel()
+            while await _running(client, url) != 0:
+                pass
+
+    async def _read(client: httpx.AsyncClient, url: str, body: Any) -> None:
+        async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as reply:
+            await reply.aread()
+
+    async def _running(client: httpx.AsyncClient, url: str) -> int:
+        return int((await client.get(f"{url}/health")).json()["running"])
+
+    with running_server(build_model(), stop_ids=frozenset()) as address:
+        asyncio.run(asyncio.wait_for(run(address), 60))
+
+
+def test_server_stop_strings_apply_in_addition_to_the_requests(client: openai.OpenAI) -> None:
+    text = client.chat.completions.create(model="base", messages=QUESTION, max_tokens=40).choices[0].message.content
+    assert text is not None
+    own, asked = text[20:23], text[10:13]
+    with running_server(build_model(), stops=[own]) as address:
+        other = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        ask: Any = other.chat.completions.create
+        plain = ask(model="base", messages=QUESTION, max_tokens=40).choices[0]
+        both = ask(model="base", messages=QUESTION, max_tokens=40, stop=asked).choices[0]
+        other.close()
+    assert (plain.message.content, plain.finish_reason) == (text[: text.index(own)], "stop")
+    assert both.message.content == text[: min(text.index(own), text.index(asked))]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/completions", 405),
+        ("GET", "/metrics", 404),
+        ("POST", "/v1/load_lora_adapter", 404),
+        ("POST", "/v1/models", 405),
+    ],
+)
+def test_other_routes_do_not_exist(url: str, method: str, path: str, status: int) -> None:
+    reply = httpx.request(method, f"{url}{path}", trust_env=False)
+    assert reply.status_code == status
+    assert path in reply.json()["error"]["message"]

@@ -1,0 +1,237 @@
+"""Published SDKs and frameworks with their defaults, against a server over HTTP: only the base URL is changed.
+
+`make test-clients` makes their environments; without them these tests skip.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served_model import MODELS, build_model, expected_answer, running_server
+
+from tunewright.config import GatewayConfig
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(__file__).parent / "clients"
+PYTHON = ROOT / "build" / "clients" / "python" / "bin" / "python"
+NODE = ROOT / "build" / "clients" / "node"
+MODEL, QUESTION = "courts", "Which court is this?"
+ANSWER_TOKENS = 24
+"""The tiny base would fill the context; clients that ask for more, as LangChain's 256, get this many."""
+
+needs_python = pytest.mark.skipif(not PYTHON.exists(), reason="`make test-clients` makes the clients' environment")
+needs_node = pytest.mark.skipif(
+    not ((NODE / "node_modules").exists() and shutil.which("node")),
+    reason="`make test-clients` installs the npm packages, where there is npm",
+)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    model = build_model()
+    # Some SDKs raise where an answer does not end by itself.
+    stop = expected_answer(model, MODELS[MODEL], QUESTION, ANSWER_TOKENS)[12:15]
+    limits = GatewayConfig(max_completion_tokens=ANSWER_TOKENS, max_prompt_tokens=1000)
+    with running_server(model, stops=[stop], limits=limits) as address:
+        yield f"{address}/v1"
+
+
+def run(command: list[str | Path], script: Path, *arguments: str) -> str:
+    """What the script prints, in an environment without proxies or keys of the machine."""
+    kept = {name: value for name, value in os.environ.items() if not re.search("proxy|OPENAI|PYTHON", name, re.I)}
+    done = subprocess.run(
+        [*command, script, *arguments], env=kept, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python(script: str, url: str, interpreter: Path = PYTHON) -> Any:
+    return json.loads(run([interpreter], SCRIPTS / script, url, MODEL, QUESTION))
+
+
+def node(script: str, url: str) -> Any:
+    # Node looks for packages from the script's own folder upwards.
+    placed = NODE / script
+    placed.write_text((SCRIPTS / script).read_text(encoding="utf-8"), encoding="utf-8")
+    return json.loads(run(["node"], placed, url, MODEL, QUESTION))
+
+
+def chat(url: str, *turns: tuple[str, str]) -> tuple[str, dict[str, int]]:
+    """The answer to these turns and its usage, by a request with no option at all."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    reply = httpx.post(f"{url}/chat/completions", json={"model": MODEL, "messages": messages}, trust_env=False).json()
+    return reply["choices"][0]["message"]["content"], reply["usage"]
+
+
+def text(url: str, prompt: str, max_tokens: int) -> str:
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens}
+    reply = httpx.post(f"{url}/completions", json=body, trust_env=False).json()
+    return str(reply["choices"][0]["text"])
+
+
+def examples() -> Iterator[Any]:
+    """The code of docs/clients.md."""
+    blocks = re.findall(
+        r"^## ([^\n]+)|^```(python|js)\n(.*?)^```", (ROOT / "docs" / "clients.md").read_text(), re.M | re.S
+    )
+    section = ""
+    for heading, language, code in blocks:
+        section = heading or section
+        if language:
+            needs = needs_python if language == "python" else needs_node
+            yield pytest.param(language, code, id=section, marks=needs)
+
+
+@pytest.mark.parametrize(("language", "code"), examples())
+def test_documented_example_prints_the_answer(url: str, language: str, code: str) -> None:
+    for written, here in (
+        ("http://127.0.0.1:8000/v1", url),
+        ("legal-citations-4402f7ff19bf", MODEL),
+        ("Ravenna Municipal Court, Ohio", QUESTION),
+    ):
+        assert written in code
+        code = code.replace(written, here)
+    folder = ROOT / "build" / "clients" / language.replace("js", "node")
+    script = folder / f"example.{'py' if language == 'python' else 'mjs'}"
+    script.write_text(code, encoding="utf-8")
+    printed = run([PYTHON if language == "python" else "node"], script).splitlines()
+    assert printed and set(printed) == {chat(url, ("user", QUESTION))[0]}
+
+
+def check_openai(got: Any, url: str) -> None:
+    answer, usage = chat(url, ("user", QUESTION))
+    assert {got["create"], got["stream"], got["stream helper"]} == {answer}
+    assert got["usage"] == [usage, usage]
+    assert got["repeated"] == chat(url, ("user", QUESTION), ("assistant", answer), ("user", "And?"))[0]
+    assert got["texts"] == [[0, text(url, QUESTION, 16)], [1, text(url, "x", 16)]]
+    assert got["models"] == ["base", "courts", "recipes", "tickets"]
+    assert got["model"] == MODEL
+
+
+@pytest.mark.parametrize(
+    ("interpreter", "version"),
+    [
+        pytest.param(Path(sys.executable), "3", id="3"),
+        pytest.param(PYTHON, "2", id="2", marks=needs_python),
+    ],
+)
+def test_openai_python_works_with_its_defaults(url: str, interpreter: Path, version: str) -> None:
+    got = python("openai_client.py", url, interpreter)
+    assert got["version"].startswith(version)
+    check_openai(got, url)
+    answer, _ = chat(url, ("user", QUESTION))
+    assert [got["parse"], *got["async"]] == [answer] * 4
+    assert got["labels"] == chat(url, ("system", "Be brief."), ("user", QUESTION))[0]
+    assert got["texts usage"]["prompt_tokens"] == len(QUESTION) + 1
+    assert got["raised"] == {
+        "embeddings": "NotFoundError unknown_route None",
+        "responses": "NotFoundError unknown_route None",
+        "model": "NotFoundError model_not_found model",
+        "retrieve": "NotFoundError model_not_found model",
+        "tools": "BadRequestError unsupported_parameter tools",
+        "n": "BadRequestError invalid_value n",
+        "logprobs": "BadRequestError unsupported_parameter logprobs",
+        "long": "BadRequestError prompt_too_long messages",
+    }
+
+
+@needs_node
+def test_openai_npm_works_with_its_defaults(url: str) -> None:
+    got = node("openai_client.mjs", url)
+    check_openai(got, url)
+    assert got["at once"] == [got["create"]] * 3
+    assert got["raised"] == {
+        "embeddings": "NotFoundError unknown_route null",
+        "responses": "NotFoundError unknown_route null",
+        "model": "NotFoundError model_not_found model",
+        "retrieve": "NotFoundError model_not_found model",
+        "n": "BadRequestError invalid_value n",
+    }
+
+
+@needs_python
+def test_langchain_works_with_its_defaults(url: str) -> None:
+    got = python("langchain_client.py", url)
+    answer, usage = chat(url, ("user", QUESTION))
+    assert got["finish"] == "stop"
+    for how in ("invoke", "stream", "stream with usage", "ainvoke", "astream"):
+        assert got[how] == answer, how
+    assert got["batch"] == got["abatch"] == [answer] * 3
+    for told in got["usage"]:
+        assert [told[f"{part}_tokens"] for part in ("input", "output")] == [
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+        ]
+    turns = [("system", "Be brief."), ("user", QUESTION), ("assistant", "Ravenna"), ("user", "And?")]
+    assert got["conversation"] == chat(url, *turns)[0]
+    assert got["repeated"] == chat(url, ("user", QUESTION), ("assistant", answer), ("user", "And?"))[0]
+    # It asks for text at a temperature of 0.7, and so what it says differs.
+    assert got["text"] and got["text stream"]
+    assert len(got["text batch"]) == 25
+    assert got["text usage"]["prompt_tokens"] == len(QUESTION) + 1
+    assert got["text temperature 0"] == [text(url, QUESTION, ANSWER_TOKENS), text(url, "x", ANSWER_TOKENS)]
+    assert got["refused"] == {
+        "tools": "OpenAIInvalidRequestError tools",
+        "schema": "OpenAIInvalidRequestError response_format",
+        "n": "OpenAIInvalidRequestError n",
+        "embeddings": "NotFoundError unknown_route",
+    }
+
+
+@needs_python
+def test_llamaindex_works_with_its_defaults(url: str) -> None:
+    got = python("llamaindex_client.py", url)
+    assert all(got["defaults"].values())  # at its temperature of 0.1
+    answer, _ = chat(url, ("user", QUESTION))
+    system, user = ("system", "Be brief."), ("user", QUESTION)
+    directed, _ = chat(url, system, user)
+    repeated, _ = chat(url, system, user, ("assistant", directed), ("user", "And?"))
+    assert got["chat"] == {
+        "complete": answer,
+        "stream": answer,
+        "chat": directed,
+        "chat stream": directed,
+        "repeated": repeated,
+    }
+    assert got["async"] == {"acomplete": answer, "astream": answer}
+    assert got["text"]["complete"] == got["text"]["stream"] == text(url, QUESTION, 16)
+
+
+@needs_python
+def test_pydantic_ai_works_with_its_defaults(url: str) -> None:
+    got = python("pydantic_ai_client.py", url)
+    answer, usage = chat(url, ("user", QUESTION))
+    assert [got["run"], got["stream"], *got["at once"]] == [answer] * 5
+    assert got["pieces"] > 2
+    assert got["usage"] == got["stream usage"] == [usage["prompt_tokens"], usage["completion_tokens"]]
+    assert got["history"] == chat(url, ("user", QUESTION), ("assistant", answer), ("user", "And?"))[0]
+    # It sends two system turns.
+    assert got["directed"] == chat(url, ("system", "You know courts.\n\nBe brief."), ("user", QUESTION))[0]
+    assert got["refused"]["code"] == "unsupported_parameter"
+    assert "tools is not supported: remove it" in got["refused"]["message"]
+
+
+@needs_node
+def test_vercel_ai_works_with_its_defaults(url: str) -> None:
+    got = node("vercel_client.mjs", url)
+    answer, usage = chat(url, ("user", QUESTION))
+    for provider in ("compatible", "openai"):
+        said = got[provider]
+        assert (said["text"], said["stream"]) == (answer, answer), provider
+        assert said["usage"] == [usage["prompt_tokens"], usage["completion_tokens"]]
+        assert said["finish"] == said["stream finish"] == "stop"
+        assert said["system"] == chat(url, ("system", "Be brief."), ("user", QUESTION))[0]
+        assert said["repeated"] == chat(url, ("user", QUESTION), ("assistant", answer), ("user", "And?"))[0]
+        assert said["completion"] == text(url, f"user:\n{QUESTION}\n\nassistant:\n", 16)
+    assert got["raised"] == {"responses": [404, "unknown_route"], "model": [404, "model_not_found"]}

@@ -1,0 +1,285 @@
+"""The scheduler alone, against a simple engine: each pass reads what has a row and gives each row one token."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunewright.serving.gateway.fair_scheduler import (
+    ACTIVE_SECONDS,
+    ANSWER_WEIGHT,
+    BURST_TOKENS,
+    PREFILL_TOKENS,
+    ROWS_PER_AHEAD,
+    ROWS_PER_RESERVED,
+    FairScheduler,
+    Ticket,
+)
+
+
+def places(rows: int) -> int:
+    """Requests at the engine, at the most."""
+    return rows + rows // ROWS_PER_AHEAD
+
+
+@dataclass
+class Engine:
+    """Requests (tenant, prompt, answer) that arrive before a pass of their own, one pass a second.
+
+    Who has come when all rows are taken waits for one, in the order of coming.
+    """
+
+    rows: int
+    scheduler: FairScheduler = field(init=False)
+    now: float = 0.0
+    admitted: dict[Ticket, int] = field(default_factory=dict)
+    """Tokens left of each answer."""
+    read: set[Ticket] = field(default_factory=set)
+    waiting: dict[Ticket, int] = field(default_factory=dict)
+    asked: dict[Ticket, float] = field(default_factory=dict)
+    waits: dict[Ticket, float] = field(default_factory=dict)
+    """Passes until each had a row."""
+    served: Counter[str] = field(default_factory=Counter)
+    """Weighted tokens, counted here."""
+    passes: list[list[Ticket]] = field(default_factory=list)
+    """Whose prompts were read in each."""
+
+    def __post_init__(self) -> None:
+        self.scheduler = FairScheduler(self.rows, lambda: self.now)
+
+    def enqueue(self, tenant: str, prompt: int, answer: int) -> Ticket:
+        ticket = self.scheduler.enqueue(tenant, prompt)
+        self.waiting[ticket], self.asked[ticket] = answer, self.now
+        return ticket
+
+    def admit(self) -> None:
+        for ticket in self.scheduler.admit():
+            self.admitted[ticket] = self.waiting.pop(ticket)
+
+    def step(self) -> None:
+        """Let in, then one pass."""
+        self.admit()
+        at_work = list(self.admitted)[: self.rows]
+        self.passes.append([ticket for ticket in at_work if ticket not in self.read])
+        for ticket in at_work:
+            if ticket not in self.read:
+                self.read.add(ticket)
+                self.waits[ticket] = self.now - self.asked[ticket]
+                self.served[ticket.tenant] += ticket.prompt
+                self.scheduler.finish_prefill(ticket)
+            self.admitted[ticket] -= 1
+            self.served[ticket.tenant] += int(ANSWER_WEIGHT)
+            self.scheduler.charge(ticket.tenant, answer=1)
+            if not self.admitted[ticket]:
+                del self.admitted[ticket]
+                self.scheduler.release(ticket)
+        self.now += 1
+
+    def has(self, tenant: str) -> int:
+        return sum(ticket.tenant == tenant for ticket in self.admitted)
+
+
+REQUEST = st.tuples(st.sampled_from("abcd"), st.integers(1, 300), st.integers(1, 12))
+ARRIVALS = st.lists(st.lists(REQUEST, max_size=6), min_size=1, max_size=30)
+ROWS = st.integers(1, 12)
+
+
+def _run(
+    rows: int,
+    arrivals: Iterable[Sequence[tuple[str, int, int]]],
+    check: Callable[[Engine], None] = lambda _engine: None,
+) -> Engine:
+    """All of it to its end; ``check`` looks on after each letting in."""
+    engine, due = Engine(rows), deque(arrivals)
+    steps = 0
+    while due or engine.waiting or engine.admitted:
+        for request in due.popleft() if due else ():
+            engine.enqueue(*request)
+        engine.admit()
+        check(engine)
+        engine.step()
+        steps += 1
+        assert steps < 10_000, "it goes on for ever"
+    return engine
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, ARRIVALS)
+def test_scheduler_serves_every_request_and_each_tenants_in_order(
+    rows: int, arrivals: list[list[tuple[str, int, int]]]
+) -> None:
+    engine = _run(rows, arrivals)
+    assert engine.scheduler.waiting == 0
+    assert engine.scheduler.free == places(rows)
+    for tenant in "abcd":
+        entered = [ticket for ticket in engine.waits if ticket.tenant == tenant]
+        assert entered == [ticket for ticket in engine.asked if ticket.tenant == tenant]
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, ARRIVALS)
+def test_tenant_alone_may_use_all_slots_without_a_budget(rows: int, arrivals: list[list[tuple[str, int, int]]]) -> None:
+    alone = [[("a", prompt, answer) for _, prompt, answer in pass_] for pass_ in arrivals]
+
+    def check(engine: Engine) -> None:
+        assert not engine.waiting or len(engine.admitted) == places(rows)
+
+    _run(rows, alone, check)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, ARRIVALS)
+def test_slot_stays_free_only_by_a_rule(rows: int, arrivals: list[list[tuple[str, int, int]]]) -> None:
+    kept = rows // ROWS_PER_AHEAD + max(rows // ROWS_PER_RESERVED, 1 if rows > 1 else 0)
+
+    def check(engine: Engine) -> None:
+        free = places(rows) - len(engine.admitted)
+        if not engine.waiting or not free:
+            return
+        prefilling = [ticket for ticket in engine.admitted if ticket not in engine.read]
+        heads = {ticket.tenant: ticket for ticket in reversed(engine.waiting)}.values()
+        a_long_one = any(ticket.prompt > PREFILL_TOKENS for ticket in prefilling)
+
+        def waits(ticket: Ticket) -> bool:
+            behind_a_long_one = a_long_one and ticket.prompt > PREFILL_TOKENS
+            own = sum(one.prompt for one in prefilling if one.prompt <= PREFILL_TOKENS and one.tenant == ticket.tenant)
+            behind_its_own = ticket.prompt <= PREFILL_TOKENS < own + ticket.prompt
+            only_kept = free <= kept and engine.has(ticket.tenant) > 0
+            return behind_a_long_one or behind_its_own or only_kept
+
+        assert all(map(waits, heads))
+
+    _run(rows, arrivals, check)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, ARRIVALS)
+def test_prefill_pass_has_each_tenants_budget_and_one_long_prompt(
+    rows: int, arrivals: list[list[tuple[str, int, int]]]
+) -> None:
+    both = [[*pass_, ("company", 1, 1)] for pass_ in arrivals]
+    for prompts in _run(rows, both).passes:
+        short = [ticket for ticket in prompts if ticket.prompt <= PREFILL_TOKENS]
+        for tenant in {ticket.tenant for ticket in short}:
+            assert sum(ticket.prompt for ticket in short if ticket.tenant == tenant) <= PREFILL_TOKENS
+        assert len(prompts) - len(short) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(4, 16),
+    loud=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=30, max_size=60),
+    pauses=st.lists(st.integers(4, int(ACTIVE_SECONDS)), min_size=1, max_size=8),
+)
+def test_quiet_tenant_waits_one_pass_however_many_requests_a_loud_one_sends(
+    rows: int, loud: list[tuple[int, int]], pauses: list[int]
+) -> None:
+    engine = Engine(rows)
+    quiet = [engine.enqueue("quiet", 20, 2)]
+    for pause in pauses:
+        for _ in range(pause):
+            if len(engine.waiting) < 20:
+                for prompt, answer in loud:
+                    engine.enqueue("loud", prompt, answer)
+            engine.step()
+        quiet.append(engine.enqueue("quiet", 20, 2))
+    engine.step()
+    engine.step()
+    assert all(engine.waits[ticket] <= 1 for ticket in quiet)
+
+
+def test_tenant_may_use_all_slots_again_after_a_minute_alone() -> None:
+    engine = Engine(8)
+    engine.enqueue("other", 1, 1)
+    for _ in range(100):
+        engine.enqueue("loud", 1, 1000)
+    engine.step()
+    while engine.now <= ACTIVE_SECONDS:
+        engine.step()
+        assert engine.has("loud") == 7
+    engine.enqueue("loud", 1, 1)
+    engine.now += 1
+    engine.admit()
+    assert engine.has("loud") == places(8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 8),
+    one=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 8)), min_size=120, max_size=120),
+    two=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 8)), min_size=120, max_size=200),
+)
+def test_two_busy_tenants_are_served_equally_within_the_papers_bound(
+    rows: int, one: list[tuple[int, int]], two: list[tuple[int, int]]
+) -> None:
+    engine = Engine(rows)
+    for tenant, requests in (("one", one), ("two", two)):
+        for prompt, answer in requests:
+            engine.enqueue(tenant, prompt, answer)
+    for _ in range(25):
+        engine.step()
+        # The paper's bound (theorem 4.4): twice what can be under way at once, or the longest prompt.
+        assert abs(engine.served["one"] - engine.served["two"]) <= 2 * max(50, places(rows) * (50 + ANSWER_WEIGHT * 8))
+
+
+def test_idle_tenant_earns_one_burst_of_credit() -> None:
+    engine = Engine(1)
+    for tenant in ("other", "busy"):
+        engine.enqueue(tenant, 10, 45)
+    while engine.admitted or engine.waiting:
+        engine.step()
+    for _ in range(200):
+        engine.enqueue("busy", 10, 45)
+    for _ in range(45 * 50):
+        engine.step()
+    # It is owed 50 requests' tokens by now, and comes with as many.
+    for _ in range(50):
+        engine.enqueue("other", 10, 45)
+    before = engine.served["other"]
+    while engine.served["other"] - before < BURST_TOKENS:
+        engine.step()
+    behind = engine.served["busy"]
+    for _ in range(45 * 10):
+        engine.step()
+    assert engine.served["busy"] - behind >= 4 * 100, "then it goes ticket by ticket"
+
+
+def test_light_tenant_goes_before_a_busy_one() -> None:
+    engine = Engine(16)
+    for _ in range(100):
+        engine.enqueue("loud", 60, 20)
+    for _ in range(50):
+        quiet = [engine.enqueue("quiet", 60, 2) for _ in range(2)]
+        engine.step()
+        engine.step()
+        assert all(engine.waits[ticket] <= 1 for ticket in quiet)
+        for _ in range(8):
+            engine.step()
+
+
+def test_tenant_with_fewer_admitted_requests_is_next_when_served_equally() -> None:
+    scheduler = FairScheduler(2)
+    loud = [scheduler.enqueue("loud", 10) for _ in range(3)]
+    assert scheduler.admit() == loud[:2]
+    quiet = scheduler.enqueue("quiet", 10)
+    scheduler.release(loud[0])
+    assert scheduler.admit() == [quiet]
+
+
+def test_slots_freed_together_alternate_between_tenants() -> None:
+    scheduler = FairScheduler(8)
+    for tenant in "aaaaaaaabbbbbbbb":
+        scheduler.enqueue(tenant, 10)
+    entered = Counter(ticket.tenant for ticket in scheduler.admit())
+    assert entered == {"a": 4, "b": 4}
+
+
+def test_answer_token_weighs_as_two_prompt_tokens() -> None:
+    scheduler = FairScheduler(1)
+    scheduler.charge("a", prompt=10)
+    scheduler.charge("b", answer=5)
+    assert scheduler._served["a"] == scheduler._served["b"] == 5 * ANSWER_WEIGHT

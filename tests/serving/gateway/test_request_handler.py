@@ -1,0 +1,154 @@
+"""Several prompts in one completion request: computed together, settled once, ended together."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from scripted_engine import LIMITS, TOKENIZATION, ScriptedEngine, scripted_server
+from tenant_server import SHIP, Stored, ask, deploy, store_adapters, tenant_server
+
+from tunewright.engines.protocol import Delta, RequestFailedError
+from tunewright.generation.requests import Request
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import AnonymousAuth
+from tunewright.serving.gateway.server import serving
+from tunewright.serving.tenants import Candidate, Limits, State
+
+URL = "/v1/completions"
+
+
+class FailingEngine(ScriptedEngine):
+    """Fails the prompt "bad" after its first token."""
+
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
+        number = 0
+        async for delta in super().deltas(request):
+            number += 1
+            if bytes(request.prompt_ids) == b"bad" and number == 2:
+                raise RequestFailedError("it cannot be computed")
+            yield delta
+
+
+def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it has not come about"
+        time.sleep(0.01)
+
+
+def test_one_failed_prompt_ends_the_request_and_frees_the_others() -> None:
+    engine = FailingEngine((0, 0.05, 60))
+    with scripted_server(engine) as client:
+        body = {"model": "base", "prompt": ["good", "bad", "good"], "max_tokens": 9}
+        reply = client.post(URL, json=body)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "request_failed")
+        until(lambda: engine.begun == 0)
+        reply = client.post(URL, json=body | {"stream": True})
+        *pieces, last = [json.loads(line[6:]) for line in reply.text.splitlines() if line]
+        assert last["error"]["code"] == "request_failed"
+        assert {piece["choices"][0]["index"] for piece in pieces} == {0, 1, 2}
+        assert "[DONE]" not in reply.text
+        until(lambda: engine.begun == 0)
+    assert engine.aborted == 6
+
+
+def test_all_prompts_are_aborted_when_the_client_disconnects() -> None:
+    engine = ScriptedEngine((0, 60), max_batch=2)
+    with scripted_server(engine) as client:
+        body = {"model": "base", "prompt": ["a", "b", "c"], "stream": True}
+        with client.stream("POST", URL, json=body) as reply:
+            lines = reply.iter_lines()  # once it is gone, the connection is
+            next(lines)
+            until(lambda: engine.begun == 2)
+        until(lambda: engine.begun == 0)
+    assert len(engine.asked) == 2
+
+
+def test_prompts_do_not_time_out_behind_others_of_their_request() -> None:
+    engine = ScriptedEngine((0.15, 0.15), max_batch=1)
+    with scripted_server(engine, queue_timeout_s=0.5) as client:
+        reply = client.post(URL, json={"model": "base", "prompt": ["a"] * 4})
+    assert reply.status_code == 200
+    assert [choice["text"] for choice in reply.json()["choices"]] == ["aa"] * 4
+
+
+def test_model_name_with_slashes_is_found() -> None:
+    name = "meta-llama/Llama-3.1-8B"
+    gateway = Gateway(ScriptedEngine(), AnonymousAuth({name: None}), TOKENIZATION, LIMITS)
+    with serving(gateway.app) as url:
+        for spelled in (name, name.replace("/", "%2F")):
+            reply = httpx.get(f"{url}/v1/models/{spelled}", trust_env=False)
+            assert (reply.status_code, reply.json()["id"]) == (200, name)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
+    return store_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+def test_request_with_several_prompts_is_recorded_once(tmp_path: Path, adapters: dict[str, Stored]) -> None:
+    url = f"sqlite:///{tmp_path}/state.sqlite"
+    with State(url, "ann") as state:
+        deploy(state, "courts", adapters["one"])
+        state.tenants.add("acme", ["courts"], Limits(concurrency=1, requests_per_minute=1))
+        key, _ = state.keys.create("acme")
+        with tenant_server(url, adapters) as server:
+            client = server.client(key)
+            answer = client.completions.create(model="courts", prompt=["one", "two!", "three"], max_tokens=4)
+            assert answer.usage is not None
+            until(lambda: state.usage.lines()[0].outcome is not None)
+            (line,) = state.usage.lines()
+            with pytest.raises(openai.NotFoundError, match=r"do not have access to it\. Available models: courts\."):
+                client.models.retrieve("recipes")
+            assert client.models.retrieve("courts").id == "courts"
+    assert (line.prompt_tokens, line.completion_tokens) == (12, answer.usage.completion_tokens)
+    assert answer.usage.prompt_tokens == 12
+
+
+def test_shadow_skips_requests_with_several_prompts(tmp_path: Path, adapters: dict[str, Stored]) -> None:
+    url = f"sqlite:///{tmp_path}/state.sqlite"
+    with State(url, "ann") as state:
+        deploy(state, "courts", adapters["one"])
+        state.tenants.add("acme", ["courts"])
+        key, _ = state.keys.create("acme")
+        with tenant_server(url, adapters) as server:
+            client = server.client(key)
+            state.releases.try_candidate("courts", Candidate("three", adapters["three"].digest, None), SHIP)
+            until(lambda: any("release 2 is live" in message for message in server.told.messages))
+            choices = client.completions.create(model="courts", prompt=["one", "two"], max_tokens=4).choices
+            client.completions.create(model="courts", prompt=["one"], max_tokens=4)
+            until(lambda: len(state.usage.shadow_lines("courts")) == 2)
+            listed, single = state.usage.shadow_lines("courts")
+    assert (listed.shadow_answer, listed.why_not) == (None, "the request had 2 prompts")
+    assert listed.answer == f"{choices[0].text}\n\n{choices[1].text}"
+    assert single.shadow_answer is not None
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [
+        ({"user": "ann"}, "ann"),
+        ({"safety_identifier": "5f2e"}, "5f2e"),
+        ({"user": "ann", "safety_identifier": "5f2e"}, "5f2e"),
+        ({"user": ""}, None),
+        ({"metadata": {"a": "b"}, "store": True, "prompt_cache_key": "k"}, None),
+    ],
+)
+def test_usage_records_the_clients_label_of_its_user(
+    tmp_path: Path, adapters: dict[str, Stored], labels: Any, kept: str | None
+) -> None:
+    url = f"sqlite:///{tmp_path}/state.sqlite"
+    with State(url, "ann") as state:
+        deploy(state, "courts", adapters["one"])
+        state.tenants.add("acme", ["courts"])
+        key, _ = state.keys.create("acme")
+        with tenant_server(url, adapters) as server:
+            ask(server.client(key), "courts", **labels)
+        assert [line.end_user for line in state.usage.lines()] == [kept]

@@ -1,0 +1,212 @@
+"""What a request may say, and the words with which the rest is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tunewright.data.examples import Message
+from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, parse_request
+
+TURN = {"role": "user", "content": "x"}
+LEAST = {"model": "m", "messages": [TURN]}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"n": 1, "user": "me", "stream": False, "stop": []},
+        {"temperature": None, "top_p": 1.0, "max_tokens": None, "stop": None, "stream": None, "seed": None},
+        {"temperature": 0, "top_p": 0.5},
+        {"max_tokens": 3, "max_completion_tokens": 3},
+        {"stream": True, "stream_options": {"include_usage": True}},
+        {"messages": [{"role": "system", "content": ""}, TURN, {"role": "assistant", "content": "y"}, TURN]},
+    ],
+)
+def test_fields_with_an_effect_are_parsed(more: dict[str, Any]) -> None:
+    parse_request(ChatRequest, json.dumps(LEAST | more).encode())
+
+
+NEUTRAL: list[tuple[str, Any]] = [
+    ("frequency_penalty", 0),
+    ("presence_penalty", 0.0),
+    ("logit_bias", {}),
+    ("logprobs", False),
+    ("top_logprobs", 0),
+    ("n", 1),
+    ("tools", []),
+    ("tools", None),
+    ("functions", []),
+    ("tool_choice", "auto"),
+    ("tool_choice", "none"),
+    ("function_call", "none"),
+    ("parallel_tool_calls", True),
+    ("parallel_tool_calls", False),
+    ("response_format", {"type": "text"}),
+    ("response_format", None),
+    ("reasoning_effort", None),
+    ("reasoning_effort", "none"),
+    ("modalities", ["text"]),
+    ("audio", None),
+    ("prediction", None),
+    ("verbosity", "medium"),
+    ("service_tier", "auto"),
+    ("service_tier", "default"),
+    ("stream_options", None),
+    ("stream_options", {"include_usage": True}),
+    ("stream_options", {"include_usage": None, "include_obfuscation": False}),
+    ("web_search_options", None),
+    ("user", "ann"),
+    ("safety_identifier", "a-hash"),
+    ("prompt_cache_key", "conversation 7"),
+    ("prompt_cache_retention", "24h"),
+    ("metadata", {"team": "courts"}),
+    ("metadata", {}),
+    ("store", True),
+    ("store", False),
+    # vLLM's, as its users' applications send them
+    ("top_k", -1),
+    ("min_p", 0),
+    ("repetition_penalty", 1.0),
+    ("skip_special_tokens", True),
+    ("ignore_eos", False),
+    ("chat_template_kwargs", {}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), NEUTRAL)
+def test_chat_request_accepts_neutral_value(field: str, value: Any) -> None:
+    parse_request(ChatRequest, json.dumps(LEAST | {field: value}).encode())
+
+
+def test_chat_request_accepts_all_neutral_values_at_once() -> None:
+    parse_request(ChatRequest, json.dumps(LEAST | dict(NEUTRAL)).encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("best_of", 1), ("echo", False), ("suffix", None), ("suffix", ""), ("logprobs", None), ("logprobs", False)],
+)
+def test_completion_request_accepts_neutral_value(field: str, value: Any) -> None:
+    parse_request(CompletionRequest, json.dumps({"model": "m", "prompt": "x", field: value}).encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("best_of", 2), ("best_of", True), ("echo", True), ("suffix", "y"), ("logprobs", 0)]
+)
+def test_completion_request_refuses_value_that_changes_the_answer(field: str, value: Any) -> None:
+    with pytest.raises(ApiError, match=f"{field} is not supported: remove it") as caught:
+        parse_request(CompletionRequest, json.dumps({"model": "m", "prompt": "x", field: value}).encode())
+    assert (caught.value.status, caught.value.param) == (400, field)
+
+
+def test_assistant_message_is_accepted_with_the_null_fields_of_a_response() -> None:
+    echoed: dict[str, Any] = {
+        "role": "assistant",
+        "content": "y",
+        "refusal": None,
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+        "annotations": [],
+    }
+    body = LEAST | {"messages": [TURN | {"name": "ann"}, echoed, TURN]}
+    asked = parse_request(ChatRequest, json.dumps(body).encode())
+    assert asked.conversation == [Message("user", "x"), Message("assistant", "y"), Message("user", "x")]
+
+
+def test_developer_message_is_a_system_message() -> None:
+    turns = {"messages": [{"role": "developer", "content": "s"}, TURN]}
+    asked = parse_request(ChatRequest, json.dumps(LEAST | turns).encode())
+    assert asked.conversation == [Message("system", "s"), Message("user", "x")]
+
+
+def test_leading_system_messages_are_joined() -> None:
+    system = [{"role": role, "content": role} for role in ("system", "developer", "system")]
+    asked = parse_request(ChatRequest, json.dumps(LEAST | {"messages": [*system, TURN, system[0]]}).encode())
+    first, *others = asked.conversation
+    assert first == Message("system", "system\n\ndeveloper\n\nsystem")
+    assert others == [Message("user", "x"), Message("system", "system")]
+    assert asked.beginning == [["system", first.content], ["user", "x"]]
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {}}, "response_format"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"frequency_penalty": 0.1}, "frequency_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"user": 5}, "user"),
+        ({"safety_identifier": "x" * 513}, "safety_identifier"),
+        ({"metadata": "x"}, "metadata"),
+        ({"unknown": 1}, "unknown"),
+        ({"unknown": "x"}, "unknown"),
+        ({"n": 2}, "n"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1, "top_p": 0}, "top_p"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ""}, "stop.0"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"messages": []}, "messages"),
+        ({"messages": [TURN | {"name": 5}]}, "messages.0.name"),
+        ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages.0.refusal"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
+        ({"model": None}, "model"),
+    ],
+)
+def test_error_names_the_field_at_fault(more: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_request(ChatRequest, json.dumps(LEAST | more).encode())
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert param in caught.value.message
+
+
+def test_image_is_refused_by_name() -> None:
+    content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+    body = LEAST | {"messages": [{"role": "user", "content": content}]}
+    with pytest.raises(ApiError, match="images are not supported, only text") as caught:
+        parse_request(ChatRequest, json.dumps(body).encode())
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"null", b'"x"'])
+def test_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_request(ChatRequest, body)
+    assert caught.value.status == 400
+
+
+def test_error_lists_all_faults() -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_request(ChatRequest, json.dumps({"tools": [{}], "n": 3, "model": "m"}).encode())
+    for fault in ("tools is not supported: remove it", "n: Input should be 1", "messages is missing"):
+        assert fault in caught.value.message

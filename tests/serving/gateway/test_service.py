@@ -1,0 +1,18 @@
+"""What a server does with the process that it runs in."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import tunewright
+from command_line import tiny_project
+
+
+def test_garbage_collection_skips_loaded_objects_while_serving(small_base: Path, tmp_path: Path) -> None:
+    service = tunewright.open(tiny_project(tmp_path / "project", small_base)).serve(port=0)
+    loaded = len(gc.get_objects())
+    with service.running():
+        assert len(gc.get_objects()) < loaded / 10
+    assert len(gc.get_objects()) > loaded / 2
+    assert gc.get_freeze_count() == 0

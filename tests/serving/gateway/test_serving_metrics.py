@@ -1,0 +1,160 @@
+"""What Prometheus reads, by its own parser, after requests of which it is known how they ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from scripted_engine import LIMITS, MODELS, TOKENIZATION, ScriptedEngine
+from states import DIGESTS, SHIP
+
+from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.config import GatewayConfig
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import AnonymousAuth, Auth, ServedAdapter
+from tunewright.serving.gateway.metrics import exposed
+from tunewright.serving.gateway.server import serving
+from tunewright.serving.gateway.tenant_auth import TenantAuth
+from tunewright.serving.tenants import Candidate, Limits, State
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@contextmanager
+def server(engine: ScriptedEngine, access: Auth, limits: GatewayConfig = LIMITS) -> Iterator[tuple[httpx.Client, str]]:
+    """A client, and where Prometheus asks."""
+    gateway = Gateway(engine, access, TOKENIZATION, limits)
+    with (
+        exposed(gateway.metrics, "127.0.0.1", 0) as metrics,
+        serving(gateway.app) as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as client,
+    ):
+        yield client, metrics
+
+
+def scraped(url: str) -> Mapping[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every sample by its name and labels."""
+    page = httpx.get(url, trust_env=False).text
+    samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
+    return {
+        (sample.name.removeprefix("tunewright_"), frozenset(sample.labels.items())): sample.value for sample in samples
+    }
+
+
+def value(url: str, name: str, **labels: str) -> float | None:
+    return scraped(url).get((name, frozenset(labels.items())))
+
+
+def until(url: str, name: str, expected: float | None, **labels: str) -> None:
+    end = time.monotonic() + 30
+    while (found := value(url, name, **labels)) != expected:
+        assert time.monotonic() < end, found
+        time.sleep(0.02)
+
+
+def test_metrics_count_requests_tokens_and_times_by_outcome() -> None:
+    engine = ScriptedEngine((0.01, 0.2, 0))
+    whose = {"tenant": "everybody", "alias": "courts"}
+    with server(engine, AnonymousAuth(MODELS)) as (client, metrics):
+        for stream in (False, True):
+            reply = client.post("/v1/chat/completions", json={"model": "courts", "messages": HELLO, "stream": stream})
+            assert reply.status_code == 200
+        until(metrics, "requests_total", 2, **whose, outcome="length")
+        told = client.post("/v1/completions", json={"model": "base", "prompt": "hello"}).json()["usage"]
+        other = {"tenant": "everybody", "alias": "base"}
+        until(metrics, "requests_total", 1, **other, outcome="length")
+        assert value(metrics, "prompt_tokens_total", **other) == told["prompt_tokens"]
+        assert value(metrics, "completion_tokens_total", **other) == told["completion_tokens"] == 3
+        assert value(metrics, "completion_tokens_total", **whose) == 6
+        for name in ("first_token_seconds", "queue_seconds", "request_seconds"):
+            assert value(metrics, f"{name}_count", **whose) == 2
+        first, total = (value(metrics, f"{name}_seconds_sum", **whose) for name in ("first_token", "request"))
+        assert first is not None and total is not None
+        assert 0.02 <= first <= total - 0.4
+
+
+def test_metrics_count_refusals_by_code_without_client_text_as_labels() -> None:
+    with server(ScriptedEngine(), AnonymousAuth(MODELS)) as (client, metrics):
+        bodies = [{"model": f"secret-{number}", "messages": HELLO} for number in range(3)]
+        for body in (*bodies, {"model": "base", "messages": HELLO, "secret-field": 1}):
+            assert client.post("/v1/chat/completions", json=body).status_code in (400, 404)
+        assert value(metrics, "refusals_total", tenant="everybody", code="model_not_found") == 3
+        assert value(metrics, "refusals_total", tenant="everybody", code="unsupported_parameter") == 1
+        assert "secret" not in httpx.get(metrics).text
+
+
+def test_metrics_have_waiting_and_running_requests_only_while_there_are_any() -> None:
+    engine = ScriptedEngine((0, 60), max_batch=1)
+    body = {"model": "base", "messages": HELLO, "stream": True}
+    whose = {"tenant": "everybody"}
+    with server(engine, AnonymousAuth(MODELS)) as (client, metrics):
+        assert value(metrics, "ready") == 1
+        with client.stream("POST", "/v1/chat/completions", json=body) as first:
+            lines = first.iter_lines()  # once it is gone, the connection is
+            next(lines)
+            assert value(metrics, "running_requests", **whose) == 1
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/chat/completions", json=body, timeout=0.5)
+            until(metrics, "requests_total", 1, **whose, alias="base", outcome="hung up")
+        until(metrics, "running_requests", None, **whose)
+        assert value(metrics, "waiting_requests", **whose) is None
+        engine.stopped = "it is started again"
+        assert value(metrics, "ready") == 0
+
+
+def test_metrics_count_timeouts_as_an_outcome() -> None:
+    limits = GatewayConfig(first_token_timeout_s=0.1)
+    with server(ScriptedEngine((60,)), AnonymousAuth(MODELS), limits) as (client, metrics):
+        assert client.post("/v1/completions", json={"model": "base", "prompt": "x"}).status_code == 504
+        until(metrics, "requests_total", 1, tenant="everybody", alias="base", outcome="timed out")
+
+
+def test_metrics_have_a_listener_of_their_own_with_tenants_aliases_and_releases(state_url: str, tmp_path: Path) -> None:
+    with State(state_url, "ann") as state:
+        state.releases.deploy("courts", "courts-1", DIGESTS["a"], SHIP)
+        state.tenants.add("acme", ["courts"], Limits(requests_per_minute=1))
+        key, _ = state.keys.create("acme")
+        engine = ScriptedEngine()
+        served = ServedAdapter(tmp_path, SystemPrompt(None))
+        access = TenantAuth(State(state_url), engine, lambda _name, _digest: served, LogReporter())
+        one, three = DIGESTS["a"][:12], DIGESTS["c"][:12]
+        with server(engine, access) as (client, metrics):
+            client.headers["Authorization"] = f"Bearer {key}"
+            body = {"model": "courts", "messages": HELLO}
+            codes = [client.post("/v1/chat/completions", json=body).status_code for _ in range(3)]
+            assert codes == [200, 429, 429]
+            client.headers["Authorization"] = "Bearer wrong"
+            assert client.post("/v1/chat/completions", json=body).status_code == 401
+            until(metrics, "requests_total", 1, tenant="acme", alias="courts", outcome="length")
+            assert [whose for _, whose in engine.asked] == ["acme"], "whose cache it is"
+            assert value(metrics, "refusals_total", tenant="acme", code="rate_limit_exceeded") == 2
+            assert value(metrics, "refusals_total", tenant="", code="invalid_api_key") == 1
+            assert value(metrics, "release", alias="courts", digest=one, role="live") == 1
+            assert value(metrics, "resident_adapter", digest=one) == 1
+            state.releases.try_candidate("courts", Candidate("courts-3", DIGESTS["c"], 0.5), SHIP)
+            until(metrics, "release", 2, alias="courts", digest=three, role="canary")
+            assert value(metrics, "resident_adapter", digest=three) == 1
+            state.releases.promote("courts")
+            until(metrics, "release", 3, alias="courts", digest=three, role="live")
+            until(metrics, "release", None, alias="courts", digest=one, role="live")
+            until(metrics, "resident_adapter", None, digest=one)
+            for path in ("/metrics", "/v1/metrics"):
+                assert client.get(path).status_code == 404
+
+
+def test_metrics_name_the_port_when_the_address_is_in_use() -> None:
+    gateway = Gateway(ScriptedEngine(), AnonymousAuth(MODELS), TOKENIZATION, LIMITS)
+    with exposed(gateway.metrics, "127.0.0.1", 0) as url:
+        port = int(url.rpartition(":")[2].partition("/")[0])
+        with (
+            pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}"),
+            exposed(gateway.metrics, "127.0.0.1", port),
+        ):
+            pass

@@ -1,0 +1,239 @@
+"""Tenants as OpenAI's own client sees them: keys, aliases, limits, releases."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from served_model import CONTEXT, expected_answer
+from states import raw
+from tenant_server import ASKED, QUESTION, Running, Stored, ask, deploy, tenant_server, until
+
+from tunewright.serving.tenants import Limits, State
+
+pytest_plugins = ["two_tenants"]
+
+
+def test_tenant_sees_only_its_own_models_and_answers(
+    server: Running, two_tenants: dict[str, str], adapters: dict[str, Stored], reference: Any
+) -> None:
+    for tenant, alias, adapter, foreign in (
+        ("acme", "courts", "one", "recipes"),
+        ("globex", "recipes", "two", "courts"),
+    ):
+        client = server.client(two_tenants[tenant])
+        assert [model.id for model in client.models.list()] == [alias]
+        assert ask(client, alias) == (expected_answer(reference, adapter, QUESTION, 12), adapters[adapter].digest)
+        bodies = []
+        for name in (foreign, "nowhere"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                ask(client, name)
+            assert caught.value.response.status_code == 404
+            bodies.append(caught.value.response.text.replace(name, "NAME"))
+        assert bodies[0] == bodies[1]
+
+
+def test_request_without_a_valid_key_is_refused(server: Running, two_tenants: dict[str, str]) -> None:
+    key = two_tenants["acme"]
+    unknown = "Bearer tw_0000000000_" + "A" * 43
+    for header in (
+        None,
+        "",
+        "Bearer",
+        f"Basic {key}",
+        key,
+        unknown,
+        f"Bearer {key}x",
+        f"Bearer {key[:-1]}",
+        "Bearer x",
+    ):
+        headers = {} if header is None else {"Authorization": header}
+        for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions")):
+            reply = httpx.request(method, server.url + path, headers=headers, content=b"{")
+            error = reply.json()["error"]
+            assert (reply.status_code, error["code"]) == (401, "invalid_api_key"), header
+            assert error["type"] == "invalid_request_error"
+            assert reply.headers["www-authenticate"] == "Bearer"
+            assert "courts" not in reply.text
+
+
+def test_health_reveals_no_load_without_a_key(server: Running) -> None:
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_revoked_key_is_refused_from_the_next_request(
+    server: Running, state: State, two_tenants: dict[str, str]
+) -> None:
+    client = server.client(two_tenants["acme"])
+    ask(client, "courts")
+    (key,) = state.keys.list("acme")
+    state.keys.revoke(key.prefix)
+    with pytest.raises(openai.AuthenticationError, match="revoked"):
+        ask(client, "courts")
+
+
+def test_recorded_usage_equals_the_usage_in_the_response(
+    server: Running, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
+) -> None:
+    client = server.client(two_tenants["acme"])
+    told = client.chat.completions.create(model="courts", messages=ASKED, max_tokens=12).usage
+    assert told is not None
+    options: Any = {"include_usage": True}
+    *_, last = client.chat.completions.create(
+        model="courts", messages=ASKED, max_tokens=7, stream=True, stream_options=options
+    )
+    assert last.usage is not None
+    until(lambda: all(line.outcome for line in state.usage.lines()))
+    whole, stream = state.usage.lines()
+    assert (whole.tenant, whole.alias, whole.digest) == ("acme", "courts", adapters["one"].digest)
+    assert (whole.prompt_tokens, whole.completion_tokens) == (told.prompt_tokens, told.completion_tokens)
+    assert (stream.prompt_tokens, stream.completion_tokens) == (last.usage.prompt_tokens, last.usage.completion_tokens)
+    for line in (whole, stream):
+        assert line.queued_s is not None and line.first_token_s is not None and line.total_s is not None
+        assert 0 <= line.queued_s <= line.first_token_s <= line.total_s
+        assert line.outcome in ("stop", "length")
+
+
+def test_rate_limited_response_has_retry_after(server: Running, state: State, two_tenants: dict[str, str]) -> None:
+    state.tenants.limit("acme", Limits(requests_per_minute=2))
+    client = server.client(two_tenants["acme"])
+    ask(client, "courts")
+    ask(client, "courts")
+    with pytest.raises(openai.RateLimitError, match=r"requests a minute \(2\) is reached") as caught:
+        ask(client, "courts")
+    assert caught.value.code == "rate_limit_exceeded"
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+    ask(server.client(two_tenants["globex"]), "recipes")  # another tenant's business
+    state.tenants.limit("acme", Limits())
+    ask(client, "courts")
+
+
+def test_openai_client_retries_when_rate_limited(
+    state_url: str, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
+) -> None:
+    state.tenants.limit("acme", Limits(concurrency=1))
+    replies: list[tuple[int, str | None]] = []
+    with tenant_server(state_url, adapters, stop_ids=frozenset()) as running:
+        first = running.client(two_tenants["acme"]).chat.completions.create(
+            model="courts", messages=ASKED, max_tokens=CONTEXT, stream=True
+        )
+        next(iter(first))
+
+        def note(reply: httpx.Response) -> None:
+            replies.append((reply.status_code, reply.headers.get("retry-after")))
+            first.close()
+            until(lambda: state.usage.lines("acme")[0].outcome is not None)
+
+        with (
+            openai.DefaultHttpxClient(event_hooks={"response": [note]}) as http,
+            openai.OpenAI(base_url=f"{running.url}/v1", api_key=two_tenants["acme"], http_client=http) as client,
+        ):
+            assert ask(client, "courts")[1] == adapters["one"].digest
+    assert replies == [(429, "1"), (200, None)]
+
+
+def test_request_over_the_token_limit_by_itself_is_a_bad_request(
+    server: Running, state: State, two_tenants: dict[str, str]
+) -> None:
+    state.tenants.limit("acme", Limits(tokens_per_minute=1000))
+    client = server.client(two_tenants["acme"])
+    with pytest.raises(openai.BadRequestError, match="Lower max_tokens") as caught:
+        client.chat.completions.create(model="courts", messages=ASKED, max_tokens=1000)
+    assert (caught.value.code, caught.value.param) == ("request_over_limit", "max_tokens")
+    # A request with an SDK's defaults is kept within the limit instead.
+    answer = client.chat.completions.create(model="courts", messages=ASKED, stop="e")
+    assert answer.choices[0].finish_reason == "stop"
+    until(lambda: all(line.outcome for line in state.usage.lines("acme")))
+    for _ in range(2):  # each reserves far more than it uses
+        ask(client, "courts", max_tokens=700, stop="e")
+        until(lambda: all(line.outcome for line in state.usage.lines("acme")))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_disconnected_request_no_longer_counts_as_concurrent(
+    state_url: str, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored], stream: bool
+) -> None:
+    state.tenants.limit("acme", Limits(concurrency=1))
+
+    async def hang_up(url: str) -> None:
+        headers = {"Authorization": f"Bearer {two_tenants['acme']}"}
+        body = {"model": "courts", "messages": ASKED, "max_tokens": CONTEXT - 1000, "stream": stream}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
+            asking = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            while not await asyncio.to_thread(state.usage.lines):
+                await asyncio.sleep(0.01)
+            refused = await client.post("/v1/chat/completions", json=body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            await asyncio.sleep(0.2)  # some tokens
+            asking.cancel()
+
+    with tenant_server(state_url, adapters, stop_ids=frozenset()) as running:
+        asyncio.run(hang_up(running.url))
+        until(lambda: state.usage.lines()[0].outcome is not None)
+        (line,) = state.usage.lines()
+        assert line.outcome == "hung up"
+        assert line.completion_tokens is not None
+        assert line.completion_tokens < CONTEXT - 1000
+        ask(running.client(two_tenants["acme"]), "courts")
+
+
+def test_two_servers_share_limits_and_releases(
+    state_url: str, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
+) -> None:
+    state.tenants.limit("acme", Limits(requests_per_minute=10))
+    with tenant_server(state_url, adapters) as one, tenant_server(state_url, adapters) as two:
+        until(lambda: len(state.quota.servers()) == 2)
+
+        async def burst() -> list[int]:
+            headers = {"Authorization": f"Bearer {two_tenants['acme']}"}
+            body = {"model": "courts", "messages": ASKED, "max_tokens": 2}
+            async with httpx.AsyncClient(headers=headers, timeout=60) as client:
+                urls = [(one, two)[number % 2].url for number in range(30)]
+                replies = await asyncio.gather(*(client.post(f"{u}/v1/chat/completions", json=body) for u in urls))
+            return [reply.status_code for reply in replies]
+
+        codes = asyncio.run(burst())
+        assert (codes.count(200), codes.count(429)) == (10, 20)
+        deploy(state, "recipes", adapters["three"])
+        for server in (one, two):
+            client = server.client(two_tenants["globex"])
+            until(lambda client=client: ask(client, "recipes")[1] == adapters["three"].digest)  # type: ignore[misc]
+        newest = state.releases.newest()
+        until(lambda: [release for _, release in state.quota.servers()] == [newest, newest])
+    assert state.quota.servers() == []
+
+
+def test_every_request_is_refused_when_the_state_is_unavailable(
+    server: Running, state_url: str, two_tenants: dict[str, str]
+) -> None:
+    client = server.client(two_tenants["acme"])
+    ask(client, "courts")
+    with raw(state_url) as execute:
+        execute("ALTER TABLE api_keys RENAME TO elsewhere")
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(client, "courts")
+    assert (caught.value.response.status_code, caught.value.code) == (503, "state_unavailable")
+    assert "api_keys" not in caught.value.response.text
+    with raw(state_url) as execute:
+        execute("ALTER TABLE elsewhere RENAME TO api_keys")
+    ask(client, "courts")
+
+
+def test_authentication_does_not_wait_for_a_writer(
+    server: Running, state_url: str, two_tenants: dict[str, str]
+) -> None:
+    client = server.client(two_tenants["acme"])
+    begun = client.chat.completions.create(model="courts", messages=ASKED, max_tokens=300, stream=True)
+    with begun as chunks, ThreadPoolExecutor(1) as thread:
+        next(chunks)
+        with raw(state_url) as execute:
+            execute("UPDATE tenants SET name = name")  # SQLite has one writer, PostgreSQL one for each line
+            asked = thread.submit(ask, client, "courts")
+            assert [model.id for model in client.models.list()] == ["courts"]
+            assert list(chunks)[-1].choices[0].finish_reason
+            assert not asked.done()
+        assert asked.result()

@@ -1,0 +1,85 @@
+"""The isolation test finds nothing in an engine that keeps its adapters apart, and every planted way to mix them up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from engine_kinds import STOPS, peft_engine
+from isolation_helpers import failed, result_of
+
+from planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
+from small_models import write_adapter
+from tunewright.models.bases import Base
+from tunewright.serving.engines.peft import PeftEngine
+from tunewright.serving.isolation.reference import PeftReference
+
+
+@pytest.fixture(scope="module")
+def reference(small_base: Path, small_adapters: dict[str, Path]) -> PeftReference:
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    return PeftReference(base, "float32", "none", small_adapters, stop_ids=STOPS)
+
+
+@contextmanager
+def planted(kind: type[PeftEngine], base: Path) -> Iterator[PeftEngine]:
+    """An engine with a bug."""
+    with peft_engine(base) as engine:
+        assert isinstance(engine, PeftEngine)
+        engine.__class__ = kind
+        yield engine
+
+
+def test_embedded_engine_is_isolated(
+    small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
+) -> None:
+    with peft_engine(small_base) as engine:
+        result = result_of(engine, reference, small_adapters)
+    assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())
+    assert all(check.asked >= 8 for check in result.checks)
+    # float32 with another order of additions: nothing that a tolerance of 0.05 nats has to forgive.
+    assert max(check.worst for check in result.checks) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("bug", "seen_by"),
+    [
+        (LastSlot, {"all mixed", "the base in the mix"}),
+        (StaleCache, {"prefixes warm", "a new version"}),
+        (CacheOfTwo, {"prefixes warm", "a new version"}),
+        (OldVersion, {"evicted and reloaded", "a new version"}),
+        (LastVersion, {"a new version"}),
+    ],
+)
+def test_planted_bug_is_detected_by_its_checks(
+    bug: type[PeftEngine],
+    seen_by: set[str],
+    small_base: Path,
+    small_adapters: dict[str, Path],
+    reference: PeftReference,
+) -> None:
+    with planted(bug, small_base) as engine:
+        result = result_of(engine, reference, small_adapters)
+    assert result.verdict == "not isolated"
+    assert seen_by <= failed(result)
+    failures = [failure for check in result.checks for failure in check.failures]
+    assert any(failure.like is not None for failure in failures), "it says whose answer it was"
+
+
+def test_verdict_is_cannot_tell_when_two_adapters_answer_alike(
+    small_base: Path, tmp_path: Path, small_adapters: dict[str, Path]
+) -> None:
+    digest, folder = next(iter(small_adapters.items()))
+    again, twin = write_adapter(small_base, tmp_path / "twin", seed=1)
+    assert again == digest
+    (twin / "adapter_config.json").write_text((twin / "adapter_config.json").read_text() + "\n")
+    from tunewright.adapters.registry import adapter_digest
+
+    pair = {digest: folder, adapter_digest(twin): twin}
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    with peft_engine(small_base) as engine:
+        result = result_of(engine, PeftReference(base, "float32", "none", pair, stop_ids=STOPS), pair)
+    assert (result.verdict, len(result.alike)) == ("can't tell", 1)
+    assert failed(result) == set()

@@ -1,0 +1,216 @@
+"""Releases: what an alias answers with after whatever was done, held to a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from states import DIGESTS, SHIP, raw
+
+from tunewright.core.errors import UserError
+from tunewright.serving.tenants import Candidate, Grounds, State
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("deploy"), st.sampled_from("abc")),
+        st.tuples(st.just("canary"), st.sampled_from("abc")),
+        st.tuples(st.sampled_from(["promote", "rollback", "undeploy"]), st.just("")),
+    ),
+    max_size=12,
+)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
+    with State(f"sqlite:///{tmp_path_factory.mktemp('releases')}/state.sqlite") as state:
+        yield state
+
+
+class Stack:
+    """What an alias answers with, told the plain way."""
+
+    def __init__(self) -> None:
+        self.before: list[str] = []
+        self.now: str | None = None
+        self.candidate: str | None = None
+        self.undeployed = False
+
+    def take(self, step: str, name: str) -> bool:
+        """Whether it can be done; then it is."""
+        if step == "deploy":
+            if self.now == name and self.candidate is None and not self.undeployed:
+                return False
+            self._answer_with(name)
+        elif step == "canary":
+            if self.now is None or self.undeployed or name in (self.now, self.candidate):
+                return False
+            self.candidate = name
+        elif step == "promote":
+            if self.candidate is None:
+                return False
+            self._answer_with(self.candidate)
+        elif step == "undeploy":
+            if self.now is None or self.undeployed:
+                return False
+            self.undeployed, self.candidate = True, None
+        elif self.candidate is not None or self.undeployed:
+            self.candidate, self.undeployed = None, False
+        else:
+            if not self.before:
+                return False
+            self.now = self.before.pop()
+        return True
+
+    def _answer_with(self, name: str) -> None:
+        if self.now is not None and self.now != name:
+            self.before.append(self.now)
+        self.now, self.candidate, self.undeployed = name, None, False
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS)
+def test_alias_follows_a_stack_after_any_steps(shared: State, steps: list[tuple[str, str]]) -> None:
+    alias, stack, releases = f"alias-{shared.releases.newest()}", Stack(), shared.releases
+    history: list[object] = []
+    for step, name in steps:
+        can = stack.take(step, name)
+        try:
+            if step == "deploy":
+                releases.deploy(alias, name, DIGESTS[name], SHIP)
+            elif step == "canary":
+                releases.try_candidate(alias, Candidate(name, DIGESTS[name], 0.1), SHIP)
+            elif step == "promote":
+                releases.promote(alias)
+            elif step == "undeploy":
+                releases.undeploy(alias)
+            else:
+                releases.rollback(alias)
+        except UserError:
+            assert not can
+        else:
+            assert can
+            # The lines that were there stay as they were, and one is added.
+            now: list[object] = list(releases.history(alias))
+            assert now[:-1] == history
+            history = now
+        live = releases.live().get(alias)
+        assert (None if live is None else live.adapter) == (None if stack.undeployed else stack.now)
+        if live is not None:
+            assert (live.candidate.adapter if live.candidate else None) == stack.candidate
+
+
+def test_grounds_follow_the_adapter(state_url: str) -> None:
+    forced = Grounds("can't tell", "e2", "the client asked for it")
+    with State(state_url, "ann") as state:
+        state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        state.releases.try_candidate("courts", Candidate("b", DIGESTS["b"], None), forced)
+        assert state.releases.promote("courts").grounds == forced
+        back = state.releases.rollback("courts")
+        assert (back.adapter, back.grounds, back.restores, back.author) == ("a", SHIP, 1, "ann")
+
+
+def test_rollback_of_a_candidate_restores_the_live_adapters_grounds(state_url: str) -> None:
+    forced = Grounds("can't tell", "e2", "the client asked for it")
+    with State(state_url) as state:
+        state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        for name in "bc":
+            state.releases.try_candidate("courts", Candidate(name, DIGESTS[name], 0.1), forced)
+        back = state.releases.rollback("courts")
+        assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
+
+
+def test_rollback_of_a_withdrawal_restores_its_grounds(state_url: str) -> None:
+    with State(state_url, "ann") as state:
+        state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        ended = state.releases.undeploy("courts", "a typing mistake")
+        assert (ended.adapter, ended.grounds.because, ended.author) == ("a", "a typing mistake", "ann")
+        assert state.releases.live() == {}
+        with pytest.raises(UserError, match="already undeployed, since its release 2"):
+            state.releases.undeploy("courts")
+        with pytest.raises(UserError, match="no live release to try a candidate"):
+            state.releases.try_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
+        with pytest.raises(UserError, match="release 2 of courts is a withdrawal"):
+            state.releases.rollback("courts", 2)
+        back = state.releases.rollback("courts")
+        assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
+        assert list(state.releases.live()) == ["courts"]
+        assert not state.verify().faults
+
+
+def test_rollback_restores_any_release_by_number(state_url: str) -> None:
+    with State(state_url) as state:
+        for name in "abc":
+            state.releases.deploy("courts", name, DIGESTS[name], SHIP)
+        assert state.releases.rollback("courts", 1).adapter == "a"
+        with pytest.raises(UserError, match="already"):
+            state.releases.rollback("courts", 1)
+        assert state.releases.rollback("courts").adapter == "c"
+        with pytest.raises(UserError, match="a release from 1 to 5"):
+            state.releases.rollback("courts", 6)
+
+
+def test_invalid_releases_are_refused(state_url: str) -> None:
+    with State(state_url) as state:
+        with pytest.raises(UserError, match="no live release to try a candidate"):
+            state.releases.try_candidate("courts", Candidate("a", DIGESTS["a"], 0.1), SHIP)
+        with pytest.raises(UserError, match="there is no alias 'courts'"):
+            state.releases.rollback("courts")
+        with pytest.raises(UserError, match=r"invalid name .* for an alias"):
+            state.releases.deploy("Courts/1", "a", DIGESTS["a"], SHIP)
+        state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        with pytest.raises(UserError, match="no adapter before"):
+            state.releases.rollback("courts")
+        with pytest.raises(UserError, match="has no candidate"):
+            state.releases.promote("courts")
+        for share in (0.0, 1.0, -0.1):
+            with pytest.raises(UserError, match="share must be above 0"):
+                state.releases.try_candidate("courts", Candidate("b", DIGESTS["b"], share), SHIP)
+
+
+def test_concurrent_deploys_are_serialized(state_url: str) -> None:
+    with State(state_url) as one, State(state_url) as two:
+        one.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+
+        def deploy(name: str) -> None:
+            (one if name in "bd" else two).releases.deploy("courts", name, DIGESTS[name], SHIP)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(deploy, "bcde"))
+        history = one.releases.history("courts")
+        assert [release.number for release in history] == [1, 2, 3, 4, 5]
+        assert two.releases.live()["courts"] == history[-1]
+        assert two.releases.newest() == history[-1].id
+
+
+def test_system_prompt_choice_belongs_to_the_release(state_url: str) -> None:
+    with State(state_url) as state:
+        releases = state.releases
+        releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        with pytest.raises(UserError, match="already"):
+            releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+        assert not releases.deploy("courts", "a", DIGESTS["a"], SHIP, system_prompt=False).system_prompt
+        with pytest.raises(UserError, match="already"):
+            releases.require_deployable("courts", "a", DIGESTS["a"], system_prompt=False)
+        beside = releases.try_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
+        assert beside.candidate is not None
+        assert (beside.system_prompt, beside.candidate.system_prompt) == (False, True)
+        assert releases.promote("courts").answer == (DIGESTS["b"], True)
+        assert releases.rollback("courts").answer == (DIGESTS["a"], False)
+        releases.try_candidate("courts", Candidate("c", DIGESTS["c"], None, False), SHIP)
+        assert releases.promote("courts").answer == (DIGESTS["c"], False)
+        assert not releases.undeploy("courts").system_prompt
+        assert releases.rollback("courts").answer == (DIGESTS["c"], False)
+        assert releases.rollback("courts").answer == (DIGESTS["a"], False)
+        assert releases.rollback("courts").answer == (DIGESTS["a"], True)
+        assert releases.live() == {"courts": releases.history("courts")[-1]}
+        assert state.verify().faults == ()
+        with raw(state_url) as execute:
+            execute("UPDATE releases SET system_prompt = :no WHERE number = 1", no=False)
+            execute("UPDATE releases SET candidate_system_prompt = :yes WHERE number = 6", yes=True)
+        assert state.verify().faults == (
+            "release 1 of courts differs from the audit log",
+            "release 6 of courts differs from the audit log",
+        )

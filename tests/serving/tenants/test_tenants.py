@@ -1,0 +1,215 @@
+"""Tenants and their keys."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from pathlib import Path
+
+import pytest
+from states import Clock, raw, with_tenant
+
+from tunewright.core.errors import UserError
+from tunewright.serving.tenants import InvalidKeyError, Limits, State
+from tunewright.serving.tenants.tables import SCHEMA_VERSION
+
+
+def test_key_may_use_its_tenants_aliases_including_later_ones(state_url: str) -> None:
+    with State(state_url) as state:
+        state.tenants.add("acme", ["courts"])
+        key, told = state.keys.create("acme")
+        assert state.keys.caller(key).aliases == {"courts"}
+        state.tenants.grant("acme", ["recipes"])
+        assert state.keys.caller(key).aliases == {"courts", "recipes"}
+        state.tenants.revoke("acme", ["courts"])
+        assert state.keys.caller(key).aliases == {"recipes"}
+        assert told.prefix in key
+
+
+def test_scoped_key_may_use_only_aliases_its_tenant_has(state_url: str) -> None:
+    with State(state_url) as state:
+        state.tenants.add("acme", ["courts", "recipes"])
+        key, _ = state.keys.create("acme", aliases=["courts"])
+        assert state.keys.caller(key).aliases == {"courts"}
+        state.tenants.revoke("acme", ["courts"])
+        assert state.keys.caller(key).aliases == set()
+        with pytest.raises(UserError, match="may not call courts"):
+            state.keys.create("acme", aliases=["courts"])
+
+
+def test_stored_key_data_cannot_authenticate(tmp_path: Path) -> None:
+    file = tmp_path / "serving" / "state.sqlite"
+    with State(f"sqlite:///{file}") as state:
+        state.tenants.add("acme")
+        key, told = state.keys.create("acme")
+        kept = b"".join(path.read_bytes() for path in file.parent.iterdir())
+        secret = key.removeprefix(told.prefix + "_")
+        assert secret.encode() not in kept
+        sha256 = hashlib.sha256(key.encode()).hexdigest()
+        assert sha256.encode() in kept
+        for known in (told.prefix, sha256, f"{told.prefix}_{sha256[:43]}", secret):
+            with pytest.raises(InvalidKeyError):
+                state.keys.caller(known)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert (file.parent / ".gitignore").read_text() == "*\n"
+
+
+def test_keys_differ_and_hold_256_random_bits(state_url: str) -> None:
+    with State(state_url) as state:
+        state.tenants.add("acme")
+        keys = [state.keys.create("acme") for _ in range(20)]
+        assert len({key for key, _ in keys}) == 20
+        assert all(len(key) == len(told.prefix) + 1 + 43 for key, told in keys)  # 43 characters of 6 bits
+
+
+@pytest.mark.parametrize("wrong", ["", "tw_", "x", "tw_0000000000_" + "A" * 43, "tw_0000000000_" + "\N{SNOWMAN}" * 43])
+def test_invalid_key_is_refused(state_url: str, wrong: str) -> None:
+    with State(state_url) as state:
+        state.tenants.add("acme")
+        with pytest.raises(InvalidKeyError, match="Invalid API key"):
+            state.keys.caller(wrong)
+
+
+def test_key_is_refused_when_expired_or_revoked(state_url: str) -> None:
+    clock = Clock()
+    with State(state_url, clock=clock) as state:
+        state.tenants.add("acme")
+        short, _ = state.keys.create("acme", lifetime=60)
+        long, told = state.keys.create("acme")
+        clock.now += 59.9
+        state.keys.caller(short)
+        clock.now += 0.1
+        with pytest.raises(InvalidKeyError, match="expired"):
+            state.keys.caller(short)
+        state.keys.caller(long)
+        state.keys.revoke(told.prefix)
+        with pytest.raises(InvalidKeyError, match="revoked"):
+            state.keys.caller(long)
+        with pytest.raises(UserError, match="already revoked"):
+            state.keys.revoke(told.prefix)
+        assert state.tenants.list()[0].keys == 0
+
+
+def test_disable_removes_keys_and_aliases_of_one_tenant_only(state_url: str) -> None:
+    with State(state_url) as state:
+        for name, aliases in (("globex", ["courts"]), ("acme", ["courts", "recipes"])):
+            state.tenants.add(name, aliases)
+        state.keys.create("globex")
+        keys = [state.keys.create("acme")[0] for _ in range(2)]
+        state.keys.revoke(state.keys.list("acme")[0].prefix)
+        before = len(state.audit.lines())
+        ended = state.tenants.disable("acme")
+        assert (ended.aliases, ended.keys) == ((), 0)
+        for key in keys:
+            with pytest.raises(InvalidKeyError):
+                state.keys.caller(key)
+        assert [line.action for line in state.audit.lines()[before:]] == ["key.revoke", "tenant.revoke"]
+        assert not state.verify().faults
+        assert state.tenants.get("globex").aliases == ("courts",)
+        assert state.tenants.get("globex").keys == 1
+        with pytest.raises(UserError, match="no keys and no aliases"):
+            state.tenants.disable("acme")
+
+
+def test_rotated_key_stays_valid_during_the_overlap(state_url: str) -> None:
+    clock = Clock()
+    with State(state_url, clock=clock) as state:
+        state.tenants.add("acme", ["courts", "recipes"])
+        old, told = state.keys.create("acme", aliases=["courts"])
+        new, replaces = state.keys.rotate(told.prefix, overlap=3600)
+        assert replaces.aliases == ("courts",)
+        clock.now += 3599
+        assert state.keys.caller(old).aliases == state.keys.caller(new).aliases == {"courts"}
+        clock.now += 1
+        with pytest.raises(InvalidKeyError, match="expired"):
+            state.keys.caller(old)
+        state.keys.caller(new)
+        first = next(key for key in state.keys.list("acme") if key.prefix == told.prefix)
+        assert first.replaced_by == replaces.prefix
+        with pytest.raises(UserError, match="is expired"):
+            state.keys.rotate(told.prefix, overlap=0)
+
+
+def test_rotation_never_extends_the_old_key(state_url: str) -> None:
+    clock = Clock()
+    with State(state_url, clock=clock) as state:
+        state.tenants.add("acme")
+        _, told = state.keys.create("acme", lifetime=10)
+        state.keys.rotate(told.prefix, overlap=3600)
+        (old, _new) = state.keys.list("acme")
+        assert old.expires == clock.now + 10
+
+
+def test_invalid_changes_are_refused_and_change_nothing(state_url: str) -> None:
+    with State(state_url) as state:
+        state.tenants.add("acme")
+        lines = len(state.audit.lines())
+        for message, mistake in (
+            ("the tenant acme already exists", lambda: state.tenants.add("acme")),
+            ("invalid name 'Acme Inc' for a tenant", lambda: state.tenants.add("Acme Inc")),
+            ("invalid name '../x' for an alias", lambda: state.tenants.add("globex", ["../x"])),
+            (
+                "requests_per_minute must be at least 1 \\(got 0\\)",
+                lambda: state.tenants.add("globex", (), Limits(requests_per_minute=0)),
+            ),
+            ("Tenants: acme", lambda: state.tenants.limit("globex", Limits())),
+            ("no key has the prefix", lambda: state.keys.revoke("tw_0")),
+            ("may not call courts", lambda: state.tenants.revoke("acme", ["courts"])),
+        ):
+            with pytest.raises(UserError, match=message):
+                mistake()
+        assert [tenant.name for tenant in state.tenants.list()] == ["acme"]
+        assert len(state.audit.lines()) == lines
+
+
+def test_state_of_a_newer_tunewright_is_refused(state_url: str) -> None:
+    State(state_url).close()
+    with raw(state_url) as execute:
+        execute(f"UPDATE tunewright_schema SET version = {SCHEMA_VERSION + 1}")
+    with pytest.raises(
+        UserError, match=f"schema {SCHEMA_VERSION + 1}, and this tunewright supports schema {SCHEMA_VERSION}"
+    ):
+        State(state_url)
+
+
+def test_database_with_foreign_tables_is_refused_and_unchanged(state_url: str) -> None:
+    if state_url.startswith("sqlite"):
+        Path(state_url.removeprefix("sqlite:///")).parent.mkdir()
+    with raw(state_url) as execute:
+        execute("CREATE TABLE tenants (theirs INTEGER)")
+    with pytest.raises(UserError, match="other tables with the names tenants"):
+        State(state_url)
+    with raw(state_url) as execute:
+        assert execute("SELECT * FROM tenants").keys() == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mysql://root@localhost/x", "unsupported database"),
+        ("nonsense", "invalid database URL"),
+        ("sqlite://", "unsupported database"),
+        ("postgresql://me:secret@127.0.0.1:1/x", "is unavailable"),
+    ],
+)
+def test_unreachable_state_is_reported_without_its_password(url: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        State(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state.sqlite").write_text("what I had for lunch, " * 100)
+    with pytest.raises(UserError, match="file is not a database"):
+        State(f"sqlite:///{tmp_path}/state.sqlite")
+
+
+def test_key_has_the_time_of_its_last_use(state_url: str) -> None:
+    from states import reservation
+
+    clock = Clock()
+    with State(state_url, clock=clock) as state:
+        caller, release = with_tenant(state)
+        assert [key.last_used for key in state.keys.list()] == [None]
+        state.quota.reserve(reservation(caller, release), "g")
+        assert [key.last_used for key in state.keys.list()] == [clock.now]
