@@ -16,7 +16,7 @@ from command_line import tunewright as command
 from tunewright.cli import commands
 from tunewright.core.errors import UserError
 
-NO_VERBS = {"init", "config", "demo"}
+NO_VERBS = {"doctor", "init", "config", "demo"}
 """What makes a project, or tells of the config."""
 
 

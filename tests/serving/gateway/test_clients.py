@@ -21,8 +21,8 @@ from served_model import MODELS, build_model, expected_answer, running_server
 
 from tunewright.config import GatewayConfig
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = Path(__file__).parent / "clients"
+ROOT = Path(__file__).parents[3]
+SCRIPTS = Path(__file__).parents[1] / "clients"
 PYTHON = ROOT / "build" / "clients" / "python" / "bin" / "python"
 NODE = ROOT / "build" / "clients" / "node"
 MODEL, QUESTION = "courts", "Which court is this?"

@@ -78,9 +78,9 @@ def test_completion_gets_no_system_prompt() -> None:
 
 def test_prompt_limit_includes_the_added_system_prompt() -> None:
     alone, whole = len(_said(USER)), len(_said([{"role": "system", "content": PROMPTS["one"]}, *USER]))
-    with open_server(ScriptedEngine(), prompt_tokens=whole) as client:
+    with open_server(ScriptedEngine(), max_prompt_tokens=whole) as client:
         assert _chat(client, "courts", USER).status_code == 200
-    with open_server(ScriptedEngine(), prompt_tokens=alone) as client:
+    with open_server(ScriptedEngine(), max_prompt_tokens=alone) as client:
         assert _chat(client, "plain", USER).status_code == 200
         refused = _chat(client, "courts", USER)
         assert refused.status_code == 400
