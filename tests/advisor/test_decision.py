@@ -163,14 +163,14 @@ def test_volume_and_price_at_which_a_pilot_that_is_as_good_pays_are_named() -> N
     told = changes(signals, decide(signals))
     assert any("56,000 calls in 12 months (4,667 a month)" in line for line in told)
     # 12,000 calls at a saving of at least 0.0009 each.
-    assert any("at most 10.80 in all; now 50.00" in line for line in told)
+    assert any("at most 10.80 in total; now 50.00" in line for line in told)
 
 
 def test_the_items_that_would_settle_an_unclear_gain_are_named() -> None:
     signals = make_signals(gain=UNCLEAR, break_even=NEVER)
     told = " ".join(changes(signals, decide(signals)))
     # 3 points, 1 above the margin of 2, half width 6: (6 / 1)^2 * ((1.96 + 0.84) / 1.96)^2 * 200 items is out of reach.
-    assert "Even 20 times as many would hardly settle it" in told
+    assert "Even 20 times as many may not settle it" in told
     near = make_signals(gain=gain(8, 1, 15, slope=FLAT), break_even=NEVER)
     # (7 / 6)^2 * 2.043 * 200 = 556, rounded up to two digits
     assert "About 560 (360 more)" in " ".join(changes(near, decide(near)))
@@ -191,9 +191,9 @@ def test_the_training_rows_that_would_do_are_named_once_the_pilot_had_them_all()
     signals = make_signals(gain=gain(-6, -14, 3, slope=slope, rows=400, p_value=0.2), break_even=NEVER)
     told = " ".join(changes(signals, decide(signals)))
     # 2 - (-6) points at 4 a doubling are two doublings of 400.
-    assert "about 1,600 training rows would do" in told
+    assert "about 1,600 rows are enough" in told
     flat = make_signals(gain=gain(-1, -9, 7, slope=FLAT, rows=400, p_value=0.4), break_even=NEVER)
-    assert "training rows would do" not in " ".join(changes(flat, decide(flat)))
+    assert "rows are enough" not in " ".join(changes(flat, decide(flat)))
 
 
 def test_few_pairs_are_told_what_to_expect() -> None:

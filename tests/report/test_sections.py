@@ -206,7 +206,7 @@ def test_a_break_even_in_machine_time_names_the_speeds_that_it_rests_on() -> Non
 def test_where_calls_save_nothing_it_never_pays_and_nothing_is_drawn() -> None:
     read = _read(FULL, advice=make_signals(break_even=break_even((None, None, None), saving=-0.001)))
     assert (
-        "By its calls alone training never pays: a call costs 0.002 with retrieved-4, 0.003 tuned."
+        "Cheaper calls alone never pay for training: a call costs 0.002 with retrieved-4, 0.003 tuned."
         in read.sections["cost"]
     )
     assert "by the number of calls" not in read.sections["cost"]

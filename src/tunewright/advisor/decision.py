@@ -5,14 +5,14 @@ the pilot          all rows may reach                          training pays by 
 =================  ==========================================  =======================  ================
 beats              (any)                                       (any)                    fine-tune
 is as good         (any)                                       yes                      fine-tune
-(any)              at most the margin                          no, or not known         prompt, retrieve
+(any)              at most the margin                          no, or unknown           prompt, retrieve
 is not as good     at most minus the margin                    yes                      prompt, retrieve
 is not as good     at most the margin, more than minus it      yes                      can't tell
 does not beat      more than the margin                        (any other)              can't tell
 =================  ==========================================  =======================  ================
 
-Without a pilot nothing is known of what training brings, but that no score can be above 1; with fewer than
-`FEWEST_CLUSTERS` dev clusters nothing at all. The columns are properties of :class:`Grounds`.
+Without a pilot the gain of training is unknown, except that no score exceeds 1. With fewer than `FEWEST_CLUSTERS` dev
+clusters the answer is *can't tell*. The columns are properties of :class:`Grounds`.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ EXIT_CODES: dict[Recommendation, int] = {"fine-tune": 0, "prompt": 3, "retrieve"
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do, by which rule."""
+    """A recommendation and its reason."""
 
     answer: Recommendation
     arm: str | None
-    """The prompting arm to use, where the answer is one."""
+    """The prompting arm to use, if the answer is to prompt or retrieve."""
     why: str
-    """In a plain sentence."""
+    """The reason, in a sentence."""
 
     @property
     def exit_code(self) -> int:
-        """0 to fine-tune, 3 not to (a measured no), 4 where it can't be told."""
+        """0: fine-tune, 3: prompt or retrieve, 4: can't tell."""
         return EXIT_CODES[self.answer]
 
 
 @dataclass(frozen=True)
 class Grounds:
-    """What the signals say, one question at a time; every property is documented in docs/advise.md."""
+    """Conclusions from the signals, one per property."""
 
     signals: Signals
 
     @property
     def clusters(self) -> int:
-        """Independent groups among the dev items; those that could be scored, where the pilot was."""
+        """Independent clusters among the dev items (with a pilot: those scored in both arms)."""
         gain = self.signals.gain
         return self.signals.clusters if gain is None else gain.contrast.clusters
 
@@ -76,24 +76,24 @@ class Grounds:
 
     @cached_property
     def headroom(self) -> float:
-        """What twice the demonstrations may add to the best prompting score, as a share.
+        """The gain that twice the demonstrations may add to the best prompting score, as a share.
 
-        The last doubling's gain, since each doubling brings less than the one before; nothing where twice as many do
-        not fit, or where the last doubling is shown to have brought no more than the margin.
+        It is the gain of the last doubling, since gains diminish; 0 if twice as many do not fit, or if the last
+        doubling gained no more than the margin.
         """
-        return max([0.0, *(self.lead(curve) + brought(curve) for curve in self.signals.context.curves)])
+        return max([0.0, *(self.lead(curve) + last_gain(curve) for curve in self.signals.context.curves)])
 
     def lead(self, curve: ShotCurve) -> float:
-        """By how much the most demonstrations of a curve score above the best of all curves, on the same items.
+        """Return the score of a curve's most demonstrations minus the best score of all curves, on the same items.
 
-        It is 0 where they are the best, and else below.
+        It is 0 if that is the best score, else negative.
         """
         tops = [p.score.value for c in self.signals.context.curves for p in c.points]
         return curve.points[-1].score.value - max(tops)
 
     @property
     def beats(self) -> bool:
-        """True if the pilot is better by more than the margin and the headroom, and the test agrees."""
+        """True if the pilot is better by more than the margin and the headroom, and the test is significant."""
         gain = self.signals.gain
         if gain is None or not self.enough_clusters:
             return False
@@ -108,10 +108,10 @@ class Grounds:
 
     @property
     def reach(self) -> float:
-        """The most that an adapter of all rows may be better by, at the upper ends of all that was measured.
+        """The largest gain that an adapter of all rows may have.
 
-        The pilot's interval's end, and for each doubling of its rows that is left the end of what the last doubling
-        brought; never more than what is missing to a score of 1. Infinite where no smaller part was trained.
+        It is the upper end of the pilot's interval, plus the upper end of the last doubling's gain for each doubling
+        to all rows, but at most what is missing to a score of 1. Without a smaller part it is infinite.
         """
         ceiling = 1 - self.best.score(self.signals.metric).interval.low
         gain = self.signals.gain
@@ -119,18 +119,18 @@ class Grounds:
 
     @property
     def no_gain(self) -> bool:
-        """True if no adapter of these rows may be better by more than the margin."""
+        """True if no adapter of these rows can gain more than the margin."""
         return self.enough_clusters and self.reach <= self.signals.margin
 
     @property
     def pays(self) -> Literal["yes", "no", "unclear"]:
-        """True if training pays by the calls that it saves on."""
+        """Answer to *do cheaper calls pay for training?*"""
         even = self.signals.break_even
         return "unclear" if even is None else even.pays
 
 
-def brought(curve: ShotCurve) -> float:
-    """What the last doubling of demonstrations brought, if the next one fits and that is not shown to be nothing."""
+def last_gain(curve: ShotCurve) -> float:
+    """Return the gain of the last doubling of demonstrations; 0 if the next one does not fit or the curve is flat."""
     return 0.0 if curve.last is None or not curve.room or curve.rising == "no" else curve.last.difference
 
 
@@ -147,17 +147,19 @@ def _still_to_come(gain: TuningGain) -> float:
 
 
 def decide(signals: Signals) -> Decision:
-    """Return the answer; see the table above.
+    """Return the recommendation by the table above.
 
     Args:
-        signals: as measured, or read from ``advice/ID.json``.
+        signals: measured, or read from ``advice/ID.json``.
     """
     grounds = Grounds(signals)
     best, margin = signals.prompting.best, f"{100 * signals.margin:g} points"
     if not grounds.enough_clusters:
-        return _cannot(f"{grounds.clusters} independent dev clusters show nothing; {FEWEST_CLUSTERS} are the fewest.")
+        return _cannot(
+            f"{grounds.clusters} independent dev clusters are too few (at least {FEWEST_CLUSTERS} are needed)."
+        )
     if grounds.beats:
-        beyond = ", even if twice the demonstrations brought as much again" if grounds.headroom > 0 else ""
+        beyond = ", even if twice the demonstrations gained as much again" if grounds.headroom > 0 else ""
         return Decision("fine-tune", None, f"The pilot beats {best} by more than the margin of {margin}{beyond}.")
     if grounds.as_good and grounds.pays == "yes":
         return Decision("fine-tune", None, f"The pilot is as good as {best}, and its shorter prompts pay for it.")
@@ -167,30 +169,28 @@ def decide(signals: Signals) -> Decision:
 
 
 def _without_gain(signals: Signals, grounds: Grounds) -> Decision:
-    """Return the answer where training may bring nothing worth having but cheaper calls."""
+    """Return the recommendation if training can only make calls cheaper."""
     best = signals.prompting.best
     if grounds.pays == "yes" and grounds.reach > -signals.margin:
-        why = f"Training would pay by its cheaper calls, but whether it is as good as {best} is not shown."
+        why = f"Cheaper calls would pay for training, but it is not shown to be as good as {best}."
         return _cannot(why)
     kind = next(a.kind for a in signals.prompting.arms if a.name == signals.cheapest)
-    why = (
-        f"No adapter of these rows may be better than {best} by more than the margin of {100 * signals.margin:g} points"
-    )
+    why = f"No adapter of these rows can beat {best} by more than the margin of {100 * signals.margin:g} points"
     if grounds.pays == "no":
-        why += ", and it would not pay by its cheaper calls"
+        why += ", and cheaper calls would not pay for training"
     return Decision("retrieve" if kind in RETRIEVING else "prompt", signals.cheapest, f"{why}.")
 
 
 def _unsettled(signals: Signals) -> str:
     gain = signals.gain
     if gain is None:
-        return f"There is no pilot ({signals.left_out['gain']}), and prompting is not so good that none could beat it."
+        return f"There is no pilot ({signals.left_out['gain']}), and prompting leaves room for an adapter to beat it."
     margin = f"the margin of {100 * signals.margin:g} points"
     if gain.contrast.interval.low > signals.margin and gain.contrast.p_value < SIGNIFICANT:
-        return "The pilot is better, but twice the demonstrations, which fit, may be better still."
+        return "The pilot is better, but twice the demonstrations would fit and may be better still."
     if gain.contrast.interval.high <= signals.margin:
         return f"The pilot does not beat {signals.prompting.best}, but all {gain.all_rows:,} rows may."
-    return f"The interval of the pilot's gain over {signals.prompting.best} holds values on both sides of {margin}."
+    return f"The interval of the pilot's gain over {signals.prompting.best} includes values on both sides of {margin}."
 
 
 def _cannot(why: str) -> Decision:

@@ -1,8 +1,8 @@
-"""Advice in plain sentences: what was measured, what would change the answer, and what to expect of few pairs."""
+"""Advice in plain sentences: measurements, what would change the answer, and expectations of few pairs."""
 
 from __future__ import annotations
 
-from tunewright.advisor.decision import Decision, Grounds, brought, doublings_left
+from tunewright.advisor.decision import Decision, Grounds, doublings_left, last_gain
 from tunewright.advisor.signals import BreakEven, ShotCurve, Signals, TuningGain
 from tunewright.data.notices import FEW_TRAINING_PAIRS
 from tunewright.evidence.base import Interval
@@ -16,7 +16,7 @@ _RISING = {"yes": "still rising", "no": "flat", "unclear": "not shown to be risi
 
 
 def measured(signals: Signals) -> dict[str, str]:
-    """Return one sentence or two for each signal, by its name."""
+    """Return a sentence or two for each signal by name."""
     return {
         "context budget": _context(signals),
         "specificity": _specificity(signals),
@@ -29,69 +29,69 @@ def _context(signals: Signals) -> str:
     budget = signals.context
     if not budget.curves:
         return "No arm with demonstrations was measured."
-    told = " ".join(_curve(signals, curve) for curve in budget.curves)
-    return told if budget.items == signals.items else f"On {budget.items} of the {signals.items} dev items: {told}"
+    text = " ".join(_curve(signals, curve) for curve in budget.curves)
+    return text if budget.items == signals.items else f"On {budget.items} of the {signals.items} dev items: {text}"
 
 
 def _curve(signals: Signals, curve: ShotCurve) -> str:
     at_best = next(p for p in curve.points if p.shots == curve.best)
-    told = f"{curve.name}: best with k = {curve.best} ({score_text(signals.metric, at_best.score.value)})"
+    text = f"{curve.name}: best with k = {curve.best} ({score_text(signals.metric, at_best.score.value)})"
     if curve.enough != curve.best:
-        told += f", k = {curve.enough} is less than the margin below"
+        text += f", k = {curve.enough} is less than the margin below"
     each, context = curve.tokens_per_example, signals.context.context
-    told += f"; {curve.most:,} demonstrations of {each:.0f} tokens fit the context of {context:,}"
+    text += f"; {curve.most:,} demonstrations of {each:.0f} tokens fit the context of {context:,}"
     if curve.last is None:
-        return f"{told}."
+        return f"{text}."
     brought_by_it = _points(curve.last.difference, curve.last.interval)
     step = f"from {curve.last.before} to {curve.last.after}, by doubling: {brought_by_it}"
     limit = "" if curve.room else "; twice as many do not fit"
-    return f"{told}; {step}, {_RISING[curve.rising]}{limit}."
+    return f"{text}; {step}, {_RISING[curve.rising]}{limit}."
 
 
 def _specificity(signals: Signals) -> str:
-    told = signals.specificity
-    words = f"{told.fertility.domain:.1f} tokens a word"
-    if told.fertility.ratio is not None and told.fertility.interval is not None:
-        low, high = told.fertility.interval.low, told.fertility.interval.high
+    found = signals.specificity
+    words = f"{found.fertility.domain:.1f} tokens per word"
+    if found.fertility.ratio is not None and found.fertility.interval is not None:
+        low, high = found.fertility.interval.low, found.fertility.interval.high
         words += (
-            f" against {told.fertility.generic:.1f} in what the base writes ({told.fertility.ratio:.1f} times, "
+            f" against {found.fertility.generic:.1f} in what the base writes ({found.fertility.ratio:.1f} times, "
             f"{low:.1f} to {high:.1f})"
         )
-    bits = ", ".join(f"{s.bits_per_byte:.2f} after {s.arm}" for s in told.surprise)
-    parts = [words, f"bits per byte of the right answers: {bits}"]
-    if told.format is not None:
-        held = "" if told.format.constrained is None else f", {told.format.constrained} when held to the grammar"
-        parts.append(f"{told.format.what}: {told.format.valid} of {told.format.items} zero-shot answers{held}")
-    return f"{'; '.join(parts)}. Evidence alone: it decides nothing."
+    bits = ", ".join(f"{s.bits_per_byte:.2f} after {s.arm}" for s in found.surprise)
+    parts = [words, f"bits per byte of the references: {bits}"]
+    if found.format is not None:
+        held = "" if found.format.constrained is None else f", {found.format.constrained} with constrained decoding"
+        parts.append(f"{found.format.what}: {found.format.valid} of {found.format.items} zero-shot answers{held}")
+    return f"{'; '.join(parts)}. For information: it does not affect the answer."
 
 
 def break_even_text(signals: Signals) -> str:
-    """From how many calls on training pays, or why that is not known."""
+    """Return the number of calls from which training pays, or the reason why it is unknown."""
     even = signals.break_even
     if even is None:
         return f"Not measured: {signals.left_out['break_even']}."
     calls = calls_cost(even)
     if even.calls is None:
-        return f"By its calls alone training never pays: {calls}."
+        return f"Cheaper calls alone never pay for training: {calls}."
     high = f"{even.calls_high:,.0f}" if even.calls_high is not None else "never"
     interval = f"{even.calls_low or 0:,.0f} to {high}"
-    told = f"By its calls alone training pays from {even.calls:,.0f} calls on ({interval}): {calls}"
+    text = f"Cheaper calls alone pay for training from {even.calls:,.0f} calls on ({interval}): {calls}"
     if even.calls_per_month is None:
-        return f"{told}; advise.calls_per_month would say when."
+        return f"{text}; set advise.calls_per_month to see when."
     months = _months(even)
     when = "never" if months is None else f"after {_span(months)}"
-    return f"{told}; at {even.calls_per_month:,.0f} calls a month {when}."
+    return f"{text}; at {even.calls_per_month:,.0f} calls a month {when}."
 
 
 def calls_cost(even: BreakEven) -> str:
-    """Return what a call costs with the best prompt and tuned."""
+    """Return the cost of a call with the best prompt and tuned."""
     return (
         f"a call costs {cost(even, even.prompting.cost)} with {even.prompting.arm}, {cost(even, even.tuned.cost)} tuned"
     )
 
 
 def _months(even: BreakEven) -> float | None:
-    """Until training has paid, hosting counted month by month; None: never."""
+    """Return the months until training has paid for itself, with hosting paid monthly; None: never."""
     assert even.calls_per_month is not None
     monthly = even.calls_per_month * even.saving - even.once.hosting / even.months
     return (even.once.total - even.once.hosting) / monthly if monthly > 0 else None
@@ -102,12 +102,12 @@ def _span(months: float) -> str:
 
 
 def cost(even: BreakEven, value: float) -> str:
-    """Return an amount in the unit of the break-even, and of what it is."""
+    """Return an amount with the unit of the break-even."""
     return amount(even, value) if even.unit == "money" else f"{amount(even, value)} of this machine"
 
 
 def amount(even: BreakEven, value: float) -> str:
-    """An amount of money, or of time, as people read it: ``0.00213``, ``12.50``, ``7.2 s``, ``1,840 s``, ``3.1 h``."""
+    """Return an amount of money or time: ``0.00213``, ``12.50``, ``7.2 s``, ``1,840 s``, ``3.1 h``."""
     if even.unit == "money":
         return f"{value:.4g}" if value < 1 else f"{value:,.2f}"
     seconds = 3600 * value
@@ -141,9 +141,9 @@ def _slope(gain: TuningGain) -> str:
 
 
 def changes(signals: Signals, decision: Decision) -> list[str]:
-    """Return what would change the answer, each with the number that it would take."""
+    """Return what would change the answer, with numbers."""
     grounds = Grounds(signals)
-    told = {
+    text = {
         "fine-tune": [*_prompting_catches_up(signals, grounds), *_fewer_calls(signals, grounds)],
         "prompt": [*_more_calls(signals, grounds), *_more_gain(signals, grounds)],
         "retrieve": [*_more_calls(signals, grounds), *_more_gain(signals, grounds)],
@@ -155,7 +155,7 @@ def changes(signals: Signals, decision: Decision) -> list[str]:
             *_more_calls(signals, grounds),
         ],
     }
-    return told[decision.answer]
+    return text[decision.answer]
 
 
 def _prompting_catches_up(signals: Signals, grounds: Grounds) -> list[str]:
@@ -163,19 +163,19 @@ def _prompting_catches_up(signals: Signals, grounds: Grounds) -> list[str]:
     if not grounds.beats or gain is None:
         return []
     lacking = gain.contrast.interval.low - signals.margin
-    told = f"Prompting would have to be {100 * lacking:.1f} points better"
+    text = f"Prompting would have to be {100 * lacking:.1f} points better"
     rising = [c for c in signals.context.curves if c.last is not None and c.last.difference > 0 and c.room]
     if not rising:
-        return [f"{told}; more demonstrations show no sign of that."]
+        return [f"{text}; more demonstrations do not help."]
     curve = max(rising, key=grounds.lead)
     assert curve.last is not None
     doublings = (lacking - grounds.lead(curve)) / curve.last.difference
-    # Beyond this nobody's context reaches, and the power would not fit a float.
+    # 2**40 is beyond any context, and larger powers overflow a float.
     needed = curve.last.after * 2 ** min(doublings, 40)
     fits = f"{curve.most:,} fit" if needed <= curve.most else f"only {curve.most:,} fit"
     return [
-        f"{told}: at the pace of its last doubling that takes about k = {needed:,.0f} ({curve.name}), and {fits}. "
-        f"`evaluate.num_fewshot` with {2 * curve.last.after} in it would measure the next step."
+        f"{text}: at the rate of its last doubling that takes about k = {needed:,.0f} ({curve.name}), and {fits}. "
+        f"Add {2 * curve.last.after} to `evaluate.num_fewshot` to measure the next step."
     ]
 
 
@@ -183,7 +183,7 @@ def _fewer_calls(signals: Signals, grounds: Grounds) -> list[str]:
     even = signals.break_even
     if grounds.beats or even is None or even.calls_high is None:
         return []
-    return [f"With fewer than {even.calls_high:,.0f} calls in {even.months} months it does not pay for sure."]
+    return [f"With fewer than {even.calls_high:,.0f} calls in {even.months} months it may not pay."]
 
 
 def _more_calls(signals: Signals, grounds: Grounds) -> list[str]:
@@ -191,27 +191,27 @@ def _more_calls(signals: Signals, grounds: Grounds) -> list[str]:
     if even is None or even.calls_high is None or grounds.pays == "yes" or not grounds.as_good:
         return []
     volume = f"{even.calls_high:,.0f} calls in {even.months} months ({even.calls_high / even.months:,.0f} a month)"
-    told = [f"From {volume} on, training pays for sure: then fine-tune, since the pilot is as good."]
+    text = [f"From {volume} on, training pays with 95% confidence: then fine-tune, since the pilot is as good."]
     if even.expected_calls is not None:
         affordable = even.saving_interval.low * even.expected_calls
-        told.append(
-            f"At {even.expected_calls:,.0f} calls it would pay if training and the rest cost at most "
-            f"{cost(even, affordable)} in all; now {cost(even, even.once.total)}."
+        text.append(
+            f"At {even.expected_calls:,.0f} calls it would pay if training and hosting cost at most "
+            f"{cost(even, affordable)} in total; now {cost(even, even.once.total)}."
         )
-    return told
+    return text
 
 
 def _more_gain(signals: Signals, grounds: Grounds) -> list[str]:
     return [
-        f"All rows may bring {points_text(grounds.reach)} points at the most, and it would take more than "
-        f"{100 * signals.margin:g}: another base or config (`tunewright train --sweep`), or a smaller evaluate.margin."
+        f"Training on all rows may gain at most {points_text(grounds.reach)} points, but the margin is "
+        f"{100 * signals.margin:g}. Try another base or config (`tunewright train --sweep`), or lower evaluate.margin."
     ]
 
 
 def _a_pilot(signals: Signals) -> list[str]:
     if signals.gain is not None:
         return []
-    return [f"A pilot, which was left out: {signals.left_out['gain']}."]
+    return [f"A pilot, which was skipped: {signals.left_out['gain']}."]
 
 
 def _more_items(signals: Signals, grounds: Grounds) -> list[str]:
@@ -225,11 +225,13 @@ def _more_items(signals: Signals, grounds: Grounds) -> list[str]:
     )
     needed = items_to_settle(contrast.difference, contrast.interval, bar, signals.items)
     if needed is None:
-        return [f"{power} Even 20 times as many would hardly settle it: the difference is too close to what it takes."]
+        return [
+            f"{power} Even 20 times as many may not settle it: the difference is too close to the {100 * bar:.1f} points needed."
+        ]
     side = "above" if contrast.difference > bar else "below"
     return [
         f"{power} About {needed:,} ({needed - signals.items:,} more) would settle it, if the true difference is "
-        f"{points_text(contrast.difference)} points ({side} the {100 * bar:.1f} that it takes)."
+        f"{points_text(contrast.difference)} points ({side} the {100 * bar:.1f} needed)."
     ]
 
 
@@ -240,55 +242,57 @@ def _more_rows(signals: Signals, grounds: Grounds) -> list[str]:
     left = doublings_left(gain)
     if left == 0:
         return _more_pairs(gain, signals.margin + grounds.headroom)
-    told = (
+    text = (
         f"The pilot had {gain.pilot.rows:,} of {gain.all_rows:,} rows: advise.pilot_fraction and pilot_max_samples "
-        "give it more"
+        "set it"
     )
     if gain.slope is None:
-        return [f"{told}; then half of them are trained on too, and it is seen where more lead."]
+        return [f"{text}. A larger pilot also trains on half of its rows, which shows the trend."]
     ahead = gain.contrast.difference + left * gain.slope.difference
     each, all_rows = points_text(gain.slope.difference), points_text(ahead)
     return [
-        f"{told}. If each doubling goes on to bring {each} points, all {gain.all_rows:,} rows come to {all_rows} "
-        f"points against {gain.contrast.control}."
+        f"{text}. If each doubling continues to gain {each} points, all {gain.all_rows:,} rows reach {all_rows} "
+        f"points over {gain.contrast.control}."
     ]
 
 
 def _more_pairs(gain: TuningGain, bar: float) -> list[str]:
-    """Return how many training rows would take the difference to the bar, at the pace of the last doubling."""
+    """Return how many training rows would reach the bar, at the rate of the last doubling."""
     lacking = bar - gain.contrast.difference
     if gain.slope is None or gain.slope.difference <= 0 or lacking <= 0:
         return []
-    # Beyond this nobody has pairs, and the power would not fit a float.
+    # 2**40 times the rows is out of reach, and larger powers overflow a float.
     rows = gain.all_rows * 2 ** min(lacking / gain.slope.difference, 40)
     each = points_text(gain.slope.difference)
-    return [f"More pairs: if each doubling goes on to bring {each} points, about {rows:,.0f} training rows would do."]
+    return [
+        f"More pairs: if each doubling continues to gain {each} points, about {rows:,.0f} training rows are enough."
+    ]
 
 
 def _more_shots(signals: Signals, grounds: Grounds) -> list[str]:
     if grounds.headroom <= 0:
         return []
-    curve = max(signals.context.curves, key=lambda c: grounds.lead(c) + brought(c))
+    curve = max(signals.context.curves, key=lambda c: grounds.lead(c) + last_gain(c))
     shots = 2 * curve.points[-1].shots
     brings = points_text(grounds.headroom)
-    return [f"Twice the demonstrations may bring {brings} points: add {shots} to evaluate.num_fewshot."]
+    return [f"Twice the demonstrations may gain {brings} points: add {shots} to evaluate.num_fewshot."]
 
 
 # Few pairs
 
 
 def expectations(signals: Signals) -> list[str]:
-    """Return what to expect of fewer pairs than `FEW_TRAINING_PAIRS`; nothing else."""
+    """Return expectations if there are fewer pairs than `FEW_TRAINING_PAIRS`, else nothing."""
     if signals.pairs >= FEW_TRAINING_PAIRS:
         return []
     shown = "little"
     if signals.gain is not None:
-        shown = f"differences of {100 * signals.gain.contrast.minimum_detectable_effect:.1f} points and nothing less"
+        shown = f"differences of {100 * signals.gain.contrast.minimum_detectable_effect:.1f} points or more"
     return [
-        f"{signals.pairs} pairs, fewer than {FEW_TRAINING_PAIRS}: expect prompting to be hard to beat, and an adapter "
-        "that learns its pairs by heart within a few epochs (the one that is best on dev is kept).",
-        f"{signals.items} dev items show {shown}, and a test split of that size no more: `tunewright crossval` makes "
-        "each pair a test item once.",
+        f"{signals.pairs} pairs, fewer than {FEW_TRAINING_PAIRS}: expect that prompting is hard to beat, and that the "
+        "adapter overfits within a few epochs (the checkpoint that is best on dev is kept).",
+        f"{signals.items} dev items show {shown}, and so does a test split of that size: `tunewright crossval` uses "
+        "each pair as a test item once.",
     ]
 
 
