@@ -191,9 +191,9 @@ def test_the_training_rows_that_would_do_are_named_once_the_pilot_had_them_all()
     signals = make_signals(gain=gain(-6, -14, 3, slope=slope, rows=400, p_value=0.2), break_even=NEVER)
     told = " ".join(changes(signals, decide(signals)))
     # 2 - (-6) points at 4 a doubling are two doublings of 400.
-    assert "about 1,600 rows are enough" in told
+    assert "about 1,600 training rows are enough" in told
     flat = make_signals(gain=gain(-1, -9, 7, slope=FLAT, rows=400, p_value=0.4), break_even=NEVER)
-    assert "rows are enough" not in " ".join(changes(flat, decide(flat)))
+    assert "training rows are enough" not in " ".join(changes(flat, decide(flat)))
 
 
 def test_few_pairs_are_told_what_to_expect() -> None:

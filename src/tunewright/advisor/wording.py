@@ -225,9 +225,7 @@ def _more_items(signals: Signals, grounds: Grounds) -> list[str]:
     )
     needed = items_to_settle(contrast.difference, contrast.interval, bar, signals.items)
     if needed is None:
-        return [
-            f"{power} Even 20 times as many may not settle it: the difference is too close to the {100 * bar:.1f} points needed."
-        ]
+        return [f"{power} Even 20 times as many may not settle it: the difference is too close to that bar."]
     side = "above" if contrast.difference > bar else "below"
     return [
         f"{power} About {needed:,} ({needed - signals.items:,} more) would settle it, if the true difference is "
