@@ -83,7 +83,7 @@ def main() -> None:
 
 
 class IdleEngine:
-    """Gives everybody the same tokens, and computes nothing."""
+    """An engine that delivers fixed tokens and computes nothing."""
 
     name = "peft"
     max_batch, context_length = 16, 2048
@@ -93,7 +93,7 @@ class IdleEngine:
 
     def __init__(self) -> None:
         self._rows: dict[Subscription, int] = {}
-        """What each has to come yet."""
+        """The remaining tokens of each request."""
         self._changed = threading.Lock()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -117,13 +117,13 @@ class IdleEngine:
             dispatch.send()
 
     async def load(self, digest: str, folder: Path) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     async def unload(self, digest: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def measure(options: argparse.Namespace) -> list[float]:
@@ -133,15 +133,15 @@ def measure(options: argparse.Namespace) -> list[float]:
             sys.modules[name] = None  # type: ignore[assignment]  # as if it were not there
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
     chat = open_chat(base, ChatConfig(), LogReporter())
-    texts, took = Tokenization(chat.prompt, chat.continuation, chat.text), []
+    tokenization, took = Tokenization(chat.prompt, chat.continuation, chat.text), []
     with tempfile.TemporaryDirectory() as folder:
         state, engine = State(f"sqlite:///{folder}/state.sqlite", "gateway_cost"), IdleEngine()
         state.tenants.add("tenant", [ALIAS])
         key, _ = state.keys.create("tenant")
         state.releases.deploy(ALIAS, "adapter", "0" * 64, Grounds(None, None, "a benchmark"))
         served = ServedAdapter(Path(folder), SystemPrompt(None))
-        access = TenantAuth(state, engine, lambda _name, _digest: served, LogReporter())
-        with serving(Gateway(engine, access, texts, GatewayConfig()).app) as url:
+        auth = TenantAuth(state, engine, lambda _name, _digest: served, LogReporter())
+        with serving(Gateway(engine, auth, tokenization, GatewayConfig()).app) as url:
             for _ in range(options.rounds + 1):
                 before = time.process_time()
                 subprocess.run([sys.executable, *sys.argv, "--ask", url, key], check=True)

@@ -1,4 +1,4 @@
-"""Each kind of engine over the small base, started the same way."""
+"""Starts each kind of engine on the small base."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def llamacpp_engine(
     stop_ids: Collection[int] = STOPS,
     **settings: Any,
 ) -> Iterator[Engine]:
-    """llama.cpp over the base in f16, with its files beside the base."""
+    """Start llama.cpp on the base in f16, with its files next to the base."""
     opened = Base("small", base, None, "LlamaForCausalLM", {})
     place, reporter = base.parent / "gguf", LogReporter()
     asked: dict[str, Any] = {"max_batch": 16, "context": CONTEXT, "tokens": 16 * CONTEXT, "threads": 1, **settings}

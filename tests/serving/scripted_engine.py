@@ -1,4 +1,4 @@
-"""An engine that does what a test says, for what is told apart by the clock and not by the model."""
+"""An engine with scripted timing, for tests of time limits and scheduling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIMITS = GatewayConfig()
 
 
 def render(messages: Sequence[Message]) -> tuple[int, ...]:
-    """The bytes of what is said: no tokenizer is needed to wait for an answer."""
+    """Return the bytes of the messages: these tests need no tokenizer."""
     return tuple("\n".join(f"{message.role}: {message.content}" for message in messages).encode())
 
 
@@ -32,7 +32,7 @@ TOKENIZATION = Tokenization(render, lambda text: tuple(text.encode()), lambda id
 
 
 class ScriptedEngine:
-    """Gives a token after each of ``waits`` seconds, then ends the answer.
+    """Delivers a token after each of ``waits`` seconds, then ends the answer.
 
     Args:
         waits: seconds before each token.
@@ -86,7 +86,7 @@ class ScriptedEngine:
 
 @contextmanager
 def scripted_server(engine: ScriptedEngine, **limits: float | int) -> Iterator[httpx.Client]:
-    """A client of a server over the engine, within these limits."""
+    """Yield a client of a server with this engine and these limits."""
     gateway = Gateway(engine, AnonymousAuth(MODELS), TOKENIZATION, GatewayConfig.model_validate(limits))
     with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         yield client

@@ -1,4 +1,4 @@
-"""What the tests of the serving state share."""
+"""Helpers for tests of the serving state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIGESTS = {name: name * 64 for name in "abcdef"}
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that is moved by hand."""
 
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
@@ -26,7 +26,7 @@ class Clock:
 
 
 def with_tenant(state: State, name: str = "acme", limits: Limits = NO_LIMITS) -> tuple[Caller, Release]:
-    """A tenant with a key, and the release of an alias that it may call."""
+    """Add a tenant with a key, and release an alias that it may call."""
     alias = f"courts-{name}"
     state.tenants.add(name, [alias], limits)
     key, _ = state.keys.create(name)
@@ -34,13 +34,13 @@ def with_tenant(state: State, name: str = "acme", limits: Limits = NO_LIMITS) ->
 
 
 def reservation(caller: Caller, release: Release, tokens: int = 10) -> Reservation:
-    """A request."""
+    """Return a reservation for a request."""
     return Reservation(caller.tenant_id, caller.key_id, release.alias, release.id, release.digest, tokens)
 
 
 @contextmanager
 def raw(url: str) -> Iterator[Any]:
-    """A way past tunewright into the database, as whoever meddles with it has."""
+    """Yield direct access to the database, past tunewright, as an intruder would have."""
     parsed = make_url(url)
     engine = create_engine(parsed.set(drivername=parsed.drivername.replace("postgresql", "postgresql+psycopg")))
     try:

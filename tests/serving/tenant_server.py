@@ -1,4 +1,4 @@
-"""Servers for tenants over the tiny base, with adapters on disk that are loaded as releases ask for them."""
+"""Servers for tenants on the tiny base, with adapters on disk that releases load."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def store_adapters(folder: Path) -> dict[str, Stored]:
 
 
 class Told(LogReporter):
-    """A reporter that keeps what it was told."""
+    """A reporter that keeps its messages."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The load benchmarks' arithmetic: arrivals as they are said to be, and figures that can be reckoned by hand."""
+"""The arithmetic of the load benchmarks, against figures computed by hand."""
 
 from __future__ import annotations
 

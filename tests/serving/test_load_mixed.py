@@ -1,4 +1,4 @@
-"""The benchmark of mixed requests: it asks what tells adapters apart, and names whose answer came."""
+"""The benchmark of mixed requests: it chooses prompts that distinguish adapters, and names the adapter of an answer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def encode(text: str) -> list[int]:
 
 @dataclass
 class Scripted:
-    """An reference to whom all other tokens than a model's own are as unlikely as it is told.
+    """A reference for which all tokens but a model's own are equally unlikely.
 
     Args:
         behind: nats, by model.

@@ -1,4 +1,4 @@
-"""A server with two tenants, each on an adapter of its own."""
+"""A server with two tenants, each with its own adapter."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tunewright.models.memory.answer import Answer
     from tunewright.models.memory.plan import Plan
     from tunewright.serving.gateway.service import Service
-    from tunewright.serving.isolation.checks import IsolationResult
+    from tunewright.serving.isolation.result import IsolationResult
     from tunewright.training.sweep.sweep import SweepResult
     from tunewright.training.train import TrainResult
 

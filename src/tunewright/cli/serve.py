@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.config import EngineName
-    from tunewright.serving.isolation.checks import IsolationResult
+    from tunewright.serving.isolation.result import IsolationResult
     from tunewright.serving.tenants import IsolationTest
 
 EXIT_CODES = {"isolated": 0, "not isolated": 3, "can't tell": 4}

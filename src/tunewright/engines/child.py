@@ -28,7 +28,7 @@ START_SECONDS = 900
 """The longest start: with a GPU, vLLM compiles the model first."""
 STOP_SECONDS = 20
 TIDY_SECONDS = 5.0
-"""How long the other processes of a server that has ended may take to end. Python's resource tracker is the last one.
+"""The time that a stopped server's other processes may take to end. Python's resource tracker is the last one.
 It frees their shared memory (hundreds of MB in vLLM), and nothing else would."""
 GIVE_UP = 5
 """Consecutive failures after which the child is not restarted."""
@@ -39,7 +39,7 @@ PATIENCE_SECONDS = 5.0
 MISSED = 3
 """Consecutive failed health checks of a server that hangs."""
 STUCK_SECONDS = 180.0
-"""How long a server with requests may go without a pass over the model, which may itself take a minute.
+"""The time that a server with requests may take for a pass over the model, which can be a minute.
 
 Time without requests does not count. It does not reset the count either, since clients of a hung server give up.
 """
@@ -282,7 +282,7 @@ class Child:
         return [line for line in reply.text.splitlines() if line.startswith(self._plan.metrics)]
 
     def _get(self, route: str) -> httpx.Response | None:
-        """Return its response; None if there is none in time."""
+        """Return its response; None after a timeout."""
         with socket.socket(socket.AF_UNIX) as listening:
             if listening.connect_ex(str(self.socket)) != 0:
                 return None

@@ -63,7 +63,7 @@ def answer_engine(
     Args:
         config: names the engine, and the adapters that will be trained.
         quantize: the precision of the base's weights.
-        adapter: folder of the adapter that will answer; None: it will be trained by the config, or there is none.
+        adapter: folder of the adapter that will answer; None: the config will train it, or the base answers.
         constrained: some answers must match a grammar.
 
     Raises:

@@ -17,7 +17,7 @@ async def _settle() -> None:
 
 
 class Held:
-    """A slot that is held until it is told to end."""
+    """A request that keeps its slot until :meth:`end`."""
 
     def __init__(
         self, slots: CacheSlots, name: str, adapter: str | None, tokens: int = 1, *, resumed: bool = False

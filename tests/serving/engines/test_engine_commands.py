@@ -1,4 +1,4 @@
-"""``tunewright serve --engine …`` over two trained adapters, as a user runs it, with tenants and without."""
+"""``tunewright serve --engine …`` with two trained adapters, with and without tenants."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_engine_answers_clients_as_the_embedded_engine_does(kind: Any, project: 
 
 
 def _plain(client: openai.OpenAI, model: str, text: str) -> list[Any]:
-    """What text goes on with: whole, in pieces, and up to a stop string."""
+    """Return completions of a text: complete, streamed, and up to a stop string."""
     reply = client.completions.with_raw_response.create(model=model, prompt=text, max_tokens=12)
     whole = reply.parse()
     assert whole.usage is not None

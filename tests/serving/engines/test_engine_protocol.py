@@ -1,4 +1,4 @@
-"""What every engine does, whichever it is: the same tests for all."""
+"""The engine protocol: the same tests for every engine."""
 
 from __future__ import annotations
 

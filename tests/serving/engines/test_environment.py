@@ -1,4 +1,4 @@
-"""vLLM's environment is made by the same steps, here with a small package in place of vLLM."""
+"""The installation of vLLM's environment, with a small package in place of vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp as an engine: what it would mix up by itself, its cache, its life and death, and its files."""
+"""llama.cpp as an engine: isolation, cache, crashes and files."""
 
 from __future__ import annotations
 

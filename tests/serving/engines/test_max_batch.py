@@ -1,4 +1,4 @@
-"""How many conversations an engine generates at once where the config does not say."""
+"""The default of ``serve.max_num_seqs`` of each engine."""
 
 from __future__ import annotations
 

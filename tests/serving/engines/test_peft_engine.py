@@ -1,4 +1,4 @@
-"""The engine when things go wrong: nobody waits for an answer that will not come."""
+"""The embedded engine: failures, aborts, long prompts, and adapters that change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The isolation test on real vLLM: it passes as we start vLLM, and it finds vLLM's own bugs where we let them be."""
+"""The isolation test on real vLLM: it passes with our settings, and detects vLLM's bugs without them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_vllm_with_our_settings_is_isolated_and_answers_alike_after_a_crash(
 
 
 async def _lose_core(engine: VllmEngine) -> None:
-    """Kill the process that computes, behind the one that answers, while requests are under way."""
+    """Kill vLLM's core process while requests are running."""
     waiting = [asyncio.create_task(_ids(engine, Request(PROMPTS[0], None, 480))) for _ in range(2)]
     while engine.in_flight[0] < 2:
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""vLLM as a child, with a stand-in for vLLM: how it is started, and what is asked of it."""
+"""vLLM's start and requests, with a stand-in for vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's end as a child, with a stand-in for vLLM: how it dies, hangs and is ended, and what then happens."""
+"""Crashes, hangs and stops of vLLM, with a stand-in for vLLM."""
 
 from __future__ import annotations
 

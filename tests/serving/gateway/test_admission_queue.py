@@ -1,4 +1,4 @@
-"""Coroutines that wait for their ticket, and those that give it up."""
+"""The admission queue: coroutines that wait for a slot, and that are cancelled."""
 
 from __future__ import annotations
 

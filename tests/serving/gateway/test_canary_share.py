@@ -1,4 +1,4 @@
-"""Which conversations a canary answers."""
+"""The conversations that a canary answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client sees it."""
+"""Chat completions through OpenAI's client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain completions as OpenAI's own client sees them: text goes on, without the chat template."""
+"""Completions through OpenAI's client: texts are continued without the chat template."""
 
 from __future__ import annotations
 

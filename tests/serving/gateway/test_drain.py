@@ -1,4 +1,4 @@
-"""Stopping the server while it answers, as an orchestrator does: SIGTERM, and what each client then sees."""
+"""Graceful shutdown: SIGTERM during an answer, as an orchestrator sends it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ASKED = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "s
 
 @contextmanager
 def server(tokens: int, drain_seconds: float, *, cut_off: bool) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A server whose answers have so many tokens, fifty a second; at its end it has said what became of the one."""
+    """Run a server with answers of this many tokens, fifty per second, and check its messages at the end."""
     command = [sys.executable, "-c", SERVER, str(tokens), str(drain_seconds)]
     paths = {"PYTHONPATH": ":".join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths) as process:

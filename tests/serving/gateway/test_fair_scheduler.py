@@ -1,4 +1,4 @@
-"""The scheduler alone, against a simple engine: each pass reads what has a row and gives each row one token."""
+"""The scheduler with a simple engine: each pass prefills the new rows and gives each row one token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gateway does not take, and for how long it waits: by the answer that a client gets."""
+"""The gateway's limits of size and time, by the responses of clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Releases at a running server: what an alias answers with, from when on."""
+"""Releases at a running server: the adapter of an alias, before and after."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Several prompts in one completion request: computed together, settled once, ended together."""
+"""Several prompts in one completion request: computed together, recorded once, aborted together."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -16,8 +17,12 @@ from tenant_server import SHIP, Stored, ask, deploy, store_adapters, tenant_serv
 
 from tunewright.engines.protocol import Delta, RequestFailedError
 from tunewright.generation.requests import Request
+from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.app import Gateway
-from tunewright.serving.gateway.auth import AnonymousAuth
+from tunewright.serving.gateway.auth import Admission, AnonymousAuth, Target
+from tunewright.serving.gateway.handler import RequestHandler
+from tunewright.serving.gateway.preprocess import RequestPreprocessor
+from tunewright.serving.gateway.schemas import ApiError, CompletionRequest
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.tenants import Candidate, Limits, State
 
@@ -59,6 +64,24 @@ def test_one_failed_prompt_ends_the_request_and_frees_the_others() -> None:
     assert engine.aborted == 6
 
 
+def test_abort_before_the_first_chunk_reaches_the_client() -> None:
+    async def run() -> None:
+        engine = ScriptedEngine()
+        preprocessor = RequestPreprocessor(TOKENIZATION, LIMITS, engine.context_length)
+        body = CompletionRequest(model="base", prompt=["one", "two"])
+        now, target = time.monotonic(), Target("base", None)
+        requests = [
+            preprocessor.request(body, target, tuple(text.encode()), tenant="acme", arrived=now) for text in body.texts
+        ]
+        handler = RequestHandler(requests, Admission(lambda _usage: None), engine, AdmissionQueue(engine.max_batch))
+        handler.abort(ApiError("The server is shutting down.", status=503))
+        with pytest.raises(ApiError, match="shutting down"):
+            await asyncio.wait_for(handler.answers(), 10)
+        assert engine.asked == []
+
+    asyncio.run(run())
+
+
 def test_all_prompts_are_aborted_when_the_client_disconnects() -> None:
     engine = ScriptedEngine((0, 60), max_batch=2)
     with scripted_server(engine) as client:
@@ -73,10 +96,10 @@ def test_all_prompts_are_aborted_when_the_client_disconnects() -> None:
 
 def test_prompts_do_not_time_out_behind_others_of_their_request() -> None:
     engine = ScriptedEngine((0.15, 0.15), max_batch=1)
-    with scripted_server(engine, queue_timeout_s=0.5) as client:
-        reply = client.post(URL, json={"model": "base", "prompt": ["a"] * 4})
+    with scripted_server(engine, queue_timeout_s=1.5) as client:
+        reply = client.post(URL, json={"model": "base", "prompt": ["a"] * 8})
     assert reply.status_code == 200
-    assert [choice["text"] for choice in reply.json()["choices"]] == ["aa"] * 4
+    assert [choice["text"] for choice in reply.json()["choices"]] == ["aa"] * 8
 
 
 def test_model_name_with_slashes_is_found() -> None:

@@ -1,4 +1,4 @@
-"""What a request may say, and the words with which the rest is refused."""
+"""The fields of a request, and the errors for all others."""
 
 from __future__ import annotations
 

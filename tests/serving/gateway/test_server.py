@@ -1,4 +1,4 @@
-"""Starting and stopping: a free port in the background, Ctrl-C in the foreground, answers finished first."""
+"""Start and stop of the server, in the background and by Ctrl-C."""
 
 from __future__ import annotations
 

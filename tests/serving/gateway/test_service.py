@@ -1,4 +1,4 @@
-"""What a server does with the process that it runs in."""
+"""A server's effect on its own process."""
 
 from __future__ import annotations
 

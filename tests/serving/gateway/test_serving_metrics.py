@@ -1,4 +1,4 @@
-"""What Prometheus reads, by its own parser, after requests of which it is known how they ended."""
+"""The metrics, read by Prometheus's parser after requests with known outcomes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_metrics_have_waiting_and_running_requests_only_while_there_are_any() ->
             assert value(metrics, "running_requests", **whose) == 1
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/chat/completions", json=body, timeout=0.5)
-            until(metrics, "requests_total", 1, **whose, alias="base", outcome="hung up")
+            until(metrics, "requests_total", 1, **whose, alias="base", outcome="disconnected")
         until(metrics, "running_requests", None, **whose)
         assert value(metrics, "waiting_requests", **whose) is None
         engine.stopped = "it is started again"

@@ -1,4 +1,4 @@
-"""Tenants as OpenAI's own client sees them: keys, aliases, limits, releases."""
+"""Tenants through OpenAI's client: keys, aliases, limits and releases."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_disconnected_request_no_longer_counts_as_concurrent(
         asyncio.run(hang_up(running.url))
         until(lambda: state.usage.lines()[0].outcome is not None)
         (line,) = state.usage.lines()
-        assert line.outcome == "hung up"
+        assert line.outcome == "disconnected"
         assert line.completion_tokens is not None
         assert line.completion_tokens < CONTEXT - 1000
         ask(running.client(two_tenants["acme"]), "courts")

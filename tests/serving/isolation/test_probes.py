@@ -1,4 +1,4 @@
-"""The prompts by which models are told apart, against every answer's shortfall counted out."""
+"""Probes, checked against the shortfall of every answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit log: what was changed afterwards is found, and where."""
+"""The audit log: later changes are detected and located."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_verify_names_a_missing_line(state_url: str, number: int) -> None:
 
 
 def _rewrite(state_url: str, first: int, *, head: bool) -> None:
-    """What a clever meddler does: change a line, and write digests anew from there on."""
+    """Change a line and rewrite the digests from there on, as a careful intruder would."""
     with State(state_url) as state:
         lines = [line.as_dict() for line in state.audit.lines()]
     lines[first - 1]["actor"] = "bob"

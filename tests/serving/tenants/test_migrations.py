@@ -1,4 +1,4 @@
-"""A state that an earlier tunewright made is brought up to date where it is opened, and nothing in it is lost."""
+"""Migration of a state of an earlier tunewright, without any loss."""
 
 from __future__ import annotations
 

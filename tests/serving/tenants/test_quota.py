@@ -1,4 +1,4 @@
-"""Limits: never over, held to a model that counts by brute force; and over several servers at once."""
+"""Limits, checked against a brute-force count, and across several servers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Line:
 
 @dataclass
 class Counting:
-    """The limits, told the plain way."""
+    """The limits, in the simplest implementation."""
 
     limits: Limits
     lines: list[Line] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Releases: what an alias answers with after whatever was done, held to a stack."""
+"""Releases: the adapter of an alias after any steps, checked against a stack."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
 
 
 class Stack:
-    """What an alias answers with, told the plain way."""
+    """The adapter of an alias, in the simplest implementation."""
 
     def __init__(self) -> None:
         self.before: list[str] = []

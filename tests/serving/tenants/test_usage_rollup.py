@@ -1,4 +1,4 @@
-"""RollupResult requests: usage is what it was, by whichever day one begins, and nothing else changes."""
+"""Rolling requests up: totals stay the same from any day on, and nothing else changes."""
 
 from __future__ import annotations
 

@@ -362,7 +362,7 @@ def adapter_rank(config: Mapping[str, Any]) -> int:
 
 
 def max_rank(folders: Sequence[Path]) -> int:
-    """Return the highest rank of these adapters; 1 if there are none."""
+    """Return the highest rank of these adapters, at least 1."""
     configs = [json.loads((folder / CONFIG).read_text(encoding="utf-8")) for folder in folders]
     return max([1, *map(adapter_rank, configs)])
 

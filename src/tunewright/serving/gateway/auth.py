@@ -127,7 +127,7 @@ class Auth(Protocol):
     """Authenticates requests, and knows which models there are."""
 
     reports_load: bool
-    """Whether `/health` reports the number of requests: not to tenants, who could watch each other by it."""
+    """True if `/health` reports the number of requests: not to tenants, which could observe each other by it."""
 
     @property
     def names(self) -> list[str]:

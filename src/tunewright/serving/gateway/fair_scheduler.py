@@ -44,7 +44,7 @@ ROWS_PER_AHEAD = 4
 BURST_TOKENS = 1000.0
 """The most credit, in weighted tokens, that a tenant has after a pause."""
 ACTIVE_SECONDS = 60.0
-"""How long a tenant counts as active after its last answer ended."""
+"""The time for which a tenant counts as active after its last answer."""
 
 
 @dataclass(eq=False)

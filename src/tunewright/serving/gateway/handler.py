@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 
 from tunewright.engines.protocol import Engine
 from tunewright.generation.requests import Finish
@@ -13,7 +14,7 @@ from tunewright.serving.gateway.request import GenerationRequest, SystemSource, 
 from tunewright.serving.gateway.schemas import ApiError, Usage
 from tunewright.serving.tenants.quota import Outcome, RequestUsage
 
-_WORST_FIRST: tuple[Outcome, ...] = ("failed", "timed out", "hung up", "length", "stop")
+_WORST_FIRST: tuple[Outcome, ...] = ("failed", "timed out", "disconnected", "length", "stop")
 
 
 class RequestHandler:
@@ -40,6 +41,10 @@ class RequestHandler:
         self._engine = engine
         self._queue = queue
         self._settled = False
+        # From here on, so that an abort before the first chunk is not lost.
+        self._events: asyncio.Queue[tuple[int, TextChunk | BaseException]] = asyncio.Queue()
+        for index, request in enumerate(self.requests):
+            request.emit_to(partial(self._emit, index))
 
     @property
     def target(self) -> Target:
@@ -80,13 +85,15 @@ class RequestHandler:
         for request in self.requests:
             request.fail(error)
 
+    def _emit(self, index: int, event: TextChunk | BaseException) -> None:
+        self._events.put_nowait((index, event))
+
     async def chunks(self) -> AsyncGenerator[tuple[int, TextChunk], None]:
         """Yield text as it is computed, each chunk with its choice's index; closing the generator aborts the rest.
 
         Raises:
             RequestFailedError, EngineStoppedError, ApiError: the first error of any choice; it ends the others too.
         """
-        events: asyncio.Queue[tuple[int, TextChunk | BaseException]] = asyncio.Queue()
         places = asyncio.Semaphore(self._engine.max_batch)
 
         async def generate(index: int, request: GenerationRequest) -> None:
@@ -94,11 +101,11 @@ class RequestHandler:
             async with places:
                 if index >= self._engine.max_batch:
                     request.restart_queue_time()
-                await request.generate(self._engine, self._queue, lambda event: events.put_nowait((index, event)))
+                await request.generate(self._engine, self._queue)
 
         def report_crash(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
-                events.put_nowait((0, error))
+                self._emit(0, error)
 
         tasks = [asyncio.create_task(generate(*numbered)) for numbered in enumerate(self.requests)]
         for task in tasks:
@@ -106,7 +113,7 @@ class RequestHandler:
         unfinished = len(tasks)
         try:
             while unfinished:
-                index, event = await events.get()
+                index, event = await self._events.get()
                 if isinstance(event, BaseException):
                     raise event
                 unfinished -= event.finish is not None

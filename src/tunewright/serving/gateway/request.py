@@ -83,7 +83,7 @@ class GenerationRequest:
         self.tenant = tenant
         self.text = ""
         self.tokens = 0
-        self.outcome: Outcome = "hung up"  # unless it ends in another way
+        self.outcome: Outcome = "disconnected"  # unless it ends in another way
         self._limits = limits
         self._stream = TextStream(decode, stops)
         self._arrived = arrived
@@ -120,18 +120,18 @@ class GenerationRequest:
         """Count the time in the queue from now: until now it was behind other prompts of its own HTTP request."""
         self._queued_at = time.monotonic()
 
-    async def generate(
-        self, engine: Engine, queue: AdmissionQueue, emit: Callable[[TextChunk | Failure], None]
-    ) -> None:
+    def emit_to(self, emit: Callable[[TextChunk | Failure], None]) -> None:
+        """Set the receiver of the text: of each chunk, and at last of a chunk with ``finish`` or an error."""
+        self._emit = emit
+
+    async def generate(self, engine: Engine, queue: AdmissionQueue) -> None:
         """Wait for a slot, submit the request to the engine, and keep the slot until it has ended.
 
         The slot is given back when the *engine* has ended, however slowly the client reads. Cancelling this coroutine
         aborts the request.
-
-        Args:
-            emit: called with each chunk of text; the last call has a chunk with ``finish`` or an error.
         """
-        self._emit = emit
+        if self._ended.is_set():  # it was aborted before it began
+            return
         self._watch()
         try:
             async with queue.slot(self.tenant, self.prompt_tokens) as self._slot:

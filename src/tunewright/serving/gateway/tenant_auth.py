@@ -135,7 +135,7 @@ class TenantAuth:
     def _settle_cancelled(self, reserving: Future[int]) -> None:
         if not reserving.cancelled() and reserving.exception() is None:
             number = reserving.result()
-            usage = RequestUsage(0, 0, 0.0, None, 0.0, "hung up")
+            usage = RequestUsage(0, 0, 0.0, None, 0.0, "disconnected")
             self._async_state.write_later(lambda: self._state.quota.settle(number, usage))
 
     def settle(self, number: int, digest: str, usage: RequestUsage) -> None:

@@ -1,6 +1,6 @@
 """Probes: prompts on which models differ, so that an answer of a wrong model is detected.
 
-Each pair of models must be told apart, but most pairs cost no pass over a model. Two greedy answers agree up to the
+Each pair of models must be distinguished, but most pairs cost no pass over a model. Two greedy answers agree up to the
 token at which they diverge, and there the model's own answer has already shown by how much the other's token is less
 likely. So the number of passes grows with the models, and not with their pairs.
 """
@@ -54,7 +54,7 @@ class GreedyAnswer:
         """Return by how many nats another answer is less likely where it diverges; its later tokens may be worse."""
         for own, theirs, behind in zip(self.answer.choices, other.choices, self.behind, strict=False):
             if own != theirs:
-                # A token that is not listed is less likely than all that are.
+                # An unlisted token is less likely than all listed ones.
                 return behind.get(theirs, max(behind[token] for token in behind if token != END))
         return 0.0
 
@@ -74,7 +74,7 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class Probes:
-    """Probes by model, the pairs of models that no probe tells apart, and the reference's answers."""
+    """Probes by model, the pairs of models that no probe distinguishes, and the reference's answers."""
 
     prompts: dict[Digest, tuple[Ids, ...]]
     alike: frozenset[tuple[Digest, Digest]]
@@ -98,10 +98,10 @@ def find_probes(
     tolerance: float,
     advance: Callable[[], None] = lambda: None,
 ) -> Probes:
-    """Choose a few prompts for each model, each of which tells it from a model that the ones before do not.
+    """Choose a few prompts for each model, each of which distinguishes it from a model that the ones before do not.
 
-    Prompts are tried in their order, a few at a time, until all pairs are told apart. ``advance`` is called after the
-    first answers of each model.
+    Prompts are tried in their order, a few at a time, until all pairs are distinguished. ``advance`` is called
+    after the first answers of each model.
     """
     greedy: dict[tuple[Digest, Ids], GreedyAnswer] = {}
     chosen: dict[Digest, list[Ids]] = {model: [] for model in models}

@@ -22,8 +22,9 @@ from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.serving.engines.start import EngineSpec, max_batch, require_llamacpp, start_engine, tolerance
-from tunewright.serving.isolation.checks import LONG, SHORT, VERSION, IsolationResult, check_isolation
+from tunewright.serving.isolation.checks import LONG, SHORT, VERSION, check_isolation
 from tunewright.serving.isolation.probes import Digest, Ids
+from tunewright.serving.isolation.result import IsolationResult
 from tunewright.serving.tenants.isolation_record import IsolationCheck, IsolationTest
 from tunewright.training.lineage import packages
 

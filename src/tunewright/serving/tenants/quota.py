@@ -22,7 +22,7 @@ WINDOW_SECONDS = 60.0
 LOST_SECONDS = 45.0
 """A server without a heartbeat for this long is dead, and its unfinished requests no longer count."""
 
-Outcome = Literal["stop", "length", "hung up", "timed out", "failed", "refused", "lost"]
+Outcome = Literal["stop", "length", "disconnected", "timed out", "failed", "lost"]
 
 _UNLIMITED = "none"
 

@@ -36,7 +36,7 @@ class Candidate:
     share: float | None
     """The share of the traffic that it answers, as a canary; None: its answers are only recorded, as a shadow."""
     system_prompt: bool = True
-    """Whether its trained system prompt is added to requests without one."""
+    """True if its trained system prompt is added to requests without one."""
 
     @property
     def summary(self) -> str:
@@ -65,7 +65,7 @@ class Release:
     author: str | None
     created: float
     system_prompt: bool = True
-    """Whether the adapter's trained system prompt is added to requests without one."""
+    """True if the adapter's trained system prompt is added to requests without one."""
 
     @property
     def undeployed(self) -> bool:

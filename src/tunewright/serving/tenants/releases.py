@@ -41,7 +41,7 @@ class Releases:
             return {release.alias: release for release in _live(connection)}
 
     def newest(self) -> int:
-        """Return the id of the newest release of any alias; 0 if there is none."""
+        """Return the id of the newest release of any alias; 0 before the first release."""
         with self._database.reading() as connection:
             return int(connection.execute(select(func.coalesce(func.max(releases.c.id), 0))).scalar_one())
 
@@ -57,12 +57,12 @@ class Releases:
             return [_release(row) for row in connection.execute(select(releases).order_by(releases.c.id))]
 
     def passed(self, subject: str) -> IsolationTest | None:
-        """Return the newest passed isolation test of this subject; None: there is none."""
+        """Return the newest passed isolation test of this subject, if there is one."""
         tests = [release.grounds.isolation for release in self.history()]
         return next((test for test in reversed(tests) if test is not None and test.subject == subject), None)
 
     def refused(self, subject: str) -> IsolationTest | None:
-        """Return the newest failed isolation test of this subject; None: there is none."""
+        """Return the newest failed isolation test of this subject, if there is one."""
         query = select(audit.c.details).where(audit.c.action == _REFUSED).order_by(audit.c.number.desc())
         with self._database.reading() as connection:
             tests = [json.loads(details)["isolation"] for details in connection.execute(query).scalars()]
@@ -153,7 +153,7 @@ class Releases:
             return _target(_history(connection, alias), number)
 
     def rollback(self, alias: str, number: int | None = None) -> Release:
-        """Drop the candidate; if there is none, restore the adapter before the live one.
+        """Drop the candidate; without a candidate, restore the adapter before the live one.
 
         Args:
             number: restore this release instead.
@@ -294,8 +294,8 @@ def _require_tested(
     """Refuse a release if an adapter is live that was not part of its isolation test."""
     if grounds.isolation is None:
         return
-    beside = [release for release in _live(connection) if release.alias != alias]
-    needed = {digest, *({candidate.digest} if candidate else ())}.union(*(release.digests for release in beside))
+    others = [release for release in _live(connection) if release.alias != alias]
+    needed = {digest, *({candidate.digest} if candidate else ())}.union(*(release.digests for release in others))
     if not needed <= set(grounds.isolation.adapters):
         raise UserError(f"another release went live during the isolation test of {alias}", fix="Run the command again.")
 

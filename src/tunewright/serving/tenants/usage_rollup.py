@@ -144,6 +144,6 @@ def daily_totals(connection: Connection, tenant_id: int | None, since: float | N
 
 
 def rolled_up_until(connection: Connection) -> float | None:
-    """Return the end of the last day with rolled-up requests; None if there is none."""
+    """Return the end of the last day with rolled-up requests, if there is one."""
     last = connection.execute(select(func.max(usage_days.c.day))).scalar()
     return None if last is None else float((last + 1) * DAY_SECONDS)
